@@ -1,0 +1,81 @@
+"""What an alignment run is made of. No torch here: a wrong value must be an error within two seconds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _check(owner: str, problems: list[str]) -> None:
+    if problems:
+        raise ValueError("; ".join(f"{owner}.{problem}" for problem in problems))
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Longcat-GRPO. Defaults are LongCat-Video's (2510.22200, Table 9 and Algorithm 1).
+
+    group_size      G, videos per prompt
+    scale           what a centred reward is divided by: nothing, its group's spread, or the largest spread of any group
+    advantage_eps   added to that spread
+    advantage_clip  bound of the summed advantage, null for none
+    clip_low/high   the ratio may leave [1 - low, 1 + high] no further; null for none, which is the paper's choice:
+                    with one update per rollout every ratio is 1
+    kl_weight       beta; 0 also saves the reference's forward
+    reweight        undo the factor that the noise schedule puts on both loss terms (section 3.3.1, equations 6 to 8)
+    update          "collapsed" does one forward and backward per group; "per_member" does one for each member, the
+                    same gradient at G times the cost, for proofs and measurements
+    """
+
+    group_size: int = 4
+    scale: Literal["none", "group", "max_group"] = "max_group"
+    advantage_eps: float = 1e-4
+    advantage_clip: float | None = None
+    clip_low: float | None = None
+    clip_high: float | None = None
+    kl_weight: float = 3e-4
+    reweight: bool = True
+    update: Literal["collapsed", "per_member"] = "collapsed"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.group_size < 2:
+            problems.append(f"group_size must be at least 2, a group of one has no spread, got {self.group_size}")
+        if self.advantage_eps < 0:
+            problems.append(f"advantage_eps must be at least 0, got {self.advantage_eps}")
+        if self.advantage_clip is not None and self.advantage_clip <= 0:
+            problems.append(f"advantage_clip must be positive or null, got {self.advantage_clip}")
+        if (self.clip_low is None) != (self.clip_high is None):
+            problems.append(f"clip_low and clip_high go together, got {self.clip_low} and {self.clip_high}")
+        for name in ("clip_low", "clip_high"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                problems.append(f"{name} must be positive or null, got {value}")
+        if self.kl_weight < 0:
+            problems.append(f"kl_weight must be at least 0, got {self.kl_weight}")
+        _check("GrpoConfig", problems)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """One reward plug-in; its name is its key in the run's ``rewards``.
+
+    kind        a key of `alignment.rewards.REWARDS`; null takes the name, so ``rewards: {descore: {}}`` is enough
+    weight      of its advantages in the sum; 0 scores and logs it without training on it: a held-out judge
+    checkpoint  folder of its weights, for rewards that have some
+    options     keyword arguments of its constructor
+    """
+
+    kind: str | None = None
+    weight: float = 1.0
+    checkpoint: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.kind == "":
+            problems.append("kind must be a name or null, got an empty string")
+        if not math.isfinite(self.weight):
+            problems.append(f"weight must be finite, got {self.weight}")
+        _check("RewardConfig", problems)

@@ -1,0 +1,230 @@
+"""Longcat-GRPO (LongCat-Video 2510.22200, section 3.3): one optimizer step, from prompts to metrics.
+
+The loop knows the Protocols of `common.types` only: any generator, any rewards, any engine. Every rank owns whole
+groups, rewards are gathered, and each rank computes the same advantages from them and keeps its own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from alignment.losses import grpo_group_loss, step_weights
+from common import gaussian
+from common.distributed import gather_rows, max_over_ranks, mean_over_ranks, rank, sum_over_ranks, world_size
+from common.policy_gradient import group_advantages, group_std
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from alignment.config import GrpoConfig
+    from alignment.data import PromptBatch, PromptSchedule
+    from common.gaussian import Gaussian
+    from common.types import Engine, Generator, Group, LossOutput, RewardModel, Score
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Rewards turned into advantages: (P, G) of this rank, and metrics over all ranks."""
+
+    advantage_PG: Tensor
+    anything_to_learn: bool  # the same on all ranks
+    means: dict[str, float]
+    details: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did: metrics over all ranks, and this rank's samples (B = P * G, group-major)."""
+
+    metrics: dict[str, float]
+    batch: PromptBatch
+    video_BTYXC: Tensor
+    scores: Mapping[str, Score]
+    advantage_PG: Tensor
+
+
+def backwards_per_step(cfg: GrpoConfig, groups_per_rank: int) -> int:
+    """How often the loop calls ``engine.backward`` in one step: the engine's gradient accumulation."""
+    return groups_per_rank * (cfg.group_size if cfg.update == "per_member" else 1)
+
+
+class GrpoLoop:
+    """The state of a run is the generator's weights and the engine's; a step is a function of its number.
+
+    rewards    name -> model. ``weights[name]`` multiplies its advantages; 0 scores and logs without training
+    engine     must accumulate `backwards_per_step` gradients before it takes a step
+    fps        of the generator's videos, for the rewards
+    grad_norm  asked after each optimizer step, if given: the norm before clipping, or None
+    """
+
+    def __init__(
+        self,
+        cfg: GrpoConfig,
+        *,
+        generator: Generator,
+        rewards: Mapping[str, RewardModel],
+        weights: Mapping[str, float],
+        engine: Engine,
+        prompts: PromptSchedule,
+        fps: float,
+        grad_norm: Callable[[], float | Tensor | None] | None = None,
+    ) -> None:
+        if set(rewards) != set(weights):
+            raise ValueError(f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names")
+        self.cfg, self.generator, self.engine, self.prompts = cfg, generator, engine, prompts
+        self.rewards, self.weights, self.fps, self.grad_norm = rewards, weights, fps, grad_norm
+
+    def step(self, step: int) -> StepResult:
+        """Optimizer step number ``step`` (from 0), on prompts_per_step groups over all ranks."""
+        clock = Clock()
+        batch = self.prompts.at(step).share(rank(), world_size())
+        with clock("rollout"):
+            groups = self.generator.rollout(batch.prompts, group_size=self.cfg.group_size, seeds=batch.seeds)
+        with clock("decode"):
+            # group by group: the same batches, and so the same bytes, however many ranks share the groups
+            video_BTYXC = torch.cat([self.generator.decode(group.clean_GCFHW) for group in groups])
+        prompts_B = [group.prompt for group in groups for _ in range(group.size)]
+        scores: dict[str, Score] = {}
+        for name, reward in self.rewards.items():
+            with clock(f"score/{name}"):
+                scores[name] = reward.score(video_BTYXC, prompts_B, fps=self.fps)
+        judgement = self.judge(scores, groups=len(groups))
+        with clock("update"):
+            trained = self.update(groups, judgement)
+        metrics = {**judgement.means, **trained, **clock.metrics(videos=len(prompts_B)), **judgement.details}
+        return StepResult(metrics, batch, video_BTYXC, scores, judgement.advantage_PG)
+
+    def judge(self, scores: Mapping[str, Score], *, groups: int) -> Judgement:
+        """A = sum_k w_k A_k, each reward normalised by itself first (equations 9 and 10), over all ranks' groups.
+
+        A NaN is "not judged": it counts in no mean, its member gets 0 from that reward. Each rank's (P, G) rows are
+        gathered, so the largest spread goes over the groups of all ranks and the order of ranks changes nothing.
+        """
+        means, details = {}, {}
+        total_PG = torch.zeros(groups * world_size(), self.cfg.group_size)
+        for name, score in scores.items():
+            reward_PG = gather_rows(score.value_B.float().view(groups, -1))
+            means[f"reward/{name}"] = _mean(reward_PG)
+            for part, value_B in score.parts.items():
+                details[f"reward/{name}.{part}"] = _mean(gather_rows(value_B.float()))
+            details |= {f"reward/{name}_{key}": value for key, value in _spread(reward_PG).items()}
+            advantage_PG = group_advantages(reward_PG, scale=self.cfg.scale, eps=self.cfg.advantage_eps)
+            total_PG += self.weights[name] * advantage_PG
+        if self.cfg.advantage_clip is not None:
+            total_PG = total_PG.clamp(-self.cfg.advantage_clip, self.cfg.advantage_clip)
+        details["train/advantage_abs"] = float(total_PG.abs().mean())
+        own_PG = total_PG[rank() * groups : (rank() + 1) * groups]
+        return Judgement(own_PG, bool(total_PG.any()), means, details)
+
+    def update(self, groups: list[Group], judgement: Judgement) -> dict[str, float]:
+        """One optimizer step: a backward for each group (or member), the same number on every rank.
+
+        Without a single advantage on any rank there is no step at all: KL has no policy step to hold back, and Adam
+        would still move the weights by its momentum and decay. Raises FloatingPointError for a loss that is no number.
+        """
+        if not judgement.anything_to_learn:
+            return {"train/skipped": 1.0}
+        outputs = []
+        for group, advantage_G in zip(groups, judgement.advantage_PG, strict=True):
+            reference = self.reference_law(group)
+            for members, law in self.laws(group):
+                output = self.loss(group, members, law, reference, advantage_G)
+                if not math.isfinite(output.metrics["loss"]):
+                    raise FloatingPointError(f"the loss is {output.metrics['loss']} for the prompt {group.prompt!r}")
+                self.engine.backward(output.loss)
+                self.engine.step()  # the engine counts backwards and steps the optimizer on the last one
+                outputs.append(output)
+        return self.update_metrics(outputs)
+
+    def laws(self, group: Group) -> Iterator[tuple[slice, Gaussian]]:
+        """The law of ``next``, with grad, and the members it is for: one for all, since all share the step's input."""
+        if self.cfg.update == "collapsed":
+            yield slice(None), self.generator.transition(group)
+        else:
+            for member in range(group.size):
+                yield slice(member, member + 1), self.generator.member_transition(group, member)
+
+    def reference_law(self, group: Group) -> Gaussian | None:
+        """The same law under the frozen reference, None when no KL is asked for."""
+        if self.cfg.kl_weight == 0.0:
+            return None
+        with torch.no_grad(), self.generator.reference():
+            return self.generator.transition(group)
+
+    def loss(
+        self, group: Group, members: slice, law: Gaussian, reference: Gaussian | None, advantage_G: Tensor
+    ) -> LossOutput:
+        """`grpo_group_loss` of some members of a group."""
+        weights = step_weights(law.std, sigma=group.sigma, sigma_next=group.sigma_next)
+        log_prob_G = gaussian.log_prob(law, group.next_GCFHW[members])
+        return grpo_group_loss(
+            log_prob_G,
+            group.log_prob_G[members].to(log_prob_G.device),
+            advantage_G[members].to(log_prob_G.device),
+            None if reference is None else gaussian.kl_same_std(law, reference),
+            policy_weight=weights.policy if self.cfg.reweight else 1.0,
+            kl_weight_scaled=self.cfg.kl_weight * (weights.kl if self.cfg.reweight else 1.0),
+            clip_low=self.cfg.clip_low,
+            clip_high=self.cfg.clip_high,
+        )
+
+    def update_metrics(self, outputs: list[LossOutput]) -> dict[str, float]:
+        """MEAN over all ranks' backwards, but the maximum of the ratio's deviation."""
+        own = {}
+        norm = self.grad_norm() if self.grad_norm is not None else None
+        if norm is not None:
+            own["train/grad_norm"] = float(norm)
+        for key in ("kl", "loss", "ratio_mean", "clip_frac"):
+            if key in outputs[0].metrics:
+                own[f"train/{key}"] = sum(output.metrics[key] for output in outputs) / len(outputs)
+        deviation = max_over_ranks(max(output.metrics["ratio_dev"] for output in outputs))
+        return {**mean_over_ranks(own), "train/ratio_max_dev": deviation, "train/skipped": 0.0}
+
+
+class Clock:
+    """Wall-clock seconds of named phases."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # else a phase would only measure how fast it queued its kernels
+        self.seconds[phase] = time.perf_counter() - start
+
+    def metrics(self, *, videos: int) -> dict[str, float]:
+        """MEAN seconds over ranks by phase, and the rate of all ranks together. ``videos`` is this rank's number."""
+        total = time.perf_counter() - self.start
+        own = {f"seconds/{phase}": value for phase, value in self.seconds.items()}
+        metrics = mean_over_ranks({**own, "seconds/step": total})
+        return {**metrics, "videos_per_second": sum_over_ranks(videos) / metrics["seconds/step"]}
+
+
+def _mean(value: Tensor) -> float:
+    """MEAN over what was judged, NaN if nothing was."""
+    judged = value[value.isfinite()]
+    return float(judged.double().mean()) if judged.numel() else math.nan
+
+
+def _spread(reward_PG: Tensor) -> dict[str, float]:
+    """How well a reward tells videos apart: population std over all of them, and of each group, see `group_std`."""
+    judged = reward_PG[reward_PG.isfinite()].double()
+    std_P = group_std(reward_PG)
+    return {
+        "std": float(judged.std(correction=0)) if judged.numel() else math.nan,
+        "group_std_max": float(std_P.max()),
+        "group_std_median": float(std_P.median()),
+        "zero_spread": float((std_P == 0.0).double().mean()),
+        "unjudged": float((~reward_PG.isfinite()).sum()),
+    }

@@ -1,0 +1,164 @@
+"""Ranks: who am I, gather rows, agree on numbers, and seeds that do not depend on who computes them.
+
+Every collective here is called by all ranks, in the same order; with one rank they are identities and need no
+process group.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+import os
+import socket
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+def init_process_group(*, timeout_s: float = 1800.0, for_deepspeed: bool = True) -> None:
+    """Join the other ranks: under the deepspeed launcher, under torchrun, or alone in a plain python process.
+
+    CPU tensors travel over gloo; with CUDA, its tensors travel over NCCL and the local rank's device is selected.
+    ``for_deepspeed=False`` is for scripts that build no engine and need not wait for deepspeed's import (about 6 s).
+    A second call does nothing. Raises RuntimeError when a rank is missing after ``timeout_s``.
+    """
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    elif for_deepspeed:
+        skip_cpu_op_build()
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def skip_cpu_op_build() -> None:
+    """Keep deepspeed from compiling its shared-memory all-reduce at the first start on a CPU (up to minutes).
+
+    Plain gloo gives the same numbers. The switch is a private table of deepspeed, hence the guards: without it the
+    only loss is the wait.
+    """
+    try:
+        import deepspeed.ops as ops
+    except ImportError:
+        return
+    table = getattr(ops, "__compatible_ops__", None)
+    if isinstance(table, dict) and "deepspeed_shm_comm" in table:
+        table["deepspeed_shm_comm"] = False
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes take part, 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on rank 0."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        # an all-reduce of one number, because dist.barrier would claim a CUDA device where NCCL is around
+        dist.all_reduce(torch.zeros(1))
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Rows of all ranks in rank order: (n, ...) on each -> (n * world, ...). Detached; x itself when alone.
+
+    Raises ValueError, on every rank, when the shapes or dtypes differ between ranks.
+    """
+    if world_size() == 1:
+        return x
+    kinds = gather_objects((tuple(x.shape), str(x.dtype)))
+    if len(set(kinds)) > 1:
+        raise ValueError(f"gather_rows needs one shape and dtype on all ranks, got {kinds}")
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in kinds]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+def gather_objects(value: T) -> list[T]:
+    """The small Python value of every rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: T) -> T:
+    """Rank 0's small Python value, on every rank. What the other ranks pass is ignored."""
+    return gather_objects(value if is_main() else None)[0]
+
+
+def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
+    """MEAN over the ranks that have a value: a rank without the key, or with NaN there, does not count.
+
+    Keys come in order of first appearance over the ranks; a key that is NaN everywhere stays NaN.
+    """
+    gathered = gather_objects({key: float(value) for key, value in metrics.items()})
+    result = {}
+    for key in dict.fromkeys(key for one in gathered for key in one):
+        values = [one[key] for one in gathered if key in one and not math.isnan(one[key])]
+        result[key] = sum(values) / len(values) if values else math.nan
+    return result
+
+
+def max_over_ranks(x: float) -> float:
+    """Maximum over ranks; NaN if any rank has NaN."""
+    values = gather_objects(float(x))
+    return math.nan if any(math.isnan(value) for value in values) else max(values)
+
+
+def sum_over_ranks(x: float) -> float:
+    """SUM over ranks, rounded once, so that it does not depend on the order."""
+    return math.fsum(gather_objects(float(x)))
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed in [0, 2^63) from what it is for: ``derive_seed(seed, step, prompt_index, member, "noise")``.
+
+    SHA-256 over the type and text of every part, so it is the same on every rank, machine and Python version, and
+    (1, 23) is not (12, 3) or ("1", 23). Raises TypeError for anything but int and str.
+    """
+    for part in parts:
+        if type(part) not in (int, str):
+            raise TypeError(f"a seed is derived from int and str, got {part!r} ({type(part).__name__})")
+    text = "".join(f"{type(part).__name__}:{len(str(part))}:{part};" for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU random generator seeded by `derive_seed`; noise drawn on the CPU is the same on every kind of machine."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

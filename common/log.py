@@ -1,0 +1,136 @@
+"""Where a run says what it does: metrics.jsonl always, one console line per step, a progress bar, wandb if asked.
+
+Only rank 0 writes. Imports no torch, so that command-line tools may use it at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from common.config import WandbConfig
+
+T = TypeVar("T")
+WIDTH = 118  # of a console line
+
+
+def say(message: str) -> None:
+    """One line on stdout, from rank 0, flushed, above any progress bar."""
+    if _is_main():
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()  # behind a launcher's pipe an unflushed line looks like a hang
+
+
+def progress(iterable: Iterable[T], total: int | None, label: str) -> Iterator[T]:
+    """Iterate with a progress bar on stderr, on rank 0; in a log file one line every ten seconds."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    bar = tqdm(iterable, total=total, desc=label, disable=not _is_main(), mininterval=interval, dynamic_ncols=True)
+    yield from bar
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """Every complete line of a metrics.jsonl; null is NaN, a torn last line (a killed run) is left out."""
+    text = Path(path).read_text(encoding="utf-8")
+    lines = text.split("\n")[:-1]  # what follows the last newline is torn
+    return [{key: math.nan if value is None else value for key, value in json.loads(line).items()} for line in lines]
+
+
+class RunLog:
+    """The log of one run. Every rank may hold one and call it; only rank 0's writes.
+
+    run_dir  gets metrics.jsonl, one line a step: {"step": 3, "train/loss": 0.1, ...}; NaN and infinity are null
+    wandb    None or mode "disabled" for none; what fails there is said once and the run goes on
+    total    number of steps, for the console line
+    quiet    no console line per step
+    """
+
+    def __init__(
+        self, run_dir: str | Path, *, wandb: WandbConfig | None = None, total: int | None = None, quiet: bool = False
+    ) -> None:
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.total, self.quiet = total, quiet
+        self._wandb: ModuleType | None = None
+        if not _is_main():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if wandb is not None and wandb.mode != "disabled":
+            self._start_wandb(wandb)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one step's metrics. Names are ``stage/name``, values floats."""
+        if not _is_main():
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if not self.quiet:
+            say(self._line(step, values))
+        if self._wandb is not None:
+            self._try_wandb("log", lambda wandb: wandb.log(values, step=step))
+
+    def message(self, text: str) -> None:
+        """A line for people; not kept."""
+        say(text)
+
+    def truncate(self, step: int) -> None:
+        """Drop the lines of ``step`` and later, and a torn last line: a resumed run writes them again."""
+        if not _is_main() or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        kept = [line for line in lines if json.loads(line)["step"] < step]
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path)
+
+    def close(self) -> None:
+        """Finish wandb; metrics.jsonl is complete after every `log`."""
+        if self._wandb is not None:
+            self._try_wandb("finish", lambda wandb: wandb.finish())
+            self._wandb = None
+
+    def _line(self, step: int, values: Mapping[str, float]) -> str:
+        """Fixed columns, so that lines under each other can be compared; what does not fit is in metrics.jsonl."""
+        total = "" if self.total is None else f"/{self.total}"
+        line = f"step {step:>{max(len(total) - 1, 4)}}{total}"
+        for name, value in values.items():
+            column = f" | {name} {value:>10.4g}"
+            if len(line) + len(column) > WIDTH:
+                break
+            line += column
+        return line
+
+    def _start_wandb(self, cfg: WandbConfig) -> None:
+        try:
+            self._wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            say(f"wandb is not used, the run goes on without it: {error}")
+            return
+        options: dict[str, Any] = {"mode": cfg.mode, "project": cfg.project, "name": cfg.name}
+        self._try_wandb("start", lambda wandb: wandb.init(dir=str(self.path.parent), **options))
+
+    def _try_wandb(self, what: str, call: Any) -> None:
+        """wandb is a convenience: a refused key, a dead network or a full disk must not stop training."""
+        wandb = self._wandb
+        try:
+            call(wandb)
+        except (wandb.errors.Error, OSError, RuntimeError, ValueError) as error:
+            say(f"wandb {what} failed, the run goes on without it: {error}")
+            self._wandb = None
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # set by every launcher, and known before torch is imported

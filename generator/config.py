@@ -1,0 +1,116 @@
+"""What a Wan generator is built from. No torch here: a wrong value must be an error within two seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+WAN_LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+
+
+def _check(owner: str, problems: list[str]) -> None:
+    if problems:
+        raise ValueError("; ".join(f"{owner}.{problem}" for problem in problems))
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter: W + (alpha / rank) B A, in fp32 whatever the dtype of W. Defaults: 2510.22200 Table 9.
+
+    targets  suffixes of linear layers; these six are all linears of self-attention, cross-attention and feed-forward
+    init     of A: "gaussian" is N(0, 1 / rank^2), "kaiming" is uniform; B is zero either way
+    """
+
+    rank: int = 128
+    alpha: float = 64.0
+    targets: tuple[str, ...] = WAN_LINEARS
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.rank < 1:
+            problems.append(f"rank must be at least 1, got {self.rank}")
+        if self.alpha <= 0:
+            problems.append(f"alpha must be positive, got {self.alpha}")
+        if not self.targets:
+            problems.append("targets must name at least one linear layer, got none")
+        _check("LoraConfig", problems)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How a prompt becomes a group of latents: LongCat-Video 2510.22200, section 3.3.1 and Table 9.
+
+    num_steps         T, Euler steps from sigma = 1 to 0
+    shift             time shift of the sigma grid: 3 for 480p, 5 for 720p
+    stochastic_range  T', the one stochastic step is drawn from the first (noisiest) T' steps
+    noise_level       a in s = a sqrt(sigma / (1 - sigma)); 0 makes the whole walk deterministic
+    max_std           tau, ceiling of the noise a step adds; null leaves s unbounded near sigma = 1
+    guidance_scale    classifier-free guidance; 1 is one forward instead of two
+    """
+
+    num_steps: int = 16
+    shift: float = 3.0
+    stochastic_range: int = 6
+    noise_level: float = 1.0
+    max_std: float | None = 0.45
+    guidance_scale: float = 4.5
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.num_steps < 1:
+            problems.append(f"num_steps must be at least 1, got {self.num_steps}")
+        if self.shift <= 0:
+            problems.append(f"shift must be positive, got {self.shift}")
+        if not 1 <= self.stochastic_range <= self.num_steps:
+            problems.append(f"stochastic_range must be in 1..num_steps={self.num_steps}, got {self.stochastic_range}")
+        if self.noise_level < 0:
+            problems.append(f"noise_level must be at least 0, got {self.noise_level}")
+        if self.max_std is not None and self.max_std <= 0:
+            problems.append(f"max_std must be positive or null, got {self.max_std}")
+        if self.max_std is None and self.noise_level > 0:
+            # step 0 starts at sigma = 1 and is always in the range, and there the unbounded s is infinite
+            problems.append(f"max_std must be a number when noise_level is {self.noise_level}, got null")
+        if self.guidance_scale < 1:
+            problems.append(f"guidance_scale must be at least 1, got {self.guidance_scale}")
+        _check("SamplerConfig", problems)
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """A WanPipeline folder and how to run it.
+
+    path                    folder in the `WanPipeline.from_pretrained` layout, or a hub name
+    height, width           pixels; multiples of (VAE spatial factor x patch), checked against the VAE when it is loaded
+    num_frames, fps         frames per video, one more than a multiple of the VAE's temporal factor, and their rate
+    dtype                   of the frozen transformer and text encoder; the VAE, the adapter and latents are fp32
+    lora                    null trains every weight of the transformer
+    gradient_checkpointing  recompute each block in the backward pass
+    decode_batch            videos per VAE call
+    rollout_batch           latents per forward while sampling (twice as many samples under guidance)
+    guidance_in_update      False computes `transition` from the conditional branch alone, at half the cost: it trains
+                            another law than the guided one that sampled, so first-pass ratios are not 1
+    max_sequence_length     text tokens after padding; attention is unmasked, so the padding is part of the model
+    """
+
+    path: str
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    fps: float = 16.0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    gradient_checkpointing: bool = True
+    decode_batch: int = 1
+    rollout_batch: int = 4
+    guidance_in_update: bool = True
+    max_sequence_length: int = 512
+
+    def __post_init__(self) -> None:
+        sizes = ("height", "width", "num_frames", "fps", "decode_batch", "rollout_batch", "max_sequence_length")
+        problems = [f"{n} must be positive, got {getattr(self, n)}" for n in sizes if getattr(self, n) <= 0]
+        if not self.path:
+            problems.append("path must name a WanPipeline folder, got an empty string")
+        _check("GeneratorConfig", problems)

@@ -1,0 +1,302 @@
+"""WanGenerator: a stock WanPipeline folder as a policy that samples, says how likely a sample was, and decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+
+from common.gaussian import Gaussian
+from common.types import Group
+from generator import adapter
+from generator.flow import guide, interpolate, sde_transition, velocity_target, widen
+from generator.latents import LatentCodec
+from generator.prompts import PromptCache
+from generator.sampler import initial_noise, ode, rollout_group
+from generator.schedule import sigma_grid
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from generator.config import GeneratorConfig
+
+
+class WanGenerator:
+    """Implements `common.types.Generator` for Wan 2.1 text-to-video.
+
+    module        what deepspeed wraps: the transformer under peft's wrapper, or the bare transformer without LoRA
+    latent_shape  (C, F, H, W) of one video
+    codec         uint8 video <-> normalised latents
+
+    Latents, velocities and log-probs are fp32; the transformer runs in cfg.dtype. The module always runs in eval mode,
+    while sampling and while training: both must compute the same numbers for the first ratio to be 1.
+    """
+
+    def __init__(self, cfg: GeneratorConfig, pipeline: WanPipeline, module: nn.Module, device: torch.device) -> None:
+        self.cfg = cfg
+        self.module = module
+        self.device = device
+        self.codec = LatentCodec(pipeline.vae, batch=cfg.decode_batch)
+        self.latent_shape = self.codec.latent_shape(
+            height=cfg.height,
+            width=cfg.width,
+            num_frames=cfg.num_frames,
+            patch=pipeline.transformer.config.patch_size,
+        )
+        self.prompts = PromptCache(pipeline, max_length=cfg.max_sequence_length)
+        self._pipeline = pipeline
+        self._in_reference = False
+        self._frozen: WanTransformer3DModel | None = None
+
+    @classmethod
+    def load(cls, cfg: GeneratorConfig, *, device: torch.device | str | None = None, seed: int = 0) -> WanGenerator:
+        """Read the folder with stock `from_pretrained`, freeze what is not trained, attach the adapter.
+
+        device  where everything lives; by default the current CUDA device if there is one
+        seed    of the adapter's initial weights, the same on all ranks
+        Raises FileNotFoundError when cfg.path is no WanPipeline folder, ValueError when the video size does not fit the
+        VAE or a LoRA target matches nothing.
+        """
+        _require_folder(cfg.path)
+        if device is None:
+            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        device = torch.device(device)
+        vae = AutoencoderKLWan.from_pretrained(cfg.path, subfolder="vae", dtype=torch.float32)
+        pipeline = WanPipeline.from_pretrained(cfg.path, vae=vae, dtype=getattr(torch, cfg.dtype))
+        pipeline.set_progress_bar_config(disable=True)
+        for frozen in (pipeline.vae, pipeline.text_encoder):
+            frozen.requires_grad_(requires_grad=False).eval()
+        pipeline.to(device)
+        transformer = pipeline.transformer
+        if cfg.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        if cfg.lora is None:
+            module = transformer.requires_grad_(requires_grad=True)
+        else:
+            module = adapter.attach(transformer, cfg.lora, seed=seed)
+        return cls(cfg, pipeline, module.eval(), device)
+
+    # ---- sampling -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def rollout(self, prompts: Sequence[str], *, group_size: int, seeds: Sequence[int]) -> list[Group]:
+        """One Group per prompt; see `generator.sampler.rollout_group`. A group depends on its prompt and seed alone.
+
+        DiT sample-forwards per group: c [(k + 1) + G (T - k - 1)], c = 2 under guidance and else 1.
+        """
+        cfg = self.cfg.sampler
+        sigmas = sigma_grid(cfg.num_steps, shift=cfg.shift).tolist()
+        return [
+            rollout_group(
+                lambda x_BCFHW, sigma, prompt=prompt: self._guided(x_BCFHW, sigma, [prompt] * len(x_BCFHW)),
+                prompt,
+                seed=seed,
+                group_size=group_size,
+                shape=self.latent_shape,
+                sigmas=sigmas,
+                stochastic_range=cfg.stochastic_range,
+                noise_level=cfg.noise_level,
+                max_std=cfg.max_std,
+                batch=self.cfg.rollout_batch,
+                device=self.device,
+            )
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        num_steps: int | None = None,
+        scheduler: Literal["euler", "pipeline"] = "euler",
+    ) -> Tensor:
+        """Clean latents (B, C, F, H, W) fp32, without any noise on the way: what evaluation and users see.
+
+        Starts from the noise that `rollout` starts from for the same seed. "euler" walks the training grid; "pipeline"
+        is the stock WanPipeline with the scheduler of its folder (UniPC for the published Wan 2.1).
+        """
+        if len(prompts) != len(seeds):
+            raise ValueError(f"sample needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
+        if scheduler not in ("euler", "pipeline"):
+            raise ValueError(f"scheduler must be 'euler' or 'pipeline', got {scheduler!r}")
+        cfg = self.cfg.sampler
+        steps = num_steps or cfg.num_steps
+        sigmas = sigma_grid(steps, shift=cfg.shift).tolist()
+        done = []
+        for start in range(0, len(prompts), self.cfg.rollout_batch):
+            part = list(prompts[start : start + self.cfg.rollout_batch])
+            noises = [initial_noise(seed, self.latent_shape) for seed in seeds[start : start + len(part)]]
+            x_BCFHW = torch.stack(noises).to(self.device)
+            if scheduler == "euler":
+                done.append(ode(lambda x, sigma, part=part: self._guided(x, sigma, part), x_BCFHW, sigmas))
+            else:
+                done.append(self._stock(x_BCFHW, part, steps))
+        return torch.cat(done)
+
+    def decode(self, clean_BCFHW: Tensor) -> Tensor:
+        """uint8 video (B, T, Y, X, 3) on the CPU, byte for byte what WanPipeline makes of these latents. No grad."""
+        return self.codec.decode(clean_BCFHW.to(self.device))
+
+    def encode(self, video_BTYXC: Tensor) -> Tensor:
+        """uint8 video -> normalised latents (B, C, F, H, W) fp32, the posterior mean. No grad."""
+        return self.codec.encode(video_BTYXC, device=self.device)
+
+    # ---- likelihood and error, with grad --------------------------------------------------------------------------
+
+    def transition(self, group: Group) -> Gaussian:
+        """Law of every member's `next` given the latent they share: mean (1, C, F, H, W), grad through the mean.
+
+        c' DiT sample-forwards however many members the group has; c' = c, or 1 when guidance_in_update is off.
+        """
+        cfg = self.cfg.sampler
+        scale = cfg.guidance_scale if self.cfg.guidance_in_update else 1.0
+        x_1CFHW = group.latent_CFHW.unsqueeze(0).to(self.device)
+        v_1CFHW = self.velocity(x_1CFHW, torch.tensor([group.sigma]), [group.prompt], guidance_scale=scale)
+        noise = {"noise_level": cfg.noise_level, "max_std": cfg.max_std}
+        return sde_transition(x_1CFHW, v_1CFHW, group.sigma, group.sigma_next, **noise)
+
+    def member_transition(self, group: Group, member: int) -> Gaussian:
+        """`transition` by a forward of its own for one member: what costs G forwards and gives the same gradient."""
+        if not 0 <= member < group.size:
+            raise IndexError(f"member must be in 0..{group.size - 1}, got {member}")
+        return self.transition(group)
+
+    def flow_error(self, clean_BCFHW: Tensor, noise_BCFHW: Tensor, sigma_B: Tensor, prompts: Sequence[str]) -> Tensor:
+        """|v_theta(x_sigma) - (eps - x_0)|^2, MEAN over latent elements -> (B,) fp32, with grad. Without guidance.
+
+        The term of Flow-DPO (2501.13918, equation 6), where it is a sum: with the mean, beta does not depend on size.
+        """
+        clean_BCFHW, noise_BCFHW = clean_BCFHW.to(self.device), noise_BCFHW.to(self.device)
+        x_BCFHW = interpolate(clean_BCFHW, noise_BCFHW, sigma_B)
+        v_BCFHW = self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=1.0)
+        return (v_BCFHW - velocity_target(clean_BCFHW, noise_BCFHW)).square().flatten(1).mean(dim=1)
+
+    def velocity(self, x_BCFHW: Tensor, sigma_B: Tensor, prompts: Sequence[str], *, guidance_scale: float) -> Tensor:
+        """v at (x, sigma) for one prompt per sample -> (B, C, F, H, W), fp32 (fp64 for an fp64 module).
+
+        Scale 1 is one forward of B samples; else the conditional and the unconditional branch go as one batch of 2 B.
+        The timestep is 1000 sigma as fp32, not an integer. Raises RuntimeError under `reference` with grad enabled.
+        """
+        if self._in_reference and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the reference runs under torch.no_grad() only: gradient checkpointing recomputes after `reference` "
+                "has closed, with the adapter on again"
+            )
+        texts = list(prompts)
+        if not len(x_BCFHW) == len(sigma_B) == len(texts):
+            raise ValueError(f"velocity got {len(x_BCFHW)} latents, {len(sigma_B)} sigmas, {len(texts)} prompts")
+        guided = guidance_scale != 1
+        if guided:
+            texts += [self.cfg.sampler.negative_prompt] * len(texts)
+            x_BCFHW, sigma_B = torch.cat([x_BCFHW, x_BCFHW]), torch.cat([sigma_B, sigma_B])
+        module, transformer = self._active()
+        module.eval()
+        dtype = transformer.patch_embedding.weight.dtype
+        out = module(
+            hidden_states=x_BCFHW.to(self.device, dtype),
+            timestep=1000 * sigma_B.to(self.device, torch.float32),  # rounded as diffusers' Euler scheduler rounds it
+            encoder_hidden_states=self.prompts.get(texts, device=self.device, dtype=dtype),
+            return_dict=False,
+        )[0]
+        v = widen(out)
+        return guide(*v.chunk(2), guidance_scale) if guided else v
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the generator is the base model: the adapter is off, or (without LoRA) a frozen copy runs.
+
+        Under torch.no_grad() only, see `velocity`. The copy is read from cfg.path at the first use, so it is the base
+        model whatever has been trained or resumed since, and costs nothing where no KL is asked for. May be nested.
+        """
+        if self._in_reference:
+            yield
+            return
+        self._in_reference = True
+        try:
+            if self.cfg.lora is not None:
+                with self.module.disable_adapter():
+                    yield
+            else:
+                if self._frozen is None:
+                    self._frozen = self._load_frozen()
+                yield
+        finally:
+            self._in_reference = False
+
+    # ---- prompts and weights --------------------------------------------------------------------------------------
+
+    def encode_prompts(self, prompts: Sequence[str]) -> None:
+        """Put these prompts' embeddings, and the negative prompt's, into the cache."""
+        self.prompts.encode([*prompts, self.cfg.sampler.negative_prompt])
+
+    def free_text_encoder(self) -> None:
+        """Drop the text encoder from memory. Prompts encoded before go on working, new ones raise RuntimeError."""
+        self.encode_prompts([])
+        self.prompts.free_text_encoder()
+
+    def save_adapter(self, folder: Path | str) -> Path:
+        """Write the adapter for stock `WanPipeline.load_lora_weights(folder)`. Returns the file. One rank calls it."""
+        self._require_lora("save_adapter")
+        return adapter.save(self.module, Path(folder))
+
+    def load_adapter(self, folder: Path | str) -> None:
+        """Read what `save_adapter` wrote, before an engine is built (`adapter.load`). ValueError if it does not fit."""
+        self._require_lora("load_adapter")
+        adapter.load(self.module, Path(folder))
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _guided(self, x_BCFHW: Tensor, sigma: float, prompts: Sequence[str]) -> Tensor:
+        sigma_B = torch.full((len(x_BCFHW),), sigma)
+        return self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=self.cfg.sampler.guidance_scale)
+
+    def _stock(self, x_BCFHW: Tensor, prompts: Sequence[str], num_steps: int) -> Tensor:
+        _, transformer = self._active()
+        self._pipeline.transformer = transformer
+        where = {"device": self.device, "dtype": transformer.patch_embedding.weight.dtype}
+        return self._pipeline(
+            prompt_embeds=self.prompts.get(prompts, **where),
+            negative_prompt_embeds=self.prompts.get([self.cfg.sampler.negative_prompt] * len(prompts), **where),
+            height=self.cfg.height,
+            width=self.cfg.width,
+            num_frames=self.cfg.num_frames,
+            num_inference_steps=num_steps,
+            guidance_scale=self.cfg.sampler.guidance_scale,
+            latents=x_BCFHW,
+            output_type="latent",
+        ).frames.float()
+
+    def _active(self) -> tuple[nn.Module, WanTransformer3DModel]:
+        """(what to call, the transformer inside it) of the policy, or of the reference."""
+        if self.cfg.lora is not None:
+            return self.module, self.module.get_base_model()
+        if self._in_reference:
+            return self._frozen, self._frozen
+        return self.module, self.module
+
+    def _load_frozen(self) -> WanTransformer3DModel:
+        dtype = getattr(torch, self.cfg.dtype)
+        model = WanTransformer3DModel.from_pretrained(self.cfg.path, subfolder="transformer", dtype=dtype)
+        return model.requires_grad_(requires_grad=False).eval().to(self.device)
+
+    def _require_lora(self, what: str) -> None:
+        if self.cfg.lora is None:
+            raise ValueError(
+                f"{what} needs GeneratorConfig.lora; without it use generator.module.save_pretrained(folder)"
+            )
+
+
+def _require_folder(path: str) -> None:
+    """Say plainly that a folder is missing: `from_pretrained` takes the path for a hub name and asks the network."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(f"GeneratorConfig.path {path} is no WanPipeline folder: it has no model_index.json")
+    elif path.startswith((".", "/", "~")) or path.count("/") != 1:  # a hub name is owner/name
+        raise FileNotFoundError(f"GeneratorConfig.path {path} does not exist")

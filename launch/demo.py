@@ -1,0 +1,217 @@
+"""`make demo`: the whole way on a CPU, from preference data to a tuned generator and a report.
+
+Every step is the ordinary entry point a user would call, in a process of its own, and its command is printed; a step
+that has finished is not repeated when the demo is started again. Results: ``report.html`` and ``summary.json`` in the
+run folder. At most 12 minutes on two idle cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = Path("configs/shapes")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo. ``launcher`` runs it on two ranks under deepspeed; ``done`` is the file it leaves."""
+
+    title: str
+    script: str
+    arguments: list[str]
+    done: Path
+    launcher: bool = True
+
+
+def plan(run: Path, seed: int) -> list[Step]:
+    """The demo, in order."""
+    data, judge, grpo = run / "data", run / "descore", run / "grpo"
+    evaluated = ["generator", "--config", str(CONFIGS / "evaluate.yaml"), f"seed={seed}"]
+    evaluated += [f"rewards.descore.checkpoint={judge / 'final'}"]
+    return [
+        Step(
+            "preference data: two videos a prompt, labelled by the oracle as people would, reasoned about by Qwen3-VL",
+            "make_shapes.py",
+            ["--out", str(data), "--seed", str(seed)],
+            data / "done.json",
+            launcher=False,
+        ),
+        Step(
+            "DeScore, stage 1: cold start",
+            "cold_start.py",
+            [
+                "--config",
+                str(CONFIGS / "cold_start.yaml"),
+                f"run_dir={judge}",
+                f"seed={seed}",
+                f"data.train={data / 'train.csv'}",
+                f"data.heldout={data / 'heldout.csv'}",
+            ],
+            judge / "final" / "descore.json",
+        ),
+        Step(
+            "DeScore on pairs it has never seen",
+            "evaluate.py",
+            [
+                "rm",
+                "--config",
+                str(CONFIGS / "evaluate_rm.yaml"),
+                f"checkpoint={judge / 'final'}",
+                f"pairs={data / 'heldout.csv'}",
+                f"out={run / 'eval_rm'}",
+            ],
+            run / "eval_rm" / "summary.json",
+        ),
+        Step(
+            "Longcat-GRPO: Wan learns from DeScore alone; the oracle watches with weight 0",
+            "grpo.py",
+            [
+                "--config",
+                str(CONFIGS / "grpo.yaml"),
+                f"run_dir={grpo}",
+                f"seed={seed}",
+                f"rewards.descore.checkpoint={judge / 'final'}",
+            ],
+            grpo / "final" / "pytorch_lora_weights.safetensors",
+        ),
+        Step(
+            "the base generator on held-out prompts",
+            "evaluate.py",
+            [*evaluated, f"out={run / 'eval_base'}"],
+            run / "eval_base" / "summary.json",
+        ),
+        Step(
+            "the tuned generator on the same prompts and seeds",
+            "evaluate.py",
+            [*evaluated, f"adapter={grpo / 'final'}", f"out={run / 'eval_tuned'}"],
+            run / "eval_tuned" / "summary.json",
+        ),
+    ]
+
+
+def command(step: Step, ranks: int) -> list[str]:
+    """What is run, as a user would type it."""
+    script = f"launch/{step.script}"
+    if step.launcher and ranks > 1:
+        launcher = str(Path(sys.executable).with_name("deepspeed"))
+        return [launcher, "--num_accelerators", str(ranks), script, *step.arguments]
+    return [sys.executable, script, *step.arguments]
+
+
+class PeakMemory:
+    """Highest SUM of resident bytes over a process and its descendants, sampled twice a second."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+
+    def watch(self, pid: int, finished: Callable[[], bool]) -> None:
+        import psutil
+
+        while not finished():
+            total = 0
+            try:
+                root = psutil.Process(pid)
+                family = [root, *root.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                return
+            for process in family:
+                try:
+                    total += process.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue  # it ended between the two calls
+            self.peak = max(self.peak, total)
+            time.sleep(0.5)
+
+
+def run_step(step: Step, ranks: int, memory: PeakMemory) -> None:
+    """Run to the end with its output on this terminal; exit with its code if it fails."""
+    words = command(step, ranks)
+    shown = ["deepspeed" if w.endswith("/deepspeed") else "python" if w == sys.executable else w for w in words]
+    print(f"$ {shlex.join(shown)}", flush=True)
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    process = subprocess.Popen(words, cwd=ROOT, env=environment)
+    watcher = threading.Thread(target=memory.watch, args=(process.pid, lambda: process.poll() is not None), daemon=True)
+    watcher.start()
+    code = process.wait()
+    watcher.join()
+    if code != 0:
+        sys.exit(f"demo: '{step.title}' failed with exit code {code}; fix it and start the demo again, it goes on here")
+    if not (ROOT / step.done).exists():
+        sys.exit(f"demo: '{step.title}' ended without writing {step.done}")
+
+
+def summarise(run: Path, seconds: dict[str, float], peak_bytes: int) -> dict[str, object]:
+    """The demo's claims, read from the files its steps wrote."""
+
+    def read(name: str) -> dict[str, dict[str, object]]:
+        return json.loads((ROOT / run / name / "summary.json").read_text(encoding="utf-8"))
+
+    rm, base, tuned = read("eval_rm"), read("eval_base"), read("eval_tuned")
+    parts = sorted(key for key in base if key.startswith("shapes."))
+    return {
+        "rm": {"heldout_accuracy": rm["without_ties"]},
+        "oracle": {"base": base["shapes"], "tuned": tuned["shapes"]},
+        "descore": {"base": base["descore"], "tuned": tuned["descore"]},
+        "sub_dimensions": {key.partition(".")[2]: {"base": base[key], "tuned": tuned[key]} for key in parts},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "peak_memory_gb": round(peak_bytes / 2**30, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1), help="processes a training step uses")
+    args = parser.parse_args()
+
+    folder = ROOT / args.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    timings = folder / "seconds.json"
+    seconds: dict[str, float] = json.loads(timings.read_text(encoding="utf-8")) if timings.exists() else {}
+    memory = PeakMemory()
+    memory.peak = int(seconds.pop("peak_bytes", 0))
+    steps = plan(args.run_dir, args.seed)
+    for number, step in enumerate(steps, start=1):
+        print(f"\n== {number}/{len(steps)}  {step.title}", flush=True)
+        if (ROOT / step.done).exists():
+            print(f"   done before ({step.done})", flush=True)
+            continue
+        began = time.time()
+        run_step(step, args.ranks, memory)
+        seconds[f"{number} {step.script}"] = time.time() - began
+        timings.write_text(json.dumps({**seconds, "peak_bytes": memory.peak}) + "\n", encoding="utf-8")
+        print(f"   {seconds[f'{number} {step.script}']:.0f} s", flush=True)
+
+    summary = summarise(args.run_dir, seconds, memory.peak)
+    summary["seconds"]["all"] = round(sum(seconds.values()), 1)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    run_report(args.run_dir)
+    for name, value in {**summary["rm"], **{f"oracle.{k}": v for k, v in summary["oracle"].items()}}.items():
+        low, high = value["ci95"]
+        print(f"{name:>18}  {value['mean']:.3f}  95 % [{low:.3f}, {high:.3f}]  n = {value['n']}")
+    print(f"{'all steps':>18}  {sum(seconds.values()) / 60:.1f} minutes, peak memory {summary['peak_memory_gb']} GB")
+    print(f"look at {args.run_dir / 'report.html'}")
+
+
+def run_report(run: Path) -> None:
+    """One HTML file about everything in the run folder."""
+    subprocess.run(
+        [sys.executable, "launch/report.py", str(run), "--out", str(run / "report.html")], cwd=ROOT, check=True
+    )
+
+
+if __name__ == "__main__":
+    main()

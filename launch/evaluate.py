@@ -1,0 +1,348 @@
+"""Measure a generator, or a reward model, on held-out data, with 95 % intervals.
+
+    python launch/evaluate.py generator --config configs/wan/evaluate.yaml adapter=runs/grpo/final out=runs/eval
+    deepspeed --num_accelerators 2 launch/evaluate.py rm --config configs/wan/evaluate_rm.yaml out=runs/eval_rm
+
+Each writes config.yaml, results.jsonl (a row for every video or pair) and summary.json, {name: {mean, ci95, n, ...}}.
+Ranks share the rows. A killed evaluation goes on where it was; another configuration in the same folder is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from alignment.config import RewardConfig
+from alignment.rewards import factory_of
+from common.config import dump, parse_command_line
+from generator.config import GeneratorConfig
+
+if TYPE_CHECKING:
+    from launch.rows import Row, RowTable
+    from rm.data import Pair
+
+NOT_IN_A_ROW = ("out", "batch", "limit", "resamples")  # settings that change no row
+
+
+@dataclass(frozen=True)
+class GeneratorEvaluation:
+    """Sample by the plain ODE and let every reward judge. Prompt i is sampled from derive_seed(seed, "evaluate", i).
+
+    adapter      folder of a trained adapter, null for the generator as it is; same seeds, so videos compare in pairs
+    rewards      as in a training run; weights are ignored
+    limit        use only the first prompts of the file
+    batch        videos sampled, decoded and judged at once on each rank
+    keep_videos  how many are written to videos/, the first ones
+    resamples    of the bootstrap
+    """
+
+    out: str
+    prompts: str
+    generator: GeneratorConfig
+    rewards: dict[str, RewardConfig]
+    adapter: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    batch: int = 8
+    scheduler: Literal["euler", "pipeline"] = "euler"
+    keep_videos: int = 16
+    crf: int = 12
+    resamples: int = 10_000
+
+    def __post_init__(self) -> None:
+        problems = _positive(self, "batch", "limit", "resamples")
+        if self.keep_videos < 0:
+            problems.append(f"keep_videos must be at least 0, got {self.keep_videos}")
+        if not 0 <= self.crf <= 51:
+            problems.append(f"crf must be in 0..51, got {self.crf}")
+        if not self.rewards:
+            problems.append("rewards must name at least one reward, got none")
+        _check("GeneratorEvaluation", problems)
+        for name, reward in self.rewards.items():
+            factory_of(name, reward)
+
+
+@dataclass(frozen=True)
+class RewardEvaluation:
+    """Let a DeScore judge both videos of every pair, thinking first, and compare with what people preferred.
+
+    pairs      the official CSV, or a folder that holds one; its own chains of thought are not read
+    options    keyword arguments of `rm.scorer.DeScoreScorer.load`
+    limit      use only the first pairs
+    batch      pairs judged at once on each rank
+    resamples  of the bootstrap over pairs
+    """
+
+    out: str
+    checkpoint: str
+    pairs: str
+    options: dict[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+    seed: int = 0
+    batch: int = 4
+    resamples: int = 2_000
+
+    def __post_init__(self) -> None:
+        _check("RewardEvaluation", _positive(self, "batch", "limit", "resamples"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    kinds = {"generator": (GeneratorEvaluation, evaluate_generator), "rm": (RewardEvaluation, evaluate_rm)}
+    words = list(sys.argv[1:] if argv is None else argv)
+    # a launcher puts --local_rank=N in front of what the user typed
+    options = [False, *(word in ("--config", "--resume") for word in words)]
+    place = next((i for i, word in enumerate(words) if word in kinds and not options[i]), None)
+    if place is None:
+        asked_for_help = bool({"-h", "--help"}.intersection(words))
+        print(__doc__, file=sys.stdout if asked_for_help else sys.stderr)
+        sys.exit(0 if asked_for_help else 2)
+    schema, evaluate = kinds[words.pop(place)]
+    command = parse_command_line(schema, words, description=schema.__doc__.splitlines()[0])
+    evaluate(command.cfg, resume=command.resume)
+
+
+# ------------------------------------------------------------------ generator
+
+
+def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> None:
+    """The rows of this rank, then the summary on rank 0."""
+    from launch.rows import all_ranks, refuse
+
+    if cfg.adapter is not None and not Path(cfg.adapter).is_dir():
+        refuse(f"adapter: there is no folder {cfg.adapter}")
+    with all_ranks():
+        from alignment.data import read_prompts
+        from common.distributed import derive_seed
+
+        try:
+            prompts = read_prompts(cfg.prompts)[: cfg.limit]
+            inputs = [cfg.prompts, cfg.generator.path, cfg.adapter, *(r.checkpoint for r in cfg.rewards.values())]
+            table = open_table(cfg, inputs, resume)
+        except ValueError as error:
+            refuse(str(error))
+        own = [
+            {"index": i, "prompt": prompts[i], "seed": derive_seed(cfg.seed, "evaluate", i)}
+            for i in begin(cfg, table, len(prompts))
+        ]
+        if own:
+            judge_samples(cfg, own, table)
+        rows = table.finish([(i,) for i in range(len(prompts))])
+        conclude(cfg.out, summarise(rows, seed=cfg.seed, resamples=cfg.resamples))
+
+
+def judge_samples(cfg: GeneratorEvaluation, own: list[Row], table: RowTable) -> None:
+    """Sample, judge and write down this rank's rows, batch by batch."""
+    from common.log import progress, say
+    from launch.compose import build_generator, build_rewards, quiet
+    from launch.rows import batches, score_fields
+
+    quiet()
+    from common.video_io import write_mp4
+
+    say(f"loading the generator {cfg.generator.path} and the rewards {', '.join(cfg.rewards)}")
+    generator = build_generator(cfg.generator)
+    if cfg.adapter is not None:
+        generator.load_adapter(cfg.adapter)
+    rewards = build_rewards(cfg.rewards)
+    folder, fps = Path(cfg.out) / "videos", cfg.generator.fps
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in progress(batches(own, cfg.batch), -(-len(own) // cfg.batch), "evaluate"):
+        prompts = [row["prompt"] for row in part]
+        clean = generator.sample(prompts, seeds=[row["seed"] for row in part], scheduler=cfg.scheduler)
+        video_BTYXC = generator.decode(clean)
+        scores = {name: reward.score(video_BTYXC, prompts, fps=fps) for name, reward in rewards.items()}
+        for b, row in enumerate(part):
+            row |= score_fields(scores, b) | {"video": None}
+            if row["index"] < cfg.keep_videos:
+                row["video"] = f"videos/{row['index']:04d}.mp4"
+                write_mp4(Path(cfg.out) / row["video"], video_BTYXC[b], fps, crf=cfg.crf)
+        table.add(part)
+
+
+def summarise(rows: Sequence[Row], *, seed: int, resamples: int) -> dict[str, Any]:
+    """{reward: interval, "reward.part": interval}: MEAN and bootstrap over prompts, unjudged ones counted."""
+    from common.bootstrap import mean_ci95
+
+    columns = {name: [row["rewards"].get(name) for row in rows] for name in _names(row["rewards"] for row in rows)}
+    for name in _names(row["parts"] for row in rows):
+        found = [row["parts"].get(name, {}) for row in rows]
+        columns |= {f"{name}.{part}": [parts.get(part) for parts in found] for part in _names(found)}
+    return {name: mean_ci95(values, seed=seed, resamples=resamples).as_dict() for name, values in columns.items()}
+
+
+def _names(dicts: Iterable[dict[str, Any]]) -> list[str]:
+    """All keys, in order of first appearance."""
+    return list(dict.fromkeys(name for one in dicts for name in one))
+
+
+# ------------------------------------------------------------------ reward model
+
+
+def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
+    """The pairs of this rank, then the summary on rank 0."""
+    from launch.rows import all_ranks, refuse
+
+    if not Path(cfg.checkpoint).is_dir():
+        refuse(f"checkpoint: there is no folder {cfg.checkpoint}")
+    with all_ranks():
+        from common.log import say
+        from rm.data import read_pairs
+
+        try:
+            found = read_pairs(cfg.pairs, require_cot=False)
+            table = open_table(cfg, [str(found.path), cfg.checkpoint], resume)
+        except ValueError as error:
+            refuse(str(error))
+        say(found.report())
+        pairs = found.pairs[: cfg.limit]
+        own = begin(cfg, table, len(pairs))
+        if own:
+            judge_pairs(cfg, pairs, own, table)
+        rows = table.finish([(i,) for i in range(len(pairs))])
+        conclude(cfg.out, summarise_pairs(rows, seed=cfg.seed, resamples=cfg.resamples))
+
+
+def judge_pairs(cfg: RewardEvaluation, pairs: Sequence[Pair], own: list[int], table: RowTable) -> None:
+    """Judge and write down this rank's pairs; A and B of a pair are in one batch. A broken video costs its pair."""
+    from common.log import progress, say
+    from launch.compose import quiet
+    from launch.rows import attempt, batches, score_fields
+
+    quiet()
+    from rm.scorer import DeScoreScorer
+
+    say(f"loading DeScore from {cfg.checkpoint}")
+    scorer = DeScoreScorer.load(cfg.checkpoint, **cfg.options)
+
+    def judge(part: Sequence[int]) -> list[Row]:
+        files = [file for index in part for file in (pairs[index].video_A, pairs[index].video_B)]
+        score = scorer.score(files, [pairs[index].prompt for index in part for _ in "AB"])
+        sides = [score_fields({"descore": score}, b) for b in range(len(files))]
+        return [
+            {
+                f"{what}_{side}": sides[2 * i + s][fields].get("descore")
+                for s, side in enumerate("AB")
+                for what, fields in (("reward", "rewards"), ("parts", "parts"), ("cot", "texts"))
+            }
+            for i in range(len(part))
+        ]
+
+    for part in progress(batches(own, cfg.batch), -(-len(own) // cfg.batch), "evaluate"):
+        table.add(
+            [
+                {
+                    "index": index,
+                    "prompt": pairs[index].prompt,
+                    "label": pairs[index].label,
+                    # relative to results.jsonl: a run folder may be moved together with its data
+                    "video_A": os.path.relpath(pairs[index].video_A, cfg.out),
+                    "video_B": os.path.relpath(pairs[index].video_B, cfg.out),
+                    **found,
+                }
+                for index, found in zip(part, attempt(judge, part), strict=True)
+            ]
+        )
+
+
+def summarise_pairs(rows: Sequence[Row], *, seed: int, resamples: int) -> dict[str, Any]:
+    """Preference accuracy as `rm.metrics.preference_accuracy` defines it, with bootstrap over pairs.
+
+    without_ties  n is the number of pairs that people decided; in each resample the same statistic of the drawn pairs
+    with_ties     the threshold is calibrated anew in each resample, as it is on the data
+    A pair with an unjudged video is wrong in both, and counted in ``unjudged``.
+    """
+    import torch
+
+    from common.bootstrap import statistic_ci95
+    from rm.metrics import preference_accuracy
+
+    def reward(row: Row, side: str) -> float:
+        value = row.get(f"reward_{side}")
+        return float("nan") if value is None else value
+
+    margin_N = torch.tensor([reward(row, "A") - reward(row, "B") for row in rows], dtype=torch.float64)
+    label_N = torch.tensor([row["label"] for row in rows])
+    decided_N = label_N != 0
+
+    def interval(field: str, margin_M: torch.Tensor, label_M: torch.Tensor) -> dict[str, Any]:
+        def statistic(index: Any) -> float:
+            chosen = torch.from_numpy(index)
+            return getattr(preference_accuracy(margin_M[chosen], label_M[chosen]), field)
+
+        return statistic_ci95(statistic, len(margin_M), seed=seed, resamples=resamples).as_dict()
+
+    return {
+        "without_ties": interval("without_ties", margin_N[decided_N], label_N[decided_N]),
+        "with_ties": interval("with_ties", margin_N, label_N),
+        "threshold": preference_accuracy(margin_N, label_N).threshold,
+        "pairs": len(rows),
+        "ties": int((~decided_N).sum()),
+        "unjudged": int(margin_N.isnan().sum()),
+    }
+
+
+# ------------------------------------------------------------------ both
+
+
+def open_table(cfg: Any, inputs: Iterable[str | None], resume: str) -> RowTable:
+    """The results of this configuration on these files. Raises ValueError where there are results of another."""
+    from common.run_record import plain
+    from launch.rows import RowTable, fingerprint
+
+    settings = {name: value for name, value in plain(cfg).items() if name not in NOT_IN_A_ROW}
+    files = {file: fingerprint(file) for file in inputs if file}
+    return RowTable(Path(cfg.out) / "results.jsonl", identity={**settings, "files": files}, resume=resume)
+
+
+def begin(cfg: Any, table: RowTable, count: int) -> list[int]:
+    """Say how much there is to do; the indices that are left to this rank."""
+    from common.distributed import is_main
+    from common.log import say
+
+    keys = [(index,) for index in range(count)]
+    left = sum(key not in table.done for key in keys)
+    if is_main():
+        dump(cfg, cfg.out)
+        if left:
+            (Path(cfg.out) / "summary.json").unlink(missing_ok=True)
+    say(f"{left} of {count} to do" + (f", {count - left} are in {table.path}" if left < count else ""))
+    return [index for (index,) in table.share(keys)]
+
+
+def conclude(out: str, summary: dict[str, Any]) -> None:
+    """Write summary.json and show it."""
+    from common.distributed import is_main
+    from common.log import say
+    from launch.rows import write_json
+
+    if not is_main():
+        return
+    write_json(Path(out) / "summary.json", summary)
+    for name, value in summary.items():
+        if isinstance(value, dict) and value["mean"] is not None:
+            low, high = value["ci95"]
+            missing = f", {value['missing']} unjudged" if value["missing"] else ""
+            say(f"{name:>24}  {value['mean']:8.4f}  95 % [{low:.4f}, {high:.4f}]  n = {value['n']}{missing}")
+        else:
+            say(f"{name:>24}  {'not judged' if isinstance(value, dict) else value}")
+    say(f"results are in {out}")
+
+
+def _positive(cfg: Any, *names: str) -> list[str]:
+    values = {name: getattr(cfg, name) for name in names}
+    return [
+        f"{name} must be at least 1, got {value}" for name, value in values.items() if value is not None and value < 1
+    ]
+
+
+def _check(owner: str, problems: list[str]) -> None:
+    if problems:
+        raise ValueError("; ".join(f"{owner}.{problem}" for problem in problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Write preference data of the embedded world: mp4 files and the CSV columns that users have.
+
+`python launch/make_shapes.py --out runs/data` writes ``train.csv`` and ``heldout.csv`` (disjoint combinations of
+attributes) with ``videos/``. The two videos of a pair come from the renderer, some attributes changed, or from the
+tiny Wan, as it is or spoilt, the videos a reward model will meet. The oracle labels them as people would; the base
+Qwen3-VL writes the chains of thought. A pure function of the seed, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.shapes import Attributes
+    from generator.wan import WanGenerator
+    from rm.model import DeScore
+
+COLUMNS = ("videos", "problem", "durations", "prompt", "CoT_A", "CoT_B", "GSB", "oracle_A", "oracle_B", "sources")
+SOURCES = ("render", "render", "wan", "wan", "wan", "wan", "wan", "spoilt")
+CHUNK = 16  # pairs per task of a worker
+
+
+@dataclass(frozen=True)
+class Draws:
+    """uint8 videos (B, T, Y, X, 3) and where each came from."""
+
+    video_BTYXC: Tensor
+    sources: list[str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """``count`` consecutive pairs of one split."""
+
+    out: Path
+    split: str
+    start: int
+    count: int
+    seed: int
+    config: Path
+    judge: Path
+
+
+def changed(attributes: Attributes, rng: random.Random) -> Attributes:
+    """The same with each attribute redrawn with a probability that itself varies from video to video."""
+    from common.shapes import VALUES, random_attributes
+
+    share = rng.choice((0.0, 0.15, 0.3, 0.5))
+    other = random_attributes(rng)
+    return type(attributes)(**{k: getattr(other if rng.random() < share else attributes, k) for k in VALUES})
+
+
+@lru_cache(maxsize=1)
+def generator_of(config: Path) -> WanGenerator:
+    """The generator that a `launch/sample.py` config names; loaded once in each worker."""
+    from common.config import load
+    from launch.compose import build_generator
+    from launch.runs import SampleRun
+
+    return build_generator(load(SampleRun, config, ["out=unused", "prompts=unused"]).generator)
+
+
+@lru_cache(maxsize=1)
+def judge_of(path: Path) -> DeScore:
+    """The base Qwen3-VL with its template; loaded once in each worker."""
+    from rm.model import DeScore
+
+    return DeScore.from_base(path).eval()
+
+
+def draw(job: Job, wishes: list[Attributes], prompts: list[str], sides: list[random.Random]) -> Draws:
+    """One video per side."""
+    import torch
+
+    from common.shapes import random_scene, render
+
+    sources = [rng.choice(SOURCES) for rng in sides]
+    videos = render([random_scene(changed(wish, rng), rng) for wish, rng in zip(wishes, sides, strict=True)])
+    sampled = [i for i, source in enumerate(sources) if source != "render"]
+    if sampled:
+        generator = generator_of(job.config)
+        clean = generator.sample([prompts[i] for i in sampled], seeds=[sides[i].getrandbits(62) for i in sampled])
+        for row, i in enumerate(sampled):
+            if sources[i] == "spoilt":
+                clean[row] = spoilt(clean[row], sides[i])
+        videos[torch.tensor(sampled)] = generator.decode(clean)
+    return Draws(videos, sources)
+
+
+def spoilt(clean_CFHW: Tensor, rng: random.Random) -> Tensor:
+    """Latents off the generator's path, scaled and noisy: where an optimizer goes that nobody told they are bad."""
+    import torch
+
+    draw = torch.Generator().manual_seed(rng.getrandbits(62))
+    noise = torch.randn(clean_CFHW.shape, generator=draw)
+    return rng.uniform(0.4, 1.8) * clean_CFHW + rng.uniform(0.0, 1.2) * noise
+
+
+def think(judge: Path, prompts: list[str], paths: list[Path]) -> list[str]:
+    """Chains of thought of the base Qwen3-VL about the files, greedy."""
+    from rm.config import Generation
+    from rm.generate import generate
+    from rm.video import prepare
+
+    model = judge_of(judge)
+    prepared = [prepare(path, model.settings) for path in paths]
+    encoded = [model.encode(prompt, video) for prompt, video in zip(prompts, prepared, strict=True)]
+    chains = generate(
+        model, model.batch(encoded, prepared, query=False), Generation(max_new_tokens=96, repetition_penalty=1.0)
+    )
+    return [model.tokenizer.decode(chains.ids(row)) for row in range(len(paths))]
+
+
+def make(job: Job) -> list[dict[str, object]]:
+    """The CSV rows of a job; its mp4 files are on disk afterwards."""
+    import torch
+
+    from common.distributed import derive_seed
+    from common.shapes import FPS, FRAMES, caption, measure, split_attributes
+    from common.video_io import write_mp4
+
+    torch.set_num_threads(1)
+    train, heldout = split_attributes()
+    combinations = train if job.split == "train" else heldout
+    rows = range(job.start, job.start + job.count)
+    rngs = [random.Random(derive_seed(job.seed, job.split, row)) for row in rows]
+    wishes = [rng.choice(combinations) for rng in rngs]
+    prompts = [caption(wish, wording=rng.randrange(4)) for wish, rng in zip(wishes, rngs, strict=True)]
+    sides = [random.Random(derive_seed(job.seed, job.split, row, side)) for row in rows for side in "AB"]
+    both = [prompt for prompt in prompts for _ in "AB"]
+    drawn = draw(job, [wish for wish in wishes for _ in "AB"], both, sides)
+    names = [f"videos/{job.split}_{row:05d}_{side}.mp4" for row in rows for side in "AB"]
+    for name, video in zip(names, drawn.video_BTYXC, strict=True):
+        write_mp4(job.out / name, video, FPS)
+    totals = [measure(video, prompt).total for video, prompt in zip(drawn.video_BTYXC, both, strict=True)]
+    thoughts = think(job.judge, both, [job.out / name for name in names])
+
+    table = []
+    for i, prompt in enumerate(prompts):
+        a, b = 2 * i, 2 * i + 1
+        label = "A" if totals[a] > totals[b] else "B" if totals[a] < totals[b] else "same"
+        table.append(
+            {
+                "videos": repr([names[a], names[b]]),
+                "problem": f"<video>\nHow well does the video show: {prompt}?",
+                "durations": repr([FRAMES / FPS] * 2),
+                "prompt": prompt,
+                "CoT_A": thoughts[a],
+                "CoT_B": thoughts[b],
+                "GSB": label,
+                "oracle_A": totals[a],
+                "oracle_B": totals[b],
+                "sources": f"{drawn.sources[a]} {drawn.sources[b]}",
+            }
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train", type=int, default=1200, help="pairs to train on")
+    parser.add_argument("--heldout", type=int, default=700, help="pairs with attribute combinations not trained on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--config", type=Path, default=Path("configs/shapes/sample.yaml"), help="of the generator")
+    parser.add_argument("--judge", type=Path, default=Path("assets/shapes/qwen"))
+    args = parser.parse_args()
+
+    from tqdm import tqdm
+
+    (args.out / "videos").mkdir(parents=True, exist_ok=True)
+    jobs = [
+        Job(args.out, split, start, min(CHUNK, count - start), args.seed, args.config, args.judge)
+        for split, count in (("train", args.train), ("heldout", args.heldout))
+        for start in range(0, count, CHUNK)
+    ]
+    tables: dict[tuple[str, int], list[dict[str, object]]] = {}
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(make, job): job for job in jobs}
+        with tqdm(total=sum(job.count for job in jobs), desc="pairs", unit="pair") as bar:
+            for done in as_completed(running):
+                job = running[done]
+                tables[job.split, job.start] = done.result()
+                bar.update(job.count)
+
+    counts: dict[str, dict[str, int]] = {}
+    for split in ("train", "heldout"):
+        rows = [row for key in sorted(tables) if key[0] == split for row in tables[key]]
+        with open(args.out / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        counts[split] = {label: sum(row["GSB"] == label for row in rows) for label in ("A", "B", "same")}
+    (args.out / "done.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What a run is: the schemas behind the yaml files in configs/. No torch, so a typo is an error within two seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from alignment.config import GrpoConfig, RewardConfig
+from alignment.rewards import factory_of
+from common.config import WandbConfig
+from generator.config import GeneratorConfig
+from rm.config import ColdStartConfig, Generation, LearningRates, VideoSettings
+from rm.config import LoraConfig as JudgeLora
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up, then a constant rate. Defaults: LongCat-Video's open reproduction (GenRL).
+
+    max_grad_norm  gradients are scaled down to this norm; 0 leaves them alone
+    warmup_steps   optimizer step i (from 1) uses lr * min(1, i / warmup_steps)
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [f"{n} must be at least 0, got {getattr(self, n)}" for n in _AT_LEAST_0 if getattr(self, n) < 0]
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            problems.append(f"betas must lie in [0, 1), got {list(self.betas)}")
+        _check("OptimizerConfig", problems)
+
+
+_AT_LEAST_0 = ("lr", "eps", "weight_decay", "max_grad_norm", "warmup_steps")
+
+
+@dataclass(frozen=True)
+class GrpoRun:
+    """Longcat-GRPO. Where a run goes on is a matter of ``--resume``, not of this.
+
+    prompts           a .txt file, one prompt a line, or a .jsonl file with {"prompt": ...} lines
+    prompts_per_step  groups of one optimizer step, over ALL ranks; the number of ranks must divide it
+    rewards           name -> reward; weight 0 is a judge that is watched and never trained on
+    zero_stage        DeepSpeed ZeRO: 0 none, 1 splits optimizer state over ranks, 2 gradients too
+    deepspeed         keys of DeepSpeed's own JSON, over what `launch.compose.ds_config` computes
+    save_every, keep  steps between checkpoints, and how many stay; the last step is always saved
+    video_every      steps between sample videos, 0 for none; they are that step's own rollouts
+    video_groups     how many of rank 0's groups are written then
+    """
+
+    run_dir: str
+    prompts: str
+    generator: GeneratorConfig
+    rewards: dict[str, RewardConfig]
+    steps: int = 500
+    prompts_per_step: int = 64
+    seed: int = 0
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    zero_stage: int = 1
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    save_every: int = 50
+    keep: int = 2
+    video_every: int = 10
+    video_groups: int = 2
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "prompts_per_step", "save_every", "keep", "video_groups")
+        problems = [f"{n} must be at least 1, got {getattr(self, n)}" for n in positive if getattr(self, n) < 1]
+        if self.video_every < 0:
+            problems.append(f"video_every must be at least 0, got {self.video_every}")
+        if self.zero_stage not in (0, 1, 2):
+            problems.append(f"zero_stage must be 0, 1 or 2, got {self.zero_stage}")
+        if self.generator.sampler.noise_level == 0:
+            problems.append(
+                "generator.sampler.noise_level must be positive: without noise the members are all one, got 0"
+            )
+        if not self.rewards:
+            problems.append("rewards must name at least one reward, got none")
+        elif all(reward.weight == 0 for reward in self.rewards.values()):
+            problems.append("rewards need one weight that is not 0, else nothing is learned")
+        _check("GrpoRun", problems)
+        _check_rewards(self.rewards)
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """CSV files (or folders that hold one) with the official columns; heldout null measures nothing on the way."""
+
+    train: str
+    heldout: str | None = None
+
+
+@dataclass(frozen=True)
+class ColdStartRun:
+    """DeScore's first stage on a Qwen3-VL.
+
+    base            folder or hub name of a Qwen3VLForConditionalGeneration with its tokenizer
+    video, template  how the judge reads; null takes video.json and prompt.json of the base's folder, else the defaults
+    lr, lora        what is trained and how fast; ``optimizer.lr`` is not used
+    optimizer       AdamW's other settings
+    heldout_pairs   how many held-out pairs are measured every ``eval_every`` steps (0 for never) and at the end
+    """
+
+    run_dir: str
+    base: str
+    data: PairFiles
+    cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
+    lr: LearningRates = field(default_factory=LearningRates)
+    lora: JudgeLora | None = field(default_factory=JudgeLora)
+    video: VideoSettings | None = None
+    template: str | None = None
+    generation: Generation = field(default_factory=Generation)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    gradient_checkpointing: bool = True
+    zero_stage: int = 1
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    eval_every: int = 0
+    heldout_pairs: int = 256
+    save_every: int = 100
+    keep: int = 2
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        positive = ("heldout_pairs", "save_every", "keep")
+        problems = [f"{n} must be at least 1, got {getattr(self, n)}" for n in positive if getattr(self, n) < 1]
+        if self.eval_every < 0:
+            problems.append(f"eval_every must be at least 0, got {self.eval_every}")
+        if self.zero_stage not in (0, 1, 2):
+            problems.append(f"zero_stage must be 0, 1 or 2, got {self.zero_stage}")
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            problems.append("zero_stage must be 1 or 2 with dtype bfloat16, got 0")
+        _check("ColdStartRun", problems)
+
+
+@dataclass(frozen=True)
+class SampleRun:
+    """Videos of a generator, at seeds that depend on the prompt's place in the file only.
+
+    adapter          folder of a trained adapter, null for the generator as it is
+    seeds            videos per prompt; video k of prompt i has seed derive_seed(seed, "sample", i, k)
+    limit            use only the first prompts of the file
+    batch            videos sampled and decoded before any is written
+    scheduler        "euler" walks the grid of training, "pipeline" is the stock WanPipeline with its own scheduler
+    crf              quality of the mp4 files, see `common.video_io.write_mp4`
+    """
+
+    out: str
+    prompts: str
+    generator: GeneratorConfig
+    adapter: str | None = None
+    seed: int = 0
+    seeds: int = 1
+    limit: int | None = None
+    batch: int = 8
+    scheduler: Literal["euler", "pipeline"] = "euler"
+    crf: int = 12
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{n} must be at least 1, got {getattr(self, n)}" for n in ("seeds", "batch") if getattr(self, n) < 1
+        ]
+        if self.limit is not None and self.limit < 1:
+            problems.append(f"limit must be at least 1 or null, got {self.limit}")
+        if not 0 <= self.crf <= 51:
+            problems.append(f"crf must be in 0..51, got {self.crf}")
+        _check("SampleRun", problems)
+
+
+def _check_rewards(rewards: dict[str, RewardConfig]) -> None:
+    for name, reward in rewards.items():
+        factory_of(name, reward)
+
+
+def _check(owner: str, problems: list[str]) -> None:
+    if problems:
+        raise ValueError("; ".join(f"{owner}.{problem}" for problem in problems))

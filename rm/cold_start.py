@@ -1,0 +1,169 @@
+"""DeScore, stage 1: the discriminative cold start with random masking of the chain of thought (2605.05922, Eq. 3).
+
+(video A, video B, prompt, CoT A, CoT B, label) -> both CoTs dropped with probability p -> one causal forward of both
+sequences -> reward at `<Reward>` -> Bradley-Terry.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.distributed import derive_seed, gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
+from rm.losses import bradley_terry
+from rm.metrics import preference_accuracy
+from rm.video import prepare
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.types import Engine
+    from rm.config import ColdStartConfig
+    from rm.data import Draw, Pair, PairSchedule
+    from rm.model import DeScore
+    from rm.prompt import Encoded
+    from rm.video import PreparedVideo
+
+
+def backwards_per_step(cfg: ColdStartConfig, ranks: int) -> int:
+    """The engine's gradient accumulation. ValueError when ranks and micro-batches do not divide a step evenly."""
+    if cfg.pairs_per_step % (ranks * cfg.micro_batch):
+        raise ValueError(
+            f"cold_start.pairs_per_step={cfg.pairs_per_step} must be a multiple of ranks x micro_batch = "
+            f"{ranks} x {cfg.micro_batch}"
+        )
+    return cfg.pairs_per_step // (ranks * cfg.micro_batch)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One video of a pair, ready for the model."""
+
+    video: PreparedVideo
+    encoded: Encoded
+
+    @property
+    def nbytes(self) -> int:
+        return self.video.patches.nbytes + 40 * len(self.encoded.ids)  # a Python int and the pointer to it
+
+
+class ColdStart:
+    """The state of a run is the model's weights and the engine's; a step is a function of its number.
+
+    engine     must accumulate `backwards_per_step` gradients before it takes a step
+    pairs      what ``schedule`` numbers. Without theta give no ties: they would cost a forward and teach nothing
+    grad_norm  asked after each optimizer step, if given: the norm before clipping, or None
+    """
+
+    def __init__(
+        self,
+        cfg: ColdStartConfig,
+        *,
+        model: DeScore,
+        engine: Engine,
+        pairs: Sequence[Pair],
+        schedule: PairSchedule,
+        seed: int,
+        grad_norm: Callable[[], float | Tensor | None] | None = None,
+    ) -> None:
+        self.cfg, self.model, self.engine, self.pairs, self.schedule = cfg, model, engine, pairs, schedule
+        self.seed, self.grad_norm = seed, grad_norm
+        self.accumulation = backwards_per_step(cfg, world_size())
+        self.kept: dict[tuple[Path, str, str], Side] = {}  # the same in every epoch, kept while there is room
+        self.room = cfg.cache_gb * 2**30
+
+    def step(self, step: int) -> dict[str, float]:
+        """Optimizer step number ``step`` (from 0), on ``pairs_per_step`` pairs over all ranks."""
+        start = time.perf_counter()
+        draws = self.schedule.at(step)
+        count = self.counted(draws)
+        torch.manual_seed(derive_seed(self.seed, "dropout", step, rank()))
+        self.model.train()
+        sums = {"loss": 0.0, "right": 0.0, "margin": 0.0}
+        for part in self.own_parts(draws):
+            reward_N2 = self.rewards([self.pairs[d.row] for d in part], [d.masked for d in part])
+            label_N = torch.tensor([self.pairs[d.row].label for d in part], device=reward_N2.device)
+            loss = self.loss(reward_N2, label_N, count=count)
+            value = loss.detach().item()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is {value} in step {step}")
+            # SUM / global count; the engine divides by accumulation and averages over ranks
+            self.engine.backward(loss * (self.accumulation * world_size()))
+            self.engine.step()
+            signed_N = ((reward_N2[:, 0] - reward_N2[:, 1]) * label_N).detach()
+            sums["loss"] += value
+            sums["right"] += float((signed_N > 0).sum())
+            sums["margin"] += float(signed_N.sum())
+        decided = max(1, sum(self.pairs[d.row].label != 0 for d in draws))
+        norm = self.grad_norm() if self.grad_norm is not None else None
+        return {
+            "train/loss": sum_over_ranks(sums["loss"]),
+            "train/accuracy": sum_over_ranks(sums["right"]) / decided,
+            "train/margin": sum_over_ranks(sums["margin"]) / decided,
+            "train/masked": sum(d.masked for d in draws) / len(draws),
+            **({} if norm is None else {"train/grad_norm": float(norm)}),
+            **mean_over_ranks({"seconds/step": time.perf_counter() - start}),
+        }
+
+    def loss(self, reward_N2: Tensor, label_N: Tensor, *, count: int) -> Tensor:
+        """Bradley-Terry of pairs (N, 2) with labels 1, -1, 0: SUM over the pairs / ``count``."""
+        a_first_N = label_N >= 0
+        win_N = torch.where(a_first_N, reward_N2[:, 0], reward_N2[:, 1])
+        lose_N = torch.where(a_first_N, reward_N2[:, 1], reward_N2[:, 0])
+        return bradley_terry(win_N, lose_N, tie_N=label_N == 0, theta=self.cfg.theta, count=count).loss
+
+    def counted(self, draws: Sequence[Draw]) -> int:
+        """Pairs of all ranks that carry a preference: what the loss is divided by. Every rank knows all draws."""
+        ties_count = self.cfg.theta is not None
+        return max(1, sum(ties_count or self.pairs[d.row].label != 0 for d in draws))
+
+    def own_parts(self, draws: Sequence[Draw]) -> list[Sequence[Draw]]:
+        """This rank's share, in micro-batches."""
+        share = len(draws) // world_size()
+        own, size = draws[rank() * share : (rank() + 1) * share], self.cfg.micro_batch
+        return [own[i : i + size] for i in range(0, share, size)]
+
+    def rewards(self, pairs: Sequence[Pair], masked: Sequence[bool]) -> Tensor:
+        """(N, 2) rewards of A and B, one forward."""
+        encoded: list[Encoded] = []
+        videos: list[PreparedVideo] = []
+        for pair, drop in zip(pairs, masked, strict=True):
+            for path, cot in ((pair.video_A, pair.cot_A), (pair.video_B, pair.cot_B)):
+                side = self.side(path, pair.prompt, cot)
+                videos.append(side.video)
+                encoded.append(side.encoded.without_cot() if drop else side.encoded)
+        batch = self.model.batch(encoded, videos).to(self.model.device)
+        return self.model(batch).view(-1, 2)
+
+    def side(self, path: Path, prompt: str, cot: str) -> Side:
+        """Decode, cut and tokenise, unless that was done before and kept."""
+        key = (path, prompt, cot)
+        if key in self.kept:
+            return self.kept[key]
+        video = prepare(path, self.model.settings)
+        side = Side(video, self.model.encode(prompt, video, cot))
+        if side.nbytes <= self.room:
+            self.kept[key] = side
+            self.room -= side.nbytes
+        return side
+
+    @torch.no_grad()
+    def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        """Preference accuracy on pairs with the chains of thought of the table, never masked; ranks share them."""
+        self.model.eval()
+        own, size = list(range(rank(), len(pairs), world_size())), self.cfg.micro_batch
+        margins: list[tuple[int, float]] = []
+        for start in range(0, len(own), size):
+            rows = own[start : start + size]
+            reward_N2 = self.rewards([pairs[i] for i in rows], [False] * len(rows))
+            margins += zip(rows, (reward_N2[:, 0] - reward_N2[:, 1]).tolist(), strict=True)
+        margin_of = {row: margin for part in gather_objects(margins) for row, margin in part}
+        margin_N = torch.tensor([margin_of[i] for i in range(len(pairs))])
+        found = preference_accuracy(margin_N, torch.tensor([pair.label for pair in pairs]))
+        return {"heldout/accuracy": found.without_ties, "heldout/accuracy_with_ties": found.with_ties}

@@ -1,0 +1,149 @@
+"""Schemas of `rm`: how videos are read, what is trained, and a cold-start run. No torch, so a typo shows at once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """How videos become patches; saved with the checkpoint. Defaults: DeScore at full size (2 fps, 448 x 448 a frame).
+
+    budget  "frame": min_pixels and max_pixels bound one frame (qwen-vl-utils, the official DeScore);
+            "video": they bound frames * height * width (transformers' processor)
+    """
+
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    min_pixels: int = 3_136
+    max_pixels: int = 200_704
+    budget: Literal["frame", "video"] = "frame"
+    patch_size: int = 16
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(self.mean))  # JSON gives lists
+        object.__setattr__(self, "std", tuple(self.std))
+        if self.fps <= 0:
+            raise ValueError(f"fps={self.fps} must be positive")
+        if not 1 <= self.min_frames <= self.max_frames:
+            raise ValueError(f"min_frames={self.min_frames} must lie between 1 and max_frames={self.max_frames}")
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ValueError(f"min_pixels={self.min_pixels} must lie between 1 and max_pixels={self.max_pixels}")
+        if self.budget not in ("frame", "video"):
+            raise ValueError(f"budget={self.budget!r} must be 'frame' or 'video'")
+        for name in ("patch_size", "merge_size", "temporal_patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError(f"mean={self.mean} and std={self.std} need three entries each")
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> VideoSettings:
+        """ValueError, naming the file, for an unknown key."""
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        unknown = set(raw) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"{path}: unknown video settings {sorted(unknown)}")
+        return cls(**raw)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters on the language model's linears (spec 1.2): W + (alpha / rank) B A."""
+
+    rank: int = 64
+    alpha: float = 128.0
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} must be at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """One rate per part; 0 freezes it. "merger" holds the deepstack mergers too (spec 1.2, 2.2)."""
+
+    llm: float = 2e-6
+    vision: float = 2e-6
+    merger: float = 2e-6
+    query: float = 2e-6
+    head: float = 2e-6
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if getattr(self, f.name) < 0:
+                raise ValueError(f"{f.name}={getattr(self, f.name)} must not be negative")
+        if not any(getattr(self, f.name) for f in fields(self)):
+            raise ValueError("every learning rate is 0: nothing would be trained")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a chain of thought is written; saved with the checkpoint. Defaults: the official inference (spec section 4).
+
+    max_new_tokens      a chain that is not finished by then is tried once more with twice as many, then not judged
+    temperature         0 is greedy
+    repetition_penalty  divides positive and multiplies negative logits of every token already in the sequence
+    """
+
+    max_new_tokens: int = 4_096
+    temperature: float = 0.0
+    repetition_penalty: float = 1.05
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must not be negative")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
+
+
+@dataclass(frozen=True)
+class ColdStartConfig:
+    """Stage 1, the discriminative cold start. Defaults: DeScore's released run (spec section 2).
+
+    pairs_per_step    preference pairs of one optimizer step, over ALL ranks
+    micro_batch       pairs in one forward (two sequences each)
+    epochs            passes over the pairs
+    mask_probability  of dropping both chains of thought of a pair
+    theta             None: ties say nothing and are not counted; above 1: Bradley-Terry with ties (VideoAlign uses 5)
+    weight_decay      of all groups but the query's
+    cache_gb          memory on each rank for prepared videos and token ids, so that later epochs decode nothing
+    """
+
+    pairs_per_step: int = 32
+    micro_batch: int = 1
+    epochs: float = 2.0
+    mask_probability: float = 0.5
+    theta: float | None = None
+    weight_decay: float = 0.0
+    cache_gb: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("pairs_per_step", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.epochs <= 0:
+            raise ValueError(f"epochs={self.epochs} must be positive")
+        if not 0.0 <= self.mask_probability <= 1.0:
+            raise ValueError(f"mask_probability={self.mask_probability} must lie in [0, 1]")
+        if self.theta is not None and self.theta <= 1.0:
+            raise ValueError(f"theta={self.theta} must be above 1, or null for no ties")
+        for name in ("weight_decay", "cache_gb"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")

@@ -1,0 +1,184 @@
+"""Preference pairs from the official CSV, and which of them a step sees. A pure function of seed and step."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.distributed import derive_seed
+
+LABELS = {"A": 1, "B": -1, "same": 0}
+REQUIRED_COLUMNS = ("videos", "prompt", "GSB")
+_MISSING = {"", "nan", "none", "null"}  # what a table program writes for an empty cell
+_MAX_FIELD = 1 << 24
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two videos of one prompt and what people preferred.
+
+    video_A, video_B  files; cot_A, cot_B  "" if there is none; label  1 A is better, -1 B is better, 0 a tie
+    """
+
+    prompt: str
+    video_A: Path
+    video_B: Path
+    cot_A: str
+    cot_B: str
+    label: int
+
+    def __post_init__(self) -> None:
+        if self.label not in (1, -1, 0):
+            raise ValueError(f"Pair.label must be 1, -1 or 0, got {self.label}")
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """What a CSV holds: the usable pairs in file order, rows labelled invalid (counted), and bad rows (described)."""
+
+    path: Path
+    pairs: tuple[Pair, ...]
+    invalid: int
+    problems: tuple[str, ...]
+
+    def report(self, limit: int = 10) -> str:
+        """A few lines for people."""
+        ties = sum(pair.label == 0 for pair in self.pairs)
+        head = f"{self.path}: {len(self.pairs)} pairs, {ties} of them ties; {self.invalid} labelled invalid"
+        lines = [f"{head}; {len(self.problems)} bad rows left out", *self.problems[:limit]]
+        more = len(self.problems) - limit
+        return "\n  ".join(lines + ([f"... and {more} more"] if more > 0 else []))
+
+
+def read_pairs(path: str | Path, *, require_cot: bool = True) -> PairTable:
+    """Read a CSV, or a folder that holds one, with the official columns.
+
+    videos  python literal ``['a.mp4', 'b.mp4']``, relative to the CSV; prompt; GSB  A, B, same or invalid;
+    CoT_A, CoT_B  chains of thought. Other columns (problem, durations, ...) are not read: the template renders the
+    instruction from ``prompt``.
+
+    require_cot  a row without both CoTs is a bad row; otherwise its CoT is empty, and never the text "nan"
+
+    Bad rows are left out and described as ``file:line: what``. ValueError, naming the file, when the table itself is
+    unreadable, lacks a column, or has no usable row.
+    """
+    path = _csv_path(Path(path))
+    required = [*REQUIRED_COLUMNS, *(("CoT_A", "CoT_B") if require_cot else ())]
+    pairs, problems, invalid = [], [], 0
+    try:
+        for line, row in _rows(path, required):
+            label = (row["GSB"] or "").strip()
+            if label.lower() == "invalid":
+                invalid += 1
+                continue
+            try:
+                pairs.append(_pair(row, label, path.parent, require_cot=require_cot))
+            except ValueError as error:
+                problems.append(f"{path}:{line}: {error}")
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a UTF-8 CSV file ({error})") from error
+    if not pairs:
+        raise ValueError(f"{path}: no usable pair" + "".join(f"\n  {problem}" for problem in problems[:10]))
+    return PairTable(path, tuple(pairs), invalid, tuple(problems))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One pair of a step: its row, and whether both its CoTs are dropped."""
+
+    row: int
+    masked: bool
+
+
+class PairSchedule:
+    """Step -> pairs: all rows in a new random order each epoch, none twice before all were drawn.
+
+    Whether a pair loses its CoTs is drawn once per epoch and row with probability ``mask_probability`` (random CoT
+    masking, spec 2.3: both videos or neither). Neither ranks nor resuming change anything.
+    """
+
+    def __init__(self, count: int, *, pairs_per_step: int, mask_probability: float, seed: int) -> None:
+        if count < 1 or pairs_per_step < 1:
+            raise ValueError(f"a schedule needs pairs and pairs_per_step >= 1, got {count} and {pairs_per_step}")
+        self.count, self.pairs_per_step, self.mask_probability, self.seed = (
+            count,
+            pairs_per_step,
+            mask_probability,
+            seed,
+        )
+        self._epoch, self._order = -1, list[int]()
+
+    def steps(self, epochs: float) -> int:
+        """Steps that see every pair ``epochs`` times, rounded to the nearest, at least 1."""
+        return max(1, round(epochs * self.count / self.pairs_per_step))
+
+    def at(self, step: int) -> list[Draw]:
+        """All ranks' pairs of one step, from 0."""
+        first = step * self.pairs_per_step
+        return [self._draw(*divmod(first + i, self.count)) for i in range(self.pairs_per_step)]
+
+    def _draw(self, epoch: int, place: int) -> Draw:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(self.count))
+            random.Random(derive_seed(self.seed, "pairs", epoch)).shuffle(self._order)
+        row = self._order[place]
+        return Draw(row, derive_seed(self.seed, "mask", epoch, row) < self.mask_probability * 2**63)
+
+
+def _csv_path(path: Path) -> Path:
+    if not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file or folder")
+        return path
+    found = sorted(path.glob("*.csv"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise ValueError(f"{path}: a data folder holds one CSV file, found {names}; give the file itself")
+    return found[0]
+
+
+def _rows(path: Path, required: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line where the row starts, row)."""
+    previous = csv.field_size_limit(_MAX_FIELD)  # the module's limit is smaller than a long chain of thought
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in required if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"{path}: lacks the columns {missing}, has {list(reader.fieldnames or ())}")
+            line = reader.line_num + 1
+            for row in reader:
+                yield line, row
+                line = reader.line_num + 1
+    finally:
+        csv.field_size_limit(previous)
+
+
+def _pair(row: dict[str, str], label: str, root: Path, *, require_cot: bool) -> Pair:
+    if label not in LABELS:
+        raise ValueError(f"GSB must be A, B, same or invalid, got {label!r}")
+    try:
+        videos = ast.literal_eval(row["videos"] or "")
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"videos must be a list of two paths, got {row['videos']!r:.80}") from error
+    if not isinstance(videos, list | tuple) or len(videos) != 2 or not all(isinstance(v, str) for v in videos):
+        raise ValueError(f"videos must be a list of two paths, got {row['videos']!r:.80}")
+    files = [root / video for video in videos]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"no such video: {file}")
+    prompt = (row["prompt"] or "").strip()
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    cots = [_text(row.get(name)) for name in ("CoT_A", "CoT_B")]
+    if require_cot and not all(cots):
+        raise ValueError(f"{'CoT_A' if not cots[0] else 'CoT_B'} is empty")
+    return Pair(prompt, files[0], files[1], cots[0], cots[1], LABELS[label])
+
+
+def _text(cell: str | None) -> str:
+    return "" if cell is None or cell.strip().lower() in _MISSING else cell

@@ -1,0 +1,41 @@
+"""Install with ``pip install -c constraints.txt -e ".[test]"``, or ``make install``, which does it in a .venv.
+
+Ranges here, tested pins in constraints.txt. The upper bound of torch keeps pip on a release that has a CPU wheel;
+lift it on a CUDA machine once its own torch is installed.
+"""
+
+from setuptools import setup
+
+setup(
+    name="video-alignment",
+    version="0.1.0",
+    description="RLHF post-training of video diffusion models: DeScore rewards and Longcat-GRPO for Wan 2.1",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["common", "rm", "generator", "alignment", "alignment.rewards", "launch"],
+    install_requires=[
+        "torch>=2.6,<2.14",
+        "deepspeed>=0.18",
+        "diffusers>=0.42",
+        "transformers>=5.0",
+        "accelerate>=1.0",
+        "peft>=0.18",
+        "tokenizers>=0.22",
+        "sentencepiece>=0.2",
+        "ftfy>=6.1",
+        "safetensors>=0.5",
+        "omegaconf>=2.4",
+        "pyyaml>=6.0",
+        "numpy>=1.26",
+        "pillow>=10.0",
+        "decord2>=3.0",  # the maintained build of the module `decord`
+        "imageio>=2.31",
+        "imageio-ffmpeg>=0.5",
+        "av>=12.0",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "tqdm>=4.66",
+        "wandb>=0.19",
+    ],
+    extras_require={"test": ["pytest>=8.0", "scipy>=1.11", "ruff>=0.11"]},
+)

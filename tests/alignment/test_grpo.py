@@ -1,0 +1,245 @@
+"""The GRPO loop on the fakes: what it learns, what it leaves alone, and that both update paths are one gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from alignment import grpo
+from alignment.config import GrpoConfig
+from alignment.data import PromptSchedule
+from alignment.grpo import GrpoLoop, backwards_per_step
+from alignment.rewards.brightness import Brightness
+from common.types import Engine, Generator, RewardModel, Score
+from tests.fakes import FakeGenerator, FunctionReward, PlainEngine, Scripted, prompt_length, redness
+
+PROMPTS = ["a", "bb", "ccc", "dddd"]
+
+
+def loop_of(
+    rewards: Mapping[str, RewardModel],
+    *,
+    weights: Mapping[str, float] | None = None,
+    generator: FakeGenerator | None = None,
+    prompts: int = 4,
+    lr: float = 1e-2,
+    weight_decay: float = 0.0,
+    **options: Any,
+) -> GrpoLoop:
+    cfg = GrpoConfig(**{"group_size": 4, **options})
+    generator = generator or FakeGenerator()
+    engine = PlainEngine(
+        generator.module, accumulation=backwards_per_step(cfg, prompts), lr=lr, weight_decay=weight_decay
+    )
+    return GrpoLoop(
+        cfg,
+        generator=generator,
+        rewards=rewards,
+        weights=weights or dict.fromkeys(rewards, 1.0),
+        engine=engine,
+        prompts=PromptSchedule(PROMPTS, seed=3, prompts_per_step=prompts),
+        fps=8.0,
+        grad_norm=engine.grad_norm,
+    )
+
+
+def test_fakes_fill_the_protocols() -> None:
+    generator = FakeGenerator()
+    assert isinstance(Brightness(), RewardModel)
+    assert isinstance(PlainEngine(generator.module, accumulation=1), Engine)
+    assert all(hasattr(generator, name) for name in dir(Generator) if not name.startswith("_") and name != "flow_error")
+
+
+def test_the_reward_rises_and_the_first_pass_ratio_is_one() -> None:
+    # the base's videos have a mean of half grey: brightness 0.5 by symmetry
+    loop = loop_of({"bright": Brightness(), "red": FunctionReward("red", redness)}, weights={"bright": 1.0, "red": 0.0})
+    history = [loop.step(step).metrics for step in range(40)]
+    first = sum(m["reward/bright"] for m in history[:5]) / 5
+    last = sum(m["reward/bright"] for m in history[-5:]) / 5
+    assert first == pytest.approx(0.5, abs=0.05)
+    assert last > 0.6
+    assert max(m["train/ratio_max_dev"] for m in history) < 1e-5
+    assert all(m["train/ratio_mean"] == pytest.approx(1.0, abs=1e-5) for m in history)
+    assert history[0]["train/kl"] == 0.0
+    assert history[-1]["train/kl"] > 0.0  # the policy has left the reference
+
+
+def test_weight_decides_the_direction() -> None:
+    loop = loop_of({"bright": Brightness()}, weights={"bright": -1.0})
+    history = [loop.step(step).metrics["reward/bright"] for step in range(40)]
+    assert sum(history[-5:]) / 5 < 0.4
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
+def test_a_reward_that_knows_only_the_prompt_changes_no_weight(kl_weight: float) -> None:
+    generator = FakeGenerator()
+    with torch.no_grad():  # away from the reference, so that a KL step would show
+        generator.module.bias_C += 0.3
+    before = [p.clone() for p in generator.module.parameters()]
+    loop = loop_of(
+        {"length": FunctionReward("length", prompt_length)}, generator=generator, weight_decay=0.1, kl_weight=kl_weight
+    )
+    for step in range(3):
+        result = loop.step(step)
+        assert result.metrics["train/skipped"] == 1.0
+        assert result.metrics["reward/length_zero_spread"] == 1.0
+        assert not result.advantage_PG.any()
+    assert all(torch.equal(a, b) for a, b in zip(before, generator.module.parameters(), strict=True))
+    assert loop.engine.steps == 0
+
+
+def test_a_watched_reward_changes_nothing() -> None:
+    """Weight 0 is scored and logged; the weights after it are those of a run without it."""
+    gradients = []
+    for watched in (False, True):
+        rewards: dict[str, RewardModel] = {"bright": Brightness()}
+        if watched:
+            rewards["red"] = FunctionReward("red", redness)
+        loop = loop_of(rewards, weights={"bright": 1.0, "red": 0.0} if watched else None)
+        metrics = loop.step(0).metrics
+        gradients.append(loop.engine.last_gradient)
+    assert metrics["reward/red_std"] > 0.0
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("reweight", [True, False])
+def test_one_forward_per_group_gives_the_gradient_of_one_per_member(
+    dtype: torch.dtype, tolerance: float, *, reweight: bool
+) -> None:
+    gradients, forwards = [], []
+    for update in ("collapsed", "per_member"):
+        generator = FakeGenerator(dtype=dtype)
+        with torch.no_grad():
+            generator.module.bias_C += torch.tensor([0.1, -0.2, 0.3], dtype=dtype)
+        loop = loop_of({"red": FunctionReward("red", redness)}, generator=generator, update=update, reweight=reweight)
+        loop.step(0)
+        gradients.append(torch.cat(loop.engine.last_gradient))
+        forwards.append(generator.grad_forwards)
+        assert loop.engine.steps == 1
+    assert forwards == [4, 16]
+    scale = float(gradients[1].abs().max())
+    assert scale > 1e-4
+    assert float((gradients[0] - gradients[1]).abs().max()) < tolerance * scale
+
+
+def test_each_member_has_a_loss_of_its_own() -> None:
+    """Without KL and at ratio 1, member g's loss is -lambda_policy A_g."""
+    loop = loop_of({"red": FunctionReward("red", redness)}, update="per_member", kl_weight=0.0, prompts=1)
+    batch = loop.prompts.at(0)
+    (group,) = loop.generator.rollout(batch.prompts, group_size=4, seeds=batch.seeds)
+    weight = loop.generator.transition(group).std / (group.sigma - group.sigma_next)
+    result = loop.step(0)
+    assert loop.engine.losses == pytest.approx([-weight * float(a) for a in result.advantage_PG[0]], rel=1e-5)
+
+
+def test_the_gradient_is_that_of_the_formula() -> None:
+    """No KL: d loss / d bias_c = mean over groups of c~ mean_g[A_g mean_fhw(xi_gc)] / C, by hand from the samples."""
+    generator = FakeGenerator(dtype=torch.float64)
+    loop = loop_of({"red": FunctionReward("red", redness)}, generator=generator, kl_weight=0.0)
+    batch = loop.prompts.at(0)
+    groups = generator.rollout(batch.prompts, group_size=4, seeds=batch.seeds)
+    advantage_PG = loop.step(0).advantage_PG.double()
+    expected = torch.zeros(3, dtype=torch.float64)
+    for group, advantage_G in zip(groups, advantage_PG, strict=True):
+        law = generator.transition(group)
+        xi_GC = ((group.next_GCFHW - law.mean) / law.std).mean(dim=(2, 3, 4)).detach()
+        s = law.std / math.sqrt(group.sigma - group.sigma_next)
+        c = 1 + s**2 * (1 - group.sigma) / (2 * group.sigma)
+        expected += c * (advantage_G[:, None] * xi_GC).mean(0) / 3 / len(groups)
+    assert torch.allclose(loop.engine.last_gradient[1], expected, rtol=1e-6, atol=1e-12)
+
+
+def test_advantages_are_normalised_by_the_largest_spread_and_summed_by_weight() -> None:
+    """Two groups of two. Reward 1: spreads 1 and 0.5. Reward 2, in thousands: spreads 1000 and 3000."""
+    loop = loop_of(
+        {"one": Scripted([]), "two": Scripted([])}, weights={"one": 1.0, "two": 2.0}, group_size=2, prompts=2
+    )
+    scores = {
+        "one": Score(torch.tensor([1.0, 3.0, 5.0, 6.0])),
+        "two": Score(torch.tensor([0.0, 2000.0, 6000.0, 0.0])),
+    }
+    judgement = loop.judge(scores, groups=2)
+    expected = torch.tensor([[-1.0 - 2 / 3, 1.0 + 2 / 3], [-0.5 + 2.0, 0.5 - 2.0]])
+    assert torch.allclose(judgement.advantage_PG, expected, atol=2e-4)
+    assert judgement.details["reward/one_group_std_max"] == pytest.approx(1.0)
+    assert judgement.details["reward/two_group_std_median"] == pytest.approx(1000.0)  # torch takes the lower of two
+    assert judgement.means["reward/one"] == pytest.approx(3.75)
+    assert judgement.details["reward/one_std"] == pytest.approx(math.sqrt((2.75**2 + 0.75**2 + 1.25**2 + 2.25**2) / 4))
+
+
+def test_advantages_are_clipped_when_asked() -> None:
+    loop = loop_of({"one": Scripted([])}, group_size=2, prompts=1, advantage_clip=0.25)
+    judgement = loop.judge({"one": Score(torch.tensor([0.0, 1.0]))}, groups=1)
+    assert judgement.advantage_PG.tolist() == [[-0.25, 0.25]]
+
+
+def test_what_could_not_be_judged_is_counted_and_left_out() -> None:
+    nan = math.nan
+    values = [1.0, nan, 3.0, nan, nan, nan, nan, 2.0, 5.0, 5.0, math.inf, 5.0, nan, nan, nan, nan]
+    loop = loop_of({"scripted": Scripted(values)})
+    result = loop.step(0)
+    # group 0: mean 2 and spread 1 over its two judged members; the others have nothing to compare
+    assert torch.allclose(result.advantage_PG[0], torch.tensor([-1.0, 0.0, 1.0, 0.0]), atol=2e-4)
+    assert not result.advantage_PG[1:].any()
+    assert result.metrics["reward/scripted_unjudged"] == 10.0
+    assert result.metrics["reward/scripted"] == pytest.approx((1 + 3 + 2 + 5 + 5 + 5) / 6)
+    assert result.metrics["reward/scripted_zero_spread"] == 0.75
+    assert result.metrics["train/skipped"] == 0.0
+    assert all(torch.isfinite(p).all() for p in loop.generator.module.parameters())
+
+
+def test_nothing_judged_at_all_is_no_step() -> None:
+    loop = loop_of({"scripted": Scripted([math.nan] * 16)}, weight_decay=0.1)
+    metrics = loop.step(0).metrics
+    assert math.isnan(metrics["reward/scripted"])
+    assert metrics["reward/scripted_unjudged"] == 16.0
+    assert loop.engine.steps == 0
+
+
+def test_ranks_see_the_same_advantages_whoever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks with half of the groups each get the halves of what one rank with all of them gets."""
+    value_B = torch.randn(16, generator=torch.Generator().manual_seed(5))
+    loop = loop_of({"one": Scripted([])})
+    alone = loop.judge({"one": Score(value_B)}, groups=4)
+    halves = value_B.view(2, 8)
+    for me in (0, 1):
+        monkeypatch.setattr(grpo, "rank", lambda me=me: me)
+        monkeypatch.setattr(grpo, "world_size", lambda: 2)
+        monkeypatch.setattr(grpo, "gather_rows", lambda x: halves.reshape(4, 4) if x.dim() == 2 else halves.flatten())
+        own = loop.judge({"one": Score(halves[me])}, groups=2)
+        assert torch.equal(own.advantage_PG, alone.advantage_PG[2 * me : 2 * me + 2])
+        assert own.means == alone.means
+
+
+def test_a_step_is_a_function_of_its_number() -> None:
+    """Going on at step 2 with the weights of step 2 is the run that never stopped."""
+    whole = loop_of({"bright": Brightness()}, lr=0.0)
+    history = [whole.step(step) for step in range(3)]
+    later = loop_of({"bright": Brightness()}, lr=0.0).step(2)
+    assert later.batch == history[2].batch
+    assert torch.equal(later.video_BTYXC, history[2].video_BTYXC)
+    assert torch.equal(later.advantage_PG, history[2].advantage_PG)
+
+
+def test_a_loss_that_is_no_number_stops_the_run() -> None:
+    generator = FakeGenerator()
+    loop = loop_of({"bright": Brightness()}, generator=generator)
+    sound = generator.transition
+
+    def broken(group: Any) -> Any:
+        law = sound(group)
+        return type(law)(law.mean * math.nan, law.std)
+
+    generator.transition = broken
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        loop.step(0)
+
+
+def test_names_of_rewards_and_weights_must_agree() -> None:
+    with pytest.raises(ValueError, match="same names"):
+        loop_of({"bright": Brightness()}, weights={"brihgt": 1.0})

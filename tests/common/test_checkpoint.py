@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import checkpoint
+
+
+def put(value: float):
+    """A ``write`` that stores one tensor, in a sub-folder, as engines do."""
+
+    def write(folder: Path) -> None:
+        (folder / "engine").mkdir()
+        checkpoint.save_tensors(folder / "engine" / "w.safetensors", {"w": torch.full((64,), value)})
+
+    return write
+
+
+def save(root: Path, *steps: int, keep: int = 10) -> list[Path]:
+    return [checkpoint.save(root, step, put(step), keep=keep, state={"step": step, "order": [3, 1]}) for step in steps]
+
+
+def value_of(path: Path) -> float:
+    return checkpoint.load_tensors(path / "engine" / "w.safetensors")["w"][0].item()
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_round_trip_and_manifest(tmp_path):
+    (path,) = save(tmp_path, 12)
+    assert path == tmp_path / "step-000012"
+    assert value_of(path) == 12.0
+    assert checkpoint.load_state(path) == {"step": 12, "order": [3, 1]}
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    assert set(files) == {"engine/w.safetensors", "state.json"}
+    for name, entry in files.items():
+        content = (path / name).read_bytes()
+        assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert checkpoint.latest(tmp_path) == path
+
+
+def test_tensors_round_trip_bit_exactly(tmp_path):
+    tied = torch.randn(4, 4)
+    tensors = {"a": tied, "b": tied.t(), "half": torch.randn(3).bfloat16(), "count": torch.tensor(7)}
+    checkpoint.save_tensors(tmp_path / "t.safetensors", tensors)
+    loaded = checkpoint.load_tensors(tmp_path / "t.safetensors")
+    assert set(loaded) == set(tensors)
+    assert all(
+        torch.equal(loaded[name], tensors[name]) and loaded[name].dtype == tensors[name].dtype for name in loaded
+    )
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.bin", "w.ckpt"])
+def test_formats_that_can_run_code_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="safetensors"):
+        checkpoint.load_tensors(tmp_path / name)
+    with pytest.raises(ValueError, match="safetensors"):
+        checkpoint.save_tensors(tmp_path / name, {})
+
+
+def test_the_last_k_are_kept(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, keep=2)
+    assert names(tmp_path) == ["step-000003", "step-000004"]
+
+
+def test_order_is_by_number_beyond_six_digits(tmp_path):
+    save(tmp_path, 999_999, 1_000_000)
+    assert checkpoint.latest(tmp_path).name == "step-1000000"
+
+
+def damage_truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def damage_flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "truncate": damage_truncate,
+    "flip": damage_flip,
+    "delete": Path.unlink,
+    "empty": lambda f: os.truncate(f, 0),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["engine/w.safetensors", "state.json", "manifest.json"])
+def test_any_damage_falls_back_to_the_one_before_and_says_so(tmp_path, capsys, name, damage):
+    older, newer = save(tmp_path, 1, 2)
+    DAMAGES[damage](newer / name)
+    problems = checkpoint.verify(newer)
+    assert len(problems) == 1
+    capsys.readouterr()
+    assert checkpoint.latest(tmp_path) == older
+    said = capsys.readouterr().out
+    assert "step-000002 is damaged and skipped" in said
+    assert problems[0] in said
+    assert value_of(older) == 1.0
+
+
+def test_every_flipped_byte_of_a_manifest_is_noticed_or_harmless(tmp_path):
+    (path,) = save(tmp_path, 3)
+    manifest = path / "manifest.json"
+    whole = manifest.read_bytes()
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 0x04
+        manifest.write_bytes(flipped)
+        if not checkpoint.verify(path):
+            assert chr(whole[place]).isspace(), f"byte {place}: {whole[place - 10 : place + 10]!r}"
+
+
+def test_all_damaged_is_none(tmp_path):
+    for path in save(tmp_path, 1, 2):
+        (path / "state.json").unlink()
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "nowhere") is None
+
+
+def test_a_failing_write_leaves_the_earlier_one_and_the_next_save_clears_up(tmp_path):
+    save(tmp_path, 1)
+
+    def write(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(tmp_path, 2, write, keep=1, state={})
+    assert names(tmp_path) == ["step-000001", "tmp-step-2"]
+    assert checkpoint.latest(tmp_path).name == "step-000001"
+    save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["step-000002"]
+
+
+def test_a_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path / "new", 1, put(1.0), keep=1, state={"rng": torch.zeros(2)})
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"step": -1, "keep": 1}, {"step": 1, "keep": 0}])
+def test_impossible_numbers_are_refused(tmp_path, arguments):
+    with pytest.raises(ValueError, match="keep >= 1 and step >= 0"):
+        checkpoint.save(tmp_path, write=put(1.0), state={}, **arguments)
+
+
+def test_one_folder_holds_one_history(tmp_path, capsys):
+    save(tmp_path, 1, 2, 3, 4)
+    # resumed from step 1: what the abandoned run reached must not win the next resume
+    checkpoint.save(tmp_path, 2, put(22.0), keep=10, state={})
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+    assert value_of(checkpoint.latest(tmp_path)) == 22.0
+    assert "abandoned history: step-000003, step-000004" in capsys.readouterr().out
+
+
+def save_and_die(root: Path, step: int, survive: int) -> int:
+    """Save in a child process that gets SIGKILL at its ``survive + 1``th file operation; its return code."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    calls = 0
+
+    def counted(real):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > survive:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    for function in ("replace", "fsync", "rmdir", "unlink"):
+        setattr(os, function, counted(getattr(os, function)))
+    checkpoint.save_tensors, Path.write_text = counted(checkpoint.save_tensors), counted(Path.write_text)
+    try:
+        checkpoint.save(root, step, put(9.0), keep=2, state={})
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+# a new step: the kill leaves step 2, then step 3; the same step again: the old step 2, for a moment only 1, the new 2
+@pytest.mark.parametrize(("step", "stages"), [(3, [2.0, 9.0]), (2, [2.0, 1.0, 9.0])])
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, step, stages):
+    found = []
+    for survive in range(60):
+        root = tmp_path / str(survive)
+        save(root, 1, 2, keep=2)
+        code = save_and_die(root, step, survive)
+        assert all(checkpoint.verify(path) == [] for path in root.glob("step-*"))
+        found.append(value_of(checkpoint.latest(root)))
+        save(root, 4, keep=2)  # the next save works and clears every leftover
+        assert names(root)[-1] == "step-000004"
+        assert not list(root.glob("tmp-*"))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert code == 0
+    assert len(found) > 10
+    assert [value for i, value in enumerate(found) if i == 0 or value != found[i - 1]] == stages
+
+
+def test_resume_finds_what_was_asked_for(tmp_path):
+    older, newer = save(tmp_path, 1, 2)
+    assert checkpoint.resolve_resume("none", tmp_path) is None
+    assert checkpoint.resolve_resume("auto", tmp_path) == newer
+    assert checkpoint.resolve_resume("auto", tmp_path / "fresh") is None
+    assert checkpoint.resolve_resume(str(older), tmp_path / "other") == older
+    assert checkpoint.resolve_resume(str(tmp_path), tmp_path / "other") == newer
+
+
+def test_a_named_checkpoint_that_is_damaged_is_an_error_not_a_fallback(tmp_path):
+    _, newer = save(tmp_path, 1, 2)
+    damage_flip(newer / "state.json")
+    with pytest.raises(ValueError, match=r"state\.json: content changed"):
+        checkpoint.resolve_resume(str(newer), tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        checkpoint.resolve_resume(str(tmp_path / "step-000009"), tmp_path)
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        checkpoint.resolve_resume(str(tmp_path / ".."), tmp_path)

@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from common.config import ConfigError, WandbConfig, dump, load, parse_command_line
+from common.safe_yaml import YamlError, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    weight: float = 1.0
+    path: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    num_steps: int = 16
+    train_steps: int = 4
+    kind: Literal["ode", "sde"] = "sde"
+    pair: tuple[int, float] = (1, 2.0)
+    names: tuple[Literal["q", "k"], ...] = ("q",)
+    max_std: float | None = 0.45
+
+    def __post_init__(self) -> None:
+        if self.train_steps > self.num_steps:
+            raise ValueError(f"train_steps={self.train_steps} > num_steps={self.num_steps}")
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    path: str
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    size: int | tuple[int, int] = 32
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    generator: GeneratorConfig = field(default_factory=lambda: GeneratorConfig("base", SamplerConfig(num_steps=8)))
+    seed: int = 0
+    lr: float = 1e-4
+    flag: bool = False
+    name: str = "run"
+    rewards: dict[str, RewardConfig] = field(default_factory=lambda: {"descore": RewardConfig(2.0)})
+    wandb: WandbConfig | None = None
+    api_key: str = ""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be >= 0")
+
+
+@dataclass(frozen=True)
+class NeedsPath:
+    generator: GeneratorConfig
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def errors_of(yaml_path: Path | None, *overrides: str, schema: type = RunConfig) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(schema, yaml_path, overrides)
+    return caught.value.errors
+
+
+class TestLoad:
+    def test_defaults_then_yaml_then_overrides(self, tmp_path):
+        path = write(
+            tmp_path,
+            """
+            generator: {path: wan, sampler: {train_steps: 6, names: [k, q]}}
+            lr: 1e-5
+            rewards:
+              motion: {weight: 2, options: {bins: [1, 2]}}
+            wandb: {mode: offline}
+            name: ${generator.path}-${seed}
+            """,
+        )
+        overrides = ("seed=3", "rewards.motion.weight=0", "rewards.new.path=x", "seed=7", "generator.size=[4,5]")
+        assert load(RunConfig, path, overrides) == RunConfig(
+            generator=GeneratorConfig("wan", SamplerConfig(num_steps=8, train_steps=6, names=("k", "q")), (4, 5)),
+            seed=7,
+            lr=1e-5,
+            name="wan-7",
+            rewards={
+                "descore": RewardConfig(2.0),
+                "motion": RewardConfig(0.0, None, {"bins": [1, 2]}),
+                "new": RewardConfig(1.0, "x"),
+            },
+            wandb=WandbConfig("offline"),
+        )
+
+    def test_nothing_given_is_the_defaults(self):
+        assert load(RunConfig, None) == RunConfig()
+
+    def test_an_empty_yaml_is_the_defaults(self, tmp_path):
+        assert load(RunConfig, write(tmp_path, "# nothing yet\n")) == RunConfig()
+
+    def test_overrides_are_text_where_text_is_wanted(self):
+        texts = {"007": "007", "a: b": "a: b", "": "", '"q"': "q", "a=b": "a=b", "[x": "[x"}
+        for given, wanted in texts.items():
+            assert load(RunConfig, None, [f"name={given}"]).name == wanted
+        assert load(RunConfig, None, ["rewards.descore.path=null"]).rewards["descore"].path is None
+        assert load(RunConfig, None, ["generator.sampler.max_std=null"]).generator.sampler.max_std is None
+        assert load(RunConfig, None, ["generator.sampler.max_std=.inf"]).generator.sampler.max_std == float("inf")
+
+    def test_every_mistake_is_reported_at_once_with_its_place(self, tmp_path):
+        path = write(
+            tmp_path,
+            """\
+            generator:
+              sampler: {num_stpes: 8, kind: odd, pair: [1], names: [v]}
+            lr: fast
+            flag: 1
+            sede: 1
+            rewards:
+              motion: {wieght: 2}
+              plain: 3
+            wandb: {mode: ofline}
+            sampler: {train_steps: 3}
+            """,
+        )
+        got = errors_of(path, "foo", "=3", "seed=[1", "flag={a: b}", "generator.sampler.train_steps=50", "name.x=3")
+        wanted = [
+            ("'foo'", "a.b=value"),
+            ("'=3'", "a.b=value"),
+            ("seed:", "not yaml"),
+            ("generator.sampler.num_stpes:", "(value 8 (int)); did you mean 'generator.sampler.num_steps'?", ":2)"),
+            ("generator.sampler.kind:", "one of 'ode', 'sde', got 'odd'"),
+            ("generator.sampler.pair:", "a list of 2: int, float, got [1]"),
+            ("generator.sampler.names.0:", "one of 'q', 'k', got 'v'"),
+            ("lr:", "expected float, got 'fast'", ":3)"),
+            ("flag:", "true or false", "(command line)"),
+            ("sede:", "did you mean 'seed'?", ":5)"),
+            ("rewards.motion.wieght:", "did you mean 'rewards.motion.weight'?"),
+            ("rewards.plain:", "a section with the keys weight, path, options, got 3"),
+            ("wandb.mode:", "'disabled', 'offline', 'online', got 'ofline'"),
+            ("sampler.train_steps:", "did you mean 'generator.sampler.train_steps'?", ":10)"),
+            ("name:", "expected str"),
+        ]
+        for line, (start, *parts) in zip(got, wanted, strict=True):
+            assert line.startswith(start), line
+            assert all(part in line for part in parts), line
+
+    def test_a_key_of_another_section_is_found(self):
+        assert "'generator.sampler.num_steps'" in errors_of(None, "sampler.num_stpes=4")[0]
+        assert "'generator.sampler.num_steps'" in errors_of(None, "num_steps=4")[0]
+
+    def test_checks_of_sections_name_the_section_and_come_together(self):
+        got = errors_of(None, "generator.sampler.train_steps=17", "seed=-1.5", "wandb.mode=on")
+        assert got == [
+            "seed: expected int, got -1.5 (float) (command line)",
+            "wandb.mode: expected one of 'disabled', 'offline', 'online', got 'on' (str) (command line)",
+            "generator.sampler: train_steps=17 > num_steps=8",
+        ]
+        assert errors_of(None, "seed=-1") == ["config: seed=-1 must be >= 0"]
+
+    def test_a_dropped_typo_does_not_cause_a_second_error(self):
+        # num_stpes=20 was meant to make room for train_steps=18
+        got = errors_of(None, "generator.sampler.num_stpes=20", "generator.sampler.train_steps=18")
+        assert len(got) == 1
+        assert "num_stpes" in got[0]
+
+    def test_what_is_required_is_missed(self, tmp_path):
+        assert errors_of(None, schema=NeedsPath) == ["generator: is required and not given"]
+        got = errors_of(None, "generator.size=3", schema=NeedsPath)
+        assert got == ["generator.path: is required and not given"]
+        assert load(NeedsPath, None, ["generator.path=p"]).generator.path == "p"
+
+    @pytest.mark.parametrize("override", ["lr=.nan", "seed=true", "seed=1e3", "flag=yes", "generator.size=[1,2,3]"])
+    def test_near_misses_of_a_type_are_errors(self, override):
+        assert override.partition("=")[0] in errors_of(None, override)[0]
+
+    @pytest.mark.parametrize("value", ["${nope}", "${nope", "${lr.x}"])
+    def test_a_broken_interpolation_is_named(self, value):
+        assert errors_of(None, f"seed={value}")[0].startswith("seed: ")
+
+    def test_a_missing_or_broken_yaml_is_named_beside_other_mistakes(self, tmp_path):
+        got = errors_of(tmp_path / "nope.yaml", "sede=1")
+        assert "nope.yaml: cannot be read: No such file" in got[0]
+        assert "'seed'" in got[1]
+        assert "run.yaml: line 4: " in errors_of(write(tmp_path, "seed: 1\nlr:\n  - [1\n"))[0]
+        assert "must hold `key: value` lines" in errors_of(write(tmp_path, "- 1\n"))[0]
+
+
+class TestSafeYaml:
+    def test_scalars_follow_yaml_1_2(self):
+        text = "[1e-5, off, no, 1:30, 012, 0x1F, ~, true, 1_000, -.inf, 2020-01-01, '1', 1.e3]"
+        wanted = [1e-5, "off", "no", "1:30", 12, 31, None, True, 1000, float("-inf"), "2020-01-01", "1", 1000.0]
+        got = parse(text).value
+        assert got == wanted
+        assert [type(v) for v in got] == [type(v) for v in wanted]
+
+    def test_keys_know_their_lines(self):
+        assert parse("a:\n  b: 1\nc: 2\n").lines == {("a",): 1, ("a", "b"): 2, ("c",): 3}
+
+    def test_python_tags_run_nothing(self, tmp_path):
+        canary = tmp_path / "canary"
+        for tag in ("!!python/object/apply:os.system", "!!python/name:os.system", "!custom", "!!binary", "!!timestamp"):
+            with pytest.raises(YamlError, match="tag"):
+                parse(f"a: {tag} ['touch {canary}']")
+        assert not canary.exists()
+
+    def test_bombs_are_refused_quickly(self):
+        start = time.perf_counter()
+        lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+        lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]  # 9^10 values
+        bombs = ["\n".join(lines), "[" * 50_000, "a: &a [*a]", "x" * 1_000_001]
+        for bomb in bombs:
+            with pytest.raises(YamlError):
+                parse(bomb)
+        assert time.perf_counter() - start < 5.0
+
+    def test_a_key_given_twice_is_refused(self):
+        with pytest.raises(YamlError, match="line 2: the key 'a' is given twice"):
+            parse("a: 1\na: 2\n")
+
+
+class TestDump:
+    def test_round_trip(self, tmp_path):
+        cfg = load(RunConfig, None, ["generator.size=[4,5]", "lr=1e-5", "name=007", "rewards.m.options={k: [1]}"])
+        assert load(RunConfig, dump(cfg, tmp_path)) == cfg
+
+    def test_environment_is_recorded(self, tmp_path):
+        dump(RunConfig(), tmp_path)
+        record = json.loads((tmp_path / "environment.json").read_text())
+        import omegaconf
+
+        assert record["packages"]["omegaconf"] == omegaconf.__version__
+        assert record["python"] == ".".join(map(str, sys.version_info[:3]))
+        assert set(record["git"]) == {"commit", "dirty"}
+
+    def test_secrets_reach_no_file(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh123")
+        monkeypatch.setattr(sys, "argv", ["grpo.py", "api_key=sk-hidden-1", "lr=1", "name=hf_abcdefgh123"])
+        cfg = load(
+            RunConfig, None, ["api_key=sk-hidden-1", "name=x-${oc.env:HF_TOKEN}", "rewards.r.options.password=pw-2"]
+        )
+        assert cfg.name == "x-hf_abcdefgh123"
+        dump(cfg, tmp_path)
+        everything = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+        for secret in ("hf_abcdefgh123", "sk-hidden-1", "pw-2"):
+            assert secret not in everything
+        assert "max_std: 0.45" in everything
+
+
+def demo_program(folder: Path) -> Path:
+    """A script as the entry points are: schema, command line, and torch imported only afterwards."""
+    path = folder / "program.py"
+    path.write_text(
+        textwrap.dedent(
+            """
+            import atexit, sys
+            from dataclasses import dataclass, field
+            from common.config import parse_command_line
+
+            @dataclass(frozen=True)
+            class Sampler:
+                num_steps: int = 16
+
+            @dataclass(frozen=True)
+            class Run:
+                sampler: Sampler = field(default_factory=Sampler)
+
+            atexit.register(lambda: sys.stderr.write(f"torch imported: {'torch' in sys.modules}\\n"))
+            line = parse_command_line(Run, description="demo")
+            sys.stdout.write(f"{line.cfg.sampler.num_steps} {line.resume}\\n")
+            """
+        )
+    )
+    return path
+
+
+def run_program(folder: Path, *words: str, **env: str) -> tuple[subprocess.CompletedProcess, float]:
+    start = time.perf_counter()
+    command = [sys.executable, str(demo_program(folder)), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return done, time.perf_counter() - start
+
+
+class TestCommandLine:
+    def test_a_typo_exits_2_in_two_seconds_without_torch(self, tmp_path):
+        done, seconds = run_program(tmp_path, "sampler.num_stpes=4", "smapler.num_steps=x")
+        assert done.returncode == 2
+        assert "2 mistakes" in done.stderr
+        assert "did you mean 'sampler.num_steps'" in done.stderr
+        assert "torch imported: False" in done.stderr
+        assert seconds < 2.0
+
+    def test_only_rank_0_speaks_and_all_exit(self, tmp_path):
+        done, _ = run_program(tmp_path, "sampler.num_stpes=4", RANK="1")
+        assert done.returncode == 2
+        assert "mistake" not in done.stderr
+
+    def test_options_and_overrides_in_any_order(self, tmp_path):
+        path = write(tmp_path, "seed: 5\nlr: 0.5\n")
+        argv = ["--local_rank=1", "lr=0.25", "--config", str(path), "name=x", "--resume", "none", "--frames", "9"]
+        line = parse_command_line(
+            RunConfig, argv, description="x", extend=lambda parser: parser.add_argument("--frames", type=int)
+        )
+        assert (line.cfg.seed, line.cfg.lr, line.cfg.name) == (5, 0.25, "x")
+        assert (line.resume, line.config_path, line.overrides) == ("none", path, ("lr=0.25", "name=x"))
+        assert line.args.frames == 9
+        assert parse_command_line(RunConfig, ["--local-rank", "0"], description="x").resume == "auto"
+
+    def test_unknown_options_exit_2(self, capsys):
+        with pytest.raises(SystemExit) as caught:
+            parse_command_line(RunConfig, ["--conifg", "x.yaml"], description="x")
+        assert caught.value.code == 2
+        assert "--conifg" in capsys.readouterr().err

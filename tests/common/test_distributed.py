@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import distributed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    """The report of each of two gloo processes, started as a launcher would."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.common.two_ranks", str(folder)]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(2)]
+
+
+class TestTwoRanks:
+    def test_who_is_who(self, ranks):
+        assert [(r["rank"], r["world"], r["is_main"]) for r in ranks] == [(0, 2, True), (1, 2, False)]
+        assert [r["from_main"] for r in ranks] == ["rank 0", "rank 0"]
+
+    def test_rows_are_gathered_in_rank_order(self, ranks):
+        expected = [[0.0, 2.0], [1.0, 3.0], [10.0, 12.0], [11.0, 13.0]]
+        assert [r["gathered"] for r in ranks] == [expected, expected]
+
+    def test_unequal_rows_raise_on_both(self, ranks):
+        assert all("(1, 2)" in r["unequal"] and "(2, 2)" in r["unequal"] for r in ranks)
+
+    def test_means_divide_by_the_ranks_that_have_a_value(self, ranks):
+        assert [r["mean"] for r in ranks] == [{"loss": 1.5, "reward": 4.0, "late": 5.0}] * 2
+
+    def test_maximum_and_sum(self, ranks):
+        assert [r["max"] for r in ranks] == [-2.0, -2.0]
+        assert all(r["max_nan_is_nan"] for r in ranks)
+        assert [r["sum"] for r in ranks] == [pytest.approx(0.3), pytest.approx(0.3)]
+
+    def test_a_checkpoint_holds_the_files_of_both(self, ranks):
+        assert [r["found"] for r in ranks] == ["step-000005", "step-000005"]
+        assert [r["weights"] for r in ranks] == [[0.0] * 3, [1.0] * 3]
+
+    def test_one_failing_rank_stops_both_and_spoils_nothing(self, ranks):
+        assert "failed on rank 1" in ranks[0]["failure"]
+        assert ranks[1]["failure"] == "OSError: no space left on device"
+        assert [r["after_failure"] for r in ranks] == ["step-000005", "step-000005"]
+
+
+class TestAlone:
+    def test_collectives_are_identities(self):
+        x = torch.randn(2, 3)
+        assert distributed.gather_rows(x) is x
+        assert distributed.mean_over_ranks({"a": 2}) == {"a": 2.0}
+        assert distributed.max_over_ranks(3.0) == distributed.sum_over_ranks(3.0) == 3.0
+        assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+        distributed.barrier()
+
+    @pytest.mark.slow
+    def test_deepspeed_starts_in_a_plain_process_and_compiles_nothing(self, tmp_path):
+        program = (
+            "from common import distributed as d; d.init_process_group(); d.init_process_group()\n"
+            "import deepspeed, torch; m = torch.nn.Linear(2, 1, bias=False); torch.nn.init.ones_(m.weight)\n"
+            "o = torch.optim.SGD(m.parameters(), lr=0.5)\n"
+            "c = {'train_micro_batch_size_per_gpu': 1, 'zero_optimization': {'stage': 1},"
+            " 'gradient_clipping': 0.0, 'zero_allow_untested_optimizer': True}\n"
+            "e, *_ = deepspeed.initialize(model=m, optimizer=o, config=c)\n"
+            "e.backward(e(torch.tensor([[1.0, 2.0]])).sum()); e.step()\n"
+            "print('weights', m.weight.tolist(), d.world_size()); d.shutdown()\n"
+        )
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        env |= {"PYTHONPATH": str(ROOT), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "weights [[0.5, 0.0]] 1" in done.stdout  # 1 - 0.5 * (1, 2)
+        assert list(tmp_path.rglob("*.so")) == []
+
+
+class TestSeeds:
+    def test_a_seed_is_the_head_of_a_sha256(self):
+        digest = hashlib.sha256(b"int:2:42;int:1:3;str:5:noise;").hexdigest()
+        assert distributed.derive_seed(42, 3, "noise") == int(digest[:16], 16) // 2
+        assert distributed.derive_seed() == int("e3b0c44298fc1c14", 16) // 2  # SHA-256 of nothing, FIPS 180-4
+
+    def test_seeds_do_not_collide_over_types_and_borders(self):
+        parts = [(1, 23), (12, 3), (123,), ("1", 23), ("1;", 23), (1, 2, 3), (-1, 23), ("a", "bc"), ("ab", "c")]
+        seeds = {distributed.derive_seed(*p) for p in parts}
+        assert len(seeds) == len(parts)
+        assert all(0 <= seed < 2**63 for seed in seeds)
+
+    @pytest.mark.parametrize("part", [1.0, True, None])
+    def test_other_types_are_refused(self, part):
+        with pytest.raises(TypeError, match="int and str"):
+            distributed.derive_seed(part)
+
+    def test_generators_repeat_and_differ(self):
+        def draw(*parts) -> torch.Tensor:
+            return torch.randn(1000, generator=distributed.generator(*parts))
+
+        assert torch.equal(draw(7, "noise"), draw(7, "noise"))
+        # independent draws: correlation of 1,000 pairs has deviation 0.03
+        assert abs((draw(7, "noise") * draw(8, "noise")).mean().item()) < 0.15

@@ -1,0 +1,165 @@
+"""Small real things behind the Protocols: a generator one can solve on paper, rewards of one line, a plain engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from common import gaussian
+from common.distributed import generator as random_generator
+from common.types import Group, Score
+from generator import flow, schedule
+
+SHAPE = (3, 2, 4, 4)  # C F H W: a latent is a tiny RGB video
+
+
+class Velocity(nn.Module):
+    """Base: the exact velocity of data N(0, spread^2). Adapter: gain_C x + bias_C, zero at the start."""
+
+    def __init__(self, *, spread: float = 0.5, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.spread = spread
+        self.adapter_on = True
+        self.gain_C = nn.Parameter(torch.zeros(SHAPE[0], dtype=dtype))
+        self.bias_C = nn.Parameter(torch.zeros(SHAPE[0], dtype=dtype))
+        self.frozen = nn.Parameter(torch.ones(1, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Tensor, sigma: float) -> Tensor:
+        """x (B, C, F, H, W). For x_0 ~ N(0, s^2): v = x (sigma - (1 - sigma) s^2) / ((1 - sigma)^2 s^2 + sigma^2)."""
+        variance = (1 - sigma) ** 2 * self.spread**2 + sigma**2
+        v = x * (sigma - (1 - sigma) * self.spread**2) / variance * self.frozen
+        if self.adapter_on:
+            v = v + self.gain_C.view(-1, 1, 1, 1) * x + self.bias_C.view(-1, 1, 1, 1)
+        return v
+
+
+class FakeGenerator:
+    """The Generator protocol around `Velocity`, with the real flow and schedule."""
+
+    def __init__(
+        self,
+        *,
+        num_steps: int = 8,
+        stochastic_range: int = 3,
+        max_std: float | None = 0.45,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.module = Velocity(dtype=dtype)
+        self.sigmas = [float(s) for s in schedule.sigma_grid(num_steps, shift=3.0)]
+        self.stochastic_range, self.dtype = stochastic_range, dtype
+        self.noise = {"noise_level": 1.0, "max_std": max_std}
+        self.grad_forwards = 0
+
+    @torch.no_grad()
+    def rollout(self, prompts: Sequence[str], *, group_size: int, seeds: Sequence[int]) -> list[Group]:
+        return [self._group(p, group_size, seed) for p, seed in zip(prompts, seeds, strict=True)]
+
+    def _group(self, prompt: str, group_size: int, seed: int) -> Group:
+        k = schedule.stochastic_step(seed, self.stochastic_range)
+        x = torch.randn(1, *SHAPE, generator=random_generator(seed, "start"), dtype=self.dtype)
+        x = self._walk(x, 0, k)
+        law = self._law(x, self.sigmas[k], self.sigmas[k + 1])
+        noise = torch.randn(group_size, *SHAPE, generator=random_generator(seed, "members"), dtype=self.dtype)
+        next_GCFHW = law.mean + law.std * noise
+        return Group(
+            prompt=prompt,
+            latent_CFHW=x[0],
+            next_GCFHW=next_GCFHW,
+            sigma=self.sigmas[k],
+            sigma_next=self.sigmas[k + 1],
+            clean_GCFHW=self._walk(next_GCFHW, k + 1, len(self.sigmas) - 1),
+            log_prob_G=gaussian.log_prob(law, next_GCFHW),
+        )
+
+    def transition(self, group: Group) -> gaussian.Gaussian:
+        self.grad_forwards += torch.is_grad_enabled()
+        return self._law(group.latent_CFHW[None], group.sigma, group.sigma_next)
+
+    def member_transition(self, group: Group, member: int) -> gaussian.Gaussian:
+        if not 0 <= member < group.size:
+            raise IndexError(member)
+        return self.transition(group)
+
+    def decode(self, clean_BCFHW: Tensor) -> Tensor:
+        """Latent -1..1 is black..white: (B, C, F, H, W) -> (B, T, Y, X, 3)."""
+        return ((clean_BCFHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        self.module.adapter_on = False
+        try:
+            yield
+        finally:
+            self.module.adapter_on = True
+
+    def _walk(self, x: Tensor, start: int, end: int) -> Tensor:
+        for sigma, sigma_next in zip(self.sigmas[start:end], self.sigmas[start + 1 : end + 1], strict=True):
+            x = flow.euler_step(x, self.module(x, sigma), sigma, sigma_next)
+        return x
+
+    def _law(self, x: Tensor, sigma: float, sigma_next: float) -> gaussian.Gaussian:
+        return flow.sde_transition(x, self.module(x, sigma), sigma, sigma_next, **self.noise)
+
+
+class FunctionReward:
+    """A reward from a function (video (T, Y, X, 3), prompt) -> number."""
+
+    def __init__(self, name: str, function: Callable[[Tensor, str], float]) -> None:
+        self.name, self.function = name, function
+        self.calls = 0
+
+    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+        self.calls += 1
+        values = [self.function(video, prompt) for video, prompt in zip(video_BTYXC, prompts, strict=True)]
+        return Score(value_B=torch.tensor(values, dtype=torch.float32))
+
+
+def redness(video_TYXC: Tensor, _: str) -> float:
+    """MEAN red minus MEAN blue, of 255."""
+    return float(video_TYXC[..., 0].float().mean() - video_TYXC[..., 2].float().mean()) / 255
+
+
+def prompt_length(_: Tensor, prompt: str) -> float:
+    """Knows nothing of the video."""
+    return float(len(prompt))
+
+
+class Scripted:
+    """A reward that gives out given numbers in order, NaN included."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self.name, self.values = "scripted", list(values)
+
+    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+        taken, self.values = self.values[: len(prompts)], self.values[len(prompts) :]
+        return Score(value_B=torch.tensor(taken))
+
+
+class PlainEngine:
+    """deepspeed's contract in ten lines: divide by the accumulation, step on the last backward of a step."""
+
+    def __init__(self, module: nn.Module, *, accumulation: int, lr: float = 1e-2, weight_decay: float = 0.0) -> None:
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=weight_decay)
+        self.accumulation, self.backwards, self.steps = accumulation, 0, 0
+        self.last_gradient: list[Tensor] = []
+        self.losses: list[float] = []
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.accumulation).backward()
+        self.backwards += 1
+        self.losses.append(float(loss.detach()))
+
+    def step(self) -> None:
+        if self.backwards % self.accumulation == 0:
+            self.last_gradient = [p.grad.clone() for p in self.parameters]
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.steps += 1
+
+    def grad_norm(self) -> float:
+        return math.sqrt(sum(float(g.square().sum()) for g in self.last_gradient))

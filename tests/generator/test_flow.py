@@ -1,0 +1,183 @@
+"""The kernel and its weights: closed forms, published tables, and float64 by autograd."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from common.gaussian import kl_same_std, log_prob
+from generator.flow import (
+    effective_noise,
+    euler_step,
+    guide,
+    interpolate,
+    sde_transition,
+    velocity_gain,
+    velocity_target,
+)
+from generator.schedule import loss_weights, sigma_grid, stochastic_step
+
+TAU = 0.45
+
+
+# shift: (sigma, raw s sqrt(delta), c~, policy weight, KL weight) of the 16-step grid, step 0 to 7, with tau = 0.45.
+# Computed for the specification from LongCat-Video 2510.22200; the first raw value is that of sigma = 0.999999.
+TABLES = {
+    3.0: [
+        (1.0000, 147.4, 1.000, 20.70, 428.5),
+        (0.9783, 1.033, 1.095, 18.98, 360.1),
+        (0.9545, 0.739, 1.186, 17.32, 300.2),
+        (0.9286, 0.609, 1.273, 15.75, 248.1),
+        (0.9000, 0.533, 1.356, 14.25, 203.1),
+        (0.8684, 0.481, 1.437, 12.82, 164.5),
+        (0.8333, 0.443, 1.500, 11.29, 127.5),
+        (0.7941, 0.413, 1.500, 9.35, 87.4),
+    ],
+    12.0: [
+        (1.0000, 74.3, 1.000, 81.45, 6634),
+        (0.9945, 1.060, 1.090, 72.12, 5201),
+        (0.9882, 0.772, 1.170, 63.35, 4013),
+        (0.9811, 0.651, 1.239, 55.15, 3042),
+        (0.9730, 0.584, 1.297, 47.52, 2258),
+        (0.9635, 0.541, 1.345, 40.46, 1637),
+        (0.9524, 0.514, 1.382, 33.96, 1153),
+        (0.9391, 0.498, 1.409, 28.03, 786),
+    ],
+}
+
+
+@pytest.mark.parametrize("shift", TABLES)
+@pytest.mark.parametrize("step", range(8))
+def test_published_table(shift: float, step: int) -> None:
+    want_sigma, raw, gain, policy, kl = TABLES[shift][step]
+    sigma, after = sigma_grid(16, shift=shift).tolist()[step : step + 2]
+    assert sigma == pytest.approx(want_sigma, abs=0.55e-4)
+    near = min(sigma, 0.999999)
+    unbounded = effective_noise(near, after, noise_level=1.0, max_std=None) * math.sqrt(near - after)
+    assert unbounded == pytest.approx(raw, rel=2e-3)
+    s = effective_noise(sigma, after, noise_level=1.0, max_std=TAU)
+    weights = loss_weights(sigma, after, noise_level=1.0, max_std=TAU)
+    # the rest agrees in every printed digit
+    assert velocity_gain(sigma, s) == pytest.approx(gain, abs=0.55e-3)
+    assert weights.policy == pytest.approx(policy, abs=0.55e-2)
+    assert weights.kl == pytest.approx(kl, abs=0.55 if kl % 1 == 0 else 0.055)
+
+
+def test_weights_are_the_papers_where_nothing_is_clipped() -> None:
+    sigma, after = 0.6, 0.55
+    weights = loss_weights(sigma, after, noise_level=1.0, max_std=None)
+    assert weights.policy == pytest.approx(math.sqrt(sigma / (0.05 * (1 - sigma))))
+    assert weights.kl == pytest.approx(sigma / (0.05 * (1 - sigma)))
+    assert velocity_gain(sigma, math.sqrt(sigma / (1 - sigma))) == pytest.approx(1.5)
+
+
+def test_grid_by_hand() -> None:
+    grid = sigma_grid(4, shift=3.0)
+    assert grid.tolist() == pytest.approx([1, 2.25 / 2.5, 1.5 / 2, 0.75 / 1.5, 0])
+    assert sigma_grid(5, shift=1.0).tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
+    for shift in (0.5, 3.0, 12.0):
+        values = sigma_grid(50, shift=shift).tolist()
+        assert values[0] == 1.0
+        assert values[-1] == 0.0
+        assert all(a > b for a, b in pairwise(values))
+
+
+@pytest.mark.parametrize("bad", [{"num_steps": 0, "shift": 3.0}, {"num_steps": 4, "shift": 0.0}])
+def test_grid_refuses_nonsense(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="sigma_grid needs"):
+        sigma_grid(bad["num_steps"], shift=bad["shift"])
+
+
+def test_stochastic_step_is_uniform_and_fixed_by_the_seed() -> None:
+    counts = torch.tensor([stochastic_step(seed, 6) for seed in range(6000)]).bincount(minlength=6)
+    assert counts.sum() == 6000
+    assert ((counts - 1000).abs() < 4 * math.sqrt(6000 * (1 / 6) * (5 / 6))).all()  # four sigma of a binomial
+    assert stochastic_step(17, 6) == stochastic_step(17, 6)
+
+
+def test_zero_noise_is_the_euler_step_to_the_bit() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 3, 4, generator=draw), torch.randn(2, 3, 4, generator=draw)
+    law = sde_transition(x, v, 0.8, 0.7, noise_level=0.0, max_std=TAU)
+    assert law.std == 0.0
+    assert torch.equal(law.mean, euler_step(x, v, 0.8, 0.7))
+    assert torch.allclose(law.mean, x - 0.1 * v, atol=1e-6)
+
+
+def test_mean_by_hand() -> None:
+    # sigma .8 -> .7, a = 1: s^2 = 4, mean = x (1 - 4 * .1 / 1.6) - v * .1 * (1 + 4 * .2 / 1.6) = .75 x - .15 v
+    law = sde_transition(torch.tensor([2.0]), torch.tensor([3.0]), 0.8, 0.7, noise_level=1.0, max_std=None)
+    assert law.mean.item() == pytest.approx(0.75 * 2 - 0.15 * 3)
+    assert law.std == pytest.approx(2 * math.sqrt(0.1))
+
+
+def test_finite_at_pure_noise_only_with_a_ceiling() -> None:
+    law = sde_transition(torch.ones(1), torch.ones(1), 1.0, 0.98, noise_level=1.0, max_std=TAU)
+    assert law.std == pytest.approx(TAU)
+    assert law.mean.item() == pytest.approx(1 - TAU**2 / 2 - 0.02)  # s^2 delta = tau^2, and (1 - sigma) = 0
+    with pytest.raises(ValueError, match="infinite"):
+        sde_transition(torch.ones(1), torch.ones(1), 1.0, 0.98, noise_level=1.0, max_std=None)
+
+
+def test_gradient_of_log_prob_has_the_stated_sign_and_size() -> None:
+    """d log p / d v = -c~ sqrt(delta) / s * xi / D, from the definition of the step (float64)."""
+    draw = torch.Generator().manual_seed(1)
+    sigma, after = 0.9, 0.86
+    x = torch.randn(1, 2, 3, generator=draw, dtype=torch.float64)
+    v = torch.randn(1, 2, 3, generator=draw, dtype=torch.float64).requires_grad_()
+    xi = torch.randn(1, 2, 3, generator=draw, dtype=torch.float64)
+    law = sde_transition(x, v, sigma, after, noise_level=1.0, max_std=TAU)
+    sample = (law.mean + law.std * xi).detach()
+    (gradient,) = torch.autograd.grad(log_prob(law, sample).sum(), v)
+    s = TAU / math.sqrt(sigma - after)  # clipped here: sqrt(9) * .2 = .6 > .45
+    gain = 1 + s**2 * (1 - sigma) / (2 * sigma)
+    assert torch.allclose(gradient, -gain * math.sqrt(sigma - after) / s * xi / 6, atol=1e-13)
+
+
+@pytest.mark.parametrize(("sigma", "after"), [(0.9286, 0.90), (0.8684, 0.83), (0.70, 0.65)])
+def test_reweighted_terms_are_free_of_the_schedule(sigma: float, after: float) -> None:
+    """policy weight * gradient = -c~ xi / D and KL weight * KL = c~^2 / 2 * mean |v - v_ref|^2 (equations 6 to 8)."""
+    draw = torch.Generator().manual_seed(2)
+    x, other, xi = (torch.randn(1, 8, generator=draw, dtype=torch.float64) for _ in range(3))
+    v = torch.randn(1, 8, generator=draw, dtype=torch.float64).requires_grad_()
+    s = effective_noise(sigma, after, noise_level=1.0, max_std=TAU)
+    gain = 1 + s**2 * (1 - sigma) / (2 * sigma)
+    weights = loss_weights(sigma, after, noise_level=1.0, max_std=TAU)
+    law = sde_transition(x, v, sigma, after, noise_level=1.0, max_std=TAU)
+    (gradient,) = torch.autograd.grad(weights.policy * log_prob(law, (law.mean + law.std * xi).detach()).sum(), v)
+    assert torch.allclose(gradient, -gain * xi / 8, atol=1e-12)
+    reference = sde_transition(x, other, sigma, after, noise_level=1.0, max_std=TAU)
+    kl = weights.kl * kl_same_std(law, reference)
+    assert kl.item() == pytest.approx(gain**2 / 2 * (v - other).square().mean().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 0.5, 1.0])
+def test_sde_keeps_the_marginal(noise_level: float) -> None:
+    """Data N(0, s0^2): the exact velocity is linear in x, so x at every sigma has a known spread, noise or not."""
+    data_std, steps = 0.5, 400
+    sigmas = sigma_grid(steps, shift=1.0).tolist()[8:]  # away from sigma = 1, where the SDE's noise is unbounded
+    variance = (1 - sigmas[0]) ** 2 * data_std**2 + sigmas[0] ** 2
+    x = math.sqrt(variance) * torch.randn(60_000, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    draw = torch.Generator().manual_seed(4)
+    for sigma, after in pairwise(sigmas):
+        variance = (1 - sigma) ** 2 * data_std**2 + sigma**2
+        v = x * (sigma - (1 - sigma) * data_std**2) / variance  # E[eps - x0 | x]
+        law = sde_transition(x, v, sigma, after, noise_level=noise_level, max_std=None)
+        x = law.mean + law.std * torch.randn(x.shape, generator=draw, dtype=torch.float64)
+    assert x.std().item() == pytest.approx(data_std, rel=0.02)
+
+
+def test_interpolation_and_velocity_agree() -> None:
+    clean, noise = torch.tensor([[2.0]]), torch.tensor([[6.0]])
+    assert interpolate(clean, noise, torch.tensor([0.25])).item() == 3.0
+    assert velocity_target(clean, noise).item() == 4.0  # eps - x0: the derivative of the line above
+
+
+def test_guidance_by_hand() -> None:
+    assert guide(torch.tensor(3.0), torch.tensor(1.0), 4.0).item() == 9.0
+    assert guide(torch.tensor(3.0), torch.tensor(1.0), 1.0).item() == 3.0
+    half = torch.tensor(1.0, dtype=torch.bfloat16)
+    assert guide(half, half, 5.0).dtype == torch.float32

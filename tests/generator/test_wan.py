@@ -1,0 +1,348 @@
+"""WanGenerator on a tiny Wan of the real classes, against the stock pipeline and against plain per-member gradients."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from torch import Tensor
+
+from common.gaussian import log_prob
+from common.types import Generator, Group
+from generator.config import LoraConfig, SamplerConfig
+from generator.flow import guide
+from generator.sampler import initial_noise
+from generator.schedule import stochastic_step
+from generator.wan import WanGenerator
+from tests.tiny import FRAMES, HEIGHT, MAX_LENGTH, WIDTH, tiny_config, tiny_generator
+
+PROMPT = "a red circle"
+GUIDED = SamplerConfig(num_steps=6, stochastic_range=3, guidance_scale=3.0)
+
+
+class OwnGrid(FlowMatchEulerDiscreteScheduler):
+    """The stock Euler scheduler on sigma = 3 u / (1 + 2 u), u = 1 - i / N (its own grid ends elsewhere)."""
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | None = None) -> None:
+        super().set_timesteps(num_inference_steps, device=device)
+        u = [1 - i / num_inference_steps for i in range(num_inference_steps + 1)]
+        self.sigmas = torch.tensor([3 * x / (1 + 2 * x) for x in u])
+        self.timesteps = 1000 * self.sigmas[:-1]
+
+
+def stock_latents(folder: Path, noise: Tensor, prompts: list[str], *, euler: bool, scale: float = 3.0) -> Tensor:
+    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    if euler:
+        pipeline.scheduler = OwnGrid(shift=3.0)
+    size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "max_sequence_length": MAX_LENGTH}
+    size |= {"num_inference_steps": 6, "guidance_scale": scale}
+    return pipeline(prompts, latents=noise, output_type="latent", **size).frames
+
+
+@pytest.fixture(scope="module")
+def generator(folder: Path) -> WanGenerator:
+    """As if trained: the adapter's B is random."""
+    return tiny_generator(folder)
+
+
+@pytest.fixture(scope="module")
+def group(generator: WanGenerator) -> Group:
+    return generator.rollout([PROMPT], group_size=4, seeds=[3])[0]
+
+
+@pytest.fixture
+def count(generator: WanGenerator) -> Iterator[Callable[[], int]]:
+    """DiT sample-forwards since the last call."""
+    seen: list[int] = []
+    base = generator.module.get_base_model()
+    hook = base.register_forward_hook(lambda _, __, out: seen.append(len(out[0])))
+
+    def total() -> int:
+        result = sum(seen)
+        seen.clear()
+        return result
+
+    yield total
+    hook.remove()
+
+
+def test_fills_the_protocol(generator: WanGenerator) -> None:
+    assert isinstance(generator, Generator)
+
+
+def test_tiny_model_listens(generator: WanGenerator) -> None:
+    """Else every comparison below would pass with the prompt or the timestep ignored."""
+    x = initial_noise(0, generator.latent_shape).unsqueeze(0)
+    with torch.no_grad():
+        v = generator.velocity(x, torch.tensor([0.7]), [PROMPT], guidance_scale=1.0)
+        other_prompt = generator.velocity(x, torch.tensor([0.7]), ["rain"], guidance_scale=1.0)
+        other_sigma = generator.velocity(x, torch.tensor([0.6]), [PROMPT], guidance_scale=1.0)
+    assert (other_prompt - v).std() > 0.05 * v.std()
+    assert (other_sigma - v).std() > 0.05 * v.std()
+
+
+# ---- against the stock pipeline -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [3.0, 1.0])
+def test_zero_noise_rollout_is_the_stock_pipeline(folder: Path, scale: float) -> None:
+    sampler = dataclasses.replace(GUIDED, noise_level=0.0, guidance_scale=scale)
+    generator = WanGenerator.load(tiny_config(folder, sampler=sampler), device="cpu")
+    seeds = [next(seed for seed in range(50) if stochastic_step(seed, 3) == k) for k in range(3)]
+    groups = generator.rollout([PROMPT] * 3, group_size=2, seeds=seeds)
+    for seed, group in zip(seeds, groups, strict=True):
+        noise = initial_noise(seed, generator.latent_shape).unsqueeze(0)
+        stock = stock_latents(folder, noise, [PROMPT], euler=True, scale=scale)
+        assert (group.clean_GCFHW - stock).abs().max() < 1e-5 * stock.abs().max()
+    assert len({group.sigma for group in groups}) == 3
+
+
+@pytest.mark.parametrize("kind", ["euler", "pipeline"])
+def test_sample_is_the_stock_pipeline(folder: Path, kind: str) -> None:
+    generator = WanGenerator.load(tiny_config(folder, rollout_batch=2), device="cpu")
+    prompts, seeds = [PROMPT, "rain", "two cats"], [1, 2, 3]
+    noise = torch.stack([initial_noise(seed, generator.latent_shape) for seed in seeds])
+    stock = stock_latents(folder, noise, prompts, euler=kind == "euler")
+    got = generator.sample(prompts, seeds, scheduler=kind)
+    assert (got - stock).abs().max() < 1e-5 * stock.abs().max()
+    assert torch.equal(generator.sample(prompts, seeds, scheduler=kind), got)
+
+
+def test_sample_needs_one_seed_per_prompt(generator: WanGenerator) -> None:
+    with pytest.raises(ValueError, match="2 prompts and 1 seeds"):
+        generator.sample(["a", "b"], [1])
+    with pytest.raises(ValueError, match="'unipc'"):
+        generator.sample(["a"], [1], scheduler="unipc")
+
+
+def test_guidance_mixes_in_fp32(folder: Path) -> None:
+    """In bf16, mixing first and widening later would lose bits that the scale then amplifies."""
+    generator = tiny_generator(folder, dtype="bfloat16")
+    x = initial_noise(0, generator.latent_shape).unsqueeze(0)
+    seen: list[Tensor] = []
+    hook = generator.module.get_base_model().register_forward_hook(lambda _, __, out: seen.append(out[0]))
+    with torch.no_grad():
+        v = generator.velocity(x, torch.tensor([0.7]), [PROMPT], guidance_scale=3.0)
+    hook.remove()
+    assert seen[0].dtype == torch.bfloat16
+    cond, uncond = seen[0].double().chunk(2)
+    assert v.dtype == torch.float32
+    assert torch.allclose(v.double(), uncond + 3.0 * (cond - uncond), rtol=1e-6, atol=1e-6)
+    assert not torch.equal(v, guide(cond, uncond, 3.0).bfloat16().float())
+
+
+def test_timestep_is_not_rounded(generator: WanGenerator) -> None:
+    seen: list[Tensor] = []
+
+    def keep(_: object, __: object, kwargs: dict[str, Tensor]) -> None:
+        seen.append(kwargs["timestep"])
+
+    hook = generator.module.get_base_model().register_forward_pre_hook(keep, with_kwargs=True)
+    x = torch.zeros(2, *generator.latent_shape)
+    with torch.no_grad():
+        generator.velocity(x, torch.tensor([0.95454545, 0.1234567]), ["a", "b"], guidance_scale=1.0)
+    hook.remove()
+    assert seen[0].tolist() == pytest.approx([954.54545, 123.4567], rel=1e-7)
+
+
+# ---- what it costs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_forwards_per_group(generator: WanGenerator, count: Callable[[], int], seed: int) -> None:
+    k = stochastic_step(seed, 3)
+    group = generator.rollout([PROMPT], group_size=4, seeds=[seed])[0]
+    assert count() == 2 * ((k + 1) + 4 * (6 - k - 1))
+    generator.transition(group)
+    assert count() == 2
+    with torch.no_grad(), generator.reference():
+        generator.transition(group)
+    assert count() == 2
+    generator.member_transition(group, 3)
+    assert count() == 2
+
+
+def test_forwards_without_guidance(folder: Path) -> None:
+    for changes, rollout, update in (
+        ({"sampler": dataclasses.replace(GUIDED, guidance_scale=1.0)}, 1, 1),
+        ({"guidance_in_update": False}, 2, 1),
+    ):
+        generator = tiny_generator(folder, **changes)
+        seen: list[int] = []
+        generator.module.get_base_model().register_forward_hook(lambda _, __, out, seen=seen: seen.append(len(out[0])))
+        group = generator.rollout([PROMPT], group_size=2, seeds=[1])[0]
+        k = stochastic_step(1, 3)
+        assert sum(seen) == rollout * ((k + 1) + 2 * (6 - k - 1))
+        seen.clear()
+        generator.transition(group)
+        assert sum(seen) == update
+
+
+# ---- likelihood ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}])
+def test_first_ratio_is_one(folder: Path, changes: dict[str, object]) -> None:
+    generator = tiny_generator(folder, **changes)
+    for group in generator.rollout([PROMPT, "rain"], group_size=3, seeds=[1, 2]):
+        law = generator.transition(group)
+        assert law.mean.shape == (1, *generator.latent_shape)
+        assert law.mean.requires_grad
+        assert torch.equal(log_prob(law, group.next_GCFHW).detach(), group.log_prob_G)
+
+
+def test_module_stays_in_eval_mode(generator: WanGenerator, group: Group) -> None:
+    generator.module.train()
+    generator.transition(group)
+    assert not any(module.training for module in generator.module.modules())
+
+
+def gradients(generator: WanGenerator, loss: Tensor) -> Tensor:
+    parameters = [p for p in generator.module.parameters() if p.requires_grad]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+
+def collapsed_and_plain(generator: WanGenerator, group: Group) -> tuple[Tensor, Tensor]:
+    """Gradient of the mean of A_g exp(logp_g - old_g): one forward for all members, and one forward each."""
+    advantage_G = torch.tensor([1.5, -0.5, 0.25, -1.25]).to(group.latent_CFHW.dtype)
+    law = generator.transition(group)
+    ratio_G = (log_prob(law, group.next_GCFHW) - group.log_prob_G).exp()
+    collapsed = gradients(generator, -(advantage_G * ratio_G).mean())
+    plain = torch.zeros_like(collapsed)
+    for g in range(4):
+        own = log_prob(generator.member_transition(group, g), group.next_GCFHW[g : g + 1])[0]
+        plain += gradients(generator, -advantage_G[g] * (own - group.log_prob_G[g]).exp() / 4)
+    return collapsed, plain
+
+
+def test_collapsed_gradient_is_the_plain_one(generator: WanGenerator, group: Group) -> None:
+    collapsed, plain = collapsed_and_plain(generator, group)
+    assert plain.norm() > 0
+    assert (collapsed - plain).norm() < 1e-6 * plain.norm()
+
+
+def test_collapsed_gradient_is_the_plain_one_in_fp64(
+    generator: WanGenerator, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wan narrows to fp32 inside its blocks with Tensor.float(), which is switched off for this proof."""
+    double = copy.copy(generator)
+    double.module = copy.deepcopy(generator.module).double()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    tensors = ("latent_CFHW", "next_GCFHW", "clean_GCFHW", "log_prob_G")
+    wide = dataclasses.replace(group, **{name: getattr(group, name).double() for name in tensors})
+    collapsed, plain = collapsed_and_plain(double, wide)
+    assert collapsed.dtype == torch.float64
+    assert (collapsed - plain).norm() < 1e-12 * plain.norm()
+    single, _ = collapsed_and_plain(generator, group)
+    assert (collapsed - single).norm() > 1e-9 * plain.norm()  # it did compute in fp64
+
+
+def test_gradient_checkpointing_changes_no_gradient(folder: Path, group: Group) -> None:
+    plain, recomputed = (tiny_generator(folder, gradient_checkpointing=on) for on in (False, True))
+    want = gradients(plain, log_prob(plain.transition(group), group.next_GCFHW).sum())
+    got = gradients(recomputed, log_prob(recomputed.transition(group), group.next_GCFHW).sum())
+    assert (got - want).norm() < 1e-6 * want.norm()
+
+
+def test_group_depends_on_its_prompt_and_seed_alone(generator: WanGenerator) -> None:
+    there = generator.rollout(["rain", PROMPT], group_size=3, seeds=[5, 6])
+    back = generator.rollout([PROMPT, "rain"], group_size=3, seeds=[6, 5])
+    for one, two in zip(there, reversed(back), strict=True):
+        assert one.prompt == two.prompt
+        for name in ("latent_CFHW", "next_GCFHW", "clean_GCFHW", "log_prob_G"):
+            assert torch.equal(getattr(one, name), getattr(two, name))
+    same_seed = generator.rollout(["rain", PROMPT], group_size=3, seeds=[5, 5])
+    assert same_seed[0].sigma == same_seed[1].sigma
+    assert not torch.allclose(same_seed[0].clean_GCFHW, same_seed[1].clean_GCFHW, atol=1e-2)
+
+
+def test_flow_error_by_hand(generator: WanGenerator) -> None:
+    """mean |v(x_sigma) - (eps - x0)|^2 with x_sigma = (1 - sigma) x0 + sigma eps, from the bare transformer."""
+    draw = torch.Generator().manual_seed(8)
+    clean, noise = (torch.randn(2, *generator.latent_shape, generator=draw) for _ in range(2))
+    sigma = torch.tensor([0.25, 0.8])
+    got = generator.flow_error(clean, noise, sigma, [PROMPT, "rain"])
+    texts = generator.prompts.get([PROMPT, "rain"], device=torch.device("cpu"), dtype=torch.float32)
+    base = generator.module.get_base_model()
+    for i, s in enumerate((0.25, 0.8)):
+        x = (1 - s) * clean[i : i + 1] + s * noise[i : i + 1]
+        with torch.no_grad():
+            v = base(x, torch.tensor([1000 * s]), texts[i : i + 1]).sample
+        want = np.mean((v.numpy() - (noise[i] - clean[i]).numpy()) ** 2, dtype=np.float64)
+        assert got[i].item() == pytest.approx(want, rel=1e-5)
+    assert gradients(generator, got.sum()).norm() > 0
+
+
+# ---- reference ----------------------------------------------------------------------------------------------------
+
+
+def test_reference_is_the_model_without_its_adapter(folder: Path, generator: WanGenerator, group: Group) -> None:
+    untouched = WanGenerator.load(tiny_config(folder), device="cpu")  # B = 0
+    with torch.no_grad():
+        base = untouched.transition(group).mean
+        policy = generator.transition(group).mean
+        with generator.reference(), generator.reference():
+            reference = generator.transition(group).mean
+        after = generator.transition(group).mean
+    assert torch.allclose(reference, base, atol=1e-6)
+    assert (policy - base).abs().max() > 1e-3
+    assert torch.equal(after, policy)
+
+
+def test_reference_between_forward_and_backward_changes_no_gradient(folder: Path, group: Group) -> None:
+    generator = tiny_generator(folder, gradient_checkpointing=True)
+    want = gradients(generator, log_prob(generator.transition(group), group.next_GCFHW).sum())
+    loss = log_prob(generator.transition(group), group.next_GCFHW).sum()
+    with torch.no_grad(), generator.reference():
+        generator.transition(group)
+    assert torch.equal(gradients(generator, loss), want)
+
+
+def test_reference_refuses_grad(generator: WanGenerator, group: Group) -> None:
+    with generator.reference(), pytest.raises(RuntimeError, match="no_grad"):
+        generator.transition(group)
+    generator.transition(group)  # and the context closes behind the error
+
+
+def test_full_fine_tuning_keeps_a_frozen_copy(folder: Path, group: Group) -> None:
+    generator = WanGenerator.load(tiny_config(folder, lora=None), device="cpu")
+    with torch.no_grad():
+        base = generator.transition(group).mean
+        for parameter in generator.module.parameters():
+            assert parameter.requires_grad
+            parameter.add_(0.05)
+        moved = generator.transition(group).mean
+        with generator.reference():
+            reference = generator.transition(group).mean
+    assert torch.equal(reference, base)
+    assert (moved - base).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="save_pretrained"):
+        generator.save_adapter(folder / "never")
+
+
+def test_text_encoder_can_go(folder: Path) -> None:
+    generator = WanGenerator.load(tiny_config(folder, lora=LoraConfig(rank=2, alpha=2.0)), device="cpu")
+    generator.prompts.encode([PROMPT])
+    generator.free_text_encoder()  # which caches the negative prompt first
+    want = WanGenerator.load(generator.cfg, device="cpu").sample([PROMPT], [1])
+    assert torch.equal(generator.sample([PROMPT], [1]), want)
+    generator.sample([PROMPT], [1], scheduler="pipeline")
+    with pytest.raises(RuntimeError, match="text encoder has been freed"):
+        generator.sample(["snow"], [1])
+
+
+def test_a_missing_folder_is_named(folder: Path) -> None:
+    for path, words in (
+        ("./nowhere", "./nowhere does not exist"),
+        ("assets/no/wan", "assets/no/wan does not exist"),
+        (str(folder / "vae"), "no model_index.json"),
+    ):
+        with pytest.raises(FileNotFoundError, match=words):
+            WanGenerator.load(tiny_config(Path("x"), path=path), device="cpu")

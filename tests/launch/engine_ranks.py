@@ -1,0 +1,105 @@
+"""Run by test_compose.py under a launcher: engines on real ranks. Prints one JSON line from rank 0."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from common import distributed
+from launch.compose import build_engine, quiet
+from launch.engine_state import load_engine, save_engine
+from launch.runs import OptimizerConfig
+from tests.fakes import PlainEngine
+
+BACKWARDS = 4  # of one optimizer step, over all ranks
+OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=0.0, warmup_steps=3)
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(7, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3))
+
+
+def loss(module: torch.nn.Module, step: int, i: int) -> torch.Tensor:
+    source = distributed.generator(step, i)
+    dtype = next(module.parameters()).dtype
+    x, y = torch.randn(5, 7, generator=source), torch.randn(5, 3, generator=source)
+    return (module(x.to(dtype)).float() - y).square().mean()
+
+
+def train(engine, module: torch.nn.Module, steps: range) -> None:
+    share = BACKWARDS // distributed.world_size()
+    for step in steps:
+        for i in range(share):
+            engine.backward(loss(module, step, distributed.rank() * share + i))
+            engine.step()
+
+
+def engine_of(module: torch.nn.Module, stage: int):
+    share = BACKWARDS // distributed.world_size()
+    return build_engine(module, optimizer=OPTIMIZER, zero_stage=stage, accumulation=share)
+
+
+def plain(steps: int) -> list[torch.Tensor]:
+    """torch alone, with the warm-up written out."""
+    module = network()
+    engine = PlainEngine(module, accumulation=BACKWARDS, weight_decay=OPTIMIZER.weight_decay)
+    for step in range(steps):
+        engine.optimizer.param_groups[0]["lr"] = OPTIMIZER.lr * min(1.0, (step + 1) / 3)
+        for i in range(BACKWARDS):
+            engine.backward(loss(module, step, i))
+            engine.step()
+    return list(module.parameters())
+
+
+def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    return max(float((x.detach().float() - y.detach().float()).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+def check(stage: int, later_stage: int, dtype: torch.dtype, folder: Path) -> dict[str, float]:
+    whole = network().to(dtype)
+    train(engine_of(whole, stage), whole, range(5))
+    first = network().to(dtype)
+    engine = engine_of(first, stage)
+    train(engine, first, range(2))
+    save_engine(engine, folder)
+    distributed.barrier()
+    second = network().to(dtype)
+    torch.nn.init.zeros_(second[0].weight)  # whatever it was, the checkpoint decides
+    engine = engine_of(second, later_stage)
+    load_engine(engine, folder)
+    resumed = distance(list(first.parameters()), list(second.parameters()))
+    train(engine, second, range(2, 5))
+    return {
+        "plain": distance(plain(5), list(whole.parameters())),
+        "loaded": resumed,
+        "resumed": distance(list(whole.parameters()), list(second.parameters())),
+    }
+
+
+def main() -> None:
+    quiet()
+    distributed.init_process_group()
+    root = Path(distributed.from_main(tempfile.mkdtemp()))
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    cases = {"0": (0, 0, float32), "1": (1, 1, float32), "2": (2, 2, float32), "2 to 0": (2, 0, float32)}
+    cases["1 bf16"] = (1, 1, bfloat16)
+    results = {}
+    for name, (stage, later, dtype) in cases.items():
+        folder = root / name.replace(" ", "-")
+        folder.mkdir(exist_ok=True)
+        results[name] = check(stage, later, dtype, folder)
+    if distributed.is_main():
+        sys.stdout.write("\n" + json.dumps(results) + "\n")
+        sys.stdout.flush()
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -1,0 +1,47 @@
+"""Start programs as a user does, in their own process group, so that none outlives its test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+def run(*words: str, expect: int = 0, timeout: float = 240.0, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run to the end from the repository's root; fails with the output's end on another exit code."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen(
+        words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, **variables},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:  # a launcher's children are in its group
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == expect, f"exit code {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def deepspeed(ranks: int, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Under the deepspeed launcher, on a port of its own."""
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(_free_port())]
+    return run(*launcher, *words, **variables)
+
+
+def torchrun(ranks: int, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Under torchrun, on a port of its own."""
+    port = str(_free_port())
+    return run(str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port, *words, **variables)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

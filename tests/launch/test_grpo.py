@@ -1,0 +1,296 @@
+"""launch/grpo.py as a user calls it: through the launchers, on a random tiny Wan of the real classes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from alignment.data import PromptSchedule, read_prompts
+from alignment.grpo import GrpoLoop, Judgement, backwards_per_step
+from common.checkpoint import load_tensors
+from common.config import ConfigError, load
+from common.log import read_metrics
+from launch.compose import build_generator
+from launch.runs import GrpoRun, SampleRun
+from launch.sample import sample
+from tests.fakes import PlainEngine
+from tests.launch.processes import ROOT, deepspeed, run
+
+SCRIPT = str(ROOT / "launch" / "grpo.py")
+SAFE = {".json", ".jsonl", ".yaml", ".safetensors", ".mp4"}  # no pickle anywhere
+CONFIGS = sorted((ROOT / "configs").glob("*/grpo.yaml"))
+
+
+def alone(config: Path, *overrides: str) -> None:
+    run(sys.executable, SCRIPT, "--config", str(config), *overrides)
+
+
+def on_two_ranks(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return deepspeed(2, SCRIPT, "--config", str(config), *overrides)
+
+
+# ------------------------------------------------------------------ configuration
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    cfg = load(GrpoRun, path)
+    assert cfg.rewards["descore"].weight == 1.0
+    assert cfg.generator.sampler.max_std == {"wan": 0.45, "shapes": 0.7}[path.parent.name]
+
+
+def test_the_full_size_config_has_the_papers_numbers() -> None:
+    """LongCat-Video 2510.22200, Table 9."""
+    cfg = load(GrpoRun, ROOT / "configs" / "wan" / "grpo.yaml")
+    sampler, lora = cfg.generator.sampler, cfg.generator.lora
+    assert (cfg.prompts_per_step, cfg.grpo.group_size, cfg.grpo.kl_weight) == (64, 4, 3e-4)
+    assert (sampler.num_steps, sampler.stochastic_range, sampler.noise_level, sampler.max_std) == (16, 6, 1.0, 0.45)
+    assert (lora.rank, lora.alpha, len(lora.targets), cfg.optimizer.lr) == (128, 64.0, 6, 1e-4)
+
+
+def test_a_typo_is_exit_2_in_two_seconds_with_the_right_key() -> None:
+    start = time.perf_counter()
+    typos = ["sampler.num_stpes=4", "grpo.group_size=1", "--local_rank=0"]
+    done = run(sys.executable, SCRIPT, "--config", str(CONFIGS[0]), *typos, expect=2)
+    assert time.perf_counter() - start < 2.0
+    assert "generator.sampler.num_steps" in done.stderr
+    assert "group_size must be at least 2" in done.stderr
+    assert "2 mistakes" in done.stderr
+
+
+def test_all_is_wrong_that_cannot_learn() -> None:
+    base = ["run_dir=x", "prompts=x", "generator.path=x"]
+    for overrides, message in [
+        ([], "rewards must name at least one|rewards: is required"),
+        (["rewards.shapes.weight=0"], "one weight that is not 0"),
+        (["rewards.brightness.weight=1", "zero_stage=3"], "zero_stage must be 0, 1 or 2, got 3"),
+        (["rewards.brightness.weight=1", "generator.sampler.noise_level=0"], "noise_level must be positive"),
+        (["rewards.mine.kind=descor"], "did you mean 'descore'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load(GrpoRun, None, [*base, *overrides])
+
+
+def test_sampling_is_configured_too() -> None:
+    cfg = load(SampleRun, None, ["out=x", "prompts=x", "generator.path=x", "seeds=3"])
+    assert (cfg.adapter, cfg.seeds, cfg.scheduler) == (None, 3, "euler")
+
+
+def test_ranks_that_cannot_share_the_prompts_are_told_the_arithmetic() -> None:
+    words = [sys.executable, SCRIPT, "--config", str(CONFIGS[0]), "prompts_per_step=8"]
+    done = run(*words, expect=2, WORLD_SIZE="3", RANK="0")
+    assert "8 / 3 = 2.67 groups each" in done.stderr
+
+
+def test_a_bad_prompt_file_is_named_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
+    words = [sys.executable, SCRIPT, "--config", str(CONFIGS[0]), f"prompts={tmp_path / 'p.jsonl'}"]
+    done = run(*words, expect=2)
+    assert "p.jsonl:2: needs a non-empty text" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------ runs
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config of a run on a random Wan: 4 prompts of 2 members, brightness as the reward."""
+    from tests.tiny import build_tiny_wan
+
+    root = tmp_path_factory.mktemp("grpo")
+    build_tiny_wan(root / "wan")
+    (root / "prompts.txt").write_text("a red circle\na blue square\ntwo cats\nrain\nsnow\n")
+    values = {
+        "run_dir": str(root / "run"),
+        "prompts": str(root / "prompts.txt"),
+        "prompts_per_step": 4,
+        "steps": 4,
+        "save_every": 1,
+        "keep": 4,
+        "video_every": 2,
+        "video_groups": 1,
+        "generator": {
+            "path": str(root / "wan"),
+            **{"height": 16, "width": 16, "num_frames": 9, "fps": 8.0, "dtype": "float32"},
+            **{"gradient_checkpointing": False, "decode_batch": 8, "max_sequence_length": 24},
+            "lora": {"rank": 4, "alpha": 8.0},
+            "sampler": {"num_steps": 6, "stochastic_range": 3, "guidance_scale": 3.0},
+        },
+        "grpo": {"group_size": 2},
+        "rewards": {"brightness": {}},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 3},
+    }
+    (root / "run.yaml").write_text(yaml.safe_dump(values))
+    return root / "run.yaml"
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path) -> Path:
+    """Four steps in one go, on two ranks under the deepspeed launcher."""
+    folder = tiny.parent / "whole"
+    on_two_ranks(tiny, f"run_dir={folder}")
+    return folder
+
+
+def adapter_of(folder: Path, part: Path = Path("final")) -> dict[str, torch.Tensor]:
+    return load_tensors(folder / part / "pytorch_lora_weights.safetensors")
+
+
+def numbers(folder: Path) -> list[dict[str, float]]:
+    """The metrics without wall-clock times."""
+    timed = ("seconds/", "videos_per_second")
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def half(tiny: Path) -> Path:
+    """The same run stopped after two steps."""
+    folder = tiny.parent / "half"
+    on_two_ranks(tiny, f"run_dir={folder}", "steps=2")
+    return folder
+
+
+def continued(tiny: Path, half: Path, name: str) -> Path:
+    """A copy of the stopped run under another name, with a metrics line torn by a kill."""
+    folder = tiny.parent / name
+    shutil.copytree(half, folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "reward/bright')
+    return folder
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_is_the_run_in_one_go(tiny: Path, whole: Path, half: Path) -> None:
+    folder = continued(tiny, half, "resumed")
+    done = on_two_ranks(tiny, f"run_dir={folder}")
+    assert "going on after 2 steps" in done.stdout
+    assert numbers(folder) == numbers(whole)
+    assert [row["step"] for row in numbers(folder)] == [0, 1, 2, 3]
+    ours, theirs = adapter_of(folder), adapter_of(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(float(ours[name].abs().max()) > 0 for name in ours if "lora_B" in name)  # something was learned
+
+
+@pytest.mark.slow
+def test_one_rank_gives_the_update_of_two_and_may_take_over(tiny: Path, whole: Path, half: Path) -> None:
+    """From the start without ZeRO, and from the two ranks' checkpoint of step 2."""
+    first = Path("checkpoints", "step-000001", "adapter")
+    alone(tiny, f"run_dir={tiny.parent / 'alone'}", "zero_stage=0")
+    alone(tiny, f"run_dir={continued(tiny, half, 'taken_over')}")
+    for name in ("alone", "taken_over"):
+        folder = tiny.parent / name
+        assert_close(adapter_of(whole, first), adapter_of(folder, first), relative=1e-5)
+        # later, Adam magnifies a rounding of 1e-7 wherever a gradient is nearly zero
+        assert_close(adapter_of(whole), adapter_of(folder), relative=1e-2)
+        assert numbers(folder)[0].items() >= {k: v for k, v in numbers(whole)[0].items() if "train" not in k}.items()
+        for one, two in zip(numbers(whole), numbers(folder), strict=True):
+            for key in one.keys() & two.keys():
+                assert one[key] == pytest.approx(two[key], abs=1e-5, rel=2e-3), key
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], *, relative: float) -> None:
+    """1e-5 for every weight in the first update; and B, zero at the start, relative to all it has learned."""
+    for key, tensor in ours.items():
+        if "lora_B" in key:
+            assert float((tensor - theirs[key]).norm()) < relative * float(tensor.norm()), key
+        assert float((tensor - theirs[key]).abs().max()) < max(1e-5, 1e-2 * relative), key
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_behind(whole: Path) -> None:
+    # rollouts of c [(k + 1) + G (T - k - 1)] samples, T = 6, G = 2, c = 2 for guidance, k drawn for each of 4 prompts;
+    # then c for the reference, and c with gradient
+    rollouts = [2 * ((k + 1) + 2 * (6 - k - 1)) for k in range(3)]
+    possible = {sum(four) for four in itertools.product(rollouts, repeat=4)}
+    for row in numbers(whole):
+        assert row["train/ratio_max_dev"] < 1e-5
+        assert row["forwards/grad"] == 4 * 2
+        assert row["forwards/no_grad"] - 4 * 2 in possible
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == {f"step-00000{n}" for n in (1, 2, 3, 4)}
+    assert (whole / "checkpoints" / "step-000004" / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+    assert {path.suffix for path in whole.rglob("*") if path.is_file()} <= SAFE
+    assert yaml.safe_load((whole / "config.yaml").read_text())["grpo"]["group_size"] == 2
+    samples = whole / "samples" / "step-000002"
+    lines = [json.loads(line) for line in (samples / "samples.jsonl").read_text().splitlines()]
+    assert [line["member"] for line in lines] == [0, 1]
+    assert all((samples / line["file"]).stat().st_size > 0 for line in lines)
+    better, worse = sorted(lines, key=lambda line: -line["rewards"]["brightness"])
+    assert better["advantage"] == pytest.approx(-worse["advantage"])
+    assert better["advantage"] > 0
+
+
+# ------------------------------------------------------------------ the loop on a real Wan, in this process
+
+
+def updated_once(tiny: Path, *, double: bool = False, **changes: object) -> tuple[torch.Tensor, dict[str, float]]:
+    """One update of the tiny Wan with a random adapter and given advantages: the gradient and the metrics."""
+    cfg = load(GrpoRun, tiny, [f"{key}={value}" for key, value in changes.items()])
+    generator = build_generator(cfg.generator)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in generator.module.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+    if double:
+        generator.module.double()
+    engine = PlainEngine(generator.module, accumulation=backwards_per_step(cfg.grpo, cfg.prompts_per_step))
+    schedule = PromptSchedule(read_prompts(cfg.prompts), seed=0, prompts_per_step=cfg.prompts_per_step)
+    loop = GrpoLoop(cfg.grpo, generator=generator, rewards={}, weights={}, engine=engine, prompts=schedule, fps=8.0)
+    batch = schedule.at(0)
+    groups = generator.rollout(batch.prompts, group_size=cfg.grpo.group_size, seeds=batch.seeds)
+    advantage_PG = torch.randn(len(groups), cfg.grpo.group_size, generator=draw)
+    metrics = loop.update(groups, Judgement(advantage_PG, anything_to_learn=True, means={}, details={}))
+    return torch.cat([gradient.flatten() for gradient in engine.last_gradient]), metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("double", "tolerance"), [(False, 1e-6), (True, 1e-12)])
+def test_collapsed_and_per_member_updates_are_one_gradient(
+    tiny: Path, tolerance: float, monkeypatch: pytest.MonkeyPatch, *, double: bool
+) -> None:
+    if double:  # diffusers' Wan computes its norms and modulations in fp32 by calling .float()
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    options = {"double": double, "prompts_per_step": 2, "grpo.group_size": 3, "grpo.kl_weight": 0.1}
+    collapsed, metrics = updated_once(tiny, **options)
+    per_member, _ = updated_once(tiny, **options, **{"grpo.update": "per_member"})
+    assert metrics["train/kl"] > 0
+    assert float((collapsed - per_member).norm()) < tolerance * float(per_member.norm())
+
+
+@pytest.mark.slow
+def test_bf16_weights_with_an_fp32_adapter_keep_the_ratio_at_one(tiny: Path) -> None:
+    options = {"generator.dtype": "bfloat16", "generator.gradient_checkpointing": "true"}
+    gradient, metrics = updated_once(tiny, **options)
+    assert metrics["train/ratio_max_dev"] < 1e-3
+    assert gradient.dtype == torch.float32
+    exact, metrics = updated_once(tiny)
+    assert metrics["train/ratio_max_dev"] < 1e-5
+    assert float(torch.cosine_similarity(gradient, exact, dim=0)) > 0.5  # of a random network, guided at scale 3
+
+
+@pytest.mark.slow
+def test_sampling_with_the_adapter_changes_the_videos_and_not_the_seeds(tiny: Path, whole: Path) -> None:
+    cfg = load(GrpoRun, tiny)
+    rows = {}
+    for name, adapter in (("base", None), ("tuned", str(whole / "final"))):
+        folder = str(tiny.parent / name)
+        sample(SampleRun(folder, cfg.prompts, cfg.generator, adapter=adapter, seeds=2, limit=2, batch=3))
+        rows[name] = [json.loads(line) for line in (tiny.parent / name / "samples.jsonl").read_text().splitlines()]
+        assert len(list((tiny.parent / name).glob("*.mp4"))) == len(rows[name]) == 4
+        assert [row["prompt"] for row in rows[name]] == ["a red circle"] * 2 + ["a blue square"] * 2
+    assert [row["seed"] for row in rows["base"]] == [row["seed"] for row in rows["tuned"]]
+    assert len({row["seed"] for row in rows["base"]}) == 4
+    videos = [(tiny.parent / name / "0000.mp4").read_bytes() for name in rows]
+    assert videos[0] != videos[1]

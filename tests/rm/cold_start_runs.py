@@ -1,0 +1,55 @@
+"""`launch.cold_start.train` three times in one process: without a stop, to the middle, and on from there.
+
+`python -m tests.rm.cold_start_runs FOLDER` writes FOLDER/{base, pairs.csv, whole, stopped}. A process of its own,
+because deepspeed keeps state for the life of one; test_cold_start_run.py starts it.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import torch
+
+from common import distributed
+from common.config import load
+from common.video_io import write_mp4
+from launch.cold_start import train
+from launch.runs import ColdStartRun
+from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, save_tiny_qwen
+
+
+def write_data(folder: Path) -> None:
+    base = save_tiny_qwen(folder / "base")
+    SETTINGS.save(base / "video.json")
+    TEMPLATE.save(base / "prompt.json")
+    with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["videos", "prompt", "CoT_A", "CoT_B", "GSB"])
+        writer.writeheader()
+        for i, label in enumerate(["A", "B", "A", "same"]):
+            names = [f"{i}{side}.mp4" for side in "AB"]
+            for side, name in enumerate(names):
+                write_mp4(folder / name, random_frames(10 * i + side), 4.0)
+            writer.writerow({"videos": repr(names), "prompt": f"p{i}", "CoT_A": "x", "CoT_B": "yy", "GSB": label})
+
+
+def run(folder: Path, name: str, *, epochs: int) -> None:
+    overrides = [
+        f"run_dir={folder / name}", f"base={folder / 'base'}", f"data.train={folder / 'pairs.csv'}",
+        f"data.heldout={folder / 'pairs.csv'}", "cold_start.pairs_per_step=3", "cold_start.micro_batch=1",
+        f"cold_start.epochs={epochs}", "lora.rank=4", "lora.dropout=0.2", "eval_every=1", "save_every=1",
+        "dtype=bfloat16", "zero_stage=1", "optimizer.warmup_steps=3", "lr.head=1e-3",
+    ]  # fmt: skip
+    train(load(ColdStartRun, None, overrides), resume="auto")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.shutdown = lambda: None  # deepspeed cannot join a second process group
+    root = Path(sys.argv[1])
+    write_data(root)
+    run(root, "whole", epochs=4)
+    torch.manual_seed(1234)
+    run(root, "stopped", epochs=2)
+    run(root, "stopped", epochs=4)

@@ -1,0 +1,63 @@
+"""The true entry point on a tiny Qwen3-VL: a stopped run goes on as if it had not stopped, and leaves a judge."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.checkpoint import load_tensors
+from common.log import read_metrics
+from rm.model import DeScore
+from rm.scorer import DeScoreScorer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.rm.cold_start_runs", str(folder)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4 pairs, 1 of them ties" in done.stdout
+    assert "going on after 2 steps" in done.stdout
+    return folder
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [
+        {k: v for k, v in row.items() if not k.startswith("seconds")} for row in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def test_a_resumed_run_equals_an_unbroken_one(folder):
+    whole, stopped = metrics(folder / "whole"), metrics(folder / "stopped")
+    assert [row["step"] for row in whole] == [0, 1, 2, 3]
+    assert whole == stopped
+    name = "step-000004/engine.safetensors"
+    one, other = (load_tensors(folder / run / "checkpoints" / name) for run in ("whole", "stopped"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_what_remains_is_a_judge_with_the_fp32_weights(folder):
+    files = [folder / f"{i}{side}.mp4" for i in range(3) for side in "AB"]
+    scorer = DeScoreScorer.load(folder / "whole" / "final", cot="none")
+    value_B = scorer.score(files, [f"p{i}" for i in range(3) for _ in "AB"]).value_B
+    assert value_B.isfinite().all()
+    assert value_B.std() > 0
+    trained = load_tensors(folder / "whole" / "checkpoints" / "step-000004" / "engine.safetensors")
+    assert torch.equal(scorer.model.head.weight, trained["weight.head.weight"])
+    assert torch.equal(scorer.model.query, trained["weight.query"])
+    rounded = scorer.model.head.weight.bfloat16().float()
+    assert not torch.equal(scorer.model.head.weight, rounded)  # a bfloat16 run keeps more than bfloat16
+    untrained = DeScore.from_base(folder / "base")
+    assert not torch.equal(untrained.head.weight, scorer.model.head.weight)

@@ -1,0 +1,151 @@
+"""The reward model users call: from a folder, on frames or files, with or without a chain of thought."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.types import RewardModel
+from common.video_io import write_mp4
+from rm.config import Generation
+from rm.model import DeScore
+from rm.scorer import DeScoreScorer, _parts
+from rm.video import VideoError, prepare
+from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, speak_plainly, tiny_qwen, tiny_tokenizer
+
+PROMPTS = ["a", "a red ball moves left", "two cats", "x" * 40, "blue", "a dog", "night", "two red cats"]
+# sampling, so that a random model's chains end at different lengths
+WRITING = Generation(max_new_tokens=80, temperature=2.0, repetition_penalty=1.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("judge")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        DeScore(tiny_qwen(), tiny_tokenizer(), TEMPLATE, SETTINGS, 264, WRITING).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scorer(folder):
+    return speaking(folder)
+
+
+def speaking(folder, **options):
+    scorer = DeScoreScorer.load(folder, **options)
+    speak_plainly(scorer.model.backbone)
+    return scorer
+
+
+@pytest.fixture(scope="module")
+def video_BTYXC():
+    return torch.stack([random_frames(i) for i in range(len(PROMPTS))])
+
+
+@pytest.fixture(scope="module")
+def score(scorer, video_BTYXC):
+    return scorer.score(video_BTYXC, PROMPTS, fps=4.0)
+
+
+def test_it_is_a_reward_model(scorer):
+    assert isinstance(scorer, RewardModel)
+    assert scorer.name == "descore"
+
+
+@torch.no_grad()
+def test_scores_are_the_full_forward_over_the_texts(scorer, score, video_BTYXC):
+    videos = [prepare(video, SETTINGS, fps=4.0) for video in video_BTYXC]
+    encoded = [scorer.model.encode(p, v, t) for p, v, t in zip(PROMPTS, videos, score.texts, strict=True)]
+    want = scorer.model(scorer.model.batch(encoded, videos))
+    torch.testing.assert_close(score.value_B, want, atol=1e-5, rtol=0)
+    assert len({len(text) for text in score.texts}) > 3
+    assert want.std() > 1e-3
+    assert score.value_B.dtype == torch.float32
+    assert set(score.parts) == {"subject", "dynamics", "camera", "environment", "style"}
+
+
+def test_permuting_the_batch_permutes_the_scores(scorer, score, video_BTYXC):
+    order = [3, 1, 7, 0, 2, 6, 5, 4]
+    permuted = scorer.score(video_BTYXC[order], [PROMPTS[i] for i in order], fps=4.0)
+    assert permuted.texts == [score.texts[i] for i in order]
+    torch.testing.assert_close(permuted.value_B, score.value_B[order], atol=1e-6, rtol=0, equal_nan=True)
+
+
+def test_the_size_of_a_batch_changes_nothing(folder, score, video_BTYXC):
+    small = speaking(folder, batch=3).score(list(video_BTYXC), PROMPTS, fps=4.0)
+    assert small.texts == score.texts
+    torch.testing.assert_close(small.value_B, score.value_B, atol=1e-6, rtol=0, equal_nan=True)
+
+
+@torch.no_grad()
+def test_score_only_mode_is_the_masked_sequence(folder, video_BTYXC):
+    scorer = DeScoreScorer.load(folder, cot="none", batch=3)
+    found = scorer.score(video_BTYXC, PROMPTS, fps=4.0)
+    videos = [prepare(video, SETTINGS, fps=4.0) for video in video_BTYXC]
+    model = scorer.model
+    want = model(model.batch([model.encode(p, v) for p, v in zip(PROMPTS, videos, strict=True)], videos))
+    torch.testing.assert_close(found.value_B, want, atol=1e-6, rtol=0)
+    assert not found.parts
+
+
+def test_unfinished_chains_get_a_second_try_and_then_no_score(scorer, score, video_BTYXC):
+    """With limit n a chain of up to n - 1 letters is judged at once, of up to 2 n - 1 at the second try, else never."""
+    lengths = [len(text) for text in score.texts]  # a letter is a token
+    classes = [{(n >= limit) + (n >= 2 * limit) for n in lengths} for limit in range(41)]
+    limit = classes.index({0, 1, 2})  # all three happen
+    before = scorer.model.generation
+    scorer.model.generation = replace(before, max_new_tokens=limit)
+    found = scorer.score(video_BTYXC, PROMPTS, fps=4.0)
+    scorer.model.generation = before
+    for b, length in enumerate(lengths):
+        if length < 2 * limit:
+            assert found.value_B[b].item() == pytest.approx(score.value_B[b].item(), abs=1e-6)
+            assert found.texts[b] == score.texts[b]
+        else:
+            assert math.isnan(found.value_B[b])
+            assert found.texts[b] == score.texts[b][: 2 * limit]  # what there is of it is kept
+
+
+def test_files_are_decoded_once_and_frames_never(folder, video_BTYXC, tmp_path, monkeypatch):
+    import decord
+
+    scorer = DeScoreScorer.load(folder, cot="none")
+    files = [tmp_path / f"{b}.mp4" for b in range(3)]
+    for file, video in zip(files, video_BTYXC, strict=False):
+        write_mp4(file, video, 4.0)
+    opened = []
+    real = decord.VideoReader
+    monkeypatch.setattr(decord, "VideoReader", lambda *a, **k: opened.append(a[0]) or real(*a, **k))
+    from_files = scorer.score(files, PROMPTS[:3])
+    assert opened == [str(file) for file in files]
+    scorer.score(video_BTYXC[:3], PROMPTS[:3], fps=4.0)
+    assert len(opened) == 3
+    mixed = scorer.score([str(files[0]), video_BTYXC[1], files[2]], PROMPTS[:3], fps=4.0)
+    torch.testing.assert_close(mixed.value_B[[0, 2]], from_files.value_B[[0, 2]], atol=1e-6, rtol=0)
+
+
+def test_parts_are_what_the_chain_states():
+    good = '<answer>{"dimensional_scores": {"subject": "2", "dynamics": 0, "camera": "N/A"}}</answer>'
+    parts = _parts([good, "no answer"])
+    assert parts["subject"].tolist() == pytest.approx([2.0, math.nan], nan_ok=True)
+    assert parts["dynamics"].tolist() == pytest.approx([0.0, math.nan], nan_ok=True)
+    assert parts["camera"].isnan().all()
+    assert parts["style"].isnan().all()
+
+
+def test_errors(scorer, folder, video_BTYXC, tmp_path):
+    with pytest.raises(ValueError, match="2 videos for 1 prompts"):
+        scorer.score(video_BTYXC[:2], PROMPTS[:1], fps=4.0)
+    with pytest.raises(ValueError, match="fps"):
+        scorer.score(video_BTYXC[:1], PROMPTS[:1])
+    with pytest.raises(VideoError, match=r"gone\.mp4"):
+        scorer.score([tmp_path / "gone.mp4"], PROMPTS[:1])
+    with pytest.raises(ValueError, match="batch=0"):
+        DeScoreScorer.load(folder, batch=0)
+    with pytest.raises(ValueError, match="sometimes"):
+        DeScoreScorer.load(folder, cot="sometimes")
+    assert len(scorer.score([], []).value_B) == 0

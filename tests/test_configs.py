@@ -1,0 +1,42 @@
+"""Every shipped yaml loads into the schema of the program that reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.config import ConfigError, load
+from launch.evaluate import GeneratorEvaluation, RewardEvaluation
+from launch.runs import ColdStartRun, GrpoRun, SampleRun
+from launch.score import ScoreRun
+
+ROOT = Path(__file__).resolve().parent.parent / "configs"
+SCHEMAS = {
+    "cold_start": ColdStartRun,
+    "grpo": GrpoRun,
+    "sample": SampleRun,
+    "score": ScoreRun,
+    "evaluate": GeneratorEvaluation,
+    "evaluate_rm": RewardEvaluation,
+}
+FILES = sorted(ROOT.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_it_loads(path: Path) -> None:
+    assert isinstance(load(SCHEMAS[path.stem], path), SCHEMAS[path.stem])
+
+
+def test_there_are_some_and_a_wrong_key_would_be_seen() -> None:
+    assert len(FILES) >= 10
+    with pytest.raises(ConfigError, match=r"sampler\.num_steps"):
+        load(GrpoRun, ROOT / "wan" / "grpo.yaml", ["generator.sampler.num_stpes=4"])
+
+
+def test_the_worlds_generator_is_the_same_in_every_file() -> None:
+    """Sampling, training and evaluating the tiny Wan under different settings would compare different models."""
+    generators = [
+        load(SCHEMAS[name], ROOT / "shapes" / f"{name}.yaml").generator for name in ("grpo", "sample", "evaluate")
+    ]
+    assert generators[0] == generators[1] == generators[2]
