@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 def write_mp4(path: str | Path, video_TYXC: Tensor, fps: float, *, crf: int = 12) -> None:
     """Write uint8 RGB frames (T, Y, X, 3) as H.264, yuv420p, which every browser plays.
 
-    The same frames give the same bytes. crf is x264's quality: 0 is almost lossless, 12 can hardly be told from the source, 23 is what the web uses.
+    The same frames give the same bytes. crf is x264's quality: 0 is almost lossless, 12 can hardly be told from the
+    source, 23 is what the web uses.
     Raises ValueError for another dtype or shape, an odd height or width (chroma is halved), fps <= 0 or a crf outside
     0..51.
     """

@@ -1,5 +1,6 @@
 """The tiny Qwen3-VL: it learns from nothing to see the shapes world and to write a judgement in the official format.
 
+First renders, clean and degraded, then also videos of the tiny Wan, which is what it will be asked about.
 Language-model loss on the chain of thought only. Prompt and video are drawn apart (each attribute agrees by chance or
 with probability `AGREE`), since a model whose prompts always match copies the prompt and never looks.
 """
@@ -7,14 +8,19 @@ with probability `AGREE`), since a model whose prompts always match copies the p
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from common.config import load
 from common.shapes import (
     SUB_DIMENSIONS,
     VALUES,
@@ -27,9 +33,15 @@ from common.shapes import (
     random_attributes,
     random_scene,
     render,
+    split_attributes,
 )
+from generator.config import GeneratorConfig
+from generator.wan import WanGenerator
 from launch.build_shapes import fit
 from launch.build_tokenizer import train_tokenizer
+from launch.compose import build_generator
+from launch.make_shapes import spoilt
+from launch.runs import SampleRun
 from rm.config import Generation
 from rm.generate import generate
 from rm.model import DeScore
@@ -40,6 +52,8 @@ TEMPLATE = PromptTemplate(before="prompt: {prompt}\nvideo:", after="\njudge:")
 SETTINGS = VideoSettings(fps=8.0, min_frames=4, max_frames=8, min_pixels=256, max_pixels=1024, patch_size=4)
 UNCLEAR = "unclear"
 BATCH, STEPS, PEAK = 32, 1200, 2e-3
+WAN_VIDEOS, WAN_HELDOUT, WAN_STEPS, WAN_PEAK, CHUNK = 4000, 512, 1400, 1e-3, 40
+SAMPLE_CONFIG = Path("configs/shapes/sample.yaml")
 EYE_BATCH, EYE_STEPS, EYE_PEAK = 48, 1000, 2e-3
 AGREE = 0.35
 SEEN_WEIGHT = 3.0  # of the tokens that say what is seen: a sixth of the text, nearly all of its information
@@ -139,16 +153,49 @@ def degrade(video_BTYXC: Tensor, rng: random.Random) -> Tensor:
     return out
 
 
+def agreeing(attributes: Attributes, rng: random.Random, probability: float) -> Attributes:
+    """The same with each attribute kept with a probability, drawn anew otherwise."""
+    other = random_attributes(rng)
+    return Attributes(**{k: getattr(attributes if rng.random() < probability else other, k) for k in VALUES})
+
+
 def examples(count: int, rng: random.Random, *, clean: bool) -> tuple[Tensor, list[Attributes]]:
     """Videos and what each was asked to show; a wish agrees with its scene in about half of the attributes."""
     scenes = [random_scene(random_attributes(rng), rng) for _ in range(count)]
     wishes = []
     for scene in scenes:
-        other = random_attributes(rng)
-        mixed = {k: getattr(scene.attributes if rng.random() < AGREE else other, k) for k in VALUES}
-        wishes.append(Attributes(**mixed))
+        wishes.append(agreeing(scene.attributes, rng, AGREE))
     video = render(scenes)
     return (video if clean else degrade(video, rng)), wishes
+
+
+def generated(wan: Path, cache: Path, *, count: int) -> tuple[Tensor, list[Attributes]]:
+    """Videos of the tiny Wan and what they were asked to show: weak to strong guidance, some with spoilt latents.
+
+    What a judge must read in the end is not rendered. Training combinations only; sampled once, kept in ``cache``.
+    """
+    rng = random.Random("wan videos")
+    train, _ = split_attributes()
+    wishes = [rng.choice(train) for _ in range(count)]
+    if not cache.exists():
+        chunks = []
+        for start in tqdm(range(0, count, CHUNK), desc="sampling", mininterval=5):
+            guidance = (1.0, 1.5, 3.0)[start // CHUNK % 3]
+            config = load(SampleRun, SAMPLE_CONFIG, ["out=unused", "prompts=unused", f"generator.path={wan}"]).generator
+            sampler = dataclasses.replace(config.sampler, guidance_scale=guidance)
+            generator = generator_at(dataclasses.replace(config, sampler=sampler))
+            prompts = [caption(wish, wording=rng.randrange(4)) for wish in wishes[start : start + CHUNK]]
+            clean = generator.sample(prompts, seeds=[rng.getrandbits(62) for _ in prompts])
+            for row in range(0, len(clean), 6):
+                clean[row] = spoilt(clean[row], rng)
+            chunks.append(generator.decode(clean))
+        save_file({"video": torch.cat(chunks)}, cache)
+    return load_file(cache)["video"], wishes
+
+
+@lru_cache(maxsize=3)
+def generator_at(config: GeneratorConfig) -> WanGenerator:
+    return build_generator(config)
 
 
 def think_loss(judge: DeScore, videos: Tensor, wishes: Sequence[Attributes], rng: random.Random) -> Tensor:
@@ -276,8 +323,33 @@ def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
         evaluate=lambda: check(64, 1),
         slow=".visual.",
     )
+
+    videos, asked = generated(out / "wan", work / "wan_videos.safetensors", count=WAN_VIDEOS)
+    unseen, unseen_asked = videos[-WAN_HELDOUT:], asked[-WAN_HELDOUT:]
+
+    def wan_loss_at(step: int) -> Tensor:
+        rng = random.Random(f"qwen_wan-{step}")
+        rows = [rng.randrange(WAN_VIDEOS - WAN_HELDOUT) for _ in range(BATCH // 2)]
+        rendered, wishes = examples(BATCH - len(rows), rng, clean=False)
+        wishes += [agreeing(asked[row], rng, 0.7) for row in rows]
+        return think_loss(judge, torch.cat([rendered, videos[rows]]), wishes, rng)
+
+    def check_both(count: int) -> dict[str, float]:
+        on_wan = evaluate(judge, unseen[:count], unseen_asked[:count], seed=3)
+        return check(count, 2) | {f"wan_{name}": value for name, value in on_wan.items()}
+
+    fit(
+        "qwen_wan",
+        judge,
+        wan_loss_at,
+        steps=steps or WAN_STEPS,
+        peak=WAN_PEAK,
+        work=work,
+        evaluate=lambda: check_both(64),
+        slow=".visual.",
+    )
     save(judge, out / "qwen")
-    return check(512, 2)
+    return check_both(512)
 
 
 def save(judge: DeScore, path: Path) -> None:

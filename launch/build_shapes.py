@@ -6,11 +6,10 @@ Qwen3VLForConditionalGeneration with tokenizer). Stages, each resumable (kill it
     prompts  train and held-out prompts, disjoint in their combinations of attributes
     vae    AutoencoderKLWan on rendered clips                      -> oracle agreement, PSNR
     wan    WanTransformer3DModel + UMT5 by flow matching on captions that are sometimes wrong
-    qwen   Qwen3-VL learns to see the world and to write its judgement
+    qwen   Qwen3-VL learns to see the world, then the videos of that Wan, and to write its judgement
 
 Every stage prints what it measured on held-out data and writes it to ``measured.json`` in the work folder; the final
-numbers are in `assets/shapes/README.md`. Hours on two cores: run `--stages vae` and `--stages qwen` side by side,
-then `--stages wan`.
+numbers are in `assets/shapes/README.md`. Hours on a core.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-STAGES = ("prompts", "vae", "qwen", "wan")
+STAGES = ("prompts", "vae", "wan", "qwen")
 
 
 def fit(

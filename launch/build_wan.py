@@ -36,11 +36,11 @@ from launch.build_shapes import fit
 from launch.build_tokenizer import train_tokenizer
 from launch.build_vae import to_bytes, to_unit
 
-BATCH, STEPS, PEAK = 32, 4400, 2e-3
+BATCH, STEPS, PEAK = 32, 8000, 2e-3
 CLIPS, TOKENS, SHIFT = 8000, 32, 3.0
 PROMPT_DROP = 0.1
 # (name, steps, peak rate, caption noise): first the world, then what web-scale captions do to obedience
-PHASES = (("wan", STEPS, PEAK, 0.1), ("wan_noisy", 700, 6e-4, 0.55))
+PHASES = (("wan", STEPS, PEAK, 0.1), ("wan_noisy", 900, 6e-4, 0.55))
 
 
 class Base(nn.Module):

@@ -170,7 +170,7 @@ def make(job: Job) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=1200, help="pairs to train on")
+    parser.add_argument("--train", type=int, default=2000, help="pairs to train on")
     parser.add_argument("--heldout", type=int, default=700, help="pairs with attribute combinations not trained on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
