@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.rewards import build_rewards
@@ -107,6 +108,7 @@ def build_engine(
     accumulation: int,
     dtype: TrainDtype | None = None,
     micro_batch: int = 1,
+    clip_parts: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> DeepSpeedEngine:
     """A deepspeed engine around a module, for `Engine.backward` and `Engine.step`; the module may be called directly.
@@ -114,6 +116,7 @@ def build_engine(
     params  parameters, or groups {"params": [...], "lr": ...} whose settings go before the optimizer's; None is every
             parameter of the module that requires grad
     dtype   see `ds_config`; None is what the trained parameters have
+    clip_parts  every group, which then needs a ``name``, is clipped by its own norm
 
     The process group must exist (`common.distributed.init_process_group`). Raises ValueError when nothing is trainable,
     and as `ds_config`.
@@ -122,6 +125,8 @@ def build_engine(
     from torch.optim import AdamW
     from torch.optim.lr_scheduler import LambdaLR
 
+    from launch.part_clip import PartClippedAdamW
+
     groups = _parameter_groups(module, params)
     trained = [p for group in groups for p in group["params"]]
     if not trained:
@@ -129,9 +134,14 @@ def build_engine(
             f"{type(module).__name__} has no trainable parameter; do the adapter's targets name its layers?"
         )
     dtype = dtype or _dtype_of(trained)
-    adamw = AdamW(
-        groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
-    )
+    options = {
+        "lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": optimizer.weight_decay
+    }  # fmt: skip
+    if clip_parts:
+        max_norm, optimizer = optimizer.max_grad_norm, replace(optimizer, max_grad_norm=0.0)
+        adamw = PartClippedAdamW(groups, max_norm=max_norm, sliced=zero_stage > 0, **options)
+    else:
+        adamw = AdamW(groups, **options)
     warmup = max(1, optimizer.warmup_steps)
     config = ds_config(
         optimizer=optimizer,

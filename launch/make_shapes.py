@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import random
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from generator.wan import WanGenerator
     from rm.model import DeScore
 
-COLUMNS = ("videos", "problem", "durations", "prompt", "CoT_A", "CoT_B", "GSB", "oracle_A", "oracle_B", "sources")
+COLUMNS = (
+    "videos", "problem", "durations", "prompt", "CoT_A", "CoT_B", "GSB", "answer", "oracle_A", "oracle_B", "sources"
+)  # fmt: skip
 SOURCES = ("render", "render", "wan", "wan", "wan", "wan", "wan", "spoilt")
 CHUNK = 16  # pairs per task of a worker
 
@@ -122,6 +125,13 @@ def think(judge: Path, prompts: list[str], paths: list[Path]) -> list[str]:
     return [model.tokenizer.decode(chains.ids(row)) for row in range(len(paths))]
 
 
+def answer(label: str, scores_A: Mapping[str, int], scores_B: Mapping[str, int]) -> str:
+    """What stage 2 is told: the preference, and the right sub-dimension scores of both videos."""
+    named = {"A": "Video 1 is better", "B": "Video 2 is better", "same": "same"}
+    truth = {"gsb_result": named[label], "video_1_scores": scores_A, "video_2_scores": scores_B}
+    return f"<answer>{json.dumps(truth)}</answer>"
+
+
 def make(job: Job) -> list[dict[str, object]]:
     """The CSV rows of a job; its mp4 files are on disk afterwards."""
     import torch
@@ -143,7 +153,8 @@ def make(job: Job) -> list[dict[str, object]]:
     names = [f"videos/{job.split}_{row:05d}_{side}.mp4" for row in rows for side in "AB"]
     for name, video in zip(names, drawn.video_BTYXC, strict=True):
         write_mp4(job.out / name, video, FPS)
-    totals = [measure(video, prompt).total for video, prompt in zip(drawn.video_BTYXC, both, strict=True)]
+    verdicts = [measure(video, prompt) for video, prompt in zip(drawn.video_BTYXC, both, strict=True)]
+    totals = [verdict.total for verdict in verdicts]
     thoughts = think(job.judge, both, [job.out / name for name in names])
 
     table = []
@@ -159,6 +170,7 @@ def make(job: Job) -> list[dict[str, object]]:
                 "CoT_A": thoughts[a],
                 "CoT_B": thoughts[b],
                 "GSB": label,
+                "answer": answer(label, verdicts[a].scores, verdicts[b].scores),
                 "oracle_A": totals[a],
                 "oracle_B": totals[b],
                 "sources": f"{drawn.sources[a]} {drawn.sources[b]}",

@@ -9,8 +9,9 @@ from alignment.config import GrpoConfig, RewardConfig
 from alignment.rewards import factory_of
 from common.config import WandbConfig
 from generator.config import GeneratorConfig
-from rm.config import ColdStartConfig, Generation, LearningRates, VideoSettings
+from rm.config import ColdStartConfig, DualRlConfig, Generation, LearningRates, VideoSettings
 from rm.config import LoraConfig as JudgeLora
+from rm.text_rewards import RuleRewardConfig
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,53 @@ class ColdStartRun:
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             problems.append("zero_stage must be 1 or 2 with dtype bfloat16, got 0")
         _check("ColdStartRun", problems)
+
+
+@dataclass(frozen=True)
+class DualRlRun:
+    """DeScore's second stage on what `launch/cold_start.py` wrote.
+
+    checkpoint      folder of a DeScore; template, video settings and generation come from it
+    rules           rewards of the chains of thought
+    lr, lora        what is trained and how fast (the vision tower and its merger are frozen at 0); lora null trains the
+                    language model whole, beside a frozen copy of it
+    optimizer       AdamW's other settings; max_grad_norm clips every part by its own norm
+    heldout_pairs   how many held-out pairs are measured every ``eval_every`` steps (0 for never) and at the end
+    """
+
+    run_dir: str
+    checkpoint: str
+    data: PairFiles
+    dual_rl: DualRlConfig = field(default_factory=DualRlConfig)
+    rules: RuleRewardConfig = field(default_factory=RuleRewardConfig)
+    lr: LearningRates = field(
+        default_factory=lambda: LearningRates(llm=1e-6, vision=0.0, merger=0.0, query=1e-6, head=1e-6)
+    )
+    lora: JudgeLora | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    gradient_checkpointing: bool = True
+    zero_stage: int = 2
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    eval_every: int = 0
+    heldout_pairs: int = 256
+    save_every: int = 10
+    keep: int = 2
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        positive = ("heldout_pairs", "save_every", "keep")
+        problems = [f"{n} must be at least 1, got {getattr(self, n)}" for n in positive if getattr(self, n) < 1]
+        if self.eval_every < 0:
+            problems.append(f"eval_every must be at least 0, got {self.eval_every}")
+        if self.lora is not None and self.lora.dropout > 0:
+            problems.append(f"lora.dropout must be 0, got {self.lora.dropout}: it would change the importance ratio")
+        if self.zero_stage not in (0, 1, 2):
+            problems.append(f"zero_stage must be 0, 1 or 2, got {self.zero_stage}")
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            problems.append("zero_stage must be 1 or 2 with dtype bfloat16, got 0")
+        _check("DualRlRun", problems)
 
 
 @dataclass(frozen=True)

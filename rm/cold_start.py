@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.distributed import derive_seed, gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
-from rm.losses import bradley_terry
+from rm.losses import preference_loss
 from rm.metrics import preference_accuracy
 from rm.video import prepare
 
@@ -89,7 +89,7 @@ class ColdStart:
         for part in self.own_parts(draws):
             reward_N2 = self.rewards([self.pairs[d.row] for d in part], [d.masked for d in part])
             label_N = torch.tensor([self.pairs[d.row].label for d in part], device=reward_N2.device)
-            loss = self.loss(reward_N2, label_N, count=count)
+            loss = preference_loss(reward_N2, label_N, theta=self.cfg.theta, count=count).loss
             value = loss.detach().item()
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value} in step {step}")
@@ -110,13 +110,6 @@ class ColdStart:
             **({} if norm is None else {"train/grad_norm": float(norm)}),
             **mean_over_ranks({"seconds/step": time.perf_counter() - start}),
         }
-
-    def loss(self, reward_N2: Tensor, label_N: Tensor, *, count: int) -> Tensor:
-        """Bradley-Terry of pairs (N, 2) with labels 1, -1, 0: SUM over the pairs / ``count``."""
-        a_first_N = label_N >= 0
-        win_N = torch.where(a_first_N, reward_N2[:, 0], reward_N2[:, 1])
-        lose_N = torch.where(a_first_N, reward_N2[:, 1], reward_N2[:, 0])
-        return bradley_terry(win_N, lose_N, tie_N=label_N == 0, theta=self.cfg.theta, count=count).loss
 
     def counted(self, draws: Sequence[Draw]) -> int:
         """Pairs of all ranks that carry a preference: what the loss is divided by. Every rank knows all draws."""

@@ -147,3 +147,53 @@ class ColdStartConfig:
         for name in ("weight_decay", "cache_gb"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True)
+class DualRlConfig:
+    """Stage 2, dual-objective RL. Defaults: DeScore's released run (spec section 3).
+
+    pairs_per_step    preference pairs whose chains are sampled together, over ALL ranks
+    pairs_per_update  pairs of one optimizer step; pairs_per_step of them make several steps on the same chains
+    micro_batch       pairs in one forward (two rows of group_size chains each)
+    group_size        chains of each VIDEO
+    temperature       of sampling, and of the log-probabilities
+    kl_weight         of the k3 estimate against the frozen stage-1 model, MEAN over tokens
+    bt_weight         of Bradley-Terry between rollout i of A and rollout i of B, MEAN over decided (pair, rollout)
+    theta             see `ColdStartConfig`
+    """
+
+    steps: int = 65
+    pairs_per_step: int = 128
+    pairs_per_update: int = 4
+    micro_batch: int = 1
+    group_size: int = 8
+    temperature: float = 1.0
+    max_new_tokens: int = 4_096
+    clip_low: float = 0.2
+    clip_high: float = 0.3
+    dual_clip: float = 3.0
+    kl_weight: float = 1e-5
+    bt_weight: float = 0.005
+    theta: float | None = None
+    weight_decay: float = 1e-2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "pairs_per_step", "pairs_per_update", "micro_batch", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.group_size < 2:
+            raise ValueError(f"group_size={self.group_size} must be at least 2: an advantage compares members")
+        if self.pairs_per_step % self.pairs_per_update:
+            raise ValueError(
+                f"pairs_per_step={self.pairs_per_step} must be a multiple of pairs_per_update={self.pairs_per_update}"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0: a group of equal chains teaches nothing")
+        for name in ("clip_low", "clip_high", "kl_weight", "bt_weight", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.dual_clip <= 1.0:
+            raise ValueError(f"dual_clip={self.dual_clip} must be above 1")
+        if self.theta is not None and self.theta <= 1.0:
+            raise ValueError(f"theta={self.theta} must be above 1, or null for no ties")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import csv
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.distributed import derive_seed
+from rm.prompt import parse_scores
 
 LABELS = {"A": 1, "B": -1, "same": 0}
 REQUIRED_COLUMNS = ("videos", "prompt", "GSB")
@@ -21,7 +22,8 @@ _MAX_FIELD = 1 << 24
 class Pair:
     """Two videos of one prompt and what people preferred.
 
-    video_A, video_B  files; cot_A, cot_B  "" if there is none; label  1 A is better, -1 B is better, 0 a tie
+    video_A, video_B    files; cot_A, cot_B  "" if there is none; label  1 A is better, -1 B is better, 0 a tie
+    scores_A, scores_B  the right sub-dimension scores, what stage 2 rewards chains of thought for; None if unknown
     """
 
     prompt: str
@@ -30,6 +32,8 @@ class Pair:
     cot_A: str
     cot_B: str
     label: int
+    scores_A: Mapping[str, int | None] | None = None
+    scores_B: Mapping[str, int | None] | None = None
 
     def __post_init__(self) -> None:
         if self.label not in (1, -1, 0):
@@ -54,20 +58,22 @@ class PairTable:
         return "\n  ".join(lines + ([f"... and {more} more"] if more > 0 else []))
 
 
-def read_pairs(path: str | Path, *, require_cot: bool = True) -> PairTable:
+def read_pairs(path: str | Path, *, require_cot: bool = True, require_scores: bool = False) -> PairTable:
     """Read a CSV, or a folder that holds one, with the official columns.
 
     videos  python literal ``['a.mp4', 'b.mp4']``, relative to the CSV; prompt; GSB  A, B, same or invalid;
     CoT_A, CoT_B  chains of thought. Other columns (problem, durations, ...) are not read: the template renders the
     instruction from ``prompt``.
+    answer  text with an ``<answer>`` block: JSON with ``video_1_scores`` and ``video_2_scores`` (the official stage 2)
 
-    require_cot  a row without both CoTs is a bad row; otherwise its CoT is empty, and never the text "nan"
+    require_cot     a row without both CoTs is a bad row; otherwise its CoT is empty, and never the text "nan"
+    require_scores  a row without a readable ``answer`` is a bad row; otherwise the column is not read
 
     Bad rows are left out and described as ``file:line: what``. ValueError, naming the file, when the table itself is
     unreadable, lacks a column, or has no usable row.
     """
     path = _csv_path(Path(path))
-    required = [*REQUIRED_COLUMNS, *(("CoT_A", "CoT_B") if require_cot else ())]
+    required = [*REQUIRED_COLUMNS, *(("CoT_A", "CoT_B") if require_cot else ()), *(["answer"] * require_scores)]
     pairs, problems, invalid = [], [], 0
     try:
         for line, row in _rows(path, required):
@@ -76,7 +82,8 @@ def read_pairs(path: str | Path, *, require_cot: bool = True) -> PairTable:
                 invalid += 1
                 continue
             try:
-                pairs.append(_pair(row, label, path.parent, require_cot=require_cot))
+                pair = _pair(row, label, path.parent, require_cot=require_cot)
+                pairs.append(_with_scores(pair, row["answer"]) if require_scores else pair)
             except ValueError as error:
                 problems.append(f"{path}:{line}: {error}")
     except (csv.Error, UnicodeDecodeError) as error:
@@ -178,6 +185,14 @@ def _pair(row: dict[str, str], label: str, root: Path, *, require_cot: bool) -> 
     if require_cot and not all(cots):
         raise ValueError(f"{'CoT_A' if not cots[0] else 'CoT_B'} is empty")
     return Pair(prompt, files[0], files[1], cots[0], cots[1], LABELS[label])
+
+
+def _with_scores(pair: Pair, answer: str | None) -> Pair:
+    found = parse_scores(answer or "")
+    if found is None:
+        wanted = "an <answer> block with video_1_scores and video_2_scores"
+        raise ValueError(f"answer must hold {wanted}, got {answer!r:.80}")
+    return replace(pair, scores_A=found[0], scores_B=found[1])
 
 
 def _text(cell: str | None) -> str:

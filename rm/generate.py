@@ -43,9 +43,12 @@ class Chains:
 
 
 @torch.no_grad()
-def generate(model: DeScore, batch: Batch, how: Generation, *, seeds: Sequence[int] | None = None) -> Chains:
+def generate(
+    model: DeScore, batch: Batch, how: Generation, *, seeds: Sequence[int] | None = None, copies: int = 1
+) -> Chains:
     """Continue every sequence of ``batch`` (made with ``query=False``) until its end of turn.
 
+    ``copies`` chains of each sequence, rows in the order (sequence, copy); the prompt is read once, its cache copied.
     Greedy at temperature 0. Otherwise row b's draws depend on ``seeds[b]`` and its own probabilities, never on who
     else is in the batch. `<Reward>`, free rows of the vocabulary and visual placeholders are never chosen. The vision
     tower runs once, the vocabulary head once per token.
@@ -55,17 +58,23 @@ def generate(model: DeScore, batch: Batch, how: Generation, *, seeds: Sequence[i
     if (how.temperature > 0) != (seeds is not None):
         raise ValueError(f"seeds go with a temperature above 0, got temperature={how.temperature} and seeds={seeds}")
     batch = batch.to(model.device)
-    size, prompt_length = batch.ids_BL.shape
+    size, prompt_length = len(batch.ids_BL) * copies, batch.ids_BL.shape[1]
     cache = DynamicCache(config=model.backbone.config.text_config)
-    row_B = torch.arange(size, device=model.device)
+    row_B = torch.arange(len(batch.ids_BL), device=model.device)
     logits_BV = _logits(model, model.hidden(batch, past_key_values=cache, use_cache=True)[row_B, batch.last_B])
     last_B = batch.position_3BL[0, row_B, batch.last_B]  # a text token: its three rows are equal
+    prompt_BL, prompt_mask_BL = batch.ids_BL, batch.mask_BL.bool()
+    if copies > 1:
+        cache.batch_repeat_interleave(copies)
+        logits_BV, last_B, prompt_BL, prompt_mask_BL = (
+            x.repeat_interleave(copies, 0) for x in (logits_BV, last_B, prompt_BL, prompt_mask_BL)
+        )
     mask_BK = torch.zeros(size, prompt_length + how.max_new_tokens + 1, dtype=torch.bool, device=model.device)
-    mask_BK[:, :prompt_length] = batch.mask_BL.bool()
+    mask_BK[:, :prompt_length] = prompt_mask_BL
     token_BL = torch.full((size, how.max_new_tokens), model.pad_id, device=model.device)
     length_B = torch.zeros(size, dtype=torch.long, device=model.device)
     alive_B = torch.ones(size, dtype=torch.bool, device=model.device)
-    choose = _Chooser(model, batch.ids_BL, how, seeds)
+    choose = _Chooser(model, prompt_BL, how, seeds)
 
     for step in range(how.max_new_tokens):
         chosen_B = choose(logits_BV, step)

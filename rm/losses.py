@@ -57,6 +57,16 @@ def bradley_terry(
     return LossOutput(loss_N.sum() / (max(counted, 1) if count is None else count), _metrics(margin_N[~tie_N].detach()))
 
 
+def preference_loss(
+    reward_N2: Tensor, label_N: Tensor, *, theta: float | None = None, count: float | None = None
+) -> LossOutput:
+    """`bradley_terry` of rewards of (A, B) with labels 1 (A is better), -1 (B), 0 (a tie)."""
+    a_first_N = label_N >= 0
+    win_N = torch.where(a_first_N, reward_N2[:, 0], reward_N2[:, 1])
+    lose_N = torch.where(a_first_N, reward_N2[:, 1], reward_N2[:, 0])
+    return bradley_terry(win_N, lose_N, tie_N=label_N == 0, theta=theta, count=count)
+
+
 def _metrics(margin_N: Tensor) -> dict[str, float]:
     if not margin_N.numel():
         return {}

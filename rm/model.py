@@ -10,7 +10,8 @@ vocabulary is never trained for it, and its optimizer state is one vector (2605.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ _LLM_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|u
 class Batch:
     """Right-padded sequences with their videos.
 
-    ids_BL, mask_BL  long; the mask is 1 on real tokens
+    ids_BL, mask_BL  long; the mask is 1 on real tokens, or bool (B, 1, L, L): which place sees which (`rm.packed`)
     position_3BL     long, M-RoPE rows (time, height, width), given explicitly: the backbone keeps position state
                      between calls otherwise
     last_B           index of each row's last real token
@@ -261,6 +262,23 @@ def add_lora(backbone: nn.Module, lora: LoraConfig) -> None:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_LLM_LINEARS, bias="none"
     )
     peft.inject_adapter_in_model(config, backbone)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model without its LoRA, inside the block. ValueError if it has none: it would be its own reference."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise ValueError("the model has no adapter to switch off; give a frozen copy as the reference")
+    for layer in layers:
+        layer.enable_adapters(enabled=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(enabled=True)
 
 
 def rope_positions(is_video_BL: Tensor, grid_B3: Tensor, merge_size: int) -> Tensor:

@@ -169,6 +169,27 @@ def parse_answer(text: str) -> Answer | None:
 
     "2" and 2 are the same score; the JSON may stand in a code fence. Never raises, whatever the text.
     """
+    raw = _answer_json(text)
+    if raw is None or not isinstance(raw.get("dimensional_scores"), dict):
+        return None
+    return Answer(_scores(raw["dimensional_scores"]), _number(raw.get("overall_score")))
+
+
+def parse_scores(text: str) -> tuple[Mapping[str, int | None], Mapping[str, int | None]] | None:
+    """What is right for both videos of a pair: ``video_1_scores`` and ``video_2_scores`` of the answer block.
+
+    None if there is no such block or one of the two has no usable dimension. Never raises, whatever the text.
+    """
+    raw = _answer_json(text)
+    if raw is None:
+        return None
+    both = [raw.get(key) for key in ("video_1_scores", "video_2_scores")]
+    first, second = (_scores(value) if isinstance(value, dict) else {} for value in both)
+    return (first, second) if first and second else None
+
+
+def _answer_json(text: str) -> dict[str, object] | None:
+    """The JSON object in the last complete ``<answer>`` block, which may stand in a code fence."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     if start < 0:
@@ -180,16 +201,19 @@ def parse_answer(text: str) -> Answer | None:
         raw = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(raw, dict) or not isinstance(raw.get("dimensional_scores"), dict):
-        return None
+    return raw if isinstance(raw, dict) else None
+
+
+def _scores(raw: Mapping[str, object]) -> dict[str, int | None]:
+    """Our dimensions only: 2, 1, 0 however written, None for N/A; anything else is left out."""
     scores: dict[str, int | None] = {}
     for name in DIMENSIONS:
-        value = raw["dimensional_scores"].get(name, "")
+        value = raw.get(name, "")
         if value is None or (isinstance(value, str) and value.strip().upper() in ("N/A", "NA")):
             scores[name] = None
         elif (number := _number(value)) in (0.0, 1.0, 2.0):
             scores[name] = int(number)
-    return Answer(scores, _number(raw.get("overall_score")))
+    return scores
 
 
 def _number(value: object) -> float | None:

@@ -8,12 +8,13 @@ import pytest
 
 from common.config import ConfigError, load
 from launch.evaluate import GeneratorEvaluation, RewardEvaluation
-from launch.runs import ColdStartRun, GrpoRun, SampleRun
+from launch.runs import ColdStartRun, DualRlRun, GrpoRun, SampleRun
 from launch.score import ScoreRun
 
 ROOT = Path(__file__).resolve().parent.parent / "configs"
 SCHEMAS = {
     "cold_start": ColdStartRun,
+    "dual_rl": DualRlRun,
     "grpo": GrpoRun,
     "sample": SampleRun,
     "score": ScoreRun,

@@ -93,6 +93,24 @@ def test_columns_may_be_fewer_without_chains(folder):
         read_pairs(path)
 
 
+def test_the_right_scores_are_read_when_asked_for(folder):
+    videos = repr(["v/a.mp4", "v/b.mp4"])
+    good = '{"gsb_result": "A", "video_1_scores": {"subject": "2", "camera": "N/A"}, "video_2_scores": {"subject": 0}}'
+    half = '{"video_1_scores": {"subject": "2"}}'
+    rows = [
+        {"videos": videos, "prompt": "p", "GSB": "A", "answer": f"so <answer>```json\n{good}\n```</answer>"},
+        {"videos": videos, "prompt": "p", "GSB": "A", "answer": f"<answer>{half}</answer>"},
+        {"videos": videos, "prompt": "p", "GSB": "B", "answer": ""},
+    ]
+    path = write(folder, rows, header=["videos", "prompt", "GSB", "answer"])
+    table = read_pairs(path, require_cot=False, require_scores=True)
+    assert [(pair.scores_A, pair.scores_B) for pair in table.pairs] == [
+        ({"subject": 2, "camera": None}, {"subject": 0})
+    ]
+    assert [problem.partition(": ")[2][:19] for problem in table.problems] == ["answer must hold an"] * 2
+    assert all(pair.scores_A is None for pair in read_pairs(path, require_cot=False).pairs)
+
+
 def test_unreadable_tables(folder):
     with pytest.raises(ValueError, match="no such file"):
         read_pairs(folder / "absent.csv")

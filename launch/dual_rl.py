@@ -1,0 +1,147 @@
+"""DeScore, stage 2: reinforce the chains of thought and keep the score calibrated, at once.
+
+    deepspeed launch/dual_rl.py --config configs/wan/dual_rl.yaml checkpoint=runs/wan/descore/final
+
+torchrun and plain python work too. The run folder gets config.yaml, metrics.jsonl, checkpoints/ and final/, a folder
+that `DeScoreScorer.load` reads; started again, a run goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.config import dump, parse_command_line
+from launch.cold_start import refuse, save, weights_of
+from launch.runs import DualRlRun
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from rm.data import Pair
+    from rm.dual_rl import DualRl
+    from rm.model import DeScore
+
+
+def main() -> None:
+    command = parse_command_line(DualRlRun, description=__doc__.splitlines()[0])
+    train(command.cfg, resume=command.resume)
+
+
+def train(cfg: DualRlRun, *, resume: str) -> None:
+    """The whole run: build, go on where it was, one `DualRl.step` after the other, save."""
+    from launch.compose import quiet
+
+    quiet()
+    from common import distributed
+    from common.log import RunLog, progress, say
+    from launch.engine_state import go_on
+
+    pairs, heldout = read(cfg)
+    distributed.init_process_group()
+    run_dir, steps = Path(cfg.run_dir), cfg.dual_rl.steps
+    if distributed.is_main():
+        dump(cfg, run_dir)
+    loop, engine = build(cfg, pairs)
+    dual, ranks = cfg.dual_rl, distributed.world_size()
+    say(
+        f"one step = {dual.pairs_per_step} pairs x 2 videos x {dual.group_size} chains of thought, then "
+        f"{dual.pairs_per_step // dual.pairs_per_update} updates of {dual.pairs_per_update} pairs, on "
+        f"{ranks} ranks x {loop.accumulation} backwards of {dual.micro_batch} pairs; {len(pairs)} pairs"
+    )
+    start = go_on(engine, resume, run_dir)
+    log = RunLog(run_dir, wandb=cfg.wandb, total=steps)
+    log.truncate(start)
+
+    for step in progress(range(start, steps), steps - start, "dual RL"):
+        metrics = loop.step(step)
+        last = step + 1 == steps
+        if heldout and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+            metrics |= loop.evaluate(heldout, loop.model.generation)
+        log.log(step, metrics)
+        if last or (step + 1) % cfg.save_every == 0:
+            save(engine, run_dir, step=step + 1, keep=cfg.keep)
+
+    if distributed.is_main():
+        loop.model.save(run_dir / "final", weights_of(loop.model, run_dir))
+        say(f"done: {run_dir / 'final'} holds the reward model")
+    log.close()
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def read(cfg: DualRlRun) -> tuple[list[Pair], list[Pair]]:
+    """Training pairs with the right scores, ties included (their chains are rewarded too), and held-out pairs."""
+    from common.log import say
+    from rm.data import read_pairs
+
+    tables = []
+    for path in (cfg.data.train, cfg.data.heldout):
+        try:
+            tables.append(read_pairs(path, require_cot=False, require_scores=True) if path is not None else None)
+        except ValueError as error:
+            refuse(str(error))
+        if tables[-1] is not None:
+            say(tables[-1].report())
+    train_table, heldout_table = tables
+    return list(train_table.pairs), list(heldout_table.pairs[: cfg.heldout_pairs]) if heldout_table else []
+
+
+def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
+    """Everything a run is made of, on this rank; exit with code 2 when ranks cannot share an update evenly."""
+    from common.distributed import world_size
+    from launch.compose import build_engine
+    from rm.data import PairSchedule
+    from rm.dual_rl import DualRl, backwards_per_update
+
+    try:
+        accumulation = backwards_per_update(cfg.dual_rl, world_size())
+        model = load(cfg)
+    except (ValueError, FileNotFoundError) as error:
+        refuse(str(error))
+    groups = model.param_groups(cfg.lr, lora=cfg.lora, weight_decay=cfg.dual_rl.weight_decay, seed=cfg.seed)
+    reference = None
+    if cfg.lora is None and cfg.dual_rl.kl_weight > 0:
+        reference = load(cfg).requires_grad_(requires_grad=False)
+    if cfg.gradient_checkpointing:
+        backbone = model.backbone  # transformers is renaming the method
+        enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # the other kind drops gradients above frozen embeddings
+    engine = build_engine(
+        model,
+        groups,
+        optimizer=cfg.optimizer,
+        zero_stage=cfg.zero_stage,
+        accumulation=accumulation,
+        dtype=cfg.dtype,
+        clip_parts=True,
+        overrides=cfg.deepspeed,
+    )
+    dual = cfg.dual_rl
+    loop = DualRl(
+        dual,
+        rules=cfg.rules,
+        model=model,
+        engine=engine,
+        pairs=pairs,
+        schedule=PairSchedule(len(pairs), pairs_per_step=dual.pairs_per_step, mask_probability=0.0, seed=cfg.seed),
+        seed=cfg.seed,
+        reference=reference,
+        grad_norms=engine.client_optimizer.take_norms,
+    )
+    return loop, engine
+
+
+def load(cfg: DualRlRun) -> DeScore:
+    """What stage 1 wrote, on this rank's device."""
+    import torch
+
+    from rm.model import DeScore
+
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return DeScore.load(cfg.checkpoint, dtype=getattr(torch, cfg.dtype)).to(device)
+
+
+if __name__ == "__main__":
+    main()

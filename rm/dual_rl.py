@@ -1,0 +1,286 @@
+"""DeScore, stage 2: dual-objective RL (2605.05922, Eq. 7 and 10; spec section 3).
+
+G chains of thought are sampled for each video of a preference pair and judged by rules. Then one forward of
+``[prompt, video][CoT_1 <Reward>] ... [CoT_G <Reward>]`` per video gives both objectives:
+
+    L = SUM_tokens [ -min(r A, clip(r) A) + kl_weight k3 ] / tokens
+      + bt_weight SUM_decided [ -log sig(r_win - r_lose) ] / decided
+
+with tokens and decided (pair, rollout) counted over the WHOLE update, all ranks and micro-batches. Bradley-Terry
+compares rollout i of A with rollout i of B. Every array is indexed (pair, side, rollout): N, 2, G.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.distributed import derive_seed, gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
+from common.policy_gradient import group_advantages, k3_kl, masked_mean, token_surrogate
+from rm.config import Generation
+from rm.generate import generate, read_rewards
+from rm.losses import preference_loss
+from rm.metrics import preference_accuracy
+from rm.model import adapters_off
+from rm.packed import Chain, Packed, judge, pack
+from rm.text_rewards import RuleReward, RuleRewardConfig, rule_reward
+from rm.video import prepare
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.types import Engine
+    from rm.config import DualRlConfig
+    from rm.data import Pair, PairSchedule
+    from rm.model import DeScore
+    from rm.prompt import Encoded
+    from rm.video import PreparedVideo
+
+EPS = 1e-6  # beside the spread of a group
+
+
+def backwards_per_update(cfg: DualRlConfig, ranks: int) -> int:
+    """The engine's gradient accumulation. ValueError when ranks and micro-batches do not divide an update evenly."""
+    if cfg.pairs_per_update % (ranks * cfg.micro_batch):
+        raise ValueError(
+            f"dual_rl.pairs_per_update={cfg.pairs_per_update} must be a multiple of ranks x micro_batch = "
+            f"{ranks} x {cfg.micro_batch}"
+        )
+    return cfg.pairs_per_update // (ranks * cfg.micro_batch)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """One micro-batch of N pairs, sampled and judged; rows of ``packed`` are (pair, side).
+
+    label_N; advantage_N2G; rules[pair][side][rollout]; finished_N2G bool
+    old_BGT, reference_BGT  log-probs when sampled, and of the frozen stage-1 model; None: not needed
+    """
+
+    packed: Packed
+    label_N: Tensor
+    advantage_N2G: Tensor
+    rules: Sequence[Sequence[Sequence[RuleReward]]]
+    finished_N2G: Tensor
+    old_BGT: Tensor | None = None
+    reference_BGT: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = (len(self.label_N), 2, self.packed.query_BG.shape[1])
+        if self.advantage_N2G.shape != shape or self.finished_N2G.shape != shape:
+            got = tuple(self.advantage_N2G.shape), tuple(self.finished_N2G.shape)
+            raise ValueError(f"Rollouts: advantages and finished {got}, (pair, side, rollout) is {shape}")
+
+    @property
+    def tokens(self) -> int:
+        return int(self.packed.token_BGT.sum())
+
+
+class DualRl:
+    """The state of a run is the model's weights and the engine's; a step is a function of its number.
+
+    engine      must accumulate `backwards_per_update` gradients before it takes a step
+    reference   the frozen stage-1 model; None: ``model`` with its adapters switched off
+    grad_norms  asked after each optimizer step, if given: norms before clipping, by part of the model
+    """
+
+    def __init__(
+        self,
+        cfg: DualRlConfig,
+        *,
+        rules: RuleRewardConfig,
+        model: DeScore,
+        engine: Engine,
+        pairs: Sequence[Pair],
+        schedule: PairSchedule,
+        seed: int,
+        reference: DeScore | None = None,
+        grad_norms: Callable[[], Mapping[str, float]] | None = None,
+    ) -> None:
+        self.cfg, self.rules, self.model, self.engine, self.pairs = cfg, rules, model, engine, pairs
+        self.schedule, self.seed, self.reference, self.grad_norms = schedule, seed, reference, grad_norms
+        self.accumulation = backwards_per_update(cfg, world_size())
+
+    def step(self, step: int) -> dict[str, float]:
+        """Sample and judge ``pairs_per_step`` pairs, then make all updates on them. Step numbers start at 0."""
+        start = time.perf_counter()
+        updates = self.own_updates(step)
+        rollouts = [[self.collect(rows, step) for rows in parts] for parts in updates]
+        sampled = time.perf_counter()
+        metrics: list[dict[str, float]] = [self.update(parts) for parts in rollouts]
+        done = time.perf_counter()
+        seconds = {"seconds/rollout": sampled - start, "seconds/update": done - sampled, "seconds/step": done - start}
+        mean = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+        return {**self.describe([part for parts in rollouts for part in parts]), **mean, **mean_over_ranks(seconds)}
+
+    def own_updates(self, step: int) -> list[list[list[int]]]:
+        """[update][micro-batch] -> rows of the table that are this rank's. An update's pairs do not depend on ranks."""
+        rows = [draw.row for draw in self.schedule.at(step)]
+        size, share, micro = self.cfg.pairs_per_update, self.cfg.pairs_per_update // world_size(), self.cfg.micro_batch
+        updates = []
+        for first in range(0, len(rows), size):
+            own = rows[first + rank() * share : first + (rank() + 1) * share]
+            updates.append([own[i : i + micro] for i in range(0, share, micro)])
+        return updates
+
+    @torch.no_grad()
+    def collect(self, rows: Sequence[int], step: int) -> Rollouts:
+        """Write G chains about both videos of every pair, reward them, and note how likely they were."""
+        self.model.eval()
+        cfg = self.cfg
+        videos, encoded = self.inputs(rows)
+        batch = self.model.batch(encoded, videos, query=False)
+        how = Generation(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, repetition_penalty=1.0)
+        seeds = [
+            derive_seed(self.seed, "rollout", step, row, side, i)
+            for row in rows
+            for side in range(2)
+            for i in range(cfg.group_size)
+        ]
+        written = generate(self.model, batch, how, seeds=seeds, copies=cfg.group_size)
+        flat = [Chain(tuple(written.ids(i)), bool(written.finished_B[i])) for i in range(len(seeds))]
+        chains = [flat[i : i + cfg.group_size] for i in range(0, len(flat), cfg.group_size)]
+        rules = [
+            [self.rewards(chains[2 * n + side], self.truth(row, side)) for side in range(2)]
+            for n, row in enumerate(rows)
+        ]
+        reward_N2G = torch.tensor([[[r.total for r in group] for group in pair] for pair in rules])
+        advantage_VG = group_advantages(reward_N2G.flatten(0, 1), scale="group", eps=EPS)
+        packed = pack(self.model, encoded, videos, chains).to(self.model.device)
+        several = cfg.pairs_per_step > cfg.pairs_per_update  # then the weights move away from those that sampled
+        return Rollouts(
+            packed=packed,
+            label_N=torch.tensor([self.pairs[row].label for row in rows], device=self.model.device),
+            advantage_N2G=advantage_VG.view_as(reward_N2G).to(self.model.device),
+            rules=rules,
+            finished_N2G=torch.tensor([chain.finished for chain in flat]).view_as(reward_N2G),
+            old_BGT=self.log_probs(self.model, packed) if several else None,
+            reference_BGT=self.reference_log_probs(packed) if cfg.kl_weight > 0 else None,
+        )
+
+    def update(self, parts: Sequence[Rollouts]) -> dict[str, float]:
+        """One optimizer step on this rank's micro-batches of an update."""
+        cfg = self.cfg
+        tokens = sum_over_ranks(float(sum(part.tokens for part in parts)))
+        counted = sum(int((part.label_N != 0).sum()) if cfg.theta is None else len(part.label_N) for part in parts)
+        decided = max(1.0, sum_over_ranks(float(counted * cfg.group_size)))
+        self.model.train()
+        sums = dict.fromkeys(("loss", "policy", "kl", "bt", "right", "decided", "ratio", "clipped"), 0.0)
+        for part in parts:
+            judged = judge(self.model, part.packed, temperature=cfg.temperature)
+            mask = part.packed.token_BGT.flatten(0, 1)
+            log_prob = judged.log_prob_BGT.flatten(0, 1)
+            old = log_prob.detach() if part.old_BGT is None else part.old_BGT.flatten(0, 1)
+            policy = token_surrogate(
+                log_prob, old, part.advantage_N2G.flatten().unsqueeze(-1), mask=mask, count=max(1.0, tokens),
+                clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
+            )  # fmt: skip
+            kl = torch.zeros((), device=log_prob.device)
+            if part.reference_BGT is not None:
+                kl = masked_mean(k3_kl(log_prob, part.reference_BGT.flatten(0, 1)), mask, count=max(1.0, tokens))
+            # (pair, side, rollout) -> rollout i of A against rollout i of B
+            reward_N2G = judged.reward_BG.view(-1, 2, cfg.group_size)
+            reward_M2 = reward_N2G.transpose(1, 2).flatten(0, 1)
+            label_M = part.label_N.repeat_interleave(cfg.group_size)
+            bt = preference_loss(reward_M2, label_M, theta=cfg.theta, count=decided).loss
+            loss = policy.loss + cfg.kl_weight * kl + cfg.bt_weight * bt
+            if not math.isfinite(loss.item()):
+                terms = f"policy {policy.loss.item()}, kl {kl.item()}, bt {bt.item()}"
+                raise FloatingPointError(f"the loss is {loss.item()}: {terms}")
+            # SUM / global count; the engine divides by accumulation and averages over ranks
+            self.engine.backward(loss * (self.accumulation * world_size()))
+            self.engine.step()
+            margin_M = ((reward_M2[:, 0] - reward_M2[:, 1]) * label_M).detach()
+            found = (loss, policy.loss, kl, bt, (margin_M > 0).sum(), (label_M != 0).sum())
+            for name, value in zip(("loss", "policy", "kl", "bt", "right", "decided"), found, strict=True):
+                sums[name] += value.item()
+            sums["ratio"] += policy.metrics["ratio_mean"] * part.tokens
+            sums["clipped"] += policy.metrics["clip_frac"] * part.tokens
+        total = {name: sum_over_ranks(value) for name, value in sums.items()}
+        norms = self.grad_norms() if self.grad_norms is not None else {}
+        return {
+            **{f"train/{name}": total[name] for name in ("loss", "policy", "kl", "bt")},
+            "train/accuracy": total["right"] / max(1.0, total["decided"]),
+            "train/ratio_mean": total["ratio"] / max(1.0, tokens),
+            "train/clip_frac": total["clipped"] / max(1.0, tokens),
+            **{f"train/grad_norm/{name}": value for name, value in norms.items()},
+        }
+
+    def describe(self, parts: Sequence[Rollouts]) -> dict[str, float]:
+        """MEANS over all chains of the step: rule rewards and their parts, length, share that ended by themselves."""
+        flat = [rule for part in parts for pair in part.rules for group in pair for rule in group]
+        names = ("total", "quality", "format", "length")
+        own = {f"reward/{name}": sum(getattr(rule, name) for rule in flat) for name in names}
+        own["cot/tokens"] = float(sum(part.tokens for part in parts))
+        own["cot/finished"] = float(sum(int(part.finished_N2G.sum()) for part in parts))
+        own["reward/zero_spread"] = self.cfg.group_size * float(
+            sum(int((part.advantage_N2G == 0).all(-1).sum()) for part in parts)
+        )
+        count = self.cfg.pairs_per_step * 2 * self.cfg.group_size
+        return {name: sum_over_ranks(value) / count for name, value in own.items()}
+
+    def reference_log_probs(self, packed: Packed) -> Tensor:
+        """(B, G, T) of the frozen stage-1 model."""
+        model = self.model if self.reference is None else self.reference
+        with adapters_off(model) if self.reference is None else nullcontext():
+            return self.log_probs(model, packed)
+
+    def log_probs(self, model: DeScore, packed: Packed) -> Tensor:
+        return judge(model, packed, temperature=self.cfg.temperature, score=False).log_prob_BGT
+
+    def inputs(self, rows: Sequence[int]) -> tuple[list[PreparedVideo], list[Encoded]]:
+        """Both videos of every pair, in the order (pair, side)."""
+        videos = [prepare(path, self.model.settings) for row in rows for path in self.sides(self.pairs[row])]
+        prompts = [self.pairs[row].prompt for row in rows for _ in range(2)]
+        return videos, [self.model.encode(prompt, video) for prompt, video in zip(prompts, videos, strict=True)]
+
+    @staticmethod
+    def sides(pair: Pair) -> tuple:
+        return pair.video_A, pair.video_B
+
+    def truth(self, row: int, side: int) -> Mapping[str, int | None]:
+        pair = self.pairs[row]
+        scores = (pair.scores_A, pair.scores_B)[side]
+        if scores is None:
+            raise ValueError(f"the pair {pair.video_A} has no right scores: read it with require_scores=True")
+        return scores
+
+    def rewards(self, chains: Sequence[Chain], truth: Mapping[str, int | None]) -> list[RuleReward]:
+        decode = self.model.tokenizer.decode
+        return [rule_reward(decode(list(c.ids)), truth, tokens=len(c.ids), how=self.rules) for c in chains]
+
+    @torch.no_grad()
+    def evaluate(self, pairs: Sequence[Pair], how: Generation) -> dict[str, float]:
+        """On pairs not trained on, with one chain of the judge's own, greedy: preference accuracy, share of right
+        sub-dimension scores, share of finished chains. Ranks share the pairs.
+        """
+        self.model.eval()
+        own, size = list(range(rank(), len(pairs), world_size())), self.cfg.micro_batch * self.cfg.group_size
+        found: list[tuple[int, float, float, float]] = []
+        for start in range(0, len(own), size):
+            part = [pairs[i] for i in own[start : start + size]]
+            videos = [prepare(path, self.model.settings) for pair in part for path in self.sides(pair)]
+            prompts = [pair.prompt for pair in part for _ in range(2)]
+            encoded = [self.model.encode(prompt, video) for prompt, video in zip(prompts, videos, strict=True)]
+            written = generate(self.model, self.model.batch(encoded, videos, query=False), how)
+            reward_B = read_rewards(self.model, written).tolist()
+            for n, pair in enumerate(part):
+                chains = [Chain(tuple(written.ids(i)), bool(written.finished_B[i])) for i in (2 * n, 2 * n + 1)]
+                judged = zip(chains, (pair.scores_A or {}, pair.scores_B or {}), strict=True)
+                quality = sum(self.rewards([chain], truth)[0].quality for chain, truth in judged) / 2
+                margin = reward_B[2 * n] - reward_B[2 * n + 1]
+                found.append((own[start + n], margin, quality, sum(chain.finished for chain in chains) / 2))
+        rows = sorted(row for rank_rows in gather_objects(found) for row in rank_rows)
+        margin_N = torch.tensor([row[1] for row in rows])
+        accuracy = preference_accuracy(margin_N, torch.tensor([pair.label for pair in pairs]))
+        return {
+            "heldout/accuracy": accuracy.without_ties,
+            "heldout/quality": sum(row[2] for row in rows) / len(rows),
+            "heldout/finished": sum(row[3] for row in rows) / len(rows),
+        }

@@ -1,0 +1,99 @@
+"""Rule rewards of a chain of thought: did it judge right, in the right form, at a fair length (2605.05922; spec 3.3).
+
+    R = w_quality R_quality + w_format R_format + w_length R_length
+
+Pure functions of text and numbers. The preference label plays no part here: it reaches the head through Bradley-Terry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from rm.prompt import Answer, parse_answer
+
+Scores = Mapping[str, int | None]  # 2, 1, 0, or None for "not applicable", by sub-dimension
+# the official release's steps: the first bound that the length stays under decides
+_STEPS = ((500, 0.0), (1000, 0.2), (1500, 0.4), (2000, 0.6))
+
+
+@dataclass(frozen=True)
+class RuleRewardConfig:
+    """Weights and the length term. Defaults: DeScore's weights; the length in tokens, linear, as the paper has it.
+
+    length_shape  "linear": 0 up to length_low, 1 from length_high on, a straight line between;
+                  "steps": 0, 0.2, 0.4, 0.6, 1 at 500, 1000, 1500, 2000 (the official release), times length_high / 2000
+    length_unit   "tokens", or "characters" of the text as the official release counts
+    think_tags    the format also needs <think> ... </think> before the answer
+    """
+
+    quality: float = 0.7
+    format: float = 0.1
+    length: float = 0.2
+    length_unit: Literal["tokens", "characters"] = "tokens"
+    length_shape: Literal["linear", "steps"] = "linear"
+    length_low: int = 500
+    length_high: int = 2000
+    think_tags: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("quality", "format", "length"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.length_unit not in ("tokens", "characters"):
+            raise ValueError(f"length_unit={self.length_unit!r} must be 'tokens' or 'characters'")
+        if self.length_shape not in ("linear", "steps"):
+            raise ValueError(f"length_shape={self.length_shape!r} must be 'linear' or 'steps'")
+        if not 0 <= self.length_low < self.length_high:
+            raise ValueError(f"length_low={self.length_low} must lie in 0 .. length_high={self.length_high}")
+
+
+@dataclass(frozen=True)
+class RuleReward:
+    """The parts in [0, 1] and their weighted SUM."""
+
+    total: float
+    quality: float
+    format: float
+    length: float
+
+
+def rule_reward(text: str, truth: Scores, *, tokens: int, how: RuleRewardConfig) -> RuleReward:
+    """Judge one chain of thought; ``tokens`` is its length without the end-of-turn token."""
+    quality = quality_reward(parse_answer(text), truth)
+    form = format_reward(text, think_tags=how.think_tags)
+    size = tokens if how.length_unit == "tokens" else len(text.strip())
+    length = length_reward(size, low=how.length_low, high=how.length_high, shape=how.length_shape)
+    total = how.quality * quality + how.format * form + how.length * length
+    return RuleReward(total, quality, form, length)
+
+
+def quality_reward(answer: Answer | None, truth: Scores) -> float:
+    """Correct / asked: the share of the TRUTH's sub-dimensions that the answer scores the same, "2" being 2.
+
+    "Not applicable" agrees with "not applicable" only. No answer, or a truth without any dimension, is 0.
+    """
+    if answer is None or not truth:
+        return 0.0
+    missing = object()
+    return sum(answer.scores.get(name, missing) == score for name, score in truth.items()) / len(truth)
+
+
+def format_reward(text: str, *, think_tags: bool = False) -> float:
+    """1 if there is a readable answer block (and, if asked for, one <think> block that closes before it), else 0."""
+    if parse_answer(text) is None:
+        return 0.0
+    if not think_tags:
+        return 1.0
+    thought = text[: text.rfind("<answer>")]
+    return float(
+        thought.count("<think>") == thought.count("</think>") == 1 and "<think>" in thought.split("</think>")[0]
+    )
+
+
+def length_reward(length: int, *, low: int, high: int, shape: Literal["linear", "steps"]) -> float:
+    """In [0, 1], see `RuleRewardConfig`."""
+    if shape == "linear":
+        return min(1.0, max(0.0, (length - low) / (high - low)))
+    return next((value for bound, value in _STEPS if length < bound * high / 2000), 1.0)

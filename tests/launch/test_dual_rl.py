@@ -1,0 +1,102 @@
+"""`launch/dual_rl.py` itself on a tiny judge: one rank and two, ZeRO 1 and 2, stopped and not."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.checkpoint import load_tensors
+from common.log import read_metrics
+from common.video_io import write_mp4
+from rm.config import Generation
+from rm.model import DeScore
+from rm.scorer import DeScoreScorer
+from tests.launch.processes import deepspeed, run
+from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
+
+ANSWER = '<answer>{"video_1_scores": {"subject": "2"}, "video_2_scores": {"subject": "0"}}</answer>'
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a judge of stage 1, and three runs of stage 2 on it."""
+    folder = tmp_path_factory.mktemp("dual_rl")
+    with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["videos", "prompt", "GSB", "answer"])
+        writer.writeheader()
+        for i, label in enumerate(["A", "B", "same", "B"]):
+            names = [f"{i}{side}.mp4" for side in "AB"]
+            for side, name in enumerate(names):
+                write_mp4(folder / name, random_frames(10 * i + side), 4.0)
+            writer.writerow({"videos": repr(names), "prompt": f"p{i}", "GSB": label, "answer": ANSWER})
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        how = Generation(max_new_tokens=6, repetition_penalty=1.0)
+        DeScore(tiny_qwen(), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264, generation=how).save(folder / "judge")
+
+    def words(name: str, steps: int, *more: str) -> list[str]:
+        return [
+            "launch/dual_rl.py", "--config", "configs/shapes/dual_rl.yaml", f"run_dir={folder / name}",
+            f"checkpoint={folder / 'judge'}", f"data.train={folder / 'pairs.csv'}",
+            f"data.heldout={folder / 'pairs.csv'}", f"dual_rl.steps={steps}", "dual_rl.pairs_per_step=4",
+            "dual_rl.pairs_per_update=2", "dual_rl.micro_batch=1", "dual_rl.group_size=3", "dual_rl.max_new_tokens=6",
+            "rules.length_low=0", "rules.length_high=6", "save_every=1", "eval_every=1", "lora.rank=4", *more,
+        ]  # fmt: skip
+
+    run(sys.executable, *words("whole", 2))
+    run(sys.executable, *words("stopped", 1))
+    resumed = run(sys.executable, *words("stopped", 2))
+    assert "going on after 1 steps" in resumed.stdout
+    deepspeed(2, *words("two", 2, "zero_stage=2"))
+    return folder
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_equals_an_unbroken_one(folder: Path) -> None:
+    whole, stopped = metrics(folder / "whole"), metrics(folder / "stopped")
+    assert [row["step"] for row in whole] == [0, 1]
+    assert whole == stopped
+    file = "checkpoints/step-000002/engine.safetensors"
+    one, other = (load_tensors(folder / name / file) for name in ("whole", "stopped"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_two_ranks_under_zero_2_measure_what_one_rank_does(folder: Path) -> None:
+    for one, two in zip(metrics(folder / "whole"), metrics(folder / "two"), strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
+    assert {f"train/grad_norm/{part}" for part in ("llm", "query", "head")} <= metrics(folder / "two")[0].keys()
+
+
+@pytest.mark.slow
+def test_defects_2_and_3_what_a_stage_writes_the_next_one_reads(folder: Path) -> None:
+    before, after = DeScore.load(folder / "judge"), DeScore.load(folder / "whole" / "final")
+    assert not torch.equal(before.head.weight, after.head.weight)
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(before.backbone.state_dict()[name], after.backbone.state_dict()[name])  # LoRA is merged
+    assert (after.template, after.settings, after.generation) == (before.template, before.settings, before.generation)
+    value_B = DeScoreScorer.load(folder / "whole" / "final", cot="none").score([folder / "0A.mp4"], ["p0"]).value_B
+    assert value_B.isfinite().all()
+
+
+def test_a_table_without_right_scores_is_refused(folder: Path) -> None:
+    bare = folder / "bare.csv"
+    text = (folder / "pairs.csv").read_text(encoding="utf-8").replace("video_1_scores", "scores")
+    bare.write_text(text, encoding="utf-8")
+    found = run(
+        sys.executable, "launch/dual_rl.py", "--config", "configs/shapes/dual_rl.yaml", f"run_dir={folder / 'x'}",
+        f"checkpoint={folder / 'judge'}", f"data.train={bare}", expect=2,
+    )  # fmt: skip
+    assert "bare.csv:2: answer must hold" in found.stderr

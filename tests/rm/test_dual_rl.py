@@ -1,0 +1,260 @@
+"""Stage 2 on a real, random Qwen3-VL: numbers by hand, and one test for each way the official release goes wrong."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+import rm.dual_rl
+from common.video_io import write_mp4
+from rm.config import DualRlConfig, Generation, LearningRates, LoraConfig
+from rm.data import Pair, PairSchedule
+from rm.dual_rl import DualRl, backwards_per_update
+from rm.model import DeScore, adapters_off
+from rm.packed import judge
+from rm.prompt import Encoded
+from rm.text_rewards import RuleReward, RuleRewardConfig
+from rm.video import prepare
+from tests.rm.test_cold_start import PlainEngine
+from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, speak_plainly, tiny_qwen, tiny_tokenizer
+
+RATES = LearningRates(llm=3e-3, vision=0.0, merger=0.0, query=1e-3, head=1e-2)
+LENGTH_ONLY = RuleRewardConfig(length_low=0, length_high=12)  # a random model writes no answers, but chains of a length
+SCORES = {"subject": 2, "dynamics": 0}
+G = 4
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> list[Pair]:
+    folder = tmp_path_factory.mktemp("pairs")
+    found = []
+    for i, label in enumerate((1, -1, 1, -1)):
+        files = [folder / f"{i}{side}.mp4" for side in "AB"]
+        for side, file in enumerate(files):
+            write_mp4(file, random_frames(10 * i + side), 4.0)
+        found.append(Pair(f"prompt {i}", *files, "", "", label, SCORES, SCORES))
+    return found
+
+
+def build(pairs, *, lora=True, rates=RATES, **changes) -> DualRl:
+    options = {
+        "pairs_per_step": 4, "pairs_per_update": 4, "micro_batch": 4, "group_size": G, "max_new_tokens": 12,
+        "kl_weight": 0.1, "bt_weight": 0.5, "weight_decay": 0.0,
+    }  # fmt: skip
+    cfg = DualRlConfig(**{**options, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = DeScore(tiny_qwen(), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264)
+        speak_plainly(model.backbone)
+        adapters = LoraConfig(rank=4, alpha=8.0, dropout=0.0) if lora else None
+        groups = model.param_groups(rates, lora=adapters, weight_decay=0.0)
+    engine = PlainEngine(groups, backwards_per_update(cfg, 1))
+    schedule = PairSchedule(len(pairs), pairs_per_step=cfg.pairs_per_step, mask_probability=0.0, seed=0)
+    return DualRl(cfg, rules=LENGTH_ONLY, model=model, engine=engine, pairs=pairs, schedule=schedule, seed=0)
+
+
+def chains_of(rollouts: rm.dual_rl.Rollouts) -> list[list[list[list[int]]]]:
+    """[pair][side][rollout] -> tokens, end included, as the packed sequences hold them."""
+    packed = rollouts.packed
+    flat = [
+        [target[mask].tolist() for target, mask in zip(row, masks, strict=True)]
+        for row, masks in zip(packed.target_BGT, packed.token_BGT, strict=True)
+    ]
+    return [[flat[2 * n], flat[2 * n + 1]] for n in range(len(flat) // 2)]
+
+
+def test_defect_1_every_sequence_gets_its_own_reward(pairs, monkeypatch) -> None:
+    """Rewards are made from the text; advantages must follow the sequences they are multiplied with."""
+
+    def letters(text: str, truth, *, tokens: int, how) -> RuleReward:
+        value = float(sum((ord(c) * (i + 1)) % 17 for i, c in enumerate(text)))
+        return RuleReward(value, 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(rm.dual_rl, "rule_reward", letters)
+    loop = build(pairs)
+    rollouts = loop.collect([2, 0, 3], step=5)
+    decode = loop.model.tokenizer.decode
+    for n, pair in enumerate(chains_of(rollouts)):
+        for side, group in enumerate(pair):
+            texts = [decode([t for t in chain if t != loop.model.end_id]) for chain in group]
+            reward_G = torch.tensor([letters(text, {}, tokens=0, how=None).total for text in texts])
+            expected = (reward_G - reward_G.mean()) / (reward_G.std(correction=0) + 1e-6)
+            torch.testing.assert_close(rollouts.advantage_N2G[n, side], expected, rtol=0, atol=1e-5)
+            assert expected.abs().max() > 0.1  # otherwise nothing was compared
+
+
+def test_a_group_holds_chains_of_one_video_and_its_own_truth(pairs, monkeypatch) -> None:
+    seen = []
+
+    def note(text: str, truth, *, tokens: int, how) -> RuleReward:
+        seen.append(truth["subject"])
+        return RuleReward(0.0, 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(rm.dual_rl, "rule_reward", note)
+    told = [replace(p, scores_A={"subject": 2 * i}, scores_B={"subject": 2 * i + 1}) for i, p in enumerate(pairs)]
+    build(told).collect([1, 3], step=0)
+    assert seen == [2] * G + [3] * G + [6] * G + [7] * G
+
+
+def test_the_losses_by_hand(pairs) -> None:
+    loop = build(pairs)
+    rollouts = loop.collect([0, 1, 2, 3], step=0)
+    found = loop.update([rollouts])
+    # a ratio of one: the policy loss is minus the token mean of the advantages
+    lengths_N2G = rollouts.packed.token_BGT.sum(-1).view(-1, 2, G)
+    expected = -(rollouts.advantage_N2G * lengths_N2G).sum() / lengths_N2G.sum()
+    assert found["train/policy"] == pytest.approx(expected.item(), abs=1e-5)
+    assert found["train/ratio_mean"] == 1.0
+    assert found["train/kl"] == pytest.approx(0.0, abs=1e-9)  # new adapters are silent
+    # Bradley-Terry over all rollouts i, each chain scored alone by a model of the same weights
+    fresh, rewards = build(pairs).model, []
+    for n, pair in enumerate(chains_of(rollouts)):
+        for side, group in enumerate(pair):
+            path = (pairs[n].video_A, pairs[n].video_B)[side]
+            video = prepare(path, SETTINGS)
+            prompt = fresh.encode(pairs[n].prompt, video).prompt_ids
+            for chain in group:
+                ids = tuple(t for t in chain if t != fresh.end_id)
+                rewards.append(fresh(fresh.batch([Encoded(prompt, ids)], [video])).item())
+    reward_N2G = torch.tensor(rewards).view(-1, 2, G)
+    margin_NG = (reward_N2G[:, 0] - reward_N2G[:, 1]) * torch.tensor([1, -1, 1, -1]).view(-1, 1)
+    assert found["train/bt"] == pytest.approx(-logsigmoid(margin_NG).mean().item(), abs=1e-5)
+    assert found["train/accuracy"] == pytest.approx((margin_NG > 0).float().mean().item())
+    total = found["train/policy"] + 0.1 * found["train/kl"] + 0.5 * found["train/bt"]
+    assert found["train/loss"] == pytest.approx(total, abs=1e-5)
+
+
+def test_defect_6_an_error_in_the_preference_loss_travels(pairs, monkeypatch) -> None:
+    def broken(*args, **options):
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr(rm.dual_rl, "preference_loss", broken)
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        build(pairs).step(0)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_defect_7_the_weights_of_the_objectives_do_not_depend_on_micro_batches(pairs, micro_batch) -> None:
+    whole, parts = build(pairs), build(pairs, micro_batch=micro_batch)
+    one, other = whole.step(0), parts.step(0)
+    for name in ("loss", "policy", "kl", "bt", "accuracy"):
+        assert one[f"train/{name}"] == pytest.approx(other[f"train/{name}"], abs=1e-5)
+    assert parts.engine.calls == 4 // micro_batch
+    for a, b in zip(whole.engine.gradients[0], parts.engine.gradients[0], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
+
+
+def test_ties_reward_chains_and_do_not_dilute_the_preference(pairs) -> None:
+    tied = [*pairs[:3], replace(pairs[3], label=0)]
+    loop = build(tied, micro_batch=1)
+    found = [loop.collect([row], step=0) for row in range(4)]
+    mixed = loop.update(found)
+    fresh = build(tied, micro_batch=3, pairs_per_update=3, pairs_per_step=3)
+    plain = fresh.update([fresh.collect([0, 1, 2], step=0)])
+    assert mixed["train/bt"] == pytest.approx(plain["train/bt"], abs=1e-5)
+    assert found[3].advantage_N2G.abs().sum() > 0
+
+
+def test_defect_11_every_chain_ends_in_its_query_finished_or_not(pairs) -> None:
+    loop = build(pairs, max_new_tokens=3)
+    rollouts = loop.collect([0, 1, 2, 3], step=0)
+    ids_BL, query_BG = rollouts.packed.batch.ids_BL, rollouts.packed.query_BG
+    assert not rollouts.finished_N2G.all()
+    assert (ids_BL.gather(1, query_BG) == loop.model.query_id).all()
+    assert ((ids_BL == loop.model.query_id).sum(1) == G).all()
+    ended = (rollouts.packed.target_BGT == loop.model.end_id).sum(-1).view(-1, 2, G).bool()
+    assert torch.equal(ended & rollouts.packed.token_BGT.any(-1).view(-1, 2, G), rollouts.finished_N2G)
+
+
+def test_the_reference_is_the_frozen_first_stage(pairs) -> None:
+    loop = build(pairs)
+    rollouts = loop.collect([0, 1], step=0)
+    before = loop.log_probs(loop.model, rollouts.packed).detach()
+    for step in range(3):
+        loop.step(step)
+    after = loop.log_probs(loop.model, rollouts.packed).detach()
+    torch.testing.assert_close(loop.reference_log_probs(rollouts.packed).detach(), before, rtol=0, atol=1e-5)
+    assert (after - before).abs().max() > 1e-2
+    assert loop.step(3)["train/kl"] > 0
+
+
+def test_without_adapters_there_is_no_reference_to_switch_to(pairs) -> None:
+    with pytest.raises(ValueError, match="no adapter"), adapters_off(build(pairs, lora=False).model):
+        pass
+    with pytest.raises(ValueError, match="no adapter"):
+        build(pairs, lora=False).step(0)
+    assert build(pairs, lora=False, kl_weight=0.0).step(0)["train/kl"] == 0.0
+
+
+def test_several_updates_on_the_same_chains_use_the_log_probs_of_sampling(pairs) -> None:
+    loop = build(pairs, pairs_per_update=2, micro_batch=2, rates=replace(RATES, llm=3e-2))
+    updates = [[loop.collect(rows, 0) for rows in parts] for parts in loop.own_updates(0)]
+    sampled = [part.old_BGT.clone() for parts in updates for part in parts]
+    first, second = (loop.update(parts) for parts in updates)
+    assert first["train/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    with torch.no_grad():
+        part = updates[1][0]
+        assert torch.equal(part.old_BGT, sampled[1])
+        assert (judge(loop.model, part.packed, temperature=1.0).log_prob_BGT - part.old_BGT).abs().max() > 1e-3
+    assert second["train/ratio_mean"] != pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_vision_tower_is_frozen_and_the_rest_learns(pairs) -> None:
+    loop = build(pairs)
+    before = {n: p.detach().clone() for n, p in loop.model.named_parameters()}
+    for step in range(2):
+        loop.step(step)
+    moved = {n for n, p in loop.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved
+    assert all("lora_" in name or name in ("query", "head.weight") for name in moved)
+    assert {"query", "head.weight"} <= moved
+
+
+def test_reinforcement_lengthens_the_chains_and_preferences_are_learned(pairs) -> None:
+    loop = build(pairs, kl_weight=0.0)
+    metrics = [loop.step(step) for step in range(16)]
+    early = sum(m["reward/length"] for m in metrics[:4]) / 4
+    late = sum(m["reward/length"] for m in metrics[-4:]) / 4
+    assert late > early + 0.1
+    assert metrics[-1]["train/bt"] < 0.5 * metrics[0]["train/bt"]
+
+
+def test_a_step_is_a_function_of_its_number(pairs) -> None:
+    one, other = build(pairs), build(pairs)
+    torch.manual_seed(99)
+    first = one.step(3)
+    torch.manual_seed(7)
+    second = other.step(3)
+    drop = {name for name in first if name.startswith("seconds")}
+    assert {k: v for k, v in first.items() if k not in drop} == {k: v for k, v in second.items() if k not in drop}
+    assert one.collect([0], 0).packed.target_BGT.tolist() != one.collect([0], 1).packed.target_BGT.tolist()
+
+
+def test_held_out_pairs_are_judged_with_the_models_own_chains(pairs) -> None:
+    loop = build(pairs, micro_batch=1)
+    how = Generation(max_new_tokens=12, repetition_penalty=1.0)
+    found = loop.evaluate(pairs[:3], how)
+    assert found["heldout/quality"] == 0.0  # it writes no answers
+    assert found["heldout/accuracy"] in (0.0, 1 / 3, 2 / 3, 1.0)
+    assert found == loop.evaluate(pairs[:3], how)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pairs) -> None:
+    loop = build(pairs)
+    with torch.no_grad():
+        loop.model.head.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="bt nan"):
+        loop.step(0)
+
+
+def test_ranks_and_micro_batches_must_share_an_update() -> None:
+    cfg = DualRlConfig(pairs_per_step=8, pairs_per_update=4, micro_batch=2)
+    assert backwards_per_update(cfg, 2) == 1
+    with pytest.raises(ValueError, match="pairs_per_update=4"):
+        backwards_per_update(cfg, 3)
+    with pytest.raises(ValueError, match="multiple"):
+        DualRlConfig(pairs_per_step=6, pairs_per_update=4)
