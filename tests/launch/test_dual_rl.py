@@ -52,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     resumed = run(sys.executable, *words("stopped", 2))
     assert "going on after 1 steps" in resumed.stdout
     deepspeed(2, *words("two", 2, "zero_stage=2"))
+    run(sys.executable, *words("half", 1, "dtype=bfloat16", "lr.head=1e-6"))
     return folder
 
 
@@ -61,13 +62,14 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_equals_an_unbroken_one(folder: Path) -> None:
+def test_defect_14_a_resumed_run_equals_an_unbroken_one(folder: Path) -> None:
     whole, stopped = metrics(folder / "whole"), metrics(folder / "stopped")
     assert [row["step"] for row in whole] == [0, 1]
     assert whole == stopped
     file = "checkpoints/step-000002/engine.safetensors"
     one, other = (load_tensors(folder / name / file) for name in ("whole", "stopped"))
     assert one.keys() == other.keys()
+    assert one["exp_avg.head.weight"].abs().max() > 0
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -89,6 +91,15 @@ def test_defects_2_and_3_what_a_stage_writes_the_next_one_reads(folder: Path) ->
     assert (after.template, after.settings, after.generation) == (before.template, before.settings, before.generation)
     value_B = DeScoreScorer.load(folder / "whole" / "final", cot="none").score([folder / "0A.mp4"], ["p0"]).value_B
     assert value_B.isfinite().all()
+
+
+@pytest.mark.slow
+def test_defect_9_updates_too_small_for_bfloat16_are_kept(folder: Path) -> None:
+    before, after = (DeScore.load(folder / name).head.weight for name in ("judge", "half/final"))
+    start = before.bfloat16().float()  # the module is cast once, when the run begins
+    change = (after - start).abs()
+    assert 1e-7 < change.max() < 3e-6  # two updates at a rate of 1e-6
+    assert torch.equal(after.bfloat16().float(), start)  # in bfloat16 they would all have rounded to nothing
 
 
 def test_a_table_without_right_scores_is_refused(folder: Path) -> None:

@@ -1,0 +1,114 @@
+"""The official release's numbered defects that have no test elsewhere: each fails when the defect is put back.
+
+Elsewhere: 1, 6, 7, 11 in test_dual_rl.py; 2, 3, 9, 14 in tests/launch/test_dual_rl.py; 15 in test_text_rewards.py.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rm.dual_rl
+from rm.config import Generation
+from rm.data import read_pairs
+from rm.generate import generate, read_rewards
+from rm.packed import Chain, judge, pack
+from rm.scorer import DeScoreScorer
+from rm.video import prepare
+from tests.rm import test_cold_start, test_dual_rl
+from tests.rm.test_dual_rl import G
+from tests.tiny_qwen import SETTINGS, speak_plainly
+
+pairs = test_dual_rl.pairs  # the fixture
+
+
+def test_defect_4_both_stages_and_inference_read_one_sequence(pairs) -> None:
+    """The same video, prompt and chain: the same ids and the same reward in stage 1, in stage 2 and when scoring."""
+    loop = test_cold_start.build([replace(pairs[0], cot_A="abc", cot_B="abcd")])
+    model = loop.model.eval()
+    speak_plainly(model.backbone)
+    video = prepare(pairs[0].video_A, SETTINGS)
+    encoded = model.encode(pairs[0].prompt, video)
+    written = generate(
+        model, model.batch([encoded], [video], query=False), Generation(max_new_tokens=40, repetition_penalty=1.0)
+    )
+    text = model.tokenizer.decode(written.ids(0))
+    when_scoring = read_rewards(model, written).item()
+
+    side = loop.side(pairs[0].video_A, pairs[0].prompt, text)
+    first = model.batch([side.encoded], [side.video])
+    packed = pack(model, [encoded], [video], [[Chain(tuple(written.ids(0)), finished=True)]])
+    assert first.ids_BL.tolist() == packed.batch.ids_BL.tolist()
+    assert first.position_3BL.tolist() == packed.batch.position_3BL.tolist()
+    with torch.no_grad():
+        assert model(first).item() == pytest.approx(when_scoring, abs=1e-5)
+        assert judge(model, packed, temperature=1.0).reward_BG.item() == pytest.approx(when_scoring, abs=1e-5)
+
+
+def test_defect_5_inference_goes_from_a_pair_table_to_a_margin_per_pair(pairs) -> None:
+    loop = test_dual_rl.build(pairs)
+    loop.model.generation = Generation(max_new_tokens=200, temperature=1.0, repetition_penalty=1.0)
+    files = [path for pair in pairs for path in (pair.video_A, pair.video_B)]
+    value_N2 = DeScoreScorer(loop.model).score(files, [p.prompt for p in pairs for _ in "AB"]).value_B.view(-1, 2)
+    assert value_N2.isfinite().all()
+    assert (value_N2[:, 0] != value_N2[:, 1]).all()
+
+
+def test_defect_8_no_sequence_is_dropped_whatever_its_length(pairs, monkeypatch) -> None:
+    loop = test_dual_rl.build(pairs, micro_batch=2)
+    parts = [loop.collect(rows, step=0) for rows in ([0, 1], [2, 3])]
+    lengths = [part.packed.token_BGT.sum(-1).flatten() for part in parts]
+    assert len(torch.cat(lengths).unique()) > 2
+    seen: list[int] = []
+
+    def counting(model, packed, **options):
+        found = judge(model, packed, **options)
+        found.log_prob_BGT.register_hook(lambda g: seen.append(int((g != 0).any(-1).sum())))
+        return found
+
+    monkeypatch.setattr(rm.dual_rl, "judge", counting)
+    advantages = [part.advantage_N2G for part in parts]
+    loop.update(parts)
+    assert seen == [int((a != 0).sum()) for a in advantages]
+    assert all(a.numel() == 2 * 2 * G for a in advantages)
+
+
+def test_defect_10_no_vocabulary_row_is_trained_for_the_query(pairs) -> None:
+    loop = test_dual_rl.build(pairs, lora=False, kl_weight=0.0)
+    rows, query = loop.model.backbone.get_input_embeddings().weight, loop.model.query
+    before, query_before = rows.detach().clone(), query.detach().clone()
+    loop.step(0)
+    assert torch.equal(rows, before)
+    assert not torch.equal(query, query_before)
+    assert query.shape == (1, rows.shape[1])  # Adam's state is one row, not a vocabulary
+
+
+def test_defect_12_evaluation_masks_nothing_and_ties_are_no_errors(pairs, monkeypatch) -> None:
+    told = [replace(p, cot_A=f"first {i}", cot_B=f"the second {i}") for i, p in enumerate(pairs)]
+    always, never = (test_cold_start.build(told, mask_probability=p) for p in (1.0, 0.0))
+    asked = []
+    plain = always.rewards
+    monkeypatch.setattr(always, "rewards", lambda rows, masked: asked.extend(masked) or plain(rows, masked))
+    assert always.evaluate(told) == never.evaluate(told)
+    assert asked == [False] * 4
+    decided = always.evaluate(told)["heldout/accuracy"]
+    tied = [*told, *(replace(pair, label=0) for pair in told)]
+    assert always.evaluate(tied)["heldout/accuracy"] == decided
+
+
+@pytest.mark.parametrize("cell", ["", "nan", "None"])
+def test_defect_13_a_missing_chain_is_no_text(pairs, tmp_path, cell) -> None:
+    with (tmp_path / "t.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["videos", "prompt", "GSB", "CoT_A", "CoT_B"])
+        for pair in pairs:
+            writer.writerow([repr([str(pair.video_A), str(pair.video_B)]), pair.prompt, "A", cell, "a chain"])
+    table = read_pairs(tmp_path / "t.csv", require_cot=False)
+    loop = test_cold_start.build(list(table.pairs))
+    side = loop.side(table.pairs[0].video_A, "p", table.pairs[0].cot_A)
+    assert side.encoded.cot_ids == ()
+    with torch.no_grad():  # rows with and without a chain share a batch
+        assert loop.rewards(table.pairs, [False] * 4).isfinite().all()
