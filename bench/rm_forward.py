@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.log import say
 from common.shapes import FPS, caption, random_attributes, random_scene, render
 from launch.compose import quiet
 from rm.config import LearningRates, LoraConfig
@@ -133,7 +134,7 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    say(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

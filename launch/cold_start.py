@@ -127,12 +127,7 @@ def build(cfg: ColdStartRun, pairs: list[Pair]) -> tuple[ColdStart, DeepSpeedEng
         dtype=cfg.dtype,
         overrides=cfg.deepspeed,
     )
-    schedule = PairSchedule(
-        len(pairs),
-        pairs_per_step=cfg.cold_start.pairs_per_step,
-        mask_probability=cfg.cold_start.mask_probability,
-        seed=cfg.seed,
-    )
+    schedule = PairSchedule(len(pairs), pairs_per_step=cfg.cold_start.pairs_per_step, seed=cfg.seed)
     loop = ColdStart(
         cfg.cold_start,
         model=model,

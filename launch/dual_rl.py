@@ -125,7 +125,7 @@ def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
         model=model,
         engine=engine,
         pairs=pairs,
-        schedule=PairSchedule(len(pairs), pairs_per_step=dual.pairs_per_step, mask_probability=0.0, seed=cfg.seed),
+        schedule=PairSchedule(len(pairs), pairs_per_step=dual.pairs_per_step, seed=cfg.seed),
         seed=cfg.seed,
         reference=reference,
         grad_norms=engine.client_optimizer.take_norms,

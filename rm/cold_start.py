@@ -17,7 +17,9 @@ import torch
 
 from common.distributed import derive_seed, gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
 from rm.losses import preference_loss
+from rm.masking import dropped_share, mask
 from rm.metrics import preference_accuracy
+from rm.prompt import Encoded, encode_cot
 from rm.video import prepare
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from rm.config import ColdStartConfig
     from rm.data import Draw, Pair, PairSchedule
     from rm.model import DeScore
-    from rm.prompt import Encoded
     from rm.video import PreparedVideo
 
 
@@ -43,14 +44,14 @@ def backwards_per_step(cfg: ColdStartConfig, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Side:
-    """One video of a pair, ready for the model."""
+    """One video of a pair and the question about it, ready for the model."""
 
     video: PreparedVideo
-    encoded: Encoded
+    prompt_ids: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        return self.video.patches.nbytes + 40 * len(self.encoded.ids)  # a Python int and the pointer to it
+        return self.video.patches.nbytes + 40 * len(self.prompt_ids)  # a Python int and the pointer to it
 
 
 class ColdStart:
@@ -75,7 +76,7 @@ class ColdStart:
         self.cfg, self.model, self.engine, self.pairs, self.schedule = cfg, model, engine, pairs, schedule
         self.seed, self.grad_norm = seed, grad_norm
         self.accumulation = backwards_per_step(cfg, world_size())
-        self.kept: dict[tuple[Path, str, str], Side] = {}  # the same in every epoch, kept while there is room
+        self.kept: dict[tuple[Path, str], Side] = {}  # the same in every epoch, kept while there is room
         self.room = cfg.cache_gb * 2**30
 
     def step(self, step: int) -> dict[str, float]:
@@ -85,11 +86,14 @@ class ColdStart:
         count = self.counted(draws)
         torch.manual_seed(derive_seed(self.seed, "dropout", step, rank()))
         self.model.train()
-        sums = {"loss": 0.0, "right": 0.0, "margin": 0.0}
+        sums = {"loss": 0.0, "right": 0.0, "margin": 0.0, "masked": 0.0}
         for part in self.own_parts(draws):
-            reward_N2 = self.rewards([self.pairs[d.row] for d in part], [d.masked for d in part])
+            own = [self.pairs[d.row] for d in part]
+            chains = [self.masked(pair, d) for pair, d in zip(own, part, strict=True)]
+            reward_N2 = self.rewards(own, chains)
             label_N = torch.tensor([self.pairs[d.row].label for d in part], device=reward_N2.device)
-            loss = preference_loss(reward_N2, label_N, theta=self.cfg.theta, count=count).loss
+            theta, margin = self.cfg.theta, self.cfg.margin
+            loss = preference_loss(reward_N2, label_N, theta=theta, margin=margin, count=count).loss
             value = loss.detach().item()
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value} in step {step}")
@@ -100,13 +104,15 @@ class ColdStart:
             sums["loss"] += value
             sums["right"] += float((signed_N > 0).sum())
             sums["margin"] += float(signed_N.sum())
+            for pair, kept in zip(own, chains, strict=True):
+                sums["masked"] += sum(map(dropped_share, (pair.cot_A, pair.cot_B), kept)) / 2
         decided = max(1, sum(self.pairs[d.row].label != 0 for d in draws))
         norm = self.grad_norm() if self.grad_norm is not None else None
         return {
             "train/loss": sum_over_ranks(sums["loss"]),
             "train/accuracy": sum_over_ranks(sums["right"]) / decided,
             "train/margin": sum_over_ranks(sums["margin"]) / decided,
-            "train/masked": sum(d.masked for d in draws) / len(draws),
+            "train/masked": sum_over_ranks(sums["masked"]) / len(draws),  # MEAN over videos of the share of text
             **({} if norm is None else {"train/grad_norm": float(norm)}),
             **mean_over_ranks({"seconds/step": time.perf_counter() - start}),
         }
@@ -122,25 +128,29 @@ class ColdStart:
         own, size = draws[rank() * share : (rank() + 1) * share], self.cfg.micro_batch
         return [own[i : i + size] for i in range(0, share, size)]
 
-    def rewards(self, pairs: Sequence[Pair], masked: Sequence[bool]) -> Tensor:
-        """(N, 2) rewards of A and B, one forward."""
+    def masked(self, pair: Pair, draw: Draw) -> tuple[str, str]:
+        """What is left of both chains of thought this time."""
+        return mask((pair.cot_A, pair.cot_B), self.cfg.masking, seed=self.seed, epoch=draw.epoch, row=draw.row)
+
+    def rewards(self, pairs: Sequence[Pair], chains: Sequence[tuple[str, str]]) -> Tensor:
+        """(N, 2) rewards of A and B with these chains of thought, one forward."""
         encoded: list[Encoded] = []
         videos: list[PreparedVideo] = []
-        for pair, drop in zip(pairs, masked, strict=True):
-            for path, cot in ((pair.video_A, pair.cot_A), (pair.video_B, pair.cot_B)):
-                side = self.side(path, pair.prompt, cot)
+        for pair, both in zip(pairs, chains, strict=True):
+            for path, cot in zip((pair.video_A, pair.video_B), both, strict=True):
+                side = self.side(path, pair.prompt)
                 videos.append(side.video)
-                encoded.append(side.encoded.without_cot() if drop else side.encoded)
+                encoded.append(Encoded(side.prompt_ids, tuple(encode_cot(self.model.tokenizer, cot))))
         batch = self.model.batch(encoded, videos).to(self.model.device)
         return self.model(batch).view(-1, 2)
 
-    def side(self, path: Path, prompt: str, cot: str) -> Side:
+    def side(self, path: Path, prompt: str) -> Side:
         """Decode, cut and tokenise, unless that was done before and kept."""
-        key = (path, prompt, cot)
+        key = (path, prompt)
         if key in self.kept:
             return self.kept[key]
         video = prepare(path, self.model.settings)
-        side = Side(video, self.model.encode(prompt, video, cot))
+        side = Side(video, self.model.encode(prompt, video).prompt_ids)
         if side.nbytes <= self.room:
             self.kept[key] = side
             self.room -= side.nbytes
@@ -154,7 +164,8 @@ class ColdStart:
         margins: list[tuple[int, float]] = []
         for start in range(0, len(own), size):
             rows = own[start : start + size]
-            reward_N2 = self.rewards([pairs[i] for i in rows], [False] * len(rows))
+            part = [pairs[i] for i in rows]
+            reward_N2 = self.rewards(part, [(pair.cot_A, pair.cot_B) for pair in part])
             margins += zip(rows, (reward_N2[:, 0] - reward_N2[:, 1]).tolist(), strict=True)
         margin_of = {row: margin for part in gather_objects(margins) for row, margin in part}
         margin_N = torch.tensor([margin_of[i] for i in range(len(pairs))])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -114,14 +114,36 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Masking:
+    """Random masking of chains of thought in training, see `rm.masking`. Defaults: DeScore's released run.
+
+    probability  of dropping a unit
+    per          "pair": A and B lose the same units; "video": each draws for itself
+    unit         "chain": all or nothing; "section" or "sentence": each for itself
+    """
+
+    probability: float = 0.5
+    per: Literal["pair", "video"] = "pair"
+    unit: Literal["chain", "section", "sentence"] = "chain"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.probability <= 1.0:
+            raise ValueError(f"probability={self.probability} must lie in [0, 1]")
+        if self.per not in ("pair", "video"):
+            raise ValueError(f"per={self.per!r} must be 'pair' or 'video'")
+        if self.unit not in ("chain", "section", "sentence"):
+            raise ValueError(f"unit={self.unit!r} must be 'chain', 'section' or 'sentence'")
+
+
+@dataclass(frozen=True)
 class ColdStartConfig:
     """Stage 1, the discriminative cold start. Defaults: DeScore's released run (spec section 2).
 
     pairs_per_step    preference pairs of one optimizer step, over ALL ranks
     micro_batch       pairs in one forward (two sequences each)
     epochs            passes over the pairs
-    mask_probability  of dropping both chains of thought of a pair
     theta             None: ties say nothing and are not counted; above 1: Bradley-Terry with ties (VideoAlign uses 5)
+    margin            by how much the better one has to lead: sig(d - margin); without theta only
     weight_decay      of all groups but the query's
     cache_gb          memory on each rank for prepared videos and token ids, so that later epochs decode nothing
     """
@@ -129,8 +151,9 @@ class ColdStartConfig:
     pairs_per_step: int = 32
     micro_batch: int = 1
     epochs: float = 2.0
-    mask_probability: float = 0.5
+    masking: Masking = field(default_factory=Masking)
     theta: float | None = None
+    margin: float = 0.0
     weight_decay: float = 0.0
     cache_gb: float = 1.0
 
@@ -140,13 +163,13 @@ class ColdStartConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.epochs <= 0:
             raise ValueError(f"epochs={self.epochs} must be positive")
-        if not 0.0 <= self.mask_probability <= 1.0:
-            raise ValueError(f"mask_probability={self.mask_probability} must lie in [0, 1]")
         if self.theta is not None and self.theta <= 1.0:
             raise ValueError(f"theta={self.theta} must be above 1, or null for no ties")
-        for name in ("weight_decay", "cache_gb"):
+        for name in ("margin", "weight_decay", "cache_gb"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.margin and self.theta is not None:
+            raise ValueError(f"margin={self.margin} and theta={self.theta} exclude each other: theta is a margin")
 
 
 @dataclass(frozen=True)

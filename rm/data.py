@@ -95,28 +95,22 @@ def read_pairs(path: str | Path, *, require_cot: bool = True, require_scores: bo
 
 @dataclass(frozen=True)
 class Draw:
-    """One pair of a step: its row, and whether both its CoTs are dropped."""
+    """One pair of a step: its row in the table, and the how-manieth time it comes (from 0)."""
 
     row: int
-    masked: bool
+    epoch: int
 
 
 class PairSchedule:
     """Step -> pairs: all rows in a new random order each epoch, none twice before all were drawn.
 
-    Whether a pair loses its CoTs is drawn once per epoch and row with probability ``mask_probability`` (random CoT
-    masking, spec 2.3: both videos or neither). Neither ranks nor resuming change anything.
+    Neither ranks nor resuming change anything.
     """
 
-    def __init__(self, count: int, *, pairs_per_step: int, mask_probability: float, seed: int) -> None:
+    def __init__(self, count: int, *, pairs_per_step: int, seed: int) -> None:
         if count < 1 or pairs_per_step < 1:
             raise ValueError(f"a schedule needs pairs and pairs_per_step >= 1, got {count} and {pairs_per_step}")
-        self.count, self.pairs_per_step, self.mask_probability, self.seed = (
-            count,
-            pairs_per_step,
-            mask_probability,
-            seed,
-        )
+        self.count, self.pairs_per_step, self.seed = count, pairs_per_step, seed
         self._epoch, self._order = -1, list[int]()
 
     def steps(self, epochs: float) -> int:
@@ -132,8 +126,7 @@ class PairSchedule:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, list(range(self.count))
             random.Random(derive_seed(self.seed, "pairs", epoch)).shuffle(self._order)
-        row = self._order[place]
-        return Draw(row, derive_seed(self.seed, "mask", epoch, row) < self.mask_probability * 2**63)
+        return Draw(self._order[place], epoch)
 
 
 def _csv_path(path: Path) -> Path:

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 import rm.cold_start
 from common.video_io import write_mp4
 from rm.cold_start import ColdStart, backwards_per_step
-from rm.config import ColdStartConfig, Generation, LearningRates, LoraConfig
+from rm.config import ColdStartConfig, Generation, LearningRates, LoraConfig, Masking
 from rm.data import Pair, PairSchedule
 from rm.model import DeScore
 from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
@@ -60,22 +60,20 @@ def pairs(tmp_path_factory) -> list[Pair]:
 
 def build(pairs, *, lora=None, **changes) -> ColdStart:
     options = {"pairs_per_step": 4, "micro_batch": 4, "mask_probability": 0.5, **changes}
-    cfg = ColdStartConfig(**options)
+    cfg = ColdStartConfig(masking=Masking(probability=options.pop("mask_probability")), **options)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = DeScore(tiny_qwen(), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264)
         groups = model.param_groups(RATES, lora=lora, weight_decay=0.0)
     engine = PlainEngine(groups, backwards_per_step(cfg, 1))
-    schedule = PairSchedule(
-        len(pairs), pairs_per_step=cfg.pairs_per_step, mask_probability=cfg.mask_probability, seed=0
-    )
+    schedule = PairSchedule(len(pairs), pairs_per_step=cfg.pairs_per_step, seed=0)
     return ColdStart(cfg, model=model, engine=engine, pairs=pairs, schedule=schedule, seed=0)
 
 
 @torch.no_grad()
 def margins(loop: ColdStart, pairs, *, masked: bool) -> torch.Tensor:
     loop.model.eval()
-    reward_N2 = loop.rewards(pairs, [masked] * len(pairs))
+    reward_N2 = loop.rewards(pairs, [("", "") if masked else (pair.cot_A, pair.cot_B) for pair in pairs])
     return (reward_N2[:, 0] - reward_N2[:, 1]) * torch.tensor([pair.label for pair in pairs])
 
 
@@ -136,11 +134,31 @@ def test_with_theta_a_tie_counts(pairs):
     loop = build([*pairs, tie], pairs_per_step=5, micro_batch=1, mask_probability=0.0, theta=5.0)
     signed = margins(loop, pairs, masked=False)
     with torch.no_grad():
-        d = loop.rewards([tie], [False])[0].diff()
+        d = loop.rewards([tie], [(tie.cot_A, tie.cot_B)])[0].diff()
     shift = math.log(5.0)
     tied = -logsigmoid(d - shift) - logsigmoid(-d - shift) - math.log(24.0)
     want = (-logsigmoid(signed - shift).sum() + tied) / 5
     assert loop.step(0)["train/loss"] == pytest.approx(want.item(), abs=1e-5)
+
+
+def test_a_margin_is_taken_off_the_lead(pairs):
+    loop = build(pairs, mask_probability=0.0, margin=0.57)
+    signed = margins(loop, pairs, masked=False)
+    assert loop.step(0)["train/loss"] == pytest.approx(-logsigmoid(signed - 0.57).mean().item(), abs=1e-6)
+
+
+def test_parts_of_a_chain_may_be_masked(pairs):
+    """A step on masked sentences is the step on pairs that only ever had the other sentences."""
+    long = [replace(p, cot_A="One. Two. Three.", cot_B="Four. Five. Six. Seven.") for p in pairs]
+    loop = build(long)
+    loop.cfg = replace(loop.cfg, masking=Masking(0.5, "video", "sentence"))
+    left = {draw.row: loop.masked(long[draw.row], draw) for draw in loop.schedule.at(0)}
+    other = build([replace(p, cot_A=left[i][0], cot_B=left[i][1]) for i, p in enumerate(long)], mask_probability=0.0)
+    found = loop.step(0)
+    assert found["train/loss"] == pytest.approx(other.step(0)["train/loss"], abs=1e-7)
+    share = sum(1 - len(left[i][0]) / 16 + 1 - len(left[i][1]) / 23 for i in range(4))
+    assert found["train/masked"] == pytest.approx(share / 8)
+    assert 0 < share / 8 < 1
 
 
 def test_swapping_a_pair_and_its_label_changes_nothing(pairs):
@@ -206,7 +224,11 @@ def test_ranks_and_micro_batches_must_divide_a_step():
 @pytest.mark.parametrize(
     ("schema", "wrong"),
     [
-        (ColdStartConfig, {"mask_probability": 1.5}),
+        (Masking, {"probability": 1.5}),
+        (Masking, {"per": "frame"}),
+        (Masking, {"unit": "word"}),
+        (ColdStartConfig, {"margin": -1.0}),
+        (ColdStartConfig, {"margin": 1.0, "theta": 5.0}),
         (ColdStartConfig, {"theta": 1.0}),
         (ColdStartConfig, {"pairs_per_step": 0}),
         (ColdStartConfig, {"epochs": 0}),
@@ -226,7 +248,7 @@ def test_a_wrong_value_is_named(schema, wrong):
 
 def test_defaults_are_the_papers():
     cfg, lora, rates = ColdStartConfig(), LoraConfig(), LearningRates()
-    assert (cfg.pairs_per_step, cfg.epochs, cfg.mask_probability, cfg.theta) == (32, 2.0, 0.5, None)
+    assert (cfg.pairs_per_step, cfg.epochs, cfg.masking, cfg.theta) == (32, 2.0, Masking(0.5, "pair", "chain"), None)
     assert (lora.rank, lora.alpha, lora.dropout) == (64, 128.0, 0.05)
     assert {rates.llm, rates.vision, rates.merger, rates.query, rates.head} == {2e-6}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
 
 import pytest
 
@@ -132,7 +131,7 @@ def test_a_chain_longer_than_the_csv_module_allows(folder):
 
 
 def schedule(**changes):
-    return PairSchedule(**{"count": 10, "pairs_per_step": 4, "mask_probability": 0.5, "seed": 3, **changes})
+    return PairSchedule(**{"count": 10, "pairs_per_step": 4, "seed": 3, **changes})
 
 
 def test_every_pair_once_an_epoch_in_a_new_order():
@@ -152,17 +151,6 @@ def test_a_step_depends_on_nothing_but_its_number_and_the_seed():
     small = [draw for step in range(20) for draw in schedule(pairs_per_step=2).at(step)]
     large = [draw for step in range(10) for draw in schedule().at(step)]
     assert small == large
-
-
-def test_masking_has_its_probability_and_is_redrawn_each_epoch():
-    many = PairSchedule(5000, pairs_per_step=5000, mask_probability=0.3, seed=0)
-    first, second = ({draw.row: draw.masked for draw in many.at(epoch)} for epoch in (0, 1))
-    # 5000 draws: standard deviation 0.0065
-    assert sum(first.values()) / 5000 == pytest.approx(0.3, abs=0.026)
-    both = Counter((first[r], second[r]) for r in range(5000))
-    assert both[True, True] / 5000 == pytest.approx(0.09, abs=0.017)
-    assert not any(d.masked for d in schedule(mask_probability=0.0).at(0))
-    assert all(d.masked for d in schedule(mask_probability=1.0).at(0))
 
 
 def test_steps_of_some_epochs():

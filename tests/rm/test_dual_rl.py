@@ -53,7 +53,7 @@ def build(pairs, *, lora=True, rates=RATES, **changes) -> DualRl:
         adapters = LoraConfig(rank=4, alpha=8.0, dropout=0.0) if lora else None
         groups = model.param_groups(rates, lora=adapters, weight_decay=0.0)
     engine = PlainEngine(groups, backwards_per_update(cfg, 1))
-    schedule = PairSchedule(len(pairs), pairs_per_step=cfg.pairs_per_step, mask_probability=0.0, seed=0)
+    schedule = PairSchedule(len(pairs), pairs_per_step=cfg.pairs_per_step, seed=0)
     return DualRl(cfg, rules=LENGTH_ONLY, model=model, engine=engine, pairs=pairs, schedule=schedule, seed=0)
 
 

@@ -38,8 +38,12 @@ def test_defect_4_both_stages_and_inference_read_one_sequence(pairs) -> None:
     text = model.tokenizer.decode(written.ids(0))
     when_scoring = read_rewards(model, written).item()
 
-    side = loop.side(pairs[0].video_A, pairs[0].prompt, text)
-    first = model.batch([side.encoded], [side.video])
+    asked, plain = [], model.batch
+    model.batch = lambda encoded, videos: asked.append(plain(encoded[:1], videos[:1])) or plain(encoded, videos)
+    with torch.no_grad():
+        loop.rewards([pairs[0]], [(text, "")])
+    model.batch = plain
+    (first,) = asked
     packed = pack(model, [encoded], [video], [[Chain(tuple(written.ids(0)), finished=True)]])
     assert first.ids_BL.tolist() == packed.batch.ids_BL.tolist()
     assert first.position_3BL.tolist() == packed.batch.position_3BL.tolist()
@@ -91,9 +95,9 @@ def test_defect_12_evaluation_masks_nothing_and_ties_are_no_errors(pairs, monkey
     always, never = (test_cold_start.build(told, mask_probability=p) for p in (1.0, 0.0))
     asked = []
     plain = always.rewards
-    monkeypatch.setattr(always, "rewards", lambda rows, masked: asked.extend(masked) or plain(rows, masked))
+    monkeypatch.setattr(always, "rewards", lambda rows, chains: asked.extend(chains) or plain(rows, chains))
     assert always.evaluate(told) == never.evaluate(told)
-    assert asked == [False] * 4
+    assert asked == [(pair.cot_A, pair.cot_B) for pair in told]
     decided = always.evaluate(told)["heldout/accuracy"]
     tied = [*told, *(replace(pair, label=0) for pair in told)]
     assert always.evaluate(tied)["heldout/accuracy"] == decided
@@ -108,7 +112,9 @@ def test_defect_13_a_missing_chain_is_no_text(pairs, tmp_path, cell) -> None:
             writer.writerow([repr([str(pair.video_A), str(pair.video_B)]), pair.prompt, "A", cell, "a chain"])
     table = read_pairs(tmp_path / "t.csv", require_cot=False)
     loop = test_cold_start.build(list(table.pairs))
-    side = loop.side(table.pairs[0].video_A, "p", table.pairs[0].cot_A)
-    assert side.encoded.cot_ids == ()
+    assert {pair.cot_A for pair in table.pairs} == {""}
+    asked, plain = [], loop.model.batch
+    loop.model.batch = lambda encoded, videos: asked.extend(encoded) or plain(encoded, videos)
     with torch.no_grad():  # rows with and without a chain share a batch
-        assert loop.rewards(table.pairs, [False] * 4).isfinite().all()
+        assert loop.rewards(table.pairs, [(pair.cot_A, pair.cot_B) for pair in table.pairs]).isfinite().all()
+    assert [len(item.cot_ids) > 0 for item in asked] == [False, True] * 4
