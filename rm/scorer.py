@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,20 +20,22 @@ from rm.video import PreparedVideo, prepare
 
 
 class DeScoreScorer:
-    """The Protocol `common.types.RewardModel`: one chain of thought a video, then the head.
+    """The Protocol `common.types.RewardModel`: chains of thought about a video, then the head.
 
-    batch  videos judged at once
-    cot    "generate" writes a chain of thought first; "none" scores at once, which random masking in stage 1 trains too
+    batch   videos judged at once
+    chains  chains of thought of each video. 1: one, as the checkpoint's generation says (greedy, unless it was saved
+            otherwise). N > 1: sampled, at temperature 1 if the checkpoint's is 0, and the reward is their MEAN; prompt
+            and video are read once. 0: score at once, which random masking in stage 1 trains too
     """
 
     name = "descore"
 
-    def __init__(self, model: DeScore, *, batch: int = 32, cot: Literal["generate", "none"] = "generate") -> None:
+    def __init__(self, model: DeScore, *, batch: int = 32, chains: int = 1) -> None:
         if batch < 1:
             raise ValueError(f"batch={batch} must be at least 1")
-        if cot not in ("generate", "none"):
-            raise ValueError(f"cot={cot!r} must be 'generate' or 'none'")
-        self.model, self.batch, self.cot = model.eval().requires_grad_(requires_grad=False), batch, cot
+        if chains < 0:
+            raise ValueError(f"chains={chains} must be at least 0")
+        self.model, self.batch, self.chains = model.eval().requires_grad_(requires_grad=False), batch, chains
 
     @classmethod
     def load(
@@ -43,7 +45,7 @@ class DeScoreScorer:
         device: str | torch.device | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
         batch: int = 32,
-        cot: Literal["generate", "none"] = "generate",
+        chains: int = 1,
     ) -> DeScoreScorer:
         """Read a folder that `DeScore.save` wrote; nothing else is needed. Errors as `DeScore.load`.
 
@@ -54,7 +56,7 @@ class DeScoreScorer:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         if dtype is None:
             dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
-        return cls(DeScore.load(path, dtype=getattr(torch, dtype)).to(device), batch=batch, cot=cot)
+        return cls(DeScore.load(path, dtype=getattr(torch, dtype)).to(device), batch=batch, chains=chains)
 
     @torch.no_grad()
     def score(
@@ -64,53 +66,76 @@ class DeScoreScorer:
 
         videos  uint8 (B, T, Y, X, 3), or a sequence of uint8 (T, Y, X, 3) and of files; frames need ``fps``
 
-        parts   the five sub-dimension scores the chain of thought states, NaN where it states none or N/A
-        texts   the chains of thought ("" in score-only mode)
+        parts   the five sub-dimension scores the chain of thought states, NaN where it states none or N/A; of several
+                chains their MEAN over those that state one, and "spread", the population std of the rewards
+        texts   the chains of thought, of several the first ("" without any)
 
         A chain that is not finished within the checkpoint's token limit is written once more with twice the limit;
-        if that is not enough either, its video is not judged: NaN. Raises VideoError naming a file it cannot read.
+        if that is not enough either, it does not count, and a video without any that counts is not judged: NaN.
+        Raises VideoError naming a file it cannot read.
         """
         if len(videos) != len(prompts):
             raise ValueError(f"score: {len(videos)} videos for {len(prompts)} prompts")
-        values, texts = [], []
+        judged = []
         for start in range(0, len(prompts), self.batch):
             asked = prompts[start : start + self.batch]
             ready = [prepare(video, self.model.settings, fps=fps) for video in videos[start : start + self.batch]]
-            judged = self._judge(asked, ready)
-            values.append(judged.value_B)
-            texts += judged.texts
-        value_B = torch.cat(values) if values else torch.zeros(0)
-        return Score(value_B, _parts(texts) if self.cot == "generate" else {}, texts)
+            judged.append(self._judge(asked, ready))
+        reward_BN = torch.cat([part.reward_BN for part in judged]) if judged else torch.zeros(0, max(self.chains, 1))
+        texts = [texts for part in judged for texts in part.texts]
+        value_B = _mean_of_judged(reward_BN)
+        if self.chains == 0:
+            return Score(value_B, texts=[""] * len(prompts))
+        parts = _parts([text for own in texts for text in own])
+        parts = {name: _mean_of_judged(part.view(-1, self.chains)) for name, part in parts.items()}
+        if self.chains > 1:
+            parts["spread"] = _mean_of_judged((reward_BN - value_B.unsqueeze(1)).square()).sqrt()
+        return Score(value_B, parts, [own[0] for own in texts])
 
-    def _judge(self, prompts: Sequence[str], videos: Sequence[PreparedVideo]) -> Score:
+    def _judge(self, prompts: Sequence[str], videos: Sequence[PreparedVideo]) -> _Judged:
         encoded = [self.model.encode(prompt, video) for prompt, video in zip(prompts, videos, strict=True)]
-        if self.cot == "none":
+        if self.chains == 0:
             batch = self.model.batch(encoded, videos).to(self.model.device)
-            return Score(self.model(batch).cpu(), texts=[""] * len(prompts))
-        value_B = torch.full((len(prompts),), math.nan)
-        texts = [""] * len(prompts)
+            return _Judged(self.model(batch).cpu().unsqueeze(1), [[""]] * len(prompts))
+        count = self.chains
+        reward_BN = torch.full((len(prompts), count), math.nan)
+        texts = [[""] * count for _ in prompts]
         waiting = list(range(len(prompts)))
-        for limit in (self.model.generation.max_new_tokens, 2 * self.model.generation.max_new_tokens):
+        how = self.model.generation
+        if count > 1 and how.temperature == 0:
+            how = replace(how, temperature=1.0)
+        for limit in (how.max_new_tokens, 2 * how.max_new_tokens):
             batch = self.model.batch([encoded[i] for i in waiting], [videos[i] for i in waiting], query=False)
-            chains = generate(
-                self.model,
-                batch,
-                replace(self.model.generation, max_new_tokens=limit),
-                seeds=self._seeds(prompts, waiting),
-            )
-            reward_W = read_rewards(self.model, chains).float().cpu()
+            seeds = self._seeds(prompts, waiting) if how.temperature > 0 else None
+            written = generate(self.model, batch, replace(how, max_new_tokens=limit), seeds=seeds, copies=count)
+            reward_WN = read_rewards(self.model, written).float().cpu().view(-1, count)
+            finished_WN = written.finished_B.cpu().view(-1, count)
+            reward_BN[waiting] = reward_WN.masked_fill(~finished_WN, math.nan)
             for row, i in enumerate(waiting):
-                texts[i] = self.model.tokenizer.decode(chains.ids(row))
-                if chains.finished_B[row]:
-                    value_B[i] = reward_W[row]
-            waiting = [i for row, i in enumerate(waiting) if not chains.finished_B[row]]
+                texts[i] = [self.model.tokenizer.decode(written.ids(row * count + n)) for n in range(count)]
+            # the same seeds write the same chains: those that were finished come out again
+            waiting = [i for row, i in enumerate(waiting) if not finished_WN[row].all()]
             if not waiting:
                 break
-        return Score(value_B, texts=texts)
+        return _Judged(reward_BN, texts)
 
-    def _seeds(self, prompts: Sequence[str], rows: Sequence[int]) -> list[int] | None:
-        """By prompt, so that no score depends on a place in the batch; greedy writing takes none."""
-        return [derive_seed("score", prompts[i]) for i in rows] if self.model.generation.temperature > 0 else None
+    def _seeds(self, prompts: Sequence[str], rows: Sequence[int]) -> list[int]:
+        """By prompt, so that no score depends on a place in the batch."""
+        first = [derive_seed("score", prompts[i]) for i in rows]
+        return [derive_seed(seed, n) if n else seed for seed in first for n in range(self.chains)]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Rewards (B, N), NaN for a chain that never finished, and the N texts of each video."""
+
+    reward_BN: Tensor
+    texts: list[list[str]]
+
+
+def _mean_of_judged(x_BN: Tensor) -> Tensor:
+    """MEAN over N without NaN; NaN where there is nothing else."""
+    return x_BN.nanmean(1)
 
 
 def _parts(texts: Sequence[str]) -> dict[str, Tensor]:

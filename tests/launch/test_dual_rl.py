@@ -89,7 +89,7 @@ def test_defects_2_and_3_what_a_stage_writes_the_next_one_reads(folder: Path) ->
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(before.backbone.state_dict()[name], after.backbone.state_dict()[name])  # LoRA is merged
     assert (after.template, after.settings, after.generation) == (before.template, before.settings, before.generation)
-    value_B = DeScoreScorer.load(folder / "whole" / "final", cot="none").score([folder / "0A.mp4"], ["p0"]).value_B
+    value_B = DeScoreScorer.load(folder / "whole" / "final", chains=0).score([folder / "0A.mp4"], ["p0"]).value_B
     assert value_B.isfinite().all()
 
 

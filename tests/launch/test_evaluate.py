@@ -336,10 +336,10 @@ def test_a_real_judge_reads_the_files_of_the_table(tmp_path: Path) -> None:
     lines = [f"\"['{a}.mp4', '{b}.mp4']\",prompt {a},{label}" for a, b, label in table]
     (tmp_path / "pairs.csv").write_text("\n".join(["videos,prompt,GSB", *lines]) + "\n")
     words = [f"out={tmp_path / 'eval'}", f"checkpoint={tmp_path / 'judge'}", f"pairs={tmp_path / 'pairs.csv'}"]
-    evaluate.main(["rm", *words, "options={cot: none}"])
+    evaluate.main(["rm", *words, "options={chains: 0}"])
 
     rows = read_rows(tmp_path / "eval" / "results.jsonl")
-    scorer = DeScoreScorer.load(tmp_path / "judge", cot="none")
+    scorer = DeScoreScorer.load(tmp_path / "judge", chains=0)
     for row, (a, b, _) in zip(rows[:2], table, strict=False):
         alone = [float(scorer.score([tmp_path / f"{v}.mp4"], [f"prompt {a}"]).value_B[0]) for v in (a, b)]
         assert [row["reward_A"], row["reward_B"]] == pytest.approx(alone, abs=1e-5)

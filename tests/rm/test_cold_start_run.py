@@ -50,7 +50,7 @@ def test_a_resumed_run_equals_an_unbroken_one(folder):
 
 def test_what_remains_is_a_judge_with_the_fp32_weights(folder):
     files = [folder / f"{i}{side}.mp4" for i in range(3) for side in "AB"]
-    scorer = DeScoreScorer.load(folder / "whole" / "final", cot="none")
+    scorer = DeScoreScorer.load(folder / "whole" / "final", chains=0)
     value_B = scorer.score(files, [f"p{i}" for i in range(3) for _ in "AB"]).value_B
     assert value_B.isfinite().all()
     assert value_B.std() > 0

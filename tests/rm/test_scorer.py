@@ -83,7 +83,7 @@ def test_the_size_of_a_batch_changes_nothing(folder, score, video_BTYXC):
 
 @torch.no_grad()
 def test_score_only_mode_is_the_masked_sequence(folder, video_BTYXC):
-    scorer = DeScoreScorer.load(folder, cot="none", batch=3)
+    scorer = DeScoreScorer.load(folder, chains=0, batch=3)
     found = scorer.score(video_BTYXC, PROMPTS, fps=4.0)
     videos = [prepare(video, SETTINGS, fps=4.0) for video in video_BTYXC]
     model = scorer.model
@@ -110,10 +110,67 @@ def test_unfinished_chains_get_a_second_try_and_then_no_score(scorer, score, vid
             assert found.texts[b] == score.texts[b][: 2 * limit]  # what there is of it is kept
 
 
+def test_several_chains_are_averaged(folder, score, video_BTYXC):
+    """The mean and spread of the full forwards over N single chains; the first is the one a single judgement writes."""
+    many = speaking(folder, chains=3)
+    found = many.score(video_BTYXC, PROMPTS, fps=4.0)
+    assert found.texts == score.texts
+    rewards = []
+    for n in range(3):
+        single = speaking(folder)
+        single._seeds = lambda prompts, rows, n=n: many._seeds(prompts, rows)[n::3]
+        rewards.append(single.score(video_BTYXC, PROMPTS, fps=4.0).value_B)
+    reward_BN = torch.stack(rewards, 1)
+    torch.testing.assert_close(found.value_B, reward_BN.mean(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.parts["spread"], reward_BN.std(1, correction=0), atol=1e-5, rtol=0)
+    assert found.parts["spread"].min() > 0
+
+
+def test_a_chain_that_does_not_finish_leaves_the_mean_to_the_others(folder, video_BTYXC):
+    many = speaking(folder, chains=3)
+    ready = [prepare(video, SETTINGS, fps=4.0) for video in video_BTYXC]
+    whole_BN = many._judge(PROMPTS, ready).reward_BN
+    many.model.generation = replace(many.model.generation, max_new_tokens=4)
+    found = many.score(video_BTYXC, PROMPTS, fps=4.0)
+    short_BN = many._judge(PROMPTS, ready).reward_BN
+    done_BN = short_BN.isfinite()
+    assert {1, 2} & set(done_BN.sum(1).tolist())  # some videos have both kinds
+    torch.testing.assert_close(short_BN[done_BN], whole_BN[done_BN], atol=1e-5, rtol=0)
+    for b in range(len(PROMPTS)):
+        rest = [float(r) for r in whole_BN[b][done_BN[b]]]
+        want = sum(rest) / len(rest) if rest else math.nan
+        assert found.value_B[b].item() == pytest.approx(want, abs=1e-5, nan_ok=True)
+
+
+def test_decodes_prefills_vision_and_heads_per_scored_video(folder, video_BTYXC, tmp_path, monkeypatch):
+    """1 decode, 1 prefill, 1 pass of the vision tower, 1 head, whatever the number of chains; one model copy."""
+    import decord
+
+    file = tmp_path / "v.mp4"
+    write_mp4(file, video_BTYXC[0], 4.0)
+    counts = {"decodes": 0, "vision": 0, "prefills": 0, "heads": 0}
+
+    def count(name):
+        counts[name] += 1
+
+    real = decord.VideoReader
+    monkeypatch.setattr(decord, "VideoReader", lambda *a, **k: count("decodes") or real(*a, **k))
+    scorer = speaking(folder, chains=4)
+    model = scorer.model
+    model.backbone.model.visual.register_forward_hook(lambda *_: count("vision"))
+    model.backbone.model.language_model.register_forward_hook(
+        lambda module, args, options, output: count("prefills") if output.last_hidden_state.shape[1] > 1 else None,
+        with_kwargs=True,
+    )
+    monkeypatch.setattr(model, "read_reward", lambda h, plain=model.read_reward: count("heads") or plain(h))
+    assert scorer.score([file], ["a"]).value_B.isfinite().all()
+    assert counts == {"decodes": 1, "vision": 1, "prefills": 1, "heads": 1}
+
+
 def test_files_are_decoded_once_and_frames_never(folder, video_BTYXC, tmp_path, monkeypatch):
     import decord
 
-    scorer = DeScoreScorer.load(folder, cot="none")
+    scorer = DeScoreScorer.load(folder, chains=0)
     files = [tmp_path / f"{b}.mp4" for b in range(3)]
     for file, video in zip(files, video_BTYXC, strict=False):
         write_mp4(file, video, 4.0)
@@ -146,6 +203,6 @@ def test_errors(scorer, folder, video_BTYXC, tmp_path):
         scorer.score([tmp_path / "gone.mp4"], PROMPTS[:1])
     with pytest.raises(ValueError, match="batch=0"):
         DeScoreScorer.load(folder, batch=0)
-    with pytest.raises(ValueError, match="sometimes"):
-        DeScoreScorer.load(folder, cot="sometimes")
+    with pytest.raises(ValueError, match="chains=-1"):
+        DeScoreScorer.load(folder, chains=-1)
     assert len(scorer.score([], []).value_B) == 0
