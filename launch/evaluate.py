@@ -70,7 +70,10 @@ class GeneratorEvaluation:
 class RewardEvaluation:
     """Let a DeScore judge both videos of every pair, thinking first, and compare with what people preferred.
 
-    pairs      the official CSV, or a folder that holds one; its own chains of thought are not read
+    pairs      a CSV, or a folder that holds one; its own chains of thought are not read
+    layout     its columns, see `rm.benchmarks`: the training table, VideoGen-RewardBench, GenAI-Bench or in-domain
+    dimension  of VideoGen-RewardBench: VQ, MQ, TA (DeScore's column) or Overall
+    videos     folder of the benchmark's videos; null is the CSV's
     options    keyword arguments of `rm.scorer.DeScoreScorer.load`
     limit      use only the first pairs
     batch      pairs judged at once on each rank
@@ -80,6 +83,9 @@ class RewardEvaluation:
     out: str
     checkpoint: str
     pairs: str
+    layout: Literal["descore", "videogen", "genai", "indomain"] = "descore"
+    dimension: Literal["VQ", "MQ", "TA", "Overall"] = "TA"
+    videos: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
     seed: int = 0
@@ -190,10 +196,10 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
         refuse(f"checkpoint: there is no folder {cfg.checkpoint}")
     with all_ranks():
         from common.log import say
-        from rm.data import read_pairs
+        from rm.benchmarks import read_benchmark
 
         try:
-            found = read_pairs(cfg.pairs, require_cot=False)
+            found = read_benchmark(cfg.pairs, cfg.layout, dimension=cfg.dimension, videos=cfg.videos)
             table = open_table(cfg, [str(found.path), cfg.checkpoint], resume)
         except ValueError as error:
             refuse(str(error))

@@ -72,11 +72,11 @@ def read_pairs(path: str | Path, *, require_cot: bool = True, require_scores: bo
     Bad rows are left out and described as ``file:line: what``. ValueError, naming the file, when the table itself is
     unreadable, lacks a column, or has no usable row.
     """
-    path = _csv_path(Path(path))
+    path = csv_file(Path(path))
     required = [*REQUIRED_COLUMNS, *(("CoT_A", "CoT_B") if require_cot else ()), *(["answer"] * require_scores)]
     pairs, problems, invalid = [], [], 0
     try:
-        for line, row in _rows(path, required):
+        for line, row in read_rows(path, required):
             label = (row["GSB"] or "").strip()
             if label.lower() == "invalid":
                 invalid += 1
@@ -129,7 +129,7 @@ class PairSchedule:
         return Draw(self._order[place], epoch)
 
 
-def _csv_path(path: Path) -> Path:
+def csv_file(path: Path) -> Path:
     if not path.is_dir():
         if not path.is_file():
             raise ValueError(f"{path}: no such file or folder")
@@ -141,7 +141,7 @@ def _csv_path(path: Path) -> Path:
     return found[0]
 
 
-def _rows(path: Path, required: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def read_rows(path: Path, required: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """(line where the row starts, row)."""
     previous = csv.field_size_limit(_MAX_FIELD)  # the module's limit is smaller than a long chain of thought
     try:

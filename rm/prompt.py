@@ -188,6 +188,17 @@ def parse_scores(text: str) -> tuple[Mapping[str, int | None], Mapping[str, int 
     return (first, second) if first and second else None
 
 
+def parse_preference(text: str) -> int | None:
+    """``gsb_result`` of the answer block: 1 for "Video 1 is better" or "A", -1 for the other, 0 for any other word.
+
+    None if there is no such block or no word in it. Never raises, whatever the text.
+    """
+    word = (_answer_json(text) or {}).get("gsb_result")
+    if not isinstance(word, str) or not word.strip():
+        return None
+    return {"Video 1 is better": 1, "A": 1, "Video 2 is better": -1, "B": -1}.get(word.strip(), 0)
+
+
 def _answer_json(text: str) -> dict[str, object] | None:
     """The JSON object in the last complete ``<answer>`` block, which may stand in a code fence."""
     end = text.rfind("</answer>")
