@@ -134,13 +134,20 @@ def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
 
 
 def load(cfg: DualRlRun) -> DeScore:
-    """What stage 1 wrote, on this rank's device."""
+    """What stage 1 wrote, or a new judge on a plain Qwen3-VL, on this rank's device."""
     import torch
 
-    from rm.model import DeScore
+    from rm.model import DESCORE_FILE, DeScore
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return DeScore.load(cfg.checkpoint, dtype=getattr(torch, cfg.dtype)).to(device)
+    dtype = getattr(torch, cfg.dtype)
+    if (Path(cfg.checkpoint) / DESCORE_FILE).is_file():
+        model = DeScore.load(cfg.checkpoint, dtype=dtype)
+    else:
+        model = DeScore.from_base(cfg.checkpoint, dtype=dtype, seed=cfg.seed)
+    if cfg.generation is not None:
+        model.generation = cfg.generation
+    return model.to(device)
 
 
 if __name__ == "__main__":

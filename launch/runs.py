@@ -145,7 +145,9 @@ class ColdStartRun:
 class DualRlRun:
     """DeScore's second stage on what `launch/cold_start.py` wrote.
 
-    checkpoint      folder of a DeScore; template, video settings and generation come from it
+    checkpoint      folder of a DeScore; template, video settings and generation come from it. Or of a plain Qwen3-VL,
+                    which gets a new head, as the generative baseline needs none
+    generation      null is the checkpoint's
     rules           rewards of the chains of thought
     lr, lora        what is trained and how fast (the vision tower and its merger are frozen at 0); lora null trains the
                     language model whole, beside a frozen copy of it
@@ -162,6 +164,7 @@ class DualRlRun:
         default_factory=lambda: LearningRates(llm=1e-6, vision=0.0, merger=0.0, query=1e-6, head=1e-6)
     )
     lora: JudgeLora | None = None
+    generation: Generation | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

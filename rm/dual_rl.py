@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +29,7 @@ from rm.losses import preference_loss
 from rm.metrics import preference_accuracy
 from rm.model import adapters_off
 from rm.packed import Chain, Packed, judge, pack
-from rm.text_rewards import RuleReward, RuleRewardConfig, rule_reward
+from rm.text_rewards import RuleReward, RuleRewardConfig, preference_rewards, rule_reward
 from rm.video import prepare
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ class DualRl:
             [self.rewards(chains[2 * n + side], self.truth(row, side)) for side in range(2)]
             for n, row in enumerate(rows)
         ]
+        if self.rules.preference > 0:
+            rules = [self.with_preference(*both, self.pairs[row].label) for both, row in zip(rules, rows, strict=True)]
         reward_N2G = torch.tensor([[[r.total for r in group] for group in pair] for pair in rules])
         advantage_VG = group_advantages(reward_N2G.flatten(0, 1), scale="group", eps=EPS)
         packed = pack(self.model, encoded, videos, chains).to(self.model.device)
@@ -215,7 +217,7 @@ class DualRl:
     def describe(self, parts: Sequence[Rollouts]) -> dict[str, float]:
         """MEANS over all chains of the step: rule rewards and their parts, length, share that ended by themselves."""
         flat = [rule for part in parts for pair in part.rules for group in pair for rule in group]
-        names = ("total", "quality", "format", "length")
+        names = ("total", "quality", "format", "length", "preference")
         own = {f"reward/{name}": sum(getattr(rule, name) for rule in flat) for name in names}
         own["cot/tokens"] = float(sum(part.tokens for part in parts))
         own["cot/finished"] = float(sum(int(part.finished_N2G.sum()) for part in parts))
@@ -254,6 +256,16 @@ class DualRl:
     def rewards(self, chains: Sequence[Chain], truth: Mapping[str, int | None]) -> list[RuleReward]:
         decode = self.model.tokenizer.decode
         return [rule_reward(decode(list(c.ids)), truth, tokens=len(c.ids), how=self.rules) for c in chains]
+
+    def with_preference(self, of_A: list[RuleReward], of_B: list[RuleReward], label: int) -> list[list[RuleReward]]:
+        """The generative baseline's term added to both groups of a pair."""
+        overall = [[rule.overall for rule in group] for group in (of_A, of_B)]
+        found = preference_rewards(*overall, label)
+        weight = self.rules.preference
+        return [
+            [replace(r, preference=x, total=r.total + weight * x) for r, x in zip(group, terms, strict=True)]
+            for group, terms in zip((of_A, of_B), found, strict=True)
+        ]
 
     @torch.no_grad()
     def evaluate(self, pairs: Sequence[Pair], how: Generation) -> dict[str, float]:

@@ -26,15 +26,23 @@ class DeScoreScorer:
     chains  chains of thought of each video. 1: one, as the checkpoint's generation says (greedy, unless it was saved
             otherwise). N > 1: sampled, at temperature 1 if the checkpoint's is 0, and the reward is their MEAN; prompt
             and video are read once. 0: score at once, which random masking in stage 1 trains too
+    value   "head"; or "overall": the overall score the chain states (the coupled generative baseline), NaN without one
     """
 
     name = "descore"
 
-    def __init__(self, model: DeScore, *, batch: int = 32, chains: int = 1) -> None:
+    def __init__(
+        self, model: DeScore, *, batch: int = 32, chains: int = 1, value: Literal["head", "overall"] = "head"
+    ) -> None:
         if batch < 1:
             raise ValueError(f"batch={batch} must be at least 1")
         if chains < 0:
             raise ValueError(f"chains={chains} must be at least 0")
+        if value not in ("head", "overall"):
+            raise ValueError(f"value={value!r} must be 'head' or 'overall'")
+        if value == "overall" and chains == 0:
+            raise ValueError("value='overall' reads the chain of thought: chains must be at least 1")
+        self.value = value
         self.model, self.batch, self.chains = model.eval().requires_grad_(requires_grad=False), batch, chains
 
     @classmethod
@@ -46,6 +54,7 @@ class DeScoreScorer:
         dtype: Literal["float32", "bfloat16"] | None = None,
         batch: int = 32,
         chains: int = 1,
+        value: Literal["head", "overall"] = "head",
     ) -> DeScoreScorer:
         """Read a folder that `DeScore.save` wrote; nothing else is needed. Errors as `DeScore.load`.
 
@@ -56,7 +65,7 @@ class DeScoreScorer:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         if dtype is None:
             dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
-        return cls(DeScore.load(path, dtype=getattr(torch, dtype)).to(device), batch=batch, chains=chains)
+        return cls(DeScore.load(path, dtype=getattr(torch, dtype)).to(device), batch=batch, chains=chains, value=value)
 
     @torch.no_grad()
     def score(
@@ -113,6 +122,8 @@ class DeScoreScorer:
             reward_BN[waiting] = reward_WN.masked_fill(~finished_WN, math.nan)
             for row, i in enumerate(waiting):
                 texts[i] = [self.model.tokenizer.decode(written.ids(row * count + n)) for n in range(count)]
+                if self.value == "overall":
+                    reward_BN[i] = torch.where(finished_WN[row], _overall(texts[i]), math.nan)
             # the same seeds write the same chains: those that were finished come out again
             waiting = [i for row, i in enumerate(waiting) if not finished_WN[row].all()]
             if not waiting:
@@ -136,6 +147,11 @@ class _Judged:
 def _mean_of_judged(x_BN: Tensor) -> Tensor:
     """MEAN over N without NaN; NaN where there is nothing else."""
     return x_BN.nanmean(1)
+
+
+def _overall(texts: Sequence[str]) -> Tensor:
+    answers = [parse_answer(text) for text in texts]
+    return torch.tensor([math.nan if a is None or a.overall is None else a.overall for a in answers])
 
 
 def _parts(texts: Sequence[str]) -> dict[str, Tensor]:

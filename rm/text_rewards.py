@@ -1,13 +1,14 @@
 """Rule rewards of a chain of thought: did it judge right, in the right form, at a fair length (2605.05922; spec 3.3).
 
-    R = w_quality R_quality + w_format R_format + w_length R_length
+    R = w_quality R_quality + w_format R_format + w_length R_length + w_preference R_preference
 
-Pure functions of text and numbers. The preference label plays no part here: it reaches the head through Bradley-Terry.
+Pure functions of text and numbers. In DeScore the last weight is 0: the preference label reaches the head through
+Bradley-Terry only. The coupled generative baseline is the other way round, see `preference_rewards`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,12 +26,14 @@ class RuleRewardConfig:
     length_shape  "linear": 0 up to length_low, 1 from length_high on, a straight line between;
                   "steps": 0, 0.2, 0.4, 0.6, 1 at 500, 1000, 1500, 2000 (the official release), times length_high / 2000
     length_unit   "tokens", or "characters" of the text as the official release counts
+    preference    weight of `preference_rewards`
     think_tags    the format also needs <think> ... </think> before the answer
     """
 
     quality: float = 0.7
     format: float = 0.1
     length: float = 0.2
+    preference: float = 0.0
     length_unit: Literal["tokens", "characters"] = "tokens"
     length_shape: Literal["linear", "steps"] = "linear"
     length_low: int = 500
@@ -38,7 +41,7 @@ class RuleRewardConfig:
     think_tags: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("quality", "format", "length"):
+        for name in ("quality", "format", "length", "preference"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.length_unit not in ("tokens", "characters"):
@@ -51,22 +54,25 @@ class RuleRewardConfig:
 
 @dataclass(frozen=True)
 class RuleReward:
-    """The parts in [0, 1] and their weighted SUM."""
+    """The parts in [0, 1] and their weighted SUM; ``overall`` is the score the chain states, if it states one."""
 
     total: float
     quality: float
     format: float
     length: float
+    preference: float = 0.0
+    overall: float | None = None
 
 
 def rule_reward(text: str, truth: Scores, *, tokens: int, how: RuleRewardConfig) -> RuleReward:
     """Judge one chain of thought; ``tokens`` is its length without the end-of-turn token."""
-    quality = quality_reward(parse_answer(text), truth)
+    answer = parse_answer(text)
+    quality = quality_reward(answer, truth)
     form = format_reward(text, think_tags=how.think_tags)
     size = tokens if how.length_unit == "tokens" else len(text.strip())
     length = length_reward(size, low=how.length_low, high=how.length_high, shape=how.length_shape)
     total = how.quality * quality + how.format * form + how.length * length
-    return RuleReward(total, quality, form, length)
+    return RuleReward(total, quality, form, length, overall=None if answer is None else answer.overall)
 
 
 def quality_reward(answer: Answer | None, truth: Scores) -> float:
@@ -97,3 +103,22 @@ def length_reward(length: int, *, low: int, high: int, shape: Literal["linear", 
     if shape == "linear":
         return min(1.0, max(0.0, (length - low) / (high - low)))
     return next((value for bound, value in _STEPS if length < bound * high / 2000), 1.0)
+
+
+def preference_rewards(
+    overall_A: Sequence[float | None], overall_B: Sequence[float | None], label: int
+) -> tuple[list[float], list[float]]:
+    """For each chain, the share of the OTHER video's chains that its written overall score stands right against.
+
+    label  1: A's must be higher, -1: B's, 0: both the same. A chain without a score is right against none.
+
+    The baseline that couples thought and score (2605.05922, Figure 1): no head, GRPO on this alone. The paper does not
+    say what its reward was; this is the win rate between the two groups.
+    """
+
+    def right(a: float | None, b: float | None) -> bool:
+        return a is not None and b is not None and ((a > b) - (a < b)) == label
+
+    of_A = [sum(right(a, b) for b in overall_B) / len(overall_B) for a in overall_A]
+    of_B = [sum(right(a, b) for a in overall_A) / len(overall_A) for b in overall_B]
+    return of_A, of_B

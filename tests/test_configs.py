@@ -14,7 +14,9 @@ from launch.score import ScoreRun
 ROOT = Path(__file__).resolve().parent.parent / "configs"
 SCHEMAS = {
     "cold_start": ColdStartRun,
+    "discriminative": ColdStartRun,
     "dual_rl": DualRlRun,
+    "generative": DualRlRun,
     "grpo": GrpoRun,
     "sample": SampleRun,
     "score": ScoreRun,

@@ -100,6 +100,21 @@ def test_a_group_holds_chains_of_one_video_and_its_own_truth(pairs, monkeypatch)
     assert seen == [2] * G + [3] * G + [6] * G + [7] * G
 
 
+def test_the_generative_baseline_is_rewarded_by_the_preference_alone(pairs, monkeypatch) -> None:
+    def said(text: str, truth, *, tokens: int, how) -> RuleReward:
+        return RuleReward(0.0, 0.0, 0.0, 0.0, overall=float(len(text)))
+
+    monkeypatch.setattr(rm.dual_rl, "rule_reward", said)
+    loop = build(pairs, bt_weight=0.0)
+    loop.rules = RuleRewardConfig(quality=0.0, format=0.0, length=0.0, preference=2.0)
+    rollouts = loop.collect([0, 1], step=0)
+    for n, label in enumerate((1, -1)):
+        of_A, of_B = ([rule.overall for rule in group] for group in rollouts.rules[n])
+        better, worse = (of_A, of_B) if label == 1 else (of_B, of_A)
+        want = [2.0 * sum(x > y for y in worse) / G for x in better]
+        assert [rule.total for rule in rollouts.rules[n][0 if label == 1 else 1]] == want
+
+
 def test_the_losses_by_hand(pairs) -> None:
     loop = build(pairs)
     rollouts = loop.collect([0, 1, 2, 3], step=0)

@@ -194,6 +194,18 @@ def test_parts_are_what_the_chain_states():
     assert parts["style"].isnan().all()
 
 
+def test_the_overall_score_may_be_the_value(folder, video_BTYXC, monkeypatch):
+    scorer = speaking(folder, value="overall")
+    said = ['<answer>{"dimensional_scores": {}, "overall_score": "4.20"}</answer>', "nothing"]
+    monkeypatch.setattr(scorer.model.tokenizer, "decode", lambda ids: said[len(ids) % 2])
+    found = scorer.score(video_BTYXC, PROMPTS, fps=4.0)
+    want = [4.2 if text == said[0] else math.nan for text in found.texts]
+    assert found.value_B.tolist() == pytest.approx(want, nan_ok=True)
+    assert {4.2} < {*want}
+    with pytest.raises(ValueError, match="chains must be at least 1"):
+        DeScoreScorer.load(folder, value="overall", chains=0)
+
+
 def test_errors(scorer, folder, video_BTYXC, tmp_path):
     with pytest.raises(ValueError, match="2 videos for 1 prompts"):
         scorer.score(video_BTYXC[:2], PROMPTS[:1], fps=4.0)

@@ -7,7 +7,14 @@ import json
 import pytest
 
 from rm.prompt import parse_answer
-from rm.text_rewards import RuleRewardConfig, format_reward, length_reward, quality_reward, rule_reward
+from rm.text_rewards import (
+    RuleRewardConfig,
+    format_reward,
+    length_reward,
+    preference_rewards,
+    quality_reward,
+    rule_reward,
+)
 
 TRUTH = {"subject": 2, "dynamics": 1, "camera": None, "environment": 0, "style": 2}
 
@@ -83,6 +90,16 @@ def test_the_total_is_the_weighted_sum() -> None:
     assert found.total == pytest.approx(0.7 * 0.6 + 0.1 * 1.0 + 0.2 * 0.5)
     garbage = rule_reward("no answer at all", TRUTH, tokens=3000, how=RuleRewardConfig())
     assert garbage.total == pytest.approx(0.2)
+
+
+def test_preference_rewards_are_win_rates_between_the_groups() -> None:
+    # A says 4, 3, nothing, 2; B says 3, 1. A is better: 4 beats both, 3 beats 1 alone, 2 beats 1 alone
+    of_A, of_B = preference_rewards([4.0, 3.0, None, 2.0], [3.0, 1.0], 1)
+    assert of_A == [1.0, 0.5, 0.0, 0.5]
+    assert of_B == [1 / 4, 3 / 4]
+    swapped = preference_rewards([3.0, 1.0], [4.0, 3.0, None, 2.0], -1)
+    assert swapped == (of_B, of_A)
+    assert preference_rewards([3.0, 2.0], [3.0, None], 0) == ([0.5, 0.0], [0.5, 0.0])
 
 
 @pytest.mark.parametrize(
