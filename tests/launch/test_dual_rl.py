@@ -44,7 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"checkpoint={folder / 'judge'}", f"data.train={folder / 'pairs.csv'}",
             f"data.heldout={folder / 'pairs.csv'}", f"dual_rl.steps={steps}", "dual_rl.pairs_per_step=4",
             "dual_rl.pairs_per_update=2", "dual_rl.micro_batch=1", "dual_rl.group_size=3", "dual_rl.max_new_tokens=6",
-            "rules.length=1", "rules.length_low=0", "rules.length_high=6", "save_every=1", "eval_every=1", "lora.rank=4", *more,
+            "rules.length=1", "rules.length_low=0", "rules.length_high=6", "save_every=1", "eval_every=1",
+            "lora.rank=4", *more,
         ]  # fmt: skip
 
     run(sys.executable, *words("whole", 2))
