@@ -180,6 +180,8 @@ class DualRlConfig:
     pairs_per_update  pairs of one optimizer step; pairs_per_step of them make several steps on the same chains
     micro_batch       pairs in one forward (two rows of group_size chains each)
     group_size        chains of each VIDEO
+    chains_per_row    of them behind one prompt, see `rm.packed`; null is all. Attention's mask has
+                      (prompt + chains_per_row * chain)^2 entries: long chains need fewer
     temperature       of sampling, and of the log-probabilities
     kl_weight         of the k3 estimate against the frozen stage-1 model, MEAN over tokens
     bt_weight         of Bradley-Terry between rollout i of A and rollout i of B, MEAN over decided (pair, rollout)
@@ -191,6 +193,7 @@ class DualRlConfig:
     pairs_per_update: int = 4
     micro_batch: int = 1
     group_size: int = 8
+    chains_per_row: int | None = None
     temperature: float = 1.0
     max_new_tokens: int = 4_096
     clip_low: float = 0.2
@@ -207,6 +210,8 @@ class DualRlConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.group_size < 2:
             raise ValueError(f"group_size={self.group_size} must be at least 2: an advantage compares members")
+        if self.chains_per_row is not None and (self.chains_per_row < 1 or self.group_size % self.chains_per_row):
+            raise ValueError(f"chains_per_row={self.chains_per_row} must divide group_size={self.group_size}")
         if self.pairs_per_step % self.pairs_per_update:
             raise ValueError(
                 f"pairs_per_step={self.pairs_per_step} must be a multiple of pairs_per_update={self.pairs_per_update}"

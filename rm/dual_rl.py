@@ -57,7 +57,7 @@ def backwards_per_update(cfg: DualRlConfig, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """One micro-batch of N pairs, sampled and judged; rows of ``packed`` are (pair, side).
+    """One micro-batch of N pairs, sampled and judged; chains of ``packed`` are in the order (pair, side, rollout).
 
     label_N; advantage_N2G; rules[pair][side][rollout]; finished_N2G bool
     old_BGT, reference_BGT  log-probs when sampled, and of the frozen stage-1 model; None: not needed
@@ -72,7 +72,7 @@ class Rollouts:
     reference_BGT: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shape = (len(self.label_N), 2, self.packed.query_BG.shape[1])
+        shape = (len(self.label_N), 2, self.packed.query_BG.numel() // (2 * len(self.label_N)))
         if self.advantage_N2G.shape != shape or self.finished_N2G.shape != shape:
             got = tuple(self.advantage_N2G.shape), tuple(self.finished_N2G.shape)
             raise ValueError(f"Rollouts: advantages and finished {got}, (pair, side, rollout) is {shape}")
@@ -154,7 +154,7 @@ class DualRl:
             rules = [self.with_preference(*both, self.pairs[row].label) for both, row in zip(rules, rows, strict=True)]
         reward_N2G = torch.tensor([[[r.total for r in group] for group in pair] for pair in rules])
         advantage_VG = group_advantages(reward_N2G.flatten(0, 1), scale="group", eps=EPS)
-        packed = pack(self.model, encoded, videos, chains).to(self.model.device)
+        packed = self.packed(encoded, videos, chains).to(self.model.device)
         several = cfg.pairs_per_step > cfg.pairs_per_update  # then the weights move away from those that sampled
         return Rollouts(
             packed=packed,
@@ -164,6 +164,19 @@ class DualRl:
             finished_N2G=torch.tensor([chain.finished for chain in flat]).view_as(reward_N2G),
             old_BGT=self.log_probs(self.model, packed) if several else None,
             reference_BGT=self.reference_log_probs(packed) if cfg.kl_weight > 0 else None,
+        )
+
+    def packed(
+        self, encoded: Sequence[Encoded], videos: Sequence[PreparedVideo], chains: Sequence[Sequence[Chain]]
+    ) -> Packed:
+        """Rows in the order (pair, side), or (pair, side, part of the group)."""
+        size = self.cfg.chains_per_row or self.cfg.group_size
+        starts = range(0, self.cfg.group_size, size)
+        return pack(
+            self.model,
+            [item for item in encoded for _ in starts],
+            [video for video in videos for _ in starts],
+            [group[i : i + size] for group in chains for i in starts],
         )
 
     def update(self, parts: Sequence[Rollouts]) -> dict[str, float]:

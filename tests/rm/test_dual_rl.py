@@ -163,6 +163,18 @@ def test_defect_7_the_weights_of_the_objectives_do_not_depend_on_micro_batches(p
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
 
 
+def test_fewer_chains_behind_a_prompt_change_nothing(pairs) -> None:
+    whole, parts = build(pairs), build(pairs, chains_per_row=2)
+    one, other = whole.step(0), parts.step(0)
+    assert {k: v for k, v in one.items() if "seconds" not in k} == pytest.approx(
+        {k: v for k, v in other.items() if "seconds" not in k}, abs=1e-5
+    )
+    for a, b in zip(whole.engine.gradients[0], parts.engine.gradients[0], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
+    with pytest.raises(ValueError, match="chains_per_row=3"):
+        build(pairs, chains_per_row=3)
+
+
 def test_ties_reward_chains_and_do_not_dilute_the_preference(pairs) -> None:
     tied = [*pairs[:3], replace(pairs[3], label=0)]
     loop = build(tied, micro_batch=1)
