@@ -151,12 +151,17 @@ def _mean_of_judged(x_BN: Tensor) -> Tensor:
 
 def _overall(texts: Sequence[str]) -> Tensor:
     answers = [parse_answer(text) for text in texts]
-    return torch.tensor([math.nan if a is None or a.overall is None else a.overall for a in answers])
+    return _floats([None if answer is None else answer.overall for answer in answers])
 
 
 def _parts(texts: Sequence[str]) -> dict[str, Tensor]:
     answers = [parse_answer(text) for text in texts]
     return {
-        name: torch.tensor([math.nan if a is None or a.scores.get(name) is None else a.scores[name] for a in answers])
+        name: _floats([None if answer is None else answer.scores.get(name) for answer in answers])
         for name in DIMENSIONS
     }
+
+
+def _floats(values: Sequence[float | None]) -> Tensor:
+    """fp32, NaN for None; whole numbers alone would make an integer tensor, which cannot hold a NaN."""
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -204,6 +205,23 @@ def test_the_overall_score_may_be_the_value(folder, video_BTYXC, monkeypatch):
     assert {4.2} < {*want}
     with pytest.raises(ValueError, match="chains must be at least 1"):
         DeScoreScorer.load(folder, value="overall", chains=0)
+
+
+@pytest.mark.parametrize("chains", [1, 3])
+def test_parts_of_complete_answers(folder, video_BTYXC, monkeypatch, chains):
+    """Whole numbers everywhere, and no chain without an answer."""
+    scorer = speaking(folder, chains=chains)
+    names = ("subject", "dynamics", "camera", "environment", "style")
+    said = [f'<answer>{{"dimensional_scores": {json.dumps(dict.fromkeys(names, n))}}}</answer>' for n in range(3)]
+    monkeypatch.setattr(scorer.model.tokenizer, "decode", lambda ids: said[len(ids) % 3])
+    found = scorer.score(video_BTYXC, PROMPTS, fps=4.0)
+    assert found.parts["style"].dtype == torch.float32
+    if chains == 1:
+        assert found.parts["style"].tolist() == [float(said.index(text)) for text in found.texts]
+    else:
+        thirds = found.parts["style"] * 3
+        assert torch.equal(thirds.round(), thirds)
+        assert thirds.unique().numel() > 2
 
 
 def test_errors(scorer, folder, video_BTYXC, tmp_path):
