@@ -8,12 +8,12 @@ that `DeScoreScorer.load` reads; started again, a run goes on from its newest ch
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.config import dump, parse_command_line
-from launch.cold_start import refuse, save, weights_of
+from launch.judge_runs import enable_checkpointing, read_tables, run_steps, to_device
+from launch.refuse import refuse
 from launch.runs import DualRlRun
 
 if TYPE_CHECKING:
@@ -35,14 +35,12 @@ def train(cfg: DualRlRun, *, resume: str) -> None:
 
     quiet()
     from common import distributed
-    from common.log import RunLog, progress, say
-    from launch.engine_state import go_on
+    from common.log import say
 
     pairs, heldout = read(cfg)
     distributed.init_process_group()
-    run_dir, steps = Path(cfg.run_dir), cfg.dual_rl.steps
     if distributed.is_main():
-        dump(cfg, run_dir)
+        dump(cfg, Path(cfg.run_dir))
     loop, engine = build(cfg, pairs)
     dual, ranks = cfg.dual_rl, distributed.world_size()
     say(
@@ -50,42 +48,22 @@ def train(cfg: DualRlRun, *, resume: str) -> None:
         f"{dual.pairs_per_step // dual.pairs_per_update} updates of {dual.pairs_per_update} pairs, on "
         f"{ranks} ranks x {loop.accumulation} backwards of {dual.micro_batch} pairs; {len(pairs)} pairs"
     )
-    start = go_on(engine, resume, run_dir)
-    log = RunLog(run_dir, wandb=cfg.wandb, total=steps)
-    log.truncate(start)
-
-    for step in progress(range(start, steps), steps - start, "dual RL"):
-        metrics = loop.step(step)
-        last = step + 1 == steps
-        if heldout and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
-            metrics |= loop.evaluate(heldout, loop.model.generation)
-        log.log(step, metrics)
-        if last or (step + 1) % cfg.save_every == 0:
-            save(engine, run_dir, step=step + 1, keep=cfg.keep)
-
-    if distributed.is_main():
-        loop.model.save(run_dir / "final", weights_of(loop.model, run_dir))
-        say(f"done: {run_dir / 'final'} holds the reward model")
-    log.close()
-    distributed.barrier()
-    distributed.shutdown()
+    run_steps(
+        cfg,
+        model=loop.model,
+        engine=engine,
+        steps=dual.steps,
+        step_of=loop.step,
+        evaluate=(lambda: loop.evaluate(heldout, loop.model.generation)) if heldout else None,
+        label="dual RL",
+        resume=resume,
+    )
 
 
 def read(cfg: DualRlRun) -> tuple[list[Pair], list[Pair]]:
     """Training pairs with the right scores, ties included (their chains are rewarded too), and held-out pairs."""
-    from common.log import say
-    from rm.data import read_pairs
-
-    tables = []
-    for path in (cfg.data.train, cfg.data.heldout):
-        try:
-            tables.append(read_pairs(path, require_cot=False, require_scores=True) if path is not None else None)
-        except ValueError as error:
-            refuse(str(error))
-        if tables[-1] is not None:
-            say(tables[-1].report())
-    train_table, heldout_table = tables
-    return list(train_table.pairs), list(heldout_table.pairs[: cfg.heldout_pairs]) if heldout_table else []
+    train_table, heldout = read_tables(cfg, require_cot=False, require_scores=True)
+    return list(train_table.pairs), heldout
 
 
 def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
@@ -105,9 +83,7 @@ def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
     if cfg.lora is None and cfg.dual_rl.kl_weight > 0:
         reference = load(cfg).requires_grad_(requires_grad=False)
     if cfg.gradient_checkpointing:
-        backbone = model.backbone  # transformers is renaming the method
-        enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
-        enable({"use_reentrant": False})  # the other kind drops gradients above frozen embeddings
+        enable_checkpointing(model)
     engine = build_engine(
         model,
         groups,
@@ -139,7 +115,6 @@ def load(cfg: DualRlRun) -> DeScore:
 
     from rm.model import DESCORE_FILE, DeScore
 
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, cfg.dtype)
     if (Path(cfg.checkpoint) / DESCORE_FILE).is_file():
         model = DeScore.load(cfg.checkpoint, dtype=dtype)
@@ -147,7 +122,7 @@ def load(cfg: DualRlRun) -> DeScore:
         model = DeScore.from_base(cfg.checkpoint, dtype=dtype, seed=cfg.seed)
     if cfg.generation is not None:
         model.generation = cfg.generation
-    return model.to(device)
+    return to_device(model)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> None:
     """The rows of this rank, then the summary on rank 0."""
-    from launch.rows import all_ranks, refuse
+    from launch.refuse import refuse
+    from launch.rows import all_ranks
 
     if cfg.adapter is not None and not Path(cfg.adapter).is_dir():
         refuse(f"adapter: there is no folder {cfg.adapter}")
@@ -190,7 +191,8 @@ def _names(dicts: Iterable[dict[str, Any]]) -> list[str]:
 
 def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
     """The pairs of this rank, then the summary on rank 0."""
-    from launch.rows import all_ranks, refuse
+    from launch.refuse import refuse
+    from launch.rows import all_ranks
 
     if not Path(cfg.checkpoint).is_dir():
         refuse(f"checkpoint: there is no folder {cfg.checkpoint}")

@@ -9,11 +9,11 @@ the trained adapter; started again, a run goes on from its newest whole checkpoi
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from common.config import dump, parse_command_line
+from launch.refuse import refuse
 from launch.runs import GrpoRun
 
 if TYPE_CHECKING:
@@ -44,13 +44,6 @@ def prompts_of(cfg: GrpoRun) -> list[str]:
         return read_prompts(cfg.prompts)
     except ValueError as error:
         refuse(str(error))
-
-
-def refuse(message: str) -> NoReturn:
-    """What the user can mend needs no traceback."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"grpo.py: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:

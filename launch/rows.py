@@ -11,11 +11,10 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import distributed
 
@@ -202,13 +201,6 @@ def fingerprint(path: str | Path) -> Any:
 def write_json(path: str | Path, value: Any) -> None:
     """Indented JSON; a reader sees the old file or the new one. ValueError for NaN."""
     _replace(Path(path), json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def refuse(message: str) -> NoReturn:
-    """Exit with code 2: what the user can mend needs no traceback."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def _line(row: Row) -> str:

@@ -130,15 +130,7 @@ class ColdStartRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        positive = ("heldout_pairs", "save_every", "keep")
-        problems = [f"{n} must be at least 1, got {getattr(self, n)}" for n in positive if getattr(self, n) < 1]
-        if self.eval_every < 0:
-            problems.append(f"eval_every must be at least 0, got {self.eval_every}")
-        if self.zero_stage not in (0, 1, 2):
-            problems.append(f"zero_stage must be 0, 1 or 2, got {self.zero_stage}")
-        if self.dtype == "bfloat16" and self.zero_stage == 0:
-            problems.append("zero_stage must be 1 or 2 with dtype bfloat16, got 0")
-        _check("ColdStartRun", problems)
+        _check("ColdStartRun", _judge_problems(self))
 
 
 @dataclass(frozen=True)
@@ -178,16 +170,9 @@ class DualRlRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        positive = ("heldout_pairs", "save_every", "keep")
-        problems = [f"{n} must be at least 1, got {getattr(self, n)}" for n in positive if getattr(self, n) < 1]
-        if self.eval_every < 0:
-            problems.append(f"eval_every must be at least 0, got {self.eval_every}")
+        problems = _judge_problems(self)
         if self.lora is not None and self.lora.dropout > 0:
             problems.append(f"lora.dropout must be 0, got {self.lora.dropout}: it would change the importance ratio")
-        if self.zero_stage not in (0, 1, 2):
-            problems.append(f"zero_stage must be 0, 1 or 2, got {self.zero_stage}")
-        if self.dtype == "bfloat16" and self.zero_stage == 0:
-            problems.append("zero_stage must be 1 or 2 with dtype bfloat16, got 0")
         _check("DualRlRun", problems)
 
 
@@ -233,3 +218,16 @@ def _check_rewards(rewards: dict[str, RewardConfig]) -> None:
 def _check(owner: str, problems: list[str]) -> None:
     if problems:
         raise ValueError("; ".join(f"{owner}.{problem}" for problem in problems))
+
+
+def _judge_problems(run: ColdStartRun | DualRlRun) -> list[str]:
+    """What both stages of DeScore ask of the settings they share."""
+    positive = ("heldout_pairs", "save_every", "keep")
+    problems = [f"{n} must be at least 1, got {getattr(run, n)}" for n in positive if getattr(run, n) < 1]
+    if run.eval_every < 0:
+        problems.append(f"eval_every must be at least 0, got {run.eval_every}")
+    if run.zero_stage not in (0, 1, 2):
+        problems.append(f"zero_stage must be 0, 1 or 2, got {run.zero_stage}")
+    if run.dtype == "bfloat16" and run.zero_stage == 0:
+        problems.append("zero_stage must be 1 or 2 with dtype bfloat16, got 0")
+    return problems

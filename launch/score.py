@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def score(cfg: ScoreRun, pattern: str | None, prompts: Path, out: Path, *, resume: str = "auto") -> bool:
     """Judge what is not judged yet; True when not one video could be."""
-    from launch.rows import all_ranks, refuse
+    from launch.refuse import refuse
+    from launch.rows import all_ranks
 
     with all_ranks():
         from common.log import say

@@ -8,13 +8,12 @@ descore   the training table, see `rm.data.read_pairs`
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rm.data import LABELS, Pair, PairTable, csv_file, read_pairs, read_rows
+from rm.data import LABELS, Pair, PairTable, check_videos, collect, csv_file, prompt_in, read_pairs
 from rm.prompt import parse_preference
 
 Layout = Literal["descore", "videogen", "genai", "indomain"]
@@ -50,21 +49,8 @@ def read_benchmark(
     columns = _columns(layout, dimension)
     path = csv_file(Path(path))
     root = path.parent if videos is None else Path(videos)
-    pairs, problems, invalid = [], [], 0
-    try:
-        for line, row in read_rows(path, [columns.video_A, columns.video_B, columns.label, "prompt"]):
-            if (row[columns.label] or "").strip().lower() == "invalid":
-                invalid += 1
-                continue
-            try:
-                pairs.append(_pair(row, columns, root))
-            except ValueError as error:
-                problems.append(f"{path}:{line}: {error}")
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a UTF-8 CSV file ({error})") from error
-    if not pairs:
-        raise ValueError(f"{path}: no usable pair" + "".join(f"\n  {problem}" for problem in problems[:10]))
-    return PairTable(path, tuple(pairs), invalid, tuple(problems))
+    required = [columns.video_A, columns.video_B, columns.label, "prompt"]
+    return collect(path, required, columns.label, lambda row, label: _pair(row, label, columns, root))
 
 
 def _columns(layout: Layout, dimension: str) -> _Columns:
@@ -84,15 +70,10 @@ def _vote(cell: str) -> int | None:
     return next((label for start, label in starts.items() if word.startswith(start)), None)
 
 
-def _pair(row: Mapping[str, str], columns: _Columns, root: Path) -> Pair:
-    label = columns.read((row[columns.label] or "").strip())
+def _pair(row: Mapping[str, str], text: str, columns: _Columns, root: Path) -> Pair:
+    label = columns.read(text)
     if label is None:
         raise ValueError(f"{columns.label} says {row[columns.label]!r:.80}, which names no preference")
     files = [root / (row[name] or "").strip() for name in (columns.video_A, columns.video_B)]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"no such video: {file}")
-    prompt = (row["prompt"] or "").strip()
-    if not prompt:
-        raise ValueError("the prompt is empty")
-    return Pair(prompt, files[0], files[1], "", "", label)
+    check_videos(files)
+    return Pair(prompt_in(row), files[0], files[1], "", "", label)

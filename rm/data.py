@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,16 +74,30 @@ def read_pairs(path: str | Path, *, require_cot: bool = True, require_scores: bo
     """
     path = csv_file(Path(path))
     required = [*REQUIRED_COLUMNS, *(("CoT_A", "CoT_B") if require_cot else ()), *(["answer"] * require_scores)]
+
+    def pair_of(row: Mapping[str, str], label: str) -> Pair:
+        pair = _pair(row, label, path.parent, require_cot=require_cot)
+        return _with_scores(pair, row["answer"]) if require_scores else pair
+
+    return collect(path, required, "GSB", pair_of)
+
+
+def collect(
+    path: Path, required: list[str], label_column: str, pair_of: Callable[[Mapping[str, str], str], Pair]
+) -> PairTable:
+    """The table that ``pair_of`` makes of each row and its label's text; its ValueError makes the row a bad one.
+
+    Rows labelled invalid are counted. Raises ValueError as `read_pairs`.
+    """
     pairs, problems, invalid = [], [], 0
     try:
-        for line, row in read_rows(path, required):
-            label = (row["GSB"] or "").strip()
+        for line, row in _rows(path, required):
+            label = (row[label_column] or "").strip()
             if label.lower() == "invalid":
                 invalid += 1
                 continue
             try:
-                pair = _pair(row, label, path.parent, require_cot=require_cot)
-                pairs.append(_with_scores(pair, row["answer"]) if require_scores else pair)
+                pairs.append(pair_of(row, label))
             except ValueError as error:
                 problems.append(f"{path}:{line}: {error}")
     except (csv.Error, UnicodeDecodeError) as error:
@@ -141,7 +155,7 @@ def csv_file(path: Path) -> Path:
     return found[0]
 
 
-def read_rows(path: Path, required: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def _rows(path: Path, required: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """(line where the row starts, row)."""
     previous = csv.field_size_limit(_MAX_FIELD)  # the module's limit is smaller than a long chain of thought
     try:
@@ -168,16 +182,27 @@ def _pair(row: dict[str, str], label: str, root: Path, *, require_cot: bool) -> 
     if not isinstance(videos, list | tuple) or len(videos) != 2 or not all(isinstance(v, str) for v in videos):
         raise ValueError(f"videos must be a list of two paths, got {row['videos']!r:.80}")
     files = [root / video for video in videos]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"no such video: {file}")
-    prompt = (row["prompt"] or "").strip()
-    if not prompt:
-        raise ValueError("the prompt is empty")
+    check_videos(files)
+    prompt = prompt_in(row)
     cots = [_text(row.get(name)) for name in ("CoT_A", "CoT_B")]
     if require_cot and not all(cots):
         raise ValueError(f"{'CoT_A' if not cots[0] else 'CoT_B'} is empty")
     return Pair(prompt, files[0], files[1], cots[0], cots[1], LABELS[label])
+
+
+def check_videos(files: Sequence[Path]) -> None:
+    """ValueError, naming the first that is not there."""
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"no such video: {file}")
+
+
+def prompt_in(row: Mapping[str, str]) -> str:
+    """The row's prompt; ValueError if it is empty."""
+    prompt = (row["prompt"] or "").strip()
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    return prompt
 
 
 def _with_scores(pair: Pair, answer: str | None) -> Pair:

@@ -134,7 +134,7 @@ class DualRl:
         """Write G chains about both videos of every pair, reward them, and note how likely they were."""
         self.model.eval()
         cfg = self.cfg
-        videos, encoded = self.inputs(rows)
+        videos, encoded = self.inputs([self.pairs[row] for row in rows])
         batch = self.model.batch(encoded, videos, query=False)
         how = Generation(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, repetition_penalty=1.0)
         seeds = [
@@ -249,15 +249,11 @@ class DualRl:
     def log_probs(self, model: DeScore, packed: Packed) -> Tensor:
         return judge(model, packed, temperature=self.cfg.temperature, score=False).log_prob_BGT
 
-    def inputs(self, rows: Sequence[int]) -> tuple[list[PreparedVideo], list[Encoded]]:
+    def inputs(self, pairs: Sequence[Pair]) -> tuple[list[PreparedVideo], list[Encoded]]:
         """Both videos of every pair, in the order (pair, side)."""
-        videos = [prepare(path, self.model.settings) for row in rows for path in self.sides(self.pairs[row])]
-        prompts = [self.pairs[row].prompt for row in rows for _ in range(2)]
+        videos = [prepare(path, self.model.settings) for pair in pairs for path in (pair.video_A, pair.video_B)]
+        prompts = [pair.prompt for pair in pairs for _ in range(2)]
         return videos, [self.model.encode(prompt, video) for prompt, video in zip(prompts, videos, strict=True)]
-
-    @staticmethod
-    def sides(pair: Pair) -> tuple:
-        return pair.video_A, pair.video_B
 
     def truth(self, row: int, side: int) -> Mapping[str, int | None]:
         pair = self.pairs[row]
@@ -290,9 +286,7 @@ class DualRl:
         found: list[tuple[int, float, float, float]] = []
         for start in range(0, len(own), size):
             part = [pairs[i] for i in own[start : start + size]]
-            videos = [prepare(path, self.model.settings) for pair in part for path in self.sides(pair)]
-            prompts = [pair.prompt for pair in part for _ in range(2)]
-            encoded = [self.model.encode(prompt, video) for prompt, video in zip(prompts, videos, strict=True)]
+            videos, encoded = self.inputs(part)
             written = generate(self.model, self.model.batch(encoded, videos, query=False), how)
             reward_B = read_rewards(self.model, written).tolist()
             for n, pair in enumerate(part):

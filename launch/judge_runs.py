@@ -1,0 +1,117 @@
+"""What the two stages of DeScore's training share around their steps: tables in, the run, a judge out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.refuse import refuse
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from torch import Tensor
+
+    from launch.runs import ColdStartRun, DualRlRun
+    from rm.data import Pair, PairTable
+    from rm.model import DeScore
+
+
+def read_tables(cfg: ColdStartRun | DualRlRun, **options: Any) -> tuple[PairTable, list[Pair]]:
+    """The training table and the first held-out pairs; exit with code 2 when a table is not what it should be.
+
+    options  go to `rm.data.read_pairs`
+    """
+    from common.log import say
+    from rm.data import read_pairs
+
+    tables = []
+    for path in (cfg.data.train, cfg.data.heldout):
+        try:
+            tables.append(read_pairs(path, **options) if path is not None else None)
+        except ValueError as error:
+            refuse(str(error))
+        if tables[-1] is not None:
+            say(tables[-1].report())
+    train_table, heldout_table = tables
+    return train_table, list(heldout_table.pairs[: cfg.heldout_pairs]) if heldout_table else []
+
+
+def run_steps(
+    cfg: ColdStartRun | DualRlRun,
+    *,
+    model: DeScore,
+    engine: DeepSpeedEngine,
+    steps: int,
+    step_of: Callable[[int], dict[str, float]],
+    evaluate: Callable[[], dict[str, float]] | None,
+    label: str,
+    resume: str,
+) -> None:
+    """Go on where the run was, one ``step_of`` after the other, measure and save on the way, leave the judge in final/.
+
+    evaluate  asked every ``eval_every`` steps and after the last; None: there is nothing to measure on
+    """
+    from common import distributed
+    from common.log import RunLog, progress, say
+    from launch.engine_state import go_on
+
+    run_dir = Path(cfg.run_dir)
+    start = go_on(engine, resume, run_dir)
+    log = RunLog(run_dir, wandb=cfg.wandb, total=steps)
+    log.truncate(start)
+    for step in progress(range(start, steps), steps - start, label):
+        metrics = step_of(step)
+        last = step + 1 == steps
+        if evaluate is not None and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+            metrics |= evaluate()
+        log.log(step, metrics)
+        if last or (step + 1) % cfg.save_every == 0:
+            save(engine, run_dir, step=step + 1, keep=cfg.keep)
+
+    if distributed.is_main():
+        model.save(run_dir / "final", weights_of(model, run_dir))
+        say(f"done: {run_dir / 'final'} holds the reward model")
+    log.close()
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def enable_checkpointing(model: DeScore) -> None:
+    """Gradient checkpointing of the backbone."""
+    backbone = model.backbone  # transformers is renaming the method
+    enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # the other kind drops gradients above frozen embeddings
+
+
+def to_device(model: DeScore) -> DeScore:
+    """On this rank's GPU, or the CPU."""
+    import torch
+
+    return model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+
+
+def save(engine: DeepSpeedEngine, run_dir: Path, *, step: int, keep: int) -> None:
+    """checkpoints/step-N/engine.safetensors. All ranks call it."""
+    from common import checkpoint
+    from launch.engine_state import save_engine
+
+    checkpoint.save(
+        run_dir / "checkpoints", step, lambda folder: save_engine(engine, folder), keep=keep, state={"steps_done": step}
+    )
+
+
+def weights_of(model: DeScore, run_dir: Path) -> dict[str, Tensor]:
+    """The module's weights, the trained ones in the engine's fp32 as the last checkpoint has them.
+
+    In a bfloat16 run the module's own are roundings of those, coarser than many of its steps.
+    """
+    from common.checkpoint import latest, load_tensors
+    from launch.engine_state import FILE
+
+    found = latest(run_dir / "checkpoints")
+    if found is None:
+        raise FileNotFoundError(f"{run_dir / 'checkpoints'} holds no whole checkpoint")
+    trained = {name: x for name, x in load_tensors(found / FILE).items() if name.startswith("weight.")}
+    return {**model.state_dict(), **{name.removeprefix("weight."): x for name, x in trained.items()}}
