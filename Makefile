@@ -11,12 +11,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # the deepspeed launcher starts `python` from the PATH
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo lint check test clean
+.PHONY: help install demo reproduce-rm lint check test clean
 
 help:
 	@echo "make demo     train a reward, align the tiny Wan with it, write runs/demo/report.html"
 	@echo "make test     lint and all tests (but those that need a GPU)"
 	@echo "make check    lint and the fast tests"
+	@echo "make reproduce-rm  the paper's comparison of reward models in the embedded world, three seeds, over an hour"
 	@echo "make install  only create .venv"
 	@echo "make clean    remove runs and caches, keep .venv"
 
@@ -34,6 +35,9 @@ install: .venv/.installed
 
 demo: .venv/.installed
 	$(PY) launch/demo.py
+
+reproduce-rm: .venv/.installed
+	$(PY) launch/reproduce_rm.py
 
 lint: .venv/.installed
 	$(PY) -m ruff check .

@@ -6,7 +6,7 @@ Everything is a function of the values and the seed, so a report can be made aga
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,32 @@ def mean_ci95(values: Iterable[float | None], *, seed: int, resamples: int = 10_
     means = np.concatenate([judged[random.integers(0, n, size=(size, n))].mean(axis=1) for size in sizes])
     low, high = _percentiles(means)
     return Interval(float(judged.mean()), low, high, n, missing)
+
+
+def runs_ci95(runs: Sequence[Sequence[Sequence[float]]], *, seed: int, resamples: int = 2_000) -> Interval:
+    """MEAN over runs, of the MEAN over a run's tables, of the MEAN of a table's values; resampled in two stages.
+
+    First whole runs are drawn with replacement (the spread of training), then the values of each of their tables (the
+    spread of testing), as Davison and Hinkley 1997, 3.8. ``n`` counts all values. One run leaves the second stage only.
+    Raises ValueError without runs, tables or values, or for runs with unequal numbers of tables.
+    """
+    if not runs or not runs[0] or len({len(run) for run in runs}) > 1 or not all(len(t) for run in runs for t in run):
+        raise ValueError(f"runs_ci95: runs of equally many tables with values, got {[[*map(len, r)] for r in runs]}")
+    _check(resamples)
+    random = np.random.default_rng(seed)
+    tables = [[np.asarray(table, dtype=np.float64) for table in run] for run in runs]
+    slots = len(runs)
+    drawn = np.empty((slots, slots, resamples))  # [run, slot]: the run's mean in a resample, anew for every slot
+    for r, run in enumerate(tables):
+        for slot in range(slots):
+            drawn[r, slot] = np.mean(
+                [t[random.integers(0, len(t), size=(resamples, len(t)))].mean(axis=1) for t in run], axis=0
+            )
+    chosen = random.integers(0, slots, size=(slots, resamples))
+    means = drawn[chosen, np.arange(slots)[:, None], np.arange(resamples)].mean(axis=0)
+    low, high = _percentiles(means)
+    mean = float(np.mean([[t.mean() for t in run] for run in tables]))
+    return Interval(mean, low, high, sum(len(t) for run in tables for t in run))
 
 
 def statistic_ci95(

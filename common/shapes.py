@@ -83,6 +83,16 @@ class Scene:
     light: float  # added to the room's mean luminance, of 255
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a renderer draws `Scene`s from: ranges of scale, travel and pan, and how far its light strays."""
+
+    scale: tuple[float, float] = (0.17, 0.23)
+    travel: tuple[float, float] = (0.24, 0.36)
+    pan: tuple[float, float] = (0.035, 0.06)
+    light: float = 10.0
+
+
 def all_attributes() -> list[Attributes]:
     """Every combination, 6 x 3 x 4 x 2 x 3 x 2 = 864, in a fixed order."""
     return [Attributes(*values) for values in itertools.product(*VALUES.values())]
@@ -101,10 +111,9 @@ def random_attributes(rng: random.Random) -> Attributes:
     return Attributes(*(rng.choice(values) for values in VALUES.values()))
 
 
-def random_scene(attributes: Attributes, rng: random.Random) -> Scene:
+def random_scene(attributes: Attributes, rng: random.Random, look: Look = Look()) -> Scene:
     """A scene with random size, speed, position and light in which the shape never leaves the frame."""
-    scale = rng.uniform(0.17, 0.23)
-    travel = rng.uniform(0.24, 0.36)
+    scale, travel = rng.uniform(*look.scale), rng.uniform(*look.travel)
     dx, dy = _DIRECTION[attributes.motion]
     margin = scale * _EXTENT[attributes.shape]
     room_x = 0.5 - margin - abs(dx) * travel / 2
@@ -115,9 +124,9 @@ def random_scene(attributes: Attributes, rng: random.Random) -> Scene:
         x=0.5 + rng.uniform(-room_x, room_x),
         y=0.5 + rng.uniform(-room_y, room_y),
         travel=travel,
-        pan=rng.uniform(0.035, 0.06),
+        pan=rng.uniform(*look.pan),
         phase=rng.random(),
-        light=rng.uniform(-10.0, 10.0),
+        light=rng.uniform(-look.light, look.light),
     )
 
 

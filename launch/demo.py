@@ -10,28 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from launch.steps import ROOT, PeakMemory, Step, run_step
+
 CONFIGS = Path("configs/shapes")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of the demo. ``launcher`` runs it on two ranks under deepspeed; ``done`` is the file it leaves."""
-
-    title: str
-    script: str
-    arguments: list[str]
-    done: Path
-    launcher: bool = True
 
 
 def plan(run: Path, seed: int) -> list[Step]:
@@ -100,58 +85,6 @@ def plan(run: Path, seed: int) -> list[Step]:
     ]
 
 
-def command(step: Step, ranks: int) -> list[str]:
-    """What is run, as a user would type it."""
-    script = f"launch/{step.script}"
-    if step.launcher and ranks > 1:
-        launcher = str(Path(sys.executable).with_name("deepspeed"))
-        return [launcher, "--num_accelerators", str(ranks), script, *step.arguments]
-    return [sys.executable, script, *step.arguments]
-
-
-class PeakMemory:
-    """Highest SUM of resident bytes over a process and its descendants, sampled twice a second."""
-
-    def __init__(self) -> None:
-        self.peak = 0
-
-    def watch(self, pid: int, finished: Callable[[], bool]) -> None:
-        import psutil
-
-        while not finished():
-            total = 0
-            try:
-                root = psutil.Process(pid)
-                family = [root, *root.children(recursive=True)]
-            except psutil.NoSuchProcess:
-                return
-            for process in family:
-                try:
-                    total += process.memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue  # it ended between the two calls
-            self.peak = max(self.peak, total)
-            time.sleep(0.5)
-
-
-def run_step(step: Step, ranks: int, memory: PeakMemory) -> None:
-    """Run to the end with its output on this terminal; exit with its code if it fails."""
-    words = command(step, ranks)
-    shown = ["deepspeed" if w.endswith("/deepspeed") else "python" if w == sys.executable else w for w in words]
-    print(f"$ {shlex.join(shown)}", flush=True)
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    process = subprocess.Popen(words, cwd=ROOT, env=environment)
-    watcher = threading.Thread(target=memory.watch, args=(process.pid, lambda: process.poll() is not None), daemon=True)
-    watcher.start()
-    code = process.wait()
-    watcher.join()
-    if code != 0:
-        sys.exit(f"demo: '{step.title}' failed with exit code {code}; fix it and start the demo again, it goes on here")
-    if not (ROOT / step.done).exists():
-        sys.exit(f"demo: '{step.title}' ended without writing {step.done}")
-
-
 def summarise(run: Path, seconds: dict[str, float], peak_bytes: int) -> dict[str, object]:
     """The demo's claims, read from the files its steps wrote."""
 
@@ -189,9 +122,10 @@ def main() -> None:
         if (ROOT / step.done).exists():
             print(f"   done before ({step.done})", flush=True)
             continue
-        began = time.time()
-        run_step(step, args.ranks, memory)
-        seconds[f"{number} {step.script}"] = time.time() - began
+        try:
+            seconds[f"{number} {step.script}"] = run_step(step, args.ranks, memory)
+        except RuntimeError as error:
+            sys.exit(f"demo: {error}\nfix it and start the demo again, it goes on here")
         timings.write_text(json.dumps({**seconds, "peak_bytes": memory.peak}) + "\n", encoding="utf-8")
         print(f"   {seconds[f'{number} {step.script}']:.0f} s", flush=True)
 

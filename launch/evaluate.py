@@ -250,10 +250,20 @@ def judge_pairs(cfg: RewardEvaluation, pairs: Sequence[Pair], own: list[int], ta
                     "video_A": os.path.relpath(pairs[index].video_A, cfg.out),
                     "video_B": os.path.relpath(pairs[index].video_B, cfg.out),
                     **found,
+                    **quality(pairs[index], found),
                 }
                 for index, found in zip(part, attempt(judge, part), strict=True)
             ]
         )
+
+
+def quality(pair: Pair, found: Row) -> Row:
+    """Share of the right sub-dimension scores in both chains of thought, where the table knows what is right."""
+    from rm.prompt import parse_answer
+    from rm.text_rewards import quality_reward
+
+    sides = ((side, getattr(pair, f"scores_{side}"), found.get(f"cot_{side}")) for side in "AB")
+    return {f"quality_{side}": quality_reward(parse_answer(cot), truth) for side, truth, cot in sides if truth and cot}
 
 
 def summarise_pairs(rows: Sequence[Row], *, seed: int, resamples: int) -> dict[str, Any]:
@@ -262,10 +272,11 @@ def summarise_pairs(rows: Sequence[Row], *, seed: int, resamples: int) -> dict[s
     without_ties  n is the number of pairs that people decided; in each resample the same statistic of the drawn pairs
     with_ties     the threshold is calibrated anew in each resample, as it is on the data
     A pair with an unjudged video is wrong in both, and counted in ``unjudged``.
+    sub_dimensions  share of right scores in the chains of thought, if the table knows them; MEAN over its pairs
     """
     import torch
 
-    from common.bootstrap import statistic_ci95
+    from common.bootstrap import mean_ci95, statistic_ci95
     from rm.metrics import preference_accuracy
 
     def reward(row: Row, side: str) -> float:
@@ -283,9 +294,11 @@ def summarise_pairs(rows: Sequence[Row], *, seed: int, resamples: int) -> dict[s
 
         return statistic_ci95(statistic, len(margin_M), seed=seed, resamples=resamples).as_dict()
 
+    thought = [(row["quality_A"] + row["quality_B"]) / 2 for row in rows if {"quality_A", "quality_B"} <= row.keys()]
     return {
         "without_ties": interval("without_ties", margin_N[decided_N], label_N[decided_N]),
         "with_ties": interval("with_ties", margin_N, label_N),
+        **({"sub_dimensions": mean_ci95(thought, seed=seed, resamples=resamples).as_dict()} if thought else {}),
         "threshold": preference_accuracy(margin_N, label_N).threshold,
         "pairs": len(rows),
         "ties": int((~decided_N).sum()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_tables(cfg: ColdStartRun | DualRlRun, **options: Any) -> tuple[PairTable, list[Pair]]:
-    """The training table and the first held-out pairs; exit with code 2 when a table is not what it should be.
+    """The training table up to its limit and the first held-out pairs; exit with code 2 when a table is not usable.
 
     options  go to `rm.data.read_pairs`
     """
@@ -35,6 +36,9 @@ def read_tables(cfg: ColdStartRun | DualRlRun, **options: Any) -> tuple[PairTabl
         if tables[-1] is not None:
             say(tables[-1].report())
     train_table, heldout_table = tables
+    if cfg.data.limit is not None:
+        train_table = replace(train_table, pairs=train_table.pairs[: cfg.data.limit])
+        say(f"training on the first {len(train_table.pairs)} pairs")
     return train_table, list(heldout_table.pairs[: cfg.heldout_pairs]) if heldout_table else []
 
 

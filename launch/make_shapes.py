@@ -1,9 +1,10 @@
 """Write preference data of the embedded world: mp4 files and the CSV columns that users have.
 
 `python launch/make_shapes.py --out runs/data` writes ``train.csv`` and ``heldout.csv`` (disjoint combinations of
-attributes) with ``videos/``. The two videos of a pair come from the renderer, some attributes changed, or from the
-tiny Wan, as it is or spoilt, the videos a reward model will meet. The oracle labels them as people would; the base
-Qwen3-VL writes the chains of thought. A pure function of the seed, whatever the number of workers.
+attributes) with ``videos/``; ``--pairs`` names other `SPLITS`. The two videos of a pair come from the renderer, some
+attributes changed, or from the tiny Wan, as it is or spoilt, the videos a reward model will meet. The oracle labels
+them as people would; the base Qwen3-VL writes the chains of thought. A pure function of the seed, whatever the number
+of workers and the other splits.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import json
 import random
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,39 @@ COLUMNS = (
 )  # fmt: skip
 SOURCES = ("render", "render", "wan", "wan", "wan", "wan", "wan", "spoilt")
 CHUNK = 16  # pairs per task of a worker
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where the pairs of a table come from.
+
+    sources  of a video, drawn with equal odds
+    look     fields of `common.shapes.Look` for renders; {} is what the base models have seen
+    grain    greatest standard deviation of film grain on renders, of 255; each video draws its own
+    heldout  combinations of attributes that no training split holds
+    """
+
+    sources: tuple[str, ...] = SOURCES
+    look: Mapping[str, Any] = field(default_factory=dict)
+    grain: float = 0.0
+    heldout: bool = False
+
+
+# what people filmed: smaller, slower and grainier than anything the base Qwen3-VL was trained to describe
+FILMED = {"look": {"scale": (0.13, 0.18), "travel": (0.2, 0.3), "pan": (0.025, 0.045), "light": 20.0}, "grain": 8.0}
+SPLITS = {
+    "train": Split(),
+    "heldout": Split(heldout=True),
+    # for `make reproduce-rm`: one domain to train on and be tested in, and four that differ from it in one thing each
+    "filmed": Split(("render",), **FILMED),
+    "indomain": Split(("render",), **FILMED),
+    "combinations": Split(("render",), **FILMED, heldout=True),
+    "renderer": Split(
+        ("render",), {"scale": (0.22, 0.28), "travel": (0.12, 0.2), "pan": (0.055, 0.1), "light": 30.0}, grain=12.0
+    ),
+    "wan": Split(("wan",)),
+    "spoilt": Split(("spoilt",)),
+}
 
 
 @dataclass(frozen=True)
@@ -86,10 +120,13 @@ def draw(job: Job, wishes: list[Attributes], prompts: list[str], sides: list[ran
     """One video per side."""
     import torch
 
-    from common.shapes import random_scene, render
+    from common.shapes import Look, random_scene, render
 
-    sources = [rng.choice(SOURCES) for rng in sides]
-    videos = render([random_scene(changed(wish, rng), rng) for wish, rng in zip(wishes, sides, strict=True)])
+    split = SPLITS[job.split]
+    sources, look = [rng.choice(split.sources) for rng in sides], Look(**split.look)
+    videos = render([random_scene(changed(wish, rng), rng, look) for wish, rng in zip(wishes, sides, strict=True)])
+    if split.grain:
+        videos = torch.stack([grainy(video, split.grain, rng) for video, rng in zip(videos, sides, strict=True)])
     sampled = [i for i, source in enumerate(sources) if source != "render"]
     if sampled:
         generator = generator_of(job.config)
@@ -99,6 +136,15 @@ def draw(job: Job, wishes: list[Attributes], prompts: list[str], sides: list[ran
                 clean[row] = spoilt(clean[row], sides[i])
         videos[torch.tensor(sampled)] = generator.decode(clean)
     return Draws(videos, sources)
+
+
+def grainy(video_TYXC: Tensor, most: float, rng: random.Random) -> Tensor:
+    """Film grain: normal noise of luminance alone, of a standard deviation up to ``most``."""
+    import torch
+
+    draw = torch.Generator().manual_seed(rng.getrandbits(62))
+    noise = rng.uniform(0.0, most) * torch.randn((*video_TYXC.shape[:-1], 1), generator=draw)
+    return (video_TYXC.float() + noise).round().clamp(0, 255).to(torch.uint8)
 
 
 def spoilt(clean_CFHW: Tensor, rng: random.Random) -> Tensor:
@@ -142,7 +188,7 @@ def make(job: Job) -> list[dict[str, object]]:
 
     torch.set_num_threads(1)
     train, heldout = split_attributes()
-    combinations = train if job.split == "train" else heldout
+    combinations = heldout if SPLITS[job.split].heldout else train
     rows = range(job.start, job.start + job.count)
     rngs = [random.Random(derive_seed(job.seed, job.split, row)) for row in rows]
     wishes = [rng.choice(combinations) for rng in rngs]
@@ -179,11 +225,19 @@ def make(job: Job) -> list[dict[str, object]]:
     return table
 
 
+def split_size(word: str) -> tuple[str, int]:
+    """``train=2000``."""
+    name, _, count = word.partition("=")
+    if name not in SPLITS or not count.isdecimal() or not int(count):
+        raise argparse.ArgumentTypeError(f"{word!r} is not SPLIT=COUNT with SPLIT one of {', '.join(SPLITS)}")
+    return name, int(count)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=2000, help="pairs to train on")
-    parser.add_argument("--heldout", type=int, default=700, help="pairs with attribute combinations not trained on")
+    default = {"train": 2000, "heldout": 700}
+    parser.add_argument("--pairs", type=split_size, nargs="+", default=[*default.items()], metavar="SPLIT=COUNT")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--config", type=Path, default=Path("configs/shapes/sample.yaml"), help="of the generator")
@@ -195,7 +249,7 @@ def main() -> None:
     (args.out / "videos").mkdir(parents=True, exist_ok=True)
     jobs = [
         Job(args.out, split, start, min(CHUNK, count - start), args.seed, args.config, args.judge)
-        for split, count in (("train", args.train), ("heldout", args.heldout))
+        for split, count in args.pairs
         for start in range(0, count, CHUNK)
     ]
     tables: dict[tuple[str, int], list[dict[str, object]]] = {}
@@ -208,7 +262,7 @@ def main() -> None:
                 bar.update(job.count)
 
     counts: dict[str, dict[str, int]] = {}
-    for split in ("train", "heldout"):
+    for split, _ in args.pairs:
         rows = [row for key in sorted(tables) if key[0] == split for row in tables[key]]
         with open(args.out / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)

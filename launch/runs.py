@@ -91,10 +91,19 @@ class GrpoRun:
 
 @dataclass(frozen=True)
 class PairFiles:
-    """CSV files (or folders that hold one) with the official columns; heldout null measures nothing on the way."""
+    """CSV files (or folders that hold one) with the official columns.
+
+    heldout  null measures nothing on the way
+    limit    train on the first pairs only
+    """
 
     train: str
     heldout: str | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"data.limit must be at least 1 or null, got {self.limit}")
 
 
 @dataclass(frozen=True)

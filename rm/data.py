@@ -67,7 +67,7 @@ def read_pairs(path: str | Path, *, require_cot: bool = True, require_scores: bo
     answer  text with an ``<answer>`` block: JSON with ``video_1_scores`` and ``video_2_scores`` (the official stage 2)
 
     require_cot     a row without both CoTs is a bad row; otherwise its CoT is empty, and never the text "nan"
-    require_scores  a row without a readable ``answer`` is a bad row; otherwise the column is not read
+    require_scores  a row without a readable ``answer`` is a bad row; otherwise its right scores are unknown
 
     Bad rows are left out and described as ``file:line: what``. ValueError, naming the file, when the table itself is
     unreadable, lacks a column, or has no usable row.
@@ -77,7 +77,11 @@ def read_pairs(path: str | Path, *, require_cot: bool = True, require_scores: bo
 
     def pair_of(row: Mapping[str, str], label: str) -> Pair:
         pair = _pair(row, label, path.parent, require_cot=require_cot)
-        return _with_scores(pair, row["answer"]) if require_scores else pair
+        scores = parse_scores(row.get("answer") or "")
+        if scores is None and require_scores:
+            wanted = "an <answer> block with video_1_scores and video_2_scores"
+            raise ValueError(f"answer must hold {wanted}, got {row['answer']!r:.80}")
+        return pair if scores is None else replace(pair, scores_A=scores[0], scores_B=scores[1])
 
     return collect(path, required, "GSB", pair_of)
 
@@ -203,14 +207,6 @@ def prompt_in(row: Mapping[str, str]) -> str:
     if not prompt:
         raise ValueError("the prompt is empty")
     return prompt
-
-
-def _with_scores(pair: Pair, answer: str | None) -> Pair:
-    found = parse_scores(answer or "")
-    if found is None:
-        wanted = "an <answer> block with video_1_scores and video_2_scores"
-        raise ValueError(f"answer must hold {wanted}, got {answer!r:.80}")
-    return replace(pair, scores_A=found[0], scores_B=found[1])
 
 
 def _text(cell: str | None) -> str:

@@ -19,7 +19,7 @@ SETTINGS = VideoSettings(fps=8.0, min_frames=5, max_frames=5, min_pixels=256, ma
 
 def make(out: Path, workers: int) -> Path:
     words = [sys.executable, "launch/make_shapes.py", "--out", str(out), "--workers", str(workers)]
-    run(*words, "--train", "20", "--heldout", "4")
+    run(*words, "--pairs", "train=20", "heldout=4")
     return out
 
 
