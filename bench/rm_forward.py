@@ -61,7 +61,7 @@ class Work:
 
     def packed(self) -> Tensor:
         judged = judge(self.model, pack(self.model, self.encoded, self.videos, self.chains), temperature=1.0)
-        return self.objective(judged.log_prob_BGT, judged.reward_BG)
+        return self.objective(judged.log_prob_BGT, judged.reward_BGK[..., 0])
 
     def repeated(self) -> tuple[list, list, list]:
         pairs = [(e, v, c) for e, v, own in zip(self.encoded, self.videos, self.chains, strict=True) for c in own]
@@ -71,7 +71,7 @@ class Work:
         encoded, videos, chains = self.repeated()
         judged = judge(self.model, pack(self.model, encoded, videos, [[c] for c in chains]), temperature=1.0)
         shape = self.weight_BG.shape
-        return self.objective(judged.log_prob_BGT.reshape(*shape, -1), judged.reward_BG.reshape(shape))
+        return self.objective(judged.log_prob_BGT.reshape(*shape, -1), judged.reward_BGK[..., 0].reshape(shape))
 
     def two(self) -> Tensor:
         encoded, videos, chains = self.repeated()

@@ -8,6 +8,7 @@ that `DeScoreScorer.load` and any stock Qwen3-VL loader read; started again, a r
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,12 +64,18 @@ def train(cfg: ColdStartRun, *, resume: str) -> None:
 
 def read(cfg: ColdStartRun) -> tuple[list[Pair], list[Pair]]:
     """Training pairs, and the first held-out pairs; exit with code 2 when a table is not what it should be."""
-    train_table, heldout = read_tables(cfg)
+    masked = cfg.cold_start.masking.probability == 1  # then no chain of thought is ever read
+    train_table, heldout = read_tables(cfg, require_cot=not masked, dimensions=list(cfg.dimensions))
     # plain Bradley-Terry learns nothing from a tie: with them a step would be smaller than pairs_per_step says
-    pairs = [pair for pair in train_table.pairs if pair.label != 0 or cfg.cold_start.theta is not None]
+    pairs = [pair for pair in train_table.pairs if cfg.cold_start.theta is not None or decides(pair, cfg.dimensions)]
     if not pairs:
         refuse(f"{train_table.path}: holds nothing but ties, which need cold_start.theta")
     return pairs, heldout
+
+
+def decides(pair: Pair, dimensions: Iterable[str]) -> bool:
+    """True if somebody preferred one of the two in some dimension."""
+    return any(pair.label_in(name) in (1, -1) for name in dimensions)
 
 
 def build(cfg: ColdStartRun, pairs: list[Pair]) -> tuple[ColdStart, DeepSpeedEngine]:
@@ -120,6 +127,7 @@ def build_judge(cfg: ColdStartRun) -> DeScore:
         template=None if cfg.template is None else PromptTemplate.load(cfg.template),
         settings=cfg.video,
         generation=cfg.generation,
+        dimensions=cfg.dimensions,
         dtype=getattr(torch, cfg.dtype),
         seed=cfg.seed,
     )

@@ -9,7 +9,6 @@ Ranks share the rows. A killed evaluation goes on where it was; another configur
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from generator.config import GeneratorConfig
 
 if TYPE_CHECKING:
     from launch.rows import Row, RowTable
-    from rm.data import Pair
 
 NOT_IN_A_ROW = ("out", "batch", "limit", "resamples")  # settings that change no row
 
@@ -198,10 +196,19 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
         refuse(f"checkpoint: there is no folder {cfg.checkpoint}")
     with all_ranks():
         from common.log import say
+        from launch.pair_rows import judge_pairs, summarise_pairs
         from rm.benchmarks import read_benchmark
+        from rm.model import DeScore
 
         try:
-            found = read_benchmark(cfg.pairs, cfg.layout, dimension=cfg.dimension, videos=cfg.videos)
+            own = DeScore.dimensions_in(cfg.checkpoint)
+            found = read_benchmark(
+                cfg.pairs,
+                cfg.layout,
+                dimension=cfg.dimension,
+                videos=cfg.videos,
+                dimensions=own if len(own) > 1 else (),
+            )
             table = open_table(cfg, [str(found.path), cfg.checkpoint], resume)
         except ValueError as error:
             refuse(str(error))
@@ -212,98 +219,6 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
             judge_pairs(cfg, pairs, own, table)
         rows = table.finish([(i,) for i in range(len(pairs))])
         conclude(cfg.out, summarise_pairs(rows, seed=cfg.seed, resamples=cfg.resamples))
-
-
-def judge_pairs(cfg: RewardEvaluation, pairs: Sequence[Pair], own: list[int], table: RowTable) -> None:
-    """Judge and write down this rank's pairs; A and B of a pair are in one batch. A broken video costs its pair."""
-    from common.log import progress, say
-    from launch.compose import quiet
-    from launch.rows import attempt, batches, score_fields
-
-    quiet()
-    from rm.scorer import DeScoreScorer
-
-    say(f"loading DeScore from {cfg.checkpoint}")
-    scorer = DeScoreScorer.load(cfg.checkpoint, **cfg.options)
-
-    def judge(part: Sequence[int]) -> list[Row]:
-        files = [file for index in part for file in (pairs[index].video_A, pairs[index].video_B)]
-        score = scorer.score(files, [pairs[index].prompt for index in part for _ in "AB"])
-        sides = [score_fields({"descore": score}, b) for b in range(len(files))]
-        return [
-            {
-                f"{what}_{side}": sides[2 * i + s][fields].get("descore")
-                for s, side in enumerate("AB")
-                for what, fields in (("reward", "rewards"), ("parts", "parts"), ("cot", "texts"))
-            }
-            for i in range(len(part))
-        ]
-
-    for part in progress(batches(own, cfg.batch), -(-len(own) // cfg.batch), "evaluate"):
-        table.add(
-            [
-                {
-                    "index": index,
-                    "prompt": pairs[index].prompt,
-                    "label": pairs[index].label,
-                    # relative to results.jsonl: a run folder may be moved together with its data
-                    "video_A": os.path.relpath(pairs[index].video_A, cfg.out),
-                    "video_B": os.path.relpath(pairs[index].video_B, cfg.out),
-                    **found,
-                    **quality(pairs[index], found),
-                }
-                for index, found in zip(part, attempt(judge, part), strict=True)
-            ]
-        )
-
-
-def quality(pair: Pair, found: Row) -> Row:
-    """Share of the right sub-dimension scores in both chains of thought, where the table knows what is right."""
-    from rm.prompt import parse_answer
-    from rm.text_rewards import quality_reward
-
-    sides = ((side, getattr(pair, f"scores_{side}"), found.get(f"cot_{side}")) for side in "AB")
-    return {f"quality_{side}": quality_reward(parse_answer(cot), truth) for side, truth, cot in sides if truth and cot}
-
-
-def summarise_pairs(rows: Sequence[Row], *, seed: int, resamples: int) -> dict[str, Any]:
-    """Preference accuracy as `rm.metrics.preference_accuracy` defines it, with bootstrap over pairs.
-
-    without_ties  n is the number of pairs that people decided; in each resample the same statistic of the drawn pairs
-    with_ties     the threshold is calibrated anew in each resample, as it is on the data
-    A pair with an unjudged video is wrong in both, and counted in ``unjudged``.
-    sub_dimensions  share of right scores in the chains of thought, if the table knows them; MEAN over its pairs
-    """
-    import torch
-
-    from common.bootstrap import mean_ci95, statistic_ci95
-    from rm.metrics import preference_accuracy
-
-    def reward(row: Row, side: str) -> float:
-        value = row.get(f"reward_{side}")
-        return float("nan") if value is None else value
-
-    margin_N = torch.tensor([reward(row, "A") - reward(row, "B") for row in rows], dtype=torch.float64)
-    label_N = torch.tensor([row["label"] for row in rows])
-    decided_N = label_N != 0
-
-    def interval(field: str, margin_M: torch.Tensor, label_M: torch.Tensor) -> dict[str, Any]:
-        def statistic(index: Any) -> float:
-            chosen = torch.from_numpy(index)
-            return getattr(preference_accuracy(margin_M[chosen], label_M[chosen]), field)
-
-        return statistic_ci95(statistic, len(margin_M), seed=seed, resamples=resamples).as_dict()
-
-    thought = [(row["quality_A"] + row["quality_B"]) / 2 for row in rows if {"quality_A", "quality_B"} <= row.keys()]
-    return {
-        "without_ties": interval("without_ties", margin_N[decided_N], label_N[decided_N]),
-        "with_ties": interval("with_ties", margin_N, label_N),
-        **({"sub_dimensions": mean_ci95(thought, seed=seed, resamples=resamples).as_dict()} if thought else {}),
-        "threshold": preference_accuracy(margin_N, label_N).threshold,
-        "pairs": len(rows),
-        "ties": int((~decided_N).sum()),
-        "unjudged": int(margin_N.isnan().sum()),
-    }
 
 
 # ------------------------------------------------------------------ both

@@ -22,15 +22,21 @@ if TYPE_CHECKING:
 def read_tables(cfg: ColdStartRun | DualRlRun, **options: Any) -> tuple[PairTable, list[Pair]]:
     """The training table up to its limit and the first held-out pairs; exit with code 2 when a table is not usable.
 
-    options  go to `rm.data.read_pairs`
+    options  go to `rm.data.read_pairs`, of the descore layout
     """
     from common.log import say
+    from rm.benchmarks import read_benchmark
     from rm.data import read_pairs
+
+    def table(path: str) -> PairTable:
+        if cfg.data.layout == "descore":
+            return read_pairs(path, **options)
+        return read_benchmark(path, cfg.data.layout, dimension="Overall", videos=cfg.data.videos)
 
     tables = []
     for path in (cfg.data.train, cfg.data.heldout):
         try:
-            tables.append(read_pairs(path, **options) if path is not None else None)
+            tables.append(table(path) if path is not None else None)
         except ValueError as error:
             refuse(str(error))
         if tables[-1] is not None:

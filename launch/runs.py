@@ -9,7 +9,15 @@ from alignment.config import GrpoConfig, RewardConfig
 from alignment.rewards import factory_of
 from common.config import WandbConfig
 from generator.config import GeneratorConfig
-from rm.config import ColdStartConfig, DualRlConfig, Generation, LearningRates, VideoSettings
+from rm.config import (
+    ColdStartConfig,
+    DualRlConfig,
+    Generation,
+    LearningRates,
+    RewardDimension,
+    VideoSettings,
+    one_reward,
+)
 from rm.config import LoraConfig as JudgeLora
 from rm.text_rewards import RuleRewardConfig
 
@@ -95,13 +103,20 @@ class PairFiles:
 
     heldout  null measures nothing on the way
     limit    train on the first pairs only
+    layout   of both files, see `rm.benchmarks`. Others than "descore" hold no chains of thought and no right scores:
+             they are for a discriminative reward model
+    videos   folder of their videos; null is the CSV's own
     """
 
     train: str
     heldout: str | None = None
     limit: int | None = None
+    layout: Literal["descore", "videogen", "genai", "indomain"] = "descore"
+    videos: str | None = None
 
     def __post_init__(self) -> None:
+        if self.videos is not None and self.layout == "descore":
+            raise ValueError(f"data.videos={self.videos!r}: the descore layout names its videos relative to the CSV")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"data.limit must be at least 1 or null, got {self.limit}")
 
@@ -112,6 +127,8 @@ class ColdStartRun:
 
     base            folder or hub name of a Qwen3VLForConditionalGeneration with its tokenizer
     video, template  how the judge reads; null takes video.json and prompt.json of the base's folder, else the defaults
+    dimensions      name -> what one query token rewards. "overall" learns from the table's preference, a sub-dimension
+                    (subject, dynamics, ...) from its ``answer``, another name (VQ, MQ, TA) from the column of that name
     lr, lora        what is trained and how fast; ``optimizer.lr`` is not used
     optimizer       AdamW's other settings
     heldout_pairs   how many held-out pairs are measured every ``eval_every`` steps (0 for never) and at the end
@@ -121,6 +138,7 @@ class ColdStartRun:
     base: str
     data: PairFiles
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
+    dimensions: dict[str, RewardDimension] = field(default_factory=one_reward)
     lr: LearningRates = field(default_factory=LearningRates)
     lora: JudgeLora | None = field(default_factory=JudgeLora)
     video: VideoSettings | None = None
@@ -139,7 +157,13 @@ class ColdStartRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        _check("ColdStartRun", _judge_problems(self))
+        problems = _judge_problems(self)
+        if not self.dimensions:
+            problems.append("dimensions must name at least one, got none")
+        if self.data.layout != "descore" and self.cold_start.masking.probability < 1:
+            want = "cold_start.masking.probability=1"
+            problems.append(f"data.layout={self.data.layout} has no chains of thought: it needs {want}")
+        _check("ColdStartRun", problems)
 
 
 @dataclass(frozen=True)
@@ -180,6 +204,8 @@ class DualRlRun:
 
     def __post_init__(self) -> None:
         problems = _judge_problems(self)
+        if self.data.layout != "descore":
+            problems.append(f"data.layout must be descore, whose answers say what is right, not {self.data.layout}")
         if self.lora is not None and self.lora.dropout > 0:
             problems.append(f"lora.dropout must be 0, got {self.lora.dropout}: it would change the importance ratio")
         _check("DualRlRun", problems)

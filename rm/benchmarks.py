@@ -8,12 +8,12 @@ descore   the training table, see `rm.data.read_pairs`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rm.data import LABELS, Pair, PairTable, check_videos, collect, csv_file, prompt_in, read_pairs
+from rm.data import LABELS, Pair, PairTable, check_videos, collect, csv_file, labels_in, prompt_in, read_pairs
 from rm.prompt import parse_preference
 
 Layout = Literal["descore", "videogen", "genai", "indomain"]
@@ -22,20 +22,30 @@ DIMENSIONS = ("VQ", "MQ", "TA", "Overall")
 
 @dataclass(frozen=True)
 class _Columns:
-    """Where a layout keeps both videos and the label, and how the label's cell is read (None: it cannot be)."""
+    """Where a layout keeps both videos and the label, how the label's cell is read (None: it cannot be), and columns
+    of further labels.
+    """
 
     video_A: str
     video_B: str
     label: str
     read: Callable[[str], int | None]
+    labels: tuple[str, ...] = ()
 
 
 def read_benchmark(
-    path: str | Path, layout: Layout, *, dimension: str = "TA", videos: str | Path | None = None
+    path: str | Path,
+    layout: Layout,
+    *,
+    dimension: str = "TA",
+    videos: str | Path | None = None,
+    dimensions: Sequence[str] = (),
 ) -> PairTable:
     """Read a benchmark's CSV; video paths are relative to ``videos``, or to the CSV itself.
 
-    dimension  of "videogen" only: VQ, MQ, TA or Overall; DeScore's published column is TA
+    dimension  of "videogen" only: VQ, MQ, TA or Overall; DeScore's published column is TA. The others are in
+               ``Pair.labels``
+    dimensions of "descore" only, see `rm.data.read_pairs`
 
     Bad rows are left out and described as ``file:line: what``; an invalid label is counted. ValueError, naming the
     file, for an unknown dimension, a table that is unreadable or lacks a column, or no usable row.
@@ -43,7 +53,7 @@ def read_benchmark(
     if layout == "descore":
         if videos is not None:
             raise ValueError(f"{path}: the training layout names its videos relative to the CSV")
-        return read_pairs(path, require_cot=False)
+        return read_pairs(path, require_cot=False, dimensions=dimensions)
     if dimension not in DIMENSIONS:
         raise ValueError(f"{path}: dimension must be one of {', '.join(DIMENSIONS)}, got {dimension!r}")
     columns = _columns(layout, dimension)
@@ -55,7 +65,7 @@ def read_benchmark(
 
 def _columns(layout: Layout, dimension: str) -> _Columns:
     if layout == "videogen":
-        return _Columns("path_A", "path_B", dimension, LABELS.get)
+        return _Columns("path_A", "path_B", dimension, LABELS.get, DIMENSIONS)
     if layout == "genai":
         return _Columns("left_video_path", "right_video_path", "vote_type", _vote)
     if layout == "indomain":
@@ -76,4 +86,4 @@ def _pair(row: Mapping[str, str], text: str, columns: _Columns, root: Path) -> P
         raise ValueError(f"{columns.label} says {row[columns.label]!r:.80}, which names no preference")
     files = [root / (row[name] or "").strip() for name in (columns.video_A, columns.video_B)]
     check_videos(files)
-    return Pair(prompt_in(row), files[0], files[1], "", "", label)
+    return Pair(prompt_in(row), files[0], files[1], "", "", label, labels=labels_in(row, columns.labels))

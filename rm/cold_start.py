@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.distributed import derive_seed, gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
-from rm.losses import preference_loss
+from rm.data import label_of_total, label_rows
+from rm.losses import counted, preference_loss
 from rm.masking import dropped_share, mask
-from rm.metrics import preference_accuracy
+from rm.metrics import accuracy_by_dimension, preference_accuracy
 from rm.prompt import Encoded, encode_cot
 from rm.video import prepare
 
@@ -83,30 +84,35 @@ class ColdStart:
         """Optimizer step number ``step`` (from 0), on ``pairs_per_step`` pairs over all ranks."""
         start = time.perf_counter()
         draws = self.schedule.at(step)
-        count = self.counted(draws)
+        # every rank knows all draws
+        count_K = counted(self.labels([self.pairs[d.row] for d in draws]), theta=self.cfg.theta).clamp(min=1).tolist()
         torch.manual_seed(derive_seed(self.seed, "dropout", step, rank()))
         self.model.train()
         sums = {"loss": 0.0, "right": 0.0, "margin": 0.0, "masked": 0.0}
         for part in self.own_parts(draws):
             own = [self.pairs[d.row] for d in part]
             chains = [self.masked(pair, d) for pair, d in zip(own, part, strict=True)]
-            reward_N2 = self.rewards(own, chains)
-            label_N = torch.tensor([self.pairs[d.row].label for d in part], device=reward_N2.device)
-            theta, margin = self.cfg.theta, self.cfg.margin
-            loss = preference_loss(reward_N2, label_N, theta=theta, margin=margin, count=count).loss
+            reward_N2K = self.rewards(own, chains)
+            label_N = torch.tensor([label_of_total(p, self.model.dimensions) for p in own], device=reward_N2K.device)
+            loss = preference_loss(
+                reward_N2K, self.labels(own).to(reward_N2K.device), weight_K=self.model.loss_weight_K,
+                theta=self.cfg.theta, margin=self.cfg.margin, count_K=count_K,
+            )  # fmt: skip
             value = loss.detach().item()
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value} in step {step}")
             # SUM / global count; the engine divides by accumulation and averages over ranks
             self.engine.backward(loss * (self.accumulation * world_size()))
             self.engine.step()
-            signed_N = ((reward_N2[:, 0] - reward_N2[:, 1]) * label_N).detach()
+            total_N2 = self.model.total(reward_N2K.detach())
+            signed_N = (total_N2[:, 0] - total_N2[:, 1]) * label_N
             sums["loss"] += value
             sums["right"] += float((signed_N > 0).sum())
-            sums["margin"] += float(signed_N.sum())
+            sums["margin"] += float(signed_N.nansum())
             for pair, kept in zip(own, chains, strict=True):
                 sums["masked"] += sum(map(dropped_share, (pair.cot_A, pair.cot_B), kept)) / 2
-        decided = max(1, sum(self.pairs[d.row].label != 0 for d in draws))
+        labels = [label_of_total(self.pairs[d.row], self.model.dimensions) for d in draws]
+        decided = max(1, sum(label in (1, -1) for label in labels))
         norm = self.grad_norm() if self.grad_norm is not None else None
         return {
             "train/loss": sum_over_ranks(sums["loss"]),
@@ -117,10 +123,8 @@ class ColdStart:
             **mean_over_ranks({"seconds/step": time.perf_counter() - start}),
         }
 
-    def counted(self, draws: Sequence[Draw]) -> int:
-        """Pairs of all ranks that carry a preference: what the loss is divided by. Every rank knows all draws."""
-        ties_count = self.cfg.theta is not None
-        return max(1, sum(ties_count or self.pairs[d.row].label != 0 for d in draws))
+    def labels(self, pairs: Sequence[Pair]) -> Tensor:
+        return torch.tensor(label_rows(pairs, self.model.dimensions))
 
     def own_parts(self, draws: Sequence[Draw]) -> list[Sequence[Draw]]:
         """This rank's share, in micro-batches."""
@@ -133,7 +137,7 @@ class ColdStart:
         return mask((pair.cot_A, pair.cot_B), self.cfg.masking, seed=self.seed, epoch=draw.epoch, row=draw.row)
 
     def rewards(self, pairs: Sequence[Pair], chains: Sequence[tuple[str, str]]) -> Tensor:
-        """(N, 2) rewards of A and B with these chains of thought, one forward."""
+        """(N, 2, K) rewards of A and B with these chains of thought, one forward."""
         encoded: list[Encoded] = []
         videos: list[PreparedVideo] = []
         for pair, both in zip(pairs, chains, strict=True):
@@ -142,7 +146,7 @@ class ColdStart:
                 videos.append(side.video)
                 encoded.append(Encoded(side.prompt_ids, tuple(encode_cot(self.model.tokenizer, cot))))
         batch = self.model.batch(encoded, videos).to(self.model.device)
-        return self.model(batch).view(-1, 2)
+        return self.model(batch).unflatten(0, (-1, 2))
 
     def side(self, path: Path, prompt: str) -> Side:
         """Decode, cut and tokenise, unless that was done before and kept."""
@@ -161,13 +165,18 @@ class ColdStart:
         """Preference accuracy on pairs with the chains of thought of the table, never masked; ranks share them."""
         self.model.eval()
         own, size = list(range(rank(), len(pairs), world_size())), self.cfg.micro_batch
-        margins: list[tuple[int, float]] = []
+        margins: list[tuple[int, list[float]]] = []
         for start in range(0, len(own), size):
             rows = own[start : start + size]
             part = [pairs[i] for i in rows]
-            reward_N2 = self.rewards(part, [(pair.cot_A, pair.cot_B) for pair in part])
-            margins += zip(rows, (reward_N2[:, 0] - reward_N2[:, 1]).tolist(), strict=True)
-        margin_of = {row: margin for part in gather_objects(margins) for row, margin in part}
-        margin_N = torch.tensor([margin_of[i] for i in range(len(pairs))])
-        found = preference_accuracy(margin_N, torch.tensor([pair.label for pair in pairs]))
-        return {"heldout/accuracy": found.without_ties, "heldout/accuracy_with_ties": found.with_ties}
+            reward_N2K = self.rewards(part, [(pair.cot_A, pair.cot_B) for pair in part])
+            margins += zip(rows, (reward_N2K[:, 0] - reward_N2K[:, 1]).tolist(), strict=True)
+        margin_of = {row: margin_K for part in gather_objects(margins) for row, margin_K in part}
+        margin_NK = torch.tensor([margin_of[i] for i in range(len(pairs))])
+        label_N = torch.tensor([label_of_total(pair, self.model.dimensions) for pair in pairs])
+        found = preference_accuracy(self.model.total(margin_NK), label_N)
+        return {
+            "heldout/accuracy": found.without_ties,
+            "heldout/accuracy_with_ties": found.with_ties,
+            **accuracy_by_dimension(margin_NK, self.labels(pairs), list(self.model.dimensions)),
+        }

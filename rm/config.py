@@ -114,6 +114,27 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class RewardDimension:
+    """One query token and its row of the head.
+
+    weight       in the reward: SUM over dimensions of weight x the dimension's own reward
+    loss_weight  of its Bradley-Terry term
+    """
+
+    weight: float = 1.0
+    loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.loss_weight < 0:
+            raise ValueError(f"loss_weight={self.loss_weight} must not be negative")
+
+
+def one_reward() -> dict[str, RewardDimension]:
+    """DeScore's: a single query that says how good a video is overall."""
+    return {"overall": RewardDimension()}
+
+
+@dataclass(frozen=True)
 class Masking:
     """Random masking of chains of thought in training, see `rm.masking`. Defaults: DeScore's released run.
 

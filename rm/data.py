@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import csv
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.distributed import derive_seed
-from rm.prompt import parse_scores
+from rm.prompt import DIMENSIONS, parse_scores
 
 LABELS = {"A": 1, "B": -1, "same": 0}
 REQUIRED_COLUMNS = ("videos", "prompt", "GSB")
@@ -24,6 +25,7 @@ class Pair:
 
     video_A, video_B    files; cot_A, cot_B  "" if there is none; label  1 A is better, -1 B is better, 0 a tie
     scores_A, scores_B  the right sub-dimension scores, what stage 2 rewards chains of thought for; None if unknown
+    labels              of other dimensions, by name, as far as somebody said
     """
 
     prompt: str
@@ -34,10 +36,24 @@ class Pair:
     label: int
     scores_A: Mapping[str, int | None] | None = None
     scores_B: Mapping[str, int | None] | None = None
+    labels: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.label not in (1, -1, 0):
-            raise ValueError(f"Pair.label must be 1, -1 or 0, got {self.label}")
+        for label in (self.label, *self.labels.values()):
+            if label not in (1, -1, 0):
+                raise ValueError(f"Pair.label must be 1, -1 or 0, got {label}")
+
+    def label_in(self, dimension: str) -> float:
+        """1, -1, 0, or NaN where nobody said.
+
+        The column of that name; else "overall" is ``label``, and a sub-dimension is won by the higher right score.
+        """
+        if dimension in self.labels:
+            return float(self.labels[dimension])
+        if dimension == "overall":
+            return float(self.label)
+        a, b = ((scores or {}).get(dimension) for scores in (self.scores_A, self.scores_B))
+        return math.nan if a is None or b is None else float((a > b) - (a < b))
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,9 @@ class PairTable:
         return "\n  ".join(lines + ([f"... and {more} more"] if more > 0 else []))
 
 
-def read_pairs(path: str | Path, *, require_cot: bool = True, require_scores: bool = False) -> PairTable:
+def read_pairs(
+    path: str | Path, *, require_cot: bool = True, require_scores: bool = False, dimensions: Sequence[str] = ()
+) -> PairTable:
     """Read a CSV, or a folder that holds one, with the official columns.
 
     videos  python literal ``['a.mp4', 'b.mp4']``, relative to the CSV; prompt; GSB  A, B, same or invalid;
@@ -68,15 +86,20 @@ def read_pairs(path: str | Path, *, require_cot: bool = True, require_scores: bo
 
     require_cot     a row without both CoTs is a bad row; otherwise its CoT is empty, and never the text "nan"
     require_scores  a row without a readable ``answer`` is a bad row; otherwise its right scores are unknown
+    dimensions      more labels: columns of these names with A, B or same (anything else: nobody said). "overall" is
+                    GSB, and a sub-dimension without a column of its own is read from ``answer``
 
     Bad rows are left out and described as ``file:line: what``. ValueError, naming the file, when the table itself is
     unreadable, lacks a column, or has no usable row.
     """
     path = csv_file(Path(path))
+    columns = [name for name in dimensions if name not in ("overall", *DIMENSIONS)]
     required = [*REQUIRED_COLUMNS, *(("CoT_A", "CoT_B") if require_cot else ()), *(["answer"] * require_scores)]
+    required += columns
 
     def pair_of(row: Mapping[str, str], label: str) -> Pair:
         pair = _pair(row, label, path.parent, require_cot=require_cot)
+        pair = replace(pair, labels=labels_in(row, dimensions))
         scores = parse_scores(row.get("answer") or "")
         if scores is None and require_scores:
             wanted = "an <answer> block with video_1_scores and video_2_scores"
@@ -192,6 +215,22 @@ def _pair(row: dict[str, str], label: str, root: Path, *, require_cot: bool) -> 
     if require_cot and not all(cots):
         raise ValueError(f"{'CoT_A' if not cots[0] else 'CoT_B'} is empty")
     return Pair(prompt, files[0], files[1], cots[0], cots[1], LABELS[label])
+
+
+def label_rows(pairs: Sequence[Pair], dimensions: Iterable[str]) -> list[list[float]]:
+    """`Pair.label_in`, a row a pair and a column a dimension."""
+    return [[pair.label_in(name) for name in dimensions] for pair in pairs]
+
+
+def label_of_total(pair: Pair, dimensions: Collection[str]) -> float:
+    """What the summed reward is compared with: the preference in the one dimension there is, else the overall one."""
+    return pair.label_in(*dimensions) if len(dimensions) == 1 else float(pair.label)
+
+
+def labels_in(row: Mapping[str, str], names: Sequence[str]) -> dict[str, int]:
+    """What the row's columns of these names say, as far as they say something."""
+    cells = {name: (row.get(name) or "").strip() for name in names}
+    return {name: LABELS[cell] for name, cell in cells.items() if cell in LABELS}
 
 
 def check_videos(files: Sequence[Path]) -> None:

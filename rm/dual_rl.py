@@ -24,9 +24,10 @@ import torch
 from common.distributed import derive_seed, gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
 from common.policy_gradient import group_advantages, k3_kl, masked_mean, token_surrogate
 from rm.config import Generation
+from rm.data import label_of_total, label_rows
 from rm.generate import generate, read_rewards
-from rm.losses import preference_loss
-from rm.metrics import preference_accuracy
+from rm.losses import counted, preference_loss
+from rm.metrics import accuracy_by_dimension, preference_accuracy
 from rm.model import adapters_off
 from rm.packed import Chain, Packed, judge, pack
 from rm.text_rewards import RuleReward, RuleRewardConfig, preference_rewards, rule_reward
@@ -59,12 +60,12 @@ def backwards_per_update(cfg: DualRlConfig, ranks: int) -> int:
 class Rollouts:
     """One micro-batch of N pairs, sampled and judged; chains of ``packed`` are in the order (pair, side, rollout).
 
-    label_N; advantage_N2G; rules[pair][side][rollout]; finished_N2G bool
+    label_NK; advantage_N2G; rules[pair][side][rollout]; finished_N2G bool
     old_BGT, reference_BGT  log-probs when sampled, and of the frozen stage-1 model; None: not needed
     """
 
     packed: Packed
-    label_N: Tensor
+    label_NK: Tensor
     advantage_N2G: Tensor
     rules: Sequence[Sequence[Sequence[RuleReward]]]
     finished_N2G: Tensor
@@ -72,7 +73,7 @@ class Rollouts:
     reference_BGT: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shape = (len(self.label_N), 2, self.packed.query_BG.numel() // (2 * len(self.label_N)))
+        shape = (len(self.label_NK), 2, self.packed.query_BG.numel() // (2 * len(self.label_NK)))
         if self.advantage_N2G.shape != shape or self.finished_N2G.shape != shape:
             got = tuple(self.advantage_N2G.shape), tuple(self.finished_N2G.shape)
             raise ValueError(f"Rollouts: advantages and finished {got}, (pair, side, rollout) is {shape}")
@@ -155,10 +156,11 @@ class DualRl:
         reward_N2G = torch.tensor([[[r.total for r in group] for group in pair] for pair in rules])
         advantage_VG = group_advantages(reward_N2G.flatten(0, 1), scale="group", eps=EPS)
         packed = self.packed(encoded, videos, chains).to(self.model.device)
+        names = self.model.dimensions
         several = cfg.pairs_per_step > cfg.pairs_per_update  # then the weights move away from those that sampled
         return Rollouts(
             packed=packed,
-            label_N=torch.tensor([self.pairs[row].label for row in rows], device=self.model.device),
+            label_NK=torch.tensor(label_rows([self.pairs[row] for row in rows], names), device=self.model.device),
             advantage_N2G=advantage_VG.view_as(reward_N2G).to(self.model.device),
             rules=rules,
             finished_N2G=torch.tensor([chain.finished for chain in flat]).view_as(reward_N2G),
@@ -183,8 +185,8 @@ class DualRl:
         """One optimizer step on this rank's micro-batches of an update."""
         cfg = self.cfg
         tokens = sum_over_ranks(float(sum(part.tokens for part in parts)))
-        counted = sum(int((part.label_N != 0).sum()) if cfg.theta is None else len(part.label_N) for part in parts)
-        decided = max(1.0, sum_over_ranks(float(counted * cfg.group_size)))
+        found_K = sum(counted(part.label_NK, theta=cfg.theta) for part in parts) * cfg.group_size
+        count_K = [max(1.0, sum_over_ranks(float(found))) for found in found_K]
         self.model.train()
         sums = dict.fromkeys(("loss", "policy", "kl", "bt", "right", "decided", "ratio", "clipped"), 0.0)
         for part in parts:
@@ -200,10 +202,12 @@ class DualRl:
             if part.reference_BGT is not None:
                 kl = masked_mean(k3_kl(log_prob, part.reference_BGT.flatten(0, 1)), mask, count=max(1.0, tokens))
             # (pair, side, rollout) -> rollout i of A against rollout i of B
-            reward_N2G = judged.reward_BG.view(-1, 2, cfg.group_size)
-            reward_M2 = reward_N2G.transpose(1, 2).flatten(0, 1)
-            label_M = part.label_N.repeat_interleave(cfg.group_size)
-            bt = preference_loss(reward_M2, label_M, theta=cfg.theta, count=decided).loss
+            reward_N2GK = judged.reward_BGK.reshape(len(part.label_NK), 2, cfg.group_size, -1)
+            reward_M2K = reward_N2GK.transpose(1, 2).flatten(0, 1)
+            label_MK = part.label_NK.repeat_interleave(cfg.group_size, 0)
+            bt = preference_loss(
+                reward_M2K, label_MK, weight_K=self.model.loss_weight_K, theta=cfg.theta, count_K=count_K
+            )
             loss = policy.loss + cfg.kl_weight * kl + cfg.bt_weight * bt
             if not math.isfinite(loss.item()):
                 terms = f"policy {policy.loss.item()}, kl {kl.item()}, bt {bt.item()}"
@@ -211,8 +215,9 @@ class DualRl:
             # SUM / global count; the engine divides by accumulation and averages over ranks
             self.engine.backward(loss * (self.accumulation * world_size()))
             self.engine.step()
-            margin_M = ((reward_M2[:, 0] - reward_M2[:, 1]) * label_M).detach()
-            found = (loss, policy.loss, kl, bt, (margin_M > 0).sum(), (label_M != 0).sum())
+            margin_MK = (reward_M2K[:, 0] - reward_M2K[:, 1]).detach() * label_MK
+            # over dimensions too, each (pair, rollout) with a label there
+            found = (loss, policy.loss, kl, bt, (margin_MK > 0).sum(), (margin_MK.isfinite() & (label_MK != 0)).sum())
             for name, value in zip(("loss", "policy", "kl", "bt", "right", "decided"), found, strict=True):
                 sums[name] += value.item()
             sums["ratio"] += policy.metrics["ratio_mean"] * part.tokens
@@ -283,23 +288,25 @@ class DualRl:
         """
         self.model.eval()
         own, size = list(range(rank(), len(pairs), world_size())), self.cfg.micro_batch * self.cfg.group_size
-        found: list[tuple[int, float, float, float]] = []
+        found: list[tuple[int, list[float], float, float]] = []
         for start in range(0, len(own), size):
             part = [pairs[i] for i in own[start : start + size]]
             videos, encoded = self.inputs(part)
             written = generate(self.model, self.model.batch(encoded, videos, query=False), how)
-            reward_B = read_rewards(self.model, written).tolist()
+            reward_BK = read_rewards(self.model, written)
             for n, pair in enumerate(part):
                 chains = [Chain(tuple(written.ids(i)), bool(written.finished_B[i])) for i in (2 * n, 2 * n + 1)]
                 judged = zip(chains, (pair.scores_A or {}, pair.scores_B or {}), strict=True)
                 quality = sum(self.rewards([chain], truth)[0].quality for chain, truth in judged) / 2
-                margin = reward_B[2 * n] - reward_B[2 * n + 1]
-                found.append((own[start + n], margin, quality, sum(chain.finished for chain in chains) / 2))
+                margin_K = (reward_BK[2 * n] - reward_BK[2 * n + 1]).tolist()
+                found.append((own[start + n], margin_K, quality, sum(chain.finished for chain in chains) / 2))
         rows = sorted(row for rank_rows in gather_objects(found) for row in rank_rows)
-        margin_N = torch.tensor([row[1] for row in rows])
-        accuracy = preference_accuracy(margin_N, torch.tensor([pair.label for pair in pairs]))
+        margin_NK, names = torch.tensor([row[1] for row in rows]), list(self.model.dimensions)
+        label_N = torch.tensor([label_of_total(pair, names) for pair in pairs])
+        accuracy = preference_accuracy(self.model.total(margin_NK), label_N)
         return {
             "heldout/accuracy": accuracy.without_ties,
+            **accuracy_by_dimension(margin_NK, torch.tensor(label_rows(pairs, names)), names),
             "heldout/quality": sum(row[2] for row in rows) / len(rows),
             "heldout/finished": sum(row[3] for row in rows) / len(rows),
         }

@@ -1,6 +1,6 @@
 """Writing chains of thought, many at a time, and reading the reward off the same KV cache.
 
-Slots of the cache: [prompt, padded on the right][one slot per generated token][one for `<Reward>`]. Slots are places,
+Slots of the cache: [prompt, padded on the right][one slot per generated token][one per query token]. Slots are places,
 not positions: M-RoPE positions are given explicitly and padding, end-of-turn and idle slots are masked out. So
 `read_rewards` feeds one token and equals the full forward over [prompt, video, CoT, <Reward>].
 """
@@ -69,7 +69,8 @@ def generate(
         logits_BV, last_B, prompt_BL, prompt_mask_BL = (
             x.repeat_interleave(copies, 0) for x in (logits_BV, last_B, prompt_BL, prompt_mask_BL)
         )
-    mask_BK = torch.zeros(size, prompt_length + how.max_new_tokens + 1, dtype=torch.bool, device=model.device)
+    queries = len(model.query_ids)
+    mask_BK = torch.zeros(size, prompt_length + how.max_new_tokens + queries, dtype=torch.bool, device=model.device)
     mask_BK[:, :prompt_length] = prompt_mask_BL
     token_BL = torch.full((size, how.max_new_tokens), model.pad_id, device=model.device)
     length_B = torch.zeros(size, dtype=torch.long, device=model.device)
@@ -85,40 +86,42 @@ def generate(
         length_B += alive_B
         slot = prompt_length + step
         mask_BK[:, slot] = alive_B
-        hidden_BD = _feed(model, token_BL[:, step], last_B + step + 1, mask_BK[:, : slot + 1], cache)
+        position_B1 = (last_B + step + 1).unsqueeze(1)
+        hidden_B1D = _feed(model, token_BL[:, step : step + 1], position_B1, mask_BK[:, : slot + 1], cache)
         if step + 1 < how.max_new_tokens:
-            logits_BV = _logits(model, hidden_BD)
+            logits_BV = _logits(model, hidden_B1D[:, 0])
 
     used = cache.get_seq_length()
     longest = max(int(length_B.max()), 1)
     return Chains(
-        token_BL[:, :longest], length_B, ~alive_B, cache, mask_BK[:, : used + 1].clone(), last_B + 1 + length_B
+        token_BL[:, :longest], length_B, ~alive_B, cache, mask_BK[:, : used + queries].clone(), last_B + 1 + length_B
     )
 
 
 @torch.no_grad()
 def read_rewards(model: DeScore, chains: Chains) -> Tensor:
-    """Rewards (B,), fp32: `<Reward>` fed right after each chain's last token. One forward of one token.
+    """Rewards (B, K), fp32: the queries fed right after each chain's last token. One forward of K tokens.
 
-    Uses the cache up (one slot is added): call it once. An unfinished chain has a reward too; whether it counts is
+    Uses the cache up (K slots are added): call it once. An unfinished chain has a reward too; whether it counts is
     the caller's business.
     """
-    query_B = torch.full_like(chains.length_B, model.query_id)
+    query_K = torch.tensor(model.query_ids, device=model.device)
     mask_BK = chains.mask_BK.clone()
-    mask_BK[:, -1] = True
-    return model.read_reward(_feed(model, query_B, chains.position_B, mask_BK, chains.cache))
+    mask_BK[:, -len(query_K) :] = True
+    position_BK = chains.position_B.unsqueeze(1) + torch.arange(len(query_K), device=model.device)
+    return model.read_reward(_feed(model, query_K.expand_as(position_BK), position_BK, mask_BK, chains.cache))
 
 
-def _feed(model: DeScore, token_B: Tensor, position_B: Tensor, mask_BK: Tensor, cache: Cache) -> Tensor:
-    """One token per row through the language model, hidden state (B, D). There is nothing visual in it."""
+def _feed(model: DeScore, token_BL: Tensor, position_BL: Tensor, mask_BK: Tensor, cache: Cache) -> Tensor:
+    """A few more tokens per row through the language model, hidden (B, L, D). There is nothing visual in them."""
     output = model.backbone.model.language_model(
-        input_ids=token_B.unsqueeze(1),
-        position_ids=position_B.view(1, -1, 1).expand(3, -1, 1),
+        input_ids=token_BL,
+        position_ids=position_BL.unsqueeze(0).expand(3, -1, -1),
         attention_mask=mask_BK,
         past_key_values=cache,
         use_cache=True,
     )
-    return output.last_hidden_state[:, -1]
+    return output.last_hidden_state
 
 
 def _logits(model: DeScore, hidden_BD: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -61,18 +62,34 @@ def bradley_terry(
 
 
 def preference_loss(
-    reward_N2: Tensor,
-    label_N: Tensor,
+    reward_N2K: Tensor,
+    label_NK: Tensor,
     *,
+    weight_K: Sequence[float],
     theta: float | None = None,
     margin: float = 0.0,
-    count: float | None = None,
-) -> LossOutput:
-    """`bradley_terry` of rewards of (A, B) with labels 1 (A is better), -1 (B), 0 (a tie)."""
-    a_first_N = label_N >= 0
-    win_N = torch.where(a_first_N, reward_N2[:, 0], reward_N2[:, 1])
-    lose_N = torch.where(a_first_N, reward_N2[:, 1], reward_N2[:, 0])
-    return bradley_terry(win_N, lose_N, tie_N=label_N == 0, theta=theta, margin=margin, count=count)
+    count_K: Sequence[float] | None = None,
+) -> Tensor:
+    """SUM over dimensions k of weight_k x `bradley_terry` of the rewards of (A, B) in dimension k.
+
+    label_NK  1 (A is better), -1 (B), 0 (a tie), NaN (nobody said: not counted)
+    count_K   what each dimension's SUM is divided by, see `bradley_terry` and `counted`
+    """
+    terms = []
+    for k, weight in enumerate(weight_K):
+        known_N = ~label_NK[:, k].isnan()
+        label_M, (a_M, b_M) = label_NK[known_N, k], reward_N2K[known_N, :, k].unbind(1)
+        win_M, lose_M = torch.where(label_M >= 0, a_M, b_M), torch.where(label_M >= 0, b_M, a_M)
+        count = None if count_K is None else count_K[k]
+        found = bradley_terry(win_M, lose_M, tie_N=label_M == 0, theta=theta, margin=margin, count=count)
+        terms.append(weight * found.loss)
+    return torch.stack(terms).sum()
+
+
+def counted(label_NK: Tensor, *, theta: float | None) -> Tensor:
+    """(K,) pairs that carry a preference in each dimension: those with a label, ties only where theta counts them."""
+    says_NK = ~label_NK.isnan() & ((label_NK != 0) | (theta is not None))
+    return says_NK.sum(0)
 
 
 def _metrics(margin_N: Tensor) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +30,15 @@ def preference_accuracy(margin_N: Tensor, label_N: Tensor) -> PreferenceAccuracy
 
     The threshold is calibrated on the very data, as the benchmarks do. It is tried at -1 and at each unique |m| only:
     pairs with equal |m| change sides together (stepping through them one by one scores predictions that no threshold
-    can make). O(N log N). A NaN margin (unjudged) is wrong under every threshold. ValueError for other labels.
+    can make). O(N log N). A NaN margin (unjudged) is wrong under every threshold; a pair whose label is NaN (nobody
+    said) is left out. ValueError for other labels.
     """
     if margin_N.dim() != 1 or margin_N.shape != label_N.shape:
         raise ValueError(
             f"preference_accuracy needs two (N,) tensors, got {tuple(margin_N.shape)} and {tuple(label_N.shape)}"
         )
     margin_N, label_N = margin_N.detach().double().cpu(), label_N.detach().double().cpu()
+    margin_N, label_N = margin_N[~label_N.isnan()], label_N[~label_N.isnan()]
     known_N = (label_N == 1) | (label_N == -1) | (label_N == 0)
     if not known_N.all():
         raise ValueError(f"labels must be 1, -1 or 0, got {label_N[~known_N][0].item()}")
@@ -57,3 +60,11 @@ def preference_accuracy(margin_N: Tensor, label_N: Tensor) -> PreferenceAccuracy
         without_ties=int(right_N.sum()) / decided if decided else float("nan"),
         threshold=unique_U[best - 1].item() if best else -1.0,
     )
+
+
+def accuracy_by_dimension(margin_NK: Tensor, label_NK: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """``heldout/accuracy/<name>``: without ties, of the pairs with a label there, not NaN. {} for one dimension."""
+    if len(names) == 1:
+        return {}
+    by_name = zip(names, margin_NK.unbind(1), label_NK.unbind(1), strict=True)
+    return {f"heldout/accuracy/{name}": preference_accuracy(*both).without_ties for name, *both in by_name}

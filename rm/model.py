@@ -5,6 +5,8 @@
 Attention is plain causal, so the query sees everything before it. `<Reward>` is an id without a string: a free row of
 the embedding matrix whose value is a 1 x d parameter of its own, put in place by a hook. No text can spell it, the
 vocabulary is never trained for it, and its optimizer state is one vector (2605.05922; spec sections 1 and 10).
+
+A judge of K dimensions has K such tokens one after the other and a K x d head, r_k = w_k . h_k; DeScore has K = 1.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rm.config import Generation, LearningRates, LoraConfig, VideoSettings
+from rm.config import Generation, LearningRates, LoraConfig, RewardDimension, VideoSettings, one_reward
 from rm.prompt import DEFAULT_TEMPLATE, IM_END, VIDEO_PAD, Encoded, PromptTemplate, encode, token_id
 from rm.video import PreparedVideo
 
@@ -58,7 +60,8 @@ class DeScore(nn.Module):
     """The module deepspeed wraps. Beside its weights it holds all that belongs to the checkpoint.
 
     tokenizer, template, settings  how prompts and videos become a Batch
-    query_id                       the id of `<Reward>`
+    query_id                       the id of `<Reward>`; of several, the first
+    dimensions                     what each query token rewards, in their order
     generation                     how its chains of thought are meant to be written
     """
 
@@ -70,8 +73,10 @@ class DeScore(nn.Module):
         settings: VideoSettings,
         query_id: int,
         generation: Generation | None = None,
+        dimensions: Mapping[str, RewardDimension] | None = None,
     ) -> None:
         super().__init__()
+        self.dimensions = dict(dimensions or one_reward())
         vision = backbone.config.vision_config
         for ours in ("patch_size", "merge_size", "temporal_patch_size"):
             theirs = "spatial_merge_size" if ours == "merge_size" else ours
@@ -85,21 +90,24 @@ class DeScore(nn.Module):
         self.video_pad_id, self.end_id = token_id(tokenizer, VIDEO_PAD), token_id(tokenizer, IM_END)
         rows = backbone.get_input_embeddings().weight
         width = rows.shape[1]
-        self.query = nn.Parameter(rows[:query_id].detach().float().mean(0, keepdim=True))
-        self.head = nn.Linear(width, 1, bias=False, device=rows.device)
+        count = len(self.dimensions)
+        self.query = nn.Parameter(rows[:query_id].detach().float().mean(0, keepdim=True).repeat(count, 1))
+        self.head = nn.Linear(width, count, bias=False, device=rows.device)
         nn.init.normal_(self.head.weight, std=HEAD_INIT_STD)
         backbone.get_input_embeddings().register_forward_hook(self._place_query)
 
     def _place_query(self, module: nn.Module, args: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
-        is_query = (args[0] == self.query_id).unsqueeze(-1)
-        return torch.where(is_query, self.query.to(embedded.dtype), embedded)
+        which_BLK = args[0].unsqueeze(-1) == torch.tensor(self.query_ids, device=embedded.device)
+        own_BLD = which_BLK.to(embedded.dtype) @ self.query.to(embedded.dtype)
+        return torch.where(which_BLK.any(-1, keepdim=True), own_BLD, embedded)
 
     # ------------------------------------------------------------------ the reward
 
     def forward(self, batch: Batch) -> Tensor:
-        """Rewards (B,), fp32, of sequences that end in the query token. No vocabulary logits are computed."""
+        """Rewards (B, K), fp32, of sequences that end in the query tokens. No vocabulary logits are computed."""
         hidden_BLD = self.hidden(batch)
-        return self.read_reward(hidden_BLD[torch.arange(len(batch.last_B), device=hidden_BLD.device), batch.last_B])
+        row_B1 = torch.arange(len(hidden_BLD), device=hidden_BLD.device).unsqueeze(1)
+        return self.read_reward(hidden_BLD[row_B1, batch.last_B.unsqueeze(1) - self.steps_back])
 
     def hidden(self, batch: Batch, **options: Any) -> Tensor:
         """Last hidden state (B, L, D) after the final norm; ``options`` go to the backbone (a KV cache, say)."""
@@ -114,9 +122,27 @@ class DeScore(nn.Module):
         )
         return output.last_hidden_state
 
-    def read_reward(self, hidden_BD: Tensor) -> Tensor:
-        """r = w . h in fp32, whatever the backbone's dtype -> (B,)."""
-        return F.linear(hidden_BD.float(), self.head.weight.float()).squeeze(-1)
+    def read_reward(self, hidden_BKD: Tensor) -> Tensor:
+        """r_k = w_k . h_k in fp32, whatever the backbone's dtype: (..., K, D) -> (..., K)."""
+        return (hidden_BKD.float() * self.head.weight.float()).sum(-1)
+
+    def total(self, reward_BK: Tensor) -> Tensor:
+        """The reward: SUM over dimensions of weight x reward, (..., K) -> (...)."""
+        weights = [dimension.weight for dimension in self.dimensions.values()]
+        return reward_BK @ torch.tensor(weights, dtype=reward_BK.dtype, device=reward_BK.device)
+
+    @property
+    def loss_weight_K(self) -> list[float]:
+        return [dimension.loss_weight for dimension in self.dimensions.values()]
+
+    @property
+    def query_ids(self) -> tuple[int, ...]:
+        return tuple(range(self.query_id, self.query_id + len(self.dimensions)))
+
+    @property
+    def steps_back(self) -> Tensor:
+        """(K,) how far each query stands before the last one."""
+        return torch.arange(len(self.dimensions) - 1, -1, -1, device=self.device)
 
     # ------------------------------------------------------------------ from texts and videos to a Batch
 
@@ -127,10 +153,10 @@ class DeScore(nn.Module):
         )
 
     def batch(self, encoded: Sequence[Encoded], videos: Sequence[PreparedVideo], *, query: bool = True) -> Batch:
-        """Pad on the right; ``query`` appends `<Reward>` to every sequence (off for generation). On the CPU."""
+        """Pad on the right; ``query`` appends the query tokens to every sequence (off for generation). On the CPU."""
         if len(encoded) != len(videos) or not encoded:
             raise ValueError(f"DeScore.batch: {len(encoded)} sequences for {len(videos)} videos")
-        tail = (self.query_id,) if query else ()
+        tail = self.query_ids if query else ()
         sequences = [torch.tensor(item.ids + tail) for item in encoded]
         lengths_B = torch.tensor([len(ids) for ids in sequences])
         ids_BL = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=self.pad_id)
@@ -149,7 +175,7 @@ class DeScore(nn.Module):
         banned_V = torch.zeros(self.backbone.get_output_embeddings().weight.shape[0], dtype=torch.bool)
         banned_V[_first_free_id(self.tokenizer) :] = True
         config = self.backbone.config
-        banned_V[[self.query_id, config.video_token_id, config.image_token_id]] = True
+        banned_V[[*self.query_ids, config.video_token_id, config.image_token_id]] = True
         return banned_V
 
     @property
@@ -166,6 +192,7 @@ class DeScore(nn.Module):
         template: PromptTemplate | None = None,
         settings: VideoSettings | None = None,
         generation: Generation | None = None,
+        dimensions: Mapping[str, RewardDimension] | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> DeScore:
@@ -180,12 +207,13 @@ class DeScore(nn.Module):
         if settings is None:
             settings = VideoSettings.load(path / VIDEO_FILE) if (path / VIDEO_FILE).is_file() else VideoSettings()
         query_id = _first_free_id(tokenizer)
-        if query_id >= backbone.get_input_embeddings().weight.shape[0]:
-            # no free row: grow to the next multiple of 64, odd sizes are slow and fragile on GPUs
-            backbone.resize_token_embeddings(query_id + 1, pad_to_multiple_of=64, mean_resizing=False)
+        needed = query_id + len(dimensions or one_reward())
+        if needed > backbone.get_input_embeddings().weight.shape[0]:
+            # too few free rows: grow to the next multiple of 64, odd sizes are slow and fragile on GPUs
+            backbone.resize_token_embeddings(needed, pad_to_multiple_of=64, mean_resizing=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(backbone, tokenizer, template, settings, query_id, generation)
+            return cls(backbone, tokenizer, template, settings, query_id, generation, dimensions)
 
     def save(self, path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write the whole judge; `load` needs nothing else. LoRA is merged: the folder is a stock Qwen3-VL as well.
@@ -204,7 +232,10 @@ class DeScore(nn.Module):
         self.settings.save(path / VIDEO_FILE)
         own = {"query": state["query"], "head": state["head.weight"]}
         save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in own.items()}, path / HEAD_FILE)
-        record = {"format": 1, "query_id": self.query_id, "generation": asdict(self.generation)}
+        dimensions = {name: asdict(dimension) for name, dimension in self.dimensions.items()}
+        record = {
+            "format": 1, "query_id": self.query_id, "generation": asdict(self.generation), "dimensions": dimensions
+        }  # fmt: skip
         (path / DESCORE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -221,10 +252,21 @@ class DeScore(nn.Module):
             raise ValueError(f"{path / DESCORE_FILE}: format {record.get('format')!r}, this version reads 1")
         backbone, tokenizer = _load_backbone(path, dtype)
         template, settings = PromptTemplate.load(path / PROMPT_FILE), VideoSettings.load(path / VIDEO_FILE)
-        model = cls(backbone, tokenizer, template, settings, record["query_id"], Generation(**record["generation"]))
+        dimensions = {name: RewardDimension(**given) for name, given in record.get("dimensions", {}).items()}
+        how = Generation(**record["generation"])
+        model = cls(backbone, tokenizer, template, settings, record["query_id"], how, dimensions)
         own = load_file(path / HEAD_FILE)
         model.load_state_dict({"query": own["query"], "head.weight": own["head"]}, strict=False)
         return model.eval()
+
+    @staticmethod
+    def dimensions_in(path: str | Path) -> list[str]:
+        """The dimensions of a folder's checkpoint, which is not loaded. ValueError, naming the file, if unreadable."""
+        file = Path(path) / DESCORE_FILE
+        try:
+            return list(json.loads(file.read_text(encoding="utf-8")).get("dimensions", one_reward()))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} is not the record of a DeScore ({error})") from error
 
     # ------------------------------------------------------------------ what is trained
 

@@ -42,7 +42,7 @@ class Packed:
     before_BGT   the place whose hidden state predicts token t (of the first: the prompt's last place)
     target_BGT   the tokens, the end-of-turn token last if the chain finished
     token_BGT    bool, which of them exist
-    query_BG     the place of each chain's `<Reward>`
+    query_BG     the place of each chain's last query token
     """
 
     batch: Batch
@@ -57,10 +57,10 @@ class Packed:
 
 @dataclass(frozen=True)
 class Judged:
-    """log_prob_BGT  of every token, 0 where there is none; reward_BG."""
+    """log_prob_BGT  of every token, 0 where there is none; reward_BGK."""
 
     log_prob_BGT: Tensor
-    reward_BG: Tensor
+    reward_BGK: Tensor
 
 
 def pack(
@@ -115,10 +115,10 @@ def judge(model: DeScore, packed: Packed, *, temperature: float, score: bool = T
     hidden_ND = hidden_BLD[row_BGT[where], packed.before_BGT[where]]
     log_prob_N = token_log_probs(model, hidden_ND, packed.target_BGT[where], temperature=temperature)
     log_prob_BGT = torch.zeros(where.shape, device=hidden_BLD.device).masked_scatter(where, log_prob_N)
+    query_BGK = packed.query_BG.unsqueeze(-1) - model.steps_back
     if not score:
-        return Judged(log_prob_BGT, torch.zeros(packed.query_BG.shape, device=hidden_BLD.device))
-    query_BGD = hidden_BLD[row_B1, packed.query_BG]
-    return Judged(log_prob_BGT, model.read_reward(query_BGD))
+        return Judged(log_prob_BGT, torch.zeros(query_BGK.shape, device=hidden_BLD.device))
+    return Judged(log_prob_BGT, model.read_reward(hidden_BLD[row_B1.unsqueeze(-1), query_BGK]))
 
 
 def token_log_probs(model: DeScore, hidden_ND: Tensor, target_N: Tensor, *, temperature: float) -> Tensor:
@@ -150,13 +150,13 @@ def _row(model: DeScore, encoded: Encoded, chains: Sequence[Chain]) -> _Row:
     row = _Row(list(encoded.prompt_ids), [0] * start, [0] * start, [], [], [])
     for number, chain in enumerate(chains, 1):
         first, size = len(row.ids), len(chain.ids)
-        row.ids.extend((*chain.ids, model.query_id))
-        row.part.extend([number] * (size + 1))
-        row.shift.extend([first - start] * (size + 1))
+        row.ids.extend((*chain.ids, *model.query_ids))
+        row.part.extend([number] * (len(row.ids) - first))
+        row.shift.extend([first - start] * (len(row.ids) - first))
         targets = [*chain.ids, *([model.end_id] if chain.finished else [])]
         row.targets.append(targets)
         row.before.append([start - 1, *range(first, first + size)][: len(targets)])
-        row.queries.append(first + size)
+        row.queries.append(len(row.ids) - 1)
     return row
 
 

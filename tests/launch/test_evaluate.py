@@ -21,8 +21,9 @@ from common.config import load
 from common.distributed import derive_seed
 from common.distributed import generator as random_generator
 from common.types import Score
-from launch import evaluate
+from launch import calibrate, evaluate, pair_rows
 from launch.rows import RowTable, attempt, fingerprint, read_rows
+from rm.data import Pair
 from tests.launch.processes import ROOT, run, torchrun
 
 SCRIPT = str(ROOT / "launch" / "evaluate.py")
@@ -185,6 +186,7 @@ def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     scorer = NamedScorer()
     monkeypatch.setattr(rm.scorer.DeScoreScorer, "load", classmethod(lambda cls, path: scorer))
     (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "descore.json").write_text('{"format": 1}')
     table = [("v_2", "v_1", "A"), ("v_1", "v_2", "A"), ("v_3", "v_1", "A"), ("nan", "v_9", "B")]
     table += [("broken", "v_1", "A"), ("v_1", "v_0.75", "same")]
     lines = ["videos,prompt,GSB"]
@@ -213,11 +215,54 @@ def test_preference_accuracy_of_hand_made_margins(pairs: Path, tmp_path: Path) -
     assert (tmp_path / "eval" / rows[2]["video_A"]).resolve() == tmp_path / "v_3.mp4"
 
 
+def test_dimensions_and_right_sub_dimensions_are_counted_apart() -> None:
+    answer = '<answer>{"dimensional_scores": {"subject": 2, "camera": 1}}</answer>'
+    pair = Pair("p", Path("a"), Path("b"), "", "", 1, {"subject": 2, "camera": 0}, {"subject": 1}, {"TA": -1})
+    found = {"cot_A": answer, "cot_B": answer, "parts_A": {"reward.TA": 1.0, "reward.camera": 2.0, "subject": 2.0}}
+    assert pair_rows.quality(pair, found) == {"quality_A": 0.5, "quality_B": 0.0}
+    assert pair_rows.labels(pair, found) == {"labels": {"TA": -1}}  # B's camera is unknown
+    rows = [
+        {"label": 1, "reward_A": 1.0, "reward_B": 0.0, "parts_A": {"reward.TA": a}, "parts_B": {"reward.TA": b},
+         "labels": {"TA": label}, "quality_A": q, "quality_B": 1.0}
+        for a, b, label, q in ((0.0, 1.0, -1, 1.0), (3.0, 1.0, 1, 0.0), (1.0, 2.0, 1, 0.5), (9.0, 0.0, 0, 0.5))
+    ]  # fmt: skip
+    rows += [{"label": 1, "error": "broken"}]
+    summary = pair_rows.summarise_pairs(rows, seed=0, resamples=50)
+    assert summary["without_ties"]["mean"] == pytest.approx(4 / 5)
+    assert (summary["without_ties.TA"]["mean"], summary["without_ties.TA"]["n"]) == (pytest.approx(2 / 3), 3)
+    assert (summary["sub_dimensions"]["mean"], summary["sub_dimensions"]["n"]) == (pytest.approx(0.75), 4)
+
+
+def calibrated(monkeypatch: pytest.MonkeyPatch, *words: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", *map(str, words)])
+    calibrate.main()
+
+
+def test_calibration_takes_the_rewards_of_an_evaluation(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = tmp_path / "judge"
+    words = [f"checkpoint={judge}", f"pairs={pairs}", "batch=6"]
+    evaluate.main(["rm", f"out={tmp_path / 'eval'}", *words])
+    calibrated(monkeypatch, judge, tmp_path / "eval")
+    found = json.loads((judge / "calibration.json").read_text())
+    values = [2.0, 1.0, 1.0, 2.0, 3.0, 1.0, 9.0, 1.0, 0.75]  # of the pair with a broken file nothing is known
+    assert found["videos"] == len(values)
+    assert found["mean"]["overall"] == pytest.approx(sum(values) / len(values))
+    assert found["std"]["overall"] == pytest.approx(torch.tensor(values).std(correction=0).item())
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "descore.json").write_text('{"format": 1}')
+    with pytest.raises(SystemExit, match="2"):
+        calibrated(monkeypatch, tmp_path / "other", tmp_path / "eval")
+    assert "is about" in capsys.readouterr().err
+
+
 def test_accuracy_without_ties_has_the_binomial_interval() -> None:
     """300 decided pairs, 255 right: in a resample the number of right ones is Binomial(300, 0.85)."""
     rows = [{"reward_A": 1.0 if i < 255 else -1.0, "reward_B": 0.0, "label": 1} for i in range(300)]
     rows += [{"reward_A": 0.0, "reward_B": 3.0, "label": 0} for _ in range(100)]
-    summary = evaluate.summarise_pairs(rows, seed=0, resamples=2_000)
+    summary = pair_rows.summarise_pairs(rows, seed=0, resamples=2_000)
     low, high = stats.binom.ppf([0.025, 0.975], 300, 0.85) / 300
     assert summary["without_ties"]["mean"] == pytest.approx(0.85)
     assert summary["without_ties"]["ci95"] == pytest.approx([low, high], abs=1 / 300)

@@ -73,7 +73,8 @@ def build(pairs, *, lora=None, **changes) -> ColdStart:
 @torch.no_grad()
 def margins(loop: ColdStart, pairs, *, masked: bool) -> torch.Tensor:
     loop.model.eval()
-    reward_N2 = loop.rewards(pairs, [("", "") if masked else (pair.cot_A, pair.cot_B) for pair in pairs])
+    reward_N2K = loop.rewards(pairs, [("", "") if masked else (pair.cot_A, pair.cot_B) for pair in pairs])
+    reward_N2 = reward_N2K.squeeze(-1)
     return (reward_N2[:, 0] - reward_N2[:, 1]) * torch.tensor([pair.label for pair in pairs])
 
 
@@ -134,7 +135,7 @@ def test_with_theta_a_tie_counts(pairs):
     loop = build([*pairs, tie], pairs_per_step=5, micro_batch=1, mask_probability=0.0, theta=5.0)
     signed = margins(loop, pairs, masked=False)
     with torch.no_grad():
-        d = loop.rewards([tie], [(tie.cot_A, tie.cot_B)])[0].diff()
+        d = loop.rewards([tie], [(tie.cot_A, tie.cot_B)])[0, :, 0].diff()
     shift = math.log(5.0)
     tied = -logsigmoid(d - shift) - logsigmoid(-d - shift) - math.log(24.0)
     want = (-logsigmoid(signed - shift).sum() + tied) / 5

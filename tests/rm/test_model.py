@@ -79,7 +79,7 @@ def test_reward_by_another_route(model, videos, encoded):
         mm_encoder_outputs={"video": vision},
     ).last_hidden_state  # fmt: skip
     want = (hidden[torch.arange(4), batch.last_B].double() * model.head.weight.double()).sum(-1)
-    torch.testing.assert_close(model(batch).double(), want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model(batch).squeeze(1).double(), want, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()

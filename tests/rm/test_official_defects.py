@@ -49,7 +49,7 @@ def test_defect_4_both_stages_and_inference_read_one_sequence(pairs) -> None:
     assert first.position_3BL.tolist() == packed.batch.position_3BL.tolist()
     with torch.no_grad():
         assert model(first).item() == pytest.approx(when_scoring, abs=1e-5)
-        assert judge(model, packed, temperature=1.0).reward_BG.item() == pytest.approx(when_scoring, abs=1e-5)
+        assert judge(model, packed, temperature=1.0).reward_BGK.item() == pytest.approx(when_scoring, abs=1e-5)
 
 
 def test_defect_5_inference_goes_from_a_pair_table_to_a_margin_per_pair(pairs) -> None:

@@ -61,7 +61,7 @@ def test_every_chain_gets_what_it_gets_alone(model, encoded, videos) -> None:
             if log_probs:
                 expected[: len(log_probs)] = torch.stack(log_probs)
             torch.testing.assert_close(judged.log_prob_BGT[b, g].double(), expected, rtol=0, atol=2e-5)
-            torch.testing.assert_close(judged.reward_BG[b, g].double(), reward.double(), rtol=0, atol=1e-5)
+            torch.testing.assert_close(judged.reward_BGK[b, g].double(), reward.double(), rtol=0, atol=1e-5)
 
 
 def test_one_forward_gives_the_gradients_of_two(model, encoded, videos) -> None:
@@ -73,7 +73,7 @@ def test_one_forward_gives_the_gradients_of_two(model, encoded, videos) -> None:
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
 
     judged = judge(model, packed(model, encoded, videos), temperature=1.0)
-    one = gradients((weight_BG * (judged.log_prob_BGT.sum(-1) + judged.reward_BG)).sum())
+    one = gradients((weight_BG * (judged.log_prob_BGT.sum(-1) + judged.reward_BGK[..., 0])).sum())
     loss = torch.zeros((), dtype=torch.float64)
     for b in range(2):
         for g in range(3):
@@ -91,8 +91,8 @@ def test_a_chain_does_not_see_another(model, encoded, videos) -> None:
     other = [[row[0], Chain((99, 98, 97), finished=True), row[2]] for row in CHAINS]
     first = judge(model, packed(model, encoded, videos), temperature=1.0)
     second = judge(model, pack(model, encoded, videos, other), temperature=1.0)
-    torch.testing.assert_close(first.reward_BG[:, [0, 2]], second.reward_BG[:, [0, 2]], rtol=0, atol=1e-5)
-    assert (first.reward_BG[:, 1] - second.reward_BG[:, 1]).abs().max() > 1e-3
+    torch.testing.assert_close(first.reward_BGK[:, [0, 2]], second.reward_BGK[:, [0, 2]], rtol=0, atol=1e-5)
+    assert (first.reward_BGK[:, 1] - second.reward_BGK[:, 1]).abs().max() > 1e-3
 
 
 def test_log_probs_are_the_samplers(model, encoded, videos) -> None:

@@ -61,7 +61,7 @@ def test_it_is_a_reward_model(scorer):
 def test_scores_are_the_full_forward_over_the_texts(scorer, score, video_BTYXC):
     videos = [prepare(video, SETTINGS, fps=4.0) for video in video_BTYXC]
     encoded = [scorer.model.encode(p, v, t) for p, v, t in zip(PROMPTS, videos, score.texts, strict=True)]
-    want = scorer.model(scorer.model.batch(encoded, videos))
+    want = scorer.model(scorer.model.batch(encoded, videos)).squeeze(1)
     torch.testing.assert_close(score.value_B, want, atol=1e-5, rtol=0)
     assert len({len(text) for text in score.texts}) > 3
     assert want.std() > 1e-3
@@ -89,7 +89,7 @@ def test_score_only_mode_is_the_masked_sequence(folder, video_BTYXC):
     videos = [prepare(video, SETTINGS, fps=4.0) for video in video_BTYXC]
     model = scorer.model
     want = model(model.batch([model.encode(p, v) for p, v in zip(PROMPTS, videos, strict=True)], videos))
-    torch.testing.assert_close(found.value_B, want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.value_B, want.squeeze(1), atol=1e-6, rtol=0)
     assert not found.parts
 
 
@@ -130,10 +130,10 @@ def test_several_chains_are_averaged(folder, score, video_BTYXC):
 def test_a_chain_that_does_not_finish_leaves_the_mean_to_the_others(folder, video_BTYXC):
     many = speaking(folder, chains=3)
     ready = [prepare(video, SETTINGS, fps=4.0) for video in video_BTYXC]
-    whole_BN = many._judge(PROMPTS, ready).reward_BN
+    whole_BN = many._judge(PROMPTS, ready).reward_BNK.squeeze(-1)
     many.model.generation = replace(many.model.generation, max_new_tokens=4)
     found = many.score(video_BTYXC, PROMPTS, fps=4.0)
-    short_BN = many._judge(PROMPTS, ready).reward_BN
+    short_BN = many._judge(PROMPTS, ready).reward_BNK.squeeze(-1)
     done_BN = short_BN.isfinite()
     assert {1, 2} & set(done_BN.sum(1).tolist())  # some videos have both kinds
     torch.testing.assert_close(short_BN[done_BN], whole_BN[done_BN], atol=1e-5, rtol=0)
