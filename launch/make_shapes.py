@@ -13,7 +13,7 @@ import argparse
 import csv
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -39,30 +39,37 @@ CHUNK = 16  # pairs per task of a worker
 class Split:
     """Where the pairs of a table come from.
 
-    sources  of a video, drawn with equal odds
-    look     fields of `common.shapes.Look` for renders; {} is what the base models have seen
-    grain    greatest standard deviation of film grain on renders, of 255; each video draws its own
-    heldout  combinations of attributes that no training split holds
+    sources    of a video, drawn with equal odds
+    shares     of attributes that a render redraws, by chance; a video draws one of them
+    look       fields of `common.shapes.Look` for renders; {} is what the base models have seen
+    grain      greatest standard deviation of film grain on renders, of 255; each video draws its own
+    accidents  share of renders that stand still or have lost their colour
+    heldout    combinations of attributes that no training split holds
     """
 
     sources: tuple[str, ...] = SOURCES
+    shares: tuple[float, ...] = (0.0, 0.15, 0.3, 0.5)
     look: Mapping[str, Any] = field(default_factory=dict)
     grain: float = 0.0
+    accidents: float = 0.0
     heldout: bool = False
 
 
-# what people filmed: smaller, slower and grainier than anything the base Qwen3-VL was trained to describe
-FILMED = {"look": {"scale": (0.13, 0.18), "travel": (0.2, 0.3), "pan": (0.025, 0.045), "light": 20.0}, "grain": 8.0}
+# good and bad alike, a reward learns nothing about what it never saw; smaller, slower and grainier than anything the
+# base Qwen3-VL was trained to describe
+ANYTHING: dict[str, Any] = {"sources": ("render",), "shares": (0.0, 0.25, 0.5, 0.75, 1.0), "accidents": 0.15}
+FILMED = ANYTHING | {
+    "look": {"scale": (0.13, 0.18), "travel": (0.2, 0.3), "pan": (0.025, 0.045), "light": 20.0}, "grain": 8.0
+}  # fmt: skip
+OTHER_LOOK = {"scale": (0.22, 0.28), "travel": (0.12, 0.2), "pan": (0.055, 0.1), "light": 30.0}
 SPLITS = {
     "train": Split(),
     "heldout": Split(heldout=True),
     # for `make reproduce-rm`: one domain to train on and be tested in, and four that differ from it in one thing each
-    "filmed": Split(("render",), **FILMED),
-    "indomain": Split(("render",), **FILMED),
-    "combinations": Split(("render",), **FILMED, heldout=True),
-    "renderer": Split(
-        ("render",), {"scale": (0.22, 0.28), "travel": (0.12, 0.2), "pan": (0.055, 0.1), "light": 30.0}, grain=12.0
-    ),
+    "filmed": Split(**FILMED),
+    "indomain": Split(**FILMED),
+    "combinations": Split(**FILMED, heldout=True),
+    "renderer": Split(**ANYTHING, look=OTHER_LOOK, grain=12.0),
     "wan": Split(("wan",)),
     "spoilt": Split(("spoilt",)),
 }
@@ -89,11 +96,11 @@ class Job:
     judge: Path
 
 
-def changed(attributes: Attributes, rng: random.Random) -> Attributes:
+def changed(attributes: Attributes, rng: random.Random, shares: Sequence[float]) -> Attributes:
     """The same with each attribute redrawn with a probability that itself varies from video to video."""
     from common.shapes import VALUES, random_attributes
 
-    share = rng.choice((0.0, 0.15, 0.3, 0.5))
+    share = rng.choice(shares)
     other = random_attributes(rng)
     return type(attributes)(**{k: getattr(other if rng.random() < share else attributes, k) for k in VALUES})
 
@@ -124,7 +131,10 @@ def draw(job: Job, wishes: list[Attributes], prompts: list[str], sides: list[ran
 
     split = SPLITS[job.split]
     sources, look = [rng.choice(split.sources) for rng in sides], Look(**split.look)
-    videos = render([random_scene(changed(wish, rng), rng, look) for wish, rng in zip(wishes, sides, strict=True)])
+    both = list(zip(wishes, sides, strict=True))
+    videos = render([random_scene(changed(wish, rng, split.shares), rng, look) for wish, rng in both])
+    if split.accidents:
+        videos = torch.stack([hurt(video, split.accidents, rng) for video, rng in zip(videos, sides, strict=True)])
     if split.grain:
         videos = torch.stack([grainy(video, split.grain, rng) for video, rng in zip(videos, sides, strict=True)])
     sampled = [i for i, source in enumerate(sources) if source != "render"]
@@ -136,6 +146,15 @@ def draw(job: Job, wishes: list[Attributes], prompts: list[str], sides: list[ran
                 clean[row] = spoilt(clean[row], sides[i])
         videos[torch.tensor(sampled)] = generator.decode(clean)
     return Draws(videos, sources)
+
+
+def hurt(video_TYXC: Tensor, share: float, rng: random.Random) -> Tensor:
+    """The video, or with probability ``share`` a still of it, or a grey copy in which no shape can be told."""
+    if rng.random() >= share:
+        return video_TYXC
+    if rng.random() < 0.5:
+        return video_TYXC[:1].expand_as(video_TYXC)
+    return video_TYXC.float().mean(-1, keepdim=True).round().to(video_TYXC.dtype).expand_as(video_TYXC)
 
 
 def grainy(video_TYXC: Tensor, most: float, rng: random.Random) -> Tensor:

@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -56,17 +57,23 @@ def make_base(run: Path) -> None:
     DeScore.from_base(ROOT / "assets/shapes/qwen", generation=how).save(ROOT / run / "base")
 
 
-def run_chain(cells: Sequence[Cell], run: Path, rl_share: float, more: Sequence[str]) -> dict[str, float]:
+def run_chain(cells: Sequence[Cell], run: Path, rl_steps: int, more: Sequence[str]) -> dict[str, float]:
     """Seconds of what had to be run, by step."""
     seconds = {}
     for cell in cells:
-        for step in steps_of(cell, run, rl_share=rl_share, more=more):
+        for step in steps_of(cell, run, rl_steps=rl_steps, more=more):
             if not (ROOT / step.done).exists():
                 (ROOT / cell.folder(run)).mkdir(parents=True, exist_ok=True)
                 log = ROOT / cell.folder(run) / f"{step.title.split()[0]}.log"
                 name = f"{step.title.split()[0]} {cell.folder(run).relative_to(run)}"
                 seconds[name] = round(run_step(step, 1, log=log), 1)
     return seconds
+
+
+def cpu_seconds() -> float:
+    """Of all commands that have ended, so that a busy machine can be told from a slow recipe."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -76,7 +83,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sizes", type=int, nargs="+", default=[500, 1000, 2000], help="pairs to train on")
     parser.add_argument("--tests", type=int, default=400, help="pairs of each test")
-    parser.add_argument("--rl-share", type=float, default=0.025, help="steps of RL (of 32 pairs) per training pair")
+    parser.add_argument("--rl-steps", type=int, default=30, help="of 16 pairs each")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("more", nargs="*", help="overrides a.b=c of every training run")
     args = parser.parse_args()
@@ -89,13 +96,13 @@ def main() -> None:
     (ROOT / run).mkdir(parents=True, exist_ok=True)
     timings, began = ROOT / run / "seconds.json", time.time()
     seconds: dict[str, float] = json.loads(timings.read_text(encoding="utf-8")) if timings.exists() else {}
-    before = seconds.get("wall", 0.0)
+    before = {name: seconds.get(name, 0.0) for name in ("wall", "cpu")}
     make_base(run)
     for seed in args.seeds:
         make_data(run, seed, train=max(args.sizes), tests=args.tests)
     todo = [cells for seed in args.seeds for cells in chains(seed, args.sizes)]
     with ThreadPoolExecutor(args.workers) as pool:
-        running = {pool.submit(run_chain, cells, run, args.rl_share, args.more): cells for cells in todo}
+        running = {pool.submit(run_chain, cells, run, args.rl_steps, args.more): cells for cells in todo}
         with tqdm(total=sum(map(len, todo)), desc="judges", unit="judge") as bar:
             for done in as_completed(running):
                 try:
@@ -103,7 +110,8 @@ def main() -> None:
                 except RuntimeError as error:
                     pool.shutdown(cancel_futures=True)
                     sys.exit(f"reproduce_rm: {error}\nstarted again, it goes on here")
-                seconds["wall"] = round(before + time.time() - began, 1)
+                seconds["wall"] = round(before["wall"] + time.time() - began, 1)
+                seconds["cpu"] = round(before["cpu"] + cpu_seconds(), 1)
                 timings.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
                 bar.update(len(running[done]))
     git = ["git", "rev-parse", "--short", "HEAD"]

@@ -56,7 +56,9 @@ def test_defect_5_inference_goes_from_a_pair_table_to_a_margin_per_pair(pairs) -
     loop = test_dual_rl.build(pairs)
     loop.model.generation = Generation(max_new_tokens=200, temperature=1.0, repetition_penalty=1.0)
     files = [path for pair in pairs for path in (pair.video_A, pair.video_B)]
-    value_N2 = DeScoreScorer(loop.model).score(files, [p.prompt for p in pairs for _ in "AB"]).value_B.view(-1, 2)
+    value_N2 = (
+        DeScoreScorer(loop.model, batch=3).score(files, [p.prompt for p in pairs for _ in "AB"]).value_B.view(-1, 2)
+    )
     assert value_N2.isfinite().all()
     assert (value_N2[:, 0] != value_N2[:, 1]).all()
 
