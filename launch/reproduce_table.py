@@ -124,7 +124,8 @@ def _page(outcomes: Outcomes, sizes: Sequence[int], *, commit: str, seconds: dic
         "# DeScore's claims in miniature",
         "",
         f"Made by `{COMMAND}` at commit {commit}: {len(outcomes)} judges, {seconds['wall'] / 60:.0f} minutes with "
-        f"{workers} processes, {seconds['cpu'] / 60:.0f} of a core's. Mean over the seeds {', '.join(map(str, seeds))} and 95 % interval of a bootstrap that "
+        f"{workers} processes, {seconds['cpu'] / 60:.0f} minutes of one core. "
+        f"Mean over the seeds {', '.join(map(str, seeds))} and 95 % interval of a bootstrap that "
         "draws seeds, then pairs. Accuracy is over pairs that are no ties; equal scores are wrong.",
         "",
         f"## Accuracy on {largest} training pairs",
