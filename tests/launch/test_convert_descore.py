@@ -1,0 +1,103 @@
+"""The converter as a user runs it: what it writes loads as a reward model, what it lacks is one line and code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from launch import convert_descore
+from rm.prompt import DEFAULT_TEMPLATE
+from rm.scorer import DeScoreScorer
+from rm.video import prepare
+from tests import official_checkpoint
+from tests.launch.processes import run
+from tests.tiny_qwen import SETTINGS, random_frames
+
+
+@pytest.fixture
+def official(tmp_path: Path) -> Path:
+    return official_checkpoint.write(tmp_path / "checkpoint-7", official_checkpoint.train())
+
+
+def words(tmp_path: Path, *more: str) -> list[str]:
+    SETTINGS.save(tmp_path / "video.json")
+    paths = {"--official": "checkpoint-7", "--out": "judge", "--video": "video.json"}
+    return [*(word for option, name in paths.items() for word in (option, str(tmp_path / name))), *more]
+
+
+def refused(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        convert_descore.main(argv)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
+
+
+@torch.no_grad()
+def test_the_folder_is_a_reward_model(tmp_path, official):
+    prompt = tmp_path / "instruction.txt"
+    prompt.write_text("Text: [insert prompt here]\nVideo: <video>\nJudge it.")
+    options = ("--allow-pickle", "--prompt", str(prompt))
+    done = run(sys.executable, "launch/convert_descore.py", *words(tmp_path, *options))
+    assert "LoRA merged into 14 linears" in done.stdout
+    assert f"head from {official / 'rm_head.pth'}" in done.stdout
+    assert f"prompt: {prompt}" in done.stdout
+    scorer = DeScoreScorer.load(tmp_path / "judge", device="cpu", chains=0)
+    judge = scorer.model
+    assert judge.template.fill("a cat") == "Text: a cat\nVideo: "
+    videos = [random_frames(i) for i in range(2)]
+    found = scorer.score(videos, ["a cat", "a dog"], fps=4.0).value_B
+
+    # and what the official model says of the very same tokens
+    ready = [prepare(video, SETTINGS, fps=4.0) for video in videos]
+    batch = judge.batch([judge.encode(p, v) for p, v in zip(["a cat", "a dog"], ready, strict=True)], ready)
+    torch.testing.assert_close(found.double(), official_checkpoint.train().reward(batch), atol=1e-5, rtol=0)
+
+
+def test_a_pickle_is_not_read_unasked_and_nothing_is_written(tmp_path, official, capsys):
+    message = refused(capsys, *words(tmp_path))
+    assert "rm_head.pth is a pickle" in message
+    assert "--allow-pickle" in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "judge").exists()
+
+
+def test_a_safe_head_needs_no_flag_and_the_default_prompt_is_named(tmp_path, official, capsys):
+    save_file({"rm_head.weight": official_checkpoint.train().head_1D}, tmp_path / "head.safetensors")
+    convert_descore.main(words(tmp_path, "--head", str(tmp_path / "head.safetensors"), "--dtype", "bfloat16"))
+    printed = capsys.readouterr().out
+    assert "prompt: NOT the one it was trained with" in printed
+    judge = DeScoreScorer.load(tmp_path / "judge", device="cpu").model
+    assert judge.template == DEFAULT_TEMPLATE
+    with safe_open(tmp_path / "judge/model.safetensors", framework="pt") as tensors:
+        assert tensors.get_tensor("lm_head.weight").dtype == torch.bfloat16
+
+
+def test_what_is_in_the_way_is_refused(tmp_path, official, capsys):
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge/mine.txt").touch()
+    assert "exists and is not an empty folder" in refused(capsys, *words(tmp_path, "--allow-pickle"))
+    (tmp_path / "judge/mine.txt").unlink()
+    assert "--no-lora is for checkpoints without it" in refused(capsys, *words(tmp_path, "--allow-pickle", "--no-lora"))
+    assert "no such file" in refused(capsys, *words(tmp_path, "--head", str(tmp_path / "x.pth")))
+    (tmp_path / "video.json").write_text("{}")
+    assert "No such file" in refused(capsys, *words(tmp_path, "--prompt", str(tmp_path / "x.txt")))
+
+
+def test_help_loads_nothing_heavy():
+    program = (
+        "import sys; from launch.convert_descore import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'transformers', 'peft', 'safetensors'} & set(sys.modules)))"
+    )
+    root = Path(convert_descore.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--allow-pickle" in done.stdout
