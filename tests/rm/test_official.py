@@ -51,7 +51,7 @@ def batch_of(judge: DeScore, videos):
 def check(judge: DeScore, trained: Trained, videos) -> None:
     batch = batch_of(judge, videos)
     want = trained.reward(batch)
-    torch.testing.assert_close(judge(batch).double(), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(judge(batch).squeeze(1).double(), want, atol=1e-5, rtol=0)
     assert want.std() > 0.1  # or the comparison would be empty
 
 
@@ -91,9 +91,9 @@ def test_every_part_of_the_reward_matters(folder, trained, videos):
     want = trained.reward(batch)
     with trained.model.disable_adapter():
         assert (trained.reward(batch) - want).abs().max() > 0.1
-    assert (read(folder, alpha=64.0).judge(batch).double() - want).abs().max() > 0.1
+    assert (read(folder, alpha=64.0).judge(batch).squeeze(1).double() - want).abs().max() > 0.1
     judge.query.copy_(judge.backbone.get_input_embeddings().weight[trained.reward_id - 1])
-    assert (judge(batch).double() - want).abs().max() > 0.1
+    assert (judge(batch).squeeze(1).double() - want).abs().max() > 0.1
 
 
 def test_alpha_by_hand(folder, trained):
