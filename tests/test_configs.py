@@ -14,6 +14,7 @@ from launch.score import ScoreRun
 ROOT = Path(__file__).resolve().parent.parent / "configs"
 SCHEMAS = {
     "cold_start": ColdStartRun,
+    "dimensions": ColdStartRun,
     "discriminative": ColdStartRun,
     "dual_rl": DualRlRun,
     "generative": DualRlRun,
