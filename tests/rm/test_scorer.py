@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from dataclasses import replace
@@ -144,8 +145,10 @@ def test_a_chain_that_does_not_finish_leaves_the_mean_to_the_others(folder, vide
 
 
 def test_decodes_prefills_vision_and_heads_per_scored_video(folder, video_BTYXC, tmp_path, monkeypatch):
-    """1 decode, 1 prefill, 1 pass of the vision tower, 1 head, whatever the number of chains; one model copy."""
+    """1 decode, 1 model, 1 prefill, no loading of a head; whatever the number of chains."""
     import decord
+    import safetensors.torch
+    from transformers import Qwen3VLForConditionalGeneration
 
     file = tmp_path / "v.mp4"
     write_mp4(file, video_BTYXC[0], 4.0)
@@ -164,8 +167,16 @@ def test_decodes_prefills_vision_and_heads_per_scored_video(folder, video_BTYXC,
         with_kwargs=True,
     )
     monkeypatch.setattr(model, "read_reward", lambda h, plain=model.read_reward: count("heads") or plain(h))
+    gc.collect()
+    before = sum(isinstance(x, Qwen3VLForConditionalGeneration) for x in gc.get_objects())
+    loads = []
+    monkeypatch.setattr(safetensors.torch, "load_file", lambda *a, **k: loads.append(a))
+    monkeypatch.setattr(torch, "load", lambda *a, **k: loads.append(a))
     assert scorer.score([file], ["a"]).value_B.isfinite().all()
     assert counts == {"decodes": 1, "vision": 1, "prefills": 1, "heads": 1}
+    assert loads == []
+    assert sum(isinstance(x, Qwen3VLForConditionalGeneration) for x in gc.get_objects()) == before
+    assert isinstance(model.backbone, Qwen3VLForConditionalGeneration)  # the one that writes is the one that scores
 
 
 def test_files_are_decoded_once_and_frames_never(folder, video_BTYXC, tmp_path, monkeypatch):
