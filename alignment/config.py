@@ -23,9 +23,12 @@ class GrpoConfig:
     clip_low/high   the ratio may leave [1 - low, 1 + high] no further; null for none, which is the paper's choice:
                     with one update per rollout every ratio is 1
     kl_weight       beta; 0 also saves the reference's forward
-    reweight        undo the factor that the noise schedule puts on both loss terms (section 3.3.1, equations 6 to 8)
-    update          "collapsed" does one forward and backward per group; "per_member" does one for each member, the
-                    same gradient at G times the cost, for proofs and measurements
+    reweight        how both loss terms are freed of the noise schedule (section 3.3.1, equations 6 to 8): "finite" for
+                    truncated noise, the "paper"'s own form, "unit", or "none"; see `alignment.losses.step_weights`
+    mean_weight_1   divide these weights by their MEAN over all groups and steps of an update (Flash-GRPO 2605.15980)
+    updates         passes over a rollout, each an optimizer step; more than one needs a clip
+    update          "collapsed" does one forward and backward per step of a group; "per_member" does one for each
+                    member, the same gradient at G times the cost, for proofs and measurements
     """
 
     group_size: int = 4
@@ -35,7 +38,9 @@ class GrpoConfig:
     clip_low: float | None = None
     clip_high: float | None = None
     kl_weight: float = 3e-4
-    reweight: bool = True
+    reweight: Literal["none", "finite", "paper", "unit"] = "finite"
+    mean_weight_1: bool = False
+    updates: int = 1
     update: Literal["collapsed", "per_member"] = "collapsed"
 
     def __post_init__(self) -> None:
@@ -52,6 +57,12 @@ class GrpoConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 problems.append(f"{name} must be positive or null, got {value}")
+        if self.updates < 1:
+            problems.append(f"updates must be at least 1, got {self.updates}")
+        elif self.updates > 1 and self.clip_low is None:
+            problems.append(
+                f"updates={self.updates} on one rollout move away from it: clip_low and clip_high must be set"
+            )
         if self.kl_weight < 0:
             problems.append(f"kl_weight must be at least 0, got {self.kl_weight}")
         _check("GrpoConfig", problems)

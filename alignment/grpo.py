@@ -1,4 +1,4 @@
-"""Longcat-GRPO (LongCat-Video 2510.22200, section 3.3): one optimizer step, from prompts to metrics.
+"""Longcat-GRPO (LongCat-Video 2510.22200, section 3.3) and its sisters: one step, from prompts to metrics.
 
 The loop knows the Protocols of `common.types` only: any generator, any rewards, any engine. Every rank owns whole
 groups, rewards are gathered, and each rank computes the same advantages from them and keeps its own.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alignment.losses import grpo_group_loss, step_weights
+from alignment.losses import StepWeights, grpo_group_loss, step_weights
 from common import gaussian
 from common.distributed import gather_rows, max_over_ranks, mean_over_ranks, rank, sum_over_ranks, world_size
 from common.policy_gradient import group_advantages, group_std
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from alignment.config import GrpoConfig
     from alignment.data import PromptBatch, PromptSchedule
     from common.gaussian import Gaussian
-    from common.types import Engine, Generator, Group, LossOutput, RewardModel, Score
+    from common.types import Engine, Generator, Group, LossOutput, RewardModel, Score, Step
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class StepResult:
     advantage_PG: Tensor
 
 
-def backwards_per_step(cfg: GrpoConfig, groups_per_rank: int) -> int:
-    """How often the loop calls ``engine.backward`` in one step: the engine's gradient accumulation."""
-    return groups_per_rank * (cfg.group_size if cfg.update == "per_member" else 1)
+def backwards_per_update(cfg: GrpoConfig, groups_per_rank: int, *, steps_per_group: int) -> int:
+    """How often the loop calls ``engine.backward`` for one optimizer step: the engine's gradient accumulation."""
+    return groups_per_rank * steps_per_group * (cfg.group_size if cfg.update == "per_member" else 1)
 
 
 class GrpoLoop:
     """The state of a run is the generator's weights and the engine's; a step is a function of its number.
 
     rewards    name -> model. ``weights[name]`` multiplies its advantages; 0 scores and logs without training
-    engine     must accumulate `backwards_per_step` gradients before it takes a step
+    engine     must accumulate `backwards_per_update` gradients before it takes a step
     fps        of the generator's videos, for the rewards
     grad_norm  asked after each optimizer step, if given: the norm before clipping, or None
     """
@@ -86,7 +86,9 @@ class GrpoLoop:
         clock = Clock()
         batch = self.prompts.at(step).share(rank(), world_size())
         with clock("rollout"):
-            groups = self.generator.rollout(batch.prompts, group_size=self.cfg.group_size, seeds=batch.seeds)
+            groups = self.generator.rollout(
+                batch.prompts, group_size=self.cfg.group_size, seeds=batch.seeds, iteration=step
+            )
         with clock("decode"):
             # group by group: the same batches, and so the same bytes, however many ranks share the groups
             video_BTYXC = torch.cat([self.generator.decode(group.clean_GCFHW) for group in groups])
@@ -97,7 +99,8 @@ class GrpoLoop:
                 scores[name] = reward.score(video_BTYXC, prompts_B, fps=self.fps)
         judgement = self.judge(scores, groups=len(groups))
         with clock("update"):
-            trained = self.update(groups, judgement)
+            trained = [self.update(groups, judgement) for _ in range(self.cfg.updates)]
+            trained = {name: sum(one[name] for one in trained) / len(trained) for name in trained[0]}
         metrics = {**judgement.means, **trained, **clock.metrics(videos=len(prompts_B)), **judgement.details}
         return StepResult(metrics, batch, video_BTYXC, scores, judgement.advantage_PG)
 
@@ -131,46 +134,69 @@ class GrpoLoop:
         """
         if not judgement.anything_to_learn:
             return {"train/skipped": 1.0}
-        outputs = []
+        outputs, mean = [], self.mean_weights(groups)
         for group, advantage_G in zip(groups, judgement.advantage_PG, strict=True):
-            reference = self.reference_law(group)
-            for members, law in self.laws(group):
-                output = self.loss(group, members, law, reference, advantage_G)
-                if not math.isfinite(output.metrics["loss"]):
-                    raise FloatingPointError(f"the loss is {output.metrics['loss']} for the prompt {group.prompt!r}")
-                self.engine.backward(output.loss)
-                self.engine.step()  # the engine counts backwards and steps the optimizer on the last one
-                outputs.append(output)
+            for step in group.steps:
+                weights = self.weights_of(step, mean)
+                reference = self.reference_law(group.prompt, step)
+                for members, law in self.laws(group.prompt, step):
+                    output = self.loss(step, members, law, reference, advantage_G, weights)
+                    if not math.isfinite(output.metrics["loss"]):
+                        raise FloatingPointError(f"the loss is {output.metrics['loss']} for {group.prompt!r}")
+                    self.engine.backward(output.loss)
+                    self.engine.step()  # the engine counts backwards and steps the optimizer on the last one
+                    outputs.append(output)
         return self.update_metrics(outputs)
 
-    def laws(self, group: Group) -> Iterator[tuple[slice, Gaussian]]:
-        """The law of ``next``, with grad, and the members it is for: one for all, since all share the step's input."""
+    def laws(self, prompt: str, step: Step) -> Iterator[tuple[slice, Gaussian]]:
+        """The law of ``next``, with grad, and the members it is for: one forward for all, or one for each."""
         if self.cfg.update == "collapsed":
-            yield slice(None), self.generator.transition(group)
+            yield slice(None), self.generator.transition(prompt, step)
         else:
-            for member in range(group.size):
-                yield slice(member, member + 1), self.generator.member_transition(group, member)
+            for member in range(step.size):
+                yield slice(member, member + 1), self.generator.transition(prompt, step, member)
 
-    def reference_law(self, group: Group) -> Gaussian | None:
+    def reference_law(self, prompt: str, step: Step) -> Gaussian | None:
         """The same law under the frozen reference, None when no KL is asked for."""
         if self.cfg.kl_weight == 0.0:
             return None
         with torch.no_grad(), self.generator.reference():
-            return self.generator.transition(group)
+            return self.generator.transition(prompt, step)
+
+    def weights_of(self, step: Step, mean: StepWeights | None = None) -> StepWeights:
+        """See `alignment.losses.step_weights`; ``mean`` divides them."""
+        found = step_weights(
+            step.std, sigma=step.sigma, sigma_next=step.sigma_next, gain=step.gain, form=self.cfg.reweight
+        )
+        return found if mean is None else StepWeights(found.policy / mean.policy, found.kl / mean.kl)
+
+    def mean_weights(self, groups: list[Group]) -> StepWeights | None:
+        """MEAN over the groups and steps of all ranks, None where weights are taken as they are."""
+        if not self.cfg.mean_weight_1:
+            return None
+        found = [self.weights_of(step) for group in groups for step in group.steps]
+        return StepWeights(*(sum_over_ranks(sum(w)) / sum_over_ranks(len(found)) for w in zip(*found, strict=True)))
 
     def loss(
-        self, group: Group, members: slice, law: Gaussian, reference: Gaussian | None, advantage_G: Tensor
+        self,
+        step: Step,
+        members: slice,
+        law: Gaussian,
+        reference: Gaussian | None,
+        advantage_G: Tensor,
+        weights: StepWeights,
     ) -> LossOutput:
-        """`grpo_group_loss` of some members of a group."""
-        weights = step_weights(law.std, sigma=group.sigma, sigma_next=group.sigma_next)
-        log_prob_G = gaussian.log_prob(law, group.next_GCFHW[members])
+        """`grpo_group_loss` of some members of a group at one of its steps."""
+        log_prob_G = gaussian.log_prob(law, step.next_GCFHW[members])
+        if reference is not None and len(reference.mean) > len(law.mean):
+            reference = gaussian.Gaussian(reference.mean[members], reference.std)
         return grpo_group_loss(
             log_prob_G,
-            group.log_prob_G[members].to(log_prob_G.device),
+            step.log_prob_G[members].to(log_prob_G.device),
             advantage_G[members].to(log_prob_G.device),
             None if reference is None else gaussian.kl_same_std(law, reference),
-            policy_weight=weights.policy if self.cfg.reweight else 1.0,
-            kl_weight_scaled=self.cfg.kl_weight * (weights.kl if self.cfg.reweight else 1.0),
+            policy_weight=weights.policy,
+            kl_weight_scaled=self.cfg.kl_weight * weights.kl,
             clip_low=self.cfg.clip_low,
             clip_high=self.cfg.clip_high,
         )

@@ -30,41 +30,73 @@ class LossOutput:
 
 
 @dataclass(frozen=True)
-class Group:
-    """One prompt's rollouts; what the members share is stored once (LongCat-Video 2510.22200, section 3.3.1).
+class Step:
+    """One stochastic step of a group: where each member came from and where it went.
 
-    latent_CFHW  fp32, x at the start of the one stochastic step, THE SAME for all members
-    next_GCFHW   fp32, x at its end, one per member
-    sigma, sigma_next  noise level before and after the step, 1 >= sigma > sigma_next >= 0
-    clean_GCFHW  fp32, x at sigma = 0, what `Generator.decode` takes
-    log_prob_G   fp32, log-prob of each next under the policy that sampled it (see `common.gaussian.log_prob`)
+    latent_MCFHW  fp32, x at the start. M = 1 when all members share it, which LongCat-Video (2510.22200, section 3.3.1)
+                  arranges; else M = G
+    next_GCFHW    fp32, x at the end, one per member
+    sigma, sigma_next  noise level before and after, 1 >= sigma > sigma_next >= 0
+    log_prob_G    fp32, of each next under the policy that sampled it (see `common.gaussian.log_prob`)
+    std, gain     of the step: its noise, and how far its mean follows the velocity, d mean / d v = -gain
     """
 
-    prompt: str
-    latent_CFHW: Tensor
+    latent_MCFHW: Tensor
     next_GCFHW: Tensor
     sigma: float
     sigma_next: float
-    clean_GCFHW: Tensor
     log_prob_G: Tensor
+    std: float
+    gain: float
 
     def __post_init__(self) -> None:
-        want = tuple(self.latent_CFHW.shape)
-        if len(want) != 4:
-            raise ValueError(f"Group.latent_CFHW must have 4 dimensions, got shape {want}")
-        for name in ("next_GCFHW", "clean_GCFHW"):
-            got = tuple(getattr(self, name).shape)
-            if got[1:] != want or got[:1] != tuple(self.next_GCFHW.shape[:1]):
-                raise ValueError(f"Group.{name} must be (G, {', '.join(map(str, want))}), got {got}")
-        if tuple(self.log_prob_G.shape) != (self.size,):
-            raise ValueError(f"Group.log_prob_G must be ({self.size},), got {tuple(self.log_prob_G.shape)}")
+        if self.next_GCFHW.dim() != 5:
+            raise ValueError(f"Step.next_GCFHW must have 5 dimensions, got {tuple(self.next_GCFHW.shape)}")
+        size, *latent = self.next_GCFHW.shape
+        got = tuple(self.latent_MCFHW.shape)
+        if got not in ((1, *latent), (size, *latent)):
+            raise ValueError(f"Step.latent_MCFHW must be (1 or {size}, {', '.join(map(str, latent))}), got {got}")
+        if tuple(self.log_prob_G.shape) != (size,):
+            raise ValueError(f"Step.log_prob_G must be ({size},), got {tuple(self.log_prob_G.shape)}")
         if not 1.0 >= self.sigma > self.sigma_next >= 0.0:
-            raise ValueError(f"Group needs 1 >= sigma > sigma_next >= 0, got {self.sigma} and {self.sigma_next}")
+            raise ValueError(f"Step needs 1 >= sigma > sigma_next >= 0, got {self.sigma} and {self.sigma_next}")
 
     @property
     def size(self) -> int:
         """G, the number of members."""
         return self.next_GCFHW.shape[0]
+
+    def start_of(self, member: int) -> Tensor:
+        """x of one member at the start, (1, C, F, H, W). IndexError if there is no such member."""
+        if not 0 <= member < self.size:
+            raise IndexError(f"member must be in 0..{self.size - 1}, got {member}")
+        return self.latent_MCFHW if len(self.latent_MCFHW) == 1 else self.latent_MCFHW[member : member + 1]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt's rollouts.
+
+    steps        the stochastic ones, in the order they were taken; what lies between is deterministic
+    clean_GCFHW  fp32, x at sigma = 0, what `Generator.decode` takes
+    """
+
+    prompt: str
+    steps: tuple[Step, ...]
+    clean_GCFHW: Tensor
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ValueError("Group.steps is empty: nothing would tell the members apart")
+        want = tuple(self.clean_GCFHW.shape)
+        for step in self.steps:
+            if tuple(step.next_GCFHW.shape) != want:
+                raise ValueError(f"Group.clean_GCFHW is {want}, a step's next {tuple(step.next_GCFHW.shape)}")
+
+    @property
+    def size(self) -> int:
+        """G, the number of members."""
+        return self.clean_GCFHW.shape[0]
 
 
 @dataclass(frozen=True)
@@ -97,16 +129,19 @@ class Generator(Protocol):
 
     module: nn.Module  # what deepspeed wraps; its trainable parameters are what the optimizer sees
 
-    def rollout(self, prompts: Sequence[str], *, group_size: int, seeds: Sequence[int]) -> list[Group]:
-        """One Group per prompt; ``seeds[p]`` decides everything random about it. No grad."""
+    def rollout(
+        self, prompts: Sequence[str], *, group_size: int, seeds: Sequence[int], iteration: int = 0
+    ) -> list[Group]:
+        """One Group per prompt; ``seeds[p]`` decides everything random about it, ``iteration`` (the training step's
+        number) what a schedule moves. No grad.
+        """
         ...
 
-    def transition(self, group: Group) -> Gaussian:
-        """Law of ``next`` given ``latent``: mean (1, C, F, H, W), one forward per group, grad through the mean."""
-        ...
+    def transition(self, prompt: str, step: Step, member: int | None = None) -> Gaussian:
+        """Law of ``step.next`` given ``step.latent``: mean (M, C, F, H, W), ONE forward, grad through the mean.
 
-    def member_transition(self, group: Group, member: int) -> Gaussian:
-        """The same law computed by a forward of its own for one member (the plain path, for proofs)."""
+        member  of one member alone, by a forward of its own: mean (1, C, F, H, W)
+        """
         ...
 
     def flow_error(self, clean_BCFHW: Tensor, noise_BCFHW: Tensor, sigma_B: Tensor, prompts: Sequence[str]) -> Tensor:

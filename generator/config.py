@@ -39,28 +39,47 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How a prompt becomes a group of latents: LongCat-Video 2510.22200, section 3.3.1 and Table 9.
+    """How a prompt becomes a group of latents. Defaults: LongCat-Video 2510.22200, section 3.3.1 and Table 9.
 
     num_steps         T, Euler steps from sigma = 1 to 0
     shift             time shift of the sigma grid: 3 for 480p, 5 for 720p
-    stochastic_range  T', the one stochastic step is drawn from the first (noisiest) T' steps
-    noise_level       a in s = a sqrt(sigma / (1 - sigma)); 0 makes the whole walk deterministic
-    max_std           tau, ceiling of the noise a step adds; null leaves s unbounded near sigma = 1
+    stochastic        which steps add noise: "one" drawn for each group, a moving "window", or "all", among steps
+                      stochastic_first..stochastic_range-1, see `generator.schedule.stochastic_steps`
+    stochastic_range  T', where those end; 0 is the noisiest step
+    window_size, window_every  of "window": its width, and the training steps after which it moves by one
+    initial_noise     "shared" by the members of a group, or one for each "member"
+    kernel            of a stochastic step: "sde" (Flow-GRPO, LongCat-Video) or "cps" (Flow-CPS)
+    noise_level       a in s = a sqrt(sigma / (1 - sigma)), or eta in [0, 1] of cps; 0 is deterministic
+    max_std           tau, ceiling of the noise an sde step adds; null leaves s unbounded near sigma = 1
     guidance_scale    classifier-free guidance; 1 is one forward instead of two
+    tail_steps        steps after the last stochastic one, on a grid of their own; null keeps the grid's
+    tail_solver       of those: "euler", or "ab2", the second-order Adams-Bashforth method at the same cost
+    tail_guidance     guidance of those; null keeps guidance_scale, 1 halves their cost
     """
 
     num_steps: int = 16
     shift: float = 3.0
+    stochastic: Literal["one", "window", "all"] = "one"
+    stochastic_first: int = 0
     stochastic_range: int = 6
+    window_size: int = 4
+    window_every: int = 25
+    initial_noise: Literal["shared", "member"] = "shared"
+    kernel: Literal["sde", "cps"] = "sde"
     noise_level: float = 1.0
     max_std: float | None = 0.45
     guidance_scale: float = 4.5
     negative_prompt: str = ""
+    tail_steps: int | None = None
+    tail_solver: Literal["euler", "ab2"] = "euler"
+    tail_guidance: float | None = None
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.num_steps < 1:
-            problems.append(f"num_steps must be at least 1, got {self.num_steps}")
+        sizes = ("num_steps", "window_size", "window_every", "tail_steps")
+        counts = {name: getattr(self, name) for name in sizes}
+        problems = [
+            f"{n} must be at least 1, got {count}" for n, count in counts.items() if count is not None and count < 1
+        ]
         if self.shift <= 0:
             problems.append(f"shift must be positive, got {self.shift}")
         if not 1 <= self.stochastic_range <= self.num_steps:
@@ -69,12 +88,45 @@ class SamplerConfig:
             problems.append(f"noise_level must be at least 0, got {self.noise_level}")
         if self.max_std is not None and self.max_std <= 0:
             problems.append(f"max_std must be positive or null, got {self.max_std}")
-        if self.max_std is None and self.noise_level > 0:
-            # step 0 starts at sigma = 1 and is always in the range, and there the unbounded s is infinite
-            problems.append(f"max_std must be a number when noise_level is {self.noise_level}, got null")
-        if self.guidance_scale < 1:
-            problems.append(f"guidance_scale must be at least 1, got {self.guidance_scale}")
+        if not 0 <= self.stochastic_first < self.stochastic_range:
+            problems.append(
+                f"stochastic_first must be in 0..{self.stochastic_range - 1} (stochastic_range - 1), "
+                f"got {self.stochastic_first}"
+            )
+        elif self.stochastic == "window" and self.window_size > self.stochastic_range - self.stochastic_first:
+            room = f"stochastic_range - stochastic_first = {self.stochastic_range - self.stochastic_first}"
+            problems.append(f"window_size must be at most {room}, got {self.window_size}")
+        problems += self._kernel_problems()
+        scales = {name: getattr(self, name) for name in ("guidance_scale", "tail_guidance")}
+        problems += [
+            f"{n} must be at least 1, got {scale}" for n, scale in scales.items() if scale is not None and scale < 1
+        ]
         _check("SamplerConfig", problems)
+
+    def _kernel_problems(self) -> list[str]:
+        if self.kernel == "sde":
+            if self.max_std is None and self.noise_level > 0 and self.stochastic_first == 0:
+                # step 0 starts at sigma = 1, and there the unbounded s is infinite
+                return [
+                    f"max_std must be a number when noise_level is {self.noise_level} and stochastic_first 0, got null"
+                ]
+            return []
+        problems = []
+        if self.noise_level > 1:
+            problems.append(f"noise_level must be at most 1 with kernel cps, got {self.noise_level}")
+        if self.max_std is not None:
+            problems.append(f"max_std must be null with kernel cps, which has no ceiling, got {self.max_std}")
+        if self.stochastic_range >= self.num_steps:
+            problems.append(
+                f"stochastic_range must be below num_steps, the last step of cps is exact, got {self.stochastic_range}"
+            )
+        return problems
+
+    @property
+    def steps_per_group(self) -> int:
+        """How many stochastic steps a group has."""
+        sizes = {"one": 1, "window": self.window_size, "all": self.stochastic_range - self.stochastic_first}
+        return sizes[self.stochastic]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ here draws a random number.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -24,6 +25,27 @@ if TYPE_CHECKING:
 # Without a ceiling, s = a sqrt(sigma / (1 - sigma)) is refused closer to sigma = 1 than this. The gap is fp32's
 # resolution there, so 1.0 is caught after any round trip through fp32, and no test for equality is needed.
 SINGULAR_GAP = 1e-7
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a stochastic step is taken: `sde_transition`, or `cps_transition`, which has no ``max_std``."""
+
+    name: Literal["sde", "cps"] = "sde"
+    noise_level: float = 1.0
+    max_std: float | None = None
+
+    def transition(self, x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Gaussian:
+        """Law of x at sigma_next."""
+        if self.name == "cps":
+            return cps_transition(x, v, sigma, sigma_next, noise_level=self.noise_level)
+        return sde_transition(x, v, sigma, sigma_next, noise_level=self.noise_level, max_std=self.max_std)
+
+    def gain(self, sigma: float, sigma_next: float) -> float:
+        """-d mean / d v."""
+        if self.name == "cps":
+            return cps_gain(sigma, sigma_next, noise_level=self.noise_level)
+        return sde_gain(sigma, sigma_next, noise_level=self.noise_level, max_std=self.max_std)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -61,6 +83,17 @@ def euler_step(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
     """x - delta v: one step of the probability-flow ODE."""
     delta = _delta(sigma, sigma_next)
     return widen(x) - delta * widen(v)
+
+
+def adams_bashforth_step(x: Tensor, v: Tensor, v_before: Tensor, sigmas: tuple[float, float, float]) -> Tensor:
+    """x - delta [(1 + r / 2) v - (r / 2) v_before], r = delta / delta_before: second order, one velocity a step.
+
+    sigmas  of v_before, of v, and after the step (two-step Adams-Bashforth with unequal steps)
+    """
+    before, sigma, after = sigmas
+    delta = _delta(sigma, after)
+    half = delta / _delta(before, sigma) / 2
+    return widen(x) - delta * ((1 + half) * widen(v) - half * widen(v_before))
 
 
 def effective_noise(sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None) -> float:
@@ -108,6 +141,35 @@ def sde_transition(
     sigma, delta = float(sigma), _delta(sigma, sigma_next)
     keep = 1 - s**2 * delta / (2 * sigma)
     return Gaussian(keep * widen(x) - delta * velocity_gain(sigma, s) * widen(v), s * math.sqrt(delta))
+
+
+def cps_transition(x: Tensor, v: Tensor, sigma: float, sigma_next: float, *, noise_level: float) -> Gaussian:
+    """Coefficients-preserving sampling (Flow-CPS 2509.05952): noise is exchanged, not added, so x stays on the path.
+
+        std = sigma_next sin(noise_level pi / 2),   mean = (1 - sigma_next) x0 + sqrt(sigma_next^2 - std^2) x1
+        x0 = x - sigma v,  x1 = x + (1 - sigma) v   what v says is the video, and the noise
+
+    noise_level in [0, 1]; 0 is `euler_step` up to rounding. Shapes, gradient and errors as `sde_transition`.
+    """
+    _delta(sigma, sigma_next)
+    if not 0 <= noise_level <= 1:
+        raise ValueError(f"cps_transition needs noise_level in [0, 1], got {noise_level}")
+    x, v, sigma, sigma_next = widen(x), widen(v), float(sigma), float(sigma_next)
+    std = sigma_next * math.sin(noise_level * math.pi / 2)
+    kept = math.sqrt(sigma_next**2 - std**2)
+    return Gaussian((1 - sigma_next) * (x - sigma * v) + kept * (x + (1 - sigma) * v), std)
+
+
+def cps_gain(sigma: float, sigma_next: float, *, noise_level: float) -> float:
+    """-d mean / d v of `cps_transition`: sigma (1 - sigma_next) - (1 - sigma) sqrt(sigma_next^2 - std^2)."""
+    kept = sigma_next * math.cos(noise_level * math.pi / 2)
+    return sigma * (1 - sigma_next) - (1 - sigma) * kept
+
+
+def sde_gain(sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None) -> float:
+    """-d mean / d v of `sde_transition`: delta c~."""
+    s = effective_noise(sigma, sigma_next, noise_level=noise_level, max_std=max_std)
+    return _delta(sigma, sigma_next) * velocity_gain(sigma, s)
 
 
 def _delta(sigma: float, sigma_next: float) -> float:

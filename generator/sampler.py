@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from common.distributed import derive_seed
 from common.distributed import generator as seeded
 from common.gaussian import log_prob
-from common.types import Group
-from generator.flow import euler_step, sde_transition
-from generator.schedule import stochastic_step
+from common.types import Group, Step
+from generator.flow import adams_bashforth_step, euler_step
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from generator.flow import Kernel
 
 Velocity: TypeAlias = Callable[["Tensor", float], "Tensor"]
 
@@ -30,15 +32,31 @@ def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=seeded(seed, "noise"))
 
 
-def member_noise(seed: int, member: int, shape: Sequence[int]) -> Tensor:
-    """xi of one group member at the stochastic step, fp32 on the CPU, of shape `shape`."""
-    return torch.randn(tuple(shape), generator=seeded(seed, "member", member))
+def member_noise(seed: int, member: int, shape: Sequence[int], *, number: int = 0) -> Tensor:
+    """xi of one group member at the group's ``number``-th stochastic step, fp32 on the CPU, of shape `shape`."""
+    return torch.randn(tuple(shape), generator=seeded(seed, "member", member, *([number] if number else [])))
 
 
 def ode(velocity: Velocity, x_BCFHW: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Euler steps along `sigmas` (descending): len(sigmas) - 1 velocities, none for a single sigma. Shape as given."""
     for sigma, sigma_next in pairwise(sigmas):
         x_BCFHW = euler_step(x_BCFHW, velocity(x_BCFHW, sigma), sigma, sigma_next)
+    return x_BCFHW
+
+
+def ode_ab2(velocity: Velocity, x_BCFHW: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """The same walk by two-step Adams-Bashforth: as many velocities as `ode`, an error of second order.
+
+    The first step is Euler's: there is nothing before it, a stochastic step having broken the path.
+    """
+    before: tuple[float, Tensor] | None = None
+    for sigma, sigma_next in pairwise(sigmas):
+        v_BCFHW = velocity(x_BCFHW, sigma)
+        if before is None:
+            x_BCFHW = euler_step(x_BCFHW, v_BCFHW, sigma, sigma_next)
+        else:
+            x_BCFHW = adams_bashforth_step(x_BCFHW, v_BCFHW, before[1], (before[0], sigma, sigma_next))
+        before = (sigma, v_BCFHW)
     return x_BCFHW
 
 
@@ -51,34 +69,50 @@ def rollout_group(
     group_size: int,
     shape: Sequence[int],
     sigmas: Sequence[float],
-    stochastic_range: int,
-    noise_level: float,
-    max_std: float | None,
+    steps: Sequence[int],
+    kernel: Kernel,
+    shared_noise: bool = True,
+    tail: Callable[[Tensor, Sequence[float]], Tensor] | None = None,
     batch: int,
     device: torch.device | str = "cpu",
 ) -> Group:
-    """G latents of one prompt that differ in one noise xi_g only (LongCat-Video 2510.22200, section 3.3.1).
+    """G latents of one prompt. With shared noise they differ from the first stochastic step on only.
 
     All members start from one noise and walk the same ODE to step k, so that walk and the velocity at step k are
-    computed ONCE, at batch 1. There each member takes its own SDE step, and then the ODE to sigma = 0, `batch` members
-    at a time: (k + 1) + G (T - k - 1) velocity samples instead of G T.
+    computed ONCE, at batch 1 (LongCat-Video 2510.22200, section 3.3.1). There each member takes its own step, and then
+    the ODE to sigma = 0, `batch` members at a time: (k + 1) + G (T - k - 1) velocity samples instead of G T.
 
-    seed decides everything: x_T ("noise"), k ("step"), xi_g ("member", g). shape is (C, F, H, W), sigmas the T + 1
-    values of the grid. log_prob_G is NaN when noise_level is 0: such a step has no density.
+    seed decides everything: x_T ("noise"), xi_g ("member", g). shape is (C, F, H, W), sigmas the T + 1 values of the
+    grid, steps the consecutive stochastic ones (`generator.schedule.stochastic_steps`).
+    shared_noise  False starts every member from a noise of its own ("initial", g): nothing is shared then
+    tail          the deterministic walk to 0 from x and what is left of the grid; None is Euler along it
+    log-probs are NaN when the kernel adds no noise: such a step has no density.
     """
-    k = stochastic_step(seed, stochastic_range)
-    if group_size < 1 or batch < 1 or len(sigmas) < k + 2:
-        raise ValueError(f"need group_size, batch >= 1 and step {k} on the grid, got {group_size}, {batch}, {sigmas}")
-    sigma, sigma_next = sigmas[k], sigmas[k + 1]
+    steps = list(steps)
+    if group_size < 1 or batch < 1 or not steps or len(sigmas) < steps[-1] + 2:
+        raise ValueError(
+            f"need group_size, batch >= 1 and steps {steps} on the grid, got {group_size}, {batch}, {sigmas}"
+        )
+    if steps != list(range(steps[0], steps[0] + len(steps))):
+        raise ValueError(f"stochastic steps must follow each other, got {steps}")
 
-    x_1CFHW = ode(velocity, initial_noise(seed, shape).unsqueeze(0).to(device), sigmas[: k + 1])
-    law = sde_transition(x_1CFHW, velocity(x_1CFHW, sigma), sigma, sigma_next, noise_level=noise_level, max_std=max_std)
-    xi_GCFHW = torch.stack([member_noise(seed, member, shape) for member in range(group_size)]).to(device)
-    next_GCFHW = law.mean + law.std * xi_GCFHW
-    if law.std > 0:
-        log_prob_G = log_prob(law, next_GCFHW)
-    else:
-        log_prob_G = torch.full((group_size,), math.nan, device=next_GCFHW.device)
+    def in_batches(x_BCFHW: Tensor, sigma: float) -> Tensor:
+        return torch.cat([velocity(part, sigma) for part in x_BCFHW.split(batch)])
 
-    tails = [ode(velocity, part, sigmas[k + 1 :]) for part in next_GCFHW.split(batch)]
-    return Group(prompt, x_1CFHW[0], next_GCFHW, sigma, sigma_next, torch.cat(tails), log_prob_G)
+    seeds = [seed] if shared_noise else [derive_seed(seed, "initial", member) for member in range(group_size)]
+    x_MCFHW = torch.stack([initial_noise(own, shape) for own in seeds]).to(device)
+    x_MCFHW = ode(in_batches, x_MCFHW, sigmas[: steps[0] + 1])
+    taken = []
+    for number, k in enumerate(steps):
+        sigma, sigma_next = sigmas[k], sigmas[k + 1]
+        law = kernel.transition(x_MCFHW, in_batches(x_MCFHW, sigma), sigma, sigma_next)
+        xi_GCFHW = torch.stack([member_noise(seed, g, shape, number=number) for g in range(group_size)]).to(device)
+        next_GCFHW = law.mean + law.std * xi_GCFHW
+        log_prob_G = log_prob(law, next_GCFHW) if law.std > 0 else next_GCFHW.new_full((group_size,), math.nan)
+        taken.append(Step(x_MCFHW, next_GCFHW, sigma, sigma_next, log_prob_G, law.std, kernel.gain(sigma, sigma_next)))
+        x_MCFHW = next_GCFHW
+
+    after = sigmas[steps[-1] + 1 :]
+    finish = tail if tail is not None else lambda x, left: ode(velocity, x, left)
+    clean = [finish(part, after) for part in x_MCFHW.split(batch)]
+    return Group(prompt, tuple(taken), torch.cat(clean))

@@ -17,6 +17,8 @@ from generator.flow import effective_noise
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from generator.config import SamplerConfig
+
 
 class LossWeights(NamedTuple):
     """Factors of the two GRPO loss terms at one step."""
@@ -38,14 +40,32 @@ def sigma_grid(num_steps: int, *, shift: float) -> Tensor:
     return sigmas
 
 
-def stochastic_step(seed: int, stochastic_range: int) -> int:
-    """The index of the one stochastic step, uniform over 0..T'-1 (LongCat-Video 2510.22200, Algorithm 1).
+def tail_grid(sigma: float, num_steps: int, *, shift: float) -> Tensor:
+    """`sigma_grid` from ``sigma`` down to 0 in ``num_steps`` steps, equal in u: (N + 1,) fp64."""
+    if not 0 < sigma <= 1 or num_steps < 1:
+        raise ValueError(f"tail_grid needs sigma in (0, 1] and num_steps >= 1, got {sigma} and {num_steps}")
+    start = sigma / (shift - (shift - 1) * sigma)
+    u = start * (1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps)
+    sigmas = shift * u / (1 + (shift - 1) * u)
+    sigmas[0], sigmas[-1] = sigma, 0.0
+    return sigmas
 
-    The same seed gives the same index, on every rank and for every member of a group.
+
+def stochastic_steps(seed: int, how: SamplerConfig, *, iteration: int = 0) -> tuple[int, ...]:
+    """Indices of the stochastic steps, in the order they are taken. The same for every member of a group.
+
+    "one"     uniform over stochastic_first..stochastic_range-1, from the seed (LongCat-Video 2510.22200, Algorithm 1)
+    "all"     every one of those (Flow-GRPO 2505.05470)
+    "window"  ``window_size`` neighbours that move one step towards sigma = 0 every ``window_every`` training steps
+              (MixGRPO 2507.21802), and stay at the end of the range
     """
-    if stochastic_range < 1:
-        raise ValueError(f"stochastic_range must be at least 1, got {stochastic_range}")
-    return derive_seed(seed, "step") % stochastic_range
+    first, end = how.stochastic_first, how.stochastic_range
+    if how.stochastic == "one":
+        return (first + derive_seed(seed, "step") % (end - first),)
+    if how.stochastic == "all":
+        return tuple(range(first, end))
+    start = first + min(iteration // how.window_every, end - first - how.window_size)
+    return tuple(range(start, start + how.window_size))
 
 
 def loss_weights(sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None) -> LossWeights:

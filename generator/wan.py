@@ -11,13 +11,13 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
 from common.gaussian import Gaussian
-from common.types import Group
+from common.types import Group, Step
 from generator import adapter
-from generator.flow import guide, interpolate, sde_transition, velocity_target, widen
+from generator.flow import Kernel, guide, interpolate, velocity_target, widen
 from generator.latents import LatentCodec
 from generator.prompts import PromptCache
-from generator.sampler import initial_noise, ode, rollout_group
-from generator.schedule import sigma_grid
+from generator.sampler import initial_noise, ode, ode_ab2, rollout_group
+from generator.schedule import sigma_grid, stochastic_steps, tail_grid
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +38,7 @@ class WanGenerator:
 
     def __init__(self, cfg: GeneratorConfig, pipeline: WanPipeline, module: nn.Module, device: torch.device) -> None:
         self.cfg = cfg
+        self.kernel = Kernel(cfg.sampler.kernel, cfg.sampler.noise_level, cfg.sampler.max_std)
         self.module = module
         self.device = device
         self.codec = LatentCodec(pipeline.vae, batch=cfg.decode_batch)
@@ -83,29 +84,35 @@ class WanGenerator:
     # ---- sampling -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def rollout(self, prompts: Sequence[str], *, group_size: int, seeds: Sequence[int]) -> list[Group]:
-        """One Group per prompt; see `generator.sampler.rollout_group`. A group depends on its prompt and seed alone.
+    def rollout(
+        self, prompts: Sequence[str], *, group_size: int, seeds: Sequence[int], iteration: int = 0
+    ) -> list[Group]:
+        """One Group per prompt; see `generator.sampler.rollout_group`. A group depends on its prompt and seed alone,
+        and where a window moves, on ``iteration``.
 
         DiT sample-forwards per group: c [(k + 1) + G (T - k - 1)], c = 2 under guidance and else 1.
         """
         cfg = self.cfg.sampler
         sigmas = sigma_grid(cfg.num_steps, shift=cfg.shift).tolist()
-        return [
-            rollout_group(
-                lambda x_BCFHW, sigma, prompt=prompt: self._guided(x_BCFHW, sigma, [prompt] * len(x_BCFHW)),
+
+        def one(prompt: str, seed: int) -> Group:
+            steps = stochastic_steps(seed, cfg, iteration=iteration)
+            return rollout_group(
+                lambda x_BCFHW, sigma: self._guided(x_BCFHW, sigma, [prompt] * len(x_BCFHW)),
                 prompt,
                 seed=seed,
                 group_size=group_size,
                 shape=self.latent_shape,
                 sigmas=sigmas,
-                stochastic_range=cfg.stochastic_range,
-                noise_level=cfg.noise_level,
-                max_std=cfg.max_std,
+                steps=steps,
+                kernel=self.kernel,
+                shared_noise=cfg.initial_noise == "shared",
+                tail=lambda x_BCFHW, left: self._tail(x_BCFHW, left, prompt),
                 batch=self.cfg.rollout_batch,
                 device=self.device,
             )
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+
+        return [one(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
     @torch.no_grad()
     def sample(
@@ -149,23 +156,17 @@ class WanGenerator:
 
     # ---- likelihood and error, with grad --------------------------------------------------------------------------
 
-    def transition(self, group: Group) -> Gaussian:
-        """Law of every member's `next` given the latent they share: mean (1, C, F, H, W), grad through the mean.
+    def transition(self, prompt: str, step: Step, member: int | None = None) -> Gaussian:
+        """Law of `next` given the latent: mean (M, C, F, H, W), grad through the mean.
 
-        c' DiT sample-forwards however many members the group has; c' = c, or 1 when guidance_in_update is off.
+        c' DiT sample-forwards for a latent that all members share, however many they are, c' G for their own; c' = c,
+        or 1 when guidance_in_update is off. ``member`` asks for one alone, by a forward of its own.
         """
-        cfg = self.cfg.sampler
-        scale = cfg.guidance_scale if self.cfg.guidance_in_update else 1.0
-        x_1CFHW = group.latent_CFHW.unsqueeze(0).to(self.device)
-        v_1CFHW = self.velocity(x_1CFHW, torch.tensor([group.sigma]), [group.prompt], guidance_scale=scale)
-        noise = {"noise_level": cfg.noise_level, "max_std": cfg.max_std}
-        return sde_transition(x_1CFHW, v_1CFHW, group.sigma, group.sigma_next, **noise)
-
-    def member_transition(self, group: Group, member: int) -> Gaussian:
-        """`transition` by a forward of its own for one member: what costs G forwards and gives the same gradient."""
-        if not 0 <= member < group.size:
-            raise IndexError(f"member must be in 0..{group.size - 1}, got {member}")
-        return self.transition(group)
+        scale = self.cfg.sampler.guidance_scale if self.cfg.guidance_in_update else 1.0
+        x_MCFHW = (step.latent_MCFHW if member is None else step.start_of(member)).to(self.device)
+        sigma_M = torch.full((len(x_MCFHW),), step.sigma)
+        v_MCFHW = self.velocity(x_MCFHW, sigma_M, [prompt] * len(x_MCFHW), guidance_scale=scale)
+        return self.kernel.transition(x_MCFHW, v_MCFHW, step.sigma, step.sigma_next)
 
     def flow_error(self, clean_BCFHW: Tensor, noise_BCFHW: Tensor, sigma_B: Tensor, prompts: Sequence[str]) -> Tensor:
         """|v_theta(x_sigma) - (eps - x_0)|^2, MEAN over latent elements -> (B,) fp32, with grad. Without guidance.
@@ -252,9 +253,18 @@ class WanGenerator:
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
-    def _guided(self, x_BCFHW: Tensor, sigma: float, prompts: Sequence[str]) -> Tensor:
+    def _guided(self, x_BCFHW: Tensor, sigma: float, prompts: Sequence[str], *, scale: float | None = None) -> Tensor:
         sigma_B = torch.full((len(x_BCFHW),), sigma)
-        return self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=self.cfg.sampler.guidance_scale)
+        guidance = self.cfg.sampler.guidance_scale if scale is None else scale
+        return self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=guidance)
+
+    def _tail(self, x_BCFHW: Tensor, sigmas: Sequence[float], prompt: str) -> Tensor:
+        """To the end of the grid, as the sampler's tail options say."""
+        cfg, texts = self.cfg.sampler, [prompt] * len(x_BCFHW)
+        if cfg.tail_steps is not None and cfg.tail_steps < len(sigmas) - 1:
+            sigmas = tail_grid(sigmas[0], cfg.tail_steps, shift=cfg.shift).tolist()
+        walk = ode_ab2 if cfg.tail_solver == "ab2" else ode
+        return walk(lambda x, at: self._guided(x, at, texts, scale=cfg.tail_guidance), x_BCFHW, sigmas)
 
     def _stock(self, x_BCFHW: Tensor, prompts: Sequence[str], num_steps: int) -> Tensor:
         _, transformer = self._active()

@@ -91,7 +91,7 @@ def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
 def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, DeepSpeedEngine]:
     """Everything a run is made of, on this rank."""
     from alignment.data import PromptSchedule
-    from alignment.grpo import GrpoLoop, backwards_per_step
+    from alignment.grpo import GrpoLoop, backwards_per_update
     from common import distributed
     from common.log import say
     from launch.compose import build_engine, build_generator, build_rewards
@@ -102,7 +102,11 @@ def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, Dee
         generator.module,
         optimizer=cfg.optimizer,
         zero_stage=cfg.zero_stage,
-        accumulation=backwards_per_step(cfg.grpo, cfg.prompts_per_step // distributed.world_size()),
+        accumulation=backwards_per_update(
+            cfg.grpo,
+            cfg.prompts_per_step // distributed.world_size(),
+            steps_per_group=cfg.generator.sampler.steps_per_group,
+        ),
         overrides=cfg.deepspeed,
     )
     loop = GrpoLoop(
@@ -120,15 +124,16 @@ def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, Dee
 
 def batch_arithmetic(cfg: GrpoRun, *, ranks: int, module: Any) -> list[str]:
     """How prompts, members, ranks and accumulation make one update; what most runs of this kind get wrong."""
-    from alignment.grpo import backwards_per_step
+    from alignment.grpo import backwards_per_update
 
     groups = cfg.prompts_per_step // ranks
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in module.parameters())
     videos = cfg.prompts_per_step * cfg.grpo.group_size
+    backwards = backwards_per_update(cfg.grpo, groups, steps_per_group=cfg.generator.sampler.steps_per_group)
     return [
         f"one update = {cfg.prompts_per_step} prompts x {cfg.grpo.group_size} members = {videos} videos, on {ranks} "
-        f"rank{'s' * (ranks > 1)} x {groups} groups, {backwards_per_step(cfg.grpo, groups)} accumulated backwards each",
+        f"rank{'s' * (ranks > 1)} x {groups} groups, {backwards} accumulated backwards each",
         f"training {trained:,} of {everything:,} parameters, ZeRO {cfg.zero_stage}, {cfg.steps} updates",
         *(["fewer than 32 videos per update: expect a noisy reward curve"] if videos < 32 else []),
     ]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from common import gaussian
-from common.distributed import generator as random_generator
-from common.types import Group, Score
+from common.types import Group, Score, Step
 from generator import flow, schedule
+from generator.config import SamplerConfig
+from generator.sampler import rollout_group
 
 SHAPE = (3, 2, 4, 4)  # C F H W: a latent is a tiny RGB video
 
@@ -38,7 +39,7 @@ class Velocity(nn.Module):
 
 
 class FakeGenerator:
-    """The Generator protocol around `Velocity`, with the real flow and schedule."""
+    """The Generator protocol around `Velocity`, with the real flow, schedule and sampler."""
 
     def __init__(
         self,
@@ -47,42 +48,40 @@ class FakeGenerator:
         stochastic_range: int = 3,
         max_std: float | None = 0.45,
         dtype: torch.dtype = torch.float32,
+        **sampler: object,
     ) -> None:
         self.module = Velocity(dtype=dtype)
-        self.sigmas = [float(s) for s in schedule.sigma_grid(num_steps, shift=3.0)]
-        self.stochastic_range, self.dtype = stochastic_range, dtype
-        self.noise = {"noise_level": 1.0, "max_std": max_std}
-        self.grad_forwards = 0
-
-    @torch.no_grad()
-    def rollout(self, prompts: Sequence[str], *, group_size: int, seeds: Sequence[int]) -> list[Group]:
-        return [self._group(p, group_size, seed) for p, seed in zip(prompts, seeds, strict=True)]
-
-    def _group(self, prompt: str, group_size: int, seed: int) -> Group:
-        k = schedule.stochastic_step(seed, self.stochastic_range)
-        x = torch.randn(1, *SHAPE, generator=random_generator(seed, "start"), dtype=self.dtype)
-        x = self._walk(x, 0, k)
-        law = self._law(x, self.sigmas[k], self.sigmas[k + 1])
-        noise = torch.randn(group_size, *SHAPE, generator=random_generator(seed, "members"), dtype=self.dtype)
-        next_GCFHW = law.mean + law.std * noise
-        return Group(
-            prompt=prompt,
-            latent_CFHW=x[0],
-            next_GCFHW=next_GCFHW,
-            sigma=self.sigmas[k],
-            sigma_next=self.sigmas[k + 1],
-            clean_GCFHW=self._walk(next_GCFHW, k + 1, len(self.sigmas) - 1),
-            log_prob_G=gaussian.log_prob(law, next_GCFHW),
+        self.how = SamplerConfig(
+            num_steps=num_steps, stochastic_range=stochastic_range, max_std=max_std, guidance_scale=1.0, **sampler
         )
+        self.sigmas = schedule.sigma_grid(num_steps, shift=3.0).tolist()
+        self.kernel = flow.Kernel(self.how.kernel, self.how.noise_level, max_std)
+        self.dtype, self.grad_forwards = dtype, 0
 
-    def transition(self, group: Group) -> gaussian.Gaussian:
-        self.grad_forwards += torch.is_grad_enabled()
-        return self._law(group.latent_CFHW[None], group.sigma, group.sigma_next)
+    def rollout(
+        self, prompts: Sequence[str], *, group_size: int, seeds: Sequence[int], iteration: int = 0
+    ) -> list[Group]:
+        return [
+            rollout_group(
+                lambda x, sigma: self.module(x.to(self.dtype), sigma),
+                prompt,
+                seed=seed,
+                group_size=group_size,
+                shape=SHAPE,
+                sigmas=self.sigmas,
+                steps=schedule.stochastic_steps(seed, self.how, iteration=iteration),
+                kernel=self.kernel,
+                shared_noise=self.how.initial_noise == "shared",
+                batch=group_size,
+            )
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
 
-    def member_transition(self, group: Group, member: int) -> gaussian.Gaussian:
-        if not 0 <= member < group.size:
-            raise IndexError(member)
-        return self.transition(group)
+    def transition(self, prompt: str, step: Step, member: int | None = None) -> gaussian.Gaussian:
+        x = step.latent_MCFHW if member is None else step.start_of(member)
+        self.grad_forwards += len(x) * torch.is_grad_enabled()
+        x = x.to(self.dtype)
+        return self.kernel.transition(x, self.module(x, step.sigma), step.sigma, step.sigma_next)
 
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
         """Latent -1..1 is black..white: (B, C, F, H, W) -> (B, T, Y, X, 3)."""
@@ -95,14 +94,6 @@ class FakeGenerator:
             yield
         finally:
             self.module.adapter_on = True
-
-    def _walk(self, x: Tensor, start: int, end: int) -> Tensor:
-        for sigma, sigma_next in zip(self.sigmas[start:end], self.sigmas[start + 1 : end + 1], strict=True):
-            x = flow.euler_step(x, self.module(x, sigma), sigma, sigma_next)
-        return x
-
-    def _law(self, x: Tensor, sigma: float, sigma_next: float) -> gaussian.Gaussian:
-        return flow.sde_transition(x, self.module(x, sigma), sigma, sigma_next, **self.noise)
 
 
 class FunctionReward:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from generator.config import GeneratorConfig, LoraConfig, SamplerConfig
+from generator.schedule import stochastic_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -153,3 +154,9 @@ def _louder(model: nn.Module, *, gain: float) -> nn.Module:
             if module.bias is not None:
                 module.bias.normal_(0, 0.1)
     return model.eval()
+
+
+def stochastic_step(seed: int, end: int) -> int:
+    """The one stochastic step that a group of this seed has, of the first ``end``."""
+    (step,) = stochastic_steps(seed, SamplerConfig(num_steps=16, stochastic_range=end))
+    return step

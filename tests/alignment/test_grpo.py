@@ -12,7 +12,7 @@ import torch
 from alignment import grpo
 from alignment.config import GrpoConfig
 from alignment.data import PromptSchedule
-from alignment.grpo import GrpoLoop, backwards_per_step
+from alignment.grpo import GrpoLoop, backwards_per_update
 from alignment.rewards.brightness import Brightness
 from common.types import Engine, Generator, RewardModel, Score
 from tests.fakes import FakeGenerator, FunctionReward, PlainEngine, Scripted, prompt_length, redness
@@ -32,9 +32,8 @@ def loop_of(
 ) -> GrpoLoop:
     cfg = GrpoConfig(**{"group_size": 4, **options})
     generator = generator or FakeGenerator()
-    engine = PlainEngine(
-        generator.module, accumulation=backwards_per_step(cfg, prompts), lr=lr, weight_decay=weight_decay
-    )
+    backwards = backwards_per_update(cfg, prompts, steps_per_group=generator.how.steps_per_group)
+    engine = PlainEngine(generator.module, accumulation=backwards, lr=lr, weight_decay=weight_decay)
     return GrpoLoop(
         cfg,
         generator=generator,
@@ -107,9 +106,9 @@ def test_a_watched_reward_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("reweight", [True, False])
+@pytest.mark.parametrize("reweight", ["finite", "none"])
 def test_one_forward_per_group_gives_the_gradient_of_one_per_member(
-    dtype: torch.dtype, tolerance: float, *, reweight: bool
+    dtype: torch.dtype, tolerance: float, reweight: str
 ) -> None:
     gradients, forwards = [], []
     for update in ("collapsed", "per_member"):
@@ -132,7 +131,8 @@ def test_each_member_has_a_loss_of_its_own() -> None:
     loop = loop_of({"red": FunctionReward("red", redness)}, update="per_member", kl_weight=0.0, prompts=1)
     batch = loop.prompts.at(0)
     (group,) = loop.generator.rollout(batch.prompts, group_size=4, seeds=batch.seeds)
-    weight = loop.generator.transition(group).std / (group.sigma - group.sigma_next)
+    (step,) = group.steps
+    weight = step.std / (step.sigma - step.sigma_next)
     result = loop.step(0)
     assert loop.engine.losses == pytest.approx([-weight * float(a) for a in result.advantage_PG[0]], rel=1e-5)
 
@@ -146,10 +146,11 @@ def test_the_gradient_is_that_of_the_formula() -> None:
     advantage_PG = loop.step(0).advantage_PG.double()
     expected = torch.zeros(3, dtype=torch.float64)
     for group, advantage_G in zip(groups, advantage_PG, strict=True):
-        law = generator.transition(group)
-        xi_GC = ((group.next_GCFHW - law.mean) / law.std).mean(dim=(2, 3, 4)).detach()
-        s = law.std / math.sqrt(group.sigma - group.sigma_next)
-        c = 1 + s**2 * (1 - group.sigma) / (2 * group.sigma)
+        (step,) = group.steps
+        law = generator.transition(group.prompt, step)
+        xi_GC = ((step.next_GCFHW - law.mean) / law.std).mean(dim=(2, 3, 4)).detach()
+        s = law.std / math.sqrt(step.sigma - step.sigma_next)
+        c = 1 + s**2 * (1 - step.sigma) / (2 * step.sigma)
         expected += c * (advantage_G[:, None] * xi_GC).mean(0) / 3 / len(groups)
     assert torch.allclose(loop.engine.last_gradient[1], expected, rtol=1e-6, atol=1e-12)
 
@@ -231,8 +232,8 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
     loop = loop_of({"bright": Brightness()}, generator=generator)
     sound = generator.transition
 
-    def broken(group: Any) -> Any:
-        law = sound(group)
+    def broken(*of: Any) -> Any:
+        law = sound(*of)
         return type(law)(law.mean * math.nan, law.std)
 
     generator.transition = broken

@@ -21,7 +21,7 @@ def test_weights_are_those_of_the_table(step: int, policy: float, kl: float) -> 
     # the table's grid ends at 1/1000 instead of 0, hence the tolerance
     u = [1 - i * (1 - 1e-3) / 16 for i in (step, step + 1)]
     sigma, sigma_next = (3 * v / (1 + 2 * v) for v in u)
-    weights = step_weights(0.45, sigma=sigma, sigma_next=sigma_next)
+    weights = step_weights(0.45, sigma=sigma, sigma_next=sigma_next, gain=1.0)
     assert weights.policy == pytest.approx(policy, rel=2e-3)
     assert weights.kl == pytest.approx(kl, rel=4e-3)
 
@@ -33,12 +33,13 @@ def test_weights_from_the_std_equal_those_from_the_sampler_settings(step: int) -
     x = torch.zeros(1, 2)
     law = flow.sde_transition(x, x, sigma, sigma_next, noise_level=1.0, max_std=0.45)
     other = loss_weights(sigma, sigma_next, noise_level=1.0, max_std=0.45)
-    assert step_weights(law.std, sigma=sigma, sigma_next=sigma_next) == pytest.approx(tuple(other), rel=1e-12)
+    weights = step_weights(law.std, sigma=sigma, sigma_next=sigma_next, gain=1.0)
+    assert weights == pytest.approx(tuple(other), rel=1e-12)
 
 
 def test_weights_refuse_a_step_without_noise() -> None:
     with pytest.raises(ValueError, match="std > 0"):
-        step_weights(0.0, sigma=0.9, sigma_next=0.8)
+        step_weights(0.0, sigma=0.9, sigma_next=0.8, gain=1.0)
 
 
 def test_loss_by_hand() -> None:
@@ -90,7 +91,7 @@ def test_gradient_is_the_equation_of_the_docstring(sigma: float, sigma_next: flo
         reference = flow.sde_transition(x, v_ref, sigma, sigma_next, **noise)
         old = flow.sde_transition(x, v.detach(), sigma, sigma_next, **noise)
         after = old.mean + old.std * xi
-        weights = step_weights(law.std, sigma=sigma, sigma_next=sigma_next)
+        weights = step_weights(law.std, sigma=sigma, sigma_next=sigma_next, gain=1.0)
         return grpo_group_loss(
             gaussian.log_prob(law, after),
             gaussian.log_prob(old, after),

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from common.distributed import derive_seed
 from common.types import Group
+from generator.flow import Kernel
 from generator.sampler import initial_noise, ode, rollout_group
-from generator.schedule import sigma_grid, stochastic_step
+from generator.schedule import sigma_grid
+from tests.tiny import stochastic_step
 
 STEPS = 6
 SIGMAS = sigma_grid(STEPS, shift=3.0).tolist()
@@ -25,9 +27,11 @@ def bend(x: Tensor, sigma: float) -> Tensor:
 
 
 def roll(velocity: Callable[[Tensor, float], Tensor], **changes: object) -> Group:
-    values = {"seed": 11, "group_size": 4, "shape": SHAPE, "sigmas": SIGMAS, "stochastic_range": 3}
-    values |= {"noise_level": 1.0, "max_std": 0.45, "batch": 4}
-    return rollout_group(velocity, "a prompt", **{**values, **changes})
+    values = {"seed": 11, "group_size": 4, "shape": SHAPE, "sigmas": SIGMAS, "stochastic_range": 3, "batch": 4}
+    values |= {"kernel": Kernel("sde", 1.0, 0.45)} | changes
+    values["steps"] = values.get("steps") or [stochastic_step(values["seed"], values["stochastic_range"])]
+    del values["stochastic_range"]
+    return rollout_group(velocity, "a prompt", **values)
 
 
 def noise_of(*parts: int | str) -> Tensor:
@@ -39,16 +43,17 @@ def test_members_differ_by_their_noise_alone(seed: int) -> None:
     """With v = 0 nothing moves but at step k: next = x_T (1 - tau^2 / (2 sigma)) + tau xi_g, and clean = next."""
     group = roll(lambda x, _: torch.zeros_like(x), seed=seed)
     k = stochastic_step(seed, 3)
-    assert (group.sigma, group.sigma_next) == (SIGMAS[k], SIGMAS[k + 1])
-    assert torch.equal(group.latent_CFHW, noise_of(seed, "noise"))
+    (step,) = group.steps
+    assert (step.sigma, step.sigma_next, step.std) == (SIGMAS[k], SIGMAS[k + 1], pytest.approx(0.45))
+    assert torch.equal(step.latent_MCFHW, noise_of(seed, "noise").unsqueeze(0))
     for member in range(4):
         want = noise_of(seed, "noise") * (1 - 0.45**2 / (2 * SIGMAS[k])) + 0.45 * noise_of(seed, "member", member)
-        assert torch.allclose(group.next_GCFHW[member], want, atol=1e-6)
-    assert torch.equal(group.clean_GCFHW, group.next_GCFHW)
+        assert torch.allclose(step.next_GCFHW[member], want, atol=1e-6)
+    assert torch.equal(group.clean_GCFHW, step.next_GCFHW)
 
 
 def test_all_steps_of_the_range_are_drawn() -> None:
-    assert {roll(bend, seed=seed).sigma for seed in range(40)} == set(SIGMAS[:3])
+    assert {roll(bend, seed=seed).steps[0].sigma for seed in range(40)} == set(SIGMAS[:3])
 
 
 @pytest.mark.parametrize("seed", [11, 12, 13, 14])
@@ -69,8 +74,8 @@ def test_velocity_samples_are_counted(seed: int) -> None:
 def test_last_step_can_be_the_stochastic_one() -> None:
     seeds = [seed for seed in range(60) if stochastic_step(seed, STEPS) == STEPS - 1]
     group = roll(bend, seed=seeds[0], stochastic_range=STEPS)
-    assert group.sigma_next == 0
-    assert torch.equal(group.clean_GCFHW, group.next_GCFHW)
+    assert group.steps[0].sigma_next == 0
+    assert torch.equal(group.clean_GCFHW, group.steps[0].next_GCFHW)
 
 
 def test_perfect_velocity_lands_on_the_data() -> None:
@@ -78,22 +83,22 @@ def test_perfect_velocity_lands_on_the_data() -> None:
     data = noise_of(99, "data")
     group = roll(lambda x, sigma: (x - data) / sigma)
     assert torch.allclose(group.clean_GCFHW, data.expand_as(group.clean_GCFHW), atol=1e-5)
-    assert (group.next_GCFHW[0] - group.next_GCFHW[1]).abs().max() > 0.1
+    assert (group.steps[0].next_GCFHW[0] - group.steps[0].next_GCFHW[1]).abs().max() > 0.1
 
 
 def test_stored_log_prob_is_that_of_the_noise() -> None:
     """log p = -mean(xi^2) / 2 - ln tau - ln(2 pi) / 2, since next = mean + tau xi."""
     group = roll(bend, seed=5)
-    for member, got in enumerate(group.log_prob_G.tolist()):
+    for member, got in enumerate(group.steps[0].log_prob_G.tolist()):
         want = -noise_of(5, "member", member).square().mean().item() / 2 - math.log(0.45) - math.log(2 * math.pi) / 2
         assert got == pytest.approx(want, abs=1e-5)
 
 
 def test_zero_noise_is_the_ode_and_has_no_density() -> None:
-    group = roll(bend, noise_level=0.0)
+    group = roll(bend, kernel=Kernel("sde", 0.0, 0.45))
     whole = ode(bend, noise_of(11, "noise").unsqueeze(0), SIGMAS)
     assert torch.allclose(group.clean_GCFHW, whole.expand(4, *SHAPE), atol=1e-6)
-    assert group.log_prob_G.isnan().all()
+    assert group.steps[0].log_prob_G.isnan().all()
 
 
 def test_neither_batch_nor_group_size_changes_a_member() -> None:
@@ -102,19 +107,19 @@ def test_neither_batch_nor_group_size_changes_a_member() -> None:
     fewer = roll(bend, group_size=2, batch=5)
     assert torch.allclose(whole.clean_GCFHW, parts.clean_GCFHW, atol=1e-6)
     assert torch.allclose(whole.clean_GCFHW[:2], fewer.clean_GCFHW, atol=1e-6)
-    assert torch.equal(whole.next_GCFHW[:2], fewer.next_GCFHW)
+    assert torch.equal(whole.steps[0].next_GCFHW[:2], fewer.steps[0].next_GCFHW)
 
 
 def test_seeds_decide_everything() -> None:
     state = torch.get_rng_state()
     first, again, other = roll(bend, seed=1), roll(bend, seed=1), roll(bend, seed=2)
     assert torch.equal(first.clean_GCFHW, again.clean_GCFHW)
-    assert not torch.allclose(first.latent_CFHW, other.latent_CFHW, atol=0.1)
+    assert not torch.allclose(first.steps[0].latent_MCFHW, other.steps[0].latent_MCFHW, atol=0.1)
     assert torch.equal(torch.get_rng_state(), state)  # and the global generator is left alone
     assert torch.equal(initial_noise(1, SHAPE), noise_of(1, "noise"))
 
 
 def test_refuses_a_grid_shorter_than_its_range() -> None:
     seed = next(seed for seed in range(60) if stochastic_step(seed, 6) == 5)
-    with pytest.raises(ValueError, match="step 5 on the grid"):
+    with pytest.raises(ValueError, match=r"steps \[5\] on the grid"):
         roll(bend, seed=seed, stochastic_range=6, sigmas=[1.0, 0.5, 0.0])

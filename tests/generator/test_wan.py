@@ -13,14 +13,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
-from common.gaussian import log_prob
+from common.gaussian import Gaussian, log_prob
 from common.types import Generator, Group
 from generator.config import LoraConfig, SamplerConfig
 from generator.flow import guide
 from generator.sampler import initial_noise
-from generator.schedule import stochastic_step
 from generator.wan import WanGenerator
-from tests.tiny import FRAMES, HEIGHT, MAX_LENGTH, WIDTH, tiny_config, tiny_generator
+from tests.tiny import FRAMES, HEIGHT, MAX_LENGTH, WIDTH, stochastic_step, tiny_config, tiny_generator
 
 PROMPT = "a red circle"
 GUIDED = SamplerConfig(num_steps=6, stochastic_range=3, guidance_scale=3.0)
@@ -101,7 +100,7 @@ def test_zero_noise_rollout_is_the_stock_pipeline(folder: Path, scale: float) ->
         noise = initial_noise(seed, generator.latent_shape).unsqueeze(0)
         stock = stock_latents(folder, noise, [PROMPT], euler=True, scale=scale)
         assert (group.clean_GCFHW - stock).abs().max() < 1e-5 * stock.abs().max()
-    assert len({group.sigma for group in groups}) == 3
+    assert len({group.steps[0].sigma for group in groups}) == 3
 
 
 @pytest.mark.parametrize("kind", ["euler", "pipeline"])
@@ -152,6 +151,15 @@ def test_timestep_is_not_rounded(generator: WanGenerator) -> None:
     assert seen[0].tolist() == pytest.approx([954.54545, 123.4567], rel=1e-7)
 
 
+def law_of(generator: WanGenerator, group: Group) -> Gaussian:
+    (step,) = group.steps
+    return generator.transition(group.prompt, step)
+
+
+def log_probs(generator: WanGenerator, group: Group) -> Tensor:
+    return log_prob(law_of(generator, group), group.steps[0].next_GCFHW)
+
+
 # ---- what it costs ------------------------------------------------------------------------------------------------
 
 
@@ -160,12 +168,12 @@ def test_forwards_per_group(generator: WanGenerator, count: Callable[[], int], s
     k = stochastic_step(seed, 3)
     group = generator.rollout([PROMPT], group_size=4, seeds=[seed])[0]
     assert count() == 2 * ((k + 1) + 4 * (6 - k - 1))
-    generator.transition(group)
+    law_of(generator, group)
     assert count() == 2
     with torch.no_grad(), generator.reference():
-        generator.transition(group)
+        law_of(generator, group)
     assert count() == 2
-    generator.member_transition(group, 3)
+    generator.transition(PROMPT, group.steps[0], 3)
     assert count() == 2
 
 
@@ -181,7 +189,7 @@ def test_forwards_without_guidance(folder: Path) -> None:
         k = stochastic_step(1, 3)
         assert sum(seen) == rollout * ((k + 1) + 2 * (6 - k - 1))
         seen.clear()
-        generator.transition(group)
+        law_of(generator, group)
         assert sum(seen) == update
 
 
@@ -192,15 +200,15 @@ def test_forwards_without_guidance(folder: Path) -> None:
 def test_first_ratio_is_one(folder: Path, changes: dict[str, object]) -> None:
     generator = tiny_generator(folder, **changes)
     for group in generator.rollout([PROMPT, "rain"], group_size=3, seeds=[1, 2]):
-        law = generator.transition(group)
+        law = law_of(generator, group)
         assert law.mean.shape == (1, *generator.latent_shape)
         assert law.mean.requires_grad
-        assert torch.equal(log_prob(law, group.next_GCFHW).detach(), group.log_prob_G)
+        assert torch.equal(log_prob(law, group.steps[0].next_GCFHW).detach(), group.steps[0].log_prob_G)
 
 
 def test_module_stays_in_eval_mode(generator: WanGenerator, group: Group) -> None:
     generator.module.train()
-    generator.transition(group)
+    law_of(generator, group)
     assert not any(module.training for module in generator.module.modules())
 
 
@@ -211,14 +219,14 @@ def gradients(generator: WanGenerator, loss: Tensor) -> Tensor:
 
 def collapsed_and_plain(generator: WanGenerator, group: Group) -> tuple[Tensor, Tensor]:
     """Gradient of the mean of A_g exp(logp_g - old_g): one forward for all members, and one forward each."""
-    advantage_G = torch.tensor([1.5, -0.5, 0.25, -1.25]).to(group.latent_CFHW.dtype)
-    law = generator.transition(group)
-    ratio_G = (log_prob(law, group.next_GCFHW) - group.log_prob_G).exp()
+    advantage_G = torch.tensor([1.5, -0.5, 0.25, -1.25]).to(group.clean_GCFHW.dtype)
+    law = law_of(generator, group)
+    ratio_G = (log_prob(law, group.steps[0].next_GCFHW) - group.steps[0].log_prob_G).exp()
     collapsed = gradients(generator, -(advantage_G * ratio_G).mean())
     plain = torch.zeros_like(collapsed)
     for g in range(4):
-        own = log_prob(generator.member_transition(group, g), group.next_GCFHW[g : g + 1])[0]
-        plain += gradients(generator, -advantage_G[g] * (own - group.log_prob_G[g]).exp() / 4)
+        own = log_prob(generator.transition(PROMPT, group.steps[0], g), group.steps[0].next_GCFHW[g : g + 1])[0]
+        plain += gradients(generator, -advantage_G[g] * (own - group.steps[0].log_prob_G[g]).exp() / 4)
     return collapsed, plain
 
 
@@ -235,8 +243,10 @@ def test_collapsed_gradient_is_the_plain_one_in_fp64(
     double = copy.copy(generator)
     double.module = copy.deepcopy(generator.module).double()
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    tensors = ("latent_CFHW", "next_GCFHW", "clean_GCFHW", "log_prob_G")
-    wide = dataclasses.replace(group, **{name: getattr(group, name).double() for name in tensors})
+    (step,) = group.steps
+    tensors = ("latent_MCFHW", "next_GCFHW", "log_prob_G")
+    step = dataclasses.replace(step, **{name: getattr(step, name).double() for name in tensors})
+    wide = dataclasses.replace(group, steps=(step,), clean_GCFHW=group.clean_GCFHW.double())
     collapsed, plain = collapsed_and_plain(double, wide)
     assert collapsed.dtype == torch.float64
     assert (collapsed - plain).norm() < 1e-12 * plain.norm()
@@ -246,8 +256,8 @@ def test_collapsed_gradient_is_the_plain_one_in_fp64(
 
 def test_gradient_checkpointing_changes_no_gradient(folder: Path, group: Group) -> None:
     plain, recomputed = (tiny_generator(folder, gradient_checkpointing=on) for on in (False, True))
-    want = gradients(plain, log_prob(plain.transition(group), group.next_GCFHW).sum())
-    got = gradients(recomputed, log_prob(recomputed.transition(group), group.next_GCFHW).sum())
+    want = gradients(plain, log_probs(plain, group).sum())
+    got = gradients(recomputed, log_probs(recomputed, group).sum())
     assert (got - want).norm() < 1e-6 * want.norm()
 
 
@@ -256,10 +266,11 @@ def test_group_depends_on_its_prompt_and_seed_alone(generator: WanGenerator) -> 
     back = generator.rollout([PROMPT, "rain"], group_size=3, seeds=[6, 5])
     for one, two in zip(there, reversed(back), strict=True):
         assert one.prompt == two.prompt
-        for name in ("latent_CFHW", "next_GCFHW", "clean_GCFHW", "log_prob_G"):
-            assert torch.equal(getattr(one, name), getattr(two, name))
+        assert torch.equal(one.clean_GCFHW, two.clean_GCFHW)
+        for name in ("latent_MCFHW", "next_GCFHW", "log_prob_G"):
+            assert torch.equal(getattr(one.steps[0], name), getattr(two.steps[0], name))
     same_seed = generator.rollout(["rain", PROMPT], group_size=3, seeds=[5, 5])
-    assert same_seed[0].sigma == same_seed[1].sigma
+    assert same_seed[0].steps[0].sigma == same_seed[1].steps[0].sigma
     assert not torch.allclose(same_seed[0].clean_GCFHW, same_seed[1].clean_GCFHW, atol=1e-2)
 
 
@@ -286,11 +297,11 @@ def test_flow_error_by_hand(generator: WanGenerator) -> None:
 def test_reference_is_the_model_without_its_adapter(folder: Path, generator: WanGenerator, group: Group) -> None:
     untouched = WanGenerator.load(tiny_config(folder), device="cpu")  # B = 0
     with torch.no_grad():
-        base = untouched.transition(group).mean
-        policy = generator.transition(group).mean
+        base = law_of(untouched, group).mean
+        policy = law_of(generator, group).mean
         with generator.reference(), generator.reference():
-            reference = generator.transition(group).mean
-        after = generator.transition(group).mean
+            reference = law_of(generator, group).mean
+        after = law_of(generator, group).mean
     assert torch.allclose(reference, base, atol=1e-6)
     assert (policy - base).abs().max() > 1e-3
     assert torch.equal(after, policy)
@@ -298,29 +309,29 @@ def test_reference_is_the_model_without_its_adapter(folder: Path, generator: Wan
 
 def test_reference_between_forward_and_backward_changes_no_gradient(folder: Path, group: Group) -> None:
     generator = tiny_generator(folder, gradient_checkpointing=True)
-    want = gradients(generator, log_prob(generator.transition(group), group.next_GCFHW).sum())
-    loss = log_prob(generator.transition(group), group.next_GCFHW).sum()
+    want = gradients(generator, log_probs(generator, group).sum())
+    loss = log_probs(generator, group).sum()
     with torch.no_grad(), generator.reference():
-        generator.transition(group)
+        law_of(generator, group)
     assert torch.equal(gradients(generator, loss), want)
 
 
 def test_reference_refuses_grad(generator: WanGenerator, group: Group) -> None:
     with generator.reference(), pytest.raises(RuntimeError, match="no_grad"):
-        generator.transition(group)
-    generator.transition(group)  # and the context closes behind the error
+        law_of(generator, group)
+    law_of(generator, group)  # and the context closes behind the error
 
 
 def test_full_fine_tuning_keeps_a_frozen_copy(folder: Path, group: Group) -> None:
     generator = WanGenerator.load(tiny_config(folder, lora=None), device="cpu")
     with torch.no_grad():
-        base = generator.transition(group).mean
+        base = law_of(generator, group).mean
         for parameter in generator.module.parameters():
             assert parameter.requires_grad
             parameter.add_(0.05)
-        moved = generator.transition(group).mean
+        moved = law_of(generator, group).mean
         with generator.reference():
-            reference = generator.transition(group).mean
+            reference = law_of(generator, group).mean
     assert torch.equal(reference, base)
     assert (moved - base).abs().max() > 1e-3
     with pytest.raises(ValueError, match="save_pretrained"):
