@@ -17,7 +17,8 @@ class GrpoConfig:
     """Longcat-GRPO. Defaults are LongCat-Video's (2510.22200, Table 9 and Algorithm 1).
 
     group_size      G, videos per prompt
-    scale           what a centred reward is divided by: nothing, its group's spread, or the largest spread of any group
+    scale           what a centred reward is divided by: nothing, its group's spread, the largest spread of any group,
+                    or the spread of all rewards of the batch
     advantage_eps   added to that spread
     advantage_clip  bound of the summed advantage, null for none
     clip_low/high   the ratio may leave [1 - low, 1 + high] no further; null for none, which is the paper's choice:
@@ -32,7 +33,7 @@ class GrpoConfig:
     """
 
     group_size: int = 4
-    scale: Literal["none", "group", "max_group"] = "max_group"
+    scale: Literal["none", "group", "max_group", "batch"] = "max_group"
     advantage_eps: float = 1e-4
     advantage_clip: float | None = None
     clip_low: float | None = None

@@ -1,6 +1,7 @@
 """A run is one yaml, its schema is nested frozen dataclasses, and a typo is an error with a suggestion.
 
-OmegaConf merges defaults <- yaml <- ``a.b=c``; what comes out is plain frozen dataclasses and OmegaConf is gone.
+OmegaConf merges defaults <- yaml, one or several <- ``a.b=c``; what comes out is plain frozen dataclasses and
+OmegaConf is gone.
 Everything that is wrong is reported at once: unknown keys, wrong types, bad choices, malformed overrides, and the
 ValueErrors of every section's ``__post_init__``. Nothing here imports torch, so that an error shows in well under 2 s.
 
@@ -53,20 +54,21 @@ class CommandLine(Generic[C]):
 
     cfg: C
     resume: str
-    config_path: Path | None
+    config_paths: tuple[Path, ...]
     overrides: tuple[str, ...]
     args: argparse.Namespace
 
 
-def load(schema: type[C], yaml_path: str | Path | None, overrides: Sequence[str] = ()) -> C:
-    """Read a config: defaults <- the yaml (None for none) <- overrides ``a.b=c`` in order.
+def load(schema: type[C], yaml: str | Path | Sequence[str | Path] | None, overrides: Sequence[str] = ()) -> C:
+    """Read a config: defaults <- the yaml, or several in order (None for none) <- overrides ``a.b=c`` in order.
 
     The value of an override is read as yaml, or taken as it stands where the schema wants text; empty is the empty
     text. Raises ConfigError with every mistake found, and TypeError for a schema this loader cannot read.
     """
     reader = _Reader(schema)
-    tree = reader.read_yaml(Path(yaml_path)) if yaml_path is not None else {}
-    layers = [tree, *(layer for text in overrides if (layer := reader.read_override(text)) is not None)]
+    files = [] if yaml is None else [yaml] if isinstance(yaml, str | Path) else yaml
+    layers = [reader.read_yaml(Path(file)) for file in files] or [{}]
+    layers += (layer for text in overrides if (layer := reader.read_override(text)) is not None)
     cfg = reader.build(schema, reader.check(schema, reader.merge(layers), ()))
     if reader.mistakes:
         raise ConfigError([mistake.text for mistake in reader.mistakes])
@@ -87,7 +89,9 @@ def parse_command_line(
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that override the yaml")
-    parser.add_argument("--config", type=Path, metavar="PATH", help="yaml file of the run")
+    parser.add_argument(
+        "--config", type=Path, action="append", default=[], metavar="PATH", help="yaml file; several: later ones win"
+    )
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="checkpoint to go on from")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     if extend is not None:
@@ -99,7 +103,7 @@ def parse_command_line(
         head = f"{parser.prog}: {len(error.errors)} mistake{'s' * (len(error.errors) > 1)} in the configuration\n"
         lines = "".join(f"  {line}\n" for line in error.errors)
         parser.exit(2, head + lines if os.environ.get("RANK", "0") == "0" else None)
-    return CommandLine(cfg, args.resume, args.config, tuple(args.overrides), args)
+    return CommandLine(cfg, args.resume, tuple(args.config), tuple(args.overrides), args)
 
 
 @dataclass(frozen=True)

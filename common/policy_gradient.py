@@ -21,7 +21,7 @@ from common.types import LossOutput
 if TYPE_CHECKING:
     from torch import Tensor
 
-AdvantageScale = Literal["none", "group", "max_group"]
+AdvantageScale = Literal["none", "group", "max_group", "batch"]
 
 
 def group_std(reward_PG: Tensor) -> Tensor:
@@ -40,6 +40,7 @@ def group_advantages(
         none       A = R - mean_group                                 (Dr. GRPO 2503.20783)
         group      A = (R - mean_group) / (std_group + eps)           (GRPO 2402.03300)
         max_group  A = (R - mean_group) / (max_groups std + eps)      (LongCat-Video 2510.22200, equation 9)
+        batch      A = (R - mean_group) / (std of all R + eps)        (Flash-GRPO 2605.15980), of the rows given here
 
     Mean and population std (ddof 0) go over judged members; NaN (or infinite) is unjudged and its advantage is 0. A
     group with fewer than two judged members, or without any spread, is exactly 0. ``max_std`` is the maximum over
@@ -58,8 +59,12 @@ def group_advantages(
     elif scale == "max_group":
         top = centred.std_P.max() if max_std is None else centred.std_P.new_tensor(max_std)
         divisor_P1 = (top + eps).expand(len(centred.std_P))[:, None]
+    elif scale == "batch":
+        judged = reward_PG[reward_PG.isfinite()].detach().double()
+        spread = judged.std(correction=0) if judged.numel() else judged.new_zeros(())
+        divisor_P1 = (spread + eps).expand(len(centred.std_P))[:, None]
     else:
-        raise ValueError(f"scale must be 'none', 'group' or 'max_group', got {scale!r}")
+        raise ValueError(f"scale must be 'none', 'group', 'max_group' or 'batch', got {scale!r}")
     # a zero-spread row has a zero numerator; a divisor of 1 there keeps eps = 0 from making it 0 / 0
     divisor_P1 = torch.where(centred.std_P[:, None] > 0.0, divisor_P1, 1.0)
     return (centred.value_PG / divisor_P1).to(torch.promote_types(reward_PG.dtype, torch.float32))

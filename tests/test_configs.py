@@ -24,7 +24,8 @@ SCHEMAS = {
     "evaluate": GeneratorEvaluation,
     "evaluate_rm": RewardEvaluation,
 }
-FILES = sorted(ROOT.rglob("*.yaml"))
+SISTERS = sorted((ROOT / "sisters").glob("*.yaml"))  # these stand on a GRPO recipe
+FILES = sorted(set(ROOT.rglob("*.yaml")) - set(SISTERS))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -44,3 +45,14 @@ def test_the_worlds_generator_is_the_same_in_every_file() -> None:
         load(SCHEMAS[name], ROOT / "shapes" / f"{name}.yaml").generator for name in ("grpo", "sample", "evaluate")
     ]
     assert generators[0] == generators[1] == generators[2]
+
+
+@pytest.mark.parametrize("path", SISTERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", ["wan", "shapes"])
+def test_a_sister_stands_on_a_recipe(path: Path, recipe: str) -> None:
+    own = [] if recipe == "wan" else ["generator.sampler.num_steps=26"]  # the tiny Wan's eight are fewer than some need
+    run = load(GrpoRun, [ROOT / recipe / "grpo.yaml", path], own)
+    assert run.run_dir == f"runs/wan/{path.stem}"
+    plain = load(GrpoRun, ROOT / recipe / "grpo.yaml")
+    assert run.rewards == plain.rewards  # what the recipe says and the sister does not
+    assert run.generator.sampler != plain.generator.sampler

@@ -106,6 +106,18 @@ class TestLoad:
             wandb=WandbConfig("offline"),
         )
 
+    def test_later_files_win_and_mistakes_name_their_file(self, tmp_path):
+        first = write(tmp_path, "generator: {path: wan, sampler: {train_steps: 6}}\nlr: 1e-5\nname: one")
+        second = tmp_path / "second.yaml"
+        second.write_text("generator: {sampler: {names: [k]}}\nname: two\n")
+        found = load(RunConfig, [first, second], ["lr=2"])
+        assert (found.generator.path, found.generator.sampler, found.name, found.lr) == (
+            "wan", SamplerConfig(num_steps=8, train_steps=6, names=("k",)), "two", 2.0
+        )  # fmt: skip
+        second.write_text("generator: {sampler: {train_stps: 3}}\n")
+        with pytest.raises(ConfigError, match=r"train_stps.*did you mean.*second\.yaml:1"):
+            load(RunConfig, [first, second])
+
     def test_nothing_given_is_the_defaults(self):
         assert load(RunConfig, None) == RunConfig()
 
@@ -316,7 +328,7 @@ class TestCommandLine:
             RunConfig, argv, description="x", extend=lambda parser: parser.add_argument("--frames", type=int)
         )
         assert (line.cfg.seed, line.cfg.lr, line.cfg.name) == (5, 0.25, "x")
-        assert (line.resume, line.config_path, line.overrides) == ("none", path, ("lr=0.25", "name=x"))
+        assert (line.resume, line.config_paths, line.overrides) == ("none", (path,), ("lr=0.25", "name=x"))
         assert line.args.frames == 9
         assert parse_command_line(RunConfig, ["--local-rank", "0"], description="x").resume == "auto"
 

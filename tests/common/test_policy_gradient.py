@@ -92,8 +92,8 @@ class TestGroupAdvantages:
             group_advantages(REWARD_PG, scale="group", eps=-1.0)
         with pytest.raises(ValueError, match="max_std"):
             group_advantages(REWARD_PG, scale="group", max_std=1.0)
-        with pytest.raises(ValueError, match="'batch'"):
-            group_advantages(REWARD_PG, scale="batch")
+        with pytest.raises(ValueError, match="'median'"):
+            group_advantages(REWARD_PG, scale="median")
 
 
 class TestClippedSurrogate:
@@ -216,3 +216,13 @@ class TestKl:
         assert (p * k1_kl(p.log(), q.log())).sum().item() == pytest.approx(exact)
         assert (p * k3_kl(p.log(), q.log())).sum().item() == pytest.approx(exact)
         assert (k3_kl(p.log(), q.log()) >= 0).all()
+
+
+def test_the_spread_of_the_batch_by_hand() -> None:
+    """Rewards 1, 3 | 10, 14: all four have mean 7 and population variance (36 + 16 + 9 + 49) / 4."""
+    reward_PG = torch.tensor([[1.0, 3.0], [10.0, 14.0]], dtype=torch.float64)
+    std = math.sqrt(110 / 4)
+    found = group_advantages(reward_PG, scale="batch", eps=0.0)
+    assert found.flatten().tolist() == pytest.approx([-1 / std, 1 / std, -2 / std, 2 / std])
+    unjudged = torch.tensor([[1.0, 3.0, math.nan], [10.0, 14.0, math.nan]], dtype=torch.float64)
+    assert group_advantages(unjudged, scale="batch", eps=0.0)[:, :2].equal(found)
