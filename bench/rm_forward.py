@@ -134,7 +134,7 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    say(json.dumps(result, indent=1))
+    say(json.dumps(result))
 
 
 if __name__ == "__main__":
