@@ -62,8 +62,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def videos():
-    # eleven frames a second: times such as 4 / 11, of no decimal fraction; five frames leave a patch to fill
-    return [prepare(random_frames(i, frames=4 + i), SETTINGS, fps=11.0) for i in range(4)]
+    # eleven frames a second: times such as 4 / 11, of no decimal fraction; three frames leave a patch to fill
+    return [prepare(random_frames(i, frames=3 + i), SETTINGS, fps=11.0) for i in range(4)]
 
 
 @pytest.fixture(scope="module")
