@@ -3,8 +3,9 @@
 Every rank starts one, on its own GPU, the first time it syncs. The process (`rm/vllm_worker.py`) is asked in lines of
 JSON (`common.line_process`); frames, prompts, tokens and weights are safetensors files in a private temporary folder.
 That folder is a stock Qwen3-VL: LoRA merged, our tokenizer, processor settings that do to frames what `rm.video` does.
-A sync writes its weights anew and has vLLM read them again. Never run with a real vLLM here: the tests' one is a fake
-(tests/fakes_vllm) that keeps to what vLLM documents.
+A sync writes its weights anew, one file a rank, and vLLM reads them again: ``collective_rpc("reload_weights")``, as its
+page on sleep mode says. Never run with a real vLLM here: the one in the tests is a fake (tests/fakes_vllm) that keeps
+to what vLLM documents.
 
 The prompt. vLLM takes the ids with ONE ``<|vision_start|><|video_pad|><|vision_end|>`` and puts in its place, for each
 temporal patch, the ids of "<{t:.1f} seconds>", vision start, pads, vision end. The ids it says it continued must be
@@ -14,6 +15,7 @@ joins it to a "<": in a newline, say, not in a space.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -70,14 +72,10 @@ class VllmWriter:
             return
         self.version = None
         if self.process is None:
-            self._save_model(self.folder / "model")
+            save_stock(self.model, self.folder / "model")
             self._start(version)
         else:
-            fresh = self.folder / "fresh"
-            self._save_model(fresh)
-            for file in sorted(fresh.glob("*.safetensors*")):  # weights, and the index of several files
-                os.replace(file, self.folder / "model" / file.name)
-            shutil.rmtree(fresh)
+            save_weights(self.model, self.folder / "model")
             self._ask("load", version=version)
         self.version = version
 
@@ -172,14 +170,6 @@ class VllmWriter:
 
     # ------------------------------------------------------------------ what goes over, and comes back
 
-    def _save_model(self, path: Path) -> None:
-        model = self.model
-        backbone = model.backbone
-        backbone.save_pretrained(path, state_dict=merged_backbone(backbone, model.state_dict(), backbone.dtype))
-        model.tokenizer.save_pretrained(path)
-        for name, content in processor_files(model.settings).items():
-            (path / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
     def _request(
         self, encoded: Sequence[Encoded], videos: Sequence[PreparedVideo], seeds: Sequence[int] | None
     ) -> dict[str, Tensor]:
@@ -225,6 +215,30 @@ class VllmWriter:
             raise RuntimeError(f"the engine chose banned ids: {bad[:8]}")
         rows = [Chain(tuple(row.tolist()), end) for row, end in zip(tokens.split(lengths), finished, strict=True)]
         return [rows[i : i + copies] for i in range(0, count, copies)]
+
+
+def save_stock(model: DeScore, path: Path) -> None:
+    """What vLLM loads: a stock Qwen3-VL with tokenizer and processor."""
+    config = copy.deepcopy(model.backbone.config)
+    config.architectures, config.dtype = [type(model.backbone).__name__], model.backbone.dtype
+    config.save_pretrained(path)
+    model.tokenizer.save_pretrained(path)
+    for name, content in processor_files(model.settings).items():
+        (path / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    save_weights(model, path)
+
+
+def save_weights(model: DeScore, path: Path) -> None:
+    """model.safetensors, there as a whole or not at all. The model's own ``save_pretrained`` writes on rank 0 only."""
+    from safetensors.torch import save_file
+
+    backbone = model.backbone
+    weights = merged_backbone(backbone, model.state_dict(), backbone.dtype)
+    if backbone.config.tie_word_embeddings:
+        del weights["lm_head.weight"]  # stock folders have one of the two
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(weights, path / "next", metadata={"format": "pt"})
+    os.replace(path / "next", path / "model.safetensors")
 
 
 def processor_files(settings: VideoSettings) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -23,7 +25,7 @@ from rm.model import DeScore
 from rm.prompt import CONTROL_TOKENS, PromptTemplate
 from rm.text_rewards import RuleRewardConfig
 from rm.video import prepare
-from rm.vllm_writer import VllmWriter
+from rm.vllm_writer import VllmWriter, save_stock
 from tests.rm.test_cold_start import PlainEngine
 from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
 
@@ -116,6 +118,25 @@ def test_what_is_banned_never_comes_out(model, writer, encoded, videos):
         batch = model.batch(encoded, videos, query=False)
         logits_BV = model.backbone.lm_head(model.hidden(batch)[torch.arange(4), batch.last_B])
     assert model.banned_ids()[logits_BV.argmax(-1)].any()  # the model itself would have said it
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_folder_is_a_stock_model_lora_merged(tmp_path, tied):
+    judge = DeScore(tiny_qwen(tied=tied), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264)
+    judge.param_groups(LearningRates(), lora=LoraConfig(rank=2, alpha=4.0, dropout=0.0), weight_decay=0.0)
+    with torch.no_grad():
+        for name, parameter in judge.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    judge.save(tmp_path / "checkpoint")
+    save_stock(judge, tmp_path / "stock")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("stock", "checkpoint"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("stock", "checkpoint"))
+    assert ours == theirs
+    assert ours["architectures"] == ["Qwen3VLForConditionalGeneration"]
+    assert not (tmp_path / "stock" / "next").exists()
 
 
 def test_stale_weights_are_refused(writer, encoded, videos):
