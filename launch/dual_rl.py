@@ -8,6 +8,7 @@ that `DeScoreScorer.load` reads; started again, a run goes on from its newest ch
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from launch.runs import DualRlRun
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+    from rm.chain_writer import ChainWriter
     from rm.data import Pair
     from rm.dual_rl import DualRl
     from rm.model import DeScore
@@ -48,16 +50,17 @@ def train(cfg: DualRlRun, *, resume: str) -> None:
         f"{dual.pairs_per_step // dual.pairs_per_update} updates of {dual.pairs_per_update} pairs, on "
         f"{ranks} ranks x {loop.accumulation} backwards of {dual.micro_batch} pairs; {len(pairs)} pairs"
     )
-    run_steps(
-        cfg,
-        model=loop.model,
-        engine=engine,
-        steps=dual.steps,
-        step_of=loop.step,
-        evaluate=(lambda: loop.evaluate(heldout, loop.model.generation)) if heldout else None,
-        label="dual RL",
-        resume=resume,
-    )
+    with closing(loop.writer):
+        run_steps(
+            cfg,
+            model=loop.model,
+            engine=engine,
+            steps=dual.steps,
+            step_of=loop.step,
+            evaluate=(lambda: loop.evaluate(heldout, loop.model.generation)) if heldout else None,
+            label="dual RL",
+            resume=resume,
+        )
 
 
 def read(cfg: DualRlRun) -> tuple[list[Pair], list[Pair]]:
@@ -76,6 +79,7 @@ def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
     try:
         accumulation = backwards_per_update(cfg.dual_rl, world_size())
         model = load(cfg)
+        writer = build_writer(cfg, model)
     except (ValueError, FileNotFoundError) as error:
         refuse(str(error))
     groups = model.param_groups(cfg.lr, lora=cfg.lora, weight_decay=cfg.dual_rl.weight_decay, seed=cfg.seed)
@@ -104,9 +108,21 @@ def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
         schedule=PairSchedule(len(pairs), pairs_per_step=dual.pairs_per_step, seed=cfg.seed),
         seed=cfg.seed,
         reference=reference,
+        writer=writer,
         grad_norms=engine.client_optimizer.take_norms,
     )
     return loop, engine
+
+
+def build_writer(cfg: DualRlRun, model: DeScore) -> ChainWriter:
+    """This rank's own; ValueError or FileNotFoundError when the judge or its settings do not suit it."""
+    if cfg.writer.engine == "vllm":
+        from rm.vllm_writer import VllmWriter
+
+        return VllmWriter(cfg.writer, model)
+    from rm.chain_writer import HfWriter
+
+    return HfWriter(model, batch=2 * cfg.dual_rl.micro_batch)
 
 
 def load(cfg: DualRlRun) -> DeScore:

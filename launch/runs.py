@@ -16,6 +16,7 @@ from rm.config import (
     LearningRates,
     RewardDimension,
     VideoSettings,
+    WriterConfig,
     one_reward,
 )
 from rm.config import LoraConfig as JudgeLora
@@ -174,6 +175,7 @@ class DualRlRun:
                     which gets a new head, as the generative baseline needs none
     generation      null is the checkpoint's
     rules           rewards of the chains of thought
+    writer          the engine that writes them
     lr, lora        what is trained and how fast (the vision tower and its merger are frozen at 0); lora null trains the
                     language model whole, beside a frozen copy of it
     optimizer       AdamW's other settings; max_grad_norm clips every part by its own norm
@@ -185,6 +187,7 @@ class DualRlRun:
     data: PairFiles
     dual_rl: DualRlConfig = field(default_factory=DualRlConfig)
     rules: RuleRewardConfig = field(default_factory=RuleRewardConfig)
+    writer: WriterConfig = field(default_factory=WriterConfig)
     lr: LearningRates = field(
         default_factory=lambda: LearningRates(llm=1e-6, vision=0.0, merger=0.0, query=1e-6, head=1e-6)
     )

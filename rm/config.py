@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -246,3 +246,41 @@ class DualRlConfig:
             raise ValueError(f"dual_clip={self.dual_clip} must be above 1")
         if self.theta is not None and self.theta <= 1.0:
             raise ValueError(f"theta={self.theta} must be above 1, or null for no ties")
+
+
+@dataclass(frozen=True)
+class WriterConfig:
+    """What writes the chains of thought of stage 2. All but ``engine`` is for vllm, see `rm.vllm_writer`.
+
+    engine         "hf": the trained model itself; "vllm": a vLLM beside every rank, on the rank's GPU
+    python         the interpreter (3.11 or later) of an environment with vLLM and transformers 5
+    gpu_memory     share of the GPU's memory that vLLM takes: weights, activations, KV cache
+    max_model_len  tokens of prompt and chain together
+    sleep          give that memory back while the weights are trained
+    folder         where a private folder for weights and videos is made; null is the system's temporary folder
+    timeout_s      how long any answer may take
+    env            environment variables of the process, VLLM_ATTENTION_BACKEND say
+    engine_args    arguments of vLLM's ``LLM``, over those that are computed
+    """
+
+    engine: Literal["hf", "vllm"] = "hf"
+    python: str | None = None
+    gpu_memory: float = 0.6
+    max_model_len: int = 16_384
+    sleep: bool = True
+    folder: str | None = None
+    timeout_s: float = 3_600.0
+    env: dict[str, str] = field(default_factory=dict)
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("hf", "vllm"):
+            raise ValueError(f"engine={self.engine!r} must be 'hf' or 'vllm'")
+        if self.engine == "vllm" and self.python is None:
+            raise ValueError("engine='vllm' needs python: the interpreter of vLLM's own environment")
+        if not 0.0 < self.gpu_memory <= 1.0:
+            raise ValueError(f"gpu_memory={self.gpu_memory} must lie in (0, 1]")
+        if self.max_model_len < 1:
+            raise ValueError(f"max_model_len={self.max_model_len} must be at least 1")
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s={self.timeout_s} must be positive")

@@ -23,6 +23,7 @@ import torch
 
 from common.distributed import derive_seed, gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
 from common.policy_gradient import group_advantages, k3_kl, masked_mean, token_surrogate
+from rm.chain_writer import HfWriter
 from rm.config import Generation
 from rm.data import label_of_total, label_rows
 from rm.generate import generate, read_rewards
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from common.types import Engine
+    from rm.chain_writer import ChainWriter
     from rm.config import DualRlConfig
     from rm.data import Pair, PairSchedule
     from rm.model import DeScore
@@ -57,11 +59,22 @@ def backwards_per_update(cfg: DualRlConfig, ranks: int) -> int:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """A pair and what was written about it: ``videos`` and ``encoded`` by side, ``chains`` by side and rollout."""
+
+    row: int
+    videos: Sequence[PreparedVideo]
+    encoded: Sequence[Encoded]
+    chains: Sequence[Sequence[Chain]]
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """One micro-batch of N pairs, sampled and judged; chains of ``packed`` are in the order (pair, side, rollout).
 
     label_NK; advantage_N2G; rules[pair][side][rollout]; finished_N2G bool
-    old_BGT, reference_BGT  log-probs when sampled, and of the frozen stage-1 model; None: not needed
+    old_BGT, reference_BGT  log-probs when sampled, of the trained model whoever chose the tokens (`rm.chain_writer`),
+                            and of the frozen stage-1 model; None: not needed
     """
 
     packed: Packed
@@ -88,6 +101,7 @@ class DualRl:
 
     engine      must accumulate `backwards_per_update` gradients before it takes a step
     reference   the frozen stage-1 model; None: ``model`` with its adapters switched off
+    writer      of the chains; None: ``model`` itself, a micro-batch at a time
     grad_norms  asked after each optimizer step, if given: norms before clipping, by part of the model
     """
 
@@ -102,17 +116,23 @@ class DualRl:
         schedule: PairSchedule,
         seed: int,
         reference: DeScore | None = None,
+        writer: ChainWriter | None = None,
         grad_norms: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         self.cfg, self.rules, self.model, self.engine, self.pairs = cfg, rules, model, engine, pairs
         self.schedule, self.seed, self.reference, self.grad_norms = schedule, seed, reference, grad_norms
         self.accumulation = backwards_per_update(cfg, world_size())
+        self.writer = HfWriter(model, batch=2 * cfg.micro_batch) if writer is None else writer
+        self.version = 0  # of the weights: updates made by this process
 
     def step(self, step: int) -> dict[str, float]:
         """Sample and judge ``pairs_per_step`` pairs, then make all updates on them. Step numbers start at 0."""
         start = time.perf_counter()
         updates = self.own_updates(step)
-        rollouts = [[self.collect(rows, step) for rows in parts] for parts in updates]
+        self.writer.sync(self.version)
+        pairs = iter(self.sample([row for parts in updates for rows in parts for row in rows], step))
+        self.writer.rest()
+        rollouts = [[self.rollouts([next(pairs) for _ in rows]) for rows in parts] for parts in updates]
         sampled = time.perf_counter()
         metrics: list[dict[str, float]] = [self.update(parts) for parts in rollouts]
         done = time.perf_counter()
@@ -130,13 +150,16 @@ class DualRl:
             updates.append([own[i : i + micro] for i in range(0, share, micro)])
         return updates
 
-    @torch.no_grad()
     def collect(self, rows: Sequence[int], step: int) -> Rollouts:
-        """Write G chains about both videos of every pair, reward them, and note how likely they were."""
+        """Write about some pairs and judge it, without any other pair."""
+        return self.rollouts(self.sample(rows, step))
+
+    @torch.no_grad()
+    def sample(self, rows: Sequence[int], step: int) -> list[Sampled]:
+        """Write G chains about both videos of every pair: all at once, how many go together is the writer's affair."""
         self.model.eval()
         cfg = self.cfg
         videos, encoded = self.inputs([self.pairs[row] for row in rows])
-        batch = self.model.batch(encoded, videos, query=False)
         how = Generation(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, repetition_penalty=1.0)
         seeds = [
             derive_seed(self.seed, "rollout", step, row, side, i)
@@ -144,17 +167,27 @@ class DualRl:
             for side in range(2)
             for i in range(cfg.group_size)
         ]
-        written = generate(self.model, batch, how, seeds=seeds, copies=cfg.group_size)
-        flat = [Chain(tuple(written.ids(i)), bool(written.finished_B[i])) for i in range(len(seeds))]
-        chains = [flat[i : i + cfg.group_size] for i in range(0, len(flat), cfg.group_size)]
+        chains = self.writer.write(encoded, videos, how, version=self.version, seeds=seeds, copies=cfg.group_size)
+        both = [slice(2 * n, 2 * n + 2) for n in range(len(rows))]
+        return [Sampled(row, videos[of], encoded[of], chains[of]) for row, of in zip(rows, both, strict=True)]
+
+    @torch.no_grad()
+    def rollouts(self, sampled: Sequence[Sampled]) -> Rollouts:
+        """Reward the chains of a micro-batch, and note how likely they were."""
+        self.model.eval()
+        cfg = self.cfg
+        rows = [pair.row for pair in sampled]
+        videos, encoded = ([x for pair in sampled for x in getattr(pair, name)] for name in ("videos", "encoded"))
+        chains = [group for pair in sampled for group in pair.chains]
         rules = [
-            [self.rewards(chains[2 * n + side], self.truth(row, side)) for side in range(2)]
-            for n, row in enumerate(rows)
+            [self.rewards(group, self.truth(pair.row, side)) for side, group in enumerate(pair.chains)]
+            for pair in sampled
         ]
         if self.rules.preference > 0:
             rules = [self.with_preference(*both, self.pairs[row].label) for both, row in zip(rules, rows, strict=True)]
         reward_N2G = torch.tensor([[[r.total for r in group] for group in pair] for pair in rules])
         advantage_VG = group_advantages(reward_N2G.flatten(0, 1), scale="group", eps=EPS)
+        finished = [[[chain.finished for chain in group] for group in pair.chains] for pair in sampled]
         packed = self.packed(encoded, videos, chains).to(self.model.device)
         names = self.model.dimensions
         several = cfg.pairs_per_step > cfg.pairs_per_update  # then the weights move away from those that sampled
@@ -163,7 +196,7 @@ class DualRl:
             label_NK=torch.tensor(label_rows([self.pairs[row] for row in rows], names), device=self.model.device),
             advantage_N2G=advantage_VG.view_as(reward_N2G).to(self.model.device),
             rules=rules,
-            finished_N2G=torch.tensor([chain.finished for chain in flat]).view_as(reward_N2G),
+            finished_N2G=torch.tensor(finished),
             old_BGT=self.log_probs(self.model, packed) if several else None,
             reference_BGT=self.reference_log_probs(packed) if cfg.kl_weight > 0 else None,
         )
@@ -222,6 +255,7 @@ class DualRl:
                 sums[name] += value.item()
             sums["ratio"] += policy.metrics["ratio_mean"] * part.tokens
             sums["clipped"] += policy.metrics["clip_frac"] * part.tokens
+        self.version += 1
         total = {name: sum_over_ranks(value) for name, value in sums.items()}
         norms = self.grad_norms() if self.grad_norms is not None else {}
         return {
@@ -284,7 +318,8 @@ class DualRl:
     @torch.no_grad()
     def evaluate(self, pairs: Sequence[Pair], how: Generation) -> dict[str, float]:
         """On pairs not trained on, with one chain of the judge's own, greedy: preference accuracy, share of right
-        sub-dimension scores, share of finished chains. Ranks share the pairs.
+        sub-dimension scores, share of finished chains. Ranks share the pairs. The reward is read off the KV cache that
+        wrote the chain, so no other writer is asked.
         """
         self.model.eval()
         own, size = list(range(rank(), len(pairs), world_size())), self.cfg.micro_batch * self.cfg.group_size

@@ -226,7 +226,7 @@ class DeScore(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         state = dict(self.state_dict() if state_dict is None else state_dict)
         dtype = self.backbone.get_input_embeddings().weight.dtype
-        self.backbone.save_pretrained(path, state_dict=_merged_backbone(self.backbone, state, dtype))
+        self.backbone.save_pretrained(path, state_dict=merged_backbone(self.backbone, state, dtype))
         self.tokenizer.save_pretrained(path)
         self.template.save(path / PROMPT_FILE)
         self.settings.save(path / VIDEO_FILE)
@@ -367,7 +367,7 @@ def _load_backbone(path: Path, dtype: torch.dtype) -> tuple[Qwen3VLForConditiona
     return backbone, AutoTokenizer.from_pretrained(path.as_posix())
 
 
-def _merged_backbone(backbone: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def merged_backbone(backbone: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The backbone's weights under their stock names, W + scaling B A computed in fp32 and stored in ``dtype``."""
     merged = {}
     for name, tensor in state.items():

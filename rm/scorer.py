@@ -23,6 +23,8 @@ from rm.video import PreparedVideo, prepare
 class DeScoreScorer:
     """The Protocol `common.types.RewardModel`: chains of thought about a video, then the head.
 
+    It writes with `rm.generate` itself, never with a `rm.chain_writer`: the reward is one token more on that KV cache.
+
     batch   videos judged at once
     chains  chains of thought of each video. 1: one, as the checkpoint's generation says (greedy, unless it was saved
             otherwise). N > 1: sampled, at temperature 1 if the checkpoint's is 0, and the reward is their MEAN; prompt

@@ -146,6 +146,16 @@ def preprocess(frames_TYXC: Tensor, settings: VideoSettings) -> PixelPatches:
     return PixelPatches(patches, (t, h, w))
 
 
+def frames_of(video: PreparedVideo, settings: VideoSettings) -> Tensor:
+    """The uint8 frames (T, Y, X, 3) that `preprocess` cut up, exactly: resized, a repeated last frame included."""
+    tp, p, m = settings.temporal_patch_size, settings.patch_size, settings.merge_size
+    t, h, w = video.grid
+    cut = video.patches.reshape(t, h // m, w // m, m, m, -1, tp, p, p)
+    frames = cut.permute(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(t * tp, h * p, w * p, -1)
+    mean, std = (torch.tensor(x) * 255.0 for x in (settings.mean, settings.std))
+    return (frames * std + mean).round().to(torch.uint8)
+
+
 def smart_resize(count: int, height: int, width: int, settings: VideoSettings) -> tuple[int, int]:
     """Height and width the frames are resized to: multiples of patch * merge, aspect kept, within the pixel budget.
 
