@@ -65,6 +65,8 @@ def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
     for line in batch_arithmetic(cfg, ranks=distributed.world_size(), module=generator.module):
         say(line)
     start = go_on(engine, resume, run_dir)
+    if cfg.self_checks and start == 0:
+        look_before(cfg, loop, prompts)
     counter = ForwardCounter(generator.module)
     log = RunLog(run_dir, wandb=cfg.wandb, total=cfg.steps)
     log.truncate(start)
@@ -120,6 +122,35 @@ def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, Dee
         grad_norm=engine.get_global_grad_norm,
     )
     return loop, generator, engine
+
+
+def look_before(cfg: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
+    """`alignment.self_checks`, all ranks the same; exit with code 2 at what would spoil the run."""
+    import torch
+
+    from alignment import self_checks
+    from common.distributed import derive_seed
+    from common.log import say
+    from generator.stock_check import stock_gap
+
+    generator, own = loop.generator, prompts[:4]
+    dtype = cfg.generator.dtype
+    findings = [
+        self_checks.same_weights(generator.module),
+        self_checks.stock_trajectory(lambda: stock_gap(generator, own[0]), dtype=dtype),
+        self_checks.first_ratio(generator, own[0], dtype=dtype, fatal=cfg.generator.guidance_in_update),
+    ]
+    if len(own) > 1:
+        seeds = [derive_seed(cfg.seed, "self-check", i) for i in range(len(own))]
+        video_BTYXC = torch.cat([generator.decode(generator.sample([p], [s])) for p, s in zip(own, seeds, strict=True)])
+        for reward in loop.rewards.values():
+            findings += [
+                check(reward, video_BTYXC, own, fps=loop.fps) for check in (self_checks.permutation, self_checks.sense)
+            ]
+    for finding in findings:
+        say(f"self-check {'ok' if finding.ok else 'FAILED' if finding.fatal else 'WARNING'}: {finding.message}")
+    if failed := [finding.name for finding in findings if finding.fatal and not finding.ok]:
+        refuse(f"self-checks failed: {', '.join(failed)}; self_checks=false trains all the same")
 
 
 def batch_arithmetic(cfg: GrpoRun, *, ranks: int, module: Any) -> list[str]:

@@ -60,6 +60,7 @@ class GrpoRun:
     save_every, keep  steps between checkpoints, and how many stay; the last step is always saved
     video_every      steps between sample videos, 0 for none; they are that step's own rollouts
     video_groups     how many of rank 0's groups are written then
+    self_checks      look at the generator and the rewards before training, see `alignment.self_checks`
     """
 
     run_dir: str
@@ -77,6 +78,7 @@ class GrpoRun:
     keep: int = 2
     video_every: int = 10
     video_groups: int = 2
+    self_checks: bool = True
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,98 @@
+"""Each self-check passes on what is sound and fails on the one thing it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import generator.wan
+from alignment import self_checks
+from common.types import Score
+from generator.stock_check import stock_gap
+from tests.fakes import FakeGenerator, FunctionReward, redness
+from tests.tiny import build_tiny_wan, tiny_generator
+
+PROMPTS = ["a", "bb", "ccc", "dddd"]
+
+
+def videos() -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (4, 3, 8, 8, 3), generator=draw, dtype=torch.uint8)
+
+
+def test_the_first_ratio_is_one_unless_training_computes_another_velocity() -> None:
+    fake = FakeGenerator()
+    assert self_checks.first_ratio(fake, "a", dtype="float32").ok
+    plain = fake.transition
+
+    def moved(*of: object) -> object:
+        with torch.no_grad():
+            fake.module.bias_C.fill_(0.5)
+        return plain(*of)
+
+    fake.transition = moved
+    found = self_checks.first_ratio(fake, "a", dtype="float32")
+    assert not found.ok
+    assert "guidance_in_update" in found.message
+
+
+class Shifted:
+    """Gives each video the score of the one before it in the batch."""
+
+    name = "shifted"
+
+    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+        return Score(video_BTYXC[..., 0].float().mean((1, 2, 3)).roll(1))
+
+
+def test_scores_follow_their_videos() -> None:
+    assert self_checks.permutation(FunctionReward("red", redness), videos(), PROMPTS, fps=8.0).ok
+    found = self_checks.permutation(Shifted(), videos(), PROMPTS, fps=8.0)
+    assert not found.ok
+    assert found.fatal
+    assert "wrong videos" in found.message
+
+
+def test_a_reward_makes_sense_of_prompts_and_noise() -> None:
+    """Likes flat videos whose brightness is ten times the length of the prompt."""
+
+    def fits(video: Tensor, prompt: str) -> float:
+        x = video.float()
+        return -abs(float(x.mean()) - 10 * len(prompt)) - float(x.std())
+
+    flat = torch.stack([torch.full((3, 8, 8, 3), 10 * len(p), dtype=torch.uint8) for p in PROMPTS])
+    assert self_checks.sense(FunctionReward("fits", fits), flat, PROMPTS, fps=8.0).ok
+    found = self_checks.sense(FunctionReward("misfits", lambda v, p: -fits(v, p)), flat, PROMPTS, fps=8.0)
+    assert (found.ok, found.fatal) == (False, False)
+    assert "fps" in found.message
+
+
+def test_weights_are_compared_across_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = FakeGenerator().module
+    assert self_checks.same_weights(module).ok
+    monkeypatch.setattr(self_checks, "gather_objects", lambda own: [own, own, "another"])
+    found = self_checks.same_weights(module)
+    assert not found.ok
+    assert "[2]" in found.message
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_wan(tmp_path_factory.mktemp("wan"))
+
+
+def test_the_noiseless_walk_is_the_stock_pipelines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wan = tiny_generator(folder)
+    scheduler = wan._pipeline.scheduler
+    found = self_checks.stock_trajectory(lambda: stock_gap(wan, "a cat"), dtype="float32")
+    assert found.ok, found.message
+    assert wan._pipeline.scheduler is scheduler
+    plain = generator.wan.guide
+    monkeypatch.setattr(generator.wan, "guide", lambda cond, uncond, scale: plain(cond, uncond, scale * 1.001))
+    found = self_checks.stock_trajectory(lambda: stock_gap(wan, "a cat"), dtype="float32")
+    assert not found.ok
+    assert "another model" in found.message
