@@ -56,7 +56,8 @@ METHODS = {
         extra=(*STAGE1, "cold_start.masking.probability=0.5"),
     ),
     "stage1_at_once": Method("... the same, scoring at once", None, after="stage1", judging="{chains: 0}"),
-    "descore": Method("DeScore, both stages", "dual_rl.py", "dual_rl.yaml", after="stage1", extra=RL),
+    "descore": Method("DeScore, both stages, p = 0.5", "dual_rl.py", "dual_rl.yaml", after="stage1", extra=RL),
+    "descore_p0": Method("DeScore, both stages, p = 0", "dual_rl.py", "dual_rl.yaml", after="stage1_p0", extra=RL),
 }
 
 
@@ -85,7 +86,8 @@ def chains(seed: int, sizes: Sequence[int]) -> list[list[Cell]]:
     found = [[Cell(seed, 0, "base")]]
     for size in sorted(sizes, reverse=True):  # the longest first, so that no worker is idle at the end
         found.append([Cell(seed, size, name) for name in ("stage1", "descore", "stage1_at_once")])
-        found += [[Cell(seed, size, name)] for name in ("generative", "stage1_p0", "discriminative")]
+        found.append([Cell(seed, size, name) for name in ("stage1_p0", "descore_p0")])
+        found += [[Cell(seed, size, name)] for name in ("generative", "discriminative")]
     return found
 
 

@@ -24,12 +24,14 @@ CURVES = {  # metric of the training log that says how often the preference was 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A judge on one test: per decided pair 1 if the order was right; per pair the share of right sub-dimensions.
+    """A judge on one test: per decided pair 1 if the order was right, and 1 if both scores were equal; per pair the
+    share of right sub-dimensions.
 
     Pairs stand in the order of the table, so outcomes of the same seed compare pair by pair.
     """
 
     right: tuple[float, ...]
+    equal: tuple[float, ...]
     thought: tuple[float, ...]
 
 
@@ -56,6 +58,7 @@ def _outcome(rows: Sequence[dict[str, Any]]) -> Outcome:
     scored = [row for row in rows if row.get("cot_A") or row.get("cot_B")]
     return Outcome(
         tuple(right(row) for row in rows if row["label"] != 0),
+        tuple(float(row["reward_A"] == row["reward_B"]) for row in rows if row["label"] != 0),
         tuple((row.get("quality_A", 0.0) + row.get("quality_B", 0.0)) / 2 for row in scored),
     )
 
@@ -148,6 +151,10 @@ def _page(outcomes: Outcomes, sizes: Sequence[int], *, commit: str, seconds: dic
         "",
         *_table("judge", tests, thinking, lambda m, t: over_seeds(outcomes, _size(m, largest), m, t, "thought")),
         "",
+        f"## Pairs with a preference that got two equal scores, {largest} training pairs",
+        "",
+        *_table("judge", tests, METHODS, lambda m, t: over_seeds(outcomes, _size(m, largest), m, t, "equal")),
+        "",
         f"## Differences on the same pairs, {largest} training pairs",
         "",
         *_differences(outcomes, largest),
@@ -176,8 +183,10 @@ def _shown(value: Interval | None) -> str:
 
 def _differences(outcomes: Outcomes, size: int) -> list[str]:
     compared = [("descore", "stage1", "thought")]
+    compared += [("descore_p0", "stage1_p0", "thought")]
     compared += [("descore", other, "right") for other in ("stage1", "generative", "discriminative")]
-    compared += [("stage1", "stage1_p0", "right"), ("stage1", "discriminative", "right")]
+    compared += [("descore_p0", other, "right") for other in ("stage1_p0", "generative", "discriminative")]
+    compared += [("descore", "descore_p0", "right"), ("stage1", "discriminative", "right")]
     what = {"right": "accuracy", "thought": "right sub-dimension scores"}
     lines = [f"| difference | {' | '.join(GROUPS)} |", "|---|---|---|"]
     for one, other, field in compared:

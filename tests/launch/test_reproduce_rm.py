@@ -77,12 +77,13 @@ def test_what_a_judge_starts_from() -> None:
     order = [cell.method for chain in chains(0, [500]) for cell in chain]
     assert order.index("stage1") < order.index("stage1_at_once")
     assert order.index("stage1") < order.index("descore")
+    assert order.index("stage1_p0") < order.index("descore_p0")
     assert sorted(order) == sorted(METHODS)
 
 
 def test_over_seeds_and_differences_by_hand() -> None:
     def outcome(*right: float) -> dict[str, Outcome]:
-        return {name: Outcome(right, ()) for name in TESTS}
+        return {name: Outcome(right, (), ()) for name in TESTS}
 
     outcomes = {
         Cell(0, 10, "descore"): outcome(1.0, 1.0, 0.0, 1.0),
