@@ -36,7 +36,7 @@ class LineProcess:
     """
 
     def __init__(self, command: Sequence[str], *, stderr: Path, env: Mapping[str, str], grace_s: float = 10.0) -> None:
-        self.name, self.stderr = Path(command[-1]).name, stderr
+        self.name, self.stderr, self.grace_s = Path(command[-1]).name, stderr, grace_s
         with stderr.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -93,7 +93,7 @@ class LineProcess:
     def _failed(self, what: str | None) -> LineProcessError:
         """Kill what is left of it; the error to raise. None: it died."""
         if what is None:
-            _wait_until_exited(self.process, 5.0)
+            _wait_until_exited(self.process, self.grace_s)  # a pipe closes before its process is gone
         self._finalizer.detach()
         _kill(self.process)
         what = what or f"died with exit code {self.process.returncode}"
