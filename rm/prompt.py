@@ -243,7 +243,8 @@ You judge alignment with the text only, not beauty.
 
 Text prompt: {prompt}
 
-Video: """,
+Video:
+""",  # a newline: no token joins it to the first time stamp, which `rm.vllm_writer` needs
     after="""
 
 Work in two steps.
