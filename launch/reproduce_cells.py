@@ -84,7 +84,7 @@ class Cell:
 def chains(seed: int, sizes: Sequence[int]) -> list[list[Cell]]:
     """Cells that follow each other: each starts from what those before it in its list left."""
     found = [[Cell(seed, 0, "base")]]
-    for size in sorted(sizes, reverse=True):  # the longest first, so that no worker is idle at the end
+    for size in sizes:
         found.append([Cell(seed, size, name) for name in ("stage1", "descore", "stage1_at_once")])
         found.append([Cell(seed, size, name) for name in ("stage1_p0", "descore_p0")])
         found += [[Cell(seed, size, name)] for name in ("generative", "discriminative")]

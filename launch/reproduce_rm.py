@@ -101,6 +101,7 @@ def main() -> None:
     for seed in args.seeds:
         make_data(run, seed, train=max(args.sizes), tests=args.tests)
     todo = [cells for seed in args.seeds for cells in chains(seed, args.sizes)]
+    todo.sort(key=lambda cells: -cells[0].size)  # the longest first, so that no worker is idle at the end
     with ThreadPoolExecutor(args.workers) as pool:
         running = {pool.submit(run_chain, cells, run, args.rl_steps, args.more): cells for cells in todo}
         with tqdm(total=sum(map(len, todo)), desc="judges", unit="judge") as bar:
