@@ -140,6 +140,24 @@ def sum_over_ranks(x: float) -> float:
     return math.fsum(gather_objects(float(x)))
 
 
+def any_rank(is_B: Tensor) -> bool:
+    """True where any of it is, on any rank: for loops that all ranks must leave at the same time."""
+    found = is_B.any().float().cpu()
+    if world_size() > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def own_batches(count: int, size: int) -> list[list[int]]:
+    """Rows rank, rank + world, ... of ``count``, ``size`` at a time: the same NUMBER of batches on every rank.
+
+    The last may be empty where another rank has one more. Whoever calls a sharded model (ZeRO 3) for every batch calls
+    it for an empty one too, on anything, since its weights are gathered from all ranks.
+    """
+    own, most = range(rank(), count, world_size()), range(0, count, world_size())
+    return [list(own[start : start + size]) for start in range(0, len(most), size)]
+
+
 def derive_seed(*parts: int | str) -> int:
     """A seed in [0, 2^63) from what it is for: ``derive_seed(seed, step, prompt_index, member, "noise")``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
     from peft import PeftModel
+    from torch import Tensor
 
     from generator.config import LoraConfig
 
@@ -46,16 +48,18 @@ def attach(transformer: WanTransformer3DModel, lora: LoraConfig, *, seed: int) -
     return model
 
 
-def save(model: PeftModel, folder: Path) -> Path:
+def save(model: PeftModel, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
     """Write the adapter as one safetensors file that stock `WanPipeline.load_lora_weights(folder)` reads.
 
     The adapter's settings travel in the file's metadata: without them a reader takes alpha to be the rank, and the
     output is scaled wrongly. Weights are stored in fp32. Returns the file's path.
+
+    state_dict  the model's, where its own weights are not whole; the adapter's are enough
     """
     from diffusers import WanPipeline
     from peft import get_peft_model_state_dict
 
-    weights = get_peft_model_state_dict(model)
+    weights = get_peft_model_state_dict(model, state_dict=None if state_dict is None else dict(state_dict))
     settings = model.peft_config["default"].to_dict()
     WanPipeline.save_lora_weights(
         folder,

@@ -60,6 +60,16 @@ def ode_ab2(velocity: Velocity, x_BCFHW: Tensor, sigmas: Sequence[float]) -> Ten
     return x_BCFHW
 
 
+def velocity_calls(
+    steps: Sequence[int], num_steps: int, group_size: int, batch: int, *, shared_noise: bool, tail_steps: int | None
+) -> int:
+    """How often `rollout_group` asks for a velocity: every step of the walk once for each batch of its latents."""
+    whole = -(-group_size // batch)
+    left = num_steps - 1 - steps[-1]
+    tail = left if tail_steps is None else min(left, tail_steps)
+    return (steps[0] + 1) * (1 if shared_noise else whole) + (len(steps) - 1 + tail) * whole
+
+
 @torch.no_grad()
 def rollout_group(
     velocity: Velocity,

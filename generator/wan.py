@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
+from common.distributed import max_over_ranks
 from common.gaussian import Gaussian
 from common.types import Group, Step
 from generator import adapter
 from generator.flow import Kernel, guide, interpolate, velocity_target, widen
 from generator.latents import LatentCodec
 from generator.prompts import PromptCache
-from generator.sampler import initial_noise, ode, ode_ab2, rollout_group
+from generator.sampler import initial_noise, ode, ode_ab2, rollout_group, velocity_calls
 from generator.schedule import sigma_grid, stochastic_steps, tail_grid
 
 if TYPE_CHECKING:
@@ -31,10 +32,13 @@ class WanGenerator:
     module        what deepspeed wraps: the transformer under peft's wrapper, or the bare transformer without LoRA
     latent_shape  (C, F, H, W) of one video
     codec         uint8 video <-> normalised latents
+    sharded       every rank holds a piece of the weights only (ZeRO 3): all must call the module equally often
 
     Latents, velocities and log-probs are fp32; the transformer runs in cfg.dtype. The module always runs in eval mode,
     while sampling and while training: both must compute the same numbers for the first ratio to be 1.
     """
+
+    sharded = False
 
     def __init__(self, cfg: GeneratorConfig, pipeline: WanPipeline, module: nn.Module, device: torch.device) -> None:
         self.cfg = cfg
@@ -90,10 +94,12 @@ class WanGenerator:
         """One Group per prompt; see `generator.sampler.rollout_group`. A group depends on its prompt and seed alone,
         and where a window moves, on ``iteration``.
 
-        DiT sample-forwards per group: c [(k + 1) + G (T - k - 1)], c = 2 under guidance and else 1.
+        DiT sample-forwards per group: c [(k + 1) + G (T - k - 1)], c = 2 under guidance and else 1. The calls differ
+        with k where G is more than ``rollout_batch``; when sharded, all ranks go on to the same number of them.
         """
         cfg = self.cfg.sampler
         sigmas = sigma_grid(cfg.num_steps, shift=cfg.shift).tolist()
+        idle = self._idle_calls(group_size, seeds, iteration) if self.sharded else 0
 
         def one(prompt: str, seed: int) -> Group:
             steps = stochastic_steps(seed, cfg, iteration=iteration)
@@ -112,7 +118,11 @@ class WanGenerator:
                 device=self.device,
             )
 
-        return [one(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        groups = [one(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        for _ in range(idle):  # on the smallest latent there is, for nothing
+            x_1CFHW = torch.zeros(1, self.latent_shape[0], *self._active()[1].config.patch_size)
+            self.velocity(x_1CFHW, torch.ones(1), prompts[:1], guidance_scale=1.0)
+        return groups
 
     @torch.no_grad()
     def sample(
@@ -241,10 +251,13 @@ class WanGenerator:
         self.encode_prompts([])
         self.prompts.free_text_encoder()
 
-    def save_adapter(self, folder: Path | str) -> Path:
-        """Write the adapter for stock `WanPipeline.load_lora_weights(folder)`. Returns the file. One rank calls it."""
+    def save_adapter(self, folder: Path | str, state_dict: Mapping[str, Tensor] | None = None) -> Path:
+        """Write the adapter for stock `WanPipeline.load_lora_weights(folder)`. Returns the file. One rank calls it.
+
+        ``state_dict`` replaces the module's own (weights gathered from their shards).
+        """
         self._require_lora("save_adapter")
-        return adapter.save(self.module, Path(folder))
+        return adapter.save(self.module, Path(folder), state_dict)
 
     def load_adapter(self, folder: Path | str) -> None:
         """Read what `save_adapter` wrote, before an engine is built (`adapter.load`). ValueError if it does not fit."""
@@ -265,6 +278,22 @@ class WanGenerator:
             sigmas = tail_grid(sigmas[0], cfg.tail_steps, shift=cfg.shift).tolist()
         walk = ode_ab2 if cfg.tail_solver == "ab2" else ode
         return walk(lambda x, at: self._guided(x, at, texts, scale=cfg.tail_guidance), x_BCFHW, sigmas)
+
+    def _idle_calls(self, group_size: int, seeds: Sequence[int], iteration: int) -> int:
+        """How many calls of a rollout this rank lacks to the rank with most. Ask before: then all are at one place."""
+        cfg = self.cfg.sampler
+        own = sum(
+            velocity_calls(
+                stochastic_steps(seed, cfg, iteration=iteration),
+                cfg.num_steps,
+                group_size,
+                self.cfg.rollout_batch,
+                shared_noise=cfg.initial_noise == "shared",
+                tail_steps=cfg.tail_steps,
+            )
+            for seed in seeds
+        )
+        return int(max_over_ranks(own)) - own
 
     def _stock(self, x_BCFHW: Tensor, prompts: Sequence[str], num_steps: int) -> Tensor:
         _, transformer = self._active()

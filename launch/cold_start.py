@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.config import dump, parse_command_line
-from launch.judge_runs import enable_checkpointing, read_tables, run_steps, to_device
+from launch.judge_runs import judge_engine, read_tables, run_steps, to_device
 from launch.refuse import refuse
 from launch.runs import ColdStartRun
 
@@ -37,6 +37,7 @@ def train(cfg: ColdStartRun, *, resume: str) -> None:
     quiet()
     from common import distributed
     from common.log import say
+    from launch.zero3 import elements
 
     pairs, heldout = read(cfg)
     distributed.init_process_group()
@@ -44,7 +45,7 @@ def train(cfg: ColdStartRun, *, resume: str) -> None:
         dump(cfg, Path(cfg.run_dir))
     loop, engine = build(cfg, pairs)
     steps = loop.schedule.steps(cfg.cold_start.epochs)
-    trained = sum(p.numel() for p in loop.model.parameters() if p.requires_grad)
+    trained = elements(p for p in loop.model.parameters() if p.requires_grad)
     say(
         f"one update = {cfg.cold_start.pairs_per_step} pairs, on {distributed.world_size()} ranks x "
         f"{loop.accumulation} backwards of {cfg.cold_start.micro_batch} pairs; {len(pairs)} pairs, "
@@ -81,7 +82,6 @@ def decides(pair: Pair, dimensions: Iterable[str]) -> bool:
 def build(cfg: ColdStartRun, pairs: list[Pair]) -> tuple[ColdStart, DeepSpeedEngine]:
     """Everything a run is made of, on this rank; exit with code 2 when ranks cannot share a step evenly."""
     from common.distributed import world_size
-    from launch.compose import build_engine
     from rm.cold_start import ColdStart, backwards_per_step
     from rm.data import PairSchedule
 
@@ -91,17 +91,7 @@ def build(cfg: ColdStartRun, pairs: list[Pair]) -> tuple[ColdStart, DeepSpeedEng
         refuse(str(error))
     model = build_judge(cfg)
     groups = model.param_groups(cfg.lr, lora=cfg.lora, weight_decay=cfg.cold_start.weight_decay, seed=cfg.seed)
-    if cfg.gradient_checkpointing:
-        enable_checkpointing(model)
-    engine = build_engine(
-        model,
-        groups,
-        optimizer=cfg.optimizer,
-        zero_stage=cfg.zero_stage,
-        accumulation=accumulation,
-        dtype=cfg.dtype,
-        overrides=cfg.deepspeed,
-    )
+    engine = judge_engine(cfg, model, groups, accumulation=accumulation)
     schedule = PairSchedule(len(pairs), pairs_per_step=cfg.cold_start.pairs_per_step, seed=cfg.seed)
     loop = ColdStart(
         cfg.cold_start,

@@ -75,8 +75,9 @@ def ds_config(
     accumulation  backwards per optimizer step on each rank
 
     Raises ValueError for bfloat16 with ZeRO 0: its optimizer takes a step without gradient when it is built, so weight
-    decay acts once and Adam's bias correction is off by one. And for an override of gradient_accumulation_steps: the
-    caller counts on stepping the optimizer exactly once per ``accumulation`` backwards.
+    decay acts once and Adam's bias correction is off by one. And for an override of gradient_accumulation_steps or of
+    the stage: the caller counts on stepping the optimizer exactly once per ``accumulation`` backwards, and calls its
+    model as the stage asks.
     """
     if dtype == "bfloat16" and zero_stage == 0:
         raise ValueError("bfloat16 parameters need zero_stage >= 1: ZeRO 0 takes a step before the first one")
@@ -90,12 +91,18 @@ def ds_config(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    if zero_stage == 3:
+        # one optimizer call for each parameter group, as under ZeRO 1 and 2; smaller ones serve offloading to disks
+        config["zero_optimization"]["sub_group_size"] = 10**12
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
     config = _merged(config, overrides or {})
     if config["gradient_accumulation_steps"] != accumulation:
         got = config["gradient_accumulation_steps"]
         raise ValueError(f"deepspeed.gradient_accumulation_steps follows from the batch: {accumulation}, not {got}")
+    if config["zero_optimization"]["stage"] != zero_stage:
+        got = config["zero_optimization"]["stage"]
+        raise ValueError(f"deepspeed.zero_optimization.stage is zero_stage: {zero_stage}, not {got}")
     return config
 
 
@@ -126,6 +133,7 @@ def build_engine(
     from torch.optim.lr_scheduler import LambdaLR
 
     from launch.part_clip import PartClippedAdamW
+    from launch.zero3 import sum_gradients
 
     groups = _parameter_groups(module, params)
     trained = [p for group in groups for p in group["params"]]
@@ -157,6 +165,14 @@ def build_engine(
         config=config,
         lr_scheduler=LambdaLR(adamw, lambda done: min(1.0, (done + 1) / warmup)),
     )
+    if zero_stage == 3:
+        sum_gradients(engine)
+        pieces = len(engine.optimizer.fp16_groups)
+        if clip_parts and pieces != len(groups):
+            raise ValueError(
+                f"deepspeed.zero_optimization.sub_group_size cuts {len(groups)} parts of the model into {pieces}; each "
+                f"would be clipped by the norm of a piece"
+            )
     return engine
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.config import dump, parse_command_line
-from launch.judge_runs import enable_checkpointing, read_tables, run_steps, to_device
+from launch.judge_runs import judge_engine, read_tables, run_steps, to_device
 from launch.refuse import refuse
 from launch.runs import DualRlRun
 
@@ -72,7 +72,7 @@ def read(cfg: DualRlRun) -> tuple[list[Pair], list[Pair]]:
 def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
     """Everything a run is made of, on this rank; exit with code 2 when ranks cannot share an update evenly."""
     from common.distributed import world_size
-    from launch.compose import build_engine
+    from launch.zero3 import shard_frozen, shard_judge
     from rm.data import PairSchedule
     from rm.dual_rl import DualRl, backwards_per_update
 
@@ -86,18 +86,10 @@ def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
     reference = None
     if cfg.lora is None and cfg.dual_rl.kl_weight > 0:
         reference = load(cfg).requires_grad_(requires_grad=False)
-    if cfg.gradient_checkpointing:
-        enable_checkpointing(model)
-    engine = build_engine(
-        model,
-        groups,
-        optimizer=cfg.optimizer,
-        zero_stage=cfg.zero_stage,
-        accumulation=accumulation,
-        dtype=cfg.dtype,
-        clip_parts=True,
-        overrides=cfg.deepspeed,
-    )
+        if cfg.zero_stage == 3:
+            shard_frozen(reference, dtype=cfg.dtype, overrides=cfg.deepspeed)
+            shard_judge(reference)
+    engine = judge_engine(cfg, model, groups, accumulation=accumulation, clip_parts=True)
     dual = cfg.dual_rl
     loop = DualRl(
         dual,

@@ -1,4 +1,4 @@
-"""A deepspeed engine's trained weights and Adam moments, as safetensors, for any number of ranks and ZeRO 0 to 2.
+"""A deepspeed engine's trained weights and Adam moments, as safetensors, for any number of ranks and any stage of ZeRO.
 
 DeepSpeed's own checkpoints are pickles, hold one part per rank and reload on the same number of ranks only. Here every
 parameter is gathered whole, so a run may go on with other ranks or another stage, and reading runs no code.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.checkpoint import load_state, load_tensors, resolve_resume, save_tensors
-from common.distributed import is_main
+from common.distributed import is_main, rank, world_size
 from common.log import say
 
 if TYPE_CHECKING:
@@ -30,20 +30,16 @@ def save_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
     Holds fp32 ``weight.<name>`` of each trained parameter, its ``exp_avg.<name>`` and ``exp_avg_sq.<name>`` once there
     was a step, and how many steps there were.
     """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
     states = engine.client_optimizer.state
     steps = int(max((float(state["step"]) for state in states.values() if "step" in state), default=0))
     tensors: dict[str, Tensor] = {_STEPS: torch.tensor([steps])}
     if steps:
         _link_moments(engine)
     for name, parameter in _trained(engine).items():
-        whole = safe_get_full_fp32_param(parameter) if _split(parameter) else parameter.data
-        tensors[f"weight.{name}"] = whole.detach().float().cpu()
-        for moment in _MOMENTS if steps else ():
-            split = _split(parameter)
-            value = safe_get_full_optimizer_state(parameter, moment) if split else states[parameter][moment]
-            tensors[f"{moment}.{name}"] = value.detach().float().cpu()
+        for kind in ("weight", *(_MOMENTS if steps else ())):
+            whole = _whole(engine, parameter, kind)
+            if is_main():
+                tensors[f"{kind}.{name}"] = whole.detach().float().cpu()
     if is_main():
         save_tensors(Path(folder) / FILE, tensors)
 
@@ -53,27 +49,17 @@ def load_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
 
     Raises ValueError when the saved parameters are not the engine's, by name or by shape.
     """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
     tensors = load_tensors(Path(folder) / FILE)
     trained = _trained(engine)
     _check_same(trained, {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")})
     steps = int(tensors[_STEPS])
     states = engine.client_optimizer.state
     if steps:
-        _step_without_gradient(engine, list(trained.values()))
+        _make_moments(engine, list(trained.values()))
         _link_moments(engine)
     for name, parameter in trained.items():
-        weight = tensors[f"weight.{name}"].to(parameter.device)
-        parameter.data.copy_(weight)
-        if _split(parameter):
-            safe_set_full_fp32_param(parameter, weight)
-        for moment in _MOMENTS if steps else ():
-            value = tensors[f"{moment}.{name}"].to(parameter.device)
-            if _split(parameter):
-                safe_set_full_optimizer_state(parameter, value, moment)
-            else:
-                states[parameter][moment].copy_(value)
+        for kind in ("weight", *(_MOMENTS if steps else ())):
+            _put(engine, parameter, kind, tensors[f"{kind}.{name}"].to(parameter.device))
     for state in states.values():
         state["step"].fill_(steps)
     if engine.lr_scheduler is not None:
@@ -94,8 +80,60 @@ def go_on(engine: DeepSpeedEngine, resume: str, run_dir: Path) -> int:
     return done
 
 
-def _step_without_gradient(engine: DeepSpeedEngine, parameters: list[nn.Parameter]) -> None:
-    """Adam's state is made by the first step, so take one; all it touches is overwritten afterwards."""
+def _whole(engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str) -> Tensor:
+    """A parameter's fp32 weight or moment, gathered from all ranks."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if kind == "weight":
+        return safe_get_full_fp32_param(parameter) if _split(parameter) else parameter.data
+    if _split(parameter):
+        return safe_get_full_optimizer_state(parameter, kind)
+    return engine.client_optimizer.state[parameter][kind]
+
+
+def _put(engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    """Set a parameter's weight or moment to a whole tensor that every rank has."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if _in_pieces(parameter):
+        _put_piece(parameter, kind, value)
+    elif kind == "weight":
+        parameter.data.copy_(value)
+        if _split(parameter):
+            safe_set_full_fp32_param(parameter, value)
+    elif _split(parameter):
+        safe_set_full_optimizer_state(parameter, value, kind)
+    else:
+        engine.client_optimizer.state[parameter][kind].copy_(value)
+
+
+def _put_piece(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    """As `_put` under ZeRO 3. The pieces are equally long, so the last may end in padding, which DeepSpeed's own
+    setter of whole values does not expect.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    length = parameter.ds_tensor.numel()
+    padded = torch.nn.functional.pad(value.flatten().float(), (0, length * world_size() - value.numel()))
+    piece = padded[rank() * length : (rank() + 1) * length]
+    if kind != "weight":
+        safe_set_local_optimizer_state(parameter, piece, kind)
+        return
+    with GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(value)
+    safe_set_local_fp32_param(parameter, piece)
+
+
+def _make_moments(engine: DeepSpeedEngine, parameters: list[nn.Parameter]) -> None:
+    """Adam's state is made by the first step. Under ZeRO 3 make it as AdamW would, on what DeepSpeed steps; else take
+    a step without gradient, all it touches is overwritten afterwards.
+    """
+    if _in_pieces(parameters[0]):
+        for master in engine.optimizer.fp32_partitioned_groups_flat:
+            moments = {moment: torch.zeros_like(master) for moment in _MOMENTS}
+            engine.client_optimizer.state[master] = {"step": torch.tensor(0.0), **moments}
+        return
     for _ in range(engine.gradient_accumulation_steps()):
         engine.backward(sum((p * 0.0).sum() for p in parameters))
         engine.step()
@@ -126,13 +164,22 @@ def _trained(engine: DeepSpeedEngine) -> dict[str, nn.Parameter]:
 
 def _split(parameter: nn.Parameter) -> bool:
     """True where a ZeRO optimizer holds the fp32 weight and its moments, split over the ranks."""
-    return hasattr(parameter, "_hp_mapping")
+    return hasattr(parameter, "_hp_mapping") or _in_pieces(parameter)
+
+
+def _in_pieces(parameter: nn.Parameter) -> bool:
+    """True under ZeRO 3, where the parameter itself is split, and empty between its uses."""
+    return hasattr(parameter, "ds_id")
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(parameter.ds_shape if _in_pieces(parameter) else parameter.shape)
 
 
 def _check_same(trained: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
     if odd := sorted(trained.keys() ^ saved.keys()):
         raise ValueError(f"the checkpoint trains other parameters than this run: {', '.join(odd[:10])}")
-    wrong = [n for n, p in trained.items() if p.shape != saved[n].shape]
+    wrong = [n for n, p in trained.items() if _shape(p) != tuple(saved[n].shape)]
     if wrong:
-        shapes = [f"{n} {tuple(saved[n].shape)} for {tuple(trained[n].shape)}" for n in wrong[:10]]
+        shapes = [f"{n} {tuple(saved[n].shape)} for {_shape(trained[n])}" for n in wrong[:10]]
         raise ValueError(f"the checkpoint's parameters have other shapes: {'; '.join(shapes)}")

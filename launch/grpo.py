@@ -56,6 +56,7 @@ def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
     from launch.engine_state import go_on
     from launch.forwards import ForwardCounter
     from launch.samples import SampleWriter, rows_of_step
+    from launch.zero3 import whole_state
 
     distributed.init_process_group()
     run_dir = Path(cfg.run_dir)
@@ -82,8 +83,9 @@ def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
         if last or (step + 1) % cfg.save_every == 0:
             save(generator, engine, run_dir, step=step + 1, keep=cfg.keep)
 
+    weights = whole_state(generator.module, trained_only=True)
     if distributed.is_main():
-        generator.save_adapter(run_dir / "final")
+        generator.save_adapter(run_dir / "final", weights)
         say(f"done: {run_dir / 'final'} holds the trained adapter")
     log.close()
     distributed.barrier()
@@ -111,6 +113,7 @@ def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, Dee
         ),
         overrides=cfg.deepspeed,
     )
+    generator.sharded = cfg.zero_stage == 3
     loop = GrpoLoop(
         cfg.grpo,
         generator=generator,
@@ -156,10 +159,11 @@ def look_before(cfg: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
 def batch_arithmetic(cfg: GrpoRun, *, ranks: int, module: Any) -> list[str]:
     """How prompts, members, ranks and accumulation make one update; what most runs of this kind get wrong."""
     from alignment.grpo import backwards_per_update
+    from launch.zero3 import elements
 
     groups = cfg.prompts_per_step // ranks
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in module.parameters())
+    trained = elements(p for p in module.parameters() if p.requires_grad)
+    everything = elements(module.parameters())
     videos = cfg.prompts_per_step * cfg.grpo.group_size
     backwards = backwards_per_update(cfg.grpo, groups, steps_per_group=cfg.generator.sampler.steps_per_group)
     return [
@@ -174,11 +178,13 @@ def save(generator: WanGenerator, engine: DeepSpeedEngine, run_dir: Path, *, ste
     """checkpoints/step-N: adapter/ for people, engine.safetensors to go on from. All ranks call it."""
     from common import checkpoint, distributed
     from launch.engine_state import save_engine
+    from launch.zero3 import whole_state
 
     def write(folder: Path) -> None:
         save_engine(engine, folder)
+        weights = whole_state(generator.module, trained_only=True)
         if distributed.is_main():
-            generator.save_adapter(folder / "adapter")
+            generator.save_adapter(folder / "adapter", weights)
 
     checkpoint.save(run_dir / "checkpoints", step, write, keep=keep, state={"steps_done": step})
 

@@ -80,12 +80,42 @@ def run_steps(
         if last or (step + 1) % cfg.save_every == 0:
             save(engine, run_dir, step=step + 1, keep=cfg.keep)
 
+    weights = weights_of(model, run_dir)
     if distributed.is_main():
-        model.save(run_dir / "final", weights_of(model, run_dir))
+        model.save(run_dir / "final", weights)
         say(f"done: {run_dir / 'final'} holds the reward model")
     log.close()
     distributed.barrier()
     distributed.shutdown()
+
+
+def judge_engine(
+    cfg: ColdStartRun | DualRlRun,
+    model: DeScore,
+    groups: list[dict[str, Any]],
+    *,
+    accumulation: int,
+    clip_parts: bool = False,
+) -> DeepSpeedEngine:
+    """The engine of a judge, which knows afterwards whether its weights are sharded."""
+    from launch.compose import build_engine
+    from launch.zero3 import shard_judge
+
+    if cfg.gradient_checkpointing:
+        enable_checkpointing(model)
+    engine = build_engine(
+        model,
+        groups,
+        optimizer=cfg.optimizer,
+        zero_stage=cfg.zero_stage,
+        accumulation=accumulation,
+        dtype=cfg.dtype,
+        clip_parts=clip_parts,
+        overrides=cfg.deepspeed,
+    )
+    if cfg.zero_stage == 3:
+        shard_judge(model)
+    return engine
 
 
 def enable_checkpointing(model: DeScore) -> None:
@@ -113,15 +143,20 @@ def save(engine: DeepSpeedEngine, run_dir: Path, *, step: int, keep: int) -> Non
 
 
 def weights_of(model: DeScore, run_dir: Path) -> dict[str, Tensor]:
-    """The module's weights, the trained ones in the engine's fp32 as the last checkpoint has them.
+    """The module's weights, the trained ones in the engine's fp32 as the last checkpoint has them; {} but on rank 0.
 
-    In a bfloat16 run the module's own are roundings of those, coarser than many of its steps.
+    In a bfloat16 run the module's own are roundings of those, coarser than many of its steps. All ranks call it.
     """
     from common.checkpoint import latest, load_tensors
+    from common.distributed import is_main
     from launch.engine_state import FILE
+    from launch.zero3 import whole_state
 
+    state = whole_state(model)
+    if not is_main():
+        return {}
     found = latest(run_dir / "checkpoints")
     if found is None:
         raise FileNotFoundError(f"{run_dir / 'checkpoints'} holds no whole checkpoint")
     trained = {name: x for name, x in load_tensors(found / FILE).items() if name.startswith("weight.")}
-    return {**model.state_dict(), **{name.removeprefix("weight."): x for name, x in trained.items()}}
+    return {**state, **{name.removeprefix("weight."): x for name, x in trained.items()}}

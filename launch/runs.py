@@ -45,6 +45,7 @@ class OptimizerConfig:
         _check("OptimizerConfig", problems)
 
 
+_ZERO_STAGES = (0, 1, 2, 3)
 _AT_LEAST_0 = ("lr", "eps", "weight_decay", "max_grad_norm", "warmup_steps")
 
 
@@ -55,7 +56,8 @@ class GrpoRun:
     prompts           a .txt file, one prompt a line, or a .jsonl file with {"prompt": ...} lines
     prompts_per_step  groups of one optimizer step, over ALL ranks; the number of ranks must divide it
     rewards           name -> reward; weight 0 is a judge that is watched and never trained on
-    zero_stage        DeepSpeed ZeRO: 0 none, 1 splits optimizer state over ranks, 2 gradients too
+    zero_stage        DeepSpeed ZeRO: 0 none, 1 splits optimizer state over ranks, 2 gradients too, 3 weights too (the
+                      rewards' models stay whole on every rank)
     deepspeed         keys of DeepSpeed's own JSON, over what `launch.compose.ds_config` computes
     save_every, keep  steps between checkpoints, and how many stay; the last step is always saved
     video_every      steps between sample videos, 0 for none; they are that step's own rollouts
@@ -86,8 +88,8 @@ class GrpoRun:
         problems = [f"{n} must be at least 1, got {getattr(self, n)}" for n in positive if getattr(self, n) < 1]
         if self.video_every < 0:
             problems.append(f"video_every must be at least 0, got {self.video_every}")
-        if self.zero_stage not in (0, 1, 2):
-            problems.append(f"zero_stage must be 0, 1 or 2, got {self.zero_stage}")
+        if self.zero_stage not in _ZERO_STAGES:
+            problems.append(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
         if self.generator.sampler.noise_level == 0:
             problems.append(
                 "generator.sampler.noise_level must be positive: without noise the members are all one, got 0"
@@ -134,6 +136,7 @@ class ColdStartRun:
                     (subject, dynamics, ...) from its ``answer``, another name (VQ, MQ, TA) from the column of that name
     lr, lora        what is trained and how fast; ``optimizer.lr`` is not used
     optimizer       AdamW's other settings
+    zero_stage      as in `GrpoRun`, at least 1 with bfloat16. Whatever saved a checkpoint, any stage goes on from it
     heldout_pairs   how many held-out pairs are measured every ``eval_every`` steps (0 for never) and at the end
     """
 
@@ -181,6 +184,7 @@ class DualRlRun:
     lr, lora        what is trained and how fast (the vision tower and its merger are frozen at 0); lora null trains the
                     language model whole, beside a frozen copy of it
     optimizer       AdamW's other settings; max_grad_norm clips every part by its own norm
+    zero_stage      as in `ColdStartRun`; 3 spreads the frozen copy over the ranks as well, below 3 each holds it whole
     heldout_pairs   how many held-out pairs are measured every ``eval_every`` steps (0 for never) and at the end
     """
 
@@ -266,8 +270,8 @@ def _judge_problems(run: ColdStartRun | DualRlRun) -> list[str]:
     problems = [f"{n} must be at least 1, got {getattr(run, n)}" for n in positive if getattr(run, n) < 1]
     if run.eval_every < 0:
         problems.append(f"eval_every must be at least 0, got {run.eval_every}")
-    if run.zero_stage not in (0, 1, 2):
-        problems.append(f"zero_stage must be 0, 1 or 2, got {run.zero_stage}")
+    if run.zero_stage not in _ZERO_STAGES:
+        problems.append(f"zero_stage must be 0, 1, 2 or 3, got {run.zero_stage}")
     if run.dtype == "bfloat16" and run.zero_stage == 0:
-        problems.append("zero_stage must be 1 or 2 with dtype bfloat16, got 0")
+        problems.append("zero_stage must be at least 1 with dtype bfloat16, got 0")
     return problems

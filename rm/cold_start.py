@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.distributed import derive_seed, gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
+from common.distributed import (
+    derive_seed,
+    gather_objects,
+    mean_over_ranks,
+    own_batches,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from rm.data import label_of_total, label_rows
 from rm.losses import counted, preference_loss
 from rm.masking import dropped_share, mask
@@ -164,13 +172,12 @@ class ColdStart:
     def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
         """Preference accuracy on pairs with the chains of thought of the table, never masked; ranks share them."""
         self.model.eval()
-        own, size = list(range(rank(), len(pairs), world_size())), self.cfg.micro_batch
         margins: list[tuple[int, list[float]]] = []
-        for start in range(0, len(own), size):
-            rows = own[start : start + size]
-            part = [pairs[i] for i in rows]
+        for rows in own_batches(len(pairs), self.cfg.micro_batch):
+            part = [pairs[i] for i in rows or [0]]
             reward_N2K = self.rewards(part, [(pair.cot_A, pair.cot_B) for pair in part])
-            margins += zip(rows, (reward_N2K[:, 0] - reward_N2K[:, 1]).tolist(), strict=True)
+            found = (reward_N2K[:, 0] - reward_N2K[:, 1]).tolist()
+            margins += zip(rows, found, strict=False)  # of no rows: none
         margin_of = {row: margin_K for part in gather_objects(margins) for row, margin_K in part}
         margin_NK = torch.tensor([margin_of[i] for i in range(len(pairs))])
         label_N = torch.tensor([label_of_total(pair, self.model.dimensions) for pair in pairs])

@@ -21,15 +21,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.distributed import derive_seed, gather_objects, mean_over_ranks, rank, sum_over_ranks, world_size
+from common.distributed import (
+    derive_seed,
+    gather_objects,
+    mean_over_ranks,
+    own_batches,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from common.policy_gradient import group_advantages, k3_kl, masked_mean, token_surrogate
 from rm.chain_writer import HfWriter
 from rm.config import Generation
 from rm.data import label_of_total, label_rows
 from rm.generate import generate, read_rewards
+from rm.lora import adapters_off
 from rm.losses import counted, preference_loss
 from rm.metrics import accuracy_by_dimension, preference_accuracy
-from rm.model import adapters_off
 from rm.packed import Chain, Packed, judge, pack
 from rm.text_rewards import RuleReward, RuleRewardConfig, preference_rewards, rule_reward
 from rm.video import prepare
@@ -322,26 +330,24 @@ class DualRl:
         wrote the chain, so no other writer is asked.
         """
         self.model.eval()
-        own, size = list(range(rank(), len(pairs), world_size())), self.cfg.micro_batch * self.cfg.group_size
         found: list[tuple[int, list[float], float, float]] = []
-        for start in range(0, len(own), size):
-            part = [pairs[i] for i in own[start : start + size]]
-            videos, encoded = self.inputs(part)
+        for rows in own_batches(len(pairs), self.cfg.micro_batch * self.cfg.group_size):
+            videos, encoded = self.inputs([pairs[i] for i in rows or [0]])
             written = generate(self.model, self.model.batch(encoded, videos, query=False), how)
             reward_BK = read_rewards(self.model, written)
-            for n, pair in enumerate(part):
+            for n, pair in enumerate(pairs[i] for i in rows):
                 chains = [Chain(tuple(written.ids(i)), bool(written.finished_B[i])) for i in (2 * n, 2 * n + 1)]
                 judged = zip(chains, (pair.scores_A or {}, pair.scores_B or {}), strict=True)
                 quality = sum(self.rewards([chain], truth)[0].quality for chain, truth in judged) / 2
                 margin_K = (reward_BK[2 * n] - reward_BK[2 * n + 1]).tolist()
-                found.append((own[start + n], margin_K, quality, sum(chain.finished for chain in chains) / 2))
-        rows = sorted(row for rank_rows in gather_objects(found) for row in rank_rows)
-        margin_NK, names = torch.tensor([row[1] for row in rows]), list(self.model.dimensions)
+                found.append((rows[n], margin_K, quality, sum(chain.finished for chain in chains) / 2))
+        measured = sorted(row for rank_rows in gather_objects(found) for row in rank_rows)
+        margin_NK, names = torch.tensor([row[1] for row in measured]), list(self.model.dimensions)
         label_N = torch.tensor([label_of_total(pair, names) for pair in pairs])
         accuracy = preference_accuracy(self.model.total(margin_NK), label_N)
         return {
             "heldout/accuracy": accuracy.without_ties,
             **accuracy_by_dimension(margin_NK, torch.tensor(label_rows(pairs, names)), names),
-            "heldout/quality": sum(row[2] for row in rows) / len(rows),
-            "heldout/finished": sum(row[3] for row in rows) / len(rows),
+            "heldout/quality": sum(row[2] for row in measured) / len(measured),
+            "heldout/finished": sum(row[3] for row in measured) / len(measured),
         }

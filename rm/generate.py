@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common.distributed import generator
+from common.distributed import any_rank, generator
 from rm.config import Generation
 from rm.model import Batch, DeScore
 
@@ -51,7 +51,8 @@ def generate(
     ``copies`` chains of each sequence, rows in the order (sequence, copy); the prompt is read once, its cache copied.
     Greedy at temperature 0. Otherwise row b's draws depend on ``seeds[b]`` and its own probabilities, never on who
     else is in the batch. `<Reward>`, free rows of the vocabulary and visual placeholders are never chosen. The vision
-    tower runs once, the vocabulary head once per token.
+    tower runs once, the vocabulary head once per token. Of a sharded model all ranks stop together; what a rank feeds
+    after the end of its own chains is masked out.
     """
     from transformers import DynamicCache
 
@@ -80,7 +81,7 @@ def generate(
     for step in range(how.max_new_tokens):
         chosen_B = choose(logits_BV, step)
         alive_B = alive_B & (chosen_B != model.end_id)
-        if not alive_B.any():
+        if not (any_rank(alive_B) if model.sharded else alive_B.any()):
             break
         token_BL[:, step] = torch.where(alive_B, chosen_B, model.pad_id)
         length_B += alive_B

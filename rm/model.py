@@ -12,8 +12,7 @@ A judge of K dimensions has K such tokens one after the other and a K x d head, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rm.config import Generation, LearningRates, LoraConfig, RewardDimension, VideoSettings, one_reward
+from rm.lora import add_lora, merged_backbone
 from rm.prompt import DEFAULT_TEMPLATE, IM_END, VIDEO_PAD, Encoded, PromptTemplate, encode, token_id
 from rm.video import PreparedVideo
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 PROMPT_FILE, VIDEO_FILE, DESCORE_FILE, HEAD_FILE = "prompt.json", "video.json", "descore.json", "descore.safetensors"
 HEAD_INIT_STD = 0.02
-_LLM_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,13 @@ class Batch:
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
+class Head(nn.Linear):
+    """w_k . h_k in fp32, whatever the dtype of w and of the backbone: (..., K, D) -> (..., K)."""
+
+    def forward(self, hidden_BKD: Tensor) -> Tensor:
+        return (hidden_BKD.float() * self.weight.float()).sum(-1)
+
+
 class DeScore(nn.Module):
     """The module deepspeed wraps. Beside its weights it holds all that belongs to the checkpoint.
 
@@ -63,7 +69,10 @@ class DeScore(nn.Module):
     query_id                       the id of `<Reward>`; of several, the first
     dimensions                     what each query token rewards, in their order
     generation                     how its chains of thought are meant to be written
+    sharded                        every rank holds a piece of the weights only (ZeRO 3): all must call equally often
     """
+
+    sharded = False
 
     def __init__(
         self,
@@ -92,7 +101,7 @@ class DeScore(nn.Module):
         width = rows.shape[1]
         count = len(self.dimensions)
         self.query = nn.Parameter(rows[:query_id].detach().float().mean(0, keepdim=True).repeat(count, 1))
-        self.head = nn.Linear(width, count, bias=False, device=rows.device)
+        self.head = Head(width, count, bias=False, device=rows.device)
         nn.init.normal_(self.head.weight, std=HEAD_INIT_STD)
         backbone.get_input_embeddings().register_forward_hook(self._place_query)
 
@@ -124,7 +133,7 @@ class DeScore(nn.Module):
 
     def read_reward(self, hidden_BKD: Tensor) -> Tensor:
         """r_k = w_k . h_k in fp32, whatever the backbone's dtype: (..., K, D) -> (..., K)."""
-        return (hidden_BKD.float() * self.head.weight.float()).sum(-1)
+        return self.head(hidden_BKD)
 
     def total(self, reward_BK: Tensor) -> Tensor:
         """The reward: SUM over dimensions of weight x reward, (..., K) -> (...)."""
@@ -172,7 +181,7 @@ class DeScore(nn.Module):
 
     def banned_ids(self) -> Tensor:
         """Bool (V,): ids that must not be sampled - `<Reward>`, the untrained free rows, and visual placeholders."""
-        banned_V = torch.zeros(self.backbone.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+        banned_V = torch.zeros(self.backbone.get_output_embeddings().out_features, dtype=torch.bool)
         banned_V[_first_free_id(self.tokenizer) :] = True
         config = self.backbone.config
         banned_V[[*self.query_ids, config.video_token_id, config.image_token_id]] = True
@@ -296,33 +305,6 @@ class DeScore(nn.Module):
         ]
 
 
-def add_lora(backbone: nn.Module, lora: LoraConfig) -> None:
-    """Put LoRA adapters on q, k, v, o, gate, up, down of every language layer, in place (module paths stay)."""
-    import peft
-
-    config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_LLM_LINEARS, bias="none"
-    )
-    peft.inject_adapter_in_model(config, backbone)
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model without its LoRA, inside the block. ValueError if it has none: it would be its own reference."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if not layers:
-        raise ValueError("the model has no adapter to switch off; give a frozen copy as the reference")
-    for layer in layers:
-        layer.enable_adapters(enabled=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(enabled=True)
-
-
 def rope_positions(is_video_BL: Tensor, grid_B3: Tensor, merge_size: int) -> Tensor:
     """M-RoPE positions (3, B, L) of sequences with one video each, equal to Qwen3-VL's ``get_rope_index``.
 
@@ -365,22 +347,6 @@ def _load_backbone(path: Path, dtype: torch.dtype) -> tuple[Qwen3VLForConditiona
         raise FileNotFoundError(f"{path} is not a model folder: it lacks config.json")
     backbone = Qwen3VLForConditionalGeneration.from_pretrained(path.as_posix(), dtype=dtype)
     return backbone, AutoTokenizer.from_pretrained(path.as_posix())
-
-
-def merged_backbone(backbone: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The backbone's weights under their stock names, W + scaling B A computed in fp32 and stored in ``dtype``."""
-    merged = {}
-    for name, tensor in state.items():
-        if not name.startswith("backbone.") or ".lora_" in name:
-            continue
-        if ".base_layer." in name:
-            layer = name.partition(".base_layer.")[0]
-            a, b = (state.get(f"{layer}.lora_{side}.default.weight") for side in "AB")
-            if a is not None and name.endswith(".weight"):
-                scaling = backbone.get_submodule(layer.removeprefix("backbone.")).scaling["default"]
-                tensor = tensor.float() + scaling * (b.float() @ a.float())
-        merged[name.removeprefix("backbone.").replace(".base_layer.", ".")] = tensor.detach().to(dtype).cpu()
-    return merged
 
 
 def _first_free_id(tokenizer: PreTrainedTokenizerBase) -> int:

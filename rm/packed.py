@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from common.distributed import max_over_ranks
 from rm.model import Batch, DeScore, rope_positions
 from rm.prompt import Encoded
 from rm.video import PreparedVideo
@@ -122,17 +123,23 @@ def judge(model: DeScore, packed: Packed, *, temperature: float, score: bool = T
 
 
 def token_log_probs(model: DeScore, hidden_ND: Tensor, target_N: Tensor, *, temperature: float) -> Tensor:
-    """(N,) fp32. Logits are made for a part of the tokens at a time, and again in the backward."""
+    """(N,) fp32. Logits are made for a part of the tokens at a time, and again in the backward.
+
+    Of a sharded model in equally many parts on every rank, empty ones too: each gathers the vocabulary head.
+    """
     banned_V = model.banned_ids().to(hidden_ND.device)
 
     def part(hidden: Tensor, target: Tensor) -> Tensor:
         logits = model.backbone.lm_head(hidden).float().masked_fill(banned_V, -torch.inf) / temperature
         return -F.cross_entropy(logits, target, reduction="none")
 
-    pieces = zip(hidden_ND.split(_TOKENS_AT_ONCE), target_N.split(_TOKENS_AT_ONCE), strict=True)
-    if not torch.is_grad_enabled() or len(hidden_ND) <= _TOKENS_AT_ONCE:
-        return torch.cat([part(*piece) for piece in pieces])
-    return torch.cat([checkpoint(part, *piece, use_reentrant=False) for piece in pieces])
+    count = max(1, -(-len(hidden_ND) // _TOKENS_AT_ONCE))
+    if model.sharded:
+        count = int(max_over_ranks(count))
+    parts = [slice(i * _TOKENS_AT_ONCE, (i + 1) * _TOKENS_AT_ONCE) for i in range(count)]
+    if not torch.is_grad_enabled() or count == 1:
+        return torch.cat([part(hidden_ND[i], target_N[i]) for i in parts])
+    return torch.cat([checkpoint(part, hidden_ND[i], target_N[i], use_reentrant=False) for i in parts])
 
 
 @dataclass(frozen=True)

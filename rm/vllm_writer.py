@@ -31,7 +31,8 @@ from torch import Tensor
 from common.checkpoint import load_tensors, save_tensors
 from common.line_process import LineProcess, LineProcessError
 from rm.config import Generation, VideoSettings, WriterConfig
-from rm.model import DeScore, merged_backbone
+from rm.lora import merged_backbone
+from rm.model import DeScore
 from rm.packed import Chain
 from rm.prompt import VISION_END, VISION_START, Encoded, encode_text, token_id
 from rm.video import PreparedVideo, frames_of

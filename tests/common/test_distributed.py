@@ -45,6 +45,12 @@ class TestTwoRanks:
         assert [(r["rank"], r["world"], r["is_main"]) for r in ranks] == [(0, 2, True), (1, 2, False)]
         assert [r["from_main"] for r in ranks] == ["rank 0", "rank 0"]
 
+    def test_any_is_over_rows_and_ranks(self, ranks):
+        assert [r["any"] for r in ranks] == [[True, False]] * 2
+
+    def test_every_rank_has_equally_many_batches(self, ranks):
+        assert [r["batches"] for r in ranks] == [[[0, 2], [4]], [[1, 3], []]]
+
     def test_rows_are_gathered_in_rank_order(self, ranks):
         expected = [[0.0, 2.0], [1.0, 3.0], [10.0, 12.0], [11.0, 13.0]]
         assert [r["gathered"] for r in ranks] == [expected, expected]

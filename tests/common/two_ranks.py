@@ -23,6 +23,8 @@ def main(folder: Path) -> dict:
     out["max"] = distributed.max_over_ranks(-3.0 + me)
     out["max_nan_is_nan"] = math.isnan(distributed.max_over_ranks(math.nan if me == 1 else 0.0))
     out["sum"] = distributed.sum_over_ranks(0.1 * (me + 1))
+    out["any"] = [distributed.any_rank(torch.tensor([False, me == 1])), distributed.any_rank(torch.zeros(2) > 0)]
+    out["batches"] = distributed.own_batches(5, 2)
     out["from_main"] = distributed.from_main(f"rank {me}")
     try:
         distributed.gather_rows(torch.zeros(me + 1, 2))

@@ -53,6 +53,15 @@ def test_misspelt_target_is_refused(folder: Path) -> None:
         WanGenerator.load(tiny_config(folder, lora=lora), device="cpu")
 
 
+def test_given_weights_replace_the_modules(folder: Path, saved: Path, tmp_path: Path) -> None:
+    generator = tiny_generator(folder)
+    doubled = {name: 2 * p for name, p in generator.module.named_parameters() if p.requires_grad}
+    generator.save_adapter(tmp_path, doubled)
+    own, given = load_file(saved / ADAPTER_FILE), load_file(tmp_path / ADAPTER_FILE)
+    assert own.keys() == given.keys()
+    assert all(torch.equal(given[name], 2 * own[name]) for name in own)
+
+
 def test_stock_pipeline_reads_it(folder: Path, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     generator = tiny_generator(folder)
     stock = WanPipeline.from_pretrained(folder, dtype=torch.float32)

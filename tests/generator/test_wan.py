@@ -177,6 +177,20 @@ def test_forwards_per_group(generator: WanGenerator, count: Callable[[], int], s
     assert count() == 2
 
 
+def test_a_sharded_module_is_called_as_often_as_on_the_busiest_rank(
+    generator: WanGenerator, count: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = generator.rollout([PROMPT], group_size=2, seeds=[3])[0]
+    forwards = count()
+    asked: list[tuple[float, int]] = []
+    monkeypatch.setattr(generator, "sharded", True, raising=False)
+    monkeypatch.setattr("generator.wan.max_over_ranks", lambda calls: asked.append((calls, count())) or calls + 3.0)
+    together = generator.rollout([PROMPT], group_size=2, seeds=[3])[0]
+    assert count() == forwards + 3  # unguided, and nobody sees what comes out
+    assert asked == [(6, 0)]  # both members go in one batch: T calls; asked before the first, when all ranks are there
+    assert torch.equal(together.clean_GCFHW, alone.clean_GCFHW)
+
+
 def test_forwards_without_guidance(folder: Path) -> None:
     for changes, rollout, update in (
         ({"sampler": dataclasses.replace(GUIDED, guidance_scale=1.0)}, 1, 1),

@@ -42,7 +42,17 @@ def train(engine, module: torch.nn.Module, steps: range) -> None:
 
 def engine_of(module: torch.nn.Module, stage: int):
     share = BACKWARDS // distributed.world_size()
-    return build_engine(module, optimizer=OPTIMIZER, zero_stage=stage, accumulation=share)
+    # by default a parameter below 100,000 numbers would stay whole under ZeRO 3, and nothing here would be gathered
+    overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else None
+    return build_engine(module, optimizer=OPTIMIZER, zero_stage=stage, accumulation=share, overrides=overrides)
+
+
+def whole(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Copies of its parameters, gathered from all ranks under ZeRO 3. All ranks call it."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(module.parameters())):
+        return [p.detach().clone() for p in module.parameters()]
 
 
 def plain(steps: int) -> list[torch.Tensor]:
@@ -54,16 +64,16 @@ def plain(steps: int) -> list[torch.Tensor]:
         for i in range(BACKWARDS):
             engine.backward(loss(module, step, i))
             engine.step()
-    return list(module.parameters())
+    return whole(module)
 
 
 def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    return max(float((x.detach().float() - y.detach().float()).abs().max()) for x, y in zip(a, b, strict=True))
+    return max(float((x.float() - y.float()).abs().max()) for x, y in zip(a, b, strict=True))
 
 
 def check(stage: int, later_stage: int, dtype: torch.dtype, folder: Path) -> dict[str, float]:
-    whole = network().to(dtype)
-    train(engine_of(whole, stage), whole, range(5))
+    straight = network().to(dtype)
+    train(engine_of(straight, stage), straight, range(5))
     first = network().to(dtype)
     engine = engine_of(first, stage)
     train(engine, first, range(2))
@@ -73,12 +83,12 @@ def check(stage: int, later_stage: int, dtype: torch.dtype, folder: Path) -> dic
     torch.nn.init.zeros_(second[0].weight)  # whatever it was, the checkpoint decides
     engine = engine_of(second, later_stage)
     load_engine(engine, folder)
-    resumed = distance(list(first.parameters()), list(second.parameters()))
+    resumed = distance(whole(first), whole(second))
     train(engine, second, range(2, 5))
     return {
-        "plain": distance(plain(5), list(whole.parameters())),
+        "plain": distance(plain(5), whole(straight)),
         "loaded": resumed,
-        "resumed": distance(list(whole.parameters()), list(second.parameters())),
+        "resumed": distance(whole(straight), whole(second)),
     }
 
 
@@ -88,7 +98,8 @@ def main() -> None:
     root = Path(distributed.from_main(tempfile.mkdtemp()))
     float32, bfloat16 = torch.float32, torch.bfloat16
     cases = {"0": (0, 0, float32), "1": (1, 1, float32), "2": (2, 2, float32), "2 to 0": (2, 0, float32)}
-    cases["1 bf16"] = (1, 1, bfloat16)
+    cases |= {"3": (3, 3, float32), "2 to 3": (2, 3, float32), "3 to 1": (3, 1, float32)}
+    cases |= {"1 bf16": (1, 1, bfloat16), "3 bf16": (3, 3, bfloat16)}
     results = {}
     for name, (stage, later, dtype) in cases.items():
         folder = root / name.replace(" ", "-")
@@ -97,6 +108,7 @@ def main() -> None:
     if distributed.is_main():
         sys.stdout.write("\n" + json.dumps(results) + "\n")
         sys.stdout.flush()
+    distributed.barrier()
     distributed.shutdown()
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+# by default a parameter below 100,000 numbers stays whole: of a tiny model nothing would lie in pieces for long
+ZERO_3 = ("zero_stage=3", "deepspeed.zero_optimization.stage3_param_persistence_threshold=0")
 
 
 def run(*words: str, expect: int = 0, timeout: float = 240.0, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -1,8 +1,9 @@
-"""`launch/dual_rl.py` itself on a tiny judge: one rank and two, ZeRO 1 and 2, stopped and not."""
+"""`launch/dual_rl.py` itself on a tiny judge: one rank and two, ZeRO 1, 2 and 3, stopped and not."""
 
 from __future__ import annotations
 
 import csv
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from common.video_io import write_mp4
 from rm.config import Generation
 from rm.model import DeScore
 from rm.scorer import DeScoreScorer
-from tests.launch.processes import deepspeed, run
+from tests.launch.processes import ZERO_3, deepspeed, run
 from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
 
 ANSWER = '<answer>{"video_1_scores": {"subject": "2"}, "video_2_scores": {"subject": "0"}}</answer>'
@@ -23,7 +24,7 @@ ANSWER = '<answer>{"video_1_scores": {"subject": "2"}, "video_2_scores": {"subje
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, a judge of stage 1, and three runs of stage 2 on it."""
+    """Data, a judge of stage 1, and runs of stage 2 on it."""
     folder = tmp_path_factory.mktemp("dual_rl")
     with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["videos", "prompt", "GSB", "answer"])
@@ -36,7 +37,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         how = Generation(max_new_tokens=6, repetition_penalty=1.0)
-        DeScore(tiny_qwen(), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264, generation=how).save(folder / "judge")
+        judge = DeScore(tiny_qwen(tied=False), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264, generation=how)
+        # some states make the end of the turn likely, others unlikely: chains of every length, 1 to 6 tokens
+        torch.nn.init.normal_(judge.backbone.lm_head.weight.data[judge.end_id], std=1.5)
+        judge.save(folder / "judge")
 
     def words(name: str, steps: int, *more: str) -> list[str]:
         return [
@@ -45,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"data.heldout={folder / 'pairs.csv'}", f"dual_rl.steps={steps}", "dual_rl.pairs_per_step=4",
             "dual_rl.pairs_per_update=2", "dual_rl.micro_batch=1", "dual_rl.group_size=3", "dual_rl.max_new_tokens=6",
             "rules.length=1", "rules.length_low=0", "rules.length_high=6", "save_every=1", "eval_every=1",
-            "lora.rank=4", *more,
+            "lora.rank=4", "heldout_pairs=3", "optimizer.max_grad_norm=0.01", *more,
         ]  # fmt: skip
 
     run(sys.executable, *words("whole", 2))
@@ -53,6 +57,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     resumed = run(sys.executable, *words("stopped", 2))
     assert "going on after 1 steps" in resumed.stdout
     deepspeed(2, *words("two", 2, "zero_stage=2"))
+    deepspeed(2, *words("three", 2, *ZERO_3))
+    (folder / "back").mkdir()
+    shutil.copytree(folder / "three" / "checkpoints" / "step-000001", folder / "back" / "checkpoints" / "step-000001")
+    run(sys.executable, *words("back", 2))
     run(sys.executable, *words("half", 1, "dtype=bfloat16", "lr.head=1e-6"))
     return folder
 
@@ -81,6 +89,35 @@ def test_two_ranks_under_zero_2_measure_what_one_rank_does(folder: Path) -> None
         for name, value in one.items():
             assert two[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
     assert {f"train/grad_norm/{part}" for part in ("llm", "query", "head")} <= metrics(folder / "two")[0].keys()
+
+
+@pytest.mark.slow
+def test_two_ranks_under_zero_3_measure_what_one_rank_does(folder: Path) -> None:
+    """Chains end at other places on each rank; three held-out pairs and two ranks make unequal shares."""
+    whole, three = metrics(folder / "whole"), metrics(folder / "three")
+    assert 0.1 < whole[0]["cot/finished"] < 1.0
+    for one, two in zip(whole, three, strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
+    for part in ("llm", "query"):
+        assert whole[0][f"train/grad_norm/{part}"] > 0.01  # so they were clipped, each by its own norm
+
+
+@pytest.mark.slow
+def test_zero_3_and_zero_1_go_on_from_each_other(folder: Path) -> None:
+    """Same file, same weights and moments; what ZeRO 3 leaves is one rank's judge, whoever made the last step."""
+    file = "checkpoints/step-000002/engine.safetensors"
+    one = load_tensors(folder / "whole" / file)
+    for name in ("three", "back"):
+        other = load_tensors(folder / name / file)
+        assert one.keys() == other.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(other[key], tensor, atol=1e-6, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
+    assert metrics(folder / "back")[0]["step"] == 1
+    before, after = (DeScore.load(folder / name / "final").state_dict() for name in ("whole", "three"))
+    assert before.keys() == after.keys()
+    assert max(float((before[key] - after[key]).abs().max()) for key in before) < 1e-5
 
 
 @pytest.mark.slow

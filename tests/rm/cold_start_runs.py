@@ -1,12 +1,14 @@
-"""`launch.cold_start.train` three times in one process: without a stop, to the middle, and on from there.
+"""`launch.cold_start.train` several times in one process: without a stop, to the middle, and on from there.
 
-`python -m tests.rm.cold_start_runs FOLDER` writes FOLDER/{base, pairs.csv, whole, stopped}. A process of its own,
-because deepspeed keeps state for the life of one; test_cold_start_run.py starts it.
+`tests/rm/cold_start_runs.py FOLDER` writes FOLDER/{base, pairs.csv, whole, stopped, one}; under a launcher on two
+ranks, afterwards, FOLDER/{two, three, three_stopped}, named after their ZeRO stage. A process of its own, because
+deepspeed keeps state for the life of one; test_cold_start_run.py starts it.
 """
 
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from common.config import load
 from common.video_io import write_mp4
 from launch.cold_start import train
 from launch.runs import ColdStartRun
+from tests.launch.processes import ZERO_3
 from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, save_tiny_qwen
 
 
@@ -34,22 +37,42 @@ def write_data(folder: Path) -> None:
             writer.writerow({"videos": repr(names), "prompt": f"p{i}", "CoT_A": "x", "CoT_B": "yy", "GSB": label})
 
 
-def run(folder: Path, name: str, *, epochs: int) -> None:
+def run(folder: Path, name: str, *more: str, epochs: int) -> None:
     overrides = [
         f"run_dir={folder / name}", f"base={folder / 'base'}", f"data.train={folder / 'pairs.csv'}",
         f"data.heldout={folder / 'pairs.csv'}", "cold_start.pairs_per_step=3", "cold_start.micro_batch=1",
         f"cold_start.epochs={epochs}", "lora.rank=4", "lora.dropout=0.2", "eval_every=1", "save_every=1",
-        "dtype=bfloat16", "zero_stage=1", "optimizer.warmup_steps=3", "lr.head=1e-3",
+        "dtype=bfloat16", "zero_stage=1", "optimizer.warmup_steps=3", "lr.head=1e-3", *more,
     ]  # fmt: skip
     train(load(ColdStartRun, None, overrides), resume="auto")
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    distributed.shutdown = lambda: None  # deepspeed cannot join a second process group
-    root = Path(sys.argv[1])
+# the same on one rank and two: no dropout, whose draws follow the rank; ties count, so that an update has four pairs
+COMPARED = (
+    "dtype=float32", "lora.dropout=0", "cold_start.theta=2", "cold_start.pairs_per_step=4", "heldout_pairs=3",
+    "lr.llm=1e-3", "lr.query=1e-3",
+)  # fmt: skip
+
+
+def main(root: Path) -> None:
     write_data(root)
     run(root, "whole", epochs=4)
     torch.manual_seed(1234)
     run(root, "stopped", epochs=2)
     run(root, "stopped", epochs=4)
+    run(root, "one", *COMPARED, epochs=2)
+
+
+def on_two_ranks(root: Path) -> None:
+    run(root, "two", *COMPARED, "zero_stage=2", epochs=2)
+    run(root, "three", *COMPARED, *ZERO_3, epochs=2)
+    run(root, "three_stopped", *COMPARED, *ZERO_3, epochs=1)
+    run(root, "three_stopped", *COMPARED, *ZERO_3, epochs=2)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    leave = distributed.shutdown
+    distributed.shutdown = lambda: None  # deepspeed cannot join a second process group
+    (on_two_ranks if os.environ.get("WORLD_SIZE") == "2" else main)(Path(sys.argv[-1]))
+    leave()

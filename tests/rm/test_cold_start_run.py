@@ -14,6 +14,7 @@ from common.checkpoint import load_tensors
 from common.log import read_metrics
 from rm.model import DeScore
 from rm.scorer import DeScoreScorer
+from tests.launch.processes import deepspeed
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +33,14 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """The folder, with the runs of two ranks under the deepspeed launcher."""
+    done = deepspeed(2, str(ROOT / "tests" / "rm" / "cold_start_runs.py"), str(folder))
+    assert "going on after 1 steps" in done.stdout
+    return folder
+
+
 def metrics(run: Path) -> list[dict[str, float]]:
     return [
         {k: v for k, v in row.items() if not k.startswith("seconds")} for row in read_metrics(run / "metrics.jsonl")
@@ -46,6 +55,38 @@ def test_a_resumed_run_equals_an_unbroken_one(folder):
     one, other = (load_tensors(folder / run / "checkpoints" / name) for run in ("whole", "stopped"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two", "three"])
+def test_two_ranks_under_zero_2_and_3_measure_what_one_rank_does(ranks, name):
+    """Four pairs an update: four backwards on one rank, two on each of two; three held-out pairs, unequal shares."""
+    one, other = metrics(ranks / "one"), metrics(ranks / name)
+    assert [row["step"] for row in one] == [0, 1]
+    assert {"train/loss", "train/margin", "train/masked", "train/grad_norm", "heldout/accuracy"} <= one[0].keys()
+    for alone, together in zip(one, other, strict=True):
+        assert alone.keys() == together.keys()
+        for key, value in alone.items():
+            assert together[key] == pytest.approx(value, abs=1e-4, rel=1e-4), key
+
+
+@pytest.mark.slow
+def test_a_resumed_run_under_zero_3_equals_an_unbroken_one(ranks):
+    assert metrics(ranks / "three") == metrics(ranks / "three_stopped")
+    name = "checkpoints/step-000002/engine.safetensors"
+    one, other = (load_tensors(ranks / run / name) for run in ("three", "three_stopped"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_zero_3_leaves_the_judge_that_one_rank_leaves(ranks):
+    one, other = (DeScore.load(ranks / run / "final").state_dict() for run in ("one", "three"))
+    start = DeScore.from_base(ranks / "base").state_dict()
+    assert one.keys() == other.keys()
+    assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-5
+    for key in ("query", "head.weight", "backbone.model.language_model.layers.0.self_attn.q_proj.weight"):
+        assert float((one[key] - start[key]).abs().max()) > 1e-4, key
 
 
 def test_what_remains_is_a_judge_with_the_fp32_weights(folder):

@@ -14,7 +14,8 @@ from common.video_io import write_mp4
 from rm.config import DualRlConfig, Generation, LearningRates, LoraConfig
 from rm.data import Pair, PairSchedule
 from rm.dual_rl import DualRl, backwards_per_update
-from rm.model import DeScore, adapters_off
+from rm.lora import adapters_off
+from rm.model import DeScore
 from rm.packed import judge
 from rm.prompt import Encoded
 from rm.text_rewards import RuleReward, RuleRewardConfig

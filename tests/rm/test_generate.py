@@ -71,6 +71,24 @@ def test_reward_on_the_cache_is_the_reward_of_the_full_forward(speaker, encoded,
     assert want.std() > 1e-3
 
 
+def test_a_sharded_model_goes_on_until_the_last_rank_stops(speaker, encoded, videos, monkeypatch):
+    """Ten more forwards than its own chains need, and nothing else."""
+    batch = speaker.batch(encoded[:2], videos[:2], query=False)
+    how = Generation(max_new_tokens=40, temperature=2.0, repetition_penalty=1.0)
+    alone = generate(speaker, batch, how, seeds=range(2))
+    assert alone.finished_B.all()
+    longest = int(alone.length_B.max())
+    steps = []
+    monkeypatch.setattr("rm.generate.any_rank", lambda alive_B: len(steps.append(1) or steps) <= longest + 10)
+    monkeypatch.setattr(speaker, "sharded", True, raising=False)
+    together = generate(speaker, batch, how, seeds=range(2))
+    assert together.mask_BK.shape[1] == alone.mask_BK.shape[1] + 10
+    assert torch.equal(together.token_BL, alone.token_BL)
+    assert torch.equal(together.length_B, alone.length_B)
+    assert torch.equal(together.finished_B, alone.finished_B)
+    torch.testing.assert_close(read_rewards(speaker, together), read_rewards(speaker, alone), atol=1e-6, rtol=0)
+
+
 @torch.no_grad()
 def test_greedy_tokens_are_those_of_forwards_without_a_cache(model, encoded, videos):
     chains = generate(model, model.batch(encoded, videos, query=False), GREEDY)

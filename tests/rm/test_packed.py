@@ -117,6 +117,25 @@ def test_logits_in_parts_change_nothing(model, monkeypatch) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+def test_a_sharded_model_makes_as_many_parts_as_the_rank_with_most_tokens(model, monkeypatch) -> None:
+    """Empty parts change neither values nor gradients."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 32, generator=draw, dtype=torch.float64, requires_grad=True)
+    whole = token_log_probs(model, hidden, torch.arange(7), temperature=1.0)
+    (expected,) = torch.autograd.grad(whole.sum(), hidden)
+    asked, calls = [], []
+    hook = model.backbone.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr("rm.packed._TOKENS_AT_ONCE", 3)
+    monkeypatch.setattr("rm.packed.max_over_ranks", lambda count: asked.append(count) or 5.0)
+    monkeypatch.setattr(model, "sharded", True, raising=False)
+    parts = token_log_probs(model, hidden, torch.arange(7), temperature=1.0)
+    (found,) = torch.autograd.grad(parts.sum(), hidden)
+    hook.remove()
+    assert (asked, len(calls)) == ([3], 10)  # five forwards, five again in the backward
+    assert torch.equal(parts, whole)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_unequal_groups_are_refused(model, encoded, videos) -> None:
     with pytest.raises(ValueError, match="pack"):
         pack(model, encoded, videos, [CHAINS[0], CHAINS[1][:2]])
