@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from common.bootstrap import Interval, mean_ci95, runs_ci95
 from common.log import read_metrics
 from launch.reproduce_cells import COMMAND, METHODS, TESTS, Cell
+from rm.prompt import DIMENSIONS
 
 OUTSIDE = TESTS[1:]
 GROUPS = {"in domain": TESTS[:1], "out of domain": OUTSIDE}
@@ -24,15 +26,17 @@ CURVES = {  # metric of the training log that says how often the preference was 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A judge on one test: per decided pair 1 if the order was right, and 1 if both scores were equal; per pair the
-    share of right sub-dimensions.
+    """A judge on one test, in the order of the table, so that outcomes of the same seed compare pair by pair.
 
-    Pairs stand in the order of the table, so outcomes of the same seed compare pair by pair.
+    right    per decided pair, 1 if the order was right
+    stated   per decided pair, what the five scores that both chains state add up to: 1 the right order, 0 the same sum,
+             -1 the wrong order, NaN where a chain states none
+    thought  per pair, the share of right sub-dimensions; without chains of thought empty
     """
 
     right: tuple[float, ...]
-    equal: tuple[float, ...]
-    thought: tuple[float, ...]
+    stated: tuple[float, ...] = ()
+    thought: tuple[float, ...] = ()
 
 
 Outcomes = dict[Cell, dict[str, Outcome]]
@@ -58,9 +62,18 @@ def _outcome(rows: Sequence[dict[str, Any]]) -> Outcome:
     scored = [row for row in rows if row.get("cot_A") or row.get("cot_B")]
     return Outcome(
         tuple(right(row) for row in rows if row["label"] != 0),
-        tuple(float(row["reward_A"] == row["reward_B"]) for row in rows if row["label"] != 0),
+        tuple(_stated(row) for row in rows if row["label"] != 0),
         tuple((row.get("quality_A", 0.0) + row.get("quality_B", 0.0)) / 2 for row in scored),
     )
+
+
+def _stated(row: dict[str, Any]) -> float:
+    sums = []
+    for side in "AB":
+        scores = [(row.get(f"parts_{side}") or {}).get(name) for name in DIMENSIONS]
+        sums.append(math.nan if None in scores else sum(scores))
+    lead = (sums[0] - sums[1]) * row["label"]
+    return math.nan if math.isnan(lead) else float((lead > 0) - (lead < 0))
 
 
 def over_seeds(outcomes: Outcomes, size: int, method: str, tests: Sequence[str], field: str) -> Interval | None:
@@ -151,9 +164,13 @@ def _page(outcomes: Outcomes, sizes: Sequence[int], *, commit: str, seconds: dic
         "",
         *_table("judge", tests, thinking, lambda m, t: over_seeds(outcomes, _size(m, largest), m, t, "thought")),
         "",
-        f"## Pairs with a preference that got two equal scores, {largest} training pairs",
+        f"## What the score adds to what the chains state, {largest} training pairs",
         "",
-        *_table("judge", tests, METHODS, lambda m, t: over_seeds(outcomes, _size(m, largest), m, t, "equal")),
+        "The preference is the order of two sums of five scores, and a chain states five scores. Where their sums are "
+        "in the right order, the same, or in the wrong order: the share of pairs, and how often the judge's own score "
+        "is right there. All seeds together.",
+        "",
+        *_against_statement(outcomes, largest),
         "",
         f"## Differences on the same pairs, {largest} training pairs",
         "",
@@ -179,6 +196,28 @@ def _table(head: str, columns: dict[str, Any], rows: dict[str, Any], cell: Calla
 
 def _shown(value: Interval | None) -> str:
     return "" if value is None else f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _against_statement(outcomes: Outcomes, size: int) -> list[str]:
+    cases = {"right": 1.0, "the same": 0.0, "wrong": -1.0}
+    lines = [f"| judge | tests | {' | '.join(f'stated {case}' for case in cases)} |", "|---|---|---|---|---|"]
+    for name in ("generative", "stage1", "descore", "stage1_p0", "descore_p0"):
+        for group, tests in GROUPS.items():
+            found = [
+                pair
+                for cell, by_test in outcomes.items()
+                if (cell.size, cell.method) == (size, name)
+                for test in tests
+                for pair in zip(by_test[test].right, by_test[test].stated, strict=True)
+                if not math.isnan(pair[1])
+            ]
+            shown = []
+            for wanted in cases.values():
+                right = [r for r, stated in found if stated == wanted]
+                mean = f"{sum(right) / len(right):.3f}" if right else "none"
+                shown.append(f"{len(right) / max(1, len(found)):.3f}: {mean}")
+            lines.append(f"| {METHODS[name].title} | {group} | {' | '.join(shown)} |")
+    return lines
 
 
 def _differences(outcomes: Outcomes, size: int) -> list[str]:

@@ -12,7 +12,8 @@ import pytest
 
 from common.bootstrap import runs_ci95
 from launch.reproduce_cells import METHODS, TESTS, Cell, chains, steps_of
-from launch.reproduce_table import Outcome, difference, over_seeds, read_outcomes
+from launch.reproduce_table import Outcome, _against_statement, _stated, difference, over_seeds, read_outcomes
+from rm.prompt import DIMENSIONS
 from tests.launch.processes import run
 
 WORDS = ("--seeds", "0", "--sizes", "48", "--tests", "12", "--rl-steps", "2")
@@ -81,9 +82,24 @@ def test_what_a_judge_starts_from() -> None:
     assert sorted(order) == sorted(METHODS)
 
 
+def test_what_chains_state_by_hand() -> None:
+    def row(a: float | None, b: float | None, label: int) -> dict:
+        parts = [None if x is None else {**dict.fromkeys(DIMENSIONS, 1.0), "subject": x} for x in (a, b)]
+        return {"parts_A": parts[0], "parts_B": parts[1], "label": label}
+
+    assert [_stated(row(2.0, 0.0, label)) for label in (1, -1)] == [1.0, -1.0]
+    assert _stated(row(1.0, 1.0, -1)) == 0.0
+    assert math.isnan(_stated(row(None, 1.0, 1)))
+    sure, unsure = Outcome((1.0, 0.0, 1.0, 0.0), (1.0, 0.0, 0.0, -1.0)), Outcome((0.0,), (1.0,))
+    outcomes = {Cell(seed, 10, "descore"): {n: sure if n == "wan" else unsure for n in TESTS} for seed in (0, 1)}
+    line = next(x for x in _against_statement(outcomes, 10) if "both stages, p = 0.5 | out" in x)
+    # a seed has four pairs of wan and one of each of three others; five of seven state the right order or a wrong one
+    assert line.endswith("| 0.571: 0.250 | 0.286: 0.500 | 0.143: 0.000 |")
+
+
 def test_over_seeds_and_differences_by_hand() -> None:
     def outcome(*right: float) -> dict[str, Outcome]:
-        return {name: Outcome(right, (), ()) for name in TESTS}
+        return {name: Outcome(right) for name in TESTS}
 
     outcomes = {
         Cell(0, 10, "descore"): outcome(1.0, 1.0, 0.0, 1.0),
