@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from alignment.data import PromptSchedule, read_prompts
-from alignment.grpo import GrpoLoop, Judgement, backwards_per_step
+from alignment.grpo import GrpoLoop, Judgement, backwards_per_update
 from common.checkpoint import load_tensors
 from common.config import ConfigError, load
 from common.log import read_metrics
@@ -263,7 +263,8 @@ def updated_once(tiny: Path, *, double: bool = False, **changes: object) -> tupl
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
     if double:
         generator.module.double()
-    engine = PlainEngine(generator.module, accumulation=backwards_per_step(cfg.grpo, cfg.prompts_per_step))
+    accumulation = backwards_per_update(cfg.grpo, cfg.prompts_per_step, steps_per_group=1)
+    engine = PlainEngine(generator.module, accumulation=accumulation)
     schedule = PromptSchedule(read_prompts(cfg.prompts), seed=0, prompts_per_step=cfg.prompts_per_step)
     loop = GrpoLoop(cfg.grpo, generator=generator, rewards={}, weights={}, engine=engine, prompts=schedule, fps=8.0)
     batch = schedule.at(0)
