@@ -102,7 +102,7 @@ def permutation(reward: RewardModel, video_BTYXC: Tensor, prompts: Sequence[str]
         same_missing and worst <= PERMUTATION_LIMIT * max(spread, 1e-6),
         f"turned around, scores move by {worst:.1e}, their spread is {spread:.1e}"
         + ("" if same_missing else ", and others are missing"),
-        "the reward gives scores to the wrong videos, lets them look at their neighbours, or rounds differently by place",
+        "the reward answers for the wrong videos, lets them look at their neighbours, or rounds differently by place",
         fatal=worst > spread,  # less may be a chain of thought that took another turn on another kernel
     )
 
