@@ -127,8 +127,8 @@ def peak_memory(name: str, size: int, frames: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=96, help="height and width")
-    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--size", type=int, default=64, help="height and width")
+    parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=ARMS, help="one arm, twice; prints the peak memory in GB")
     parser.add_argument("--out", type=Path, default=Path("docs/results/grpo_forwards.json"))
