@@ -1,8 +1,9 @@
-"""AdamW that clips every parameter group by its own gradient norm, under any ZeRO stage below 3.
+"""AdamW that clips every parameter group by its own gradient norm, under any ZeRO stage.
 
 DeepSpeed clips by one norm over everything. In dual-objective RL the head's gradient (Bradley-Terry) and the backbone's
-(policy) differ by orders of magnitude, so one would decide the step of the other (spec 3.4). ZeRO 1 and 2 call the
-optimizer once per group, with this rank's slice of it as the only parameter; the squares are then added over ranks.
+(policy) differ by orders of magnitude, so one would decide the step of the other (spec 3.4). ZeRO 1 to 3 call the
+optimizer once per group, with what this rank has of it, flat, as the only parameter; the squares are then added over
+ranks. Padding has no gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class PartClippedAdamW(AdamW):
     """``take_norms`` gives each group's norm of the last step, before clipping, by the group's ``name``.
 
     max_norm  0 leaves gradients alone
-    sliced  the gradients are slices over ranks (ZeRO 1 and 2), not whole
+    sliced  the gradients are slices over ranks (ZeRO 1 to 3), not whole
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, max_norm: float, sliced: bool, **options: Any) -> None:
