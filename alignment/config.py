@@ -28,6 +28,10 @@ class GrpoConfig:
                     truncated noise, the "paper"'s own form, "unit", or "none"; see `alignment.losses.step_weights`
     mean_weight_1   divide these weights by their MEAN over all groups and steps of an update (Flash-GRPO 2605.15980)
     updates         passes over a rollout, each an optimizer step; more than one needs a clip
+    ranks_per_group  how many ranks share one group's members, each group_size / ranks_per_group of them: where there
+                    are more ranks than prompts in a step. What the members share each computes by itself, at one time
+    overlap_scoring  roll out and score group by group, a group's scoring in a thread beside the next one's rollout:
+                    for rewards that wait for another process, another machine, or their own Python
     update          "collapsed" does one forward and backward per step of a group; "per_member" does one for each
                     member, the same gradient at G times the cost, for proofs and measurements
     """
@@ -42,6 +46,8 @@ class GrpoConfig:
     reweight: Literal["none", "finite", "paper", "unit"] = "finite"
     mean_weight_1: bool = False
     updates: int = 1
+    ranks_per_group: int = 1
+    overlap_scoring: bool = False
     update: Literal["collapsed", "per_member"] = "collapsed"
 
     def __post_init__(self) -> None:
@@ -63,6 +69,11 @@ class GrpoConfig:
         elif self.updates > 1 and self.clip_low is None:
             problems.append(
                 f"updates={self.updates} on one rollout move away from it: clip_low and clip_high must be set"
+            )
+        if self.ranks_per_group < 1 or self.group_size % self.ranks_per_group:
+            problems.append(
+                f"ranks_per_group must divide group_size={self.group_size}, so that all have equally many members, "
+                f"got {self.ranks_per_group}"
             )
         if self.kl_weight < 0:
             problems.append(f"kl_weight must be at least 0, got {self.kl_weight}")

@@ -1,15 +1,17 @@
 """Longcat-GRPO (LongCat-Video 2510.22200, section 3.3) and its sisters: one step, from prompts to metrics.
 
 The loop knows the Protocols of `common.types` only: any generator, any rewards, any engine. Every rank owns whole
-groups, rewards are gathered, and each rank computes the same advantages from them and keeps its own.
+groups, or with ``ranks_per_group`` the same members of each; rewards are gathered, and each rank computes the same
+advantages from them and keeps its own. M is the number of a group's members on one rank, G where groups are whole.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ from alignment.losses import StepWeights, grpo_group_loss, step_weights
 from common import gaussian
 from common.distributed import gather_rows, max_over_ranks, mean_over_ranks, rank, sum_over_ranks, world_size
 from common.policy_gradient import group_advantages, group_std
+from common.types import Score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,14 +29,23 @@ if TYPE_CHECKING:
     from alignment.config import GrpoConfig
     from alignment.data import PromptBatch, PromptSchedule
     from common.gaussian import Gaussian
-    from common.types import Engine, Generator, Group, LossOutput, RewardModel, Score, Step
+    from common.types import Engine, Generator, Group, LossOutput, RewardModel, Step
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """What this rank rolled out (B = P * M, group-major), and what the rewards say of it."""
+
+    groups: list[Group]
+    video_BTYXC: Tensor
+    scores: Mapping[str, Score]
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Rewards turned into advantages: (P, G) of this rank, and metrics over all ranks."""
+    """Rewards turned into advantages: (P, M) of this rank, and metrics over all ranks."""
 
-    advantage_PG: Tensor
+    advantage_PM: Tensor
     anything_to_learn: bool  # the same on all ranks
     means: dict[str, float]
     details: dict[str, float]
@@ -41,18 +53,23 @@ class Judgement:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did: metrics over all ranks, and this rank's samples (B = P * G, group-major)."""
+    """What one step did: metrics over all ranks, and this rank's samples (B = P * M, group-major)."""
 
     metrics: dict[str, float]
     batch: PromptBatch
     video_BTYXC: Tensor
     scores: Mapping[str, Score]
-    advantage_PG: Tensor
+    advantage_PM: Tensor
 
 
-def backwards_per_update(cfg: GrpoConfig, groups_per_rank: int, *, steps_per_group: int) -> int:
-    """How often the loop calls ``engine.backward`` for one optimizer step: the engine's gradient accumulation."""
-    return groups_per_rank * steps_per_group * (cfg.group_size if cfg.update == "per_member" else 1)
+def backwards_per_update(cfg: GrpoConfig, prompts_per_step: int, *, ranks: int, steps_per_group: int) -> int:
+    """How often the loop calls ``engine.backward`` for one optimizer step: the engine's gradient accumulation.
+
+    prompts_per_step  groups of one step over all ranks
+    """
+    groups = prompts_per_step * cfg.ranks_per_group // ranks
+    members = cfg.group_size // cfg.ranks_per_group
+    return groups * steps_per_group * (members if cfg.update == "per_member" else 1)
 
 
 class GrpoLoop:
@@ -80,40 +97,80 @@ class GrpoLoop:
             raise ValueError(f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names")
         self.cfg, self.generator, self.engine, self.prompts = cfg, generator, engine, prompts
         self.rewards, self.weights, self.fps, self.grad_norm = rewards, weights, fps, grad_norm
+        self.members = cfg.group_size // cfg.ranks_per_group
 
     def step(self, step: int) -> StepResult:
         """Optimizer step number ``step`` (from 0), on prompts_per_step groups over all ranks."""
         clock = Clock()
-        batch = self.prompts.at(step).share(rank(), world_size())
+        batch = self.prompts.at(step).share(rank() // self.cfg.ranks_per_group, self.blocks())
+        roll = self.roll_side_by_side if self.cfg.overlap_scoring else self.roll
+        rolled = roll(batch, step, clock)
+        judgement = self.judge(rolled.scores, groups=len(rolled.groups))
+        with clock("update"):
+            trained = [self.update(rolled.groups, judgement) for _ in range(self.cfg.updates)]
+            trained = {name: sum(one[name] for one in trained) / len(trained) for name in trained[0]}
+        timing = clock.metrics(videos=len(rolled.video_BTYXC))
+        metrics = {**judgement.means, **trained, **timing, **judgement.details}
+        return StepResult(metrics, batch, rolled.video_BTYXC, rolled.scores, judgement.advantage_PM)
+
+    def blocks(self) -> int:
+        """How many sets of ranks there are that share groups; every rank is one by itself by default."""
+        return world_size() // self.cfg.ranks_per_group
+
+    def roll(self, batch: PromptBatch, step: int, clock: Clock) -> Rolled:
+        """Sample, decode and score everything of ``batch``."""
+        groups, video_BTYXC = self.sample(batch.prompts, batch.seeds, step, clock)
+        scores = {}
+        for name, reward in self.rewards.items():
+            with clock(f"score/{name}"):
+                scores[name] = reward.score(video_BTYXC, _prompts_of(groups), fps=self.fps)
+        return Rolled(groups, video_BTYXC, scores)
+
+    def roll_side_by_side(self, batch: PromptBatch, step: int, clock: Clock) -> Rolled:
+        """The same, where a thread scores a group while the next is sampled. A reward sees one group at a time."""
+        groups: list[Group] = []
+        videos: list[Tensor] = []
+        pending: list[Future[dict[str, Score]]] = []
+        with ThreadPoolExecutor(1) as scorer:
+            for prompt, seed in zip(batch.prompts, batch.seeds, strict=True):
+                own, video_BTYXC = self.sample([prompt], [seed], step, clock)
+                pending.append(scorer.submit(self.score_aside, video_BTYXC, _prompts_of(own)))
+                groups += own
+                videos.append(video_BTYXC)
+            with clock("score/wait"):
+                found = [one.result() for one in pending]
+        scores = {name: Score.concat([one[name] for one in found]) for name in self.rewards}
+        return Rolled(groups, torch.cat(videos), scores)
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], step: int, clock: Clock
+    ) -> tuple[list[Group], Tensor]:
+        """This rank's members of each prompt's group, and their videos (B, T, Y, X, 3)."""
+        first = rank() % self.cfg.ranks_per_group * self.members
         with clock("rollout"):
             groups = self.generator.rollout(
-                batch.prompts, group_size=self.cfg.group_size, seeds=batch.seeds, iteration=step
+                prompts, group_size=self.members, seeds=seeds, iteration=step, first_member=first
             )
         with clock("decode"):
             # group by group: the same batches, and so the same bytes, however many ranks share the groups
-            video_BTYXC = torch.cat([self.generator.decode(group.clean_GCFHW) for group in groups])
-        prompts_B = [group.prompt for group in groups for _ in range(group.size)]
-        scores: dict[str, Score] = {}
-        for name, reward in self.rewards.items():
-            with clock(f"score/{name}"):
-                scores[name] = reward.score(video_BTYXC, prompts_B, fps=self.fps)
-        judgement = self.judge(scores, groups=len(groups))
-        with clock("update"):
-            trained = [self.update(groups, judgement) for _ in range(self.cfg.updates)]
-            trained = {name: sum(one[name] for one in trained) / len(trained) for name in trained[0]}
-        metrics = {**judgement.means, **trained, **clock.metrics(videos=len(prompts_B)), **judgement.details}
-        return StepResult(metrics, batch, video_BTYXC, scores, judgement.advantage_PG)
+            return groups, torch.cat([self.generator.decode(group.clean_GCFHW) for group in groups])
+
+    @torch.no_grad()
+    def score_aside(self, video_BTYXC: Tensor, prompts: Sequence[str]) -> dict[str, Score]:
+        """All rewards, on a CUDA stream of this thread's own where there is CUDA."""
+        with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext():
+            return {name: one.score(video_BTYXC, prompts, fps=self.fps) for name, one in self.rewards.items()}
 
     def judge(self, scores: Mapping[str, Score], *, groups: int) -> Judgement:
         """A = sum_k w_k A_k, each reward normalised by itself first (equations 9 and 10), over all ranks' groups.
 
-        A NaN is "not judged": it counts in no mean, its member gets 0 from that reward. Each rank's (P, G) rows are
+        A NaN is "not judged": it counts in no mean, its member gets 0 from that reward. Each rank's (P, M) rows are
         gathered, so the largest spread goes over the groups of all ranks and the order of ranks changes nothing.
         """
         means, details = {}, {}
-        total_PG = torch.zeros(groups * world_size(), self.cfg.group_size)
+        total_PG = torch.zeros(groups * self.blocks(), self.cfg.group_size)
         for name, score in scores.items():
-            reward_PG = gather_rows(score.value_B.float().view(groups, -1))
+            reward_PG = self.whole_groups(score.value_B.float().view(groups, self.members))
             means[f"reward/{name}"] = _mean(reward_PG)
             for part, value_B in score.parts.items():
                 details[f"reward/{name}.{part}"] = _mean(gather_rows(value_B.float()))
@@ -123,8 +180,17 @@ class GrpoLoop:
         if self.cfg.advantage_clip is not None:
             total_PG = total_PG.clamp(-self.cfg.advantage_clip, self.cfg.advantage_clip)
         details["train/advantage_abs"] = float(total_PG.abs().mean())
-        own_PG = total_PG[rank() * groups : (rank() + 1) * groups]
-        return Judgement(own_PG, bool(total_PG.any()), means, details)
+        block, place = divmod(rank(), self.cfg.ranks_per_group)
+        own_PM = total_PG[block * groups :][:groups, place * self.members :][:, : self.members]
+        return Judgement(own_PM, bool(total_PG.any()), means, details)
+
+    def whole_groups(self, value_PM: Tensor) -> Tensor:
+        """(P, M) of every rank -> (groups of all ranks, G). Rank b R + i holds members i M.. of the groups of block b,
+        with R = ``ranks_per_group``.
+        """
+        groups, members = value_PM.shape
+        rows_BRPM = gather_rows(value_PM).view(self.blocks(), self.cfg.ranks_per_group, groups, members)
+        return rows_BRPM.transpose(1, 2).reshape(self.blocks() * groups, self.cfg.group_size)
 
     def update(self, groups: list[Group], judgement: Judgement) -> dict[str, float]:
         """One optimizer step: a backward for each group (or member), the same number on every rank.
@@ -135,7 +201,7 @@ class GrpoLoop:
         if not judgement.anything_to_learn:
             return {"train/skipped": 1.0}
         outputs, mean = [], self.mean_weights(groups)
-        for group, advantage_G in zip(groups, judgement.advantage_PG, strict=True):
+        for group, advantage_G in zip(groups, judgement.advantage_PM, strict=True):
             for step in group.steps:
                 weights = self.weights_of(step, mean)
                 reference = self.reference_law(group.prompt, step)
@@ -215,7 +281,7 @@ class GrpoLoop:
 
 
 class Clock:
-    """Wall-clock seconds of named phases."""
+    """Wall-clock seconds of named phases; a phase may come again."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -227,7 +293,7 @@ class Clock:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # else a phase would only measure how fast it queued its kernels
-        self.seconds[phase] = time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self, *, videos: int) -> dict[str, float]:
         """MEAN seconds over ranks by phase, and the rate of all ranks together. ``videos`` is this rank's number."""
@@ -235,6 +301,10 @@ class Clock:
         own = {f"seconds/{phase}": value for phase, value in self.seconds.items()}
         metrics = mean_over_ranks({**own, "seconds/step": total})
         return {**metrics, "videos_per_second": sum_over_ranks(videos) / metrics["seconds/step"]}
+
+
+def _prompts_of(groups: Sequence[Group]) -> list[str]:
+    return [group.prompt for group in groups for _ in range(group.size)]
 
 
 def _mean(value: Tensor) -> float:

@@ -10,6 +10,7 @@ Shape letters, one meaning everywhere, used as suffixes of tensor names::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -122,6 +123,21 @@ class Score:
         if self.texts and len(self.texts) != len(self.value_B):
             raise ValueError(f"Score.texts has {len(self.texts)} entries for {len(self.value_B)} videos")
 
+    @staticmethod
+    def concat(scores: Sequence[Score]) -> Score:
+        """Of all their videos, in order. A part that some of them lack is NaN there, a text is empty."""
+        import torch
+
+        names = dict.fromkeys(name for score in scores for name in score.parts)
+        parts = {
+            name: torch.cat([score.parts.get(name, torch.full_like(score.value_B, math.nan)) for score in scores])
+            for name in names
+        }
+        texts: list[str] = []
+        if any(score.texts for score in scores):
+            texts = [text for score in scores for text in score.texts or [""] * len(score.value_B)]
+        return Score(torch.cat([score.value_B for score in scores]), parts, texts)
+
 
 @runtime_checkable
 class Generator(Protocol):
@@ -130,10 +146,19 @@ class Generator(Protocol):
     module: nn.Module  # what deepspeed wraps; its trainable parameters are what the optimizer sees
 
     def rollout(
-        self, prompts: Sequence[str], *, group_size: int, seeds: Sequence[int], iteration: int = 0
+        self,
+        prompts: Sequence[str],
+        *,
+        group_size: int,
+        seeds: Sequence[int],
+        iteration: int = 0,
+        first_member: int = 0,
     ) -> list[Group]:
         """One Group per prompt; ``seeds[p]`` decides everything random about it, ``iteration`` (the training step's
         number) what a schedule moves. No grad.
+
+        first_member  number of the first, where other ranks hold the rest of these groups: member m of a seed is the
+                      same whoever computes it
         """
         ...
 

@@ -55,6 +55,8 @@ class SamplerConfig:
     tail_steps        steps after the last stochastic one, on a grid of their own; null keeps the grid's
     tail_solver       of those: "euler", or "ab2", the second-order Adams-Bashforth method at the same cost
     tail_guidance     guidance of those; null keeps guidance_scale, 1 halves their cost
+    tail_cache        of those, every n-th runs all blocks of the transformer, others the first and the last only, and
+                      use again what the rest added (`generator.block_cache`); 1 runs all every time
     """
 
     num_steps: int = 16
@@ -73,9 +75,10 @@ class SamplerConfig:
     tail_steps: int | None = None
     tail_solver: Literal["euler", "ab2"] = "euler"
     tail_guidance: float | None = None
+    tail_cache: int = 1
 
     def __post_init__(self) -> None:
-        sizes = ("num_steps", "window_size", "window_every", "tail_steps")
+        sizes = ("num_steps", "window_size", "window_every", "tail_steps", "tail_cache")
         counts = {name: getattr(self, name) for name in sizes}
         problems = [
             f"{n} must be at least 1, got {count}" for n, count in counts.items() if count is not None and count < 1
@@ -136,11 +139,14 @@ class GeneratorConfig:
     path                    folder in the `WanPipeline.from_pretrained` layout, or a hub name
     height, width           pixels; multiples of (VAE spatial factor x patch), checked against the VAE when it is loaded
     num_frames, fps         frames per video, one more than a multiple of the VAE's temporal factor, and their rate
-    dtype                   of the frozen transformer and text encoder; the VAE, the adapter and latents are fp32
+    dtype                   of the frozen transformer and text encoder; the VAE, the adapter and latents are fp32.
+                            Without an adapter, of all weights, which are in fp32 in DeepSpeed's optimizer as well
     lora                    null trains every weight of the transformer
     gradient_checkpointing  recompute each block in the backward pass
-    decode_batch            videos per VAE call
-    rollout_batch           latents per forward while sampling (twice as many samples under guidance)
+    compile                 torch.compile of the transformer's blocks: the first call of every shape takes a minute
+    decode_batch            videos per VAE call; null is all that are there. Halved for good when memory runs out
+    rollout_batch           latents per forward while sampling (twice as many samples under guidance); null is a whole
+                            group. Halved for good when memory runs out, but not under ZeRO 3
     guidance_in_update      False computes `transition` from the conditional branch alone, at half the cost: it trains
                             another law than the guided one that sampled, so first-pass ratios are not 1
     max_sequence_length     text tokens after padding; attention is unmasked, so the padding is part of the model
@@ -155,14 +161,18 @@ class GeneratorConfig:
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     gradient_checkpointing: bool = True
-    decode_batch: int = 1
-    rollout_batch: int = 4
+    compile: bool = False
+    decode_batch: int | None = 1
+    rollout_batch: int | None = 4
     guidance_in_update: bool = True
     max_sequence_length: int = 512
 
     def __post_init__(self) -> None:
         sizes = ("height", "width", "num_frames", "fps", "decode_batch", "rollout_batch", "max_sequence_length")
-        problems = [f"{n} must be positive, got {getattr(self, n)}" for n in sizes if getattr(self, n) <= 0]
+        given = {name: getattr(self, name) for name in sizes}
+        problems = [
+            f"{n} must be positive, got {value}" for n, value in given.items() if value is not None and value <= 0
+        ]
         if not self.path:
             problems.append("path must name a WanPipeline folder, got an empty string")
         _check("GeneratorConfig", problems)

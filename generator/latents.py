@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common.memory import Portions
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
     from torch import Tensor
@@ -19,9 +21,9 @@ class LatentCodec:
     Raises ValueError when the config contradicts the layers.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, *, batch: int) -> None:
+    def __init__(self, vae: AutoencoderKLWan, *, batch: int | None) -> None:
         self.vae = vae
-        self.batch = batch
+        self.portions = Portions(batch, what="videos in the VAE")
         config = vae.config
         self.spatial = int(config.scale_factor_spatial)
         self.temporal = int(config.scale_factor_temporal)
@@ -58,18 +60,19 @@ class LatentCodec:
 
     @torch.no_grad()
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
-        """Normalised latents -> uint8 video (B, T, Y, X, 3) on the CPU, `batch` videos at a time.
+        """Normalised latents -> uint8 video (B, T, Y, X, 3) on the CPU, `batch` videos at a time, or as fit.
 
         The arithmetic and its order are `WanPipeline`'s, so the same latents give the same bytes.
         """
         mean = self._per_channel(self.vae.config.latents_mean, clean_BCFHW.device)
         std = self._per_channel(self.vae.config.latents_std, clean_BCFHW.device)
-        videos = []
-        for part in clean_BCFHW.float().split(self.batch):
-            pixels = self.vae.decode(part / (1.0 / std) + mean, return_dict=False)[0]
+
+        def some(part_BCFHW: Tensor) -> Tensor:
+            pixels = self.vae.decode(part_BCFHW / (1.0 / std) + mean, return_dict=False)[0]
             unit = (pixels * 0.5 + 0.5).clamp(0, 1)
-            videos.append((unit * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu())
-        return torch.cat(videos)
+            return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+
+        return self.portions.over(some, clean_BCFHW.float())
 
     @torch.no_grad()
     def encode(self, video_BTYXC: Tensor, *, device: torch.device) -> Tensor:
@@ -84,11 +87,12 @@ class LatentCodec:
             raise ValueError(f"encode needs 4 n + 1 frames, or the last ones are dropped; got {frames}")
         mean = self._per_channel(self.vae.config.latents_mean, device)
         std = self._per_channel(self.vae.config.latents_std, device)
-        latents = []
-        for part in video_BTYXC.split(self.batch):
-            pixels = part.to(device, torch.float32).permute(0, 4, 1, 2, 3) / 127.5 - 1
-            latents.append((self.vae.encode(pixels).latent_dist.mode() - mean) / std)
-        return torch.cat(latents)
+
+        def some(part_BTYXC: Tensor) -> Tensor:
+            pixels = part_BTYXC.to(device, torch.float32).permute(0, 4, 1, 2, 3) / 127.5 - 1
+            return (self.vae.encode(pixels).latent_dist.mode() - mean) / std
+
+        return self.portions.over(some, video_BTYXC)
 
     @staticmethod
     def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from common.distributed import derive_seed
 from common.distributed import generator as seeded
 from common.gaussian import log_prob
+from common.memory import Portions
 from common.types import Group, Step
 from generator.flow import adams_bashforth_step, euler_step
 
@@ -83,7 +84,8 @@ def rollout_group(
     kernel: Kernel,
     shared_noise: bool = True,
     tail: Callable[[Tensor, Sequence[float]], Tensor] | None = None,
-    batch: int,
+    first_member: int = 0,
+    batch: int | Portions,
     device: torch.device | str = "cpu",
 ) -> Group:
     """G latents of one prompt. With shared noise they differ from the first stochastic step on only.
@@ -96,27 +98,27 @@ def rollout_group(
     grid, steps the consecutive stochastic ones (`generator.schedule.stochastic_steps`).
     shared_noise  False starts every member from a noise of its own ("initial", g): nothing is shared then
     tail          the deterministic walk to 0 from x and what is left of the grid; None is Euler along it
+    first_member  number of the first, where these are a part of a larger group: noise belongs to the number
     log-probs are NaN when the kernel adds no noise: such a step has no density.
     """
-    steps = list(steps)
-    if group_size < 1 or batch < 1 or not steps or len(sigmas) < steps[-1] + 2:
-        raise ValueError(
-            f"need group_size, batch >= 1 and steps {steps} on the grid, got {group_size}, {batch}, {sigmas}"
-        )
+    steps, members = list(steps), range(first_member, first_member + group_size)
+    portions = batch if isinstance(batch, Portions) else Portions(batch, what="latents")
+    if group_size < 1 or not steps or len(sigmas) < steps[-1] + 2:
+        raise ValueError(f"need group_size >= 1 and steps {steps} on the grid, got {group_size}, {sigmas}")
     if steps != list(range(steps[0], steps[0] + len(steps))):
         raise ValueError(f"stochastic steps must follow each other, got {steps}")
 
     def in_batches(x_BCFHW: Tensor, sigma: float) -> Tensor:
-        return torch.cat([velocity(part, sigma) for part in x_BCFHW.split(batch)])
+        return portions.over(lambda part_BCFHW: velocity(part_BCFHW, sigma), x_BCFHW)
 
-    seeds = [seed] if shared_noise else [derive_seed(seed, "initial", member) for member in range(group_size)]
+    seeds = [seed] if shared_noise else [derive_seed(seed, "initial", member) for member in members]
     x_MCFHW = torch.stack([initial_noise(own, shape) for own in seeds]).to(device)
     x_MCFHW = ode(in_batches, x_MCFHW, sigmas[: steps[0] + 1])
     taken = []
     for number, k in enumerate(steps):
         sigma, sigma_next = sigmas[k], sigmas[k + 1]
         law = kernel.transition(x_MCFHW, in_batches(x_MCFHW, sigma), sigma, sigma_next)
-        xi_GCFHW = torch.stack([member_noise(seed, g, shape, number=number) for g in range(group_size)]).to(device)
+        xi_GCFHW = torch.stack([member_noise(seed, g, shape, number=number) for g in members]).to(device)
         next_GCFHW = law.mean + law.std * xi_GCFHW
         log_prob_G = log_prob(law, next_GCFHW) if law.std > 0 else next_GCFHW.new_full((group_size,), math.nan)
         taken.append(Step(x_MCFHW, next_GCFHW, sigma, sigma_next, log_prob_G, law.std, kernel.gain(sigma, sigma_next)))
@@ -124,5 +126,5 @@ def rollout_group(
 
     after = sigmas[steps[-1] + 1 :]
     finish = tail if tail is not None else lambda x, left: ode(velocity, x, left)
-    clean = [finish(part, after) for part in x_MCFHW.split(batch)]
-    return Group(prompt, tuple(taken), torch.cat(clean))
+    clean_GCFHW = portions.over(lambda part_BCFHW: finish(part_BCFHW, after), x_MCFHW)
+    return Group(prompt, tuple(taken), clean_GCFHW)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,10 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
 from common.distributed import max_over_ranks
 from common.gaussian import Gaussian
+from common.memory import Portions
 from common.types import Group, Step
-from generator import adapter
+from generator import adapter, weights
+from generator.block_cache import BlockCache
 from generator.flow import Kernel, guide, interpolate, velocity_target, widen
 from generator.latents import LatentCodec
 from generator.prompts import PromptCache
@@ -52,6 +55,7 @@ class WanGenerator:
             num_frames=cfg.num_frames,
             patch=pipeline.transformer.config.patch_size,
         )
+        self.portions = Portions(cfg.rollout_batch, what="latents in the transformer")
         self.prompts = PromptCache(pipeline, max_length=cfg.max_sequence_length)
         self._pipeline = pipeline
         self._in_reference = False
@@ -80,25 +84,34 @@ class WanGenerator:
         if cfg.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if cfg.lora is None:
-            module = transformer.requires_grad_(requires_grad=True)
+            module = _of_one_dtype(transformer, cfg.dtype).requires_grad_(requires_grad=True)
         else:
             module = adapter.attach(transformer, cfg.lora, seed=seed)
+        if cfg.compile:
+            transformer.compile_repeated_blocks()
         return cls(cfg, pipeline, module.eval(), device)
 
     # ---- sampling -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def rollout(
-        self, prompts: Sequence[str], *, group_size: int, seeds: Sequence[int], iteration: int = 0
+        self,
+        prompts: Sequence[str],
+        *,
+        group_size: int,
+        seeds: Sequence[int],
+        iteration: int = 0,
+        first_member: int = 0,
     ) -> list[Group]:
         """One Group per prompt; see `generator.sampler.rollout_group`. A group depends on its prompt and seed alone,
-        and where a window moves, on ``iteration``.
+        and where a window moves, on ``iteration``. Member ``first_member`` + i is the same in a group of any size.
 
         DiT sample-forwards per group: c [(k + 1) + G (T - k - 1)], c = 2 under guidance and else 1. The calls differ
         with k where G is more than ``rollout_batch``; when sharded, all ranks go on to the same number of them.
         """
         cfg = self.cfg.sampler
         sigmas = sigma_grid(cfg.num_steps, shift=cfg.shift).tolist()
+        self.portions.fixed = self.sharded
         idle = self._idle_calls(group_size, seeds, iteration) if self.sharded else 0
 
         def one(prompt: str, seed: int) -> Group:
@@ -114,7 +127,8 @@ class WanGenerator:
                 kernel=self.kernel,
                 shared_noise=cfg.initial_noise == "shared",
                 tail=lambda x_BCFHW, left: self._tail(x_BCFHW, left, prompt),
-                batch=self.cfg.rollout_batch,
+                first_member=first_member,
+                batch=self.portions,
                 device=self.device,
             )
 
@@ -145,16 +159,17 @@ class WanGenerator:
         cfg = self.cfg.sampler
         steps = num_steps or cfg.num_steps
         sigmas = sigma_grid(steps, shift=cfg.shift).tolist()
-        done = []
-        for start in range(0, len(prompts), self.cfg.rollout_batch):
-            part = list(prompts[start : start + self.cfg.rollout_batch])
-            noises = [initial_noise(seed, self.latent_shape) for seed in seeds[start : start + len(part)]]
+
+        def walk(row_B: Tensor) -> Tensor:
+            part = [prompts[row] for row in row_B.tolist()]
+            noises = [initial_noise(seeds[row], self.latent_shape) for row in row_B.tolist()]
             x_BCFHW = torch.stack(noises).to(self.device)
-            if scheduler == "euler":
-                done.append(ode(lambda x, sigma, part=part: self._guided(x, sigma, part), x_BCFHW, sigmas))
-            else:
-                done.append(self._stock(x_BCFHW, part, steps))
-        return torch.cat(done)
+            if scheduler == "pipeline":
+                return self._stock(x_BCFHW, part, steps)
+            return ode(lambda x, sigma: self._guided(x, sigma, part), x_BCFHW, sigmas)
+
+        self.portions.fixed = self.sharded
+        return self.portions.over(walk, torch.arange(len(prompts)))
 
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
         """uint8 video (B, T, Y, X, 3) on the CPU, byte for byte what WanPipeline makes of these latents. No grad."""
@@ -251,18 +266,26 @@ class WanGenerator:
         self.encode_prompts([])
         self.prompts.free_text_encoder()
 
-    def save_adapter(self, folder: Path | str, state_dict: Mapping[str, Tensor] | None = None) -> Path:
-        """Write the adapter for stock `WanPipeline.load_lora_weights(folder)`. Returns the file. One rank calls it.
+    def save_trained(self, folder: Path | str, state_dict: Mapping[str, Tensor] | None = None) -> Path:
+        """Write what was trained; returns the file. One rank calls it.
 
-        ``state_dict`` replaces the module's own (weights gathered from their shards).
+        An adapter for stock `WanPipeline.load_lora_weights(folder)`; without LoRA the whole transformer, as
+        folder/transformer in diffusers' layout. ``state_dict`` replaces the module's own (gathered from its shards).
         """
-        self._require_lora("save_adapter")
+        if self.cfg.lora is None:
+            return weights.save(self.module, Path(folder), state_dict)
         return adapter.save(self.module, Path(folder), state_dict)
 
-    def load_adapter(self, folder: Path | str) -> None:
-        """Read what `save_adapter` wrote, before an engine is built (`adapter.load`). ValueError if it does not fit."""
-        self._require_lora("load_adapter")
-        adapter.load(self.module, Path(folder))
+    def load_trained(self, folder: Path | str) -> None:
+        """Read what `save_trained` wrote, before an engine is built. A whole transformer replaces the base under an
+        adapter too. ValueError when it does not fit, or is an adapter and GeneratorConfig.lora is null.
+        """
+        if weights.is_whole(Path(folder)):
+            weights.load(self._active()[1], Path(folder))
+        elif self.cfg.lora is None:
+            raise ValueError(f"GeneratorConfig.lora is null and {folder} holds no whole transformer")
+        else:
+            adapter.load(self.module, Path(folder))
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
@@ -277,7 +300,15 @@ class WanGenerator:
         if cfg.tail_steps is not None and cfg.tail_steps < len(sigmas) - 1:
             sigmas = tail_grid(sigmas[0], cfg.tail_steps, shift=cfg.shift).tolist()
         walk = ode_ab2 if cfg.tail_solver == "ab2" else ode
-        return walk(lambda x, at: self._guided(x, at, texts, scale=cfg.tail_guidance), x_BCFHW, sigmas)
+        if cfg.tail_cache == 1:
+            return walk(lambda x, at: self._guided(x, at, texts, scale=cfg.tail_guidance), x_BCFHW, sigmas)
+        cache, calls = BlockCache(self._active()[1]), itertools.count()
+
+        def cached(x: Tensor, at: float) -> Tensor:
+            with cache.call(again=next(calls) % cfg.tail_cache > 0):
+                return self._guided(x, at, texts, scale=cfg.tail_guidance)
+
+        return walk(cached, x_BCFHW, sigmas)
 
     def _idle_calls(self, group_size: int, seeds: Sequence[int], iteration: int) -> int:
         """How many calls of a rollout this rank lacks to the rank with most. Ask before: then all are at one place."""
@@ -287,7 +318,7 @@ class WanGenerator:
                 stochastic_steps(seed, cfg, iteration=iteration),
                 cfg.num_steps,
                 group_size,
-                self.cfg.rollout_batch,
+                self.portions.size or group_size,
                 shared_noise=cfg.initial_noise == "shared",
                 tail_steps=cfg.tail_steps,
             )
@@ -322,13 +353,16 @@ class WanGenerator:
     def _load_frozen(self) -> WanTransformer3DModel:
         dtype = getattr(torch, self.cfg.dtype)
         model = WanTransformer3DModel.from_pretrained(self.cfg.path, subfolder="transformer", dtype=dtype)
-        return model.requires_grad_(requires_grad=False).eval().to(self.device)
+        return _of_one_dtype(model, self.cfg.dtype).requires_grad_(requires_grad=False).eval().to(self.device)
 
-    def _require_lora(self, what: str) -> None:
-        if self.cfg.lora is None:
-            raise ValueError(
-                f"{what} needs GeneratorConfig.lora; without it use generator.module.save_pretrained(folder)"
-            )
+
+def _of_one_dtype(transformer: WanTransformer3DModel, dtype: str) -> WanTransformer3DModel:
+    """Norms and modulations, which diffusers keeps in fp32, in ``dtype`` as well: DeepSpeed trains one dtype. They go
+    on computing in fp32, and buffers stay as they are.
+    """
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return transformer
 
 
 def _require_folder(path: str) -> None:

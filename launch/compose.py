@@ -71,7 +71,8 @@ def ds_config(
     """DeepSpeed's JSON. ``overrides`` may set any of its keys, nested ones by nesting.
 
     dtype         of the TRAINED parameters. "bfloat16" makes DeepSpeed cast the whole module and keep fp32 masters in
-                  its optimizer; "float32" casts nothing, and frozen bf16 weights beside fp32 adapters stay as they are
+                  its optimizer (`build_engine` gives buffers their dtype back); "float32" casts nothing, and frozen
+                  bf16 weights beside fp32 adapters stay as they are
     accumulation  backwards per optimizer step on each rank
 
     Raises ValueError for bfloat16 with ZeRO 0: its optimizer takes a step without gradient when it is built, so weight
@@ -159,12 +160,15 @@ def build_engine(
         micro_batch=micro_batch,
         overrides=overrides,
     )
+    buffers = [(owner, name, one) for owner in module.modules() for name, one in owner.named_buffers(recurse=False)]
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=adamw,
         config=config,
         lr_scheduler=LambdaLR(adamw, lambda done: min(1.0, (done + 1) / warmup)),
     )
+    for owner, name, one in buffers:  # in bfloat16, rotary frequencies would be other positions
+        owner._buffers[name] = one.to(engine.device)
     if zero_stage == 3:
         sum_gradients(engine)
         pieces = len(engine.optimizer.fp16_groups)

@@ -6,8 +6,9 @@ parameter is gathered whole, so a run may go on with other ranks or another stag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -66,7 +67,13 @@ def load_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
         _rewind(engine.lr_scheduler, steps)
 
 
-def go_on(engine: DeepSpeedEngine, resume: str, run_dir: Path) -> int:
+class Resumable(Protocol):
+    """What else is read from a checkpoint's folder."""
+
+    def load(self, folder: Path) -> None: ...
+
+
+def go_on(engine: DeepSpeedEngine, resume: str, run_dir: Path, *, also: Sequence[Resumable] = ()) -> int:
     """Load the run's checkpoint to go on from, if there is one; how many steps are done. All ranks call it.
 
     resume  "auto", "none" or a folder, see `common.checkpoint.resolve_resume`
@@ -75,6 +82,8 @@ def go_on(engine: DeepSpeedEngine, resume: str, run_dir: Path) -> int:
     if found is None:
         return 0
     load_engine(engine, found)
+    for one in also:
+        one.load(found)
     done = int(load_state(found)["steps_done"])
     say(f"going on after {done} steps from {found}")
     return done

@@ -151,7 +151,7 @@ def judge_samples(cfg: GeneratorEvaluation, own: list[Row], table: RowTable) -> 
     say(f"loading the generator {cfg.generator.path} and the rewards {', '.join(cfg.rewards)}")
     generator = build_generator(cfg.generator)
     if cfg.adapter is not None:
-        generator.load_adapter(cfg.adapter)
+        generator.load_trained(cfg.adapter)
     rewards = build_rewards(cfg.rewards)
     folder, fps = Path(cfg.out) / "videos", cfg.generator.fps
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
     deepspeed --num_accelerators 2 launch/grpo.py --config configs/wan/grpo.yaml rewards.descore.weight=0.5
 
-torchrun and plain python work too. The run folder gets config.yaml, metrics.jsonl, samples/, checkpoints/ and final/,
-the trained adapter; started again, a run goes on from its newest whole checkpoint.
+torchrun and plain python work too. The run folder gets config.yaml, metrics.jsonl, samples/, evaluation/, checkpoints/
+and final/, the trained adapter (or transformer); started again, a run goes on from its newest whole checkpoint.
 """
 
 from __future__ import annotations
@@ -21,27 +21,34 @@ if TYPE_CHECKING:
 
     from alignment.grpo import GrpoLoop
     from generator.wan import WanGenerator
+    from launch.ema import Ema
+    from launch.forwards import ForwardCounter
 
 
 def main() -> None:
     command = parse_command_line(GrpoRun, description=__doc__.splitlines()[0])
     check_ranks(command.cfg, ranks=int(os.environ.get("WORLD_SIZE", "1")))
-    train(command.cfg, prompts_of(command.cfg), resume=command.resume)
+    train(command.cfg, prompts_of(command.cfg.prompts), resume=command.resume)
 
 
 def check_ranks(cfg: GrpoRun, *, ranks: int) -> None:
-    """Exit with code 2, before anything is loaded, when the ranks cannot share a step's prompts evenly."""
-    if cfg.prompts_per_step % ranks:
-        share = f"{cfg.prompts_per_step} / {ranks} = {cfg.prompts_per_step / ranks:.2f} groups each"
-        refuse(f"prompts_per_step is over all ranks, which must divide it: {share}")
+    """Exit with code 2, before anything is loaded, when the ranks cannot share a step's groups evenly."""
+    shared = cfg.grpo.ranks_per_group
+    if ranks % shared:
+        refuse(f"grpo.ranks_per_group={shared} must divide the {ranks} ranks")
+    sets = ranks // shared
+    if cfg.prompts_per_step % sets:
+        share = f"{cfg.prompts_per_step} / {sets} = {cfg.prompts_per_step / sets:.2f} groups each"
+        who = "ranks, which" if shared == 1 else f"sets of {shared} ranks, whose number"
+        refuse(f"prompts_per_step is over all {who} must divide it: {share}")
 
 
-def prompts_of(cfg: GrpoRun) -> list[str]:
-    """The prompts of the run; exit with code 2 when the file is not what it should be."""
+def prompts_of(path: str) -> list[str]:
+    """The prompts of a file; exit with code 2 when it is not what it should be."""
     from alignment.data import read_prompts
 
     try:
-        return read_prompts(cfg.prompts)
+        return read_prompts(path)
     except ValueError as error:
         refuse(str(error))
 
@@ -53,10 +60,12 @@ def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
     quiet()
     from common import distributed
     from common.log import RunLog, progress, say
+    from launch.ema import Ema
     from launch.engine_state import go_on
     from launch.forwards import ForwardCounter
     from launch.samples import SampleWriter, rows_of_step
-    from launch.zero3 import whole_state
+
+    heldout = [] if cfg.evaluation is None else prompts_of(cfg.evaluation.prompts)[: cfg.evaluation.limit]
 
     distributed.init_process_group()
     run_dir = Path(cfg.run_dir)
@@ -65,28 +74,33 @@ def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
     loop, generator, engine = build(cfg, prompts)
     for line in batch_arithmetic(cfg, ranks=distributed.world_size(), module=generator.module):
         say(line)
-    start = go_on(engine, resume, run_dir)
+    ema = None if cfg.ema is None else Ema(cfg.ema, generator.module)
+    start = go_on(engine, resume, run_dir, also=() if ema is None else (ema,))
     if cfg.self_checks and start == 0:
         look_before(cfg, loop, prompts)
+    if cfg.cache_prompts:
+        cache_prompts(cfg, loop, heldout, start)
     counter = ForwardCounter(generator.module)
     log = RunLog(run_dir, wandb=cfg.wandb, total=cfg.steps)
     log.truncate(start)
 
     for step in progress(range(start, cfg.steps), cfg.steps - start, "grpo"):
+        measured = measure(cfg, loop, ema, heldout, step, counter)
         result = loop.step(step)
-        log.log(step, {**result.metrics, **counter.take()})
+        if ema is not None:
+            ema.update()
+        log.log(step, {**result.metrics, **counter.take(), **measured})
         last = step + 1 == cfg.steps
         if distributed.is_main() and cfg.video_every and (step % cfg.video_every == 0 or last):
             rows = list(rows_of_step(result, step=step, groups=cfg.video_groups))
             writer = SampleWriter(run_dir / "samples" / f"step-{step:06d}", fps=cfg.generator.fps)
             writer.add(result.video_BTYXC[: len(rows)], rows)
         if last or (step + 1) % cfg.save_every == 0:
-            save(generator, engine, run_dir, step=step + 1, keep=cfg.keep)
+            save(generator, engine, ema, run_dir, step=step + 1, keep=cfg.keep)
 
-    weights = whole_state(generator.module, trained_only=True)
-    if distributed.is_main():
-        generator.save_adapter(run_dir / "final", weights)
-        say(f"done: {run_dir / 'final'} holds the trained adapter")
+    if measured := measure(cfg, loop, ema, heldout, cfg.steps, counter):
+        log.log(cfg.steps, measured)
+    export(generator, ema, run_dir)
     log.close()
     distributed.barrier()
     distributed.shutdown()
@@ -108,7 +122,8 @@ def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, Dee
         zero_stage=cfg.zero_stage,
         accumulation=backwards_per_update(
             cfg.grpo,
-            cfg.prompts_per_step // distributed.world_size(),
+            cfg.prompts_per_step,
+            ranks=distributed.world_size(),
             steps_per_group=cfg.generator.sampler.steps_per_group,
         ),
         overrides=cfg.deepspeed,
@@ -161,30 +176,86 @@ def batch_arithmetic(cfg: GrpoRun, *, ranks: int, module: Any) -> list[str]:
     from alignment.grpo import backwards_per_update
     from launch.zero3 import elements
 
-    groups = cfg.prompts_per_step // ranks
+    shared, steps = cfg.grpo.ranks_per_group, cfg.generator.sampler.steps_per_group
+    groups = cfg.prompts_per_step * shared // ranks
+    together = f", {shared} ranks to a group" if shared > 1 else ""
     trained = elements(p for p in module.parameters() if p.requires_grad)
     everything = elements(module.parameters())
     videos = cfg.prompts_per_step * cfg.grpo.group_size
-    backwards = backwards_per_update(cfg.grpo, groups, steps_per_group=cfg.generator.sampler.steps_per_group)
+    backwards = backwards_per_update(cfg.grpo, cfg.prompts_per_step, ranks=ranks, steps_per_group=steps)
     return [
         f"one update = {cfg.prompts_per_step} prompts x {cfg.grpo.group_size} members = {videos} videos, on {ranks} "
-        f"rank{'s' * (ranks > 1)} x {groups} groups, {backwards} accumulated backwards each",
+        f"rank{'s' * (ranks > 1)} x {groups} groups{together}, {backwards} accumulated backwards each",
         f"training {trained:,} of {everything:,} parameters, ZeRO {cfg.zero_stage}, {cfg.steps} updates",
         *(["fewer than 32 videos per update: expect a noisy reward curve"] if videos < 32 else []),
     ]
 
 
-def save(generator: WanGenerator, engine: DeepSpeedEngine, run_dir: Path, *, step: int, keep: int) -> None:
-    """checkpoints/step-N: adapter/ for people, engine.safetensors to go on from. All ranks call it."""
+def measure(
+    cfg: GrpoRun, loop: GrpoLoop, ema: Ema | None, prompts: list[str], step: int, counter: ForwardCounter
+) -> dict[str, float]:
+    """`launch.evaluation.measure` before step ``step`` where it is due, of the average where there is one."""
+    from contextlib import nullcontext
+
+    from launch import evaluation
+
+    how = cfg.evaluation
+    if how is None or (step % how.every and step != cfg.steps):
+        return {}
+    with nullcontext() if ema is None else ema.swapped_in():
+        measured = evaluation.measure(
+            loop.generator,
+            loop.rewards,
+            prompts,
+            seed=cfg.seed,
+            stock=how.stock,
+            folder=Path(cfg.run_dir) / "evaluation" / f"step-{step:06d}",
+            videos=how.videos,
+        )
+    counter.take()  # not a step's cost
+    return measured
+
+
+def cache_prompts(cfg: GrpoRun, loop: GrpoLoop, heldout: list[str], start: int) -> None:
+    """Encode what is still to come on this rank, and drop the text encoder."""
+    from common import distributed
+    from common.log import say
+
+    place, sets = distributed.rank() // cfg.grpo.ranks_per_group, loop.blocks()
+    own = {prompt for step in range(start, cfg.steps) for prompt in loop.prompts.at(step).share(place, sets).prompts}
+    say(f"encoding {len(own)} prompts, then without the text encoder")
+    loop.generator.encode_prompts([*sorted(own), *heldout])
+    loop.generator.free_text_encoder()
+
+
+def export(generator: WanGenerator, ema: Ema | None, run_dir: Path) -> None:
+    """final/, and final_ema/ where there is an average. All ranks call it."""
+    from common import distributed
+    from common.log import say
+    from launch.zero3 import whole_state
+
+    weights = whole_state(generator.module, trained_only=True)
+    if distributed.is_main():
+        say(f"done: {generator.save_trained(run_dir / 'final', weights)}")
+        if ema is not None:
+            say(f"its average: {generator.save_trained(run_dir / 'final_ema', ema.state())}")
+
+
+def save(
+    generator: WanGenerator, engine: DeepSpeedEngine, ema: Ema | None, run_dir: Path, *, step: int, keep: int
+) -> None:
+    """checkpoints/step-N: trained/ for people, engine.safetensors to go on from. All ranks call it."""
     from common import checkpoint, distributed
     from launch.engine_state import save_engine
     from launch.zero3 import whole_state
 
     def write(folder: Path) -> None:
         save_engine(engine, folder)
+        if ema is not None:
+            ema.save(folder)
         weights = whole_state(generator.module, trained_only=True)
         if distributed.is_main():
-            generator.save_adapter(folder / "adapter", weights)
+            generator.save_trained(folder / "trained", weights)
 
     checkpoint.save(run_dir / "checkpoints", step, write, keep=keep, state={"steps_done": step})
 

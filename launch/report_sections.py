@@ -163,6 +163,11 @@ def grpo_charts(folder: Path | None) -> list[Chart]:
         role = "" if weight is None else " (watched only)" if weight == 0 else f" (trained, weight {weight:g})"
         curve = _curve(rows, f"reward/{name}", name, color=2 if weight == 0 else 0)
         charts.append(line_chart(f"Reward: {name}{role}", [curve], note="mean over the step's rollouts"))
+        ways = [("eval", "the training grid"), ("eval_stock", "the stock scheduler")]
+        curves = [_curve(rows, f"{key}/{name}", label, color=i) for i, (key, label) in enumerate(ways)]
+        charts.append(
+            line_chart(f"Held-out prompts: {name}", [c for c in curves if c.y], note="the same seeds each time")
+        )
         parts = sorted({key for row in rows for key in row if key.startswith(f"reward/{name}.")})
         curves = [_curve(rows, key, key.rpartition(".")[2], color=i) for i, key in enumerate(parts)]
         charts.append(line_chart(f"Parts of {name}{role}", curves))

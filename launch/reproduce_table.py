@@ -190,11 +190,11 @@ def _size(method: str, size: int) -> int:
 def _table(head: str, columns: dict[str, Any], rows: dict[str, Any], cell: Callable[..., Interval | None]) -> list[str]:
     lines = [f"| {head} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, method in rows.items():
-        lines.append(f"| {method.title} | {' | '.join(_shown(cell(name, column)) for column in columns.values())} |")
+        lines.append(f"| {method.title} | {' | '.join(shown(cell(name, column)) for column in columns.values())} |")
     return lines
 
 
-def _shown(value: Interval | None) -> str:
+def shown(value: Interval | None) -> str:
     return "" if value is None else f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
@@ -231,13 +231,13 @@ def _differences(outcomes: Outcomes, size: int) -> list[str]:
     for one, other, field in compared:
         found = [difference(outcomes, size, one, other, tests, field) for tests in GROUPS.values()]
         title = f"{what[field]}: {METHODS[one].title} - {METHODS[other].title}"
-        lines.append(f"| {title} | {' | '.join(map(_shown, found))} |")
+        lines.append(f"| {title} | {' | '.join(map(shown, found))} |")
     return lines
 
 
 def plot_sizes(outcomes: Outcomes, sizes: Sequence[int], path: Path) -> None:
     """Accuracy of every method against the number of training pairs, in and out of domain, with intervals."""
-    figure, axes = _figure(len(GROUPS))
+    figure, axes = figure_of(len(GROUPS))
     for axis, (group, tests) in zip(axes, GROUPS.items(), strict=True):
         for place, (name, method) in enumerate(METHODS.items()):
             if name == "base":
@@ -255,7 +255,7 @@ def plot_sizes(outcomes: Outcomes, sizes: Sequence[int], path: Path) -> None:
 
 def plot_training(run: Path, cells: Sequence[Cell], path: Path) -> None:
     """How often the preference was met in training, every seed a line."""
-    figure, axes = _figure(len(CURVES))
+    figure, axes = figure_of(len(CURVES))
     for axis, (name, metric) in zip(axes, CURVES.items(), strict=True):
         for cell in (c for c in cells if c.method == name):
             rows = read_metrics(cell.folder(run) / "metrics.jsonl")
@@ -264,7 +264,7 @@ def plot_training(run: Path, cells: Sequence[Cell], path: Path) -> None:
     _save(figure, axes[0], path)
 
 
-def _figure(count: int) -> tuple[Any, Any]:
+def figure_of(count: int) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("svg")

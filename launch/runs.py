@@ -50,12 +50,55 @@ _AT_LEAST_0 = ("lr", "eps", "weight_decay", "max_grad_norm", "warmup_steps")
 
 
 @dataclass(frozen=True)
+class EmaConfig:
+    """An average of the trained weights over the optimizer's steps, see `launch.ema.Ema`."""
+
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"EmaConfig.decay must lie in [0, 1), got {self.decay}")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured while a run trains: before the first step, every so many, and after the last.
+
+    prompts  as in `GrpoRun`, none that are trained on
+    every    steps between two measurements
+    limit    use only the first prompts of the file; null uses all
+    stock    sample by the stock pipeline's scheduler as well, which is not the one that is trained along
+    videos   how many of the first prompts' videos are kept each time
+    """
+
+    prompts: str
+    every: int = 50
+    limit: int | None = 32
+    stock: bool = False
+    videos: int = 4
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{n} must be at least 1, got {value}"
+            for n, value in (("every", self.every), ("limit", self.limit))
+            if value is not None and value < 1
+        ]
+        if self.videos < 0:
+            problems.append(f"videos must be at least 0, got {self.videos}")
+        _check("EvaluationConfig", problems)
+
+
+@dataclass(frozen=True)
 class GrpoRun:
     """Longcat-GRPO. Where a run goes on is a matter of ``--resume``, not of this.
 
     prompts           a .txt file, one prompt a line, or a .jsonl file with {"prompt": ...} lines
-    prompts_per_step  groups of one optimizer step, over ALL ranks; the number of ranks must divide it
+    prompts_per_step  groups of one optimizer step, over ALL ranks; the number of ranks must divide it, or with
+                      grpo.ranks_per_group the number of sets of ranks
     rewards           name -> reward; weight 0 is a judge that is watched and never trained on
+    evaluation        held-out prompts, sampled again and again without noise; null for none
+    ema               average of the weights: evaluated instead of them, and exported beside them; null for none
+    cache_prompts     encode all prompts that this rank will see first, then drop the text encoder from memory
     zero_stage        DeepSpeed ZeRO: 0 none, 1 splits optimizer state over ranks, 2 gradients too, 3 weights too (the
                       rewards' models stay whole on every rank)
     deepspeed         keys of DeepSpeed's own JSON, over what `launch.compose.ds_config` computes
@@ -81,6 +124,9 @@ class GrpoRun:
     video_every: int = 10
     video_groups: int = 2
     self_checks: bool = True
+    evaluation: EvaluationConfig | None = None
+    ema: EmaConfig | None = None
+    cache_prompts: bool = False
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
@@ -90,6 +136,8 @@ class GrpoRun:
             problems.append(f"video_every must be at least 0, got {self.video_every}")
         if self.zero_stage not in _ZERO_STAGES:
             problems.append(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
+        if self.zero_stage == 3 and self.generator.sampler.tail_cache > 1:
+            problems.append("zero_stage 3 needs generator.sampler.tail_cache=1: all ranks must run the same blocks")
         if self.generator.sampler.noise_level == 0:
             problems.append(
                 "generator.sampler.noise_level must be positive: without noise the members are all one, got 0"

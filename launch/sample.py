@@ -30,7 +30,7 @@ def sample(cfg: SampleRun) -> None:
     prompts = read_prompts(cfg.prompts)[: cfg.limit]
     generator = build_generator(cfg.generator)
     if cfg.adapter is not None:
-        generator.load_adapter(cfg.adapter)
+        generator.load_trained(cfg.adapter)
     rows = [
         {"prompt": prompt, "seed": derive_seed(cfg.seed, "sample", i, k), "adapter": cfg.adapter}
         for i, prompt in enumerate(prompts)

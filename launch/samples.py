@@ -38,7 +38,7 @@ class SampleWriter:
 
 def rows_of_step(result: StepResult, *, step: int, groups: int) -> Iterator[dict[str, Any]]:
     """A row for every member of this rank's first groups: prompt, seed, rewards, parts, texts (CoT) and advantage."""
-    group_size = result.advantage_PG.shape[1]
+    group_size = result.advantage_PM.shape[1]
     for b in range(min(groups, len(result.batch.prompts)) * group_size):
         p, member = divmod(b, group_size)
         scores = result.scores.items()
@@ -47,7 +47,7 @@ def rows_of_step(result: StepResult, *, step: int, groups: int) -> Iterator[dict
             "prompt": result.batch.prompts[p],
             "seed": result.batch.seeds[p],
             "member": member,
-            "advantage": float(result.advantage_PG[p, member]),
+            "advantage": float(result.advantage_PM[p, member]),
             "rewards": {name: _finite(score.value_B[b]) for name, score in scores},
             "parts": {
                 name: {k: _finite(v[b]) for k, v in score.parts.items()} for name, score in scores if score.parts

@@ -59,7 +59,13 @@ class FakeGenerator:
         self.dtype, self.grad_forwards = dtype, 0
 
     def rollout(
-        self, prompts: Sequence[str], *, group_size: int, seeds: Sequence[int], iteration: int = 0
+        self,
+        prompts: Sequence[str],
+        *,
+        group_size: int,
+        seeds: Sequence[int],
+        iteration: int = 0,
+        first_member: int = 0,
     ) -> list[Group]:
         return [
             rollout_group(
@@ -72,6 +78,7 @@ class FakeGenerator:
                 steps=schedule.stochastic_steps(seed, self.how, iteration=iteration),
                 kernel=self.kernel,
                 shared_noise=self.how.initial_noise == "shared",
+                first_member=first_member,
                 batch=group_size,
             )
             for prompt, seed in zip(prompts, seeds, strict=True)

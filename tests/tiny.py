@@ -27,7 +27,13 @@ MAX_LENGTH = 24  # text tokens after padding; the tokenizer makes one per byte
 
 
 def build_tiny_wan(
-    folder: Path, *, seed: int = 0, spatial: int = 8, temporal: int = 4, scheduler: str = "unipc"
+    folder: Path,
+    *,
+    seed: int = 0,
+    spatial: int = 8,
+    temporal: int = 4,
+    scheduler: str = "unipc",
+    layers: int = 2,
 ) -> Path:
     """Write a WanPipeline to `folder`. The VAE compresses by spatial (4 or 8) and temporal (2 or 4).
 
@@ -49,7 +55,7 @@ def build_tiny_wan(
             text_encoder=_text_encoder(len(tokenizer)),
             vae=_vae(spatial, temporal),
             scheduler=steps,
-            transformer=_transformer(),
+            transformer=_transformer(layers),
         )
     pipeline.save_pretrained(folder)
     return folder
@@ -107,7 +113,7 @@ def _text_encoder(vocabulary: int) -> nn.Module:
     return UMT5EncoderModel(config).eval()
 
 
-def _transformer() -> nn.Module:
+def _transformer(layers: int) -> nn.Module:
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -119,7 +125,7 @@ def _transformer() -> nn.Module:
         text_dim=32,
         freq_dim=256,
         ffn_dim=32,
-        num_layers=2,
+        num_layers=layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,

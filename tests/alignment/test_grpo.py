@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def loop_of(
 ) -> GrpoLoop:
     cfg = GrpoConfig(**{"group_size": 4, **options})
     generator = generator or FakeGenerator()
-    backwards = backwards_per_update(cfg, prompts, steps_per_group=generator.how.steps_per_group)
+    backwards = backwards_per_update(cfg, prompts, ranks=1, steps_per_group=generator.how.steps_per_group)
     engine = PlainEngine(generator.module, accumulation=backwards, lr=lr, weight_decay=weight_decay)
     return GrpoLoop(
         cfg,
@@ -86,7 +87,7 @@ def test_a_reward_that_knows_only_the_prompt_changes_no_weight(kl_weight: float)
         result = loop.step(step)
         assert result.metrics["train/skipped"] == 1.0
         assert result.metrics["reward/length_zero_spread"] == 1.0
-        assert not result.advantage_PG.any()
+        assert not result.advantage_PM.any()
     assert all(torch.equal(a, b) for a, b in zip(before, generator.module.parameters(), strict=True))
     assert loop.engine.steps == 0
 
@@ -134,7 +135,7 @@ def test_each_member_has_a_loss_of_its_own() -> None:
     (step,) = group.steps
     weight = step.std / (step.sigma - step.sigma_next)
     result = loop.step(0)
-    assert loop.engine.losses == pytest.approx([-weight * float(a) for a in result.advantage_PG[0]], rel=1e-5)
+    assert loop.engine.losses == pytest.approx([-weight * float(a) for a in result.advantage_PM[0]], rel=1e-5)
 
 
 def test_the_gradient_is_that_of_the_formula() -> None:
@@ -143,7 +144,7 @@ def test_the_gradient_is_that_of_the_formula() -> None:
     loop = loop_of({"red": FunctionReward("red", redness)}, generator=generator, kl_weight=0.0)
     batch = loop.prompts.at(0)
     groups = generator.rollout(batch.prompts, group_size=4, seeds=batch.seeds)
-    advantage_PG = loop.step(0).advantage_PG.double()
+    advantage_PG = loop.step(0).advantage_PM.double()
     expected = torch.zeros(3, dtype=torch.float64)
     for group, advantage_G in zip(groups, advantage_PG, strict=True):
         (step,) = group.steps
@@ -166,7 +167,7 @@ def test_advantages_are_normalised_by_the_largest_spread_and_summed_by_weight() 
     }
     judgement = loop.judge(scores, groups=2)
     expected = torch.tensor([[-1.0 - 2 / 3, 1.0 + 2 / 3], [-0.5 + 2.0, 0.5 - 2.0]])
-    assert torch.allclose(judgement.advantage_PG, expected, atol=2e-4)
+    assert torch.allclose(judgement.advantage_PM, expected, atol=2e-4)
     assert judgement.details["reward/one_group_std_max"] == pytest.approx(1.0)
     assert judgement.details["reward/two_group_std_median"] == pytest.approx(1000.0)  # torch takes the lower of two
     assert judgement.means["reward/one"] == pytest.approx(3.75)
@@ -176,7 +177,7 @@ def test_advantages_are_normalised_by_the_largest_spread_and_summed_by_weight() 
 def test_advantages_are_clipped_when_asked() -> None:
     loop = loop_of({"one": Scripted([])}, group_size=2, prompts=1, advantage_clip=0.25)
     judgement = loop.judge({"one": Score(torch.tensor([0.0, 1.0]))}, groups=1)
-    assert judgement.advantage_PG.tolist() == [[-0.25, 0.25]]
+    assert judgement.advantage_PM.tolist() == [[-0.25, 0.25]]
 
 
 def test_what_could_not_be_judged_is_counted_and_left_out() -> None:
@@ -185,8 +186,8 @@ def test_what_could_not_be_judged_is_counted_and_left_out() -> None:
     loop = loop_of({"scripted": Scripted(values)})
     result = loop.step(0)
     # group 0: mean 2 and spread 1 over its two judged members; the others have nothing to compare
-    assert torch.allclose(result.advantage_PG[0], torch.tensor([-1.0, 0.0, 1.0, 0.0]), atol=2e-4)
-    assert not result.advantage_PG[1:].any()
+    assert torch.allclose(result.advantage_PM[0], torch.tensor([-1.0, 0.0, 1.0, 0.0]), atol=2e-4)
+    assert not result.advantage_PM[1:].any()
     assert result.metrics["reward/scripted_unjudged"] == 10.0
     assert result.metrics["reward/scripted"] == pytest.approx((1 + 3 + 2 + 5 + 5 + 5) / 6)
     assert result.metrics["reward/scripted_zero_spread"] == 0.75
@@ -213,8 +214,84 @@ def test_ranks_see_the_same_advantages_whoever_they_are(monkeypatch: pytest.Monk
         monkeypatch.setattr(grpo, "world_size", lambda: 2)
         monkeypatch.setattr(grpo, "gather_rows", lambda x: halves.reshape(4, 4) if x.dim() == 2 else halves.flatten())
         own = loop.judge({"one": Score(halves[me])}, groups=2)
-        assert torch.equal(own.advantage_PG, alone.advantage_PG[2 * me : 2 * me + 2])
+        assert torch.equal(own.advantage_PM, alone.advantage_PM[2 * me : 2 * me + 2])
         assert own.means == alone.means
+
+
+def test_ranks_that_share_groups_see_their_members_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks, two to a group of four: rank 2 b + i has members 2 i and 2 i + 1 of the groups of block b."""
+    value_PG = torch.randn(4, 4, generator=torch.Generator().manual_seed(5))
+    alone = loop_of({"one": Scripted([])}).judge({"one": Score(value_PG.flatten())}, groups=4)
+    loop = loop_of({"one": Scripted([])}, ranks_per_group=2)
+    corners = [(block, place) for block in (0, 1) for place in (0, 1)]
+    rows = [value_PG[2 * block : 2 * block + 2, 2 * place : 2 * place + 2] for block, place in corners]
+    for me, (block, place) in enumerate(corners):
+        monkeypatch.setattr(grpo, "rank", lambda me=me: me)
+        monkeypatch.setattr(grpo, "world_size", lambda: 4)
+        monkeypatch.setattr(grpo, "gather_rows", lambda x: torch.cat(rows) if x.dim() == 2 else value_PG.flatten())
+        own = loop.judge({"one": Score(rows[me].flatten())}, groups=2)
+        want = alone.advantage_PM[2 * block : 2 * block + 2, 2 * place : 2 * place + 2]
+        assert torch.equal(own.advantage_PM, want)
+        assert own.means == alone.means
+
+
+@pytest.mark.parametrize("noise", ["shared", "member"])
+def test_a_member_is_the_same_whoever_computes_it(noise: str) -> None:
+    generator = FakeGenerator(initial_noise=noise)
+    (whole,) = generator.rollout(["a"], group_size=4, seeds=[7])
+    (rest,) = generator.rollout(["a"], group_size=2, seeds=[7], first_member=2)
+    assert torch.equal(rest.clean_GCFHW, whole.clean_GCFHW[2:])
+    assert torch.equal(rest.steps[0].next_GCFHW, whole.steps[0].next_GCFHW[2:])
+
+
+def test_scoring_beside_the_next_rollout_changes_no_number() -> None:
+    """And a group's score is asked for while the next group is rolled out: the reward waits for that rollout."""
+    began, asked = threading.Event(), []
+
+    class Waiting(Brightness):
+        def score(self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+            if not asked:
+                assert began.wait(timeout=30), "the next rollout did not begin while this group was scored"
+            asked.append(list(prompts))
+            return super().score(video_BTYXC, prompts, fps=fps)
+
+    class Telling(FakeGenerator):
+        rollouts = 0
+
+        def rollout(self, *of: Any, **options: Any) -> list[Any]:
+            self.rollouts += 1
+            if self.rollouts == 2:
+                began.set()
+            return super().rollout(*of, **options)
+
+    plain = loop_of({"bright": Brightness()})
+    beside = loop_of({"bright": Waiting()}, generator=Telling(), overlap_scoring=True)
+    want, got = plain.step(0), beside.step(0)
+    assert torch.equal(got.video_BTYXC, want.video_BTYXC)
+    assert torch.equal(got.scores["bright"].value_B, want.scores["bright"].value_B)
+    assert torch.equal(got.advantage_PM, want.advantage_PM)
+    assert asked == [[prompt] * 4 for prompt in want.batch.prompts]
+    assert got.metrics["train/grad_norm"] == want.metrics["train/grad_norm"]
+    assert {"seconds/rollout", "seconds/decode", "seconds/score/wait"} <= got.metrics.keys()
+
+
+def test_an_error_beside_travels() -> None:
+    class Broken(Brightness):
+        def score(self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+            raise ConnectionError("the reward server is gone")
+
+    with pytest.raises(ConnectionError, match="the reward server is gone"):
+        loop_of({"bright": Broken()}, overlap_scoring=True).step(0)
+
+
+def test_scores_of_parts_make_the_score_of_all() -> None:
+    one = Score(torch.tensor([1.0, math.nan]), {"motion": torch.tensor([0.5, 0.25])}, ["a", "b"])
+    two = Score(torch.tensor([3.0]), {"style": torch.tensor([0.75])})
+    both = Score.concat([one, two])
+    assert both.value_B.tolist() == pytest.approx([1.0, math.nan, 3.0], nan_ok=True)
+    assert both.parts["motion"].tolist() == pytest.approx([0.5, 0.25, math.nan], nan_ok=True)
+    assert both.parts["style"].tolist() == pytest.approx([math.nan, math.nan, 0.75], nan_ok=True)
+    assert both.texts == ["a", "b", ""]
 
 
 def test_a_step_is_a_function_of_its_number() -> None:
@@ -224,7 +301,7 @@ def test_a_step_is_a_function_of_its_number() -> None:
     later = loop_of({"bright": Brightness()}, lr=0.0).step(2)
     assert later.batch == history[2].batch
     assert torch.equal(later.video_BTYXC, history[2].video_BTYXC)
-    assert torch.equal(later.advantage_PG, history[2].advantage_PG)
+    assert torch.equal(later.advantage_PM, history[2].advantage_PM)
 
 
 def test_a_loss_that_is_no_number_stops_the_run() -> None:

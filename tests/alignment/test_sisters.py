@@ -91,7 +91,7 @@ def test_the_gradient_of_flow_grpo_is_that_of_the_formula() -> None:
     batch = loop.prompts.at(0)
     groups = generator.rollout(batch.prompts, group_size=4, seeds=batch.seeds)
     laws = [[generator.transition(group.prompt, step) for step in group.steps] for group in groups]  # before the step
-    advantage_PG = loop.step(0).advantage_PG.double()
+    advantage_PG = loop.step(0).advantage_PM.double()
     expected = torch.zeros(3, dtype=torch.float64)
     for group, own, advantage_G in zip(groups, laws, advantage_PG, strict=True):
         for step, law in zip(group.steps, own, strict=True):
@@ -137,6 +137,6 @@ def test_several_updates_on_a_rollout_leave_it_and_are_clipped() -> None:
     assert (once.engine.steps, thrice.engine.steps) == (1, 3)
     assert one.metrics["train/clip_frac"] == 0.0
     assert three.metrics["train/clip_frac"] > 0.0
-    assert torch.equal(one.advantage_PG, three.advantage_PG)  # one rollout, judged once
+    assert torch.equal(one.advantage_PM, three.advantage_PM)  # one rollout, judged once
     with pytest.raises(ValueError, match="updates=2"):
         GrpoConfig(updates=2)

@@ -19,7 +19,7 @@ from tests.tiny import tiny_config, tiny_generator
 def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The adapter of `tiny_generator`: rank 4, alpha 8, random B."""
     target = tmp_path_factory.mktemp("adapter")
-    assert tiny_generator(folder).save_adapter(target) == target / ADAPTER_FILE
+    assert tiny_generator(folder).save_trained(target) == target / ADAPTER_FILE
     return target
 
 
@@ -56,7 +56,7 @@ def test_misspelt_target_is_refused(folder: Path) -> None:
 def test_given_weights_replace_the_modules(folder: Path, saved: Path, tmp_path: Path) -> None:
     generator = tiny_generator(folder)
     doubled = {name: 2 * p for name, p in generator.module.named_parameters() if p.requires_grad}
-    generator.save_adapter(tmp_path, doubled)
+    generator.save_trained(tmp_path, doubled)
     own, given = load_file(saved / ADAPTER_FILE), load_file(tmp_path / ADAPTER_FILE)
     assert own.keys() == given.keys()
     assert all(torch.equal(given[name], 2 * own[name]) for name in own)
@@ -94,7 +94,7 @@ def test_load_restores_the_output(folder: Path, saved: Path) -> None:
     trained, fresh = tiny_generator(folder), WanGenerator.load(tiny_config(folder), device="cpu", seed=9)
     want = trained.sample(["rain"], [1])
     assert not torch.allclose(fresh.sample(["rain"], [1]), want, atol=1e-2)
-    fresh.load_adapter(saved)
+    fresh.load_trained(saved)
     assert torch.equal(fresh.sample(["rain"], [1]), want)
 
 
@@ -109,7 +109,7 @@ def test_load_restores_the_output(folder: Path, saved: Path) -> None:
 def test_an_adapter_that_does_not_fit_is_refused(folder: Path, saved: Path, lora: LoraConfig, words: str) -> None:
     generator = WanGenerator.load(tiny_config(folder, lora=lora), device="cpu")
     with pytest.raises(ValueError, match="does not fit") as caught:
-        generator.load_adapter(saved)
+        generator.load_trained(saved)
     assert words in str(caught.value)
 
 
@@ -118,9 +118,9 @@ def test_a_missing_weight_is_refused(folder: Path, saved: Path, tmp_path: Path) 
     gone = sorted(weights)[0]
     save_file({name: value for name, value in weights.items() if name != gone}, tmp_path / ADAPTER_FILE)
     with pytest.raises(ValueError, match=f"missing {gone.removeprefix('transformer.')}"):
-        tiny_generator(folder).load_adapter(tmp_path)
+        tiny_generator(folder).load_trained(tmp_path)
 
 
 def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=ADAPTER_FILE):
-        tiny_generator(folder).load_adapter(tmp_path)
+        tiny_generator(folder).load_trained(tmp_path)

@@ -348,8 +348,6 @@ def test_full_fine_tuning_keeps_a_frozen_copy(folder: Path, group: Group) -> Non
             reference = law_of(generator, group).mean
     assert torch.equal(reference, base)
     assert (moved - base).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="save_pretrained"):
-        generator.save_adapter(folder / "never")
 
 
 def test_text_encoder_can_go(folder: Path) -> None:

@@ -36,7 +36,7 @@ class GreyGenerator:
         self.lift, self.seeds = 0, list[int]()
         self.fail_after: int | None = None
 
-    def load_adapter(self, folder: str) -> None:
+    def load_trained(self, folder: str) -> None:
         self.lift = 50
 
     def sample(self, prompts: Sequence[str], *, seeds: Sequence[int], scheduler: str) -> Tensor:

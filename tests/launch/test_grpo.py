@@ -16,14 +16,16 @@ import yaml
 
 from alignment.data import PromptSchedule, read_prompts
 from alignment.grpo import GrpoLoop, Judgement, backwards_per_update
+from alignment.rewards.brightness import Brightness
 from common.checkpoint import load_tensors
 from common.config import ConfigError, load
+from common.distributed import derive_seed
 from common.log import read_metrics
 from launch.compose import build_generator
 from launch.runs import GrpoRun, SampleRun
 from launch.sample import sample
 from tests.fakes import PlainEngine
-from tests.launch.processes import ROOT, deepspeed, run
+from tests.launch.processes import ROOT, ZERO_3, deepspeed, run
 
 SCRIPT = str(ROOT / "launch" / "grpo.py")
 SAFE = {".json", ".jsonl", ".yaml", ".safetensors", ".mp4"}  # no pickle anywhere
@@ -75,6 +77,10 @@ def test_all_is_wrong_that_cannot_learn() -> None:
         (["rewards.brightness.weight=1", "zero_stage=4"], "zero_stage must be 0, 1, 2 or 3, got 4"),
         (["rewards.brightness.weight=1", "generator.sampler.noise_level=0"], "noise_level must be positive"),
         (["rewards.mine.kind=descor"], "did you mean 'descore'"),
+        (["rewards.brightness.weight=1", "zero_stage=3", "generator.sampler.tail_cache=2"], "needs .*tail_cache=1"),
+        (["rewards.brightness.weight=1", "grpo.ranks_per_group=3"], "must divide group_size=4"),
+        (["rewards.brightness.weight=1", "ema.decay=1"], r"decay must lie in \[0, 1\), got 1"),
+        (["rewards.brightness.weight=1", "evaluation.every=1"], "evaluation.prompts: is required"),
     ]:
         with pytest.raises(ConfigError, match=message):
             load(GrpoRun, None, [*base, *overrides])
@@ -89,6 +95,10 @@ def test_ranks_that_cannot_share_the_prompts_are_told_the_arithmetic() -> None:
     words = [sys.executable, SCRIPT, "--config", str(CONFIGS[0]), "prompts_per_step=8"]
     done = run(*words, expect=2, WORLD_SIZE="3", RANK="0")
     assert "8 / 3 = 2.67 groups each" in done.stderr
+    words = [sys.executable, SCRIPT, "--config", str(CONFIGS[0]), "prompts_per_step=3", "grpo.ranks_per_group=2"]
+    assert "2 must divide the 3 ranks" in run(*words, expect=2, WORLD_SIZE="3", RANK="0").stderr
+    done = run(*words, expect=2, WORLD_SIZE="4", RANK="0")
+    assert "sets of 2 ranks, whose number must divide it: 3 / 2 = 1.50 groups each" in done.stderr
 
 
 def test_a_bad_prompt_file_is_named_without_a_traceback(tmp_path: Path) -> None:
@@ -186,7 +196,7 @@ def test_stopped_and_resumed_is_the_run_in_one_go(tiny: Path, whole: Path, half:
 @pytest.mark.slow
 def test_one_rank_gives_the_update_of_two_and_may_take_over(tiny: Path, whole: Path, half: Path) -> None:
     """From the start without ZeRO, and from the two ranks' checkpoint of step 2."""
-    first = Path("checkpoints", "step-000001", "adapter")
+    first = Path("checkpoints", "step-000001", "trained")
     alone(tiny, f"run_dir={tiny.parent / 'alone'}", "zero_stage=0")
     alone(tiny, f"run_dir={continued(tiny, half, 'taken_over')}")
     for name in ("alone", "taken_over"):
@@ -237,7 +247,7 @@ def test_what_a_run_leaves_behind(whole: Path) -> None:
         assert row["forwards/grad"] == 4 * 2
         assert row["forwards/no_grad"] - 4 * 2 in possible
     assert {path.name for path in (whole / "checkpoints").iterdir()} == {f"step-00000{n}" for n in (1, 2, 3, 4)}
-    assert (whole / "checkpoints" / "step-000004" / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+    assert (whole / "checkpoints" / "step-000004" / "trained" / "pytorch_lora_weights.safetensors").is_file()
     assert {path.suffix for path in whole.rglob("*") if path.is_file()} <= SAFE
     assert yaml.safe_load((whole / "config.yaml").read_text())["grpo"]["group_size"] == 2
     samples = whole / "samples" / "step-000002"
@@ -247,6 +257,63 @@ def test_what_a_run_leaves_behind(whole: Path) -> None:
     better, worse = sorted(lines, key=lambda line: -line["rewards"]["brightness"])
     assert better["advantage"] == pytest.approx(-worse["advantage"])
     assert better["advantage"] > 0
+
+
+@pytest.mark.slow
+def test_measured_on_the_way_averaged_and_without_text_encoder(tiny: Path) -> None:
+    """Three held-out prompts on two ranks under ZeRO 3; stopped after the first step and resumed."""
+    (tiny.parent / "heldout.txt").write_text("a dog\na green star\nfog\nnever\n")
+    words = [f"run_dir={tiny.parent / 'measured'}", *ZERO_3, "cache_prompts=true", "ema.decay=0.9"]
+    words += [f"evaluation.prompts={tiny.parent / 'heldout.txt'}", "evaluation.every=1", "evaluation.limit=3"]
+    words += ["evaluation.stock=true", "evaluation.videos=2"]
+    done = on_two_ranks(tiny, *words, "steps=1")
+    assert "then without the text encoder" in done.stdout
+    on_two_ranks(tiny, *words, "steps=2")
+    folder = tiny.parent / "measured"
+    rows = numbers(folder)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[2].keys() == {"step", "eval/brightness", "eval_stock/brightness"}
+    # before the first step the base, after the last the average that is exported; by another route
+    cfg = load(GrpoRun, tiny)
+    prompts, seeds = ["a dog", "a green star", "fog"], [derive_seed(0, "evaluate", i) for i in range(3)]
+    for row, adapter in ((rows[0], None), (rows[2], folder / "final_ema")):
+        generator = build_generator(cfg.generator)
+        if adapter is not None:
+            generator.load_trained(adapter)
+        for name, scheduler in (("eval", "euler"), ("eval_stock", "pipeline")):
+            video = generator.decode(generator.sample(prompts, seeds, scheduler=scheduler))
+            want = Brightness().score(video, prompts, fps=8.0).value_B.mean()
+            assert row[f"{name}/brightness"] == pytest.approx(float(want), abs=2e-4)
+    assert abs(rows[0]["eval/brightness"] - rows[2]["eval/brightness"]) > 1e-6
+    # d = 2/11 and 3/12: nearer to the last weights than to the first, and not the same
+    raw = [adapter_of(folder, Path("checkpoints", f"step-00000{n}", "trained")) for n in (1, 2)]
+    average = adapter_of(folder, Path("final_ema"))
+    for name in (name for name in average if "lora_B" in name):  # which starts at zero
+        want = 3 / 12 * 9 / 11 * raw[0][name] + 9 / 12 * raw[1][name]
+        torch.testing.assert_close(average[name], want, rtol=1e-4, atol=1e-7)
+    samples = sorted(path.relative_to(folder / "evaluation") for path in (folder / "evaluation").rglob("*.mp4"))
+    assert samples == [Path(f"step-00000{step}", f"000{i}.mp4") for step in (0, 1, 2) for i in (0, 1)]
+    assert rows[0]["forwards/grad"] == 4 * 2  # a step's, not an evaluation's
+
+
+@pytest.mark.slow
+def test_fine_tuning_every_weight(tiny: Path) -> None:
+    """In bfloat16, with the norms that diffusers keeps in fp32; what is exported is what was trained."""
+    folder = tiny.parent / "full"
+    alone(tiny, f"run_dir={folder}", "generator.lora=null", "generator.dtype=bfloat16", "steps=1")
+    assert numbers(folder)[0]["train/ratio_max_dev"] < 1e-3
+    cfg = load(GrpoRun, tiny, ["generator.lora=null", "generator.dtype=bfloat16"])
+    tuned, base = build_generator(cfg.generator), build_generator(cfg.generator)
+    tuned.load_trained(folder / "final")
+    saved = load_tensors(folder / "checkpoints" / "step-000001" / "engine.safetensors")
+    moved = 0
+    for (name, weight), old in zip(tuned.module.named_parameters(), base.module.parameters(), strict=True):
+        assert torch.equal(weight, saved[f"weight.{name}"].to(torch.bfloat16)), name
+        moved += not torch.equal(weight, old)
+    assert moved > 40
+    rows = str(tiny.parent / "full_samples")
+    sample(SampleRun(rows, cfg.prompts, cfg.generator, adapter=str(folder / "final"), limit=1))
+    assert (Path(rows) / "0000.mp4").stat().st_size > 0
 
 
 # ------------------------------------------------------------------ the loop on a real Wan, in this process
@@ -263,7 +330,7 @@ def updated_once(tiny: Path, *, double: bool = False, **changes: object) -> tupl
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
     if double:
         generator.module.double()
-    accumulation = backwards_per_update(cfg.grpo, cfg.prompts_per_step, steps_per_group=1)
+    accumulation = backwards_per_update(cfg.grpo, cfg.prompts_per_step, ranks=1, steps_per_group=1)
     engine = PlainEngine(generator.module, accumulation=accumulation)
     schedule = PromptSchedule(read_prompts(cfg.prompts), seed=0, prompts_per_step=cfg.prompts_per_step)
     loop = GrpoLoop(cfg.grpo, generator=generator, rewards={}, weights={}, engine=engine, prompts=schedule, fps=8.0)

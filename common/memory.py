@@ -1,0 +1,60 @@
+"""How much of a batch goes through a model at once: as much as is asked for, or as fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.log import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Portions:
+    """Cuts a batch for a function that treats its items one by one, and cuts smaller when memory runs out.
+
+    size   items at once, None for all of them. Halved for good whenever `torch.OutOfMemoryError` is raised, so that a
+           run finds what fits in its first step; what is computed stays the same
+    what   is cut, for the message
+    fixed  never smaller: where all ranks must make equally many calls
+    """
+
+    def __init__(self, size: int | None, *, what: str) -> None:
+        if size is not None and size < 1:
+            raise ValueError(f"a portion of {what} holds at least 1, got {size}")
+        self.size, self.what, self.fixed = size, what, False
+
+    def over(self, function: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
+        """``function`` of all items, one portion after the other, put together along the first dimension.
+
+        Raises torch.OutOfMemoryError when not even one item fits, or when ``fixed``.
+        """
+        done: list[Tensor] = []
+        start = 0
+        while start < len(items):
+            size = min(self.size or len(items), len(items) - start)
+            result = self._attempt(function, items[start : start + size])
+            if result is None:
+                self._halve(size)
+            else:
+                done.append(result)
+                start += size
+        return torch.cat(done)
+
+    def _attempt(self, function: Callable[[Tensor], Tensor], part: Tensor) -> Tensor | None:
+        """None when memory ran out. The error is let go of here: its traceback holds what filled the memory."""
+        try:
+            return function(part)
+        except torch.OutOfMemoryError:
+            if self.fixed or len(part) == 1:
+                raise
+        return None
+
+    def _halve(self, size: int) -> None:
+        self.size = size // 2
+        say(f"memory ran out with {size} {self.what} at once; from now on {self.size}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,81 @@
+"""Full fine-tuning: what is saved is a transformer that stock diffusers reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from generator.wan import WanGenerator
+from tests.tiny import tiny_config, tiny_generator
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def tuned(folder: Path) -> WanGenerator:
+    """Every weight moved a little."""
+    generator = WanGenerator.load(tiny_config(folder, lora=None), device="cpu")
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in generator.module.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
+    return generator
+
+
+def test_stock_diffusers_reads_it(tuned: WanGenerator, tmp_path: Path) -> None:
+    file = tuned.save_trained(tmp_path)
+    assert file == tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    stock, info = WanTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    want = tuned.module.state_dict()
+    assert all(torch.equal(weight, want[name]) for name, weight in stock.state_dict().items())
+    assert len(want) == len(stock.state_dict())
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_it_comes_back_under_an_adapter_too(
+    tuned: WanGenerator, folder: Path, tmp_path: Path, *, with_adapter: bool
+) -> None:
+    want = tuned.sample([PROMPT], [1])
+    tuned.save_trained(tmp_path)
+    options = {} if with_adapter else {"lora": None}
+    other = WanGenerator.load(tiny_config(folder, **options), device="cpu")
+    assert not torch.equal(other.sample([PROMPT], [1]), want)
+    other.load_trained(tmp_path)  # an adapter that was never trained adds nothing
+    torch.testing.assert_close(other.sample([PROMPT], [1]), want, rtol=1e-5, atol=1e-5)
+
+
+def test_another_model_is_named(tuned: WanGenerator, tmp_path: Path) -> None:
+    file = tuned.save_trained(tmp_path)
+    state = load_file(file)
+    state["proj_out.bias"] = state["proj_out.bias"][:-1].clone()
+    state["proj_in.bias"] = state.pop("patch_embedding.bias")
+    save_file(state, file)
+    with pytest.raises(ValueError, match=r"another model \(3 problems\)") as error:
+        tuned.load_trained(tmp_path)
+    for words in ("unexpected proj_in.bias", "missing patch_embedding.bias", "proj_out.bias is (63,), want (64,)"):
+        assert words in str(error.value)
+
+
+def test_an_adapter_needs_a_place(tuned: WanGenerator, folder: Path, tmp_path: Path) -> None:
+    tiny_generator(folder).save_trained(tmp_path)
+    with pytest.raises(ValueError, match=r"lora is null and .* holds no whole transformer"):
+        tuned.load_trained(tmp_path)
+
+
+def test_half_precision_is_of_all_weights_and_of_no_buffer(folder: Path) -> None:
+    generator = WanGenerator.load(tiny_config(folder, lora=None, dtype="bfloat16"), device="cpu")
+    assert {p.dtype for p in generator.module.parameters()} == {torch.bfloat16}
+    assert all(buffer.dtype != torch.bfloat16 for buffer in generator.module.buffers())
+    exact = WanGenerator.load(tiny_config(folder, lora=None), device="cpu").sample([PROMPT], [1])
+    assert float((generator.sample([PROMPT], [1]) - exact).norm() / exact.norm()) < 0.1
+    (group,) = generator.rollout([PROMPT], group_size=2, seeds=[1])
+    with torch.no_grad(), generator.reference():
+        law = generator.transition(PROMPT, group.steps[0])
+    with torch.no_grad():
+        assert torch.equal(generator.transition(PROMPT, group.steps[0]).mean, law.mean)  # the copy is as coarse

@@ -1,0 +1,100 @@
+"""Run by test_grpo_matrix.py under a launcher: two GRPO steps in every precision and ZeRO stage, on real ranks.
+
+    python tests/launch/grpo_ranks.py CONFIG
+
+Prints one JSON line from rank 0: {case: what it found}. Adapters start at random weights, so that the policy is not its
+reference and the loss is not zero.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import launch.compose
+from common import distributed
+from common.config import load
+from generator.wan import WanGenerator
+from launch.compose import quiet
+from launch.ema import Ema
+from launch.grpo import build
+from launch.runs import EmaConfig, GrpoRun
+from launch.zero3 import whole_state
+from tests.launch.processes import ZERO_3
+
+LORA, FULL = "generator.lora.rank=4", "generator.lora=null"
+CASES: dict[str, list[str]] = {}
+for _dtype in ("float32", "bfloat16"):
+    for _stage in (1, 2, 3):
+        CASES[f"{_dtype} {_stage}"] = [f"generator.dtype={_dtype}", f"zero_stage={_stage}"]
+    for _stage in (1, 3):
+        CASES[f"{_dtype} {_stage} full"] = [f"generator.dtype={_dtype}", f"zero_stage={_stage}", FULL]
+ALONE = {"float32 0": ["generator.dtype=float32", "zero_stage=0"]}
+SHARED = {f"float32 {stage} shared": [f"zero_stage={stage}", "grpo.ranks_per_group=2"] for stage in (1, 3)}
+SHARED["float32 1 shared per member"] = ["zero_stage=1", "grpo.ranks_per_group=2", "grpo.update=per_member"]
+SHARED["float32 1 side by side"] = ["zero_stage=1", "grpo.overlap_scoring=true"]
+
+
+def moved(cfg: Any, *, seed: int = 0) -> WanGenerator:
+    """The generator with every trained weight a little off its start."""
+    generator = WanGenerator.load(cfg, device="cpu", seed=seed)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in generator.module.parameters():
+            if parameter.requires_grad:
+                size = 0.1 if cfg.lora is not None else 0.02
+                parameter.add_(size * torch.randn(parameter.shape, generator=draw).to(parameter.dtype))
+    return generator
+
+
+def check(config: str, overrides: list[str]) -> dict[str, Any]:
+    stage = [word for word in ZERO_3[1:] if "zero_stage=3" in overrides]
+    cfg = load(GrpoRun, Path(config), [*overrides, *stage, "grpo.kl_weight=1.0", "grpo.group_size=4"])
+    prompts = ["a red circle", "a blue square", "two cats", "rain", "snow"]
+    loop, generator, _ = build(cfg, prompts)
+    ema = Ema(EmaConfig(decay=0.5), generator.module)
+    start = {name: tensor.clone() for name, tensor in ema.average.items()}
+    history, seen = [], []
+    for step in range(2):
+        history.append(loop.step(step))
+        ema.update()
+        seen.append(whole_state(generator.module, trained_only=True))
+    with ema.swapped_in():
+        inside = whole_state(generator.module, trained_only=True)
+    after = whole_state(generator.module, trained_only=True)
+    # d = min(1/2, (1 + n) / (10 + n)) is 2/11 and 3/12
+    expected = {
+        name: 3 / 12 * (2 / 11 * start[name] + 9 / 11 * seen[0][name].float()) + 9 / 12 * seen[1][name].float()
+        for name in seen[0]
+    }
+    state = ema.state()
+    return {
+        "ratio": [result.metrics["train/ratio_max_dev"] for result in history],
+        **{key: [result.metrics.get(f"train/{key}") for result in history] for key in ("loss", "kl", "grad_norm")},
+        "reward": [result.metrics["reward/brightness"] for result in history],
+        "moved": max((float((seen[1][n].float() - start[n]).abs().max()) for n in seen[1]), default=0.0),
+        "average": max((float((ema.average[n] - expected[n]).abs().max()) for n in expected), default=0.0),
+        "swapped": all(torch.equal(inside[n], state[n]) for n in inside),
+        "restored": all(torch.equal(after[n], seen[1][n]) for n in after),
+    }
+
+
+def main() -> None:
+    quiet()
+    distributed.init_process_group()
+    launch.compose.build_generator = moved
+    cases = CASES | (SHARED if distributed.world_size() > 1 else ALONE)
+    results = {name: check(sys.argv[-1], overrides) for name, overrides in cases.items()}
+    if distributed.is_main():
+        sys.stdout.write("\n" + json.dumps(results) + "\n")
+        sys.stdout.flush()
+    distributed.barrier()
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
