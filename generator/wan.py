@@ -222,7 +222,8 @@ class WanGenerator:
             texts += [self.cfg.sampler.negative_prompt] * len(texts)
             x_BCFHW, sigma_B = torch.cat([x_BCFHW, x_BCFHW]), torch.cat([sigma_B, sigma_B])
         module, transformer = self._active()
-        module.eval()
+        if module.training:  # asking costs nothing, telling every submodule cost a tenth of a tiny model's forward
+            module.eval()
         dtype = transformer.patch_embedding.weight.dtype
         out = module(
             hidden_states=x_BCFHW.to(self.device, dtype),
@@ -246,7 +247,7 @@ class WanGenerator:
         self._in_reference = True
         try:
             if self.cfg.lora is not None:
-                with self.module.disable_adapter():
+                with adapter.switched_off(self.module):
                     yield
             else:
                 if self._frozen is None:

@@ -19,9 +19,11 @@ SCHEMAS = {
     "dual_rl": DualRlRun,
     "generative": DualRlRun,
     "grpo": GrpoRun,
+    "grpo_oracle": GrpoRun,
     "sample": SampleRun,
     "score": ScoreRun,
     "evaluate": GeneratorEvaluation,
+    "evaluate_oracle": GeneratorEvaluation,
     "evaluate_rm": RewardEvaluation,
 }
 SISTERS = sorted((ROOT / "sisters").glob("*.yaml"))  # these stand on a GRPO recipe
@@ -41,10 +43,9 @@ def test_there_are_some_and_a_wrong_key_would_be_seen() -> None:
 
 def test_the_worlds_generator_is_the_same_in_every_file() -> None:
     """Sampling, training and evaluating the tiny Wan under different settings would compare different models."""
-    generators = [
-        load(SCHEMAS[name], ROOT / "shapes" / f"{name}.yaml").generator for name in ("grpo", "sample", "evaluate")
-    ]
-    assert generators[0] == generators[1] == generators[2]
+    names = ("grpo", "sample", "evaluate", "grpo_oracle", "evaluate_oracle")
+    generators = [load(SCHEMAS[name], ROOT / "shapes" / f"{name}.yaml").generator for name in names]
+    assert all(one == generators[0] for one in generators)
 
 
 @pytest.mark.parametrize("path", SISTERS, ids=lambda path: path.stem)

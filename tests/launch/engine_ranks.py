@@ -20,9 +20,12 @@ BACKWARDS = 4  # of one optimizer step, over all ranks
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=0.0, warmup_steps=3)
 
 
-def network() -> torch.nn.Module:
+def network(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """With a buffer that stays fp32, as rotary frequencies do."""
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(7, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3))
+    module = torch.nn.Sequential(torch.nn.Linear(7, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)).to(dtype)
+    module[1].register_buffer("angle", torch.tensor([1 / 3]), persistent=False)
+    return module
 
 
 def loss(module: torch.nn.Module, step: int, i: int) -> torch.Tensor:
@@ -72,20 +75,21 @@ def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 
 def check(stage: int, later_stage: int, dtype: torch.dtype, folder: Path) -> dict[str, float]:
-    straight = network().to(dtype)
+    straight = network(dtype)
     train(engine_of(straight, stage), straight, range(5))
-    first = network().to(dtype)
+    first = network(dtype)
     engine = engine_of(first, stage)
     train(engine, first, range(2))
     save_engine(engine, folder)
     distributed.barrier()
-    second = network().to(dtype)
+    second = network(dtype)
     torch.nn.init.zeros_(second[0].weight)  # whatever it was, the checkpoint decides
     engine = engine_of(second, later_stage)
     load_engine(engine, folder)
     resumed = distance(whole(first), whole(second))
     train(engine, second, range(2, 5))
     return {
+        "buffer": abs(float(straight[1].angle) - 1 / 3),
         "plain": distance(plain(5), whole(straight)),
         "loaded": resumed,
         "resumed": distance(whole(straight), whole(second)),

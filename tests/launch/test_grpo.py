@@ -22,6 +22,7 @@ from common.config import ConfigError, load
 from common.distributed import derive_seed
 from common.log import read_metrics
 from launch.compose import build_generator
+from launch.grpo import cache_prompts
 from launch.runs import GrpoRun, SampleRun
 from launch.sample import sample
 from tests.fakes import PlainEngine
@@ -294,6 +295,25 @@ def test_measured_on_the_way_averaged_and_without_text_encoder(tiny: Path) -> No
     samples = sorted(path.relative_to(folder / "evaluation") for path in (folder / "evaluation").rglob("*.mp4"))
     assert samples == [Path(f"step-00000{step}", f"000{i}.mp4") for step in (0, 1, 2) for i in (0, 1)]
     assert rows[0]["forwards/grad"] == 4 * 2  # a step's, not an evaluation's
+
+
+@pytest.mark.slow
+def test_cached_prompts_are_all_that_is_left(tiny: Path) -> None:
+    """The second step's alone, where the first is done. The text encoder is gone."""
+    cfg = load(GrpoRun, tiny, ["steps=2"])
+    generator, schedule = (
+        build_generator(cfg.generator),
+        PromptSchedule(read_prompts(cfg.prompts), seed=0, prompts_per_step=4),
+    )
+    engine = PlainEngine(generator.module, accumulation=4)
+    loop = GrpoLoop(cfg.grpo, generator=generator, rewards={}, weights={}, engine=engine, prompts=schedule, fps=8.0)
+    cache_prompts(cfg, loop, ["a dog"], 1)
+    needed = {*schedule.at(1).prompts, "a dog", cfg.generator.sampler.negative_prompt}
+    assert len(generator.prompts) == len(needed) < 7
+    generator.sample(["a dog"], [1])
+    left = min({*read_prompts(cfg.prompts)} - needed)
+    with pytest.raises(RuntimeError, match=f"never encoded: '{left}'"):
+        generator.sample([left], [1])
 
 
 @pytest.mark.slow
