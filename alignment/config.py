@@ -81,6 +81,70 @@ class GrpoConfig:
 
 
 @dataclass(frozen=True)
+class PairConfig:
+    """How pairs are made of a prompt's videos, see `alignment.pairs.choose`.
+
+    candidates  K, videos per prompt
+    min_margin  the winner must be better by this, in standard deviations; 0 asks for more than a tie
+    agreement   drop pairs whose loser some reward prefers
+    """
+
+    candidates: int = 8
+    min_margin: float = 0.0
+    agreement: bool = True
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.candidates < 2:
+            problems.append(f"candidates must be at least 2, got {self.candidates}")
+        if not self.min_margin >= 0:
+            problems.append(f"min_margin must be at least 0, got {self.min_margin}")
+        _check("PairConfig", problems)
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """Training on pairs. Defaults are Flow-DPO's (2501.13918, Table 10), with beta counted on errors that are means.
+
+    method          "dpo"; "rwr", all videos weighted by exp(reward / temperature); "sft", the winners alone
+    beta            how hard the policy is held to its reference; 100 to 5000 are in use
+    beta_schedule   "constant", or "quadratic" beta (1 - sigma)^2, see `alignment.dpo_losses.beta_at`
+    sft_weight      of the winner's error beside the DPO loss, which holds it back from rising; 0 for none
+    temperature     of rwr, in standard deviations of the reward
+    noise           how sigma is drawn: "uniform" in (0, 1), or "logit_normal", sigmoid of N(0, 1); then shifted
+    noise_shift     sigma -> s sigma / (1 + (s - 1) sigma); 1 leaves it
+    pairs_per_step  pairs of one optimizer step, over ALL ranks
+    micro_batch     pairs at once: the transformer runs twice as many samples
+    epochs          how often each pair is seen, 0.5 is every other one
+    watch           steps over which the mean change of the winner's error is watched
+    stop_when_rising  stop when the winner's error rises above the reference's over ``watch`` steps: the policy runs
+                    from the loser, not to the winner. Otherwise a warning, once
+    """
+
+    method: Literal["dpo", "rwr", "sft"] = "dpo"
+    beta: float = 500.0
+    beta_schedule: Literal["constant", "quadratic"] = "constant"
+    sft_weight: float = 0.0
+    temperature: float = 1.0
+    noise: Literal["uniform", "logit_normal"] = "uniform"
+    noise_shift: float = 1.0
+    pairs_per_step: int = 64
+    micro_batch: int = 1
+    epochs: float = 1.0
+    watch: int = 20
+    stop_when_rising: bool = False
+
+    def __post_init__(self) -> None:
+        positive = ("beta", "temperature", "noise_shift", "pairs_per_step", "micro_batch", "epochs", "watch")
+        problems = [f"{n} must be positive, got {getattr(self, n)}" for n in positive if not getattr(self, n) > 0]
+        if not self.sft_weight >= 0:
+            problems.append(f"sft_weight must be at least 0, got {self.sft_weight}")
+        if self.sft_weight > 0 and self.method != "dpo":
+            problems.append(f"sft_weight goes with method dpo, got {self.method}")
+        _check("DpoConfig", problems)
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """One reward plug-in; its name is its key in the run's ``rewards``.
 

@@ -59,32 +59,46 @@ class PromptBatch:
         return PromptBatch(self.prompts[own], self.seeds[own])
 
 
-class PromptSchedule:
-    """Step -> prompts: the file in a new random order each epoch, no prompt twice before all were drawn.
+class IndexSchedule:
+    """Step -> indices of ``count`` things: all of them in a new random order each epoch, none twice before all were.
 
-    The prompt at position q of the whole run is the (q mod n)-th of epoch q // n, whose order depends on the seed
+    The one at position q of the whole run is the (q mod count)-th of epoch q // count, whose order depends on the seed
     and the epoch only. Neither the number of ranks nor where a run was resumed changes anything.
+
+    name  of what is drawn; schedules of other names have other orders
     """
+
+    def __init__(self, count: int, *, seed: int, per_step: int, name: str) -> None:
+        self.count, self.seed, self.per_step, self.name = count, seed, per_step, name
+        self._epoch, self._order = -1, list[int]()
+
+    def at(self, step: int) -> tuple[int, ...]:
+        """All ranks' indices of one step, from 0."""
+        first = step * self.per_step
+        return tuple(self._at_position(first + i) for i in range(self.per_step))
+
+    def _at_position(self, position: int) -> int:
+        epoch, place = divmod(position, self.count)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(self.count))
+            random.Random(derive_seed(self.seed, self.name, epoch)).shuffle(self._order)
+        return self._order[place]
+
+
+class PromptSchedule:
+    """Step -> prompts, by `IndexSchedule`."""
 
     def __init__(self, prompts: Sequence[str], *, seed: int, prompts_per_step: int) -> None:
         if not prompts or prompts_per_step < 1:
             raise ValueError(f"need prompts and prompts_per_step >= 1, got {len(prompts)} and {prompts_per_step}")
         self.prompts, self.seed, self.prompts_per_step = list(prompts), seed, prompts_per_step
-        self._epoch, self._order = -1, list[int]()
+        self._indices = IndexSchedule(len(self.prompts), seed=seed, per_step=prompts_per_step, name="prompts")
 
     def at(self, step: int) -> PromptBatch:
         """All ranks' prompts of one step, from 0."""
-        first = step * self.prompts_per_step
-        prompts = tuple(self._at_position(first + i) for i in range(self.prompts_per_step))
+        prompts = tuple(self.prompts[i] for i in self._indices.at(step))
         seeds = tuple(derive_seed(self.seed, "rollout", step, i) for i in range(self.prompts_per_step))
         return PromptBatch(prompts, seeds)
-
-    def _at_position(self, position: int) -> str:
-        epoch, place = divmod(position, len(self.prompts))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, list(range(len(self.prompts)))
-            random.Random(derive_seed(self.seed, "prompts", epoch)).shuffle(self._order)
-        return self.prompts[self._order[place]]
 
 
 def _json_prompt(line: str) -> str:

@@ -177,6 +177,10 @@ class Generator(Protocol):
         """uint8 video (B, T, Y, X, 3) on the CPU. No grad."""
         ...
 
+    def given_prompts(self, embedding_LD: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Inside, these prompts are known by embeddings computed elsewhere, (L, D) each without padding."""
+        ...
+
     def reference(self) -> AbstractContextManager[None]:
         """Inside, the generator is the frozen reference (adapter off). Use under no_grad only."""
         ...

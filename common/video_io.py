@@ -1,7 +1,8 @@
-"""Videos as mp4 files, written in process with PyAV: no ffmpeg binary, a few milliseconds for a small clip."""
+"""Videos as mp4 files, written and read in process with PyAV: no ffmpeg binary, a few milliseconds for a small clip."""
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,3 +37,46 @@ def write_mp4(path: str | Path, video_TYXC: Tensor, fps: float, *, crf: int = 12
         for frame_YXC in video_TYXC.cpu().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_YXC, format="rgb24")))
         container.mux(stream.encode())
+
+
+def read_frames(path: str | Path, *, num_frames: int, fps: float, height: int, width: int) -> Tensor:
+    """The first ``num_frames`` frames at ``fps`` of a file, uint8 RGB (T, Y, X, 3), scaled and cropped to size.
+
+    Frame i is the last one shown at i / fps seconds. Raises ValueError, naming the file, when it cannot be decoded, has
+    no video, or ends before the last of these frames is shown.
+    """
+    import av
+    import torch
+    import torch.nn.functional as F
+
+    wanted = [i / fps for i in range(num_frames)]
+    frames: list[Tensor] = []
+    shown = None
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path}: has no video stream")
+            stream, end = container.streams.video[0], 0.0
+            for frame in container.decode(stream):
+                start = end if frame.time is None else frame.time
+                while shown is not None and len(frames) < num_frames and wanted[len(frames)] < start - 1e-6:
+                    frames.append(shown)
+                if len(frames) == num_frames:
+                    break
+                shown = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                end = start + 1 / float(stream.average_rate or fps)
+    except (av.error.FFmpegError, OSError) as error:
+        raise ValueError(f"{path}: cannot be decoded ({error})") from error
+    while shown is not None and len(frames) < num_frames and wanted[len(frames)] < end - 1e-6:
+        frames.append(shown)
+    if len(frames) < num_frames:
+        raise ValueError(f"{path}: {len(frames)} frames at {fps:g} a second, {num_frames} are needed")
+    pixels = torch.stack(frames).permute(0, 3, 1, 2)
+    rows, columns = pixels.shape[2:]
+    if (rows, columns) != (height, width):
+        scale = max(height / rows, width / columns)
+        size = (max(height, math.ceil(rows * scale - 1e-6)), max(width, math.ceil(columns * scale - 1e-6)))
+        pixels = F.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True).round().clamp(0, 255)
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        pixels = pixels[:, :, top : top + height, left : left + width].to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,6 +56,22 @@ class PromptCache:
             rows = self._rows[prompt]
             embed_LD[: len(rows)] = rows
         return embeds_BLD.to(device)
+
+    @contextmanager
+    def given(self, embedding_LD: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, these prompts are in the cache, as `rows_of` gave them out; those it had already stay its own."""
+        new = {prompt: rows for prompt, rows in embedding_LD.items() if prompt not in self._rows}
+        self._rows |= new
+        try:
+            yield
+        finally:
+            for prompt in new:
+                del self._rows[prompt]
+
+    def rows_of(self, prompt: str) -> Tensor:
+        """(L, D), the prompt's embedding without its padding, on the CPU. Encodes it if it is new."""
+        self.encode([prompt])
+        return self._rows[prompt]
 
     def free_text_encoder(self) -> None:
         """Let go of the text encoder (11 GB for umt5-xxl in bf16). Cached prompts keep working."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -44,17 +44,19 @@ class WanGenerator:
     sharded = False
 
     def __init__(self, cfg: GeneratorConfig, pipeline: WanPipeline, module: nn.Module, device: torch.device) -> None:
+        """``pipeline`` may lack VAE and text encoder: then nothing is decoded or sampled, see `load`."""
         self.cfg = cfg
         self.kernel = Kernel(cfg.sampler.kernel, cfg.sampler.noise_level, cfg.sampler.max_std)
         self.module = module
         self.device = device
-        self.codec = LatentCodec(pipeline.vae, batch=cfg.decode_batch)
-        self.latent_shape = self.codec.latent_shape(
-            height=cfg.height,
-            width=cfg.width,
-            num_frames=cfg.num_frames,
-            patch=pipeline.transformer.config.patch_size,
-        )
+        if pipeline.vae is not None:
+            self.codec = LatentCodec(pipeline.vae, batch=cfg.decode_batch)
+            self.latent_shape = self.codec.latent_shape(
+                height=cfg.height,
+                width=cfg.width,
+                num_frames=cfg.num_frames,
+                patch=pipeline.transformer.config.patch_size,
+            )
         self.portions = Portions(cfg.rollout_batch, what="latents in the transformer")
         self.prompts = PromptCache(pipeline, max_length=cfg.max_sequence_length)
         self._pipeline = pipeline
@@ -62,11 +64,19 @@ class WanGenerator:
         self._frozen: WanTransformer3DModel | None = None
 
     @classmethod
-    def load(cls, cfg: GeneratorConfig, *, device: torch.device | str | None = None, seed: int = 0) -> WanGenerator:
+    def load(
+        cls,
+        cfg: GeneratorConfig,
+        *,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+        transformer_only: bool = False,
+    ) -> WanGenerator:
         """Read the folder with stock `from_pretrained`, freeze what is not trained, attach the adapter.
 
         device  where everything lives; by default the current CUDA device if there is one
         seed    of the adapter's initial weights, the same on all ranks
+        transformer_only  without VAE and text encoder, to train on latents and embeddings made before (`flow_error`)
         Raises FileNotFoundError when cfg.path is no WanPipeline folder, ValueError when the video size does not fit the
         VAE or a LoRA target matches nothing.
         """
@@ -74,11 +84,15 @@ class WanGenerator:
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
-        vae = AutoencoderKLWan.from_pretrained(cfg.path, subfolder="vae", dtype=torch.float32)
-        pipeline = WanPipeline.from_pretrained(cfg.path, vae=vae, dtype=getattr(torch, cfg.dtype))
+        if transformer_only:
+            parts = {"vae": None, "text_encoder": None, "tokenizer": None}
+        else:
+            parts = {"vae": AutoencoderKLWan.from_pretrained(cfg.path, subfolder="vae", dtype=torch.float32)}
+        pipeline = WanPipeline.from_pretrained(cfg.path, **parts, dtype=getattr(torch, cfg.dtype))
         pipeline.set_progress_bar_config(disable=True)
         for frozen in (pipeline.vae, pipeline.text_encoder):
-            frozen.requires_grad_(requires_grad=False).eval()
+            if frozen is not None:
+                frozen.requires_grad_(requires_grad=False).eval()
         pipeline.to(device)
         transformer = pipeline.transformer
         if cfg.gradient_checkpointing:
@@ -261,6 +275,10 @@ class WanGenerator:
     def encode_prompts(self, prompts: Sequence[str]) -> None:
         """Put these prompts' embeddings, and the negative prompt's, into the cache."""
         self.prompts.encode([*prompts, self.cfg.sampler.negative_prompt])
+
+    def given_prompts(self, embedding_LD: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """See `generator.prompts.PromptCache.given`."""
+        return self.prompts.given(embedding_LD)
 
     def free_text_encoder(self) -> None:
         """Drop the text encoder from memory. Prompts encoded before go on working, new ones raise RuntimeError."""

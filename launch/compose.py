@@ -45,7 +45,7 @@ def quiet() -> None:
             torch.set_num_threads(1)
 
 
-def build_generator(cfg: GeneratorConfig, *, seed: int = 0) -> WanGenerator:
+def build_generator(cfg: GeneratorConfig, *, seed: int = 0, transformer_only: bool = False) -> WanGenerator:
     """The Wan generator of a config, on this rank's device; ``seed`` decides a new adapter's first values."""
     import torch
     from diffusers.utils import logging as diffusers_logging
@@ -56,7 +56,7 @@ def build_generator(cfg: GeneratorConfig, *, seed: int = 0) -> WanGenerator:
     diffusers_logging.disable_progress_bar()  # of its own loading, several lines a rank
     transformers_logging.disable_progress_bar()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return WanGenerator.load(cfg, device=device, seed=seed)
+    return WanGenerator.load(cfg, device=device, seed=seed, transformer_only=transformer_only)
 
 
 def ds_config(

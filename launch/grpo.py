@@ -63,6 +63,7 @@ def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
     from launch.ema import Ema
     from launch.engine_state import go_on
     from launch.forwards import ForwardCounter
+    from launch.generator_state import export, save
     from launch.samples import SampleWriter, rows_of_step
 
     heldout = [] if cfg.evaluation is None else prompts_of(cfg.evaluation.prompts)[: cfg.evaluation.limit]
@@ -226,38 +227,6 @@ def cache_prompts(cfg: GrpoRun, loop: GrpoLoop, heldout: list[str], start: int) 
     say(f"encoding {len(own)} prompts, then without the text encoder")
     loop.generator.encode_prompts([*sorted(own), *heldout])
     loop.generator.free_text_encoder()
-
-
-def export(generator: WanGenerator, ema: Ema | None, run_dir: Path) -> None:
-    """final/, and final_ema/ where there is an average. All ranks call it."""
-    from common import distributed
-    from common.log import say
-    from launch.zero3 import whole_state
-
-    weights = whole_state(generator.module, trained_only=True)
-    if distributed.is_main():
-        say(f"done: {generator.save_trained(run_dir / 'final', weights)}")
-        if ema is not None:
-            say(f"its average: {generator.save_trained(run_dir / 'final_ema', ema.state())}")
-
-
-def save(
-    generator: WanGenerator, engine: DeepSpeedEngine, ema: Ema | None, run_dir: Path, *, step: int, keep: int
-) -> None:
-    """checkpoints/step-N: trained/ for people, engine.safetensors to go on from. All ranks call it."""
-    from common import checkpoint, distributed
-    from launch.engine_state import save_engine
-    from launch.zero3 import whole_state
-
-    def write(folder: Path) -> None:
-        save_engine(engine, folder)
-        if ema is not None:
-            ema.save(folder)
-        weights = whole_state(generator.module, trained_only=True)
-        if distributed.is_main():
-            generator.save_trained(folder / "trained", weights)
-
-    checkpoint.save(run_dir / "checkpoints", step, write, keep=keep, state={"steps_done": step})
 
 
 if __name__ == "__main__":

@@ -42,10 +42,10 @@ class OptimizerConfig:
         problems = [f"{n} must be at least 0, got {getattr(self, n)}" for n in _AT_LEAST_0 if getattr(self, n) < 0]
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             problems.append(f"betas must lie in [0, 1), got {list(self.betas)}")
-        _check("OptimizerConfig", problems)
+        check("OptimizerConfig", problems)
 
 
-_ZERO_STAGES = (0, 1, 2, 3)
+ZERO_STAGES = (0, 1, 2, 3)
 _AT_LEAST_0 = ("lr", "eps", "weight_decay", "max_grad_norm", "warmup_steps")
 
 
@@ -85,7 +85,7 @@ class EvaluationConfig:
         ]
         if self.videos < 0:
             problems.append(f"videos must be at least 0, got {self.videos}")
-        _check("EvaluationConfig", problems)
+        check("EvaluationConfig", problems)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class GrpoRun:
         problems = [f"{n} must be at least 1, got {getattr(self, n)}" for n in positive if getattr(self, n) < 1]
         if self.video_every < 0:
             problems.append(f"video_every must be at least 0, got {self.video_every}")
-        if self.zero_stage not in _ZERO_STAGES:
+        if self.zero_stage not in ZERO_STAGES:
             problems.append(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
         if self.zero_stage == 3 and self.generator.sampler.tail_cache > 1:
             problems.append("zero_stage 3 needs generator.sampler.tail_cache=1: all ranks must run the same blocks")
@@ -146,8 +146,8 @@ class GrpoRun:
             problems.append("rewards must name at least one reward, got none")
         elif all(reward.weight == 0 for reward in self.rewards.values()):
             problems.append("rewards need one weight that is not 0, else nothing is learned")
-        _check("GrpoRun", problems)
-        _check_rewards(self.rewards)
+        check("GrpoRun", problems)
+        check_rewards(self.rewards)
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class ColdStartRun:
         if self.data.layout != "descore" and self.cold_start.masking.probability < 1:
             want = "cold_start.masking.probability=1"
             problems.append(f"data.layout={self.data.layout} has no chains of thought: it needs {want}")
-        _check("ColdStartRun", problems)
+        check("ColdStartRun", problems)
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class DualRlRun:
             problems.append(f"data.layout must be descore, whose answers say what is right, not {self.data.layout}")
         if self.lora is not None and self.lora.dropout > 0:
             problems.append(f"lora.dropout must be 0, got {self.lora.dropout}: it would change the importance ratio")
-        _check("DualRlRun", problems)
+        check("DualRlRun", problems)
 
 
 @dataclass(frozen=True)
@@ -299,15 +299,15 @@ class SampleRun:
             problems.append(f"limit must be at least 1 or null, got {self.limit}")
         if not 0 <= self.crf <= 51:
             problems.append(f"crf must be in 0..51, got {self.crf}")
-        _check("SampleRun", problems)
+        check("SampleRun", problems)
 
 
-def _check_rewards(rewards: dict[str, RewardConfig]) -> None:
+def check_rewards(rewards: dict[str, RewardConfig]) -> None:
     for name, reward in rewards.items():
         factory_of(name, reward)
 
 
-def _check(owner: str, problems: list[str]) -> None:
+def check(owner: str, problems: list[str]) -> None:
     if problems:
         raise ValueError("; ".join(f"{owner}.{problem}" for problem in problems))
 
@@ -318,7 +318,7 @@ def _judge_problems(run: ColdStartRun | DualRlRun) -> list[str]:
     problems = [f"{n} must be at least 1, got {getattr(run, n)}" for n in positive if getattr(run, n) < 1]
     if run.eval_every < 0:
         problems.append(f"eval_every must be at least 0, got {run.eval_every}")
-    if run.zero_stage not in _ZERO_STAGES:
+    if run.zero_stage not in ZERO_STAGES:
         problems.append(f"zero_stage must be 0, 1, 2 or 3, got {run.zero_stage}")
     if run.dtype == "bfloat16" and run.zero_stage == 0:
         problems.append("zero_stage must be at least 1 with dtype bfloat16, got 0")

@@ -26,6 +26,7 @@ class Pair:
     video_A, video_B    files; cot_A, cot_B  "" if there is none; label  1 A is better, -1 B is better, 0 a tie
     scores_A, scores_B  the right sub-dimension scores, what stage 2 rewards chains of thought for; None if unknown
     labels              of other dimensions, by name, as far as somebody said
+    line                of the CSV, 0 where it came from none
     """
 
     prompt: str
@@ -37,6 +38,7 @@ class Pair:
     scores_A: Mapping[str, int | None] | None = None
     scores_B: Mapping[str, int | None] | None = None
     labels: Mapping[str, int] = field(default_factory=dict)
+    line: int = 0
 
     def __post_init__(self) -> None:
         for label in (self.label, *self.labels.values()):
@@ -124,7 +126,7 @@ def collect(
                 invalid += 1
                 continue
             try:
-                pairs.append(pair_of(row, label))
+                pairs.append(replace(pair_of(row, label), line=line))
             except ValueError as error:
                 problems.append(f"{path}:{line}: {error}")
     except (csv.Error, UnicodeDecodeError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -57,6 +57,8 @@ class FakeGenerator:
         self.sigmas = schedule.sigma_grid(num_steps, shift=3.0).tolist()
         self.kernel = flow.Kernel(self.how.kernel, self.how.noise_level, max_std)
         self.dtype, self.grad_forwards = dtype, 0
+        self.asked: list[list[str]] = []
+        self.known: set[str] = set()
 
     def rollout(
         self,
@@ -93,6 +95,22 @@ class FakeGenerator:
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
         """Latent -1..1 is black..white: (B, C, F, H, W) -> (B, T, Y, X, 3)."""
         return ((clean_BCFHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+    def flow_error(self, clean_BCFHW: Tensor, noise_BCFHW: Tensor, sigma_B: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.asked.append(list(prompts))
+        self.grad_forwards += len(prompts) * torch.is_grad_enabled()
+        errors = []
+        for clean, noise, sigma in zip(clean_BCFHW.to(self.dtype), noise_BCFHW.to(self.dtype), sigma_B, strict=True):
+            at = float(sigma)
+            v = self.module(((1 - at) * clean + at * noise)[None], at)[0]
+            errors.append((v - (noise - clean)).square().mean())
+        return torch.stack(errors)
+
+    @contextmanager
+    def given_prompts(self, embedding_LD: Mapping[str, Tensor]) -> Iterator[None]:
+        self.known = set(embedding_LD)
+        yield
+        self.known = set()
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import pytest
 
 from common.config import ConfigError, load
 from launch.evaluate import GeneratorEvaluation, RewardEvaluation
+from launch.pair_runs import DpoRun, PairsRun
 from launch.runs import ColdStartRun, DualRlRun, GrpoRun, SampleRun
 from launch.score import ScoreRun
 
@@ -16,10 +17,12 @@ SCHEMAS = {
     "cold_start": ColdStartRun,
     "dimensions": ColdStartRun,
     "discriminative": ColdStartRun,
+    "dpo": DpoRun,
     "dual_rl": DualRlRun,
     "generative": DualRlRun,
     "grpo": GrpoRun,
     "grpo_oracle": GrpoRun,
+    "pairs": PairsRun,
     "sample": SampleRun,
     "score": ScoreRun,
     "evaluate": GeneratorEvaluation,
@@ -43,7 +46,7 @@ def test_there_are_some_and_a_wrong_key_would_be_seen() -> None:
 
 def test_the_worlds_generator_is_the_same_in_every_file() -> None:
     """Sampling, training and evaluating the tiny Wan under different settings would compare different models."""
-    names = ("grpo", "sample", "evaluate", "grpo_oracle", "evaluate_oracle")
+    names = ("grpo", "sample", "evaluate", "grpo_oracle", "evaluate_oracle", "pairs", "dpo")
     generators = [load(SCHEMAS[name], ROOT / "shapes" / f"{name}.yaml").generator for name in names]
     assert all(one == generators[0] for one in generators)
 

@@ -16,17 +16,14 @@ import yaml
 
 from alignment.data import PromptSchedule, read_prompts
 from alignment.grpo import GrpoLoop, Judgement, backwards_per_update
-from alignment.rewards.brightness import Brightness
 from common.checkpoint import load_tensors
 from common.config import ConfigError, load
-from common.distributed import derive_seed
 from common.log import read_metrics
 from launch.compose import build_generator
-from launch.grpo import cache_prompts
 from launch.runs import GrpoRun, SampleRun
 from launch.sample import sample
 from tests.fakes import PlainEngine
-from tests.launch.processes import ROOT, ZERO_3, deepspeed, run
+from tests.launch.processes import ROOT, deepspeed, run
 
 SCRIPT = str(ROOT / "launch" / "grpo.py")
 SAFE = {".json", ".jsonl", ".yaml", ".safetensors", ".mp4"}  # no pickle anywhere
@@ -258,82 +255,6 @@ def test_what_a_run_leaves_behind(whole: Path) -> None:
     better, worse = sorted(lines, key=lambda line: -line["rewards"]["brightness"])
     assert better["advantage"] == pytest.approx(-worse["advantage"])
     assert better["advantage"] > 0
-
-
-@pytest.mark.slow
-def test_measured_on_the_way_averaged_and_without_text_encoder(tiny: Path) -> None:
-    """Three held-out prompts on two ranks under ZeRO 3; stopped after the first step and resumed."""
-    (tiny.parent / "heldout.txt").write_text("a dog\na green star\nfog\nnever\n")
-    words = [f"run_dir={tiny.parent / 'measured'}", *ZERO_3, "cache_prompts=true", "ema.decay=0.9"]
-    words += [f"evaluation.prompts={tiny.parent / 'heldout.txt'}", "evaluation.every=1", "evaluation.limit=3"]
-    words += ["evaluation.stock=true", "evaluation.videos=2"]
-    done = on_two_ranks(tiny, *words, "steps=1")
-    assert "then without the text encoder" in done.stdout
-    on_two_ranks(tiny, *words, "steps=2")
-    folder = tiny.parent / "measured"
-    rows = numbers(folder)
-    assert [row["step"] for row in rows] == [0, 1, 2]
-    assert rows[2].keys() == {"step", "eval/brightness", "eval_stock/brightness"}
-    # before the first step the base, after the last the average that is exported; by another route
-    cfg = load(GrpoRun, tiny)
-    prompts, seeds = ["a dog", "a green star", "fog"], [derive_seed(0, "evaluate", i) for i in range(3)]
-    for row, adapter in ((rows[0], None), (rows[2], folder / "final_ema")):
-        generator = build_generator(cfg.generator)
-        if adapter is not None:
-            generator.load_trained(adapter)
-        for name, scheduler in (("eval", "euler"), ("eval_stock", "pipeline")):
-            video = generator.decode(generator.sample(prompts, seeds, scheduler=scheduler))
-            want = Brightness().score(video, prompts, fps=8.0).value_B.mean()
-            assert row[f"{name}/brightness"] == pytest.approx(float(want), abs=2e-4)
-    assert abs(rows[0]["eval/brightness"] - rows[2]["eval/brightness"]) > 1e-6
-    # d = 2/11 and 3/12: nearer to the last weights than to the first, and not the same
-    raw = [adapter_of(folder, Path("checkpoints", f"step-00000{n}", "trained")) for n in (1, 2)]
-    average = adapter_of(folder, Path("final_ema"))
-    for name in (name for name in average if "lora_B" in name):  # which starts at zero
-        want = 3 / 12 * 9 / 11 * raw[0][name] + 9 / 12 * raw[1][name]
-        torch.testing.assert_close(average[name], want, rtol=1e-4, atol=1e-7)
-    samples = sorted(path.relative_to(folder / "evaluation") for path in (folder / "evaluation").rglob("*.mp4"))
-    assert samples == [Path(f"step-00000{step}", f"000{i}.mp4") for step in (0, 1, 2) for i in (0, 1)]
-    assert rows[0]["forwards/grad"] == 4 * 2  # a step's, not an evaluation's
-
-
-@pytest.mark.slow
-def test_cached_prompts_are_all_that_is_left(tiny: Path) -> None:
-    """The second step's alone, where the first is done. The text encoder is gone."""
-    cfg = load(GrpoRun, tiny, ["steps=2"])
-    generator, schedule = (
-        build_generator(cfg.generator),
-        PromptSchedule(read_prompts(cfg.prompts), seed=0, prompts_per_step=4),
-    )
-    engine = PlainEngine(generator.module, accumulation=4)
-    loop = GrpoLoop(cfg.grpo, generator=generator, rewards={}, weights={}, engine=engine, prompts=schedule, fps=8.0)
-    cache_prompts(cfg, loop, ["a dog"], 1)
-    needed = {*schedule.at(1).prompts, "a dog", cfg.generator.sampler.negative_prompt}
-    assert len(generator.prompts) == len(needed) < 7
-    generator.sample(["a dog"], [1])
-    left = min({*read_prompts(cfg.prompts)} - needed)
-    with pytest.raises(RuntimeError, match=f"never encoded: '{left}'"):
-        generator.sample([left], [1])
-
-
-@pytest.mark.slow
-def test_fine_tuning_every_weight(tiny: Path) -> None:
-    """In bfloat16, with the norms that diffusers keeps in fp32; what is exported is what was trained."""
-    folder = tiny.parent / "full"
-    alone(tiny, f"run_dir={folder}", "generator.lora=null", "generator.dtype=bfloat16", "steps=1")
-    assert numbers(folder)[0]["train/ratio_max_dev"] < 1e-3
-    cfg = load(GrpoRun, tiny, ["generator.lora=null", "generator.dtype=bfloat16"])
-    tuned, base = build_generator(cfg.generator), build_generator(cfg.generator)
-    tuned.load_trained(folder / "final")
-    saved = load_tensors(folder / "checkpoints" / "step-000001" / "engine.safetensors")
-    moved = 0
-    for (name, weight), old in zip(tuned.module.named_parameters(), base.module.parameters(), strict=True):
-        assert torch.equal(weight, saved[f"weight.{name}"].to(torch.bfloat16)), name
-        moved += not torch.equal(weight, old)
-    assert moved > 40
-    rows = str(tiny.parent / "full_samples")
-    sample(SampleRun(rows, cfg.prompts, cfg.generator, adapter=str(folder / "final"), limit=1))
-    assert (Path(rows) / "0000.mp4").stat().st_size > 0
 
 
 # ------------------------------------------------------------------ the loop on a real Wan, in this process

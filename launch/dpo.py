@@ -1,0 +1,265 @@
+"""Flow-DPO: fine-tune a Wan generator on pairs of latents that launch/pairs.py wrote; Flow-RWR and SFT alike.
+
+    deepspeed --num_accelerators 2 launch/dpo.py --config configs/wan/dpo.yaml pairs=data/pairs
+
+torchrun and plain python work too. The run folder gets config.yaml, metrics.jsonl, checkpoints/ and final/, the trained
+adapter; started again, a run goes on from its newest whole checkpoint. Neither VAE nor text encoder is loaded, unless
+``refresh`` makes new pairs on the way.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.config import dump, parse_command_line
+from launch.pair_runs import DpoRun
+from launch.refuse import refuse
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from alignment.dpo import DpoLoop
+    from alignment.pair_store import PairSet
+    from generator.wan import WanGenerator
+
+
+def main() -> None:
+    command = parse_command_line(DpoRun, description=__doc__.splitlines()[0])
+    train(command.cfg, resume=command.resume)
+
+
+def read_set(folder: str) -> PairSet:
+    """A set of pairs; exit with code 2 when it is not whole."""
+    from alignment.pair_store import PairSet
+
+    try:
+        return PairSet(folder)
+    except ValueError as error:
+        refuse(str(error))
+
+
+def train(cfg: DpoRun, *, resume: str) -> None:
+    """The whole run: build, go on where it was, one `DpoLoop.step` after the other, save."""
+    from launch.compose import quiet
+
+    quiet()
+    from alignment.dpo import steps_of
+    from common import distributed
+    from common.log import RunLog, progress, say
+    from launch.ema import Ema
+    from launch.engine_state import go_on
+    from launch.forwards import ForwardCounter
+    from launch.generator_state import export
+
+    pairs = read_set(cfg.pairs)
+    heldout = None if cfg.heldout is None else read_set(cfg.heldout)
+    distributed.init_process_group()
+    run_dir = Path(cfg.run_dir)
+    if distributed.is_main():
+        dump(cfg, run_dir)
+    loop, generator, engine = build(cfg, pairs)
+    steps = steps_of(cfg.dpo, len(pairs))
+    for line in arithmetic(cfg, loop, generator, pairs=len(pairs), steps=steps):
+        say(line)
+    ema = None if cfg.ema is None else Ema(cfg.ema, generator.module)
+    refresher = Refresher(cfg, loop, generator)
+    start = go_on(engine, resume, run_dir, also=[Watched(loop), *([] if ema is None else [ema])])
+    counter = ForwardCounter(generator.module)
+    log = RunLog(run_dir, wandb=cfg.wandb, total=steps)
+    log.truncate(start)
+    warned = False
+
+    for step in progress(range(start, steps), steps - start, "dpo"):
+        refresher.before(step, first=step == start)
+        metrics = timed(loop, step)
+        if ema is not None:
+            ema.update()
+        last = step + 1 == steps
+        warned, stop = watch(cfg, loop, step, warned=warned)
+        counts = counter.take()
+        if heldout is not None and (last or stop or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+            metrics |= loop.evaluate(heldout, limit=cfg.heldout_pairs)
+            counter.take()  # not a step's cost
+        log.log(step, {**metrics, **counts})
+        if last or stop or (step + 1) % cfg.save_every == 0:
+            save(cfg, loop, generator, engine, ema, step=step + 1)
+        if stop:
+            break
+
+    export(generator, ema, run_dir)
+    log.close()
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def build(cfg: DpoRun, pairs: PairSet) -> tuple[DpoLoop, WanGenerator, DeepSpeedEngine]:
+    """Everything a run is made of, on this rank; exit with code 2 when ranks cannot share a step's pairs."""
+    from alignment.dpo import DpoLoop, backwards_per_update
+    from common import distributed
+    from common.log import say
+    from launch.compose import build_engine, build_generator
+
+    try:
+        accumulation = backwards_per_update(cfg.dpo, distributed.world_size())
+    except ValueError as error:
+        refuse(str(error))
+    say(f"loading the generator {cfg.generator.path}")
+    generator = build_generator(cfg.generator, seed=cfg.seed, transformer_only=cfg.refresh is None)
+    engine = build_engine(
+        generator.module,
+        optimizer=cfg.optimizer,
+        zero_stage=cfg.zero_stage,
+        accumulation=accumulation,
+        overrides=cfg.deepspeed,
+    )
+    generator.sharded = cfg.zero_stage == 3
+    try:
+        loop = DpoLoop(
+            cfg.dpo,
+            generator=generator,
+            engine=engine,
+            pairs=pairs,
+            seed=cfg.seed,
+            grad_norm=engine.get_global_grad_norm,
+        )
+    except ValueError as error:
+        refuse(str(error))
+    return loop, generator, engine
+
+
+def arithmetic(cfg: DpoRun, loop: DpoLoop, generator: WanGenerator, *, pairs: int, steps: int) -> list[str]:
+    """How pairs, ranks and accumulation make one update."""
+    from common import distributed
+    from launch.zero3 import elements
+
+    ranks, how = distributed.world_size(), cfg.dpo
+    trained = elements(p for p in generator.module.parameters() if p.requires_grad)
+    return [
+        f"one update = {how.pairs_per_step} pairs, on {ranks} rank{'s' * (ranks > 1)} x {loop.backwards} accumulated "
+        f"backwards of {how.micro_batch} pairs; {pairs} pairs, {how.epochs:g} epochs = {steps} updates",
+        f"{how.method}: training {trained:,} of {elements(generator.module.parameters()):,} parameters, "
+        f"ZeRO {cfg.zero_stage}",
+    ]
+
+
+def timed(loop: DpoLoop, step: int) -> dict[str, float]:
+    """One step's metrics, with its seconds and the most memory any rank has held."""
+    import resource
+    import time
+
+    import torch
+
+    from common.distributed import max_over_ranks, mean_over_ranks
+
+    start = time.perf_counter()
+    metrics = loop.step(step)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds = mean_over_ranks({"seconds/step": time.perf_counter() - start})
+    return {**metrics, **seconds, "memory/peak_gb": max_over_ranks(peak)}
+
+
+def watch(cfg: DpoRun, loop: DpoLoop, step: int, *, warned: bool) -> tuple[bool, bool]:
+    """(warned, stop): say once that the policy runs from the loser, and whether to stop for it."""
+    from common.log import say
+
+    if not loop.rising():
+        return warned, False
+    if not warned or cfg.dpo.stop_when_rising:
+        say(
+            f"step {step}: over {cfg.dpo.watch} steps the winner's error has risen above the reference's: the policy "
+            "runs from the loser, not to the winner. A larger dpo.beta, a smaller optimizer.lr or dpo.sft_weight helps"
+        )
+    return True, cfg.dpo.stop_when_rising
+
+
+class Watched:
+    """What `DpoLoop.rising` remembers, in the checkpoint."""
+
+    def __init__(self, loop: DpoLoop) -> None:
+        self.loop = loop
+
+    def load(self, folder: Path) -> None:
+        from common.checkpoint import load_state
+
+        self.loop.watched.clear()
+        self.loop.watched.extend(float("nan") if value is None else value for value in load_state(folder)["watched"])
+
+
+class Refresher:
+    """Online pairs: before step n every, the policy makes a set of its own in run_dir/pairs/round-n."""
+
+    def __init__(self, cfg: DpoRun, loop: DpoLoop, generator: WanGenerator) -> None:
+        self.cfg, self.loop, self.generator = cfg, loop, generator
+        self.rewards = None
+        if cfg.refresh is not None:
+            from launch.compose import build_rewards
+
+            self.rewards = build_rewards(cfg.refresh.rewards)
+
+    def before(self, step: int, *, first: bool) -> None:
+        """All ranks call it before every step; ``first`` after a start, when the current round must be found again."""
+        from alignment.pair_store import MANIFEST, PairSet
+
+        how = self.cfg.refresh
+        if how is None or step < how.every:
+            return
+        turn = step // how.every
+        folder = Path(self.cfg.run_dir) / "pairs" / f"round-{turn:04d}"
+        if step % how.every == 0:
+            self.make(folder, turn)
+        elif first:
+            whole = [
+                one for one in sorted(folder.parent.glob("round-*")) if one <= folder and (one / MANIFEST).exists()
+            ]
+            if whole:
+                self.loop.use(PairSet(whole[-1]))
+
+    def make(self, folder: Path, turn: int) -> None:
+        from alignment.data import IndexSchedule, read_prompts
+        from alignment.pair_store import PairSet
+        from common.distributed import derive_seed
+        from launch.pair_making import make_pairs
+
+        how = self.cfg.refresh
+        prompts = read_prompts(how.prompts)
+        drawn = IndexSchedule(len(prompts), seed=self.cfg.seed, per_step=how.limit, name="refresh").at(turn - 1)
+        try:
+            make_pairs(
+                folder,
+                [prompts[i] for i in drawn],
+                self.generator,
+                self.rewards,
+                {name: reward.weight for name, reward in how.rewards.items()},
+                how=how.pairs,
+                seed=derive_seed(self.cfg.seed, "refresh", turn),
+                per_shard=64,
+                store="float32",
+                identity={"round": turn},
+                resume="none",
+            )
+            self.loop.use(PairSet(folder))
+        except ValueError as error:
+            from common.log import say
+
+            say(f"round {turn} of online pairs is left out, the ones before stay: {error}")
+
+
+def save(
+    cfg: DpoRun, loop: DpoLoop, generator: WanGenerator, engine: DeepSpeedEngine, ema: object, *, step: int
+) -> None:
+    """checkpoints/step-N as launch/grpo.py writes them, with what is watched. All ranks call it."""
+    import math
+
+    from launch.generator_state import save as save_run
+
+    watched = [None if math.isnan(value) else value for value in loop.watched]
+    save_run(generator, engine, ema, Path(cfg.run_dir), step=step, keep=cfg.keep, state={"watched": watched})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What a run that trains a generator leaves: checkpoints to go on from, and what was trained, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import checkpoint, distributed
+from common.log import say
+from launch.engine_state import save_engine
+from launch.zero3 import whole_state
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from generator.wan import WanGenerator
+    from launch.ema import Ema
+
+
+def save(
+    generator: WanGenerator,
+    engine: DeepSpeedEngine,
+    ema: Ema | None,
+    run_dir: Path,
+    *,
+    step: int,
+    keep: int,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """checkpoints/step-N: trained/ for people, engine.safetensors and ``state`` to go on from. All ranks call it."""
+
+    def write(folder: Path) -> None:
+        save_engine(engine, folder)
+        if ema is not None:
+            ema.save(folder)
+        weights = whole_state(generator.module, trained_only=True)
+        if distributed.is_main():
+            generator.save_trained(folder / "trained", weights)
+
+    checkpoint.save(run_dir / "checkpoints", step, write, keep=keep, state={"steps_done": step, **(state or {})})
+
+
+def export(generator: WanGenerator, ema: Ema | None, run_dir: Path) -> None:
+    """final/, and final_ema/ where there is an average. All ranks call it."""
+    weights = whole_state(generator.module, trained_only=True)
+    if distributed.is_main():
+        say(f"done: {generator.save_trained(run_dir / 'final', weights)}")
+        if ema is not None:
+            say(f"its average: {generator.save_trained(run_dir / 'final_ema', ema.state())}")

@@ -1,0 +1,138 @@
+"""Pairs of videos to train on: the generator's own, judged by rewards, or mp4 files that people compared.
+
+    deepspeed --num_accelerators 2 launch/pairs.py --config configs/wan/pairs.yaml prompts=prompts.txt out=data/pairs
+    python launch/pairs.py --config configs/wan/pairs.yaml prompts=null table.csv=train.csv out=data/pairs
+
+Writes latents and prompt embeddings as safetensors shards, see `alignment.pair_store`. Ranks share the prompts; started
+again, a run goes on where it was and the result has the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from common.config import dump, parse_command_line
+from launch.pair_runs import PairsRun
+
+NOT_IN_A_PAIR = ("out", "keep")  # settings that change no byte of the set
+
+
+def main() -> None:
+    command = parse_command_line(PairsRun, description=__doc__.splitlines()[0])
+    run(command.cfg, resume=command.resume)
+
+
+def run(cfg: PairsRun, *, resume: str) -> None:
+    """The whole set; exit with code 2 when the input is not what it should be, or no pair is left."""
+    from launch.refuse import refuse
+    from launch.rows import all_ranks
+
+    with all_ranks():
+        try:
+            pairs_of_table(cfg, resume) if cfg.table is not None else pairs_of_prompts(cfg, resume)
+        except ValueError as error:
+            refuse(str(error))
+
+
+def identity_of(cfg: PairsRun, *inputs: str | None) -> dict[str, Any]:
+    """Everything that decides the set's bytes."""
+    from launch.rows import fingerprint
+
+    settings = {name: value for name, value in asdict(cfg).items() if name not in NOT_IN_A_PAIR}
+    return {"settings": settings, "inputs": {path: fingerprint(path) for path in inputs if path is not None}}
+
+
+def is_made(cfg: PairsRun, identity: dict[str, Any], resume: str) -> bool:
+    """True when the set is there and whole. Raises ValueError, on every rank, when it is another one."""
+    import json
+
+    from alignment.pair_store import MANIFEST, PairSet
+    from common import distributed
+    from common.log import say
+
+    if resume == "none" or not (Path(cfg.out) / MANIFEST).exists():
+        distributed.barrier()  # nobody begins to write before all have looked
+        return False
+    found = PairSet(cfg.out)
+    distributed.barrier()
+    if found.about["identity"] != json.loads(json.dumps(identity)):
+        raise ValueError(f"{cfg.out} holds pairs made with other settings; name another out, or use --resume none")
+    say(f"{cfg.out} is there already: {len(found)} pairs")
+    return True
+
+
+def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
+    """Sample, judge, choose, write."""
+    from alignment.data import read_prompts
+
+    prompts = read_prompts(cfg.prompts)[: cfg.limit]
+    checkpoints = [reward.checkpoint for reward in cfg.rewards.values()]
+    identity = identity_of(cfg, cfg.prompts, cfg.generator.path, cfg.adapter, *checkpoints)
+    if is_made(cfg, identity, resume):
+        return
+    from common import distributed
+    from common.log import say
+    from launch.compose import build_generator, build_rewards, quiet
+    from launch.pair_making import make_pairs
+
+    quiet()
+    say(f"loading the generator {cfg.generator.path} and the rewards {', '.join(cfg.rewards)}")
+    generator = build_generator(cfg.generator)
+    if cfg.adapter is not None:
+        generator.load_trained(cfg.adapter)
+    if distributed.is_main():
+        dump(cfg, Path(cfg.out))
+    make_pairs(
+        Path(cfg.out),
+        prompts,
+        generator,
+        build_rewards(cfg.rewards),
+        {name: reward.weight for name, reward in cfg.rewards.items()},
+        how=cfg.pairs,
+        seed=cfg.seed,
+        per_shard=cfg.per_shard,
+        store=cfg.store,
+        identity=identity,
+        resume=resume,
+        keep=cfg.keep,
+    )
+
+
+def pairs_of_table(cfg: PairsRun, resume: str) -> None:
+    """Read, decode, encode, write."""
+    from rm.benchmarks import read_benchmark
+
+    source = cfg.table
+    table = read_benchmark(source.csv, source.layout, dimension=source.dimension, videos=source.videos)
+    identity = identity_of(cfg, source.csv, cfg.generator.path)
+    if is_made(cfg, identity, resume):
+        return
+    from common import distributed
+    from common.log import say
+    from launch.compose import build_generator, quiet
+    from launch.pair_making import candidates_of, conclude, digitise, labelled
+
+    quiet()
+    say(table.report())
+    decided = [pair for pair in table.pairs if pair.label != 0][: cfg.limit]
+    generator = build_generator(cfg.generator)
+    if distributed.is_main():
+        dump(cfg, Path(cfg.out))
+    folder = Path(cfg.out)
+    rows = candidates_of(folder, decided, digitise(generator, source.csv), identity=identity, resume=resume)
+    problem = None
+    if distributed.is_main():
+        failed = sum("error" in row for row in rows)
+        counts = {"rows": len(table.pairs) + len(table.problems) + table.invalid, "pairs": len(rows) - failed}
+        counts |= {"ties": sum(pair.label == 0 for pair in table.pairs), "invalid": table.invalid}
+        counts |= {"bad": len(table.problems), "failed": failed}
+        how = {"per_shard": cfg.per_shard, "store": cfg.store, "identity": identity, "keep": cfg.keep}
+        problem = conclude(folder, labelled(folder, rows), rows, counts, **how)
+    if problem := distributed.from_main(problem):
+        raise ValueError(problem)
+
+
+if __name__ == "__main__":
+    main()
