@@ -30,7 +30,7 @@ class PairsRun:
 
     prompts     as in `GrpoRun`; the generator makes pairs.candidates videos for each, without noise on the way
     table       or videos that exist, which are cut to the generator's size, frames and rate
-    rewards     of generated videos; weights count as in training, weight 0 only watches (and may veto, see agreement)
+    rewards     of generated videos; weights count as in training, weight 0 only watches
     adapter     folder of what was trained; null for the generator as it is
     limit       use only the first prompts, or rows
     per_shard   pairs in one file
