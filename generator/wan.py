@@ -49,6 +49,7 @@ class WanGenerator:
         self.kernel = Kernel(cfg.sampler.kernel, cfg.sampler.noise_level, cfg.sampler.max_std)
         self.module = module
         self.device = device
+        self.latent_shape: tuple[int, ...] = ()
         if pipeline.vae is not None:
             self.codec = LatentCodec(pipeline.vae, batch=cfg.decode_batch)
             self.latent_shape = self.codec.latent_shape(
@@ -80,7 +81,7 @@ class WanGenerator:
         Raises FileNotFoundError when cfg.path is no WanPipeline folder, ValueError when the video size does not fit the
         VAE or a LoRA target matches nothing.
         """
-        _require_folder(cfg.path)
+        weights.require_folder(cfg.path)
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
@@ -98,7 +99,7 @@ class WanGenerator:
         if cfg.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if cfg.lora is None:
-            module = _of_one_dtype(transformer, cfg.dtype).requires_grad_(requires_grad=True)
+            module = weights.of_one_dtype(transformer, cfg.dtype).requires_grad_(requires_grad=True)
         else:
             module = adapter.attach(transformer, cfg.lora, seed=seed)
         if cfg.compile:
@@ -125,6 +126,7 @@ class WanGenerator:
         """
         cfg = self.cfg.sampler
         sigmas = sigma_grid(cfg.num_steps, shift=cfg.shift).tolist()
+        self._require_vae()
         self.portions.fixed = self.sharded
         idle = self._idle_calls(group_size, seeds, iteration) if self.sharded else 0
 
@@ -166,6 +168,7 @@ class WanGenerator:
         Starts from the noise that `rollout` starts from for the same seed. "euler" walks the training grid; "pipeline"
         is the stock WanPipeline with the scheduler of its folder (UniPC for the published Wan 2.1).
         """
+        self._require_vae()
         if len(prompts) != len(seeds):
             raise ValueError(f"sample needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         if scheduler not in ("euler", "pipeline"):
@@ -306,6 +309,10 @@ class WanGenerator:
         else:
             adapter.load(self.module, Path(folder))
 
+    def _require_vae(self) -> None:
+        if self._pipeline.vae is None:
+            raise RuntimeError("this generator was loaded without its VAE, to train on given latents: it cannot sample")
+
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     def _guided(self, x_BCFHW: Tensor, sigma: float, prompts: Sequence[str], *, scale: float | None = None) -> Tensor:
@@ -372,23 +379,4 @@ class WanGenerator:
     def _load_frozen(self) -> WanTransformer3DModel:
         dtype = getattr(torch, self.cfg.dtype)
         model = WanTransformer3DModel.from_pretrained(self.cfg.path, subfolder="transformer", dtype=dtype)
-        return _of_one_dtype(model, self.cfg.dtype).requires_grad_(requires_grad=False).eval().to(self.device)
-
-
-def _of_one_dtype(transformer: WanTransformer3DModel, dtype: str) -> WanTransformer3DModel:
-    """Norms and modulations, which diffusers keeps in fp32, in ``dtype`` as well: DeepSpeed trains one dtype. They go
-    on computing in fp32, and buffers stay as they are.
-    """
-    for parameter in transformer.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
-    return transformer
-
-
-def _require_folder(path: str) -> None:
-    """Say plainly that a folder is missing: `from_pretrained` takes the path for a hub name and asks the network."""
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"GeneratorConfig.path {path} is no WanPipeline folder: it has no model_index.json")
-    elif path.startswith((".", "/", "~")) or path.count("/") != 1:  # a hub name is owner/name
-        raise FileNotFoundError(f"GeneratorConfig.path {path} does not exist")
+        return weights.of_one_dtype(model, self.cfg.dtype).requires_grad_(requires_grad=False).eval().to(self.device)

@@ -1,4 +1,4 @@
-"""A transformer that was fine-tuned whole, in diffusers' layout: what full fine-tuning leaves instead of an adapter."""
+"""Weights in diffusers' layouts: the folder a generator comes from, and a transformer that was fine-tuned whole."""
 
 from __future__ import annotations
 
@@ -62,3 +62,22 @@ def load(transformer: WanTransformer3DModel, folder: Path) -> None:
         raise ValueError(f"the transformer in {folder} is another model ({len(problems)} problems): {shown}")
     for name, tensor in stored.items():
         own[name].copy_(tensor)
+
+
+def of_one_dtype(transformer: WanTransformer3DModel, dtype: str) -> WanTransformer3DModel:
+    """Norms and modulations, which diffusers keeps in fp32, in ``dtype`` as well: DeepSpeed trains one dtype. They go
+    on computing in fp32, and buffers stay as they are.
+    """
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return transformer
+
+
+def require_folder(path: str) -> None:
+    """Say plainly that a folder is missing: `from_pretrained` takes the path for a hub name and asks the network."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(f"GeneratorConfig.path {path} is no WanPipeline folder: it has no model_index.json")
+    elif path.startswith((".", "/", "~")) or path.count("/") != 1:  # a hub name is owner/name
+        raise FileNotFoundError(f"GeneratorConfig.path {path} does not exist")

@@ -1,0 +1,176 @@
+"""launch/pairs.py as a user calls it: made on one rank or two, killed and gone on with, from prompts and from files."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from alignment.pair_store import PairSet
+from alignment.rewards.brightness import Brightness
+from common.config import ConfigError, load
+from common.distributed import derive_seed
+from common.video_io import write_mp4
+from launch.compose import build_generator
+from launch.pair_runs import DpoRun, PairsRun
+from tests.launch.processes import ROOT, deepspeed, run
+
+SCRIPT = str(ROOT / "launch" / "pairs.py")
+PROMPTS = ["a red circle", "a blue square", "two cats", "rain", "snow"]
+GENERATOR = {
+    **{"height": 16, "width": 16, "num_frames": 9, "fps": 8.0, "dtype": "float32"},
+    **{"gradient_checkpointing": False, "decode_batch": 8, "max_sequence_length": 24},
+    "lora": {"rank": 4, "alpha": 8.0},
+    "sampler": {"num_steps": 3, "stochastic_range": 2, "guidance_scale": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five prompts of three videos each from a random Wan, brightness as the reward."""
+    from tests.tiny import build_tiny_wan
+
+    root = tmp_path_factory.mktemp("pairs")
+    build_tiny_wan(root / "wan")
+    (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    values = {
+        "out": str(root / "set"),
+        "prompts": str(root / "prompts.txt"),
+        "generator": {"path": str(root / "wan"), **GENERATOR},
+        "pairs": {"candidates": 3},
+        "rewards": {"brightness": {}},
+        "per_shard": 2,
+    }
+    (root / "pairs.yaml").write_text(yaml.safe_dump(values))
+    return root / "pairs.yaml"
+
+
+@pytest.fixture(scope="module")
+def made(config: Path) -> Path:
+    """On one rank, in one go."""
+    done = run(sys.executable, SCRIPT, "--config", str(config))
+    assert "5 prompts, 5 pairs, 0 failed, 0 unjudged, 0 close, 0 disagreed" in done.stdout
+    return config.parent / "set"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of everything that training reads."""
+    files = [folder / "manifest.json", folder / "index.jsonl", *sorted((folder / "shards").iterdir())]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.slow
+def test_a_pair_is_the_best_and_the_worst_of_its_prompts_videos(config: Path, made: Path) -> None:
+    """By another route: the same seeds, judged here."""
+    generator, found = build_generator(load(PairsRun, config).generator), PairSet(made, check="sha256")
+    assert [row.prompt for row in found.rows] == PROMPTS
+    assert not (made / "candidates").exists()
+    for i, prompt in enumerate(PROMPTS):
+        seeds = [derive_seed(0, "pairs", i, k) for k in range(3)]
+        clean = generator.sample([prompt] * 3, seeds)
+        value = Brightness().score(generator.decode(clean), [prompt] * 3, fps=8.0).value_B
+        batch = found.read([i])
+        assert torch.equal(batch.win_NCFHW[0], clean[int(value.argmax())])
+        assert torch.equal(batch.lose_NCFHW[0], clean[int(value.argmin())])
+        assert torch.equal(batch.embeddings[prompt], generator.prompts.rows_of(prompt))
+        assert found.rows[i].source == f"seeds {seeds[int(value.argmax())]} {seeds[int(value.argmin())]}"
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_same_bytes_and_a_second_start_makes_none(config: Path, made: Path) -> None:
+    again = run(sys.executable, SCRIPT, "--config", str(config))
+    assert "is there already: 5 pairs" in again.stdout
+    want = digests(made)
+    done = deepspeed(2, SCRIPT, "--config", str(config), f"out={config.parent / 'two'}")
+    assert "5 pairs" in done.stdout
+    assert digests(config.parent / "two") == want
+    other = run(sys.executable, SCRIPT, "--config", str(config), "pairs.min_margin=0.25", expect=2)
+    assert "holds pairs made with other settings" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_makes_the_same_bytes(config: Path, made: Path) -> None:
+    folder = config.parent / "killed"
+    words = [sys.executable, SCRIPT, "--config", str(config), f"out={folder}"]
+    part = folder / "candidates.rank-0.jsonl"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as one:
+        deadline = time.time() + 120
+        while time.time() < deadline and not (part.exists() and part.read_text().count("\n") >= 2):
+            time.sleep(0.002)
+        os.kill(one.pid, signal.SIGKILL)
+    assert not (folder / "manifest.json").exists()
+    count = part.read_text().count("\n")
+    assert 2 <= count < 5
+    done = run(*words)
+    assert f"5 to do, {count} of them done before" in done.stdout
+    assert digests(folder) == digests(made)
+
+
+@pytest.mark.slow
+def test_from_a_table_of_files(config: Path) -> None:
+    """A tie, a file that is no video, one that is too short, and two pairs, in DeScore's columns."""
+    root = config.parent / "table"
+    root.mkdir()
+    draw = torch.Generator().manual_seed(0)
+    for name, frames in (("a", 9), ("b", 9), ("short", 5)):
+        colour = torch.randint(40, 215, (1, 1, 1, 3), generator=draw, dtype=torch.uint8)
+        write_mp4(root / f"{name}.mp4", colour.expand(frames, 32, 48, 3).contiguous(), 8.0)
+    (root / "broken.mp4").write_bytes(b"no video at all")
+    rows = [("a", "b", "A"), ("b", "broken", "A"), ("a", "b", "same"), ("a", "b", "B"), ("short", "a", "B")]
+    with (root / "pairs.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["videos", "prompt", "CoT_A", "CoT_B", "GSB"])
+        table.writeheader()
+        for one, two, label in rows:
+            videos = repr([f"{one}.mp4", f"{two}.mp4"])
+            table.writerow({"videos": videos, "prompt": "rain", "CoT_A": "", "CoT_B": "", "GSB": label})
+    words = ["--config", str(config), "prompts=null", f"table.csv={root / 'pairs.csv'}", f"out={root / 'set'}"]
+    done = run(sys.executable, SCRIPT, *words)
+    assert "5 rows, 2 pairs, 1 ties, 0 invalid, 0 bad, 2 failed" in done.stdout
+    assert "pairs.csv:3: " in done.stdout
+    assert "broken.mp4: cannot be decoded" in done.stdout
+    assert "pairs.csv:6: " in done.stdout
+    assert "short.mp4: 5 frames at 8 a second, 9 are needed" in done.stdout
+    found = PairSet(root / "set")
+    batch = found.read([0, 1])
+    assert torch.equal(batch.win_NCFHW[0], batch.lose_NCFHW[1])  # the label turned the pair round
+    assert [row.source for row in found.rows] == ["a.mp4 b.mp4", "b.mp4 a.mp4"]
+    assert bool(found.values().isnan().all())
+    generator = build_generator(load(PairsRun, config).generator)
+    colour = generator.decode(batch.win_NCFHW[:1]).float().mean((0, 1, 2, 3))
+    assert colour.shape == (3,)
+    assert batch.embeddings.keys() == {"rain"}
+
+
+def test_what_contradicts_itself_is_named() -> None:
+    base = ["out=x", "generator.path=x"]
+    for overrides, message in (
+        ([], "prompts or table must say"),
+        (["prompts=x", "table.csv=x", "rewards.brightness.weight=1"], "prompts or table must say"),
+        (["prompts=x"], "one weight that is not 0"),
+        (["prompts=x", "rewards.brightness.weight=1", "pairs.candidates=1"], "candidates must be at least 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(PairsRun, None, [*base, *overrides])
+    dpo = ["run_dir=x", "pairs=x", "generator.path=x"]
+    refresh = ["refresh.every=1", "refresh.prompts=x"]
+    for overrides, message in (
+        (["dpo.sft_weight=1", "dpo.method=rwr"], "sft_weight goes with method dpo"),
+        (refresh, "rewards"),
+        ([*refresh, "refresh.rewards.brightness.weight=1", "zero_stage=3"], "does not go with refresh"),
+        (["dpo.beta=0"], "beta must be positive"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(DpoRun, None, [*dpo, *overrides])
