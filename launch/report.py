@@ -22,9 +22,11 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 _HELP = {
     "cold_start": "stage 1 of DeScore (launch/cold_start.py)",
     "grpo": "an alignment run (launch/grpo.py)",
+    "dpo": "an alignment run on pairs (launch/dpo.py)",
     "rm": "an evaluation of a reward model (launch/evaluate.py rm)",
     "base": "an evaluation of the base generator (launch/evaluate.py generator)",
     "tuned": "an evaluation of the tuned generator, same prompts and seeds",
+    "dpo_tuned": "an evaluation of the generator that learned from pairs, same prompts and seeds",
 }
 
 
@@ -72,7 +74,7 @@ def _runs(args: argparse.Namespace) -> tuple[str | None, Runs]:
 
 
 def _title(runs: Runs) -> str:
-    if runs.grpo is not None or runs.tuned is not None:
+    if {"grpo", "tuned", "dpo", "dpo_tuned"} & runs.named().keys():
         return "Alignment report"
     return "Reward model report" if runs.rm is not None or runs.cold_start is not None else "Evaluation report"
 
@@ -100,6 +102,8 @@ def render(runs: Runs, *, title: str, videos: int = 12, max_mb: float = 64.0) ->
         "title": title,
         "accuracy": data.summary(runs.rm),
         "rewards": data.compare(runs, [name for name in columns if "." not in name]),
+        "dpo_rewards": data.compare(runs, columns, after_dpo=True) if runs.dpo_tuned is not None else [],
+        "dpo_charts": sections.dpo_charts(runs.dpo),
         "parts": data.compare(runs, [name for name in columns if "." in name]),
         "cards": sections.side_by_side(runs, store, videos),
         "grpo_charts": sections.grpo_charts(runs.grpo),

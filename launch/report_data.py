@@ -23,9 +23,11 @@ Row = dict[str, Any]
 _NAMES = {
     "cold_start": ("descore", "cold_start"),
     "grpo": ("grpo",),
+    "dpo": ("dpo",),
     "rm": ("eval_rm",),
     "base": ("eval_base",),
     "tuned": ("eval_tuned",),
+    "dpo_tuned": ("eval_dpo",),
 }
 
 
@@ -35,9 +37,11 @@ class Runs:
 
     cold_start: Path | None = None
     grpo: Path | None = None
+    dpo: Path | None = None
     rm: Path | None = None
     base: Path | None = None
     tuned: Path | None = None
+    dpo_tuned: Path | None = None
 
     def named(self) -> dict[str, Path]:
         """The folders that are there, by field."""
@@ -99,6 +103,8 @@ def kind_of(folder: Path) -> str:
             return "rm"
         return "tuned" if config(folder).get("adapter") else "base"
     names = {name for row in metrics(folder) for name in row}
+    if "dpo" in config(folder):
+        return "dpo"
     return "grpo" if "grpo" in config(folder) or any(name.startswith("reward/") for name in names) else "cold_start"
 
 
@@ -180,10 +186,13 @@ def value_of(row: Row, column: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def compare(runs: Runs, columns: Iterable[str]) -> list[Comparison]:
-    """Base against tuned; intervals from their summaries, the difference by bootstrap over pairs of equal seeds."""
-    before, after = summary(runs.base) or {}, summary(runs.tuned) or {}
-    pairs = matched(results(runs.base), results(runs.tuned))
+def compare(runs: Runs, columns: Iterable[str], *, after_dpo: bool = False) -> list[Comparison]:
+    """Base against tuned, or against what Flow-DPO made of it; intervals from their summaries, the difference by
+    bootstrap over pairs of equal seeds.
+    """
+    folder = runs.dpo_tuned if after_dpo else runs.tuned
+    before, after = summary(runs.base) or {}, summary(folder) or {}
+    pairs = matched(results(runs.base), results(folder))
     rows = []
     for name in columns:
         change = [value_of(tuned, name) - value_of(base, name) for base, tuned in pairs]

@@ -76,10 +76,20 @@ def _is_small(path: Path | None) -> bool:
 
 
 def side_by_side(runs: Runs, videos: Videos, count: int) -> list[Card]:
-    """The first ``count`` prompts of which base and tuned videos were kept; of one evaluation alone, its videos."""
-    folders = {label: getattr(runs, label) for label in ("base", "tuned") if getattr(runs, label) is not None}
-    if len(folders) == 2:
-        rows = [(pair, list(folders)) for pair in data.matched(data.results(runs.base), data.results(runs.tuned))]
+    """The first ``count`` prompts of which base and tuned videos were kept, and those after Flow-DPO with them; of one
+    evaluation alone, its videos.
+    """
+    given = {"base": runs.base, "tuned": runs.tuned, "Flow-DPO": runs.dpo_tuned}
+    folders = {label: folder for label, folder in given.items() if folder is not None}
+    first, *others = folders or [""]
+    if others:
+        tables = [{(r["prompt"], r["seed"]): r for r in data.results(folders[label])} for label in others]
+        keyed = [((row["prompt"], row["seed"]), row) for row in data.results(folders[first])]
+        rows = [
+            ((row, *(table[key] for table in tables)), list(folders))
+            for key, row in keyed
+            if all(key in table for table in tables)
+        ]
     else:
         rows = [((row,), list(folders)) for label in folders for row in data.results(folders[label])]
     shown = [(part, labels) for part, labels in rows if all(row.get("video") for row in part)][:count]
@@ -190,6 +200,31 @@ def grpo_charts(folder: Path | None) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
+def dpo_charts(folder: Path | None) -> list[Chart]:
+    """Loss and accuracy, then winner and loser apart, which a loss does not show, then both by noise level."""
+    rows = data.metrics(folder)
+    names = {key for row in rows for key in row}
+    bins = sorted(key for key in names if key.startswith("train/loss_sigma_"))
+    where = [(key, key.removeprefix("train/loss_")) for key in bins]
+    apart = [
+        _curve(rows, "train/win_change", "winner's error", 0),
+        _curve(rows, "train/lose_change", "loser's error", 1),
+    ]
+    accuracy = [
+        _curve(rows, "train/accuracy", "training step", 5),
+        _curve(rows, "heldout/accuracy", "held-out pairs", 0),
+    ]
+    charts = [
+        line_chart("Loss", [_curve(rows, "train/loss", "loss")], note="Flow-DPO starts at log 2 = 0.693"),
+        line_chart("Implicit accuracy", accuracy, note="pairs whose winner gained on its loser"),
+        line_chart("Change against the reference", apart, note="both rising: the policy runs from the loser"),
+        line_chart("Push", [_curve(rows, "train/push", "push")], note="|beta / 2 (d_w - d_l)|, healthy from 0.05 to 3"),
+        line_chart("Loss by noise level", [_curve(rows, key, name, color=i) for i, (key, name) in enumerate(where)]),
+        line_chart("Gradient norm", [_curve(rows, "train/grad_norm", "norm")], note="before clipping"),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
 def cold_start_charts(folder: Path | None) -> list[Chart]:
     """Loss, accuracy in training and on held-out pairs, margin, gradient norm."""
     rows = data.metrics(folder)
@@ -266,7 +301,7 @@ def missing(runs: Runs) -> list[str]:
         notes.append(f"no evaluation of the {'base' if runs.base is None else 'tuned'} generator to compare with")
     elif not data.matched(data.results(runs.base), data.results(runs.tuned)):
         notes.append("base and tuned share no prompt and seed, so no videos stand side by side")
-    for field in ("rm", "base", "tuned"):
+    for field in ("rm", "base", "tuned", "dpo_tuned"):
         folder = getattr(runs, field)
         if folder is not None and data.summary(folder) is None:
             notes.append(f"the evaluation {field} has no summary.json: it has not finished")

@@ -202,6 +202,45 @@ def test_a_grpo_run_alone(tmp_path: Path) -> None:
     assert members == ["member 1", "member 0", "member 2"] * 2  # by advantage
 
 
+def test_held_out_prompts_on_the_way(tmp_path: Path) -> None:
+    folder = alignment_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[::20]:
+        row |= {"eval/shapes": 0.25 + row["step"] / 80, "eval_stock/shapes": 0.5}
+    lines(folder / "metrics.jsonl", [*rows, {"step": 40, "eval/shapes": 0.75, "eval_stock/shapes": 0.5}])
+    _, page = rendered(folder)
+    assert "Held-out prompts: shapes" in page.text
+    assert "Held-out prompts: descore" not in page.text
+    assert "the stock scheduler" in page.text
+
+
+def test_flow_dpo_beside_grpo(demo: Path) -> None:
+    """Three videos of a prompt, and the change by hand: 0.1, 0.1, 0.1 and 0.3 more than the base."""
+    evaluation(demo / "eval_dpo", [0.3, 0.5, 0.7, 0.7])
+    names = {
+        "loss": 0.6,
+        "accuracy": 0.7,
+        "win_change": -0.01,
+        "lose_change": 0.02,
+        "push": 0.5,
+        "loss_sigma_0-0.2": 0.6,
+    }
+    rows = [{"step": s, **{f"train/{name}": value - 0.001 * s for name, value in names.items()}} for s in range(20)]
+    lines(demo / "dpo" / "metrics.jsonl", rows)
+    (demo / "dpo" / "config.yaml").write_text("dpo: {}\n")
+    text, page = rendered(demo)
+    assert "Flow-DPO − base" in page.text
+    found = report_data.compare(report_data.discover(demo), ["shapes"], after_dpo=True)[0]
+    assert found.difference["mean"] == pytest.approx(0.15)
+    assert found.watched
+    for title in ("Change against the reference", "Implicit accuracy", "Loss by noise level"):
+        assert title in page.text
+    assert text.count('<h4 class="Flow-DPO">') == 2  # of the two prompts whose videos were kept
+    assert report_data.kind_of(demo / "dpo") == "dpo"
+    _, alone = rendered(demo / "dpo")
+    assert "Alignment report" in alone.text
+
+
 def test_a_reward_model_evaluation_alone(demo: Path) -> None:
     _, page = rendered(demo / "eval_rm")
     assert "people: A preferred; one of the pairs it is most wrong about" not in page.text  # pair 1 is among the first
@@ -235,7 +274,7 @@ def test_a_manifest_names_the_runs(demo: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as exit_:
         report.main([str(manifest), "--out", str(demo / "m.html")])
     assert exit_.value.code == 2
-    assert "cold_start, grpo, rm, base, tuned" in capsys.readouterr().err
+    assert "cold_start, grpo, dpo, rm, base, tuned, dpo_tuned" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["nowhere"], ["--grpo", "nowhere"], [str(ROOT / "common")]])
