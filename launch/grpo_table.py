@@ -79,17 +79,16 @@ def over_seeds(outcomes: dict[Run, Outcome], arm: str, *, minus: str | None = No
     return runs_ci95(runs, seed=0)
 
 
-def write_results(root: Path, out: Path, runs: Sequence[Run], *, commit: str) -> str:
+def write_results(root: Path, out: Path, runs: Sequence[Run], *, commit: str, minutes: float) -> str:
     """Write reproduce_grpo.json, .md and .svg into ``out``; the page."""
     outcomes = {run: read_outcome(root, run) for run in runs}
-    seconds = json.loads((root / "seconds.json").read_text(encoding="utf-8"))
     arms = [arm for arm in dict.fromkeys(run.arm for run in runs) if arm != "base"]
     rows = {arm: _row(outcomes, arm) for arm in ("base", *arms)}
     out.mkdir(parents=True, exist_ok=True)
-    record = {"command": COMMAND, "commit": commit, "seconds": seconds["wall"], "arms": rows}
+    record = {"command": COMMAND, "commit": commit, "minutes": round(minutes, 1), "arms": rows}
     (out / "reproduce_grpo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     plot(outcomes, arms, out / "reproduce_grpo.svg")
-    page = _page(outcomes, arms, rows, commit=commit, minutes=seconds["wall"] / 60)
+    page = _page(outcomes, arms, rows, commit=commit, minutes=minutes)
     (out / "reproduce_grpo.md").write_text(page, encoding="utf-8")
     return page
 

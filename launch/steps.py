@@ -5,13 +5,15 @@ A step that has left its file is not repeated, so a recipe that was stopped goes
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,56 @@ def run_step(step: Step, ranks: int, memory: PeakMemory | None = None, log: Path
     if not (ROOT / step.done).exists():
         raise RuntimeError(f"'{step.title}' ended without writing {step.done}")
     return time.time() - began
+
+
+@dataclass(frozen=True)
+class Job:
+    """Steps that follow each other, with a folder for their logs (``kind.log``, the kind is a title's first word)."""
+
+    folder: Path
+    steps: Sequence[Step]
+
+
+def run_jobs(jobs: Sequence[Job], root: Path, *, workers: int, program: str) -> float:
+    """All jobs, ``workers`` at a time, with a progress bar; the minutes that all starts of the recipe took together.
+
+    Seconds of every step that had to be run are kept in root/seconds.json. Exits when one fails.
+    """
+    from tqdm import tqdm
+
+    timings, began = ROOT / root / "seconds.json", time.time()
+    timings.parent.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = json.loads(timings.read_text(encoding="utf-8")) if timings.exists() else {}
+    before = seconds.get("wall", 0.0)
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc="runs", unit="run") as bar:
+        running = [pool.submit(_run_job, job, root) for job in jobs]
+        for done in as_completed(running):
+            try:
+                seconds |= done.result()
+            except RuntimeError as error:
+                pool.shutdown(cancel_futures=True)
+                sys.exit(f"{program}: {error}\nstarted again, it goes on here")
+            seconds["wall"] = round(before + time.time() - began, 1)
+            timings.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+            bar.update()
+    return seconds.get("wall", 0.0) / 60
+
+
+def _run_job(job: Job, root: Path) -> dict[str, float]:
+    seconds = {}
+    for step in job.steps:
+        if not (ROOT / step.done).exists():
+            (ROOT / job.folder).mkdir(parents=True, exist_ok=True)
+            kind = step.title.split()[0]
+            took = run_step(step, 1, log=ROOT / job.folder / f"{kind}.log")
+            seconds[f"{kind} {job.folder.relative_to(root)}"] = round(took, 1)
+    return seconds
+
+
+def commit() -> str:
+    """Of the checkout, short; empty where there is none."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def spelled(words: list[str]) -> str:
