@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.shapes import random_attributes, random_scene, render
-from common.video_io import write_mp4
+from common.video_io import read_frames, write_mp4
 
 
 def smooth_video(frames: int = 9, side: int = 32) -> torch.Tensor:
@@ -83,3 +83,61 @@ def test_what_cannot_be_written_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         write_mp4(tmp_path / "x.mp4", video, **{"fps": 8.0, **options})
+
+
+# ------------------------------------------------------------------ reading
+
+
+def counted_video(frames: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    """Frame t is grey of 20 t + 30."""
+    grey_T = 20 * torch.arange(frames) + 30
+    return grey_T[:, None, None, None].expand(-1, height, width, 3).to(torch.uint8).contiguous()
+
+
+def greys(video_TYXC: torch.Tensor) -> list[int]:
+    """Which of `counted_video`'s frames these are."""
+    return [round((float(frame.float().mean()) - 30) / 20) for frame in video_TYXC]
+
+
+@pytest.mark.parametrize(
+    ("fps", "frames"),
+    [
+        (8.0, [0, 1, 2, 3, 4, 5, 6, 7]),  # the file's own rate
+        (4.0, [0, 2, 4, 6, 8]),
+        (16.0, [0, 0, 1, 1, 2, 2, 3, 3]),  # shown for two
+        (6.0, [0, 1, 2, 4, 5]),  # 0, 1.33, 2.67, 4, 5.33
+    ],
+)
+def test_frames_at_a_rate(tmp_path: Path, fps: float, frames: list[int]) -> None:
+    write_mp4(tmp_path / "a.mp4", counted_video(10), 8.0)
+    found = read_frames(tmp_path / "a.mp4", num_frames=len(frames), fps=fps, height=32, width=32)
+    assert found.dtype == torch.uint8
+    assert greys(found) == frames
+
+
+def test_the_last_frame_is_shown_as_long_as_the_others(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "a.mp4", counted_video(3), 8.0)
+    size = {"height": 32, "width": 32}
+    assert greys(read_frames(tmp_path / "a.mp4", num_frames=6, fps=16.0, **size)) == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(ValueError, match=r"a\.mp4: 6 frames at 16 a second, 7 are needed"):
+        read_frames(tmp_path / "a.mp4", num_frames=7, fps=16.0, **size)
+
+
+def test_scaled_to_cover_and_cropped_around_the_middle(tmp_path: Path) -> None:
+    """64 x 32: a white left half, a black right one; of the middle square, half is white."""
+    video = torch.zeros(3, 32, 64, 3, dtype=torch.uint8)
+    video[:, :, :32] = 255
+    write_mp4(tmp_path / "a.mp4", video, 8.0)
+    found = read_frames(tmp_path / "a.mp4", num_frames=3, fps=8.0, height=16, width=16)
+    assert tuple(found.shape) == (3, 16, 16, 3)
+    assert float(found[:, :, :7].float().mean()) > 240
+    assert float(found[:, :, 9:].float().mean()) < 15
+    whole = read_frames(tmp_path / "a.mp4", num_frames=3, fps=8.0, height=16, width=32)
+    assert float(whole[:, :, :15].float().mean()) > 240
+
+
+def test_what_is_no_video_is_named(tmp_path: Path) -> None:
+    (tmp_path / "b.mp4").write_bytes(b"nothing of the kind")
+    for name in ("b.mp4", "gone.mp4"):
+        with pytest.raises(ValueError, match=rf"{name}: cannot be decoded"):
+            read_frames(tmp_path / name, num_frames=1, fps=8.0, height=16, width=16)
