@@ -160,6 +160,13 @@ def test_held_out_pairs_are_always_measured_alike(pairs: PairSet) -> None:
     assert first == loop.evaluate(pairs, limit=7)
     assert first["heldout/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first == pytest.approx(loop_of(pairs, micro_batch=4).evaluate(pairs, limit=7), rel=1e-5)
+    still = loop_of(pairs, method="sft", lr=0.0)
+    with torch.no_grad():
+        still.generator.module.bias_C += 0.1
+    before = still.evaluate(pairs, limit=7)
+    still.step(0)
+    assert still.evaluate(pairs, limit=7) == before
+    assert still.evaluate(pairs, limit=6)["heldout/win_change"] != before["heldout/win_change"]
     for step in range(20):
         loop.step(step)
     assert loop.evaluate(pairs, limit=7)["heldout/accuracy"] == 1.0

@@ -17,17 +17,17 @@ def tensor(*values: float) -> torch.Tensor:
 
 
 def test_by_hand() -> None:
-    """d_w = -0.1, d_l = 0.02; -(10 / 2) (-0.12) = 0.6; log(1 + e^-0.6). And the pair the other way round."""
+    """d_w = -0.1, d_l = 0.02; -(10 / 2) (-0.12) = 0.6; log(1 + e^-0.6). And the pair the other way round, beta 20."""
     loss = flow_dpo_loss(
-        tensor(0.9, 1.02), tensor(1.02, 0.9), tensor(1.0, 1.0), tensor(1.0, 1.0), beta_N=tensor(10.0, 10.0)
+        tensor(0.9, 1.02), tensor(1.02, 0.9), tensor(1.0, 1.0), tensor(1.0, 1.0), beta_N=tensor(10.0, 20.0)
     )
-    by_hand = (math.log(1 + math.exp(-0.6)) + math.log(1 + math.exp(0.6))) / 2
+    by_hand = (math.log(1 + math.exp(-0.6)) + math.log(1 + math.exp(1.2))) / 2
     assert float(loss.loss) == pytest.approx(by_hand, rel=1e-12)
     assert loss.metrics["loss"] == pytest.approx(by_hand)
     assert loss.metrics["accuracy"] == 0.5
     assert loss.metrics["win_change"] == pytest.approx((-0.1 + 0.02) / 2)
     assert loss.metrics["lose_change"] == pytest.approx((0.02 - 0.1) / 2)
-    assert loss.metrics["push"] == pytest.approx(0.6)
+    assert loss.metrics["push"] == pytest.approx((0.6 + 1.2) / 2)
 
 
 def test_the_start_is_log_2() -> None:

@@ -67,6 +67,12 @@ def test_what_is_dropped_is_counted() -> None:
     assert [c.prompt for c in lenient.pairs] == [0, 3, 5]
 
 
+def test_a_tie_is_no_pair_however_small_a_margin_is_asked_for() -> None:
+    found = choose({"a": rewards([1.0, 1.0, 1.0], [1.0, 1.0, 2.0])}, {"a": 1.0}, how(min_margin=0.0))
+    assert [c.prompt for c in found.pairs] == [1]
+    assert found.close == 1
+
+
 def pair(i: int, prompt: str = "a cat", value: float | None = 1.0) -> LatentPair:
     win = torch.full((2, 1, 2, 2), float(i))
     return LatentPair(
@@ -112,6 +118,19 @@ def test_half_precision_is_half_the_size_and_comes_back_fp32(tmp_path: Path) -> 
     found = PairSet(written(tmp_path, torch.bfloat16))
     assert found.read([3]).win_NCFHW.dtype == torch.float32
     assert found.read([3]).win_NCFHW.unique().tolist() == [3.0]
+
+
+def test_a_set_that_is_being_written_anew_is_not_whole(tmp_path: Path) -> None:
+    written(tmp_path)
+
+    def stopped():
+        yield from (pair(i) for i in range(3))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_pairs(tmp_path, stopped(), per_shard=2, dtype=torch.float32, about={})
+    with pytest.raises(ValueError, match="holds no whole set"):
+        PairSet(tmp_path)
 
 
 def test_a_set_that_is_not_whole_is_refused(tmp_path: Path) -> None:
