@@ -17,11 +17,12 @@ from pathlib import Path
 from launch.steps import ROOT, PeakMemory, Step, run_step
 
 CONFIGS = Path("configs/shapes")
+PAIR_PROMPTS = 200  # that the demo films for Flow-DPO
 
 
 def plan(run: Path, seed: int) -> list[Step]:
     """The demo, in order."""
-    data, judge, grpo = run / "data", run / "descore", run / "grpo"
+    data, judge, grpo, dpo = run / "data", run / "descore", run / "grpo", run / "dpo"
     evaluated = ["generator", "--config", str(CONFIGS / "evaluate.yaml"), f"seed={seed}"]
     evaluated += [f"rewards.descore.checkpoint={judge / 'final'}"]
     return [
@@ -71,6 +72,25 @@ def plan(run: Path, seed: int) -> list[Step]:
             grpo / "final" / "pytorch_lora_weights.safetensors",
         ),
         Step(
+            "pairs: eight videos a prompt, judged by DeScore; the best and the worst of each",
+            "pairs.py",
+            [
+                "--config",
+                str(CONFIGS / "pairs.yaml"),
+                f"out={run / 'pairs'}",
+                f"seed={seed}",
+                f"limit={PAIR_PROMPTS}",
+                f"rewards.descore.checkpoint={judge / 'final'}",
+            ],
+            run / "pairs" / "manifest.json",
+        ),
+        Step(
+            "Flow-DPO: Wan learns from these pairs alone",
+            "dpo.py",
+            ["--config", str(CONFIGS / "dpo.yaml"), f"run_dir={dpo}", f"seed={seed}", f"pairs={run / 'pairs'}"],
+            dpo / "final" / "pytorch_lora_weights.safetensors",
+        ),
+        Step(
             "the base generator on held-out prompts",
             "evaluate.py",
             [*evaluated, f"out={run / 'eval_base'}"],
@@ -82,6 +102,12 @@ def plan(run: Path, seed: int) -> list[Step]:
             [*evaluated, f"adapter={grpo / 'final'}", f"out={run / 'eval_tuned'}"],
             run / "eval_tuned" / "summary.json",
         ),
+        Step(
+            "the generator that learned from pairs, on the same prompts and seeds",
+            "evaluate.py",
+            [*evaluated, f"adapter={dpo / 'final'}", f"out={run / 'eval_dpo'}"],
+            run / "eval_dpo" / "summary.json",
+        ),
     ]
 
 
@@ -91,13 +117,15 @@ def summarise(run: Path, seconds: dict[str, float], peak_bytes: int) -> dict[str
     def read(name: str) -> dict[str, dict[str, object]]:
         return json.loads((ROOT / run / name / "summary.json").read_text(encoding="utf-8"))
 
-    rm, base, tuned = read("eval_rm"), read("eval_base"), read("eval_tuned")
+    rm, base, tuned, dpo = read("eval_rm"), read("eval_base"), read("eval_tuned"), read("eval_dpo")
     parts = sorted(key for key in base if key.startswith("shapes."))
     return {
         "rm": {"heldout_accuracy": rm["without_ties"]},
-        "oracle": {"base": base["shapes"], "tuned": tuned["shapes"]},
-        "descore": {"base": base["descore"], "tuned": tuned["descore"]},
-        "sub_dimensions": {key.partition(".")[2]: {"base": base[key], "tuned": tuned[key]} for key in parts},
+        "oracle": {"base": base["shapes"], "tuned": tuned["shapes"], "dpo": dpo["shapes"]},
+        "descore": {"base": base["descore"], "tuned": tuned["descore"], "dpo": dpo["descore"]},
+        "sub_dimensions": {
+            key.partition(".")[2]: {"base": base[key], "tuned": tuned[key], "dpo": dpo[key]} for key in parts
+        },
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_memory_gb": round(peak_bytes / 2**30, 2),
     }

@@ -25,7 +25,7 @@ def row(seed: int, summary: dict) -> str:
 
     accuracy, oracle = summary["rm"]["heldout_accuracy"], summary["oracle"]
     return (
-        f"| {seed} | {cell(accuracy)} | {cell(oracle['base'])} | {cell(oracle['tuned'])} "
+        f"| {seed} | {cell(accuracy)} | {cell(oracle['base'])} | {cell(oracle['tuned'])} | {cell(oracle['dpo'])} "
         f"| {summary['seconds']['all'] / 60:.1f} | {summary['peak_memory_gb']:.1f} |"
     )
 
@@ -37,10 +37,12 @@ def table(summaries: dict[int, dict], commit: str) -> str:
     lines = [
         f"Measured by `{COMMAND}` at commit {commit}, on two CPU cores; mean and 95 % bootstrap interval. Accuracy: "
         f"DeScore on {pairs} held-out pairs (seed {min(summaries)}; ties left out). Oracle: total score in [0, 1] of "
-        f"{prompts} held-out prompts at fixed seeds, before and after Longcat-GRPO with DeScore as the only reward.",
+        f"{prompts} held-out prompts at fixed seeds, before, and after Longcat-GRPO or Flow-DPO, with DeScore as the "
+        "only judge.",
         "",
-        "| seed | DeScore accuracy | oracle, base Wan | oracle, tuned Wan | minutes | peak memory, GB |",
-        "|---|---|---|---|---|---|",
+        "| seed | DeScore accuracy | oracle, base Wan | oracle, Longcat-GRPO | oracle, Flow-DPO | minutes "
+        "| peak memory, GB |",
+        "|---|---|---|---|---|---|---|",
         *[row(seed, summary) for seed, summary in summaries.items()],
         "",
         "Wan-2.1-1.3B and Qwen3-VL-8B at full size on GPUs: not run.",
