@@ -148,13 +148,16 @@ class DpoConfig:
 class RewardConfig:
     """One reward plug-in; its name is its key in the run's ``rewards``.
 
-    kind        a key of `alignment.rewards.REWARDS`; null takes the name, so ``rewards: {descore: {}}`` is enough
+    kind        a key of `alignment.rewards.REWARDS`, or what an installed package offers under the entry point group
+                video_alignment.rewards; null takes the name, so ``rewards: {descore: {}}`` is enough
+    target      path/to/file.py:name, a function or an object of your own, see `alignment.rewards.own`; instead of kind
     weight      of its advantages in the sum; 0 scores and logs it without training on it: a held-out judge
     checkpoint  folder of its weights, for rewards that have some
     options     keyword arguments of its constructor
     """
 
     kind: str | None = None
+    target: str | None = None
     weight: float = 1.0
     checkpoint: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -163,6 +166,8 @@ class RewardConfig:
         problems = []
         if self.kind == "":
             problems.append("kind must be a name or null, got an empty string")
+        if self.kind is not None and self.target is not None:
+            problems.append(f"kind and target are two ways to name one reward, got {self.kind} and {self.target}")
         if not math.isfinite(self.weight):
             problems.append(f"weight must be finite, got {self.weight}")
         _check("RewardConfig", problems)

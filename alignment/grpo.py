@@ -98,6 +98,12 @@ class GrpoLoop:
         self.cfg, self.generator, self.engine, self.prompts = cfg, generator, engine, prompts
         self.rewards, self.weights, self.fps, self.grad_norm = rewards, weights, fps, grad_norm
         self.members = cfg.group_size // cfg.ranks_per_group
+        if cfg.ranks_per_group > 1 and (
+            whole := [n for n, one in rewards.items() if getattr(one, "group_level", False)]
+        ):
+            raise ValueError(
+                f"ranks_per_group={cfg.ranks_per_group}: {', '.join(whole)} must see a whole group on one rank"
+            )
 
     def step(self, step: int) -> StepResult:
         """Optimizer step number ``step`` (from 0), on prompts_per_step groups over all ranks."""
@@ -123,7 +129,7 @@ class GrpoLoop:
         scores = {}
         for name, reward in self.rewards.items():
             with clock(f"score/{name}"):
-                scores[name] = reward.score(video_BTYXC, _prompts_of(groups), fps=self.fps)
+                scores[name] = self.score(reward, video_BTYXC, _prompts_of(groups))
         return Rolled(groups, video_BTYXC, scores)
 
     def roll_side_by_side(self, batch: PromptBatch, step: int, clock: Clock) -> Rolled:
@@ -159,7 +165,14 @@ class GrpoLoop:
     def score_aside(self, video_BTYXC: Tensor, prompts: Sequence[str]) -> dict[str, Score]:
         """All rewards, on a CUDA stream of this thread's own where there is CUDA."""
         with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext():
-            return {name: one.score(video_BTYXC, prompts, fps=self.fps) for name, one in self.rewards.items()}
+            return {name: self.score(one, video_BTYXC, prompts) for name, one in self.rewards.items()}
+
+    def score(self, reward: RewardModel, video_BTYXC: Tensor, prompts: Sequence[str]) -> Score:
+        """All at once, or group by group where the reward says that it is ``group_level``."""
+        if not getattr(reward, "group_level", False):
+            return reward.score(video_BTYXC, prompts, fps=self.fps)
+        parts = zip(video_BTYXC.split(self.members), range(0, len(prompts), self.members), strict=True)
+        return Score.concat([reward.score(v, prompts[i : i + self.members], fps=self.fps) for v, i in parts])
 
     def judge(self, scores: Mapping[str, Score], *, groups: int) -> Judgement:
         """A = sum_k w_k A_k, each reward normalised by itself first (equations 9 and 10), over all ranks' groups.

@@ -22,9 +22,16 @@ PAIR_PROMPTS = 200  # that the demo films for Flow-DPO
 
 def plan(run: Path, seed: int) -> list[Step]:
     """The demo, in order."""
-    data, judge, grpo, dpo = run / "data", run / "descore", run / "grpo", run / "dpo"
-    evaluated = ["generator", "--config", str(CONFIGS / "evaluate.yaml"), f"seed={seed}"]
-    evaluated += [f"rewards.descore.checkpoint={judge / 'final'}"]
+    data, judge, grpo, pairs, dpo = (run / name for name in ("data", "descore", "grpo", "pairs", "dpo"))
+    adapter = Path("final", "pytorch_lora_weights.safetensors")
+    judged = f"rewards.descore.checkpoint={judge / 'final'}"
+
+    def of(config: str, *words: str) -> list[str]:
+        return ["--config", str(CONFIGS / f"{config}.yaml"), *words]
+
+    def evaluated(name: str, *words: str) -> list[str]:
+        return ["generator", *of("evaluate", f"seed={seed}", judged, *words, f"out={run / name}")]
+
     return [
         Step(
             "preference data: two videos a prompt, labelled by the oracle as people would, reasoned about by Qwen3-VL",
@@ -36,14 +43,13 @@ def plan(run: Path, seed: int) -> list[Step]:
         Step(
             "DeScore, stage 1: cold start",
             "cold_start.py",
-            [
-                "--config",
-                str(CONFIGS / "cold_start.yaml"),
+            of(
+                "cold_start",
                 f"run_dir={judge}",
                 f"seed={seed}",
                 f"data.train={data / 'train.csv'}",
                 f"data.heldout={data / 'heldout.csv'}",
-            ],
+            ),
             judge / "final" / "descore.json",
         ),
         Step(
@@ -51,62 +57,40 @@ def plan(run: Path, seed: int) -> list[Step]:
             "evaluate.py",
             [
                 "rm",
-                "--config",
-                str(CONFIGS / "evaluate_rm.yaml"),
-                f"checkpoint={judge / 'final'}",
-                f"pairs={data / 'heldout.csv'}",
-                f"out={run / 'eval_rm'}",
+                *of(
+                    "evaluate_rm",
+                    f"checkpoint={judge / 'final'}",
+                    f"pairs={data / 'heldout.csv'}",
+                    f"out={run / 'eval_rm'}",
+                ),
             ],
             run / "eval_rm" / "summary.json",
         ),
         Step(
             "Longcat-GRPO: Wan learns from DeScore alone; the oracle watches with weight 0",
             "grpo.py",
-            [
-                "--config",
-                str(CONFIGS / "grpo.yaml"),
-                f"run_dir={grpo}",
-                f"seed={seed}",
-                f"rewards.descore.checkpoint={judge / 'final'}",
-            ],
-            grpo / "final" / "pytorch_lora_weights.safetensors",
+            of("grpo", f"run_dir={grpo}", f"seed={seed}", judged),
+            grpo / adapter,
         ),
         Step(
             "pairs: eight videos a prompt, judged by DeScore; the best and the worst of each",
             "pairs.py",
-            [
-                "--config",
-                str(CONFIGS / "pairs.yaml"),
-                f"out={run / 'pairs'}",
-                f"seed={seed}",
-                f"limit={PAIR_PROMPTS}",
-                f"rewards.descore.checkpoint={judge / 'final'}",
-            ],
-            run / "pairs" / "manifest.json",
+            of("pairs", f"out={pairs}", f"seed={seed}", f"limit={PAIR_PROMPTS}", judged),
+            pairs / "manifest.json",
         ),
         Step(
             "Flow-DPO: Wan learns from these pairs alone",
             "dpo.py",
-            ["--config", str(CONFIGS / "dpo.yaml"), f"run_dir={dpo}", f"seed={seed}", f"pairs={run / 'pairs'}"],
-            dpo / "final" / "pytorch_lora_weights.safetensors",
+            of("dpo", f"run_dir={dpo}", f"seed={seed}", f"pairs={pairs}"),
+            dpo / adapter,
         ),
-        Step(
-            "the base generator on held-out prompts",
-            "evaluate.py",
-            [*evaluated, f"out={run / 'eval_base'}"],
-            run / "eval_base" / "summary.json",
-        ),
-        Step(
-            "the tuned generator on the same prompts and seeds",
-            "evaluate.py",
-            [*evaluated, f"adapter={grpo / 'final'}", f"out={run / 'eval_tuned'}"],
-            run / "eval_tuned" / "summary.json",
-        ),
-        Step(
-            "the generator that learned from pairs, on the same prompts and seeds",
-            "evaluate.py",
-            [*evaluated, f"adapter={dpo / 'final'}", f"out={run / 'eval_dpo'}"],
-            run / "eval_dpo" / "summary.json",
+        *(
+            Step(title, "evaluate.py", evaluated(name, *words), run / name / "summary.json")
+            for title, name, words in (
+                ("the base generator on held-out prompts", "eval_base", ()),
+                ("tuned by GRPO, the same prompts and seeds", "eval_tuned", (f"adapter={grpo / 'final'}",)),
+                ("tuned by Flow-DPO, the same prompts and seeds", "eval_dpo", (f"adapter={dpo / 'final'}",)),
+            )
         ),
     ]
 

@@ -1,4 +1,6 @@
-"""Reward plug-ins by name. To add one, write a file beside this one and an entry here; see brightness.py for the shape.
+"""Reward plug-ins: by name from here, by ``target`` from a user's own file, or by name from an installed package.
+
+To add one here, write a file beside this one and an entry below; see brightness.py for the shape, own.py for the rest.
 
 A factory imports its plug-in when it is called, so that looking at the names costs nothing.
 """
@@ -42,13 +44,25 @@ REWARDS: dict[str, Callable[[RewardConfig], RewardModel]] = {
 
 
 def factory_of(name: str, cfg: RewardConfig) -> Callable[[RewardConfig], RewardModel]:
-    """The factory a run's reward asks for. Raises ValueError for an unknown kind, with the nearest known one."""
+    """The factory a run's reward asks for. Nothing of the reward is imported or run yet.
+
+    Raises ValueError for an unknown kind, with the nearest known one, and for a target that is no file.
+    """
+    from alignment.rewards import own
+
+    if cfg.target is not None:
+        own.check_target(name, cfg.target)
+        return lambda cfg: own.from_file(name, cfg.target, cfg.options)
     kind = cfg.kind or name
-    if kind not in REWARDS:
-        close = difflib.get_close_matches(kind, REWARDS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"rewards.{name}: unknown kind {kind!r}, known are {', '.join(REWARDS)}{hint}")
-    return REWARDS[kind]
+    if kind in REWARDS:
+        return REWARDS[kind]
+    others = own.installed()
+    if kind in others:
+        return lambda cfg: own.as_reward(name, others[kind].load(), cfg.options)
+    known = [*REWARDS, *others]
+    close = difflib.get_close_matches(kind, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"rewards.{name}: unknown kind {kind!r}, known are {', '.join(known)}{hint}")
 
 
 def build_rewards(configs: Mapping[str, RewardConfig]) -> dict[str, RewardModel]:

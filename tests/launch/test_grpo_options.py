@@ -18,7 +18,7 @@ from launch.grpo import cache_prompts
 from launch.runs import GrpoRun, SampleRun
 from launch.sample import sample
 from tests.fakes import PlainEngine
-from tests.launch.processes import ZERO_3
+from tests.launch.processes import ROOT, ZERO_3
 from tests.launch.test_grpo import adapter_of, alone, numbers, on_two_ranks, tiny  # noqa: F401 - a fixture
 
 
@@ -57,6 +57,22 @@ def test_measured_on_the_way_averaged_and_without_text_encoder(tiny: Path) -> No
     samples = sorted(path.relative_to(folder / "evaluation") for path in (folder / "evaluation").rglob("*.mp4"))
     assert samples == [Path(f"step-00000{step}", f"000{i}.mp4") for step in (0, 1, 2) for i in (0, 1)]
     assert rows[0]["forwards/grad"] == 4 * 2  # a step's, not an evaluation's
+
+
+@pytest.mark.slow
+def test_ten_lines_outside_the_repository_train_a_wan(tiny: Path, tmp_path: Path) -> None:  # noqa: F811 - the fixture
+    """The README's own reward, from its code block, through the real entry point."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = text.partition("# my_reward.py\n")[2].partition("```")[0]
+    assert len(code.splitlines()) <= 10
+    (tmp_path / "my_reward.py").write_text(code)
+    folder = tiny.parent / "own"
+    words = [f"run_dir={folder}", "steps=2", "rewards.brightness.weight=0"]
+    alone(tiny, *words, f"rewards.mine.target={tmp_path / 'my_reward.py'}:score")
+    rows = numbers(folder)
+    assert all(row["train/skipped"] == 0 and row["train/grad_norm"] > 0 for row in rows)
+    assert rows[0]["reward/mine"] != rows[1]["reward/mine"]
+    assert any(float(weight.abs().max()) > 0 for name, weight in adapter_of(folder).items() if "lora_B" in name)
 
 
 @pytest.mark.slow
