@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sizes", type=int, nargs="+", default=[500, 1000, 2000], help="pairs to train on")
-    parser.add_argument("--tests", type=int, default=400, help="pairs of each test")
+    parser.add_argument("--tests", type=int, default=300, help="pairs of each test")
     parser.add_argument("--rl-steps", type=int, default=30, help="of 16 pairs each")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("more", nargs="*", help="overrides a.b=c of every training run")
