@@ -3,6 +3,8 @@
 BOOT := $(or $(shell command -v python3.11),$(shell command -v python3))
 PY := .venv/bin/python
 PYTEST_ARGS ?=
+# whole files to two workers: what a file's tests share is made once
+WORKERS := -n 2 --dist loadfile
 
 # one thread per process: with more, tiny models spin in barriers and run 20 to 70 times slower on a shared machine
 export OMP_NUM_THREADS := 1
@@ -44,10 +46,10 @@ lint: .venv/.installed
 	$(PY) -m ruff format --check .
 
 check: lint
-	$(PY) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(PY) -m pytest $(WORKERS) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test: lint
-	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(PY) -m pytest $(WORKERS) -m "not gpu" $(PYTEST_ARGS)
 
 clean:
 	rm -rf runs build .pytest_cache .ruff_cache *.egg-info

@@ -9,7 +9,7 @@ from setuptools import setup
 setup(
     name="video-alignment",
     version="0.1.0",
-    description="RLHF post-training of video diffusion models: DeScore rewards and Longcat-GRPO for Wan 2.1",
+    description="RLHF post-training of video diffusion models: DeScore rewards, Longcat-GRPO and Flow-DPO for Wan 2.1",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["common", "rm", "generator", "alignment", "alignment.rewards", "launch"],
@@ -37,5 +37,5 @@ setup(
         "tqdm>=4.66",
         "wandb>=0.19",
     ],
-    extras_require={"test": ["pytest>=8.0", "scipy>=1.11", "ruff>=0.11"]},
+    extras_require={"test": ["pytest>=8.0", "pytest-xdist>=3.6", "scipy>=1.11", "ruff>=0.11"]},
 )

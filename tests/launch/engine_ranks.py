@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -99,7 +100,7 @@ def check(stage: int, later_stage: int, dtype: torch.dtype, folder: Path) -> dic
 def main() -> None:
     quiet()
     distributed.init_process_group()
-    root = Path(distributed.from_main(tempfile.mkdtemp()))
+    root = Path(distributed.from_main(tempfile.mkdtemp()))  # one folder for all ranks, removed by the first
     float32, bfloat16 = torch.float32, torch.bfloat16
     cases = {"0": (0, 0, float32), "1": (1, 1, float32), "2": (2, 2, float32), "2 to 0": (2, 0, float32)}
     cases |= {"3": (3, 3, float32), "2 to 3": (2, 3, float32), "3 to 1": (3, 1, float32)}
@@ -113,6 +114,8 @@ def main() -> None:
         sys.stdout.write("\n" + json.dumps(results) + "\n")
         sys.stdout.flush()
     distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(root)
     distributed.shutdown()
 
 
