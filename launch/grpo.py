@@ -162,7 +162,7 @@ def look_before(cfg: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
     if len(own) > 1:
         seeds = [derive_seed(cfg.seed, "self-check", i) for i in range(len(own))]
         video_BTYXC = torch.cat([generator.decode(generator.sample([p], [s])) for p, s in zip(own, seeds, strict=True)])
-        for reward in loop.rewards.values():
+        for reward in (one for one in loop.rewards.values() if not getattr(one, "group_level", False)):
             findings += [
                 check(reward, video_BTYXC, own, fps=loop.fps) for check in (self_checks.permutation, self_checks.sense)
             ]
