@@ -6,6 +6,8 @@ lift it on a CUDA machine once its own torch is installed.
 
 from setuptools import setup
 
+SERVER = ["fastapi>=0.115", "uvicorn>=0.30"]  # launch/serve.py
+
 setup(
     name="video-alignment",
     version="0.1.0",
@@ -36,6 +38,10 @@ setup(
         "matplotlib>=3.8",
         "tqdm>=4.66",
         "wandb>=0.19",
+        "httpx>=0.27",  # the client of a reward server
     ],
-    extras_require={"test": ["pytest>=8.0", "pytest-xdist>=3.6", "scipy>=1.11", "ruff>=0.11"]},
+    extras_require={
+        "server": SERVER,
+        "test": [*SERVER, "pytest>=8.0", "pytest-xdist>=3.6", "scipy>=1.11", "ruff>=0.11"],
+    },
 )

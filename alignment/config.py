@@ -151,6 +151,7 @@ class RewardConfig:
     kind        a key of `alignment.rewards.REWARDS`, or what an installed package offers under the entry point group
                 video_alignment.rewards; null takes the name, so ``rewards: {descore: {}}`` is enough
     target      path/to/file.py:name, a function or an object of your own, see `alignment.rewards.own`; instead of kind
+    url         http://host:port of a reward server (launch/serve.py), kind "remote"
     weight      of its advantages in the sum; 0 scores and logs it without training on it: a held-out judge
     checkpoint  folder of its weights, for rewards that have some
     options     keyword arguments of its constructor
@@ -158,6 +159,7 @@ class RewardConfig:
 
     kind: str | None = None
     target: str | None = None
+    url: str | None = None
     weight: float = 1.0
     checkpoint: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -168,6 +170,8 @@ class RewardConfig:
             problems.append("kind must be a name or null, got an empty string")
         if self.kind is not None and self.target is not None:
             problems.append(f"kind and target are two ways to name one reward, got {self.kind} and {self.target}")
+        if self.url is not None and (self.target is not None or self.kind not in (None, "remote")):
+            problems.append(f"url names a remote reward and goes with no other kind or target, got {self.url}")
         if not math.isfinite(self.weight):
             problems.append(f"weight must be finite, got {self.weight}")
         _check("RewardConfig", problems)

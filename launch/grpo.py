@@ -115,7 +115,8 @@ def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, Dee
     from common.log import say
     from launch.compose import build_engine, build_generator, build_rewards
 
-    say(f"loading the generator {cfg.generator.path} and the rewards {', '.join(cfg.rewards)}")
+    say(f"loading the rewards {', '.join(cfg.rewards)} and the generator {cfg.generator.path}")
+    rewards = build_rewards(cfg.rewards)  # first: a reward server that is not there is found out before weights load
     generator = build_generator(cfg.generator, seed=cfg.seed)
     engine = build_engine(
         generator.module,
@@ -133,7 +134,7 @@ def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, Dee
     loop = GrpoLoop(
         cfg.grpo,
         generator=generator,
-        rewards=build_rewards(cfg.rewards),
+        rewards=rewards,
         weights={name: reward.weight for name, reward in cfg.rewards.items()},
         engine=engine,
         prompts=PromptSchedule(prompts, seed=cfg.seed, prompts_per_step=cfg.prompts_per_step),

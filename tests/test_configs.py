@@ -11,6 +11,7 @@ from launch.evaluate import GeneratorEvaluation, RewardEvaluation
 from launch.pair_runs import DpoRun, PairsRun
 from launch.runs import ColdStartRun, DualRlRun, GrpoRun, SampleRun
 from launch.score import ScoreRun
+from launch.serve import ServeRun
 
 ROOT = Path(__file__).resolve().parent.parent / "configs"
 SCHEMAS = {
@@ -25,6 +26,7 @@ SCHEMAS = {
     "pairs": PairsRun,
     "sample": SampleRun,
     "score": ScoreRun,
+    "serve": ServeRun,
     "evaluate": GeneratorEvaluation,
     "evaluate_oracle": GeneratorEvaluation,
     "evaluate_rm": RewardEvaluation,

@@ -36,10 +36,19 @@ def _brightness(cfg: RewardConfig) -> RewardModel:
     return Brightness(**cfg.options)
 
 
+def _remote(cfg: RewardConfig) -> RewardModel:
+    from alignment.rewards.remote import RemoteReward
+
+    if cfg.url is None:
+        raise ValueError("a remote reward needs `url`, the address of a server (launch/serve.py)")
+    return RemoteReward(cfg.url, **cfg.options)
+
+
 REWARDS: dict[str, Callable[[RewardConfig], RewardModel]] = {
     "descore": _descore,
     "shapes": _shapes,
     "brightness": _brightness,
+    "remote": _remote,
 }
 
 
@@ -53,7 +62,7 @@ def factory_of(name: str, cfg: RewardConfig) -> Callable[[RewardConfig], RewardM
     if cfg.target is not None:
         own.check_target(name, cfg.target)
         return lambda cfg: own.from_file(name, cfg.target, cfg.options)
-    kind = cfg.kind or name
+    kind = cfg.kind or ("remote" if cfg.url is not None else name)
     if kind in REWARDS:
         return REWARDS[kind]
     others = own.installed()

@@ -103,7 +103,7 @@ def test_an_installed_package_brings_one(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(own, "entry_points", lambda group: [point] if group == own.GROUP else [])
     (reward,) = build_rewards({"bright": RewardConfig()}).values()
     assert reward.score(VIDEO, PROMPTS, fps=8.0).value_B.shape == (6,)
-    with pytest.raises(ValueError, match="known are descore, shapes, brightness, bright; did you mean 'bright'"):
+    with pytest.raises(ValueError, match="remote, bright; did you mean 'bright'"):
         factory_of("brigth", RewardConfig())
 
 
