@@ -7,6 +7,7 @@ lift it on a CUDA machine once its own torch is installed.
 from setuptools import setup
 
 SERVER = ["fastapi>=0.115", "uvicorn>=0.30"]  # launch/serve.py
+SIGNALS = ["opencv-python-headless>=4.9"]  # the reward dynamics
 
 setup(
     name="video-alignment",
@@ -42,6 +43,7 @@ setup(
     ],
     extras_require={
         "server": SERVER,
-        "test": [*SERVER, "pytest>=8.0", "pytest-xdist>=3.6", "scipy>=1.11", "ruff>=0.11"],
+        "signals": SIGNALS,
+        "test": [*SERVER, *SIGNALS, "pytest>=8.0", "pytest-xdist>=3.6", "scipy>=1.11", "ruff>=0.11"],
     },
 )

@@ -36,6 +36,18 @@ def _brightness(cfg: RewardConfig) -> RewardModel:
     return Brightness(**cfg.options)
 
 
+def _dynamics(cfg: RewardConfig) -> RewardModel:
+    from alignment.rewards.motion import Dynamics
+
+    return Dynamics(**cfg.options)
+
+
+def _smoothness(cfg: RewardConfig) -> RewardModel:
+    from alignment.rewards.motion import Smoothness
+
+    return Smoothness(**cfg.options)
+
+
 def _remote(cfg: RewardConfig) -> RewardModel:
     from alignment.rewards.remote import RemoteReward
 
@@ -48,6 +60,8 @@ REWARDS: dict[str, Callable[[RewardConfig], RewardModel]] = {
     "descore": _descore,
     "shapes": _shapes,
     "brightness": _brightness,
+    "dynamics": _dynamics,
+    "smoothness": _smoothness,
     "remote": _remote,
 }
 
