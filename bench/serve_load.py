@@ -56,7 +56,7 @@ def examples(count: int) -> tuple[torch.Tensor, list[str]]:
 
     rng = random.Random(0)
     attributes = [random_attributes(rng) for _ in range(count)]
-    return render([random_scene(one, rng) for one in attributes]), [caption(one) for one in attributes]
+    return render([random_scene(one, rng) for one in attributes]), [caption(one, wording=0) for one in attributes]
 
 
 def load_test(url: str, process: subprocess.Popen[bytes], *, clients: int, seconds: float) -> dict[str, float]:

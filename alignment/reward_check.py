@@ -1,0 +1,108 @@
+"""Does a reward order videos sensibly? The same few, right and spoilt in ways whose effect people agree on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.distributed import derive_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.types import RewardModel
+
+CASES = {
+    "wrong prompt": "each video with the next one's prompt",
+    "noise": "random pixels instead of the video",
+    "frozen": "its first frame all the time",
+    "reversed": "its frames backwards",
+    "twice the rate": "the same frames at twice the fps",
+}
+MUST = ("wrong prompt", "noise")  # below the right one for any reward that reads prompts and looks at videos
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video (T, Y, X, 3) uint8 with its rate and its prompt."""
+
+    video_TYXC: Tensor
+    fps: float
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One reward on one case: MEAN scores, and of how many videos the spoilt one scored below, like or above."""
+
+    case: str
+    right: float
+    spoilt: float
+    below: int
+    same: int
+    above: int
+    unjudged: int
+
+    @property
+    def sensible(self) -> bool:
+        """More videos fell than rose."""
+        return self.below > self.above
+
+
+def spoil(clips: Sequence[Clip], case: str, *, seed: int = 0) -> list[Clip]:
+    """The clips of a case of `CASES`, one for each."""
+    if case == "wrong prompt":
+        prompts = [clip.prompt for clip in clips]
+        return [Clip(c.video_TYXC, c.fps, prompt) for c, prompt in zip(clips, prompts[1:] + prompts[:1], strict=True)]
+    if case == "twice the rate":
+        return [Clip(clip.video_TYXC, 2 * clip.fps, clip.prompt) for clip in clips]
+    spoilt = []
+    for i, clip in enumerate(clips):
+        video = clip.video_TYXC
+        if case == "noise":
+            draw = torch.Generator().manual_seed(derive_seed(seed, "reward check", i))
+            video = torch.randint(0, 256, video.shape, generator=draw, dtype=torch.uint8)
+        else:
+            video = video[:1].expand_as(video).contiguous() if case == "frozen" else video.flip(0)
+        spoilt.append(Clip(video, clip.fps, clip.prompt))
+    return spoilt
+
+
+def scores(reward: RewardModel, clips: Sequence[Clip]) -> Tensor:
+    """(B,) of clips of any sizes and rates; those that are alike go together."""
+    value_B = torch.full((len(clips),), math.nan)
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for i, clip in enumerate(clips):
+        kinds.setdefault((tuple(clip.video_TYXC.shape), clip.fps), []).append(i)
+    for (_, fps), places in kinds.items():
+        video_BTYXC = torch.stack([clips[i].video_TYXC for i in places])
+        value_B[places] = reward.score(video_BTYXC, [clips[i].prompt for i in places], fps=fps).value_B.float().cpu()
+    return value_B
+
+
+def check(reward: RewardModel, clips: Sequence[Clip], *, seed: int = 0) -> list[Verdict]:
+    """Every case. Raises ValueError for fewer than two clips or prompts, which leaves no wrong prompt to try."""
+    if len({clip.prompt for clip in clips}) < 2:
+        raise ValueError("a check needs videos of at least two different prompts")
+    right_B = scores(reward, clips)
+    verdicts = []
+    for case in CASES:
+        spoilt_B = scores(reward, spoil(clips, case, seed=seed))
+        judged = right_B.isfinite() & spoilt_B.isfinite()
+        right, spoilt = right_B[judged], spoilt_B[judged]
+        verdicts.append(
+            Verdict(
+                case,
+                float(right.mean()) if len(right) else math.nan,
+                float(spoilt.mean()) if len(spoilt) else math.nan,
+                int((spoilt < right).sum()),
+                int((spoilt == right).sum()),
+                int((spoilt > right).sum()),
+                int((~judged).sum()),
+            )
+        )
+    return verdicts
