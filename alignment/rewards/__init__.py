@@ -48,6 +48,14 @@ def _smoothness(cfg: RewardConfig) -> RewardModel:
     return Smoothness(**cfg.options)
 
 
+def _similarity(cfg: RewardConfig) -> RewardModel:
+    from alignment.rewards.similarity import Similarity
+
+    if cfg.checkpoint is None:
+        raise ValueError("a similarity reward needs `checkpoint`, the folder or hub name of a CLIP or SigLIP")
+    return Similarity(cfg.checkpoint, **cfg.options)
+
+
 def _remote(cfg: RewardConfig) -> RewardModel:
     from alignment.rewards.remote import RemoteReward
 
@@ -62,6 +70,7 @@ REWARDS: dict[str, Callable[[RewardConfig], RewardModel]] = {
     "brightness": _brightness,
     "dynamics": _dynamics,
     "smoothness": _smoothness,
+    "similarity": _similarity,
     "remote": _remote,
 }
 
