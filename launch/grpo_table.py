@@ -12,7 +12,7 @@ from typing import Any
 
 from common.bootstrap import Interval, runs_ci95
 from common.log import read_metrics
-from launch.grpo_arms import ARMS, BASE, COMMAND, Run
+from launch.grpo_arms import ARMS, BASE, Run
 from launch.reproduce_table import figure_of, shown
 
 BACKWARD = 2  # forwards that a backward counts as
@@ -79,16 +79,16 @@ def over_seeds(outcomes: dict[Run, Outcome], arm: str, *, minus: str | None = No
     return runs_ci95(runs, seed=0)
 
 
-def write_results(root: Path, out: Path, runs: Sequence[Run], *, commit: str, minutes: float) -> str:
+def write_results(root: Path, out: Path, runs: Sequence[Run], *, command: str, commit: str, minutes: float) -> str:
     """Write reproduce_grpo.json, .md and .svg into ``out``; the page."""
     outcomes = {run: read_outcome(root, run) for run in runs}
     arms = [arm for arm in dict.fromkeys(run.arm for run in runs) if arm != "base"]
     rows = {arm: _row(outcomes, arm) for arm in ("base", *arms)}
     out.mkdir(parents=True, exist_ok=True)
-    record = {"command": COMMAND, "commit": commit, "minutes": round(minutes, 1), "arms": rows}
+    record = {"command": command, "commit": commit, "minutes": round(minutes, 1), "arms": rows}
     (out / "reproduce_grpo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     plot(outcomes, arms, out / "reproduce_grpo.svg")
-    page = _page(outcomes, arms, rows, commit=commit, minutes=minutes)
+    page = _page(outcomes, arms, rows, command=command, commit=commit, minutes=minutes)
     (out / "reproduce_grpo.md").write_text(page, encoding="utf-8")
     return page
 
@@ -106,14 +106,20 @@ def _row(outcomes: dict[Run, Outcome], arm: str) -> dict[str, Any]:
 
 
 def _page(
-    outcomes: dict[Run, Outcome], arms: Sequence[str], rows: dict[str, Any], *, commit: str, minutes: float
+    outcomes: dict[Run, Outcome],
+    arms: Sequence[str],
+    rows: dict[str, Any],
+    *,
+    command: str,
+    commit: str,
+    minutes: float,
 ) -> str:
     seeds = sorted({run.seed for run in outcomes})
     count = len(next(iter(outcomes.values())).score)
     lines = [
         "# What each part of Longcat-GRPO is worth, in miniature",
         "",
-        f"Made by `{COMMAND}` at commit {commit} in {minutes:.0f} minutes. The tiny Wan learns from the exact oracle; "
+        f"Made by `{command}` at commit {commit} in {minutes:.0f} minutes. The tiny Wan learns from the exact oracle; "
         f"the table has the oracle's mean (0 to 1) on {count} held-out prompts after training, over the seeds "
         f"{', '.join(map(str, seeds))}, with the 95 % interval of a bootstrap that draws seeds, then prompts; "
         "differences are taken prompt by prompt. All arms but those of the tail spend the same number of DiT forwards, "
@@ -124,6 +130,8 @@ def _page(
         "",
     ]
     for title, members in GROUPS.items():
+        if not set(members) & set(arms) - {BASE}:
+            continue
         lines += [f"## {title.capitalize()}", ""]
         lines += ["| arm | updates | videos | DiT forwards | rollout | oracle | against the recipe |"]
         lines += ["|---" * 7 + "|"]

@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.grpo_arms import ARMS, BASE, Run, steps_of
+from launch.grpo_arms import ARMS, BASE, COMMAND, Run, steps_of
 from launch.steps import ROOT, Job, commit, run_jobs
 
 
@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     todo = [Run(seed, arm) for seed in args.seeds for arm in arms]
     jobs = [Job(run.folder(root), steps_of(run, root, updates=args.updates, prompts=args.prompts)) for run in todo]
     minutes = run_jobs(jobs, root, workers=args.workers, program="reproduce_grpo")
-    print(write_results(ROOT / root, ROOT / args.out, todo, commit=commit(), minutes=minutes))
+    chosen = "" if set(arms) == {"base", *ARMS} else f" --arms {' '.join(args.arms)}"
+    facts = {"command": COMMAND + chosen, "commit": commit(), "minutes": minutes}
+    print(write_results(ROOT / root, ROOT / args.out, todo, **facts))
 
 
 if __name__ == "__main__":
