@@ -105,6 +105,11 @@ def _row(outcomes: dict[Run, Outcome], arm: str) -> dict[str, Any]:
     return row
 
 
+def groups_of(arms: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Those of `GROUPS` that compare something with the recipe."""
+    return {title: members for title, members in GROUPS.items() if set(members) & set(arms) - {BASE}}
+
+
 def _page(
     outcomes: dict[Run, Outcome],
     arms: Sequence[str],
@@ -129,9 +134,7 @@ def _page(
         f"Before training: {shown(over_seeds(outcomes, 'base'))}.",
         "",
     ]
-    for title, members in GROUPS.items():
-        if not set(members) & set(arms) - {BASE}:
-            continue
+    for title, members in groups_of(arms).items():
         lines += [f"## {title.capitalize()}", ""]
         lines += ["| arm | updates | videos | DiT forwards | rollout | oracle | against the recipe |"]
         lines += ["|---" * 7 + "|"]
@@ -147,8 +150,9 @@ def _page(
 
 def plot(outcomes: dict[Run, Outcome], arms: Sequence[str], path: Path) -> None:
     """The oracle on held-out prompts against what was spent, MEAN over seeds."""
-    figure, axes = figure_of(len(GROUPS))
-    for axis, (title, members) in zip(axes, GROUPS.items(), strict=True):
+    groups = groups_of(arms)
+    figure, axes = figure_of(max(2, len(groups)))
+    for axis, (title, members) in zip(axes, groups.items(), strict=False):
         for arm in (arm for arm in members if arm in arms):
             curves = [one.curve for run, one in outcomes.items() if run.arm == arm]
             points = [[fmean(p) for p in zip(*points, strict=True)] for points in zip(*curves, strict=True)]
