@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.distributed import derive_seed
+from common.schedule import IndexSchedule
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -57,32 +57,6 @@ class PromptBatch:
             raise ValueError(f"{len(self.prompts)} prompts per step do not divide over {world_size} ranks")
         own = slice(rank * size, (rank + 1) * size)
         return PromptBatch(self.prompts[own], self.seeds[own])
-
-
-class IndexSchedule:
-    """Step -> indices of ``count`` things: all of them in a new random order each epoch, none twice before all were.
-
-    The one at position q of the whole run is the (q mod count)-th of epoch q // count, whose order depends on the seed
-    and the epoch only. Neither the number of ranks nor where a run was resumed changes anything.
-
-    name  of what is drawn; schedules of other names have other orders
-    """
-
-    def __init__(self, count: int, *, seed: int, per_step: int, name: str) -> None:
-        self.count, self.seed, self.per_step, self.name = count, seed, per_step, name
-        self._epoch, self._order = -1, list[int]()
-
-    def at(self, step: int) -> tuple[int, ...]:
-        """All ranks' indices of one step, from 0."""
-        first = step * self.per_step
-        return tuple(self._at_position(first + i) for i in range(self.per_step))
-
-    def _at_position(self, position: int) -> int:
-        epoch, place = divmod(position, self.count)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, list(range(self.count))
-            random.Random(derive_seed(self.seed, self.name, epoch)).shuffle(self._order)
-        return self._order[place]
 
 
 class PromptSchedule:

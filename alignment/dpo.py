@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from alignment.data import IndexSchedule
 from alignment.dpo_losses import beta_at, flow_dpo_terms, rwr_weights
 from common.distributed import gather_rows, generator, own_batches, rank, world_size
+from common.schedule import IndexSchedule
 
 if TYPE_CHECKING:
     from torch import Tensor

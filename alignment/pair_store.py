@@ -7,17 +7,16 @@ shards/00000.safetensors   win (n, C, F, H, W), lose (n, C, F, H, W); prompt.i (
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from common.files import replace_text, replaced, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,9 +108,9 @@ def write_pairs(
             for i, p in enumerate(part)
         ]
     text = "".join(json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    _replace(folder / INDEX, text)
+    replace_text(folder / INDEX, text)
     manifest = {"version": VERSION, "pairs": len(rows), "latent_shape": shape, "files": files, "about": dict(about)}
-    _replace(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    replace_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return len(rows)
 
 
@@ -133,7 +132,7 @@ class PairSet:
             file = self.folder / name
             if not file.is_file() or file.stat().st_size != entry["size"]:
                 raise ValueError(f"{file} is missing or has another size than {MANIFEST} says")
-            if check == "sha256" and _sha256(file) != entry["sha256"]:
+            if check == "sha256" and sha256(file) != entry["sha256"]:
                 raise ValueError(f"{file} was changed: its SHA-256 differs from {MANIFEST}")
         lines = (self.folder / INDEX).read_text(encoding="utf-8").splitlines()
         self.rows = tuple(PairRow(**json.loads(line)) for line in lines)
@@ -179,27 +178,7 @@ def _parts(pairs: Iterator[LatentPair], size: int) -> Iterator[list[LatentPair]]
 def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     from safetensors.torch import save_file
 
-    with _partial(path) as partial:
+    with replaced(path) as partial:
         save_file({name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}, partial)
-        entry = {"size": partial.stat().st_size, "sha256": _sha256(partial)}
+        entry = {"size": partial.stat().st_size, "sha256": sha256(partial)}
     return entry
-
-
-def _replace(path: Path, text: str) -> None:
-    with _partial(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """A reader sees the whole file or none."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    yield partial
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from alignment.clips import Clip, score_clips
 from common.distributed import derive_seed
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from common.types import RewardModel
 
 CASES = {
@@ -24,15 +23,6 @@ CASES = {
     "twice the rate": "the same frames at twice the fps",
 }
 MUST = ("wrong prompt", "noise")  # below the right one for any reward that reads prompts and looks at videos
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A video (T, Y, X, 3) uint8 with its rate and its prompt."""
-
-    video_TYXC: Tensor
-    fps: float
-    prompt: str
 
 
 @dataclass(frozen=True)
@@ -72,26 +62,14 @@ def spoil(clips: Sequence[Clip], case: str, *, seed: int = 0) -> list[Clip]:
     return spoilt
 
 
-def scores(reward: RewardModel, clips: Sequence[Clip]) -> Tensor:
-    """(B,) of clips of any sizes and rates; those that are alike go together."""
-    value_B = torch.full((len(clips),), math.nan)
-    kinds: dict[tuple[object, ...], list[int]] = {}
-    for i, clip in enumerate(clips):
-        kinds.setdefault((tuple(clip.video_TYXC.shape), clip.fps), []).append(i)
-    for (_, fps), places in kinds.items():
-        video_BTYXC = torch.stack([clips[i].video_TYXC for i in places])
-        value_B[places] = reward.score(video_BTYXC, [clips[i].prompt for i in places], fps=fps).value_B.float().cpu()
-    return value_B
-
-
 def check(reward: RewardModel, clips: Sequence[Clip], *, seed: int = 0) -> list[Verdict]:
     """Every case. Raises ValueError for fewer than two clips or prompts, which leaves no wrong prompt to try."""
     if len({clip.prompt for clip in clips}) < 2:
         raise ValueError("a check needs videos of at least two different prompts")
-    right_B = scores(reward, clips)
+    right_B = score_clips(reward, clips).value_B
     verdicts = []
     for case in CASES:
-        spoilt_B = scores(reward, spoil(clips, case, seed=seed))
+        spoilt_B = score_clips(reward, spoil(clips, case, seed=seed)).value_B
         judged = right_B.isfinite() & spoilt_B.isfinite()
         right, spoilt = right_B[judged], spoilt_B[judged]
         verdicts.append(

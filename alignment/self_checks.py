@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from alignment.clips import Clip, score_clips
+from alignment.reward_check import MUST, spoil
 from common import gaussian
 from common.distributed import derive_seed, gather_objects
 
@@ -109,14 +111,9 @@ def permutation(reward: RewardModel, video_BTYXC: Tensor, prompts: Sequence[str]
 
 def sense(reward: RewardModel, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float, seed: int = 0) -> Finding:
     """MEAN score with the right prompts, with each other's, and of noise. A warning: few videos prove little."""
-    draw = torch.Generator().manual_seed(derive_seed(seed, "self-check", "noise"))
-    noise = torch.randint(0, 256, video_BTYXC.shape, generator=draw, dtype=torch.uint8)
-    cases = {
-        "right": (video_BTYXC, prompts),
-        "each other's prompts": (video_BTYXC, [*prompts[1:], prompts[0]]),
-        "noise": (noise, prompts),
-    }
-    means = {name: _mean(reward.score(*case, fps=fps).value_B) for name, case in cases.items()}
+    clips = [Clip(video_TYXC, fps, prompt) for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True)]
+    cases = {"right": clips} | {case: spoil(clips, case, seed=seed) for case in MUST}
+    means = {name: _mean(score_clips(reward, case).value_B) for name, case in cases.items()}
     return Finding(
         f"sense, {reward.name}",
         all(means["right"] > value for name, value in means.items() if name != "right"),

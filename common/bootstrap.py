@@ -85,6 +85,17 @@ def runs_ci95(runs: Sequence[Sequence[Sequence[float]]], *, seed: int, resamples
     return Interval(mean, low, high, sum(len(t) for run in tables for t in run))
 
 
+def difference_ci95(
+    runs: Sequence[Sequence[Sequence[float]]], others: Sequence[Sequence[Sequence[float]]], *, seed: int
+) -> Interval:
+    """`runs_ci95` of ``runs`` minus ``others``, value by value: the same seeds, the same things measured.
+
+    Raises ValueError where there are not equally many.
+    """
+    pairs = [list(zip(run, other, strict=True)) for run, other in zip(runs, others, strict=True)]
+    return runs_ci95([[[a - b for a, b in zip(*both, strict=True)] for both in run] for run in pairs], seed=seed)
+
+
 def statistic_ci95(
     statistic: Callable[[NDArray[np.int64]], float], count: int, *, seed: int, resamples: int = 2_000
 ) -> Interval:

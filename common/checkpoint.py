@@ -10,7 +10,6 @@ line of history: saving step 12 removes later steps, which a resume from an earl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import distributed
+from common.files import sha256
 from common.log import say
 
 if TYPE_CHECKING:
@@ -72,13 +72,13 @@ def verify(path: str | Path) -> list[str]:
         return [f"{MANIFEST}: damaged"]
     named = _STEP.fullmatch(path.name)
     problems = [f"{MANIFEST}: is of step {step}"] if named and int(named[1]) != step else []
-    for name, (size, sha256) in files.items():
+    for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file():
             problems.append(f"{name}: missing")
         elif file.stat().st_size != size:
             problems.append(f"{name}: {file.stat().st_size} bytes instead of {size}")
-        elif _sha256(file) != sha256:
+        elif sha256(file) != digest:
             problems.append(f"{name}: content changed (SHA-256 differs)")
     return problems if files else [f"{MANIFEST}: names no files"]
 
@@ -145,7 +145,7 @@ def _seal(folder: Path, step: int) -> None:
     for file in files:
         _fsync(file)
     entries = {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)} for file in files
     }
     (folder / MANIFEST).write_text(json.dumps({"step": step, "files": entries}, indent=2), encoding="utf-8")
     _fsync(folder / MANIFEST)
@@ -203,11 +203,6 @@ def _steps(root: Path) -> list[Path]:
 
 def _number(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.types import Score
+from common.types import Score, json_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,8 +201,8 @@ def encode_reply(request: Request, score: Score, errors: Sequence[str | None]) -
     return {
         "id": request.id,
         "model": request.model,
-        "values": [_number(value) for value in score.value_B],
-        "parts": {name: [_number(value) for value in part_B] for name, part_B in score.parts.items()},
+        "values": [json_number(value) for value in score.value_B],
+        "parts": {name: [json_number(value) for value in part_B] for name, part_B in score.parts.items()},
         "texts": list(score.texts),
         "errors": list(errors),
     }
@@ -238,8 +238,3 @@ def _column(values: Any, videos: int) -> list[float]:
         ):
             raise WireError(f"a score must be a finite number or null, got {value!r:.40}")
     return [math.nan if value is None else float(value) for value in values]
-
-
-def _number(value: Any) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None

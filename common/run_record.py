@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from common.files import replace_text
+
 MASK = "***"
 _SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials"}
 _PACKAGES = (
@@ -34,7 +36,7 @@ def dump(cfg: Any, run_dir: str | Path) -> Path:
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True, width=120)
-    _replace(folder / "config.yaml", hide_secrets(text))
+    replace_text(folder / "config.yaml", hide_secrets(text))
     record = {
         "command": [hide_secrets(_mask_argument(word)) for word in sys.argv],
         "python": platform.python_version(),
@@ -42,7 +44,7 @@ def dump(cfg: Any, run_dir: str | Path) -> Path:
         "packages": {name: _version(name) for name in _PACKAGES},
         "git": _git_state(Path(__file__).resolve().parent),
     }
-    _replace(folder / "environment.json", json.dumps(record, indent=2) + "\n")
+    replace_text(folder / "environment.json", json.dumps(record, indent=2) + "\n")
     return folder / "config.yaml"
 
 
@@ -96,10 +98,3 @@ def _git_state(folder: Path) -> dict[str, Any]:
 
     status = ask("status", "--porcelain")
     return {"commit": ask("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
-
-
-def _replace(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -11,10 +11,10 @@ Shape letters, one meaning everywhere, used as suffixes of tensor names::
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -137,6 +137,30 @@ class Score:
         if any(score.texts for score in scores):
             texts = [text for score in scores for text in score.texts or [""] * len(score.value_B)]
         return Score(torch.cat([score.value_B for score in scores]), parts, texts)
+
+    def take(self, places: Sequence[int]) -> Score:
+        """Of these videos, in this order."""
+        rows = list(places)
+        texts = [self.texts[i] for i in rows] if self.texts else []
+        return Score(self.value_B[rows], {name: part_B[rows] for name, part_B in self.parts.items()}, texts)
+
+    @staticmethod
+    def placed(count: int, parts: Iterable[tuple[Sequence[int], Score]]) -> Score:
+        """Scores of some places each -> of all ``count``, NaN where nobody judged."""
+        import torch
+
+        found = list(parts)
+        order = [i for places, _ in found for i in places]
+        missing = sorted(set(range(count)) - set(order))
+        nobody = Score(torch.full((len(missing),), math.nan))
+        whole = Score.concat([*(score for _, score in found), *([nobody] if missing else [])])
+        return whole.take(torch.tensor(order + missing).argsort().tolist())
+
+
+def json_number(value: Any) -> float | None:
+    """A score for JSON, which has no NaN: None where there is no finite number."""
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 @runtime_checkable

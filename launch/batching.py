@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -137,10 +138,5 @@ def _split(outcome: Score | BaseException, batch: Sequence[Waiting]) -> list[Sco
     """Each request's part of the answer; an exception is everybody's."""
     if isinstance(outcome, BaseException):
         return [outcome] * len(batch)
-    parts, start = [], 0
-    for one in batch:
-        own = slice(start, start + len(one.prompts))
-        columns = {name: part_B[own] for name, part_B in outcome.parts.items()}
-        parts.append(Score(outcome.value_B[own], columns, outcome.texts[own] if outcome.texts else ()))
-        start += len(one.prompts)
-    return parts
+    ends = list(accumulate(len(one.prompts) for one in batch))
+    return [outcome.take(range(start, end)) for start, end in pairwise([0, *ends])]

@@ -37,12 +37,13 @@ def look(cfg: ScoreRun, pattern: str | None, prompts: Path, *, limit: int) -> bo
 
     quiet()
     from alignment import reward_check
+    from alignment.clips import Clip
     from common.log import say
 
     try:
         items = find_items(pattern, prompts)[:limit]
         read = [(item, read_clip(item.path, max_frames=cfg.max_frames)) for item in items]
-        clips = [reward_check.Clip(clip.frames_TYXC, clip.fps, item.prompt) for item, clip in read]
+        clips = [Clip(clip.frames_TYXC, clip.fps, item.prompt) for item, clip in read]
         found = {name: reward_check.check(reward, clips) for name, reward in build_rewards(cfg.rewards).items()}
     except ValueError as error:
         refuse(str(error))

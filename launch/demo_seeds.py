@@ -12,7 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from launch.steps import ROOT, commit
+
 README_MARKS = ("<!-- demo results -->", "<!-- end of demo results -->")
 COMMAND = "python launch/demo_seeds.py"
 
@@ -61,10 +62,9 @@ def main() -> None:
             [sys.executable, "launch/demo.py", "--seed", str(seed), "--run-dir", str(run)], cwd=ROOT, check=True
         )
         summaries[seed] = json.loads((ROOT / run / "summary.json").read_text(encoding="utf-8"))
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     results = ROOT / "docs" / "results"
     results.mkdir(parents=True, exist_ok=True)
-    record = {"command": COMMAND, "commit": head.stdout.strip(), "seeds": summaries}
+    record = {"command": COMMAND, "commit": commit(), "seeds": summaries}
     (results / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(README_MARKS[0])

@@ -220,9 +220,10 @@ class Refresher:
                 self.loop.use(PairSet(whole[-1]))
 
     def make(self, folder: Path, turn: int) -> None:
-        from alignment.data import IndexSchedule, read_prompts
+        from alignment.data import read_prompts
         from alignment.pair_store import PairSet
         from common.distributed import derive_seed
+        from common.schedule import IndexSchedule
         from launch.pair_making import make_pairs
 
         how = self.cfg.refresh
@@ -253,11 +254,10 @@ def save(
     cfg: DpoRun, loop: DpoLoop, generator: WanGenerator, engine: DeepSpeedEngine, ema: object, *, step: int
 ) -> None:
     """checkpoints/step-N as launch/grpo.py writes them, with what is watched. All ranks call it."""
-    import math
-
+    from common.types import json_number
     from launch.generator_state import save as save_run
 
-    watched = [None if math.isnan(value) else value for value in loop.watched]
+    watched = [json_number(value) for value in loop.watched]
     save_run(generator, engine, ema, Path(cfg.run_dir), step=step, keep=cfg.keep, state={"watched": watched})
 
 

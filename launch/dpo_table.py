@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from alignment.pair_store import PairSet
-from common.bootstrap import Interval, runs_ci95
+from common.bootstrap import Interval, difference_ci95, runs_ci95
 from common.log import read_metrics
 from launch.dpo_arms import ARMS, TITLES, Size, forwards_of_pairs
 from launch.reproduce_table import shown
@@ -35,12 +35,8 @@ def read_scores(root: Path, seeds: Sequence[int], arms: Sequence[str]) -> Scores
 
 def over_seeds(scores: Scores, arm: str, column: str, *, minus: str | None = None) -> Interval:
     """MEAN over seeds and prompts, or the difference to another arm at the same seeds and prompts."""
-    runs = []
-    for seed, columns in scores[arm].items():
-        own = columns[column]
-        other = [0.0] * len(own) if minus is None else scores[minus][seed][column]
-        runs.append([[a - b for a, b in zip(own, other, strict=True)]])
-    return runs_ci95(runs, seed=0)
+    own, *others = [[[scores[one][seed][column]] for seed in scores[arm]] for one in (arm, minus) if one is not None]
+    return difference_ci95(own, *others, seed=0) if others else runs_ci95(own, seed=0)
 
 
 def spent(folder: Path) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,12 +88,8 @@ def _write(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-@contextmanager
-def _gathered(parameter: nn.Parameter, *, modifier: int | None) -> Iterator[None]:
-    if not hasattr(parameter, "ds_id"):
-        yield
-        return
+def _gathered(parameter: nn.Parameter, *, modifier: int | None) -> AbstractContextManager[None]:
+    """Inside, the weight is whole on every rank; ``modifier`` is the rank whose change all get."""
     from deepspeed.runtime.zero import GatheredParameters
 
-    with GatheredParameters([parameter], modifier_rank=modifier):
-        yield
+    return GatheredParameters([parameter], modifier_rank=modifier, enabled=hasattr(parameter, "ds_id"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from common.bootstrap import Interval, runs_ci95
+from common.bootstrap import Interval, difference_ci95, runs_ci95
 from common.log import read_metrics
 from launch.grpo_arms import ARMS, BASE, Run
 from launch.reproduce_table import figure_of, shown
@@ -71,12 +71,9 @@ def read_outcome(root: Path, run: Run) -> Outcome:
 
 def over_seeds(outcomes: dict[Run, Outcome], arm: str, *, minus: str | None = None) -> Interval:
     """MEAN oracle of an arm over seeds and prompts, or its difference to another on the same seeds and prompts."""
-    runs = []
-    for run in (run for run in outcomes if run.arm == arm):
-        own = outcomes[run].score
-        other = outcomes[Run(run.seed, minus)].score if minus is not None else (0.0,) * len(own)
-        runs.append([[a - b for a, b in zip(own, other, strict=True)]])
-    return runs_ci95(runs, seed=0)
+    seeds = [run.seed for run in outcomes if run.arm == arm]
+    own, *others = [[[outcomes[Run(seed, one)].score] for seed in seeds] for one in (arm, minus) if one is not None]
+    return difference_ci95(own, *others, seed=0) if others else runs_ci95(own, seed=0)
 
 
 def write_results(root: Path, out: Path, runs: Sequence[Run], *, command: str, commit: str, minutes: float) -> str:

@@ -18,7 +18,8 @@ from alignment.pairs import Choices, choose
 from common import distributed
 from common.checkpoint import load_tensors, save_tensors
 from common.log import progress, say
-from launch.rows import Row, RowTable, attempt, number
+from common.types import json_number
+from launch.rows import Row, RowTable, attempt
 
 if TYPE_CHECKING:
     from alignment.config import PairConfig
@@ -78,7 +79,7 @@ def film(
         scores = {
             name: one.score(video_KTYXC, [prompt] * count, fps=generator.cfg.fps) for name, one in rewards.items()
         }
-        said = {name: [number(value) for value in score.value_B] for name, score in scores.items()}
+        said = {name: [json_number(value) for value in score.value_B] for name, score in scores.items()}
         tensors = {"latent": clean_KCFHW, "embedding": generator.prompts.rows_of(prompt)}
         return tensors, {"prompt": prompt, "seeds": seeds, "rewards": said}
 
@@ -164,15 +165,10 @@ def make_pairs(
     """The whole of it for prompts, into ``folder``. All ranks call it. Raises ValueError when no pair is left."""
     make = film(generator, rewards, count=how.candidates, seed=seed)
     rows = candidates_of(folder, prompts, make, identity=identity, resume=resume)
-    problem = None
-    if distributed.is_main():
-        choices, pairs = pair_up(folder, rows, weights, how)
-        errors = sum("error" in row for row in rows)
-        counts = {"prompts": len(rows), "pairs": len(choices.pairs), "failed": errors}
-        counts |= {"unjudged": choices.unjudged, "close": choices.close, "disagreed": choices.disagreed}
-        problem = conclude(folder, pairs, rows, counts, per_shard=per_shard, store=store, identity=identity, keep=keep)
-    if problem := distributed.from_main(problem):
-        raise ValueError(problem)
+    choices, pairs = pair_up(folder, rows, weights, how)
+    counts = {"prompts": len(rows), "pairs": len(choices.pairs), "failed": sum("error" in row for row in rows)}
+    counts |= {"unjudged": choices.unjudged, "close": choices.close, "disagreed": choices.disagreed}
+    conclude(folder, pairs, rows, counts, per_shard=per_shard, store=store, identity=identity, keep=keep)
 
 
 def conclude(
@@ -185,16 +181,20 @@ def conclude(
     store: str,
     identity: Mapping[str, Any],
     keep: bool,
-) -> str | None:
-    """Write the set on rank 0 and say what became of everything; a problem, or None."""
+) -> None:
+    """Rank 0 writes the set and says what became of everything. All ranks call it, and wait for that.
+
+    Raises ValueError when no pair is left.
+    """
     said = ", ".join(f"{value} {name}" for name, value in counts.items())
     for row in [row for row in rows if "error" in row][:10]:
         say(f"left out, number {row['index']}: {row['error']}")
     if not counts["pairs"]:
-        return f"no pair is left: {said}"
-    about = {"counts": dict(counts), "identity": dict(identity)}
-    write_pairs(folder, pairs, per_shard=per_shard, dtype=getattr(torch, store), about=about)
-    if not keep:
-        shutil.rmtree(folder / CANDIDATES)
+        raise ValueError(f"no pair is left: {said}")
+    if distributed.is_main():
+        about = {"counts": dict(counts), "identity": dict(identity)}
+        write_pairs(folder, pairs, per_shard=per_shard, dtype=getattr(torch, store), about=about)
+        if not keep:
+            shutil.rmtree(folder / CANDIDATES)
+    distributed.barrier()
     say(f"{folder}: {said}")
-    return None

@@ -55,8 +55,8 @@ class PairsRun:
         problems = []
         if (self.prompts is None) == (self.table is None):
             problems.append("prompts or table must say where pairs come from, one of them")
-        if self.prompts is not None and not any(reward.weight != 0 for reward in self.rewards.values()):
-            problems.append("rewards need one weight that is not 0, else nothing says which video is better")
+        if self.prompts is not None:
+            problems += _nobody_judges(self.rewards)
         if self.limit is not None and self.limit < 1:
             problems.append(f"limit must be at least 1 or null, got {self.limit}")
         if self.per_shard < 1:
@@ -82,8 +82,7 @@ class RefreshConfig:
         problems = [
             f"{n} must be at least 1, got {getattr(self, n)}" for n in ("every", "limit") if getattr(self, n) < 1
         ]
-        if not any(reward.weight != 0 for reward in self.rewards.values()):
-            problems.append("rewards need one weight that is not 0, else nothing says which video is better")
+        problems += _nobody_judges(self.rewards)
         check("RefreshConfig", problems)
         check_rewards(self.rewards)
 
@@ -125,3 +124,9 @@ class DpoRun:
         if self.refresh is not None and self.zero_stage == 3:
             problems.append("zero_stage=3 does not go with refresh: ranks make unequal numbers of videos")
         check("DpoRun", problems)
+
+
+def _nobody_judges(rewards: dict[str, RewardConfig]) -> list[str]:
+    if any(reward.weight != 0 for reward in rewards.values()):
+        return []
+    return ["rewards need one weight that is not 0, else nothing says which video is better"]

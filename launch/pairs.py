@@ -122,16 +122,12 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
         dump(cfg, Path(cfg.out))
     folder = Path(cfg.out)
     rows = candidates_of(folder, decided, digitise(generator, source.csv), identity=identity, resume=resume)
-    problem = None
-    if distributed.is_main():
-        failed = sum("error" in row for row in rows)
-        counts = {"rows": len(table.pairs) + len(table.problems) + table.invalid, "pairs": len(rows) - failed}
-        counts |= {"ties": sum(pair.label == 0 for pair in table.pairs), "invalid": table.invalid}
-        counts |= {"bad": len(table.problems), "failed": failed}
-        how = {"per_shard": cfg.per_shard, "store": cfg.store, "identity": identity, "keep": cfg.keep}
-        problem = conclude(folder, labelled(folder, rows), rows, counts, **how)
-    if problem := distributed.from_main(problem):
-        raise ValueError(problem)
+    failed = sum("error" in row for row in rows)
+    counts = {"rows": len(table.pairs) + len(table.problems) + table.invalid, "pairs": len(rows) - failed}
+    counts |= {"ties": sum(pair.label == 0 for pair in table.pairs), "invalid": table.invalid}
+    counts |= {"bad": len(table.problems), "failed": failed}
+    how = {"per_shard": cfg.per_shard, "store": cfg.store, "identity": identity, "keep": cfg.keep}
+    conclude(folder, labelled(folder, rows), rows, counts, **how)
 
 
 if __name__ == "__main__":

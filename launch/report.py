@@ -10,12 +10,12 @@ The file needs no network and no other file: videos are inside. Sections without
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from common.files import replace_text
 from launch.report_data import Runs, discover, read_manifest
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -124,9 +124,7 @@ def render(runs: Runs, *, title: str, videos: int = 12, max_mb: float = 64.0) ->
 def write(path: Path, page: str) -> None:
     """A reader sees the old page or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, page)
 
 
 if __name__ == "__main__":

@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from launch.dpo_table import write_results
 
     root, size = args.run_dir, Size(args.judge_pairs, args.prompts, args.epochs, args.heldout)
-    ready = [prepare(seed, root, size) for seed in args.seeds]
+    ready = [[prepare(seed, root, size)] for seed in args.seeds]
     run_jobs(ready, root, workers=args.workers, program="reproduce_dpo")
     # the longest first, so that no worker is idle at the end
     arms = ["grpo", *ARMS, "base"]
-    jobs = [learn(seed, arm, root, size) for arm in arms for seed in args.seeds]
-    minutes = run_jobs(jobs, root, workers=args.workers, program="reproduce_dpo")
+    jobs = [[learn(seed, arm, root, size)] for arm in arms for seed in args.seeds]
+    minutes = run_jobs(jobs, root, workers=args.workers, program="reproduce_dpo")["wall"] / 60
     print(write_results(ROOT / root, ROOT / args.out, args.seeds, size, commit=commit(), minutes=minutes))
 
 

@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     root: Path = args.run_dir
     arms = dict.fromkeys(["base", BASE, *args.arms])
     todo = [Run(seed, arm) for seed in args.seeds for arm in arms]
-    jobs = [Job(run.folder(root), steps_of(run, root, updates=args.updates, prompts=args.prompts)) for run in todo]
-    minutes = run_jobs(jobs, root, workers=args.workers, program="reproduce_grpo")
+    jobs = [[Job(run.folder(root), steps_of(run, root, updates=args.updates, prompts=args.prompts))] for run in todo]
+    minutes = run_jobs(jobs, root, workers=args.workers, program="reproduce_grpo")["wall"] / 60
     chosen = "" if set(arms) == {"base", *ARMS} else f" --arms {' '.join(args.arms)}"
     facts = {"command": COMMAND + chosen, "commit": commit(), "minutes": minutes}
     print(write_results(ROOT / root, ROOT / args.out, todo, **facts))

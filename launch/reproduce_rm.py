@@ -12,18 +12,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
-import resource
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from launch.reproduce_cells import TESTS, Cell, chains, steps_of
-from launch.steps import ROOT, Step, run_step
+from launch.reproduce_cells import TESTS, chains, steps_of
+from launch.steps import ROOT, Job, Step, commit, run_jobs, run_step
 
 
 def make_data(run: Path, seed: int, *, train: int, tests: int) -> None:
@@ -57,25 +51,6 @@ def make_base(run: Path) -> None:
     DeScore.from_base(ROOT / "assets/shapes/qwen", generation=how).save(ROOT / run / "base")
 
 
-def run_chain(cells: Sequence[Cell], run: Path, rl_steps: int, more: Sequence[str]) -> dict[str, float]:
-    """Seconds of what had to be run, by step."""
-    seconds = {}
-    for cell in cells:
-        for step in steps_of(cell, run, rl_steps=rl_steps, more=more):
-            if not (ROOT / step.done).exists():
-                (ROOT / cell.folder(run)).mkdir(parents=True, exist_ok=True)
-                log = ROOT / cell.folder(run) / f"{step.title.split()[0]}.log"
-                name = f"{step.title.split()[0]} {cell.folder(run).relative_to(run)}"
-                seconds[name] = round(run_step(step, 1, log=log), 1)
-    return seconds
-
-
-def cpu_seconds() -> float:
-    """Of all commands that have ended, so that a busy machine can be told from a slow recipe."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=Path, default=Path("runs/reproduce_rm"))
@@ -88,37 +63,22 @@ def main() -> None:
     parser.add_argument("more", nargs="*", help="overrides a.b=c of every training run")
     args = parser.parse_args()
 
-    from tqdm import tqdm
-
     from launch.reproduce_table import write_results
 
     run: Path = args.run_dir
-    (ROOT / run).mkdir(parents=True, exist_ok=True)
-    timings, began = ROOT / run / "seconds.json", time.time()
-    seconds: dict[str, float] = json.loads(timings.read_text(encoding="utf-8")) if timings.exists() else {}
-    before = {name: seconds.get(name, 0.0) for name in ("wall", "cpu")}
+    began = time.time()
     make_base(run)
     for seed in args.seeds:
         make_data(run, seed, train=max(args.sizes), tests=args.tests)
     todo = [cells for seed in args.seeds for cells in chains(seed, args.sizes)]
     todo.sort(key=lambda cells: -cells[0].size)  # the longest first, so that no worker is idle at the end
-    with ThreadPoolExecutor(args.workers) as pool:
-        running = {pool.submit(run_chain, cells, run, args.rl_steps, args.more): cells for cells in todo}
-        with tqdm(total=sum(map(len, todo)), desc="judges", unit="judge") as bar:
-            for done in as_completed(running):
-                try:
-                    seconds |= done.result()
-                except RuntimeError as error:
-                    pool.shutdown(cancel_futures=True)
-                    sys.exit(f"reproduce_rm: {error}\nstarted again, it goes on here")
-                seconds["wall"] = round(before["wall"] + time.time() - began, 1)
-                seconds["cpu"] = round(before["cpu"] + cpu_seconds(), 1)
-                timings.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
-                bar.update(len(running[done]))
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    jobs = [
+        [Job(cell.folder(run), steps_of(cell, run, rl_steps=args.rl_steps, more=args.more)) for cell in cells]
+        for cells in todo
+    ]
+    run_jobs(jobs, run, workers=args.workers, program="reproduce_rm", since=began, unit="judge")
     cells = [cell for chain in todo for cell in chain]
-    print(write_results(ROOT / run, ROOT / args.out, cells, commit=commit, workers=args.workers))
+    print(write_results(ROOT / run, ROOT / args.out, cells, commit=commit(), workers=args.workers))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.bootstrap import Interval, mean_ci95, runs_ci95
+from common.bootstrap import Interval, difference_ci95, mean_ci95, runs_ci95
 from common.log import read_metrics
 from launch.reproduce_cells import COMMAND, METHODS, TESTS, Cell
 from rm.prompt import DIMENSIONS
@@ -85,16 +85,12 @@ def over_seeds(outcomes: Outcomes, size: int, method: str, tests: Sequence[str],
 
 def difference(outcomes: Outcomes, size: int, one: str, other: str, tests: Sequence[str], field: str) -> Interval:
     """``one`` minus ``other``, pair by pair of the same seed."""
-    runs = []
-    for seed in sorted({cell.seed for cell in outcomes}):
-        both = [outcomes[Cell(seed, size, method)] for method in (one, other)]
-        runs.append(
-            [
-                [a - b for a, b in zip(*(getattr(found[test], field) for found in both), strict=True)]
-                for test in tests
-            ]
-        )  # fmt: skip
-    return runs_ci95(runs, seed=0)
+    seeds = sorted({cell.seed for cell in outcomes})
+    both = [
+        [[getattr(outcomes[Cell(seed, size, method)][test], field) for test in tests] for seed in seeds]
+        for method in (one, other)
+    ]
+    return difference_ci95(*both, seed=0)
 
 
 def write_results(run: Path, out: Path, cells: Sequence[Cell], *, commit: str, workers: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import secrets
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -18,12 +17,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from common import reward_wire as wire
 from common.types import Score
 from launch.batching import Batcher, QueueFullError
+from launch.serve import LOOPBACK
 
 if TYPE_CHECKING:
     from common.types import RewardModel
     from launch.serve import ServeRun
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
 class TooLargeError(ValueError):
@@ -58,7 +56,7 @@ def create_app(rewards: Mapping[str, RewardModel], cfg: ServeRun, *, token: str 
     # neither an interactive page nor a schema: nothing but these four addresses
     app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None)
     if cfg.host in LOOPBACK:  # else a web page could make a browser ask for it under a name of its own
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
 
     def refused(request: Request) -> Response | None:
         given = request.headers.get("Authorization", "")
@@ -134,23 +132,8 @@ async def answer_of(asked: wire.Request, batcher: Batcher) -> dict[str, object]:
             return None
 
     found = await asyncio.gather(*(one(places) for places in kinds.values()))
-    return wire.encode_reply(asked, gather(len(asked.items), zip(kinds.values(), found, strict=True)), errors)
-
-
-def gather(count: int, parts: object) -> Score:
-    """Scores of some places -> of all, NaN where there is none."""
-    value_B = torch.full((count,), float("nan"))
-    columns: dict[str, torch.Tensor] = {}
-    texts: list[str] = [""] * count
-    for places, score in parts:
-        if score is None:
-            continue
-        value_B[places] = score.value_B.float().cpu()
-        for name, part_B in score.parts.items():
-            columns.setdefault(name, torch.full((count,), float("nan")))[places] = part_B.float().cpu()
-        for i, text in zip(places, score.texts, strict=False):
-            texts[i] = text
-    return Score(value_B, columns, texts if any(texts) else ())
+    judged = [(places, score) for places, score in zip(kinds.values(), found, strict=True) if score is not None]
+    return wire.encode_reply(asked, Score.placed(len(asked.items), judged), errors)
 
 
 def describe(batchers: Mapping[str, Batcher]) -> str:
@@ -164,11 +147,6 @@ def describe(batchers: Mapping[str, Batcher]) -> str:
         for q in (0.5, 0.95):
             lines.append(f'reward_seconds{{model="{name}",quantile="{q}"}} {found.quantile(q):.6f}')
     return "\n".join(lines) + "\n"
-
-
-def new_token() -> str:
-    """For an operator who names none."""
-    return secrets.token_urlsafe(24)
 
 
 def _problem(status: int, text: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import distributed
+from common.files import replace_text, sha256
+from common.types import json_number
 
 if TYPE_CHECKING:
     from common.types import Score
@@ -102,7 +103,7 @@ class RowTable:
             if found != self._identity and self._read():
                 changes = "; ".join(_differences(found, self._identity))
                 return f"{self.path} holds other results ({changes}); name another output, or use --resume none"
-        _replace(self._identity_path, json.dumps(self._identity, indent=1, ensure_ascii=False) + "\n")
+        replace_text(self._identity_path, json.dumps(self._identity, indent=1, ensure_ascii=False) + "\n")
         self._write(list(self._read().values()))
         return None
 
@@ -116,7 +117,7 @@ class RowTable:
 
     def _write(self, rows: Sequence[Row]) -> None:
         """One merged file instead of the parts; a kill in between leaves rows twice, which reading mends."""
-        _replace(self.path, "".join(_line(row) for row in rows))
+        replace_text(self.path, "".join(_line(row) for row in rows))
         for part in self._parts():
             part.unlink()
 
@@ -139,9 +140,9 @@ def score_fields(scores: Mapping[str, Score], index: int) -> Row:
     A value that is NaN, "could not judge", is null.
     """
     return {
-        "rewards": {name: number(score.value_B[index]) for name, score in scores.items()},
+        "rewards": {name: json_number(score.value_B[index]) for name, score in scores.items()},
         "parts": {
-            name: {part: number(value_B[index]) for part, value_B in score.parts.items()}
+            name: {part: json_number(value_B[index]) for part, value_B in score.parts.items()}
             for name, score in scores.items()
             if score.parts
         },
@@ -177,12 +178,6 @@ def all_ranks() -> Iterator[None]:
     distributed.shutdown()
 
 
-def number(value: Any) -> float | None:
-    """A float, or None where there is no finite one."""
-    value = float(value)
-    return value if math.isfinite(value) else None
-
-
 def fingerprint(path: str | Path) -> Any:
     """What is in a file or folder: SHA-256 of small files, size and time of large ones. None for what is not there."""
     path = Path(path)
@@ -195,12 +190,12 @@ def fingerprint(path: str | Path) -> Any:
     state = path.stat()
     if state.st_size > _HASHED_BYTES:
         return f"{state.st_size} bytes of {state.st_mtime_ns}"
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256(path)
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Indented JSON; a reader sees the old file or the new one. ValueError for NaN."""
-    _replace(Path(path), json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    replace_text(Path(path), json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _line(row: Row) -> str:
@@ -215,9 +210,3 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
             found += _differences(old.get(name), new.get(name), f"{where}.{name}" if where else str(name))
         return found[:4]
     return [] if old == new else [f"{where}: {json.dumps(old)[:60]} -> {json.dumps(new)[:60]}"]
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

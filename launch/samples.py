@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.types import json_number
 from common.video_io import write_mp4
 
 if TYPE_CHECKING:
@@ -48,15 +48,9 @@ def rows_of_step(result: StepResult, *, step: int, groups: int) -> Iterator[dict
             "seed": result.batch.seeds[p],
             "member": member,
             "advantage": float(result.advantage_PM[p, member]),
-            "rewards": {name: _finite(score.value_B[b]) for name, score in scores},
+            "rewards": {name: json_number(score.value_B[b]) for name, score in scores},
             "parts": {
-                name: {k: _finite(v[b]) for k, v in score.parts.items()} for name, score in scores if score.parts
+                name: {k: json_number(v[b]) for k, v in score.parts.items()} for name, score in scores if score.parts
             },
             "texts": {name: score.texts[b] for name, score in scores if score.texts},
         }
-
-
-def _finite(value: Tensor) -> float | None:
-    """None for "could not judge": JSON has no NaN."""
-    number = float(value)
-    return number if math.isfinite(number) else None

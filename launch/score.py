@@ -189,22 +189,13 @@ def _judge(cfg: ScoreRun, own: list[Item], table: Any) -> None:
 
 def judge_batch(rewards: dict[str, RewardModel], items: Sequence[Item], *, max_frames: int) -> list[Row]:
     """Rewards of some files, in order. Raises ValueError when one cannot be read or judged."""
-    import torch
-
+    from alignment.clips import Clip, score_clips
     from launch.rows import score_fields
 
-    clips = [read_clip(item.path, max_frames=max_frames) for item in items]
-    rows: list[Row] = [{} for _ in items]
-    alike: dict[Any, list[int]] = {}
-    for index, clip in enumerate(clips):
-        alike.setdefault((clip.frames_TYXC.shape, clip.fps), []).append(index)
-    for (_, fps), chosen in alike.items():
-        video_BTYXC = torch.stack([clips[index].frames_TYXC for index in chosen])
-        prompts = [items[index].prompt for index in chosen]
-        scores = {name: reward.score(video_BTYXC, prompts, fps=fps) for name, reward in rewards.items()}
-        for b, index in enumerate(chosen):
-            rows[index] = score_fields(scores, b)
-    return rows
+    read = [(item.prompt, read_clip(item.path, max_frames=max_frames)) for item in items]
+    clips = [Clip(clip.frames_TYXC, clip.fps, prompt) for prompt, clip in read]
+    scores = {name: score_clips(reward, clips) for name, reward in rewards.items()}
+    return [score_fields(scores, b) for b in range(len(items))]
 
 
 @dataclass(frozen=True)

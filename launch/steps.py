@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -96,40 +97,59 @@ class Job:
     steps: Sequence[Step]
 
 
-def run_jobs(jobs: Sequence[Job], root: Path, *, workers: int, program: str) -> float:
-    """All jobs, ``workers`` at a time, with a progress bar; the minutes that all starts of the recipe took together.
+def run_jobs(
+    chains: Sequence[Sequence[Job]],
+    root: Path,
+    *,
+    workers: int,
+    program: str,
+    since: float | None = None,
+    unit: str = "run",
+) -> dict[str, float]:
+    """All jobs, those of a chain one after the other, ``workers`` chains at a time, with a progress bar.
 
-    Seconds of every step that had to be run are kept in root/seconds.json. Exits when one fails.
+    Seconds of every step that had to be run are kept in root/seconds.json and returned, with those of all starts of
+    the recipe together: "wall", counted from ``since`` (a `time.time`, now by default), and "cpu", so that a busy
+    machine can be told from a slow recipe. Exits when one fails.
     """
     from tqdm import tqdm
 
-    timings, began = ROOT / root / "seconds.json", time.time()
+    timings, began = ROOT / root / "seconds.json", time.time() if since is None else since
     timings.parent.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = json.loads(timings.read_text(encoding="utf-8")) if timings.exists() else {}
-    before = seconds.get("wall", 0.0)
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc="runs", unit="run") as bar:
-        running = [pool.submit(_run_job, job, root) for job in jobs]
+    before = {name: seconds.get(name, 0.0) for name in ("wall", "cpu")}
+    used = _cpu_seconds() if since is None else 0.0  # by commands before this call: its recipe's own with ``since``
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=sum(map(len, chains)), desc=f"{unit}s", unit=unit) as bar:
+        running = {pool.submit(_run_chain, chain, root): chain for chain in chains}
         for done in as_completed(running):
             try:
                 seconds |= done.result()
             except RuntimeError as error:
                 pool.shutdown(cancel_futures=True)
                 sys.exit(f"{program}: {error}\nstarted again, it goes on here")
-            seconds["wall"] = round(before + time.time() - began, 1)
+            seconds["wall"] = round(before["wall"] + time.time() - began, 1)
+            seconds["cpu"] = round(before["cpu"] + _cpu_seconds() - used, 1)
             timings.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
-            bar.update()
-    return seconds.get("wall", 0.0) / 60
-
-
-def _run_job(job: Job, root: Path) -> dict[str, float]:
-    seconds = {}
-    for step in job.steps:
-        if not (ROOT / step.done).exists():
-            (ROOT / job.folder).mkdir(parents=True, exist_ok=True)
-            kind = step.title.split()[0]
-            took = run_step(step, 1, log=ROOT / job.folder / f"{kind}.log")
-            seconds[f"{kind} {job.folder.relative_to(root)}"] = round(took, 1)
+            bar.update(len(running[done]))
     return seconds
+
+
+def _run_chain(chain: Sequence[Job], root: Path) -> dict[str, float]:
+    seconds = {}
+    for job in chain:
+        for step in job.steps:
+            if not (ROOT / step.done).exists():
+                (ROOT / job.folder).mkdir(parents=True, exist_ok=True)
+                kind = step.title.split()[0]
+                took = run_step(step, 1, log=ROOT / job.folder / f"{kind}.log")
+                seconds[f"{kind} {job.folder.relative_to(root)}"] = round(took, 1)
+    return seconds
+
+
+def _cpu_seconds() -> float:
+    """Of all commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def commit() -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import csv
 import math
-import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.distributed import derive_seed
+from common.schedule import IndexSchedule
 from rm.prompt import DIMENSIONS, parse_scores
 
 LABELS = {"A": 1, "B": -1, "same": 0}
@@ -145,16 +144,13 @@ class Draw:
 
 
 class PairSchedule:
-    """Step -> pairs: all rows in a new random order each epoch, none twice before all were drawn.
-
-    Neither ranks nor resuming change anything.
-    """
+    """Step -> pairs, by `common.schedule.IndexSchedule`."""
 
     def __init__(self, count: int, *, pairs_per_step: int, seed: int) -> None:
         if count < 1 or pairs_per_step < 1:
             raise ValueError(f"a schedule needs pairs and pairs_per_step >= 1, got {count} and {pairs_per_step}")
-        self.count, self.pairs_per_step, self.seed = count, pairs_per_step, seed
-        self._epoch, self._order = -1, list[int]()
+        self.count, self.pairs_per_step = count, pairs_per_step
+        self._indices = IndexSchedule(count, seed=seed, per_step=pairs_per_step, name="pairs")
 
     def steps(self, epochs: float) -> int:
         """Steps that see every pair ``epochs`` times, rounded to the nearest, at least 1."""
@@ -163,13 +159,7 @@ class PairSchedule:
     def at(self, step: int) -> list[Draw]:
         """All ranks' pairs of one step, from 0."""
         first = step * self.pairs_per_step
-        return [self._draw(*divmod(first + i, self.count)) for i in range(self.pairs_per_step)]
-
-    def _draw(self, epoch: int, place: int) -> Draw:
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, list(range(self.count))
-            random.Random(derive_seed(self.seed, "pairs", epoch)).shuffle(self._order)
-        return Draw(self._order[place], epoch)
+        return [Draw(row, (first + i) // self.count) for i, row in enumerate(self._indices.at(step))]
 
 
 def csv_file(path: Path) -> Path:

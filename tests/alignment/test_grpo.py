@@ -294,6 +294,17 @@ def test_scores_of_parts_make_the_score_of_all() -> None:
     assert both.texts == ["a", "b", ""]
 
 
+def test_scores_go_back_to_their_places() -> None:
+    score = Score(torch.tensor([1.0, 2.0, 3.0]), {"style": torch.tensor([0.1, 0.2, 0.3])}, ["a", "b", "c"])
+    turned = score.take([2, 0])
+    assert (turned.value_B.tolist(), turned.texts) == ([3.0, 1.0], ["c", "a"])
+    assert turned.parts["style"].tolist() == pytest.approx([0.3, 0.1])
+    whole = Score.placed(4, [([3, 0], turned), ([2], Score(torch.tensor([9.0])))])  # of place 1 nobody spoke
+    assert whole.value_B.tolist() == pytest.approx([1.0, math.nan, 9.0, 3.0], nan_ok=True)
+    assert whole.parts["style"].tolist() == pytest.approx([0.1, math.nan, math.nan, 0.3], nan_ok=True)
+    assert whole.texts == ["a", "", "", "c"]
+
+
 def test_a_step_is_a_function_of_its_number() -> None:
     """Going on at step 2 with the weights of step 2 is the run that never stopped."""
     whole = loop_of({"bright": Brightness()}, lr=0.0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.bootstrap import Interval, mean_ci95, statistic_ci95
+from common.bootstrap import Interval, difference_ci95, mean_ci95, statistic_ci95
 
 
 def test_a_bernoulli_mean_has_the_binomial_interval() -> None:
@@ -109,3 +109,13 @@ def test_a_statistic_that_is_a_mean_agrees_with_mean_ci95() -> None:
     assert general.low == pytest.approx(special.low, abs=0.005)
     assert general.high == pytest.approx(special.high, abs=0.005)
     assert statistic_ci95(lambda index: 0.0, 0, seed=0).n == 0
+
+
+def test_a_difference_is_taken_value_by_value() -> None:
+    """Two runs of two tables; what is added everywhere is the difference, without any spread."""
+    runs = [[[0.1, 0.9], [0.4]], [[0.3, 0.2], [0.8]]]
+    more = [[[v + 0.25 for v in table] for table in run] for run in runs]
+    found = difference_ci95(more, runs, seed=0)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
+    with pytest.raises(ValueError, match="zip"):
+        difference_ci95(more, [[[0.1], [0.4]], [[0.3, 0.2], [0.8]]], seed=0)

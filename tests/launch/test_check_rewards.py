@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from alignment import reward_check
-from alignment.reward_check import CASES, Clip, check, spoil
+from alignment.clips import Clip, score_clips
+from alignment.reward_check import CASES, check, spoil
 from alignment.rewards.shapes import ShapesOracle
 from common.shapes import FPS, caption, random_attributes, random_scene, render
 from common.types import Score
@@ -62,7 +63,7 @@ def test_sizes_and_rates_may_differ() -> None:
         Clip(torch.full((t, y, 16, 3), grey, dtype=torch.uint8), fps, prompt)
         for t, y, fps, grey, prompt in ((3, 16, 8.0, 51, "a"), (5, 32, 4.0, 102, "b"), (3, 16, 8.0, 204, "c"))
     ]
-    assert reward_check.scores(Brightness(), clips).tolist() == pytest.approx([0.2, 0.4, 0.8])
+    assert score_clips(Brightness(), clips).value_B.tolist() == pytest.approx([0.2, 0.4, 0.8])
     with pytest.raises(ValueError, match="at least two different prompts"):
         check(Brightness(), clips[:1])
 
