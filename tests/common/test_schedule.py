@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import random
+
+from common.distributed import derive_seed
+from common.schedule import IndexSchedule
+from rm.data import PairSchedule
+
+
+def test_an_epochs_order_is_that_of_its_seed_and_name() -> None:
+    """Written out: three steps of four from ten things reach into the second epoch."""
+    orders = []
+    for epoch in (0, 1):
+        order = list(range(10))
+        random.Random(derive_seed(3, "pairs", epoch)).shuffle(order)
+        orders += order
+    schedule = IndexSchedule(10, seed=3, per_step=4, name="pairs")
+    assert [i for step in range(3) for i in schedule.at(step)] == orders[:12]
+    assert schedule.at(1) == tuple(orders[4:8])  # and back again
+    draws = [draw for step in range(3) for draw in PairSchedule(10, pairs_per_step=4, seed=3).at(step)]
+    assert [(draw.row, draw.epoch) for draw in draws] == [(row, i // 10) for i, row in enumerate(orders[:12])]
+
+
+def test_other_names_and_seeds_have_other_orders() -> None:
+    def order(seed: int, name: str) -> tuple[int, ...]:
+        return IndexSchedule(20, seed=seed, per_step=20, name=name).at(0)
+
+    assert len({order(0, "a"), order(0, "b"), order(1, "a")}) == 3
