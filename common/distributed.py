@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import socket
+import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -60,9 +61,18 @@ def skip_cpu_op_build() -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one.
+
+    Then wait a moment. A thread of gloo frees its collective's tensors after it has reported the result, and takes the
+    interpreter's lock for it; where it asks while the interpreter ends, it aborts the whole finished process (exit code
+    134, "terminate called without an active exception"). Destroying the group would join those threads, if deepspeed
+    did not keep a reference to it. A sleeping main thread hands them the lock.
+    """
     if dist.is_initialized():
+        several = dist.get_world_size() > 1
         dist.destroy_process_group()
+        if several:
+            time.sleep(0.2)
 
 
 def rank() -> int:

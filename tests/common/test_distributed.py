@@ -107,6 +107,32 @@ class TestAlone:
         assert list(tmp_path.rglob("*.so")) == []
 
 
+@pytest.mark.slow
+def test_a_finished_process_ends_with_exit_code_0(tmp_path):
+    """Though its threads hold the last collective's tensors; without the wait in ``shutdown`` about half abort."""
+    program = (
+        "import os, sys; import torch, torch.distributed as dist; from common import distributed as d\n"
+        "rank, codes = int(sys.argv[1]), []\n"
+        "for i in range(8):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        store = dist.FileStore(f'{sys.argv[2]}/{i}', 2)\n"
+        "        dist.init_process_group('gloo', store=store, rank=rank, world_size=2)\n"
+        "        sys.kept = dist.group.WORLD  # as deepspeed does\n"
+        "        sys.setswitchinterval(5)  # a thread that waits for the lock gets it when the main thread lets go\n"
+        "        for _ in range(50): d.barrier()\n"
+        "        d.shutdown(); sys.exit()\n"
+        "    codes.append(os.waitpid(child, 0)[1])\n"
+        "print(codes)\n"
+    )
+    words = [[sys.executable, "-c", program, rank, str(tmp_path)] for rank in "01"]
+    ranks = [
+        subprocess.Popen(w, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        for w in words
+    ]
+    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == [str([0] * 8)] * 2
+
+
 class TestSeeds:
     def test_a_seed_is_the_head_of_a_sha256(self):
         digest = hashlib.sha256(b"int:2:42;int:1:3;str:5:noise;").hexdigest()
