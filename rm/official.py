@@ -27,9 +27,8 @@ chain of thought in the assistant's turn (the official stage 2); the official in
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +40,7 @@ from torch import Tensor
 from rm.config import VideoSettings
 from rm.model import DeScore
 from rm.prompt import PROMPT_SLOT, PromptTemplate
+from rm.weights import LowRank, exactly, load_any, load_safetensors, low_ranks, open_safetensors, stock_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3VLConfig
@@ -52,20 +52,7 @@ PROMPT_MARK, VIDEO_MARK = "[insert prompt here]", "<video>"
 EMBEDDINGS, UNEMBEDDINGS = "model.language_model.embed_tokens.weight", "lm_head.weight"
 _NAMING_TOKENS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER = (*_NAMING_TOKENS, "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "config.json")
-_LORA_NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _OTHER_LORAS = ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What LoRA adds to a weight (O, I): scaling * B A."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-    scaling: float
-
-    def change(self) -> Tensor:
-        return self.scaling * (self.b_OR.float() @ self.a_RI.float())
 
 
 @dataclass(frozen=True)
@@ -103,6 +90,8 @@ def convert(
     allow_pickle  read a head that is a .pth, tensors only
     dtype         of the backbone. Changes that LoRA made are small: bfloat16 rounds part of them away
     """
+    from transformers import Qwen3VLForConditionalGeneration
+
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
@@ -139,7 +128,8 @@ def convert(
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
     )
-    judge = DeScore(_backbone(path, config, state, dtype), tokenizer, template, settings, query_id)
+    backbone = exactly(Qwen3VLForConditionalGeneration, config, state, dtype=dtype, source=path)
+    judge = DeScore(backbone, tokenizer, template, settings, query_id)
     judge.load_state_dict({"query": query, "head.weight": weight.float()}, strict=False)
     return Conversion(judge.eval(), head_from, len(adapter))
 
@@ -165,9 +155,9 @@ def index_weights(path: Path) -> dict[str, tuple[Path, str]]:
     """Stock name -> the safetensors file that holds it, and its name there. Reads headers only."""
     found: dict[str, tuple[Path, str]] = {}
     for file in _weight_files(path):
-        with _open(file) as tensors:
+        with open_safetensors(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118, not a mapping
-                name = _stock_name(key)
+                name = stock_name(key)
                 if name in found:
                     raise ValueError(f"{file}: {key} and {found[name][1]} are both {name}")
                 if ".lora_" in name:
@@ -182,7 +172,7 @@ def read_weights(index: Mapping[str, tuple[Path, str]], adapter: Mapping[str, Lo
         raise ValueError(f"{ADAPTER}: {len(lost)} adapters have no weight, such as {lost[0]}")
     state = {}
     for name, (file, key) in index.items():
-        with _open(file) as tensors:
+        with open_safetensors(file) as tensors:
             state[name] = tensors.get_tensor(key)
         if name in adapter:
             change = adapter[name].change()
@@ -206,18 +196,7 @@ def read_adapter(folder: Path, *, alpha: float | None = None) -> dict[str, LowRa
     alpha, rank = config.get("lora_alpha") if alpha is None else alpha, config.get("r")
     if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"{config_file}: lora_alpha={alpha!r} and r={rank!r} must be a number and a whole one above 0")
-    sides: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _load(file).items():
-        if (match := _LORA_NAME.fullmatch(key)) is None:
-            raise ValueError(f"{file}: {key} is not the A or B of a linear's LoRA")
-        sides.setdefault(f"{_stock_name(match[1])}.weight", {})[match[2]] = tensor
-    if not sides:
-        raise ValueError(f"{file} is empty")
-    for name, own in sides.items():
-        if set(own) != {"A", "B"} or own["A"].shape[0] != rank or own["B"].shape[1] != rank:
-            shapes = {side: tuple(tensor.shape) for side, tensor in own.items()}
-            raise ValueError(f"{file}: {name} has {shapes}, r={rank} wants A (r, in) and B (out, r)")
-    return {name: LowRank(own["A"], own["B"], alpha / rank) for name, own in sides.items()}
+    return low_ranks(load_safetensors(file), rank=rank, alpha=alpha, source=file)
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -236,28 +215,6 @@ def _weight_files(path: Path) -> list[Path]:
     raise FileNotFoundError(f"{path} has no weights: it lacks {WEIGHTS} and {INDEX}")
 
 
-def _open(file: Path) -> Any:
-    """A safetensors file, opened; ValueError with its name if it is cut short or another format."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    with _open(file) as tensors:
-        return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118, not a mapping
-
-
-def _stock_name(key: str) -> str:
-    """Without what wrappers put into a name: peft, DDP, FSDP."""
-    for prefix in ("module.", "_fsdp_wrapped_module.", "base_model.model."):
-        key = key.removeprefix(prefix)
-    return key.replace(".base_layer.", ".")
-
-
 def _grown(weight_VD: Tensor) -> Tensor:
     """Rows up to the next multiple of 64: odd sizes are slow and fragile on GPUs."""
     missing = -len(weight_VD) % 64
@@ -270,32 +227,12 @@ def _grown(weight_VD: Tensor) -> Tensor:
 
 def read_head(path: Path, *, allow_pickle: bool) -> Tensor:
     """The head's weight, (1, d), from a .safetensors, or, if allowed, a .pth."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        found: Any = _load(path)
-    elif allow_pickle:
-        found = _unpickle(path)
-    else:
-        raise ValueError(
-            f"{path} is a pickle, a format that can run code when read, so it is not; --allow-pickle reads it, "
-            "tensors only, if you trust where it came from; or give the head as .safetensors"
-        )
+    found = load_any(path, allow_pickle=allow_pickle)
     found = found.get("model", found) if isinstance(found, dict) else found
-    names = [_stock_name(name) for name in found] if isinstance(found, dict) else []
+    names = [stock_name(name) for name in found] if isinstance(found, dict) else []
     if len(names) != 1 or names[0] not in (HEAD, "weight") or not isinstance(next(iter(found.values())), Tensor):
         raise ValueError(f"{path}: expected the one tensor {HEAD!r} or 'weight', found {names or type(found).__name__}")
     return next(iter(found.values()))
-
-
-def _unpickle(path: Path) -> Any:
-    """What a .pth holds, if that is tensors and plain containers: anything else is refused before it is built."""
-    try:
-        if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(path):
-            raise ValueError(f"it asks for {', '.join(sorted(foreign))}")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a file of tensors only, saved by torch: {error}") from error
 
 
 def _find_head(path: Path) -> Path:
@@ -355,27 +292,3 @@ def _config(path: Path, base: Path | None) -> Qwen3VLConfig:
     if config.model_type != "qwen3_vl":
         raise ValueError(f"{folders[0] / 'config.json'}: model_type is {config.model_type!r}, DeScore's is 'qwen3_vl'")
     return config
-
-
-def _backbone(path: Path, config: Qwen3VLConfig, state: dict[str, Tensor], dtype: str) -> Any:
-    """A Qwen3-VL with exactly these weights: none missing, none left over, or ValueError."""
-    from transformers import Qwen3VLForConditionalGeneration
-
-    backbone, report = Qwen3VLForConditionalGeneration.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=getattr(torch, dtype),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    wrong = [f"{name} is {tuple(has)}, not {tuple(want)}" for name, has, want in report["mismatched_keys"]]
-    problems = {"missing": report["missing_keys"], "unknown": report["unexpected_keys"], "of another size": wrong}
-    if any(problems.values()):
-        raise ValueError(f"{path}: weights do not fit config.json: {_some(problems)}")
-    return backbone
-
-
-def _some(problems: Mapping[str, Iterable[str]]) -> str:
-    texts = {kind: sorted(names) for kind, names in problems.items() if names}
-    return "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in texts.items())

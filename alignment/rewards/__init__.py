@@ -62,6 +62,24 @@ def _similarity(cfg: RewardConfig) -> RewardModel:
     return Similarity(cfg.checkpoint, **cfg.options)
 
 
+def _videoreward(cfg: RewardConfig) -> RewardModel:
+    from alignment.rewards.videoreward import VideoReward
+
+    return VideoReward(_converted("videoreward", cfg), **cfg.options)
+
+
+def _hpsv3(cfg: RewardConfig) -> RewardModel:
+    from alignment.rewards.hpsv3 import HPSv3
+
+    return HPSv3(_converted("hpsv3", cfg), **cfg.options)
+
+
+def _converted(name: str, cfg: RewardConfig) -> str:
+    if cfg.checkpoint is None:
+        raise ValueError(f"a {name} reward needs `checkpoint`, the folder that launch/convert_reward.py wrote")
+    return cfg.checkpoint
+
+
 def _remote(cfg: RewardConfig) -> RewardModel:
     from alignment.rewards.remote import RemoteReward
 
@@ -78,6 +96,8 @@ REWARDS: dict[str, Callable[[RewardConfig], RewardModel]] = {
     "smoothness": _smoothness,
     "similarity": _similarity,
     "niqe": _niqe,
+    "videoreward": _videoreward,
+    "hpsv3": _hpsv3,
     "remote": _remote,
 }
 

@@ -21,7 +21,7 @@ class Similarity:
     checkpoint  folder or hub name of a CLIPModel or SiglipModel with tokenizer and image processor
     frames      that are looked at, evenly spaced, first and last included; a shorter video is looked at whole
     best        share of the frames that count, those that fit best: 0.3 forgives a scene that comes late
-    batch       images at once
+    batch       images of a video at once
 
     ``fps`` plays no part. Longer prompts than the model reads are cut, as its tokenizer does. Images are prepared by
     transformers' own processor in its PIL version.
@@ -58,9 +58,12 @@ class Similarity:
     def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
         count = min(self.frames, video_BTYXC.shape[1])
         chosen = torch.linspace(0, video_BTYXC.shape[1] - 1, count).round().long()
-        picture_NYXC = video_BTYXC[:, chosen].flatten(0, 1)
-        image_BKD = self._images(picture_NYXC).view(len(prompts), count, -1)
-        fit_BK = (image_BKD * self._texts(prompts)[:, None]).sum(dim=2)
+        # one video and one text at a time: what a video scores does not depend on its batch, to the last bit
+        fits = [
+            self._images(video_TYXC[chosen]) @ self._text(prompt)
+            for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True)
+        ]
+        fit_BK = torch.stack(fits)
         kept = max(1, math.ceil(self.best * count - 1e-9))
         return Score(fit_BK.topk(kept, dim=1).values.mean(dim=1).cpu())
 
@@ -73,13 +76,13 @@ class Similarity:
             found.append(torch.nn.functional.normalize(out.pooler_output.float(), dim=1))
         return torch.cat(found)
 
-    def _texts(self, prompts: Sequence[str]) -> Tensor:
-        """(B, D), of length 1."""
+    def _text(self, prompt: str) -> Tensor:
+        """(D,), of length 1."""
         tokens = self.tokenizer(
-            list(prompts), padding=self.padding, truncation=True, max_length=self.limit, return_tensors="pt"
+            [prompt], padding=self.padding, truncation=True, max_length=self.limit, return_tensors="pt"
         )
         options = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask") if name in tokens}
         if self.padding == "max_length":
             options.pop("attention_mask", None)  # its padding is part of the text
         out = self.model.get_text_features(**options)
-        return torch.nn.functional.normalize(out.pooler_output.float(), dim=1)
+        return torch.nn.functional.normalize(out.pooler_output.float(), dim=1)[0]
