@@ -41,7 +41,7 @@ VIDEOREWARD_TOKENS, DIMENSIONS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward
 EMBEDDINGS = "language_model.embed_tokens.weight"
 HPSV3_TOKENS, HPSV3_OUTPUTS, HPSV3_FILE = ("<|Reward|>",), ("mu", "sigma"), "HPSv3.safetensors"
 # what CLIP's images were normalised by, and so Qwen2-VL's; frames are cut into patches of 14, merged 2 x 2
-_CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+CLIP_COLOURS = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 VIDEO_MIN_PIXELS, IMAGE_PIXELS = 128 * 28 * 28, 256 * 28 * 28
 
 
@@ -170,7 +170,10 @@ def _read(
     vision = config.vision_config
     patches = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
     settings = VideoSettings(
-        **{"min_pixels": VIDEO_MIN_PIXELS, **sizes}, **patches, temporal_patch_size=vision.temporal_patch_size, **_CLIP
+        **{"min_pixels": VIDEO_MIN_PIXELS, **sizes},
+        **patches,
+        temporal_patch_size=vision.temporal_patch_size,
+        **CLIP_COLOURS,
     )
     backbone = exactly(Qwen2VLModel, config, backbone_state, dtype=dtype, source=file)
     judge = Qwen2Judge(backbone, head, tokenizer, replace(layout, settings=settings)).eval()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -130,23 +131,9 @@ class Qwen2Judge(nn.Module):
 
     def encode(self, prompt: str, grid: Sequence[int]) -> list[int]:
         """Ids of the sequence around a picture of (t, h, w) patches. A prompt cannot spell a control token."""
-        frames, height, width = grid
-        pads = frames * height * width // self.layout.settings.merge_size**2
-        start, end = token_id(self.tokenizer, IM_START), token_id(self.tokenizer, IM_END)
-        pad = token_id(self.tokenizer, PADS[self.layout.media])
-
-        def text(words: str) -> list[int]:
-            return encode_text(self.tokenizer, words)
-
-        ids = [start, *text(f"system\n{SYSTEM}"), end, *text("\n"), start, *text("user\n")]
-        ids += [token_id(self.tokenizer, VISION_START), *[pad] * pads, token_id(self.tokenizer, VISION_END)]
-        cut = re.split("(" + "|".join(re.escape(token) for token in self.layout.tokens) + ")", self.layout.instruction)
-        for piece in cut:
-            if piece in self.layout.tokens:
-                ids.append(token_id(self.tokenizer, piece))
-            else:
-                ids += text(piece.replace(PROMPT_SLOT, prompt))
-        return [*ids, end, *text("\n"), start, *text("assistant\n")]
+        pads = math.prod(grid) // self.layout.settings.merge_size**2
+        picture = [token_id(self.tokenizer, PADS[self.layout.media])] * pads
+        return chat(self.tokenizer, picture, self.layout.instruction, prompt, tokens=self.layout.tokens)
 
     @torch.no_grad()
     def read(self, pictures: Sequence[PixelPatches], prompt: str) -> Tensor:
@@ -193,6 +180,31 @@ class Qwen2Judge(nn.Module):
         """(N, K), of each frame as an image of its own."""
         pictures = [preprocess(frame_YXC[None], self.layout.settings) for frame_YXC in frames_NYXC]
         return torch.cat([self.read(pictures[i : i + batch], prompt) for i in range(0, len(pictures), batch)])
+
+
+def chat(
+    tokenizer: PreTrainedTokenizerBase,
+    picture: Sequence[int],
+    instruction: str,
+    prompt: str,
+    *,
+    tokens: Sequence[str] = (),
+) -> list[int]:
+    """Ids of Qwen2-VL's chat up to the answer: system message, picture, instruction with the prompt in its slot.
+
+    Control tokens and ``tokens`` of the instruction stand by id; the prompt is text, whatever it spells.
+    """
+    start, end = token_id(tokenizer, IM_START), token_id(tokenizer, IM_END)
+
+    def text(words: str) -> list[int]:
+        return encode_text(tokenizer, words)
+
+    ids = [start, *text(f"system\n{SYSTEM}"), end, *text("\n"), start, *text("user\n")]
+    ids += [token_id(tokenizer, VISION_START), *picture, token_id(tokenizer, VISION_END)]
+    pattern = "(" + "|".join(re.escape(token) for token in tokens) + ")"
+    for piece in re.split(pattern, instruction) if tokens else [instruction]:
+        ids += [token_id(tokenizer, piece)] if piece in tokens else text(piece.replace(PROMPT_SLOT, prompt))
+    return [*ids, end, *text("\n"), start, *text("assistant\n")]
 
 
 def frame_indices(count: int, fps: float, settings: VideoSettings) -> list[int]:

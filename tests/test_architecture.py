@@ -23,6 +23,7 @@ EXCEPTIONS = {
     ("alignment/rewards/descore.py", "rm.scorer"),
     ("alignment/rewards/videoreward.py", "rm.qwen2_vl"),
     ("alignment/rewards/hpsv3.py", "rm.qwen2_vl"),
+    ("alignment/rewards/generative.py", "rm.written_scores"),
 }
 HEAVY = {"torch", "transformers", "diffusers", "deepspeed", "peft", "decord", "matplotlib"}
 PICKLE_READER = "rm/weights.py"  # the one file that reads a .pth, in one call, tensors only, if the user says so

@@ -74,6 +74,14 @@ def _hpsv3(cfg: RewardConfig) -> RewardModel:
     return HPSv3(_converted("hpsv3", cfg), **cfg.options)
 
 
+def _generative(cfg: RewardConfig) -> RewardModel:
+    from alignment.rewards.generative import Generative
+
+    if cfg.checkpoint is None:
+        raise ValueError("a generative reward needs `checkpoint`, the folder or hub name of its model")
+    return Generative(cfg.checkpoint, **cfg.options)
+
+
 def _converted(name: str, cfg: RewardConfig) -> str:
     if cfg.checkpoint is None:
         raise ValueError(f"a {name} reward needs `checkpoint`, the folder that launch/convert_reward.py wrote")
@@ -98,6 +106,7 @@ REWARDS: dict[str, Callable[[RewardConfig], RewardModel]] = {
     "niqe": _niqe,
     "videoreward": _videoreward,
     "hpsv3": _hpsv3,
+    "generative": _generative,
     "remote": _remote,
 }
 
