@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -105,13 +106,23 @@ class DeScoreScorer:
         """
         if len(videos) != len(prompts):
             raise ValueError(f"score: {len(videos)} videos for {len(prompts)} prompts")
+        if not len(prompts):
+            return Score(torch.zeros(0))
+        # sums of floats depend on a row's place in a batch: places are given by what the rows are, each is judged once
+        keys = [_identity(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        order = sorted(first)
+        rows = [first[key] for key in order]
+        found = self._score([videos[i] for i in rows], [prompts[i] for i in rows], fps=fps)
+        place = {key: k for k, key in enumerate(order)}
+        return found.take([place[key] for key in keys])
+
+    def _score(self, videos: Sequence[Tensor | str | Path], prompts: Sequence[str], *, fps: float | None) -> Score:
         judged = []
         for start in range(0, len(prompts), self.batch):
             asked = prompts[start : start + self.batch]
             ready = [prepare(video, self.model.settings, fps=fps) for video in videos[start : start + self.batch]]
             judged.append(self._judge(asked, ready))
-        if not judged:
-            return Score(torch.zeros(0))
         reward_BNK = self._calibrated(torch.cat([part.reward_BNK for part in judged]))
         texts = [own for part in judged for own in part.texts]
         if self.value == "overall":  # of chains that count, which have a reward
@@ -170,6 +181,17 @@ class DeScoreScorer:
         """By prompt, so that no score depends on a place in the batch."""
         first = [derive_seed("score", prompts[i]) for i in rows]
         return [derive_seed(seed, n) if n else seed for seed in first for n in range(self.chains)]
+
+
+def _identity(video: Tensor | str | Path, prompt: str) -> bytes:
+    """Equal for equal videos, or equal paths, under equal prompts."""
+    digest = hashlib.blake2b(prompt.encode(), digest_size=16)
+    if isinstance(video, Tensor):
+        digest.update(str(tuple(video.shape)).encode())
+        digest.update(video.contiguous().numpy())
+    else:
+        digest.update(str(video).encode())
+    return digest.digest()
 
 
 @dataclass(frozen=True)
