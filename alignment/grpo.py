@@ -19,9 +19,17 @@ import torch
 
 from alignment.losses import StepWeights, grpo_group_loss, step_weights
 from common import gaussian
-from common.distributed import gather_rows, max_over_ranks, mean_over_ranks, rank, sum_over_ranks, world_size
+from common.distributed import (
+    gather_rows,
+    max_over_ranks,
+    mean_over_ranks,
+    raise_on_all,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from common.policy_gradient import group_advantages, group_std
-from common.types import Score
+from common.types import RewardUnavailableError, Score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,11 +114,19 @@ class GrpoLoop:
             )
 
     def step(self, step: int) -> StepResult:
-        """Optimizer step number ``step`` (from 0), on prompts_per_step groups over all ranks."""
+        """Optimizer step number ``step`` (from 0), on prompts_per_step groups over all ranks.
+
+        Raises RewardUnavailableError on every rank, nothing having been trained, when it is raised on one.
+        """
         clock = Clock()
         batch = self.prompts.at(step).share(rank() // self.cfg.ranks_per_group, self.blocks())
         roll = self.roll_side_by_side if self.cfg.overlap_scoring else self.roll
-        rolled = roll(batch, step, clock)
+        problem = None
+        try:
+            rolled = roll(batch, step, clock)
+        except RewardUnavailableError as error:
+            problem = error
+        raise_on_all(problem)
         judgement = self.judge(rolled.scores, groups=len(rolled.groups))
         with clock("update"):
             trained = [self.update(rolled.groups, judgement) for _ in range(self.cfg.updates)]

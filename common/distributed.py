@@ -158,6 +158,20 @@ def any_rank(is_B: Tensor) -> bool:
     return bool(found)
 
 
+def raise_on_all(problem: Exception | None) -> None:
+    """Raise where any rank has a problem: its own there, one of the same kind that names the rank on the others.
+
+    All ranks call it after what may fail on one of them: where only one left, the others would wait for it.
+    """
+    if not any_rank(torch.tensor([problem is not None])):
+        return
+    said = gather_objects(None if problem is None else (type(problem), str(problem)))
+    if problem is not None:
+        raise problem
+    place, (kind, text) = next((i, one) for i, one in enumerate(said) if one is not None)
+    raise kind(f"on rank {place}: {text}")
+
+
 def own_batches(count: int, size: int) -> list[list[int]]:
     """Rows rank, rank + world, ... of ``count``, ``size`` at a time: the same NUMBER of batches on every rank.
 

@@ -157,6 +157,12 @@ class Score:
         return whole.take(torch.tensor(order + missing).argsort().tolist())
 
 
+class RewardUnavailableError(RuntimeError):
+    """A reward cannot be asked for now, such as one whose server went away. Nothing is wrong with the run: it may stop
+    with a checkpoint and go on from there.
+    """
+
+
 def json_number(value: Any) -> float | None:
     """A score for JSON, which has no NaN: None where there is no finite number."""
     number = float(value)

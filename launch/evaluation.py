@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.distributed import derive_seed, gather_objects, is_main, own_batches
+from common.distributed import derive_seed, gather_objects, is_main, own_batches, raise_on_all
+from common.types import RewardUnavailableError
 from launch.rows import score_fields
 from launch.samples import SampleWriter
 
@@ -57,6 +58,7 @@ def _rows(
 ) -> list[Row]:
     """{reward or reward.part: value} of all prompts, in order."""
     found: dict[int, Row] = {}
+    problem: RewardUnavailableError | None = None
     writer = SampleWriter(folder, fps=generator.cfg.fps) if prefix == "eval" and videos and is_main() else None
     for own in own_batches(len(prompts), generator.portions.size or BATCH):
         part = own or [0] * generator.sharded  # a sharded module is called by all ranks or by none
@@ -67,11 +69,16 @@ def _rows(
         if not own:
             continue
         video_BTYXC = generator.decode(clean)
-        scores = {name: one.score(video_BTYXC, texts, fps=generator.cfg.fps) for name, one in rewards.items()}
+        try:
+            scores = {name: one.score(video_BTYXC, texts, fps=generator.cfg.fps) for name, one in rewards.items()}
+        except RewardUnavailableError as error:
+            problem = error  # and go on sampling: other ranks may be waiting for this one
+            continue
         rows = [{"prompt": texts[b], "seed": seeds[b]} | score_fields(scores, b) for b in range(len(own))]
         found |= dict(zip(own, map(_columns, rows), strict=True))
         if writer is not None and (room := videos - writer.count) > 0:
             writer.add(video_BTYXC[:room], rows[:room])
+    raise_on_all(problem)
     everything = {i: row for one in gather_objects(found) for i, row in one.items()}
     return [everything[i] for i in sorted(everything)]
 

@@ -9,8 +9,9 @@ and final/, the trained adapter (or transformer); started again, a run goes on f
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from common.config import dump, parse_command_line
 from launch.refuse import refuse
@@ -19,7 +20,8 @@ from launch.runs import GrpoRun
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from alignment.grpo import GrpoLoop
+    from alignment.grpo import GrpoLoop, StepResult
+    from common.log import RunLog
     from generator.wan import WanGenerator
     from launch.ema import Ema
     from launch.forwards import ForwardCounter
@@ -60,11 +62,11 @@ def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
     quiet()
     from common import distributed
     from common.log import RunLog, progress, say
+    from common.types import RewardUnavailableError
     from launch.ema import Ema
     from launch.engine_state import go_on
     from launch.forwards import ForwardCounter
     from launch.generator_state import export, save
-    from launch.samples import SampleWriter, rows_of_step
 
     heldout = [] if cfg.evaluation is None else prompts_of(cfg.evaluation.prompts)[: cfg.evaluation.limit]
 
@@ -85,19 +87,24 @@ def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
     log = RunLog(run_dir, wandb=cfg.wandb, total=cfg.steps)
     log.truncate(start)
 
+    saved = start
     for step in progress(range(start, cfg.steps), cfg.steps - start, "grpo"):
-        measured = measure(cfg, loop, ema, heldout, step, counter)
-        result = loop.step(step)
+        try:
+            measured = measure(cfg, loop, ema, heldout, step, counter)
+            result = loop.step(step)
+        except RewardUnavailableError as error:
+            if saved < step:
+                save(generator, engine, ema, run_dir, step=step, keep=cfg.keep)
+            give_up(log, f"stopped after {step} steps, which are saved: {error}")
         if ema is not None:
             ema.update()
         log.log(step, {**result.metrics, **counter.take(), **measured})
         last = step + 1 == cfg.steps
         if distributed.is_main() and cfg.video_every and (step % cfg.video_every == 0 or last):
-            rows = list(rows_of_step(result, step=step, groups=cfg.video_groups))
-            writer = SampleWriter(run_dir / "samples" / f"step-{step:06d}", fps=cfg.generator.fps)
-            writer.add(result.video_BTYXC[: len(rows)], rows)
+            write_samples(cfg, result, step)
         if last or (step + 1) % cfg.save_every == 0:
             save(generator, engine, ema, run_dir, step=step + 1, keep=cfg.keep)
+            saved = step + 1
 
     if measured := measure(cfg, loop, ema, heldout, cfg.steps, counter):
         log.log(cfg.steps, measured)
@@ -105,6 +112,27 @@ def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
     log.close()
     distributed.barrier()
     distributed.shutdown()
+
+
+def write_samples(cfg: GrpoRun, result: StepResult, step: int) -> None:
+    """The first groups' videos of this rank, with what was said of them."""
+    from launch.samples import SampleWriter, rows_of_step
+
+    rows = list(rows_of_step(result, step=step, groups=cfg.video_groups))
+    writer = SampleWriter(Path(cfg.run_dir) / "samples" / f"step-{step:06d}", fps=cfg.generator.fps)
+    writer.add(result.video_BTYXC[: len(rows)], rows)
+
+
+def give_up(log: RunLog, message: str) -> NoReturn:
+    """End with exit code 1 on all ranks; started again, the run goes on."""
+    from common import distributed
+    from common.log import say
+
+    say(message)
+    log.close()
+    distributed.barrier()
+    distributed.shutdown()
+    sys.exit(1)
 
 
 def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, DeepSpeedEngine]:

@@ -14,7 +14,7 @@ import torch
 
 from common import reward_wire as wire
 from common.log import say
-from common.types import Score
+from common.types import RewardUnavailableError, Score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ RETRIED = (408, 429, 500, 502, 503, 504)  # what may pass; any other refusal wou
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 20.0
 
 
-class RemoteError(RuntimeError):
+class RemoteError(RewardUnavailableError):
     """The server could not be made to score within the deadline, or refused."""
 
 

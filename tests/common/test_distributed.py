@@ -51,6 +51,9 @@ class TestTwoRanks:
     def test_every_rank_has_equally_many_batches(self, ranks):
         assert [r["batches"] for r in ranks] == [[[0, 2], [4]], [[1, 3], []]]
 
+    def test_a_problem_on_one_rank_is_raised_on_all(self, ranks):
+        assert [r["together"] for r in ranks] == ["on rank 1: 'lost'", "lost"]
+
     def test_rows_are_gathered_in_rank_order(self, ranks):
         expected = [[0.0, 2.0], [1.0, 3.0], [10.0, 12.0], [11.0, 13.0]]
         assert [r["gathered"] for r in ranks] == [expected, expected]

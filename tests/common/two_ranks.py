@@ -31,6 +31,12 @@ def main(folder: Path) -> dict:
     except ValueError as error:
         out["unequal"] = str(error)
 
+    distributed.raise_on_all(None)
+    try:
+        distributed.raise_on_all(KeyError("lost") if me == 1 else None)
+    except KeyError as error:
+        out["together"] = error.args[0]
+
     def write(path: Path) -> None:
         checkpoint.save_tensors(path / f"rank{me}.safetensors", {"w": torch.full((3,), float(me))})
 

@@ -378,3 +378,46 @@ def test_grpo_through_the_server_is_grpo_without_it(tiny: Path) -> None:  # noqa
             if ranks == 1:
                 assert [row["reward/remote"] for row in rows] == [row["reward/brightness"] for row in want]
                 assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in want]
+
+
+def bright(content: bytes) -> tuple[int, bytes]:
+    """What `served` would say."""
+    request = wire.decode_request(content, wire.SAFETENSORS, max_frames=99, max_videos=99)
+    video_BTYXC = torch.stack([item.video_TYXC for item in request.items])
+    score = Brightness().score(video_BTYXC, request.prompts, fps=request.items[0].fps)
+    return 200, json.dumps(wire.encode_reply(request, score, [None] * len(request.prompts))).encode()
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_stops_all_ranks_with_a_checkpoint(tiny: Path) -> None:  # noqa: F811 - the fixture
+    """It refuses the sixth request, which is one rank's at step 2: both end, what was done is kept, and goes on."""
+    script, folder = str(ROOT / "launch" / "grpo.py"), tiny.parent / "remote"
+    words = ["--config", str(tiny), "steps=3", "save_every=9", "self_checks=false", "rewards.brightness.weight=0"]
+    words += ["rewards.remote.options.model=bright", "rewards.remote.options.deadline_s=20"]
+    gone = Scripted(*[bright] * 5, 403)
+    done = deepspeed(2, script, *words, f"run_dir={folder}", f"rewards.remote.url={gone.url}", expect=1)
+    assert "stopped after 2 steps, which are saved: " in done.stdout
+    assert "status 403: busy" in done.stdout
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+    back = Scripted(bright)
+    deepspeed(2, script, *words, f"run_dir={folder}", f"rewards.remote.url={back.url}")
+    assert back.asked == 2  # one step's
+    straight = tiny.parent / "straight"
+    deepspeed(2, script, *words, f"run_dir={straight}", f"rewards.remote.url={back.url}")
+    wanted, found = (read_metrics(one / "metrics.jsonl") for one in (straight, folder))
+    for name in ("reward/remote", "train/loss", "train/grad_norm"):
+        assert [row[name] for row in found] == [row[name] for row in wanted]
+
+
+@pytest.mark.slow
+def test_a_group_that_nobody_judged_teaches_nothing_and_is_counted(tiny: Path) -> None:  # noqa: F811 - the fixture
+    script, folder = str(ROOT / "launch" / "grpo.py"), tiny.parent / "skipping"
+    words = ["--config", str(tiny), "steps=2", "save_every=9", "self_checks=false", "rewards.brightness.weight=0"]
+    words += ["rewards.remote.options.model=bright", "rewards.remote.options.on_failure=skip_group"]
+    half = Scripted(bright, bright, 403, bright)  # at step 1 one of the two ranks is refused
+    deepspeed(2, script, *words, f"run_dir={folder}", f"rewards.remote.url={half.url}")
+    first, second = read_metrics(folder / "metrics.jsonl")
+    asked = 2 * first["reward/remote_unjudged"] + second["reward/remote_unjudged"]
+    assert asked == second["reward/remote_unjudged"] > 0
+    assert second["reward/remote"] > 0.1  # the mean of those that were judged, not of zeros
+    assert second["train/skipped"] == 0.0
