@@ -32,7 +32,8 @@ SCHEMAS = {
     "evaluate_rm": RewardEvaluation,
 }
 SISTERS = sorted((ROOT / "sisters").glob("*.yaml"))  # these stand on a GRPO recipe
-FILES = sorted(set(ROOT.rglob("*.yaml")) - set(SISTERS))
+MIXES = sorted((ROOT / "rewards").glob("*.yaml"))  # so do these
+FILES = sorted(set(ROOT.rglob("*.yaml")) - set(SISTERS) - set(MIXES))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -62,3 +63,16 @@ def test_a_sister_stands_on_a_recipe(path: Path, recipe: str) -> None:
     plain = load(GrpoRun, ROOT / recipe / "grpo.yaml")
     assert run.rewards == plain.rewards  # what the recipe says and the sister does not
     assert run.generator.sampler != plain.generator.sampler
+
+
+def test_longcats_rewards_stand_on_a_recipe() -> None:
+    """LongCat-Video 2510.22200, section 3.3.2: four rewards of weight 1; DeScore watches."""
+    run = load(GrpoRun, [ROOT / "wan" / "grpo.yaml", *MIXES])
+    assert {name: reward.weight for name, reward in run.rewards.items()} == {
+        "descore": 0.0, "hps_general": 1.0, "hps_percentile": 1.0, "motion": 1.0, "alignment": 1.0,
+    }  # fmt: skip
+    general, percentile = run.rewards["hps_general"], run.rewards["hps_percentile"]
+    assert general.checkpoint == percentile.checkpoint
+    assert (general.options["prompt"], percentile.options["best"]) == ("A high-quality image", 0.3)
+    assert run.rewards["motion"].options == {"dimension": "MQ", "gray": True, "dtype": "bfloat16"}
+    assert [path.stem for path in MIXES] == ["longcat"]

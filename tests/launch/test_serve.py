@@ -30,6 +30,7 @@ from common import reward_wire as wire
 from common.config import ConfigError, load
 from common.log import read_metrics
 from common.types import Score
+from common.video_io import write_mp4
 from launch.batching import Batcher, QueueFullError
 from launch.reward_server import create_app
 from launch.serve import ServeRun
@@ -108,6 +109,30 @@ def test_who_is_let_in() -> None:
         assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 400
         for path in ("/docs", "/openapi.json", "/redoc", "/"):
             assert client.get(path).status_code == 404
+
+
+def test_no_address_and_no_path_is_ever_looked_at(tmp_path: Path) -> None:
+    """Whatever names one, in the request or inside a video, is a bad video; what exists reads like what does not."""
+    canary = Scripted(200)
+    there, not_there = tmp_path / "there.mp4", tmp_path / "not-there.mp4"
+    write_mp4(there, VIDEO.repeat(1, 1, 4, 4, 1)[0], 8.0)
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{canary.url}/a.ts\n#EXT-X-ENDLIST\n"
+    entries: list[dict[str, str]] = [{"url": canary.url}, {"video": canary.url}, {"mp4": canary.url}]
+    entries += [
+        {"mp4": base64.b64encode(text.encode()).decode()}
+        for text in (playlist, f"ffconcat version 1.0\nfile {there}\n")
+    ]
+    entries += [{key: str(path)} for path in (there, not_there) for key in ("path", "video_path", "mp4")]
+    entries += [{"mp4": base64.b64encode(str(path).encode()).decode()} for path in (there, not_there)]
+    with client_of(Brightness(), max_videos=32) as client:
+        asked = {"model": "bright", "prompts": ["a"] * len(entries), "videos": entries}
+        said = client.post("/v1/score", json=asked).json()
+    assert said["values"] == [None] * len(entries)
+    assert canary.connections == 0
+    errors = said["errors"]
+    assert errors[5:8] == errors[8:11]
+    assert errors[11] == errors[12]
+    assert not any("there" in error or "127.0.0.1" in error for error in errors)
 
 
 def test_how_much_is_taken() -> None:
@@ -209,10 +234,14 @@ class Scripted:
     """A server that answers as it is told, one entry after the other; the last one for ever."""
 
     def __init__(self, *answers: Callable[[bytes], tuple[int, bytes]] | int) -> None:
-        self.answers, self.asked = list(answers), 0
+        self.answers, self.asked, self.connections = list(answers), 0, 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            def setup(self) -> None:
+                outer.connections += 1
+                super().setup()
+
             def do_GET(self) -> None:
                 self.reply(200, json.dumps({"models": ["bright"]}).encode())
 
