@@ -13,11 +13,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # the deepspeed launcher starts `python` from the PATH
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo reproduce-rm lint check test clean
+.PHONY: help install demo reproduce-rm lint check test test-all clean
 
 help:
 	@echo "make demo     train a reward, align the tiny Wan with it, write runs/demo/report.html"
-	@echo "make test     lint and all tests (but those that need a GPU)"
+	@echo "make test     lint and the tests (but those that need a GPU, and the longest)"
+	@echo "make test-all also the longest: every loop killed at five points on one rank and two"
 	@echo "make check    lint and the fast tests"
 	@echo "make reproduce-rm  the paper's comparison of reward models in the embedded world, three seeds, over an hour"
 	@echo "make install  only create .venv"
@@ -46,9 +47,12 @@ lint: .venv/.installed
 	$(PY) -m ruff format --check .
 
 check: lint
-	$(PY) -m pytest $(WORKERS) -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(PY) -m pytest $(WORKERS) -m "not slow and not long and not gpu" $(PYTEST_ARGS)
 
 test: lint
+	$(PY) -m pytest $(WORKERS) -m "not gpu and not long" $(PYTEST_ARGS)
+
+test-all: lint
 	$(PY) -m pytest $(WORKERS) -m "not gpu" $(PYTEST_ARGS)
 
 clean:

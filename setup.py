@@ -45,6 +45,15 @@ setup(
     extras_require={
         "server": SERVER,
         "signals": SIGNALS,
-        "test": [*SERVER, *SIGNALS, "pytest>=8.0", "pytest-xdist>=3.6", "scipy>=1.11", "ruff>=0.11"],
+        "test": [
+            *SERVER,
+            *SIGNALS,
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "psutil>=5.9",
+            "scipy>=1.11",
+            "ruff>=0.11",
+        ],
     },
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from alignment.dpo_losses import beta_at, flow_dpo_terms, rwr_weights
+from common import faults
 from common.distributed import gather_rows, generator, own_batches, rank, world_size
 from common.schedule import IndexSchedule
 
@@ -108,11 +109,14 @@ class DpoLoop:
             places = range(start, start + size)
             batch = self.pairs.read([indices[i] for i in places])
             draw = self.draw(batch, "step", step, places)
+            faults.point("forward")
             terms = self.terms(batch, draw, [indices[i] for i in places])
             loss = terms.loss_N.mean()
             if not math.isfinite(float(loss.detach())):
                 raise FloatingPointError(f"the loss is {float(loss.detach())} for pairs {[indices[i] for i in places]}")
+            faults.point("backward")
             self.engine.backward(loss)
+            faults.point("update")
             self.engine.step()
             rows.append(torch.stack([draw.sigma_N, *(one.detach().float().cpu() for one in terms)], dim=1))
         metrics = summarise(gather_rows(torch.cat(rows)), self.cfg, "train")

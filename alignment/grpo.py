@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alignment.losses import StepWeights, grpo_group_loss, step_weights
-from common import gaussian
+from common import faults, gaussian
 from common.distributed import (
     gather_rows,
     max_over_ranks,
@@ -185,6 +185,7 @@ class GrpoLoop:
 
     def score(self, reward: RewardModel, video_BTYXC: Tensor, prompts: Sequence[str]) -> Score:
         """All at once, or group by group where the reward says that it is ``group_level``."""
+        faults.point("reward")
         if not getattr(reward, "group_level", False):
             return reward.score(video_BTYXC, prompts, fps=self.fps)
         parts = zip(video_BTYXC.split(self.members), range(0, len(prompts), self.members), strict=True)
@@ -238,7 +239,9 @@ class GrpoLoop:
                     output = self.loss(step, members, law, reference, advantage_G, weights)
                     if not math.isfinite(output.metrics["loss"]):
                         raise FloatingPointError(f"the loss is {output.metrics['loss']} for {group.prompt!r}")
+                    faults.point("backward")
                     self.engine.backward(output.loss)
+                    faults.point("update")
                     self.engine.step()  # the engine counts backwards and steps the optimizer on the last one
                     outputs.append(output)
         return self.update_metrics(outputs)

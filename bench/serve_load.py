@@ -80,10 +80,19 @@ def load_test(url: str, process: subprocess.Popen[bytes], *, clients: int, secon
 
     RemoteReward(url, deadline_s=120.0)  # until it is up
     server = psutil.Process(process.pid)
-    before = server.memory_info().rss
+    memory: list[tuple[float, float]] = []  # minutes, MB
+
+    def watch() -> None:
+        while (now := time.monotonic()) < end[0]:
+            memory.append(((now - end[0] + seconds) / 60, server.memory_info().rss / 2**20))
+            time.sleep(0.5)
+
     end[0] = time.monotonic() + seconds
-    with ThreadPoolExecutor(clients) as pool:
+    with ThreadPoolExecutor(clients + 1) as pool:
+        watching = pool.submit(watch)
         judged = sum(pool.map(client, range(clients)))
+        watching.result()
+    late = memory[len(memory) // 3 :]  # caches fill in the first third
     every = sorted(wait for one in waits for wait in one)
     return {
         "answers": len(every),
@@ -91,7 +100,8 @@ def load_test(url: str, process: subprocess.Popen[bytes], *, clients: int, secon
         "videos_per_second": round(len(every) / seconds, 2),
         "p50_seconds": round(statistics.median(every), 3),
         "p95_seconds": round(every[int(0.95 * len(every))], 3),
-        "memory_growth_mb": round((server.memory_info().rss - before) / 2**20, 1),
+        "memory_growth_mb": round(memory[-1][1] - memory[0][1], 1),
+        "memory_mb_per_minute_later": round(statistics.linear_regression(*zip(*late, strict=True)).slope, 2),
     }
 
 

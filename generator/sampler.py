@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from common import faults
 from common.distributed import derive_seed
 from common.distributed import generator as seeded
 from common.gaussian import log_prob
@@ -113,6 +114,7 @@ def rollout_group(
 
     seeds = [seed] if shared_noise else [derive_seed(seed, "initial", member) for member in members]
     x_MCFHW = torch.stack([initial_noise(own, shape) for own in seeds]).to(device)
+    faults.point("prefix")
     x_MCFHW = ode(in_batches, x_MCFHW, sigmas[: steps[0] + 1])
     taken = []
     for number, k in enumerate(steps):
@@ -124,6 +126,7 @@ def rollout_group(
         taken.append(Step(x_MCFHW, next_GCFHW, sigma, sigma_next, log_prob_G, law.std, kernel.gain(sigma, sigma_next)))
         x_MCFHW = next_GCFHW
 
+    faults.point("tail")
     after = sigmas[steps[-1] + 1 :]
     finish = tail if tail is not None else lambda x, left: ode(velocity, x, left)
     clean_GCFHW = portions.over(lambda part_BCFHW: finish(part_BCFHW, after), x_MCFHW)

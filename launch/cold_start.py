@@ -20,6 +20,7 @@ from launch.runs import ColdStartRun
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+    from launch.guard import Guard
     from rm.cold_start import ColdStart
     from rm.data import Pair
     from rm.model import DeScore
@@ -31,16 +32,23 @@ def main() -> None:
 
 
 def train(cfg: ColdStartRun, *, resume: str) -> None:
-    """The whole run: build, go on where it was, one `ColdStart.step` after the other, save."""
+    """The whole run, see `go`, under a guard."""
     from launch.compose import quiet
 
     quiet()
+    from launch.guard import guarded
+
+    pairs, heldout = read(cfg)
+    with guarded(cfg.run_dir, watchdog_s=cfg.watchdog_s) as guard:
+        go(cfg, pairs, heldout, guard, resume=resume)
+
+
+def go(cfg: ColdStartRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, *, resume: str) -> None:
+    """Build, go on where the run was, one `ColdStart.step` after the other, save."""
     from common import distributed
     from common.log import say
     from launch.zero3 import elements
 
-    pairs, heldout = read(cfg)
-    distributed.init_process_group()
     if distributed.is_main():
         dump(cfg, Path(cfg.run_dir))
     loop, engine = build(cfg, pairs)
@@ -59,6 +67,7 @@ def train(cfg: ColdStartRun, *, resume: str) -> None:
         step_of=loop.step,
         evaluate=(lambda: loop.evaluate(heldout)) if heldout else None,
         label="cold start",
+        guard=guard,
         resume=resume,
     )
 

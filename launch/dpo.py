@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from alignment.dpo import DpoLoop
     from alignment.pair_store import PairSet
     from generator.wan import WanGenerator
+    from launch.guard import Guard
 
 
 def main() -> None:
@@ -40,21 +41,28 @@ def read_set(folder: str) -> PairSet:
 
 
 def train(cfg: DpoRun, *, resume: str) -> None:
-    """The whole run: build, go on where it was, one `DpoLoop.step` after the other, save."""
+    """The whole run, see `go`, under a guard."""
     from launch.compose import quiet
 
     quiet()
+    from launch.guard import guarded
+
+    pairs = read_set(cfg.pairs)
+    heldout = None if cfg.heldout is None else read_set(cfg.heldout)
+    with guarded(cfg.run_dir, watchdog_s=cfg.watchdog_s) as guard:
+        go(cfg, pairs, heldout, guard, resume=resume)
+
+
+def go(cfg: DpoRun, pairs: PairSet, heldout: PairSet | None, guard: Guard, *, resume: str) -> None:
+    """Build, go on where the run was, one `DpoLoop.step` after the other, save."""
     from alignment.dpo import steps_of
-    from common import distributed
+    from common import distributed, faults
     from common.log import RunLog, progress, say
     from launch.ema import Ema
     from launch.engine_state import go_on
     from launch.forwards import ForwardCounter
     from launch.generator_state import export
 
-    pairs = read_set(cfg.pairs)
-    heldout = None if cfg.heldout is None else read_set(cfg.heldout)
-    distributed.init_process_group()
     run_dir = Path(cfg.run_dir)
     if distributed.is_main():
         dump(cfg, run_dir)
@@ -76,21 +84,25 @@ def train(cfg: DpoRun, *, resume: str) -> None:
         if ema is not None:
             ema.update()
         last = step + 1 == steps
+        faults.point("step")
         warned, stop = watch(cfg, loop, step, warned=warned)
         counts = counter.take()
         if heldout is not None and (last or stop or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
             metrics |= loop.evaluate(heldout, limit=cfg.heldout_pairs)
             counter.take()  # not a step's cost
         log.log(step, {**metrics, **counts})
-        if last or stop or (step + 1) % cfg.save_every == 0:
+        faults.point("logged")
+        asked = guard.step_done()
+        if last or stop or asked or (step + 1) % cfg.save_every == 0:
             save(cfg, loop, generator, engine, ema, step=step + 1)
+        if asked:
+            log.close()
+            guard.leave(step + 1)
         if stop:
             break
 
     export(generator, ema, run_dir)
     log.close()
-    distributed.barrier()
-    distributed.shutdown()
 
 
 def build(cfg: DpoRun, pairs: PairSet) -> tuple[DpoLoop, WanGenerator, DeepSpeedEngine]:

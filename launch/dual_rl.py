@@ -20,6 +20,7 @@ from launch.runs import DualRlRun
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+    from launch.guard import Guard
     from rm.chain_writer import ChainWriter
     from rm.data import Pair
     from rm.dual_rl import DualRl
@@ -32,15 +33,22 @@ def main() -> None:
 
 
 def train(cfg: DualRlRun, *, resume: str) -> None:
-    """The whole run: build, go on where it was, one `DualRl.step` after the other, save."""
+    """The whole run, see `go`, under a guard."""
     from launch.compose import quiet
 
     quiet()
+    from launch.guard import guarded
+
+    pairs, heldout = read(cfg)
+    with guarded(cfg.run_dir, watchdog_s=cfg.watchdog_s) as guard:
+        go(cfg, pairs, heldout, guard, resume=resume)
+
+
+def go(cfg: DualRlRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, *, resume: str) -> None:
+    """Build, go on where the run was, one `DualRl.step` after the other, save."""
     from common import distributed
     from common.log import say
 
-    pairs, heldout = read(cfg)
-    distributed.init_process_group()
     if distributed.is_main():
         dump(cfg, Path(cfg.run_dir))
     loop, engine = build(cfg, pairs)
@@ -59,6 +67,7 @@ def train(cfg: DualRlRun, *, resume: str) -> None:
             step_of=loop.step,
             evaluate=(lambda: loop.evaluate(heldout, loop.model.generation)) if heldout else None,
             label="dual RL",
+            guard=guard,
             resume=resume,
         )
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from generator.wan import WanGenerator
     from launch.ema import Ema
     from launch.forwards import ForwardCounter
+    from launch.guard import Guard
 
 
 def main() -> None:
@@ -56,11 +57,20 @@ def prompts_of(path: str) -> list[str]:
 
 
 def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
-    """The whole run: build, go on where it was, one `GrpoLoop.step` after the other, save."""
+    """The whole run, see `go`, under a guard."""
     from launch.compose import quiet
 
     quiet()
-    from common import distributed
+    from launch.guard import guarded
+
+    heldout = [] if cfg.evaluation is None else prompts_of(cfg.evaluation.prompts)[: cfg.evaluation.limit]
+    with guarded(cfg.run_dir, watchdog_s=cfg.watchdog_s) as guard:
+        go(cfg, prompts, heldout, guard, resume=resume)
+
+
+def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, resume: str) -> None:
+    """Build, go on where the run was, one `GrpoLoop.step` after the other, save."""
+    from common import distributed, faults
     from common.log import RunLog, progress, say
     from common.types import RewardUnavailableError
     from launch.ema import Ema
@@ -68,9 +78,6 @@ def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
     from launch.forwards import ForwardCounter
     from launch.generator_state import export, save
 
-    heldout = [] if cfg.evaluation is None else prompts_of(cfg.evaluation.prompts)[: cfg.evaluation.limit]
-
-    distributed.init_process_group()
     run_dir = Path(cfg.run_dir)
     if distributed.is_main():
         dump(cfg, run_dir)
@@ -98,20 +105,23 @@ def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
             give_up(log, f"stopped after {step} steps, which are saved: {error}")
         if ema is not None:
             ema.update()
+        faults.point("step")
         log.log(step, {**result.metrics, **counter.take(), **measured})
-        last = step + 1 == cfg.steps
+        faults.point("logged")
+        last, stop = step + 1 == cfg.steps, guard.step_done()
         if distributed.is_main() and cfg.video_every and (step % cfg.video_every == 0 or last):
             write_samples(cfg, result, step)
-        if last or (step + 1) % cfg.save_every == 0:
+        if last or stop or (step + 1) % cfg.save_every == 0:
             save(generator, engine, ema, run_dir, step=step + 1, keep=cfg.keep)
             saved = step + 1
+        if stop:
+            log.close()
+            guard.leave(step + 1)
 
     if measured := measure(cfg, loop, ema, heldout, cfg.steps, counter):
         log.log(cfg.steps, measured)
     export(generator, ema, run_dir)
     log.close()
-    distributed.barrier()
-    distributed.shutdown()
 
 
 def write_samples(cfg: GrpoRun, result: StepResult, step: int) -> None:

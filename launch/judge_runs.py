@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch import Tensor
 
+    from launch.guard import Guard
     from launch.runs import ColdStartRun, DualRlRun
     from rm.data import Pair, PairTable
     from rm.model import DeScore
@@ -57,13 +58,14 @@ def run_steps(
     step_of: Callable[[int], dict[str, float]],
     evaluate: Callable[[], dict[str, float]] | None,
     label: str,
+    guard: Guard,
     resume: str,
 ) -> None:
     """Go on where the run was, one ``step_of`` after the other, measure and save on the way, leave the judge in final/.
 
     evaluate  asked every ``eval_every`` steps and after the last; None: there is nothing to measure on
     """
-    from common import distributed
+    from common import distributed, faults
     from common.log import RunLog, progress, say
     from launch.engine_state import go_on
 
@@ -73,20 +75,24 @@ def run_steps(
     log.truncate(start)
     for step in progress(range(start, steps), steps - start, label):
         metrics = step_of(step)
+        faults.point("step")
         last = step + 1 == steps
         if evaluate is not None and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
             metrics |= evaluate()
         log.log(step, metrics)
-        if last or (step + 1) % cfg.save_every == 0:
+        faults.point("logged")
+        stop = guard.step_done()
+        if last or stop or (step + 1) % cfg.save_every == 0:
             save(engine, run_dir, step=step + 1, keep=cfg.keep)
+        if stop:
+            log.close()
+            guard.leave(step + 1)
 
     weights = weights_of(model, run_dir)
     if distributed.is_main():
         model.save(run_dir / "final", weights)
         say(f"done: {run_dir / 'final'} holds the reward model")
     log.close()
-    distributed.barrier()
-    distributed.shutdown()
 
 
 def judge_engine(

@@ -94,7 +94,7 @@ class DpoRun:
     pairs, heldout   folders of pairs; heldout null measures nothing on the way
     eval_every       steps between two measurements on the first ``heldout_pairs``; 0 measures at the end only
     refresh          online pairs; null trains on ``pairs`` alone, and then VAE and text encoder are never loaded
-    ema, zero_stage, deepspeed, save_every, keep  as in `GrpoRun`
+    ema, zero_stage, deepspeed, save_every, keep, watchdog_s  as in `GrpoRun`
     """
 
     run_dir: str
@@ -112,6 +112,7 @@ class DpoRun:
     heldout_pairs: int = 64
     save_every: int = 100
     keep: int = 2
+    watchdog_s: float = 7200.0
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:

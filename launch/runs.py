@@ -103,6 +103,7 @@ class GrpoRun:
                       rewards' models stay whole on every rank)
     deepspeed         keys of DeepSpeed's own JSON, over what `launch.compose.ds_config` computes
     save_every, keep  steps between checkpoints, and how many stay; the last step is always saved
+    watchdog_s       a run without a finished step for so long is stuck, says where and ends; 0 for never
     video_every      steps between sample videos, 0 for none; they are that step's own rollouts
     video_groups     how many of rank 0's groups are written then
     self_checks      look at the generator and the rewards before training, see `alignment.self_checks`
@@ -121,6 +122,7 @@ class GrpoRun:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     save_every: int = 50
     keep: int = 2
+    watchdog_s: float = 7200.0
     video_every: int = 10
     video_groups: int = 2
     self_checks: bool = True
@@ -208,6 +210,7 @@ class ColdStartRun:
     heldout_pairs: int = 256
     save_every: int = 100
     keep: int = 2
+    watchdog_s: float = 7200.0
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
@@ -257,6 +260,7 @@ class DualRlRun:
     heldout_pairs: int = 256
     save_every: int = 10
     keep: int = 2
+    watchdog_s: float = 7200.0
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common import faults
 from common.distributed import (
     derive_seed,
     gather_objects,
@@ -100,6 +101,7 @@ class ColdStart:
         for part in self.own_parts(draws):
             own = [self.pairs[d.row] for d in part]
             chains = [self.masked(pair, d) for pair, d in zip(own, part, strict=True)]
+            faults.point("forward")
             reward_N2K = self.rewards(own, chains)
             label_N = torch.tensor([label_of_total(p, self.model.dimensions) for p in own], device=reward_N2K.device)
             loss = preference_loss(
@@ -110,7 +112,9 @@ class ColdStart:
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value} in step {step}")
             # SUM / global count; the engine divides by accumulation and averages over ranks
+            faults.point("backward")
             self.engine.backward(loss * (self.accumulation * world_size()))
+            faults.point("update")
             self.engine.step()
             total_N2 = self.model.total(reward_N2K.detach())
             signed_N = (total_N2[:, 0] - total_N2[:, 1]) * label_N

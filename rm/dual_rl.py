@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common import faults
 from common.distributed import (
     derive_seed,
     gather_objects,
@@ -140,6 +141,7 @@ class DualRl:
         self.writer.sync(self.version)
         pairs = iter(self.sample([row for parts in updates for rows in parts for row in rows], step))
         self.writer.rest()
+        faults.point("reward")
         rollouts = [[self.rollouts([next(pairs) for _ in rows]) for rows in parts] for parts in updates]
         sampled = time.perf_counter()
         metrics: list[dict[str, float]] = [self.update(parts) for parts in rollouts]
@@ -175,6 +177,7 @@ class DualRl:
             for side in range(2)
             for i in range(cfg.group_size)
         ]
+        faults.point("chains")
         chains = self.writer.write(encoded, videos, how, version=self.version, seeds=seeds, copies=cfg.group_size)
         both = [slice(2 * n, 2 * n + 2) for n in range(len(rows))]
         return [Sampled(row, videos[of], encoded[of], chains[of]) for row, of in zip(rows, both, strict=True)]
@@ -254,7 +257,9 @@ class DualRl:
                 terms = f"policy {policy.loss.item()}, kl {kl.item()}, bt {bt.item()}"
                 raise FloatingPointError(f"the loss is {loss.item()}: {terms}")
             # SUM / global count; the engine divides by accumulation and averages over ranks
+            faults.point("backward")
             self.engine.backward(loss * (self.accumulation * world_size()))
+            faults.point("update")
             self.engine.step()
             margin_MK = (reward_M2K[:, 0] - reward_M2K[:, 1]).detach() * label_MK
             # over dimensions too, each (pair, rollout) with a label there

@@ -22,10 +22,9 @@ from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_t
 ANSWER = '<answer>{"video_1_scores": {"subject": "2"}, "video_2_scores": {"subject": "0"}}</answer>'
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, a judge of stage 1, and runs of stage 2 on it."""
-    folder = tmp_path_factory.mktemp("dual_rl")
+def write_pairs_table(folder: Path) -> None:
+    """Four pairs with the right scores, one of them a tie."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["videos", "prompt", "GSB", "answer"])
         writer.writeheader()
@@ -34,6 +33,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for side, name in enumerate(names):
                 write_mp4(folder / name, random_frames(10 * i + side), 4.0)
             writer.writerow({"videos": repr(names), "prompt": f"p{i}", "GSB": label, "answer": ANSWER})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a judge of stage 1, and runs of stage 2 on it."""
+    folder = tmp_path_factory.mktemp("dual_rl")
+    write_pairs_table(folder)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         how = Generation(max_new_tokens=6, repetition_penalty=1.0)

@@ -1,0 +1,121 @@
+"""Around a run's steps: no second run in its folder, a stop that loses nothing, an eye on whether it moves."""
+
+from __future__ import annotations
+
+import faulthandler
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, NoReturn
+
+from common import distributed
+from common.log import say
+from launch.refuse import refuse
+
+LOCK = "run.lock"
+STUCK = 75  # exit code, EX_TEMPFAIL of sysexits.h: nothing is wrong that another start might not mend
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def guarded(run_dir: str | Path, *, watchdog_s: float) -> Iterator[Guard]:
+    """Inside, this process has joined the other ranks and the folder is theirs; afterwards they part."""
+    distributed.init_process_group()
+    with Guard(Path(run_dir), watchdog_s=watchdog_s) as guard:
+        yield guard
+    distributed.barrier()
+    distributed.shutdown()
+
+
+class Guard:
+    """Every rank of a training run holds one from before it writes its first file until it is done.
+
+    The folder belongs to it: while rank 0 lives, another run there exits with code 2 and says whose it is. SIGTERM or
+    SIGINT, on whichever rank, ends the run after its step, when it is saved; the same signal again ends it at once.
+
+    watchdog_s  seconds without a finished step after which the run counts as stuck: all threads' stacks go to stderr
+                and to stacks-rank-N.txt, and the process exits with `STUCK`, so that the launcher ends the others. 0
+                for never
+    """
+
+    def __init__(self, run_dir: Path, *, watchdog_s: float) -> None:
+        self.run_dir, self.watchdog_s = run_dir, watchdog_s
+        self.received, self.beat = 0, time.monotonic()
+        self._lock: IO[str] | None = None
+        self._done = threading.Event()
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Guard:
+        if problem := distributed.from_main(self._take() if distributed.is_main() else ""):
+            refuse(problem)
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if self.watchdog_s:
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._lock is not None:
+            self._lock.close()
+
+    def step_done(self) -> bool:
+        """All ranks call it after every step: True when one of them was asked to stop."""
+        self.beat = time.monotonic()
+        self.received = int(distributed.max_over_ranks(float(self.received)))
+        return bool(self.received)
+
+    def leave(self, step: int) -> NoReturn:
+        """End as a process that a signal ended, on every rank, after ``step`` steps are saved."""
+        name = signal.Signals(self.received).name
+        say(f"{name}: stopped after {step} steps, which are saved; started again, it goes on")
+        distributed.barrier()
+        distributed.shutdown()
+        sys.exit(128 + self.received)
+
+    def _take(self) -> str:
+        """Own the folder; what is wrong, or nothing. The lock is the system's: it ends with the process, however."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (self.run_dir / LOCK).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read() or "someone"
+            lock.close()
+            return f"{self.run_dir} belongs to a run that is still going: {owner.strip()}"
+        lock.truncate(0)
+        lock.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()}) + "\n")
+        lock.flush()
+        self._lock = lock
+        return ""
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)  # the next one ends the process, even where Python waits for C++
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(1.0, self.watchdog_s / 4)):
+            waited = time.monotonic() - self.beat
+            if waited < self.watchdog_s:
+                continue
+            rank = distributed.rank()
+            sys.stderr.write(f"rank {rank}: no step for {waited:.0f} s, stuck; the stacks of all threads:\n")
+            with (self.run_dir / f"stacks-rank-{rank}.txt").open("w", encoding="utf-8") as file:
+                for to in (file, sys.stderr):
+                    faulthandler.dump_traceback(file=to, all_threads=True)
+            sys.stderr.flush()
+            os._exit(STUCK)
