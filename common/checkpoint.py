@@ -10,6 +10,7 @@ line of history: saving step 12 removes later steps, which a resume from an earl
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _STEP = re.compile(r"step-(\d{6,})")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+class NoRoomError(OSError):
+    """The disk is full, read-only, or over its quota; the message says what there is and what is needed."""
 
 
 def save(root: str | Path, step: int, write: Callable[[Path], None], *, keep: int, state: Mapping[str, Any]) -> Path:
@@ -37,12 +43,24 @@ def save(root: str | Path, step: int, write: Callable[[Path], None], *, keep: in
     keep   how many checkpoints remain, this one included
 
     A kill at any moment leaves the earlier checkpoints whole. Raises ValueError for keep < 1 or a negative step,
-    TypeError for a state that is not JSON; when ``write`` fails on one rank, RuntimeError on all the others.
+    TypeError for a state that is not JSON, `NoRoomError` where the disk has none; when ``write`` fails on one rank,
+    RuntimeError on all the others.
     """
     root = Path(root)
     if keep < 1 or step < 0:
         raise ValueError(f"checkpoint needs keep >= 1 and step >= 0, got keep={keep} and step={step}")
     state_text = json.dumps(dict(state), indent=2)
+    distributed.raise_on_all(_too_full(root, step) if distributed.is_main() else None)
+    try:
+        return _save(root, step, write, state_text, keep=keep)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        shutil.rmtree(root / f"tmp-step-{step}", ignore_errors=True)
+        raise NoRoomError(f"step {step} cannot be saved in {root}: {error.strerror}; {_what_there_is(root)}") from error
+
+
+def _save(root: Path, step: int, write: Callable[[Path], None], state_text: str, *, keep: int) -> Path:
     partial, final = root / f"tmp-step-{step}", root / f"step-{step:06d}"
     if distributed.is_main():
         for leftover in root.glob("tmp-*"):
@@ -107,11 +125,18 @@ def resolve_resume(resume: str, root: str | Path) -> Path | None:
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors (detached, on the CPU). Raises ValueError unless the name ends so."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = _safetensors_path(path)
     # the format has no views: two names of one storage (tied weights) are stored twice
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, path)
+    whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, path)
+    except SafetensorError as error:
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -124,6 +149,26 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 def load_state(path: str | Path) -> dict[str, Any]:
     """The ``state`` of a checkpoint folder."""
     return json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
+
+
+def _too_full(root: Path, step: int) -> NoRoomError | None:
+    """Found out before anything is written: a checkpoint is about as large as the one before."""
+    root.mkdir(parents=True, exist_ok=True)
+    if not _steps(root) or _size(_steps(root)[-1]) <= shutil.disk_usage(root).free:
+        return None
+    return NoRoomError(f"step {step} cannot be saved in {root}: {_what_there_is(root)}")
+
+
+def _what_there_is(root: Path) -> str:
+    steps = _steps(root)
+    free = f"{shutil.disk_usage(root).free:,} bytes are free"
+    if not steps:
+        return f"{free}; nothing was saved before"
+    return f"{free}, {steps[-1].name} took {_size(steps[-1]):,} and is still there"
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _write_on_all_ranks(write: Callable[[Path], None], folder: Path) -> None:

@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import IO, NoReturn
 
 from common import distributed
+from common.checkpoint import NoRoomError
 from common.log import say
 from launch.refuse import refuse
 
@@ -28,10 +29,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def guarded(run_dir: str | Path, *, watchdog_s: float) -> Iterator[Guard]:
-    """Inside, this process has joined the other ranks and the folder is theirs; afterwards they part."""
+    """Inside, this process has joined the other ranks and the folder is theirs; afterwards they part. Where there is no
+    room for a checkpoint, the run ends with exit code 1 and says so; those before are whole.
+    """
     distributed.init_process_group()
     with Guard(Path(run_dir), watchdog_s=watchdog_s) as guard:
-        yield guard
+        try:
+            yield guard
+        except NoRoomError as error:
+            sys.stderr.write(f"{error}\n")
+            sys.exit(1)
     distributed.barrier()
     distributed.shutdown()
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -147,6 +149,37 @@ def test_a_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(TypeError):
         checkpoint.save(tmp_path / "new", 1, put(1.0), keep=1, state={"rng": torch.zeros(2)})
     assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_found_out_before(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    took = sum(file.stat().st_size for file in (tmp_path / "step-000001").rglob("*") if file.is_file())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=took - 1))
+    with pytest.raises(checkpoint.NoRoomError, match=rf"{took - 1:,} bytes are free, step-000001 took {took:,} and is"):
+        checkpoint.save(tmp_path, 2, put(2.0), keep=2, state={})
+    assert names(tmp_path) == ["step-000001"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=took))
+    checkpoint.save(tmp_path, 2, put(2.0), keep=2, state={})
+
+
+@pytest.mark.parametrize("limit", [8, 340])
+def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, limit):
+    """Files may hold so many bytes: the tensors do not fit, or only state.json does not."""
+    save(tmp_path, 1)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            checkpoint.save(tmp_path, 2, put(2.0), keep=2, state={"note": "x" * 400})
+        except checkpoint.NoRoomError as error:
+            os._exit(0 if "File too large" in str(error) and "step-000001 took" in str(error) else 3)
+        finally:
+            os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert names(tmp_path) == ["step-000001"]
+    assert checkpoint.verify(tmp_path / "step-000001") == []
 
 
 @pytest.mark.parametrize("arguments", [{"step": -1, "keep": 1}, {"step": 1, "keep": 0}])
