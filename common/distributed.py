@@ -12,6 +12,7 @@ import math
 import os
 import socket
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -156,6 +157,17 @@ def any_rank(is_B: Tensor) -> bool:
     if world_size() > 1:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return bool(found)
+
+
+def differing_ranks(tensors: Iterable[Tensor]) -> list[int]:
+    """Ranks that do not hold rank 0's bits in tensors that all should hold alike. All ranks call it."""
+    if world_size() == 1:
+        return []
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    found = gather_objects(digest.hexdigest())
+    return [i for i, one in enumerate(found) if one != found[0]]
 
 
 def raise_on_all(problem: Exception | None) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from common.checkpoint import load_state, load_tensors, resolve_resume, save_tensors
-from common.distributed import is_main, rank, world_size
+from common.distributed import differing_ranks, is_main, rank, world_size
 from common.log import say
 
 if TYPE_CHECKING:
@@ -29,8 +29,15 @@ def save_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
     """Write ``folder/engine.safetensors``. All ranks call it (gathering is collective), rank 0 writes.
 
     Holds fp32 ``weight.<name>`` of each trained parameter, its ``exp_avg.<name>`` and ``exp_avg_sq.<name>`` once there
-    was a step, and how many steps there were.
+    was a step, and how many steps there were. Raises RuntimeError, on all ranks, when their weights have drifted apart:
+    what was computed since is worth nothing, and rank 0's part of it is not saved.
     """
+    whole_parameters = [p for p in _trained(engine).values() if not _in_pieces(p)]
+    if apart := differing_ranks(whole_parameters):
+        raise RuntimeError(
+            f"the weights of rank {', '.join(map(str, apart))} are not those of rank 0: the ranks have drifted apart, "
+            "and nothing is saved. Go on from the newest checkpoint; if it comes again, a gradient is not reduced"
+        )
     states = engine.client_optimizer.state
     steps = int(max((float(state["step"]) for state in states.values() if "step" in state), default=0))
     tensors: dict[str, Tensor] = {_STEPS: torch.tensor([steps])}

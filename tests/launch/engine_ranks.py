@@ -97,6 +97,20 @@ def check(stage: int, later_stage: int, dtype: torch.dtype, folder: Path) -> dic
     }
 
 
+def apart(root: Path) -> str:
+    """What is said when one rank's weight has moved by itself, as a gradient that is not reduced would do it."""
+    module = network()
+    engine = engine_of(module, 1)
+    train(engine, module, range(1))
+    with torch.no_grad():
+        module[0].weight[0, 0] += 1e-7 * distributed.rank()
+    try:
+        save_engine(engine, root)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
     quiet()
     distributed.init_process_group()
@@ -110,6 +124,7 @@ def main() -> None:
         folder = root / name.replace(" ", "-")
         folder.mkdir(exist_ok=True)
         results[name] = check(stage, later, dtype, folder)
+    results["apart"] = apart(root)
     if distributed.is_main():
         sys.stdout.write("\n" + json.dumps(results) + "\n")
         sys.stdout.flush()
