@@ -16,6 +16,7 @@ import torch
 from alignment.dpo_losses import beta_at, flow_dpo_terms, rwr_weights
 from common import faults
 from common.distributed import gather_rows, generator, own_batches, rank, world_size
+from common.log import say
 from common.schedule import IndexSchedule
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class DpoLoop:
     def step(self, step: int) -> dict[str, float]:
         """Optimizer step number ``step`` (from 0) on ``pairs_per_step`` pairs over all ranks; metrics over all of them.
 
-        Raises FloatingPointError for a loss that is no number.
+        A loss that is no number is told; what becomes of its gradient is the engine's affair.
         """
         indices, size = self.schedule.at(step), self.cfg.micro_batch
         share = len(indices) // world_size()
@@ -113,7 +114,7 @@ class DpoLoop:
             terms = self.terms(batch, draw, [indices[i] for i in places])
             loss = terms.loss_N.mean()
             if not math.isfinite(float(loss.detach())):
-                raise FloatingPointError(f"the loss is {float(loss.detach())} for pairs {[indices[i] for i in places]}")
+                say(f"step {step}: the loss is {float(loss.detach())} for pairs {[indices[i] for i in places]}")
             faults.point("backward")
             self.engine.backward(loss)
             faults.point("update")

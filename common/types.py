@@ -227,7 +227,7 @@ class RewardModel(Protocol):
 
 @runtime_checkable
 class Engine(Protocol):
-    """deepspeed's two calls; tests pass a ten-line stand-in."""
+    """deepspeed's two calls; tests pass a ten-line stand-in. An update whose gradient is not finite is not made."""
 
     def backward(self, loss: Tensor) -> None: ...
 

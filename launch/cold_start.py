@@ -63,6 +63,7 @@ def go(cfg: ColdStartRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, 
         cfg,
         model=loop.model,
         engine=engine,
+        careful=loop.engine,
         steps=steps,
         step_of=loop.step,
         evaluate=(lambda: loop.evaluate(heldout)) if heldout else None,
@@ -91,6 +92,7 @@ def decides(pair: Pair, dimensions: Iterable[str]) -> bool:
 def build(cfg: ColdStartRun, pairs: list[Pair]) -> tuple[ColdStart, DeepSpeedEngine]:
     """Everything a run is made of, on this rank; exit with code 2 when ranks cannot share a step evenly."""
     from common.distributed import world_size
+    from launch.careful import CarefulEngine
     from rm.cold_start import ColdStart, backwards_per_step
     from rm.data import PairSchedule
 
@@ -105,7 +107,7 @@ def build(cfg: ColdStartRun, pairs: list[Pair]) -> tuple[ColdStart, DeepSpeedEng
     loop = ColdStart(
         cfg.cold_start,
         model=model,
-        engine=engine,
+        engine=CarefulEngine(engine, patience=cfg.max_not_finite),
         pairs=pairs,
         schedule=schedule,
         seed=cfg.seed,

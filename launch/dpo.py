@@ -90,7 +90,8 @@ def go(cfg: DpoRun, pairs: PairSet, heldout: PairSet | None, guard: Guard, *, re
         if heldout is not None and (last or stop or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
             metrics |= loop.evaluate(heldout, limit=cfg.heldout_pairs)
             counter.take()  # not a step's cost
-        log.log(step, {**metrics, **counts})
+        skipped = {"train/not_finite": loop.engine.take_skipped()}
+        log.log(step, {**metrics, **skipped, **counts})
         faults.point("logged")
         asked = guard.step_done()
         if last or stop or asked or (step + 1) % cfg.save_every == 0:
@@ -110,6 +111,7 @@ def build(cfg: DpoRun, pairs: PairSet) -> tuple[DpoLoop, WanGenerator, DeepSpeed
     from alignment.dpo import DpoLoop, backwards_per_update
     from common import distributed
     from common.log import say
+    from launch.careful import CarefulEngine
     from launch.compose import build_engine, build_generator
 
     try:
@@ -130,7 +132,7 @@ def build(cfg: DpoRun, pairs: PairSet) -> tuple[DpoLoop, WanGenerator, DeepSpeed
         loop = DpoLoop(
             cfg.dpo,
             generator=generator,
-            engine=engine,
+            engine=CarefulEngine(engine, patience=cfg.max_not_finite),
             pairs=pairs,
             seed=cfg.seed,
             grad_norm=engine.get_global_grad_norm,

@@ -63,6 +63,7 @@ def go(cfg: DualRlRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, *, 
             cfg,
             model=loop.model,
             engine=engine,
+            careful=loop.engine,
             steps=dual.steps,
             step_of=loop.step,
             evaluate=(lambda: loop.evaluate(heldout, loop.model.generation)) if heldout else None,
@@ -81,6 +82,7 @@ def read(cfg: DualRlRun) -> tuple[list[Pair], list[Pair]]:
 def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
     """Everything a run is made of, on this rank; exit with code 2 when ranks cannot share an update evenly."""
     from common.distributed import world_size
+    from launch.careful import CarefulEngine
     from launch.zero3 import shard_frozen, shard_judge
     from rm.data import PairSchedule
     from rm.dual_rl import DualRl, backwards_per_update
@@ -104,7 +106,7 @@ def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
         dual,
         rules=cfg.rules,
         model=model,
-        engine=engine,
+        engine=CarefulEngine(engine, patience=cfg.max_not_finite),
         pairs=pairs,
         schedule=PairSchedule(len(pairs), pairs_per_step=dual.pairs_per_step, seed=cfg.seed),
         seed=cfg.seed,

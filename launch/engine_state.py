@@ -71,7 +71,7 @@ def load_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
     for state in states.values():
         state["step"].fill_(steps)
     if engine.lr_scheduler is not None:
-        _rewind(engine.lr_scheduler, steps)
+        rewind(engine.lr_scheduler, steps)
 
 
 class Resumable(Protocol):
@@ -155,8 +155,8 @@ def _make_moments(engine: DeepSpeedEngine, parameters: list[nn.Parameter]) -> No
         engine.step()
 
 
-def _rewind(scheduler: Any, steps: int) -> None:
-    """A LambdaLR is a function of its count; its state is the count and the last rates."""
+def rewind(scheduler: Any, steps: int) -> None:
+    """Put a LambdaLR where ``steps`` steps have put it: it is a function of its count."""
     scheduler.last_epoch = steps
     rates = [base * rate(steps) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):

@@ -106,7 +106,8 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
         if ema is not None:
             ema.update()
         faults.point("step")
-        log.log(step, {**result.metrics, **counter.take(), **measured})
+        skipped = {"train/not_finite": loop.engine.take_skipped()}
+        log.log(step, {**result.metrics, **skipped, **counter.take(), **measured})
         faults.point("logged")
         last, stop = step + 1 == cfg.steps, guard.step_done()
         if distributed.is_main() and cfg.video_every and (step % cfg.video_every == 0 or last):
@@ -151,6 +152,7 @@ def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, Dee
     from alignment.grpo import GrpoLoop, backwards_per_update
     from common import distributed
     from common.log import say
+    from launch.careful import CarefulEngine
     from launch.compose import build_engine, build_generator, build_rewards
 
     say(f"loading the rewards {', '.join(cfg.rewards)} and the generator {cfg.generator.path}")
@@ -174,7 +176,7 @@ def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, Dee
         generator=generator,
         rewards=rewards,
         weights={name: reward.weight for name, reward in cfg.rewards.items()},
-        engine=engine,
+        engine=CarefulEngine(engine, patience=cfg.max_not_finite),
         prompts=PromptSchedule(prompts, seed=cfg.seed, prompts_per_step=cfg.prompts_per_step),
         fps=cfg.generator.fps,
         grad_norm=engine.get_global_grad_norm,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch import Tensor
 
+    from launch.careful import CarefulEngine
     from launch.guard import Guard
     from launch.runs import ColdStartRun, DualRlRun
     from rm.data import Pair, PairTable
@@ -54,6 +55,7 @@ def run_steps(
     *,
     model: DeScore,
     engine: DeepSpeedEngine,
+    careful: CarefulEngine,
     steps: int,
     step_of: Callable[[int], dict[str, float]],
     evaluate: Callable[[], dict[str, float]] | None,
@@ -74,7 +76,7 @@ def run_steps(
     log = RunLog(run_dir, wandb=cfg.wandb, total=steps)
     log.truncate(start)
     for step in progress(range(start, steps), steps - start, label):
-        metrics = step_of(step)
+        metrics = {**step_of(step), "train/not_finite": careful.take_skipped()}
         faults.point("step")
         last = step + 1 == steps
         if evaluate is not None and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from alignment.config import DpoConfig, PairConfig, RewardConfig
 from common.config import WandbConfig
 from generator.config import GeneratorConfig
-from launch.runs import ZERO_STAGES, EmaConfig, OptimizerConfig, check, check_rewards
+from launch.runs import ZERO_STAGES, EmaConfig, OptimizerConfig, check, check_rewards, not_negative
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class DpoRun:
     pairs, heldout   folders of pairs; heldout null measures nothing on the way
     eval_every       steps between two measurements on the first ``heldout_pairs``; 0 measures at the end only
     refresh          online pairs; null trains on ``pairs`` alone, and then VAE and text encoder are never loaded
-    ema, zero_stage, deepspeed, save_every, keep, watchdog_s  as in `GrpoRun`
+    ema, zero_stage, deepspeed, save_every, keep, watchdog_s, max_not_finite  as in `GrpoRun`
     """
 
     run_dir: str
@@ -113,13 +113,13 @@ class DpoRun:
     save_every: int = 100
     keep: int = 2
     watchdog_s: float = 7200.0
+    max_not_finite: int = 5
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
         positive = ("heldout_pairs", "save_every", "keep")
         problems = [f"{n} must be at least 1, got {getattr(self, n)}" for n in positive if getattr(self, n) < 1]
-        if self.eval_every < 0:
-            problems.append(f"eval_every must be at least 0, got {self.eval_every}")
+        problems += not_negative(self, "eval_every", "watchdog_s", "max_not_finite")
         if self.zero_stage not in ZERO_STAGES:
             problems.append(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
         if self.refresh is not None and self.zero_stage == 3:

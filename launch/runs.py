@@ -104,6 +104,7 @@ class GrpoRun:
     deepspeed         keys of DeepSpeed's own JSON, over what `launch.compose.ds_config` computes
     save_every, keep  steps between checkpoints, and how many stay; the last step is always saved
     watchdog_s       a run without a finished step for so long is stuck, says where and ends; 0 for never
+    max_not_finite   so many updates in a row may have a gradient that is not finite: they are not made
     video_every      steps between sample videos, 0 for none; they are that step's own rollouts
     video_groups     how many of rank 0's groups are written then
     self_checks      look at the generator and the rewards before training, see `alignment.self_checks`
@@ -123,6 +124,7 @@ class GrpoRun:
     save_every: int = 50
     keep: int = 2
     watchdog_s: float = 7200.0
+    max_not_finite: int = 5
     video_every: int = 10
     video_groups: int = 2
     self_checks: bool = True
@@ -134,8 +136,7 @@ class GrpoRun:
     def __post_init__(self) -> None:
         positive = ("steps", "prompts_per_step", "save_every", "keep", "video_groups")
         problems = [f"{n} must be at least 1, got {getattr(self, n)}" for n in positive if getattr(self, n) < 1]
-        if self.video_every < 0:
-            problems.append(f"video_every must be at least 0, got {self.video_every}")
+        problems += not_negative(self, "video_every", "watchdog_s", "max_not_finite")
         if self.zero_stage not in ZERO_STAGES:
             problems.append(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
         if self.zero_stage == 3 and self.generator.sampler.tail_cache > 1:
@@ -211,6 +212,7 @@ class ColdStartRun:
     save_every: int = 100
     keep: int = 2
     watchdog_s: float = 7200.0
+    max_not_finite: int = 5
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
@@ -261,6 +263,7 @@ class DualRlRun:
     save_every: int = 10
     keep: int = 2
     watchdog_s: float = 7200.0
+    max_not_finite: int = 5
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
@@ -316,12 +319,15 @@ def check(owner: str, problems: list[str]) -> None:
         raise ValueError("; ".join(f"{owner}.{problem}" for problem in problems))
 
 
+def not_negative(run: Any, *names: str) -> list[str]:
+    return [f"{n} must be at least 0, got {getattr(run, n)}" for n in names if not getattr(run, n) >= 0]
+
+
 def _judge_problems(run: ColdStartRun | DualRlRun) -> list[str]:
     """What both stages of DeScore ask of the settings they share."""
     positive = ("heldout_pairs", "save_every", "keep")
     problems = [f"{n} must be at least 1, got {getattr(run, n)}" for n in positive if getattr(run, n) < 1]
-    if run.eval_every < 0:
-        problems.append(f"eval_every must be at least 0, got {run.eval_every}")
+    problems += not_negative(run, "eval_every", "watchdog_s", "max_not_finite")
     if run.zero_stage not in ZERO_STAGES:
         problems.append(f"zero_stage must be 0, 1, 2 or 3, got {run.zero_stage}")
     if run.dtype == "bfloat16" and run.zero_stage == 0:

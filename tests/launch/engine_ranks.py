@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 
 from common import distributed
+from launch.careful import CarefulEngine
 from launch.compose import build_engine, quiet
 from launch.engine_state import load_engine, save_engine
 from launch.runs import OptimizerConfig
 from tests.fakes import PlainEngine
 
 BACKWARDS = 4  # of one optimizer step, over all ranks
+NOT_FINITE = [(0, torch.float32), (1, torch.float32), (2, torch.float32), (3, torch.float32), (1, torch.bfloat16)]
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=0.0, warmup_steps=3)
 
 
@@ -97,6 +99,41 @@ def check(stage: int, later_stage: int, dtype: torch.dtype, folder: Path) -> dic
     }
 
 
+def not_finite(stage: int, dtype: torch.dtype) -> dict[str, float]:
+    """Two updates, one whose third backward is no number on the last rank, two more: against four without it."""
+    module, wanted = network(dtype), network(dtype)
+    engine = CarefulEngine(engine_of(module, stage), patience=1)
+    train(engine, module, range(2))
+    before = whole(module)
+    share = BACKWARDS // distributed.world_size()
+    for i in range(share):
+        bad = i == share - 1 and distributed.rank() == distributed.world_size() - 1
+        engine.backward(loss(module, 9, i) * (float("nan") if bad else 1.0))
+        engine.step()
+    moved = distance(before, whole(module))
+    skipped = engine.take_skipped()
+    train(engine, module, range(2, 4))
+    straight = engine_of(wanted, stage)
+    train(straight, wanted, range(4))
+    return {"moved": moved, "skipped": skipped, "after": distance(whole(module), whole(wanted))}
+
+
+def first_is_not_finite() -> str:
+    """Before there are moments; and twice in a row is once too often."""
+    module = network()
+    engine = CarefulEngine(engine_of(module, 1), patience=1)
+    before = whole(module)
+    said = ""
+    for step in range(2):
+        try:
+            for i in range(BACKWARDS // distributed.world_size()):
+                engine.backward(loss(module, step, i) * float("inf"))
+                engine.step()
+        except FloatingPointError as error:
+            said = str(error)
+    return said if distance(before, whole(module)) == 0 else "moved"
+
+
 def apart(root: Path) -> str:
     """What is said when one rank's weight has moved by itself, as a gradient that is not reduced would do it."""
     module = network()
@@ -125,6 +162,8 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         results[name] = check(stage, later, dtype, folder)
     results["apart"] = apart(root)
+    results["not finite"] = {f"{stage} {dtype}": not_finite(stage, dtype) for stage, dtype, *_ in NOT_FINITE}
+    results["too often"] = first_is_not_finite()
     if distributed.is_main():
         sys.stdout.write("\n" + json.dumps(results) + "\n")
         sys.stdout.flush()

@@ -64,6 +64,9 @@ def test_engines_are_torch_and_go_on_bit_by_bit(ranks: int) -> None:
     done = run(sys.executable, script) if ranks == 1 else torchrun(ranks, script)
     results = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert ("the weights of rank 1 are not those of rank 0" in results.pop("apart")) == (ranks == 2)
+    for name, found in results.pop("not finite").items():  # as if it had never been
+        assert found == {"moved": 0.0, "skipped": 1.0, "after": 0.0}, name
+    assert results.pop("too often").startswith("2 updates in a row had a gradient that is not finite")
     assert len(results) == 9
     for name, distance in results.items():
         assert distance["buffer"] < 1e-7, name  # not rounded to bfloat16
