@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.config import dump, parse_command_line
-from launch.judge_runs import judge_engine, read_tables, run_steps, to_device
+from launch.judge_runs import judge_engine, read_tables, run_steps, to_device, usable
 from launch.refuse import refuse
 from launch.runs import DualRlRun
 
@@ -51,6 +51,7 @@ def go(cfg: DualRlRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, *, 
 
     if distributed.is_main():
         dump(cfg, Path(cfg.run_dir))
+    pairs = usable(cfg, pairs)
     loop, engine = build(cfg, pairs)
     dual, ranks = cfg.dual_rl, distributed.world_size()
     say(

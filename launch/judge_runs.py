@@ -50,6 +50,33 @@ def read_tables(cfg: ColdStartRun | DualRlRun, **options: Any) -> tuple[PairTabl
     return train_table, list(heldout_table.pairs[: cfg.heldout_pairs]) if heldout_table else []
 
 
+def usable(cfg: ColdStartRun | DualRlRun, pairs: list[Pair]) -> list[Pair]:
+    """The pairs whose videos can be decoded; the others go to run_dir/bad_samples.jsonl. All ranks call it and share
+    the work. Exit with code 2 when more than ``data.max_bad`` of the pairs are bad, or all are.
+    """
+    import json
+
+    from common import distributed
+    from common.files import replace_text
+    from common.log import say
+    from rm.video_check import bad_videos, split_pairs
+
+    if not cfg.data.check_videos:
+        return pairs
+    files = sorted({file for pair in pairs for file in (pair.video_A, pair.video_B)})
+    found = distributed.gather_objects(bad_videos(files[distributed.rank() :: distributed.world_size()]))
+    sound, records = split_pairs(pairs, {file: why for one in found for file, why in one.items()})
+    if not records:
+        return sound
+    out = Path(cfg.run_dir) / "bad_samples.jsonl"
+    if distributed.is_main():
+        replace_text(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    say(f"{len(records)} of {len(pairs)} pairs have a video that cannot be decoded and are left out, see {out}")
+    if not sound or len(records) > cfg.data.max_bad * len(pairs):
+        refuse(f"that is more than data.max_bad={cfg.data.max_bad:g} of them")
+    return sound
+
+
 def run_steps(
     cfg: ColdStartRun | DualRlRun,
     *,

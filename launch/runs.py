@@ -162,6 +162,9 @@ class PairFiles:
     layout   of both files, see `rm.benchmarks`. Others than "descore" hold no chains of thought and no right scores:
              they are for a discriminative reward model
     videos   folder of their videos; null is the CSV's own
+    check_videos  decode every video to train on beforehand, beside the run, see `rm.video_check`; pairs that have a bad
+             one are left out and listed in run_dir/bad_samples.jsonl
+    max_bad  share of the pairs that may be left out; more and the run does not start
     """
 
     train: str
@@ -169,8 +172,12 @@ class PairFiles:
     limit: int | None = None
     layout: Literal["descore", "videogen", "genai", "indomain"] = "descore"
     videos: str | None = None
+    check_videos: bool = True
+    max_bad: float = 0.05
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"data.max_bad must lie in [0, 1], got {self.max_bad}")
         if self.videos is not None and self.layout == "descore":
             raise ValueError(f"data.videos={self.videos!r}: the descore layout names its videos relative to the CSV")
         if self.limit is not None and self.limit < 1:

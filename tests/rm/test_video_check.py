@@ -1,0 +1,133 @@
+"""Ten kinds of bad videos: each costs its row, none the run, and what is sound stays sound."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from common.video_io import write_mp4
+from rm import video_check
+from rm.data import Pair
+from rm.video_check import VideoChecker, bad_videos, split_pairs
+from tests.launch.processes import run
+from tests.rm.cold_start_runs import write_data
+
+
+def noise(frames: int, side: int = 32) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (frames, side, side, 3), dtype=torch.uint8, generator=draw)
+
+
+def sound_only(path: Path) -> None:
+    """An mp4 with a voice and no picture."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+
+
+def odd_size(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 33, 35, "yuv444p"
+        frames = [av.VideoFrame.from_ndarray(f.copy(), format="rgb24") for f in noise(8, side=35)[:, :, :33].numpy()]
+        for packet in [p for frame in frames for p in stream.encode(frame)] + list(stream.encode(None)):
+            container.mux(packet)
+
+
+def claims(path: Path, source: bytes, side: int) -> None:
+    """The same bytes under a header that claims ``side`` pixels each way."""
+    changed = bytearray(source)
+    at = source.index(b"avc1") + 4 + 24  # VisualSampleEntry: width and height
+    changed[at : at + 4] = side.to_bytes(2, "big") * 2
+    path.write_bytes(bytes(changed))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("videos")
+    write_mp4(root / "good.mp4", noise(8), 8.0)
+    write_mp4(root / "one_frame.mp4", noise(1), 8.0)
+    odd_size(root / "odd.mp4")
+    whole = (root / "good.mp4").read_bytes()
+    (root / "empty.mp4").touch()
+    (root / "text.mp4").write_text("this is no video\n" * 100)
+    moov = whole.index(b"moov") - 4
+    (root / "no_moov.mp4").write_bytes(whole[:moov] + whole[moov + int.from_bytes(whole[moov : moov + 4], "big") :])
+    (root / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (root / "garbled.mp4").write_bytes(whole[:60] + bytes(200) + whole[260:])
+    sound_only(root / "audio.mp4")
+    claims(root / "huge.mp4", whole, 20_000)
+    return {path.stem: path for path in root.iterdir()} | {"missing": root / "missing.mp4"}
+
+
+def test_what_is_bad_is_named_and_what_is_odd_is_sound(videos: dict[str, Path]) -> None:
+    found = {path.stem: why for path, why in bad_videos(videos.values(), workers=2).items()}
+    assert set(found) == {"empty", "text", "no_moov", "truncated", "garbled", "audio", "missing"}
+    assert set(videos) - set(found) == {"good", "one_frame", "odd", "huge"}  # its frames say their own size
+    assert (found["missing"], found["empty"]) == ("no such file", "0 bytes")
+    assert "cannot be decoded" in found["text"]
+
+
+def impostor(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder that treats a file named "trap" otherwise."""
+    text = f"import json, os, sys, time\\nfor line in sys.stdin:\\n    trap = 'trap' in line\\n    {body}\\n"
+    text += "    print(json.dumps({'frames': 1, 'problem': ''}), flush=True)\\n"
+    (folder / "worker.py").write_text(text.replace("\\\\n", "\n").replace("\\n", "\n"))
+    monkeypatch.setattr(video_check, "WORKER", folder / "worker.py")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("trap and os.kill(os.getpid(), 11)", "died with exit code -11"),
+        ("trap and time.sleep(60)", "did not answer within 1 s"),
+    ],
+)
+def test_a_decoder_that_dies_or_hangs_costs_one_file(body: str, says: str, tmp_path: Path, monkeypatch) -> None:
+    impostor(tmp_path, body, monkeypatch)
+    for name in ("a.mp4", "trap.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    checker, began = VideoChecker(deadline_s=1.0), time.monotonic()
+    found = {name: checker.problem(tmp_path / name) for name in ("a.mp4", "trap.mp4", "b.mp4")}
+    checker.close()
+    assert found["a.mp4"] == found["b.mp4"] == ""
+    assert says in found["trap.mp4"]
+    assert time.monotonic() - began < 30
+
+
+def test_a_pair_is_as_good_as_its_worse_video(videos: dict[str, Path]) -> None:
+    pairs = [
+        Pair("p", videos["good"], videos["odd"], "", "", 1, line=2),
+        Pair("q", videos["good"], videos["text"], "", "", 1, line=3),
+    ]
+    sound, records = split_pairs(pairs, {videos["text"]: "no video"})
+    assert sound == pairs[:1]
+    assert records == [{"line": 3, "prompt": "q", "problems": {str(videos["text"]): "no video"}}]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_out_what_is_bad_or_does_not_start(tmp_path: Path) -> None:
+    """One video of eight is a text: 25 % of the pairs."""
+    write_data(tmp_path)
+    (tmp_path / "1B.mp4").write_text("no video")
+    words = ["launch/cold_start.py", f"base={tmp_path / 'base'}", f"data.train={tmp_path / 'pairs.csv'}"]
+    words += ["data.heldout=null", "cold_start.pairs_per_step=2", "cold_start.micro_batch=1", "cold_start.epochs=1"]
+    words += [f"run_dir={tmp_path / 'run'}", "lora.rank=4", "dtype=float32"]
+    done = run(sys.executable, *words, expect=2)
+    assert "1 of 3 pairs have a video that cannot be decoded" in done.stdout
+    assert "more than data.max_bad=0.05" in done.stderr
+    run(sys.executable, *words, "data.max_bad=0.5")
+    (record,) = map(json.loads, (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines())
+    assert (record["line"], record["prompt"]) == (3, "p1")
+    assert "cannot be decoded" in record["problems"][str(tmp_path / "1B.mp4")]
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
