@@ -113,6 +113,11 @@ class Guard:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         signal.signal(number, signal.SIG_DFL)  # the next one ends the process, even where Python waits for C++
+        if distributed.is_main():
+            told = (
+                f"\n{signal.Signals(number).name}: this step is finished and saved, then the run ends; again, at once\n"
+            )
+            os.write(2, told.encode())
 
     def _watch(self) -> None:
         while not self._done.wait(min(1.0, self.watchdog_s / 4)):
