@@ -50,13 +50,13 @@ class Guard:
     SIGINT, on whichever rank, ends the run after its step, when it is saved; the same signal again ends it at once.
 
     watchdog_s  seconds without a finished step after which the run counts as stuck: all threads' stacks go to stderr
-                and to stacks-rank-N.txt, and the process exits with `STUCK`, so that the launcher ends the others. 0
-                for never
+                and to stacks-rank-N.txt, and the process exits with `STUCK`, so that the launcher ends the others. The
+                first step, with all that is loaded before it, may take five times as long. 0 for never
     """
 
     def __init__(self, run_dir: Path, *, watchdog_s: float) -> None:
         self.run_dir, self.watchdog_s = run_dir, watchdog_s
-        self.received, self.beat = 0, time.monotonic()
+        self.received, self.beat = 0, time.monotonic() + 4 * watchdog_s
         self._lock: IO[str] | None = None
         self._done = threading.Event()
         self._before: dict[int, object] = {}

@@ -18,8 +18,8 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, so that no worker is left alone with one at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    slow, long = ({one.path for one in items if one.get_closest_marker(mark)} for mark in ("slow", "long"))
+    items.sort(key=lambda item: (item.path not in long, item.path not in slow))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from tests.tiny import tiny_generator
 PROMPT = "a red circle"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_blocks_are_the_same_model(folder: Path) -> None:
     plain, compiled = tiny_generator(folder, rollout_batch=1), tiny_generator(folder, rollout_batch=1, compile=True)
     (want,) = plain.rollout([PROMPT], group_size=2, seeds=[1])

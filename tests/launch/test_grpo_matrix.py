@@ -28,7 +28,7 @@ def _last_json(text: str) -> Found:
     return next(json.loads(line[line.index("{") :]) for line in reversed(text.splitlines()) if '{"float32 1"' in line)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_the_first_ratio_is_one(found: dict[int, Found], case: str, ranks: int) -> None:
@@ -37,7 +37,7 @@ def test_the_first_ratio_is_one(found: dict[int, Found], case: str, ranks: int) 
     assert found[ranks][case]["moved"] > 1e-4  # and something was learned
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["", " full"])
 def test_losses_do_not_depend_on_stage_and_ranks(found: dict[int, Found], kind: str) -> None:
     """In fp32; the KL of a policy that has left its reference makes the loss what it is."""
@@ -60,7 +60,7 @@ def test_losses_do_not_depend_on_stage_and_ranks(found: dict[int, Found], kind: 
             assert got["reward"][step] == pytest.approx(want["reward"][step], abs=1e-5), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_that_share_a_group_make_its_update(found: dict[int, Found]) -> None:
     """Members 0 and 1 of every group on one rank, 2 and 3 on the other, against all four on one."""
     want = found[1]["float32 1"]
@@ -69,7 +69,7 @@ def test_ranks_that_share_a_group_make_its_update(found: dict[int, Found]) -> No
             assert found[2][name][key] == pytest.approx(want[key], rel=1e-3), (name, key)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_averages_of_the_weights(found: dict[int, Found]) -> None:
     """By the formula, swapped in for evaluation and out again, in every stage and precision."""
     for results in found.values():

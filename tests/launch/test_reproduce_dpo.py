@@ -29,7 +29,7 @@ def test_gains_are_taken_seed_by_seed() -> None:
     assert over_seeds(scores, "base", "shapes").mean == pytest.approx(0.45)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_smallest_comparison(tmp_path: Path) -> None:
     words = ["--seeds", "0", "--judge-pairs", "32", "--prompts", "6", "--epochs", "0.25", "--heldout", "4"]
     again = [sys.executable, "launch/reproduce_dpo.py", "--run-dir", str(tmp_path / "run"), "--out", str(tmp_path)]

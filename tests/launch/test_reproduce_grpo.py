@@ -62,7 +62,7 @@ def test_differences_are_taken_seed_by_seed() -> None:
     assert over_seeds(outcomes, BASE).mean == pytest.approx(0.35)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_smallest_table(tmp_path: Path) -> None:
     words = ["--seeds", "0", "--updates", "1", "--prompts", "3", "--arms", "flow_grpo"]
     again = [sys.executable, "launch/reproduce_grpo.py", "--run-dir", str(tmp_path / "run"), "--out", str(tmp_path)]

@@ -31,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_smallest_comparison(made: Path) -> None:
     record = json.loads((made / "out" / "reproduce_rm.json").read_text(encoding="utf-8"))
     assert sorted(judge["method"] for judge in record["judges"]) == sorted(METHODS)
@@ -52,7 +52,7 @@ def test_the_smallest_comparison(made: Path) -> None:
         assert "<svg" in (made / "out" / f"reproduce_rm_{name}.svg").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_judge_is_its_own(made: Path) -> None:
     cells = [cell for chain in chains(0, [48]) for cell in chain]
     rewards = {}
