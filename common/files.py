@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,20 @@ def replace_text(path: Path, text: str) -> None:
     """Write UTF-8 text, see `replaced`."""
     with replaced(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def sort_header(path: Path) -> None:
+    """Give a safetensors file the one order of its header. Its writer puts entries of the metadata in an order of
+    chance, so that equal weights would be unequal files.
+    """
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) > length:
+            raise ValueError(f"{path}: its header does not fit in its place")
+        file.seek(8)
+        file.write(ordered.ljust(length))
 
 
 def sha256(path: Path) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common.files import sort_header
+
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
     from peft import PeftModel
@@ -89,6 +91,7 @@ def save(model: PeftModel, folder: Path, state_dict: Mapping[str, Tensor] | None
             "target_modules": sorted(settings["target_modules"]),
         },
     )
+    sort_header(Path(folder) / ADAPTER_FILE)
     return Path(folder) / ADAPTER_FILE
 
 

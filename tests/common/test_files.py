@@ -4,8 +4,11 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from common.files import replace_text, replaced, sha256
+from common.files import replace_text, replaced, sha256, sort_header
 
 
 def test_a_file_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
@@ -25,3 +28,17 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
         assert path.read_text(encoding="utf-8") == "old ünï"
     assert path.read_text() == "new"
     assert sha256(path) == hashlib.sha256(b"new").hexdigest()
+
+
+def test_equal_weights_are_equal_files(tmp_path):
+    """Whatever order the writer found for the metadata."""
+    files = []
+    for i in range(8):
+        files.append(tmp_path / f"{i}.safetensors")
+        save_file({"b": torch.ones(3), "a": torch.arange(4)}, files[-1], metadata={"one": "1", "two": "ä", "3": "x"})
+        sort_header(files[-1])
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], framework="pt") as found:
+        assert found.metadata() == {"one": "1", "two": "ä", "3": "x"}
+        assert found.get_tensor("a").tolist() == [0, 1, 2, 3]
+        assert found.get_tensor("b").tolist() == [1.0] * 3
