@@ -22,7 +22,7 @@ from common.checkpoint import NoRoomError
 from common.log import say
 from launch.refuse import refuse
 
-LOCK = "run.lock"
+LOCK = "lock.json"
 STUCK = 75  # exit code, EX_TEMPFAIL of sysexits.h: nothing is wrong that another start might not mend
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

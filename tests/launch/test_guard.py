@@ -38,7 +38,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     program = "import os, pathlib, sys; from launch.guard import Guard\n"
     program += "with Guard(pathlib.Path(sys.argv[1]), watchdog_s=0): os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=False)
-    assert (tmp_path / "run.lock").exists()
+    assert (tmp_path / "lock.json").exists()
     with Guard(tmp_path, watchdog_s=0):
         pass
 
