@@ -122,7 +122,7 @@ def main() -> None:
     with served(args.checkpoint, 64) as (url, _):
         same = torch.equal(RemoteReward(url, deadline_s=120.0).score(video, prompts, fps=FPS).value_B, own)
     result = {
-        "command": "python bench/serve_load.py",
+        "command": " ".join(["python bench/serve_load.py", *sys.argv[1:]]),
         "clients": args.clients,
         "seconds": args.seconds,
         **found,

@@ -117,7 +117,7 @@ class Qwen2Judge(nn.Module):
         return judge.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def save(self, folder: str | Path) -> None:
-        """config.json, tokenizer, judge.json and model.safetensors, which a load looks for last."""
+        """Into one folder: config.json, the tokenizer, judge.json and, last, model.safetensors."""
         from safetensors.torch import save_file
 
         folder = Path(folder)

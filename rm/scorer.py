@@ -93,7 +93,8 @@ class DeScoreScorer:
     ) -> Score:
         """Rewards (B,): raw logits unless calibrated, so that only their order and differences mean something.
 
-        videos  uint8 (B, T, Y, X, 3), or a sequence of uint8 (T, Y, X, 3) and of files; frames need ``fps``
+        videos  uint8 (B, T, Y, X, 3), or a sequence of uint8 (T, Y, X, 3) and of files; frames need ``fps``. Equal ones
+                under equal prompts are judged once, and a permuted batch has permuted scores to the bit
 
         parts   the five sub-dimension scores the chain of thought states, NaN where it states none or N/A; of several
                 chains their MEAN over those that state one, and "spread", the population std of the rewards.
