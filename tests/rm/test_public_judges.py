@@ -157,6 +157,22 @@ def test_how_many_frames_are_seen(count: int, fps: float, want: int) -> None:
     assert seen == sorted(set(seen))
 
 
+def test_a_head_with_a_number_for_every_token(video_folder: Path, base: Path) -> None:
+    """VideoReward can be trained with three outputs: token k has number k. The published one has a single output."""
+    judge = of_videoreward(video_folder, base).judge
+    rows = torch.randn(3, judge.head.in_features)
+    video, found = random_frames(0, frames=8, size=64), []
+    for row in rows:
+        judge.head = head_of({"weight": row[None]})
+        found.append(judge.read_video(video, "a cat", fps=4.0))
+    judge.head = head_of({"weight": rows})
+    want = torch.stack([found[k][k] for k in range(3)])
+    torch.testing.assert_close(judge.read_video(video, "a cat", fps=4.0), want)
+    judge.head = head_of({"weight": rows[:2]})
+    with pytest.raises(ValueError, match=r"3 reward tokens and a head of 2 give 2 numbers, judge\.json names 3"):
+        judge.read_video(video, "a cat", fps=4.0)
+
+
 def test_a_wrong_rate_is_another_video(video_folder: Path, base: Path) -> None:
     judge = of_videoreward(video_folder, base).judge
     video = random_frames(0, frames=16, size=64)

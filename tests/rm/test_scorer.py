@@ -77,6 +77,24 @@ def test_permuting_the_batch_permutes_the_scores(scorer, score, video_BTYXC):
     torch.testing.assert_close(permuted.value_B, score.value_B[order], atol=0, rtol=0, equal_nan=True)  # to the bit
 
 
+def test_batches_are_the_same_whatever_the_order_and_equal_videos_are_judged_once(folder, video_BTYXC, monkeypatch):
+    scorer = DeScoreScorer.load(folder, chains=0, batch=3)
+    asked: list[list[str]] = []
+    judge = scorer._judge
+    monkeypatch.setattr(scorer, "_judge", lambda prompts, videos: asked.append(list(prompts)) or judge(prompts, videos))
+    order = [3, 1, 7, 0, 2, 6, 5, 4]
+    scorer.score(video_BTYXC, PROMPTS, fps=4.0)
+    scorer.score(video_BTYXC[order], [PROMPTS[i] for i in order], fps=4.0)
+    assert asked[:3] == asked[3:]
+    twice = [0, 1, 0, 0]
+    asked.clear()
+    found = scorer.score(video_BTYXC[twice], [PROMPTS[i] for i in twice], fps=4.0)
+    assert [len(part) for part in asked] == [2]
+    assert found.value_B[0] == found.value_B[2] == found.value_B[3] != found.value_B[1]
+    other = scorer.score(video_BTYXC[[0, 0]], PROMPTS[:2], fps=4.0).value_B  # one video, two prompts
+    assert other[0] != other[1]
+
+
 def test_the_size_of_a_batch_changes_nothing(folder, score, video_BTYXC):
     small = speaking(folder, batch=3).score(list(video_BTYXC), PROMPTS, fps=4.0)
     assert small.texts == score.texts
