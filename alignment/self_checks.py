@@ -6,7 +6,6 @@ from a global generator or changes a weight, so a run is the same with and witho
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from alignment.clips import Clip, score_clips
 from alignment.reward_check import MUST, spoil
 from common import gaussian
-from common.distributed import derive_seed, gather_objects
+from common.distributed import derive_seed, differing_ranks, world_size
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -74,18 +73,12 @@ def stock_trajectory(gap: Callable[[], float], *, dtype: str) -> Finding:
 
 
 def same_weights(module: nn.Module) -> Finding:
-    """All ranks start from the same trained weights; a hash of each rank's is compared."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
-    found = gather_objects(digest.hexdigest())
-    odd = [rank for rank, one in enumerate(found) if one != found[0]]
+    """All ranks start from the same trained weights."""
+    odd = differing_ranks({name: p for name, p in module.named_parameters() if p.requires_grad})
     return Finding(
         "weights across ranks",
         not odd,
-        f"ranks {odd} of {len(found)} differ from rank 0" if odd else f"alike on {len(found)}",
+        f"ranks {odd} of {world_size()} differ from rank 0" if odd else f"alike on {world_size()}",
         "is a new adapter drawn from a generator that nobody seeded, or a checkpoint read by some ranks only?",
     )
 

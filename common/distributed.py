@@ -12,7 +12,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -159,13 +159,14 @@ def any_rank(is_B: Tensor) -> bool:
     return bool(found)
 
 
-def differing_ranks(tensors: Iterable[Tensor]) -> list[int]:
-    """Ranks that do not hold rank 0's bits in tensors that all should hold alike. All ranks call it."""
+def differing_ranks(tensors: Mapping[str, Tensor]) -> list[int]:
+    """Ranks that do not hold rank 0's names and bits in tensors that all should hold alike. All ranks call it."""
     if world_size() == 1:
         return []
     digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     found = gather_objects(digest.hexdigest())
     return [i for i, one in enumerate(found) if one != found[0]]
 

@@ -15,6 +15,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.refuse import check_new_folder
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -40,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     """Read, write, and say what was taken from where. Nothing is written unless everything could be read."""
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        raise ValueError(f"--out {args.out} exists and is not an empty folder")
+    check_new_folder(args.out)
     from launch.compose import quiet
 
     quiet()

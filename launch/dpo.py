@@ -97,8 +97,7 @@ def go(cfg: DpoRun, pairs: PairSet, heldout: PairSet | None, guard: Guard, *, re
         if last or stop or asked or (step + 1) % cfg.save_every == 0:
             save(cfg, loop, generator, engine, ema, step=step + 1)
         if asked:
-            log.close()
-            guard.leave(step + 1)
+            guard.leave(log, step + 1)
         if stop:
             break
 

@@ -32,8 +32,7 @@ def save_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
     was a step, and how many steps there were. Raises RuntimeError, on all ranks, when their weights have drifted apart:
     what was computed since is worth nothing, and rank 0's part of it is not saved.
     """
-    whole_parameters = [p for p in _trained(engine).values() if not _in_pieces(p)]
-    if apart := differing_ranks(whole_parameters):
+    if apart := differing_ranks({name: p for name, p in _trained(engine).items() if not _in_pieces(p)}):
         raise RuntimeError(
             f"the weights of rank {', '.join(map(str, apart))} are not those of rank 0: the ranks have drifted apart, "
             "and nothing is saved. Go on from the newest checkpoint; if it comes again, a gradient is not reduced"

@@ -9,9 +9,8 @@ and final/, the trained adapter (or transformer); started again, a run goes on f
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from common.config import dump, parse_command_line
 from launch.refuse import refuse
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from alignment.grpo import GrpoLoop, StepResult
-    from common.log import RunLog
     from generator.wan import WanGenerator
     from launch.ema import Ema
     from launch.forwards import ForwardCounter
@@ -77,6 +75,7 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
     from launch.engine_state import go_on
     from launch.forwards import ForwardCounter
     from launch.generator_state import export, save
+    from launch.guard import end_run
 
     run_dir = Path(cfg.run_dir)
     if distributed.is_main():
@@ -102,7 +101,7 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
         except RewardUnavailableError as error:
             if saved < step:
                 save(generator, engine, ema, run_dir, step=step, keep=cfg.keep)
-            give_up(log, f"stopped after {step} steps, which are saved: {error}")
+            end_run(log, f"stopped after {step} steps, which are saved: {error}", 1)
         if ema is not None:
             ema.update()
         faults.point("step")
@@ -116,8 +115,7 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
             save(generator, engine, ema, run_dir, step=step + 1, keep=cfg.keep)
             saved = step + 1
         if stop:
-            log.close()
-            guard.leave(step + 1)
+            guard.leave(log, step + 1)
 
     if measured := measure(cfg, loop, ema, heldout, cfg.steps, counter):
         log.log(cfg.steps, measured)
@@ -132,18 +130,6 @@ def write_samples(cfg: GrpoRun, result: StepResult, step: int) -> None:
     rows = list(rows_of_step(result, step=step, groups=cfg.video_groups))
     writer = SampleWriter(Path(cfg.run_dir) / "samples" / f"step-{step:06d}", fps=cfg.generator.fps)
     writer.add(result.video_BTYXC[: len(rows)], rows)
-
-
-def give_up(log: RunLog, message: str) -> NoReturn:
-    """End with exit code 1 on all ranks; started again, the run goes on."""
-    from common import distributed
-    from common.log import say
-
-    say(message)
-    log.close()
-    distributed.barrier()
-    distributed.shutdown()
-    sys.exit(1)
 
 
 def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, DeepSpeedEngine]:

@@ -19,7 +19,7 @@ from typing import IO, NoReturn
 
 from common import distributed
 from common.checkpoint import NoRoomError
-from common.log import say
+from common.log import RunLog, say
 from launch.refuse import refuse
 
 LOCK = "lock.json"
@@ -41,6 +41,15 @@ def guarded(run_dir: str | Path, *, watchdog_s: float) -> Iterator[Guard]:
             sys.exit(1)
     distributed.barrier()
     distributed.shutdown()
+
+
+def end_run(log: RunLog, message: str, code: int) -> NoReturn:
+    """All ranks part here and exit with ``code``; rank 0 says why."""
+    say(message)
+    log.close()
+    distributed.barrier()
+    distributed.shutdown()
+    sys.exit(code)
 
 
 class Guard:
@@ -85,13 +94,11 @@ class Guard:
         self.received = int(distributed.max_over_ranks(float(self.received)))
         return bool(self.received)
 
-    def leave(self, step: int) -> NoReturn:
+    def leave(self, log: RunLog, step: int) -> NoReturn:
         """End as a process that a signal ended, on every rank, after ``step`` steps are saved."""
         name = signal.Signals(self.received).name
-        say(f"{name}: stopped after {step} steps, which are saved; started again, it goes on")
-        distributed.barrier()
-        distributed.shutdown()
-        sys.exit(128 + self.received)
+        message = f"{name}: stopped after {step} steps, which are saved; started again, it goes on"
+        end_run(log, message, 128 + self.received)
 
     def _take(self) -> str:
         """Own the folder; what is wrong, or nothing. The lock is the system's: it ends with the process, however."""

@@ -114,8 +114,7 @@ def run_steps(
         if last or stop or (step + 1) % cfg.save_every == 0:
             save(engine, run_dir, step=step + 1, keep=cfg.keep)
         if stop:
-            log.close()
-            guard.leave(step + 1)
+            guard.leave(log, step + 1)
 
     weights = weights_of(model, run_dir)
     if distributed.is_main():

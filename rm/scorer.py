@@ -111,9 +111,8 @@ class DeScoreScorer:
             return Score(torch.zeros(0))
         # sums of floats depend on a row's place in a batch: places are given by what the rows are, each is judged once
         keys = [_identity(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        order = sorted(first)
-        rows = [first[key] for key in order]
+        order = sorted(set(keys))
+        rows = [keys.index(key) for key in order]
         found = self._score([videos[i] for i in rows], [prompts[i] for i in rows], fps=fps)
         place = {key: k for k, key in enumerate(order)}
         return found.take([place[key] for key in keys])

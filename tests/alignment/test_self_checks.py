@@ -11,6 +11,7 @@ from torch import Tensor
 
 import generator.wan
 from alignment import self_checks
+from common import distributed
 from common.types import Score
 from generator.stock_check import stock_gap
 from tests.fakes import FakeGenerator, FunctionReward, redness
@@ -74,7 +75,8 @@ def test_a_reward_makes_sense_of_prompts_and_noise() -> None:
 def test_weights_are_compared_across_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     module = FakeGenerator().module
     assert self_checks.same_weights(module).ok
-    monkeypatch.setattr(self_checks, "gather_objects", lambda own: [own, own, "another"])
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, own, "another"])
     found = self_checks.same_weights(module)
     assert not found.ok
     assert "[2]" in found.message

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.log import read_metrics
+from common.log import RunLog, read_metrics
 from launch.guard import STUCK, Guard
 from tests.launch.processes import BIN, ROOT, run
 from tests.launch.test_grpo import tiny  # noqa: F401 - a fixture
@@ -51,7 +51,7 @@ def test_a_signal_is_noted_once_and_kills_the_second_time(tmp_path: Path) -> Non
         assert guard.step_done()
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         with pytest.raises(SystemExit, match="143"):
-            guard.leave(3)
+            guard.leave(RunLog(tmp_path), 3)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
