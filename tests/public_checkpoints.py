@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from rm.prompt import CONTROL_TOKENS
-from tests.tiny_qwen import tiny_tokenizer
+from rm.public_judges import read_hpsv3, read_videoreward
+from tests.tiny_qwen import control_ids, lively, tiny_tokenizer, vision_ids
 
 RANK, ALPHA, WIDTH = 4, 8, 32
 VIDEO_TOKENS, IMAGE_TOKENS = ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], ["<|Reward|>"]
@@ -43,36 +43,26 @@ def tokenizer_with(tokens: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def text_config() -> dict[str, object]:
+    """The language model of a tiny Qwen2-VL or Qwen2.5-VL, hidden 32."""
+    ids = control_ids()
+    return {
+        "vocab_size": 320, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
 def tiny_qwen2(*, seed: int = 0) -> Qwen2VLForConditionalGeneration:
-    """Random weights, patches of 14, hidden 32, fp32."""
-    tokenizer = tiny_tokenizer()
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in CONTROL_TOKENS}
-    config = Qwen2VLConfig(
-        vision_config={
-            "depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2,
-            "temporal_patch_size": 2, "hidden_size": WIDTH, "mlp_ratio": 2,
-        },
-        text_config={
-            "vocab_size": 320, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-            "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"], "tie_word_embeddings": True,
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(4.0)
-    return model.eval()
+    """Random weights, patches of 14, fp32."""
+    vision = {
+        "depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "hidden_size": WIDTH, "mlp_ratio": 2,
+    }  # fmt: skip
+    config = Qwen2VLConfig(vision_config=vision, text_config=text_config(), tie_word_embeddings=True, **vision_ids())
+    return lively(Qwen2VLForConditionalGeneration, config, seed=seed)
 
 
 def save_base(folder: Path) -> Path:
@@ -193,6 +183,20 @@ def write_hpsv3(folder: Path, released: Released, *, old: bool = False) -> Path:
     save_file(state, folder / "HPSv3.safetensors")
     (folder / "instruction.txt").write_text(IMAGE_INSTRUCTION)
     return folder
+
+
+def converted(root: Path) -> dict[str, str]:
+    """Both releases, as launch/convert_reward.py leaves them: kind of reward -> folder."""
+    base = save_base(root / "base")
+    video = write_videoreward(root / "VideoReward", videoreward())
+    image = write_hpsv3(root / "HPSv3", hpsv3())
+    judges = {
+        "videoreward": read_videoreward(video, base=base, instruction=video / "instruction.txt", allow_pickle=True),
+        "hpsv3": read_hpsv3(image, base=base, instruction=image / "instruction.txt"),
+    }
+    for kind, read in judges.items():
+        read.judge.save(root / kind)
+    return {kind: str(root / kind) for kind in judges}
 
 
 def resized(frames_TYXC: Tensor, height: int, width: int) -> list[Image.Image]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from rm.prompt import CONTROL_TOKENS, PromptTemplate
 from rm.video import VideoSettings
 
+T = TypeVar("T", bound=torch.nn.Module)
 PLAIN_ADDED = "<think>"  # Qwen3 has added tokens that are not special; they are ordinary words to the judge
 TEMPLATE = PromptTemplate("Text: {prompt}\nVideo: ", "\nJudge it.")
 SETTINGS = VideoSettings(fps=4.0, min_frames=4, max_frames=8, min_pixels=256, max_pixels=1024, patch_size=8)
@@ -31,8 +33,7 @@ def tiny_qwen(
     *, seed: int = 0, vocab_size: int = 320, layers: int = 2, tied: bool = True
 ) -> Qwen3VLForConditionalGeneration:
     """Random weights, patch 8, hidden 32, eval mode, fp32. Ids above the tokenizer's are free rows."""
-    tokenizer = tiny_tokenizer()
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in CONTROL_TOKENS}
+    ids = control_ids()
     config = Qwen3VLConfig(
         vision_config={
             "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8,
@@ -47,16 +48,32 @@ def tiny_qwen(
             },
             "pad_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "tie_word_embeddings": tied,
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=tied,
+        **vision_ids(),
     )  # fmt: skip
+    return lively(Qwen3VLForConditionalGeneration, config, seed=seed)
+
+
+def control_ids() -> dict[str, int]:
+    """Of the tiny tokenizer."""
+    tokenizer = tiny_tokenizer()
+    return {name: tokenizer.convert_tokens_to_ids(name) for name in CONTROL_TOKENS}
+
+
+def vision_ids() -> dict[str, int]:
+    """As a Qwen-VL's config names them."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    return {name: control_ids()[token] for name, token in zip(names, tokens, strict=True)}
+
+
+def lively(kind: type[T], config: PreTrainedConfig, *, seed: int = 0) -> T:
+    """A random model in eval mode. Its own initialisation is so small that every input looks alike: the weights are
+    spread, so that tests see differences.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(config)
-        # random init is so small that every input looks alike: spread the weights, so that tests see differences
+        model = kind(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:

@@ -13,10 +13,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from alignment.config import RewardConfig
 from alignment.rewards import build_rewards
 from alignment.rewards.generative import Generative
-from rm.prompt import CONTROL_TOKENS
 from rm.written_scores import FORMS
 from tests import public_checkpoints as public
-from tests.tiny_qwen import random_frames, tiny_tokenizer
+from tests.tiny_qwen import lively, random_frames, tiny_tokenizer, vision_ids
 
 PROMPTS = ["a cat", "many dogs", "rain"]
 VIDEO = torch.stack([random_frames(i, frames=8, size=56) for i in range(3)])
@@ -28,34 +27,15 @@ THOUGHT = (
 
 
 def tiny_qwen2_5() -> Qwen2_5_VLForConditionalGeneration:
-    tokenizer = tiny_tokenizer()
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in CONTROL_TOKENS}
-    config = Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "patch_size": 14,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32, "window_size": 56,
-            "fullatt_block_indexes": [1], "tokens_per_second": 2,
-        },
-        text_config={
-            "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-            "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Qwen2_5_VLForConditionalGeneration(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(4.0)
-    return model.eval()
+    vision = {
+        "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "patch_size": 14,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32, "window_size": 56,
+        "fullatt_block_indexes": [1], "tokens_per_second": 2,
+    }  # fmt: skip
+    text = {name: value for name, value in public.text_config().items() if name != "tie_word_embeddings"}
+    return lively(
+        Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig(vision_config=vision, text_config=text, **vision_ids())
+    )
 
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])

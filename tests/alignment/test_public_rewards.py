@@ -8,7 +8,6 @@ import torch
 from alignment.config import RewardConfig
 from alignment.rewards import build_rewards
 from alignment.rewards.videoreward import to_gray
-from rm.public_judges import read_hpsv3, read_videoreward
 from rm.qwen2_vl import shared
 from tests import public_checkpoints as public
 from tests.tiny_qwen import random_frames
@@ -19,13 +18,7 @@ VIDEO = torch.stack([random_frames(i, frames=8, size=56) for i in range(3)])
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("public")
-    base = public.save_base(root / "base")
-    video = public.write_videoreward(root / "VideoReward", public.videoreward())
-    image = public.write_hpsv3(root / "HPSv3", public.hpsv3())
-    read_videoreward(video, base=base, instruction=video / "instruction.txt", allow_pickle=True).judge.save(root / "v")
-    read_hpsv3(image, base=base, instruction=image / "instruction.txt").judge.save(root / "h")
-    return {"videoreward": str(root / "v"), "hpsv3": str(root / "h")}
+    return public.converted(tmp_path_factory.mktemp("public"))
 
 
 def reward_of(kind: str, folders: dict[str, str], **options: object):

@@ -35,18 +35,23 @@ def write_pairs_table(folder: Path) -> None:
             writer.writerow({"videos": repr(names), "prompt": f"p{i}", "GSB": label, "answer": ANSWER})
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, a judge of stage 1, and runs of stage 2 on it."""
-    folder = tmp_path_factory.mktemp("dual_rl")
-    write_pairs_table(folder)
+def write_judge(folder: Path) -> None:
+    """Of stage 1, random."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         how = Generation(max_new_tokens=6, repetition_penalty=1.0)
         judge = DeScore(tiny_qwen(tied=False), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264, generation=how)
         # some states make the end of the turn likely, others unlikely: chains of every length, 1 to 6 tokens
         torch.nn.init.normal_(judge.backbone.lm_head.weight.data[judge.end_id], std=1.5)
-        judge.save(folder / "judge")
+        judge.save(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a judge of stage 1, and runs of stage 2 on it."""
+    folder = tmp_path_factory.mktemp("dual_rl")
+    write_pairs_table(folder)
+    write_judge(folder / "judge")
 
     def words(name: str, steps: int, *more: str) -> list[str]:
         return [

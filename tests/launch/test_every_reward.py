@@ -30,7 +30,6 @@ from launch.rows import read_rows
 from launch.serve import ServeRun
 from rm.config import Generation
 from rm.model import DeScore
-from rm.public_judges import read_hpsv3, read_videoreward
 from tests import public_checkpoints as public
 from tests.tiny import byte_tokenizer
 from tests.tiny_qwen import SETTINGS, TEMPLATE, tiny_qwen, tiny_tokenizer
@@ -79,11 +78,7 @@ def address() -> Iterator[str]:
 def configs(tmp_path_factory: pytest.TempPathFactory, address: str) -> dict[str, RewardConfig]:
     """One of every kind, and one by target, on tiny random checkpoints of the real layouts."""
     root = tmp_path_factory.mktemp("rewards")
-    base = public.save_base(root / "base")
-    video = public.write_videoreward(root / "VideoReward", public.videoreward())
-    image = public.write_hpsv3(root / "HPSv3", public.hpsv3())
-    read_videoreward(video, base=base, instruction=video / "instruction.txt", allow_pickle=True).judge.save(root / "v")
-    read_hpsv3(image, base=base, instruction=image / "instruction.txt").judge.save(root / "h")
+    folders = public.converted(root)
     public.tiny_qwen2().save_pretrained(root / "g")
     tiny_tokenizer().save_pretrained(root / "g")
     (root / "words.txt").write_text("Rate it: {prompt}")
@@ -95,8 +90,8 @@ def configs(tmp_path_factory: pytest.TempPathFactory, address: str) -> dict[str,
             "similarity": RewardConfig(checkpoint=clip_folder(root / "c")),
         }
     found |= {
-        "videoreward": RewardConfig(checkpoint=str(root / "v")),
-        "hpsv3": RewardConfig(checkpoint=str(root / "h"), options={"frames": 2}),
+        "videoreward": RewardConfig(checkpoint=folders["videoreward"]),
+        "hpsv3": RewardConfig(checkpoint=folders["hpsv3"], options={"frames": 2}),
         "generative": RewardConfig(checkpoint=str(root / "g"), options=words),
         "remote": RewardConfig(url=address),
         "mine": RewardConfig(target=f"{root / 'mine.py'}:score"),

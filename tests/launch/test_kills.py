@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from common.log import read_metrics
-from rm.config import Generation
-from rm.model import DeScore
 from tests.launch.processes import ROOT, torchrun
 from tests.launch.test_dpo import config as dpo_config  # noqa: F401 - a fixture
-from tests.launch.test_dual_rl import write_pairs_table
+from tests.launch.test_dual_rl import write_judge, write_pairs_table
 from tests.launch.test_grpo import tiny  # noqa: F401 - a fixture
 from tests.rm.cold_start_runs import write_data
-from tests.tiny_qwen import SETTINGS, TEMPLATE, tiny_qwen, tiny_tokenizer
 
 TIMES = ("seconds/", "videos_per_second", "memory/")
 
@@ -36,12 +32,7 @@ def loops(tmp_path_factory: pytest.TempPathFactory, tiny: Path, dpo_config: Path
     root = tmp_path_factory.mktemp("judges")
     write_data(root)
     write_pairs_table(root / "rl")
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        how = Generation(max_new_tokens=6, repetition_penalty=1.0)
-        judge = DeScore(tiny_qwen(tied=False), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264, generation=how)
-        torch.nn.init.normal_(judge.backbone.lm_head.weight.data[judge.end_id], std=1.5)
-        judge.save(root / "judge")
+    write_judge(root / "judge")
     adapter = "final/pytorch_lora_weights.safetensors"
     common = ["lora.rank=4", "save_every=1", "eval_every=1", "zero_stage=1"]
     cold = [f"base={root / 'base'}", f"data.train={root / 'pairs.csv'}", f"data.heldout={root / 'pairs.csv'}", *common]
