@@ -59,13 +59,13 @@ def usable(cfg: ColdStartRun | DualRlRun, pairs: list[Pair]) -> list[Pair]:
     from common import distributed
     from common.files import replace_text
     from common.log import say
-    from rm.video_check import bad_videos, split_pairs
+    from rm.video_check import split_pairs
 
     if not cfg.data.check_videos:
         return pairs
-    files = sorted({file for pair in pairs for file in (pair.video_A, pair.video_B)})
-    found = distributed.gather_objects(bad_videos(files[distributed.rank() :: distributed.world_size()]))
-    sound, records = split_pairs(pairs, {file: why for one in found for file, why in one.items()})
+    sound, records = split_pairs(
+        pairs, checked(sorted({f for p in pairs for f in (p.video_A, p.video_B)}), cfg.run_dir)
+    )
     if not records:
         return sound
     out = Path(cfg.run_dir) / "bad_samples.jsonl"
@@ -75,6 +75,30 @@ def usable(cfg: ColdStartRun | DualRlRun, pairs: list[Pair]) -> list[Pair]:
     if not sound or len(records) > cfg.data.max_bad * len(pairs):
         refuse(f"that is more than data.max_bad={cfg.data.max_bad:g} of them")
     return sound
+
+
+def checked(files: list[Path], run_dir: str) -> dict[Path, str]:
+    """The files that cannot be decoded, and why. A run that is started again, with the same files as they were, knows
+    it from its folder.
+    """
+    import json
+
+    from common import distributed
+    from common.files import replace_text
+    from rm.video_check import bad_videos, stamp
+
+    kept = Path(run_dir) / "checked_videos.json"
+    now, known = None, None
+    if distributed.is_main():
+        now = stamp(files)
+        known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+    bad = distributed.from_main(known["bad"] if known and known["stamp"] == now else None)
+    if bad is None:
+        found = distributed.gather_objects(bad_videos(files[distributed.rank() :: distributed.world_size()]))
+        bad = {str(file): why for one in found for file, why in one.items()}
+        if distributed.is_main():
+            replace_text(kept, json.dumps({"stamp": now, "bad": bad}, indent=1, ensure_ascii=False) + "\n")
+    return {Path(file): why for file, why in bad.items()}
 
 
 def run_steps(

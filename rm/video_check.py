@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import tempfile
@@ -64,6 +65,15 @@ def bad_videos(files: Iterable[Path], *, workers: int = 4, deadline_s: float = 6
     with ThreadPoolExecutor(size) as pool:
         parts = pool.map(some, [todo[i::size] for i in range(size)])
         return {file: why for part in parts for file, why in part.items()}
+
+
+def stamp(files: Iterable[Path]) -> str:
+    """Changes with the names, sizes and times of these files."""
+    digest = hashlib.sha256()
+    for file in files:
+        found = file.stat() if file.is_file() else None
+        digest.update(repr((str(file), found and (found.st_size, found.st_mtime_ns))).encode())
+    return digest.hexdigest()
 
 
 def split_pairs(pairs: Sequence[Pair], bad: dict[Path, str]) -> tuple[list[Pair], list[dict[str, object]]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from common.video_io import write_mp4
+from launch.judge_runs import checked
 from rm import video_check
 from rm.data import Pair
 from rm.video_check import VideoChecker, bad_videos, split_pairs
@@ -131,3 +132,21 @@ def test_a_run_leaves_out_what_is_bad_or_does_not_start(tmp_path: Path) -> None:
     assert (record["line"], record["prompt"]) == (3, "p1")
     assert "cannot be decoded" in record["problems"][str(tmp_path / "1B.mp4")]
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+    known = json.loads((tmp_path / "run" / "checked_videos.json").read_text())
+    assert list(known["bad"]) == [str(tmp_path / "1B.mp4")]
+
+
+def test_what_was_checked_is_known_until_a_file_changes(videos: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        video_check, "bad_videos", lambda files: asked.append(len(files)) or {videos["text"]: "no video"}
+    )
+    mine = tmp_path / "mine.mp4"
+    mine.write_bytes(videos["good"].read_bytes())
+    files = [mine, videos["text"]]
+    assert checked(files, str(tmp_path)) == checked(files, str(tmp_path)) == {videos["text"]: "no video"}
+    assert asked == [2]
+    mine.write_bytes(b"other")
+    checked(files, str(tmp_path))
+    checked(files[:1], str(tmp_path))
+    assert asked == [2, 2, 1]
