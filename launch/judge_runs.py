@@ -63,9 +63,8 @@ def usable(cfg: ColdStartRun | DualRlRun, pairs: list[Pair]) -> list[Pair]:
 
     if not cfg.data.check_videos:
         return pairs
-    sound, records = split_pairs(
-        pairs, checked(sorted({f for p in pairs for f in (p.video_A, p.video_B)}), cfg.run_dir)
-    )
+    files = sorted({file for pair in pairs for file in (pair.video_A, pair.video_B)})
+    sound, records = split_pairs(pairs, checked(files, cfg.run_dir))
     if not records:
         return sound
     out = Path(cfg.run_dir) / "bad_samples.jsonl"
@@ -85,6 +84,7 @@ def checked(files: list[Path], run_dir: str) -> dict[Path, str]:
 
     from common import distributed
     from common.files import replace_text
+    from common.log import say
     from rm.video_check import bad_videos, stamp
 
     kept = Path(run_dir) / "checked_videos.json"
@@ -94,6 +94,7 @@ def checked(files: list[Path], run_dir: str) -> dict[Path, str]:
         known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     bad = distributed.from_main(known["bad"] if known and known["stamp"] == now else None)
     if bad is None:
+        say(f"decoding {len(files)} videos once, before anything is trained on them")
         found = distributed.gather_objects(bad_videos(files[distributed.rank() :: distributed.world_size()]))
         bad = {str(file): why for one in found for file, why in one.items()}
         if distributed.is_main():
