@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,8 +55,6 @@ def usable(cfg: ColdStartRun | DualRlRun, pairs: list[Pair]) -> list[Pair]:
     """The pairs whose videos can be decoded; the others go to run_dir/bad_samples.jsonl. All ranks call it and share
     the work. Exit with code 2 when more than ``data.max_bad`` of the pairs are bad, or all are.
     """
-    import json
-
     from common import distributed
     from common.files import replace_text
     from common.log import say
@@ -80,8 +79,6 @@ def checked(files: list[Path], run_dir: str) -> dict[Path, str]:
     """The files that cannot be decoded, and why. A run that is started again, with the same files as they were, knows
     it from its folder.
     """
-    import json
-
     from common import distributed
     from common.files import replace_text
     from common.log import say
