@@ -1,5 +1,8 @@
-"""Where a test may kill a run. ``FAULT=backward:3`` ends the process by SIGKILL when it comes to ``point("backward")``
-for the third time, ``FAULT=backward:3@1`` on rank 1 only. Nothing happens unless the variable is set.
+"""Where a test may make a run fail. Nothing happens unless FAULT is set.
+
+    FAULT=backward:3     SIGKILL when the process comes to ``point("backward")`` for the third time
+    FAULT=backward:3@1   on rank 1 only
+    FAULT=memory:2       memory runs out whenever more than two items go through a model at once
 
 Points: prefix, tail and reward of GRPO's rollouts, chains and reward of dual RL's, forward, backward, update (a
 gradient is there), step (a step is done), logged (and written down).
@@ -13,6 +16,16 @@ from collections import Counter
 
 _WANTED = os.environ.get("FAULT", "")
 _seen: Counter[str] = Counter()
+
+
+def memory(items: int) -> None:
+    """Raise torch.OutOfMemoryError, if it was asked for and these are too many."""
+    limit = _WANTED.removeprefix("memory:")
+    if limit == _WANTED or items <= int(limit):
+        return
+    import torch
+
+    raise torch.OutOfMemoryError(f"out of memory, as FAULT={_WANTED} asks: {items} items at once")
 
 
 def point(name: str) -> None:

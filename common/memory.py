@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common import faults
 from common.log import say
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Portions:
     def _attempt(self, function: Callable[[Tensor], Tensor], part: Tensor) -> Tensor | None:
         """None when memory ran out. The error is let go of here: its traceback holds what filled the memory."""
         try:
+            faults.memory(len(part))
             return function(part)
         except torch.OutOfMemoryError:
             if self.fixed or len(part) == 1:

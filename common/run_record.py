@@ -16,8 +16,10 @@ from typing import Any
 import yaml
 
 from common.files import replace_text
+from common.safe_yaml import parse
 
 MASK = "***"
+SETTINGS = "config.yaml"
 _SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials"}
 _PACKAGES = (
     *("torch", "deepspeed", "diffusers", "transformers", "peft", "accelerate", "safetensors"),
@@ -35,8 +37,7 @@ def dump(cfg: Any, run_dir: str | Path) -> Path:
         raise TypeError(f"dump needs a dataclass instance, got {type(cfg).__name__}")
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True, width=120)
-    replace_text(folder / "config.yaml", hide_secrets(text))
+    write_settings(cfg, folder / SETTINGS)
     record = {
         "command": [hide_secrets(_mask_argument(word)) for word in sys.argv],
         "python": platform.python_version(),
@@ -45,7 +46,30 @@ def dump(cfg: Any, run_dir: str | Path) -> Path:
         "git": _git_state(Path(__file__).resolve().parent),
     }
     replace_text(folder / "environment.json", json.dumps(record, indent=2) + "\n")
-    return folder / "config.yaml"
+    return folder / SETTINGS
+
+
+def write_settings(cfg: Any, file: Path) -> None:
+    """A config as YAML, without its secrets."""
+    text = yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True, width=120)
+    replace_text(file, hide_secrets(text))
+
+
+def changed_settings(file: Path, cfg: Any) -> list[str]:
+    """``a.b: 1 -> 2`` for what `write_settings` wrote and what is otherwise now."""
+    now = yaml.safe_dump(plain(cfg), allow_unicode=True)
+    return differences(parse(file.read_text(encoding="utf-8")).value, parse(hide_secrets(now)).value)
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """``a.b: 1 -> 2`` for every leaf that differs; what is missing is null."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for name in dict.fromkeys([*old, *new])
+            for line in differences(old.get(name), new.get(name), f"{where}.{name}" if where else str(name))
+        ]
+    return [] if old == new else [f"{where}: {json.dumps(old)[:60]} -> {json.dumps(new)[:60]}"]
 
 
 def plain(value: Any, name: str = "") -> Any:

@@ -72,7 +72,7 @@ def go(cfg: DpoRun, pairs: PairSet, heldout: PairSet | None, guard: Guard, *, re
         say(line)
     ema = None if cfg.ema is None else Ema(cfg.ema, generator.module)
     refresher = Refresher(cfg, loop, generator)
-    start = go_on(engine, resume, run_dir, also=[Watched(loop), *([] if ema is None else [ema])])
+    start = go_on(cfg, engine, resume, also=[Watched(loop), *([] if ema is None else [ema])])
     counter = ForwardCounter(generator.module)
     log = RunLog(run_dir, wandb=cfg.wandb, total=steps)
     log.truncate(start)
@@ -271,7 +271,7 @@ def save(
     from launch.generator_state import save as save_run
 
     watched = [json_number(value) for value in loop.watched]
-    save_run(generator, engine, ema, Path(cfg.run_dir), step=step, keep=cfg.keep, state={"watched": watched})
+    save_run(cfg, generator, engine, ema, step=step, state={"watched": watched})
 
 
 if __name__ == "__main__":

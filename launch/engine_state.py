@@ -6,15 +6,16 @@ parameter is gathered whole, so a run may go on with other ranks or another stag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from common.checkpoint import load_state, load_tensors, resolve_resume, save_tensors
+from common.checkpoint import load_state, load_tensors, resolve_resume, save, save_tensors
 from common.distributed import differing_ranks, is_main, rank, world_size
 from common.log import say
+from common.run_record import SETTINGS, changed_settings, write_settings
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -79,14 +80,37 @@ class Resumable(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-def go_on(engine: DeepSpeedEngine, resume: str, run_dir: Path, *, also: Sequence[Resumable] = ()) -> int:
+class Run(Protocol):
+    """What of a run's settings counts here."""
+
+    run_dir: str
+    keep: int
+
+
+def save_step(cfg: Run, step: int, write: Callable[[Path], None], *, state: Mapping[str, Any] | None = None) -> None:
+    """checkpoints/step-N after ``step`` steps: what ``write`` puts there, ``state``, settings. All ranks call it."""
+
+    def with_settings(folder: Path) -> None:
+        write(folder)
+        if is_main():
+            write_settings(cfg, folder / SETTINGS)
+
+    whole = {"steps_done": step, **(state or {})}
+    save(Path(cfg.run_dir) / "checkpoints", step, with_settings, keep=cfg.keep, state=whole)
+
+
+def go_on(cfg: Run, engine: DeepSpeedEngine, resume: str, *, also: Sequence[Resumable] = ()) -> int:
     """Load the run's checkpoint to go on from, if there is one; how many steps are done. All ranks call it.
+
+    Settings that are not those it was saved with are said, one by one: they may be meant, or a mistake.
 
     resume  "auto", "none" or a folder, see `common.checkpoint.resolve_resume`
     """
-    found = resolve_resume(resume, run_dir / "checkpoints")
+    found = resolve_resume(resume, Path(cfg.run_dir) / "checkpoints")
     if found is None:
         return 0
+    if (found / SETTINGS).is_file() and (changed := changed_settings(found / SETTINGS, cfg)):
+        say(f"other settings than {found.name} was saved with: {'; '.join(changed)}")
     load_engine(engine, found)
     for one in also:
         one.load(found)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import checkpoint, distributed
+from common import distributed
 from common.log import say
-from launch.engine_state import save_engine
+from launch.engine_state import save_engine, save_step
 from launch.zero3 import whole_state
 
 if TYPE_CHECKING:
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
     from generator.wan import WanGenerator
     from launch.ema import Ema
+    from launch.engine_state import Run
 
 
 def save(
+    cfg: Run,
     generator: WanGenerator,
     engine: DeepSpeedEngine,
     ema: Ema | None,
-    run_dir: Path,
     *,
     step: int,
-    keep: int,
     state: Mapping[str, Any] | None = None,
 ) -> None:
     """checkpoints/step-N: trained/ for people, engine.safetensors and ``state`` to go on from. All ranks call it."""
@@ -38,7 +38,7 @@ def save(
         if distributed.is_main():
             generator.save_trained(folder / "trained", weights)
 
-    checkpoint.save(run_dir / "checkpoints", step, write, keep=keep, state={"steps_done": step, **(state or {})})
+    save_step(cfg, step, write, state=state)
 
 
 def export(generator: WanGenerator, ema: Ema | None, run_dir: Path) -> None:

@@ -84,7 +84,7 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
     for line in batch_arithmetic(cfg, ranks=distributed.world_size(), module=generator.module):
         say(line)
     ema = None if cfg.ema is None else Ema(cfg.ema, generator.module)
-    start = go_on(engine, resume, run_dir, also=() if ema is None else (ema,))
+    start = go_on(cfg, engine, resume, also=() if ema is None else (ema,))
     if cfg.self_checks and start == 0:
         look_before(cfg, loop, prompts)
     if cfg.cache_prompts:
@@ -100,7 +100,7 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
             result = loop.step(step)
         except RewardUnavailableError as error:
             if saved < step:
-                save(generator, engine, ema, run_dir, step=step, keep=cfg.keep)
+                save(cfg, generator, engine, ema, step=step)
             end_run(log, f"stopped after {step} steps, which are saved: {error}", 1)
         if ema is not None:
             ema.update()
@@ -112,7 +112,7 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
         if distributed.is_main() and cfg.video_every and (step % cfg.video_every == 0 or last):
             write_samples(cfg, result, step)
         if last or stop or (step + 1) % cfg.save_every == 0:
-            save(generator, engine, ema, run_dir, step=step + 1, keep=cfg.keep)
+            save(cfg, generator, engine, ema, step=step + 1)
             saved = step + 1
         if stop:
             guard.leave(log, step + 1)

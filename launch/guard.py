@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, NoReturn
 
+import torch
+
 from common import distributed
 from common.checkpoint import NoRoomError
 from common.log import RunLog, say
@@ -24,6 +26,12 @@ from launch.refuse import refuse
 
 LOCK = "lock.json"
 STUCK = 75  # exit code, EX_TEMPFAIL of sysexits.h: nothing is wrong that another start might not mend
+NO_MEMORY = """Rollouts and decoding were cut to one video at once already, where they can be. Less memory takes also:
+  a larger zero_stage (0 to 3), more ranks        the optimizer's and the gradients' part of each rank
+  cache_prompts=true                              no text encoder beside the transformer (11 GB for umt5-xxl)
+  a smaller micro_batch, or chains_per_row        activations of DPO and of DeScore's training
+  generator.num_frames, .height, .width           activations of everything
+Checkpoints are whole; started again with other settings of these, the run goes on."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -39,6 +47,9 @@ def guarded(run_dir: str | Path, *, watchdog_s: float) -> Iterator[Guard]:
         except NoRoomError as error:
             sys.stderr.write(f"{error}\n")
             sys.exit(1)
+        except torch.OutOfMemoryError as error:
+            error.add_note(NO_MEMORY)
+            raise
     distributed.barrier()
     distributed.shutdown()
 

@@ -118,10 +118,10 @@ def run_steps(
     """
     from common import distributed, faults
     from common.log import RunLog, progress, say
-    from launch.engine_state import go_on
+    from launch.engine_state import go_on, save_engine, save_step
 
     run_dir = Path(cfg.run_dir)
-    start = go_on(engine, resume, run_dir)
+    start = go_on(cfg, engine, resume)
     log = RunLog(run_dir, wandb=cfg.wandb, total=steps)
     log.truncate(start)
     for step in progress(range(start, steps), steps - start, label):
@@ -134,7 +134,7 @@ def run_steps(
         faults.point("logged")
         stop = guard.step_done()
         if last or stop or (step + 1) % cfg.save_every == 0:
-            save(engine, run_dir, step=step + 1, keep=cfg.keep)
+            save_step(cfg, step + 1, lambda folder: save_engine(engine, folder))
         if stop:
             guard.leave(log, step + 1)
 
@@ -186,16 +186,6 @@ def to_device(model: DeScore) -> DeScore:
     import torch
 
     return model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
-
-
-def save(engine: DeepSpeedEngine, run_dir: Path, *, step: int, keep: int) -> None:
-    """checkpoints/step-N/engine.safetensors. All ranks call it."""
-    from common import checkpoint
-    from launch.engine_state import save_engine
-
-    checkpoint.save(
-        run_dir / "checkpoints", step, lambda folder: save_engine(engine, folder), keep=keep, state={"steps_done": step}
-    )
 
 
 def weights_of(model: DeScore, run_dir: Path) -> dict[str, Tensor]:

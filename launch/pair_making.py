@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from common.types import RewardModel
     from generator.wan import WanGenerator
     from rm.data import Pair
+    from rm.video_check import VideoChecker
 
 CANDIDATES = "candidates"
 
@@ -86,7 +87,9 @@ def film(
     return make
 
 
-def digitise(generator: WanGenerator, csv: str) -> Callable[[int, Pair], tuple[dict[str, torch.Tensor], Row]]:
+def digitise(
+    generator: WanGenerator, csv: str, checker: VideoChecker
+) -> Callable[[int, Pair], tuple[dict[str, torch.Tensor], Row]]:
     """A function (number of the pair, its files) -> both videos as latents, encoded by the VAE. Errors name the row."""
     from common.video_io import read_frames
 
@@ -96,6 +99,7 @@ def digitise(generator: WanGenerator, csv: str) -> Callable[[int, Pair], tuple[d
     def make(i: int, pair: Pair) -> tuple[dict[str, torch.Tensor], Row]:
         files = (pair.video_A, pair.video_B) if pair.label > 0 else (pair.video_B, pair.video_A)
         try:
+            checker.require(*files)
             video_2TYXC = torch.stack([read_frames(file, **size) for file in files])
         except ValueError as error:
             raise ValueError(f"{csv}:{pair.line}: {error}") from error

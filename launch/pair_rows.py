@@ -28,12 +28,14 @@ def judge_pairs(cfg: RewardEvaluation, pairs: Sequence[Pair], own: list[int], ta
 
     quiet()
     from rm.scorer import DeScoreScorer
+    from rm.video_check import VideoChecker
 
     say(f"loading DeScore from {cfg.checkpoint}")
     scorer = DeScoreScorer.load(cfg.checkpoint, **cfg.options)
 
     def judge(part: Sequence[int]) -> list[Row]:
         files = [file for index in part for file in (pairs[index].video_A, pairs[index].video_B)]
+        checker.require(*files)
         score = scorer.score(files, [pairs[index].prompt for index in part for _ in "AB"])
         sides = [score_fields({"descore": score}, b) for b in range(len(files))]
         return [
@@ -45,23 +47,16 @@ def judge_pairs(cfg: RewardEvaluation, pairs: Sequence[Pair], own: list[int], ta
             for i in range(len(part))
         ]
 
-    for part in progress(batches(own, cfg.batch), -(-len(own) // cfg.batch), "evaluate"):
-        table.add(
-            [
-                {
-                    "index": index,
-                    "prompt": pairs[index].prompt,
-                    "label": pairs[index].label,
-                    # relative to results.jsonl: a run folder may be moved together with its data
-                    "video_A": os.path.relpath(pairs[index].video_A, cfg.out),
-                    "video_B": os.path.relpath(pairs[index].video_B, cfg.out),
-                    **found,
-                    **quality(pairs[index], found),
-                    **labels(pairs[index], found),
-                }
-                for index, found in zip(part, attempt(judge, part), strict=True)
-            ]
-        )
+    def row(index: int, found: Row) -> Row:
+        pair = pairs[index]
+        # relative to results.jsonl: a run folder may be moved together with its data
+        files = {f"video_{side}": os.path.relpath(getattr(pair, f"video_{side}"), cfg.out) for side in "AB"}
+        about = {"index": index, "prompt": pair.prompt, "label": pair.label, **files}
+        return {**about, **found, **quality(pair, found), **labels(pair, found)}
+
+    with VideoChecker() as checker:
+        for part in progress(batches(own, cfg.batch), -(-len(own) // cfg.batch), "evaluate"):
+            table.add([row(index, found) for index, found in zip(part, attempt(judge, part), strict=True)])
 
 
 def quality(pair: Pair, found: Row) -> Row:

@@ -103,6 +103,7 @@ def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
 def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     """Read, decode, encode, write."""
     from rm.benchmarks import read_benchmark
+    from rm.video_check import VideoChecker
 
     source = cfg.table
     table = read_benchmark(source.csv, source.layout, dimension=source.dimension, videos=source.videos)
@@ -121,7 +122,9 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     if distributed.is_main():
         dump(cfg, Path(cfg.out))
     folder = Path(cfg.out)
-    rows = candidates_of(folder, decided, digitise(generator, source.csv), identity=identity, resume=resume)
+    with VideoChecker() as checker:
+        make = digitise(generator, source.csv, checker)
+        rows = candidates_of(folder, decided, make, identity=identity, resume=resume)
     failed = sum("error" in row for row in rows)
     counts = {"rows": len(table.pairs) + len(table.problems) + table.invalid, "pairs": len(rows) - failed}
     counts |= {"ties": sum(pair.label == 0 for pair in table.pairs), "invalid": table.invalid}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import distributed
 from common.files import replace_text, sha256
+from common.run_record import differences
 from common.types import json_number
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class RowTable:
         elif self._identity_path.exists():
             found = json.loads(self._identity_path.read_text(encoding="utf-8"))
             if found != self._identity and self._read():
-                changes = "; ".join(_differences(found, self._identity))
+                changes = "; ".join(differences(found, self._identity)[:4])
                 return f"{self.path} holds other results ({changes}); name another output, or use --resume none"
         replace_text(self._identity_path, json.dumps(self._identity, indent=1, ensure_ascii=False) + "\n")
         self._write(list(self._read().values()))
@@ -200,13 +201,3 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def _line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """``a.b: 1 -> 2`` for every leaf that differs, four at most."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for name in dict.fromkeys([*old, *new]):
-            found += _differences(old.get(name), new.get(name), f"{where}.{name}" if where else str(name))
-        return found[:4]
-    return [] if old == new else [f"{where}: {json.dumps(old)[:60]} -> {json.dumps(new)[:60]}"]

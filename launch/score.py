@@ -7,7 +7,8 @@ A .csv or .jsonl with the columns ``video`` (or ``file``) and ``prompt`` names i
 is; --videos then only chooses among them. Any other .txt or .jsonl holds one prompt for each of --videos, in the order
 of their names. Every line of the output has the reward of each plug-in, its parts and its text (the chain of thought).
 A video that cannot be read or judged has ``error`` and null rewards, and is tried again by the next call; what is done
-is not done again. Works under a launcher too: ranks share the videos.
+is not done again. Files are decoded in a process of their own first: one that kills its decoder costs a line. Works
+under a launcher too: ranks share the videos.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from common.types import RewardModel
     from launch.rows import Row
+    from rm.video_check import VideoChecker
 
 VIDEO_COLUMNS = ("video", "file")
 _EVERY_FRAME = 1e6  # a sampling rate above any video's
@@ -172,26 +174,31 @@ def _judge(cfg: ScoreRun, own: list[Item], table: Any) -> None:
     from common.log import progress, say
     from launch.compose import build_rewards, quiet
     from launch.rows import attempt, batches
+    from rm.video_check import VideoChecker
 
     quiet()
     say(f"loading the rewards {', '.join(cfg.rewards)}")
     rewards = build_rewards(cfg.rewards)
-    for part in progress(batches(own, cfg.batch), -(-len(own) // cfg.batch), "score"):
-        judged = attempt(lambda items: judge_batch(rewards, items, max_frames=cfg.max_frames), part)
-        unjudged = {"rewards": dict.fromkeys(rewards), "parts": {}, "texts": {}}
-        table.add(
-            [
-                {"video": item.name, "prompt": item.prompt, **(unjudged if "error" in row else {}), **row}
-                for item, row in zip(part, judged, strict=True)
-            ]
-        )
+    unjudged = {"rewards": dict.fromkeys(rewards), "parts": {}, "texts": {}}
+    with VideoChecker(frames=cfg.max_frames) as checker:
+        for part in progress(batches(own, cfg.batch), -(-len(own) // cfg.batch), "score"):
+            judged = attempt(lambda items: judge_batch(rewards, items, checker, max_frames=cfg.max_frames), part)
+            table.add(
+                [
+                    {"video": item.name, "prompt": item.prompt, **(unjudged if "error" in row else {}), **row}
+                    for item, row in zip(part, judged, strict=True)
+                ]
+            )
 
 
-def judge_batch(rewards: dict[str, RewardModel], items: Sequence[Item], *, max_frames: int) -> list[Row]:
+def judge_batch(
+    rewards: dict[str, RewardModel], items: Sequence[Item], checker: VideoChecker, *, max_frames: int
+) -> list[Row]:
     """Rewards of some files, in order. Raises ValueError when one cannot be read or judged."""
     from alignment.clips import Clip, score_clips
     from launch.rows import score_fields
 
+    checker.require(*(item.path for item in items))
     read = [(item.prompt, read_clip(item.path, max_frames=max_frames)) for item in items]
     clips = [Clip(clip.frames_TYXC, clip.fps, prompt) for prompt, clip in read]
     scores = {name: score_clips(reward, clips) for name, reward in rewards.items()}

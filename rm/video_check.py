@@ -9,15 +9,17 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 
 from common.line_process import LineProcess, LineProcessError
 from rm.data import Pair
+from rm.video import VideoError
 
 WORKER = Path(__file__).with_name("decode_worker.py")
 
 
 class VideoChecker:
-    """One decoder in a process of its own, started again when a file has killed it.
+    """One decoder in a process of its own, started again when a file has killed it. It ends with its context.
 
     deadline_s  for one file
     frames      of a file that are decoded, evenly spaced, first and last included
@@ -27,6 +29,22 @@ class VideoChecker:
         self.deadline_s, self.frames = deadline_s, frames
         self._folder = tempfile.TemporaryDirectory()
         self._process: LineProcess | None = None
+
+    def __enter__(self) -> VideoChecker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            self._process.end()
+        self._folder.cleanup()
+
+    def require(self, *files: Path) -> None:
+        """Before this process decodes them. Raises `VideoError`, naming the first that is not sound."""
+        for file in files:
+            if problem := self.problem(file):
+                raise VideoError(f"{file}: {problem}")
 
     def problem(self, path: Path) -> str:
         """What is wrong with it, or nothing."""
@@ -44,11 +62,6 @@ class VideoChecker:
             self._process = None
             return f"the decoder {str(error).splitlines()[0].split(' ', 1)[-1]:.120}"
 
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.end()
-        self._folder.cleanup()
-
 
 def bad_videos(files: Iterable[Path], *, workers: int = 4, deadline_s: float = 60.0) -> dict[Path, str]:
     """Of these files the ones that cannot be decoded, and why."""
@@ -56,11 +69,8 @@ def bad_videos(files: Iterable[Path], *, workers: int = 4, deadline_s: float = 6
     size = max(1, min(workers, os.cpu_count() or 1, len(todo)))
 
     def some(own: Sequence[Path]) -> dict[Path, str]:
-        checker = VideoChecker(deadline_s=deadline_s)
-        try:
+        with VideoChecker(deadline_s=deadline_s) as checker:
             return {file: problem for file in own if (problem := checker.problem(file))}
-        finally:
-            checker.close()
 
     with ThreadPoolExecutor(size) as pool:
         parts = pool.map(some, [todo[i::size] for i in range(size)])

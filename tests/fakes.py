@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -179,3 +181,20 @@ class PlainEngine:
 
     def grad_norm(self) -> float:
         return math.sqrt(sum(float(g.square().sum()) for g in self.last_gradient))
+
+
+_DECODER = """
+import json, os, sys, time
+for line in sys.stdin:
+    trap = 'trap' in line
+    {body}
+    print(json.dumps(dict(frames=1, problem='')), flush=True)
+"""
+
+
+def decoder_with_a_trap(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder to which every file is sound, that runs ``body`` first, where ``trap`` tells a file named so."""
+    from rm import video_check
+
+    (folder / "worker.py").write_text(_DECODER.format(body=body))
+    monkeypatch.setattr(video_check, "WORKER", folder / "worker.py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from launch.grpo import cache_prompts
 from launch.runs import GrpoRun, SampleRun
 from launch.sample import sample
 from tests.fakes import PlainEngine
-from tests.launch.processes import ROOT, ZERO_3
+from tests.launch.processes import ROOT, ZERO_3, run
 from tests.launch.test_grpo import adapter_of, alone, numbers, on_two_ranks, tiny  # noqa: F401 - a fixture
+from tests.launch.test_kills import TIMES
 
 
 @pytest.mark.slow
@@ -57,6 +59,37 @@ def test_measured_on_the_way_averaged_and_without_text_encoder(tiny: Path) -> No
     samples = sorted(path.relative_to(folder / "evaluation") for path in (folder / "evaluation").rglob("*.mp4"))
     assert samples == [Path(f"step-00000{step}", f"000{i}.mp4") for step in (0, 1, 2) for i in (0, 1)]
     assert rows[0]["forwards/grad"] == 4 * 2  # a step's, not an evaluation's
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_changes_no_bit(tiny: Path) -> None:  # noqa: F811 - the fixture
+    """It runs out above two videos at once: a run that began with all four ends as one that was told two."""
+    words = [sys.executable, str(ROOT / "launch" / "grpo.py"), "--config", str(tiny), "steps=2", "video_every=0"]
+    words += ["grpo.group_size=4"]
+    two = ["generator.rollout_batch=2", "generator.decode_batch=2"]
+    run(*words, f"run_dir={tiny.parent / 'told'}", *two)
+    done = run(*words, f"run_dir={tiny.parent / 'found'}", "generator.rollout_batch=null", FAULT="memory:2")
+    assert "memory ran out with 4 latents in the transformer at once; from now on 2" in done.stdout
+    assert "memory ran out with 4 videos in the VAE at once; from now on 2" in done.stdout
+    told, found = (adapter_of(tiny.parent / name) for name in ("told", "found"))
+    assert all(torch.equal(told[name], found[name]) for name in told)
+    rows = [
+        [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in numbers(tiny.parent / name)]
+        for name in ("told", "found")
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_not_even_one_fits(tiny: Path) -> None:  # noqa: F811 - the fixture
+    """The error says what takes memory; what was saved before is there."""
+    words = [sys.executable, str(ROOT / "launch" / "grpo.py"), "--config", str(tiny), f"run_dir={tiny.parent / 'none'}"]
+    run(*words, "steps=1")
+    done = run(*words, "steps=2", expect=1, FAULT="memory:0")
+    assert "OutOfMemoryError" in done.stderr
+    assert "a larger zero_stage" in done.stderr
+    assert "other settings than step-000001 was saved with: steps: 1 -> 2\n" in done.stdout
+    assert [path.name for path in (tiny.parent / "none" / "checkpoints").iterdir()] == ["step-000001"]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,11 @@ from common.config import ConfigError, load
 from common.distributed import derive_seed
 from common.video_io import write_mp4
 from launch.compose import build_generator
+from launch.pair_making import digitise
 from launch.pair_runs import DpoRun, PairsRun
+from rm.data import Pair
+from rm.video_check import VideoChecker
+from tests.fakes import decoder_with_a_trap
 from tests.launch.processes import ROOT, deepspeed, run
 
 SCRIPT = str(ROOT / "launch" / "pairs.py")
@@ -152,6 +157,19 @@ def test_from_a_table_of_files(config: Path) -> None:
     colour = generator.decode(batch.win_NCFHW[:1]).float().mean((0, 1, 2, 3))
     assert colour.shape == (3,)
     assert batch.embeddings.keys() == {"rain"}
+
+
+def test_a_file_that_kills_its_decoder_costs_its_row(config: Path, tmp_path: Path, monkeypatch) -> None:
+    decoder_with_a_trap(tmp_path, "trap and os.kill(os.getpid(), 11)", monkeypatch)
+    for name in ("a", "trap"):
+        write_mp4(tmp_path / f"{name}.mp4", torch.zeros(9, 32, 48, 3, dtype=torch.uint8), 8.0)
+    generator = build_generator(load(PairsRun, config).generator)
+    pair = Pair("rain", tmp_path / "a.mp4", tmp_path / "trap.mp4", "", "", 1, line=7)
+    with VideoChecker() as checker:
+        make = digitise(generator, "pairs.csv", checker)
+        assert make(0, replace(pair, video_B=pair.video_A))[1]["files"] == ["a.mp4", "a.mp4"]
+        with pytest.raises(ValueError, match=r"pairs\.csv:7: .*trap\.mp4: the decoder died with exit code -11"):
+            make(1, pair)
 
 
 def test_what_contradicts_itself_is_named() -> None:

@@ -13,6 +13,7 @@ import torch
 from common.video_io import write_mp4
 from launch import score
 from launch.rows import read_rows
+from tests.fakes import decoder_with_a_trap
 from tests.launch.processes import ROOT, run
 
 GREYS = {"a.mp4": 51, "b.mp4": 102, "c.mp4": 204}  # 0.2, 0.4 and 0.8 of white
@@ -81,6 +82,15 @@ def test_broken_files_cost_their_row_and_are_tried_again(clips: Path, tmp_path: 
     rows = scored(tmp_path, *words)
     assert [row["rewards"]["brightness"] for row in rows] == pytest.approx([0.2, 0.4, 0.8], abs=2.5 / 255)
     assert "error" not in rows[1]
+
+
+def test_a_file_that_kills_its_decoder_costs_its_row(clips: Path, tmp_path: Path, monkeypatch) -> None:
+    """It is a sound video to everyone else."""
+    decoder_with_a_trap(tmp_path, "trap and os.kill(os.getpid(), 11)", monkeypatch)
+    (clips / "b.mp4").rename(clips / "b_trap.mp4")
+    rows = scored(tmp_path, "--videos", f"{clips}/*.mp4", "--prompts", str(tmp_path / "prompts.txt"))
+    assert [row["rewards"]["brightness"] is None for row in rows] == [False, True, False]
+    assert "b_trap.mp4: the decoder died with exit code -11" in rows[1]["error"]
 
 
 def test_nothing_judged_is_exit_1(clips: Path, tmp_path: Path) -> None:

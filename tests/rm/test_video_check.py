@@ -17,6 +17,7 @@ from launch.judge_runs import checked
 from rm import video_check
 from rm.data import Pair
 from rm.video_check import VideoChecker, bad_videos, split_pairs
+from tests.fakes import decoder_with_a_trap
 from tests.launch.processes import run
 from tests.rm.cold_start_runs import write_data
 
@@ -79,14 +80,6 @@ def test_what_is_bad_is_named_and_what_is_odd_is_sound(videos: dict[str, Path]) 
     assert "cannot be decoded" in found["text"]
 
 
-def impostor(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder that treats a file named "trap" otherwise."""
-    text = f"import json, os, sys, time\\nfor line in sys.stdin:\\n    trap = 'trap' in line\\n    {body}\\n"
-    text += "    print(json.dumps({'frames': 1, 'problem': ''}), flush=True)\\n"
-    (folder / "worker.py").write_text(text.replace("\\\\n", "\n").replace("\\n", "\n"))
-    monkeypatch.setattr(video_check, "WORKER", folder / "worker.py")
-
-
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -95,12 +88,12 @@ def impostor(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_decoder_that_dies_or_hangs_costs_one_file(body: str, says: str, tmp_path: Path, monkeypatch) -> None:
-    impostor(tmp_path, body, monkeypatch)
+    decoder_with_a_trap(tmp_path, body, monkeypatch)
     for name in ("a.mp4", "trap.mp4", "b.mp4"):
         (tmp_path / name).write_bytes(b"x")
-    checker, began = VideoChecker(deadline_s=1.0), time.monotonic()
-    found = {name: checker.problem(tmp_path / name) for name in ("a.mp4", "trap.mp4", "b.mp4")}
-    checker.close()
+    began = time.monotonic()
+    with VideoChecker(deadline_s=1.0) as checker:
+        found = {name: checker.problem(tmp_path / name) for name in ("a.mp4", "trap.mp4", "b.mp4")}
     assert found["a.mp4"] == found["b.mp4"] == ""
     assert says in found["trap.mp4"]
     assert time.monotonic() - began < 30
