@@ -50,13 +50,16 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class CommandLine(Generic[C]):
-    """What `parse_command_line` found: the config, ``resume`` (auto, none or a path), and the arguments as typed."""
+    """What `parse_command_line` found: the config, ``resume`` (auto, none or a path), the arguments as typed, and what
+    ``--dry-run`` asks for, None without it.
+    """
 
     cfg: C
     resume: str
     config_paths: tuple[Path, ...]
     overrides: tuple[str, ...]
     args: argparse.Namespace
+    dry_run: str | None = None
 
 
 def load(schema: type[C], yaml: str | Path | Sequence[str | Path] | None, overrides: Sequence[str] = ()) -> C:
@@ -82,7 +85,7 @@ def parse_command_line(
     description: str,
     extend: Callable[[argparse.ArgumentParser], object] | None = None,
 ) -> CommandLine[C]:
-    """The command line every entry point has: ``--config x.yaml [--resume auto|none|PATH] [a.b=c ...]``.
+    """The command line every entry point has: ``--config x.yaml [--resume auto|none|PATH] [--dry-run] [a.b=c ...]``.
 
     ``extend`` may add options of its own; they come back in ``args``. On a mistake every one is written to stderr (by
     rank 0) and the process exits with code 2. ``--local_rank``, which launchers append, is accepted and ignored.
@@ -93,6 +96,13 @@ def parse_command_line(
         "--config", type=Path, action="append", default=[], metavar="PATH", help="yaml file; several: later ones win"
     )
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="checkpoint to go on from")
+    parser.add_argument(
+        "--dry-run",
+        nargs="?",
+        const="1xh100",
+        metavar="GPUSxDEVICE",
+        help="what the run needs: 8xh100, 1xa100",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     if extend is not None:
         extend(parser)
@@ -103,7 +113,7 @@ def parse_command_line(
         head = f"{parser.prog}: {len(error.errors)} mistake{'s' * (len(error.errors) > 1)} in the configuration\n"
         lines = "".join(f"  {line}\n" for line in error.errors)
         parser.exit(2, head + lines if os.environ.get("RANK", "0") == "0" else None)
-    return CommandLine(cfg, args.resume, tuple(args.config), tuple(args.overrides), args)
+    return CommandLine(cfg, args.resume, tuple(args.config), tuple(args.overrides), args, args.dry_run)
 
 
 @dataclass(frozen=True)

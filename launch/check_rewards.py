@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import parse_command_line
+from launch.command import read_command
 from launch.score import ScoreRun
 
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument("--prompts", type=Path, required=True, metavar="PATH", help=".txt, .jsonl or .csv")
         parser.add_argument("--limit", type=int, default=8, help="videos that are looked at, the first ones")
 
-    command = parse_command_line(ScoreRun, argv, description=__doc__.splitlines()[0], extend=extend)
+    command = read_command(ScoreRun, argv, description=__doc__.splitlines()[0], extend=extend)
     args = command.args
     sys.exit(0 if look(command.cfg, args.videos, args.prompts, limit=args.limit) else 1)
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import dump, parse_command_line
+from common.config import dump
+from launch.command import read_command
 from launch.judge_runs import judge_engine, read_tables, run_steps, to_device, usable
 from launch.refuse import refuse
 from launch.runs import ColdStartRun
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    command = parse_command_line(ColdStartRun, description=__doc__.splitlines()[0])
+    command = read_command(ColdStartRun, description=__doc__.splitlines()[0])
     train(command.cfg, resume=command.resume)
 
 

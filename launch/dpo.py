@@ -12,7 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import dump, parse_command_line
+from common.config import dump
+from launch.command import read_command
 from launch.pair_runs import DpoRun
 from launch.refuse import refuse
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    command = parse_command_line(DpoRun, description=__doc__.splitlines()[0])
+    command = read_command(DpoRun, description=__doc__.splitlines()[0])
     train(command.cfg, resume=command.resume)
 
 

@@ -12,7 +12,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import dump, parse_command_line
+from common.config import dump
+from launch.command import read_command
 from launch.judge_runs import judge_engine, read_tables, run_steps, to_device, usable
 from launch.refuse import refuse
 from launch.runs import DualRlRun
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    command = parse_command_line(DualRlRun, description=__doc__.splitlines()[0])
+    command = read_command(DualRlRun, description=__doc__.splitlines()[0])
     train(command.cfg, resume=command.resume)
 
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.config import RewardConfig
 from alignment.rewards import factory_of
-from common.config import dump, parse_command_line
+from common.config import dump
 from generator.config import GeneratorConfig
+from launch.command import read_command
 
 if TYPE_CHECKING:
     from launch.rows import Row, RowTable
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(__doc__, file=sys.stdout if asked_for_help else sys.stderr)
         sys.exit(0 if asked_for_help else 2)
     schema, evaluate = kinds[words.pop(place)]
-    command = parse_command_line(schema, words, description=schema.__doc__.splitlines()[0])
+    command = read_command(schema, words, description=schema.__doc__.splitlines()[0])
     evaluate(command.cfg, resume=command.resume)
 
 

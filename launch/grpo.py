@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.config import dump, parse_command_line
+from common.config import dump
+from launch.command import read_command
 from launch.refuse import refuse
 from launch.runs import GrpoRun
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    command = parse_command_line(GrpoRun, description=__doc__.splitlines()[0])
+    command = read_command(GrpoRun, description=__doc__.splitlines()[0])
     check_ranks(command.cfg, ranks=int(os.environ.get("WORLD_SIZE", "1")))
     train(command.cfg, prompts_of(command.cfg.prompts), resume=command.resume)
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING
 
 from common.config import load
+from launch.forwards import samples_per_rollout, samples_per_update
 from launch.runs import GrpoRun
 from launch.steps import Step
-
-if TYPE_CHECKING:
-    from generator.config import SamplerConfig
 
 CONFIGS = Path("configs/shapes")
 SISTERS = Path("configs/sisters")
@@ -64,28 +60,13 @@ ARMS = {
 }
 
 
-def samples_per_rollout(how: SamplerConfig, members: int) -> float:
-    """DiT samples of one group's rollout, MEAN over where its stochastic steps may lie (`rollout_group`)."""
-    size = how.steps_per_group
-    costs = []
-    for first in range(how.stochastic_first, how.stochastic_range - size + 1):
-        left = how.num_steps - first - size
-        tail = left if how.tail_steps is None else min(left, how.tail_steps)
-        start = (first + 1) * (1 if how.initial_noise == "shared" else members)
-        costs.append(start + (size - 1 + tail) * members)
-    return fmean(costs) * (1 if how.guidance_scale == 1 else 2)
-
-
 def cost_of_update(cfg: GrpoRun) -> float:
     """DiT samples of one update, a backward counted as two: rollouts, then 3 with gradient and 1 for the reference of
     every latent that a stochastic step starts from.
     """
     how, members = cfg.generator.sampler, cfg.grpo.group_size
-    latents = (
-        1 + (how.steps_per_group - 1) * members if how.initial_noise == "shared" else how.steps_per_group * members
-    )
     scale = 1 if how.guidance_scale == 1 else 2
-    update = latents * scale * (3 + (cfg.grpo.kl_weight > 0))
+    update = samples_per_update(cfg) * scale * (3 + (cfg.grpo.kl_weight > 0))
     return cfg.prompts_per_step * (samples_per_rollout(how, members) + update)
 
 

@@ -13,14 +13,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common.config import dump, parse_command_line
+from common.config import dump
+from launch.command import read_command
 from launch.pair_runs import PairsRun
 
 NOT_IN_A_PAIR = ("out", "keep")  # settings that change no byte of the set
 
 
 def main() -> None:
-    command = parse_command_line(PairsRun, description=__doc__.splitlines()[0])
+    command = read_command(PairsRun, description=__doc__.splitlines()[0])
     run(command.cfg, resume=command.resume)
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.config import parse_command_line
+from launch.command import read_command
 from launch.runs import SampleRun
 
 
 def main() -> None:
-    sample(parse_command_line(SampleRun, description=__doc__.splitlines()[0]).cfg)
+    sample(read_command(SampleRun, description=__doc__.splitlines()[0]).cfg)
 
 
 def sample(cfg: SampleRun) -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.config import RewardConfig
 from alignment.rewards import factory_of
-from common.config import parse_command_line
+from launch.command import read_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument("--prompts", type=Path, required=True, metavar="PATH", help=".txt, .jsonl or .csv")
         parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the .jsonl to write")
 
-    command = parse_command_line(ScoreRun, argv, description=__doc__.splitlines()[0], extend=extend)
+    command = read_command(ScoreRun, argv, description=__doc__.splitlines()[0], extend=extend)
     args = command.args
     failed = score(command.cfg, args.videos, args.prompts, args.out, resume=command.resume)
     sys.exit(1 if failed else 0)

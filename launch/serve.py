@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 
 from alignment.config import RewardConfig
-from common.config import parse_command_line
+from launch.command import read_command
 from launch.refuse import refuse
 from launch.runs import check, check_rewards
 
@@ -57,7 +57,7 @@ class ServeRun:
 
 
 def main() -> None:
-    serve(parse_command_line(ServeRun, description=__doc__.splitlines()[0]).cfg)
+    serve(read_command(ServeRun, description=__doc__.splitlines()[0]).cfg)
 
 
 def serve(cfg: ServeRun) -> None:

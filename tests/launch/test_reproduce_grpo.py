@@ -10,7 +10,8 @@ import pytest
 
 from common.config import load
 from generator.config import SamplerConfig
-from launch.grpo_arms import ARMS, BASE, Run, configs_of, cost_of_update, samples_per_rollout, updates_of
+from launch.forwards import samples_per_rollout
+from launch.grpo_arms import ARMS, BASE, Run, configs_of, cost_of_update, updates_of
 from launch.grpo_table import GROUPS, Outcome, over_seeds, read_outcome
 from launch.runs import GrpoRun
 from tests.launch.processes import run

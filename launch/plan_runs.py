@@ -1,0 +1,335 @@
+"""What a run will need, from its config alone: memory of one rank by part, FLOPs and seconds by phase, disk.
+
+Every count is of one rank and, of phases, of one optimizer step (for pairs: of one prompt). Seconds are FLOPs over what
+the device does at a stated share of its peak; where one token after the other is written, the bytes that each has to
+read over the device's bandwidth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from launch.forwards import samples_per_rollout, samples_per_update
+from launch.plan_models import JudgeOnMeta, Lengths, Sizes, WanOnMeta, lengths_of, sizes_of
+
+if TYPE_CHECKING:
+    from alignment.config import RewardConfig
+    from generator.config import GeneratorConfig
+    from launch.pair_runs import DpoRun, PairsRun
+    from launch.runs import ColdStartRun, DualRlRun, GrpoRun
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator: memory in bytes, dense FLOP/s in bfloat16 and in what fp32 convolutions use, bytes a second."""
+
+    name: str
+    memory: float
+    flops: float
+    flops_fp32: float
+    bandwidth: float
+
+
+DEVICES = {  # the makers' data sheets: dense, without sparsity
+    "h100": Device("H100 SXM 80 GB", 79.6 * GIB, 989e12, 494e12, 3.35e12),
+    "h200": Device("H200 SXM 141 GB", 140.4 * GIB, 989e12, 494e12, 4.8e12),
+    "a100": Device("A100 SXM 80 GB", 79.3 * GIB, 312e12, 156e12, 2.04e12),
+    "4090": Device("RTX 4090 24 GB", 23.6 * GIB, 165e12, 83e12, 1.01e12),
+}
+RESERVE = 4 * GIB  # of the driver, the communication library, and what lies between allocated blocks: a guess
+
+
+@dataclass(frozen=True)
+class Where:
+    """ranks of ``device``; ``utilisation`` is the share of its peak that the models reach."""
+
+    device: Device
+    ranks: int = 1
+    utilisation: float = 0.5
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes on one rank. ``passing``: only while its phase runs, so that of all such parts the largest counts."""
+
+    name: str
+    bytes: float
+    less: str = ""
+    passing: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """FLOPs and seconds on one rank."""
+
+    name: str
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """facts are lines for people; ``unit`` is what the phases are of, and ``count`` how many of them a rank does."""
+
+    facts: list[str]
+    parts: list[Part]
+    phases: list[Phase]
+    unit: str
+    count: int
+    disk: float
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> float:
+        """Bytes: what stays, the largest of what passes, and the reserve."""
+        staying = sum(part.bytes for part in self.parts if not part.passing)
+        return staying + max((part.bytes for part in self.parts if part.passing), default=0.0) + RESERVE
+
+    @property
+    def seconds(self) -> float:
+        """Of one unit."""
+        return sum(phase.seconds for phase in self.phases)
+
+
+def training_parts(name: str, sizes: Sizes, *, zero_stage: int, ranks: int) -> list[Part]:
+    """Weights, gradients and optimizer of a model under ZeRO: fp32 masters, exp_avg and exp_avg_sq take 12 bytes a
+    trained parameter (8 in ZeRO 0, whose masters are the weights), and stage 1 splits them over ranks, stage 2 the
+    gradients too, stage 3 the weights.
+    """
+    over = {stage: ranks if zero_stage >= stage else 1 for stage in (1, 2, 3)}
+    return [
+        Part(f"{name}: weights", sizes.bytes / over[3], "zero_stage=3"),
+        Part(f"{name}: gradients", sizes.trained_bytes / over[2], "zero_stage=2"),
+        Part(f"{name}: optimizer", (12.0 if zero_stage else 8.0) * sizes.trained / over[1], "zero_stage=1, more ranks"),
+    ]
+
+
+def at(where: Where, flops: float) -> float:
+    return flops / (where.utilisation * where.device.flops)
+
+
+def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
+    """Sample, decode, judge, update; how many forwards that takes is in `launch.forwards`."""
+    how, wan = cfg.generator.sampler, WanOnMeta(cfg.generator)
+    members, shared = cfg.grpo.group_size, cfg.grpo.ranks_per_group
+    groups, rest = divmod(cfg.prompts_per_step * shared, where.ranks)
+    sizes = sizes_of(wan.module)
+    branches = 1 if how.guidance_scale == 1 else 2
+    own = members // shared
+    at_once = min(cfg.generator.rollout_batch or own, own) * branches
+    rollout = wan.forward(at_once, grad=False)
+    each = rollout.flops / at_once
+    rolled = groups * samples_per_rollout(how, own)
+    latents = samples_per_update(cfg)
+    in_update = branches if cfg.generator.guidance_in_update else 1
+    update = wan.forward(in_update, grad=True)
+    trained = groups * latents * cfg.grpo.updates * update.flops
+    compared = groups * latents * in_update * each if cfg.grpo.kl_weight else 0.0
+    decoded = wan.decode(cfg.generator.decode_batch or own)
+    pixels = groups * own * decoded.flops / (cfg.generator.decode_batch or own)
+
+    parts = training_parts("transformer", sizes, zero_stage=cfg.zero_stage, ranks=where.ranks)
+    parts += [_vae(wan), *_text_encoder(cfg.generator, wan, cached=cfg.cache_prompts)]
+    if cfg.ema is not None:
+        parts.append(Part("average of the trained weights", 4.0 * sizes.trained, "ema=null"))
+    if cfg.generator.lora is None and cfg.grpo.kl_weight:
+        parts.append(Part("frozen copy for KL", float(sizes.bytes), "grpo.kl_weight=0, or an adapter"))
+    parts += [
+        Part("rollout: activations", rollout.peak, "generator.rollout_batch", passing=True),
+        Part("decoding: activations", decoded.peak, "generator.decode_batch=1", passing=True),
+        Part("update: activations", update.peak, "num_frames, height, width", passing=True),
+    ]
+    phases = [
+        Phase("rollout", rolled * each, at(where, rolled * each)),
+        Phase("decoding", pixels, pixels / (where.utilisation * where.device.flops_fp32)),
+        Phase("update", trained + compared, at(where, trained + compared)),
+    ]
+    video = {"frames": cfg.generator.num_frames, "fps": cfg.generator.fps, "height": cfg.generator.height}
+    judges, judging, told = _judges(cfg.rewards, groups * own, own, where, video | {"width": cfg.generator.width})
+    saved = _saved(sizes) * (cfg.keep + 1)
+    facts = [
+        *_facts_of_wan(wan, sizes),
+        f"one update = {cfg.prompts_per_step} prompts x {members} = {cfg.prompts_per_step * members} videos; a rank "
+        f"rolls out {groups} groups with {rolled:,.0f} DiT forwards and updates along {groups * latents:g} latents",
+        *told,
+    ]
+    problems = [f"prompts_per_step={cfg.prompts_per_step} x {shared} ranks a group over {where.ranks}"] if rest else []
+    return Plan(facts, parts + judges, [*phases, *judging], "update", cfg.steps, saved, problems)
+
+
+def plan_dpo(cfg: DpoRun, where: Where, *, pairs: int | None = None) -> Plan:
+    """``pairs`` is how many there are; None says nothing of the whole run."""
+    wan, each = WanOnMeta(cfg.generator), cfg.dpo.micro_batch
+    own, rest = divmod(cfg.dpo.pairs_per_step, where.ranks)
+    sizes = sizes_of(wan.module)
+    samples = each * (1 if cfg.dpo.method == "sft" else 2)
+    update = wan.forward(samples, grad=True)
+    reference = wan.forward(samples, grad=False) if cfg.dpo.method == "dpo" else None
+    flops = own / each * (update.flops + (reference.flops if reference else 0.0))
+    parts = training_parts("transformer", sizes, zero_stage=cfg.zero_stage, ranks=where.ranks)
+    parts.append(Part("update: activations", update.peak, "dpo.micro_batch=1", passing=True))
+    facts = [
+        *_facts_of_wan(wan, sizes),
+        f"one update = {cfg.dpo.pairs_per_step} pairs, {own} a rank; neither VAE nor text encoder is in memory",
+    ]
+    count = round(cfg.dpo.epochs * pairs / cfg.dpo.pairs_per_step) if pairs else 0
+    problems = [f"pairs_per_step={cfg.dpo.pairs_per_step} over {where.ranks} ranks"] if rest else []
+    phases = [Phase("update", flops, at(where, flops))]
+    return Plan(facts, parts, phases, "update", count, _saved(sizes) * (cfg.keep + 1), problems)
+
+
+def plan_pairs(cfg: PairsRun, where: Where) -> Plan:
+    """Of one prompt with all its candidates."""
+    wan, how, count = WanOnMeta(cfg.generator), cfg.generator.sampler, cfg.pairs.candidates
+    branches = 1 if how.guidance_scale == 1 else 2
+    at_once = min(cfg.generator.rollout_batch or count, count) * branches
+    forward, batch = wan.forward(at_once, grad=False), cfg.generator.decode_batch or count
+    decoded = wan.decode(batch)
+    flops = count * how.num_steps * branches * forward.flops / at_once
+    pixels = count * decoded.flops / batch
+    sizes = sizes_of(wan.transformer)
+    video = {"frames": cfg.generator.num_frames, "fps": cfg.generator.fps, "height": cfg.generator.height}
+    judges, judging, told = _judges(cfg.rewards, count, count, where, video | {"width": cfg.generator.width})
+    parts = [
+        Part("transformer: weights", float(sizes.bytes)),
+        _vae(wan),
+        *_text_encoder(cfg.generator, wan, cached=False),
+        Part("sampling: activations", forward.peak, "generator.rollout_batch", passing=True),
+        Part("decoding: activations", decoded.peak, "generator.decode_batch=1", passing=True),
+        *judges,
+    ]
+    phases = [
+        Phase("sampling", flops, at(where, flops)),
+        Phase("decoding", pixels, pixels / (where.utilisation * where.device.flops_fp32)),
+        *judging,
+    ]
+    latent = 1.0
+    for size in wan.latent_shape:
+        latent *= size
+    disk = 2 * latent * (2 if cfg.store == "bfloat16" else 4)
+    facts = [*_facts_of_wan(wan, sizes), f"{count} candidates a prompt; one pair takes {disk / 1e6:.1f} MB", *told]
+    return Plan(facts, parts, phases, "prompt", -(-(cfg.limit or 0) // where.ranks), disk * (cfg.limit or 1))
+
+
+def plan_judge(cfg: ColdStartRun | DualRlRun, where: Where, lengths: Lengths | None = None) -> Plan:
+    """DeScore's two stages on pairs of five-second videos of 480 x 832, or of ``lengths``."""
+    from launch.runs import ColdStartRun
+
+    name = cfg.base if isinstance(cfg, ColdStartRun) else cfg.checkpoint
+    settings = cfg.video if isinstance(cfg, ColdStartRun) else None
+    judge = JudgeOnMeta(name, dtype=cfg.dtype, settings=settings)
+    judge.train(cfg.lr, cfg.lora, checkpointing=cfg.gradient_checkpointing)
+    lengths = lengths or lengths_of(judge.settings, frames=81, fps=16.0, height=480, width=832)
+    sizes = sizes_of(judge.model)
+    parts = training_parts("judge", sizes, zero_stage=cfg.zero_stage, ranks=where.ranks)
+    facts = [
+        f"{judge.name}: {sizes.trained:,} of {sizes.parameters:,} parameters are trained",
+        f"a video is {lengths.video} tokens, its prompt about {lengths.prompt}, a chain about {lengths.chain}",
+    ]
+    if isinstance(cfg, ColdStartRun):
+        return _cold_start(cfg, where, judge, lengths, parts, facts)
+    return _dual_rl(cfg, where, judge, lengths, parts, facts)
+
+
+def _cold_start(
+    cfg: ColdStartRun, where: Where, judge: JudgeOnMeta, lengths: Lengths, parts: list[Part], facts: list[str]
+) -> Plan:
+    how = cfg.cold_start
+    own, rest = divmod(how.pairs_per_step, where.ranks)
+    cost = judge.read(2 * how.micro_batch, lengths, places=lengths.whole, grad=True)
+    flops = own / how.micro_batch * cost.flops
+    parts = [*parts, Part("update: activations", cost.peak, "cold_start.micro_batch=1", passing=True)]
+    facts = [*facts, f"one update = {how.pairs_per_step} pairs, {own} a rank"]
+    problems = [f"pairs_per_step={how.pairs_per_step} over {where.ranks} ranks"] if rest else []
+    saved = _saved(sizes_of(judge.model)) * cfg.keep + sizes_of(judge.model).bytes
+    return Plan(facts, parts, [Phase("update", flops, at(where, flops))], "update", 0, saved, problems)
+
+
+def _dual_rl(
+    cfg: DualRlRun, where: Where, judge: JudgeOnMeta, lengths: Lengths, parts: list[Part], facts: list[str]
+) -> Plan:
+    how, sizes = cfg.dual_rl, sizes_of(judge.model)
+    own, rest = divmod(how.pairs_per_step, where.ranks)
+    chains, row = how.group_size, how.chains_per_row or how.group_size
+    rows = 2 * own * chains // row
+    places = lengths.video + lengths.prompt + row * lengths.chain
+    update = judge.read(2 * how.micro_batch, lengths, places=places, grad=True)
+    compared = judge.read(2 * how.micro_batch, lengths, places=places, grad=False)
+    prefill = judge.read(1, lengths, places=lengths.video + lengths.prompt, grad=False)
+    flops = rows / (2 * how.micro_batch) * (update.flops + (2 if how.kl_weight else 1) * compared.flops)
+    written = 2 * own * chains * lengths.chain
+    wrote = 2 * own * prefill.flops + 2.0 * judge.language.parameters * written
+    reading = 2 * own * lengths.chain * judge.language.bytes / where.device.bandwidth
+    if cfg.lora is None and how.kl_weight:
+        copies = where.ranks if cfg.zero_stage == 3 else 1
+        parts = [*parts, Part("frozen copy for KL", sizes.bytes / copies, "zero_stage=3, or lora")]
+    parts = [
+        *parts,
+        Part(
+            f"chains: keys and values of {chains}",
+            chains * judge.cache_bytes(lengths.whole),
+            "group_size",
+            passing=True,
+        ),
+        Part("update: activations", update.peak, "dual_rl.chains_per_row, micro_batch", passing=True),
+    ]
+    facts = [
+        *facts,
+        f"one step = {how.pairs_per_step} pairs x 2 videos x {chains} chains, {own} pairs a rank, "
+        f"{how.pairs_per_step // how.pairs_per_update} optimizer steps; rows of {places:,} places",
+    ]
+    phases = [
+        Phase("chains of thought", wrote, max(at(where, wrote), reading)),
+        Phase("update", flops, at(where, flops)),
+    ]
+    problems = [f"pairs_per_step={how.pairs_per_step} over {where.ranks} ranks"] if rest else []
+    return Plan(facts, parts, phases, "step", how.steps, _saved(sizes) * cfg.keep + sizes.bytes, problems)
+
+
+def _judges(
+    rewards: dict[str, RewardConfig], videos: int, batch: int, where: Where, video: dict[str, float]
+) -> tuple[list[Part], list[Phase], list[str]]:
+    """Memory, time and a word of the rewards that are DeScores; of others nothing is known here."""
+    parts, phases, told = [], [], []
+    for name, reward in rewards.items():
+        if (reward.kind or name) != "descore" or reward.target or reward.url:
+            told.append(f"reward {name}: not counted")
+            continue
+        judge = JudgeOnMeta(reward.checkpoint or "", dtype="bfloat16")
+        if judge.name != reward.checkpoint:
+            told.append(f"reward {name}: {reward.checkpoint} is not there, planned as {judge.name}")
+        lengths = lengths_of(judge.settings, **video)
+        cost = judge.read(batch, lengths, places=lengths.video + lengths.prompt, grad=False)
+        flops = videos * (cost.flops / batch + 2.0 * judge.language.parameters * lengths.chain)
+        reading = videos / batch * lengths.chain * judge.language.bytes / where.device.bandwidth
+        phases.append(Phase(f"reward {name}", flops, max(at(where, flops), reading)))
+        parts.append(Part(f"reward {name}: weights", float(sizes_of(judge.model).bytes), "a reward server: url="))
+        cache = batch * judge.cache_bytes(lengths.whole)
+        parts.append(Part(f"reward {name}: activations, cache", cost.peak + cache, "options.batch", passing=True))
+    return parts, phases, told
+
+
+def _vae(wan: WanOnMeta) -> Part:
+    return Part("VAE: weights", 4.0 * sizes_of(wan.vae).parameters)
+
+
+def _text_encoder(cfg: GeneratorConfig, wan: WanOnMeta, *, cached: bool) -> list[Part]:
+    if cached:
+        return []
+    return [Part("text encoder: weights", float(sizes_of(wan.text_encoder).bytes), "cache_prompts=true")]
+
+
+def _facts_of_wan(wan: WanOnMeta, sizes: Sizes) -> list[str]:
+    cfg = wan.cfg
+    return [
+        f"{cfg.path}: {sizes.trained:,} of {sizes.parameters:,} parameters are trained",
+        f"a video of {cfg.num_frames} frames of {cfg.height} x {cfg.width} is {wan.tokens:,} tokens",
+    ]
+
+
+def _saved(sizes: Sizes) -> float:
+    """A checkpoint: fp32 weights, two moments, and the weights once more as people load them."""
+    return 16.0 * sizes.trained

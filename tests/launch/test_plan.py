@@ -1,0 +1,197 @@
+"""What a plan says of full size against the published counts, formulas by hand, and small tensors one can count."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.config import load
+from generator.config import GeneratorConfig
+from launch.on_meta import LiveMemory, cost_of
+from launch.plan import lines_of, parse_where
+from launch.plan_models import JudgeOnMeta, Lengths, WanOnMeta, lengths_of, sizes_of
+from launch.plan_runs import DEVICES, GIB, RESERVE, Part, Phase, Plan, Where, plan_grpo, plan_judge, training_parts
+from launch.runs import ColdStartRun, GrpoRun
+from rm.config import VideoSettings
+from tests.launch.processes import ROOT, run
+
+WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+H100 = Where(DEVICES["h100"], 8)
+
+
+# ------------------------------------------------------------------ counting on the meta device
+
+
+def test_flops_of_products_and_attention() -> None:
+    a, b = torch.empty(30, 40, device="meta"), torch.empty(40, 50, device="meta")
+    assert cost_of(lambda: a @ b).flops == 2 * 30 * 40 * 50
+    q = torch.empty(1, 2, 1000, 16, device="meta")
+    cost = cost_of(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert cost.flops == 2 * (2 * 2 * 1000 * 1000 * 16)
+    assert cost.peak < 2 * 1000 * 1000  # bytes: one head's scores alone would be twice that
+
+
+def test_memory_that_is_alive_at_one_time() -> None:
+    with LiveMemory() as memory:
+        x = torch.empty(1000, device="meta")  # 4,000 bytes
+        y = x + 1  # 8,000
+        view = y[:10]  # nothing new
+        x.add_(1)
+        del x  # 4,000
+        z = torch.cat([y, y])  # 12,000
+        del y  # the view holds it
+        assert (memory.live, memory.peak) == (12_000, 12_000)
+        del view, z
+        assert (memory.live, memory.peak) == (0, 12_000)
+
+
+def test_memory_of_a_backward() -> None:
+    """One linear of 100 x 100 on 1,000 rows: input, output and its gradient, the weight's and the input's gradient."""
+    linear = torch.nn.Linear(100, 100, bias=False, device="meta")
+
+    def run() -> None:
+        linear(torch.empty(1000, 100, device="meta", requires_grad=True)).square().sum().backward()
+        linear.weight.grad = None
+
+    rows, weight = 4 * 1000 * 100, 4 * 100 * 100
+    # input, output, square; then of square: 2 x output and gradient; the largest moment is known to a row or two
+    assert 4 * rows <= cost_of(run).peak <= 6 * rows + 2 * weight
+
+
+# ------------------------------------------------------------------ models
+
+
+def flops_by_hand(tokens: int, *, text: int = 512, d: int = 1536, wide: int = 8960, layers: int = 30) -> float:
+    """Projections, feed-forward, self-attention, cross-attention, keys and values of the text."""
+    linear = 2 * tokens * (6 * d * d + 2 * d * wide)
+    return layers * (linear + 4 * tokens**2 * d + 4 * tokens * text * d + 4 * text * d * d)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "frames", "tokens", "published"),
+    [(480, 832, 81, 32_760, 283e12), (480, 832, 33, 14_040, 73e12), (240, 416, 33, 3_510, 11.5e12)],
+)
+def test_wan_at_its_sizes(height: int, width: int, frames: int, tokens: int, published: float) -> None:
+    cfg = GeneratorConfig(WAN, height=height, width=width, num_frames=frames)
+    wan = WanOnMeta(cfg)
+    assert wan.tokens == tokens
+    assert sizes_of(wan.transformer).parameters == 1_418_996_800
+    with torch.no_grad():
+        flops = cost_of(lambda: wan.transformer(**wan._inputs(1), return_dict=False)).flops
+    assert flops == pytest.approx(flops_by_hand(tokens), rel=0.002)
+    assert flops == pytest.approx(published, rel=0.02)
+
+
+def test_what_surrounds_the_transformer() -> None:
+    wan = WanOnMeta(GeneratorConfig(WAN))
+    assert wan.latent_shape == (16, 21, 60, 104)
+    lora = wan.cfg.lora
+    each = 8 * lora.rank * (1536 + 1536) + 2 * lora.rank * (1536 + 8960)
+    assert sizes_of(wan.module).trained == 30 * each  # 175 M
+    assert sizes_of(wan.vae).parameters == pytest.approx(127e6, rel=0.01)
+    assert sizes_of(wan.text_encoder).parameters == pytest.approx(5.68e9, rel=0.01)
+    assert wan.encode_text().flops == pytest.approx(2 * 24 * 512 * (4 * 4096 * 4096 + 3 * 4096 * 10_240), rel=0.1)
+
+
+def test_a_judge_reads_a_video() -> None:
+    """Five seconds at two frames a second: ten frames in five patches of time; 24 TFLOP for 1,400 tokens by 2 N L."""
+    lengths = lengths_of(VideoSettings(), frames=81, fps=16.0, height=480, width=832)
+    assert (lengths.grid, lengths.video) == ((5, 20, 36), 5 * 10 * 18)
+    judge = JudgeOnMeta("Qwen/Qwen3-VL-8B-Instruct", dtype="bfloat16")
+    places = lengths.video + lengths.prompt
+    cost = judge.read(1, lengths, places=places, grad=False)
+    inside = sizes_of(judge.model.backbone.model.language_model).parameters - 151_936 * 4096
+    eye = sizes_of(judge.model.backbone.model.visual).parameters
+    by_hand = 2 * inside * places + 36 * 2 * places**2 * 4096 + 2 * eye * math.prod(lengths.grid)
+    assert cost.flops == pytest.approx(by_hand, rel=0.05)
+    assert judge.cache_bytes(1000) == 36 * 2 * 8 * 128 * 1000 * 2
+    assert judge.language.parameters == inside + 151_936 * 4096
+
+
+# ------------------------------------------------------------------ runs
+
+
+def test_optimizer_under_zero_by_hand() -> None:
+    """1,000 trained fp32 parameters among 3,000 bf16 ones, four ranks."""
+    module = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1000))])
+    module.append(torch.nn.Parameter(torch.zeros(3000, dtype=torch.bfloat16), requires_grad=False))
+    want = {0: (10_000, 4_000, 8_000), 1: (10_000, 4_000, 3_000), 2: (10_000, 1_000, 3_000), 3: (2_500, 1_000, 3_000)}
+    for stage, expected in want.items():
+        parts = training_parts("m", sizes_of(module), zero_stage=stage, ranks=4)
+        assert tuple(part.bytes for part in parts) == expected
+
+
+def test_the_peak_is_what_stays_and_the_largest_of_what_passes() -> None:
+    parts = [Part("a", 10.0), Part("b", 5.0), Part("c", 7.0, passing=True), Part("d", 9.0, passing=True)]
+    plan = Plan([], parts, [Phase("x", 1e12, 2.0), Phase("y", 1e12, 3.0)], "update", 720, 0.0)
+    assert plan.peak == 24.0 + RESERVE
+    assert "720 of them: 1.0 hours" in "\n".join(lines_of(plan, H100))
+    small = Where(replace(DEVICES["h100"], memory=1.0))
+    assert "DOES NOT FIT" in "\n".join(lines_of(plan, small))
+
+
+def test_where() -> None:
+    assert parse_where("8xH100@0.4") == Where(DEVICES["h100"], 8, 0.4)
+    assert parse_where("a100") == Where(DEVICES["a100"], 1, 0.5)
+    for wrong in ("8xh999", "0xh100", "8h100", "h100@2", ""):
+        with pytest.raises(SystemExit) as ended:
+            parse_where(wrong)
+        assert ended.value.code == 2
+
+
+@pytest.mark.slow
+def test_the_recipe_costs_what_longcat_published() -> None:
+    """2,119 PFLOP an update on Wan 1.3B: 117 forwards of 283 TFLOP for each of 64 groups, 535 s on eight H100 at 50 %.
+    The adapter's own products come on top here.
+    """
+    cfg = load(GrpoRun, ROOT / "configs" / "wan" / "grpo.yaml")
+    plan = plan_grpo(cfg, H100)
+    found = {phase.name: phase for phase in plan.phases}
+    transformer = found["rollout"].flops + found["update"].flops
+    assert 8 * transformer == pytest.approx(2_119e15, rel=0.15)
+    assert found["rollout"].seconds + found["update"].seconds == pytest.approx(535, rel=0.15)
+    assert found["rollout"].flops / found["update"].flops == pytest.approx(107 / 10, rel=0.1)
+    assert not plan.problems
+    assert 40 * GIB < plan.peak < 79 * GIB
+    assert plan_grpo(replace(cfg, cache_prompts=False), H100).peak - plan.peak == pytest.approx(11.36e9, rel=0.01)
+    assert plan_grpo(cfg, replace(H100, ranks=7)).problems
+
+
+@pytest.mark.slow
+def test_the_cold_start_on_8b() -> None:
+    cfg = load(ColdStartRun, ROOT / "configs" / "wan" / "cold_start.yaml")
+    short = Lengths((5, 20, 36), 900, prompt=100, chain=200)
+    plan = plan_judge(cfg, H100, short)
+    weights = next(part for part in plan.parts if part.name == "judge: weights")
+    assert weights.bytes == pytest.approx(2 * 8.767e9 + 2 * 0.175e9, rel=0.02)  # and LoRA of rank 64
+    # a frozen linear costs its forward, its recomputation and the gradient of its input
+    once = 2 * 6.95e9 * short.whole + 2 * 0.576e9 * 3600
+    assert 8 * plan.phases[0].flops == pytest.approx(32 * 2 * 3 * once, rel=0.15)
+    assert plan.peak < 79 * GIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo", "dpo", "pairs", "cold_start", "dual_rl", "sample"])
+def test_every_program_says_what_it_needs_before_it_loads_anything(name: str, tmp_path: Path) -> None:
+    words = [sys.executable, f"launch/{name}.py", "--config", f"configs/shapes/{name}.yaml", "--dry-run", "2xa100"]
+    required = {
+        "grpo": ["run_dir=r", "rewards.descore.checkpoint=assets/shapes/qwen"],
+        "dpo": ["run_dir=r", "pairs=nowhere"],
+        "pairs": ["out=o", "rewards.descore.checkpoint=assets/shapes/qwen"],
+        "cold_start": ["run_dir=r", "data.train=nowhere.csv"],
+        "dual_rl": ["run_dir=r", "checkpoint=assets/shapes/qwen", "data.train=nowhere.csv"],
+        "sample": ["out=o"],
+    }
+    done = run(*words, *required[name])
+    assert "seed: " in done.stdout
+    if name == "sample":
+        assert "nothing is planned" in done.stdout
+    else:
+        assert "plan for 2 x A100 SXM 80 GB at 50% of its peak" in done.stdout
+        assert "of the device" in done.stdout
+    assert not (ROOT / "r").exists()
