@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from generator import weights
 from generator.wan import WanGenerator
 from tests.tiny import tiny_config, tiny_generator
 
@@ -79,3 +81,39 @@ def test_half_precision_is_of_all_weights_and_of_no_buffer(folder: Path) -> None
         law = generator.transition(PROMPT, group.steps[0])
     with torch.no_grad():
         assert torch.equal(generator.transition(PROMPT, group.steps[0]).mean, law.mean)  # the copy is as coarse
+
+
+def test_shards_are_read_by_stock_diffusers_and_by_us(tuned: WanGenerator, tmp_path: Path) -> None:
+    tuned.save_trained(tmp_path / "one")
+    written = json.loads((tmp_path / "one/transformer/config.json").read_text())
+    assert written["_name_or_path"]  # where this machine had it
+    stored = weights.read(tmp_path / "one")
+    assert "_name_or_path" not in stored.config
+    state = {name: tensor.bfloat16() if "ffn" in name else tensor for name, tensor in stored.state.items()}
+    files = weights.write(weights.Stored(stored.config, state), tmp_path / "many", max_shard=20_000)
+    assert len(files) > 2
+    again = weights.read(tmp_path / "many")
+    assert again.config == stored.config
+    assert again.state.keys() == state.keys()
+    assert all(torch.equal(again.state[n], t) and again.state[n].dtype == t.dtype for n, t in state.items())
+    stock, info = WanTransformer3DModel.from_pretrained(
+        tmp_path / "many", subfolder="transformer", output_loading_info=True
+    )
+    assert not any(info.values())
+    assert all(torch.equal(weight, state[name].float()) for name, weight in stock.state_dict().items())
+    files[0].unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {files[0].name}"):
+        weights.read(tmp_path / "many")
+
+
+def test_weights_that_do_not_fit_their_config_are_not_read(tuned: WanGenerator, tmp_path: Path) -> None:
+    file = tuned.save_trained(tmp_path)
+    state = load_file(file)
+    save_file({name: tensor for name, tensor in state.items() if name != "proj_out.bias"}, file)
+    with pytest.raises(ValueError, match=r"another model \(1 problems\): missing proj_out.bias"):
+        weights.read(tmp_path)
+    (file.parent / "config.json").write_text('{"_class_name": "CogVideoXTransformer3DModel"}')
+    with pytest.raises(ValueError, match="is of a CogVideoXTransformer3DModel"):
+        weights.read(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"transformer/config.json: no such file"):
+        weights.read(tmp_path / "none")

@@ -1,0 +1,324 @@
+"""The exporter as a user runs it: what its cards say loads, with stock classes, and is what was trained."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from alignment.config import RewardConfig
+from common.config import dump
+from generator.wan import WanGenerator
+from launch import export
+from launch.runs import GrpoRun, OptimizerConfig
+from rm.model import DeScore
+from rm.scorer import DeScoreScorer
+from tests.generator.stock import latents, remarks
+from tests.launch.processes import run
+from tests.launch.test_hub import SECRET, Hub, online
+from tests.tiny import build_tiny_wan, tiny_config, tiny_generator
+from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
+
+PROMPTS, SEEDS = ["rain", "a red circle"], [3, 4]
+HUB_NAME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_wan(tmp_path_factory.mktemp("base") / "wan")
+
+
+def make_run(wan: Path, folder: Path, **changes: object) -> WanGenerator:
+    """A run folder as launch/grpo.py leaves it, and what it trained: rank 4, alpha 8."""
+    generator = tiny_generator(wan, **changes)
+    cfg = GrpoRun(
+        run_dir=str(folder),
+        prompts=str(folder / "prompts.txt"),
+        prompts_per_step=2,
+        steps=3,
+        generator=tiny_config(wan, **changes),
+        rewards={"shapes": RewardConfig(weight=1.5), "brightness": RewardConfig(weight=0.0)},
+        optimizer=OptimizerConfig(lr=3e-4),
+    )
+    dump(cfg, folder)
+    rows = [{"step": i, "reward/shapes": 0.25 * i, "reward/shapes_std": 9.0, "train/loss": 1.0} for i in range(3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generator.save_trained(folder / "final")
+    return generator
+
+
+@pytest.fixture
+def grpo(wan: Path, tmp_path: Path) -> WanGenerator:
+    return make_run(wan, tmp_path / "grpo")
+
+
+def exported(tmp_path: Path, *more: str, trained: str = "grpo/final", form: str = "merged") -> Path:
+    export.main([str(tmp_path / trained), "--format", form, "--out", str(tmp_path / "out"), *more])
+    return tmp_path / "out"
+
+
+def ended(capsys: pytest.CaptureFixture[str], code: int, *argv: str) -> str:
+    """What is said to stderr, one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        export.main(argv)
+    assert stop.value.code == code
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def follow(card: Path, places: dict[str, Path], *, block: int = 0) -> dict[str, object]:
+    """Run a block of Python of a card, its blanks filled in; in fp32, to compare numbers."""
+    code = re.findall(r"```python\n(.*?)```", card.read_text(), re.S)[block]
+    for blank, place in places.items():
+        code = code.replace(f'"{blank}"', f'"{place}"')
+    found: dict[str, object] = {"folder": str(card.parent)}
+    exec(compile(code.replace("bfloat16", "float32"), str(card), "exec"), found)
+    return found
+
+
+@pytest.mark.parametrize("form", export.FORMATS)
+def test_the_cards_command_loads_what_was_trained(wan: Path, grpo: WanGenerator, tmp_path: Path, form: str) -> None:
+    out = exported(tmp_path, form=form)
+    want = grpo.sample(PROMPTS, SEEDS, scheduler="pipeline", num_steps=4)
+    with remarks() as said:
+        pipeline = follow(out / "README.md", {"path/to/this/folder": out, "path/to/the/base": wan})["pipeline"]
+    assert [one for one in said if "eys" in one] == []
+    pipeline.set_progress_bar_config(disable=True)
+    got = latents(pipeline, PROMPTS, SEEDS, steps=4)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # latents are as large as 10
+    with grpo.reference(), torch.no_grad():
+        assert (grpo.sample(PROMPTS, SEEDS, scheduler="pipeline", num_steps=4) - got).abs().max() > 0.1
+    if form == "diffusers":
+        name = "pytorch_lora_weights.safetensors"
+        assert (out / name).read_bytes() == (tmp_path / "grpo/final" / name).read_bytes()
+    else:
+        assert {f.name for f in out.iterdir()} == {
+            "README.md",
+            "out.safetensors" if form == "comfyui" else "transformer",
+        }
+
+
+def test_a_transformer_that_was_trained_whole(wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = make_run(wan, tmp_path / "grpo", lora=None, dtype="bfloat16")
+    with torch.no_grad():
+        generator.module.proj_out.weight.mul_(1.5)
+    generator.save_trained(tmp_path / "grpo/final")
+    out = exported(tmp_path)
+    # a block has 4 x 2 and 2 norms in each attention, 2 in its norm, 4 in its feed-forward and 1 of modulation; outside
+    # are 2 of patches, 4 + 2 of time, 4 of text, and 1 + 2 of the output
+    assert f"all {2 * (2 * (4 * 2 + 2) + 2 + 4 + 1) + 2 + 4 + 2 + 4 + 1 + 2} weights trained" in capsys.readouterr().out
+    pipeline = follow(out / "README.md", {"path/to/this/folder": out, "path/to/the/base": wan})["pipeline"]
+    found, want = pipeline.transformer.state_dict(), generator.module.state_dict()
+    assert all(torch.equal(found[name], want[name].float()) for name in want)
+    assert str(wan) in (tmp_path / "grpo/final/transformer/config.json").read_text()  # where it was loaded from
+    assert str(wan) not in (out / "transformer/config.json").read_text()
+    assert "is for adapters" in ended(capsys, 2, str(tmp_path / "grpo/final"), "--format", "comfyui", "--out", "x")
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> DeScore:
+    model = DeScore(tiny_qwen(), tiny_tokenizer(), TEMPLATE, SETTINGS, 264).eval()
+    torch.nn.init.normal_(model.head.weight)
+    model.save(tmp_path / "stage2/final")
+    return model
+
+
+@torch.no_grad()
+def test_a_judge(tmp_path: Path, judge: DeScore, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stage 2 started from stage 1's folder, which started from a hub name: that is the base."""
+    dual = {"checkpoint": str(tmp_path / "stage1/final"), "dual_rl": {"group_size": 8}, "lr": {"llm": 1e-6}}
+    cold = {"base": "Qwen/Qwen3-VL-8B-Instruct", "cold_start": {"epochs": 2.0}}
+    for stage, config in (("stage1", cold), ("stage2", dual)):
+        (tmp_path / stage / "final").mkdir(parents=True, exist_ok=True)
+        (tmp_path / stage / "config.yaml").write_text(yaml.safe_dump(config))
+    out = exported(tmp_path, trained="stage2/final")
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == "Qwen/Qwen3-VL-8B-Instruct"
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "video-text-to-text")
+    assert "trained by DeScore, stage 2" in card.text
+    assert "| `dual_rl.group_size` | 8 |" in card.text
+
+    code = re.findall(r"```python\n(.*?)```", card.text, re.S)[0]
+    assert 'DeScoreScorer.load(folder)\nscore = scorer.score(["video.mp4"], ["a prompt"])' in code
+    video = [random_frames(1)]
+    found, want = (
+        s.score(video, ["a"], fps=4.0) for s in (DeScoreScorer.load(out, chains=0), DeScoreScorer(judge, chains=0))
+    )
+    torch.testing.assert_close(found.value_B, want.value_B, atol=1e-5, rtol=0)
+    model = follow(out / "README.md", {}, block=1)["model"]
+    assert torch.equal(model.get_input_embeddings().weight[264:265], judge.query)
+    assert "LoRA merged" in capsys.readouterr().out
+    for words, options in (
+        ("is for adapters", ("--format", "diffusers")),
+        ("--base is for", ("--format", "merged", "--base", "x")),
+    ):
+        assert words in ended(capsys, 2, str(tmp_path / "stage2/final"), *options, "--out", "x")
+
+
+def test_what_a_card_says_and_does_not_say(
+    wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(wan, tmp_path / "grpo")
+    path = tmp_path / "grpo/config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["generator"]["path"] = HUB_NAME
+    config["grpo"]["scale"] = SECRET  # a plain word, were it not the value of a token
+    config["grpo"]["reweight"] = str(tmp_path)
+    config["rewards"][str(tmp_path)] = {"weight": 1.0}
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    out = exported(tmp_path, form="comfyui")
+    text = (out / "README.md").read_text()
+    front = ModelCard(text).data.to_dict()
+    assert front == {
+        "base_model": HUB_NAME,
+        "base_model_relation": "adapter",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-video",
+        "tags": ["lora", "comfyui", "wan", "text-to-video", "rlhf", "grpo"],
+    }
+    for line in (
+        "GRPO, 3 steps.",
+        "Rewards: brightness (weight 0), shapes (weight 1.5).",
+        "| `optimizer.lr` | 0.0003 |",
+        "| `generator.lora.alpha` | 8 |",
+        "| `reward/shapes` | 0 | 0.5 | 1 |",
+        "- LoRA of 20 linears, rank 4, alpha 8, 60 tensors under the names of Wan's own code",
+    ):
+        assert line in text.split("\n")
+    assert f'from_pretrained("{HUB_NAME}"' in text
+    assert "shapes_std" not in text
+    assert "grpo.reweight" not in text
+    for file in (f for f in out.rglob("*") if f.is_file()):
+        assert not any(
+            word in file.read_bytes() for word in (str(tmp_path).encode(), str(wan).encode(), SECRET.encode())
+        )
+    assert f"base_model {HUB_NAME}" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_run(wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_generator(wan).save_trained(tmp_path / "deep/er/lora")
+    trained = str(tmp_path / "deep/er/lora")
+    assert "give --base" in ended(capsys, 2, trained, "--format", "merged", "--out", str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+    out = exported(tmp_path, "--base", str(wan), "--base-model", HUB_NAME, trained="deep/er/lora")
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.base_model, card.data.base_model_relation) == (HUB_NAME, "finetune")
+    assert "## Training" not in card.text
+
+
+def test_wrong_input_is_one_line_and_code_2(
+    wan: Path, grpo: WanGenerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    final, out = tmp_path / "grpo/final", tmp_path / "out"
+
+    def refused(trained: Path, *more: str, form: str = "merged") -> str:
+        return ended(capsys, 2, str(trained), "--format", form, "--out", str(out), *more)
+
+    assert f"is it {final}?" in refused(tmp_path / "grpo")
+    assert "holds none of pytorch_lora_weights.safetensors, transformer/config.json, descore.json" in refused(
+        wan / "vae"
+    )
+    assert "'a/b/c'" in refused(final, "--push", "a/b/c")
+    assert "must be OWNER/NAME" in refused(final, "--push", "name")
+    assert "there is no folder ./nowhere" in refused(final, "--base", "./nowhere")
+    assert "owner/name is not in the cache" in refused(final, "--base", "owner/name")
+    other = build_tiny_wan(tmp_path / "other", layers=1)
+    for form in export.FORMATS:
+        assert "does not fit the transformer (10 problems)" in refused(final, "--base", str(other), form=form)
+    file = final / "pytorch_lora_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    assert f"{file} is not a whole safetensors file" in refused(final)
+    (tmp_path / "grpo/config.yaml").write_text("a: [")
+    assert "line 1" in refused(final)
+    (final / "descore.json").touch()
+    assert "holds both pytorch_lora_weights.safetensors and descore.json" in refused(final)
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine.txt").touch()
+    assert "exists and is not an empty folder" in refused(final)
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(final), "--format", "merged", "--out", "x", "--public"])
+    assert stop.value.code == 2
+    assert "--public goes with --push" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [(), ("--public",)])
+def test_a_push_is_private_unless_asked(
+    grpo: WanGenerator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple,
+) -> None:
+    online(monkeypatch, hub := Hub())
+    out = exported(tmp_path, "--push", "me/lora", *options, form="diffusers")
+    files = ["README.md", "pytorch_lora_weights.safetensors"]
+    assert hub.asked == [("create", "me/lora", not options), ("upload", "me/lora", files)]
+    assert (
+        'load_lora_weights("me/lora", weight_name="pytorch_lora_weights.safetensors")'
+        in (out / "README.md").read_text()
+    )
+    assert "pushed to https://huggingface.co/me/lora" in capsys.readouterr().out
+
+
+def test_a_push_that_fails_is_one_line_and_code_1(
+    grpo: WanGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failed(name: str) -> str:
+        argv = ["--format", "diffusers", "--out", str(tmp_path / name), "--push", "me/lora"]
+        said = ended(capsys, 1, str(tmp_path / "grpo/final"), *argv)
+        assert f"{tmp_path / name} is written, but not pushed" in said
+        assert (tmp_path / name / "README.md").is_file()
+        return said
+
+    assert "HF_HUB_OFFLINE is set" in failed("offline")
+    online(monkeypatch, token=None)
+    assert "there is no token" in failed("no_token")
+    online(monkeypatch)  # the hub's own client, and nobody at that address
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "ConnectError" in failed("no_network")
+
+
+def test_the_true_entry_point(wan: Path, grpo: WanGenerator, tmp_path: Path) -> None:
+    """Base and card from the run's folder; the push fails, offline as tests are, the export is there."""
+    words = (str(tmp_path / "grpo/final"), "--format", "merged", "--out", str(tmp_path / "out"), "--push", "me/wan")
+    done = run(sys.executable, "launch/export.py", *words, expect=1)
+    assert done.stderr.splitlines()[-1].endswith(
+        "is written, but not pushed: HF_HUB_OFFLINE is set, so nothing is sent"
+    )
+    assert "Traceback" not in done.stderr
+    assert "rank 4, alpha 8, merged in float32 and stored in the base's float32" in done.stdout
+    name = "blocks.1.ffn.net.2"
+    lora = load_file(tmp_path / "grpo/final/pytorch_lora_weights.safetensors")
+    down, up = (lora[f"transformer.{name}.lora_{side}.weight"].double() for side in "AB")
+    before, after = (
+        load_file(folder / "transformer/diffusion_pytorch_model.safetensors")[f"{name}.weight"]
+        for folder in (wan, tmp_path / "out")
+    )
+    torch.testing.assert_close(after.double() - before.double(), 8 / 4 * up @ down, atol=1e-6, rtol=0)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = (
+        "import sys; from launch.export import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit:\n"
+        "    heavy = {'torch', 'transformers', 'diffusers', 'peft', 'safetensors', 'huggingface_hub'}\n"
+        "    print(sorted(heavy & set(sys.modules)))"
+    )
+    root = Path(export.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--base-model" in done.stdout
