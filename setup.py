@@ -42,6 +42,7 @@ setup(
         "wandb>=0.19",
         "httpx>=0.27",  # the client of a reward server
     ],
+    # no extra for vbench: it pins transformers==4.33.2 and numpy<2, and has an environment of its own, docs/vbench.md
     extras_require={
         "server": SERVER,
         "signals": SIGNALS,

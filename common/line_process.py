@@ -22,6 +22,20 @@ from typing import Any
 MAX_LINE = 65_536  # bytes. A pipe holds as many, so sending a line to a program that waits for it never blocks
 _TAIL = 4_000  # characters of stderr in an error
 _TICK_S = 0.2
+_OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")  # of this environment
+_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "CROSS_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")  # of our ranks
+
+
+def foreign_environment(gpu: int | None) -> dict[str, str]:
+    """Variables for a program of another Python environment: ours, less what is about our Python and our ranks.
+
+    gpu  the one of those visible to us that is all the program sees; None leaves that as it is
+    """
+    inherited = {k: v for k, v in os.environ.items() if k not in _OURS and not k.startswith(_LAUNCHERS)}
+    if gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        inherited["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+    return inherited
 
 
 class LineProcessError(RuntimeError):

@@ -2,8 +2,10 @@
 
     python launch/evaluate.py generator --config configs/wan/evaluate.yaml adapter=runs/grpo/final out=runs/eval
     deepspeed --num_accelerators 2 launch/evaluate.py rm --config configs/wan/evaluate_rm.yaml out=runs/eval_rm
+    python launch/evaluate.py vbench --config configs/wan/evaluate_vbench.yaml python=VBENCH_ENV/bin/python
 
-Each writes config.yaml, results.jsonl (a row for every video or pair) and summary.json, {name: {mean, ci95, n, ...}}.
+The first two write config.yaml, results.jsonl (a row for every video or pair) and summary.json, {name: {mean, ci95, n,
+...}}; VBench's table has a docstring of its own, in `launch.vbench_evaluation`.
 Ranks share the rows. A killed evaluation goes on where it was; another configuration in the same folder is refused.
 """
 
@@ -20,6 +22,8 @@ from alignment.rewards import factory_of
 from common.config import dump
 from generator.config import GeneratorConfig
 from launch.command import read_command
+from launch.kinds import take_kind
+from launch.vbench_runs import VbenchEvaluation
 
 if TYPE_CHECKING:
     from launch.rows import Row, RowTable
@@ -96,16 +100,18 @@ class RewardEvaluation:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    kinds = {"generator": (GeneratorEvaluation, evaluate_generator), "rm": (RewardEvaluation, evaluate_rm)}
+    kinds = {
+        "generator": (GeneratorEvaluation, evaluate_generator),
+        "rm": (RewardEvaluation, evaluate_rm),
+        "vbench": (VbenchEvaluation, evaluate_vbench),
+    }
     words = list(sys.argv[1:] if argv is None else argv)
-    # a launcher puts --local_rank=N in front of what the user typed
-    options = [False, *(word in ("--config", "--resume") for word in words)]
-    place = next((i for i, word in enumerate(words) if word in kinds and not options[i]), None)
-    if place is None:
+    kind = take_kind(words, kinds)
+    if kind is None:
         asked_for_help = bool({"-h", "--help"}.intersection(words))
         print(__doc__, file=sys.stdout if asked_for_help else sys.stderr)
         sys.exit(0 if asked_for_help else 2)
-    schema, evaluate = kinds[words.pop(place)]
+    schema, evaluate = kinds[kind]
     command = read_command(schema, words, description=schema.__doc__.splitlines()[0])
     evaluate(command.cfg, resume=command.resume)
 
@@ -220,6 +226,16 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
             judge_pairs(cfg, pairs, own, table)
         rows = table.finish([(i,) for i in range(len(pairs))])
         conclude(cfg.out, summarise_pairs(rows, seed=cfg.seed, resamples=cfg.resamples))
+
+
+# ------------------------------------------------------------------ VBench
+
+
+def evaluate_vbench(cfg: VbenchEvaluation, *, resume: str = "auto") -> None:
+    """Here for its name only: it shares no row and no reward with the others."""
+    from launch import vbench_evaluation
+
+    vbench_evaluation.evaluate_vbench(cfg, resume=resume)
 
 
 # ------------------------------------------------------------------ both

@@ -171,10 +171,10 @@ def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
 
 
 @contextmanager
-def all_ranks() -> Iterator[None]:
-    """Inside, the processes of a launcher are joined; alone, nothing is. The timeout allows for unequal shares."""
+def all_ranks(*, hours: float = 4.0) -> Iterator[None]:
+    """Inside, the processes of a launcher are joined; alone, nothing is. ``hours`` allow for unequal shares."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        distributed.init_process_group(timeout_s=4 * 3600, for_deepspeed=False)
+        distributed.init_process_group(timeout_s=hours * 3600, for_deepspeed=False)
     yield
     distributed.shutdown()
 

@@ -1,20 +1,33 @@
 """Sample videos for a list of prompts, from a generator with or without a trained adapter.
 
     python launch/sample.py --config configs/wan/sample.yaml adapter=runs/grpo/final prompts=prompts.txt out=videos
+    deepspeed launch/sample.py vbench --config configs/wan/vbench.yaml adapter=runs/grpo/final out=runs/vbench/tuned
 
 Writes mp4 files and samples.jsonl. The same seeds with and without ``adapter`` give videos to compare side by side.
+``vbench`` films VBench's standard prompts instead, for `launch/evaluate.py vbench`: see docs/vbench.md.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.command import read_command
+from launch.kinds import take_kind
 from launch.runs import SampleRun
 
 
-def main() -> None:
-    sample(read_command(SampleRun, description=__doc__.splitlines()[0]).cfg)
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if take_kind(words, ["vbench"]) is None:
+        sample(read_command(SampleRun, words, description=__doc__.splitlines()[0]).cfg)
+        return
+    from launch.vbench_runs import VbenchSampleRun
+    from launch.vbench_samples import sample_vbench
+
+    command = read_command(VbenchSampleRun, words, description=VbenchSampleRun.__doc__.splitlines()[0])
+    sample_vbench(command.cfg, resume=command.resume)
 
 
 def sample(cfg: SampleRun) -> None:

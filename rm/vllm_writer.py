@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import load_tensors, save_tensors
-from common.line_process import LineProcess, LineProcessError
+from common.line_process import LineProcess, LineProcessError, foreign_environment
 from rm.config import Generation, VideoSettings, WriterConfig
 from rm.lora import merged_backbone
 from rm.model import DeScore
@@ -39,8 +39,6 @@ from rm.video import PreparedVideo, frames_of
 
 SCRIPT = Path(__file__).with_name("vllm_worker.py")
 TRANSFORMERS = 5  # earlier ones misread the rotary settings in the config.json that ours writes
-_OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")  # of this environment
-_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "CROSS_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")  # of our ranks
 
 
 class VllmWriter:
@@ -160,12 +158,8 @@ class VllmWriter:
         return found
 
     def _environment(self) -> dict[str, str]:
-        inherited = {k: v for k, v in os.environ.items() if k not in _OURS and not k.startswith(_LAUNCHERS)}
         device = self.model.device
-        if device.type == "cuda":
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            own = device.index or 0
-            inherited["CUDA_VISIBLE_DEVICES"] = visible.split(",")[own] if visible else str(own)
+        inherited = foreign_environment((device.index or 0) if device.type == "cuda" else None)
         # everything is in the folder: nothing is fetched, and nobody is told
         return {**inherited, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **self.cfg.env}
 

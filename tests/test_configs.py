@@ -12,6 +12,7 @@ from launch.pair_runs import DpoRun, PairsRun
 from launch.runs import ColdStartRun, DualRlRun, GrpoRun, SampleRun
 from launch.score import ScoreRun
 from launch.serve import ServeRun
+from launch.vbench_runs import VbenchEvaluation, VbenchSampleRun
 
 ROOT = Path(__file__).resolve().parent.parent / "configs"
 SCHEMAS = {
@@ -30,6 +31,8 @@ SCHEMAS = {
     "evaluate": GeneratorEvaluation,
     "evaluate_oracle": GeneratorEvaluation,
     "evaluate_rm": RewardEvaluation,
+    "vbench": VbenchSampleRun,
+    "evaluate_vbench": VbenchEvaluation,
 }
 SISTERS = sorted((ROOT / "sisters").glob("*.yaml"))  # these stand on a GRPO recipe
 MIXES = sorted((ROOT / "rewards").glob("*.yaml"))  # so do these
