@@ -94,15 +94,23 @@ def decides(pair: Pair, dimensions: Iterable[str]) -> bool:
 def build(cfg: ColdStartRun, pairs: list[Pair]) -> tuple[ColdStart, DeepSpeedEngine]:
     """Everything a run is made of, on this rank; exit with code 2 when ranks cannot share a step evenly."""
     from common.distributed import world_size
-    from launch.careful import CarefulEngine
-    from rm.cold_start import ColdStart, backwards_per_step
-    from rm.data import PairSchedule
+    from rm.cold_start import backwards_per_step
 
     try:
         accumulation = backwards_per_step(cfg.cold_start, world_size())
     except ValueError as error:
         refuse(str(error))
-    model = build_judge(cfg)
+    return loop_of(cfg, pairs, build_judge(cfg), accumulation=accumulation)
+
+
+def loop_of(
+    cfg: ColdStartRun, pairs: list[Pair], model: DeScore, *, accumulation: int
+) -> tuple[ColdStart, DeepSpeedEngine]:
+    """The loop around a judge that is there."""
+    from launch.careful import CarefulEngine
+    from rm.cold_start import ColdStart
+    from rm.data import PairSchedule
+
     groups = model.param_groups(cfg.lr, lora=cfg.lora, weight_decay=cfg.cold_start.weight_decay, seed=cfg.seed)
     engine = judge_engine(cfg, model, groups, accumulation=accumulation)
     schedule = PairSchedule(len(pairs), pairs_per_step=cfg.cold_start.pairs_per_step, seed=cfg.seed)

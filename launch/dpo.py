@@ -108,11 +108,10 @@ def go(cfg: DpoRun, pairs: PairSet, heldout: PairSet | None, guard: Guard, *, re
 
 def build(cfg: DpoRun, pairs: PairSet) -> tuple[DpoLoop, WanGenerator, DeepSpeedEngine]:
     """Everything a run is made of, on this rank; exit with code 2 when ranks cannot share a step's pairs."""
-    from alignment.dpo import DpoLoop, backwards_per_update
+    from alignment.dpo import backwards_per_update
     from common import distributed
     from common.log import say
-    from launch.careful import CarefulEngine
-    from launch.compose import build_engine, build_generator
+    from launch.compose import build_generator
 
     try:
         accumulation = backwards_per_update(cfg.dpo, distributed.world_size())
@@ -120,6 +119,18 @@ def build(cfg: DpoRun, pairs: PairSet) -> tuple[DpoLoop, WanGenerator, DeepSpeed
         refuse(str(error))
     say(f"loading the generator {cfg.generator.path}")
     generator = build_generator(cfg.generator, seed=cfg.seed, transformer_only=cfg.refresh is None)
+    loop, engine = loop_of(cfg, pairs, generator, accumulation=accumulation)
+    return loop, generator, engine
+
+
+def loop_of(
+    cfg: DpoRun, pairs: PairSet, generator: WanGenerator, *, accumulation: int
+) -> tuple[DpoLoop, DeepSpeedEngine]:
+    """The loop around a generator that is there; exit with code 2 when the pairs are not for it."""
+    from alignment.dpo import DpoLoop
+    from launch.careful import CarefulEngine
+    from launch.compose import build_engine
+
     engine = build_engine(
         generator.module,
         optimizer=cfg.optimizer,
@@ -139,7 +150,7 @@ def build(cfg: DpoRun, pairs: PairSet) -> tuple[DpoLoop, WanGenerator, DeepSpeed
         )
     except ValueError as error:
         refuse(str(error))
-    return loop, generator, engine
+    return loop, engine
 
 
 def arithmetic(cfg: DpoRun, loop: DpoLoop, generator: WanGenerator, *, pairs: int, steps: int) -> list[str]:

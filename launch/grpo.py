@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from alignment.grpo import GrpoLoop, StepResult
+    from common.types import RewardModel
     from generator.wan import WanGenerator
     from launch.ema import Ema
     from launch.forwards import ForwardCounter
@@ -135,16 +136,26 @@ def write_samples(cfg: GrpoRun, result: StepResult, step: int) -> None:
 
 def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, DeepSpeedEngine]:
     """Everything a run is made of, on this rank."""
-    from alignment.data import PromptSchedule
-    from alignment.grpo import GrpoLoop, backwards_per_update
-    from common import distributed
     from common.log import say
-    from launch.careful import CarefulEngine
-    from launch.compose import build_engine, build_generator, build_rewards
+    from launch.compose import build_generator, build_rewards
 
     say(f"loading the rewards {', '.join(cfg.rewards)} and the generator {cfg.generator.path}")
     rewards = build_rewards(cfg.rewards)  # first: a reward server that is not there is found out before weights load
     generator = build_generator(cfg.generator, seed=cfg.seed)
+    loop, engine = loop_of(cfg, prompts, generator, rewards)
+    return loop, generator, engine
+
+
+def loop_of(
+    cfg: GrpoRun, prompts: list[str], generator: WanGenerator, rewards: dict[str, RewardModel]
+) -> tuple[GrpoLoop, DeepSpeedEngine]:
+    """The loop around a generator and rewards that are there."""
+    from alignment.data import PromptSchedule
+    from alignment.grpo import GrpoLoop, backwards_per_update
+    from common import distributed
+    from launch.careful import CarefulEngine
+    from launch.compose import build_engine
+
     engine = build_engine(
         generator.module,
         optimizer=cfg.optimizer,
@@ -168,7 +179,7 @@ def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, Dee
         fps=cfg.generator.fps,
         grad_norm=engine.get_global_grad_norm,
     )
-    return loop, generator, engine
+    return loop, engine
 
 
 def look_before(cfg: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:

@@ -97,13 +97,14 @@ class Plan:
 def training_parts(name: str, sizes: Sizes, *, zero_stage: int, ranks: int) -> list[Part]:
     """Weights, gradients and optimizer of a model under ZeRO: fp32 masters, exp_avg and exp_avg_sq take 12 bytes a
     trained parameter (8 in ZeRO 0, whose masters are the weights), and stage 1 splits them over ranks, stage 2 the
-    gradients too, stage 3 the weights.
+    gradients too, stage 3 the weights. An optimizer's step takes an fp32 gradient and two copies more.
     """
     over = {stage: ranks if zero_stage >= stage else 1 for stage in (1, 2, 3)}
     return [
         Part(f"{name}: weights", sizes.bytes / over[3], "zero_stage=3"),
         Part(f"{name}: gradients", sizes.trained_bytes / over[2], "zero_stage=2"),
         Part(f"{name}: optimizer", (12.0 if zero_stage else 8.0) * sizes.trained / over[1], "zero_stage=1, more ranks"),
+        Part(f"{name}: optimizer's step", 12.0 * sizes.trained / over[1], "more ranks", passing=True),
     ]
 
 

@@ -36,7 +36,8 @@ SCHEMAS = {
 }
 SISTERS = sorted((ROOT / "sisters").glob("*.yaml"))  # these stand on a GRPO recipe
 MIXES = sorted((ROOT / "rewards").glob("*.yaml"))  # so do these
-FILES = sorted(set(ROOT.rglob("*.yaml")) - set(SISTERS) - set(MIXES))
+SIZES = sorted((ROOT / "sizes").glob("*.yaml"))  # and these on any recipe of a generator
+FILES = sorted(set(ROOT.rglob("*.yaml")) - set(SISTERS) - set(MIXES) - set(SIZES))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -55,6 +56,14 @@ def test_the_worlds_generator_is_the_same_in_every_file() -> None:
     names = ("grpo", "sample", "evaluate", "grpo_oracle", "evaluate_oracle", "pairs", "dpo")
     generators = [load(SCHEMAS[name], ROOT / "shapes" / f"{name}.yaml").generator for name in names]
     assert all(one == generators[0] for one in generators)
+
+
+@pytest.mark.parametrize("name", ["grpo", "pairs", "dpo", "sample"])
+def test_a_smaller_video_stands_on_every_recipe(name: str) -> None:
+    (small,) = SIZES
+    how = load(SCHEMAS[name], [ROOT / "wan" / f"{name}.yaml", small]).generator
+    assert f"{how.height}x{how.width}x{how.num_frames}" == small.stem
+    assert how.sampler == load(SCHEMAS[name], ROOT / "wan" / f"{name}.yaml").generator.sampler
 
 
 @pytest.mark.parametrize("path", SISTERS, ids=lambda path: path.stem)

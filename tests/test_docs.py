@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from common.config import parse_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,6 +32,49 @@ def test_the_programs_and_configs_it_names_exist(page: Path) -> None:
     pattern = r"(?<![\w/])((?:launch|bench|configs)/[\w/]+\.(?:py|yaml))\b"
     named = set(re.findall(pattern, page.read_text(encoding="utf-8")))
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Of our programs in the page's shell blocks, continued lines joined, without what a comment or a loop adds."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if match := re.search(r"(?:^|\s)(launch/\w+\.py\b.*)", line.split("  #")[0]):
+                found.append([word for word in shlex.split(match[1]) if not word.startswith("$")])
+    return found
+
+
+COMMANDS = [(page.name, words) for page in PAGES for words in commands(page) if "--config" in words]
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else value[0])
+def test_its_commands_are_what_the_programs_read(
+    page: str, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Programs, options, files and keys: everything but what follows, which needs the user's data, or GPUs."""
+    (tmp_path / "my_reward.py").write_text("")  # the page shows it
+    words = [word.replace("=my_reward.py", f"={tmp_path / 'my_reward.py'}") for word in words]
+    seen = []
+
+    def stop_there(*args: Any, **options: Any) -> None:
+        seen.append(parse_command_line(*args, **options))
+        raise Understood
+
+    program = importlib.import_module("launch." + Path(words[0]).stem)
+    monkeypatch.setattr(program, "read_command", stop_there)
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(Understood):
+        program.main()
+    assert len(seen) == 1
+
+
+class Understood(Exception):  # noqa: N818 - no error
+    """The command line was read."""
+
+
+def test_the_pages_have_commands() -> None:
+    assert len(COMMANDS) > 20
+    assert {name for name, _ in COMMANDS} >= {"README.md", "reproduce-wan21.md", "vbench.md"}
 
 
 def test_every_fault_has_a_row_and_every_row_a_test() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -113,6 +114,20 @@ def test_a_judge_reads_a_video() -> None:
     assert judge.language.parameters == inside + 151_936 * 4096
 
 
+def test_the_8b_has_the_names_of_a_public_index() -> None:
+    """That of nvidia/Cosmos-Reason2-8B, which was trained from Qwen3-VL-8B, as mirrored on GitHub: 67,748 characters
+    of JSON, a line for each name. An index has no shapes; what they add up to is counted in tests/rm/test_full_size.py.
+    """
+    judge = JudgeOnMeta("Qwen/Qwen3-VL-8B-Instruct", dtype="bfloat16")
+    names = [name for name, _ in judge.model.backbone.named_parameters()]
+    index = {"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(names, "model-00001-of-00004.safetensors")}
+    assert (len(names), len(json.dumps(index, indent=2))) == (750, 67_748)
+    assert (names[0], names[-2:]) == (
+        "model.visual.patch_embed.proj.weight",
+        ["model.language_model.norm.weight", "lm_head.weight"],
+    )
+
+
 # ------------------------------------------------------------------ runs
 
 
@@ -120,7 +135,8 @@ def test_optimizer_under_zero_by_hand() -> None:
     """1,000 trained fp32 parameters among 3,000 bf16 ones, four ranks."""
     module = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1000))])
     module.append(torch.nn.Parameter(torch.zeros(3000, dtype=torch.bfloat16), requires_grad=False))
-    want = {0: (10_000, 4_000, 8_000), 1: (10_000, 4_000, 3_000), 2: (10_000, 1_000, 3_000), 3: (2_500, 1_000, 3_000)}
+    want = {0: (10_000, 4_000, 8_000, 12_000), 1: (10_000, 4_000, 3_000, 3_000)}
+    want |= {2: (10_000, 1_000, 3_000, 3_000), 3: (2_500, 1_000, 3_000, 3_000)}
     for stage, expected in want.items():
         parts = training_parts("m", sizes_of(module), zero_stage=stage, ranks=4)
         assert tuple(part.bytes for part in parts) == expected
