@@ -41,7 +41,7 @@ def dump(cfg: Any, run_dir: str | Path) -> Path:
         "command": [hide_secrets(_mask_argument(word)) for word in sys.argv],
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": versions(),
         "git": _git_state(Path(__file__).resolve().parent),
     }
     replace_text(folder / "environment.json", json.dumps(record, indent=2) + "\n")
@@ -57,6 +57,11 @@ def plain(value: Any, name: str = "") -> Any:
     if isinstance(value, list | tuple):
         return [plain(item, name) for item in value]
     return MASK if isinstance(value, str) and is_secret(name, value) else value
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that decide a run's numbers."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def is_secret(name: str, value: str) -> bool:
