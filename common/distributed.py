@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from common.network import choose_interface
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -42,6 +44,7 @@ def init_process_group(*, timeout_s: float = 1800.0, for_deepspeed: bool = True)
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     elif for_deepspeed:
         skip_cpu_op_build()
+    choose_interface()
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
 

@@ -42,7 +42,7 @@ def dump(cfg: Any, run_dir: str | Path) -> Path:
         "command": [hide_secrets(_mask_argument(word)) for word in sys.argv],
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": versions(),
         "git": _git_state(Path(__file__).resolve().parent),
     }
     replace_text(folder / "environment.json", json.dumps(record, indent=2) + "\n")
@@ -51,14 +51,13 @@ def dump(cfg: Any, run_dir: str | Path) -> Path:
 
 def write_settings(cfg: Any, file: Path) -> None:
     """A config as YAML, without its secrets."""
-    text = yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True, width=120)
-    replace_text(file, hide_secrets(text))
+    replace_text(file, yaml.safe_dump(_without_secrets(plain(cfg)), sort_keys=False, allow_unicode=True, width=120))
 
 
 def changed_settings(file: Path, cfg: Any) -> list[str]:
     """``a.b: 1 -> 2`` for what `write_settings` wrote and what is otherwise now."""
-    now = yaml.safe_dump(plain(cfg), allow_unicode=True)
-    return differences(parse(file.read_text(encoding="utf-8")).value, parse(hide_secrets(now)).value)
+    now = yaml.safe_dump(_without_secrets(plain(cfg)), allow_unicode=True)
+    return differences(parse(file.read_text(encoding="utf-8")).value, parse(now).value)
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -83,6 +82,11 @@ def plain(value: Any, name: str = "") -> Any:
     return MASK if isinstance(value, str) and is_secret(name, value) else value
 
 
+def versions() -> dict[str, str | None]:
+    """Of the packages that decide a run's numbers."""
+    return {name: _version(name) for name in _PACKAGES}
+
+
 def is_secret(name: str, value: str) -> bool:
     """True for a text under a name such as ``api_key`` or ``hf_token``; ``<Reward>`` is only a vocabulary token."""
     words = re.split(r"[^a-z]+", name.lower())
@@ -96,6 +100,15 @@ def hide_secrets(text: str) -> str:
         if len(value) >= 8 and is_secret(name, value):
             text = text.replace(value, MASK)
     return text
+
+
+def _without_secrets(value: Any) -> Any:
+    """`hide_secrets` in every text. Before it becomes YAML: there a bare *** would be an alias."""
+    if isinstance(value, dict):
+        return {_without_secrets(key): _without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return hide_secrets(value) if isinstance(value, str) else value
 
 
 def _mask_argument(word: str) -> str:

@@ -50,7 +50,7 @@ def train(cfg: DpoRun, *, resume: str) -> None:
 
     pairs = read_set(cfg.pairs)
     heldout = None if cfg.heldout is None else read_set(cfg.heldout)
-    with guarded(cfg.run_dir, watchdog_s=cfg.watchdog_s) as guard:
+    with guarded(cfg) as guard:
         go(cfg, pairs, heldout, guard, resume=resume)
 
 

@@ -41,7 +41,7 @@ def train(cfg: DualRlRun, *, resume: str) -> None:
     from launch.guard import guarded
 
     pairs, heldout = read(cfg)
-    with guarded(cfg.run_dir, watchdog_s=cfg.watchdog_s) as guard:
+    with guarded(cfg) as guard:
         go(cfg, pairs, heldout, guard, resume=resume)
 
 

@@ -64,7 +64,7 @@ def train(cfg: GrpoRun, prompts: list[str], *, resume: str) -> None:
     from launch.guard import guarded
 
     heldout = [] if cfg.evaluation is None else prompts_of(cfg.evaluation.prompts)[: cfg.evaluation.limit]
-    with guarded(cfg.run_dir, watchdog_s=cfg.watchdog_s) as guard:
+    with guarded(cfg) as guard:
         go(cfg, prompts, heldout, guard, resume=resume)
 
 

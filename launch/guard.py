@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import fcntl
 import json
@@ -15,14 +16,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, NoReturn
+from typing import IO, TYPE_CHECKING, NoReturn
 
 import torch
 
-from common import distributed
+from common import distributed, shared_folder
 from common.checkpoint import NoRoomError
 from common.log import RunLog, say
+from launch import alike
 from launch.refuse import refuse
+
+if TYPE_CHECKING:
+    from launch.runs import ColdStartRun, DpoRun, DualRlRun, GrpoRun
 
 LOCK = "lock.json"
 STUCK = 75  # exit code, EX_TEMPFAIL of sysexits.h: nothing is wrong that another start might not mend
@@ -32,16 +37,20 @@ NO_MEMORY = """Rollouts and decoding were cut to one video at once already, wher
   a smaller micro_batch, or chains_per_row        activations of DPO and of DeScore's training
   generator.num_frames, .height, .width           activations of everything
 Checkpoints are whole; started again with other settings of these, the run goes on."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def guarded(run_dir: str | Path, *, watchdog_s: float) -> Iterator[Guard]:
-    """Inside, this process has joined the other ranks and the folder is theirs; afterwards they part. Where there is no
-    room for a checkpoint, the run ends with exit code 1 and says so; those before are whole.
+def guarded(cfg: GrpoRun | DpoRun | ColdStartRun | DualRlRun) -> Iterator[Guard]:
+    """Inside, this process has joined the other ranks and the folder is theirs; afterwards they part. Exit with code 2
+    when the ranks were not started alike or do not share the folder. Where there is no room for a checkpoint, the run
+    ends with exit code 1 and says so; those before are whole.
     """
     distributed.init_process_group()
-    with Guard(Path(run_dir), watchdog_s=watchdog_s) as guard:
+    if problem := alike.problem_of(cfg):
+        refuse(problem)
+    with Guard(Path(cfg.run_dir), watchdog_s=cfg.watchdog_s) as guard:
         try:
             yield guard
         except NoRoomError as error:
@@ -66,8 +75,10 @@ def end_run(log: RunLog, message: str, code: int) -> NoReturn:
 class Guard:
     """Every rank of a training run holds one from before it writes its first file until it is done.
 
-    The folder belongs to it: while rank 0 lives, another run there exits with code 2 and says whose it is. SIGTERM or
-    SIGINT, on whichever rank, ends the run after its step, when it is saved; the same signal again ends it at once.
+    The folder belongs to it: while rank 0 lives, another run there exits with code 2 and says whose it is; so does this
+    one when a rank does not see the folder. SIGTERM, SIGINT or SIGUSR1, on whichever rank, ends the run after its step,
+    when it is saved; SIGTERM or SIGINT again ends it at once. SIGUSR1 is for schedulers: launchers that ignore it leave
+    the ranks alone, while at SIGTERM deepspeed's kills them after 30 seconds.
 
     watchdog_s  seconds without a finished step after which the run counts as stuck: all threads' stacks go to stderr
                 and to stacks-rank-N.txt, and the process exits with `STUCK`, so that the launcher ends the others. The
@@ -82,7 +93,9 @@ class Guard:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Guard:
-        if problem := distributed.from_main(self._take() if distributed.is_main() else ""):
+        problem = distributed.from_main(self._take() if distributed.is_main() else "")
+        if problem or (problem := shared_folder.problem_of(self.run_dir)):
+            self._release()
             refuse(problem)
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -96,8 +109,7 @@ class Guard:
         self._done.set()
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._lock is not None:
-            self._lock.close()
+        self._release()
 
     def step_done(self) -> bool:
         """All ranks call it after every step: True when one of them was asked to stop."""
@@ -112,7 +124,9 @@ class Guard:
         end_run(log, message, 128 + self.received)
 
     def _take(self) -> str:
-        """Own the folder; what is wrong, or nothing. The lock is the system's: it ends with the process, however."""
+        """Own the folder; what is wrong, or nothing. The lock is the system's: it ends with the process, however. On a
+        network file system it holds for all nodes if the mount says so; where there are no locks at all, it is said.
+        """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         lock = (self.run_dir / LOCK).open("a+", encoding="utf-8")
         try:
@@ -122,19 +136,28 @@ class Guard:
             owner = lock.read() or "someone"
             lock.close()
             return f"{self.run_dir} belongs to a run that is still going: {owner.strip()}"
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            say(f"{self.run_dir}: its file system has no locks ({error.strerror}): see that no second run uses it")
         lock.truncate(0)
         lock.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()}) + "\n")
         lock.flush()
         self._lock = lock
         return ""
 
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        signal.signal(number, signal.SIG_DFL)  # the next one ends the process, even where Python waits for C++
+        if number != signal.SIGUSR1:  # a scheduler may send it to every process, and a script that gets it pass it on
+            signal.signal(number, signal.SIG_DFL)  # the next one ends the process, even where Python waits for C++
         if distributed.is_main():
-            told = (
-                f"\n{signal.Signals(number).name}: this step is finished and saved, then the run ends; again, at once\n"
-            )
+            again = "" if number == signal.SIGUSR1 else "; again, at once"
+            told = f"\n{signal.Signals(number).name}: this step is finished and saved, then the run ends{again}\n"
             os.write(2, told.encode())
 
     def _watch(self) -> None:
@@ -144,8 +167,14 @@ class Guard:
                 continue
             rank = distributed.rank()
             sys.stderr.write(f"rank {rank}: no step for {waited:.0f} s, stuck; the stacks of all threads:\n")
-            with (self.run_dir / f"stacks-rank-{rank}.txt").open("w", encoding="utf-8") as file:
-                for to in (file, sys.stderr):
-                    faulthandler.dump_traceback(file=to, all_threads=True)
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             sys.stderr.flush()
+            # beside this thread: it may be the folder's file system that all wait for
+            keeper = threading.Thread(target=self._keep_stacks, args=(rank,), daemon=True)
+            keeper.start()
+            keeper.join(5.0)
             os._exit(STUCK)
+
+    def _keep_stacks(self, rank: int) -> None:
+        with (self.run_dir / f"stacks-rank-{rank}.txt").open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file=file, all_threads=True)

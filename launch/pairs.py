@@ -46,13 +46,17 @@ def identity_of(cfg: PairsRun, *inputs: str | None) -> dict[str, Any]:
 
 
 def is_made(cfg: PairsRun, identity: dict[str, Any], resume: str) -> bool:
-    """True when the set is there and whole. Raises ValueError, on every rank, when it is another one."""
+    """True when the set is there and whole. Raises ValueError, on every rank, when it is another one, or when the ranks
+    do not share its folder.
+    """
     import json
 
     from alignment.pair_store import MANIFEST, PairSet
-    from common import distributed
+    from common import distributed, shared_folder
     from common.log import say
 
+    if problem := shared_folder.problem_of(Path(cfg.out)):
+        raise ValueError(problem)
     if resume == "none" or not (Path(cfg.out) / MANIFEST).exists():
         distributed.barrier()  # nobody begins to write before all have looked
         return False

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from common import distributed
+from common import distributed, shared_folder
 from common.files import replace_text, sha256
 from common.run_record import differences
 from common.types import json_number
@@ -38,7 +38,8 @@ class RowTable:
     resume    "auto" keeps the rows that are there, "none" starts anew
     retry     name of a field; finished rows that carry it are made again
 
-    Raises ValueError, on every rank, when the file holds rows of another identity, or was not written by this class.
+    Raises ValueError, on every rank, when the file holds rows of another identity or was not written by this class, or
+    when the ranks do not share its folder.
     """
 
     def __init__(
@@ -53,7 +54,10 @@ class RowTable:
         self.path, self.key, self.retry = Path(path), tuple(key), retry
         self._identity_path = self.path.with_suffix(".identity.json")
         self._identity = json.loads(json.dumps(dict(identity)))
-        problem = self._open(resume) if distributed.is_main() else None
+        self._added = ""  # name of the file with this rank's rows
+        problem = shared_folder.problem_of(self.path.parent)
+        if not problem and distributed.is_main():
+            problem = self._open(resume)
         done = [] if problem else [key for key, row in self._read().items() if retry is None or retry not in row]
         problem, done = distributed.from_main((problem, done))
         if problem:
@@ -74,15 +78,16 @@ class RowTable:
         file = self.path.with_suffix(f".rank-{distributed.rank()}.jsonl")
         with file.open("a", encoding="utf-8") as lines:
             lines.writelines(_line(row) for row in rows)
+        self._added = file.name
 
     def finish(self, keys: Sequence[Key]) -> list[Row]:
         """Wait for all ranks, leave exactly these rows in ``path``, in this order, and return them (on every rank).
 
         Raises KeyError when one of them was never added.
         """
-        distributed.barrier()
+        added = [name for name in distributed.gather_objects(self._added) if name]
         if distributed.is_main():
-            rows = self._read()
+            rows = self._read(added)
             self._write([rows[key] for key in keys])
         distributed.barrier()
         return read_rows(self.path)
@@ -108,9 +113,13 @@ class RowTable:
         self._write(list(self._read().values()))
         return None
 
-    def _read(self) -> dict[Key, Row]:
-        """All rows by key, merged or not; of two with one key the one not merged yet, which is newer."""
-        files = [*([self.path] if self.path.exists() else []), *self._parts()]
+    def _read(self, added: Sequence[str] = ()) -> dict[Key, Row]:
+        """All rows by key, merged or not; of two with one key the one not merged yet, which is newer.
+
+        added  files that are there by what their ranks say: the list that a network file system gives may be older
+        """
+        parts = sorted({*self._parts(), *(self.path.with_name(name) for name in added)})
+        files = [*([self.path] if self.path.exists() else []), *parts]
         return {self.key_of(row): row for file in files for row in read_rows(file)}
 
     def _parts(self) -> list[Path]:

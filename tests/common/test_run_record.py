@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from common.config import load
 from common.run_record import changed_settings, differences, write_settings
 
 
@@ -41,10 +42,11 @@ def test_what_was_changed_is_said_key_by_key(tmp_path: Path) -> None:
 
 def test_a_secret_of_the_environment_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "abcdefgh123")
-    cfg = Outer(extra={"abcdefgh123": 1.0})
+    cfg = Outer(inner=Inner(words=("abcdefgh123", "at abcdefgh123")), extra={"abcdefgh123": 1.0})
     write_settings(cfg, tmp_path / "config.yaml")
     assert "abcdefgh123" not in (tmp_path / "config.yaml").read_text()
     assert changed_settings(tmp_path / "config.yaml", cfg) == []
+    assert load(Outer, tmp_path / "config.yaml").inner.words == ("***", "at ***")  # and it is YAML still
 
 
 def test_differences_of_other_kinds() -> None:
