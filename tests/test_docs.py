@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from common.config import parse_command_line
+from launch import config_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -81,3 +82,16 @@ def test_every_fault_has_a_row_and_every_row_a_test() -> None:
     rows = re.findall(r"^\| (\d+) \|(.*)\|$", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"), re.M)
     assert [int(number) for number, _ in rows] == list(range(1, 29))
     assert all("`test_" in text for _, text in rows)
+
+
+def test_the_reference_of_configs_is_that_of_the_schemas() -> None:
+    assert (ROOT / "docs" / "configs.md").read_text(encoding="utf-8") == config_reference.page()
+
+
+def test_the_reference_knows_defaults_types_and_sections() -> None:
+    text = config_reference.page()
+    assert "| `group_size` | int | `4` |" in text
+    assert '| `scale` | `"none"`, `"group"`, `"max_group"`, `"batch"` | `"max_group"` |' in text
+    assert "| `generator` | [GeneratorConfig](#generatorconfig) | required |" in text
+    assert "| `optimizer` | [OptimizerConfig](#optimizerconfig) | its own, `lr=5e-06` |" in text  # Flow-DPO's
+    assert "| `rewards` | mapping of names to [RewardConfig](#rewardconfig) | required |" in text
