@@ -5,17 +5,17 @@ Only rank 0 writes. Imports no torch, so that command-line tools may use it at o
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
+
+from common.tracking import TensorboardTracker, Tracker, Trackers, WandbTracker
 
 if TYPE_CHECKING:
     from common.config import WandbConfig
@@ -48,23 +48,38 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 class RunLog:
     """The log of one run. Every rank may hold one and call it; only rank 0's writes.
 
-    run_dir  gets metrics.jsonl, one line a step: {"step": 3, "train/loss": 0.1, ...}; NaN and infinity are null
-    wandb    None or mode "disabled" for none; what fails there is said once and the run goes on
-    total    number of steps, for the console line
-    quiet    no console line per step
+    run_dir      gets metrics.jsonl, one line a step: {"step": 3, "train/loss": 0.1, ...}; NaN and infinity are null
+    start        the first step to come: lines of it and later ones, which a resumed run writes again, are dropped
+    wandb        None or mode "disabled" for none; what fails there is said once and the run goes on
+    tensorboard  its files in run_dir/tensorboard as well
+    total        number of steps, for the console line
+    quiet        no console line per step
     """
 
     def __init__(
-        self, run_dir: str | Path, *, wandb: WandbConfig | None = None, total: int | None = None, quiet: bool = False
+        self,
+        run_dir: str | Path,
+        *,
+        start: int = 0,
+        wandb: WandbConfig | None = None,
+        tensorboard: bool = False,
+        total: int | None = None,
+        quiet: bool = False,
     ) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
         self.total, self.quiet = total, quiet
-        self._wandb: ModuleType | None = None
+        self._trackers: Trackers | None = None
         if not _is_main():
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        self._truncate(start)
+        makers: dict[str, Callable[[], Tracker]] = {}
         if wandb is not None and wandb.mode != "disabled":
-            self._start_wandb(wandb)
+            makers["wandb"] = lambda: WandbTracker(wandb, folder, fresh=start == 0)
+        if tensorboard:
+            makers["tensorboard"] = lambda: TensorboardTracker(folder, step=start)
+        self._trackers = Trackers(makers, say)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step's metrics. Names are ``stage/name``, values floats."""
@@ -76,16 +91,21 @@ class RunLog:
             file.write(json.dumps(row) + "\n")
         if not self.quiet:
             say(self._line(step, values))
-        if self._wandb is not None:
-            self._try_wandb("log", lambda wandb: wandb.log(values, step=step))
+        if self._trackers is not None:
+            self._trackers.log(step, values)
+
+    def videos(self, step: int, files: Sequence[Path], captions: Sequence[str]) -> None:
+        """Where runs are tracked, these mp4 files too."""
+        if self._trackers is not None:
+            self._trackers.videos(step, files, captions)
 
     def message(self, text: str) -> None:
         """A line for people; not kept."""
         say(text)
 
-    def truncate(self, step: int) -> None:
-        """Drop the lines of ``step`` and later, and a torn last line: a resumed run writes them again."""
-        if not _is_main() or not self.path.exists():
+    def _truncate(self, step: int) -> None:
+        """Drop the lines of ``step`` and later, and a torn last line."""
+        if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
         kept = [line for line in lines if json.loads(line)["step"] < step]
@@ -97,10 +117,10 @@ class RunLog:
         os.replace(partial, self.path)
 
     def close(self) -> None:
-        """Finish wandb; metrics.jsonl is complete after every `log`."""
-        if self._wandb is not None:
-            self._try_wandb("finish", lambda wandb: wandb.finish())
-            self._wandb = None
+        """End the tracking; metrics.jsonl is complete after every `log`."""
+        if self._trackers is not None:
+            self._trackers.finish()
+            self._trackers = None
 
     def _line(self, step: int, values: Mapping[str, float]) -> str:
         """Fixed columns, so that lines under each other can be compared; what does not fit is in metrics.jsonl."""
@@ -112,24 +132,6 @@ class RunLog:
                 break
             line += column
         return line
-
-    def _start_wandb(self, cfg: WandbConfig) -> None:
-        try:
-            self._wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            say(f"wandb is not used, the run goes on without it: {error}")
-            return
-        options: dict[str, Any] = {"mode": cfg.mode, "project": cfg.project, "name": cfg.name}
-        self._try_wandb("start", lambda wandb: wandb.init(dir=str(self.path.parent), **options))
-
-    def _try_wandb(self, what: str, call: Any) -> None:
-        """wandb is a convenience: a refused key, a dead network or a full disk must not stop training."""
-        wandb = self._wandb
-        try:
-            call(wandb)
-        except (wandb.errors.Error, OSError, RuntimeError, ValueError) as error:
-            say(f"wandb {what} failed, the run goes on without it: {error}")
-            self._wandb = None
 
 
 def _is_main() -> bool:

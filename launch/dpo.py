@@ -75,8 +75,7 @@ def go(cfg: DpoRun, pairs: PairSet, heldout: PairSet | None, guard: Guard, *, re
     refresher = Refresher(cfg, loop, generator)
     start = go_on(cfg, engine, resume, also=[Watched(loop), *([] if ema is None else [ema])])
     counter = ForwardCounter(generator.module)
-    log = RunLog(run_dir, wandb=cfg.wandb, total=steps)
-    log.truncate(start)
+    log = RunLog(run_dir, start=start, wandb=cfg.wandb, tensorboard=cfg.tensorboard, total=steps)
     warned = False
 
     for step in progress(range(start, steps), steps - start, "dpo"):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from alignment.grpo import GrpoLoop, StepResult
+    from common.log import RunLog
     from common.types import RewardModel
     from generator.wan import WanGenerator
     from launch.ema import Ema
@@ -92,8 +93,7 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
     if cfg.cache_prompts:
         cache_prompts(cfg, loop, heldout, start)
     counter = ForwardCounter(generator.module)
-    log = RunLog(run_dir, wandb=cfg.wandb, total=cfg.steps)
-    log.truncate(start)
+    log = RunLog(run_dir, start=start, wandb=cfg.wandb, tensorboard=cfg.tensorboard, total=cfg.steps)
 
     saved = start
     for step in progress(range(start, cfg.steps), cfg.steps - start, "grpo"):
@@ -112,7 +112,7 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
         faults.point("logged")
         last, stop = step + 1 == cfg.steps, guard.step_done()
         if distributed.is_main() and cfg.video_every and (step % cfg.video_every == 0 or last):
-            write_samples(cfg, result, step)
+            write_samples(cfg, result, step, log)
         if last or stop or (step + 1) % cfg.save_every == 0:
             save(cfg, generator, engine, ema, step=step + 1)
             saved = step + 1
@@ -125,13 +125,16 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
     log.close()
 
 
-def write_samples(cfg: GrpoRun, result: StepResult, step: int) -> None:
+def write_samples(cfg: GrpoRun, result: StepResult, step: int, log: RunLog) -> None:
     """The first groups' videos of this rank, with what was said of them."""
     from launch.samples import SampleWriter, rows_of_step
 
     rows = list(rows_of_step(result, step=step, groups=cfg.video_groups))
     writer = SampleWriter(Path(cfg.run_dir) / "samples" / f"step-{step:06d}", fps=cfg.generator.fps)
     writer.add(result.video_BTYXC[: len(rows)], rows)
+    rewards = [", ".join(f"{name} {value}" for name, value in row["rewards"].items()) for row in rows]
+    captions = [f"{row['prompt']} | {reward}" for row, reward in zip(rows, rewards, strict=True)]
+    log.videos(step, sorted(writer.folder.glob("*.mp4")), captions)
 
 
 def build(cfg: GrpoRun, prompts: list[str]) -> tuple[GrpoLoop, WanGenerator, DeepSpeedEngine]:

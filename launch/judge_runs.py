@@ -122,8 +122,7 @@ def run_steps(
 
     run_dir = Path(cfg.run_dir)
     start = go_on(cfg, engine, resume)
-    log = RunLog(run_dir, wandb=cfg.wandb, total=steps)
-    log.truncate(start)
+    log = RunLog(run_dir, start=start, wandb=cfg.wandb, tensorboard=cfg.tensorboard, total=steps)
     for step in progress(range(start, steps), steps - start, label):
         metrics = {**step_of(step), "train/not_finite": careful.take_skipped()}
         faults.point("step")

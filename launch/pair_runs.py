@@ -115,6 +115,7 @@ class DpoRun:
     watchdog_s: float = 7200.0
     max_not_finite: int = 5
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         positive = ("heldout_pairs", "save_every", "keep")

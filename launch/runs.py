@@ -107,6 +107,7 @@ class GrpoRun:
     max_not_finite   so many updates in a row may have a gradient that is not finite: they are not made
     video_every      steps between sample videos, 0 for none; they are that step's own rollouts
     video_groups     how many of rank 0's groups are written then
+    tensorboard      metrics as TensorBoard's files too, if that package is there
     self_checks      look at the generator and the rewards before training, see `alignment.self_checks`
     """
 
@@ -132,6 +133,7 @@ class GrpoRun:
     ema: EmaConfig | None = None
     cache_prompts: bool = False
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         positive = ("steps", "prompts_per_step", "save_every", "keep", "video_groups")
@@ -221,6 +223,7 @@ class ColdStartRun:
     watchdog_s: float = 7200.0
     max_not_finite: int = 5
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         problems = _judge_problems(self)
@@ -272,6 +275,7 @@ class DualRlRun:
     watchdog_s: float = 7200.0
     max_not_finite: int = 5
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         problems = _judge_problems(self)

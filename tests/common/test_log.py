@@ -8,9 +8,11 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.config import WandbConfig
 from common.log import RunLog, progress, read_metrics, say
+from common.video_io import write_mp4
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,12 +37,12 @@ def test_resume_rewrites_what_the_killed_run_left(tmp_path):
     with log.path.open("a") as file:
         file.write('{"step": 5, "x"')  # the kill came in the middle of a line
     assert [row["step"] for row in read_metrics(log.path)] == [0, 1, 2, 3, 4]
-    log.truncate(3)
+    log = RunLog(tmp_path, start=3, quiet=True)
     assert [row["step"] for row in read_metrics(log.path)] == [0, 1, 2]
     for step in (3, 4):
         log.log(step, {"x": float(step)})
     assert log.path.read_text() == whole
-    RunLog(tmp_path / "fresh").truncate(3)  # nothing to drop is no error
+    RunLog(tmp_path / "fresh", start=3)  # nothing to drop is no error
 
 
 def test_console_lines_are_aligned_and_fit(tmp_path, capsys):
@@ -58,7 +60,7 @@ def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     log = RunLog(tmp_path / "run", wandb=WandbConfig("offline"))
     log.log(0, {"x": 1.0})
-    log.truncate(0)
+    log.videos(0, [], [])
     log.message("hello")
     log.close()
     assert list(progress(range(3), 3, "steps")) == [0, 1, 2]
@@ -94,6 +96,9 @@ class FakeWandb(types.ModuleType):
     def finish(self) -> None:
         self._call("finish")
 
+    def Video(self, path: str, **about: str) -> tuple[str, str]:
+        return path, about["caption"]
+
 
 @pytest.mark.parametrize(("broken", "calls"), [("", "init log log finish"), ("init", "init"), ("log", "init log")])
 def test_a_wandb_failure_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys, broken, calls):
@@ -104,9 +109,70 @@ def test_a_wandb_failure_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch,
     log.log(1, {"x": 2.0})
     log.close()
     assert [name for name, *_ in fake.calls] == calls.split()
-    assert fake.calls[0][2] == {"dir": str(tmp_path), "mode": "online", "project": "p", "name": "n"}
+    want = {"dir": str(tmp_path), "mode": "online", "project": "p", "name": "n", "resume": "allow", "config": None}
+    assert fake.calls[0][2] == {**want, "id": json.loads((tmp_path / "wandb.json").read_text())["id"]}
     assert capsys.readouterr().out.count("no network") == bool(broken)
     assert [row["x"] for row in read_metrics(log.path)] == [1.0, 2.0]
+
+
+def test_a_run_gone_on_with_is_the_same_run_of_wandb(tmp_path, monkeypatch):
+    """Its config without secrets, its id from the folder; started over it is another one."""
+    (tmp_path / "config.yaml").write_text("steps: 3\ntoken: '***'\n")
+    told = []
+    for start in (0, 2, 0):
+        fake = FakeWandb("")
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        log = RunLog(tmp_path, start=start, wandb=WandbConfig("offline"), quiet=True)
+        log.videos(7, [Path("a.mp4"), Path("b.mp4")], ["a dog", "a cat"])
+        log.close()
+        told.append(fake.calls[0][2])
+        assert fake.calls[1][1:] == (({"samples": [("a.mp4", "a dog"), ("b.mp4", "a cat")]},), {"step": 7})
+    first, again, over = (one["id"] for one in told)
+    assert first == again != over
+    assert told[0]["config"] == {"steps": 3, "token": "***"}
+
+
+class FakeBoard(types.ModuleType):
+    """Stands for torch.utils.tensorboard."""
+
+    def __init__(self, *, full: bool = False) -> None:
+        super().__init__("torch.utils.tensorboard")
+        self.said, self.full = [], full
+
+    def SummaryWriter(self, folder: str, purge_step: int) -> FakeBoard:
+        self.said.append((Path(folder).name, purge_step))
+        return self
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        if self.full:
+            raise OSError("no space left")
+        self.said.append((name, value, step))
+
+    def close(self) -> None:
+        self.said.append("closed")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_tensorboard_beside_wandb_and_each_fails_alone(tmp_path, monkeypatch, capsys, full):
+    board, fake = FakeBoard(full=full), FakeWandb("")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = RunLog(tmp_path, start=4, wandb=WandbConfig("online"), tensorboard=True, quiet=True)
+    log.log(4, {"train/loss": 0.5})
+    log.log(5, {"train/loss": 0.25})
+    log.close()
+    assert [name for name, *_ in fake.calls] == ["init", "log", "log", "finish"]
+    if full:
+        assert board.said == [("tensorboard", 4)]
+        assert capsys.readouterr().out.count("tensorboard log failed") == 1
+    else:
+        assert board.said == [("tensorboard", 4), ("train/loss", 0.5, 4), ("train/loss", 0.25, 5), "closed"]
+
+
+def test_no_tensorboard_installed_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    RunLog(tmp_path, tensorboard=True).close()
+    assert "tensorboard is not used, the run goes on without it" in capsys.readouterr().out
 
 
 def test_no_wandb_installed_is_said(tmp_path, monkeypatch, capsys):
@@ -123,11 +189,17 @@ def test_disabled_wandb_is_not_imported(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_real_wandb_works_offline(tmp_path, capsys):
-    log = RunLog(tmp_path, wandb=WandbConfig("offline"), quiet=True)
-    log.log(0, {"x": 1.0})
-    log.close()
+    write_mp4(tmp_path / "a.mp4", torch.zeros(4, 16, 16, 3, dtype=torch.uint8), 8.0)
+    (tmp_path / "config.yaml").write_text("steps: 2\n")
+    for start in (0, 1):
+        log = RunLog(tmp_path, start=start, wandb=WandbConfig("offline"), quiet=True)
+        log.log(start, {"x": 1.0})
+        log.videos(start, [tmp_path / "a.mp4"], ["a dog"])
+        log.close()
     assert "goes on without it" not in capsys.readouterr().out
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    runs = {path.stem for path in tmp_path.glob("wandb/offline-run-*/*.wandb")}
+    assert runs == {f"run-{json.loads((tmp_path / 'wandb.json').read_text())['id']}"}
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/videos/*.mp4"))
 
 
 def test_say_is_flushed_and_needs_no_torch():
