@@ -121,7 +121,7 @@ def grpo(folder: Path) -> Outcome:
     with generator.given_prompts({PROMPT: embedding(0), cfg.generator.sampler.negative_prompt: embedding(1)}):
         result = loop.step(0)
     metrics = result.metrics
-    moved = sum(float(p.abs().sum()) for n, p in generator.module.named_parameters() if "lora_B" in n)
+    moved = sum(float(p.detach().abs().sum()) for n, p in generator.module.named_parameters() if "lora_B" in n)
     facts = {"grad_norm": metrics["train/grad_norm"], "lora_B": moved, "not_finite": loop.engine.take_skipped()}
     plan = plan_grpo(cfg, Where(DEVICES["h100"]))
     return Outcome(plan, sum(p.numel() for p in engine.module.parameters()), facts)
@@ -221,11 +221,12 @@ def random_judge(cfg: Any) -> DeScore:
 
     from launch.known_models import QWEN3_VL
     from rm.model import DeScore
-    from rm.prompt import DEFAULT_TEMPLATE
+    from rm.prompt import DEFAULT_TEMPLATE, VIDEO_PAD, token_id
 
     torch.manual_seed(0)
-    backbone = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**QWEN3_VL[JUDGE])).eval()
     tokenizer = AutoTokenizer.from_pretrained((ROOT / "assets" / "shapes" / "qwen").as_posix())
+    config = Qwen3VLConfig(**QWEN3_VL[JUDGE], video_token_id=token_id(tokenizer, VIDEO_PAD))
+    backbone = Qwen3VLForConditionalGeneration(config).eval()
     query = max(tokenizer.get_vocab().values()) + 1
     return DeScore(backbone, tokenizer, DEFAULT_TEMPLATE, cfg.video, query, cfg.generation)
 

@@ -60,7 +60,8 @@ def cell(cfg: Any, device: str, ranks: int) -> str:
 
 def duration(plan: Plan) -> str:
     seconds = plan.seconds
-    return f"{seconds:,.0f} s a {plan.unit}" if seconds >= 10 else f"{seconds:.1f} s a {plan.unit}"
+    article = "an" if plan.unit[0] in "aeiou" else "a"
+    return f"{seconds:,.0f} s {article} {plan.unit}" if seconds >= 10 else f"{seconds:.1f} s {article} {plan.unit}"
 
 
 def page(device: str, rows: list[str]) -> str:

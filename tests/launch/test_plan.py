@@ -38,7 +38,9 @@ def test_flops_of_products_and_attention() -> None:
 
 
 def test_memory_that_is_alive_at_one_time() -> None:
+    before = torch.empty(1000, device="meta")
     with LiveMemory() as memory:
+        before.add_(1).view(10, 100)  # was there already
         x = torch.empty(1000, device="meta")  # 4,000 bytes
         y = x + 1  # 8,000
         view = y[:10]  # nothing new
