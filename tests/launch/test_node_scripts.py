@@ -49,7 +49,7 @@ def test_deepspeed_reads_the_hostfile() -> None:
 def fake(tmp_path: Path) -> Path:
     """A deepspeed that starts one rank, which writes what it is told and gets, and ignores no more than its parent."""
     rank = "import signal, sys, time, pathlib; got = pathlib.Path(sys.argv[1])\n"
-    rank += "signal.signal(signal.SIGUSR1, lambda n, f: got.write_text('asked') and sys.exit(138))\n"
+    rank += "signal.signal(signal.SIGUSR1, lambda n, f: got.write_text('asked') and sys.exit(38))\n"
     rank += "got.write_text('there'); time.sleep(30)\n"
     (tmp_path / "rank.py").write_text(rank)
     (tmp_path / "deepspeed").write_text(
@@ -76,14 +76,14 @@ def started(fake: Path) -> subprocess.Popen[str]:
 def test_a_node_that_is_asked_to_stop_asks_its_ranks(number: signal.Signals, fake: Path) -> None:
     process = started(fake)
     process.send_signal(number)
-    assert process.wait(timeout=20) == 138  # the launcher's, which is the rank's
+    assert process.wait(timeout=20) == 38  # the launcher's, which is the rank's
     assert (fake / "got").read_text() == "asked"
     words = "--no_ssh --node_rank 1 --master_addr 10.1.2.3 --master_port 4242 launch/grpo.py a.b=c d"
     assert (fake / "words").read_text() == f"--hostfile {fake}/hosts {words}\n"
 
 
 def test_a_node_that_is_asked_twice_ends_at_once(fake: Path) -> None:
-    (fake / "rank.py").write_text((fake / "rank.py").read_text().replace("and sys.exit(138)", "and None"))
+    (fake / "rank.py").write_text((fake / "rank.py").read_text().replace("and sys.exit(38)", "and None"))
     process = started(fake)
     process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + 20
@@ -122,7 +122,7 @@ def test_a_server_for_other_hosts_needs_a_token() -> None:
     script = str(FOLDER / "reward_server.sh")
     words = [script, "rewards.brightness.weight=1"]
     assert "REWARD_SERVER_TOKEN: is not set" in run(*words, expect=1, REWARD_SERVER_TOKEN="").stderr
-    assert "fewer than 16 characters" in run(*words, expect=2, REWARD_SERVER_TOKEN="short").stderr
+    assert "fewer than 16 characters" in run(*words, expect=2, timeout=30.0, REWARD_SERVER_TOKEN="short").stderr
 
 
 # ------------------------------------------------------------------ what a run asks of its nodes
