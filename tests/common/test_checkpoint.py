@@ -78,6 +78,20 @@ def test_order_is_by_number_beyond_six_digits(tmp_path):
     assert checkpoint.latest(tmp_path).name == "step-1000000"
 
 
+def test_every_file_is_on_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    """A power cut after the rename must not find a checkpoint whose bytes were still in memory."""
+    done, real_sync, real_replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), real_sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), real_replace(a, b)))
+    save(tmp_path, 3)
+    rename = done.index("rename")
+    synced = {Path(path).relative_to(tmp_path / "tmp-step-3").as_posix() for path in done[:rename]}
+    manifest = json.loads((tmp_path / "step-000003" / "manifest.json").read_text())
+    assert synced >= {*manifest["files"], "manifest.json", "."}
+    assert done[rename - 1].endswith("tmp-step-3")  # its names, last
+    assert done[rename + 1] == str(tmp_path)
+
+
 def damage_truncate(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
