@@ -52,7 +52,7 @@ def go(cfg: ColdStartRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, 
 
     if distributed.is_main():
         dump(cfg, Path(cfg.run_dir))
-    pairs = usable(cfg, pairs)
+    pairs, heldout = usable(cfg, pairs, heldout)
     loop, engine = build(cfg, pairs)
     steps = loop.schedule.steps(cfg.cold_start.epochs)
     trained = elements(p for p in loop.model.parameters() if p.requires_grad)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from alignment.dpo import DpoLoop
     from alignment.pair_store import PairSet
+    from generator.config import GeneratorConfig
     from generator.wan import WanGenerator
     from launch.guard import Guard
 
@@ -41,6 +42,16 @@ def read_set(folder: str) -> PairSet:
         refuse(str(error))
 
 
+def misfit(pairs: PairSet, cfg: GeneratorConfig) -> str:
+    """How the videos of these pairs are not those of the generator, by what the set says of itself; or nothing. Another
+    model may learn from them: latents and embeddings are the VAE's and the text encoder's.
+    """
+    made = pairs.about.get("identity", {}).get("settings", {}).get("generator", {})
+    names = ("height", "width", "num_frames", "max_sequence_length")
+    odd = [f"{name} {made[name]} -> {now}" for name in names if (now := getattr(cfg, name)) != made.get(name, now)]
+    return f"{pairs.folder} holds other videos than the generator makes: {', '.join(odd)}" if odd else ""
+
+
 def train(cfg: DpoRun, *, resume: str) -> None:
     """The whole run, see `go`, under a guard."""
     from launch.compose import quiet
@@ -50,6 +61,9 @@ def train(cfg: DpoRun, *, resume: str) -> None:
 
     pairs = read_set(cfg.pairs)
     heldout = None if cfg.heldout is None else read_set(cfg.heldout)
+    for found in (pairs, heldout):
+        if found is not None and (problem := misfit(found, cfg.generator)):
+            refuse(problem)
     with guarded(cfg) as guard:
         go(cfg, pairs, heldout, guard, resume=resume)
 

@@ -52,7 +52,7 @@ def go(cfg: DualRlRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, *, 
 
     if distributed.is_main():
         dump(cfg, Path(cfg.run_dir))
-    pairs = usable(cfg, pairs)
+    pairs, heldout = usable(cfg, pairs, heldout)
     loop, engine = build(cfg, pairs)
     dual, ranks = cfg.dual_rl, distributed.world_size()
     say(

@@ -35,6 +35,7 @@ NO_MEMORY = """Rollouts and decoding were cut to one video at once already, wher
   a larger zero_stage (0 to 3), more ranks        the optimizer's and the gradients' part of each rank
   cache_prompts=true                              no text encoder beside the transformer (11 GB for umt5-xxl)
   a smaller micro_batch, or chains_per_row        activations of DPO and of DeScore's training
+  rewards.NAME.options.batch, or a server (url=)  a judge's activations, or all of it
   generator.num_frames, .height, .width           activations of everything
 Checkpoints are whole; started again with other settings of these, the run goes on."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -51,9 +51,9 @@ def read_tables(cfg: ColdStartRun | DualRlRun, **options: Any) -> tuple[PairTabl
     return train_table, list(heldout_table.pairs[: cfg.heldout_pairs]) if heldout_table else []
 
 
-def usable(cfg: ColdStartRun | DualRlRun, pairs: list[Pair]) -> list[Pair]:
-    """The pairs whose videos can be decoded; the others go to run_dir/bad_samples.jsonl. All ranks call it and share
-    the work. Exit with code 2 when more than ``data.max_bad`` of the pairs are bad, or all are.
+def usable(cfg: ColdStartRun | DualRlRun, pairs: list[Pair], heldout: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """The pairs, and the held-out ones, whose videos can be decoded; the others go to run_dir/bad_samples.jsonl. All
+    ranks call it and share the work. Exit with code 2 when more than ``data.max_bad`` of either are bad, or all are.
     """
     from common import distributed
     from common.files import replace_text
@@ -61,18 +61,20 @@ def usable(cfg: ColdStartRun | DualRlRun, pairs: list[Pair]) -> list[Pair]:
     from rm.video_check import split_pairs
 
     if not cfg.data.check_videos:
-        return pairs
-    files = sorted({file for pair in pairs for file in (pair.video_A, pair.video_B)})
-    sound, records = split_pairs(pairs, checked(files, cfg.run_dir))
-    if not records:
-        return sound
+        return pairs, heldout
+    files = sorted({file for pair in [*pairs, *heldout] for file in (pair.video_A, pair.video_B)})
+    bad = checked(files, cfg.run_dir)
+    sets = {name: (part, *split_pairs(part, bad)) for name, part in (("pairs", pairs), ("held-out pairs", heldout))}
+    lines = [{"of": name, **record} for name, (_, _, records) in sets.items() for record in records]
     out = Path(cfg.run_dir) / "bad_samples.jsonl"
-    if distributed.is_main():
-        replace_text(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    say(f"{len(records)} of {len(pairs)} pairs have a video that cannot be decoded and are left out, see {out}")
-    if not sound or len(records) > cfg.data.max_bad * len(pairs):
-        refuse(f"that is more than data.max_bad={cfg.data.max_bad:g} of them")
-    return sound
+    if lines and distributed.is_main():
+        replace_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    for name, (part, sound, records) in sets.items():
+        if records:
+            say(f"{len(records)} of {len(part)} {name} have a video that cannot be decoded and are left out, see {out}")
+        if part and (not sound or len(records) > cfg.data.max_bad * len(part)):
+            refuse(f"{len(records)} of {len(part)} {name} are more than data.max_bad={cfg.data.max_bad:g} of them")
+    return sets["pairs"][1], sets["held-out pairs"][1]
 
 
 def checked(files: list[Path], run_dir: str) -> dict[Path, str]:

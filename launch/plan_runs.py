@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from alignment.dpo import steps_of
 from launch.forwards import samples_per_rollout, samples_per_update
 from launch.plan_models import JudgeOnMeta, Lengths, Sizes, WanOnMeta, lengths_of, sizes_of
 
@@ -176,7 +177,7 @@ def plan_dpo(cfg: DpoRun, where: Where, *, pairs: int | None = None) -> Plan:
         *_facts_of_wan(wan, sizes),
         f"one update = {cfg.dpo.pairs_per_step} pairs, {own} a rank; neither VAE nor text encoder is in memory",
     ]
-    count = round(cfg.dpo.epochs * pairs / cfg.dpo.pairs_per_step) if pairs else 0
+    count = steps_of(cfg.dpo, pairs) if pairs else 0
     problems = [f"pairs_per_step={cfg.dpo.pairs_per_step} over {where.ranks} ranks"] if rest else []
     phases = [Phase("update", flops, at(where, flops))]
     return Plan(facts, parts, phases, "update", count, _saved(sizes) * (cfg.keep + 1), problems)

@@ -35,6 +35,12 @@ def test_the_programs_and_configs_it_names_exist(page: Path) -> None:
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_its_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
 def commands(page: Path) -> list[list[str]]:
     """Of our programs in the page's shell blocks, continued lines joined, without what a comment or a loop adds."""
     found = []

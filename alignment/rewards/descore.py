@@ -1,4 +1,4 @@
-"""DeScore as a reward. The one file of alignment/ that knows rm/."""
+"""DeScore as a reward."""
 
 from __future__ import annotations
 

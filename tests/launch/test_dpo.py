@@ -19,6 +19,7 @@ from common.config import load
 from common.distributed import generator as seeded
 from common.log import read_metrics
 from launch.compose import build_generator
+from launch.dpo import misfit
 from launch.pair_runs import DpoRun
 from launch.runs import SampleRun
 from launch.sample import sample
@@ -27,6 +28,22 @@ from tests.launch.processes import ROOT, ZERO_3, deepspeed, run
 from tests.launch.test_pairs import GENERATOR
 
 SCRIPT = str(ROOT / "launch" / "dpo.py")
+
+
+def test_pairs_of_another_size_are_refused(tmp_path: Path) -> None:
+    cfg = load(DpoRun, None, ["generator.path=x", "generator.height=16", "run_dir=x", "pairs=x"]).generator
+    pair = LatentPair("p", torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.zeros(1, 2))
+    for about, want in [
+        ({}, ""),  # a set that says nothing, of an earlier version or of somebody else
+        ({"identity": {"settings": {"generator": {"height": 16, "width": 832, "path": "y"}}}}, ""),
+        (
+            {"identity": {"settings": {"generator": {"height": 32, "num_frames": 5}}}},
+            "height 32 -> 16, num_frames 5 -> 81",
+        ),
+    ]:
+        write_pairs(tmp_path, iter([pair]), per_shard=1, dtype=torch.float32, about=about)
+        found = misfit(PairSet(tmp_path), cfg)
+        assert found == (want and f"{tmp_path} holds other videos than the generator makes: {want}")
 
 
 @pytest.fixture(scope="module")

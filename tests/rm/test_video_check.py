@@ -119,10 +119,13 @@ def test_a_run_leaves_out_what_is_bad_or_does_not_start(tmp_path: Path) -> None:
     words += [f"run_dir={tmp_path / 'run'}", "lora.rank=4", "dtype=float32"]
     done = run(sys.executable, *words, expect=2)
     assert "1 of 3 pairs have a video that cannot be decoded" in done.stdout
-    assert "more than data.max_bad=0.05" in done.stderr
+    assert "1 of 3 pairs are more than data.max_bad=0.05" in done.stderr
+    held = [f"data.heldout={tmp_path / 'pairs.csv'}", "data.limit=1"]  # of the training pairs: the first is sound
+    done = run(sys.executable, *words, *held, expect=2)
+    assert "1 of 4 held-out pairs are more than data.max_bad=0.05" in done.stderr
     run(sys.executable, *words, "data.max_bad=0.5")
     (record,) = map(json.loads, (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines())
-    assert (record["line"], record["prompt"]) == (3, "p1")
+    assert (record["of"], record["line"], record["prompt"]) == ("pairs", 3, "p1")
     assert "cannot be decoded" in record["problems"][str(tmp_path / "1B.mp4")]
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
     known = json.loads((tmp_path / "run" / "checked_videos.json").read_text())
