@@ -1,17 +1,31 @@
-"""How much of a batch goes through a model at once: as much as is asked for, or as fits."""
+"""How much of a batch goes through a model at once: as much as is asked for, or as fits; and what was held at most."""
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from common import faults
+from common.distributed import max_over_ranks
 from common.log import say
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def peak_memory() -> dict[str, float]:
+    """The most that any rank has held so far, in GiB: tensors on its GPU, or the whole process where there is none. All
+    ranks call it.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"memory/peak_gb": max_over_ranks(peak)}
 
 
 class Portions:

@@ -183,22 +183,15 @@ def arithmetic(cfg: DpoRun, loop: DpoLoop, generator: WanGenerator, *, pairs: in
 
 def timed(loop: DpoLoop, step: int) -> dict[str, float]:
     """One step's metrics, with its seconds and the most memory any rank has held."""
-    import resource
     import time
 
-    import torch
-
-    from common.distributed import max_over_ranks, mean_over_ranks
+    from common.distributed import mean_over_ranks
+    from common.memory import peak_memory
 
     start = time.perf_counter()
     metrics = loop.step(step)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    seconds = mean_over_ranks({"seconds/step": time.perf_counter() - start})
-    return {**metrics, **seconds, "memory/peak_gb": max_over_ranks(peak)}
+    memory = peak_memory()
+    return {**metrics, **mean_over_ranks({"seconds/step": time.perf_counter() - start}), **memory}
 
 
 def watch(cfg: DpoRun, loop: DpoLoop, step: int, *, warned: bool) -> tuple[bool, bool]:

@@ -73,6 +73,7 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
     """Build, go on where the run was, one `GrpoLoop.step` after the other, save."""
     from common import distributed, faults
     from common.log import RunLog, progress, say
+    from common.memory import peak_memory
     from common.types import RewardUnavailableError
     from launch.ema import Ema
     from launch.engine_state import go_on
@@ -108,7 +109,7 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
             ema.update()
         faults.point("step")
         skipped = {"train/not_finite": loop.engine.take_skipped()}
-        log.log(step, {**result.metrics, **skipped, **counter.take(), **measured})
+        log.log(step, {**result.metrics, **skipped, **counter.take(), **peak_memory(), **measured})
         faults.point("logged")
         last, stop = step + 1 == cfg.steps, guard.step_done()
         if distributed.is_main() and cfg.video_every and (step % cfg.video_every == 0 or last):

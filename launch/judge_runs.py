@@ -120,13 +120,14 @@ def run_steps(
     """
     from common import distributed, faults
     from common.log import RunLog, progress, say
+    from common.memory import peak_memory
     from launch.engine_state import go_on, save_engine, save_step
 
     run_dir = Path(cfg.run_dir)
     start = go_on(cfg, engine, resume)
     log = RunLog(run_dir, start=start, wandb=cfg.wandb, tensorboard=cfg.tensorboard, total=steps)
     for step in progress(range(start, steps), steps - start, label):
-        metrics = {**step_of(step), "train/not_finite": careful.take_skipped()}
+        metrics = {**step_of(step), "train/not_finite": careful.take_skipped(), **peak_memory()}
         faults.point("step")
         last = step + 1 == steps
         if evaluate is not None and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.memory import Portions
+from common.memory import Portions, peak_memory
 
 
 class Limited:
@@ -70,3 +70,13 @@ def test_other_errors_travel() -> None:
         Portions(4, what="items").over(broken, ITEMS)
     with pytest.raises(ValueError, match="a portion of videos holds at least 1, got 0"):
         Portions(0, what="videos")
+
+
+def test_what_was_held_at_most() -> None:
+    """Half a GiB more than there ever was, on the CPU, where the whole process counts."""
+    before = peak_memory()["memory/peak_gb"]
+    held = torch.ones(int((before + 0.5) * 2**30 / 4))
+    after = peak_memory()["memory/peak_gb"]
+    assert after >= before + 0.5
+    del held
+    assert peak_memory()["memory/peak_gb"] == after

@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
     rows = read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "memory"))} for row in rows]
 
 
 @pytest.mark.slow

@@ -156,7 +156,7 @@ def adapter_of(folder: Path, part: Path = Path("final")) -> dict[str, torch.Tens
 
 def numbers(folder: Path) -> list[dict[str, float]]:
     """The metrics without wall-clock times."""
-    timed = ("seconds/", "videos_per_second")
+    timed = ("seconds/", "videos_per_second", "memory/")
     rows = read_metrics(folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in rows]
 

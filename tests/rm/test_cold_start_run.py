@@ -43,7 +43,8 @@ def ranks(folder):
 
 def metrics(run: Path) -> list[dict[str, float]]:
     return [
-        {k: v for k, v in row.items() if not k.startswith("seconds")} for row in read_metrics(run / "metrics.jsonl")
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "memory"))}
+        for row in read_metrics(run / "metrics.jsonl")
     ]
 
 
