@@ -162,7 +162,7 @@ def test_where() -> None:
         assert ended.value.code == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_recipe_costs_what_longcat_published() -> None:
     """2,119 PFLOP an update on Wan 1.3B: 117 forwards of 283 TFLOP for each of 64 groups, 535 s on eight H100 at 50 %.
     The adapter's own products come on top here.
@@ -180,7 +180,7 @@ def test_the_recipe_costs_what_longcat_published() -> None:
     assert plan_grpo(cfg, replace(H100, ranks=7)).problems
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_cold_start_on_8b() -> None:
     cfg = load(ColdStartRun, ROOT / "configs" / "wan" / "cold_start.yaml")
     short = Lengths((5, 20, 36), 900, prompt=100, chain=200)
@@ -193,7 +193,7 @@ def test_the_cold_start_on_8b() -> None:
     assert plan.peak < 79 * GIB
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["grpo", "dpo", "pairs", "cold_start", "dual_rl", "sample"])
 def test_every_program_says_what_it_needs_before_it_loads_anything(name: str, tmp_path: Path) -> None:
     words = [sys.executable, f"launch/{name}.py", "--config", f"configs/shapes/{name}.yaml", "--dry-run", "2xa100"]
