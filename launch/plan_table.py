@@ -21,8 +21,10 @@ CONFIGS = ROOT / "configs" / "wan"
 SMALL = "../sizes/240x416x33.yaml"
 RECIPES: dict[str, tuple[type, tuple[str, ...], tuple[str, ...]]] = {
     "DeScore, cold start (8B)": (ColdStartRun, ("cold_start.yaml",), ()),
+    "the same, 64 pairs a step": (ColdStartRun, ("cold_start.yaml", "../gpus/cold_start_64.yaml"), ()),
     "DeScore, dual RL (8B)": (DualRlRun, ("dual_rl.yaml",), ()),
     "the same, ZeRO 3": (DualRlRun, ("dual_rl.yaml",), ("zero_stage=3",)),
+    "the same, an adapter": (DualRlRun, ("dual_rl.yaml", "../gpus/dual_rl_1.yaml"), ()),
     "Longcat-GRPO": (GrpoRun, ("grpo.yaml",), ()),
     "the same, 240 x 416 x 33": (GrpoRun, ("grpo.yaml", SMALL), ()),
     "pairs, one prompt": (PairsRun, ("pairs.yaml",), ()),

@@ -37,7 +37,8 @@ SCHEMAS = {
 SISTERS = sorted((ROOT / "sisters").glob("*.yaml"))  # these stand on a GRPO recipe
 MIXES = sorted((ROOT / "rewards").glob("*.yaml"))  # so do these
 SIZES = sorted((ROOT / "sizes").glob("*.yaml"))  # and these on any recipe of a generator
-FILES = sorted(set(ROOT.rglob("*.yaml")) - set(SISTERS) - set(MIXES) - set(SIZES))
+GPUS = sorted((ROOT / "gpus").glob("*.yaml"))  # and each of these on the full-size recipe of its name
+FILES = sorted(set(ROOT.rglob("*.yaml")) - set(SISTERS) - set(MIXES) - set(SIZES) - set(GPUS))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -56,6 +57,17 @@ def test_the_worlds_generator_is_the_same_in_every_file() -> None:
     names = ("grpo", "sample", "evaluate", "grpo_oracle", "evaluate_oracle", "pairs", "dpo")
     generators = [load(SCHEMAS[name], ROOT / "shapes" / f"{name}.yaml").generator for name in names]
     assert all(one == generators[0] for one in generators)
+
+
+@pytest.mark.parametrize("path", GPUS, ids=lambda path: path.stem)
+def test_a_number_of_gpus_stands_on_its_recipe(path: Path) -> None:
+    name, _, gpus = path.stem.rpartition("_")
+    recipe = ROOT / "wan" / f"{name}.yaml"
+    plain, other = load(SCHEMAS[name], recipe), load(SCHEMAS[name], [recipe, path])
+    assert other != plain
+    pairs = other.cold_start.pairs_per_step if name == "cold_start" else other.dual_rl.pairs_per_step
+    assert pairs % int(gpus) == 0
+    assert "Not run at full size by us" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["grpo", "pairs", "dpo", "sample"])
