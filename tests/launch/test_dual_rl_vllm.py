@@ -17,7 +17,7 @@ from tests.tiny_qwen import random_frames
 ANSWER = '<answer>{"video_1_scores": {"subject": "2"}, "video_2_scores": {"subject": "0"}}</answer>'
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_write_with_an_engine_each_and_leave_nothing(tmp_path: Path) -> None:
     with (tmp_path / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["videos", "prompt", "GSB", "answer"])

@@ -101,7 +101,7 @@ def test_asked_to_stop_it_saves_and_goes_on(ranks: int, victim: str, tiny: Path,
         assert f"going on after {len(rows)} steps" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_rank_that_hangs_or_dies_ends_all(how: signal.Signals, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
     words = ["--config", str(tiny), f"run_dir={tmp_path / 'run'}", "self_checks=false", "watchdog_s=6", "steps=400"]

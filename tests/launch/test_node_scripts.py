@@ -193,7 +193,7 @@ def test_rows_of_a_rank_are_read_though_no_listing_shows_them(tmp_path: Path, mo
     assert table.finish([(0,)]) == [{"index": 0, "value": 1}]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tables_too_need_a_shared_folder(tmp_path: Path) -> None:
     """Rank 1 is told another folder, which is what a path on its own disk would be."""
     program = tmp_path / "table.py"

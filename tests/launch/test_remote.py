@@ -185,7 +185,7 @@ def served(*overrides: str, **variables: str) -> Iterator[str]:
         process.wait(timeout=30)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_grpo_through_the_server_is_grpo_without_it(tiny: Path) -> None:  # noqa: F811 - the fixture
     """Bit for bit, on one rank and on two; with a token."""
     words = ["steps=2", "save_every=9", "self_checks=false"]
