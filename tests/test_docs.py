@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 import shlex
@@ -75,12 +76,32 @@ def test_its_commands_are_what_the_programs_read(
     assert len(seen) == 1
 
 
+OTHERS = [(page.name, words) for page in PAGES for words in commands(page) if "--config" not in words and words[1:]]
+
+
+@pytest.mark.parametrize(("page", "words"), OTHERS, ids=lambda value: value if isinstance(value, str) else value[0])
+def test_the_options_of_its_other_commands_exist(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that take no config, up to where their arguments are known."""
+    real = argparse.ArgumentParser.parse_args
+
+    def stop_there(parser: argparse.ArgumentParser, *args: Any, **options: Any) -> None:
+        real(parser, *args, **options)
+        raise Understood
+
+    program = importlib.import_module("launch." + Path(words[0]).stem)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_there)
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(Understood):
+        program.main()
+
+
 class Understood(Exception):  # noqa: N818 - no error
     """The command line was read."""
 
 
 def test_the_pages_have_commands() -> None:
     assert len(COMMANDS) > 20
+    assert {words[0] for _, words in OTHERS} >= {"launch/export.py", "launch/convert_descore.py"}
     assert {name for name, _ in COMMANDS} >= {"README.md", "reproduce-wan21.md", "vbench.md"}
 
 
