@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from common import safe_yaml
 from common.files import replace_text
+from common.run_record import SETTINGS
 
 if TYPE_CHECKING:
     from common.config import WandbConfig
 
 IDENTITY = "wandb.json"
-SETTINGS = "config.yaml"
 
 
 class Tracker(Protocol):

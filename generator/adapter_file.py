@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.low_rank import both_sides
 from generator.adapter import ADAPTER_FILE
 
 _PREFIX = "transformer."  # the pipeline component that the weights belong to
@@ -87,18 +88,13 @@ def read(folder: Path) -> StoredAdapter:
         raise ValueError(f"{file} says neither rank nor alpha in its metadata: nobody knows how to scale it")
     if other := [key for key in _OTHER_LORAS if settings.get(_PREFIX + key)]:
         raise ValueError(f"{file}: {other[0]} is not of this project's LoRA")
-    sides: dict[str, dict[str, Tensor]] = {}
+    found = []
     for name, tensor in tensors.items():
         linear, _, end = name.removeprefix(_PREFIX).rpartition(".lora_")
         if not name.startswith(_PREFIX) or end not in ("A.weight", "B.weight") or tensor.dim() != 2:
             raise ValueError(f"{file}: {name} is not the A or B of a linear's LoRA")
-        sides.setdefault(linear, {})[end[0]] = tensor
-    if not sides:
-        raise ValueError(f"{file} is empty")
-    for linear, own in sides.items():
-        if set(own) != {"A", "B"} or own["A"].shape[0] != rank or own["B"].shape[1] != rank:
-            found = {side: tuple(tensor.shape) for side, tensor in own.items()}
-            raise ValueError(f"{file}: {linear} has {found}, r={rank} wants A (r, in) and B (out, r)")
+        found.append((linear, end[0], tensor))
+    sides = both_sides(found, rank=rank, source=file)
     pairs = {linear: LowRank(own["A"], own["B"]) for linear, own in sorted(sides.items())}
     return StoredAdapter(file, rank, float(alpha), pairs)
 

@@ -87,8 +87,10 @@ def measured(part: Callable[[Path], Outcome], *, threads: int) -> dict[str, Any]
     before, began = _resident(), time.time()
     with tempfile.TemporaryDirectory() as folder:
         outcome = part(Path(folder))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    from common.memory import peak_memory
     from launch.plan_runs import GIB, RESERVE
+
+    peak = peak_memory()["memory/peak_gb"] * GIB - before
 
     predicted = outcome.plan.peak - RESERVE
     distributed.shutdown()
@@ -163,6 +165,7 @@ def cold_start(folder: Path) -> Outcome:
     from launch.runs import ColdStartRun
     from rm.data import Pair
     from rm.scorer import DeScoreScorer
+    from rm.video import prepare
 
     words = [f"base={JUDGE}", f"run_dir={folder}", "dtype=float32", "cold_start.pairs_per_step=1"]
     words += ["data.train=none.csv", "generation.max_new_tokens=4", "zero_stage=1", "optimizer.warmup_steps=0"]
@@ -175,7 +178,8 @@ def cold_start(folder: Path) -> Outcome:
     model = random_judge(cfg)
     at_once = DeScoreScorer(model, chains=0).score(files, [PROMPT] * 2).value_B.tolist()
     thought = DeScoreScorer(model).score(files[:1], [PROMPT])
-    prepared = model.encode(PROMPT, _prepared(files[0], model), "word " * 40)
+    video = prepare(files[0], model.settings)
+    tokens = len(model.encode(PROMPT, video, "word " * 40).ids)
     pair = Pair(PROMPT, *files, "word " * 40, "word " * 40, 1)
     loop, engine = loop_of(cfg, [pair], model.train(), accumulation=1)
     metrics = loop.step(0)
@@ -185,11 +189,10 @@ def cold_start(folder: Path) -> Outcome:
         "words_written": len(thought.texts[0]),
         "loss": metrics["train/loss"],
         "grad_norm": metrics["train/grad_norm"],
-        "tokens": len(prepared.ids),
+        "tokens": tokens,
     }
-    video = _prepared(files[0], model)
     seen = video.grid[0] * video.grid[1] * video.grid[2] // 4
-    plan = plan_judge(cfg, Where(DEVICES["h100"]), Lengths(video.grid, seen, prompt=len(prepared.ids) - seen, chain=0))
+    plan = plan_judge(cfg, Where(DEVICES["h100"]), Lengths(video.grid, seen, prompt=tokens - seen, chain=0))
     return Outcome(plan, sum(p.numel() for p in engine.module.parameters()), facts)
 
 
@@ -236,12 +239,6 @@ def embedding(seed: int) -> Tensor:
     import torch
 
     return torch.randn(TEXT_ROWS, 4096, generator=torch.Generator().manual_seed(seed))
-
-
-def _prepared(file: Path, model: DeScore) -> Any:
-    from rm.video import prepare
-
-    return prepare(file, model.settings)
 
 
 def _import_all() -> None:

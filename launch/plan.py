@@ -17,8 +17,10 @@ from typing import Any, NoReturn
 import yaml
 
 from common.run_record import hide_secrets, plain
+from launch.pair_runs import DpoRun, PairsRun
 from launch.plan_runs import DEVICES, GIB, RESERVE, Plan, Where, plan_dpo, plan_grpo, plan_judge, plan_pairs
 from launch.refuse import refuse
+from launch.runs import ColdStartRun, DualRlRun, GrpoRun
 
 _WHERE = re.compile(r"(?:(\d+)x)?([a-z0-9]+)(?:@(0?\.\d+|1(?:\.0*)?))?")
 
@@ -44,14 +46,13 @@ def dry_run(cfg: Any, where: str) -> NoReturn:
 
 def plan_of(cfg: Any, where: Where) -> Plan | None:
     """None for a kind of run that nothing is known of."""
-    makers = {
-        "GrpoRun": plan_grpo, "DpoRun": _plan_dpo, "PairsRun": plan_pairs,
-        "ColdStartRun": plan_judge, "DualRlRun": plan_judge,
-    }  # fmt: skip
-    if type(cfg).__name__ == "PairsRun" and cfg.prompts is None:
-        return None
-    maker = makers.get(type(cfg).__name__)
-    return None if maker is None else maker(cfg, where)
+    if isinstance(cfg, GrpoRun):
+        return plan_grpo(cfg, where)
+    if isinstance(cfg, DpoRun):
+        return _plan_dpo(cfg, where)
+    if isinstance(cfg, ColdStartRun | DualRlRun):
+        return plan_judge(cfg, where)
+    return plan_pairs(cfg, where) if isinstance(cfg, PairsRun) and cfg.prompts is not None else None
 
 
 def parse_where(text: str) -> Where:
@@ -92,7 +93,7 @@ def _largest(plan: Plan) -> list[Any]:
     return sorted((part for part in plan.parts if part.less and part.bytes), key=lambda part: -part.bytes)[:5]
 
 
-def _plan_dpo(cfg: Any, where: Where) -> Plan:
+def _plan_dpo(cfg: DpoRun, where: Where) -> Plan:
     """With as many pairs as the folder has, if it is there."""
     from pathlib import Path
 

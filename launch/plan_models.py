@@ -14,7 +14,7 @@ from launch import known_models
 from launch.on_meta import Cost, cost_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from torch import Tensor, nn
@@ -116,16 +116,7 @@ class WanOnMeta:
 
     def forward(self, samples: int, *, grad: bool) -> Cost:
         """Of the transformer on so many samples: without gradient, or with, backward included."""
-
-        def run() -> None:
-            with torch.set_grad_enabled(grad):
-                out = self.module(**self._inputs(samples), return_dict=False)[0]
-                if grad:
-                    out.float().square().mean().backward()
-            for parameter in self.module.parameters():
-                parameter.grad = None
-
-        return cost_of(run)
+        return _cost_of_pass(self.module, lambda: self.module(**self._inputs(samples), return_dict=False)[0], grad=grad)
 
     def decode(self, videos: int) -> Cost:
         """Of the VAE, from latents to pixels."""
@@ -228,22 +219,17 @@ class JudgeOnMeta:
         t, y, x = lengths.grid
         position = torch.zeros(3, rows, places, dtype=torch.long, device="meta")
 
-        def run() -> None:
-            with torch.set_grad_enabled(grad):
-                patches = torch.empty(rows * t * y * x, each, device="meta", dtype=dtype)
-                seen = inner.visual(patches, grid_thw=torch.tensor([lengths.grid] * rows)).pooler_output
-                seen = seen if isinstance(seen, torch.Tensor) else torch.cat(list(seen))
-                text = torch.empty(rows, places - lengths.video, width, device="meta", dtype=dtype)
-                embedded = torch.cat([seen.view(rows, lengths.video, width), text], dim=1)
-                if grad and not embedded.requires_grad:
-                    embedded.requires_grad_()
-                hidden = inner.language_model(inputs_embeds=embedded, position_ids=position, use_cache=False)[0]
-                if grad:
-                    hidden.float().square().mean().backward()
-            for parameter in self.model.parameters():
-                parameter.grad = None
+        def hidden() -> Tensor:
+            patches = torch.empty(rows * t * y * x, each, device="meta", dtype=dtype)
+            seen = inner.visual(patches, grid_thw=torch.tensor([lengths.grid] * rows)).pooler_output
+            seen = seen if isinstance(seen, torch.Tensor) else torch.cat(list(seen))
+            text = torch.empty(rows, places - lengths.video, width, device="meta", dtype=dtype)
+            embedded = torch.cat([seen.view(rows, lengths.video, width), text], dim=1)
+            if grad and not embedded.requires_grad:
+                embedded.requires_grad_()
+            return inner.language_model(inputs_embeds=embedded, position_ids=position, use_cache=False)[0]
 
-        return cost_of(run)
+        return _cost_of_pass(self.model, hidden, grad=grad)
 
     def cache_bytes(self, places: int) -> float:
         """Keys and values of one sequence."""
@@ -258,6 +244,20 @@ class JudgeOnMeta:
         own, last = sizes_of(backbone.model.language_model), sizes_of(backbone.lm_head)
         table = sizes_of(backbone.get_input_embeddings())  # looked up, not multiplied
         return Sizes(own.parameters + last.parameters - table.parameters, 0, own.bytes + last.bytes - table.bytes, 0)
+
+
+def _cost_of_pass(module: nn.Module, output: Callable[[], Tensor], *, grad: bool) -> Cost:
+    """Of what makes ``output``, and with ``grad`` of a backward from it too, whose gradients the module lets go."""
+
+    def run() -> None:
+        with torch.set_grad_enabled(grad):
+            out = output()
+            if grad:
+                out.float().square().mean().backward()
+        for parameter in module.parameters():
+            parameter.grad = None
+
+    return cost_of(run)
 
 
 def _config_of(path: str, part: str, known: dict[str, Any] | None) -> dict[str, Any]:

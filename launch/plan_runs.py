@@ -7,6 +7,7 @@ read over the device's bandwidth.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -130,8 +131,7 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
     update = wan.forward(in_update, grad=True)
     trained = groups * latents * cfg.grpo.updates * update.flops
     compared = groups * latents * in_update * each if cfg.grpo.kl_weight else 0.0
-    decoded = wan.decode(cfg.generator.decode_batch or own)
-    pixels = groups * own * decoded.flops / (cfg.generator.decode_batch or own)
+    decoding, pixels = _decoding(wan, groups * own, own, where)
 
     parts = training_parts("transformer", sizes, zero_stage=cfg.zero_stage, ranks=where.ranks)
     parts += [_vae(wan), *_text_encoder(cfg.generator, wan, cached=cfg.cache_prompts)]
@@ -141,16 +141,15 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
         parts.append(Part("frozen copy for KL", float(sizes.bytes), "grpo.kl_weight=0, or an adapter"))
     parts += [
         Part("rollout: activations", rollout.peak, "generator.rollout_batch", passing=True),
-        Part("decoding: activations", decoded.peak, "generator.decode_batch=1", passing=True),
+        decoding,
         Part("update: activations", update.peak, "num_frames, height, width", passing=True),
     ]
     phases = [
         Phase("rollout", rolled * each, at(where, rolled * each)),
-        Phase("decoding", pixels, pixels / (where.utilisation * where.device.flops_fp32)),
+        pixels,
         Phase("update", trained + compared, at(where, trained + compared)),
     ]
-    video = {"frames": cfg.generator.num_frames, "fps": cfg.generator.fps, "height": cfg.generator.height}
-    judges, judging, told = _judges(cfg.rewards, groups * own, own, where, video | {"width": cfg.generator.width})
+    judges, judging, told = _judges(cfg.rewards, groups * own, own, where, cfg.generator)
     saved = _saved(sizes) * (cfg.keep + 1)
     facts = [
         *_facts_of_wan(wan, sizes),
@@ -188,30 +187,25 @@ def plan_pairs(cfg: PairsRun, where: Where) -> Plan:
     wan, how, count = WanOnMeta(cfg.generator), cfg.generator.sampler, cfg.pairs.candidates
     branches = 1 if how.guidance_scale == 1 else 2
     at_once = min(cfg.generator.rollout_batch or count, count) * branches
-    forward, batch = wan.forward(at_once, grad=False), cfg.generator.decode_batch or count
-    decoded = wan.decode(batch)
+    forward = wan.forward(at_once, grad=False)
     flops = count * how.num_steps * branches * forward.flops / at_once
-    pixels = count * decoded.flops / batch
+    decoding, pixels = _decoding(wan, count, count, where)
     sizes = sizes_of(wan.transformer)
-    video = {"frames": cfg.generator.num_frames, "fps": cfg.generator.fps, "height": cfg.generator.height}
-    judges, judging, told = _judges(cfg.rewards, count, count, where, video | {"width": cfg.generator.width})
+    judges, judging, told = _judges(cfg.rewards, count, count, where, cfg.generator)
     parts = [
         Part("transformer: weights", float(sizes.bytes)),
         _vae(wan),
         *_text_encoder(cfg.generator, wan, cached=False),
         Part("sampling: activations", forward.peak, "generator.rollout_batch", passing=True),
-        Part("decoding: activations", decoded.peak, "generator.decode_batch=1", passing=True),
+        decoding,
         *judges,
     ]
     phases = [
         Phase("sampling", flops, at(where, flops)),
-        Phase("decoding", pixels, pixels / (where.utilisation * where.device.flops_fp32)),
+        pixels,
         *judging,
     ]
-    latent = 1.0
-    for size in wan.latent_shape:
-        latent *= size
-    disk = 2 * latent * (2 if cfg.store == "bfloat16" else 4)
+    disk = 2.0 * math.prod(wan.latent_shape) * (2 if cfg.store == "bfloat16" else 4)
     facts = [*_facts_of_wan(wan, sizes), f"{count} candidates a prompt; one pair takes {disk / 1e6:.1f} MB", *told]
     return Plan(facts, parts, phases, "prompt", -(-(cfg.limit or 0) // where.ranks), disk * (cfg.limit or 1))
 
@@ -292,7 +286,7 @@ def _dual_rl(
 
 
 def _judges(
-    rewards: dict[str, RewardConfig], videos: int, batch: int, where: Where, video: dict[str, float]
+    rewards: dict[str, RewardConfig], videos: int, batch: int, where: Where, how: GeneratorConfig
 ) -> tuple[list[Part], list[Phase], list[str]]:
     """Memory, time and a word of the rewards that are DeScores; of others nothing is known here."""
     parts, phases, told = [], [], []
@@ -303,7 +297,7 @@ def _judges(
         judge = JudgeOnMeta(reward.checkpoint or "", dtype="bfloat16")
         if judge.name != reward.checkpoint:
             told.append(f"reward {name}: {reward.checkpoint} is not there, planned as {judge.name}")
-        lengths = lengths_of(judge.settings, **video)
+        lengths = lengths_of(judge.settings, frames=how.num_frames, fps=how.fps, height=how.height, width=how.width)
         cost = judge.read(batch, lengths, places=lengths.video + lengths.prompt, grad=False)
         flops = videos * (cost.flops / batch + 2.0 * judge.language.parameters * lengths.chain)
         reading = videos / batch * lengths.chain * judge.language.bytes / where.device.bandwidth
@@ -312,6 +306,17 @@ def _judges(
         cache = batch * judge.cache_bytes(lengths.whole)
         parts.append(Part(f"reward {name}: activations, cache", cost.peak + cache, "options.batch", passing=True))
     return parts, phases, told
+
+
+def _decoding(wan: WanOnMeta, videos: int, at_once: int, where: Where) -> tuple[Part, Phase]:
+    """``decode_batch`` at a time, or ``at_once``, in fp32."""
+    batch = wan.cfg.decode_batch or at_once
+    cost = wan.decode(batch)
+    flops = videos * cost.flops / batch
+    return (
+        Part("decoding: activations", cost.peak, "generator.decode_batch=1", passing=True),
+        Phase("decoding", flops, flops / (where.utilisation * where.device.flops_fp32)),
+    )
 
 
 def _vae(wan: WanOnMeta) -> Part:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.low_rank import both_sides
+
 LORA_NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
@@ -31,17 +33,12 @@ def low_ranks(tensors: Mapping[str, Tensor], *, rank: int, alpha: float, source:
 
     ValueError, naming ``source``, for a tensor that is no A or B of a linear, a lone side, or another rank.
     """
-    sides: dict[str, dict[str, Tensor]] = {}
+    found = []
     for key, tensor in tensors.items():
         if (match := LORA_NAME.fullmatch(key)) is None:
             raise ValueError(f"{source}: {key} is not the A or B of a linear's LoRA")
-        sides.setdefault(f"{stock_name(match[1])}.weight", {})[match[2]] = tensor
-    if not sides:
-        raise ValueError(f"{source} is empty")
-    for name, own in sides.items():
-        if set(own) != {"A", "B"} or own["A"].shape[0] != rank or own["B"].shape[1] != rank:
-            shapes = {side: tuple(tensor.shape) for side, tensor in own.items()}
-            raise ValueError(f"{source}: {name} has {shapes}, r={rank} wants A (r, in) and B (out, r)")
+        found.append((f"{stock_name(match[1])}.weight", match[2], tensor))
+    sides = both_sides(found, rank=rank, source=source)
     return {name: LowRank(own["A"], own["B"], alpha / rank) for name, own in sides.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import socket
@@ -29,6 +30,17 @@ def run(*words: str, expect: int = 0, timeout: float = 240.0, **variables: str) 
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == expect, f"exit code {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
     return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def loaded_by_help(program: str, *packages: str) -> tuple[list[str], str]:
+    """Which of these packages ``launch.PROGRAM --help`` has imported, and what it printed."""
+    code = (
+        f"import sys; from launch.{program} import main\n"
+        "try: main(['--help'])\n"
+        f"except SystemExit: print(sorted({set(packages)!r} & set(sys.modules)))"
+    )
+    lines = run(sys.executable, "-c", code).stdout.splitlines()
+    return ast.literal_eval(lines[-1]), "\n".join(lines[:-1])
 
 
 def deepspeed(ranks: int, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:

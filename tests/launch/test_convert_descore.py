@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from rm.prompt import DEFAULT_TEMPLATE
 from rm.scorer import DeScoreScorer
 from rm.video import prepare
 from tests import official_checkpoint
-from tests.launch.processes import run
+from tests.launch.processes import loaded_by_help, run
 from tests.tiny_qwen import SETTINGS, random_frames
 
 
@@ -92,12 +91,6 @@ def test_what_is_in_the_way_is_refused(tmp_path, official, capsys):
 
 
 def test_help_loads_nothing_heavy():
-    program = (
-        "import sys; from launch.convert_descore import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: print(sorted({'torch', 'transformers', 'peft', 'safetensors'} & set(sys.modules)))"
-    )
-    root = Path(convert_descore.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-    assert "--allow-pickle" in done.stdout
+    loaded, said = loaded_by_help("convert_descore", "torch", "transformers", "peft", "safetensors")
+    assert loaded == []
+    assert "--allow-pickle" in said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from launch.runs import GrpoRun, OptimizerConfig
 from rm.model import DeScore
 from rm.scorer import DeScoreScorer
 from tests.generator.stock import latents, remarks
-from tests.launch.processes import run
+from tests.launch.processes import loaded_by_help, run
 from tests.launch.test_hub import SECRET, Hub, online
 from tests.tiny import build_tiny_wan, tiny_config, tiny_generator
 from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
@@ -311,14 +310,7 @@ def test_the_true_entry_point(wan: Path, grpo: WanGenerator, tmp_path: Path) -> 
 
 
 def test_help_loads_nothing_heavy() -> None:
-    program = (
-        "import sys; from launch.export import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit:\n"
-        "    heavy = {'torch', 'transformers', 'diffusers', 'peft', 'safetensors', 'huggingface_hub'}\n"
-        "    print(sorted(heavy & set(sys.modules)))"
-    )
-    root = Path(export.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-    assert "--base-model" in done.stdout
+    heavy = ("torch", "transformers", "diffusers", "peft", "safetensors", "huggingface_hub")
+    loaded, said = loaded_by_help("export", *heavy)
+    assert loaded == []
+    assert "--base-model" in said
