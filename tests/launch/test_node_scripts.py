@@ -61,10 +61,18 @@ def fake(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def heed_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, the tests and what they start too; a user's terminal does
+    not, and bash cannot trap a signal that was ignored when it began.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(fake: Path) -> subprocess.Popen[str]:
     words = [NODE, str(fake / "hosts"), "1", "launch/grpo.py", "a.b=c d"]
     path = f"{fake}{os.pathsep}{os.environ['PATH']}"
-    process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PATH": path, "MASTER_PORT": "4242"}, text=True)
+    environment = {**os.environ, "PATH": path, "MASTER_PORT": "4242"}
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, text=True, preexec_fn=heed_interrupts)
     deadline = time.monotonic() + 20
     while not (fake / "got").exists() or (fake / "got").read_text() != "there":
         assert time.monotonic() < deadline
