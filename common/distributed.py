@@ -11,8 +11,11 @@ import hashlib
 import math
 import os
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -64,19 +67,53 @@ def skip_cpu_op_build() -> None:
         table["deepspeed_shm_comm"] = False
 
 
-def shutdown() -> None:
-    """Leave the process group, if there is one.
-
-    Then wait a moment. A thread of gloo frees its collective's tensors after it has reported the result, and takes the
-    interpreter's lock for it; where it asks while the interpreter ends, it aborts the whole finished process (exit code
-    134, "terminate called without an active exception"). Destroying the group would join those threads, if deepspeed
-    did not keep a reference to it. A sleeping main thread hands them the lock.
+@contextmanager
+def joined(*, timeout_s: float = 1800.0, for_deepspeed: bool = True) -> Iterator[None]:
+    """`init_process_group`, and `shutdown` afterwards. An error on its way out, SystemExit too, leaves the group as it
+    is, for its ranks may be anywhere, and only waits for this process's threads.
     """
+    init_process_group(timeout_s=timeout_s, for_deepspeed=for_deepspeed)
+    try:
+        yield
+    except BaseException:
+        if world_size() > 1:
+            _let_threads_finish()
+        raise
+    shutdown()
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         several = dist.get_world_size() > 1
         dist.destroy_process_group()
         if several:
-            time.sleep(0.2)
+            _let_threads_finish()
+
+
+def _let_threads_finish(patience_s: float = 10.0) -> None:
+    """Return when no other thread of this process has anything to do, on Linux as its system sees it.
+
+    A thread of gloo frees its collective's tensors after it has reported the result, and takes the interpreter's lock
+    for it; where it asks while the interpreter ends, it aborts the whole finished process (exit code 134, "terminate
+    called without an active exception"). Destroying the group would join those threads, if deepspeed did not keep a
+    reference to it. A sleeping main thread hands them the lock; then they run, or wait for a processor, as long as they
+    have something to free.
+    """
+    end, quiet = time.monotonic() + patience_s, 0
+    while quiet < 3 and time.monotonic() < end:
+        time.sleep(0.02)
+        quiet = 0 if _busy_threads() else quiet + 1
+
+
+def _busy_threads() -> int:
+    """How many threads of this process run or could; the caller's is not counted. 0 where the system does not say."""
+    states = []
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        if stat.parent.name != str(threading.get_native_id()):
+            with suppress(OSError):  # it ended meanwhile
+                states.append(stat.read_text().rpartition(")")[2].split()[0])
+    return states.count("R")
 
 
 def rank() -> int:

@@ -48,20 +48,19 @@ def guarded(cfg: GrpoRun | DpoRun | ColdStartRun | DualRlRun) -> Iterator[Guard]
     when the ranks were not started alike or do not share the folder. Where there is no room for a checkpoint, the run
     ends with exit code 1 and says so; those before are whole.
     """
-    distributed.init_process_group()
-    if problem := alike.problem_of(cfg):
-        refuse(problem)
-    with Guard(Path(cfg.run_dir), watchdog_s=cfg.watchdog_s) as guard:
-        try:
-            yield guard
-        except NoRoomError as error:
-            sys.stderr.write(f"{error}\n")
-            sys.exit(1)
-        except torch.OutOfMemoryError as error:
-            error.add_note(NO_MEMORY)
-            raise
-    distributed.barrier()
-    distributed.shutdown()
+    with distributed.joined():
+        if problem := alike.problem_of(cfg):
+            refuse(problem)
+        with Guard(Path(cfg.run_dir), watchdog_s=cfg.watchdog_s) as guard:
+            try:
+                yield guard
+            except NoRoomError as error:
+                sys.stderr.write(f"{error}\n")
+                sys.exit(1)
+            except torch.OutOfMemoryError as error:
+                error.add_note(NO_MEMORY)
+                raise
+        distributed.barrier()
 
 
 def end_run(log: RunLog, message: str, code: int) -> NoReturn:

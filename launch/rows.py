@@ -183,9 +183,10 @@ def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
 def all_ranks(*, hours: float = 4.0) -> Iterator[None]:
     """Inside, the processes of a launcher are joined; alone, nothing is. ``hours`` allow for unequal shares."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        distributed.init_process_group(timeout_s=hours * 3600, for_deepspeed=False)
-    yield
-    distributed.shutdown()
+        with distributed.joined(timeout_s=hours * 3600, for_deepspeed=False):
+            yield
+    else:
+        yield
 
 
 def fingerprint(path: str | Path) -> Any:

@@ -111,8 +111,9 @@ class TestAlone:
 
 
 @pytest.mark.slow
-def test_a_finished_process_ends_with_exit_code_0(tmp_path):
-    """Though its threads hold the last collective's tensors; without the wait in ``shutdown`` about half abort."""
+@pytest.mark.parametrize(("ending", "code"), [("", 0), ("sys.exit(2)", 2), ("raise ValueError", 1)])
+def test_a_process_ends_with_its_own_exit_code(tmp_path, ending, code):
+    """Though its threads hold the last collective's tensors; where nobody waits for them about half abort (134)."""
     program = (
         "import os, sys; import torch, torch.distributed as dist; from common import distributed as d\n"
         "rank, codes = int(sys.argv[1]), []\n"
@@ -123,9 +124,13 @@ def test_a_finished_process_ends_with_exit_code_0(tmp_path):
         "        dist.init_process_group('gloo', store=store, rank=rank, world_size=2)\n"
         "        sys.kept = dist.group.WORLD  # as deepspeed does\n"
         "        sys.setswitchinterval(5)  # a thread that waits for the lock gets it when the main thread lets go\n"
-        "        for _ in range(50): d.barrier()\n"
-        "        d.shutdown(); sys.exit()\n"
-        "    codes.append(os.waitpid(child, 0)[1])\n"
+        "        try:\n"
+        "            with d.joined():\n"
+        "                for _ in range(50): d.barrier()\n"
+        f"                {ending}\n"
+        "        except ValueError: sys.exit(1)\n"
+        "        sys.exit()\n"
+        "    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
         "print(codes)\n"
     )
     words = [[sys.executable, "-c", program, rank, str(tmp_path)] for rank in "01"]
@@ -133,7 +138,7 @@ def test_a_finished_process_ends_with_exit_code_0(tmp_path):
         subprocess.Popen(w, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         for w in words
     ]
-    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == [str([0] * 8)] * 2
+    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == [str([code] * 8)] * 2
 
 
 class TestSeeds:
