@@ -75,11 +75,10 @@ def joined(*, timeout_s: float = 1800.0, for_deepspeed: bool = True) -> Iterator
     init_process_group(timeout_s=timeout_s, for_deepspeed=for_deepspeed)
     try:
         yield
-    except BaseException:
+        shutdown()
+    finally:
         if world_size() > 1:
             _let_threads_finish()
-        raise
-    shutdown()
 
 
 def shutdown() -> None:

@@ -293,7 +293,6 @@ class SampleRun:
     adapter          folder of a trained adapter, null for the generator as it is
     seeds            videos per prompt; video k of prompt i has seed derive_seed(seed, "sample", i, k)
     limit            use only the first prompts of the file
-    batch            videos sampled and decoded before any is written
     scheduler        "euler" walks the grid of training, "pipeline" is the stock WanPipeline with its own scheduler
     crf              quality of the mp4 files, see `common.video_io.write_mp4`
     """
@@ -305,14 +304,11 @@ class SampleRun:
     seed: int = 0
     seeds: int = 1
     limit: int | None = None
-    batch: int = 8
     scheduler: Literal["euler", "pipeline"] = "euler"
     crf: int = 12
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{n} must be at least 1, got {getattr(self, n)}" for n in ("seeds", "batch") if getattr(self, n) < 1
-        ]
+        problems = [f"seeds must be at least 1, got {self.seeds}"] if self.seeds < 1 else []
         if self.limit is not None and self.limit < 1:
             problems.append(f"limit must be at least 1 or null, got {self.limit}")
         if not 0 <= self.crf <= 51:

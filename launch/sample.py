@@ -3,8 +3,9 @@
     python launch/sample.py --config configs/wan/sample.yaml adapter=runs/grpo/final prompts=prompts.txt out=videos
     deepspeed launch/sample.py vbench --config configs/wan/vbench.yaml adapter=runs/grpo/final out=runs/vbench/tuned
 
-Writes mp4 files and samples.jsonl. The same seeds with and without ``adapter`` give videos to compare side by side.
-``vbench`` films VBench's standard prompts instead, for `launch/evaluate.py vbench`: see docs/vbench.md.
+Writes mp4 files and samples.jsonl; a killed run goes on, and ranks share the videos. The same seeds with and without
+``adapter`` give videos to compare side by side. ``vbench`` films VBench's standard prompts instead, for
+`launch/evaluate.py vbench`: see docs/vbench.md.
 """
 
 from __future__ import annotations
@@ -17,44 +18,53 @@ from launch.command import read_command
 from launch.kinds import take_kind
 from launch.runs import SampleRun
 
+NOT_IN_A_VIDEO = ("out", "limit")  # settings that change no video
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if take_kind(words, ["vbench"]) is None:
-        sample(read_command(SampleRun, words, description=__doc__.splitlines()[0]).cfg)
+        command = read_command(SampleRun, words, description=__doc__.splitlines()[0])
+        sample(command.cfg, resume=command.resume)
         return
     from launch.vbench_runs import VbenchSampleRun
     from launch.vbench_samples import sample_vbench
 
-    command = read_command(VbenchSampleRun, words, description=VbenchSampleRun.__doc__.splitlines()[0])
-    sample_vbench(command.cfg, resume=command.resume)
+    vbench = read_command(VbenchSampleRun, words, description=VbenchSampleRun.__doc__.splitlines()[0])
+    sample_vbench(vbench.cfg, resume=vbench.resume)
 
 
-def sample(cfg: SampleRun) -> None:
-    """All videos of a `SampleRun`, in the order prompt by prompt."""
-    from launch.compose import build_generator, quiet
+def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
+    """out/0000.mp4, 0001.mp4, ... prompt by prompt, and config.yaml; exit with code 2 where something cannot be read or
+    the folder holds other videos.
+    """
+    from launch.refuse import refuse
+    from launch.rows import all_ranks
 
-    quiet()
-    from alignment.data import read_prompts
-    from common.distributed import derive_seed
-    from common.log import progress, say
-    from launch.samples import SampleWriter
+    with all_ranks():
+        from alignment.data import read_prompts
+        from common.config import dump
+        from common.distributed import derive_seed, is_main
+        from common.log import say
+        from launch.filming import Shot, film, open_table
 
-    prompts = read_prompts(cfg.prompts)[: cfg.limit]
-    generator = build_generator(cfg.generator)
-    if cfg.adapter is not None:
-        generator.load_trained(cfg.adapter)
-    rows = [
-        {"prompt": prompt, "seed": derive_seed(cfg.seed, "sample", i, k), "adapter": cfg.adapter}
-        for i, prompt in enumerate(prompts)
-        for k in range(cfg.seeds)
-    ]
-    writer = SampleWriter(Path(cfg.out), fps=cfg.generator.fps, crf=cfg.crf)
-    for first in progress(range(0, len(rows), cfg.batch), None, "sample"):
-        part = rows[first : first + cfg.batch]
-        clean = generator.sample([r["prompt"] for r in part], seeds=[r["seed"] for r in part], scheduler=cfg.scheduler)
-        writer.add(generator.decode(clean), part)
-    say(f"{len(rows)} videos in {cfg.out}")
+        try:
+            prompts = read_prompts(cfg.prompts)
+            table = open_table(cfg, {"prompts": cfg.prompts}, without=NOT_IN_A_VIDEO, resume=resume)
+        except ValueError as error:
+            refuse(str(error))
+        if is_main():
+            dump(cfg, cfg.out)
+        every = [
+            Shot(f"{i * cfg.seeds + k:04d}.mp4", prompt, derive_seed(cfg.seed, "sample", i, k), {"prompt": prompt})
+            for i, prompt in enumerate(prompts)
+            for k in range(cfg.seeds)
+        ]
+        shots = every[: None if cfg.limit is None else cfg.limit * cfg.seeds]
+        film(cfg, shots, Path(cfg.out), table)
+        made = table.done | {(shot.file,) for shot in shots}
+        table.finish([key for shot in every if (key := (shot.file,)) in made])  # with what a larger limit made
+        say(f"{len(shots)} videos in {cfg.out}")
 
 
 if __name__ == "__main__":

@@ -313,7 +313,7 @@ def test_sampling_with_the_adapter_changes_the_videos_and_not_the_seeds(tiny: Pa
     rows = {}
     for name, adapter in (("base", None), ("tuned", str(whole / "final"))):
         folder = str(tiny.parent / name)
-        sample(SampleRun(folder, cfg.prompts, cfg.generator, adapter=adapter, seeds=2, limit=2, batch=3))
+        sample(SampleRun(folder, cfg.prompts, cfg.generator, adapter=adapter, seeds=2, limit=2))
         rows[name] = [json.loads(line) for line in (tiny.parent / name / "samples.jsonl").read_text().splitlines()]
         assert len(list((tiny.parent / name).glob("*.mp4"))) == len(rows[name]) == 4
         assert [row["prompt"] for row in rows[name]] == ["a red circle"] * 2 + ["a blue square"] * 2
