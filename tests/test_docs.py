@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import pytest
 
 from common.config import parse_command_line
 from launch import config_reference
+from tests.documented import COMMANDS, MARKS, PAGES, ROOT, Command
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WITH_CONFIG = [command for command in COMMANDS if "--config" in command.program]
+OTHERS = [command for command in COMMANDS if command.program[1:] and "--config" not in command.program]
 
 
 def defined() -> set[str]:
@@ -42,26 +42,17 @@ def test_its_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Of our programs in the page's shell blocks, continued lines joined, without what a comment or a loop adds."""
-    found = []
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            if match := re.search(r"(?:^|\s)(launch/\w+\.py\b.*)", line.split("  #")[0]):
-                found.append([word for word in shlex.split(match[1]) if not word.startswith("$")])
-    return found
+def name(command: Command) -> str:
+    return f"{command.place} {command.program[0]}"
 
 
-COMMANDS = [(page.name, words) for page in PAGES for words in commands(page) if "--config" in words]
-
-
-@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else value[0])
+@pytest.mark.parametrize("command", WITH_CONFIG, ids=name)
 def test_its_commands_are_what_the_programs_read(
-    page: str, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Programs, options, files and keys: everything but what follows, which needs the user's data, or GPUs."""
+    """Programs, options, files and keys; tests/test_documented_commands.py goes on from there."""
     (tmp_path / "my_reward.py").write_text("")  # the page shows it
-    words = [word.replace("=my_reward.py", f"={tmp_path / 'my_reward.py'}") for word in words]
+    words = [word.replace("=my_reward.py", f"={tmp_path / 'my_reward.py'}") for word in command.program]
     seen = []
 
     def stop_there(*args: Any, **options: Any) -> None:
@@ -76,12 +67,10 @@ def test_its_commands_are_what_the_programs_read(
     assert len(seen) == 1
 
 
-OTHERS = [(page.name, words) for page in PAGES for words in commands(page) if "--config" not in words and words[1:]]
-
-
-@pytest.mark.parametrize(("page", "words"), OTHERS, ids=lambda value: value if isinstance(value, str) else value[0])
-def test_the_options_of_its_other_commands_exist(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", OTHERS, ids=name)
+def test_the_options_of_its_other_commands_exist(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that take no config, up to where their arguments are known."""
+    words = command.program
     real = argparse.ArgumentParser.parse_args
 
     def stop_there(parser: argparse.ArgumentParser, *args: Any, **options: Any) -> None:
@@ -100,9 +89,19 @@ class Understood(Exception):  # noqa: N818 - no error
 
 
 def test_the_pages_have_commands() -> None:
-    assert len(COMMANDS) > 20
-    assert {words[0] for _, words in OTHERS} >= {"launch/export.py", "launch/convert_descore.py"}
-    assert {name for name, _ in COMMANDS} >= {"README.md", "reproduce-wan21.md", "vbench.md"}
+    assert len(WITH_CONFIG) > 20
+    assert {command.program[0] for command in OTHERS} >= {"launch/export.py", "launch/convert_descore.py"}
+    pages = {command.place.split(":")[0] for command in WITH_CONFIG}
+    assert pages >= {"README.md", "reproduce-wan21.md", "vbench.md"}
+
+
+def test_every_mark_is_one_that_means_something_and_make_knows_its_targets() -> None:
+    assert {mark for command in COMMANDS for mark in command.marks} <= MARKS
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    pages = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, ROOT / "CONTRIBUTING.md"])
+    named = set(re.findall(r"(?:`|^)make ([\w-]+)", pages, re.M))
+    assert named >= {"demo", "test", "fullsize", "check"}
+    assert named - targets == set()
 
 
 def test_every_fault_has_a_row_and_every_row_a_test() -> None:
