@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -14,6 +14,8 @@ from common.log import say
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+R = TypeVar("R")
 
 
 def peak_memory() -> dict[str, float]:
@@ -43,31 +45,37 @@ class Portions:
         self.size, self.what, self.fixed = size, what, False
 
     def over(self, function: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
-        """``function`` of all items, one portion after the other, put together along the first dimension.
+        """``function`` of all items, one portion after the other, put together along the first dimension. Errors as
+        `each`.
+        """
+        return torch.cat(self.each(lambda part: function(items[part]), len(items)))
+
+    def each(self, function: Callable[[slice], R], count: int) -> list[R]:
+        """What ``function`` makes of one portion of ``count`` items after the other.
 
         Raises torch.OutOfMemoryError when not even one item fits, or when ``fixed``.
         """
-        done: list[Tensor] = []
+        done: list[R] = []
         start = 0
-        while start < len(items):
-            size = min(self.size or len(items), len(items) - start)
-            result = self._attempt(function, items[start : start + size])
-            if result is None:
-                self._halve(size)
-            else:
-                done.append(result)
+        while start < count:
+            size = min(self.size or count, count - start)
+            if self._attempt(function, slice(start, start + size), done):
                 start += size
-        return torch.cat(done)
+            else:
+                self._halve(size)
+        return done
 
-    def _attempt(self, function: Callable[[Tensor], Tensor], part: Tensor) -> Tensor | None:
-        """None when memory ran out. The error is let go of here: its traceback holds what filled the memory."""
+    def _attempt(self, function: Callable[[slice], R], part: slice, done: list[R]) -> bool:
+        """False when memory ran out. The error is let go of here: its traceback holds what filled the memory."""
+        size = part.stop - part.start
         try:
-            faults.memory(len(part))
-            return function(part)
+            faults.memory(size)
+            done.append(function(part))
         except torch.OutOfMemoryError:
-            if self.fixed or len(part) == 1:
+            if self.fixed or size == 1:
                 raise
-        return None
+            return False
+        return True
 
     def _halve(self, size: int) -> None:
         self.size = size // 2

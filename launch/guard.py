@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 LOCK = "lock.json"
 STUCK = 75  # exit code, EX_TEMPFAIL of sysexits.h: nothing is wrong that another start might not mend
-NO_MEMORY = """Rollouts and decoding were cut to one video at once already, where they can be. Less memory takes also:
+NO_MEMORY = """Rollouts, decoding and judging were cut to one at once, where they can be. Less memory takes also:
   a larger zero_stage (0 to 3), more ranks        the optimizer's and the gradients' part of each rank
   cache_prompts=true                              no text encoder beside the transformer (11 GB for umt5-xxl)
   a smaller micro_batch, or chains_per_row        activations of DPO and of DeScore's training
-  rewards.NAME.options.batch, or a server (url=)  a judge's activations, or all of it
+  a reward server (rewards.NAME.url=)             nothing of a judge, neither weights nor activations
   generator.num_frames, .height, .width           activations of everything
 Checkpoints are whole; started again with other settings of these, the run goes on."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from common.memory import Portions
 from rm.config import VideoSettings
 from rm.prompt import IM_END, IM_START, PROMPT_SLOT, VISION_END, VISION_START, encode_text, token_id
 from rm.video import PixelPatches, preprocess
@@ -176,10 +177,10 @@ class Qwen2Judge(nn.Module):
         seen = frame_indices(len(frames_TYXC), fps, settings)
         return self.read([preprocess(frames_TYXC[seen], settings)], prompt)[0]
 
-    def read_images(self, frames_NYXC: Tensor, prompt: str, *, batch: int = 16) -> Tensor:
-        """(N, K), of each frame as an image of its own."""
+    def read_images(self, frames_NYXC: Tensor, prompt: str, *, portions: Portions) -> Tensor:
+        """(N, K), of each frame as an image of its own, as many at once as ``portions`` say."""
         pictures = [preprocess(frame_YXC[None], self.layout.settings) for frame_YXC in frames_NYXC]
-        return torch.cat([self.read(pictures[i : i + batch], prompt) for i in range(0, len(pictures), batch)])
+        return torch.cat(portions.each(lambda part: self.read(pictures[part], prompt), len(pictures)))
 
 
 def chat(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import derive_seed
+from common.memory import Portions
 from common.types import Score
 from rm.calibration import Calibration
 from rm.generate import generate, read_rewards
@@ -26,7 +27,7 @@ class DeScoreScorer:
 
     It writes with `rm.generate` itself, never with a `rm.chain_writer`: the reward is one token more on that KV cache.
 
-    batch   videos judged at once
+    batch   videos judged at once; halved for good when memory runs out
     chains  chains of thought of each video. 1: one, as the checkpoint's generation says (greedy, unless it was saved
             otherwise). N > 1: sampled, at temperature 1 if the checkpoint's is 0, and the reward is their MEAN; prompt
             and video are read once. 0: score at once, which random masking in stage 1 trains too
@@ -60,7 +61,8 @@ class DeScoreScorer:
                 f"calibrated with chains={calibration.chains}, which are other rewards than chains={chains}"
             )
         self.value, self.calibration = value, calibration
-        self.model, self.batch, self.chains = model.eval().requires_grad_(requires_grad=False), batch, chains
+        self.model, self.chains = model.eval().requires_grad_(requires_grad=False), chains
+        self.portions = Portions(batch, what="videos before the judge")
 
     @classmethod
     def load(
@@ -118,11 +120,10 @@ class DeScoreScorer:
         return found.take([place[key] for key in keys])
 
     def _score(self, videos: Sequence[Tensor | str | Path], prompts: Sequence[str], *, fps: float | None) -> Score:
-        judged = []
-        for start in range(0, len(prompts), self.batch):
-            asked = prompts[start : start + self.batch]
-            ready = [prepare(video, self.model.settings, fps=fps) for video in videos[start : start + self.batch]]
-            judged.append(self._judge(asked, ready))
+        def judge(part: slice) -> _Judged:
+            return self._judge(prompts[part], [prepare(video, self.model.settings, fps=fps) for video in videos[part]])
+
+        judged = self.portions.each(judge, len(prompts))
         reward_BNK = self._calibrated(torch.cat([part.reward_BNK for part in judged]))
         texts = [own for part in judged for own in part.texts]
         if self.value == "overall":  # of chains that count, which have a reward

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common.memory import Portions
 from common.types import Score
 from rm.qwen2_vl import shared
 
@@ -25,7 +26,7 @@ class HPSv3:
     best        share of the frames that count, those that score highest: 0.3 with the video's own prompt is its
                 HPSv3-percentile
     frames      that are looked at, evenly spaced, first and last included; null for all, which is the paper's
-    batch       frames at once
+    batch       frames at once; halved for good when memory runs out
 
     ``fps`` plays no part. Two such rewards with one checkpoint share its weights.
     """
@@ -46,7 +47,8 @@ class HPSv3:
         if not 0 < best <= 1 or batch < 1 or (frames is not None and frames < 1):
             raise ValueError(f"hpsv3 needs best in (0, 1], frames and batch >= 1, got {best}, {frames}, {batch}")
         self.judge = shared(str(checkpoint), device, dtype)
-        self.prompt, self.best, self.frames, self.batch = prompt, best, frames, batch
+        self.prompt, self.best, self.frames = prompt, best, frames
+        self.portions = Portions(batch, what="frames before the judge")
 
     def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
         count = video_BTYXC.shape[1] if self.frames is None else min(self.frames, video_BTYXC.shape[1])
@@ -54,6 +56,6 @@ class HPSv3:
         kept = max(1, math.ceil(self.best * count - 1e-9))
         values = []
         for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True):
-            found_NK = self.judge.read_images(video_TYXC[chosen], self.prompt or prompt, batch=self.batch)
+            found_NK = self.judge.read_images(video_TYXC[chosen], self.prompt or prompt, portions=self.portions)
             values.append(found_NK[:, 0].topk(kept).values.mean())
         return Score(torch.stack(values))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common.memory import Portions
 from common.types import Score
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Similarity:
     checkpoint  folder or hub name of a CLIPModel or SiglipModel with tokenizer and image processor
     frames      that are looked at, evenly spaced, first and last included; a shorter video is looked at whole
     best        share of the frames that count, those that fit best: 0.3 forgives a scene that comes late
-    batch       images of a video at once
+    batch       images of a video at once; halved for good when memory runs out
 
     ``fps`` plays no part. Longer prompts than the model reads are cut, as its tokenizer does. Images are prepared by
     transformers' own processor in its PIL version.
@@ -43,7 +44,7 @@ class Similarity:
 
         if frames < 1 or batch < 1 or not 0 < best <= 1:
             raise ValueError(f"similarity needs frames, batch >= 1 and best in (0, 1], got {frames}, {batch}, {best}")
-        self.frames, self.best, self.batch = frames, best, batch
+        self.frames, self.best, self.portions = frames, best, Portions(batch, what="images before the judge")
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModel.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
         self.model = model.requires_grad_(requires_grad=False).eval().to(self.device)
@@ -69,12 +70,13 @@ class Similarity:
 
     def _images(self, picture_NYXC: Tensor) -> Tensor:
         """(N, D), of length 1."""
-        found = []
-        for part in picture_NYXC.split(self.batch):
-            pixels = self.processor(images=list(part.cpu().numpy()), return_tensors="pt").pixel_values
+
+        def features(part_NYXC: Tensor) -> Tensor:
+            pixels = self.processor(images=list(part_NYXC.cpu().numpy()), return_tensors="pt").pixel_values
             out = self.model.get_image_features(pixel_values=pixels.to(self.device, self.model.dtype))
-            found.append(torch.nn.functional.normalize(out.pooler_output.float(), dim=1))
-        return torch.cat(found)
+            return torch.nn.functional.normalize(out.pooler_output.float(), dim=1)
+
+        return self.portions.over(features, picture_NYXC)
 
     def _text(self, prompt: str) -> Tensor:
         """(D,), of length 1."""

@@ -8,6 +8,7 @@ import torch
 from alignment.config import RewardConfig
 from alignment.rewards import build_rewards
 from alignment.rewards.videoreward import to_gray
+from common.memory import Portions
 from rm.qwen2_vl import shared
 from tests import public_checkpoints as public
 from tests.tiny_qwen import random_frames
@@ -49,7 +50,12 @@ def test_gray_is_the_luma_by_hand(folders: dict[str, str]) -> None:
 
 def test_the_mean_of_the_best_frames(folders: dict[str, str]) -> None:
     judge = shared(folders["hpsv3"], None, "float32")
-    mu = torch.stack([judge.read_images(v, p)[:, 0] for v, p in zip(VIDEO, PROMPTS, strict=True)])
+    mu = torch.stack(
+        [
+            judge.read_images(v, p, portions=Portions(16, what="frames"))[:, 0]
+            for v, p in zip(VIDEO, PROMPTS, strict=True)
+        ]
+    )
     every = reward_of("hpsv3", folders).score(VIDEO, PROMPTS, fps=4.0).value_B
     torch.testing.assert_close(every, mu.mean(dim=1))
     best = reward_of("hpsv3", folders, best=0.3).score(VIDEO, PROMPTS, fps=4.0).value_B

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from common.memory import Portions
 from launch import convert_reward
 from rm.config import VideoSettings
 from rm.prompt import CONTROL_TOKENS
@@ -80,7 +81,7 @@ def test_hpsv3_is_its_own_code(names: str, tmp_path: Path, base: Path, image_rel
     for seed, prompt in enumerate(PROMPTS):
         frames = random_frames(seed, frames=3, size=96)[:, :64]
         want = [image_release.reward([one], prompt, video=False) for one in resized(frames, 392, 560)]
-        found_NK = read.judge.read_images(frames, prompt, batch=2)
+        found_NK = read.judge.read_images(frames, prompt, portions=Portions(2, what="frames"))
         torch.testing.assert_close(found_NK, torch.cat(want), rtol=0, atol=2e-3)
         assert float(found_NK[:, 0].std()) > 0.02
 

@@ -101,6 +101,27 @@ def test_the_size_of_a_batch_changes_nothing(folder, score, video_BTYXC):
     torch.testing.assert_close(small.value_B, score.value_B, atol=1e-6, rtol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("chains", [0, 1])
+def test_a_batch_that_does_not_fit_is_halved_and_judged_alike(folder, video_BTYXC, monkeypatch, chains):
+    """Memory runs out in the forward itself; `common.memory` frees what its error holds."""
+    whole = speaking(folder, chains=chains)
+    want = whole.score(video_BTYXC, PROMPTS, fps=4.0)
+    small = speaking(folder, chains=chains)
+    hidden, seen = DeScore.hidden, []
+
+    def limited(model, batch, **options):
+        seen.append(len(batch.ids_BL))
+        if len(batch.ids_BL) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(model, batch, **options)
+
+    monkeypatch.setattr(DeScore, "hidden", limited)
+    found = small.score(video_BTYXC, PROMPTS, fps=4.0)
+    assert (small.portions.size, max(seen)) == (2, len(PROMPTS))
+    assert found.texts == want.texts
+    torch.testing.assert_close(found.value_B, want.value_B, atol=1e-6, rtol=0, equal_nan=True)
+
+
 @torch.no_grad()
 def test_score_only_mode_is_the_masked_sequence(folder, video_BTYXC):
     scorer = DeScoreScorer.load(folder, chains=0, batch=3)
