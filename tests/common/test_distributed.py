@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,20 @@ def test_a_process_ends_with_its_own_exit_code(tmp_path, ending, code):
         for w in words
     ]
     assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == [str([code] * 8)] * 2
+
+
+def test_threads_that_work_are_waited_for_and_those_that_wait_are_not() -> None:
+    ended, never = [], threading.Event()
+
+    def work() -> None:
+        hashlib.sha256(bytes(200_000_000))  # without the interpreter's lock
+        ended.append(time.monotonic())
+
+    threading.Thread(target=never.wait, daemon=True).start()
+    threading.Thread(target=work).start()
+    distributed._let_threads_finish()
+    assert 0.0 < time.monotonic() - ended[0] < 5.0  # patience is 10
+    never.set()
 
 
 class TestSeeds:
