@@ -1,4 +1,4 @@
-"""When to evaluate the flow, which step is stochastic, and what its loss weighs. Numbers only.
+"""When to evaluate the flow and which step is stochastic. Numbers only.
 
 The grid is our own, not a diffusers scheduler's: those differ between versions in their first value, truncate
 timesteps to integers, or (UniPC) remember previous steps, for which no one-step law exists.
@@ -6,25 +6,16 @@ timesteps to integers, or (UniPC) remember previous steps, for which no one-step
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from common.distributed import derive_seed
-from generator.flow import effective_noise
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from generator.config import SamplerConfig
-
-
-class LossWeights(NamedTuple):
-    """Factors of the two GRPO loss terms at one step."""
-
-    policy: float
-    kl: float
 
 
 def sigma_grid(num_steps: int, *, shift: float) -> Tensor:
@@ -66,19 +57,3 @@ def stochastic_steps(seed: int, how: SamplerConfig, *, iteration: int = 0) -> tu
         return tuple(range(first, end))
     start = first + min(iteration // how.window_every, end - first - how.window_size)
     return tuple(range(start, start + how.window_size))
-
-
-def loss_weights(sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None) -> LossWeights:
-    """policy = s / sqrt(delta), kl = s^2 / delta, with the clipped s of `effective_noise`.
-
-    LongCat-Video 2510.22200, equations 6 to 8, states sqrt(sigma / (delta (1 - sigma))) and its square for an unclipped
-    s, infinite at sigma = 1. With the clipped s the weighted gradients become
-
-        policy * d logp = -c~ xi dv,    kl * KL = c~^2 |v - v_ref|^2 / 2,    c~ = 1 + s^2 (1 - sigma) / (2 sigma)
-
-    (c~ is 3/2 where nothing is clipped and noise_level is 1, as in the paper, and tends to 1 at sigma = 1, as the
-    authors say of their code in LongCat-Video issue 80). Both are 0 when noise_level is 0. Errors as `effective_noise`.
-    """
-    s = effective_noise(sigma, sigma_next, noise_level=noise_level, max_std=max_std)
-    delta = float(sigma) - float(sigma_next)
-    return LossWeights(policy=s / math.sqrt(delta), kl=s**2 / delta)

@@ -35,7 +35,7 @@ def quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # names that these libraries use of each other and are about to retire: nothing a user could act on
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|diffusers\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|diffusers\.|transformers\.")
     import torch
 
     if not torch.accelerator.is_available():

@@ -19,7 +19,7 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,15 +144,18 @@ def _read_table(path: Path) -> list[tuple[str, str]] | None:
     try:
         if path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
-                rows: list[Any] = list(csv.DictReader(file))
+                reader = csv.DictReader(file)
+                rows: list[Any] = list(reader)
+                columns: Collection[str] = reader.fieldnames or ()
         elif path.suffix == ".jsonl":
             lines = path.read_text(encoding="utf-8-sig").split("\n")
             rows = [json.loads(line) for line in lines if line.strip()]
+            columns = rows[0] if rows and isinstance(rows[0], dict) else ()
         else:
             return None
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
-    column = next((c for c in VIDEO_COLUMNS if rows and isinstance(rows[0], dict) and c in rows[0]), None)
+    column = next((c for c in VIDEO_COLUMNS if c in columns), None)
     if column is None:
         if path.suffix == ".csv":
             raise ValueError(f"{path}: needs the columns {' or '.join(VIDEO_COLUMNS)} and prompt")

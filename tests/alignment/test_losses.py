@@ -10,7 +10,7 @@ import torch
 from alignment.losses import grpo_group_loss, step_weights
 from common import gaussian
 from generator import flow
-from generator.schedule import loss_weights, sigma_grid
+from generator.schedule import sigma_grid
 
 # spec alignment 1.3: 16 steps, shift 3, tau 0.45: (step, lambda_policy, lambda_KL)
 TABLE = [(1, 18.98, 360.1), (2, 17.32, 300.2), (3, 15.75, 248.1), (4, 14.25, 203.1), (5, 12.82, 164.5)]
@@ -32,9 +32,9 @@ def test_weights_from_the_std_equal_those_from_the_sampler_settings(step: int) -
     sigma, sigma_next = float(sigmas[step]), float(sigmas[step + 1])
     x = torch.zeros(1, 2)
     law = flow.sde_transition(x, x, sigma, sigma_next, noise_level=1.0, max_std=0.45)
-    other = loss_weights(sigma, sigma_next, noise_level=1.0, max_std=0.45)
+    s, delta = flow.effective_noise(sigma, sigma_next, noise_level=1.0, max_std=0.45), sigma - sigma_next
     weights = step_weights(law.std, sigma=sigma, sigma_next=sigma_next, gain=1.0)
-    assert weights == pytest.approx(tuple(other), rel=1e-12)
+    assert weights == pytest.approx((s / math.sqrt(delta), s**2 / delta), rel=1e-12)
 
 
 def test_weights_refuse_a_step_without_noise() -> None:

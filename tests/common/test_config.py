@@ -299,25 +299,22 @@ def demo_program(folder: Path) -> Path:
     return path
 
 
-def run_program(folder: Path, *words: str, **env: str) -> tuple[subprocess.CompletedProcess, float]:
-    start = time.perf_counter()
+def run_program(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(demo_program(folder)), *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    return done, time.perf_counter() - start
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 class TestCommandLine:
-    def test_a_typo_exits_2_in_two_seconds_without_torch(self, tmp_path):
-        done, seconds = run_program(tmp_path, "sampler.num_stpes=4", "smapler.num_steps=x")
+    def test_a_typo_exits_2_without_torch(self, tmp_path):
+        done = run_program(tmp_path, "sampler.num_stpes=4", "smapler.num_steps=x")
         assert done.returncode == 2
         assert "2 mistakes" in done.stderr
         assert "did you mean 'sampler.num_steps'" in done.stderr
         assert "torch imported: False" in done.stderr
-        assert seconds < 2.0
 
     def test_only_rank_0_speaks_and_all_exit(self, tmp_path):
-        done, _ = run_program(tmp_path, "sampler.num_stpes=4", RANK="1")
+        done = run_program(tmp_path, "sampler.num_stpes=4", RANK="1")
         assert done.returncode == 2
         assert "mistake" not in done.stderr
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,10 +19,23 @@ from generator.flow import (
     velocity_gain,
     velocity_target,
 )
-from generator.schedule import loss_weights, sigma_grid
+from generator.schedule import sigma_grid
 from tests.tiny import stochastic_step
 
 TAU = 0.45
+
+
+class Weights(NamedTuple):
+    policy: float
+    kl: float
+
+
+def loss_weights(sigma: float, after: float, *, noise_level: float, max_std: float | None) -> Weights:
+    """Of LongCat's two terms, s / sqrt(delta) and its square, with the clipped s: `alignment.losses` has them of the
+    std.
+    """
+    policy = effective_noise(sigma, after, noise_level=noise_level, max_std=max_std) / math.sqrt(sigma - after)
+    return Weights(policy, policy**2)
 
 
 # shift: (sigma, raw s sqrt(delta), c~, policy weight, KL weight) of the 16-step grid, step 0 to 7, with tau = 0.45.

@@ -32,6 +32,15 @@ def run(*words: str, expect: int = 0, timeout: float = 240.0, **variables: str) 
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
+def refused_early(*words: str) -> str:
+    """What a program says that ends with exit code 2 before it has imported anything heavy: within a second or so."""
+    lines = run(sys.executable, "-X", "importtime", *words, expect=2).stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert "common.config" in imported
+    assert imported & {"torch", "transformers", "diffusers", "deepspeed"} == set()
+    return "\n".join(line for line in lines if not line.startswith("import time:"))
+
+
 def loaded_by_help(program: str, *packages: str) -> tuple[list[str], str]:
     """Which of these packages ``launch.PROGRAM --help`` has imported, and what it printed."""
     code = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from common.distributed import derive_seed
 from common.distributed import generator as random_generator
 from launch import evaluate
 from launch.rows import RowTable, attempt, fingerprint, read_rows
-from tests.launch.processes import ROOT, run, torchrun
+from tests.launch.processes import ROOT, refused_early, run, torchrun
 
 SCRIPT = str(ROOT / "launch" / "evaluate.py")
 
@@ -206,12 +205,10 @@ def test_shipped_configs_are_valid(name: str, schema: type) -> None:
         assert load(schema, path).out
 
 
-def test_a_typo_is_exit_2_in_two_seconds_with_the_right_key() -> None:
-    start = time.perf_counter()
-    done = run(sys.executable, SCRIPT, "generator", "generator.sampler.num_stpes=4", "batch=x", expect=2)
-    assert time.perf_counter() - start < 2.0
-    assert "generator.sampler.num_steps" in done.stderr
-    assert "batch: expected int" in done.stderr
+def test_a_typo_is_exit_2_at_once_with_the_right_key() -> None:
+    said = refused_early(SCRIPT, "generator", "generator.sampler.num_stpes=4", "batch=x")
+    assert "generator.sampler.num_steps" in said
+    assert "batch: expected int" in said
     assert "generator --config" in run(sys.executable, SCRIPT, "genrator", expect=2).stderr
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from common.video_io import write_mp4
 from launch import score
 from launch.rows import read_rows
 from tests.fakes import decoder_with_a_trap
-from tests.launch.processes import ROOT, run
+from tests.launch.processes import ROOT, refused_early
 
 GREYS = {"a.mp4": 51, "b.mp4": 102, "c.mp4": 204}  # 0.2, 0.4 and 0.8 of white
 
@@ -114,18 +112,19 @@ def test_rows_of_earlier_calls_stay(clips: Path, tmp_path: Path) -> None:
         (["--videos", "{clips}/*.avi", "--prompts", "{root}/prompts.txt"], "matches no file"),
         (["--prompts", "{root}/prompts.txt"], "names no videos"),
         (["--prompts", "{root}/nowhere.csv"], "cannot be read"),
+        (["--prompts", "{root}/empty.csv"], "empty.csv: names no video"),
+        (["--prompts", "{root}/other.csv"], "other.csv: needs the columns video or file and prompt"),
     ],
 )
 def test_what_cannot_be_matched_is_exit_2(
     clips: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "empty.csv").write_text("video,prompt\n")
+    (tmp_path / "other.csv").write_text("clip,prompt\na.mp4,rain\n")
     scored(tmp_path, *(word.format(clips=clips, root=tmp_path) for word in words), code=2)
     assert message in capsys.readouterr().err
 
 
-def test_a_typo_is_exit_2_in_two_seconds() -> None:
-    start = time.perf_counter()
+def test_a_typo_is_exit_2_at_once() -> None:
     words = ["--prompts", "p.txt", "--out", "o.jsonl", "rewards.mine.kind=brigthness", "bach=3"]
-    done = run(sys.executable, str(ROOT / "launch" / "score.py"), *words, expect=2)
-    assert time.perf_counter() - start < 2.0
-    assert "did you mean 'batch'" in done.stderr
+    assert "did you mean 'batch'" in refused_early(str(ROOT / "launch" / "score.py"), *words)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import pytest
 import torch
@@ -111,9 +110,7 @@ def test_wrong_labels_and_shapes():
         preference_accuracy(torch.zeros(2), torch.zeros(3))
 
 
-def test_a_million_pairs_take_seconds():
+def test_a_million_pairs_are_no_trillion_comparisons():
     draw = torch.Generator().manual_seed(0)
     margins, labels = torch.randn(10**6, generator=draw), torch.randint(-1, 2, (10**6,), generator=draw)
-    start = time.perf_counter()
-    preference_accuracy(margins, labels)
-    assert time.perf_counter() - start < 10.0
+    assert 0.3 < preference_accuracy(margins, labels).without_ties < 0.7
