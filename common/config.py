@@ -12,8 +12,11 @@ dict[str, X] and further dataclasses. Lists in yaml become tuples.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +69,8 @@ def load(schema: type[C], yaml: str | Path | Sequence[str | Path] | None, overri
     """Read a config: defaults <- the yaml, or several in order (None for none) <- overrides ``a.b=c`` in order.
 
     The value of an override is read as yaml, or taken as it stands where the schema wants text; empty is the empty
-    text. Raises ConfigError with every mistake found, and TypeError for a schema this loader cannot read.
+    text. A section in a mapping of sections (``rewards.NAME``) that is null is taken out of it. Raises ConfigError with
+    every mistake found, and TypeError for a schema this loader cannot read.
     """
     reader = _Reader(schema)
     files = [] if yaml is None else [yaml] if isinstance(yaml, str | Path) else yaml
@@ -128,10 +132,13 @@ class _Reader:
     def __init__(self, schema: type) -> None:
         self.schema = schema
         self.mistakes: list[_Mistake] = []
+        self.removed: list[Where] = []  # entries of mappings that were set to null
         self.origin: dict[Where, str] = {}  # " (file.yaml:3)" or " (override)" by path
 
-    def report(self, where: Where, message: str) -> None:
-        origin = next((self.origin[where[:n]] for n in range(len(where), 0, -1) if where[:n] in self.origin), "")
+    def report(self, where: Where, message: str, *, first: str = "") -> None:
+        """``first``: the key below ``where`` whose origin is told, when it has one."""
+        places = ([(*where, first)] if first else []) + [where[:n] for n in range(len(where), 0, -1)]
+        origin = next((self.origin[place] for place in places if place in self.origin), "")
         self.mistakes.append(_Mistake(where, f"{'.'.join(where) or 'config'}: {message}{origin}"))
 
     def read_yaml(self, path: Path) -> dict[str, Any]:
@@ -157,10 +164,14 @@ class _Reader:
         if not equals or not all(part and part == part.strip() for part in where):
             self.mistakes.append(_Mistake((), f"{text!r}: an override has the form a.b=value"))
             return None
+        annotation = schema_types.at(self.schema, where)
         try:
-            parsed = _override_value(schema_types.at(self.schema, where), value)
+            parsed = _override_value(annotation, value)
         except safe_yaml.YamlError as error:
             self.mistakes.append(_Mistake(where, f"{dotted}: the value {value!r} is not yaml: {error}"))
+            return None
+        if parsed == {} and schema_types.entry_of(annotation) is not None:
+            self.mistakes.append(_Mistake(where, f"{dotted}: {{}} changes nothing; {dotted}.NAME=null takes one out"))
             return None
         for stale in [known for known in self.origin if known[: len(where)] == where]:
             del self.origin[stale]
@@ -194,7 +205,14 @@ class _Reader:
             return _DROP
 
     def _check_item(self, where: Where) -> schema_types.Recurse:
-        return lambda annotation, value, key: self.check(annotation, value, (*where, key))
+        return lambda annotation, value, key: self._entry(annotation, value, (*where, key))
+
+    def _entry(self, annotation: Any, value: Any, where: Where) -> Any:
+        """As `check`; a section that is null is taken out of its mapping."""
+        if value is None and dataclasses.is_dataclass(annotation):
+            self.removed.append(where)
+            return _DROP
+        return self.check(annotation, value, where)
 
     def _check_keys(self, value: dict[str, Any], section: type, where: Where) -> dict[str, Any]:
         known = schema_types.fields(section)
@@ -223,6 +241,8 @@ class _Reader:
         except OmegaConfBaseException as error:
             self.report_omegaconf(error)
             return None
+        for *path, name in self.removed:  # what the schema itself puts there too
+            functools.reduce(lambda section, key: section.get(key, {}), path, tree).pop(name, None)
         return self._make(schema, tree, ())
 
     def _make(self, annotation: Any, value: Any, where: Where) -> Any:
@@ -246,7 +266,7 @@ class _Reader:
         try:
             return section(**values)
         except ValueError as error:
-            self.report(where, str(error))
+            self.report(where, str(error), first=_field_named(str(error), section))
             return _DROP
 
     def _make_item(self, where: Where) -> schema_types.Recurse:
@@ -257,6 +277,11 @@ class _Reader:
 
 
 _DROP = schema_types.DROP
+
+
+def _field_named(message: str, section: type) -> str:
+    """The first of the section's fields that the message names; "" if it names none."""
+    return next((word for word in re.findall(r"\w+", message) if word in schema_types.fields(section)), "")
 
 
 def _override_value(annotation: Any, text: str) -> Any:

@@ -41,6 +41,12 @@ def section_of(annotation: Any) -> type | None:
     return next((m for m in members(annotation) if dataclasses.is_dataclass(m)), None)
 
 
+def entry_of(annotation: Any) -> type | None:
+    """The dataclass of a mapping's entries (``dict[str, Reward]``), or None."""
+    entries = [typing.get_args(m)[1] for m in members(annotation) if typing.get_origin(m) is dict]
+    return next((entry for entry in entries if dataclasses.is_dataclass(entry)), None)
+
+
 def is_text(annotation: Any) -> bool:
     """True where every value but None is a text: str, Literal["a", "b"], str | None."""
     kinds = [m for m in members(annotation) if m is not type(None)]

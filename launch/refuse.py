@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,3 +21,28 @@ def refuse(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Inside is read and built what the user named: a ValueError or an OSError there is a line and exit code 2.
+
+    Every rank says what it met, for others may have met nothing. With TRACEBACK=1 in the environment the error travels
+    as it is.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" (rank {rank})"
+        print(f"{Path(sys.argv[0]).name}{where}: {_said(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _said(error: ValueError | OSError) -> str:
+    """Of an error of the system its reason and its file, of any other its own words."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

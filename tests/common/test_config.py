@@ -179,9 +179,22 @@ class TestLoad:
         assert got == [
             "seed: expected int, got -1.5 (float) (command line)",
             "wandb.mode: expected one of 'disabled', 'offline', 'online', got 'on' (str) (command line)",
-            "generator.sampler: train_steps=17 > num_steps=8",
+            "generator.sampler: train_steps=17 > num_steps=8 (command line)",
         ]
-        assert errors_of(None, "seed=-1") == ["config: seed=-1 must be >= 0"]
+        assert errors_of(None, "seed=-1") == ["config: seed=-1 must be >= 0 (command line)"]
+
+    def test_null_takes_an_entry_out_and_nothing_else_does(self, tmp_path):
+        path = write(tmp_path, "rewards: {motion: {weight: 1}, taste: {weight: 2}}\n")
+        assert set(load(RunConfig, path).rewards) == {"descore", "motion", "taste"}
+        assert set(load(RunConfig, path, ["rewards.motion=null"]).rewards) == {"descore", "taste"}
+        assert set(load(RunConfig, path, ["rewards.descore=null"]).rewards) == {"motion", "taste"}  # the schema's own
+        again = load(RunConfig, path, ["rewards.taste=null", "rewards.taste.path=x"]).rewards["taste"]
+        assert again == RewardConfig(path="x")  # nothing of the yaml's is left
+        second = tmp_path / "second.yaml"
+        second.write_text("rewards:\n  motion: null\n")
+        assert set(load(RunConfig, [path, second]).rewards) == {"descore", "taste"}
+        for empty in ("rewards={}", "rewards={ }"):
+            assert errors_of(path, empty) == ["rewards: {} changes nothing; rewards.NAME=null takes one out"]
 
     def test_a_dropped_typo_does_not_cause_a_second_error(self):
         # num_stpes=20 was meant to make room for train_steps=18
