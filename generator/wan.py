@@ -306,6 +306,8 @@ class WanGenerator:
             weights.load(self._active()[1], Path(folder))
         elif self.cfg.lora is None:
             raise ValueError(f"GeneratorConfig.lora is null and {folder} holds no whole transformer")
+        elif not (Path(folder) / adapter.ADAPTER_FILE).is_file():
+            raise ValueError(f"{folder} holds no {adapter.ADAPTER_FILE}; a run leaves its adapter in RUN/final")
         else:
             adapter.load(self.module, Path(folder))
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.hub_names import require_hub_name
+
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
     from torch import Tensor
@@ -159,5 +161,5 @@ def require_folder(path: str) -> None:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(f"GeneratorConfig.path {path} is no WanPipeline folder: it has no model_index.json")
-    elif path.startswith((".", "/", "~")) or path.count("/") != 1:  # a hub name is owner/name
-        raise FileNotFoundError(f"GeneratorConfig.path {path} does not exist")
+    else:
+        require_hub_name(path, "model_index.json")

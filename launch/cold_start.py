@@ -9,13 +9,11 @@ that `DeScoreScorer.load` and any stock Qwen3-VL loader read; started again, a r
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import dump
 from launch.command import read_command
 from launch.judge_runs import judge_engine, read_tables, run_steps, to_device, usable
-from launch.refuse import refuse
+from launch.refuse import refuse, refusing
 from launch.runs import ColdStartRun
 
 if TYPE_CHECKING:
@@ -50,10 +48,9 @@ def go(cfg: ColdStartRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, 
     from common.log import say
     from launch.zero3 import elements
 
-    if distributed.is_main():
-        dump(cfg, Path(cfg.run_dir))
     pairs, heldout = usable(cfg, pairs, heldout)
-    loop, engine = build(cfg, pairs)
+    with refusing():
+        loop, engine = build(cfg, pairs)
     steps = loop.schedule.steps(cfg.cold_start.epochs)
     trained = elements(p for p in loop.model.parameters() if p.requires_grad)
     say(
@@ -92,14 +89,11 @@ def decides(pair: Pair, dimensions: Iterable[str]) -> bool:
 
 
 def build(cfg: ColdStartRun, pairs: list[Pair]) -> tuple[ColdStart, DeepSpeedEngine]:
-    """Everything a run is made of, on this rank; exit with code 2 when ranks cannot share a step evenly."""
+    """Everything a run is made of, on this rank. Raises ValueError when ranks cannot share a step evenly."""
     from common.distributed import world_size
     from rm.cold_start import backwards_per_step
 
-    try:
-        accumulation = backwards_per_step(cfg.cold_start, world_size())
-    except ValueError as error:
-        refuse(str(error))
+    accumulation = backwards_per_step(cfg.cold_start, world_size())
     return loop_of(cfg, pairs, build_judge(cfg), accumulation=accumulation)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from common.config import CommandLine, parse_command_line
+from launch.refuse import refuse
 
 C = TypeVar("C")
 
@@ -18,10 +20,24 @@ def read_command(
     description: str,
     extend: Callable[[argparse.ArgumentParser], object] | None = None,
 ) -> CommandLine[C]:
-    """`common.config.parse_command_line`; with ``--dry-run`` the process ends here, after `launch.plan.dry_run`."""
+    """`common.config.parse_command_line`; with ``--dry-run`` the process ends here, after `launch.plan.dry_run`. Exit
+    with code 2 also where ``run_dir`` or ``out`` can be no folder.
+    """
     command = parse_command_line(schema, argv, description=description, extend=extend)
     if command.dry_run is not None:
         from launch.plan import dry_run
 
         dry_run(command.cfg, command.dry_run)
+    for name in ("run_dir", "out"):
+        if problem := _no_folder(name, getattr(command.cfg, name, name)):
+            refuse(problem)
     return command
+
+
+def _no_folder(name: str, path: str) -> str:
+    """Why nothing can be written there, seen from here; or nothing."""
+    if not path.strip():
+        return f"{name} must name a folder, got {path!r}"
+    place = Path(path).absolute()
+    there = next(one for one in (place, *place.parents) if one.exists())
+    return "" if there.is_dir() else f"{name}={path}: {there} is a file"

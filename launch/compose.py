@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = ["build_engine", "build_generator", "build_rewards", "ds_config", "quiet"]
 
+_SECTIONS = {
+    "activation_checkpointing", "aio", "autotuning", "comms_logger", "compile", "compression_training", "csv_monitor",
+    "curriculum_learning", "data_efficiency", "elasticity", "flops_profiler", "hybrid_engine", "nebula", "pipeline",
+    "tensor_parallel", "tensorboard", "wandb", "zero_optimization",
+}  # fmt: skip
+
 TrainDtype = Literal["float32", "bfloat16"]
 Parameters = Iterable["nn.Parameter"] | Iterable[dict[str, Any]]
 
@@ -133,6 +139,7 @@ def build_engine(
     from torch.optim import AdamW
     from torch.optim.lr_scheduler import LambdaLR
 
+    from common.log import say
     from launch.part_clip import PartClippedAdamW
     from launch.zero3 import sum_gradients
 
@@ -160,6 +167,8 @@ def build_engine(
         micro_batch=micro_batch,
         overrides=overrides,
     )
+    if strange := unknown_keys(overrides or {}):
+        say(f"DeepSpeed ignores keys that it does not know, and these seem to be none: {', '.join(strange)}")
     buffers = [(owner, name, one) for owner in module.modules() for name, one in owner.named_buffers(recurse=False)]
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -178,6 +187,14 @@ def build_engine(
                 f"would be clipped by the norm of a piece"
             )
     return engine
+
+
+def unknown_keys(overrides: Mapping[str, Any]) -> list[str]:
+    """Of DeepSpeed's JSON, those it has no constant for; sections have theirs in modules of their own."""
+    from deepspeed.runtime import constants
+
+    known = {value for value in vars(constants).values() if isinstance(value, str)}
+    return [f"deepspeed.{key}" for key in overrides if key not in known and key not in _SECTIONS]
 
 
 def _parameter_groups(module: nn.Module, params: Parameters | None) -> list[dict[str, Any]]:

@@ -12,10 +12,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import dump
 from launch.command import read_command
 from launch.pair_runs import DpoRun
-from launch.refuse import refuse
+from launch.refuse import refuse, refusing
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -71,23 +70,22 @@ def train(cfg: DpoRun, *, resume: str) -> None:
 def go(cfg: DpoRun, pairs: PairSet, heldout: PairSet | None, guard: Guard, *, resume: str) -> None:
     """Build, go on where the run was, one `DpoLoop.step` after the other, save."""
     from alignment.dpo import steps_of
-    from common import distributed, faults
+    from common import faults
     from common.log import RunLog, progress, say
     from launch.ema import Ema
-    from launch.engine_state import go_on
+    from launch.engine_state import begin
     from launch.forwards import ForwardCounter
     from launch.generator_state import export
 
     run_dir = Path(cfg.run_dir)
-    if distributed.is_main():
-        dump(cfg, run_dir)
-    loop, generator, engine = build(cfg, pairs)
+    with refusing():
+        loop, generator, engine = build(cfg, pairs)
     steps = steps_of(cfg.dpo, len(pairs))
     for line in arithmetic(cfg, loop, generator, pairs=len(pairs), steps=steps):
         say(line)
     ema = None if cfg.ema is None else Ema(cfg.ema, generator.module)
     refresher = Refresher(cfg, loop, generator)
-    start = go_on(cfg, engine, resume, also=[Watched(loop), *([] if ema is None else [ema])])
+    start = begin(cfg, engine, resume, also=[Watched(loop), *([] if ema is None else [ema])])
     counter = ForwardCounter(generator.module)
     log = RunLog(run_dir, start=start, wandb=cfg.wandb, tensorboard=cfg.tensorboard, total=steps)
     warned = False
@@ -120,16 +118,13 @@ def go(cfg: DpoRun, pairs: PairSet, heldout: PairSet | None, guard: Guard, *, re
 
 
 def build(cfg: DpoRun, pairs: PairSet) -> tuple[DpoLoop, WanGenerator, DeepSpeedEngine]:
-    """Everything a run is made of, on this rank; exit with code 2 when ranks cannot share a step's pairs."""
+    """Everything a run is made of, on this rank. Raises ValueError when ranks cannot share a step's pairs."""
     from alignment.dpo import backwards_per_update
     from common import distributed
     from common.log import say
     from launch.compose import build_generator
 
-    try:
-        accumulation = backwards_per_update(cfg.dpo, distributed.world_size())
-    except ValueError as error:
-        refuse(str(error))
+    accumulation = backwards_per_update(cfg.dpo, distributed.world_size())
     say(f"loading the generator {cfg.generator.path}")
     generator = build_generator(cfg.generator, seed=cfg.seed, transformer_only=cfg.refresh is None)
     loop, engine = loop_of(cfg, pairs, generator, accumulation=accumulation)

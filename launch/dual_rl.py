@@ -12,10 +12,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import dump
 from launch.command import read_command
 from launch.judge_runs import judge_engine, read_tables, run_steps, to_device, usable
-from launch.refuse import refuse
+from launch.refuse import refusing
 from launch.runs import DualRlRun
 
 if TYPE_CHECKING:
@@ -50,10 +49,9 @@ def go(cfg: DualRlRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, *, 
     from common import distributed
     from common.log import say
 
-    if distributed.is_main():
-        dump(cfg, Path(cfg.run_dir))
     pairs, heldout = usable(cfg, pairs, heldout)
-    loop, engine = build(cfg, pairs)
+    with refusing():
+        loop, engine = build(cfg, pairs)
     dual, ranks = cfg.dual_rl, distributed.world_size()
     say(
         f"one step = {dual.pairs_per_step} pairs x 2 videos x {dual.group_size} chains of thought, then "
@@ -82,19 +80,16 @@ def read(cfg: DualRlRun) -> tuple[list[Pair], list[Pair]]:
 
 
 def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
-    """Everything a run is made of, on this rank; exit with code 2 when ranks cannot share an update evenly."""
+    """Everything a run is made of, on this rank. Raises ValueError when ranks cannot share an update evenly."""
     from common.distributed import world_size
     from launch.careful import CarefulEngine
     from launch.zero3 import shard_frozen, shard_judge
     from rm.data import PairSchedule
     from rm.dual_rl import DualRl, backwards_per_update
 
-    try:
-        accumulation = backwards_per_update(cfg.dual_rl, world_size())
-        model = load(cfg)
-        writer = build_writer(cfg, model)
-    except (ValueError, FileNotFoundError) as error:
-        refuse(str(error))
+    accumulation = backwards_per_update(cfg.dual_rl, world_size())
+    model = load(cfg)
+    writer = build_writer(cfg, model)
     groups = model.param_groups(cfg.lr, lora=cfg.lora, weight_decay=cfg.dual_rl.weight_decay, seed=cfg.seed)
     reference = None
     if cfg.lora is None and cfg.dual_rl.kl_weight > 0:

@@ -15,7 +15,8 @@ import torch
 from common.checkpoint import load_state, load_tensors, resolve_resume, save, save_tensors
 from common.distributed import differing_ranks, is_main, rank, world_size
 from common.log import say
-from common.run_record import SETTINGS, changed_settings, write_settings
+from common.run_record import SETTINGS, changed_settings, dump, write_settings
+from launch.refuse import refusing
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -117,6 +118,17 @@ def go_on(cfg: Run, engine: DeepSpeedEngine, resume: str, *, also: Sequence[Resu
     done = int(load_state(found)["steps_done"])
     say(f"going on after {done} steps from {found}")
     return done
+
+
+def begin(cfg: Run, engine: DeepSpeedEngine, resume: str, *, also: Sequence[Resumable] = ()) -> int:
+    """`go_on`, and config.yaml only then: a run that cannot begin leaves that of the last one. Exit with code 2 where
+    the checkpoint does not fit. All ranks call it.
+    """
+    with refusing():
+        start = go_on(cfg, engine, resume, also=also)
+    if is_main():
+        dump(cfg, cfg.run_dir)
+    return start
 
 
 def _whole(engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str) -> Tensor:

@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> None:
     """The rows of this rank, then the summary on rank 0."""
-    from launch.refuse import refuse
+    from launch.refuse import refuse, refusing
     from launch.rows import all_ranks
 
     if cfg.adapter is not None and not Path(cfg.adapter).is_dir():
@@ -130,12 +130,10 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
         from alignment.data import read_prompts
         from common.distributed import derive_seed
 
-        try:
+        with refusing():
             prompts = read_prompts(cfg.prompts)[: cfg.limit]
             inputs = [cfg.prompts, cfg.generator.path, cfg.adapter, *(r.checkpoint for r in cfg.rewards.values())]
             table = open_table(cfg, inputs, resume)
-        except ValueError as error:
-            refuse(str(error))
         own = [
             {"index": i, "prompt": prompts[i], "seed": derive_seed(cfg.seed, "evaluate", i)}
             for i in begin(cfg, table, len(prompts))
@@ -150,16 +148,18 @@ def judge_samples(cfg: GeneratorEvaluation, own: list[Row], table: RowTable) -> 
     """Sample, judge and write down this rank's rows, batch by batch."""
     from common.log import progress, say
     from launch.compose import build_generator, build_rewards, quiet
+    from launch.refuse import refusing
     from launch.rows import batches, score_fields
 
     quiet()
     from common.video_io import write_mp4
 
     say(f"loading the generator {cfg.generator.path} and the rewards {', '.join(cfg.rewards)}")
-    generator = build_generator(cfg.generator)
-    if cfg.adapter is not None:
-        generator.load_trained(cfg.adapter)
-    rewards = build_rewards(cfg.rewards)
+    with refusing():
+        generator = build_generator(cfg.generator)
+        if cfg.adapter is not None:
+            generator.load_trained(cfg.adapter)
+        rewards = build_rewards(cfg.rewards)
     folder, fps = Path(cfg.out) / "videos", cfg.generator.fps
     folder.mkdir(parents=True, exist_ok=True)
     for part in progress(batches(own, cfg.batch), -(-len(own) // cfg.batch), "evaluate"):
@@ -196,7 +196,7 @@ def _names(dicts: Iterable[dict[str, Any]]) -> list[str]:
 
 def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
     """The pairs of this rank, then the summary on rank 0."""
-    from launch.refuse import refuse
+    from launch.refuse import refuse, refusing
     from launch.rows import all_ranks
 
     if not Path(cfg.checkpoint).is_dir():
@@ -207,7 +207,7 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
         from rm.benchmarks import read_benchmark
         from rm.model import DeScore
 
-        try:
+        with refusing():
             own = DeScore.dimensions_in(cfg.checkpoint)
             found = read_benchmark(
                 cfg.pairs,
@@ -217,8 +217,6 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
                 dimensions=own if len(own) > 1 else (),
             )
             table = open_table(cfg, [str(found.path), cfg.checkpoint], resume)
-        except ValueError as error:
-            refuse(str(error))
         say(found.report())
         pairs = found.pairs[: cfg.limit]
         own = begin(cfg, table, len(pairs))

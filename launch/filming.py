@@ -71,11 +71,13 @@ def _film(cfg: SampleRun | VbenchSampleRun, own: Sequence[Shot], folder: Path, t
     from common.log import progress
     from common.video_io import write_mp4
     from launch.compose import build_generator, quiet
+    from launch.refuse import refusing
 
     quiet()
-    generator = build_generator(cfg.generator)
-    if cfg.adapter is not None:
-        generator.load_trained(cfg.adapter)
+    with refusing():
+        generator = build_generator(cfg.generator)
+        if cfg.adapter is not None:
+            generator.load_trained(cfg.adapter)
     partial = Path(cfg.out) / f"partial.rank-{rank()}.mp4"  # a killed run leaves it behind
     for shot in progress(own, len(own), "sample"):
         clean = generator.sample([shot.text], seeds=[shot.seed], scheduler=cfg.scheduler)

@@ -12,9 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.config import dump
 from launch.command import read_command
-from launch.refuse import refuse
+from launch.refuse import refuse, refusing
 from launch.runs import GrpoRun
 
 if TYPE_CHECKING:
@@ -76,19 +75,18 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
     from common.memory import peak_memory
     from common.types import RewardUnavailableError
     from launch.ema import Ema
-    from launch.engine_state import go_on
+    from launch.engine_state import begin
     from launch.forwards import ForwardCounter
     from launch.generator_state import export, save
     from launch.guard import end_run
 
     run_dir = Path(cfg.run_dir)
-    if distributed.is_main():
-        dump(cfg, run_dir)
-    loop, generator, engine = build(cfg, prompts)
+    with refusing():
+        loop, generator, engine = build(cfg, prompts)
     for line in batch_arithmetic(cfg, ranks=distributed.world_size(), module=generator.module):
         say(line)
     ema = None if cfg.ema is None else Ema(cfg.ema, generator.module)
-    start = go_on(cfg, engine, resume, also=() if ema is None else (ema,))
+    start = begin(cfg, engine, resume, also=() if ema is None else (ema,))
     if cfg.self_checks and start == 0:
         look_before(cfg, loop, prompts)
     if cfg.cache_prompts:

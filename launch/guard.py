@@ -51,7 +51,7 @@ def guarded(cfg: GrpoRun | DpoRun | ColdStartRun | DualRlRun) -> Iterator[Guard]
     with distributed.joined():
         if problem := alike.problem_of(cfg):
             refuse(problem)
-        with Guard(Path(cfg.run_dir), watchdog_s=cfg.watchdog_s) as guard:
+        with Guard(Path(cfg.run_dir), kind=type(cfg).__name__, watchdog_s=cfg.watchdog_s) as guard:
             try:
                 yield guard
             except NoRoomError as error:
@@ -75,18 +75,19 @@ def end_run(log: RunLog, message: str, code: int) -> NoReturn:
 class Guard:
     """Every rank of a training run holds one from before it writes its first file until it is done.
 
-    The folder belongs to it: while rank 0 lives, another run there exits with code 2 and says whose it is; so does this
-    one when a rank does not see the folder. SIGTERM, SIGINT or SIGUSR1, on whichever rank, ends the run after its step,
-    when it is saved; SIGTERM or SIGINT again ends it at once. SIGUSR1 is for schedulers: launchers that ignore it leave
-    the ranks alone, while at SIGTERM deepspeed's kills them after 30 seconds.
+    The folder belongs to it: while rank 0 lives, another run there exits with code 2 and says whose it is; so does, at
+    any time, a run of another ``kind``, and this one when a rank does not see the folder. SIGTERM, SIGINT or SIGUSR1,
+    on whichever rank, ends the run after its step, when it is saved; SIGTERM or SIGINT again ends it at once. SIGUSR1
+    is for schedulers: launchers that ignore it leave the ranks alone, while at SIGTERM deepspeed's kills them after 30
+    seconds.
 
     watchdog_s  seconds without a finished step after which the run counts as stuck: all threads' stacks go to stderr
                 and to stacks-rank-N.txt, and the process exits with `STUCK`, so that the launcher ends the others. The
                 first step, with all that is loaded before it, may take five times as long. 0 for never
     """
 
-    def __init__(self, run_dir: Path, *, watchdog_s: float) -> None:
-        self.run_dir, self.watchdog_s = run_dir, watchdog_s
+    def __init__(self, run_dir: Path, *, kind: str = "", watchdog_s: float) -> None:
+        self.run_dir, self.kind, self.watchdog_s = run_dir, kind, watchdog_s
         self.received, self.beat = 0, time.monotonic() + 4 * watchdog_s
         self._lock: IO[str] | None = None
         self._done = threading.Event()
@@ -127,8 +128,11 @@ class Guard:
         """Own the folder; what is wrong, or nothing. The lock is the system's: it ends with the process, however. On a
         network file system it holds for all nodes if the mount says so; where there are no locks at all, it is said.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (self.run_dir / LOCK).open("a+", encoding="utf-8")
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            lock = (self.run_dir / LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            return f"run_dir={self.run_dir}: {error.strerror}"
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -140,8 +144,12 @@ class Guard:
             if error.errno not in _NO_LOCKS:
                 raise
             say(f"{self.run_dir}: its file system has no locks ({error.strerror}): see that no second run uses it")
+        if (kind := _kind_of(lock)) not in ("", self.kind):
+            lock.close()
+            return f"{self.run_dir} holds a {kind}, and this is a {self.kind}: give it a folder of its own (run_dir=)"
         lock.truncate(0)
-        lock.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()}) + "\n")
+        owner = {"kind": self.kind, "host": socket.gethostname(), "process": os.getpid(), "since": time.ctime()}
+        lock.write(json.dumps(owner) + "\n")
         lock.flush()
         self._lock = lock
         return ""
@@ -178,3 +186,13 @@ class Guard:
     def _keep_stacks(self, rank: int) -> None:
         with (self.run_dir / f"stacks-rank-{rank}.txt").open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file=file, all_threads=True)
+
+
+def _kind_of(lock: IO[str]) -> str:
+    """Which kind of run the folder was of; "" where no run was, or nothing is known of it."""
+    lock.seek(0)
+    try:
+        kind = json.loads(lock.read()).get("kind", "")
+    except (ValueError, AttributeError):  # empty, or a half-written line
+        return ""
+    return kind if isinstance(kind, str) else ""

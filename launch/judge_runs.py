@@ -121,10 +121,10 @@ def run_steps(
     from common import distributed, faults
     from common.log import RunLog, progress, say
     from common.memory import peak_memory
-    from launch.engine_state import go_on, save_engine, save_step
+    from launch.engine_state import begin, save_engine, save_step
 
     run_dir = Path(cfg.run_dir)
-    start = go_on(cfg, engine, resume)
+    start = begin(cfg, engine, resume)
     log = RunLog(run_dir, start=start, wandb=cfg.wandb, tensorboard=cfg.tensorboard, total=steps)
     for step in progress(range(start, steps), steps - start, label):
         metrics = {**step_of(step), "train/not_finite": careful.take_skipped(), **peak_memory()}

@@ -24,6 +24,7 @@ def judge_pairs(cfg: RewardEvaluation, pairs: Sequence[Pair], own: list[int], ta
     """Judge and write down this rank's pairs; A and B of a pair are in one batch. A broken video costs its pair."""
     from common.log import progress, say
     from launch.compose import quiet
+    from launch.refuse import refusing
     from launch.rows import attempt, batches, score_fields
 
     quiet()
@@ -31,7 +32,8 @@ def judge_pairs(cfg: RewardEvaluation, pairs: Sequence[Pair], own: list[int], ta
     from rm.video_check import VideoChecker
 
     say(f"loading DeScore from {cfg.checkpoint}")
-    scorer = DeScoreScorer.load(cfg.checkpoint, **cfg.options)
+    with refusing():
+        scorer = DeScoreScorer.load(cfg.checkpoint, **cfg.options)
 
     def judge(part: Sequence[int]) -> list[Row]:
         files = [file for index in part for file in (pairs[index].video_A, pairs[index].video_B)]

@@ -27,14 +27,11 @@ def main() -> None:
 
 def run(cfg: PairsRun, *, resume: str) -> None:
     """The whole set; exit with code 2 when the input is not what it should be, or no pair is left."""
-    from launch.refuse import refuse
+    from launch.refuse import refusing
     from launch.rows import all_ranks
 
-    with all_ranks():
-        try:
-            pairs_of_table(cfg, resume) if cfg.table is not None else pairs_of_prompts(cfg, resume)
-        except ValueError as error:
-            refuse(str(error))
+    with all_ranks(), refusing():
+        pairs_of_table(cfg, resume) if cfg.table is not None else pairs_of_prompts(cfg, resume)
 
 
 def identity_of(cfg: PairsRun, *inputs: str | None) -> dict[str, Any]:

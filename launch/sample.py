@@ -38,7 +38,7 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
     """out/0000.mp4, 0001.mp4, ... prompt by prompt, and config.yaml; exit with code 2 where something cannot be read or
     the folder holds other videos.
     """
-    from launch.refuse import refuse
+    from launch.refuse import refusing
     from launch.rows import all_ranks
 
     with all_ranks():
@@ -48,11 +48,9 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
         from common.log import say
         from launch.filming import Shot, film, open_table
 
-        try:
+        with refusing():
             prompts = read_prompts(cfg.prompts)
             table = open_table(cfg, {"prompts": cfg.prompts}, without=NOT_IN_A_VIDEO, resume=resume)
-        except ValueError as error:
-            refuse(str(error))
         if is_main():
             dump(cfg, cfg.out)
         every = [

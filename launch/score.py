@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def score(cfg: ScoreRun, pattern: str | None, prompts: Path, out: Path, *, resume: str = "auto") -> bool:
     """Judge what is not judged yet; True when not one video could be."""
-    from launch.refuse import refuse
+    from launch.refuse import refusing
     from launch.rows import all_ranks
 
     with all_ranks():
@@ -95,15 +95,13 @@ def score(cfg: ScoreRun, pattern: str | None, prompts: Path, out: Path, *, resum
         from common.run_record import plain
         from launch.rows import RowTable, fingerprint
 
-        try:
+        with refusing():
             items = find_items(pattern, prompts)
             if out.suffix != ".jsonl":
                 raise ValueError(f"--out must end in .jsonl, got {out}")
             checkpoints = {r.checkpoint: fingerprint(r.checkpoint) for r in cfg.rewards.values() if r.checkpoint}
             settings = {"rewards": plain(cfg.rewards), "max_frames": cfg.max_frames, "files": checkpoints}
             table = RowTable(out, identity=settings, key=("video", "prompt"), resume=resume, retry="error")
-        except ValueError as error:
-            refuse(str(error))
         asked = {(item.name, item.prompt): item for item in items}
         own = [asked[key] for key in table.share(asked)]
         say(f"{sum(key not in table.done for key in asked)} of {len(asked)} videos to judge")
@@ -176,12 +174,14 @@ def _read_table(path: Path) -> list[tuple[str, str]] | None:
 def _judge(cfg: ScoreRun, own: list[Item], table: Any) -> None:
     from common.log import progress, say
     from launch.compose import build_rewards, quiet
+    from launch.refuse import refusing
     from launch.rows import attempt, batches
     from rm.video_check import VideoChecker
 
     quiet()
     say(f"loading the rewards {', '.join(cfg.rewards)}")
-    rewards = build_rewards(cfg.rewards)
+    with refusing():
+        rewards = build_rewards(cfg.rewards)
     unjudged = {"rewards": dict.fromkeys(rewards), "parts": {}, "texts": {}}
     with VideoChecker(frames=cfg.max_frames) as checker:
         for part in progress(batches(own, cfg.batch), -(-len(own) // cfg.batch), "score"):

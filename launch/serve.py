@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from alignment.config import RewardConfig
 from launch.command import read_command
-from launch.refuse import refuse
+from launch.refuse import refuse, refusing
 from launch.runs import check, check_rewards
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -74,7 +74,8 @@ def serve(cfg: ServeRun) -> None:
     from launch.reward_server import create_app
 
     say(f"loading {', '.join(cfg.rewards)}")
-    app = create_app(build_rewards(cfg.rewards), cfg, token=token)
+    with refusing():
+        app = create_app(build_rewards(cfg.rewards), cfg, token=token)
     say(f"serving {', '.join(cfg.rewards)} on http://{cfg.host}:{cfg.port}")
     uvicorn.run(app, host=cfg.host, port=cfg.port, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
 

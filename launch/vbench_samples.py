@@ -20,7 +20,7 @@ NOT_IN_A_VIDEO = ("out", "info", "limit", "dimensions", "videos", "flickering") 
 def sample_vbench(cfg: VbenchSampleRun, *, resume: str = "auto") -> None:
     """All videos of the suite that are not there yet, then samples.jsonl in the suite's order."""
     from launch.filming import film, open_table
-    from launch.refuse import refuse
+    from launch.refuse import refuse, refusing
     from launch.rows import all_ranks
     from launch.vbench_suite import read_rewritten, read_suite
 
@@ -28,14 +28,12 @@ def sample_vbench(cfg: VbenchSampleRun, *, resume: str = "auto") -> None:
         from common.distributed import from_main, is_main
         from common.log import say
 
-        try:
+        with refusing():
             suite = read_suite(cfg.info)
             prompts = suite.prompts(cfg.dimensions)[: cfg.limit]
             texts = read_rewritten(cfg.augmented, prompts) if cfg.augmented else {prompt: prompt for prompt in prompts}
             inputs = {"info": suite.path, "augmented": cfg.augmented}
             table = open_table(cfg, inputs, without=NOT_IN_A_VIDEO, resume=resume)
-        except ValueError as error:
-            refuse(str(error))
         folder = Path(cfg.out) / "videos"
         if problem := from_main(prepare(cfg, folder) if is_main() else None):
             refuse(problem)

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.hub_names import require_hub_name
 from rm.config import Generation, LearningRates, LoraConfig, RewardDimension, VideoSettings, one_reward
 from rm.lora import add_lora, merged_backbone
 from rm.prompt import DEFAULT_TEMPLATE, IM_END, VIDEO_PAD, Encoded, PromptTemplate, encode, token_id
@@ -343,7 +344,9 @@ def _decay(part: str, weight_decay: float) -> float:
 def _load_backbone(path: Path, dtype: torch.dtype) -> tuple[Qwen3VLForConditionalGeneration, PreTrainedTokenizerBase]:
     from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-    if path.is_dir() and not (path / "config.json").is_file():
+    if not path.is_dir():
+        require_hub_name(path.as_posix(), "config.json")
+    elif not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} is not a model folder: it lacks config.json")
     backbone = Qwen3VLForConditionalGeneration.from_pretrained(path.as_posix(), dtype=dtype)
     return backbone, AutoTokenizer.from_pretrained(path.as_posix())

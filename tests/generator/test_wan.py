@@ -365,6 +365,7 @@ def test_a_missing_folder_is_named(folder: Path) -> None:
     for path, words in (
         ("./nowhere", "./nowhere does not exist"),
         ("assets/no/wan", "assets/no/wan does not exist"),
+        ("nowhere/wan", "nowhere/wan is no folder here, and as a hub name it is not in the cache"),
         (str(folder / "vae"), "no model_index.json"),
     ):
         with pytest.raises(FileNotFoundError, match=words):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from launch.compose import build_engine, ds_config
+from launch.compose import build_engine, ds_config, unknown_keys
 from launch.runs import OptimizerConfig
 from tests.launch.processes import ROOT, run, torchrun
 
@@ -48,6 +48,12 @@ def test_the_stage_is_the_runs() -> None:
     overrides = {"zero_optimization": {"stage": 3}}
     with pytest.raises(ValueError, match="is zero_stage: 2, not 3"):
         ds_config(optimizer=OptimizerConfig(), zero_stage=2, dtype="float32", accumulation=1, overrides=overrides)
+
+
+def test_keys_that_deepspeed_would_ignore_are_told_from_those_it_knows() -> None:
+    known = {"zero_optimization": {}, "bf16": {}, "wall_clock_breakdown": True, "communication_data_type": "fp32"}
+    assert unknown_keys(known) == []
+    assert unknown_keys({**known, "foo": 7, "zero_optim": {}}) == ["deepspeed.foo", "deepspeed.zero_optim"]
 
 
 def test_an_engine_needs_something_to_train() -> None:

@@ -33,6 +33,25 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path, capsys: pytest.CaptureFi
         pass
 
 
+def test_a_folder_is_of_one_kind_of_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with Guard(tmp_path, kind="GrpoRun", watchdog_s=0):
+        pass
+    with pytest.raises(SystemExit, match="2"), Guard(tmp_path, kind="DpoRun", watchdog_s=0):
+        raise AssertionError("let in")
+    assert f"{tmp_path} holds a GrpoRun, and this is a DpoRun: give it a folder of its own" in capsys.readouterr().err
+    with Guard(tmp_path, kind="GrpoRun", watchdog_s=0):
+        pass
+    (tmp_path / "lock.json").write_text("half a li")
+    with Guard(tmp_path, kind="DpoRun", watchdog_s=0):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_a_line(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"), Guard(Path("/proc/nowhere"), watchdog_s=0):
+        raise AssertionError("let in")
+    assert "run_dir=/proc/nowhere: No such file or directory" in capsys.readouterr().err
+
+
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     """Killed, so nobody takes it away."""
     program = "import os, pathlib, sys; from launch.guard import Guard\n"
