@@ -51,6 +51,7 @@ def is_made(cfg: PairsRun, identity: dict[str, Any], resume: str) -> bool:
     from alignment.pair_store import MANIFEST, PairSet
     from common import distributed, shared_folder
     from common.log import say
+    from common.run_record import differences
 
     if problem := shared_folder.problem_of(Path(cfg.out)):
         raise ValueError(problem)
@@ -59,8 +60,9 @@ def is_made(cfg: PairsRun, identity: dict[str, Any], resume: str) -> bool:
         return False
     found = PairSet(cfg.out)
     distributed.barrier()
-    if found.about["identity"] != json.loads(json.dumps(identity)):
-        raise ValueError(f"{cfg.out} holds pairs made with other settings; name another out, or use --resume none")
+    if changes := differences(found.about["identity"], json.loads(json.dumps(identity))):
+        told = "; ".join(changes[:4])
+        raise ValueError(f"{cfg.out} holds other pairs ({told}); name another out, or use --resume none")
     say(f"{cfg.out} is there already: {len(found)} pairs")
     return True
 

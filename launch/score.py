@@ -154,7 +154,7 @@ def _read_table(path: Path) -> list[tuple[str, str]] | None:
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     column = next((c for c in VIDEO_COLUMNS if c in columns), None)
-    if column is None:
+    if column is None or "prompt" not in columns:
         if path.suffix == ".csv":
             raise ValueError(f"{path}: needs the columns {' or '.join(VIDEO_COLUMNS)} and prompt")
         return None

@@ -30,6 +30,8 @@ port=${MASTER_PORT:-29500}
 [[ $number =~ ^[0-9]+$ ]] || { echo "$0: NUMBER must be 0, 1, ..., got '$number'" >&2; exit 2; }
 [[ -f $1 ]] || { echo "$0: $1 is not there; start it from the repository's root" >&2; exit 2; }
 command -v deepspeed >/dev/null || { echo "$0: deepspeed is not on the PATH; activate the environment" >&2; exit 2; }
+lines=$(grep -cvE '^[[:space:]]*(#|$)' "$hostfile" || true)
+((number < lines)) || { echo "$0: $hostfile has $lines lines with hosts, none of NUMBER $number" >&2; exit 2; }
 # given here, because deepspeed would ask node 0 for it by ssh
 master=$(awk '!/^[[:space:]]*(#|$)/ { print $1; exit }' "$hostfile")
 

@@ -117,6 +117,7 @@ def test_a_launcher_that_is_gone_is_no_success(fake: Path) -> None:
     [
         (["no/such/file", "0", "launch/grpo.py"], "no/such/file cannot be read"),
         ([str(FOLDER / "hostfile"), "one", "launch/grpo.py"], "NUMBER must be 0, 1, ..., got 'one'"),
+        ([str(FOLDER / "hostfile"), "2", "launch/grpo.py"], "hostfile has 2 lines with hosts, none of NUMBER 2"),
         ([str(FOLDER / "hostfile"), "0", "grpo.py"], "start it from the repository's root"),
         ([str(FOLDER / "hostfile"), "0"], "usage: "),
     ],

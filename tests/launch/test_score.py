@@ -114,6 +114,7 @@ def test_rows_of_earlier_calls_stay(clips: Path, tmp_path: Path) -> None:
         (["--prompts", "{root}/nowhere.csv"], "cannot be read"),
         (["--prompts", "{root}/empty.csv"], "empty.csv: names no video"),
         (["--prompts", "{root}/other.csv"], "other.csv: needs the columns video or file and prompt"),
+        (["--prompts", "{root}/mute.csv"], "mute.csv: needs the columns video or file and prompt"),
     ],
 )
 def test_what_cannot_be_matched_is_exit_2(
@@ -121,6 +122,7 @@ def test_what_cannot_be_matched_is_exit_2(
 ) -> None:
     (tmp_path / "empty.csv").write_text("video,prompt\n")
     (tmp_path / "other.csv").write_text("clip,prompt\na.mp4,rain\n")
+    (tmp_path / "mute.csv").write_text("video,text\na.mp4,rain\n")
     scored(tmp_path, *(word.format(clips=clips, root=tmp_path) for word in words), code=2)
     assert message in capsys.readouterr().err
 
