@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from common.config import CommandLine, parse_command_line
 
@@ -18,10 +19,29 @@ def read_command(
     description: str,
     extend: Callable[[argparse.ArgumentParser], object] | None = None,
 ) -> CommandLine[C]:
-    """`common.config.parse_command_line`; with ``--dry-run`` the process ends here, after `launch.plan.dry_run`."""
+    """`common.config.parse_command_line`; with ``--dry-run`` the process ends here, after `launch.plan.dry_run`, and
+    the options that ``extend`` adds need not be given.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if extend is not None and any(word.partition("=")[0] == "--dry-run" for word in words):
+        extend = _lenient(extend)
     command = parse_command_line(schema, argv, description=description, extend=extend)
     if command.dry_run is not None:
         from launch.plan import dry_run
 
         dry_run(command.cfg, command.dry_run)
     return command
+
+
+class _NothingRequired:
+    """A parser whose options may all be left out."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._parser = parser
+
+    def add_argument(self, *names: str, **how: Any) -> argparse.Action:
+        return self._parser.add_argument(*names, **{key: value for key, value in how.items() if key != "required"})
+
+
+def _lenient(extend: Callable[[Any], object]) -> Callable[[argparse.ArgumentParser], object]:
+    return lambda parser: extend(_NothingRequired(parser))
