@@ -46,11 +46,14 @@ def advice(cfg: Any, ranks: int) -> dict[str, Less]:
         found = _pairs(cfg)
     else:
         found = _judge(cfg, ranks)
-    tried = {
-        part: Less(tuple(words for words in less.settings if is_new(cfg, words)), less.hint)
-        for part, less in found.items()
-    }
+    tried = {part: _tried(cfg, less) for part, less in found.items()}
     return {part: less for part, less in tried.items() if less.settings or less.hint}
+
+
+def _tried(cfg: Any, less: Less) -> Less:
+    """Without what the schema refuses, in the hint too."""
+    refused = any("=" in word and not is_new(cfg, word) for word in less.hint.split())
+    return Less(tuple(words for words in less.settings if is_new(cfg, words)), "" if refused else less.hint)
 
 
 def is_new(cfg: Any, words: str) -> bool:
@@ -160,5 +163,5 @@ def _rewards(rewards: Mapping[str, Any], videos: int) -> dict[str, Less]:
         served = Less((url,)) if not reward.options else Less((), f"{key} in a yaml of its own: url: {SERVER}")
         found[f"reward {name}: weights"] = served
         if judged_at_once(reward, videos) > 1:
-            found[f"reward {name}: activations, cache"] = Less((f"{key}.options.batch=1",))
+            found[f"reward {name}: activations, cache"] = Less((f"{key}.options.batch=1",), "not beside a url")
     return found

@@ -80,3 +80,14 @@ def test_a_reward_by_another_name_and_one_with_options() -> None:
     assert "reward descore: activations, cache" not in found
     assert not is_new(cfg, "rewards.descore.options.batch=1")
     assert not is_new(cfg, "cache_promts=false")
+    batch = advice(load(GrpoRun, path), 1)["reward descore: activations, cache"]
+    assert batch == Less(("rewards.descore.options.batch=1",), "not beside a url")  # which takes no batch
+
+
+def test_a_stage_that_the_run_refuses_is_not_hinted_at() -> None:
+    """ZeRO 3 goes with no cached blocks, in settings and in words."""
+    path = ROOT / "configs" / "wan" / "grpo.yaml"
+    cfg = load(GrpoRun, path, ["generator.sampler.tail_cache=2"])
+    for ranks in (1, 8):
+        assert "zero_stage" not in str(advice(cfg, ranks).get("transformer: weights", ""))
+        assert "zero_stage" in str(advice(load(GrpoRun, path), ranks)["transformer: weights"])
