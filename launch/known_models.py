@@ -6,6 +6,7 @@ counted in tests/launch/test_plan.py against the published counts and by hand.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
@@ -54,3 +55,15 @@ QWEN3_VL = {
     "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(2560, 36, 32, 9728, tied=True, **_SMALL_EYE),
     "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(4096, 36, 32, 12_288, tied=False, vision=(27, 1152, 4304), deep=[8, 16, 24]),
 }
+ASSUMED_JUDGE = "Qwen/Qwen3-VL-8B-Instruct"
+_SIZE = re.compile(r"(?<![a-z0-9.])([248]b)(?![a-z0-9])")
+
+
+def judge_like(name: str) -> str:
+    """The published Qwen3-VL that stands for a judge which is not there: of the size that its name says
+    (models/Qwen3-VL-2B, runs/descore_4b/final), else `ASSUMED_JUDGE`.
+    """
+    if name in QWEN3_VL:
+        return name
+    said = _SIZE.findall(name.lower())
+    return f"Qwen/Qwen3-VL-{said[-1].upper()}-Instruct" if said else ASSUMED_JUDGE

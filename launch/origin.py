@@ -85,7 +85,7 @@ def origin_of(trained: Path) -> Origin:
     method = at(cfg, "dpo.method")
     stages = {"grpo": "GRPO", "dpo": _METHODS.get(method, "Flow-DPO")}
     stages |= {"cold_start": "DeScore, stage 1", "dual_rl": "DeScore, stage 2"}
-    rows = metrics(run)
+    rows = [row for row in metrics(run) if row.get("step", 0) < _steps_until(trained)]
     path = _base_of(cfg)
     values = {key: _public(at(cfg, key)) for key in _SETTINGS[kind]}
     rewards = cfg.get("rewards") or {}
@@ -100,8 +100,20 @@ def origin_of(trained: Path) -> Origin:
             if _WORD.fullmatch(name) and isinstance(entry, dict)
         },
         changes=tuple(changes(rows)),
-        steps=len({row["step"] for row in rows if "step" in row}),
+        steps=_steps(rows),
     )
+
+
+def _steps(rows: Iterable[Mapping[str, float]]) -> int:
+    """Training steps: a last line may hold nothing but an evaluation after all of them."""
+    return len({row["step"] for row in rows if "step" in row and any(name.startswith("train/") for name in row)})
+
+
+def _steps_until(trained: Path) -> float:
+    """Steps that a checkpoint of a run was saved after, as its folder is called; without bound for its end."""
+    where = trained.resolve()
+    found = re.fullmatch(r"step-(\d+)", where.parent.name) if where.name == "trained" else None
+    return int(found[1]) if found else math.inf
 
 
 def run_folder(trained: Path) -> Path | None:

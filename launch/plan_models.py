@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 500  # of DeScore's instruction with its prompt; and of a chain of thought: counts of the released runs
 CHAIN_TOKENS = 800
-ASSUMED_JUDGE = "Qwen/Qwen3-VL-8B-Instruct"
 _TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "shapes" / "qwen"  # any will do: no text is read
 
 
@@ -175,13 +174,13 @@ def lengths_of(settings: VideoSettings, *, frames: int, fps: float, height: int,
 class JudgeOnMeta:
     """A DeScore on a Qwen3-VL.
 
-    name  folder of one, of a plain Qwen3-VL, or a hub name; ``ASSUMED_JUDGE`` where there is no such folder
+    name  folder of one, of a plain Qwen3-VL, or a hub name; where there is no such folder, `known_models.judge_like` it
     """
 
     def __init__(self, name: str, *, dtype: str, settings: VideoSettings | None = None) -> None:
         from rm.config import VideoSettings
 
-        self.name = name if name in known_models.QWEN3_VL or Path(name).is_dir() else ASSUMED_JUDGE
+        self.name = name if name and Path(name).is_dir() else known_models.judge_like(name)
         self.dtype, self.checkpointing = dtype, False
         file = Path(self.name, "video.json")
         self.settings = settings or (VideoSettings.load(file) if file.is_file() else VideoSettings())

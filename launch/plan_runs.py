@@ -8,7 +8,7 @@ read over the device's bandwidth.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from alignment.dpo import steps_of
@@ -55,11 +55,12 @@ class Where:
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes on one rank. ``passing``: only while its phase runs, so that of all such parts the largest counts."""
+    """Bytes on one rank. ``passing``: only while its phase runs, so that of all such parts the largest counts. What
+    makes a part smaller is told by its name, in `launch.plan_advice`.
+    """
 
     name: str
     bytes: float
-    less: str = ""
     passing: bool = False
 
 
@@ -74,7 +75,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """facts are lines for people; ``unit`` is what the phases are of, and ``count`` how many of them a rank does."""
+    """facts are lines for people; ``unit`` is what the phases are of, and ``count`` how many of them a rank does;
+    ``assumed`` says which models are not there, and which are planned instead.
+    """
 
     facts: list[str]
     parts: list[Part]
@@ -83,12 +86,17 @@ class Plan:
     count: int
     disk: float
     problems: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+
+    @property
+    def staying(self) -> float:
+        """Bytes: what stays, and the reserve."""
+        return sum(part.bytes for part in self.parts if not part.passing) + RESERVE
 
     @property
     def peak(self) -> float:
-        """Bytes: what stays, the largest of what passes, and the reserve."""
-        staying = sum(part.bytes for part in self.parts if not part.passing)
-        return staying + max((part.bytes for part in self.parts if part.passing), default=0.0) + RESERVE
+        """Bytes: what stays, the reserve, and the largest of what passes."""
+        return self.staying + max((part.bytes for part in self.parts if part.passing), default=0.0)
 
     @property
     def seconds(self) -> float:
@@ -103,10 +111,10 @@ def training_parts(name: str, sizes: Sizes, *, zero_stage: int, ranks: int) -> l
     """
     over = {stage: ranks if zero_stage >= stage else 1 for stage in (1, 2, 3)}
     return [
-        Part(f"{name}: weights", sizes.bytes / over[3], "zero_stage=3"),
-        Part(f"{name}: gradients", sizes.trained_bytes / over[2], "zero_stage=2"),
-        Part(f"{name}: optimizer", (12.0 if zero_stage else 8.0) * sizes.trained / over[1], "zero_stage=1, more ranks"),
-        Part(f"{name}: optimizer's step", 12.0 * sizes.trained / over[1], "more ranks", passing=True),
+        Part(f"{name}: weights", sizes.bytes / over[3]),
+        Part(f"{name}: gradients", sizes.trained_bytes / over[2]),
+        Part(f"{name}: optimizer", (12.0 if zero_stage else 8.0) * sizes.trained / over[1]),
+        Part(f"{name}: optimizer's step", 12.0 * sizes.trained / over[1], passing=True),
     ]
 
 
@@ -136,29 +144,30 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
     parts = training_parts("transformer", sizes, zero_stage=cfg.zero_stage, ranks=where.ranks)
     parts += [_vae(wan), *_text_encoder(cfg.generator, wan, cached=cfg.cache_prompts)]
     if cfg.ema is not None:
-        parts.append(Part("average of the trained weights", 4.0 * sizes.trained, "ema=null"))
+        parts.append(Part("average of the trained weights", 4.0 * sizes.trained))
     if cfg.generator.lora is None and cfg.grpo.kl_weight:
-        parts.append(Part("frozen copy for KL", float(sizes.bytes), "grpo.kl_weight=0, or an adapter"))
+        parts.append(Part("frozen copy for KL", float(sizes.bytes)))
     parts += [
-        Part("rollout: activations", rollout.peak, "generator.rollout_batch", passing=True),
+        Part("rollout: activations", rollout.peak, passing=True),
         decoding,
-        Part("update: activations", update.peak, "num_frames, height, width", passing=True),
+        Part("update: activations", update.peak, passing=True),
     ]
     phases = [
         Phase("rollout", rolled * each, at(where, rolled * each)),
         pixels,
         Phase("update", trained + compared, at(where, trained + compared)),
     ]
-    judges, judging, told = _judges(cfg.rewards, groups * own, own, where, cfg.generator)
+    judges = _judges(cfg.rewards, groups * own, own, where, cfg.generator)
     saved = _saved(sizes) * (cfg.keep + 1)
     facts = [
         *_facts_of_wan(wan, sizes),
         f"one update = {cfg.prompts_per_step} prompts x {members} = {cfg.prompts_per_step * members} videos; a rank "
         f"rolls out {groups} groups with {rolled:,.0f} DiT forwards and updates along {groups * latents:g} latents",
-        *told,
+        *judges.facts,
     ]
     problems = [f"prompts_per_step={cfg.prompts_per_step} x {shared} ranks a group over {where.ranks}"] if rest else []
-    return Plan(facts, parts + judges, [*phases, *judging], "update", cfg.steps, saved, problems)
+    parts, phases = [*parts, *judges.parts], [*phases, *judges.phases]
+    return Plan(facts, parts, phases, "update", cfg.steps, saved, problems, judges.assumed)
 
 
 def plan_dpo(cfg: DpoRun, where: Where, *, pairs: int | None = None) -> Plan:
@@ -171,7 +180,7 @@ def plan_dpo(cfg: DpoRun, where: Where, *, pairs: int | None = None) -> Plan:
     reference = wan.forward(samples, grad=False) if cfg.dpo.method == "dpo" else None
     flops = own / each * (update.flops + (reference.flops if reference else 0.0))
     parts = training_parts("transformer", sizes, zero_stage=cfg.zero_stage, ranks=where.ranks)
-    parts.append(Part("update: activations", update.peak, "dpo.micro_batch=1", passing=True))
+    parts.append(Part("update: activations", update.peak, passing=True))
     facts = [
         *_facts_of_wan(wan, sizes),
         f"one update = {cfg.dpo.pairs_per_step} pairs, {own} a rank; neither VAE nor text encoder is in memory",
@@ -191,23 +200,24 @@ def plan_pairs(cfg: PairsRun, where: Where) -> Plan:
     flops = count * how.num_steps * branches * forward.flops / at_once
     decoding, pixels = _decoding(wan, count, count, where)
     sizes = sizes_of(wan.transformer)
-    judges, judging, told = _judges(cfg.rewards, count, count, where, cfg.generator)
+    judges = _judges(cfg.rewards, count, count, where, cfg.generator)
     parts = [
         Part("transformer: weights", float(sizes.bytes)),
         _vae(wan),
         *_text_encoder(cfg.generator, wan, cached=False),
-        Part("sampling: activations", forward.peak, "generator.rollout_batch", passing=True),
+        Part("sampling: activations", forward.peak, passing=True),
         decoding,
-        *judges,
+        *judges.parts,
     ]
-    phases = [
-        Phase("sampling", flops, at(where, flops)),
-        pixels,
-        *judging,
-    ]
+    phases = [Phase("sampling", flops, at(where, flops)), pixels, *judges.phases]
     disk = 2.0 * math.prod(wan.latent_shape) * (2 if cfg.store == "bfloat16" else 4)
-    facts = [*_facts_of_wan(wan, sizes), f"{count} candidates a prompt; one pair takes {disk / 1e6:.1f} MB", *told]
-    return Plan(facts, parts, phases, "prompt", -(-(cfg.limit or 0) // where.ranks), disk * (cfg.limit or 1))
+    facts = [
+        *_facts_of_wan(wan, sizes),
+        f"{count} candidates a prompt; one pair takes {disk / 1e6:.1f} MB",
+        *judges.facts,
+    ]
+    own, disk = -(-(cfg.limit or 0) // where.ranks), disk * (cfg.limit or 1)
+    return Plan(facts, parts, phases, "prompt", own, disk, assumed=judges.assumed)
 
 
 def plan_judge(cfg: ColdStartRun | DualRlRun, where: Where, lengths: Lengths | None = None) -> Plan:
@@ -219,6 +229,7 @@ def plan_judge(cfg: ColdStartRun | DualRlRun, where: Where, lengths: Lengths | N
     judge = JudgeOnMeta(name, dtype=cfg.dtype, settings=settings)
     judge.train(cfg.lr, cfg.lora, checkpointing=cfg.gradient_checkpointing)
     lengths = lengths or lengths_of(judge.settings, frames=81, fps=16.0, height=480, width=832)
+    assumed = _assumed("base" if isinstance(cfg, ColdStartRun) else "checkpoint", name, judge)
     sizes = sizes_of(judge.model)
     parts = training_parts("judge", sizes, zero_stage=cfg.zero_stage, ranks=where.ranks)
     facts = [
@@ -226,8 +237,8 @@ def plan_judge(cfg: ColdStartRun | DualRlRun, where: Where, lengths: Lengths | N
         f"a video is {lengths.video} tokens, its prompt about {lengths.prompt}, a chain about {lengths.chain}",
     ]
     if isinstance(cfg, ColdStartRun):
-        return _cold_start(cfg, where, judge, lengths, parts, facts)
-    return _dual_rl(cfg, where, judge, lengths, parts, facts)
+        return replace(_cold_start(cfg, where, judge, lengths, parts, facts), assumed=assumed)
+    return replace(_dual_rl(cfg, where, judge, lengths, parts, facts), assumed=assumed)
 
 
 def _cold_start(
@@ -237,7 +248,7 @@ def _cold_start(
     own, rest = divmod(how.pairs_per_step, where.ranks)
     cost = judge.read(2 * how.micro_batch, lengths, places=lengths.whole, grad=True)
     flops = own / how.micro_batch * cost.flops
-    parts = [*parts, Part("update: activations", cost.peak, "cold_start.micro_batch=1", passing=True)]
+    parts = [*parts, Part("update: activations", cost.peak, passing=True)]
     facts = [*facts, f"one update = {how.pairs_per_step} pairs, {own} a rank"]
     problems = [f"pairs_per_step={how.pairs_per_step} over {where.ranks} ranks"] if rest else []
     saved = _saved(sizes_of(judge.model)) * cfg.keep + sizes_of(judge.model).bytes
@@ -261,16 +272,11 @@ def _dual_rl(
     reading = 2 * own * lengths.chain * judge.language.bytes / where.device.bandwidth
     if cfg.lora is None and how.kl_weight:
         copies = where.ranks if cfg.zero_stage == 3 else 1
-        parts = [*parts, Part("frozen copy for KL", sizes.bytes / copies, "zero_stage=3, or lora")]
+        parts = [*parts, Part("frozen copy for KL", sizes.bytes / copies)]
     parts = [
         *parts,
-        Part(
-            f"chains: keys and values of {chains}",
-            chains * judge.cache_bytes(lengths.whole),
-            "group_size",
-            passing=True,
-        ),
-        Part("update: activations", update.peak, "dual_rl.chains_per_row, micro_batch", passing=True),
+        Part("chains: keys and values", chains * judge.cache_bytes(lengths.whole), passing=True),
+        Part("update: activations", update.peak, passing=True),
     ]
     facts = [
         *facts,
@@ -285,27 +291,52 @@ def _dual_rl(
     return Plan(facts, parts, phases, "step", how.steps, _saved(sizes) * cfg.keep + sizes.bytes, problems)
 
 
-def _judges(
-    rewards: dict[str, RewardConfig], videos: int, batch: int, where: Where, how: GeneratorConfig
-) -> tuple[list[Part], list[Phase], list[str]]:
-    """Memory, time and a word of the rewards that are DeScores; of others nothing is known here."""
-    parts, phases, told = [], [], []
+@dataclass(frozen=True)
+class _Judges:
+    """What the rewards add to a `Plan`, by its names."""
+
+    parts: list[Part] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+
+
+def _judges(rewards: dict[str, RewardConfig], videos: int, at_once: int, where: Where, how: GeneratorConfig) -> _Judges:
+    """The rewards that are DeScores; of others nothing is known here."""
+    found = _Judges()
     for name, reward in rewards.items():
-        if (reward.kind or name) != "descore" or reward.target or reward.url:
-            told.append(f"reward {name}: not counted")
+        if not is_descore(name, reward):
+            found.facts.append(f"reward {name}: not counted")
             continue
         judge = JudgeOnMeta(reward.checkpoint or "", dtype="bfloat16")
-        if judge.name != reward.checkpoint:
-            told.append(f"reward {name}: {reward.checkpoint} is not there, planned as {judge.name}")
+        found.assumed.extend(_assumed(f"rewards.{name}.checkpoint", reward.checkpoint, judge))
+        batch = judged_at_once(reward, at_once)
         lengths = lengths_of(judge.settings, frames=how.num_frames, fps=how.fps, height=how.height, width=how.width)
         cost = judge.read(batch, lengths, places=lengths.video + lengths.prompt, grad=False)
         flops = videos * (cost.flops / batch + 2.0 * judge.language.parameters * lengths.chain)
         reading = videos / batch * lengths.chain * judge.language.bytes / where.device.bandwidth
-        phases.append(Phase(f"reward {name}", flops, max(at(where, flops), reading)))
-        parts.append(Part(f"reward {name}: weights", float(sizes_of(judge.model).bytes), "a reward server: url="))
+        found.phases.append(Phase(f"reward {name}", flops, max(at(where, flops), reading)))
+        found.parts.append(Part(f"reward {name}: weights", float(sizes_of(judge.model).bytes)))
         cache = batch * judge.cache_bytes(lengths.whole)
-        parts.append(Part(f"reward {name}: activations, cache", cost.peak + cache, "options.batch", passing=True))
-    return parts, phases, told
+        found.parts.append(Part(f"reward {name}: activations, cache", cost.peak + cache, passing=True))
+    return found
+
+
+def is_descore(name: str, reward: RewardConfig) -> bool:
+    """A DeScore in this process."""
+    return (reward.kind or name) == "descore" and not reward.target and not reward.url
+
+
+def judged_at_once(reward: RewardConfig, videos: int) -> int:
+    """Of ``videos``, with the default of `rm.scorer.DeScoreScorer`."""
+    return min(int(reward.options.get("batch", 32)), videos)
+
+
+def _assumed(key: str, given: str | None, judge: JudgeOnMeta) -> list[str]:
+    """A line where another model is planned than the one that is named."""
+    if judge.name == given:
+        return []
+    return [f"{key}: {given or 'nothing'} is neither a folder nor a known model, planned as {judge.name}"]
 
 
 def _decoding(wan: WanOnMeta, videos: int, at_once: int, where: Where) -> tuple[Part, Phase]:
@@ -314,7 +345,7 @@ def _decoding(wan: WanOnMeta, videos: int, at_once: int, where: Where) -> tuple[
     cost = wan.decode(batch)
     flops = videos * cost.flops / batch
     return (
-        Part("decoding: activations", cost.peak, "generator.decode_batch=1", passing=True),
+        Part("decoding: activations", cost.peak, passing=True),
         Phase("decoding", flops, flops / (where.utilisation * where.device.flops_fp32)),
     )
 
@@ -326,7 +357,7 @@ def _vae(wan: WanOnMeta) -> Part:
 def _text_encoder(cfg: GeneratorConfig, wan: WanOnMeta, *, cached: bool) -> list[Part]:
     if cached:
         return []
-    return [Part("text encoder: weights", float(sizes_of(wan.text_encoder).bytes), "cache_prompts=true")]
+    return [Part("text encoder: weights", float(sizes_of(wan.text_encoder).bytes))]
 
 
 def _facts_of_wan(wan: WanOnMeta, sizes: Sizes) -> list[str]:

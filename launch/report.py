@@ -4,7 +4,9 @@
     python launch/report.py runs/grpo --out runs/grpo/report.html
     python launch/report.py --base runs/eval_base --tuned runs/eval_tuned --grpo runs/grpo --out report.html
 
-The file needs no network and no other file: videos are inside. Sections without data are left out, and it says so.
+A folder's runs and evaluations are found by the files in them, whatever they are called; of several of one kind one has
+the page, the others a section. The page needs no network and no other file: videos are inside. What has no data is left
+out, and it says so.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from common.files import replace_text
-from launch.report_data import Runs, discover, read_manifest
+from launch.report_data import KINDS, BrokenFileError, Runs
+from launch.report_find import discover, read_manifest
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 _HELP = {
@@ -39,20 +42,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--title")
     parser.add_argument("--videos", type=int, default=12, help="prompts whose videos are shown side by side")
     parser.add_argument("--max-mb", type=float, default=64.0, help="of videos in the file; further ones are left out")
-    for field in fields(Runs):
-        option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, type=Path, metavar="DIR", dest=field.name, help=_HELP[field.name])
+    for kind in KINDS:
+        option = f"--{kind.replace('_', '-')}"
+        parser.add_argument(option, type=Path, metavar="DIR", dest=kind, help=_HELP[kind])
     args = parser.parse_args(argv)
+    if args.videos < 0 or args.max_mb < 0:
+        parser.exit(2, f"{parser.prog}: --videos and --max-mb must not be negative\n")
     try:
         title, runs = _runs(args)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    if args.videos < 0 or args.max_mb < 0:
-        parser.exit(2, f"{parser.prog}: --videos and --max-mb must not be negative\n")
-    page = render(runs, title=args.title or title or _title(runs), videos=args.videos, max_mb=args.max_mb)
+    try:
+        page = render(runs, title=args.title or title or _title(runs), videos=args.videos, max_mb=args.max_mb)
+    except BrokenFileError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     out = args.out or (args.folder if args.folder and args.folder.is_dir() else Path()) / "report.html"
     write(out, page)
-    print(f"{out}: {len(page.encode()) / 1e6:.1f} MB, from {', '.join(map(str, runs.named().values()))}")
+    sources = [*runs.named().items(), *((one.kind, one.folder) for one in runs.more)]
+    print(
+        f"{out}: {len(page.encode()) / 1e6:.1f} MB, from {', '.join(f'{folder} ({kind})' for kind, folder in sources)}"
+    )
 
 
 def _runs(args: argparse.Namespace) -> tuple[str | None, Runs]:
@@ -63,12 +72,12 @@ def _runs(args: argparse.Namespace) -> tuple[str | None, Runs]:
             title, runs = read_manifest(args.folder)
         else:
             runs = discover(args.folder)
-    given = {f.name: getattr(args, f.name) for f in fields(Runs) if getattr(args, f.name) is not None}
+    given = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind) is not None}
     for name, folder in given.items():
         if not folder.is_dir():
             raise ValueError(f"--{name.replace('_', '-')}: there is no folder {folder}")
     runs = replace(runs, **given)
-    if not runs.named():
+    if not runs.named() and not runs.more:
         raise ValueError("name a run folder, a manifest, or at least one of the options")
     return title, runs
 
@@ -76,7 +85,8 @@ def _runs(args: argparse.Namespace) -> tuple[str | None, Runs]:
 def _title(runs: Runs) -> str:
     if {"grpo", "tuned", "dpo", "dpo_tuned"} & runs.named().keys():
         return "Alignment report"
-    return "Reward model report" if runs.rm is not None or runs.cold_start is not None else "Evaluation report"
+    kinds = {*runs.named(), *(one.kind for one in runs.more)}
+    return "Reward model report" if {"rm", "cold_start", "dual_rl"} & kinds else "Evaluation report"
 
 
 def render(runs: Runs, *, title: str, videos: int = 12, max_mb: float = 64.0) -> str:
@@ -112,6 +122,7 @@ def render(runs: Runs, *, title: str, videos: int = 12, max_mb: float = 64.0) ->
         "seconds": data.seconds_by_phase(data.metrics(runs.grpo)),
         "samples": [(step, sections.group_cards(steps[step], store)) for step in shown_steps],
         "pairs": sections.pair_cards(runs.rm, store),
+        "further": sections.further(runs),
         "files": sections.files_of(runs),
         "runs": {name: str(folder) for name, folder in runs.named().items()},
         "missing": sections.missing(runs),

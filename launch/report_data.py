@@ -9,31 +9,33 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import safe_yaml
 from common.bootstrap import mean_ci95
-from common.log import read_metrics
 
 Row = dict[str, Any]
 
-# folders of these names inside the one a report is asked about
-_NAMES = {
-    "cold_start": ("descore", "cold_start"),
-    "grpo": ("grpo",),
-    "dpo": ("dpo",),
-    "rm": ("eval_rm",),
-    "base": ("eval_base",),
-    "tuned": ("eval_tuned",),
-    "dpo_tuned": ("eval_dpo",),
-}
+KINDS = ("cold_start", "grpo", "dpo", "rm", "base", "tuned", "dpo_tuned")
+
+
+class BrokenFileError(ValueError):
+    """A file of a run that is not what its program writes; the message names it, and the line."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run folder, and which of `KINDS` it is, or dual_rl."""
+
+    kind: str
+    folder: Path
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Folders a report is about, by what is in them; None for what there is not."""
+    """Folders a report is about, by what is in them; None for what there is not. ``more`` are further ones."""
 
     cold_start: Path | None = None
     grpo: Path | None = None
@@ -42,10 +44,11 @@ class Runs:
     base: Path | None = None
     tuned: Path | None = None
     dpo_tuned: Path | None = None
+    more: tuple[Found, ...] = ()
 
     def named(self) -> dict[str, Path]:
         """The folders that are there, by field."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
 
 
 @dataclass(frozen=True)
@@ -62,60 +65,13 @@ class Comparison:
     watched: bool = False
 
 
-def discover(folder: Path) -> Runs:
-    """The runs in a folder: known names inside it (as `launch/demo.py` writes them), or the folder is a run itself.
-
-    Raises ValueError when there is neither.
-    """
-    found = Runs()
-    for field_, names in _NAMES.items():
-        inside = next((folder / name for name in names if _is_run(folder / name)), None)
-        found = replace(found, **{field_: inside})
-    if not found.named():
-        if not _is_run(folder):
-            raise ValueError(f"{folder}: no run folder (no metrics.jsonl or results.jsonl), and none inside")
-        found = Runs(**{kind_of(folder): folder})
-    return found
-
-
-def read_manifest(path: Path) -> tuple[str | None, Runs]:
-    """{"title": "...", "runs": {"grpo": "folder", ...}}, folders relative to the file. ValueError says what is bad."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    known = [f.name for f in fields(Runs)]
-    runs = raw.get("runs") if isinstance(raw, dict) else None
-    if not isinstance(runs, dict) or not set(raw) <= {"title", "runs"} or not set(runs) <= set(known):
-        raise ValueError(f'{path}: needs {{"title": ..., "runs": {{...}}}} with runs among {", ".join(known)}')
-    folders = {name: path.parent / folder for name, folder in runs.items()}
-    for folder in folders.values():
-        if not _is_run(folder):
-            raise ValueError(f"{path}: {folder} is no run folder")
-    return raw.get("title"), Runs(**folders)
-
-
-def kind_of(folder: Path) -> str:
-    """Which field of `Runs` a run folder belongs to, by what it holds."""
-    if (folder / "results.jsonl").exists():
-        rows = results(folder)
-        if rows and "label" in rows[0]:
-            return "rm"
-        return "tuned" if config(folder).get("adapter") else "base"
-    names = {name for row in metrics(folder) for name in row}
-    if "dpo" in config(folder):
-        return "dpo"
-    return "grpo" if "grpo" in config(folder) or any(name.startswith("reward/") for name in names) else "cold_start"
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("metrics.jsonl", "results.jsonl"))
-
-
 def config(folder: Path | None) -> dict[str, Any]:
     """config.yaml as it is; {} without one."""
     text = text_of(folder, "config.yaml")
-    loaded = safe_yaml.parse(text).value if text else None
+    try:
+        loaded = safe_yaml.parse(text).value if text else None
+    except safe_yaml.YamlError as error:
+        raise BrokenFileError(f"{folder}/config.yaml: {error}") from error
     return loaded if isinstance(loaded, dict) else {}
 
 
@@ -126,9 +82,9 @@ def text_of(folder: Path | None, name: str) -> str | None:
 
 
 def metrics(folder: Path | None) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl."""
-    path = folder / "metrics.jsonl" if folder is not None else None
-    return read_metrics(path) if path is not None and path.is_file() else []
+    """The lines of metrics.jsonl, null as NaN."""
+    rows = _jsonl(folder / "metrics.jsonl") if folder is not None else []
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
 
 
 def results(folder: Path | None) -> list[Row]:
@@ -139,7 +95,7 @@ def results(folder: Path | None) -> list[Row]:
 def summary(folder: Path | None) -> dict[str, Any] | None:
     """summary.json, which is there when the evaluation has finished."""
     text = text_of(folder, "summary.json")
-    return json.loads(text) if text else None
+    return _object(text, f"{folder}/summary.json") if text else None
 
 
 def sampled_steps(folder: Path | None) -> dict[int, list[Row]]:
@@ -152,9 +108,21 @@ def sampled_steps(folder: Path | None) -> dict[int, list[Row]]:
 
 
 def _jsonl(path: Path) -> list[Row]:
+    """Every complete line: a torn last one, of a run that was killed or is running, is left out."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    return [_object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _object(text: str, where: str) -> Row:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BrokenFileError(f"{where}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BrokenFileError(f"{where}: wants an object, {{...}}, got {text[:60]}")
+    return found
 
 
 def reward_names(folder: Path | None) -> list[str]:

@@ -16,6 +16,7 @@ from launch.report_data import Row, Runs
 
 PIXEL_ART = 128  # videos up to this width are shown enlarged, with hard edges
 _BASE, _TUNED = 5, 0  # colours
+_EVALUATIONS = ("rm", "base", "tuned", "dpo_tuned")
 _LABELS = {1: "A preferred", -1: "B preferred", 0: "tie"}
 
 
@@ -243,6 +244,48 @@ def cold_start_charts(folder: Path | None) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
+def dual_rl_charts(folder: Path | None) -> list[Chart]:
+    """Loss and its parts, accuracy, and the rules' rewards of the chains of thought."""
+    rows = data.metrics(folder)
+    rules = sorted(key for key in {key for row in rows for key in row} if key.startswith("reward/"))
+    accuracy = [
+        _curve(rows, "train/accuracy", "training step", 5),
+        _curve(rows, "heldout/accuracy", "held-out pairs", 0),
+    ]
+    charts = [
+        line_chart("Loss", [_curve(rows, "train/loss", "loss")]),
+        line_chart("Bradley-Terry loss", [_curve(rows, "train/bt", "loss")], note="log 2 = 0.693 is a coin"),
+        line_chart("Preference accuracy", accuracy, note="ties left out"),
+        line_chart("KL to the first stage", [_curve(rows, "train/kl", "KL")]),
+        *(line_chart(f"Chains: {key.removeprefix('reward/')}", [_curve(rows, key, key)]) for key in rules),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+@dataclass(frozen=True)
+class Further:
+    """A run beside the one of its kind that the page is about: curves of a training, means of an evaluation."""
+
+    kind: str
+    folder: str
+    charts: Sequence[Chart]
+    means: Sequence[tuple[str, Mapping[str, Any]]]
+
+
+def further(runs: Runs) -> list[Further]:
+    """All of `Runs.more`."""
+    draw = {"grpo": grpo_charts, "dpo": dpo_charts, "cold_start": cold_start_charts, "dual_rl": dual_rl_charts}
+    return [
+        Further(one.kind, str(one.folder), draw[one.kind](one.folder) if one.kind in draw else [], _means(one.folder))
+        for one in runs.more
+    ]
+
+
+def _means(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    found = data.summary(folder) or {}
+    return [(name, value) for name, value in found.items() if isinstance(value, dict) and "mean" in value]
+
+
 def _curve(rows: Sequence[Row], key: str, name: str, color: int = 0) -> Series:
     points = [(row["step"], row[key]) for row in rows if key in row]
     return Series(name, [y for _, y in points], [x for x, _ in points], color)
@@ -280,7 +323,10 @@ def files_of(runs: Runs) -> list[tuple[str, str, str]]:
     """(run, file name, content) of every config.yaml and environment.json."""
     found: Iterable[tuple[str, str, str | None]] = (
         (label, name, data.text_of(folder, name))
-        for label, folder in runs.named().items()
+        for label, folder in [
+            *((kind.replace("_", " "), folder) for kind, folder in runs.named().items()),
+            *((str(one.folder), one.folder) for one in runs.more),
+        ]
         for name in ("config.yaml", "environment.json")
     )
     return [(label, name, text) for label, name, text in found if text is not None]
@@ -301,8 +347,11 @@ def missing(runs: Runs) -> list[str]:
         notes.append(f"no evaluation of the {'base' if runs.base is None else 'tuned'} generator to compare with")
     elif not data.matched(data.results(runs.base), data.results(runs.tuned)):
         notes.append("base and tuned share no prompt and seed, so no videos stand side by side")
-    for field in ("rm", "base", "tuned", "dpo_tuned"):
-        folder = getattr(runs, field)
+    evaluated = [(field, getattr(runs, field)) for field in _EVALUATIONS]
+    for field, folder in [
+        *evaluated,
+        *((str(one.folder), one.folder) for one in runs.more if one.kind in _EVALUATIONS),
+    ]:
         if folder is not None and data.summary(folder) is None:
             notes.append(f"the evaluation {field} has no summary.json: it has not finished")
     return notes

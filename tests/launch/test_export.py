@@ -50,6 +50,7 @@ def make_run(wan: Path, folder: Path, **changes: object) -> WanGenerator:
     )
     dump(cfg, folder)
     rows = [{"step": i, "reward/shapes": 0.25 * i, "reward/shapes_std": 9.0, "train/loss": 1.0} for i in range(3)]
+    rows.append({"step": 3, "eval/shapes": 0.75})  # what is measured after the last step has a line of its own
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     generator.save_trained(folder / "final")
     return generator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -53,3 +54,17 @@ def test_the_run_of_a_folder(tmp_path: Path) -> None:
         found = origin_of(tmp_path / "run" / name)
         assert (found.algorithm, found.base_model, found.steps) == ("Flow-RWR", "a/b", 0)
     assert origin_of(tmp_path).algorithm is None
+
+
+def test_steps_are_those_that_were_trained(tmp_path: Path) -> None:
+    """Three steps; a fourth line has the evaluation after them. A checkpoint after two knows two."""
+    run = tmp_path / "run"
+    rows = [{"step": step, "train/loss": 1.0, "reward/a": float(step)} for step in range(3)]
+    lines = [json.dumps(row) for row in [*rows, rows[2], {"step": 3, "eval/a": 0.5}]]
+    for name in ("final", "checkpoints/step-000002/trained"):
+        (run / name).mkdir(parents=True)
+    (run / "config.yaml").write_text("grpo: {}\n")
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert origin_of(run / "final").steps == 3
+    early = origin_of(run / "checkpoints/step-000002/trained")
+    assert (early.steps, early.changes) == (2, (Change("reward/a", 0.0, 1.0, 1), Change("train/loss", 1.0, 1.0, 1)))

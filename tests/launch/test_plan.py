@@ -13,16 +13,20 @@ import torch
 
 from common.config import load
 from generator.config import GeneratorConfig
+from launch.known_models import judge_like
 from launch.on_meta import LiveMemory, cost_of
-from launch.plan import lines_of, parse_where
+from launch.pair_runs import DpoRun
+from launch.plan import lines_of, missing_inputs, parse_where
+from launch.plan_advice import Less
 from launch.plan_models import JudgeOnMeta, Lengths, WanOnMeta, lengths_of, sizes_of
 from launch.plan_runs import DEVICES, GIB, RESERVE, Part, Phase, Plan, Where, plan_grpo, plan_judge, training_parts
-from launch.runs import ColdStartRun, GrpoRun
+from launch.runs import ColdStartRun, DualRlRun, GrpoRun, SampleRun
 from rm.config import VideoSettings
 from tests.launch.processes import ROOT, run
 
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 H100 = Where(DEVICES["h100"], 8)
+REWARD = "rewards.descore.checkpoint"
 
 
 # ------------------------------------------------------------------ counting on the meta device
@@ -159,8 +163,85 @@ def test_the_peak_is_what_stays_and_the_largest_of_what_passes() -> None:
     plan = Plan([], parts, [Phase("x", 1e12, 2.0), Phase("y", 1e12, 3.0)], "update", 720, 0.0)
     assert plan.peak == 24.0 + RESERVE
     assert "720 of them: 1.0 hours" in "\n".join(lines_of(plan, H100))
-    small = Where(replace(DEVICES["h100"], memory=1.0))
-    assert "DOES NOT FIT" in "\n".join(lines_of(plan, small))
+
+
+def test_what_does_not_fit_ends_with_numbers_and_advice() -> None:
+    """3 GiB stay, 2 and 16 pass: with 4 in reserve 23 GiB. Where there are 10, the part of 2 GiB is none of the
+    problem: 3 + 4 + 2 fit.
+    """
+    parts = [Part("a", 3 * GIB), Part("b", 16 * GIB, passing=True), Part("c", 2 * GIB, passing=True)]
+    plan = Plan([], parts, [Phase("x", 1e12, 2.0)], "update", 720, 0.0)
+    less = {"a": Less(("x=1",), "more ranks"), "b": Less(("y=1", "z=1 u=2")), "c": Less(("v=1",))}
+    said = lines_of(plan, Where(replace(DEVICES["h100"], memory=10 * GIB), 2), less=less)
+    assert said[-5:] == [
+        "  DOES NOT FIT: a rank needs 23.0 GiB and has 10.0, 13.0 are missing.",
+        "  The largest parts, and what makes them smaller:",
+        "      16.0  b: y=1, or z=1 u=2",
+        "       3.0  a: x=1; more ranks",
+        "  As it is, it fits 2 x h100, h200, a100, 4090.",
+    ]
+    larger = replace(plan, parts=[Part("a", 100 * GIB)])
+    assert lines_of(larger, H100)[-1] == "  As it is, it fits 8 x h200."
+    assert "none of the devices" in lines_of(replace(plan, parts=[Part("a", 200 * GIB)]), H100)[-1]
+    assert lines_of(plan, H100)[-1] == "  it goes: a rank needs 23.0 of 79.6 GiB"
+
+
+def test_a_judge_that_is_not_there_is_of_the_size_it_says() -> None:
+    for name, size in (
+        ("models/Qwen3-VL-2B-Instruct", "2B"),
+        ("runs/descore_4b/final", "4B"),
+        ("runs/8b/from_2b", "2B"),
+        ("nope", "8B"),
+        ("models/14b", "8B"),
+        ("models/x2bit", "8B"),
+    ):
+        assert judge_like(name) == f"Qwen/Qwen3-VL-{size}-Instruct"
+    judge = JudgeOnMeta("nope_2b", dtype="bfloat16")
+    assert sizes_of(judge.model).parameters == pytest.approx(2.13e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("schema", "name", "words", "key"),
+    [
+        (ColdStartRun, "cold_start", ["base=nope"], "base"),
+        pytest.param(DualRlRun, "dual_rl", ["checkpoint=nope"], "checkpoint", marks=pytest.mark.slow),
+        pytest.param(GrpoRun, "grpo", [f"{REWARD}=nope"], REWARD, marks=pytest.mark.slow),
+    ],
+)
+def test_an_assumed_model_is_said_at_the_top_and_beside_the_total(
+    schema: type, name: str, words: list[str], key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny judge of the embedded world stands for the 8B, which would take half a minute."""
+    tiny = str(ROOT / "assets" / "shapes" / "qwen")
+    monkeypatch.setattr("launch.known_models.judge_like", lambda name: tiny)
+    monkeypatch.chdir(ROOT)
+    cfg = load(schema, ROOT / "configs" / "shapes" / f"{name}.yaml", words)
+    plan = (plan_grpo if schema is GrpoRun else plan_judge)(cfg, H100)
+    note = f"  NOTE {key}: nope is neither a folder nor a known model, planned as {tiny}"
+    said = lines_of(plan, H100)
+    assert said[1] == note
+    assert said.count(note) == 2
+    assert said[said.index(note, 2) - 1].startswith(("    together", f"  {plan.count:,} of them"))
+    there = load(schema, ROOT / "configs" / "shapes" / f"{name}.yaml", [f"{words[0].partition('=')[0]}={tiny}"])
+    assert (plan_grpo if schema is GrpoRun else plan_judge)(there, H100).assumed == []
+
+
+def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a\n")
+    wan = {name: ROOT / "configs" / "wan" / f"{name}.yaml" for name in ("grpo", "dpo", "cold_start", "sample")}
+
+    def keys(schema: type, name: str, *words: str, planned: bool = True) -> list[str]:
+        said = missing_inputs(load(schema, wan[name], words), planned=planned)
+        assert all(line.endswith(" is not there; the run would refuse") for line in said)
+        return [line.partition(":")[0] for line in said]
+
+    assert keys(GrpoRun, "grpo", "evaluation.prompts=e.txt") == ["prompts", "evaluation.prompts"]
+    assert keys(GrpoRun, "grpo", "prompts=p.txt") == []
+    assert keys(GrpoRun, "grpo", "prompts=p.txt", planned=False) == ["rewards.descore.checkpoint"]
+    assert keys(DpoRun, "dpo") == ["pairs"]
+    assert keys(ColdStartRun, "cold_start", "data.heldout=null") == ["data.train"]
+    assert keys(SampleRun, "sample", "adapter=x", "prompts=p.txt", planned=False) == ["adapter"]
 
 
 def test_where() -> None:
@@ -170,6 +251,27 @@ def test_where() -> None:
         with pytest.raises(SystemExit) as ended:
             parse_where(wrong)
         assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("program", ["grpo", "score"])
+def test_a_wrong_device_comes_before_anything_is_printed(program: str) -> None:
+    words = [
+        sys.executable,
+        f"launch/{program}.py",
+        "--config",
+        f"configs/shapes/{program}.yaml",
+        "--dry-run",
+        "8xh900",
+    ]
+    done = run(*words, expect=2)
+    assert done.stdout == ""
+    assert "--dry-run 8xh900: want GPUSxDEVICE" in done.stderr
+
+
+def test_a_dry_run_needs_none_of_a_programs_own_options() -> None:
+    words = [sys.executable, "launch/score.py", "--config", "configs/shapes/score.yaml"]
+    assert "nothing is planned for a ScoreRun: the config is valid" in run(*words, "--dry-run").stdout
+    assert "the following arguments are required: --prompts, --out" in run(*words, expect=2).stderr
 
 
 @pytest.mark.long

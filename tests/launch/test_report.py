@@ -14,8 +14,7 @@ import torch
 
 from common.bootstrap import mean_ci95
 from common.video_io import write_mp4
-from launch import report, report_data
-from launch.report_charts import Series, histogram, line_chart, moving_average
+from launch import report, report_data, report_find
 from tests.launch.processes import ROOT
 
 EVIL = '<script>alert(1)</script> {{ 7 * 7 }} & "quotes" \x00'
@@ -48,7 +47,7 @@ def clip(path: Path, grey: int) -> None:
     write_mp4(path, torch.full((5, 16, 16, 3), grey, dtype=torch.uint8), 8.0)
 
 
-def evaluation(folder: Path, values: list[float], *, seed: int = 0) -> Path:
+def evaluation(folder: Path, values: list[float], *, seed: int = 0, adapter: str | None = None) -> Path:
     """Four prompts, the first one malicious; videos of the first two."""
     rows = []
     for i, value in enumerate(values):
@@ -71,7 +70,8 @@ def evaluation(folder: Path, values: list[float], *, seed: int = 0) -> Path:
     columns["shapes.subject"] = [2 * v for v in values]
     summary = {name: mean_ci95(column, seed=0).as_dict() for name, column in columns.items()}
     (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "config.yaml").write_text("seed: 0\nsecret_token: '***'\n")
+    trained = "null" if adapter is None else adapter
+    (folder / "config.yaml").write_text(f"seed: 0\nsecret_token: '***'\nadapter: {trained}\n")
     return folder
 
 
@@ -103,7 +103,7 @@ def demo(tmp_path: Path) -> Path:
     """A folder as `launch/demo.py` leaves it."""
     root = tmp_path / "demo"
     evaluation(root / "eval_base", BASE)
-    evaluation(root / "eval_tuned", TUNED)
+    evaluation(root / "eval_tuned", TUNED, adapter="runs/demo/grpo/final")
     alignment_run(root / "grpo")
     rows = [{"step": s, "train/loss": 0.7 / (s + 1), "train/accuracy": 0.5, "train/margin": 0.1 * s} for s in range(9)]
     rows[8]["heldout/accuracy"] = 0.9
@@ -166,7 +166,7 @@ def test_videos_are_inside_and_play(demo: Path) -> None:
 def test_numbers_on_the_page_are_the_runs(demo: Path) -> None:
     """Means 0.4 and 0.65; the differences 0.3, 0.2, 0.1, 0.4 have mean 0.25 and an interval above zero."""
     _, page = rendered(demo)
-    rows = {row.name: row for row in report_data.compare(report_data.discover(demo), ["shapes", "descore"])}
+    rows = {row.name: row for row in report_data.compare(report_find.discover(demo), ["shapes", "descore"])}
     assert rows["shapes"].base["mean"] == pytest.approx(0.4)
     assert rows["shapes"].tuned["mean"] == pytest.approx(0.65)
     assert rows["shapes"].difference["mean"] == pytest.approx(0.25)
@@ -182,11 +182,11 @@ def test_numbers_on_the_page_are_the_runs(demo: Path) -> None:
 
 
 def test_other_seeds_are_not_put_side_by_side(demo: Path) -> None:
-    evaluation(demo / "eval_tuned", TUNED, seed=100)
+    evaluation(demo / "eval_tuned", TUNED, seed=100, adapter="runs/demo/grpo/final")
     _, page = rendered(demo)
     assert "share no prompt and seed" in page.text
     assert "Base and tuned, same prompt" not in page.text
-    assert report_data.compare(report_data.discover(demo), ["shapes"])[0].difference is None
+    assert report_data.compare(report_find.discover(demo), ["shapes"])[0].difference is None
 
 
 def test_a_grpo_run_alone(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_held_out_prompts_on_the_way(tmp_path: Path) -> None:
 
 def test_flow_dpo_beside_grpo(demo: Path) -> None:
     """Three videos of a prompt, and the change by hand: 0.1, 0.1, 0.1 and 0.3 more than the base."""
-    evaluation(demo / "eval_dpo", [0.3, 0.5, 0.7, 0.7])
+    evaluation(demo / "eval_dpo", [0.3, 0.5, 0.7, 0.7], adapter="runs/demo/dpo/final")
     names = {
         "loss": 0.6,
         "accuracy": 0.7,
@@ -230,13 +230,13 @@ def test_flow_dpo_beside_grpo(demo: Path) -> None:
     (demo / "dpo" / "config.yaml").write_text("dpo: {}\n")
     text, page = rendered(demo)
     assert "Flow-DPO − base" in page.text
-    found = report_data.compare(report_data.discover(demo), ["shapes"], after_dpo=True)[0]
+    found = report_data.compare(report_find.discover(demo), ["shapes"], after_dpo=True)[0]
     assert found.difference["mean"] == pytest.approx(0.15)
     assert found.watched
     for title in ("Change against the reference", "Implicit accuracy", "Loss by noise level"):
         assert title in page.text
     assert text.count('<h4 class="Flow-DPO">') == 2  # of the two prompts whose videos were kept
-    assert report_data.kind_of(demo / "dpo") == "dpo"
+    assert report_find.kind_of(demo / "dpo") == "dpo"
     _, alone = rendered(demo / "dpo")
     assert "Alignment report" in alone.text
 
@@ -277,37 +277,97 @@ def test_a_manifest_names_the_runs(demo: Path, capsys: pytest.CaptureFixture[str
     assert "cold_start, grpo, dpo, rm, base, tuned, dpo_tuned" in capsys.readouterr().err
 
 
+def test_runs_are_found_by_what_is_in_them(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every folder under a name of nobody's, one of them deeper, and the page says the same."""
+    names = {"eval_base": "x6", "eval_tuned": "g1", "eval_rm": "deep/er/one", "grpo": "flat", "descore": "run1"}
+    odd = tmp_path / "odd"
+    for old, new in names.items():
+        (odd / new).parent.mkdir(parents=True, exist_ok=True)
+        (demo / old).rename(odd / new)
+    (odd / "g1" / "config.yaml").write_text("adapter: /gone/flat/final\n")
+    lines(odd / "flat" / "checkpoints" / "metrics.jsonl", [{"step": 0}])  # what a run keeps is no run
+    lines(odd / "vbench" / "model" / "results.jsonl", [{"dimension": "color", "score": 1.0}])
+    found = report_find.discover(odd)
+    kinds = {"x6": "base", "g1": "tuned", "deep/er/one": "rm", "flat": "grpo", "run1": "cold_start"}
+    assert {str(folder.relative_to(odd)): kind for kind, folder in found.named().items()} == kinds
+    assert found.more == ()
+    _, page = rendered(odd)
+    assert "change 0.25, 95 %" in re.sub(r"\s+", " ", page.text)
+    said = capsys.readouterr().out
+    assert all(f"{odd / folder} ({kind})" in said for folder, kind in kinds.items())
+
+
+def test_a_tuned_evaluation_is_of_the_run_its_adapter_comes_from(tmp_path: Path) -> None:
+    for name, config in (("a", "dpo: {}\n"), ("b", "grpo: {}\n"), ("c", "dual_rl: {}\n"), ("d", "cold_start: {}\n")):
+        lines(tmp_path / name / "metrics.jsonl", [{"step": 0, "train/loss": 1.0, "reward/format": 1.0}])
+        (tmp_path / name / "config.yaml").write_text(config)
+    evaluation(tmp_path / "e", BASE, adapter=str(tmp_path / "a" / "checkpoints" / "step-000009"))
+    evaluation(tmp_path / "f", BASE, adapter="elsewhere/b/final")
+    evaluation(tmp_path / "g", BASE, adapter="elsewhere/a/final")
+    found = report_find.discover(tmp_path)
+    assert {kind: folder.name for kind, folder in found.named().items()} == {
+        "dpo": "a", "grpo": "b", "cold_start": "d", "dpo_tuned": "e", "tuned": "f"
+    }  # fmt: skip
+    assert [(one.kind, one.folder.name) for one in found.more] == [("dual_rl", "c"), ("dpo_tuned", "g")]
+    assert report_find.discover(tmp_path / "c").more[0].kind == "dual_rl"
+    _, page = rendered(tmp_path / "c")
+    assert "Reward model report" in page.text
+
+
+def test_further_runs_of_a_kind_are_on_the_page(demo: Path) -> None:
+    """The one that is called as in the demo has its sections, the others theirs below."""
+    alignment_run(demo / "a_run")
+    (demo / "a_run" / "config.yaml").write_text("grpo: {}\nsteps: 77\n")
+    evaluation(demo / "a_base", [1.0, 1.0, 1.0, 0.5])  # mean 0.875
+    found = report_find.discover(demo)
+    assert (found.grpo, found.base) == (demo / "grpo", demo / "eval_base")
+    _, page = rendered(demo)
+    text = re.sub(r"\s+", " ", page.text)
+    section = text[text.rindex("Further runs") :]
+    assert f"grpo: {demo / 'a_run'}" in section
+    assert f"base: {demo / 'a_base'}" in section
+    assert "shapes0.875 [" in section
+    assert "Reward: descore" in section
+    assert "steps: 77" in section
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [("grpo/metrics.jsonl", 41), ("eval_base/results.jsonl", 5), ("grpo/samples/step-000000/samples.jsonl", 4)],
+)
+@pytest.mark.parametrize("broken", ["{not json", "", "[1]"])
+def test_a_broken_line_is_named(
+    demo: Path, capsys: pytest.CaptureFixture[str], file: str, line: int, broken: str
+) -> None:
+    with (demo / file).open("a") as out:
+        out.write(f"{broken}\n")
+    with pytest.raises(SystemExit) as exit_:
+        rendered(demo)
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{demo / file}:{line}: " in said
+    assert said.count("\n") == 1
+
+
+def test_a_torn_last_line_and_broken_whole_files(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (demo / "grpo/metrics.jsonl").open("a") as out:
+        out.write('{"step": 40, "tra')
+    rendered(demo)  # the run is being written
+    assert len(report_data.metrics(demo / "grpo")) == 40
+    for file, text in (("eval_base/summary.json", "{"), ("grpo/config.yaml", "a: [")):
+        kept = (demo / file).read_text()
+        (demo / file).write_text(text)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            rendered(demo)
+        assert exit_.value.code == 2
+        assert str(demo / file) in capsys.readouterr().err
+        (demo / file).write_text(kept)
+
+
 @pytest.mark.parametrize("words", [[], ["nowhere"], ["--grpo", "nowhere"], [str(ROOT / "common")]])
 def test_nothing_to_report_is_exit_2(words: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as exit_:
         report.main([*words, "--out", str(tmp_path / "r.html")])
     assert exit_.value.code == 2
     assert not (tmp_path / "r.html").exists()
-
-
-# ------------------------------------------------------------------ charts
-
-
-def test_moving_average_by_hand() -> None:
-    assert moving_average([0.0, 3.0, 6.0, 9.0, 3.0], 3) == [1.5, 3.0, 6.0, 6.0, 6.0]
-    assert moving_average([1.0, 2.0, 3.0, 4.0], 1) == [1.0, 2.0, 3.0, 4.0]
-
-
-def test_a_line_goes_through_its_points() -> None:
-    """Equal steps in x and y are equal steps in the drawing; NaN leaves a point out."""
-    chart = line_chart("t", [Series("a", [0.0, 1.0, float("nan"), 3.0], [0, 1, 2, 3])])
-    path = re.search(r'<path d="(M [^"]*)"[^>]*stroke: var\(--s0\); stroke-width: 1.8', chart.svg).group(1)
-    points = [tuple(map(float, pair)) for pair in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
-    assert len(points) == 3
-    (x0, y0), (x1, y1), (x3, y3) = points
-    assert (x3 - x0) / (x1 - x0) == pytest.approx(3.0, rel=1e-3)
-    assert (y0 - y3) / (y0 - y1) == pytest.approx(3.0, rel=1e-3)
-    assert "#" not in chart.svg.replace("url(#", "").replace('href="#', "")  # every colour is the page's
-    assert chart.note == "0 → 3"
-
-
-def test_nothing_to_draw_is_no_chart() -> None:
-    assert line_chart("t", [Series("a", [1.0], [0])]) is None
-    assert line_chart("t", [Series("a", [float("nan")] * 5, range(5))]) is None
-    assert histogram("t", [Series("a", [])]) is None
-    assert histogram("t", [Series("a", [2.0, 2.0])]) is not None  # one value many times
