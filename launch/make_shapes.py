@@ -253,14 +253,18 @@ def split_size(word: str) -> tuple[str, int]:
 
 
 def main() -> None:
+    default, names = {"train": 2000, "heldout": 700}, ", ".join(SPLITS)
+    sizes = " ".join(f"{name}={count}" for name, count in default.items())
+    config, judge = Path("configs/shapes/sample.yaml"), Path("assets/shapes/qwen")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    default = {"train": 2000, "heldout": 700}
-    parser.add_argument("--pairs", type=split_size, nargs="+", default=[*default.items()], metavar="SPLIT=COUNT")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--config", type=Path, default=Path("configs/shapes/sample.yaml"), help="of the generator")
-    parser.add_argument("--judge", type=Path, default=Path("assets/shapes/qwen"))
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for SPLIT.csv of each split, videos/ and done.json")
+    add("--pairs", type=split_size, nargs="+", default=[*default.items()], metavar="SPLIT=COUNT",
+        help=f"tables and how many pairs each has, of {names} (default: {sizes})")  # fmt: skip
+    add("--seed", type=int, default=0, help="what decides every video, label and chain (default: %(default)s)")
+    add("--workers", type=int, default=2, help="processes; they change no byte (default: %(default)s)")
+    add("--config", type=Path, default=config, help="launch/sample.py's, of the generator (default: %(default)s)")
+    add("--judge", type=Path, default=judge, help="Qwen3-VL that writes the chains (default: %(default)s)")
     args = parser.parse_args()
 
     from tqdm import tqdm
