@@ -6,6 +6,7 @@ other people's releases, all tiny and random.
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import os
@@ -32,6 +33,7 @@ from tests.launch.test_export import make_run
 from tests.tiny import build_tiny_wan
 from tests.tiny_qwen import SETTINGS, TEMPLATE, tiny_qwen, tiny_tokenizer
 
+STEP_BY_STEP = {"embedded-world.md"}  # pages whose blocks need those before them
 CODES = {"launch/check_rewards.py": (0, 1)}  # 1: a judge that has learned nothing does not order videos sensibly
 DEVICE = "8xh100"
 
@@ -61,6 +63,12 @@ def files_to_judge(folder: Path) -> None:
     (folder / "all_dimension.txt").write_text("a cat\na dog\n")
     (folder / "all_dimension_aug_wanx_seed42.txt").write_text("a black cat\na large dog\n")
     (folder / "clips").mkdir()
+    with open(folder / "pairs.csv", "w", newline="", encoding="utf-8") as file:  # docs/data.md has the columns
+        table = csv.writer(file)
+        table.writerow(["videos", "prompt", "GSB"])
+        table.writerows(
+            [repr([f"clips/{i}.mp4", f"clips/{other}.mp4"]), prompts[i], "A"] for i, other in ((0, 1), (1, 2), (2, 0))
+        )
     for i, prompt in enumerate(prompts):
         scene = shapes.random_scene(shapes.parse(prompt), random.Random(i))
         write_mp4(folder / "clips" / f"{i}.mp4", shapes.render([scene])[0], 8)
@@ -79,22 +87,23 @@ def other_peoples_releases(folder: Path) -> None:
 
 
 def unmarked() -> dict[str, list[Command]]:
-    """Block -> its commands that are run; of blocks that are alike, the last."""
+    """Block -> its commands that are run, or page where they need each other; of blocks that are alike, the last."""
     found: dict[str, list[Command]] = defaultdict(list)
     for command in COMMANDS:
         if not command.marks:
-            found[command.place].append(command)
+            page = command.place.partition(":")[0]
+            found[page if page in STEP_BY_STEP else command.place].append(command)
     alike = {tuple(command.bare for command in block): (place, block) for place, block in found.items()}
     return dict(alike.values())
 
 
 @pytest.mark.parametrize(("place", "block"), unmarked().items(), ids=unmarked())
 def test_what_needs_nothing_runs_as_it_stands(desk: Path, place: str, block: list[Command]) -> None:
-    """The commands of a block one after the other, in one shell."""
+    """The commands of a block, or of a whole page, one after the other, in one shell."""
     env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(desk)}
     script = "set -euo pipefail\n" + "\n".join(command.text for command in block)
     done = subprocess.run(
-        ["bash", "-c", script], cwd=desk, env=env, capture_output=True, text=True, timeout=500, check=False
+        ["bash", "-c", script], cwd=desk, env=env, capture_output=True, text=True, timeout=1000, check=False
     )
     programs = {command.program[0] for command in block if command.program}
     allowed = {code for program in programs for code in CODES.get(program, (0,))} or {0}
