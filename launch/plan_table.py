@@ -1,4 +1,5 @@
-"""What every full-size recipe needs on 1, 8 and 64 GPUs: `python launch/plan_table.py`, docs/results/plans.md.
+"""What every full-size recipe needs on 1, 8 and 64 GPUs: `python launch/plan_table.py`, docs/results/plans.md and, of
+each recipe as it stands, README.
 
 The plans are those of ``--dry-run``; nothing of this was run on a GPU.
 """
@@ -32,11 +33,17 @@ RECIPES: dict[str, tuple[type, tuple[str, ...], tuple[str, ...]]] = {
     "the same, 240 x 416 x 33 ": (DpoRun, ("dpo.yaml", SMALL), ()),
 }
 RANKS = (1, 8, 64)
+README, README_MARKS = ROOT / "README.md", ("<!-- plans -->", "<!-- end of plans -->")
+HEAD = (
+    f"| recipe | {' | '.join(f'{ranks} GPU' + 's' * (ranks > 1) for ranks in RANKS)} |",
+    "|---" * (len(RANKS) + 1) + "|",
+)
+OUT = ROOT / "docs" / "results" / "plans.md"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "plans.md")
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--device", choices=DEVICES, default="h100")
     args = parser.parse_args(argv)
     from launch.compose import quiet
@@ -48,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines.append(f"| {title.strip()} | {' | '.join(cell(cfg, args.device, ranks) for ranks in RANKS)} |")
         print(lines[-1], flush=True)
     args.out.write_text(page(args.device, lines), encoding="utf-8")
+    if args.out == OUT:
+        README.write_text(with_table(README.read_text(encoding="utf-8"), lines), encoding="utf-8")
 
 
 def cell(cfg: Any, device: str, ranks: int) -> str:
@@ -75,12 +84,19 @@ def page(device: str, rows: list[str]) -> str:
             f"Made by `python launch/plan_table.py` at commit {commit()}: what `--dry-run` predicts; nothing ran on "
             f"a GPU. Peak memory of a rank (4 GiB of it a reserve) and time of a step on {name} at half its peak.",
             "",
-            f"| recipe | {' | '.join(f'{ranks} GPU' + 's' * (ranks > 1) for ranks in RANKS)} |",
-            "|---" * (len(RANKS) + 1) + "|",
+            *HEAD,
             *rows,
             "",
         ]
     )
+
+
+def with_table(text: str, rows: Sequence[str]) -> str:
+    """README with these rows between its marks, without variants of a recipe."""
+    before, rest = text.split(README_MARKS[0] + "\n")
+    after = rest.split(README_MARKS[1])[1]
+    own = [row for row in rows if not row.startswith("| the same")]
+    return "\n".join([before + README_MARKS[0], *HEAD, *own, README_MARKS[1]]) + after
 
 
 if __name__ == "__main__":

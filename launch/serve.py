@@ -1,7 +1,7 @@
 """Serve rewards over HTTP: one copy for many runs, in an environment or on a machine of its own.
 
     python launch/serve.py --config configs/wan/serve.yaml
-    deepspeed launch/grpo.py --config configs/wan/grpo.yaml rewards.descore.weight=0 rewards.remote.url=http://127.0.0.1:8900
+    deepspeed launch/grpo.py --config configs/wan/grpo.yaml rewards.descore.url=http://127.0.0.1:8900
 
 On loopback unless ``host`` says otherwise, and then only with a token, taken from the environment variable that
 ``token_env`` names. Videos come as frames or mp4 in the request itself; no address is fetched and no pickle read.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from common.config import parse_command_line
-from launch import config_reference
+from launch import config_reference, plan_table
 from tests.documented import COMMANDS, MARKS, PAGES, ROOT, Command
 
 WITH_CONFIG = [command for command in COMMANDS if "--config" in command.program]
@@ -102,6 +102,14 @@ def test_every_mark_is_one_that_means_something_and_make_knows_its_targets() -> 
     named = set(re.findall(r"(?:`|^)make ([\w-]+)", pages, re.M))
     assert named >= {"demo", "test", "fullsize", "check"}
     assert named - targets == set()
+
+
+def test_readmes_plans_are_those_of_the_results() -> None:
+    rows = [line for line in (ROOT / "docs/results/plans.md").read_text(encoding="utf-8").splitlines() if "|" in line]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert plan_table.with_table(text, rows[2:]) == text
+    assert "| Longcat-GRPO |" in text
+    assert "| the same" not in text
 
 
 def test_every_fault_has_a_row_and_every_row_a_test() -> None:

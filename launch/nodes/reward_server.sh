@@ -7,7 +7,7 @@
 #
 # and, on the nodes of the run, with the address that it says:
 #
-#     rewards.descore.weight=0 rewards.remote.url=http://HOST:8900
+#     rewards.descore.url=http://HOST:8900
 #
 # Environment:
 #   REWARD_SERVER_TOKEN   needed: any host but loopback is reached by others. It travels unencrypted
