@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alignment.losses import StepWeights, grpo_group_loss, step_weights
+from alignment.rewards.foreign import Asked
 from common import faults, gaussian
 from common.distributed import (
     gather_rows,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from alignment.data import PromptBatch, PromptSchedule
     from common.gaussian import Gaussian
     from common.types import Engine, Generator, Group, LossOutput, RewardModel, Step
+
+PATIENCE = 3  # steps of a process after which something must have been judged
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,9 @@ class GrpoLoop:
         if set(rewards) != set(weights):
             raise ValueError(f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names")
         self.cfg, self.generator, self.engine, self.prompts = cfg, generator, engine, prompts
-        self.rewards, self.weights, self.fps, self.grad_norm = rewards, weights, fps, grad_norm
+        self.rewards = {name: Asked(name, reward) for name, reward in rewards.items()}
+        self.weights, self.fps, self.grad_norm = weights, fps, grad_norm
+        self.mute_steps: int | None = 0  # since the start, in which nothing was judged; None once something was
         self.members = cfg.group_size // cfg.ranks_per_group
         if cfg.ranks_per_group > 1 and (
             whole := [n for n, one in rewards.items() if getattr(one, "group_level", False)]
@@ -117,7 +122,8 @@ class GrpoLoop:
     def step(self, step: int) -> StepResult:
         """Optimizer step number ``step`` (from 0), on prompts_per_step groups over all ranks.
 
-        Raises RewardUnavailableError on every rank, nothing having been trained, when it is raised on one.
+        Raises RewardUnavailableError on every rank, nothing having been trained, when a reward raises on one, whatever
+        it is; and when in the first `PATIENCE` steps no reward with a weight has judged anything.
         """
         clock = Clock()
         batch = self.prompts.at(step).share(rank() // self.cfg.ranks_per_group, self.blocks())
@@ -129,12 +135,26 @@ class GrpoLoop:
             problem = error
         raise_on_all(problem)
         judgement = self.judge(rolled.scores, groups=len(rolled.groups))
+        self.check_that_something_is_judged(judgement)
         with clock("update"):
             trained = [self.update(rolled.groups, judgement) for _ in range(self.cfg.updates)]
             trained = {name: sum(one[name] for one in trained) / len(trained) for name in trained[0]}
         timing = clock.metrics(videos=len(rolled.video_BTYXC))
         metrics = {**judgement.means, **trained, **timing, **judgement.details}
         return StepResult(metrics, batch, rolled.video_BTYXC, rolled.scores, judgement.advantage_PM)
+
+    def check_that_something_is_judged(self, judgement: Judgement) -> None:
+        """A judge that says nothing at the start will say nothing later. All ranks find the same."""
+        trained = [name for name, weight in self.weights.items() if weight != 0]
+        if self.mute_steps is None or not all(math.isnan(judgement.means[f"reward/{name}"]) for name in trained):
+            self.mute_steps = None
+            return
+        self.mute_steps += 1
+        if self.mute_steps == PATIENCE:
+            raise RewardUnavailableError(
+                f"in the first {PATIENCE} steps {', '.join(f'rewards.{name}' for name in trained)} judged no video, "
+                "all scores are NaN or None: nothing is learned"
+            )
 
     def blocks(self) -> int:
         """How many sets of ranks there are that share groups; every rank is one by itself by default."""

@@ -90,6 +90,7 @@ def go(cfg: DpoRun, pairs: PairSet, heldout: PairSet | None, guard: Guard, *, re
     log = RunLog(run_dir, start=start, wandb=cfg.wandb, tensorboard=cfg.tensorboard, total=steps)
     warned = False
 
+    guard.begin()
     for step in progress(range(start, steps), steps - start, "dpo"):
         refresher.before(step, first=step == start)
         metrics = timed(loop, step)

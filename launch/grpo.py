@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.command import read_command
 from launch.refuse import refuse, refusing
@@ -78,13 +78,11 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
     from launch.engine_state import begin
     from launch.forwards import ForwardCounter
     from launch.generator_state import export, save
-    from launch.guard import end_run
 
     run_dir = Path(cfg.run_dir)
     with refusing():
         loop, generator, engine = build(cfg, prompts)
-    for line in batch_arithmetic(cfg, ranks=distributed.world_size(), module=generator.module):
-        say(line)
+    say("\n".join(batch_arithmetic(cfg, ranks=distributed.world_size(), module=generator.module)))
     ema = None if cfg.ema is None else Ema(cfg.ema, generator.module)
     start = begin(cfg, engine, resume, also=() if ema is None else (ema,))
     if cfg.self_checks and start == 0:
@@ -95,14 +93,16 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
     log = RunLog(run_dir, start=start, wandb=cfg.wandb, tensorboard=cfg.tensorboard, total=cfg.steps)
 
     saved = start
+    guard.begin()
     for step in progress(range(start, cfg.steps), cfg.steps - start, "grpo"):
         try:
             measured = measure(cfg, loop, ema, heldout, step, counter)
             result = loop.step(step)
         except RewardUnavailableError as error:
+            show_cause(error)
             if saved < step:
                 save(cfg, generator, engine, ema, step=step)
-            end_run(log, f"stopped after {step} steps, which are saved: {error}", 1)
+            give_up(log, step, error)
         if ema is not None:
             ema.update()
         faults.point("step")
@@ -122,6 +122,22 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
         log.log(cfg.steps, measured)
     export(generator, ema, run_dir)
     log.close()
+
+
+def show_cause(error: Exception) -> None:
+    """What a reward's own code raised, with its traceback, on the rank where it did."""
+    import traceback
+
+    if error.__cause__ is not None:
+        traceback.print_exception(error.__cause__)
+
+
+def give_up(log: RunLog, step: int, error: Exception) -> NoReturn:
+    """All ranks end with exit code 1; started again, the run goes on from what it saved."""
+    from launch.guard import end_run
+
+    done = f"after {step} steps, which are saved" if step else "before the first step was done"
+    end_run(log, f"stopped {done}: {error}", 1)
 
 
 def write_samples(cfg: GrpoRun, result: StepResult, step: int, log: RunLog) -> None:
@@ -191,6 +207,7 @@ def look_before(cfg: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
     from alignment import self_checks
     from common.distributed import derive_seed
     from common.log import say
+    from common.types import RewardUnavailableError
     from generator.stock_check import stock_gap
 
     generator, own = loop.generator, prompts[:4]
@@ -203,10 +220,17 @@ def look_before(cfg: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
     if len(own) > 1:
         seeds = [derive_seed(cfg.seed, "self-check", i) for i in range(len(own))]
         video_BTYXC = torch.cat([generator.decode(generator.sample([p], [s])) for p, s in zip(own, seeds, strict=True)])
-        for reward in (one for one in loop.rewards.values() if not getattr(one, "group_level", False)):
-            findings += [
-                check(reward, video_BTYXC, own, fps=loop.fps) for check in (self_checks.permutation, self_checks.sense)
-            ]
+        rewards = [one for one in loop.rewards.values() if not one.group_level]
+        try:
+            for reward in rewards:
+                findings += [
+                    check(reward, video_BTYXC, own, fps=loop.fps)
+                    for check in (self_checks.permutation, self_checks.sense)
+                ]
+        except RewardUnavailableError as error:
+            if not isinstance(error.__cause__, ValueError):  # which says enough: of these videos, or their number
+                show_cause(error)
+            refuse(str(error))
     for finding in findings:
         say(f"self-check {'ok' if finding.ok else 'FAILED' if finding.fatal else 'WARNING'}: {finding.message}")
     if failed := [finding.name for finding in findings if finding.fatal and not finding.ok]:

@@ -77,8 +77,9 @@ class Guard:
 
     The folder belongs to it: while rank 0 lives, another run there exits with code 2 and says whose it is; so does, at
     any time, a run of another ``kind``, and this one when a rank does not see the folder. SIGTERM, SIGINT or SIGUSR1,
-    on whichever rank, ends the run after its step, when it is saved; SIGTERM or SIGINT again ends it at once. SIGUSR1
-    is for schedulers: launchers that ignore it leave the ranks alone, while at SIGTERM deepspeed's kills them after 30
+    on whichever rank, ends the run after its step, when it is saved; SIGTERM or SIGINT again ends it at once, and so
+    it does before `begin`: while weights load or a reward server is waited for there is nothing to save. SIGUSR1 is
+    for schedulers: launchers that ignore it leave the ranks alone, while at SIGTERM deepspeed's kills them after 30
     seconds.
 
     watchdog_s  seconds without a finished step after which the run counts as stuck: all threads' stacks go to stderr
@@ -89,6 +90,7 @@ class Guard:
     def __init__(self, run_dir: Path, *, kind: str = "", watchdog_s: float) -> None:
         self.run_dir, self.kind, self.watchdog_s = run_dir, kind, watchdog_s
         self.received, self.beat = 0, time.monotonic() + 4 * watchdog_s
+        self.begun = False
         self._lock: IO[str] | None = None
         self._done = threading.Event()
         self._before: dict[int, object] = {}
@@ -99,7 +101,9 @@ class Guard:
             self._release()
             refuse(problem)
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # the system's own answer to the first two, for Python's would come when a wait in C++ is over
+            answers = {number: self._note if number == signal.SIGUSR1 else signal.SIG_DFL for number in SIGNALS}
+            self._before = {number: signal.signal(number, answer) for number, answer in answers.items()}
         if self.watchdog_s:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         return self
@@ -112,8 +116,16 @@ class Guard:
             signal.signal(number, handler)
         self._release()
 
+    def begin(self) -> None:
+        """From here on there is a step to finish: a signal is noted. A loop calls it before its first step."""
+        if not self.begun and self._before:
+            for number in SIGNALS:
+                signal.signal(number, self._note)
+        self.begun = True
+
     def step_done(self) -> bool:
         """All ranks call it after every step: True when one of them was asked to stop."""
+        self.begin()
         self.beat = time.monotonic()
         self.received = int(distributed.max_over_ranks(float(self.received)))
         return bool(self.received)

@@ -126,6 +126,7 @@ def run_steps(
     run_dir = Path(cfg.run_dir)
     start = begin(cfg, engine, resume)
     log = RunLog(run_dir, start=start, wandb=cfg.wandb, tensorboard=cfg.tensorboard, total=steps)
+    guard.begin()
     for step in progress(range(start, steps), steps - start, label):
         metrics = {**step_of(step), "train/not_finite": careful.take_skipped(), **peak_memory()}
         faults.point("step")

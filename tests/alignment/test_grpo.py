@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from alignment import grpo
+from alignment import grpo, self_checks
 from alignment.config import GrpoConfig
 from alignment.data import PromptSchedule
 from alignment.grpo import GrpoLoop, backwards_per_update
 from alignment.rewards.brightness import Brightness
-from common.types import Engine, Generator, RewardModel, Score
+from common.types import Engine, Generator, RewardModel, RewardUnavailableError, Score
 from tests.fakes import FakeGenerator, FunctionReward, PlainEngine, Scripted, prompt_length, redness
 
 PROMPTS = ["a", "bb", "ccc", "dddd"]
@@ -280,7 +280,7 @@ def test_an_error_beside_travels() -> None:
         def score(self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float) -> Score:
             raise ConnectionError("the reward server is gone")
 
-    with pytest.raises(ConnectionError, match="the reward server is gone"):
+    with pytest.raises(RewardUnavailableError, match=r"rewards\.bright: the reward server is gone"):
         loop_of({"bright": Broken()}, overlap_scoring=True).step(0)
 
 
@@ -332,3 +332,57 @@ def test_a_loss_that_is_no_number_is_told(capsys: pytest.CaptureFixture) -> None
 def test_names_of_rewards_and_weights_must_agree() -> None:
     with pytest.raises(ValueError, match="same names"):
         loop_of({"bright": Brightness()}, weights={"brihgt": 1.0})
+
+
+class Failing:
+    """Right once, then something of its own goes wrong."""
+
+    name = "kind"
+
+    def __init__(self, *said: object) -> None:
+        self.said = list(said)
+
+    def score(self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+        said = self.said.pop(0) if len(self.said) > 1 else self.said[0]
+        if isinstance(said, Exception):
+            raise said
+        return Score(torch.full((len(prompts) + said,), 0.5))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_a_reward_raises_is_an_end_in_order_that_names_it(*, overlap: bool) -> None:
+    raised = KeyError("its own")
+    loop = loop_of({"mine": Failing(raised)}, overlap_scoring=overlap)
+    with pytest.raises(RewardUnavailableError, match=r"^rewards\.mine: KeyError: 'its own'") as found:
+        loop.step(0)
+    assert found.value.__cause__ is raised
+    loop = loop_of({"mine": Failing(1)}, overlap_scoring=overlap)
+    with pytest.raises(RewardUnavailableError, match=r"^rewards\.mine: score said (17|5) numbers for (16|4) videos"):
+        loop.step(0)
+
+
+@pytest.mark.parametrize("passing", [RewardUnavailableError("away"), torch.OutOfMemoryError("full")])
+def test_a_server_that_is_away_and_memory_that_is_full_stay_what_they_are(passing: Exception) -> None:
+    with pytest.raises(type(passing)) as found:
+        loop_of({"mine": Failing(passing)}).step(0)
+    assert found.value is passing
+
+
+def test_a_reward_that_never_judges_ends_the_run_and_one_that_did_once_does_not() -> None:
+    never = [math.nan] * 16
+    loop = loop_of({"mine": Scripted(never * 3), "watched": Brightness()}, weights={"mine": 1.0, "watched": 0.0})
+    assert [loop.step(step).metrics["train/skipped"] for step in range(2)] == [1.0, 1.0]
+    with pytest.raises(RewardUnavailableError, match=r"in the first 3 steps rewards\.mine judged no video"):
+        loop.step(2)
+    once = Scripted([0.5, *never[1:], *(never * 4)])
+    loop = loop_of({"mine": once})
+    assert [loop.step(step).metrics["train/skipped"] for step in range(5)] == [1.0] * 5
+    loop = loop_of({"mine": Scripted(never * 4), "bright": Brightness()})
+    assert [loop.step(step).metrics["train/skipped"] for step in range(4)] == [0.0] * 4
+
+
+def test_self_checks_speak_of_a_reward_by_the_runs_name_for_it() -> None:
+    (reward,) = loop_of({"oracle": Brightness()}).rewards.values()
+    video = torch.zeros(4, 2, 4, 4, 3, dtype=torch.uint8)
+    for check in (self_checks.permutation, self_checks.sense):
+        assert check(reward, video, PROMPTS, fps=8.0).name.endswith(", oracle")

@@ -36,7 +36,7 @@ def test_a_function(tmp_path: Path) -> None:
 def test_a_function_that_asks_for_more(tmp_path: Path) -> None:
     text = "def score(video, prompts, *, fps, scale=1):\n    return [scale * fps * len(prompt) for prompt in prompts]\n"
     assert reward_of(tmp_path, text, scale=10).score(VIDEO, PROMPTS, fps=8.0).value_B.tolist() == [80, 160, 240] * 2
-    with pytest.raises(TypeError, match=r"rewards\.mine: score takes no scael"):
+    with pytest.raises(ValueError, match=r"^rewards\.mine: .*mine\.py: score takes no scael; its options are scale"):
         reward_of(tmp_path, text, scael=10)
 
 
@@ -46,9 +46,25 @@ def test_what_it_could_not_judge_is_missing(tmp_path: Path) -> None:
     assert value.isnan().tolist() == [True, True, False, False, False, False]
 
 
-def test_a_wrong_number_of_answers_is_an_error(tmp_path: Path) -> None:
-    reward = reward_of(tmp_path, "def score(video, prompts):\n    return [1.0]\n")
-    with pytest.raises(ValueError, match=r"rewards\.mine: 1 numbers for 6 videos"):
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("[1.0]", "1 number for 6 videos"),
+        ("1", "1 number for 6 videos"),
+        ("video.float().mean()", "1 number for 6 videos"),
+        ("None", "1 number for 6 videos"),
+        ("[1] * 7", "7 numbers for 6 videos"),
+        ("Score(torch.zeros(5))", "5 numbers for 6 videos"),
+        ("torch.zeros(6, 2)", r"a Tensor of shape \(6, 2\) for 6 videos, not one number for each"),
+        ("list('abcdef')", "a list for 6 videos, not one number for each: could not convert string to float: 'a'"),
+    ],
+)
+@pytest.mark.parametrize("form", ["def score(video, prompts):\n    return {}", "class C:\n  @staticmethod\n  {}"])
+def test_a_wrong_number_of_answers_is_an_error(said: str, message: str, form: str, tmp_path: Path) -> None:
+    body = f"def score(video, prompts): return {said}" if "class" in form else said
+    text = f"import torch\nfrom common.types import Score\n{form.format(body)}\n"
+    reward = reward_of(tmp_path, text, "C" if "class" in form else "score")
+    with pytest.raises(ValueError, match=rf"^rewards\.mine: score said {message}"):
         reward.score(VIDEO, PROMPTS, fps=8.0)
 
 
@@ -72,8 +88,51 @@ ready = Length(3)
     cubes = reward_of(tmp_path, text, "ready")
     assert cubes.score(VIDEO, PROMPTS, fps=8.0).value_B.tolist() == [1, 8, 27] * 2
     assert cubes.name == "mine"
-    with pytest.raises(TypeError, match="an object takes no options"):
+    with pytest.raises(ValueError, match=r"^rewards\.mine: .*mine\.py: an object takes no options, got power"):
         reward_of(tmp_path, text, "ready", power=2)
+    with pytest.raises(ValueError, match=r"^rewards\.mine: .*mine\.py: Length takes no pwoer; its options are power"):
+        reward_of(tmp_path, text, "Length", pwoer=2)
+
+
+@pytest.mark.parametrize("name", ["Length", "ready"])
+def test_a_class_and_an_object_may_do_as_a_function_does(name: str, tmp_path: Path) -> None:
+    """No fps, plain numbers, no name; by group."""
+    text = """
+class Length:
+    group_level = True
+
+    def score(self, videos, prompts):
+        return [len(prompt) for prompt in prompts]
+
+ready = Length()
+"""
+    reward = reward_of(tmp_path, text, name)
+    assert reward.score(VIDEO, PROMPTS, fps=8.0).value_B.tolist() == [1, 2, 3] * 2
+    assert reward.group_level
+    result = loop_of({"mine": reward}).step(0)
+    assert result.scores["mine"].value_B.tolist() == [len(p) for p in result.batch.prompts for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("def score(v, p): ...\n", "scores", r"\.target: .*mine\.py has no 'scores'; did you mean 'score'\?"),
+        ("x = 1\ndef score(v, p)\n", "score", r": .*mine\.py:2: SyntaxError: expected ':'"),
+        ("\nimport not_here\n", "score", r": .*mine\.py:2: ModuleNotFoundError: No module named 'not_here'"),
+        ("x = {}['a']\n", "score", r": .*mine\.py:1: KeyError: 'a'"),
+        ("class A:\n  def __init__(self):\n    1 / 0\n", "A", r": .*mine\.py:3: ZeroDivisionError: division by zero"),
+        ("class A:\n  def __init__(self, x): ...\n", "A", r": .*mine\.py: TypeError: A\.__init__\(\) missing 1 .* 'x'"),
+        ("def score(video): ...\n", "score", r": .*mine\.py: score cannot be called with videos and prompts: too many"),
+        ("def score(v, p, x): ...\n", "score", r": .*score cannot be called .* missing a required argument: 'x'"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_sentence_with_its_place(
+    text: str, name: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"^rewards\.mine{message}") as found:
+        reward_of(tmp_path, text, name)
+    assert "\n" not in str(found.value)
+    assert found.value.__cause__ is not None
 
 
 @pytest.mark.parametrize(
@@ -92,7 +151,7 @@ def test_a_target_that_cannot_be_one_is_seen_before_anything_runs(target: str, m
 
 
 def test_what_is_not_in_the_file_or_is_no_reward(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"mine\.py has no score"):
+    with pytest.raises(ValueError, match=r"mine\.py has no 'score'; did you mean 'socre'"):
         reward_of(tmp_path, "def socre(video, prompts): ...\n")
     with pytest.raises(ValueError, match="int is neither a function nor has it a method score"):
         reward_of(tmp_path, "score = 3\n")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alignment.config import RewardConfig
-from alignment.rewards import REWARDS, build_rewards
+from alignment.rewards import REWARDS, build_rewards, factory_of
 from common import shapes
 from common.types import RewardModel, Score
 
@@ -30,9 +30,45 @@ def test_an_unknown_kind_names_the_nearest_and_the_known() -> None:
     assert all(name in str(e.value) for name in REWARDS)
 
 
-def test_descore_without_a_checkpoint_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(ValueError, match="needs `checkpoint`"):
-        build_rewards({"descore": RewardConfig()})
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (RewardConfig(kind="descore"), "a descore reward needs `checkpoint`"),
+        (RewardConfig(kind="similarity"), "a similarity reward needs `checkpoint`"),
+        (RewardConfig(kind="similarity", checkpoint="./gone"), r"there is no folder \./gone"),
+        (RewardConfig(kind="videoreward"), "a videoreward reward needs `checkpoint`"),
+        (RewardConfig(kind="hpsv3", checkpoint="gone"), r"gone/judge\.json: no such file; launch/convert_reward\.py"),
+        (RewardConfig(kind="remote"), "a remote reward needs `url`"),
+        (RewardConfig(kind="generative", checkpoint="x"), r"a generative reward needs options\.instruction"),
+        (RewardConfig(kind="brightness", options={"x": 1}), "Brightness takes no x; it has no options"),
+        (RewardConfig(kind="niqe", options={"frame": 1}), "Niqe takes no frame; its options are frames"),
+        (RewardConfig(kind="niqe", options={"frames": 0}), "niqe needs frames >= 1, got 0"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_sentence_with_the_users_name(cfg: RewardConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^rewards\.judge: {message}") as found:
+        build_rewards({"judge": cfg})
+    assert "\n" not in str(found.value)
+
+
+def test_options_that_are_handed_on_are_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from alignment.rewards import descore
+
+    class Scorer:
+        @classmethod
+        def load(cls, path: str, *, batch: int = 1) -> Scorer:
+            return cls()
+
+    monkeypatch.setattr(descore, "DeScoreScorer", Scorer)
+    with pytest.raises(ValueError, match=r"^rewards\.judge: folder: options .* unexpected keyword argument 'bacth'"):
+        build_rewards({"judge": RewardConfig(kind="descore", checkpoint="folder", options={"bacth": 4})})
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8911", "localhost:8900", "http://", "ftp://host"])
+def test_a_url_that_is_no_address_is_refused_with_the_config(url: str) -> None:
+    with pytest.raises(ValueError, match=r"^rewards\.judge\.url must be http://host:port, got "):
+        factory_of("judge", RewardConfig(url=url))
+    assert factory_of("judge", RewardConfig(url="https://host")) is REWARDS["remote"]
 
 
 def test_descore_hands_on_folder_options_and_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,36 @@ def test_a_signal_is_noted_once_and_kills_the_second_time(tmp_path: Path) -> Non
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_before_the_first_step_ends_the_process_at_once(tmp_path: Path) -> None:
+    """There is nothing to finish and nothing to save. Once begun, it is noted, and `begin` again changes nothing."""
+    program = "import os, pathlib, sys; from launch.guard import Guard\n"
+    program += "with Guard(pathlib.Path(sys.argv[1]), watchdog_s=0): os.kill(os.getpid(), int(sys.argv[2]))"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        words = [sys.executable, "-c", program, str(tmp_path), str(int(number))]
+        done = subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (-number, "")
+    with Guard(tmp_path, watchdog_s=0) as guard:
+        guard.begin()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        guard.begin()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert guard.step_done()
+
+
+@pytest.mark.slow
+def test_waiting_for_a_reward_server_can_be_ended(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = ["--config", str(tiny), f"run_dir={tmp_path / 'run'}", "rewards.far.url=http://127.0.0.1:9"]
+    process = started(1, *words)
+    for line in process.stdout:
+        if "waiting for the reward server at http://127.0.0.1:9, up to 60 s" in line:
+            break
+    os.kill(process.pid, signal.SIGTERM)
+    rest, _ = process.communicate(timeout=5)
+    assert process.returncode == -signal.SIGTERM
+    assert "this step is finished" not in rest
+
+
 def started(ranks: int, *words: str) -> subprocess.Popen[str]:
     """launch/grpo.py under torchrun, or alone."""
     launcher = (

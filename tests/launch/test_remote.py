@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+from alignment.config import RewardConfig
+from alignment.rewards import build_rewards
 from alignment.rewards.brightness import Brightness
 from alignment.rewards.remote import RemoteError, RemoteReward
 from common import reward_wire as wire
@@ -149,13 +151,21 @@ def test_a_null_is_not_judged() -> None:
     assert value.isnan().tolist() == [False, True, False]
 
 
-def test_a_server_that_is_not_there_is_found_out_at_once() -> None:
+def test_a_server_that_is_not_there_is_found_out_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with pytest.raises(RemoteError, match="gave up after 5 s: ConnectError"):
         RemoteReward(f"http://127.0.0.1:{port}", deadline_s=5.0, sleep=clock.sleep, now=clock.now)
+    with pytest.raises(RemoteError, match="gave up after 60 s: ConnectError"):  # of 600
+        RemoteReward(f"http://127.0.0.1:{port}", sleep=clock.sleep, now=clock.now)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[-2] for line in said] == [" ConnectError", " ConnectError"]
+    assert said[1].startswith(f"waiting for the reward server at http://127.0.0.1:{port}, up to 60 s")
+    cfg = RewardConfig(url=f"http://127.0.0.1:{port}", options={"start_deadline_s": 0.1})
+    with pytest.raises(ValueError, match=r"^rewards\.far: http.* gave up after 0\.1 s: ConnectError"):
+        build_rewards({"far": cfg})
     with pytest.raises(ValueError, match="the server has bright; model says 'dark'"):
         remote(Scripted(sound), clock, model="dark")
 
