@@ -300,14 +300,15 @@ class WanGenerator:
 
     def load_trained(self, folder: Path | str) -> None:
         """Read what `save_trained` wrote, before an engine is built. A whole transformer replaces the base under an
-        adapter too. ValueError when it does not fit, or is an adapter and GeneratorConfig.lora is null.
+        adapter too. ValueError when it does not fit, or is an adapter and GeneratorConfig.lora is null;
+        FileNotFoundError when there is neither.
         """
         if weights.is_whole(Path(folder)):
             weights.load(self._active()[1], Path(folder))
         elif self.cfg.lora is None:
             raise ValueError(f"GeneratorConfig.lora is null and {folder} holds no whole transformer")
         elif not (Path(folder) / adapter.ADAPTER_FILE).is_file():
-            raise ValueError(f"{folder} holds no {adapter.ADAPTER_FILE}; a run leaves its adapter in RUN/final")
+            raise FileNotFoundError(f"{folder} holds no {adapter.ADAPTER_FILE}; a run leaves its adapter in RUN/final")
         else:
             adapter.load(self.module, Path(folder))
 
