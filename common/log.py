@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 WIDTH = 118  # of a console line
+MEASURED = ("eval/", "heldout/")  # on held-out data, now and then: a console line of its own
 
 
 def say(message: str) -> None:
@@ -90,7 +91,10 @@ class RunLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if not self.quiet:
-            say(self._line(step, values))
+            measured = {name: value for name, value in values.items() if name.startswith(MEASURED)}
+            trained = {name: value for name, value in values.items() if name not in measured}
+            for part in filter(None, (trained, measured)):
+                say(self._line(step, part))
         if self._trackers is not None:
             self._trackers.log(step, values)
 

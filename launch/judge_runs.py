@@ -44,11 +44,21 @@ def read_tables(cfg: ColdStartRun | DualRlRun, **options: Any) -> tuple[PairTabl
             refuse(str(error))
         if tables[-1] is not None:
             say(tables[-1].report())
+            if problem := too_bad(tables[-1], cfg.data.max_bad):
+                refuse(problem)
     train_table, heldout_table = tables
     if cfg.data.limit is not None:
         train_table = replace(train_table, pairs=train_table.pairs[: cfg.data.limit])
         say(f"training on the first {len(train_table.pairs)} pairs")
     return train_table, list(heldout_table.pairs[: cfg.heldout_pairs]) if heldout_table else []
+
+
+def too_bad(table: PairTable, share: float) -> str:
+    """What is said of a table with more bad rows than this share of all; nothing of a better one."""
+    bad, rows = len(table.problems), len(table.problems) + len(table.pairs) + table.invalid
+    if bad <= share * rows:
+        return ""
+    return f"{table.path}: {bad} of {rows} rows are bad, more than data.max_bad={share:g} of them: {table.problems[0]}"
 
 
 def usable(cfg: ColdStartRun | DualRlRun, pairs: list[Pair], heldout: list[Pair]) -> tuple[list[Pair], list[Pair]]:

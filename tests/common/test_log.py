@@ -56,6 +56,15 @@ def test_console_lines_are_aligned_and_fit(tmp_path, capsys):
     assert len(read_metrics(log.path)[0]) == 13
 
 
+def test_what_was_measured_on_the_way_has_a_line_of_its_own(tmp_path, capsys):
+    log = RunLog(tmp_path, total=100)
+    log.log(9, {**{f"stage/metric{i}": 1.0 for i in range(12)}, "heldout/accuracy": 0.75})
+    log.log(100, {"eval/oracle": 0.5})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ["step    9/100 | heldout/accuracy       0.75", "step  100/100 | eval/oracle        0.5"]
+    assert "heldout" not in lines[0]
+
+
 def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     log = RunLog(tmp_path / "run", wandb=WandbConfig("offline"))

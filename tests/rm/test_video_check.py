@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import time
@@ -146,3 +147,18 @@ def test_what_was_checked_is_known_until_a_file_changes(videos: dict[str, Path],
     checked(files, str(tmp_path))
     checked(files[:1], str(tmp_path))
     assert asked == [2, 2, 1]
+
+
+def test_a_table_with_many_bad_rows_is_not_trained_on(tmp_path: Path) -> None:
+    """One of four rows says what nobody could mean."""
+    write_data(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "pairs.csv").open(encoding="utf-8")))
+    rows[1]["GSB"] = "better"
+    with (tmp_path / "pairs.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    words = ["launch/cold_start.py", f"base={tmp_path / 'base'}", f"data.train={tmp_path / 'pairs.csv'}"]
+    done = run(sys.executable, *words, f"run_dir={tmp_path / 'run'}", "data.heldout=null", expect=2)
+    assert "1 of 4 rows are bad, more than data.max_bad=0.05 of them: " in done.stderr
+    assert "pairs.csv:3: " in done.stderr
