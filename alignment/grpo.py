@@ -146,14 +146,16 @@ class GrpoLoop:
     def check_that_something_is_judged(self, judgement: Judgement) -> None:
         """A judge that says nothing at the start will say nothing later. All ranks find the same."""
         trained = [name for name, weight in self.weights.items() if weight != 0]
-        if self.mute_steps is None or not all(math.isnan(judgement.means[f"reward/{name}"]) for name in trained):
+        mute = [name for name in trained if math.isnan(judgement.means[f"reward/{name}"])]
+        if self.mute_steps is None or not mute or len(mute) < len(trained):
             self.mute_steps = None
             return
         self.mute_steps += 1
         if self.mute_steps == PATIENCE:
+            names = ", ".join(f"rewards.{name}" for name in trained)
             raise RewardUnavailableError(
-                f"in the first {PATIENCE} steps {', '.join(f'rewards.{name}' for name in trained)} judged no video, "
-                "all scores are NaN or None: nothing is learned"
+                f"in {PATIENCE} steps since this start {names} judged no video, all scores are NaN or None: nothing is "
+                "learned"
             )
 
     def blocks(self) -> int:

@@ -133,6 +133,7 @@ class _Reader:
         self.schema = schema
         self.mistakes: list[_Mistake] = []
         self.removed: list[Where] = []  # entries of mappings that were set to null
+        self.given: set[Where] = set()  # sections of any layer
         self.origin: dict[Where, str] = {}  # " (file.yaml:3)" or " (override)" by path
 
     def report(self, where: Where, message: str, *, first: str = "") -> None:
@@ -181,6 +182,8 @@ class _Reader:
         return parsed
 
     def merge(self, layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        for layer in layers:
+            self.given |= _sections(layer, ())
         try:
             return OmegaConf.to_container(OmegaConf.merge(*layers), resolve=False)
         except OmegaConfBaseException as error:  # a malformed ${...}
@@ -199,13 +202,14 @@ class _Reader:
         if isinstance(value, dict) and section is not None:
             return self._check_keys(value, section, where)
         try:
-            return schema_types.convert(annotation, value, self._check_item(where))
+            return schema_types.convert(annotation, value, self._check_item(where, named=isinstance(value, dict)))
         except schema_types.Unfit as error:
             self.report(where, f"expected {error.expected}, got {_show(value)}{error.hint}")
             return _DROP
 
-    def _check_item(self, where: Where) -> schema_types.Recurse:
-        return lambda annotation, value, key: self._entry(annotation, value, (*where, key))
+    def _check_item(self, where: Where, *, named: bool) -> schema_types.Recurse:
+        check = self._entry if named else self.check
+        return lambda annotation, value, key: check(annotation, value, (*where, key))
 
     def _entry(self, annotation: Any, value: Any, where: Where) -> Any:
         """As `check`; a section that is null is taken out of its mapping."""
@@ -241,8 +245,12 @@ class _Reader:
         except OmegaConfBaseException as error:
             self.report_omegaconf(error)
             return None
-        for *path, name in self.removed:  # what the schema itself puts there too
-            functools.reduce(lambda section, key: section.get(key, {}), path, tree).pop(name, None)
+        for where in self.removed:
+            mapping = functools.reduce(lambda section, key: section.get(key, {}), where[:-1], tree)
+            if mapping.pop(where[-1], None) is None and where not in self.given:  # the schema's own, or a layer's
+                close = difflib.get_close_matches(where[-1], list(mapping), n=1)
+                hint = f"; did you mean {'.'.join((*where[:-1], *close))!r}?" if close else ""
+                self.report(where, f"there is none to take out{hint}")
         return self._make(schema, tree, ())
 
     def _make(self, annotation: Any, value: Any, where: Where) -> Any:
@@ -277,6 +285,11 @@ class _Reader:
 
 
 _DROP = schema_types.DROP
+
+
+def _sections(layer: dict[str, Any], where: Where) -> set[Where]:
+    inside = [(key, value) for key, value in layer.items() if isinstance(value, dict)]
+    return {(*where, key) for key, _ in inside}.union(*(_sections(value, (*where, key)) for key, value in inside))
 
 
 def _field_named(message: str, section: type) -> str:

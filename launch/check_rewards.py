@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def look(cfg: ScoreRun, pattern: str | None, prompts: Path, *, limit: int) -> bool:
     """Print what comes out; False when a reward prefers what no reward may."""
     from launch.compose import build_rewards, quiet
-    from launch.refuse import refusing
+    from launch.refuse import refuse, refusing
     from launch.score import find_items, read_clip
 
     quiet()
@@ -44,7 +44,11 @@ def look(cfg: ScoreRun, pattern: str | None, prompts: Path, *, limit: int) -> bo
         items = find_items(pattern, prompts)[:limit]
         read = [(item, read_clip(item.path, max_frames=cfg.max_frames)) for item in items]
         clips = [Clip(clip.frames_TYXC, clip.fps, item.prompt) for item, clip in read]
-        found = {name: reward_check.check(reward, clips) for name, reward in build_rewards(cfg.rewards).items()}
+        rewards = build_rewards(cfg.rewards)
+    try:
+        found = {name: reward_check.check(reward, clips) for name, reward in rewards.items()}
+    except ValueError as error:
+        refuse(str(error))
     good = True
     for name, verdicts in found.items():
         say(f"\n{name}, {len(clips)} videos as they are: mean {verdicts[0].right:.4f}")

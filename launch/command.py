@@ -34,7 +34,7 @@ def read_command(
 
         dry_run(command.cfg, command.dry_run)
     for name in ("run_dir", "out"):
-        if problem := _no_folder(name, getattr(command.cfg, name, name)):
+        if hasattr(command.cfg, name) and (problem := _no_folder(name, getattr(command.cfg, name))):
             refuse(problem)
     return command
 

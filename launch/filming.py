@@ -78,7 +78,7 @@ def _film(cfg: SampleRun | VbenchSampleRun, own: Sequence[Shot], folder: Path, t
         generator = build_generator(cfg.generator)
         if cfg.adapter is not None:
             generator.load_trained(cfg.adapter)
-    partial = Path(cfg.out) / f"partial.rank-{rank()}.mp4"  # a killed run leaves it behind
+    partial = Path(cfg.out) / f".partial.rank-{rank()}.mp4"  # a killed run leaves it behind
     for shot in progress(own, len(own), "sample"):
         clean = generator.sample([shot.text], seeds=[shot.seed], scheduler=cfg.scheduler)
         write_mp4(partial, generator.decode(clean)[0], cfg.generator.fps, crf=cfg.crf)

@@ -9,8 +9,11 @@ and final/, the trained adapter (or transformer); started again, a run goes on f
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from launch.command import read_command
 from launch.refuse import refuse, refusing
@@ -73,7 +76,6 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
     from common import distributed, faults
     from common.log import RunLog, progress, say
     from common.memory import peak_memory
-    from common.types import RewardUnavailableError
     from launch.ema import Ema
     from launch.engine_state import begin
     from launch.forwards import ForwardCounter
@@ -92,17 +94,12 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
     counter = ForwardCounter(generator.module)
     log = RunLog(run_dir, start=start, wandb=cfg.wandb, tensorboard=cfg.tensorboard, total=cfg.steps)
 
-    saved = start
+    saved, keep = start, partial(save, cfg, generator, engine, ema)
     guard.begin()
     for step in progress(range(start, cfg.steps), cfg.steps - start, "grpo"):
-        try:
+        with stopping(log, step, keep if saved < step else None):
             measured = measure(cfg, loop, ema, heldout, step, counter)
             result = loop.step(step)
-        except RewardUnavailableError as error:
-            show_cause(error)
-            if saved < step:
-                save(cfg, generator, engine, ema, step=step)
-            give_up(log, step, error)
         if ema is not None:
             ema.update()
         faults.point("step")
@@ -113,31 +110,45 @@ def go(cfg: GrpoRun, prompts: list[str], heldout: list[str], guard: Guard, *, re
         if distributed.is_main() and cfg.video_every and (step % cfg.video_every == 0 or last):
             write_samples(cfg, result, step, log)
         if last or stop or (step + 1) % cfg.save_every == 0:
-            save(cfg, generator, engine, ema, step=step + 1)
+            keep(step=step + 1)
             saved = step + 1
         if stop:
             guard.leave(log, step + 1)
 
-    if measured := measure(cfg, loop, ema, heldout, cfg.steps, counter):
+    with stopping(log, cfg.steps):
+        measured = measure(cfg, loop, ema, heldout, cfg.steps, counter)
+    if measured:
         log.log(cfg.steps, measured)
     export(generator, ema, run_dir)
     log.close()
+
+
+@contextmanager
+def stopping(log: RunLog, step: int, keep: Callable[..., None] | None = None) -> Iterator[None]:
+    """A reward that fails inside, on whichever rank, ends the run on all with exit code 1; ``keep`` saves first what is
+    not saved yet, and started again the run goes on from there.
+    """
+    from common.types import RewardUnavailableError
+    from launch.guard import end_run
+
+    try:
+        yield
+    except RewardUnavailableError as error:
+        show_cause(error)
+        if keep is not None:
+            keep(step=step)
+        done = f"after {step} steps, which are saved" if step else "before the first step was done"
+        end_run(log, f"stopped {done}: {error}", 1)
 
 
 def show_cause(error: Exception) -> None:
     """What a reward's own code raised, with its traceback, on the rank where it did."""
     import traceback
 
-    if error.__cause__ is not None:
+    from common.types import RewardUnavailableError
+
+    if not isinstance(error.__cause__, RewardUnavailableError | None):  # a server that is away has said all
         traceback.print_exception(error.__cause__)
-
-
-def give_up(log: RunLog, step: int, error: Exception) -> NoReturn:
-    """All ranks end with exit code 1; started again, the run goes on from what it saved."""
-    from launch.guard import end_run
-
-    done = f"after {step} steps, which are saved" if step else "before the first step was done"
-    end_run(log, f"stopped {done}: {error}", 1)
 
 
 def write_samples(cfg: GrpoRun, result: StepResult, step: int, log: RunLog) -> None:
@@ -205,7 +216,7 @@ def look_before(cfg: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
     import torch
 
     from alignment import self_checks
-    from common.distributed import derive_seed
+    from common.distributed import derive_seed, raise_on_all
     from common.log import say
     from common.types import RewardUnavailableError
     from generator.stock_check import stock_gap
@@ -221,6 +232,7 @@ def look_before(cfg: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
         seeds = [derive_seed(cfg.seed, "self-check", i) for i in range(len(own))]
         video_BTYXC = torch.cat([generator.decode(generator.sample([p], [s])) for p, s in zip(own, seeds, strict=True)])
         rewards = [one for one in loop.rewards.values() if not one.group_level]
+        problem = None
         try:
             for reward in rewards:
                 findings += [
@@ -230,6 +242,10 @@ def look_before(cfg: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
         except RewardUnavailableError as error:
             if not isinstance(error.__cause__, ValueError):  # which says enough: of these videos, or their number
                 show_cause(error)
+            problem = error
+        try:
+            raise_on_all(problem)
+        except RewardUnavailableError as error:
             refuse(str(error))
     for finding in findings:
         say(f"self-check {'ok' if finding.ok else 'FAILED' if finding.fatal else 'WARNING'}: {finding.message}")

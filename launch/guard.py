@@ -23,6 +23,7 @@ import torch
 from common import distributed, shared_folder
 from common.checkpoint import NoRoomError
 from common.log import RunLog, say
+from common.run_record import SETTINGS
 from launch import alike
 from launch.refuse import refuse
 
@@ -156,7 +157,8 @@ class Guard:
             if error.errno not in _NO_LOCKS:
                 raise
             say(f"{self.run_dir}: its file system has no locks ({error.strerror}): see that no second run uses it")
-        if (kind := _kind_of(lock)) not in ("", self.kind):
+        begun = (self.run_dir / SETTINGS).is_file()  # else nothing is there that could be mixed
+        if begun and (kind := _kind_of(lock)) not in ("", self.kind):
             lock.close()
             return f"{self.run_dir} holds a {kind}, and this is a {self.kind}: give it a folder of its own (run_dir=)"
         lock.truncate(0)

@@ -27,11 +27,14 @@ def main() -> None:
 
 def run(cfg: PairsRun, *, resume: str) -> None:
     """The whole set; exit with code 2 when the input is not what it should be, or no pair is left."""
-    from launch.refuse import refusing
+    from launch.refuse import refuse
     from launch.rows import all_ranks
 
-    with all_ranks(), refusing():
-        pairs_of_table(cfg, resume) if cfg.table is not None else pairs_of_prompts(cfg, resume)
+    with all_ranks():
+        try:
+            pairs_of_table(cfg, resume) if cfg.table is not None else pairs_of_prompts(cfg, resume)
+        except ValueError as error:
+            refuse(str(error))
 
 
 def identity_of(cfg: PairsRun, *inputs: str | None) -> dict[str, Any]:
@@ -80,19 +83,22 @@ def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
     from common.log import say
     from launch.compose import build_generator, build_rewards, quiet
     from launch.pair_making import make_pairs
+    from launch.refuse import refusing
 
     quiet()
     say(f"loading the generator {cfg.generator.path} and the rewards {', '.join(cfg.rewards)}")
-    generator = build_generator(cfg.generator)
-    if cfg.adapter is not None:
-        generator.load_trained(cfg.adapter)
+    with refusing():
+        generator = build_generator(cfg.generator)
+        if cfg.adapter is not None:
+            generator.load_trained(cfg.adapter)
+        rewards = build_rewards(cfg.rewards)
     if distributed.is_main():
         dump(cfg, Path(cfg.out))
     make_pairs(
         Path(cfg.out),
         prompts,
         generator,
-        build_rewards(cfg.rewards),
+        rewards,
         {name: reward.weight for name, reward in cfg.rewards.items()},
         how=cfg.pairs,
         seed=cfg.seed,
@@ -118,11 +124,13 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     from common.log import say
     from launch.compose import build_generator, quiet
     from launch.pair_making import candidates_of, conclude, digitise, labelled
+    from launch.refuse import refusing
 
     quiet()
     say(table.report())
     decided = [pair for pair in table.pairs if pair.label != 0][: cfg.limit]
-    generator = build_generator(cfg.generator)
+    with refusing():
+        generator = build_generator(cfg.generator)
     if distributed.is_main():
         dump(cfg, Path(cfg.out))
     folder = Path(cfg.out)

@@ -58,7 +58,8 @@ def _tried(cfg: Any, less: Less) -> Less:
 
 def is_new(cfg: Any, words: str) -> bool:
     """Whether the schema takes ``a.b=c d=e`` over this config, and it is another config then."""
-    given = [f"{name}={json.dumps(value)}" for name, value in plain(cfg).items() if value != {}]
+    settings = {name: value for name, value in plain(cfg).items() if value != {}}
+    given = [f"{name}={json.dumps(value).replace('Infinity', '.inf')}" for name, value in settings.items()]
     try:
         changed = load(type(cfg), None, [*given, *words.split()])
     except ConfigError:

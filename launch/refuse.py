@@ -45,4 +45,4 @@ def _said(error: ValueError | OSError) -> str:
     """Of an error of the system its reason and its file, of any other its own words."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    return str(error) or type(error).__name__

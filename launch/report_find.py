@@ -100,8 +100,10 @@ def _run_folders(root: Path) -> list[Path]:
     """By path. Links are not followed."""
     found = []
     for place, inside, _ in os.walk(root):
-        inside[:] = sorted(name for name in inside if name not in _INSIDE and not name.startswith("."))
-        if _is_run(Path(place)):
+        run = _is_run(Path(place))
+        skipped = _INSIDE if run else ()
+        inside[:] = sorted(name for name in inside if name not in skipped and not name.startswith("."))
+        if run:
             found.append(Path(place))
     return found
 

@@ -58,7 +58,9 @@ class RowTable:
         problem = shared_folder.problem_of(self.path.parent)
         if not problem and distributed.is_main():
             problem = self._open(resume)
-        done = [] if problem else [key for key, row in self._read().items() if retry is None or retry not in row]
+        done = []
+        if not problem and distributed.is_main():  # who alone has changed the files, and may be doing so still
+            done = [key for key, row in self._read().items() if retry is None or retry not in row]
         problem, done = distributed.from_main((problem, done))
         if problem:
             raise ValueError(problem)

@@ -106,6 +106,7 @@ def test_what_needs_nothing_runs_as_it_stands(desk: Path, place: str, block: lis
         ["bash", "-c", script], cwd=desk, env=env, capture_output=True, text=True, timeout=1000, check=False
     )
     programs = {command.program[0] for command in block if command.program}
+    assert len(block) == 1 or not programs & CODES.keys(), "what follows would not be run"
     allowed = {code for program in programs for code in CODES.get(program, (0,))} or {0}
     assert done.returncode in allowed, f"{place}: {done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr

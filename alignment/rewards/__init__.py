@@ -8,6 +8,7 @@ A factory imports its plug-in when it is called, so that looking at the names co
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -104,10 +105,12 @@ def _made(found: Callable[..., RewardModel], cfg: RewardConfig, *given: str) -> 
     from alignment.rewards.own import check_options
 
     check_options(found, cfg.options)
+    if taken := sorted(cfg.options.keys() & set(list(inspect.signature(found).parameters)[: len(given)])):
+        raise ValueError(f"options has {', '.join(taken)}, which is a key beside options")
     try:
         return found(*given, **cfg.options)
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        if not any(f"unexpected keyword argument '{name}'" in str(error) for name in cfg.options):
             raise
         raise ValueError(f"options has what {found.__name__} does not take: {error}") from error
 

@@ -27,13 +27,13 @@ def named(name: str, failure: type[Exception], *, file: str | None = None) -> It
     file  whose lines are worth naming: the user's own
 
     The one place that catches every Exception, for what a stranger's code raises is not known. Nothing is swallowed:
-    it is raised again. A server that is away and memory that runs out stay what they are, others know what to do.
+    it is raised again. Memory that runs out stays what it is, others know what to do.
     """
     import torch
 
     try:
         yield
-    except (RewardUnavailableError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise failure(sentence(name, error, file=file)) from error

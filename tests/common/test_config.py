@@ -193,6 +193,9 @@ class TestLoad:
         second = tmp_path / "second.yaml"
         second.write_text("rewards:\n  motion: null\n")
         assert set(load(RunConfig, [path, second]).rewards) == {"descore", "taste"}
+        assert errors_of(path, "rewards.moton=null") == [
+            "rewards.moton: there is none to take out; did you mean 'rewards.motion'? (command line)"
+        ]
         for empty in ("rewards={}", "rewards={ }"):
             assert errors_of(path, empty) == ["rewards: {} changes nothing; rewards.NAME=null takes one out"]
 

@@ -34,8 +34,10 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_folder_is_of_one_kind_of_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with Guard(tmp_path, kind="ColdStartRun", watchdog_s=0):
+        pass  # which never began
     with Guard(tmp_path, kind="GrpoRun", watchdog_s=0):
-        pass
+        (tmp_path / "config.yaml").touch()
     with pytest.raises(SystemExit, match="2"), Guard(tmp_path, kind="DpoRun", watchdog_s=0):
         raise AssertionError("let in")
     assert f"{tmp_path} holds a GrpoRun, and this is a DpoRun: give it a folder of its own" in capsys.readouterr().err
