@@ -17,11 +17,12 @@ import os
 from pathlib import Path
 
 calls = 0
+fails_at = int(os.environ.get("FAILS_AT", "3"))
 
 def score(video, prompts):
     global calls
     calls += 1
-    if calls == 3 and os.environ.get("RANK", "0") == os.environ.get("FAILS_ON"):
+    if calls == fails_at and os.environ.get("RANK", "0") == os.environ.get("FAILS_ON"):
         raise KeyError("its own mistake")
     return video.float().mean((1, 2, 3, 4)) / 255
 """
@@ -63,3 +64,28 @@ def test_a_failed_self_check_ends_without_a_traceback_and_with_the_users_name(wo
     done = run(sys.executable, SCRIPT, *given, expect=2)
     assert "grpo.py: rewards.sharp: niqe needs frames of at least 48 pixels a side, got (16, 16)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.long
+def test_a_self_check_that_fails_on_one_rank_is_said(words: list[str], tmp_path: Path) -> None:
+    """The refusal is rank 0's to tell, and rank 1 it is that met the mistake: at its third call, as above."""
+    done = deepspeed(2, SCRIPT, *words, f"run_dir={tmp_path / 'run'}", expect=2, FAILS_ON="1")
+    assert "grpo.py: on rank 1: rewards.mine: KeyError: 'its own mistake'" in done.stderr
+    assert 'raise KeyError("its own mistake")' in done.stderr
+
+
+@pytest.mark.long
+def test_a_reward_that_raises_in_the_last_evaluation_costs_no_step(words: list[str], tmp_path: Path) -> None:
+    """Two held-out prompts, judged before the first step and after the last; two groups of a step in between."""
+    given = [SCRIPT, *words, "self_checks=false", "steps=1", f"run_dir={tmp_path / 'run'}"]
+    given += [f"evaluation={{prompts: {tmp_path / 'prompts.txt'}, every: 1, limit: 2, stock: false}}"]
+    (tmp_path / "prompts.txt").write_text("rain\nsnow\n")
+    calls = 1
+    while "after 1 steps, which are saved: rewards.mine" not in (
+        out := run(sys.executable, *given, "--resume", "none", expect=1, FAILS_ON="0", FAILS_AT=str(calls)).stdout
+    ):
+        assert "before the first step was done" in out
+        calls += 1
+    assert not (tmp_path / "run" / "final").exists()
+    assert "going on after 1 steps" in run(sys.executable, *given).stdout
+    assert (tmp_path / "run" / "final").is_dir()

@@ -202,6 +202,15 @@ def test_rows_of_a_rank_are_read_though_no_listing_shows_them(tmp_path: Path, mo
     assert table.finish([(0,)]) == [{"index": 0, "value": 1}]
 
 
+def test_a_rank_reads_no_table_that_rank_0_may_be_changing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 merges its parts and removes them meanwhile; what is done, it says to all."""
+    monkeypatch.setattr("launch.rows.distributed.is_main", lambda: False)
+    monkeypatch.setattr("launch.rows.distributed.from_main", lambda own: ("", [(0,)]))
+    monkeypatch.setattr("launch.rows.shared_folder.problem_of", lambda folder: "")
+    monkeypatch.setattr(RowTable, "_read", lambda table: pytest.fail("read"))
+    assert RowTable(tmp_path / "results.jsonl", identity={}).done == {(0,)}
+
+
 @pytest.mark.long
 def test_tables_too_need_a_shared_folder(tmp_path: Path) -> None:
     """Rank 1 is told another folder, which is what a path on its own disk would be."""
