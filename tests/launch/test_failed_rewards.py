@@ -35,7 +35,8 @@ def words(tiny: Path, tmp_path: Path) -> list[str]:  # noqa: F811 - the fixture
     return ["--config", str(tiny), *plain, f"rewards.mine.target={tmp_path / 'mine.py'}:score"]
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_reward_that_raises_stops_all_ranks_with_a_checkpoint(ranks: int, words: list[str], tmp_path: Path) -> None:
     """At the third step, on the last rank alone; then it goes on as if nothing had been."""
 

@@ -23,7 +23,7 @@ from tests.launch.processes import ROOT, ZERO_3, run
 from tests.launch.test_grpo import adapter_of, alone, numbers, on_two_ranks, tiny  # noqa: F401 - a fixture
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_measured_on_the_way_averaged_and_without_text_encoder(tiny: Path) -> None:  # noqa: F811 - the fixture
     """Three held-out prompts on two ranks under ZeRO 3; stopped after the first step and resumed."""
     (tiny.parent / "heldout.txt").write_text("a dog\na green star\nfog\nnever\n")

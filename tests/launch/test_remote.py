@@ -228,7 +228,7 @@ def bright(content: bytes) -> tuple[int, bytes]:
     return 200, json.dumps(wire.encode_reply(request, score, [None] * len(request.prompts))).encode()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_server_that_goes_away_stops_all_ranks_with_a_checkpoint(tiny: Path) -> None:  # noqa: F811 - the fixture
     """It refuses the sixth request, which is one rank's at step 2: both end, what was done is kept, and goes on."""
     script, folder = str(ROOT / "launch" / "grpo.py"), tiny.parent / "remote"
