@@ -65,6 +65,14 @@ def build_generator(cfg: GeneratorConfig, *, seed: int = 0, transformer_only: bo
     return WanGenerator.load(cfg, device=device, seed=seed, transformer_only=transformer_only)
 
 
+def trained_generator(cfg: GeneratorConfig, adapter: str | None) -> WanGenerator:
+    """`build_generator` with what a run has trained, where its folder is given. Errors as of both."""
+    generator = build_generator(cfg)
+    if adapter is not None:
+        generator.load_trained(adapter)
+    return generator
+
+
 def ds_config(
     *,
     optimizer: OptimizerConfig,

@@ -147,7 +147,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
 def judge_samples(cfg: GeneratorEvaluation, own: list[Row], table: RowTable) -> None:
     """Sample, judge and write down this rank's rows, batch by batch."""
     from common.log import progress, say
-    from launch.compose import build_generator, build_rewards, quiet
+    from launch.compose import build_rewards, quiet, trained_generator
     from launch.refuse import refusing
     from launch.rows import batches, score_fields
 
@@ -156,9 +156,7 @@ def judge_samples(cfg: GeneratorEvaluation, own: list[Row], table: RowTable) -> 
 
     say(f"loading the generator {cfg.generator.path} and the rewards {', '.join(cfg.rewards)}")
     with refusing():
-        generator = build_generator(cfg.generator)
-        if cfg.adapter is not None:
-            generator.load_trained(cfg.adapter)
+        generator = trained_generator(cfg.generator, cfg.adapter)
         rewards = build_rewards(cfg.rewards)
     folder, fps = Path(cfg.out) / "videos", cfg.generator.fps
     folder.mkdir(parents=True, exist_ok=True)

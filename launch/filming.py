@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from launch.runs import SampleRun
     from launch.vbench_runs import VbenchSampleRun
 
-FILE = "samples.jsonl"
-
 
 @dataclass(frozen=True)
 class Shot:
@@ -41,6 +39,7 @@ def open_table(
     """
     from common.run_record import plain
     from launch.rows import RowTable, fingerprint
+    from launch.samples import FILE
 
     if cfg.adapter is not None and not Path(cfg.adapter).is_dir():
         raise ValueError(f"adapter: there is no folder {cfg.adapter}")
@@ -70,14 +69,12 @@ def _film(cfg: SampleRun | VbenchSampleRun, own: Sequence[Shot], folder: Path, t
     from common.distributed import rank
     from common.log import progress
     from common.video_io import write_mp4
-    from launch.compose import build_generator, quiet
+    from launch.compose import quiet, trained_generator
     from launch.refuse import refusing
 
     quiet()
     with refusing():
-        generator = build_generator(cfg.generator)
-        if cfg.adapter is not None:
-            generator.load_trained(cfg.adapter)
+        generator = trained_generator(cfg.generator, cfg.adapter)
     partial = Path(cfg.out) / f".partial.rank-{rank()}.mp4"  # a killed run leaves it behind
     for shot in progress(own, len(own), "sample"):
         clean = generator.sample([shot.text], seeds=[shot.seed], scheduler=cfg.scheduler)

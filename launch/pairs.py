@@ -81,16 +81,14 @@ def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
         return
     from common import distributed
     from common.log import say
-    from launch.compose import build_generator, build_rewards, quiet
+    from launch.compose import build_rewards, quiet, trained_generator
     from launch.pair_making import make_pairs
     from launch.refuse import refusing
 
     quiet()
     say(f"loading the generator {cfg.generator.path} and the rewards {', '.join(cfg.rewards)}")
     with refusing():
-        generator = build_generator(cfg.generator)
-        if cfg.adapter is not None:
-            generator.load_trained(cfg.adapter)
+        generator = trained_generator(cfg.generator, cfg.adapter)
         rewards = build_rewards(cfg.rewards)
     if distributed.is_main():
         dump(cfg, Path(cfg.out))
