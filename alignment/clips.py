@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Clip:
+class RewardClip:
     """A video (T, Y, X, 3) uint8 with its rate and its prompt."""
 
     video_TYXC: Tensor
@@ -25,7 +25,7 @@ class Clip:
     prompt: str
 
 
-def score_clips(reward: RewardModel, clips: Sequence[Clip]) -> Score:
+def score_clips(reward: RewardModel, clips: Sequence[RewardClip]) -> Score:
     """What the reward says of them, in order. One call for each size and rate."""
     kinds: dict[tuple[object, ...], list[int]] = {}
     for i, clip in enumerate(clips):
@@ -33,5 +33,10 @@ def score_clips(reward: RewardModel, clips: Sequence[Clip]) -> Score:
     found = []
     for (_, fps), places in kinds.items():
         video_BTYXC = torch.stack([clips[i].video_TYXC for i in places])
-        found.append((places, reward.score(video_BTYXC, [clips[i].prompt for i in places], fps=fps)))
+        found.append(
+            (
+                places,
+                reward.score(video_BTYXC, [clips[i].prompt for i in places], fps=fps),
+            )
+        )
     return Score.placed(len(clips), found)

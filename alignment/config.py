@@ -25,8 +25,8 @@ class GrpoConfig:
                     with one update per rollout every ratio is 1
     kl_weight       beta; 0 also saves the reference's forward
     reweight        how both loss terms are freed of the noise schedule (section 3.3.1, equations 6 to 8): "finite" for
-                    truncated noise, the "paper"'s own form, "unit", or "none"; see `alignment.losses.step_weights`
-    mean_weight_1   divide these weights by their MEAN over all groups and steps of an update (Flash-GRPO 2605.15980)
+                    truncated noise, the "paper"'s own form, "unit", or "none"; see `alignment.grpo_losses.step_weights`
+    normalize_step_weights   divide these weights by their MEAN over all groups and steps of an update (Flash-GRPO 2605.15980)
     updates         passes over a rollout, each an optimizer step; more than one needs a clip
     ranks_per_group  how many ranks share one group's members, each group_size / ranks_per_group of them: where there
                     are more ranks than prompts in a step. What the members share each computes by itself, at one time
@@ -44,7 +44,7 @@ class GrpoConfig:
     clip_high: float | None = None
     kl_weight: float = 3e-4
     reweight: Literal["none", "finite", "paper", "unit"] = "finite"
-    mean_weight_1: bool = False
+    normalize_step_weights: bool = False
     updates: int = 1
     ranks_per_group: int = 1
     overlap_scoring: bool = False
@@ -53,13 +53,21 @@ class GrpoConfig:
     def __post_init__(self) -> None:
         problems = []
         if self.group_size < 2:
-            problems.append(f"group_size must be at least 2, a group of one has no spread, got {self.group_size}")
+            problems.append(
+                f"group_size must be at least 2, a group of one has no spread, got {self.group_size}"
+            )
         if self.advantage_eps < 0:
-            problems.append(f"advantage_eps must be at least 0, got {self.advantage_eps}")
+            problems.append(
+                f"advantage_eps must be at least 0, got {self.advantage_eps}"
+            )
         if self.advantage_clip is not None and self.advantage_clip <= 0:
-            problems.append(f"advantage_clip must be positive or null, got {self.advantage_clip}")
+            problems.append(
+                f"advantage_clip must be positive or null, got {self.advantage_clip}"
+            )
         if (self.clip_low is None) != (self.clip_high is None):
-            problems.append(f"clip_low and clip_high go together, got {self.clip_low} and {self.clip_high}")
+            problems.append(
+                f"clip_low and clip_high go together, got {self.clip_low} and {self.clip_high}"
+            )
         for name in ("clip_low", "clip_high"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -116,8 +124,8 @@ class DpoConfig:
     pairs_per_step  pairs of one optimizer step, over ALL ranks
     micro_batch     pairs at once: the transformer runs twice as many samples
     epochs          how often each pair is seen, 0.5 is every other one
-    watch           steps over which the mean change of the winner's error is watched
-    stop_when_rising  stop when the winner's error rises above the reference's over ``watch`` steps: the policy runs
+    displacement_window  steps over which the mean change of the winner's error is watched
+    stop_on_displacement  stop when the winner's error rises above the reference's over ``displacement_window`` steps: the policy runs
                     from the loser, not to the winner. Otherwise a warning, once
     """
 
@@ -131,12 +139,24 @@ class DpoConfig:
     pairs_per_step: int = 64
     micro_batch: int = 1
     epochs: float = 1.0
-    watch: int = 20
-    stop_when_rising: bool = False
+    displacement_window: int = 20
+    stop_on_displacement: bool = False
 
     def __post_init__(self) -> None:
-        positive = ("beta", "temperature", "noise_shift", "pairs_per_step", "micro_batch", "epochs", "watch")
-        problems = [f"{n} must be positive, got {getattr(self, n)}" for n in positive if not getattr(self, n) > 0]
+        positive = (
+            "beta",
+            "temperature",
+            "noise_shift",
+            "pairs_per_step",
+            "micro_batch",
+            "epochs",
+            "watch",
+        )
+        problems = [
+            f"{n} must be positive, got {getattr(self, n)}"
+            for n in positive
+            if not getattr(self, n) > 0
+        ]
         if not self.sft_weight >= 0:
             problems.append(f"sft_weight must be at least 0, got {self.sft_weight}")
         if self.sft_weight > 0 and self.method != "dpo":
@@ -150,7 +170,7 @@ class RewardConfig:
 
     kind        a key of `alignment.rewards.REWARDS`, or what an installed package offers under the entry point group
                 video_alignment.rewards; null takes the name, so ``rewards: {descore: {}}`` is enough
-    target      path/to/file.py:name, a function or an object of your own, see `alignment.rewards.own`; instead of kind
+    target      path/to/file.py:name, a function or an object of your own, see `alignment.rewards.plugin`; instead of kind
     url         http://host:port of a reward server (launch/serve.py), kind "remote"
     weight      of its advantages in the sum; 0 scores and logs it without training on it: a held-out judge
     checkpoint  folder of its weights, for rewards that have some
@@ -169,9 +189,15 @@ class RewardConfig:
         if self.kind == "":
             problems.append("kind must be a name or null, got an empty string")
         if self.kind is not None and self.target is not None:
-            problems.append(f"kind and target are two ways to name one reward, got {self.kind} and {self.target}")
-        if self.url is not None and (self.target is not None or self.kind not in (None, "remote")):
-            problems.append(f"url names a remote reward and goes with no other kind or target, got {self.url}")
+            problems.append(
+                f"kind and target are two ways to name one reward, got {self.kind} and {self.target}"
+            )
+        if self.url is not None and (
+            self.target is not None or self.kind not in (None, "remote")
+        ):
+            problems.append(
+                f"url names a remote reward and goes with no other kind or target, got {self.url}"
+            )
         if not math.isfinite(self.weight):
             problems.append(f"weight must be finite, got {self.weight}")
         _check("RewardConfig", problems)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 BINS = 5  # of noise levels in the metrics
 
 
-class Draw(NamedTuple):
+class NoiseDraw(NamedTuple):
     """What a pair's winner and loser share: noise levels (N,) and noises (N, C, F, H, W)."""
 
     sigma_N: Tensor
@@ -39,16 +39,16 @@ class Draw(NamedTuple):
 class Errors(NamedTuple):
     """Flow errors of winners and losers, (N,); NaN of losers where nobody asked for them."""
 
-    win_N: Tensor
-    lose_N: Tensor
+    chosen_N: Tensor
+    rejected_N: Tensor
 
 
 class PairTerms(NamedTuple):
     """Per pair, (N,): what its loss is, and how its errors compare with the reference's (NaN without one)."""
 
     loss_N: Tensor
-    win_change_N: Tensor
-    lose_change_N: Tensor
+    chosen_change_N: Tensor
+    rejected_change_N: Tensor
 
 
 def steps_of(cfg: DpoConfig, pairs: int) -> int:
@@ -86,17 +86,27 @@ class DpoLoop:
         seed: int,
         grad_norm: Callable[[], float | Tensor | None] | None = None,
     ) -> None:
-        self.cfg, self.generator, self.engine, self.seed, self.grad_norm = cfg, generator, engine, seed, grad_norm
+        self.cfg, self.generator, self.engine, self.seed, self.grad_norm = (
+            cfg,
+            generator,
+            engine,
+            seed,
+            grad_norm,
+        )
         self.backwards = backwards_per_update(cfg, world_size())
-        self.watched: deque[float] = deque(maxlen=cfg.watch)
+        self.watched: deque[float] = deque(maxlen=cfg.displacement_window)
         self.use(pairs)
 
     def use(self, pairs: PairSet) -> None:
         """Train on these pairs from now on."""
         self.pairs = pairs
-        self.schedule = IndexSchedule(len(pairs), seed=self.seed, per_step=self.cfg.pairs_per_step, name="pairs")
+        self.schedule = IndexSchedule(
+            len(pairs), seed=self.seed, per_step=self.cfg.pairs_per_step, name="pairs"
+        )
         if self.cfg.method == "rwr":
-            self.weight_N2 = rwr_weights(pairs.values().flatten(), temperature=self.cfg.temperature).view(-1, 2)
+            self.weight_N2 = rwr_weights(
+                pairs.values().flatten(), temperature=self.cfg.temperature
+            ).view(-1, 2)
 
     def step(self, step: int) -> dict[str, float]:
         """Optimizer step number ``step`` (from 0) on ``pairs_per_step`` pairs over all ranks; metrics over all of them.
@@ -114,17 +124,24 @@ class DpoLoop:
             terms = self.terms(batch, draw, [indices[i] for i in places])
             loss = terms.loss_N.mean()
             if not math.isfinite(float(loss.detach())):
-                say(f"step {step}: the loss is {float(loss.detach())} for pairs {[indices[i] for i in places]}")
+                say(
+                    f"step {step}: the loss is {float(loss.detach())} for pairs {[indices[i] for i in places]}"
+                )
             faults.point("backward")
             self.engine.backward(loss)
             faults.point("update")
             self.engine.step()
-            rows.append(torch.stack([draw.sigma_N, *(one.detach().float().cpu() for one in terms)], dim=1))
+            rows.append(
+                torch.stack(
+                    [draw.sigma_N, *(one.detach().float().cpu() for one in terms)],
+                    dim=1,
+                )
+            )
         metrics = summarise(gather_rows(torch.cat(rows)), self.cfg, "train")
         norm = self.grad_norm() if self.grad_norm is not None else None
         if norm is not None:
             metrics["train/grad_norm"] = float(norm)
-        self.watched.append(metrics.get("train/win_change", math.nan))
+        self.watched.append(metrics.get("train/chosen_change", math.nan))
         return metrics
 
     @torch.no_grad()
@@ -135,51 +152,89 @@ class DpoLoop:
             batch = pairs.read(own or [0])  # a sharded module is called by all ranks
             draw = self.draw(batch, "heldout", 0, own or [0])
             terms = self.terms(batch, draw, None)
-            found = torch.stack([draw.sigma_N, *(one.float().cpu() for one in terms)], dim=1)
-            found = torch.cat([found, found.new_full((self.cfg.micro_batch - len(found), 4), math.nan)])
+            found = torch.stack(
+                [draw.sigma_N, *(one.float().cpu() for one in terms)], dim=1
+            )
+            found = torch.cat(
+                [
+                    found,
+                    found.new_full((self.cfg.micro_batch - len(found), 4), math.nan),
+                ]
+            )
             rows.append(found if own else torch.full_like(found, math.nan))
         everything = gather_rows(torch.cat(rows))
         return summarise(everything[~everything[:, 0].isnan()], self.cfg, "heldout")
 
     def rising(self) -> bool:
         """Did the winner's error rise above the reference's, MEAN over the last ``watch`` steps?"""
-        full = len(self.watched) == self.cfg.watch and not any(map(math.isnan, self.watched))
+        full = len(self.watched) == self.cfg.displacement_window and not any(
+            map(math.isnan, self.watched)
+        )
         return full and math.fsum(self.watched) > 0
 
-    def draw(self, batch: PairBatch, name: str, step: int, places: Sequence[int]) -> Draw:
+    def draw(
+        self, batch: PairBatch, name: str, step: int, places: Sequence[int]
+    ) -> NoiseDraw:
         """sigma and eps of each place: winner and loser get the same (Flow-DPO, equation 6)."""
         sources = [generator(self.seed, "dpo", name, step, place) for place in places]
-        sigma_N = torch.tensor([draw_sigma(self.cfg, source) for source in sources], dtype=torch.float32)
-        shape = batch.win_NCFHW.shape[1:]
-        return Draw(sigma_N, torch.stack([torch.randn(shape, generator=source) for source in sources]))
+        sigma_N = torch.tensor(
+            [draw_sigma(self.cfg, source) for source in sources], dtype=torch.float32
+        )
+        shape = batch.chosen_NCFHW.shape[1:]
+        return NoiseDraw(
+            sigma_N,
+            torch.stack([torch.randn(shape, generator=source) for source in sources]),
+        )
 
-    def terms(self, batch: PairBatch, draw: Draw, indices: Sequence[int] | None) -> PairTerms:
+    def terms(
+        self, batch: PairBatch, draw: NoiseDraw, indices: Sequence[int] | None
+    ) -> PairTerms:
         """Each pair's loss by the config's method; grad as the caller has it. ``indices`` None measures as "dpo"."""
         with self.generator.given_prompts(batch.embeddings):
-            policy = self.errors(batch, draw, losers=self.cfg.method != "sft" or indices is None)
+            policy = self.errors(
+                batch, draw, losers=self.cfg.method != "sft" or indices is None
+            )
             if self.cfg.method == "dpo" or indices is None:
                 with torch.no_grad(), self.generator.reference():
                     reference = self.errors(batch, draw, losers=True)
         if self.cfg.method == "dpo" or indices is None:
-            sigma_N = draw.sigma_N.to(policy.win_N.device)
-            beta_N = beta_at(sigma_N, beta=self.cfg.beta, schedule=self.cfg.beta_schedule)
+            sigma_N = draw.sigma_N.to(policy.chosen_N.device)
+            beta_N = beta_at(
+                sigma_N, beta=self.cfg.beta, schedule=self.cfg.beta_schedule
+            )
             found = PairTerms(*flow_dpo_terms(*policy, *reference, beta_N=beta_N))
-            extra = self.cfg.sft_weight * policy.win_N if self.cfg.sft_weight else 0.0
+            extra = (
+                self.cfg.sft_weight * policy.chosen_N if self.cfg.sft_weight else 0.0
+            )
             return found._replace(loss_N=found.loss_N + extra)
-        unknown = torch.full_like(policy.win_N.detach(), math.nan)
+        unknown = torch.full_like(policy.chosen_N.detach(), math.nan)
         if self.cfg.method == "sft":
-            return PairTerms(policy.win_N, unknown, unknown)
-        weight_N2 = self.weight_N2[list(indices)].to(policy.win_N.device)
-        both = (weight_N2[:, 0] * policy.win_N + weight_N2[:, 1] * policy.lose_N) / 2
+            return PairTerms(policy.chosen_N, unknown, unknown)
+        weight_N2 = self.weight_N2[list(indices)].to(policy.chosen_N.device)
+        both = (
+            weight_N2[:, 0] * policy.chosen_N + weight_N2[:, 1] * policy.rejected_N
+        ) / 2
         return PairTerms(both, unknown, unknown)
 
-    def errors(self, batch: PairBatch, draw: Draw, *, losers: bool) -> Errors:
+    def errors(self, batch: PairBatch, draw: NoiseDraw, *, losers: bool) -> Errors:
         """One forward: winners, and with ``losers`` losers behind them."""
         count, copies = len(batch.prompts), 1 + losers
-        clean = torch.cat([batch.win_NCFHW, batch.lose_NCFHW]) if losers else batch.win_NCFHW
-        noise, sigma = torch.cat([draw.noise_NCFHW] * copies), torch.cat([draw.sigma_N] * copies)
-        error = self.generator.flow_error(clean, noise, sigma, [*batch.prompts] * copies)
-        return Errors(error[:count], error[count:] if losers else torch.full_like(error.detach(), math.nan))
+        clean = (
+            torch.cat([batch.chosen_NCFHW, batch.rejected_NCFHW])
+            if losers
+            else batch.chosen_NCFHW
+        )
+        noise, sigma = (
+            torch.cat([draw.noise_NCFHW] * copies),
+            torch.cat([draw.sigma_N] * copies),
+        )
+        error = self.generator.flow_error(
+            clean, noise, sigma, [*batch.prompts] * copies
+        )
+        return Errors(
+            error[:count],
+            error[count:] if losers else torch.full_like(error.detach(), math.nan),
+        )
 
 
 def backwards_per_update(cfg: DpoConfig, ranks: int) -> int:
@@ -193,19 +248,25 @@ def backwards_per_update(cfg: DpoConfig, ranks: int) -> int:
 
 
 def summarise(rows_N4: Tensor, cfg: DpoConfig, prefix: str) -> dict[str, float]:
-    """Metrics of pairs from rows (sigma, loss, win_change, lose_change): MEANS over pairs, ``prefix/...``.
+    """Metrics of pairs from rows (sigma, loss, chosen_change, rejected_change): MEANS over pairs, ``prefix/...``.
 
     accuracy is the share of pairs whose winner gained on its loser, a tie one half; push is the mean of
     |beta / 2 (d_w - d_l)|, healthy between 0.05 and 3. Loss and accuracy come for each fifth of the noise levels too.
     """
-    sigma_N, loss_N, win_N, lose_N = rows_N4.double().unbind(dim=1)
+    sigma_N, loss_N, chosen_N, rejected_N = rows_N4.double().unbind(dim=1)
     metrics = {"loss": float(loss_N.mean())}
-    known = bool(win_N.isfinite().all())
-    right_N = ((win_N < lose_N).double() + (win_N <= lose_N).double()) / 2
+    known = bool(chosen_N.isfinite().all())
+    right_N = ((chosen_N < rejected_N).double() + (chosen_N <= rejected_N).double()) / 2
     if known:
         beta_N = beta_at(sigma_N, beta=cfg.beta, schedule=cfg.beta_schedule)
-        metrics |= {"accuracy": float(right_N.mean()), "win_change": float(win_N.mean())}
-        metrics |= {"lose_change": float(lose_N.mean()), "push": float((beta_N / 2 * (win_N - lose_N)).abs().mean())}
+        metrics |= {
+            "accuracy": float(right_N.mean()),
+            "chosen_change": float(chosen_N.mean()),
+        }
+        metrics |= {
+            "rejected_change": float(rejected_N.mean()),
+            "push": float((beta_N / 2 * (chosen_N - rejected_N)).abs().mean()),
+        }
     for place in range(BINS):
         inside = (sigma_N * BINS).long().clamp(max=BINS - 1) == place
         if bool(inside.any()):

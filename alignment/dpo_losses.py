@@ -28,42 +28,63 @@ class DpoTerms(NamedTuple):
     """Of each pair, (N,): its loss, and by how much its winner's and its loser's error differ from the reference's."""
 
     loss_N: Tensor
-    win_change_N: Tensor
-    lose_change_N: Tensor
+    chosen_change_N: Tensor
+    rejected_change_N: Tensor
 
 
 def flow_dpo_terms(
-    win_N: Tensor, lose_N: Tensor, reference_win_N: Tensor, reference_lose_N: Tensor, *, beta_N: Tensor
+    chosen_N: Tensor,
+    rejected_N: Tensor,
+    reference_chosen_N: Tensor,
+    reference_rejected_N: Tensor,
+    *,
+    beta_N: Tensor,
 ) -> DpoTerms:
     """Flow-DPO (2501.13918, equation 6), pair by pair:
 
-        d_w  = win - reference_win,  d_l = lose - reference_lose
+        d_w  = chosen - reference_chosen,  d_l = rejected - reference_rejected
         loss = -log sigmoid( -(beta / 2) (d_w - d_l) )
 
     Every error is (N,), |v_theta(x_sigma) - (eps - x_0)|^2 as the MEAN over latent elements, of winner and loser at the
     SAME sigma and eps (`Generator.flow_error`); beta is in these units, where the paper's pseudo-code has a sum. At the
-    start d_w = d_l = 0 and the loss is log 2. Gradient flows through win_N and lose_N.
+    start d_w = d_l = 0 and the loss is log 2. Gradient flows through chosen_N and rejected_N.
     """
-    win_change_N, lose_change_N = win_N - reference_win_N.detach(), lose_N - reference_lose_N.detach()
-    return DpoTerms(-F.logsigmoid(-0.5 * beta_N * (win_change_N - lose_change_N)), win_change_N, lose_change_N)
+    chosen_change_N, rejected_change_N = (
+        chosen_N - reference_chosen_N.detach(),
+        rejected_N - reference_rejected_N.detach(),
+    )
+    return DpoTerms(
+        -F.logsigmoid(-0.5 * beta_N * (chosen_change_N - rejected_change_N)),
+        chosen_change_N,
+        rejected_change_N,
+    )
 
 
 def flow_dpo_loss(
-    win_N: Tensor, lose_N: Tensor, reference_win_N: Tensor, reference_lose_N: Tensor, *, beta_N: Tensor
+    chosen_N: Tensor,
+    rejected_N: Tensor,
+    reference_chosen_N: Tensor,
+    reference_rejected_N: Tensor,
+    *,
+    beta_N: Tensor,
 ) -> LossOutput:
     """`flow_dpo_terms`' loss, MEAN over pairs.
 
-    Metrics: loss, accuracy (share of pairs with d_w < d_l, a tie one half), win_change and lose_change (mean d_w, d_l),
+    Metrics: loss, accuracy (share of pairs with d_w < d_l, a tie one half), chosen_change and rejected_change (mean d_w, d_l),
     push (mean |beta / 2 (d_w - d_l)|: the sigmoid is flat far above 3).
     """
-    terms = flow_dpo_terms(win_N, lose_N, reference_win_N, reference_lose_N, beta_N=beta_N)
+    terms = flow_dpo_terms(
+        chosen_N, rejected_N, reference_chosen_N, reference_rejected_N, beta_N=beta_N
+    )
     loss = terms.loss_N.mean()
-    ahead_N = (terms.lose_change_N - terms.win_change_N).detach()
+    ahead_N = (terms.rejected_change_N - terms.chosen_change_N).detach()
     metrics = {
         "loss": float(loss.detach()),
-        "accuracy": float((ahead_N > 0).float().mean() + 0.5 * (ahead_N == 0).float().mean()),
-        "win_change": float(terms.win_change_N.detach().mean()),
-        "lose_change": float(terms.lose_change_N.detach().mean()),
+        "accuracy": float(
+            (ahead_N > 0).float().mean() + 0.5 * (ahead_N == 0).float().mean()
+        ),
+        "chosen_change": float(terms.chosen_change_N.detach().mean()),
+        "rejected_change": float(terms.rejected_change_N.detach().mean()),
         "push": float((0.5 * beta_N * ahead_N).abs().mean()),
     }
     return LossOutput(loss, metrics)

@@ -2,7 +2,7 @@
 
 manifest.json              latent shape, shards with size and SHA-256, what the pairs were made of; written last
 index.jsonl                a line for each pair: its prompt, place, and what its videos were worth
-shards/00000.safetensors   win (n, C, F, H, W), lose (n, C, F, H, W); prompt.i (L, D), one for each different prompt
+shards/00000.safetensors   chosen (n, C, F, H, W), rejected (n, C, F, H, W); prompt.i (L, D), one for each different prompt
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PairRow:
 
     shard, row            where its latents are
     embedding             number i of prompt.i in that shard
-    win_value, lose_value what the videos are worth, normalised; null where people only said which is better
+    chosen_value, rejected_value what the videos are worth, normalised; null where people only said which is better
     source                where it came from, for people: seeds, or files
     """
 
@@ -39,8 +39,8 @@ class PairRow:
     shard: int
     row: int
     embedding: int
-    win_value: float | None = None
-    lose_value: float | None = None
+    chosen_value: float | None = None
+    rejected_value: float | None = None
     source: str = ""
 
 
@@ -49,11 +49,11 @@ class LatentPair:
     """A pair in memory, before it is written: clean normalised latents, the prompt's embedding without its padding."""
 
     prompt: str
-    win_CFHW: Tensor
-    lose_CFHW: Tensor
+    chosen_CFHW: Tensor
+    rejected_CFHW: Tensor
     embedding_LD: Tensor
-    win_value: float | None = None
-    lose_value: float | None = None
+    chosen_value: float | None = None
+    rejected_value: float | None = None
     source: str = ""
 
 
@@ -62,16 +62,24 @@ class PairBatch:
     """Some pairs, as `PairSet.read` gives them: latents fp32 (N, C, F, H, W)."""
 
     prompts: tuple[str, ...]
-    win_NCFHW: Tensor
-    lose_NCFHW: Tensor
+    chosen_NCFHW: Tensor
+    rejected_NCFHW: Tensor
     embeddings: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        if not len(self.prompts) == len(self.win_NCFHW) == len(self.lose_NCFHW):
-            sizes = (len(self.prompts), len(self.win_NCFHW), len(self.lose_NCFHW))
-            raise ValueError(f"PairBatch holds {sizes[0]} prompts, {sizes[1]} winners and {sizes[2]} losers")
-        if self.win_NCFHW.shape != self.lose_NCFHW.shape:
-            raise ValueError(f"PairBatch: {tuple(self.win_NCFHW.shape)} against {tuple(self.lose_NCFHW.shape)}")
+        if not len(self.prompts) == len(self.chosen_NCFHW) == len(self.rejected_NCFHW):
+            sizes = (
+                len(self.prompts),
+                len(self.chosen_NCFHW),
+                len(self.rejected_NCFHW),
+            )
+            raise ValueError(
+                f"PairBatch holds {sizes[0]} prompts, {sizes[1]} winners and {sizes[2]} losers"
+            )
+        if self.chosen_NCFHW.shape != self.rejected_NCFHW.shape:
+            raise ValueError(
+                f"PairBatch: {tuple(self.chosen_NCFHW.shape)} against {tuple(self.rejected_NCFHW.shape)}"
+            )
 
 
 def write_pairs(
@@ -94,23 +102,45 @@ def write_pairs(
     files: dict[str, dict[str, Any]] = {}
     shape: tuple[int, ...] = ()
     for number, part in enumerate(_parts(pairs, per_shard)):
-        shape = tuple(part[0].win_CFHW.shape)
+        shape = tuple(part[0].chosen_CFHW.shape)
         prompts = list(dict.fromkeys(pair.prompt for pair in part))
         tensors = {
-            "win": torch.stack([pair.win_CFHW for pair in part]).to(dtype),
-            "lose": torch.stack([pair.lose_CFHW for pair in part]).to(dtype),
+            "chosen": torch.stack([pair.chosen_CFHW for pair in part]).to(dtype),
+            "rejected": torch.stack([pair.rejected_CFHW for pair in part]).to(dtype),
         }
-        tensors |= {f"prompt.{prompts.index(pair.prompt)}": pair.embedding_LD.contiguous() for pair in part}
+        tensors |= {
+            f"prompt.{prompts.index(pair.prompt)}": pair.embedding_LD.contiguous()
+            for pair in part
+        }
         name = f"{SHARDS}/{number:05d}.safetensors"
         files[name] = _write_shard(folder / name, tensors)
         rows += [
-            PairRow(p.prompt, number, i, prompts.index(p.prompt), p.win_value, p.lose_value, p.source)
+            PairRow(
+                p.prompt,
+                number,
+                i,
+                prompts.index(p.prompt),
+                p.chosen_value,
+                p.rejected_value,
+                p.source,
+            )
             for i, p in enumerate(part)
         ]
-    text = "".join(json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    text = "".join(
+        json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
+        for row in rows
+    )
     replace_text(folder / INDEX, text)
-    manifest = {"version": VERSION, "pairs": len(rows), "latent_shape": shape, "files": files, "about": dict(about)}
-    replace_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    manifest = {
+        "version": VERSION,
+        "pairs": len(rows),
+        "latent_shape": shape,
+        "files": files,
+        "about": dict(about),
+    }
+    replace_text(
+        folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    )
     return len(rows)
 
 
@@ -125,19 +155,29 @@ class PairSet:
         try:
             manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise ValueError(f"{self.folder} holds no whole set of pairs: it has no {MANIFEST}") from error
+            raise ValueError(
+                f"{self.folder} holds no whole set of pairs: it has no {MANIFEST}"
+            ) from error
         if manifest.get("version") != VERSION:
-            raise ValueError(f"{self.folder / MANIFEST} is of version {manifest.get('version')}, want {VERSION}")
+            raise ValueError(
+                f"{self.folder / MANIFEST} is of version {manifest.get('version')}, want {VERSION}"
+            )
         for name, entry in manifest["files"].items():
             file = self.folder / name
             if not file.is_file() or file.stat().st_size != entry["size"]:
-                raise ValueError(f"{file} is missing or has another size than {MANIFEST} says")
+                raise ValueError(
+                    f"{file} is missing or has another size than {MANIFEST} says"
+                )
             if check == "sha256" and sha256(file) != entry["sha256"]:
-                raise ValueError(f"{file} was changed: its SHA-256 differs from {MANIFEST}")
+                raise ValueError(
+                    f"{file} was changed: its SHA-256 differs from {MANIFEST}"
+                )
         lines = (self.folder / INDEX).read_text(encoding="utf-8").splitlines()
         self.rows = tuple(PairRow(**json.loads(line)) for line in lines)
         if len(self.rows) != manifest["pairs"]:
-            raise ValueError(f"{self.folder / INDEX} has {len(self.rows)} lines, {MANIFEST} says {manifest['pairs']}")
+            raise ValueError(
+                f"{self.folder / INDEX} has {len(self.rows)} lines, {MANIFEST} says {manifest['pairs']}"
+            )
         self.latent_shape = tuple(manifest["latent_shape"])
         self.about: dict[str, Any] = manifest["about"]
 
@@ -148,19 +188,32 @@ class PairSet:
         """These pairs, read from their shards row by row."""
         from safetensors import safe_open
 
-        win, lose, embeddings = [], [], {}
+        chosen, rejected, embeddings = [], [], {}
         for i in indices:
             row = self.rows[i]
-            with safe_open(self.folder / SHARDS / f"{row.shard:05d}.safetensors", framework="pt") as file:
-                win.append(file.get_slice("win")[row.row : row.row + 1].float())
-                lose.append(file.get_slice("lose")[row.row : row.row + 1].float())
+            with safe_open(
+                self.folder / SHARDS / f"{row.shard:05d}.safetensors", framework="pt"
+            ) as file:
+                chosen.append(file.get_slice("chosen")[row.row : row.row + 1].float())
+                rejected.append(
+                    file.get_slice("rejected")[row.row : row.row + 1].float()
+                )
                 if row.prompt not in embeddings:
                     embeddings[row.prompt] = file.get_tensor(f"prompt.{row.embedding}")
-        return PairBatch(tuple(self.rows[i].prompt for i in indices), torch.cat(win), torch.cat(lose), embeddings)
+        return PairBatch(
+            tuple(self.rows[i].prompt for i in indices),
+            torch.cat(chosen),
+            torch.cat(rejected),
+            embeddings,
+        )
 
     def values(self) -> Tensor:
         """(N, 2) fp64, winners' and losers' worth; NaN where it is not known."""
-        unknown = [math.nan if v is None else v for row in self.rows for v in (row.win_value, row.lose_value)]
+        unknown = [
+            math.nan if v is None else v
+            for row in self.rows
+            for v in (row.chosen_value, row.rejected_value)
+        ]
         return torch.tensor(unknown, dtype=torch.float64).view(-1, 2)
 
 
@@ -179,6 +232,12 @@ def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     with replaced(path) as partial:
-        save_file({name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}, partial)
+        save_file(
+            {
+                name: tensor.cpu().clone().contiguous()
+                for name, tensor in tensors.items()
+            },
+            partial,
+        )
         entry = {"size": partial.stat().st_size, "sha256": sha256(partial)}
     return entry

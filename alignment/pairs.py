@@ -22,13 +22,13 @@ class Choice:
     prompt: int
     winner: int
     loser: int
-    win_value: float
-    lose_value: float
+    chosen_value: float
+    rejected_value: float
 
     @property
     def margin(self) -> float:
         """How much better the winner is, in standard deviations of the mean reward's parts."""
-        return self.win_value - self.lose_value
+        return self.chosen_value - self.rejected_value
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,17 @@ class Choices:
     disagreed: int  # some reward prefers the loser
 
 
-def normalised_value(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+def normalised_value(
+    rewards: Mapping[str, Tensor], weights: Mapping[str, float]
+) -> Tensor:
     """(P, K) of each reward -> (P, K): sum_k w_k (r_k - mean_k) / std_k / sum_k |w_k|, NaN where one could not judge.
 
     MEAN and population std go over all judged videos of all prompts, so that rewards of any unit count alike
     (Flow-DPO 2501.13918, section 4: normalised, then averaged). A reward that says the same of all counts 0.
     """
-    used = {name: reward.double() for name, reward in rewards.items() if weights[name] != 0}
+    used = {
+        name: reward.double() for name, reward in rewards.items() if weights[name] != 0
+    }
     if not used:
         raise ValueError("normalised_value needs a reward whose weight is not 0")
     total = torch.zeros_like(next(iter(used.values())))
@@ -59,7 +63,9 @@ def normalised_value(rewards: Mapping[str, Tensor], weights: Mapping[str, float]
     return total / math.fsum(abs(weights[name]) for name in used)
 
 
-def choose(rewards: Mapping[str, Tensor], weights: Mapping[str, float], cfg: PairConfig) -> Choices:
+def choose(
+    rewards: Mapping[str, Tensor], weights: Mapping[str, float], cfg: PairConfig
+) -> Choices:
     """The best and the worst of each prompt's videos by `normalised_value`, of those that all rewards could judge.
 
     The earlier video wins a tie. A pair is dropped when its margin is below ``min_margin`` or zero, and with
@@ -75,11 +81,14 @@ def choose(rewards: Mapping[str, Tensor], weights: Mapping[str, float], cfg: Pai
             continue
         best = int(value_K.masked_fill(~judged, -math.inf).argmax())
         worst = int(value_K.masked_fill(~judged, math.inf).argmin())
-        choice = Choice(prompt, best, worst, float(value_K[best]), float(value_K[worst]))
+        choice = Choice(
+            prompt, best, worst, float(value_K[best]), float(value_K[worst])
+        )
         if choice.margin <= 0 or choice.margin < cfg.min_margin:
             counts["close"] += 1
         elif cfg.agreement and any(
-            weights[name] * float(reward[prompt, best] - reward[prompt, worst]) < 0 for name, reward in rewards.items()
+            weights[name] * float(reward[prompt, best] - reward[prompt, worst]) < 0
+            for name, reward in rewards.items()
         ):
             counts["disagreed"] += 1
         else:

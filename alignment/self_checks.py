@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alignment.clips import Clip, score_clips
+from alignment.clips import RewardClip, score_clips
 from alignment.reward_check import MUST, spoil
 from common import gaussian
 from common.distributed import derive_seed, differing_ranks, world_size
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from common.types import Generator, RewardModel
 
 REPLAY_LIMIT = {"float32": 1e-4, "bfloat16": 1e-3}  # of |ratio - 1|
-STOCK_LIMIT = {"float32": 1e-5, "bfloat16": 5e-2}  # relative; the stock pipeline mixes guidance in bf16
+STOCK_LIMIT = {
+    "float32": 1e-5,
+    "bfloat16": 5e-2,
+}  # relative; the stock pipeline mixes guidance in bf16
 PERMUTATION_LIMIT = 1e-3  # of the spread of the scores: kernels may round differently in another place of a batch
 
 
@@ -43,13 +46,19 @@ class Finding:
         return f"{self.name}: {self.fact}" + ("" if self.ok else f"; {self.advice}")
 
 
-def first_ratio(generator: Generator, prompt: str, *, dtype: str, fatal: bool = True, seed: int = 0) -> Finding:
+def first_ratio(
+    generator: Generator, prompt: str, *, dtype: str, fatal: bool = True, seed: int = 0
+) -> Finding:
     """Sample two members and ask how likely they were: the policy has not moved, so every ratio is 1."""
-    (group,) = generator.rollout([prompt], group_size=2, seeds=[derive_seed(seed, "self-check")])
+    (group,) = generator.rollout(
+        [prompt], group_size=2, seeds=[derive_seed(seed, "self-check")]
+    )
     worst = 0.0
     with torch.no_grad():
         for step in group.steps:
-            again_G = gaussian.log_prob(generator.transition(group.prompt, step), step.next_GCFHW)
+            again_G = gaussian.log_prob(
+                generator.transition(group.prompt, step), step.next_GCFHW
+            )
             ratio_G = (again_G - step.log_prob_G.to(again_G.device)).exp()
             worst = max(worst, float((ratio_G - 1).abs().max()))
     return Finding(
@@ -74,20 +83,28 @@ def stock_trajectory(gap: Callable[[], float], *, dtype: str) -> Finding:
 
 def same_weights(module: nn.Module) -> Finding:
     """All ranks start from the same trained weights."""
-    odd = differing_ranks({name: p for name, p in module.named_parameters() if p.requires_grad})
+    odd = differing_ranks(
+        {name: p for name, p in module.named_parameters() if p.requires_grad}
+    )
     return Finding(
         "weights across ranks",
         not odd,
-        f"ranks {odd} of {world_size()} differ from rank 0" if odd else f"alike on {world_size()}",
+        f"ranks {odd} of {world_size()} differ from rank 0"
+        if odd
+        else f"alike on {world_size()}",
         "is a new adapter drawn from a generator that nobody seeded, or a checkpoint read by some ranks only?",
     )
 
 
-def permutation(reward: RewardModel, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Finding:
+def permutation(
+    reward: RewardModel, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+) -> Finding:
     """Scores belong to videos, not to places in a batch."""
     order = list(range(len(prompts)))[::-1]
     plain = reward.score(video_BTYXC, prompts, fps=fps).value_B
-    turned = reward.score(video_BTYXC[order], [prompts[i] for i in order], fps=fps).value_B[order]
+    turned = reward.score(
+        video_BTYXC[order], [prompts[i] for i in order], fps=fps
+    ).value_B[order]
     judged = plain[plain.isfinite()]
     spread = float(judged.std(correction=0)) if judged.numel() else 0.0
     worst = _worst(plain, turned)
@@ -98,19 +115,33 @@ def permutation(reward: RewardModel, video_BTYXC: Tensor, prompts: Sequence[str]
         f"turned around, scores move by {worst:.1e}, their spread is {spread:.1e}"
         + ("" if same_missing else ", and others are missing"),
         "the reward answers for the wrong videos, lets them look at their neighbours, or rounds differently by place",
-        fatal=worst > spread,  # less may be a chain of thought that took another turn on another kernel
+        fatal=worst
+        > spread,  # less may be a chain of thought that took another turn on another kernel
     )
 
 
-def sense(reward: RewardModel, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float, seed: int = 0) -> Finding:
+def sense(
+    reward: RewardModel,
+    video_BTYXC: Tensor,
+    prompts: Sequence[str],
+    *,
+    fps: float,
+    seed: int = 0,
+) -> Finding:
     """MEAN score with the right prompts, with each other's, and of noise. A warning: few videos prove little."""
-    clips = [Clip(video_TYXC, fps, prompt) for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True)]
+    clips = [
+        RewardClip(video_TYXC, fps, prompt)
+        for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True)
+    ]
     cases = {"right": clips} | {case: spoil(clips, case, seed=seed) for case in MUST}
-    means = {name: _mean(score_clips(reward, case).value_B) for name, case in cases.items()}
+    means = {
+        name: _mean(score_clips(reward, case).value_B) for name, case in cases.items()
+    }
     return Finding(
         f"sense, {reward.name}",
         all(means["right"] > value for name, value in means.items() if name != "right"),
-        "mean score: " + ", ".join(f"{name} {value:.3f}" for name, value in means.items()),
+        "mean score: "
+        + ", ".join(f"{name} {value:.3f}" for name, value in means.items()),
         f"it should be highest where it is right; {len(prompts)} videos prove little, but a wrong fps, prompt format "
         "or checkpoint looks like this",
         fatal=False,

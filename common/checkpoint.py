@@ -35,7 +35,14 @@ class NoRoomError(OSError):
     """The disk is full, read-only, or over its quota; the message says what there is and what is needed."""
 
 
-def save(root: str | Path, step: int, write: Callable[[Path], None], *, keep: int, state: Mapping[str, Any]) -> Path:
+def save(
+    root: str | Path,
+    step: int,
+    write: Callable[[Path], None],
+    *,
+    keep: int,
+    state: Mapping[str, Any],
+) -> Path:
     """Save one step and return its folder. All ranks call it, with the same arguments.
 
     write  called on every rank with the same empty folder, where each puts its own files
@@ -48,7 +55,9 @@ def save(root: str | Path, step: int, write: Callable[[Path], None], *, keep: in
     """
     root = Path(root)
     if keep < 1 or step < 0:
-        raise ValueError(f"checkpoint needs keep >= 1 and step >= 0, got keep={keep} and step={step}")
+        raise ValueError(
+            f"checkpoint needs keep >= 1 and step >= 0, got keep={keep} and step={step}"
+        )
     state_text = json.dumps(dict(state), indent=2)
     distributed.raise_on_all(_too_full(root, step) if distributed.is_main() else None)
     try:
@@ -57,10 +66,14 @@ def save(root: str | Path, step: int, write: Callable[[Path], None], *, keep: in
         if error.errno not in _NO_ROOM:
             raise
         shutil.rmtree(root / f"tmp-step-{step}", ignore_errors=True)
-        raise NoRoomError(f"step {step} cannot be saved in {root}: {error.strerror}; {_what_there_is(root)}") from error
+        raise NoRoomError(
+            f"step {step} cannot be saved in {root}: {error.strerror}; {_what_there_is(root)}"
+        ) from error
 
 
-def _save(root: Path, step: int, write: Callable[[Path], None], state_text: str, *, keep: int) -> Path:
+def _save(
+    root: Path, step: int, write: Callable[[Path], None], state_text: str, *, keep: int
+) -> Path:
     partial, final = root / f"tmp-step-{step}", root / f"step-{step:06d}"
     if distributed.is_main():
         for leftover in root.glob("tmp-*"):
@@ -82,14 +95,24 @@ def verify(path: str | Path) -> list[str]:
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        files = {
+            str(name): (int(entry["size"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        }
         step = int(manifest["step"])
     except OSError as error:
         return [f"{MANIFEST}: {error.strerror}"]
-    except (ValueError, KeyError, TypeError, AttributeError):  # damaged JSON, or JSON of another form
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # damaged JSON, or JSON of another form
         return [f"{MANIFEST}: damaged"]
     named = _STEP.fullmatch(path.name)
-    problems = [f"{MANIFEST}: is of step {step}"] if named and int(named[1]) != step else []
+    problems = (
+        [f"{MANIFEST}: is of step {step}"] if named and int(named[1]) != step else []
+    )
     for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file():
@@ -108,7 +131,9 @@ def latest(root: str | Path) -> Path | None:
         if not problems:
             return path
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        say(f"checkpoint {path.name} is damaged and skipped: {'; '.join(problems[:3])}{more}")
+        say(
+            f"checkpoint {path.name} is damaged and skipped: {'; '.join(problems[:3])}{more}"
+        )
     return None
 
 
@@ -117,7 +142,9 @@ def resolve_resume(resume: str, root: str | Path) -> Path | None:
 
     Rank 0 looks and the others follow. Raises ValueError, on every rank, for a path without a whole checkpoint.
     """
-    found, problem = distributed.from_main(_look(resume, Path(root)) if distributed.is_main() else (None, None))
+    found, problem = distributed.from_main(
+        _look(resume, Path(root)) if distributed.is_main() else (None, None)
+    )
     if problem:
         raise ValueError(problem)
     return found
@@ -130,7 +157,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
     path = _safetensors_path(path)
     # the format has no views: two names of one storage (tied weights) are stored twice
-    whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    whole = {
+        name: tensor.detach().cpu().clone().contiguous()
+        for name, tensor in tensors.items()
+    }
     try:
         save_file(whole, path)
     except SafetensorError as error:
@@ -181,7 +211,9 @@ def _write_on_all_ranks(write: Callable[[Path], None], folder: Path) -> None:
         outcome = distributed.gather_objects(done)
     if not all(outcome):
         failed = [rank for rank, ok in enumerate(outcome) if not ok]
-        raise RuntimeError(f"writing the checkpoint failed on rank {', '.join(map(str, failed))}")
+        raise RuntimeError(
+            f"writing the checkpoint failed on rank {', '.join(map(str, failed))}"
+        )
 
 
 def _seal(folder: Path, step: int) -> None:
@@ -190,9 +222,15 @@ def _seal(folder: Path, step: int) -> None:
     for file in files:
         _fsync(file)
     entries = {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)} for file in files
+        file.relative_to(folder).as_posix(): {
+            "size": file.stat().st_size,
+            "sha256": sha256(file),
+        }
+        for file in files
     }
-    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": entries}, indent=2), encoding="utf-8")
+    (folder / MANIFEST).write_text(
+        json.dumps({"step": step, "files": entries}, indent=2), encoding="utf-8"
+    )
     _fsync(folder / MANIFEST)
     for inner in folder.rglob("*"):
         if inner.is_dir():
@@ -216,7 +254,9 @@ def _prune(root: Path, *, newest: int, keep: int) -> None:
     current = [path for path in steps if _number(path) <= newest]
     abandoned = [path for path in steps if _number(path) > newest]
     if abandoned:
-        say(f"removing checkpoints of an abandoned history: {', '.join(path.name for path in abandoned)}")
+        say(
+            f"removing checkpoints of an abandoned history: {', '.join(path.name for path in abandoned)}"
+        )
     for path in [*current[:-keep], *abandoned]:
         # renamed first: a kill in the middle of the removal must not leave half a step-* folder
         doomed = path.with_name(f"tmp-removed-{path.name}")
@@ -235,14 +275,25 @@ def _look(resume: str, root: Path) -> tuple[Path | None, str | None]:
         return None, f"--resume {resume}: there is no such folder"
     if _steps(path):
         found = latest(path)
-        return found, None if found else f"--resume {resume}: no checkpoint in it is whole"
+        return (
+            found,
+            None if found else f"--resume {resume}: no checkpoint in it is whole",
+        )
     problems = verify(path)
-    return (None, f"--resume {resume}: {'; '.join(problems)}") if problems else (path, None)
+    return (
+        (None, f"--resume {resume}: {'; '.join(problems)}")
+        if problems
+        else (path, None)
+    )
 
 
 def _steps(root: Path) -> list[Path]:
     """Checkpoint folders by number; leftovers (tmp-*) and foreign files are none."""
-    found = [path for path in root.glob("step-*") if path.is_dir() and _STEP.fullmatch(path.name)]
+    found = [
+        path
+        for path in root.glob("step-*")
+        if path.is_dir() and _STEP.fullmatch(path.name)
+    ]
     return sorted(found, key=_number)
 
 
@@ -261,5 +312,7 @@ def _fsync(path: Path) -> None:
 def _safetensors_path(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path.name}: only .safetensors is read and written here, convert other formats first")
+        raise ValueError(
+            f"{path.name}: only .safetensors is read and written here, convert other formats first"
+        )
     return path

@@ -28,7 +28,14 @@ from omegaconf.errors import OmegaConfBaseException
 from common import safe_yaml, schema_types
 from common.run_record import dump
 
-__all__ = ["CommandLine", "ConfigError", "WandbConfig", "dump", "load", "parse_command_line"]
+__all__ = [
+    "CommandLine",
+    "ConfigError",
+    "WandbConfig",
+    "dump",
+    "load",
+    "parse_command_line",
+]
 
 C = TypeVar("C")
 Where = tuple[str, ...]
@@ -65,7 +72,11 @@ class CommandLine(Generic[C]):
     dry_run: str | None = None
 
 
-def load(schema: type[C], yaml: str | Path | Sequence[str | Path] | None, overrides: Sequence[str] = ()) -> C:
+def load(
+    schema: type[C],
+    yaml: str | Path | Sequence[str | Path] | None,
+    overrides: Sequence[str] = (),
+) -> C:
     """Read a config: defaults <- the yaml, or several in order (None for none) <- overrides ``a.b=c`` in order.
 
     The value of an override is read as yaml, or taken as it stands where the schema wants text; empty is the empty
@@ -75,7 +86,9 @@ def load(schema: type[C], yaml: str | Path | Sequence[str | Path] | None, overri
     reader = _Reader(schema)
     files = [] if yaml is None else [yaml] if isinstance(yaml, str | Path) else yaml
     layers = [reader.read_yaml(Path(file)) for file in files] or [{}]
-    layers += (layer for text in overrides if (layer := reader.read_override(text)) is not None)
+    layers += (
+        layer for text in overrides if (layer := reader.read_override(text)) is not None
+    )
     cfg = reader.build(schema, reader.check(schema, reader.merge(layers), ()))
     if reader.mistakes:
         raise ConfigError([mistake.text for mistake in reader.mistakes])
@@ -95,11 +108,23 @@ def parse_command_line(
     rank 0) and the process exits with code 2. ``--local_rank``, which launchers append, is accepted and ignored.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that override the yaml")
     parser.add_argument(
-        "--config", type=Path, action="append", default=[], metavar="PATH", help="yaml file; several: later ones win"
+        "overrides", nargs="*", metavar="a.b=c", help="values that override the yaml"
     )
-    parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="checkpoint to go on from")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="yaml file; several: later ones win",
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="checkpoint to go on from",
+    )
     parser.add_argument(
         "--dry-run",
         nargs="?",
@@ -107,7 +132,9 @@ def parse_command_line(
         metavar="GPUSxDEVICE",
         help="what the run needs: 8xh100, 1xa100",
     )
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS
+    )
     if extend is not None:
         extend(parser)
     args = parser.parse_intermixed_args(argv)
@@ -117,7 +144,9 @@ def parse_command_line(
         head = f"{parser.prog}: {len(error.errors)} mistake{'s' * (len(error.errors) > 1)} in the configuration\n"
         lines = "".join(f"  {line}\n" for line in error.errors)
         parser.exit(2, head + lines if os.environ.get("RANK", "0") == "0" else None)
-    return CommandLine(cfg, args.resume, tuple(args.config), tuple(args.overrides), args, args.dry_run)
+    return CommandLine(
+        cfg, args.resume, tuple(args.config), tuple(args.overrides), args, args.dry_run
+    )
 
 
 @dataclass(frozen=True)
@@ -138,9 +167,15 @@ class _Reader:
 
     def report(self, where: Where, message: str, *, first: str = "") -> None:
         """``first``: the key below ``where`` whose origin is told, when it has one."""
-        places = ([(*where, first)] if first else []) + [where[:n] for n in range(len(where), 0, -1)]
-        origin = next((self.origin[place] for place in places if place in self.origin), "")
-        self.mistakes.append(_Mistake(where, f"{'.'.join(where) or 'config'}: {message}{origin}"))
+        places = ([(*where, first)] if first else []) + [
+            where[:n] for n in range(len(where), 0, -1)
+        ]
+        origin = next(
+            (self.origin[place] for place in places if place in self.origin), ""
+        )
+        self.mistakes.append(
+            _Mistake(where, f"{'.'.join(where) or 'config'}: {message}{origin}")
+        )
 
     def read_yaml(self, path: Path) -> dict[str, Any]:
         try:
@@ -152,9 +187,16 @@ class _Reader:
         except safe_yaml.YamlError as error:
             self.mistakes.append(_Mistake((), f"{path}: {error}"))
             return {}
-        self.origin.update({where: f" ({path}:{line})" for where, line in document.lines.items()})
+        self.origin.update(
+            {where: f" ({path}:{line})" for where, line in document.lines.items()}
+        )
         if document.value is not None and not isinstance(document.value, dict):
-            self.mistakes.append(_Mistake((), f"{path}: must hold `key: value` lines, got {_show(document.value)}"))
+            self.mistakes.append(
+                _Mistake(
+                    (),
+                    f"{path}: must hold `key: value` lines, got {_show(document.value)}",
+                )
+            )
             return {}
         return document.value or {}
 
@@ -163,16 +205,25 @@ class _Reader:
         dotted, equals, value = text.partition("=")
         where = tuple(dotted.split("."))
         if not equals or not all(part and part == part.strip() for part in where):
-            self.mistakes.append(_Mistake((), f"{text!r}: an override has the form a.b=value"))
+            self.mistakes.append(
+                _Mistake((), f"{text!r}: an override has the form a.b=value")
+            )
             return None
         annotation = schema_types.at(self.schema, where)
         try:
             parsed = _override_value(annotation, value)
         except safe_yaml.YamlError as error:
-            self.mistakes.append(_Mistake(where, f"{dotted}: the value {value!r} is not yaml: {error}"))
+            self.mistakes.append(
+                _Mistake(where, f"{dotted}: the value {value!r} is not yaml: {error}")
+            )
             return None
         if parsed == {} and schema_types.entry_of(annotation) is not None:
-            self.mistakes.append(_Mistake(where, f"{dotted}: {{}} changes nothing; {dotted}.NAME=null takes one out"))
+            self.mistakes.append(
+                _Mistake(
+                    where,
+                    f"{dotted}: {{}} changes nothing; {dotted}.NAME=null takes one out",
+                )
+            )
             return None
         for stale in [known for known in self.origin if known[: len(where)] == where]:
             del self.origin[stale]
@@ -202,9 +253,15 @@ class _Reader:
         if isinstance(value, dict) and section is not None:
             return self._check_keys(value, section, where)
         try:
-            return schema_types.convert(annotation, value, self._check_item(where, named=isinstance(value, dict)))
+            return schema_types.convert(
+                annotation,
+                value,
+                self._check_item(where, named=isinstance(value, dict)),
+            )
         except schema_types.Unfit as error:
-            self.report(where, f"expected {error.expected}, got {_show(value)}{error.hint}")
+            self.report(
+                where, f"expected {error.expected}, got {_show(value)}{error.hint}"
+            )
             return _DROP
 
     def _check_item(self, where: Where, *, named: bool) -> schema_types.Recurse:
@@ -218,7 +275,9 @@ class _Reader:
             return _DROP
         return self.check(annotation, value, where)
 
-    def _check_keys(self, value: dict[str, Any], section: type, where: Where) -> dict[str, Any]:
+    def _check_keys(
+        self, value: dict[str, Any], section: type, where: Where
+    ) -> dict[str, Any]:
         known = schema_types.fields(section)
         clean = {}
         for key, item in value.items():
@@ -231,32 +290,53 @@ class _Reader:
     def _unknown(self, where: Where, value: Any, siblings: Iterable[str]) -> None:
         close = difflib.get_close_matches(where[-1], list(siblings), n=1, cutoff=0.6)
         if not close and isinstance(value, dict) and value:
-            for key, item in value.items():  # a section in the wrong place: name the keys the user meant
+            for (
+                key,
+                item,
+            ) in (
+                value.items()
+            ):  # a section in the wrong place: name the keys the user meant
                 self._unknown((*where, key), item, ())
             return
-        nearest = ".".join((*where[:-1], *close)) if close else _nearest_anywhere(self.schema, where)
+        nearest = (
+            ".".join((*where[:-1], *close))
+            if close
+            else _nearest_anywhere(self.schema, where)
+        )
         hint = f"; did you mean {nearest!r}?" if nearest else ""
         self.report(where, f"unknown key (value {_show(value)}){hint}")
 
     def build(self, schema: type[C], clean: dict[str, Any]) -> C | None:
         """Merge over the defaults, resolve, make the dataclasses; what their checks raise is reported by section."""
         try:
-            tree = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), clean), resolve=True)
+            tree = OmegaConf.to_container(
+                OmegaConf.merge(OmegaConf.structured(schema), clean), resolve=True
+            )
         except OmegaConfBaseException as error:
             self.report_omegaconf(error)
             return None
         for where in self.removed:
-            mapping = functools.reduce(lambda section, key: section.get(key, {}), where[:-1], tree)
-            if mapping.pop(where[-1], None) is None and where not in self.given:  # the schema's own, or a layer's
+            mapping = functools.reduce(
+                lambda section, key: section.get(key, {}), where[:-1], tree
+            )
+            if (
+                mapping.pop(where[-1], None) is None and where not in self.given
+            ):  # the schema's own, or a layer's
                 close = difflib.get_close_matches(where[-1], list(mapping), n=1)
-                hint = f"; did you mean {'.'.join((*where[:-1], *close))!r}?" if close else ""
+                hint = (
+                    f"; did you mean {'.'.join((*where[:-1], *close))!r}?"
+                    if close
+                    else ""
+                )
                 self.report(where, f"there is none to take out{hint}")
         return self._make(schema, tree, ())
 
     def _make(self, annotation: Any, value: Any, where: Where) -> Any:
         section = schema_types.section_of(annotation)
         if value == "???":
-            if not self._touched(where) and all(mistake.where for mistake in self.mistakes):
+            if not self._touched(where) and all(
+                mistake.where for mistake in self.mistakes
+            ):
                 # not with an unreadable yaml or override at hand: it may well have held the value
                 self.report(where, "is required and not given")
             return _DROP
@@ -264,10 +344,13 @@ class _Reader:
             try:
                 return schema_types.convert(annotation, value, self._make_item(where))
             except schema_types.Unfit as error:
-                self.report(where, f"expected {error.expected}, got {_show(value)}{error.hint}")
+                self.report(
+                    where, f"expected {error.expected}, got {_show(value)}{error.hint}"
+                )
                 return _DROP
         values = {
-            key: self._make(known, value[key], (*where, key)) for key, known in schema_types.fields(section).items()
+            key: self._make(known, value[key], (*where, key))
+            for key, known in schema_types.fields(section).items()
         }
         if self._touched(where):
             return _DROP  # the checks of a section with a mistake would only repeat it
@@ -278,7 +361,9 @@ class _Reader:
             return _DROP
 
     def _make_item(self, where: Where) -> schema_types.Recurse:
-        return lambda annotation, value, key: self._make(annotation, value, (*where, key))
+        return lambda annotation, value, key: self._make(
+            annotation, value, (*where, key)
+        )
 
     def _touched(self, where: Where) -> bool:
         return any(mistake.where[: len(where)] == where for mistake in self.mistakes)
@@ -289,12 +374,21 @@ _DROP = schema_types.DROP
 
 def _sections(layer: dict[str, Any], where: Where) -> set[Where]:
     inside = [(key, value) for key, value in layer.items() if isinstance(value, dict)]
-    return {(*where, key) for key, _ in inside}.union(*(_sections(value, (*where, key)) for key, value in inside))
+    return {(*where, key) for key, _ in inside}.union(
+        *(_sections(value, (*where, key)) for key, value in inside)
+    )
 
 
 def _field_named(message: str, section: type) -> str:
     """The first of the section's fields that the message names; "" if it names none."""
-    return next((word for word in re.findall(r"\w+", message) if word in schema_types.fields(section)), "")
+    return next(
+        (
+            word
+            for word in re.findall(r"\w+", message)
+            if word in schema_types.fields(section)
+        ),
+        "",
+    )
 
 
 def _override_value(annotation: Any, text: str) -> Any:
@@ -322,3 +416,16 @@ def _show(value: Any) -> str:
     text = repr(value)
     kind = "a section" if isinstance(value, dict) else type(value).__name__
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"
+
+
+def check(owner: str, problems: list[str]) -> None:
+    if problems:
+        raise ValueError("; ".join(f"{owner}.{problem}" for problem in problems))
+
+
+def not_negative(run: Any, *names: str) -> list[str]:
+    return [
+        f"{n} must be at least 0, got {getattr(run, n)}"
+        for n in names
+        if not getattr(run, n) >= 0
+    ]

@@ -7,10 +7,12 @@ process group.
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import math
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,15 +23,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from common.network import choose_interface
-
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
 
 
-def init_process_group(*, timeout_s: float = 1800.0, for_deepspeed: bool = True) -> None:
+def init_process_group(
+    *, timeout_s: float = 1800.0, for_deepspeed: bool = True
+) -> None:
     """Join the other ranks: under the deepspeed launcher, under torchrun, or alone in a plain python process.
 
     CPU tensors travel over gloo; with CUDA, its tensors travel over NCCL and the local rank's device is selected.
@@ -117,7 +119,9 @@ def _busy_threads() -> int:
 
 def rank() -> int:
     """This process's number, 0 when alone."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return (
+        dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    )
 
 
 def world_size() -> int:
@@ -146,7 +150,9 @@ def gather_rows(x: Tensor) -> Tensor:
         return x
     kinds = gather_objects((tuple(x.shape), str(x.dtype)))
     if len(set(kinds)) > 1:
-        raise ValueError(f"gather_rows needs one shape and dtype on all ranks, got {kinds}")
+        raise ValueError(
+            f"gather_rows needs one shape and dtype on all ranks, got {kinds}"
+        )
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in kinds]
     dist.all_gather(parts, x.detach().contiguous())
     return torch.cat(parts)
@@ -174,7 +180,9 @@ def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
     gathered = gather_objects({key: float(value) for key, value in metrics.items()})
     result = {}
     for key in dict.fromkeys(key for one in gathered for key in one):
-        values = [one[key] for one in gathered if key in one and not math.isnan(one[key])]
+        values = [
+            one[key] for one in gathered if key in one and not math.isnan(one[key])
+        ]
         result[key] = sum(values) / len(values) if values else math.nan
     return result
 
@@ -220,7 +228,9 @@ def raise_on_all(problem: Exception | None) -> None:
     said = gather_objects(None if problem is None else (type(problem), str(problem)))
     if problem is not None:
         raise problem
-    place, (kind, text) = next((i, one) for i, one in enumerate(said) if one is not None)
+    place, (kind, text) = next(
+        (i, one) for i, one in enumerate(said) if one is not None
+    )
     raise kind(f"on rank {place}: {text}")
 
 
@@ -242,7 +252,9 @@ def derive_seed(*parts: int | str) -> int:
     """
     for part in parts:
         if type(part) not in (int, str):
-            raise TypeError(f"a seed is derived from int and str, got {part!r} ({type(part).__name__})")
+            raise TypeError(
+                f"a seed is derived from int and str, got {part!r} ({type(part).__name__})"
+            )
     text = "".join(f"{type(part).__name__}:{len(str(part))}:{part};" for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -256,3 +268,52 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+VARIABLE = "GLOO_SOCKET_IFNAME"
+
+
+_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
+
+
+def choose_interface() -> None:
+    """Tell gloo the interface that leads to rank 0, unless the user has named one or rank 0 is on loopback.
+
+    Left alone, gloo listens on the address that this machine's own name stands for. Many systems put the name beside
+    127.0.0.1 or 127.0.1.1 in /etc/hosts, and then ranks of other nodes cannot connect. The name of the interface may
+    differ from node to node, so each finds its own.
+    """
+    if (
+        VARIABLE not in os.environ
+        and (name := interface_towards(os.environ.get("MASTER_ADDR", ""))) is not None
+    ):
+        os.environ[VARIABLE] = name
+
+
+def interface_towards(host: str) -> str | None:
+    """The interface from which packets to ``host`` leave, or that has its address; None where it is the loopback, the
+    name stands for nothing or the address is not IPv4.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # of a datagram socket: nothing is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    if own.startswith("127."):
+        return None
+    return next(
+        (name for _, name in socket.if_nameindex() if _address_of(name) == own), None
+    )
+
+
+def _address_of(interface: str) -> str | None:
+    """Its first IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            reply = fcntl.ioctl(
+                probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15])
+            )
+        except OSError:
+            return None  # it has none
+    return socket.inet_ntoa(reply[20:24])

@@ -25,7 +25,9 @@ def memory(items: int) -> None:
         return
     import torch
 
-    raise torch.OutOfMemoryError(f"out of memory, as FAULT={_WANTED} asks: {items} items at once")
+    raise torch.OutOfMemoryError(
+        f"out of memory, as FAULT={_WANTED} asks: {items} items at once"
+    )
 
 
 def point(name: str) -> None:

@@ -29,7 +29,9 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.std < math.inf:
-            raise ValueError(f"Gaussian.std must be a finite number >= 0, got {self.std}")
+            raise ValueError(
+                f"Gaussian.std must be a finite number >= 0, got {self.std}"
+            )
 
 
 def log_prob(p: Gaussian, x: Tensor) -> Tensor:
@@ -43,7 +45,9 @@ def log_prob(p: Gaussian, x: Tensor) -> Tensor:
     if p.std == 0.0:
         raise ValueError("log_prob needs std > 0: a step without noise has no density")
     squared_B = _mean_square(x, p.mean)
-    return -squared_B / (2.0 * p.std**2) - math.log(p.std) - 0.5 * math.log(2.0 * math.pi)
+    return (
+        -squared_B / (2.0 * p.std**2) - math.log(p.std) - 0.5 * math.log(2.0 * math.pi)
+    )
 
 
 def kl_same_std(p: Gaussian, q: Gaussian) -> Tensor:
@@ -56,14 +60,20 @@ def kl_same_std(p: Gaussian, q: Gaussian) -> Tensor:
     if not math.isclose(p.std, q.std, rel_tol=1e-6):
         raise ValueError(f"kl_same_std needs equal std, got {p.std} and {q.std}")
     if p.std == 0.0:
-        raise ValueError("kl_same_std needs std > 0: two point masses have no finite divergence")
+        raise ValueError(
+            "kl_same_std needs std > 0: two point masses have no finite divergence"
+        )
     return _mean_square(p.mean, q.mean) / (2.0 * p.std**2)
 
 
 def _mean_square(a: Tensor, b: Tensor) -> Tensor:
     """MEAN of (a - b)^2 over all but the first dimension -> (B,). Only a first dimension of 1 is broadcast."""
-    if a.shape[1:] != b.shape[1:] or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])):
-        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} must agree in all but a first dimension of 1")
+    if a.shape[1:] != b.shape[1:] or (
+        a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])
+    ):
+        raise ValueError(
+            f"shapes {tuple(a.shape)} and {tuple(b.shape)} must agree in all but a first dimension of 1"
+        )
     # half precision would lose the difference of two nearly equal latents, so widen before subtracting
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return (a.to(dtype) - b.to(dtype)).square().flatten(1).mean(dim=1)

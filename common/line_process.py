@@ -23,7 +23,16 @@ MAX_LINE = 65_536  # bytes. A pipe holds as many, so sending a line to a program
 _TAIL = 4_000  # characters of stderr in an error
 _TICK_S = 0.2
 _OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")  # of this environment
-_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "CROSS_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")  # of our ranks
+_LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "CROSS_",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+)  # of our ranks
 
 
 def foreign_environment(gpu: int | None) -> dict[str, str]:
@@ -31,10 +40,16 @@ def foreign_environment(gpu: int | None) -> dict[str, str]:
 
     gpu  the one of those visible to us that is all the program sees; None leaves that as it is
     """
-    inherited = {k: v for k, v in os.environ.items() if k not in _OURS and not k.startswith(_LAUNCHERS)}
+    inherited = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in _OURS and not k.startswith(_LAUNCHERS)
+    }
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        inherited["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+        inherited["CUDA_VISIBLE_DEVICES"] = (
+            visible.split(",")[gpu] if visible else str(gpu)
+        )
     return inherited
 
 
@@ -49,7 +64,14 @@ class LineProcess:
     grace_s  how long it may take to end by itself, once its stdin is closed
     """
 
-    def __init__(self, command: Sequence[str], *, stderr: Path, env: Mapping[str, str], grace_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        stderr: Path,
+        env: Mapping[str, str],
+        grace_s: float = 10.0,
+    ) -> None:
         self.name, self.stderr, self.grace_s = Path(command[-1]).name, stderr, grace_s
         with stderr.open("wb") as log:
             self.process = subprocess.Popen(
@@ -68,10 +90,14 @@ class LineProcess:
         """Send one object, return the one that comes back. LineProcessError, and the program is gone, if none does."""
         line = json.dumps(message).encode() + b"\n"
         if len(line) > MAX_LINE:
-            raise ValueError(f"a line to {self.name} has {len(line)} bytes, at most {MAX_LINE} fit")
+            raise ValueError(
+                f"a line to {self.name} has {len(line)} bytes, at most {MAX_LINE} fit"
+            )
         if not self._finalizer.alive:
             raise LineProcessError(f"{self.name} has been ended")
-        with contextlib.suppress(BrokenPipeError):  # it is dead: `_line` says so, and how it died
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # it is dead: `_line` says so, and how it died
             self.process.stdin.write(line)
         line = self._line(time.monotonic() + timeout_s, timeout_s)
         try:
@@ -91,14 +117,18 @@ class LineProcess:
             # looked at before the pipe: what it wrote last is there by then. The end of the pipe alone would not tell,
             # its children may hold it open
             dead = _has_exited(self.process)
-            if select.select([self.process.stdout], [], [], 0.0 if dead else _TICK_S)[0]:
+            if select.select([self.process.stdout], [], [], 0.0 if dead else _TICK_S)[
+                0
+            ]:
                 part = os.read(self.process.stdout.fileno(), MAX_LINE)
                 self._buffer += part
                 dead = not part
             if dead:
                 raise self._failed(None)
             if len(self._buffer) > MAX_LINE:
-                raise self._failed(f"answered with more than {MAX_LINE} bytes in a line")
+                raise self._failed(
+                    f"answered with more than {MAX_LINE} bytes in a line"
+                )
             if time.monotonic() > deadline:
                 raise self._failed(f"did not answer within {timeout_s:g} s")
         line, _, self._buffer = self._buffer.partition(b"\n")
@@ -107,12 +137,20 @@ class LineProcess:
     def _failed(self, what: str | None) -> LineProcessError:
         """Kill what is left of it; the error to raise. None: it died."""
         if what is None:
-            _wait_until_exited(self.process, self.grace_s)  # a pipe closes before its process is gone
+            _wait_until_exited(
+                self.process, self.grace_s
+            )  # a pipe closes before its process is gone
         self._finalizer.detach()
         _kill(self.process)
         what = what or f"died with exit code {self.process.returncode}"
-        said = self.stderr.read_text(encoding="utf-8", errors="replace") if self.stderr.exists() else ""
-        return LineProcessError(f"{self.name} {what}; the end of its stderr:\n{said[-_TAIL:].strip() or '(nothing)'}")
+        said = (
+            self.stderr.read_text(encoding="utf-8", errors="replace")
+            if self.stderr.exists()
+            else ""
+        )
+        return LineProcessError(
+            f"{self.name} {what}; the end of its stderr:\n{said[-_TAIL:].strip() or '(nothing)'}"
+        )
 
 
 def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
@@ -143,4 +181,7 @@ def _has_exited(process: subprocess.Popen[bytes]) -> bool:
     """Without taking its exit code."""
     if process.returncode is not None:
         return True
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return (
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        is not None
+    )

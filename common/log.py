@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 WIDTH = 118  # of a console line
-MEASURED = ("eval/", "heldout/")  # on held-out data, now and then: a console line of its own
+MEASURED = (
+    "eval/",
+    "heldout/",
+)  # on held-out data, now and then: a console line of its own
 
 
 def say(message: str) -> None:
@@ -35,7 +38,14 @@ def say(message: str) -> None:
 def progress(iterable: Iterable[T], total: int | None, label: str) -> Iterator[T]:
     """Iterate with a progress bar on stderr, on rank 0; in a log file one line every ten seconds."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    bar = tqdm(iterable, total=total, desc=label, disable=not _is_main(), mininterval=interval, dynamic_ncols=True)
+    bar = tqdm(
+        iterable,
+        total=total,
+        desc=label,
+        disable=not _is_main(),
+        mininterval=interval,
+        dynamic_ncols=True,
+    )
     yield from bar
 
 
@@ -43,7 +53,13 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """Every complete line of a metrics.jsonl; null is NaN, a torn last line (a killed run) is left out."""
     text = Path(path).read_text(encoding="utf-8")
     lines = text.split("\n")[:-1]  # what follows the last newline is torn
-    return [{key: math.nan if value is None else value for key, value in json.loads(line).items()} for line in lines]
+    return [
+        {
+            key: math.nan if value is None else value
+            for key, value in json.loads(line).items()
+        }
+        for line in lines
+    ]
 
 
 class RunLog:
@@ -87,12 +103,24 @@ class RunLog:
         if not _is_main():
             return
         values = {name: float(value) for name, value in metrics.items()}
-        row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
+        row = {
+            "step": step,
+            **{
+                name: value if math.isfinite(value) else None
+                for name, value in values.items()
+            },
+        }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if not self.quiet:
-            measured = {name: value for name, value in values.items() if name.startswith(MEASURED)}
-            trained = {name: value for name, value in values.items() if name not in measured}
+            measured = {
+                name: value
+                for name, value in values.items()
+                if name.startswith(MEASURED)
+            }
+            trained = {
+                name: value for name, value in values.items() if name not in measured
+            }
             for part in filter(None, (trained, measured)):
                 say(self._line(step, part))
         if self._trackers is not None:
@@ -139,4 +167,6 @@ class RunLog:
 
 
 def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # set by every launcher, and known before torch is imported
+    return (
+        os.environ.get("RANK", "0") == "0"
+    )  # set by every launcher, and known before torch is imported

@@ -30,7 +30,7 @@ def peak_memory() -> dict[str, float]:
     return {"memory/peak_gb": max_over_ranks(peak)}
 
 
-class Portions:
+class AdaptiveBatcher:
     """Cuts a batch for a function that treats its items one by one, and cuts smaller when memory runs out.
 
     size   items at once, None for all of them. Halved for good whenever `torch.OutOfMemoryError` is raised, so that a
@@ -65,7 +65,9 @@ class Portions:
                 self._halve(size)
         return done
 
-    def _attempt(self, function: Callable[[slice], R], part: slice, done: list[R]) -> bool:
+    def _attempt(
+        self, function: Callable[[slice], R], part: slice, done: list[R]
+    ) -> bool:
         """False when memory ran out. The error is let go of here: its traceback holds what filled the memory."""
         size = part.stop - part.start
         try:

@@ -33,7 +33,11 @@ def group_std(reward_PG: Tensor) -> Tensor:
 
 
 def group_advantages(
-    reward_PG: Tensor, *, scale: AdvantageScale, eps: float = 1e-4, max_std: float | None = None
+    reward_PG: Tensor,
+    *,
+    scale: AdvantageScale,
+    eps: float = 1e-4,
+    max_std: float | None = None,
 ) -> Tensor:
     """Advantage of every member within its group -> (P, G), the dtype of the reward, fp32 at least.
 
@@ -50,24 +54,34 @@ def group_advantages(
     if eps < 0.0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     if max_std is not None and scale != "max_group":
-        raise ValueError(f"max_std={max_std} is used by scale='max_group' only, got scale={scale!r}")
+        raise ValueError(
+            f"max_std={max_std} is used by scale='max_group' only, got scale={scale!r}"
+        )
     centred = _centre(reward_PG)
     if scale == "none":
         divisor_P1 = torch.ones_like(centred.std_P)[:, None]
     elif scale == "group":
         divisor_P1 = centred.std_P[:, None] + eps
     elif scale == "max_group":
-        top = centred.std_P.max() if max_std is None else centred.std_P.new_tensor(max_std)
+        top = (
+            centred.std_P.max()
+            if max_std is None
+            else centred.std_P.new_tensor(max_std)
+        )
         divisor_P1 = (top + eps).expand(len(centred.std_P))[:, None]
     elif scale == "batch":
         judged = reward_PG[reward_PG.isfinite()].detach().double()
         spread = judged.std(correction=0) if judged.numel() else judged.new_zeros(())
         divisor_P1 = (spread + eps).expand(len(centred.std_P))[:, None]
     else:
-        raise ValueError(f"scale must be 'none', 'group', 'max_group' or 'batch', got {scale!r}")
+        raise ValueError(
+            f"scale must be 'none', 'group', 'max_group' or 'batch', got {scale!r}"
+        )
     # a zero-spread row has a zero numerator; a divisor of 1 there keeps eps = 0 from making it 0 / 0
     divisor_P1 = torch.where(centred.std_P[:, None] > 0.0, divisor_P1, 1.0)
-    return (centred.value_PG / divisor_P1).to(torch.promote_types(reward_PG.dtype, torch.float32))
+    return (centred.value_PG / divisor_P1).to(
+        torch.promote_types(reward_PG.dtype, torch.float32)
+    )
 
 
 def clipped_surrogate(
@@ -91,11 +105,21 @@ def clipped_surrogate(
     """
     if not log_prob.shape == old_log_prob.shape == advantage.shape:
         shapes = [tuple(t.shape) for t in (log_prob, old_log_prob, advantage)]
-        raise ValueError(f"log_prob, old_log_prob and advantage must have one shape, got {shapes}")
+        raise ValueError(
+            f"log_prob, old_log_prob and advantage must have one shape, got {shapes}"
+        )
     log_ratio = _widen(log_prob) - _widen(old_log_prob).detach()
-    terms = _surrogate_terms(log_ratio, advantage, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    terms = _surrogate_terms(
+        log_ratio,
+        advantage,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+    )
     everywhere = torch.ones_like(log_ratio, dtype=torch.bool)
-    return LossOutput(-terms.objective.mean(), _ratio_metrics(terms, log_ratio, everywhere))
+    return LossOutput(
+        -terms.objective.mean(), _ratio_metrics(terms, log_ratio, everywhere)
+    )
 
 
 def token_surrogate(
@@ -119,15 +143,30 @@ def token_surrogate(
     """
     if not log_prob_BL.shape == old_log_prob_BL.shape == mask.shape:
         shapes = [tuple(t.shape) for t in (log_prob_BL, old_log_prob_BL, mask)]
-        raise ValueError(f"log_prob, old_log_prob and mask must have one shape, got {shapes}")
+        raise ValueError(
+            f"log_prob, old_log_prob and mask must have one shape, got {shapes}"
+        )
     if advantage_B1.shape not in (log_prob_BL.shape, (*log_prob_BL.shape[:-1], 1)):
-        raise ValueError(f"advantage {tuple(advantage_B1.shape)} must be (B, 1) or {tuple(log_prob_BL.shape)}")
+        raise ValueError(
+            f"advantage {tuple(advantage_B1.shape)} must be (B, 1) or {tuple(log_prob_BL.shape)}"
+        )
     mask = mask.bool()
     # outside the mask both log-probs may be anything, NaN included: 0 keeps exp and its gradient finite there
-    log_ratio = torch.where(mask, _widen(log_prob_BL) - _widen(old_log_prob_BL).detach(), 0.0)
+    log_ratio = torch.where(
+        mask, _widen(log_prob_BL) - _widen(old_log_prob_BL).detach(), 0.0
+    )
     advantage = torch.where(mask, advantage_B1, 0.0)
-    terms = _surrogate_terms(log_ratio, advantage, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    return LossOutput(-masked_mean(terms.objective, mask, count=count), _ratio_metrics(terms, log_ratio, mask))
+    terms = _surrogate_terms(
+        log_ratio,
+        advantage,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+    )
+    return LossOutput(
+        -masked_mean(terms.objective, mask, count=count),
+        _ratio_metrics(terms, log_ratio, mask),
+    )
 
 
 def k1_kl(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
@@ -144,14 +183,18 @@ def k3_kl(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
     return torch.expm1(d) - d
 
 
-def masked_mean(x: Tensor, mask: Tensor, *, count: Tensor | float | None = None) -> Tensor:
+def masked_mean(
+    x: Tensor, mask: Tensor, *, count: Tensor | float | None = None
+) -> Tensor:
     """SUM of x over the mask / count -> scalar; without a count, the number of elements in the mask, 1 at least.
 
     x outside the mask is never looked at, so NaN may stand there. An empty mask gives 0 with a zero gradient.
     Raises ValueError for unequal shapes or a count <= 0.
     """
     if x.shape != mask.shape:
-        raise ValueError(f"x {tuple(x.shape)} and mask {tuple(mask.shape)} must have one shape")
+        raise ValueError(
+            f"x {tuple(x.shape)} and mask {tuple(mask.shape)} must have one shape"
+        )
     mask = mask.bool()
     if count is None:
         count = mask.sum().clamp(min=1)
@@ -190,10 +233,17 @@ class _Terms(NamedTuple):
 
 
 def _surrogate_terms(
-    log_ratio: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None
+    log_ratio: Tensor,
+    advantage: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
 ) -> _Terms:
     if clip_low < 0.0 or clip_high < 0.0:
-        raise ValueError(f"clip_low and clip_high must be >= 0, got {clip_low} and {clip_high}")
+        raise ValueError(
+            f"clip_low and clip_high must be >= 0, got {clip_low} and {clip_high}"
+        )
     if dual_clip is not None and not dual_clip > 1.0:
         raise ValueError(f"dual_clip must be > 1, got {dual_clip}")
     advantage = advantage.detach()
@@ -213,7 +263,9 @@ def _ratio_metrics(terms: _Terms, log_ratio: Tensor, mask: Tensor) -> dict[str, 
     log_ratio = log_ratio.detach()
     return {
         "ratio_mean": float(masked_mean(ratio, mask)),
-        "ratio_dev": float(torch.where(mask, (ratio - 1.0).abs(), 0.0).max()) if mask.numel() else 0.0,
+        "ratio_dev": float(torch.where(mask, (ratio - 1.0).abs(), 0.0).max())
+        if mask.numel()
+        else 0.0,
         "clip_frac": float(masked_mean(bound, mask)),
         "old_kl": float(masked_mean(torch.expm1(log_ratio) - log_ratio, mask)),
     }

@@ -20,9 +20,26 @@ from common.safe_yaml import parse
 
 MASK = "***"
 SETTINGS = "config.yaml"
-_SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials"}
+_SECRET_WORDS = {
+    "key",
+    "apikey",
+    "token",
+    "secret",
+    "password",
+    "passwd",
+    "credential",
+    "credentials",
+}
 _PACKAGES = (
-    *("torch", "deepspeed", "diffusers", "transformers", "peft", "accelerate", "safetensors"),
+    *(
+        "torch",
+        "deepspeed",
+        "diffusers",
+        "transformers",
+        "peft",
+        "accelerate",
+        "safetensors",
+    ),
     *("tokenizers", "omegaconf", "numpy", "decord2", "wandb"),
 )
 
@@ -51,7 +68,12 @@ def dump(cfg: Any, run_dir: str | Path) -> Path:
 
 def write_settings(cfg: Any, file: Path) -> None:
     """A config as YAML, without its secrets."""
-    replace_text(file, yaml.safe_dump(_without_secrets(plain(cfg)), sort_keys=False, allow_unicode=True, width=120))
+    replace_text(
+        file,
+        yaml.safe_dump(
+            _without_secrets(plain(cfg)), sort_keys=False, allow_unicode=True, width=120
+        ),
+    )
 
 
 def changed_settings(file: Path, cfg: Any) -> list[str]:
@@ -66,15 +88,24 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
         return [
             line
             for name in dict.fromkeys([*old, *new])
-            for line in differences(old.get(name), new.get(name), f"{where}.{name}" if where else str(name))
+            for line in differences(
+                old.get(name), new.get(name), f"{where}.{name}" if where else str(name)
+            )
         ]
-    return [] if old == new else [f"{where}: {json.dumps(old)[:60]} -> {json.dumps(new)[:60]}"]
+    return (
+        []
+        if old == new
+        else [f"{where}: {json.dumps(old)[:60]} -> {json.dumps(new)[:60]}"]
+    )
 
 
 def plain(value: Any, name: str = "") -> Any:
     """Dataclasses as dicts, tuples as lists, texts with a secret's name as ***."""
     if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name), f.name) for f in dataclasses.fields(value)}
+        return {
+            f.name: plain(getattr(value, f.name), f.name)
+            for f in dataclasses.fields(value)
+        }
     if isinstance(value, dict):
         return {str(key): plain(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -90,7 +121,11 @@ def versions() -> dict[str, str | None]:
 def is_secret(name: str, value: str) -> bool:
     """True for a text under a name such as ``api_key`` or ``hf_token``; ``<Reward>`` is only a vocabulary token."""
     words = re.split(r"[^a-z]+", name.lower())
-    return bool(value) and not value.startswith("<") and not _SECRET_WORDS.isdisjoint(words)
+    return (
+        bool(value)
+        and not value.startswith("<")
+        and not _SECRET_WORDS.isdisjoint(words)
+    )
 
 
 def hide_secrets(text: str) -> str:
@@ -105,7 +140,9 @@ def hide_secrets(text: str) -> str:
 def _without_secrets(value: Any) -> Any:
     """`hide_secrets` in every text. Before it becomes YAML: there a bare *** would be an alias."""
     if isinstance(value, dict):
-        return {_without_secrets(key): _without_secrets(item) for key, item in value.items()}
+        return {
+            _without_secrets(key): _without_secrets(item) for key, item in value.items()
+        }
     if isinstance(value, list):
         return [_without_secrets(item) for item in value]
     return hide_secrets(value) if isinstance(value, str) else value
@@ -128,10 +165,20 @@ def _git_state(folder: Path) -> dict[str, Any]:
 
     def ask(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+            done = subprocess.run(
+                ["git", *words],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip()
 
     status = ask("status", "--porcelain")
-    return {"commit": ask("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    return {
+        "commit": ask("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+    }

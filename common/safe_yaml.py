@@ -47,7 +47,9 @@ _CORE_TYPES = {
     ),
 }
 for _name, (_pattern, _first) in _CORE_TYPES.items():
-    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), _first)
+    _CoreLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), _first
+    )
 
 
 def parse(text: str) -> Document:
@@ -81,7 +83,9 @@ def _check_depth(text: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > MAX_DEPTH:
-            raise YamlError(f"line {event.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")
+            raise YamlError(
+                f"line {event.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels"
+            )
 
 
 class _Reader:
@@ -95,18 +99,26 @@ class _Reader:
         line = node.start_mark.line + 1
         self.nodes += 1
         if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
-            raise YamlError(f"line {line}: too many or too deeply nested values (an alias that repeats itself?)")
+            raise YamlError(
+                f"line {line}: too many or too deeply nested values (an alias that repeats itself?)"
+            )
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if isinstance(node, yaml.MappingNode) and kind == "map":
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode) and kind == "seq":
-            return [self.read(child, (*path, str(i))) for i, child in enumerate(node.value)]
+            return [
+                self.read(child, (*path, str(i))) for i, child in enumerate(node.value)
+            ]
         if isinstance(node, yaml.ScalarNode) and kind in _SCALARS:
             try:
                 return _SCALARS[kind](node.value)
             except ValueError as error:
-                raise YamlError(f"line {line}: {node.value!r} is not a valid {kind}") from error
-        raise YamlError(f"line {line}: the tag {node.tag!r} is not allowed, only plain values are")
+                raise YamlError(
+                    f"line {line}: {node.value!r} is not a valid {kind}"
+                ) from error
+        raise YamlError(
+            f"line {line}: the tag {node.tag!r} is not allowed, only plain values are"
+        )
 
     def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -131,7 +143,9 @@ def _number(text: str) -> float:
 _SCALARS = {
     "null": lambda text: None,
     "bool": lambda text: text.lower() == "true",
-    "int": lambda text: int(text, 16) if text.startswith("0x") else int(text.replace("_", "")),
+    "int": lambda text: (
+        int(text, 16) if text.startswith("0x") else int(text.replace("_", ""))
+    ),
     "float": _number,
     "str": str,
 }

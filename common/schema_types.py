@@ -10,7 +10,9 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal, Union
 
-Recurse = Callable[[Any, Any, str], Any]  # (annotation, value, key) -> converted, for what is inside a container
+Recurse = Callable[
+    [Any, Any, str], Any
+]  # (annotation, value, key) -> converted, for what is inside a container
 DROP: Any = object()  # stands for a value whose mistake has been reported
 
 
@@ -43,7 +45,11 @@ def section_of(annotation: Any) -> type | None:
 
 def entry_of(annotation: Any) -> type | None:
     """The dataclass of a mapping's entries (``dict[str, Reward]``), or None."""
-    entries = [typing.get_args(m)[1] for m in members(annotation) if typing.get_origin(m) is dict]
+    entries = [
+        typing.get_args(m)[1]
+        for m in members(annotation)
+        if typing.get_origin(m) is dict
+    ]
     return next((entry for entry in entries if dataclasses.is_dataclass(entry)), None)
 
 
@@ -51,12 +57,15 @@ def is_text(annotation: Any) -> bool:
     """True where every value but None is a text: str, Literal["a", "b"], str | None."""
     kinds = [m for m in members(annotation) if m is not type(None)]
     return bool(kinds) and all(
-        m is str or (_choices(m) and all(isinstance(c, str) for c in _choices(m))) for m in kinds
+        m is str or (_choices(m) and all(isinstance(c, str) for c in _choices(m)))
+        for m in kinds
     )
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+    return (
+        typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+    )
 
 
 def at(schema: type, where: tuple[str, ...]) -> Any:
@@ -64,7 +73,9 @@ def at(schema: type, where: tuple[str, ...]) -> Any:
     annotation: Any = schema
     for part in where:
         section = section_of(annotation)
-        mapping = next((m for m in members(annotation) if typing.get_origin(m) is dict), None)
+        mapping = next(
+            (m for m in members(annotation) if typing.get_origin(m) is dict), None
+        )
         if section is not None and part in fields(section):
             annotation = fields(section)[part]
         elif mapping is not None:
@@ -84,7 +95,9 @@ def dotted_paths(schema: type, prefix: str = "") -> list[str]:
             args = typing.get_args(member)
             if dataclasses.is_dataclass(member):
                 paths += dotted_paths(member, path + ".")
-            elif typing.get_origin(member) is dict and dataclasses.is_dataclass(args[1]):
+            elif typing.get_origin(member) is dict and dataclasses.is_dataclass(
+                args[1]
+            ):
                 paths += dotted_paths(args[1], f"{path}.<name>.")
     return paths
 
@@ -98,7 +111,10 @@ def describe(annotation: Any) -> str:
         return "one of " + ", ".join(repr(a) for a in args)
     if origin is tuple:
         inside = args[:-1] if args[-1] is Ellipsis else args
-        return f"a list of {'' if args[-1] is Ellipsis else f'{len(args)}: '}" + ", ".join(describe(a) for a in inside)
+        return (
+            f"a list of {'' if args[-1] is Ellipsis else f'{len(args)}: '}"
+            + ", ".join(describe(a) for a in inside)
+        )
     if origin is dict or annotation is dict:
         return "a mapping"
     if dataclasses.is_dataclass(annotation):
@@ -134,13 +150,17 @@ def _convert_one(annotation: Any, value: Any, recurse: Recurse) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
         close = [c for c in args if str(c).lower() == str(value).lower()]
-        raise Unfit(describe(annotation), f"; write it as {close[0]!r}" if close else "")
+        raise Unfit(
+            describe(annotation), f"; write it as {close[0]!r}" if close else ""
+        )
     if origin is tuple:
         return _tuple(annotation, args, value, recurse)
     if origin is dict and args[0] is str:
         if not isinstance(value, dict):
             raise Unfit(describe(annotation))
-        items = {str(key): recurse(args[1], item, str(key)) for key, item in value.items()}
+        items = {
+            str(key): recurse(args[1], item, str(key)) for key, item in value.items()
+        }
         return {key: item for key, item in items.items() if item is not DROP}
     if dataclasses.is_dataclass(annotation):
         raise Unfit(describe(annotation))
@@ -156,10 +176,17 @@ def _scalar(kind: type, value: Any) -> Any:
     raise Unfit(describe(kind), hint)
 
 
-def _tuple(annotation: Any, args: tuple[Any, ...], value: Any, recurse: Recurse) -> tuple[Any, ...]:
+def _tuple(
+    annotation: Any, args: tuple[Any, ...], value: Any, recurse: Recurse
+) -> tuple[Any, ...]:
     open_ended = args[-1] is Ellipsis
-    if not isinstance(value, list | tuple) or not (open_ended or len(value) == len(args)):
+    if not isinstance(value, list | tuple) or not (
+        open_ended or len(value) == len(args)
+    ):
         raise Unfit(describe(annotation))
     kinds = [args[0]] * len(value) if open_ended else args
-    items = [recurse(kind, item, str(i)) for i, (kind, item) in enumerate(zip(kinds, value, strict=True))]
+    items = [
+        recurse(kind, item, str(i))
+        for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+    ]
     return DROP if any(item is DROP for item in items) else tuple(items)

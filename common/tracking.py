@@ -30,7 +30,9 @@ class Tracker(Protocol):
 
     def start(self) -> None: ...
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
-    def videos(self, step: int, files: Sequence[Path], captions: Sequence[str]) -> None: ...
+    def videos(
+        self, step: int, files: Sequence[Path], captions: Sequence[str]
+    ) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -52,7 +54,11 @@ class WandbTracker:
         file, settings = self.run_dir / IDENTITY, self.run_dir / SETTINGS
         if self.fresh or not file.is_file():
             replace_text(file, json.dumps({"id": secrets.token_hex(8)}) + "\n")
-        about = safe_yaml.parse(settings.read_text(encoding="utf-8")).value if settings.is_file() else None
+        about = (
+            safe_yaml.parse(settings.read_text(encoding="utf-8")).value
+            if settings.is_file()
+            else None
+        )
         self._wandb.init(
             dir=str(self.run_dir),
             mode=self.cfg.mode,
@@ -89,7 +95,9 @@ class TensorboardTracker:
         self._writer: Any = None
 
     def start(self) -> None:
-        self._writer = self._module.SummaryWriter(str(self.folder), purge_step=self.step)
+        self._writer = self._module.SummaryWriter(
+            str(self.folder), purge_step=self.step
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -97,8 +105,13 @@ class TensorboardTracker:
 
     def videos(self, step: int, files: Sequence[Path], captions: Sequence[str]) -> None:
         """As links: TensorBoard would want them decoded."""
-        lines = [f"`{file.name}` {caption}" for file, caption in zip(files, captions, strict=True)]
-        self._writer.add_text("samples", "\n\n".join([str(files[0].parent.name), *lines]), step)
+        lines = [
+            f"`{file.name}` {caption}"
+            for file, caption in zip(files, captions, strict=True)
+        ]
+        self._writer.add_text(
+            "samples", "\n\n".join([str(files[0].parent.name), *lines]), step
+        )
 
     def finish(self) -> None:
         self._writer.close()
@@ -107,7 +120,9 @@ class TensorboardTracker:
 class Trackers:
     """Those that were asked for and are there. ``say`` tells people what went wrong."""
 
-    def __init__(self, makers: Mapping[str, Callable[[], Tracker]], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, makers: Mapping[str, Callable[[], Tracker]], say: Callable[[str], None]
+    ) -> None:
         self.say = say
         self.running: list[Tracker] = []
         for name, make in makers.items():
@@ -132,5 +147,7 @@ class Trackers:
             try:
                 call(one)
             except one.errors as error:
-                self.say(f"{one.name} {what} failed, the run goes on without it: {error}")
+                self.say(
+                    f"{one.name} {what} failed, the run goes on without it: {error}"
+                )
                 self.running.remove(one)

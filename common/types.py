@@ -52,15 +52,23 @@ class Step:
 
     def __post_init__(self) -> None:
         if self.next_GCFHW.dim() != 5:
-            raise ValueError(f"Step.next_GCFHW must have 5 dimensions, got {tuple(self.next_GCFHW.shape)}")
+            raise ValueError(
+                f"Step.next_GCFHW must have 5 dimensions, got {tuple(self.next_GCFHW.shape)}"
+            )
         size, *latent = self.next_GCFHW.shape
         got = tuple(self.latent_MCFHW.shape)
         if got not in ((1, *latent), (size, *latent)):
-            raise ValueError(f"Step.latent_MCFHW must be (1 or {size}, {', '.join(map(str, latent))}), got {got}")
+            raise ValueError(
+                f"Step.latent_MCFHW must be (1 or {size}, {', '.join(map(str, latent))}), got {got}"
+            )
         if tuple(self.log_prob_G.shape) != (size,):
-            raise ValueError(f"Step.log_prob_G must be ({size},), got {tuple(self.log_prob_G.shape)}")
+            raise ValueError(
+                f"Step.log_prob_G must be ({size},), got {tuple(self.log_prob_G.shape)}"
+            )
         if not 1.0 >= self.sigma > self.sigma_next >= 0.0:
-            raise ValueError(f"Step needs 1 >= sigma > sigma_next >= 0, got {self.sigma} and {self.sigma_next}")
+            raise ValueError(
+                f"Step needs 1 >= sigma > sigma_next >= 0, got {self.sigma} and {self.sigma_next}"
+            )
 
     @property
     def size(self) -> int:
@@ -71,7 +79,11 @@ class Step:
         """x of one member at the start, (1, C, F, H, W). IndexError if there is no such member."""
         if not 0 <= member < self.size:
             raise IndexError(f"member must be in 0..{self.size - 1}, got {member}")
-        return self.latent_MCFHW if len(self.latent_MCFHW) == 1 else self.latent_MCFHW[member : member + 1]
+        return (
+            self.latent_MCFHW
+            if len(self.latent_MCFHW) == 1
+            else self.latent_MCFHW[member : member + 1]
+        )
 
 
 @dataclass(frozen=True)
@@ -88,11 +100,15 @@ class Group:
 
     def __post_init__(self) -> None:
         if not self.steps:
-            raise ValueError("Group.steps is empty: nothing would tell the members apart")
+            raise ValueError(
+                "Group.steps is empty: nothing would tell the members apart"
+            )
         want = tuple(self.clean_GCFHW.shape)
         for step in self.steps:
             if tuple(step.next_GCFHW.shape) != want:
-                raise ValueError(f"Group.clean_GCFHW is {want}, a step's next {tuple(step.next_GCFHW.shape)}")
+                raise ValueError(
+                    f"Group.clean_GCFHW is {want}, a step's next {tuple(step.next_GCFHW.shape)}"
+                )
 
     @property
     def size(self) -> int:
@@ -115,13 +131,19 @@ class Score:
 
     def __post_init__(self) -> None:
         if self.value_B.dim() != 1:
-            raise ValueError(f"Score.value_B must be (B,), got shape {tuple(self.value_B.shape)}")
+            raise ValueError(
+                f"Score.value_B must be (B,), got shape {tuple(self.value_B.shape)}"
+            )
         for name, part in self.parts.items():
             if part.shape != self.value_B.shape:
                 want = tuple(self.value_B.shape)
-                raise ValueError(f"Score.parts[{name!r}] has shape {tuple(part.shape)}, want {want}")
+                raise ValueError(
+                    f"Score.parts[{name!r}] has shape {tuple(part.shape)}, want {want}"
+                )
         if self.texts and len(self.texts) != len(self.value_B):
-            raise ValueError(f"Score.texts has {len(self.texts)} entries for {len(self.value_B)} videos")
+            raise ValueError(
+                f"Score.texts has {len(self.texts)} entries for {len(self.value_B)} videos"
+            )
 
     @staticmethod
     def concat(scores: Sequence[Score]) -> Score:
@@ -130,19 +152,32 @@ class Score:
 
         names = dict.fromkeys(name for score in scores for name in score.parts)
         parts = {
-            name: torch.cat([score.parts.get(name, torch.full_like(score.value_B, math.nan)) for score in scores])
+            name: torch.cat(
+                [
+                    score.parts.get(name, torch.full_like(score.value_B, math.nan))
+                    for score in scores
+                ]
+            )
             for name in names
         }
         texts: list[str] = []
         if any(score.texts for score in scores):
-            texts = [text for score in scores for text in score.texts or [""] * len(score.value_B)]
+            texts = [
+                text
+                for score in scores
+                for text in score.texts or [""] * len(score.value_B)
+            ]
         return Score(torch.cat([score.value_B for score in scores]), parts, texts)
 
     def take(self, places: Sequence[int]) -> Score:
         """Of these videos, in this order."""
         rows = list(places)
         texts = [self.texts[i] for i in rows] if self.texts else []
-        return Score(self.value_B[rows], {name: part_B[rows] for name, part_B in self.parts.items()}, texts)
+        return Score(
+            self.value_B[rows],
+            {name: part_B[rows] for name, part_B in self.parts.items()},
+            texts,
+        )
 
     @staticmethod
     def placed(count: int, parts: Iterable[tuple[Sequence[int], Score]]) -> Score:
@@ -153,7 +188,9 @@ class Score:
         order = [i for places, _ in found for i in places]
         missing = sorted(set(range(count)) - set(order))
         nobody = Score(torch.full((len(missing),), math.nan))
-        whole = Score.concat([*(score for _, score in found), *([nobody] if missing else [])])
+        whole = Score.concat(
+            [*(score for _, score in found), *([nobody] if missing else [])]
+        )
         return whole.take(torch.tensor(order + missing).argsort().tolist())
 
 
@@ -173,7 +210,9 @@ def json_number(value: Any) -> float | None:
 class Generator(Protocol):
     """A video generator that can sample, say how likely a sample was, and how wrong its velocity is."""
 
-    module: nn.Module  # what deepspeed wraps; its trainable parameters are what the optimizer sees
+    module: (
+        nn.Module
+    )  # what deepspeed wraps; its trainable parameters are what the optimizer sees
 
     def rollout(
         self,
@@ -192,14 +231,22 @@ class Generator(Protocol):
         """
         ...
 
-    def transition(self, prompt: str, step: Step, member: int | None = None) -> Gaussian:
+    def transition(
+        self, prompt: str, step: Step, member: int | None = None
+    ) -> Gaussian:
         """Law of ``step.next`` given ``step.latent``: mean (M, C, F, H, W), ONE forward, grad through the mean.
 
         member  of one member alone, by a forward of its own: mean (1, C, F, H, W)
         """
         ...
 
-    def flow_error(self, clean_BCFHW: Tensor, noise_BCFHW: Tensor, sigma_B: Tensor, prompts: Sequence[str]) -> Tensor:
+    def flow_error(
+        self,
+        clean_BCFHW: Tensor,
+        noise_BCFHW: Tensor,
+        sigma_B: Tensor,
+        prompts: Sequence[str],
+    ) -> Tensor:
         """MEAN squared velocity error per element of the batch, (B,). Grad."""
         ...
 
@@ -207,7 +254,9 @@ class Generator(Protocol):
         """uint8 video (B, T, Y, X, 3) on the CPU. No grad."""
         ...
 
-    def given_prompts(self, embedding_LD: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    def given_prompts(
+        self, embedding_LD: Mapping[str, Tensor]
+    ) -> AbstractContextManager[None]:
         """Inside, these prompts are known by embeddings computed elsewhere, (L, D) each without padding."""
         ...
 
@@ -222,7 +271,9 @@ class RewardModel(Protocol):
 
     name: str
 
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score: ...
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score: ...
 
 
 @runtime_checkable

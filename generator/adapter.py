@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,9 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_we
 _PREFIX = "transformer."  # the pipeline component that the weights belong to
 
 
-def attach(transformer: WanTransformer3DModel, lora: LoraConfig, *, seed: int) -> PeftModel:
+def attach(
+    transformer: WanTransformer3DModel, lora: LoraConfig, *, seed: int
+) -> PeftModel:
     """Freeze `transformer` and put fp32 adapters on its linear layers. B is zero: the output does not change yet.
 
     A is drawn from `seed`, so that all ranks start from the same adapter. Raises ValueError when a target names no
@@ -30,10 +31,20 @@ def attach(transformer: WanTransformer3DModel, lora: LoraConfig, *, seed: int) -
     """
     import peft
 
-    linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    unmatched = [t for t in lora.targets if not any(name == t or name.endswith(f".{t}") for name in linears)]
+    linears = [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    unmatched = [
+        t
+        for t in lora.targets
+        if not any(name == t or name.endswith(f".{t}") for name in linears)
+    ]
     if unmatched:
-        raise ValueError(f"LoraConfig.targets {unmatched} match no linear layer of the transformer")
+        raise ValueError(
+            f"LoraConfig.targets {unmatched} match no linear layer of the transformer"
+        )
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -44,32 +55,24 @@ def attach(transformer: WanTransformer3DModel, lora: LoraConfig, *, seed: int) -
     transformer.requires_grad_(requires_grad=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = peft.get_peft_model(transformer, config)  # adapters over half-precision layers are made fp32
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trainable or any(parameter.dtype != torch.float32 for parameter in trainable):
-        raise RuntimeError(f"expected fp32 adapter weights to train, got {sorted({str(p.dtype) for p in trainable})}")
+        model = peft.get_peft_model(
+            transformer, config
+        )  # adapters over half-precision layers are made fp32
+    trainable = [
+        parameter for parameter in model.parameters() if parameter.requires_grad
+    ]
+    if not trainable or any(
+        parameter.dtype != torch.float32 for parameter in trainable
+    ):
+        raise RuntimeError(
+            f"expected fp32 adapter weights to train, got {sorted({str(p.dtype) for p in trainable})}"
+        )
     return model
 
 
-@contextmanager
-def switched_off(model: PeftModel) -> Iterator[None]:
-    """Inside, the model is its base. peft's own `disable_adapter` also turns every weight's requires_grad off and on
-    again, which took a tenth of a small model's update.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer.disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, off in zip(layers, before, strict=True):
-            layer._disable_adapters = off
-
-
-def save(model: PeftModel, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
+def save(
+    model: PeftModel, folder: Path, state_dict: Mapping[str, Tensor] | None = None
+) -> Path:
     """Write the adapter as one safetensors file that stock `WanPipeline.load_lora_weights(folder)` reads.
 
     The adapter's settings travel in the file's metadata: without them a reader takes alpha to be the rank, and the
@@ -80,11 +83,16 @@ def save(model: PeftModel, folder: Path, state_dict: Mapping[str, Tensor] | None
     from diffusers import WanPipeline
     from peft import get_peft_model_state_dict
 
-    weights = get_peft_model_state_dict(model, state_dict=None if state_dict is None else dict(state_dict))
+    weights = get_peft_model_state_dict(
+        model, state_dict=None if state_dict is None else dict(state_dict)
+    )
     settings = model.peft_config["default"].to_dict()
     WanPipeline.save_lora_weights(
         folder,
-        transformer_lora_layers={_plain(name): w.detach().float().cpu().contiguous() for name, w in weights.items()},
+        transformer_lora_layers={
+            _plain(name): w.detach().float().cpu().contiguous()
+            for name, w in weights.items()
+        },
         transformer_lora_adapter_metadata={
             "r": settings["r"],
             "lora_alpha": settings["lora_alpha"],
@@ -106,11 +114,16 @@ def load(model: PeftModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import safe_open
 
-    own = {_plain(name): (name, tuple(weight.shape)) for name, weight in get_peft_model_state_dict(model).items()}
+    own = {
+        _plain(name): (name, tuple(weight.shape))
+        for name, weight in get_peft_model_state_dict(model).items()
+    }
     with safe_open(Path(folder) / ADAPTER_FILE, framework="pt") as file:
         names = file.keys()
         stored = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in names}
-        metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        metadata = json.loads(
+            (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        )
     problems = []
     config = model.peft_config["default"]
     for key, want in (("r", config.r), ("lora_alpha", config.lora_alpha)):
@@ -121,11 +134,17 @@ def load(model: PeftModel, folder: Path) -> None:
     problems += [f"missing {name}" for name in sorted(own.keys() - stored.keys())]
     for name in sorted(own.keys() & stored.keys()):
         if tuple(stored[name].shape) != own[name][1]:
-            problems.append(f"{name} is {tuple(stored[name].shape)}, want {own[name][1]}")
+            problems.append(
+                f"{name} is {tuple(stored[name].shape)}, want {own[name][1]}"
+            )
     if problems:
         shown = "; ".join(problems[:5])
-        raise ValueError(f"the adapter in {folder} does not fit this model ({len(problems)} problems): {shown}")
-    set_peft_model_state_dict(model, {own[name][0]: weight for name, weight in stored.items()})
+        raise ValueError(
+            f"the adapter in {folder} does not fit this model ({len(problems)} problems): {shown}"
+        )
+    set_peft_model_state_dict(
+        model, {own[name][0]: weight for name, weight in stored.items()}
+    )
 
 
 def _plain(name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.low_rank import both_sides
+from common.lora import both_sides
 from generator.adapter import ADAPTER_FILE
 
 _PREFIX = "transformer."  # the pipeline component that the weights belong to
@@ -20,7 +20,12 @@ _OTHER_LORAS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora
 _IN_BLOCK = {
     f"{ours}.{linear}": f"{theirs}.{letter}"
     for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-    for linear, letter in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
+    for linear, letter in (
+        ("to_q", "q"),
+        ("to_k", "k"),
+        ("to_v", "v"),
+        ("to_out.0", "o"),
+    )
 } | {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
 _OUTSIDE = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -33,7 +38,7 @@ _OUTSIDE = {
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoraMatrices:
     """What LoRA adds to a weight (O, I), but for the scaling: B A."""
 
     a_RI: Tensor
@@ -51,7 +56,7 @@ class StoredAdapter:
     source: Path
     rank: int
     alpha: float
-    pairs: Mapping[str, LowRank]
+    pairs: Mapping[str, LoraMatrices]
 
     @property
     def scaling(self) -> float:
@@ -80,22 +85,33 @@ def read(folder: Path) -> StoredAdapter:
         with safe_open(file, framework="pt") as stored:
             names = stored.keys()
             tensors = {name: stored.get_tensor(name) for name in names}
-            settings = json.loads((stored.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            settings = json.loads(
+                (stored.metadata() or {}).get("lora_adapter_metadata", "{}")
+            )
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
     rank, alpha = (settings.get(_PREFIX + key) for key in ("r", "lora_alpha"))
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise ValueError(f"{file} says neither rank nor alpha in its metadata: nobody knows how to scale it")
+        raise ValueError(
+            f"{file} says neither rank nor alpha in its metadata: nobody knows how to scale it"
+        )
     if other := [key for key in _OTHER_LORAS if settings.get(_PREFIX + key)]:
         raise ValueError(f"{file}: {other[0]} is not of this project's LoRA")
     found = []
     for name, tensor in tensors.items():
         linear, _, end = name.removeprefix(_PREFIX).rpartition(".lora_")
-        if not name.startswith(_PREFIX) or end not in ("A.weight", "B.weight") or tensor.dim() != 2:
+        if (
+            not name.startswith(_PREFIX)
+            or end not in ("A.weight", "B.weight")
+            or tensor.dim() != 2
+        ):
             raise ValueError(f"{file}: {name} is not the A or B of a linear's LoRA")
         found.append((linear, end[0], tensor))
     sides = both_sides(found, rank=rank, source=file)
-    pairs = {linear: LowRank(own["A"], own["B"]) for linear, own in sorted(sides.items())}
+    pairs = {
+        linear: LoraMatrices(own["A"], own["B"])
+        for linear, own in sorted(sides.items())
+    }
     return StoredAdapter(file, rank, float(alpha), pairs)
 
 
@@ -110,7 +126,9 @@ def require_fit(adapter: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) -
             problems.append(f"{linear} is {want}, its LoRA {pair.shape}")
     if problems:
         shown = "; ".join(problems[:5])
-        raise ValueError(f"{adapter.source} does not fit the transformer ({len(problems)} problems): {shown}")
+        raise ValueError(
+            f"{adapter.source} does not fit the transformer ({len(problems)} problems): {shown}"
+        )
 
 
 def comfyui(adapter: StoredAdapter) -> dict[str, Tensor]:
@@ -124,9 +142,14 @@ def comfyui(adapter: StoredAdapter) -> dict[str, Tensor]:
     """
     out = {}
     for linear, pair in adapter.pairs.items():
-        name, in_block = f"diffusion_model.{original_name(linear)}", linear.startswith("blocks.")
+        name, in_block = (
+            f"diffusion_model.{original_name(linear)}",
+            linear.startswith("blocks."),
+        )
         out[f"{name}.lora_A.weight"] = pair.a_RI.contiguous()
-        out[f"{name}.lora_B.weight"] = (pair.b_OR if in_block else pair.b_OR * adapter.scaling).contiguous()
+        out[f"{name}.lora_B.weight"] = (
+            pair.b_OR if in_block else pair.b_OR * adapter.scaling
+        ).contiguous()
         if in_block:
             out[f"{name}.alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
     return out
@@ -137,7 +160,12 @@ def original_name(linear: str) -> str:
     if linear in _OUTSIDE:
         return _OUTSIDE[linear]
     parts = linear.split(".", 2)
-    if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit() and parts[2] in _IN_BLOCK:
+    if (
+        len(parts) == 3
+        and parts[0] == "blocks"
+        and parts[1].isdigit()
+        and parts[2] in _IN_BLOCK
+    ):
         return f"blocks.{parts[1]}.{_IN_BLOCK[parts[2]]}"
     raise ValueError(f"{linear} has no name in Wan's own code")
 

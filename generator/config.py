@@ -81,12 +81,16 @@ class SamplerConfig:
         sizes = ("num_steps", "window_size", "window_every", "tail_steps", "tail_cache")
         counts = {name: getattr(self, name) for name in sizes}
         problems = [
-            f"{n} must be at least 1, got {count}" for n, count in counts.items() if count is not None and count < 1
+            f"{n} must be at least 1, got {count}"
+            for n, count in counts.items()
+            if count is not None and count < 1
         ]
         if self.shift <= 0:
             problems.append(f"shift must be positive, got {self.shift}")
         if not 1 <= self.stochastic_range <= self.num_steps:
-            problems.append(f"stochastic_range must be in 1..num_steps={self.num_steps}, got {self.stochastic_range}")
+            problems.append(
+                f"stochastic_range must be in 1..num_steps={self.num_steps}, got {self.stochastic_range}"
+            )
         if self.noise_level < 0:
             problems.append(f"noise_level must be at least 0, got {self.noise_level}")
         if self.max_std is not None and self.max_std <= 0:
@@ -96,19 +100,32 @@ class SamplerConfig:
                 f"stochastic_first must be in 0..{self.stochastic_range - 1} (stochastic_range - 1), "
                 f"got {self.stochastic_first}"
             )
-        elif self.stochastic == "window" and self.window_size > self.stochastic_range - self.stochastic_first:
+        elif (
+            self.stochastic == "window"
+            and self.window_size > self.stochastic_range - self.stochastic_first
+        ):
             room = f"stochastic_range - stochastic_first = {self.stochastic_range - self.stochastic_first}"
-            problems.append(f"window_size must be at most {room}, got {self.window_size}")
+            problems.append(
+                f"window_size must be at most {room}, got {self.window_size}"
+            )
         problems += self._kernel_problems()
-        scales = {name: getattr(self, name) for name in ("guidance_scale", "tail_guidance")}
+        scales = {
+            name: getattr(self, name) for name in ("guidance_scale", "tail_guidance")
+        }
         problems += [
-            f"{n} must be at least 1, got {scale}" for n, scale in scales.items() if scale is not None and scale < 1
+            f"{n} must be at least 1, got {scale}"
+            for n, scale in scales.items()
+            if scale is not None and scale < 1
         ]
         _check("SamplerConfig", problems)
 
     def _kernel_problems(self) -> list[str]:
         if self.kernel == "sde":
-            if self.max_std is None and self.noise_level > 0 and self.stochastic_first == 0:
+            if (
+                self.max_std is None
+                and self.noise_level > 0
+                and self.stochastic_first == 0
+            ):
                 # step 0 starts at sigma = 1, and there the unbounded s is infinite
                 return [
                     f"max_std must be a number when noise_level is {self.noise_level} and stochastic_first 0, got null"
@@ -116,9 +133,13 @@ class SamplerConfig:
             return []
         problems = []
         if self.noise_level > 1:
-            problems.append(f"noise_level must be at most 1 with kernel cps, got {self.noise_level}")
+            problems.append(
+                f"noise_level must be at most 1 with kernel cps, got {self.noise_level}"
+            )
         if self.max_std is not None:
-            problems.append(f"max_std must be null with kernel cps, which has no ceiling, got {self.max_std}")
+            problems.append(
+                f"max_std must be null with kernel cps, which has no ceiling, got {self.max_std}"
+            )
         if self.stochastic_range >= self.num_steps:
             problems.append(
                 f"stochastic_range must be below num_steps, the last step of cps is exact, got {self.stochastic_range}"
@@ -128,7 +149,11 @@ class SamplerConfig:
     @property
     def steps_per_group(self) -> int:
         """How many stochastic steps a group has."""
-        sizes = {"one": 1, "window": self.window_size, "all": self.stochastic_range - self.stochastic_first}
+        sizes = {
+            "one": 1,
+            "window": self.window_size,
+            "all": self.stochastic_range - self.stochastic_first,
+        }
         return sizes[self.stochastic]
 
 
@@ -168,10 +193,20 @@ class GeneratorConfig:
     max_sequence_length: int = 512
 
     def __post_init__(self) -> None:
-        sizes = ("height", "width", "num_frames", "fps", "decode_batch", "rollout_batch", "max_sequence_length")
+        sizes = (
+            "height",
+            "width",
+            "num_frames",
+            "fps",
+            "decode_batch",
+            "rollout_batch",
+            "max_sequence_length",
+        )
         given = {name: getattr(self, name) for name in sizes}
         problems = [
-            f"{n} must be positive, got {value}" for n, value in given.items() if value is not None and value <= 0
+            f"{n} must be positive, got {value}"
+            for n, value in given.items()
+            if value is not None and value <= 0
         ]
         if not self.path:
             problems.append("path must name a WanPipeline folder, got an empty string")

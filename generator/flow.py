@@ -35,17 +35,23 @@ class Kernel:
     noise_level: float = 1.0
     max_std: float | None = None
 
-    def transition(self, x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Gaussian:
+    def transition(
+        self, x: Tensor, v: Tensor, sigma: float, sigma_next: float
+    ) -> Gaussian:
         """Law of x at sigma_next."""
         if self.name == "cps":
             return cps_transition(x, v, sigma, sigma_next, noise_level=self.noise_level)
-        return sde_transition(x, v, sigma, sigma_next, noise_level=self.noise_level, max_std=self.max_std)
+        return sde_transition(
+            x, v, sigma, sigma_next, noise_level=self.noise_level, max_std=self.max_std
+        )
 
     def gain(self, sigma: float, sigma_next: float) -> float:
         """-d mean / d v."""
         if self.name == "cps":
             return cps_gain(sigma, sigma_next, noise_level=self.noise_level)
-        return sde_gain(sigma, sigma_next, noise_level=self.noise_level, max_std=self.max_std)
+        return sde_gain(
+            sigma, sigma_next, noise_level=self.noise_level, max_std=self.max_std
+        )
 
 
 def widen(x: Tensor) -> Tensor:
@@ -85,7 +91,9 @@ def euler_step(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
     return widen(x) - delta * widen(v)
 
 
-def adams_bashforth_step(x: Tensor, v: Tensor, v_before: Tensor, sigmas: tuple[float, float, float]) -> Tensor:
+def adams_bashforth_step(
+    x: Tensor, v: Tensor, v_before: Tensor, sigmas: tuple[float, float, float]
+) -> Tensor:
     """x - delta [(1 + r / 2) v - (r / 2) v_before], r = delta / delta_before: second order, one velocity a step.
 
     sigmas  of v_before, of v, and after the step (two-step Adams-Bashforth with unequal steps)
@@ -96,7 +104,9 @@ def adams_bashforth_step(x: Tensor, v: Tensor, v_before: Tensor, sigmas: tuple[f
     return widen(x) - delta * ((1 + half) * widen(v) - half * widen(v_before))
 
 
-def effective_noise(sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None) -> float:
+def effective_noise(
+    sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None
+) -> float:
     """s = min(a sqrt(sigma / (1 - sigma)), tau / sqrt(delta)): the diffusion coefficient after truncation.
 
     LongCat-Video 2510.22200, section 3.3.1: the step's spread s sqrt(delta) is held at tau = `max_std`, and the same
@@ -108,14 +118,20 @@ def effective_noise(sigma: float, sigma_next: float, *, noise_level: float, max_
     """
     delta = _delta(sigma, sigma_next)
     if noise_level < 0 or (max_std is not None and max_std <= 0):
-        raise ValueError(f"need noise_level >= 0 and max_std > 0 or None, got {noise_level} and {max_std}")
+        raise ValueError(
+            f"need noise_level >= 0 and max_std > 0 or None, got {noise_level} and {max_std}"
+        )
     if noise_level == 0:
         return 0.0
     sigma = float(sigma)
-    if max_std is not None and noise_level * math.sqrt(sigma * delta) >= max_std * math.sqrt(1 - sigma):
+    if max_std is not None and noise_level * math.sqrt(
+        sigma * delta
+    ) >= max_std * math.sqrt(1 - sigma):
         return max_std / math.sqrt(delta)
     if max_std is None and 1 - sigma < SINGULAR_GAP:
-        raise ValueError(f"noise is infinite at sigma={sigma}: give max_std, or start the stochastic step below 1")
+        raise ValueError(
+            f"noise is infinite at sigma={sigma}: give max_std, or start the stochastic step below 1"
+        )
     return noise_level * math.sqrt(sigma / (1 - sigma))
 
 
@@ -125,7 +141,13 @@ def velocity_gain(sigma: float, noise: float) -> float:
 
 
 def sde_transition(
-    x: Tensor, v: Tensor, sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None
+    x: Tensor,
+    v: Tensor,
+    sigma: float,
+    sigma_next: float,
+    *,
+    noise_level: float,
+    max_std: float | None,
 ) -> Gaussian:
     """Law of x at sigma_next given x at sigma, one Euler-Maruyama step that keeps the flow's marginals.
 
@@ -140,10 +162,15 @@ def sde_transition(
     s = effective_noise(sigma, sigma_next, noise_level=noise_level, max_std=max_std)
     sigma, delta = float(sigma), _delta(sigma, sigma_next)
     keep = 1 - s**2 * delta / (2 * sigma)
-    return Gaussian(keep * widen(x) - delta * velocity_gain(sigma, s) * widen(v), s * math.sqrt(delta))
+    return Gaussian(
+        keep * widen(x) - delta * velocity_gain(sigma, s) * widen(v),
+        s * math.sqrt(delta),
+    )
 
 
-def cps_transition(x: Tensor, v: Tensor, sigma: float, sigma_next: float, *, noise_level: float) -> Gaussian:
+def cps_transition(
+    x: Tensor, v: Tensor, sigma: float, sigma_next: float, *, noise_level: float
+) -> Gaussian:
     """Coefficients-preserving sampling (Flow-CPS 2509.05952): noise is exchanged, not added, so x stays on the path.
 
         std = sigma_next sin(noise_level pi / 2),   mean = (1 - sigma_next) x0 + sqrt(sigma_next^2 - std^2) x1
@@ -153,11 +180,15 @@ def cps_transition(x: Tensor, v: Tensor, sigma: float, sigma_next: float, *, noi
     """
     _delta(sigma, sigma_next)
     if not 0 <= noise_level <= 1:
-        raise ValueError(f"cps_transition needs noise_level in [0, 1], got {noise_level}")
+        raise ValueError(
+            f"cps_transition needs noise_level in [0, 1], got {noise_level}"
+        )
     x, v, sigma, sigma_next = widen(x), widen(v), float(sigma), float(sigma_next)
     std = sigma_next * math.sin(noise_level * math.pi / 2)
     kept = math.sqrt(sigma_next**2 - std**2)
-    return Gaussian((1 - sigma_next) * (x - sigma * v) + kept * (x + (1 - sigma) * v), std)
+    return Gaussian(
+        (1 - sigma_next) * (x - sigma * v) + kept * (x + (1 - sigma) * v), std
+    )
 
 
 def cps_gain(sigma: float, sigma_next: float, *, noise_level: float) -> float:
@@ -166,7 +197,9 @@ def cps_gain(sigma: float, sigma_next: float, *, noise_level: float) -> float:
     return sigma * (1 - sigma_next) - (1 - sigma) * kept
 
 
-def sde_gain(sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None) -> float:
+def sde_gain(
+    sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None
+) -> float:
     """-d mean / d v of `sde_transition`: delta c~."""
     s = effective_noise(sigma, sigma_next, noise_level=noise_level, max_std=max_std)
     return _delta(sigma, sigma_next) * velocity_gain(sigma, s)
@@ -174,5 +207,7 @@ def sde_gain(sigma: float, sigma_next: float, *, noise_level: float, max_std: fl
 
 def _delta(sigma: float, sigma_next: float) -> float:
     if not 1 >= sigma > sigma_next >= 0:
-        raise ValueError(f"a step needs 1 >= sigma > sigma_next >= 0, got {float(sigma)} and {float(sigma_next)}")
+        raise ValueError(
+            f"a step needs 1 >= sigma > sigma_next >= 0, got {float(sigma)} and {float(sigma_next)}"
+        )
     return float(sigma) - float(sigma_next)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.memory import Portions
+from common.memory import AdaptiveBatcher
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -23,7 +23,7 @@ class LatentCodec:
 
     def __init__(self, vae: AutoencoderKLWan, *, batch: int | None) -> None:
         self.vae = vae
-        self.portions = Portions(batch, what="videos in the VAE")
+        self.portions = AdaptiveBatcher(batch, what="videos in the VAE")
         config = vae.config
         self.spatial = int(config.scale_factor_spatial)
         self.temporal = int(config.scale_factor_temporal)
@@ -36,7 +36,9 @@ class LatentCodec:
                 f"but its layers compress by {spatial} and {temporal}"
             )
 
-    def latent_shape(self, *, height: int, width: int, num_frames: int, patch: Sequence[int]) -> tuple[int, ...]:
+    def latent_shape(
+        self, *, height: int, width: int, num_frames: int, patch: Sequence[int]
+    ) -> tuple[int, ...]:
         """(C, F, H, W) of a video of this size. Raises ValueError, naming each wrong size and the nearest right one."""
         problems = []
         for name, size, multiple in (
@@ -45,7 +47,9 @@ class LatentCodec:
         ):
             if size % multiple:
                 near = max(multiple, round(size / multiple) * multiple)
-                problems.append(f"{name} must be a multiple of {multiple}, got {size}, try {near}")
+                problems.append(
+                    f"{name} must be a multiple of {multiple}, got {size}, try {near}"
+                )
         if (num_frames - 1) % self.temporal:
             near = round((num_frames - 1) / self.temporal) * self.temporal + 1
             problems.append(
@@ -53,10 +57,19 @@ class LatentCodec:
             )
         frames = (num_frames - 1) // self.temporal + 1
         if not problems and frames % patch[0]:
-            problems.append(f"num_frames={num_frames} gives {frames} latent frames, not a multiple of {patch[0]}")
+            problems.append(
+                f"num_frames={num_frames} gives {frames} latent frames, not a multiple of {patch[0]}"
+            )
         if problems:
-            raise ValueError("GeneratorConfig does not fit this VAE: " + "; ".join(problems))
-        return (self.vae.config.z_dim, frames, height // self.spatial, width // self.spatial)
+            raise ValueError(
+                "GeneratorConfig does not fit this VAE: " + "; ".join(problems)
+            )
+        return (
+            self.vae.config.z_dim,
+            frames,
+            height // self.spatial,
+            width // self.spatial,
+        )
 
     @torch.no_grad()
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
@@ -68,7 +81,9 @@ class LatentCodec:
         std = self._per_channel(self.vae.config.latents_std, clean_BCFHW.device)
 
         def some(part_BCFHW: Tensor) -> Tensor:
-            pixels = self.vae.decode(part_BCFHW / (1.0 / std) + mean, return_dict=False)[0]
+            pixels = self.vae.decode(
+                part_BCFHW / (1.0 / std) + mean, return_dict=False
+            )[0]
             unit = (pixels * 0.5 + 0.5).clamp(0, 1)
             return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
 
@@ -80,16 +95,26 @@ class LatentCodec:
 
         Raises ValueError when diffusers' encoder, which reads one frame and then four at a time, would drop frames.
         """
-        if video_BTYXC.dtype != torch.uint8 or video_BTYXC.dim() != 5 or video_BTYXC.shape[-1] != 3:
-            raise ValueError(f"encode takes uint8 (B, T, Y, X, 3), got {video_BTYXC.dtype} {tuple(video_BTYXC.shape)}")
+        if (
+            video_BTYXC.dtype != torch.uint8
+            or video_BTYXC.dim() != 5
+            or video_BTYXC.shape[-1] != 3
+        ):
+            raise ValueError(
+                f"encode takes uint8 (B, T, Y, X, 3), got {video_BTYXC.dtype} {tuple(video_BTYXC.shape)}"
+            )
         frames = video_BTYXC.shape[1]
         if (frames - 1) % 4:
-            raise ValueError(f"encode needs 4 n + 1 frames, or the last ones are dropped; got {frames}")
+            raise ValueError(
+                f"encode needs 4 n + 1 frames, or the last ones are dropped; got {frames}"
+            )
         mean = self._per_channel(self.vae.config.latents_mean, device)
         std = self._per_channel(self.vae.config.latents_std, device)
 
         def some(part_BTYXC: Tensor) -> Tensor:
-            pixels = part_BTYXC.to(device, torch.float32).permute(0, 4, 1, 2, 3) / 127.5 - 1
+            pixels = (
+                part_BTYXC.to(device, torch.float32).permute(0, 4, 1, 2, 3) / 127.5 - 1
+            )
             return (self.vae.encode(pixels).latent_dist.mode() - mean) / std
 
         return self.portions.over(some, video_BTYXC)

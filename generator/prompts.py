@@ -40,14 +40,20 @@ class PromptCache:
             if prompt in self._rows:
                 continue
             if self._pipeline.text_encoder is None:
-                raise RuntimeError(f"the text encoder has been freed and this prompt was never encoded: {prompt!r}")
+                raise RuntimeError(
+                    f"the text encoder has been freed and this prompt was never encoded: {prompt!r}"
+                )
             padded_1LD, _ = self._pipeline.encode_prompt(
-                prompt, do_classifier_free_guidance=False, max_sequence_length=self._max_length
+                prompt,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self._max_length,
             )
             used = int(padded_1LD[0].any(dim=1).nonzero().max()) + 1
             self._rows[prompt] = padded_1LD[0, :used].cpu().clone()
 
-    def get(self, prompts: Sequence[str], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def get(
+        self, prompts: Sequence[str], *, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
         """(B, max_length, D), one row block per prompt, zero after its last token. Encodes what is missing."""
         self.encode(prompts)
         width = self._rows[prompts[0]].shape[1]
@@ -60,7 +66,11 @@ class PromptCache:
     @contextmanager
     def given(self, embedding_LD: Mapping[str, Tensor]) -> Iterator[None]:
         """Inside, these prompts are in the cache, as `rows_of` gave them out; those it had already stay its own."""
-        new = {prompt: rows for prompt, rows in embedding_LD.items() if prompt not in self._rows}
+        new = {
+            prompt: rows
+            for prompt, rows in embedding_LD.items()
+            if prompt not in self._rows
+        }
         self._rows |= new
         try:
             yield

@@ -17,7 +17,7 @@ from common import faults
 from common.distributed import derive_seed
 from common.distributed import generator as seeded
 from common.gaussian import log_prob
-from common.memory import Portions
+from common.memory import AdaptiveBatcher
 from common.types import Group, Step
 from generator.flow import adams_bashforth_step, euler_step
 
@@ -34,9 +34,14 @@ def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=seeded(seed, "noise"))
 
 
-def member_noise(seed: int, member: int, shape: Sequence[int], *, number: int = 0) -> Tensor:
+def member_noise(
+    seed: int, member: int, shape: Sequence[int], *, number: int = 0
+) -> Tensor:
     """xi of one group member at the group's ``number``-th stochastic step, fp32 on the CPU, of shape `shape`."""
-    return torch.randn(tuple(shape), generator=seeded(seed, "member", member, *([number] if number else [])))
+    return torch.randn(
+        tuple(shape),
+        generator=seeded(seed, "member", member, *([number] if number else [])),
+    )
 
 
 def ode(velocity: Velocity, x_BCFHW: Tensor, sigmas: Sequence[float]) -> Tensor:
@@ -57,19 +62,29 @@ def ode_ab2(velocity: Velocity, x_BCFHW: Tensor, sigmas: Sequence[float]) -> Ten
         if before is None:
             x_BCFHW = euler_step(x_BCFHW, v_BCFHW, sigma, sigma_next)
         else:
-            x_BCFHW = adams_bashforth_step(x_BCFHW, v_BCFHW, before[1], (before[0], sigma, sigma_next))
+            x_BCFHW = adams_bashforth_step(
+                x_BCFHW, v_BCFHW, before[1], (before[0], sigma, sigma_next)
+            )
         before = (sigma, v_BCFHW)
     return x_BCFHW
 
 
 def velocity_calls(
-    steps: Sequence[int], num_steps: int, group_size: int, batch: int, *, shared_noise: bool, tail_steps: int | None
+    steps: Sequence[int],
+    num_steps: int,
+    group_size: int,
+    batch: int,
+    *,
+    shared_noise: bool,
+    tail_steps: int | None,
 ) -> int:
     """How often `rollout_group` asks for a velocity: every step of the walk once for each batch of its latents."""
     whole = -(-group_size // batch)
     left = num_steps - 1 - steps[-1]
     tail = left if tail_steps is None else min(left, tail_steps)
-    return (steps[0] + 1) * (1 if shared_noise else whole) + (len(steps) - 1 + tail) * whole
+    return (steps[0] + 1) * (1 if shared_noise else whole) + (
+        len(steps) - 1 + tail
+    ) * whole
 
 
 @torch.no_grad()
@@ -86,7 +101,7 @@ def rollout_group(
     shared_noise: bool = True,
     tail: Callable[[Tensor, Sequence[float]], Tensor] | None = None,
     first_member: int = 0,
-    batch: int | Portions,
+    batch: int | AdaptiveBatcher,
     device: torch.device | str = "cpu",
 ) -> Group:
     """G latents of one prompt. With shared noise they differ from the first stochastic step on only.
@@ -103,16 +118,26 @@ def rollout_group(
     log-probs are NaN when the kernel adds no noise: such a step has no density.
     """
     steps, members = list(steps), range(first_member, first_member + group_size)
-    portions = batch if isinstance(batch, Portions) else Portions(batch, what="latents")
+    portions = (
+        batch
+        if isinstance(batch, AdaptiveBatcher)
+        else AdaptiveBatcher(batch, what="latents")
+    )
     if group_size < 1 or not steps or len(sigmas) < steps[-1] + 2:
-        raise ValueError(f"need group_size >= 1 and steps {steps} on the grid, got {group_size}, {sigmas}")
+        raise ValueError(
+            f"need group_size >= 1 and steps {steps} on the grid, got {group_size}, {sigmas}"
+        )
     if steps != list(range(steps[0], steps[0] + len(steps))):
         raise ValueError(f"stochastic steps must follow each other, got {steps}")
 
     def in_batches(x_BCFHW: Tensor, sigma: float) -> Tensor:
         return portions.over(lambda part_BCFHW: velocity(part_BCFHW, sigma), x_BCFHW)
 
-    seeds = [seed] if shared_noise else [derive_seed(seed, "initial", member) for member in members]
+    seeds = (
+        [seed]
+        if shared_noise
+        else [derive_seed(seed, "initial", member) for member in members]
+    )
     x_MCFHW = torch.stack([initial_noise(own, shape) for own in seeds]).to(device)
     faults.point("prefix")
     x_MCFHW = ode(in_batches, x_MCFHW, sigmas[: steps[0] + 1])
@@ -120,10 +145,26 @@ def rollout_group(
     for number, k in enumerate(steps):
         sigma, sigma_next = sigmas[k], sigmas[k + 1]
         law = kernel.transition(x_MCFHW, in_batches(x_MCFHW, sigma), sigma, sigma_next)
-        xi_GCFHW = torch.stack([member_noise(seed, g, shape, number=number) for g in members]).to(device)
+        xi_GCFHW = torch.stack(
+            [member_noise(seed, g, shape, number=number) for g in members]
+        ).to(device)
         next_GCFHW = law.mean + law.std * xi_GCFHW
-        log_prob_G = log_prob(law, next_GCFHW) if law.std > 0 else next_GCFHW.new_full((group_size,), math.nan)
-        taken.append(Step(x_MCFHW, next_GCFHW, sigma, sigma_next, log_prob_G, law.std, kernel.gain(sigma, sigma_next)))
+        log_prob_G = (
+            log_prob(law, next_GCFHW)
+            if law.std > 0
+            else next_GCFHW.new_full((group_size,), math.nan)
+        )
+        taken.append(
+            Step(
+                x_MCFHW,
+                next_GCFHW,
+                sigma,
+                sigma_next,
+                log_prob_G,
+                law.std,
+                kernel.gain(sigma, sigma_next),
+            )
+        )
         x_MCFHW = next_GCFHW
 
     faults.point("tail")

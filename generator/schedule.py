@@ -24,17 +24,24 @@ def sigma_grid(num_steps: int, *, shift: float) -> Tensor:
     The time shift of SD3 (2403.03206, section 5.3.2), as Wan uses it. Raises ValueError unless N >= 1 and shift > 0.
     """
     if num_steps < 1 or shift <= 0:
-        raise ValueError(f"sigma_grid needs num_steps >= 1 and shift > 0, got {num_steps} and {shift}")
+        raise ValueError(
+            f"sigma_grid needs num_steps >= 1 and shift > 0, got {num_steps} and {shift}"
+        )
     u = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     sigmas = shift * u / (1 + (shift - 1) * u)
-    sigmas[0], sigmas[-1] = 1.0, 0.0  # exact by definition, whatever shift / (1 + (shift - 1)) rounds to
+    sigmas[0], sigmas[-1] = (
+        1.0,
+        0.0,
+    )  # exact by definition, whatever shift / (1 + (shift - 1)) rounds to
     return sigmas
 
 
 def tail_grid(sigma: float, num_steps: int, *, shift: float) -> Tensor:
     """`sigma_grid` from ``sigma`` down to 0 in ``num_steps`` steps, equal in u: (N + 1,) fp64."""
     if not 0 < sigma <= 1 or num_steps < 1:
-        raise ValueError(f"tail_grid needs sigma in (0, 1] and num_steps >= 1, got {sigma} and {num_steps}")
+        raise ValueError(
+            f"tail_grid needs sigma in (0, 1] and num_steps >= 1, got {sigma} and {num_steps}"
+        )
     start = sigma / (shift - (shift - 1) * sigma)
     u = start * (1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps)
     sigmas = shift * u / (1 + (shift - 1) * u)
@@ -42,7 +49,9 @@ def tail_grid(sigma: float, num_steps: int, *, shift: float) -> Tensor:
     return sigmas
 
 
-def stochastic_steps(seed: int, how: SamplerConfig, *, iteration: int = 0) -> tuple[int, ...]:
+def stochastic_steps(
+    seed: int, how: SamplerConfig, *, iteration: int = 0
+) -> tuple[int, ...]:
     """Indices of the stochastic steps, in the order they are taken. The same for every member of a group.
 
     "one"     uniform over stochastic_first..stochastic_range-1, from the seed (LongCat-Video 2510.22200, Algorithm 1)

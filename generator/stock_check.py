@@ -16,18 +16,29 @@ if TYPE_CHECKING:
 class OwnGrid(FlowMatchEulerDiscreteScheduler):
     """diffusers' Euler steps on `generator.schedule.sigma_grid`; its own grids differ between versions."""
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | None = None) -> None:
+    def set_timesteps(
+        self, num_inference_steps: int, device: torch.device | None = None
+    ) -> None:
         super().set_timesteps(num_inference_steps, device=device)
-        self.sigmas = sigma_grid(num_inference_steps, shift=self.config.shift).float().to(device)
+        self.sigmas = (
+            sigma_grid(num_inference_steps, shift=self.config.shift).float().to(device)
+        )
         self.timesteps = 1000 * self.sigmas[:-1]
 
 
-def stock_gap(generator: WanGenerator, prompt: str, *, seed: int = 0, num_steps: int = 2) -> float:
+def stock_gap(
+    generator: WanGenerator, prompt: str, *, seed: int = 0, num_steps: int = 2
+) -> float:
     """max |ours - stock| / max |stock| over one video's latents, after ``num_steps`` steps. No grad, no decoding."""
     pipeline = generator._pipeline
-    plain, pipeline.scheduler = pipeline.scheduler, OwnGrid(shift=generator.cfg.sampler.shift)
+    plain, pipeline.scheduler = (
+        pipeline.scheduler,
+        OwnGrid(shift=generator.cfg.sampler.shift),
+    )
     try:
-        stock = generator.sample([prompt], [seed], num_steps=num_steps, scheduler="pipeline")
+        stock = generator.sample(
+            [prompt], [seed], num_steps=num_steps, scheduler="pipeline"
+        )
     finally:
         pipeline.scheduler = plain
     ours = generator.sample([prompt], [seed], num_steps=num_steps)

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
 from common.distributed import max_over_ranks
 from common.gaussian import Gaussian
-from common.memory import Portions
+from common.lora import switched_off
+from common.memory import AdaptiveBatcher
 from common.types import Group, Step
 from generator import adapter, weights
 from generator.block_cache import BlockCache
@@ -43,10 +44,18 @@ class WanGenerator:
 
     sharded = False
 
-    def __init__(self, cfg: GeneratorConfig, pipeline: WanPipeline, module: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        cfg: GeneratorConfig,
+        pipeline: WanPipeline,
+        module: nn.Module,
+        device: torch.device,
+    ) -> None:
         """``pipeline`` may lack VAE and text encoder: then nothing is decoded or sampled, see `load`."""
         self.cfg = cfg
-        self.kernel = Kernel(cfg.sampler.kernel, cfg.sampler.noise_level, cfg.sampler.max_std)
+        self.kernel = Kernel(
+            cfg.sampler.kernel, cfg.sampler.noise_level, cfg.sampler.max_std
+        )
         self.module = module
         self.device = device
         self.latent_shape: tuple[int, ...] = ()
@@ -58,7 +67,9 @@ class WanGenerator:
                 num_frames=cfg.num_frames,
                 patch=pipeline.transformer.config.patch_size,
             )
-        self.portions = Portions(cfg.rollout_batch, what="latents in the transformer")
+        self.portions = AdaptiveBatcher(
+            cfg.rollout_batch, what="latents in the transformer"
+        )
         self.prompts = PromptCache(pipeline, max_length=cfg.max_sequence_length)
         self._pipeline = pipeline
         self._in_reference = False
@@ -83,13 +94,23 @@ class WanGenerator:
         """
         weights.require_folder(cfg.path)
         if device is None:
-            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+            device = (
+                torch.device("cuda", torch.cuda.current_device())
+                if torch.cuda.is_available()
+                else "cpu"
+            )
         device = torch.device(device)
         if transformer_only:
             parts = {"vae": None, "text_encoder": None, "tokenizer": None}
         else:
-            parts = {"vae": AutoencoderKLWan.from_pretrained(cfg.path, subfolder="vae", dtype=torch.float32)}
-        pipeline = WanPipeline.from_pretrained(cfg.path, **parts, dtype=getattr(torch, cfg.dtype))
+            parts = {
+                "vae": AutoencoderKLWan.from_pretrained(
+                    cfg.path, subfolder="vae", dtype=torch.float32
+                )
+            }
+        pipeline = WanPipeline.from_pretrained(
+            cfg.path, **parts, dtype=getattr(torch, cfg.dtype)
+        )
         pipeline.set_progress_bar_config(disable=True)
         for frozen in (pipeline.vae, pipeline.text_encoder):
             if frozen is not None:
@@ -99,7 +120,9 @@ class WanGenerator:
         if cfg.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if cfg.lora is None:
-            module = weights.of_one_dtype(transformer, cfg.dtype).requires_grad_(requires_grad=True)
+            module = weights.of_one_dtype(transformer, cfg.dtype).requires_grad_(
+                requires_grad=True
+            )
         else:
             module = adapter.attach(transformer, cfg.lora, seed=seed)
         if cfg.compile:
@@ -133,7 +156,9 @@ class WanGenerator:
         def one(prompt: str, seed: int) -> Group:
             steps = stochastic_steps(seed, cfg, iteration=iteration)
             return rollout_group(
-                lambda x_BCFHW, sigma: self._guided(x_BCFHW, sigma, [prompt] * len(x_BCFHW)),
+                lambda x_BCFHW, sigma: self._guided(
+                    x_BCFHW, sigma, [prompt] * len(x_BCFHW)
+                ),
                 prompt,
                 seed=seed,
                 group_size=group_size,
@@ -148,9 +173,13 @@ class WanGenerator:
                 device=self.device,
             )
 
-        groups = [one(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        groups = [
+            one(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
         for _ in range(idle):  # on the smallest latent there is, for nothing
-            x_1CFHW = torch.zeros(1, self.latent_shape[0], *self._active()[1].config.patch_size)
+            x_1CFHW = torch.zeros(
+                1, self.latent_shape[0], *self._active()[1].config.patch_size
+            )
             self.velocity(x_1CFHW, torch.ones(1), prompts[:1], guidance_scale=1.0)
         return groups
 
@@ -170,16 +199,22 @@ class WanGenerator:
         """
         self._require_vae()
         if len(prompts) != len(seeds):
-            raise ValueError(f"sample needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
+            raise ValueError(
+                f"sample needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds"
+            )
         if scheduler not in ("euler", "pipeline"):
-            raise ValueError(f"scheduler must be 'euler' or 'pipeline', got {scheduler!r}")
+            raise ValueError(
+                f"scheduler must be 'euler' or 'pipeline', got {scheduler!r}"
+            )
         cfg = self.cfg.sampler
         steps = num_steps or cfg.num_steps
         sigmas = sigma_grid(steps, shift=cfg.shift).tolist()
 
         def walk(row_B: Tensor) -> Tensor:
             part = [prompts[row] for row in row_B.tolist()]
-            noises = [initial_noise(seeds[row], self.latent_shape) for row in row_B.tolist()]
+            noises = [
+                initial_noise(seeds[row], self.latent_shape) for row in row_B.tolist()
+            ]
             x_BCFHW = torch.stack(noises).to(self.device)
             if scheduler == "pipeline":
                 return self._stock(x_BCFHW, part, steps)
@@ -198,29 +233,56 @@ class WanGenerator:
 
     # ---- likelihood and error, with grad --------------------------------------------------------------------------
 
-    def transition(self, prompt: str, step: Step, member: int | None = None) -> Gaussian:
+    def transition(
+        self, prompt: str, step: Step, member: int | None = None
+    ) -> Gaussian:
         """Law of `next` given the latent: mean (M, C, F, H, W), grad through the mean.
 
         c' DiT sample-forwards for a latent that all members share, however many they are, c' G for their own; c' = c,
         or 1 when guidance_in_update is off. ``member`` asks for one alone, by a forward of its own.
         """
         scale = self.cfg.sampler.guidance_scale if self.cfg.guidance_in_update else 1.0
-        x_MCFHW = (step.latent_MCFHW if member is None else step.start_of(member)).to(self.device)
+        x_MCFHW = (step.latent_MCFHW if member is None else step.start_of(member)).to(
+            self.device
+        )
         sigma_M = torch.full((len(x_MCFHW),), step.sigma)
-        v_MCFHW = self.velocity(x_MCFHW, sigma_M, [prompt] * len(x_MCFHW), guidance_scale=scale)
+        v_MCFHW = self.velocity(
+            x_MCFHW, sigma_M, [prompt] * len(x_MCFHW), guidance_scale=scale
+        )
         return self.kernel.transition(x_MCFHW, v_MCFHW, step.sigma, step.sigma_next)
 
-    def flow_error(self, clean_BCFHW: Tensor, noise_BCFHW: Tensor, sigma_B: Tensor, prompts: Sequence[str]) -> Tensor:
+    def flow_error(
+        self,
+        clean_BCFHW: Tensor,
+        noise_BCFHW: Tensor,
+        sigma_B: Tensor,
+        prompts: Sequence[str],
+    ) -> Tensor:
         """|v_theta(x_sigma) - (eps - x_0)|^2, MEAN over latent elements -> (B,) fp32, with grad. Without guidance.
 
         The term of Flow-DPO (2501.13918, equation 6), where it is a sum: with the mean, beta does not depend on size.
         """
-        clean_BCFHW, noise_BCFHW = clean_BCFHW.to(self.device), noise_BCFHW.to(self.device)
+        clean_BCFHW, noise_BCFHW = (
+            clean_BCFHW.to(self.device),
+            noise_BCFHW.to(self.device),
+        )
         x_BCFHW = interpolate(clean_BCFHW, noise_BCFHW, sigma_B)
         v_BCFHW = self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=1.0)
-        return (v_BCFHW - velocity_target(clean_BCFHW, noise_BCFHW)).square().flatten(1).mean(dim=1)
+        return (
+            (v_BCFHW - velocity_target(clean_BCFHW, noise_BCFHW))
+            .square()
+            .flatten(1)
+            .mean(dim=1)
+        )
 
-    def velocity(self, x_BCFHW: Tensor, sigma_B: Tensor, prompts: Sequence[str], *, guidance_scale: float) -> Tensor:
+    def velocity(
+        self,
+        x_BCFHW: Tensor,
+        sigma_B: Tensor,
+        prompts: Sequence[str],
+        *,
+        guidance_scale: float,
+    ) -> Tensor:
         """v at (x, sigma) for one prompt per sample -> (B, C, F, H, W), fp32 (fp64 for an fp64 module).
 
         Scale 1 is one forward of B samples; else the conditional and the unconditional branch go as one batch of 2 B.
@@ -233,19 +295,29 @@ class WanGenerator:
             )
         texts = list(prompts)
         if not len(x_BCFHW) == len(sigma_B) == len(texts):
-            raise ValueError(f"velocity got {len(x_BCFHW)} latents, {len(sigma_B)} sigmas, {len(texts)} prompts")
+            raise ValueError(
+                f"velocity got {len(x_BCFHW)} latents, {len(sigma_B)} sigmas, {len(texts)} prompts"
+            )
         guided = guidance_scale != 1
         if guided:
             texts += [self.cfg.sampler.negative_prompt] * len(texts)
-            x_BCFHW, sigma_B = torch.cat([x_BCFHW, x_BCFHW]), torch.cat([sigma_B, sigma_B])
+            x_BCFHW, sigma_B = (
+                torch.cat([x_BCFHW, x_BCFHW]),
+                torch.cat([sigma_B, sigma_B]),
+            )
         module, transformer = self._active()
         if module.training:  # asking costs nothing, telling every submodule cost a tenth of a tiny model's forward
             module.eval()
         dtype = transformer.patch_embedding.weight.dtype
         out = module(
             hidden_states=x_BCFHW.to(self.device, dtype),
-            timestep=1000 * sigma_B.to(self.device, torch.float32),  # rounded as diffusers' Euler scheduler rounds it
-            encoder_hidden_states=self.prompts.get(texts, device=self.device, dtype=dtype),
+            timestep=1000
+            * sigma_B.to(
+                self.device, torch.float32
+            ),  # rounded as diffusers' Euler scheduler rounds it
+            encoder_hidden_states=self.prompts.get(
+                texts, device=self.device, dtype=dtype
+            ),
             return_dict=False,
         )[0]
         v = widen(out)
@@ -264,7 +336,7 @@ class WanGenerator:
         self._in_reference = True
         try:
             if self.cfg.lora is not None:
-                with adapter.switched_off(self.module):
+                with switched_off(self.module):
                     yield
             else:
                 if self._frozen is None:
@@ -279,7 +351,9 @@ class WanGenerator:
         """Put these prompts' embeddings, and the negative prompt's, into the cache."""
         self.prompts.encode([*prompts, self.cfg.sampler.negative_prompt])
 
-    def given_prompts(self, embedding_LD: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    def given_prompts(
+        self, embedding_LD: Mapping[str, Tensor]
+    ) -> AbstractContextManager[None]:
         """See `generator.prompts.PromptCache.given`."""
         return self.prompts.given(embedding_LD)
 
@@ -288,7 +362,9 @@ class WanGenerator:
         self.encode_prompts([])
         self.prompts.free_text_encoder()
 
-    def save_trained(self, folder: Path | str, state_dict: Mapping[str, Tensor] | None = None) -> Path:
+    def save_trained(
+        self, folder: Path | str, state_dict: Mapping[str, Tensor] | None = None
+    ) -> Path:
         """Write what was trained; returns the file. One rank calls it.
 
         An adapter for stock `WanPipeline.load_lora_weights(folder)`; without LoRA the whole transformer, as
@@ -306,19 +382,32 @@ class WanGenerator:
         if weights.is_whole(Path(folder)):
             weights.load(self._active()[1], Path(folder))
         elif self.cfg.lora is None:
-            raise ValueError(f"GeneratorConfig.lora is null and {folder} holds no whole transformer")
+            raise ValueError(
+                f"GeneratorConfig.lora is null and {folder} holds no whole transformer"
+            )
         elif not (Path(folder) / adapter.ADAPTER_FILE).is_file():
-            raise FileNotFoundError(f"{folder} holds no {adapter.ADAPTER_FILE}; a run leaves its adapter in RUN/final")
+            raise FileNotFoundError(
+                f"{folder} holds no {adapter.ADAPTER_FILE}; a run leaves its adapter in RUN/final"
+            )
         else:
             adapter.load(self.module, Path(folder))
 
     def _require_vae(self) -> None:
         if self._pipeline.vae is None:
-            raise RuntimeError("this generator was loaded without its VAE, to train on given latents: it cannot sample")
+            raise RuntimeError(
+                "this generator was loaded without its VAE, to train on given latents: it cannot sample"
+            )
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
-    def _guided(self, x_BCFHW: Tensor, sigma: float, prompts: Sequence[str], *, scale: float | None = None) -> Tensor:
+    def _guided(
+        self,
+        x_BCFHW: Tensor,
+        sigma: float,
+        prompts: Sequence[str],
+        *,
+        scale: float | None = None,
+    ) -> Tensor:
         sigma_B = torch.full((len(x_BCFHW),), sigma)
         guidance = self.cfg.sampler.guidance_scale if scale is None else scale
         return self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=guidance)
@@ -330,7 +419,11 @@ class WanGenerator:
             sigmas = tail_grid(sigmas[0], cfg.tail_steps, shift=cfg.shift).tolist()
         walk = ode_ab2 if cfg.tail_solver == "ab2" else ode
         if cfg.tail_cache == 1:
-            return walk(lambda x, at: self._guided(x, at, texts, scale=cfg.tail_guidance), x_BCFHW, sigmas)
+            return walk(
+                lambda x, at: self._guided(x, at, texts, scale=cfg.tail_guidance),
+                x_BCFHW,
+                sigmas,
+            )
         cache, calls = BlockCache(self._active()[1]), itertools.count()
 
         def cached(x: Tensor, at: float) -> Tensor:
@@ -358,10 +451,15 @@ class WanGenerator:
     def _stock(self, x_BCFHW: Tensor, prompts: Sequence[str], num_steps: int) -> Tensor:
         _, transformer = self._active()
         self._pipeline.transformer = transformer
-        where = {"device": self.device, "dtype": transformer.patch_embedding.weight.dtype}
+        where = {
+            "device": self.device,
+            "dtype": transformer.patch_embedding.weight.dtype,
+        }
         return self._pipeline(
             prompt_embeds=self.prompts.get(prompts, **where),
-            negative_prompt_embeds=self.prompts.get([self.cfg.sampler.negative_prompt] * len(prompts), **where),
+            negative_prompt_embeds=self.prompts.get(
+                [self.cfg.sampler.negative_prompt] * len(prompts), **where
+            ),
             height=self.cfg.height,
             width=self.cfg.width,
             num_frames=self.cfg.num_frames,
@@ -381,5 +479,12 @@ class WanGenerator:
 
     def _load_frozen(self) -> WanTransformer3DModel:
         dtype = getattr(torch, self.cfg.dtype)
-        model = WanTransformer3DModel.from_pretrained(self.cfg.path, subfolder="transformer", dtype=dtype)
-        return weights.of_one_dtype(model, self.cfg.dtype).requires_grad_(requires_grad=False).eval().to(self.device)
+        model = WanTransformer3DModel.from_pretrained(
+            self.cfg.path, subfolder="transformer", dtype=dtype
+        )
+        return (
+            weights.of_one_dtype(model, self.cfg.dtype)
+            .requires_grad_(requires_grad=False)
+            .eval()
+            .to(self.device)
+        )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.hub_names import require_hub_name
+from common.files import require_hub_name
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -32,7 +32,11 @@ class Stored:
     state: dict[str, Tensor]
 
 
-def save(transformer: WanTransformer3DModel, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> Path:
+def save(
+    transformer: WanTransformer3DModel,
+    folder: Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write folder/transformer for stock `WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")`.
 
     state_dict  whole weights, where the module's own lie in pieces. Returns the weights' file.
@@ -62,7 +66,9 @@ def load(transformer: WanTransformer3DModel, folder: Path) -> None:
 
     stored = load_file(Path(folder) / SUBFOLDER / FILE)
     own = {
-        name.replace(".base_layer.", "."): parameter  # peft's name for a linear under an adapter
+        name.replace(
+            ".base_layer.", "."
+        ): parameter  # peft's name for a linear under an adapter
         for name, parameter in transformer.named_parameters()
         if ".lora_" not in name
     }
@@ -81,11 +87,25 @@ def read(folder: Path) -> Stored:
     names = [FILE]
     if not (place / FILE).is_file():
         if not (place / INDEX).is_file():
-            raise FileNotFoundError(f"{place} has no weights: it lacks {FILE} and {INDEX}")
-        names = sorted(set(json.loads((place / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            raise FileNotFoundError(
+                f"{place} has no weights: it lacks {FILE} and {INDEX}"
+            )
+        names = sorted(
+            set(
+                json.loads((place / INDEX).read_text(encoding="utf-8"))[
+                    "weight_map"
+                ].values()
+            )
+        )
     if missing := [name for name in names if not (place / name).is_file()]:
-        raise FileNotFoundError(f"{place} lacks {', '.join(missing)}, which {INDEX} names")
-    state = {name: tensor for file in names for name, tensor in load_file(place / file).items()}
+        raise FileNotFoundError(
+            f"{place} lacks {', '.join(missing)}, which {INDEX} names"
+        )
+    state = {
+        name: tensor
+        for file in names
+        for name, tensor in load_file(place / file).items()
+    }
     _require_same(shapes(state), shapes_of(config), source=Path(folder))
     return Stored(config, state)
 
@@ -94,30 +114,43 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config of `Stored`. FileNotFoundError, or ValueError for another model's."""
     file = Path(folder) / SUBFOLDER / CONFIG
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; a folder with a Wan transformer has one")
+        raise FileNotFoundError(
+            f"{file}: no such file; a folder with a Wan transformer has one"
+        )
     config = json.loads(file.read_text(encoding="utf-8"))
     if config.get("_class_name") != "WanTransformer3DModel":
-        raise ValueError(f"{file} is of a {config.get('_class_name')}, not of a WanTransformer3DModel")
+        raise ValueError(
+            f"{file} is of a {config.get('_class_name')}, not of a WanTransformer3DModel"
+        )
     config.pop("_name_or_path", None)
     return config
 
 
-def write(transformer: Stored, folder: Path, *, max_shard: int | str = MAX_SHARD) -> list[Path]:
+def write(
+    transformer: Stored, folder: Path, *, max_shard: int | str = MAX_SHARD
+) -> list[Path]:
     """folder/transformer as `save` writes it, in shards of at most ``max_shard`` bytes. Returns the weights' files."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     place = Path(folder) / SUBFOLDER
     place.mkdir(parents=True, exist_ok=True)
-    (place / CONFIG).write_text(json.dumps(transformer.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (place / CONFIG).write_text(
+        json.dumps(transformer.config, indent=2, sort_keys=True) + "\n",
+        encoding="utf-8",
+    )
     pattern = FILE.replace(".safetensors", "{suffix}.safetensors")
-    split = split_torch_state_dict_into_shards(transformer.state, filename_pattern=pattern, max_shard_size=max_shard)
+    split = split_torch_state_dict_into_shards(
+        transformer.state, filename_pattern=pattern, max_shard_size=max_shard
+    )
     for file, names in split.filename_to_tensors.items():
         shard = {name: transformer.state[name].contiguous() for name in names}
         save_file(shard, place / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (place / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (place / INDEX).write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
     return [place / file for file in split.filename_to_tensors]
 
 
@@ -130,10 +163,17 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     from diffusers import WanTransformer3DModel
 
     with torch.device("meta"):
-        return shapes(dict(WanTransformer3DModel.from_config(dict(config)).named_parameters()))
+        return shapes(
+            dict(WanTransformer3DModel.from_config(dict(config)).named_parameters())
+        )
 
 
-def _require_same(found: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], *, source: Path) -> None:
+def _require_same(
+    found: Mapping[str, tuple[int, ...]],
+    want: Mapping[str, tuple[int, ...]],
+    *,
+    source: Path,
+) -> None:
     problems = [f"unexpected {name}" for name in sorted(found.keys() - want.keys())]
     problems += [f"missing {name}" for name in sorted(want.keys() - found.keys())]
     problems += [
@@ -143,10 +183,14 @@ def _require_same(found: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple
     ]
     if problems:
         shown = "; ".join(problems[:5])
-        raise ValueError(f"the transformer in {source} is another model ({len(problems)} problems): {shown}")
+        raise ValueError(
+            f"the transformer in {source} is another model ({len(problems)} problems): {shown}"
+        )
 
 
-def of_one_dtype(transformer: WanTransformer3DModel, dtype: str) -> WanTransformer3DModel:
+def of_one_dtype(
+    transformer: WanTransformer3DModel, dtype: str
+) -> WanTransformer3DModel:
     """Norms and modulations, which diffusers keeps in fp32, in ``dtype`` as well: DeepSpeed trains one dtype. They go
     on computing in fp32, and buffers stay as they are.
     """
@@ -160,6 +204,8 @@ def require_folder(path: str) -> None:
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"GeneratorConfig.path {path} is no WanPipeline folder: it has no model_index.json")
+            raise FileNotFoundError(
+                f"GeneratorConfig.path {path} is no WanPipeline folder: it has no model_index.json"
+            )
     else:
         require_hub_name(path, "model_index.json")

@@ -15,40 +15,61 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.command import read_command
-from launch.score import ScoreRun
+from launch.schemas.evaluation import ScoreRun
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     def extend(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--videos", metavar="GLOB", help="video files, quoted: 'clips/*.mp4'")
-        parser.add_argument("--prompts", type=Path, required=True, metavar="PATH", help=".txt, .jsonl or .csv")
-        parser.add_argument("--limit", type=int, default=8, help="videos that are looked at, the first ones")
+        parser.add_argument(
+            "--videos", metavar="GLOB", help="video files, quoted: 'clips/*.mp4'"
+        )
+        parser.add_argument(
+            "--prompts",
+            type=Path,
+            required=True,
+            metavar="PATH",
+            help=".txt, .jsonl or .csv",
+        )
+        parser.add_argument(
+            "--limit",
+            type=int,
+            default=8,
+            help="videos that are looked at, the first ones",
+        )
 
-    command = read_command(ScoreRun, argv, description=__doc__.splitlines()[0], extend=extend)
+    command = read_command(
+        ScoreRun, argv, description=__doc__.splitlines()[0], extend=extend
+    )
     args = command.args
     sys.exit(0 if look(command.cfg, args.videos, args.prompts, limit=args.limit) else 1)
 
 
 def look(cfg: ScoreRun, pattern: str | None, prompts: Path, *, limit: int) -> bool:
     """Print what comes out; False when a reward prefers what no reward may."""
+    from common.cli import exit_with_error, user_errors
     from launch.compose import build_rewards, quiet
-    from launch.refuse import refuse, refusing
-    from launch.score import find_items, read_clip
+    from launch.evaluation.files import find_items, read_clip
 
     quiet()
     from alignment import reward_check
-    from alignment.clips import Clip
+    from alignment.clips import RewardClip
     from common.log import say
 
-    with refusing():
+    with user_errors():
         items = find_items(pattern, prompts)[:limit]
-        read = [(item, read_clip(item.path, max_frames=cfg.max_frames)) for item in items]
-        clips = [Clip(clip.frames_TYXC, clip.fps, item.prompt) for item, clip in read]
+        read = [
+            (item, read_clip(item.path, max_frames=cfg.max_frames)) for item in items
+        ]
+        clips = [
+            RewardClip(clip.frames_TYXC, clip.fps, item.prompt) for item, clip in read
+        ]
         rewards = build_rewards(cfg.rewards)
     try:
-        found = {name: reward_check.check(reward, clips) for name, reward in rewards.items()}
+        found = {
+            name: reward_check.check(reward, clips) for name, reward in rewards.items()
+        }
     except ValueError as error:
-        refuse(str(error))
+        exit_with_error(str(error))
     good = True
     for name, verdicts in found.items():
         say(f"\n{name}, {len(clips)} videos as they are: mean {verdicts[0].right:.4f}")
@@ -58,8 +79,16 @@ def look(cfg: ScoreRun, pattern: str | None, prompts: Path, *, limit: int) -> bo
             wrong = one.case in reward_check.MUST and one.above > one.below
             good &= not wrong
             blind = one.case in reward_check.MUST and one.same == len(clips)
-            remark = "  <- NOT SENSIBLE" if wrong else "  <- makes no difference to it" if blind else ""
-            say(f"  {one.case:>16}  mean {one.spoilt:>10.4f}  {counts}{missing}{remark}")
+            remark = (
+                "  <- NOT SENSIBLE"
+                if wrong
+                else "  <- makes no difference to it"
+                if blind
+                else ""
+            )
+            say(
+                f"  {one.case:>16}  mean {one.spoilt:>10.4f}  {counts}{missing}{remark}"
+            )
     return good
 
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from common.cli import exit_with_error, user_errors
 from launch.command import read_command
-from launch.judge_runs import judge_engine, read_tables, run_steps, to_device, usable
-from launch.refuse import refuse, refusing
-from launch.runs import ColdStartRun
+from launch.rm_data import read_tables, usable
+from launch.rm_runs import build_rm_engine, run_steps, to_device
+from launch.schemas.training import ColdStartRun
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from launch.guard import Guard
+    from engine.guard import Guard
     from rm.cold_start import ColdStart
     from rm.data import Pair
     from rm.model import DeScore
@@ -35,21 +36,28 @@ def train(cfg: ColdStartRun, *, resume: str) -> None:
     from launch.compose import quiet
 
     quiet()
-    from launch.guard import guarded
+    from engine.guard import guarded
 
     pairs, heldout = read(cfg)
     with guarded(cfg) as guard:
         go(cfg, pairs, heldout, guard, resume=resume)
 
 
-def go(cfg: ColdStartRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, *, resume: str) -> None:
+def go(
+    cfg: ColdStartRun,
+    pairs: list[Pair],
+    heldout: list[Pair],
+    guard: Guard,
+    *,
+    resume: str,
+) -> None:
     """Build, go on where the run was, one `ColdStart.step` after the other, save."""
     from common import distributed
     from common.log import say
-    from launch.zero3 import elements
+    from engine.zero3 import elements
 
     pairs, heldout = usable(cfg, pairs, heldout)
-    with refusing():
+    with user_errors():
         loop, engine = build(cfg, pairs)
     steps = loop.schedule.steps(cfg.cold_start.epochs)
     trained = elements(p for p in loop.model.parameters() if p.requires_grad)
@@ -74,12 +82,22 @@ def go(cfg: ColdStartRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, 
 
 def read(cfg: ColdStartRun) -> tuple[list[Pair], list[Pair]]:
     """Training pairs, and the first held-out pairs; exit with code 2 when a table is not what it should be."""
-    masked = cfg.cold_start.masking.probability == 1  # then no chain of thought is ever read
-    train_table, heldout = read_tables(cfg, require_cot=not masked, dimensions=list(cfg.dimensions))
+    masked = (
+        cfg.cold_start.masking.probability == 1
+    )  # then no chain of thought is ever read
+    train_table, heldout = read_tables(
+        cfg, require_cot=not masked, dimensions=list(cfg.dimensions)
+    )
     # plain Bradley-Terry learns nothing from a tie: with them a step would be smaller than pairs_per_step says
-    pairs = [pair for pair in train_table.pairs if cfg.cold_start.theta is not None or decides(pair, cfg.dimensions)]
+    pairs = [
+        pair
+        for pair in train_table.pairs
+        if cfg.cold_start.theta is not None or decides(pair, cfg.dimensions)
+    ]
     if not pairs:
-        refuse(f"{train_table.path}: holds nothing but ties, which need cold_start.theta")
+        exit_with_error(
+            f"{train_table.path}: holds nothing but ties, which need cold_start.theta"
+        )
     return pairs, heldout
 
 
@@ -94,24 +112,28 @@ def build(cfg: ColdStartRun, pairs: list[Pair]) -> tuple[ColdStart, DeepSpeedEng
     from rm.cold_start import backwards_per_step
 
     accumulation = backwards_per_step(cfg.cold_start, world_size())
-    return loop_of(cfg, pairs, build_judge(cfg), accumulation=accumulation)
+    return loop_of(cfg, pairs, build_reward_model(cfg), accumulation=accumulation)
 
 
 def loop_of(
     cfg: ColdStartRun, pairs: list[Pair], model: DeScore, *, accumulation: int
 ) -> tuple[ColdStart, DeepSpeedEngine]:
     """The loop around a judge that is there."""
-    from launch.careful import CarefulEngine
+    from engine.skip_nonfinite import SkipNonFinite
     from rm.cold_start import ColdStart
     from rm.data import PairSchedule
 
-    groups = model.param_groups(cfg.lr, lora=cfg.lora, weight_decay=cfg.cold_start.weight_decay, seed=cfg.seed)
-    engine = judge_engine(cfg, model, groups, accumulation=accumulation)
-    schedule = PairSchedule(len(pairs), pairs_per_step=cfg.cold_start.pairs_per_step, seed=cfg.seed)
+    groups = model.param_groups(
+        cfg.lr, lora=cfg.lora, weight_decay=cfg.cold_start.weight_decay, seed=cfg.seed
+    )
+    engine = build_rm_engine(cfg, model, groups, accumulation=accumulation)
+    schedule = PairSchedule(
+        len(pairs), pairs_per_step=cfg.cold_start.pairs_per_step, seed=cfg.seed
+    )
     loop = ColdStart(
         cfg.cold_start,
         model=model,
-        engine=CarefulEngine(engine, patience=cfg.max_not_finite),
+        engine=SkipNonFinite(engine, patience=cfg.max_nonfinite_updates),
         pairs=pairs,
         schedule=schedule,
         seed=cfg.seed,
@@ -120,7 +142,7 @@ def loop_of(
     return loop, engine
 
 
-def build_judge(cfg: ColdStartRun) -> DeScore:
+def build_reward_model(cfg: ColdStartRun) -> DeScore:
     """A new DeScore on the base, on this rank's device."""
     import torch
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.cli import exit_with_error
 from common.config import CommandLine, parse_command_line
-from launch.refuse import refuse
 
 C = TypeVar("C")
 
@@ -21,21 +21,25 @@ def read_command(
     description: str,
     extend: Callable[[argparse.ArgumentParser], object] | None = None,
 ) -> CommandLine[C]:
-    """`common.config.parse_command_line`; with ``--dry-run`` the process ends here, after `launch.plan.dry_run`, and
+    """`common.config.parse_command_line`; with ``--dry-run`` the process ends here, after `launch.planning.dry_run.dry_run`, and
     the options that ``extend`` adds need not be given. Exit with code 2 also where ``run_dir`` or ``out`` can be no
     folder.
     """
     words = sys.argv[1:] if argv is None else argv
-    if extend is not None and any(word.partition("=")[0] == "--dry-run" for word in words):
+    if extend is not None and any(
+        word.partition("=")[0] == "--dry-run" for word in words
+    ):
         extend = _lenient(extend)
     command = parse_command_line(schema, argv, description=description, extend=extend)
     if command.dry_run is not None:
-        from launch.plan import dry_run
+        from launch.planning.dry_run import dry_run
 
         dry_run(command.cfg, command.dry_run)
     for name in ("run_dir", "out"):
-        if hasattr(command.cfg, name) and (problem := _no_folder(name, getattr(command.cfg, name))):
-            refuse(problem)
+        if hasattr(command.cfg, name) and (
+            problem := _no_folder(name, getattr(command.cfg, name))
+        ):
+            exit_with_error(problem)
     return command
 
 
@@ -55,8 +59,25 @@ class _NothingRequired:
         self._parser = parser
 
     def add_argument(self, *names: str, **how: Any) -> argparse.Action:
-        return self._parser.add_argument(*names, **{key: value for key, value in how.items() if key != "required"})
+        return self._parser.add_argument(
+            *names, **{key: value for key, value in how.items() if key != "required"}
+        )
 
 
-def _lenient(extend: Callable[[Any], object]) -> Callable[[argparse.ArgumentParser], object]:
+def _lenient(
+    extend: Callable[[Any], object],
+) -> Callable[[argparse.ArgumentParser], object]:
     return lambda parser: extend(_NothingRequired(parser))
+
+
+def take_kind(words: list[str], kinds: Collection[str]) -> str | None:
+    """Take the first of ``kinds`` out of ``words``; None if there is none.
+
+    A launcher puts --local_rank=N in front of what the user typed, so it need not be the first word. The value of an
+    option is not looked at.
+    """
+    options = [False, *(word in ("--config", "--resume") for word in words)]
+    place = next(
+        (i for i, word in enumerate(words) if word in kinds and not options[i]), None
+    )
+    return None if place is None else words.pop(place)

@@ -6,7 +6,7 @@
         --instruction instruction.txt --out models/hpsv3
 
 Config and tokenizer are the base's; its weights are not read. The instruction is a text file with the model's own
-words, which its repository has (rm/public_judges.py says where). VideoReward's weights are a pickle, read only with
+words, which its repository has (rm/baselines/load_published.py says where). VideoReward's weights are a pickle, read only with
 --allow-pickle, tensors only; its LoRA is merged in fp32.
 """
 
@@ -16,19 +16,49 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.refuse import check_new_folder
+from common.cli import check_new_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("kind", choices=("videoreward", "hpsv3"))
     folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
-    parser.add_argument("--official", required=True, type=Path, metavar="PATH", help="the published folder or file")
-    parser.add_argument("--base", required=True, **folder, help="the Qwen2-VL it began as: config.json and tokenizer")
-    parser.add_argument("--instruction", required=True, **file, help="text with {text_prompt} and the reward tokens")
-    parser.add_argument("--out", required=True, **folder, help="the folder to write; must be new or empty")
-    parser.add_argument("--allow-pickle", action="store_true", help="read a .pth, tensors only")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the backbone")
+    parser.add_argument(
+        "--official",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="the published folder or file",
+    )
+    parser.add_argument(
+        "--base",
+        required=True,
+        **folder,
+        help="the Qwen2-VL it began as: config.json and tokenizer",
+    )
+    parser.add_argument(
+        "--instruction",
+        required=True,
+        **file,
+        help="text with {text_prompt} and the reward tokens",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        **folder,
+        help="the folder to write; must be new or empty",
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read a .pth, tensors only"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="of the backbone",
+    )
     args = parser.parse_args(argv)
     try:
         _convert(args)
@@ -42,16 +72,20 @@ def _convert(args: argparse.Namespace) -> None:
     from launch.compose import quiet
 
     quiet()
-    from rm.public_judges import read_hpsv3, read_videoreward
+    from rm.baselines.load_published import read_hpsv3, read_videoreward
 
     options = {"base": args.base, "instruction": args.instruction, "dtype": args.dtype}
     if args.kind == "videoreward":
-        read = read_videoreward(args.official, allow_pickle=args.allow_pickle, **options)
+        read = read_videoreward(
+            args.official, allow_pickle=args.allow_pickle, **options
+        )
     else:
         read = read_hpsv3(args.official, **options)
     read.judge.save(args.out)
     settings, layout = read.judge.layout.settings, read.judge.layout
-    print(f"{args.out}: {args.dtype}, {read.tensors} tensors of {read.source}, LoRA merged into {read.merged} linears")
+    print(
+        f"{args.out}: {args.dtype}, {read.tensors} tensors of {read.source}, LoRA merged into {read.merged} linears"
+    )
     print(f"gives {', '.join(layout.outputs)} at {', '.join(layout.tokens)}")
     seen = f"{settings.fps:g} frames a second, " if layout.media == "video" else ""
     print(f"sees {seen}{settings.min_pixels} to {settings.max_pixels} pixels each")

@@ -12,18 +12,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.cli import exit_with_error, user_errors
 from launch.command import read_command
-from launch.pair_runs import DpoRun
-from launch.refuse import refuse, refusing
+from launch.schemas.pairs import DpoRun
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from alignment.dpo import DpoLoop
     from alignment.pair_store import PairSet
+    from engine.guard import Guard
     from generator.config import GeneratorConfig
     from generator.wan import WanGenerator
-    from launch.guard import Guard
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def read_set(folder: str) -> PairSet:
     try:
         return PairSet(folder)
     except ValueError as error:
-        refuse(str(error))
+        exit_with_error(str(error))
 
 
 def misfit(pairs: PairSet, cfg: GeneratorConfig) -> str:
@@ -47,8 +47,16 @@ def misfit(pairs: PairSet, cfg: GeneratorConfig) -> str:
     """
     made = pairs.about.get("identity", {}).get("settings", {}).get("generator", {})
     names = ("height", "width", "num_frames", "max_sequence_length")
-    odd = [f"{name} {made[name]} -> {now}" for name in names if (now := getattr(cfg, name)) != made.get(name, now)]
-    return f"{pairs.folder} holds other videos than the generator makes: {', '.join(odd)}" if odd else ""
+    odd = [
+        f"{name} {made[name]} -> {now}"
+        for name in names
+        if (now := getattr(cfg, name)) != made.get(name, now)
+    ]
+    return (
+        f"{pairs.folder} holds other videos than the generator makes: {', '.join(odd)}"
+        if odd
+        else ""
+    )
 
 
 def train(cfg: DpoRun, *, resume: str) -> None:
@@ -56,38 +64,44 @@ def train(cfg: DpoRun, *, resume: str) -> None:
     from launch.compose import quiet
 
     quiet()
-    from launch.guard import guarded
+    from engine.guard import guarded
 
     pairs = read_set(cfg.pairs)
     heldout = None if cfg.heldout is None else read_set(cfg.heldout)
     for found in (pairs, heldout):
         if found is not None and (problem := misfit(found, cfg.generator)):
-            refuse(problem)
+            exit_with_error(problem)
     with guarded(cfg) as guard:
         go(cfg, pairs, heldout, guard, resume=resume)
 
 
-def go(cfg: DpoRun, pairs: PairSet, heldout: PairSet | None, guard: Guard, *, resume: str) -> None:
+def go(
+    cfg: DpoRun, pairs: PairSet, heldout: PairSet | None, guard: Guard, *, resume: str
+) -> None:
     """Build, go on where the run was, one `DpoLoop.step` after the other, save."""
     from alignment.dpo import steps_of
     from common import faults
     from common.log import RunLog, progress, say
-    from launch.ema import Ema
-    from launch.engine_state import begin
-    from launch.forwards import ForwardCounter
-    from launch.generator_state import export
+    from engine.ema import Ema
+    from engine.export import export
+    from engine.state import begin
+    from generator.counter import ForwardCounter
 
     run_dir = Path(cfg.run_dir)
-    with refusing():
+    with user_errors():
         loop, generator, engine = build(cfg, pairs)
     steps = steps_of(cfg.dpo, len(pairs))
     for line in arithmetic(cfg, loop, generator, pairs=len(pairs), steps=steps):
         say(line)
     ema = None if cfg.ema is None else Ema(cfg.ema, generator.module)
     refresher = Refresher(cfg, loop, generator)
-    start = begin(cfg, engine, resume, also=[Watched(loop), *([] if ema is None else [ema])])
+    start = begin(
+        cfg, engine, resume, also=[Watched(loop), *([] if ema is None else [ema])]
+    )
     counter = ForwardCounter(generator.module)
-    log = RunLog(run_dir, start=start, wandb=cfg.wandb, tensorboard=cfg.tensorboard, total=steps)
+    log = RunLog(
+        run_dir, start=start, wandb=cfg.wandb, tensorboard=cfg.tensorboard, total=steps
+    )
     warned = False
 
     guard.begin()
@@ -100,10 +114,12 @@ def go(cfg: DpoRun, pairs: PairSet, heldout: PairSet | None, guard: Guard, *, re
         faults.point("step")
         warned, stop = watch(cfg, loop, step, warned=warned)
         counts = counter.take()
-        if heldout is not None and (last or stop or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+        if heldout is not None and (
+            last or stop or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)
+        ):
             metrics |= loop.evaluate(heldout, limit=cfg.heldout_pairs)
             counter.take()  # not a step's cost
-        skipped = {"train/not_finite": loop.engine.take_skipped()}
+        skipped = {"train/nonfinite_updates": loop.engine.pop_skipped_count()}
         log.log(step, {**metrics, **skipped, **counts})
         faults.point("logged")
         asked = guard.step_done()
@@ -127,7 +143,9 @@ def build(cfg: DpoRun, pairs: PairSet) -> tuple[DpoLoop, WanGenerator, DeepSpeed
 
     accumulation = backwards_per_update(cfg.dpo, distributed.world_size())
     say(f"loading the generator {cfg.generator.path}")
-    generator = build_generator(cfg.generator, seed=cfg.seed, transformer_only=cfg.refresh is None)
+    generator = build_generator(
+        cfg.generator, seed=cfg.seed, transformer_only=cfg.refresh is None
+    )
     loop, engine = loop_of(cfg, pairs, generator, accumulation=accumulation)
     return loop, generator, engine
 
@@ -137,8 +155,8 @@ def loop_of(
 ) -> tuple[DpoLoop, DeepSpeedEngine]:
     """The loop around a generator that is there; exit with code 2 when the pairs are not for it."""
     from alignment.dpo import DpoLoop
-    from launch.careful import CarefulEngine
-    from launch.compose import build_engine
+    from engine.deepspeed import build_engine
+    from engine.skip_nonfinite import SkipNonFinite
 
     engine = build_engine(
         generator.module,
@@ -152,20 +170,22 @@ def loop_of(
         loop = DpoLoop(
             cfg.dpo,
             generator=generator,
-            engine=CarefulEngine(engine, patience=cfg.max_not_finite),
+            engine=SkipNonFinite(engine, patience=cfg.max_nonfinite_updates),
             pairs=pairs,
             seed=cfg.seed,
             grad_norm=engine.get_global_grad_norm,
         )
     except ValueError as error:
-        refuse(str(error))
+        exit_with_error(str(error))
     return loop, engine
 
 
-def arithmetic(cfg: DpoRun, loop: DpoLoop, generator: WanGenerator, *, pairs: int, steps: int) -> list[str]:
+def arithmetic(
+    cfg: DpoRun, loop: DpoLoop, generator: WanGenerator, *, pairs: int, steps: int
+) -> list[str]:
     """How pairs, ranks and accumulation make one update."""
     from common import distributed
-    from launch.zero3 import elements
+    from engine.zero3 import elements
 
     ranks, how = distributed.world_size(), cfg.dpo
     trained = elements(p for p in generator.module.parameters() if p.requires_grad)
@@ -187,7 +207,11 @@ def timed(loop: DpoLoop, step: int) -> dict[str, float]:
     start = time.perf_counter()
     metrics = loop.step(step)
     memory = peak_memory()
-    return {**metrics, **mean_over_ranks({"seconds/step": time.perf_counter() - start}), **memory}
+    return {
+        **metrics,
+        **mean_over_ranks({"seconds/step": time.perf_counter() - start}),
+        **memory,
+    }
 
 
 def watch(cfg: DpoRun, loop: DpoLoop, step: int, *, warned: bool) -> tuple[bool, bool]:
@@ -196,12 +220,12 @@ def watch(cfg: DpoRun, loop: DpoLoop, step: int, *, warned: bool) -> tuple[bool,
 
     if not loop.rising():
         return warned, False
-    if not warned or cfg.dpo.stop_when_rising:
+    if not warned or cfg.dpo.stop_on_displacement:
         say(
-            f"step {step}: over {cfg.dpo.watch} steps the winner's error has risen above the reference's: the policy "
+            f"step {step}: over {cfg.dpo.displacement_window} steps the winner's error has risen above the reference's: the policy "
             "runs from the loser, not to the winner. A larger dpo.beta, a smaller optimizer.lr or dpo.sft_weight helps"
         )
-    return True, cfg.dpo.stop_when_rising
+    return True, cfg.dpo.stop_on_displacement
 
 
 class Watched:
@@ -214,7 +238,10 @@ class Watched:
         from common.checkpoint import load_state
 
         self.loop.watched.clear()
-        self.loop.watched.extend(float("nan") if value is None else value for value in load_state(folder)["watched"])
+        self.loop.watched.extend(
+            float("nan") if value is None else value
+            for value in load_state(folder)["watched"]
+        )
 
 
 class Refresher:
@@ -241,21 +268,25 @@ class Refresher:
             self.make(folder, turn)
         elif first:
             whole = [
-                one for one in sorted(folder.parent.glob("round-*")) if one <= folder and (one / MANIFEST).exists()
+                one
+                for one in sorted(folder.parent.glob("round-*"))
+                if one <= folder and (one / MANIFEST).exists()
             ]
             if whole:
                 self.loop.use(PairSet(whole[-1]))
 
     def make(self, folder: Path, turn: int) -> None:
-        from alignment.data import read_prompts
         from alignment.pair_store import PairSet
+        from alignment.prompts import read_prompts
         from common.distributed import derive_seed
         from common.schedule import IndexSchedule
         from launch.pair_making import make_pairs
 
         how = self.cfg.refresh
         prompts = read_prompts(how.prompts)
-        drawn = IndexSchedule(len(prompts), seed=self.cfg.seed, per_step=how.limit, name="refresh").at(turn - 1)
+        drawn = IndexSchedule(
+            len(prompts), seed=self.cfg.seed, per_step=how.limit, name="refresh"
+        ).at(turn - 1)
         try:
             make_pairs(
                 folder,
@@ -274,15 +305,23 @@ class Refresher:
         except ValueError as error:
             from common.log import say
 
-            say(f"round {turn} of online pairs is left out, the ones before stay: {error}")
+            say(
+                f"round {turn} of online pairs is left out, the ones before stay: {error}"
+            )
 
 
 def save(
-    cfg: DpoRun, loop: DpoLoop, generator: WanGenerator, engine: DeepSpeedEngine, ema: object, *, step: int
+    cfg: DpoRun,
+    loop: DpoLoop,
+    generator: WanGenerator,
+    engine: DeepSpeedEngine,
+    ema: object,
+    *,
+    step: int,
 ) -> None:
     """checkpoints/step-N as launch/grpo.py writes them, with what is watched. All ranks call it."""
     from common.types import json_number
-    from launch.generator_state import save as save_run
+    from engine.export import save as save_run
 
     watched = [json_number(value) for value in loop.watched]
     save_run(cfg, generator, engine, ema, step=step, state={"watched": watched})

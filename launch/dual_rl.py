@@ -12,16 +12,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.cli import user_errors
 from launch.command import read_command
-from launch.judge_runs import judge_engine, read_tables, run_steps, to_device, usable
-from launch.refuse import refusing
-from launch.runs import DualRlRun
+from launch.rm_data import read_tables, usable
+from launch.rm_runs import build_rm_engine, run_steps, to_device
+from launch.schemas.training import DualRlRun
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from launch.guard import Guard
-    from rm.chain_writer import ChainWriter
+    from engine.guard import Guard
+    from rm.cot_backend import CotBackend
     from rm.data import Pair
     from rm.dual_rl import DualRl
     from rm.model import DeScore
@@ -37,20 +38,22 @@ def train(cfg: DualRlRun, *, resume: str) -> None:
     from launch.compose import quiet
 
     quiet()
-    from launch.guard import guarded
+    from engine.guard import guarded
 
     pairs, heldout = read(cfg)
     with guarded(cfg) as guard:
         go(cfg, pairs, heldout, guard, resume=resume)
 
 
-def go(cfg: DualRlRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, *, resume: str) -> None:
+def go(
+    cfg: DualRlRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, *, resume: str
+) -> None:
     """Build, go on where the run was, one `DualRl.step` after the other, save."""
     from common import distributed
     from common.log import say
 
     pairs, heldout = usable(cfg, pairs, heldout)
-    with refusing():
+    with user_errors():
         loop, engine = build(cfg, pairs)
     dual, ranks = cfg.dual_rl, distributed.world_size()
     say(
@@ -66,7 +69,9 @@ def go(cfg: DualRlRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, *, 
             careful=loop.engine,
             steps=dual.steps,
             step_of=loop.step,
-            evaluate=(lambda: loop.evaluate(heldout, loop.model.generation)) if heldout else None,
+            evaluate=(lambda: loop.evaluate(heldout, loop.model.generation))
+            if heldout
+            else None,
             label="dual RL",
             guard=guard,
             resume=resume,
@@ -82,30 +87,37 @@ def read(cfg: DualRlRun) -> tuple[list[Pair], list[Pair]]:
 def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
     """Everything a run is made of, on this rank. Raises ValueError when ranks cannot share an update evenly."""
     from common.distributed import world_size
-    from launch.careful import CarefulEngine
-    from launch.zero3 import shard_frozen, shard_judge
+    from engine.deepspeed import shard_frozen
+    from engine.skip_nonfinite import SkipNonFinite
+    from launch.rm_runs import shard_reward_model
     from rm.data import PairSchedule
     from rm.dual_rl import DualRl, backwards_per_update
 
     accumulation = backwards_per_update(cfg.dual_rl, world_size())
     model = load(cfg)
     writer = build_writer(cfg, model)
-    groups = model.param_groups(cfg.lr, lora=cfg.lora, weight_decay=cfg.dual_rl.weight_decay, seed=cfg.seed)
+    groups = model.param_groups(
+        cfg.lr, lora=cfg.lora, weight_decay=cfg.dual_rl.weight_decay, seed=cfg.seed
+    )
     reference = None
     if cfg.lora is None and cfg.dual_rl.kl_weight > 0:
         reference = load(cfg).requires_grad_(requires_grad=False)
         if cfg.zero_stage == 3:
             shard_frozen(reference, dtype=cfg.dtype, overrides=cfg.deepspeed)
-            shard_judge(reference)
-    engine = judge_engine(cfg, model, groups, accumulation=accumulation, clip_parts=True)
+            shard_reward_model(reference)
+    engine = build_rm_engine(
+        cfg, model, groups, accumulation=accumulation, clip_per_group=True
+    )
     dual = cfg.dual_rl
     loop = DualRl(
         dual,
         rules=cfg.rules,
         model=model,
-        engine=CarefulEngine(engine, patience=cfg.max_not_finite),
+        engine=SkipNonFinite(engine, patience=cfg.max_nonfinite_updates),
         pairs=pairs,
-        schedule=PairSchedule(len(pairs), pairs_per_step=dual.pairs_per_step, seed=cfg.seed),
+        schedule=PairSchedule(
+            len(pairs), pairs_per_step=dual.pairs_per_step, seed=cfg.seed
+        ),
         seed=cfg.seed,
         reference=reference,
         writer=writer,
@@ -114,15 +126,15 @@ def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
     return loop, engine
 
 
-def build_writer(cfg: DualRlRun, model: DeScore) -> ChainWriter:
+def build_writer(cfg: DualRlRun, model: DeScore) -> CotBackend:
     """This rank's own; ValueError or FileNotFoundError when the judge or its settings do not suit it."""
-    if cfg.writer.engine == "vllm":
-        from rm.vllm_writer import VllmWriter
+    if cfg.cot_backend.kind == "vllm":
+        from rm.vllm.client import VllmBackend
 
-        return VllmWriter(cfg.writer, model)
-    from rm.chain_writer import HfWriter
+        return VllmBackend(cfg.cot_backend, model)
+    from rm.cot_backend import HfBackend
 
-    return HfWriter(model, batch=2 * cfg.dual_rl.micro_batch)
+    return HfBackend(model, batch=2 * cfg.dual_rl.micro_batch)
 
 
 def load(cfg: DualRlRun) -> DeScore:

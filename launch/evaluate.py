@@ -5,7 +5,7 @@
     python launch/evaluate.py vbench --config configs/wan/evaluate_vbench.yaml python=VBENCH_ENV/bin/python
 
 The first two write config.yaml, results.jsonl (a row for every video or pair) and summary.json, {name: {mean, ci95, n,
-...}}; VBench's table has a docstring of its own, in `launch.vbench_evaluation`.
+...}}; VBench's table has a docstring of its own, in `launch.vbench_eval.evaluate`.
 Ranks share the rows. A killed evaluation goes on where it was; another configuration in the same folder is refused.
 """
 
@@ -13,90 +13,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from alignment.config import RewardConfig
-from alignment.rewards import factory_of
 from common.config import dump
-from generator.config import GeneratorConfig
-from launch.command import read_command
-from launch.kinds import take_kind
-from launch.vbench_runs import VbenchEvaluation
+from launch.command import read_command, take_kind
+from launch.evaluation.generator import judge_samples, summarise
+from launch.schemas.evaluation import GeneratorEvaluation, RewardEvaluation
+from launch.schemas.vbench import VbenchEvaluation
 
 if TYPE_CHECKING:
-    from launch.rows import Row, RowTable
+    from launch.evaluation.results_table import ResultsTable
 
 NOT_IN_A_ROW = ("out", "batch", "limit", "resamples")  # settings that change no row
-
-
-@dataclass(frozen=True)
-class GeneratorEvaluation:
-    """Sample by the plain ODE and let every reward judge. Prompt i is sampled from derive_seed(seed, "evaluate", i).
-
-    adapter      folder of a trained adapter, null for the generator as it is; same seeds, so videos compare in pairs
-    rewards      as in a training run; weights are ignored
-    limit        use only the first prompts of the file
-    batch        videos sampled, decoded and judged at once on each rank
-    keep_videos  how many are written to videos/, the first ones
-    resamples    of the bootstrap
-    """
-
-    out: str
-    prompts: str
-    generator: GeneratorConfig
-    rewards: dict[str, RewardConfig]
-    adapter: str | None = None
-    limit: int | None = None
-    seed: int = 0
-    batch: int = 8
-    scheduler: Literal["euler", "pipeline"] = "euler"
-    keep_videos: int = 16
-    crf: int = 12
-    resamples: int = 10_000
-
-    def __post_init__(self) -> None:
-        problems = _positive(self, "batch", "limit", "resamples")
-        if self.keep_videos < 0:
-            problems.append(f"keep_videos must be at least 0, got {self.keep_videos}")
-        if not 0 <= self.crf <= 51:
-            problems.append(f"crf must be in 0..51, got {self.crf}")
-        if not self.rewards:
-            problems.append("rewards must name at least one reward, got none")
-        _check("GeneratorEvaluation", problems)
-        for name, reward in self.rewards.items():
-            factory_of(name, reward)
-
-
-@dataclass(frozen=True)
-class RewardEvaluation:
-    """Let a DeScore judge both videos of every pair, thinking first, and compare with what people preferred.
-
-    pairs      a CSV, or a folder that holds one; its own chains of thought are not read
-    layout     its columns, see `rm.benchmarks`: the training table, VideoGen-RewardBench, GenAI-Bench or in-domain
-    dimension  of VideoGen-RewardBench: VQ, MQ, TA (DeScore's column) or Overall
-    videos     folder of the benchmark's videos; null is the CSV's
-    options    keyword arguments of `rm.scorer.DeScoreScorer.load`
-    limit      use only the first pairs
-    batch      pairs judged at once on each rank
-    resamples  of the bootstrap over pairs
-    """
-
-    out: str
-    checkpoint: str
-    pairs: str
-    layout: Literal["descore", "videogen", "genai", "indomain"] = "descore"
-    dimension: Literal["VQ", "MQ", "TA", "Overall"] = "TA"
-    videos: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    limit: int | None = None
-    seed: int = 0
-    batch: int = 4
-    resamples: int = 2_000
-
-    def __post_init__(self) -> None:
-        _check("RewardEvaluation", _positive(self, "batch", "limit", "resamples"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -121,21 +50,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> None:
     """The rows of this rank, then the summary on rank 0."""
-    from launch.refuse import refuse, refusing
-    from launch.rows import all_ranks
+    from common.cli import exit_with_error, user_errors
+    from launch.evaluation.results_table import all_ranks
 
     if cfg.adapter is not None and not Path(cfg.adapter).is_dir():
-        refuse(f"adapter: there is no folder {cfg.adapter}")
+        exit_with_error(f"adapter: there is no folder {cfg.adapter}")
     with all_ranks():
-        from alignment.data import read_prompts
+        from alignment.prompts import read_prompts
         from common.distributed import derive_seed
 
-        with refusing():
+        with user_errors():
             prompts = read_prompts(cfg.prompts)[: cfg.limit]
-            inputs = [cfg.prompts, cfg.generator.path, cfg.adapter, *(r.checkpoint for r in cfg.rewards.values())]
+            inputs = [
+                cfg.prompts,
+                cfg.generator.path,
+                cfg.adapter,
+                *(r.checkpoint for r in cfg.rewards.values()),
+            ]
             table = open_table(cfg, inputs, resume)
         own = [
-            {"index": i, "prompt": prompts[i], "seed": derive_seed(cfg.seed, "evaluate", i)}
+            {
+                "index": i,
+                "prompt": prompts[i],
+                "seed": derive_seed(cfg.seed, "evaluate", i),
+            }
             for i in begin(cfg, table, len(prompts))
         ]
         if own:
@@ -144,68 +82,23 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
         conclude(cfg.out, summarise(rows, seed=cfg.seed, resamples=cfg.resamples))
 
 
-def judge_samples(cfg: GeneratorEvaluation, own: list[Row], table: RowTable) -> None:
-    """Sample, judge and write down this rank's rows, batch by batch."""
-    from common.log import progress, say
-    from launch.compose import build_rewards, quiet, trained_generator
-    from launch.refuse import refusing
-    from launch.rows import batches, score_fields
-
-    quiet()
-    from common.video_io import write_mp4
-
-    say(f"loading the generator {cfg.generator.path} and the rewards {', '.join(cfg.rewards)}")
-    with refusing():
-        generator = trained_generator(cfg.generator, cfg.adapter)
-        rewards = build_rewards(cfg.rewards)
-    folder, fps = Path(cfg.out) / "videos", cfg.generator.fps
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in progress(batches(own, cfg.batch), -(-len(own) // cfg.batch), "evaluate"):
-        prompts = [row["prompt"] for row in part]
-        clean = generator.sample(prompts, seeds=[row["seed"] for row in part], scheduler=cfg.scheduler)
-        video_BTYXC = generator.decode(clean)
-        scores = {name: reward.score(video_BTYXC, prompts, fps=fps) for name, reward in rewards.items()}
-        for b, row in enumerate(part):
-            row |= score_fields(scores, b) | {"video": None}
-            if row["index"] < cfg.keep_videos:
-                row["video"] = f"videos/{row['index']:04d}.mp4"
-                write_mp4(Path(cfg.out) / row["video"], video_BTYXC[b], fps, crf=cfg.crf)
-        table.add(part)
-
-
-def summarise(rows: Sequence[Row], *, seed: int, resamples: int) -> dict[str, Any]:
-    """{reward: interval, "reward.part": interval}: MEAN and bootstrap over prompts, unjudged ones counted."""
-    from common.bootstrap import mean_ci95
-
-    columns = {name: [row["rewards"].get(name) for row in rows] for name in _names(row["rewards"] for row in rows)}
-    for name in _names(row["parts"] for row in rows):
-        found = [row["parts"].get(name, {}) for row in rows]
-        columns |= {f"{name}.{part}": [parts.get(part) for parts in found] for part in _names(found)}
-    return {name: mean_ci95(values, seed=seed, resamples=resamples).as_dict() for name, values in columns.items()}
-
-
-def _names(dicts: Iterable[dict[str, Any]]) -> list[str]:
-    """All keys, in order of first appearance."""
-    return list(dict.fromkeys(name for one in dicts for name in one))
-
-
 # ------------------------------------------------------------------ reward model
 
 
 def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
     """The pairs of this rank, then the summary on rank 0."""
-    from launch.refuse import refuse, refusing
-    from launch.rows import all_ranks
+    from common.cli import exit_with_error, user_errors
+    from launch.evaluation.results_table import all_ranks
 
     if not Path(cfg.checkpoint).is_dir():
-        refuse(f"checkpoint: there is no folder {cfg.checkpoint}")
+        exit_with_error(f"checkpoint: there is no folder {cfg.checkpoint}")
     with all_ranks():
         from common.log import say
-        from launch.pair_rows import judge_pairs, summarise_pairs
+        from launch.evaluation.preference import judge_pairs, summarise_pairs
         from rm.benchmarks import read_benchmark
         from rm.model import DeScore
 
-        with refusing():
+        with user_errors():
             own = DeScore.dimensions_in(cfg.checkpoint)
             found = read_benchmark(
                 cfg.pairs,
@@ -229,7 +122,7 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
 
 def evaluate_vbench(cfg: VbenchEvaluation, *, resume: str = "auto") -> None:
     """Here for its name only: it shares no row and no reward with the others."""
-    from launch import vbench_evaluation
+    from launch.vbench_eval import evaluate as vbench_evaluation
 
     vbench_evaluation.evaluate_vbench(cfg, resume=resume)
 
@@ -237,17 +130,23 @@ def evaluate_vbench(cfg: VbenchEvaluation, *, resume: str = "auto") -> None:
 # ------------------------------------------------------------------ both
 
 
-def open_table(cfg: Any, inputs: Iterable[str | None], resume: str) -> RowTable:
+def open_table(cfg: Any, inputs: Iterable[str | None], resume: str) -> ResultsTable:
     """The results of this configuration on these files. Raises ValueError where there are results of another."""
     from common.run_record import plain
-    from launch.rows import RowTable, fingerprint
+    from launch.evaluation.results_table import ResultsTable, fingerprint
 
-    settings = {name: value for name, value in plain(cfg).items() if name not in NOT_IN_A_ROW}
+    settings = {
+        name: value for name, value in plain(cfg).items() if name not in NOT_IN_A_ROW
+    }
     files = {file: fingerprint(file) for file in inputs if file}
-    return RowTable(Path(cfg.out) / "results.jsonl", identity={**settings, "files": files}, resume=resume)
+    return ResultsTable(
+        Path(cfg.out) / "results.jsonl",
+        identity={**settings, "files": files},
+        resume=resume,
+    )
 
 
-def begin(cfg: Any, table: RowTable, count: int) -> list[int]:
+def begin(cfg: Any, table: ResultsTable, count: int) -> list[int]:
     """Say how much there is to do; the indices that are left to this rank."""
     from common.distributed import is_main
     from common.log import say
@@ -258,7 +157,10 @@ def begin(cfg: Any, table: RowTable, count: int) -> list[int]:
         dump(cfg, cfg.out)
         if left:
             (Path(cfg.out) / "summary.json").unlink(missing_ok=True)
-    say(f"{left} of {count} to do" + (f", {count - left} are in {table.path}" if left < count else ""))
+    say(
+        f"{left} of {count} to do"
+        + (f", {count - left} are in {table.path}" if left < count else "")
+    )
     return [index for (index,) in table.share(keys)]
 
 
@@ -266,7 +168,7 @@ def conclude(out: str, summary: dict[str, Any]) -> None:
     """Write summary.json and show it."""
     from common.distributed import is_main
     from common.log import say
-    from launch.rows import write_json
+    from launch.evaluation.results_table import write_json
 
     if not is_main():
         return
@@ -275,22 +177,12 @@ def conclude(out: str, summary: dict[str, Any]) -> None:
         if isinstance(value, dict) and value["mean"] is not None:
             low, high = value["ci95"]
             missing = f", {value['missing']} unjudged" if value["missing"] else ""
-            say(f"{name:>24}  {value['mean']:8.4f}  95 % [{low:.4f}, {high:.4f}]  n = {value['n']}{missing}")
+            say(
+                f"{name:>24}  {value['mean']:8.4f}  95 % [{low:.4f}, {high:.4f}]  n = {value['n']}{missing}"
+            )
         else:
             say(f"{name:>24}  {'not judged' if isinstance(value, dict) else value}")
     say(f"results are in {out}")
-
-
-def _positive(cfg: Any, *names: str) -> list[str]:
-    values = {name: getattr(cfg, name) for name in names}
-    return [
-        f"{name} must be at least 1, got {value}" for name, value in values.items() if value is not None and value < 1
-    ]
-
-
-def _check(owner: str, problems: list[str]) -> None:
-    if problems:
-        raise ValueError("; ".join(f"{owner}.{problem}" for problem in problems))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from common import distributed
 from common.checkpoint import load_tensors, save_tensors
 from common.log import progress, say
 from common.types import json_number
-from launch.rows import Row, RowTable, attempt
+from launch.evaluation.results_table import ResultsTable, Row, attempt
 
 if TYPE_CHECKING:
     from alignment.config import PairConfig
@@ -44,10 +44,14 @@ def candidates_of(
     An item that raises ValueError gets the row {"error": reason} and is tried again when the run is.
     """
     (folder / CANDIDATES).mkdir(parents=True, exist_ok=True)
-    table = RowTable(folder / f"{CANDIDATES}.jsonl", identity=identity, resume=resume, retry="error")
+    table = ResultsTable(
+        folder / f"{CANDIDATES}.jsonl", identity=identity, resume=resume, retry="error"
+    )
     own = table.share((i,) for i in range(len(items)))
     if len(own) < len(items):
-        say(f"{len(items)} to do, {len(table.done)} of them done before, {len(own)} on this rank")
+        say(
+            f"{len(items)} to do, {len(table.done)} of them done before, {len(own)} on this rank"
+        )
 
     def one(numbers: Sequence[int]) -> list[Row]:
         (i,) = numbers
@@ -69,7 +73,11 @@ def file_of(folder: Path, index: int) -> Path:
 
 
 def film(
-    generator: WanGenerator, rewards: Mapping[str, RewardModel], *, count: int, seed: int
+    generator: WanGenerator,
+    rewards: Mapping[str, RewardModel],
+    *,
+    count: int,
+    seed: int,
 ) -> Callable[[int, str], tuple[dict[str, torch.Tensor], Row]]:
     """A function (number of the prompt, prompt) -> its ``count`` videos as latents, and what rewards say of them."""
 
@@ -78,10 +86,17 @@ def film(
         clean_KCFHW = generator.sample([prompt] * count, seeds)
         video_KTYXC = generator.decode(clean_KCFHW)
         scores = {
-            name: one.score(video_KTYXC, [prompt] * count, fps=generator.cfg.fps) for name, one in rewards.items()
+            name: one.score(video_KTYXC, [prompt] * count, fps=generator.cfg.fps)
+            for name, one in rewards.items()
         }
-        said = {name: [json_number(value) for value in score.value_B] for name, score in scores.items()}
-        tensors = {"latent": clean_KCFHW, "embedding": generator.prompts.rows_of(prompt)}
+        said = {
+            name: [json_number(value) for value in score.value_B]
+            for name, score in scores.items()
+        }
+        tensors = {
+            "latent": clean_KCFHW,
+            "embedding": generator.prompts.rows_of(prompt),
+        }
         return tensors, {"prompt": prompt, "seeds": seeds, "rewards": said}
 
     return make
@@ -94,17 +109,29 @@ def digitise(
     from common.video_io import read_frames
 
     cfg = generator.cfg
-    size = {"num_frames": cfg.num_frames, "fps": cfg.fps, "height": cfg.height, "width": cfg.width}
+    size = {
+        "num_frames": cfg.num_frames,
+        "fps": cfg.fps,
+        "height": cfg.height,
+        "width": cfg.width,
+    }
 
     def make(i: int, pair: Pair) -> tuple[dict[str, torch.Tensor], Row]:
-        files = (pair.video_A, pair.video_B) if pair.label > 0 else (pair.video_B, pair.video_A)
+        files = (
+            (pair.video_A, pair.video_B)
+            if pair.label > 0
+            else (pair.video_B, pair.video_A)
+        )
         try:
             checker.require(*files)
             video_2TYXC = torch.stack([read_frames(file, **size) for file in files])
         except ValueError as error:
             raise ValueError(f"{csv}:{pair.line}: {error}") from error
         latent_2CFHW = generator.encode(video_2TYXC)
-        tensors = {"latent": latent_2CFHW, "embedding": generator.prompts.rows_of(pair.prompt)}
+        tensors = {
+            "latent": latent_2CFHW,
+            "embedding": generator.prompts.rows_of(pair.prompt),
+        }
         return tensors, {"prompt": pair.prompt, "files": [file.name for file in files]}
 
     return make
@@ -118,7 +145,8 @@ def pair_up(
     nan = float("nan")
     values = {
         name: torch.tensor(
-            [[nan if v is None else v for v in row["rewards"][name]] for row in sound], dtype=torch.float64
+            [[nan if v is None else v for v in row["rewards"][name]] for row in sound],
+            dtype=torch.float64,
         ).view(len(sound), how.candidates)
         for name in weights
     }
@@ -134,8 +162,8 @@ def pair_up(
                 row["prompt"],
                 *(latent[k] for k in both),
                 found["embedding"],
-                choice.win_value,
-                choice.lose_value,
+                choice.chosen_value,
+                choice.rejected_value,
                 source,
             )
 
@@ -147,8 +175,14 @@ def labelled(folder: Path, rows: Sequence[Row]) -> Iterator[LatentPair]:
     for row in rows:
         if "error" not in row:
             found = load_tensors(file_of(folder, row["index"]))
-            win, lose = found["latent"]
-            yield LatentPair(row["prompt"], win, lose, found["embedding"], source=" ".join(row["files"]))
+            chosen, rejected = found["latent"]
+            yield LatentPair(
+                row["prompt"],
+                chosen,
+                rejected,
+                found["embedding"],
+                source=" ".join(row["files"]),
+            )
 
 
 def make_pairs(
@@ -170,9 +204,26 @@ def make_pairs(
     make = film(generator, rewards, count=how.candidates, seed=seed)
     rows = candidates_of(folder, prompts, make, identity=identity, resume=resume)
     choices, pairs = pair_up(folder, rows, weights, how)
-    counts = {"prompts": len(rows), "pairs": len(choices.pairs), "failed": sum("error" in row for row in rows)}
-    counts |= {"unjudged": choices.unjudged, "close": choices.close, "disagreed": choices.disagreed}
-    conclude(folder, pairs, rows, counts, per_shard=per_shard, store=store, identity=identity, keep=keep)
+    counts = {
+        "prompts": len(rows),
+        "pairs": len(choices.pairs),
+        "failed": sum("error" in row for row in rows),
+    }
+    counts |= {
+        "unjudged": choices.unjudged,
+        "close": choices.close,
+        "disagreed": choices.disagreed,
+    }
+    conclude(
+        folder,
+        pairs,
+        rows,
+        counts,
+        per_shard=per_shard,
+        store=store,
+        identity=identity,
+        keep=keep,
+    )
 
 
 def conclude(
@@ -197,7 +248,9 @@ def conclude(
         raise ValueError(f"no pair is left: {said}")
     if distributed.is_main():
         about = {"counts": dict(counts), "identity": dict(identity)}
-        write_pairs(folder, pairs, per_shard=per_shard, dtype=getattr(torch, store), about=about)
+        write_pairs(
+            folder, pairs, per_shard=per_shard, dtype=getattr(torch, store), about=about
+        )
         if not keep:
             shutil.rmtree(folder / CANDIDATES)
     distributed.barrier()

@@ -15,9 +15,9 @@ from typing import Any
 
 from common.config import dump
 from launch.command import read_command
-from launch.pair_runs import PairsRun
+from launch.schemas.pairs import PairsRun
 
-NOT_IN_A_PAIR = ("out", "keep")  # settings that change no byte of the set
+NOT_IN_A_PAIR = ("out", "keep_candidates")  # settings that change no byte of the set
 
 
 def main() -> None:
@@ -27,22 +27,29 @@ def main() -> None:
 
 def run(cfg: PairsRun, *, resume: str) -> None:
     """The whole set; exit with code 2 when the input is not what it should be, or no pair is left."""
-    from launch.refuse import refuse
-    from launch.rows import all_ranks
+    from common.cli import exit_with_error
+    from launch.evaluation.results_table import all_ranks
 
     with all_ranks():
         try:
-            pairs_of_table(cfg, resume) if cfg.table is not None else pairs_of_prompts(cfg, resume)
+            pairs_of_table(cfg, resume) if cfg.table is not None else pairs_of_prompts(
+                cfg, resume
+            )
         except ValueError as error:
-            refuse(str(error))
+            exit_with_error(str(error))
 
 
 def identity_of(cfg: PairsRun, *inputs: str | None) -> dict[str, Any]:
     """Everything that decides the set's bytes."""
-    from launch.rows import fingerprint
+    from launch.evaluation.results_table import fingerprint
 
-    settings = {name: value for name, value in asdict(cfg).items() if name not in NOT_IN_A_PAIR}
-    return {"settings": settings, "inputs": {path: fingerprint(path) for path in inputs if path is not None}}
+    settings = {
+        name: value for name, value in asdict(cfg).items() if name not in NOT_IN_A_PAIR
+    }
+    return {
+        "settings": settings,
+        "inputs": {path: fingerprint(path) for path in inputs if path is not None},
+    }
 
 
 def is_made(cfg: PairsRun, identity: dict[str, Any], resume: str) -> bool:
@@ -52,42 +59,51 @@ def is_made(cfg: PairsRun, identity: dict[str, Any], resume: str) -> bool:
     import json
 
     from alignment.pair_store import MANIFEST, PairSet
-    from common import distributed, shared_folder
+    from common import distributed
     from common.log import say
     from common.run_record import differences
+    from engine.guard import folder_problem
 
-    if problem := shared_folder.problem_of(Path(cfg.out)):
+    if problem := folder_problem(Path(cfg.out)):
         raise ValueError(problem)
     if resume == "none" or not (Path(cfg.out) / MANIFEST).exists():
         distributed.barrier()  # nobody begins to write before all have looked
         return False
     found = PairSet(cfg.out)
     distributed.barrier()
-    if changes := differences(found.about["identity"], json.loads(json.dumps(identity))):
+    if changes := differences(
+        found.about["identity"], json.loads(json.dumps(identity))
+    ):
         told = "; ".join(changes[:4])
-        raise ValueError(f"{cfg.out} holds other pairs ({told}); name another out, or use --resume none")
+        raise ValueError(
+            f"{cfg.out} holds other pairs ({told}); name another out, or use --resume none"
+        )
     say(f"{cfg.out} is there already: {len(found)} pairs")
     return True
 
 
 def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
     """Sample, judge, choose, write."""
-    from alignment.data import read_prompts
+    from alignment.prompts import read_prompts
 
     prompts = read_prompts(cfg.prompts)[: cfg.limit]
     checkpoints = [reward.checkpoint for reward in cfg.rewards.values()]
-    identity = identity_of(cfg, cfg.prompts, cfg.generator.path, cfg.adapter, *checkpoints)
+    identity = identity_of(
+        cfg, cfg.prompts, cfg.generator.path, cfg.adapter, *checkpoints
+    )
     if is_made(cfg, identity, resume):
         return
     from common import distributed
+    from common.cli import user_errors
     from common.log import say
     from launch.compose import build_rewards, quiet, trained_generator
     from launch.pair_making import make_pairs
-    from launch.refuse import refusing
 
     quiet()
-    say(f"loading the generator {cfg.generator.path} and the rewards {', '.join(cfg.rewards)}")
-    with refusing():
+    say(
+        f"loading the generator {cfg.generator.path} and the rewards {', '.join(cfg.rewards)}"
+    )
+    with user_errors():
         generator = trained_generator(cfg.generator, cfg.adapter)
         rewards = build_rewards(cfg.rewards)
     if distributed.is_main():
@@ -101,10 +117,10 @@ def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
         how=cfg.pairs,
         seed=cfg.seed,
         per_shard=cfg.per_shard,
-        store=cfg.store,
+        store=cfg.latent_dtype,
         identity=identity,
         resume=resume,
-        keep=cfg.keep,
+        keep=cfg.keep_candidates,
     )
 
 
@@ -114,20 +130,22 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     from rm.video_check import VideoChecker
 
     source = cfg.table
-    table = read_benchmark(source.csv, source.layout, dimension=source.dimension, videos=source.videos)
+    table = read_benchmark(
+        source.csv, source.layout, dimension=source.dimension, videos=source.videos
+    )
     identity = identity_of(cfg, source.csv, cfg.generator.path)
     if is_made(cfg, identity, resume):
         return
     from common import distributed
+    from common.cli import user_errors
     from common.log import say
     from launch.compose import build_generator, quiet
     from launch.pair_making import candidates_of, conclude, digitise, labelled
-    from launch.refuse import refusing
 
     quiet()
     say(table.report())
     decided = [pair for pair in table.pairs if pair.label != 0][: cfg.limit]
-    with refusing():
+    with user_errors():
         generator = build_generator(cfg.generator)
     if distributed.is_main():
         dump(cfg, Path(cfg.out))
@@ -136,10 +154,21 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
         make = digitise(generator, source.csv, checker)
         rows = candidates_of(folder, decided, make, identity=identity, resume=resume)
     failed = sum("error" in row for row in rows)
-    counts = {"rows": len(table.pairs) + len(table.problems) + table.invalid, "pairs": len(rows) - failed}
-    counts |= {"ties": sum(pair.label == 0 for pair in table.pairs), "invalid": table.invalid}
+    counts = {
+        "rows": len(table.pairs) + len(table.problems) + table.invalid,
+        "pairs": len(rows) - failed,
+    }
+    counts |= {
+        "ties": sum(pair.label == 0 for pair in table.pairs),
+        "invalid": table.invalid,
+    }
     counts |= {"bad": len(table.problems), "failed": failed}
-    how = {"per_shard": cfg.per_shard, "store": cfg.store, "identity": identity, "keep": cfg.keep}
+    how = {
+        "per_shard": cfg.per_shard,
+        "latent_dtype": cfg.latent_dtype,
+        "identity": identity,
+        "keep_candidates": cfg.keep_candidates,
+    }
     conclude(folder, labelled(folder, rows), rows, counts, **how)
 
 

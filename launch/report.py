@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.files import replace_text
-from launch.report_data import KINDS, BrokenFileError, Runs
-from launch.report_find import discover, read_manifest
+from launch.reporting.data import KINDS, BrokenFileError, Runs
+from launch.reporting.find_runs import discover, read_manifest
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 _HELP = {
@@ -34,17 +34,36 @@ _HELP = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument(
-        "folder", nargs="?", type=Path, help="a run folder, or one that holds some, or a manifest .json"
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, help="the .html to write; report.html in the folder")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        help="a run folder, or one that holds some, or a manifest .json",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="the .html to write; report.html in the folder"
+    )
     parser.add_argument("--title")
-    parser.add_argument("--videos", type=int, default=12, help="prompts whose videos are shown side by side")
-    parser.add_argument("--max-mb", type=float, default=64.0, help="of videos in the file; further ones are left out")
+    parser.add_argument(
+        "--videos",
+        type=int,
+        default=12,
+        help="prompts whose videos are shown side by side",
+    )
+    parser.add_argument(
+        "--max-mb",
+        type=float,
+        default=64.0,
+        help="of videos in the file; further ones are left out",
+    )
     for kind in KINDS:
         option = f"--{kind.replace('_', '-')}"
-        parser.add_argument(option, type=Path, metavar="DIR", dest=kind, help=_HELP[kind])
+        parser.add_argument(
+            option, type=Path, metavar="DIR", dest=kind, help=_HELP[kind]
+        )
     args = parser.parse_args(argv)
     if args.videos < 0 or args.max_mb < 0:
         parser.exit(2, f"{parser.prog}: --videos and --max-mb must not be negative\n")
@@ -53,10 +72,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     try:
-        page = render(runs, title=args.title or title or _title(runs), videos=args.videos, max_mb=args.max_mb)
+        page = render(
+            runs,
+            title=args.title or title or _title(runs),
+            videos=args.videos,
+            max_mb=args.max_mb,
+        )
     except BrokenFileError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    out = args.out or (args.folder if args.folder and args.folder.is_dir() else Path()) / "report.html"
+    out = (
+        args.out
+        or (args.folder if args.folder and args.folder.is_dir() else Path())
+        / "report.html"
+    )
     write(out, page)
     sources = [*runs.named().items(), *((one.kind, one.folder) for one in runs.more)]
     print(
@@ -72,13 +100,17 @@ def _runs(args: argparse.Namespace) -> tuple[str | None, Runs]:
             title, runs = read_manifest(args.folder)
         else:
             runs = discover(args.folder)
-    given = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind) is not None}
+    given = {
+        kind: getattr(args, kind) for kind in KINDS if getattr(args, kind) is not None
+    }
     for name, folder in given.items():
         if not folder.is_dir():
             raise ValueError(f"--{name.replace('_', '-')}: there is no folder {folder}")
     runs = replace(runs, **given)
     if not runs.named() and not runs.more:
-        raise ValueError("name a run folder, a manifest, or at least one of the options")
+        raise ValueError(
+            "name a run folder, a manifest, or at least one of the options"
+        )
     return title, runs
 
 
@@ -86,15 +118,18 @@ def _title(runs: Runs) -> str:
     if {"grpo", "tuned", "dpo", "dpo_tuned"} & runs.named().keys():
         return "Alignment report"
     kinds = {*runs.named(), *(one.kind for one in runs.more)}
-    return "Reward model report" if {"rm", "cold_start", "dual_rl"} & kinds else "Evaluation report"
+    return (
+        "Reward model report"
+        if {"rm", "cold_start", "dual_rl"} & kinds
+        else "Evaluation report"
+    )
 
 
 def render(runs: Runs, *, title: str, videos: int = 12, max_mb: float = 64.0) -> str:
     """The page. Every text from a run is escaped; the charts' SVG alone is put in as it is."""
     import jinja2
 
-    from launch import report_data as data
-    from launch import report_sections as sections
+    from launch.reporting import data, sections
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -112,7 +147,9 @@ def render(runs: Runs, *, title: str, videos: int = 12, max_mb: float = 64.0) ->
         "title": title,
         "accuracy": data.summary(runs.rm),
         "rewards": data.compare(runs, [name for name in columns if "." not in name]),
-        "dpo_rewards": data.compare(runs, columns, after_dpo=True) if runs.dpo_tuned is not None else [],
+        "dpo_rewards": data.compare(runs, columns, after_dpo=True)
+        if runs.dpo_tuned is not None
+        else [],
         "dpo_charts": sections.dpo_charts(runs.dpo),
         "parts": data.compare(runs, [name for name in columns if "." in name]),
         "cards": sections.side_by_side(runs, store, videos),
@@ -120,7 +157,9 @@ def render(runs: Runs, *, title: str, videos: int = 12, max_mb: float = 64.0) ->
         "cold_start_charts": sections.cold_start_charts(runs.cold_start),
         "distributions": sections.distributions(runs),
         "seconds": data.seconds_by_phase(data.metrics(runs.grpo)),
-        "samples": [(step, sections.group_cards(steps[step], store)) for step in shown_steps],
+        "samples": [
+            (step, sections.group_cards(steps[step], store)) for step in shown_steps
+        ],
         "pairs": sections.pair_cards(runs.rm, store),
         "further": sections.further(runs),
         "files": sections.files_of(runs),

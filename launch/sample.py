@@ -14,9 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.command import read_command
-from launch.kinds import take_kind
-from launch.runs import SampleRun
+from launch.command import read_command, take_kind
+from launch.schemas.training import SampleRun
 
 NOT_IN_A_VIDEO = ("out", "limit")  # settings that change no video
 
@@ -27,10 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = read_command(SampleRun, words, description=__doc__.splitlines()[0])
         sample(command.cfg, resume=command.resume)
         return
-    from launch.vbench_runs import VbenchSampleRun
-    from launch.vbench_samples import sample_vbench
+    from launch.schemas.vbench import VbenchSampleRun
+    from launch.vbench_eval.sample import sample_vbench
 
-    vbench = read_command(VbenchSampleRun, words, description=VbenchSampleRun.__doc__.splitlines()[0])
+    vbench = read_command(
+        VbenchSampleRun, words, description=VbenchSampleRun.__doc__.splitlines()[0]
+    )
     sample_vbench(vbench.cfg, resume=vbench.resume)
 
 
@@ -38,30 +39,39 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
     """out/0000.mp4, 0001.mp4, ... prompt by prompt, and config.yaml; exit with code 2 where something cannot be read or
     the folder holds other videos.
     """
-    from launch.refuse import refusing
-    from launch.rows import all_ranks
+    from common.cli import user_errors
+    from launch.evaluation.results_table import all_ranks
 
     with all_ranks():
-        from alignment.data import read_prompts
+        from alignment.prompts import read_prompts
         from common.config import dump
         from common.distributed import derive_seed, is_main
         from common.log import say
-        from launch.filming import Shot, film, open_table
+        from launch.evaluation.sampling import SampleRequest, open_table, sample_videos
 
-        with refusing():
+        with user_errors():
             prompts = read_prompts(cfg.prompts)
-            table = open_table(cfg, {"prompts": cfg.prompts}, without=NOT_IN_A_VIDEO, resume=resume)
+            table = open_table(
+                cfg, {"prompts": cfg.prompts}, without=NOT_IN_A_VIDEO, resume=resume
+            )
         if is_main():
             dump(cfg, cfg.out)
         every = [
-            Shot(f"{i * cfg.seeds + k:04d}.mp4", prompt, derive_seed(cfg.seed, "sample", i, k), {"prompt": prompt})
+            SampleRequest(
+                f"{i * cfg.seeds + k:04d}.mp4",
+                prompt,
+                derive_seed(cfg.seed, "sample", i, k),
+                {"prompt": prompt},
+            )
             for i, prompt in enumerate(prompts)
             for k in range(cfg.seeds)
         ]
         shots = every[: None if cfg.limit is None else cfg.limit * cfg.seeds]
-        film(cfg, shots, Path(cfg.out), table)
+        sample_videos(cfg, shots, Path(cfg.out), table)
         made = table.done | {(shot.file,) for shot in shots}
-        table.finish([key for shot in every if (key := (shot.file,)) in made])  # with what a larger limit made
+        table.finish(
+            [key for shot in every if (key := (shot.file,)) in made]
+        )  # with what a larger limit made
         say(f"{len(shots)} videos in {cfg.out}")
 
 

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rm.data import LABELS, Pair, PairTable, check_videos, collect, csv_file, labels_in, prompt_in, read_pairs
+from rm.data import (
+    LABELS,
+    Pair,
+    PairTable,
+    check_videos,
+    collect,
+    csv_file,
+    labels_in,
+    prompt_in,
+    read_pairs,
+)
 from rm.prompt import parse_preference
 
 Layout = Literal["descore", "videogen", "genai", "indomain"]
@@ -52,15 +62,24 @@ def read_benchmark(
     """
     if layout == "descore":
         if videos is not None:
-            raise ValueError(f"{path}: the training layout names its videos relative to the CSV")
+            raise ValueError(
+                f"{path}: the training layout names its videos relative to the CSV"
+            )
         return read_pairs(path, require_cot=False, dimensions=dimensions)
     if dimension not in DIMENSIONS:
-        raise ValueError(f"{path}: dimension must be one of {', '.join(DIMENSIONS)}, got {dimension!r}")
+        raise ValueError(
+            f"{path}: dimension must be one of {', '.join(DIMENSIONS)}, got {dimension!r}"
+        )
     columns = _columns(layout, dimension)
     path = csv_file(Path(path))
     root = path.parent if videos is None else Path(videos)
     required = [columns.video_A, columns.video_B, columns.label, "prompt"]
-    return collect(path, required, columns.label, lambda row, label: _pair(row, label, columns, root))
+    return collect(
+        path,
+        required,
+        columns.label,
+        lambda row, label: _pair(row, label, columns, root),
+    )
 
 
 def _columns(layout: Layout, dimension: str) -> _Columns:
@@ -70,20 +89,36 @@ def _columns(layout: Layout, dimension: str) -> _Columns:
         return _Columns("left_video_path", "right_video_path", "vote_type", _vote)
     if layout == "indomain":
         return _Columns("video_A", "video_B", "answer", parse_preference)
-    raise ValueError(f"layout must be descore, videogen, genai or indomain, got {layout!r}")
+    raise ValueError(
+        f"layout must be descore, videogen, genai or indomain, got {layout!r}"
+    )
 
 
 def _vote(cell: str) -> int | None:
     """leftvote, rightvote, and a tie for tievote and bothbad."""
     word = cell.lower()
     starts = {"left": 1, "right": -1, "tie": 0, "both": 0}
-    return next((label for start, label in starts.items() if word.startswith(start)), None)
+    return next(
+        (label for start, label in starts.items() if word.startswith(start)), None
+    )
 
 
 def _pair(row: Mapping[str, str], text: str, columns: _Columns, root: Path) -> Pair:
     label = columns.read(text)
     if label is None:
-        raise ValueError(f"{columns.label} says {row[columns.label]!r:.80}, which names no preference")
-    files = [root / (row[name] or "").strip() for name in (columns.video_A, columns.video_B)]
+        raise ValueError(
+            f"{columns.label} says {row[columns.label]!r:.80}, which names no preference"
+        )
+    files = [
+        root / (row[name] or "").strip() for name in (columns.video_A, columns.video_B)
+    ]
     check_videos(files)
-    return Pair(prompt_in(row), files[0], files[1], "", "", label, labels=labels_in(row, columns.labels))
+    return Pair(
+        prompt_in(row),
+        files[0],
+        files[1],
+        "",
+        "",
+        label,
+        labels=labels_in(row, columns.labels),
+    )

@@ -27,15 +27,24 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.mean.keys() != self.std.keys() or not self.mean:
-            raise ValueError(f"mean and std must name the same dimensions, got {list(self.mean)} and {list(self.std)}")
+            raise ValueError(
+                f"mean and std must name the same dimensions, got {list(self.mean)} and {list(self.std)}"
+            )
         for name, std in self.std.items():
             if not (math.isfinite(self.mean[name]) and math.isfinite(std) and std > 0):
-                raise ValueError(f"{name!r} has mean {self.mean[name]} and std {std}: no scale to measure by")
+                raise ValueError(
+                    f"{name!r} has mean {self.mean[name]} and std {std}: no scale to measure by"
+                )
 
     @classmethod
-    def of(cls, rewards: Mapping[str, Sequence[float | None]], *, chains: int) -> Calibration:
+    def of(
+        cls, rewards: Mapping[str, Sequence[float | None]], *, chains: int
+    ) -> Calibration:
         """Of validation rewards by dimension; None and NaN (unjudged) are left out. ValueError if nothing is left."""
-        judged = {n: [r for r in values if r is not None and not math.isnan(r)] for n, values in rewards.items()}
+        judged = {
+            n: [r for r in values if r is not None and not math.isnan(r)]
+            for n, values in rewards.items()
+        }
         if empty := [name for name, values in judged.items() if not values]:
             raise ValueError(f"no video was judged in {', '.join(empty)}")
         return cls(
@@ -56,7 +65,9 @@ class Calibration:
         """FileNotFoundError that says how to make one; ValueError, naming the file, for one that is not."""
         path = Path(folder) / CALIBRATION_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} has no {CALIBRATION_FILE}: make it with launch/calibrate.py")
+            raise FileNotFoundError(
+                f"{folder} has no {CALIBRATION_FILE}: make it with launch/calibrate.py"
+            )
         raw = json.loads(path.read_text(encoding="utf-8"))
         try:
             return cls(**raw)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from common.types import Engine
     from rm.config import ColdStartConfig
-    from rm.data import Draw, Pair, PairSchedule
+    from rm.data import Pair, PairDraw, PairSchedule
     from rm.model import DeScore
     from rm.video import PreparedVideo
 
@@ -54,7 +54,7 @@ def backwards_per_step(cfg: ColdStartConfig, ranks: int) -> int:
 
 
 @dataclass(frozen=True)
-class Side:
+class EncodedSide:
     """One video of a pair and the question about it, ready for the model."""
 
     video: PreparedVideo
@@ -62,7 +62,9 @@ class Side:
 
     @property
     def nbytes(self) -> int:
-        return self.video.patches.nbytes + 40 * len(self.prompt_ids)  # a Python int and the pointer to it
+        return self.video.patches.nbytes + 40 * len(
+            self.prompt_ids
+        )  # a Python int and the pointer to it
 
 
 class ColdStart:
@@ -84,10 +86,18 @@ class ColdStart:
         seed: int,
         grad_norm: Callable[[], float | Tensor | None] | None = None,
     ) -> None:
-        self.cfg, self.model, self.engine, self.pairs, self.schedule = cfg, model, engine, pairs, schedule
+        self.cfg, self.model, self.engine, self.pairs, self.schedule = (
+            cfg,
+            model,
+            engine,
+            pairs,
+            schedule,
+        )
         self.seed, self.grad_norm = seed, grad_norm
         self.accumulation = backwards_per_step(cfg, world_size())
-        self.kept: dict[tuple[Path, str], Side] = {}  # the same in every epoch, kept while there is room
+        self.kept: dict[
+            tuple[Path, str], EncodedSide
+        ] = {}  # the same in every epoch, kept while there is room
         self.room = cfg.cache_gb * 2**30
 
     def step(self, step: int) -> dict[str, float]:
@@ -95,7 +105,13 @@ class ColdStart:
         start = time.perf_counter()
         draws = self.schedule.at(step)
         # every rank knows all draws
-        count_K = counted(self.labels([self.pairs[d.row] for d in draws]), theta=self.cfg.theta).clamp(min=1).tolist()
+        count_K = (
+            counted(
+                self.labels([self.pairs[d.row] for d in draws]), theta=self.cfg.theta
+            )
+            .clamp(min=1)
+            .tolist()
+        )
         torch.manual_seed(derive_seed(self.seed, "dropout", step, rank()))
         self.model.train()
         sums = {"loss": 0.0, "right": 0.0, "margin": 0.0, "masked": 0.0}
@@ -104,7 +120,10 @@ class ColdStart:
             chains = [self.masked(pair, d) for pair, d in zip(own, part, strict=True)]
             faults.point("forward")
             reward_N2K = self.rewards(own, chains)
-            label_N = torch.tensor([label_of_total(p, self.model.dimensions) for p in own], device=reward_N2K.device)
+            label_N = torch.tensor(
+                [label_of_total(p, self.model.dimensions) for p in own],
+                device=reward_N2K.device,
+            )
             loss = preference_loss(
                 reward_N2K, self.labels(own).to(reward_N2K.device), weight_K=self.model.loss_weight_K,
                 theta=self.cfg.theta, margin=self.cfg.margin, count_K=count_K,
@@ -123,15 +142,20 @@ class ColdStart:
             sums["right"] += float((signed_N > 0).sum())
             sums["margin"] += float(signed_N.nansum())
             for pair, kept in zip(own, chains, strict=True):
-                sums["masked"] += sum(map(dropped_share, (pair.cot_A, pair.cot_B), kept)) / 2
-        labels = [label_of_total(self.pairs[d.row], self.model.dimensions) for d in draws]
+                sums["masked"] += (
+                    sum(map(dropped_share, (pair.cot_A, pair.cot_B), kept)) / 2
+                )
+        labels = [
+            label_of_total(self.pairs[d.row], self.model.dimensions) for d in draws
+        ]
         decided = max(1, sum(label in (1, -1) for label in labels))
         norm = self.grad_norm() if self.grad_norm is not None else None
         return {
             "train/loss": sum_over_ranks(sums["loss"]),
             "train/accuracy": sum_over_ranks(sums["right"]) / decided,
             "train/margin": sum_over_ranks(sums["margin"]) / decided,
-            "train/masked": sum_over_ranks(sums["masked"]) / len(draws),  # MEAN over videos of the share of text
+            "train/masked": sum_over_ranks(sums["masked"])
+            / len(draws),  # MEAN over videos of the share of text
             **({} if norm is None else {"train/grad_norm": float(norm)}),
             **mean_over_ranks({"seconds/step": time.perf_counter() - start}),
         }
@@ -139,17 +163,25 @@ class ColdStart:
     def labels(self, pairs: Sequence[Pair]) -> Tensor:
         return torch.tensor(label_rows(pairs, self.model.dimensions))
 
-    def own_parts(self, draws: Sequence[Draw]) -> list[Sequence[Draw]]:
+    def own_parts(self, draws: Sequence[PairDraw]) -> list[Sequence[PairDraw]]:
         """This rank's share, in micro-batches."""
         share = len(draws) // world_size()
         own, size = draws[rank() * share : (rank() + 1) * share], self.cfg.micro_batch
         return [own[i : i + size] for i in range(0, share, size)]
 
-    def masked(self, pair: Pair, draw: Draw) -> tuple[str, str]:
+    def masked(self, pair: Pair, draw: PairDraw) -> tuple[str, str]:
         """What is left of both chains of thought this time."""
-        return mask((pair.cot_A, pair.cot_B), self.cfg.masking, seed=self.seed, epoch=draw.epoch, row=draw.row)
+        return mask(
+            (pair.cot_A, pair.cot_B),
+            self.cfg.masking,
+            seed=self.seed,
+            epoch=draw.epoch,
+            row=draw.row,
+        )
 
-    def rewards(self, pairs: Sequence[Pair], chains: Sequence[tuple[str, str]]) -> Tensor:
+    def rewards(
+        self, pairs: Sequence[Pair], chains: Sequence[tuple[str, str]]
+    ) -> Tensor:
         """(N, 2, K) rewards of A and B with these chains of thought, one forward."""
         encoded: list[Encoded] = []
         videos: list[PreparedVideo] = []
@@ -157,17 +189,21 @@ class ColdStart:
             for path, cot in zip((pair.video_A, pair.video_B), both, strict=True):
                 side = self.side(path, pair.prompt)
                 videos.append(side.video)
-                encoded.append(Encoded(side.prompt_ids, tuple(encode_cot(self.model.tokenizer, cot))))
+                encoded.append(
+                    Encoded(
+                        side.prompt_ids, tuple(encode_cot(self.model.tokenizer, cot))
+                    )
+                )
         batch = self.model.batch(encoded, videos).to(self.model.device)
         return self.model(batch).unflatten(0, (-1, 2))
 
-    def side(self, path: Path, prompt: str) -> Side:
+    def side(self, path: Path, prompt: str) -> EncodedSide:
         """Decode, cut and tokenise, unless that was done before and kept."""
         key = (path, prompt)
         if key in self.kept:
             return self.kept[key]
         video = prepare(path, self.model.settings)
-        side = Side(video, self.model.encode(prompt, video).prompt_ids)
+        side = EncodedSide(video, self.model.encode(prompt, video).prompt_ids)
         if side.nbytes <= self.room:
             self.kept[key] = side
             self.room -= side.nbytes
@@ -183,12 +219,18 @@ class ColdStart:
             reward_N2K = self.rewards(part, [(pair.cot_A, pair.cot_B) for pair in part])
             found = (reward_N2K[:, 0] - reward_N2K[:, 1]).tolist()
             margins += zip(rows, found, strict=False)  # of no rows: none
-        margin_of = {row: margin_K for part in gather_objects(margins) for row, margin_K in part}
+        margin_of = {
+            row: margin_K for part in gather_objects(margins) for row, margin_K in part
+        }
         margin_NK = torch.tensor([margin_of[i] for i in range(len(pairs))])
-        label_N = torch.tensor([label_of_total(pair, self.model.dimensions) for pair in pairs])
+        label_N = torch.tensor(
+            [label_of_total(pair, self.model.dimensions) for pair in pairs]
+        )
         found = preference_accuracy(self.model.total(margin_NK), label_N)
         return {
             "heldout/accuracy": found.without_ties,
             "heldout/accuracy_with_ties": found.with_ties,
-            **accuracy_by_dimension(margin_NK, self.labels(pairs), list(self.model.dimensions)),
+            **accuracy_by_dimension(
+                margin_NK, self.labels(pairs), list(self.model.dimensions)
+            ),
         }

@@ -34,19 +34,27 @@ class VideoSettings:
         if self.fps <= 0:
             raise ValueError(f"fps={self.fps} must be positive")
         if not 1 <= self.min_frames <= self.max_frames:
-            raise ValueError(f"min_frames={self.min_frames} must lie between 1 and max_frames={self.max_frames}")
+            raise ValueError(
+                f"min_frames={self.min_frames} must lie between 1 and max_frames={self.max_frames}"
+            )
         if not 0 < self.min_pixels <= self.max_pixels:
-            raise ValueError(f"min_pixels={self.min_pixels} must lie between 1 and max_pixels={self.max_pixels}")
+            raise ValueError(
+                f"min_pixels={self.min_pixels} must lie between 1 and max_pixels={self.max_pixels}"
+            )
         if self.budget not in ("frame", "video"):
             raise ValueError(f"budget={self.budget!r} must be 'frame' or 'video'")
         for name in ("patch_size", "merge_size", "temporal_patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if len(self.mean) != 3 or len(self.std) != 3:
-            raise ValueError(f"mean={self.mean} and std={self.std} need three entries each")
+            raise ValueError(
+                f"mean={self.mean} and std={self.std} need three entries each"
+            )
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(
+            json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> VideoSettings:
@@ -59,7 +67,7 @@ class VideoSettings:
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class BackboneLora:
     """Adapters on the language model's linears (spec 1.2): W + (alpha / rank) B A."""
 
     rank: int = 64
@@ -86,7 +94,9 @@ class LearningRates:
     def __post_init__(self) -> None:
         for f in fields(self):
             if getattr(self, f.name) < 0:
-                raise ValueError(f"{f.name}={getattr(self, f.name)} must not be negative")
+                raise ValueError(
+                    f"{f.name}={getattr(self, f.name)} must not be negative"
+                )
         if not any(getattr(self, f.name) for f in fields(self)):
             raise ValueError("every learning rate is 0: nothing would be trained")
 
@@ -110,7 +120,9 @@ class Generation:
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must not be negative")
         if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} must be positive"
+            )
 
 
 @dataclass(frozen=True)
@@ -140,20 +152,22 @@ class Masking:
 
     probability  of dropping a unit
     per          "pair": A and B lose the same units; "video": each draws for itself
-    unit         "chain": all or nothing; "section" or "sentence": each for itself
+    unit         "cot": all or nothing; "section" or "sentence": each for itself
     """
 
     probability: float = 0.5
     per: Literal["pair", "video"] = "pair"
-    unit: Literal["chain", "section", "sentence"] = "chain"
+    unit: Literal["cot", "section", "sentence"] = "cot"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.probability <= 1.0:
             raise ValueError(f"probability={self.probability} must lie in [0, 1]")
         if self.per not in ("pair", "video"):
             raise ValueError(f"per={self.per!r} must be 'pair' or 'video'")
-        if self.unit not in ("chain", "section", "sentence"):
-            raise ValueError(f"unit={self.unit!r} must be 'chain', 'section' or 'sentence'")
+        if self.unit not in ("cot", "section", "sentence"):
+            raise ValueError(
+                f"unit={self.unit!r} must be 'cot', 'section' or 'sentence'"
+            )
 
 
 @dataclass(frozen=True)
@@ -190,7 +204,9 @@ class ColdStartConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.margin and self.theta is not None:
-            raise ValueError(f"margin={self.margin} and theta={self.theta} exclude each other: theta is a margin")
+            raise ValueError(
+                f"margin={self.margin} and theta={self.theta} exclude each other: theta is a margin"
+            )
 
 
 @dataclass(frozen=True)
@@ -201,8 +217,8 @@ class DualRlConfig:
     pairs_per_update  pairs of one optimizer step; pairs_per_step of them make several steps on the same chains
     micro_batch       pairs in one forward (two rows of group_size chains each)
     group_size        chains of each VIDEO
-    chains_per_row    of them behind one prompt, see `rm.packed`; null is all. Attention's mask has
-                      (prompt + chains_per_row * chain)^2 entries: long chains need fewer
+    cots_per_row    of them behind one prompt, see `rm.packed`; null is all. Attention's mask has
+                      (prompt + cots_per_row * chain)^2 entries: long chains need fewer
     temperature       of sampling, and of the log-probabilities
     kl_weight         of the k3 estimate against the frozen stage-1 model, MEAN over tokens
     bt_weight         of Bradley-Terry between rollout i of A and rollout i of B, MEAN over decided (pair, rollout)
@@ -214,7 +230,7 @@ class DualRlConfig:
     pairs_per_update: int = 4
     micro_batch: int = 1
     group_size: int = 8
-    chains_per_row: int | None = None
+    cots_per_row: int | None = None
     temperature: float = 1.0
     max_new_tokens: int = 4_096
     clip_low: float = 0.2
@@ -226,19 +242,33 @@ class DualRlConfig:
     weight_decay: float = 1e-2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "pairs_per_step", "pairs_per_update", "micro_batch", "max_new_tokens"):
+        for name in (
+            "steps",
+            "pairs_per_step",
+            "pairs_per_update",
+            "micro_batch",
+            "max_new_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.group_size < 2:
-            raise ValueError(f"group_size={self.group_size} must be at least 2: an advantage compares members")
-        if self.chains_per_row is not None and (self.chains_per_row < 1 or self.group_size % self.chains_per_row):
-            raise ValueError(f"chains_per_row={self.chains_per_row} must divide group_size={self.group_size}")
+            raise ValueError(
+                f"group_size={self.group_size} must be at least 2: an advantage compares members"
+            )
+        if self.cots_per_row is not None and (
+            self.cots_per_row < 1 or self.group_size % self.cots_per_row
+        ):
+            raise ValueError(
+                f"cots_per_row={self.cots_per_row} must divide group_size={self.group_size}"
+            )
         if self.pairs_per_step % self.pairs_per_update:
             raise ValueError(
                 f"pairs_per_step={self.pairs_per_step} must be a multiple of pairs_per_update={self.pairs_per_update}"
             )
         if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0: a group of equal chains teaches nothing")
+            raise ValueError(
+                f"temperature={self.temperature} must be above 0: a group of equal chains teaches nothing"
+            )
         for name in ("clip_low", "clip_high", "kl_weight", "bt_weight", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
@@ -249,10 +279,10 @@ class DualRlConfig:
 
 
 @dataclass(frozen=True)
-class WriterConfig:
-    """What writes the chains of thought of stage 2. All but ``engine`` is for vllm, see `rm.vllm_writer`.
+class CotBackendConfig:
+    """What writes the chains of thought of stage 2. All but ``kind`` is for vllm, see `rm.vllm.client`.
 
-    engine         "hf": the trained model itself; "vllm": a vLLM beside every rank, on the rank's GPU
+    kind           "hf": the trained model itself; "vllm": a vLLM beside every rank, on the rank's GPU
     python         the interpreter (3.11 or later) of an environment with vLLM and transformers 5
     gpu_memory     share of the GPU's memory that vLLM takes: weights, activations, KV cache
     max_model_len  tokens of prompt and chain together
@@ -263,7 +293,7 @@ class WriterConfig:
     engine_args    arguments of vLLM's ``LLM``, over those that are computed
     """
 
-    engine: Literal["hf", "vllm"] = "hf"
+    kind: Literal["hf", "vllm"] = "hf"
     python: str | None = None
     gpu_memory: float = 0.6
     max_model_len: int = 16_384
@@ -274,10 +304,12 @@ class WriterConfig:
     engine_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.engine not in ("hf", "vllm"):
-            raise ValueError(f"engine={self.engine!r} must be 'hf' or 'vllm'")
-        if self.engine == "vllm" and self.python is None:
-            raise ValueError("engine='vllm' needs python: the interpreter of vLLM's own environment")
+        if self.kind not in ("hf", "vllm"):
+            raise ValueError(f"kind={self.kind!r} must be 'hf' or 'vllm'")
+        if self.kind == "vllm" and self.python is None:
+            raise ValueError(
+                "kind='vllm' needs python: the interpreter of vLLM's own environment"
+            )
         if not 0.0 < self.gpu_memory <= 1.0:
             raise ValueError(f"gpu_memory={self.gpu_memory} must lie in (0, 1]")
         if self.max_model_len < 1:

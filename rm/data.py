@@ -53,7 +53,9 @@ class Pair:
             return float(self.labels[dimension])
         if dimension == "overall":
             return float(self.label)
-        a, b = ((scores or {}).get(dimension) for scores in (self.scores_A, self.scores_B))
+        a, b = (
+            (scores or {}).get(dimension) for scores in (self.scores_A, self.scores_B)
+        )
         return math.nan if a is None or b is None else float((a > b) - (a < b))
 
 
@@ -70,13 +72,20 @@ class PairTable:
         """A few lines for people."""
         ties = sum(pair.label == 0 for pair in self.pairs)
         head = f"{self.path}: {len(self.pairs)} pairs, {ties} of them ties; {self.invalid} labelled invalid"
-        lines = [f"{head}; {len(self.problems)} bad rows left out", *self.problems[:limit]]
+        lines = [
+            f"{head}; {len(self.problems)} bad rows left out",
+            *self.problems[:limit],
+        ]
         more = len(self.problems) - limit
         return "\n  ".join(lines + ([f"... and {more} more"] if more > 0 else []))
 
 
 def read_pairs(
-    path: str | Path, *, require_cot: bool = True, require_scores: bool = False, dimensions: Sequence[str] = ()
+    path: str | Path,
+    *,
+    require_cot: bool = True,
+    require_scores: bool = False,
+    dimensions: Sequence[str] = (),
 ) -> PairTable:
     """Read a CSV, or a folder that holds one, with the official columns.
 
@@ -95,7 +104,11 @@ def read_pairs(
     """
     path = csv_file(Path(path))
     columns = [name for name in dimensions if name not in ("overall", *DIMENSIONS)]
-    required = [*REQUIRED_COLUMNS, *(("CoT_A", "CoT_B") if require_cot else ()), *(["answer"] * require_scores)]
+    required = [
+        *REQUIRED_COLUMNS,
+        *(("CoT_A", "CoT_B") if require_cot else ()),
+        *(["answer"] * require_scores),
+    ]
     required += columns
 
     def pair_of(row: Mapping[str, str], label: str) -> Pair:
@@ -105,13 +118,20 @@ def read_pairs(
         if scores is None and require_scores:
             wanted = "an <answer> block with video_1_scores and video_2_scores"
             raise ValueError(f"answer must hold {wanted}, got {row['answer']!r:.80}")
-        return pair if scores is None else replace(pair, scores_A=scores[0], scores_B=scores[1])
+        return (
+            pair
+            if scores is None
+            else replace(pair, scores_A=scores[0], scores_B=scores[1])
+        )
 
     return collect(path, required, "GSB", pair_of)
 
 
 def collect(
-    path: Path, required: list[str], label_column: str, pair_of: Callable[[Mapping[str, str], str], Pair]
+    path: Path,
+    required: list[str],
+    label_column: str,
+    pair_of: Callable[[Mapping[str, str], str], Pair],
 ) -> PairTable:
     """The table that ``pair_of`` makes of each row and its label's text; its ValueError makes the row a bad one.
 
@@ -131,12 +151,15 @@ def collect(
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a UTF-8 CSV file ({error})") from error
     if not pairs:
-        raise ValueError(f"{path}: no usable pair" + "".join(f"\n  {problem}" for problem in problems[:10]))
+        raise ValueError(
+            f"{path}: no usable pair"
+            + "".join(f"\n  {problem}" for problem in problems[:10])
+        )
     return PairTable(path, tuple(pairs), invalid, tuple(problems))
 
 
 @dataclass(frozen=True)
-class Draw:
+class PairDraw:
     """One pair of a step: its row in the table, and the how-manieth time it comes (from 0)."""
 
     row: int
@@ -148,18 +171,25 @@ class PairSchedule:
 
     def __init__(self, count: int, *, pairs_per_step: int, seed: int) -> None:
         if count < 1 or pairs_per_step < 1:
-            raise ValueError(f"a schedule needs pairs and pairs_per_step >= 1, got {count} and {pairs_per_step}")
+            raise ValueError(
+                f"a schedule needs pairs and pairs_per_step >= 1, got {count} and {pairs_per_step}"
+            )
         self.count, self.pairs_per_step = count, pairs_per_step
-        self._indices = IndexSchedule(count, seed=seed, per_step=pairs_per_step, name="pairs")
+        self._indices = IndexSchedule(
+            count, seed=seed, per_step=pairs_per_step, name="pairs"
+        )
 
     def steps(self, epochs: float) -> int:
         """Steps that see every pair ``epochs`` times, rounded to the nearest, at least 1."""
         return max(1, round(epochs * self.count / self.pairs_per_step))
 
-    def at(self, step: int) -> list[Draw]:
+    def at(self, step: int) -> list[PairDraw]:
         """All ranks' pairs of one step, from 0."""
         first = step * self.pairs_per_step
-        return [Draw(row, (first + i) // self.count) for i, row in enumerate(self._indices.at(step))]
+        return [
+            PairDraw(row, (first + i) // self.count)
+            for i, row in enumerate(self._indices.at(step))
+        ]
 
 
 def csv_file(path: Path) -> Path:
@@ -170,19 +200,27 @@ def csv_file(path: Path) -> Path:
     found = sorted(path.glob("*.csv"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise ValueError(f"{path}: a data folder holds one CSV file, found {names}; give the file itself")
+        raise ValueError(
+            f"{path}: a data folder holds one CSV file, found {names}; give the file itself"
+        )
     return found[0]
 
 
 def _rows(path: Path, required: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """(line where the row starts, row)."""
-    previous = csv.field_size_limit(_MAX_FIELD)  # the module's limit is smaller than a long chain of thought
+    previous = csv.field_size_limit(
+        _MAX_FIELD
+    )  # the module's limit is smaller than a long chain of thought
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            missing = [name for name in required if name not in (reader.fieldnames or ())]
+            missing = [
+                name for name in required if name not in (reader.fieldnames or ())
+            ]
             if missing:
-                raise ValueError(f"{path}: lacks the columns {missing}, has {list(reader.fieldnames or ())}")
+                raise ValueError(
+                    f"{path}: lacks the columns {missing}, has {list(reader.fieldnames or ())}"
+                )
             line = reader.line_num + 1
             for row in reader:
                 yield line, row
@@ -197,9 +235,17 @@ def _pair(row: dict[str, str], label: str, root: Path, *, require_cot: bool) -> 
     try:
         videos = ast.literal_eval(row["videos"] or "")
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"videos must be a list of two paths, got {row['videos']!r:.80}") from error
-    if not isinstance(videos, list | tuple) or len(videos) != 2 or not all(isinstance(v, str) for v in videos):
-        raise ValueError(f"videos must be a list of two paths, got {row['videos']!r:.80}")
+        raise ValueError(
+            f"videos must be a list of two paths, got {row['videos']!r:.80}"
+        ) from error
+    if (
+        not isinstance(videos, list | tuple)
+        or len(videos) != 2
+        or not all(isinstance(v, str) for v in videos)
+    ):
+        raise ValueError(
+            f"videos must be a list of two paths, got {row['videos']!r:.80}"
+        )
     files = [root / video for video in videos]
     check_videos(files)
     prompt = prompt_in(row)

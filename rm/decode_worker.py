@@ -27,7 +27,13 @@ def look(path: str, frames: int) -> tuple[int, str]:
             height, width = reader[i].shape[:2]
             if max(height, width) > MAX_SIDE:
                 return count, f"frames of {height} x {width} pixels"
-    except (RuntimeError, decord.DECORDError, MemoryError, ValueError, IndexError) as error:
+    except (
+        RuntimeError,
+        decord.DECORDError,
+        MemoryError,
+        ValueError,
+        IndexError,
+    ) as error:
         text = str(error).strip() or type(error).__name__
         return 0, f"cannot be decoded ({text.splitlines()[0]:.160})"
     return count, ""

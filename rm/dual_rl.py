@@ -32,24 +32,29 @@ from common.distributed import (
     world_size,
 )
 from common.log import say
+from common.lora import adapters_off
 from common.policy_gradient import group_advantages, k3_kl, masked_mean, token_surrogate
-from rm.chain_writer import HfWriter
 from rm.config import Generation
+from rm.cot_backend import HfBackend
 from rm.data import label_of_total, label_rows
-from rm.generate import generate, read_rewards
-from rm.lora import adapters_off
+from rm.generate import generate, rewards_from_cache
 from rm.losses import counted, preference_loss
 from rm.metrics import accuracy_by_dimension, preference_accuracy
-from rm.packed import Chain, Packed, judge, pack
-from rm.text_rewards import RuleReward, RuleRewardConfig, preference_rewards, rule_reward
+from rm.packed import Packed, PackedCot, pack, packed_forward
+from rm.text_rewards import (
+    RuleReward,
+    RuleRewardConfig,
+    preference_rewards,
+    rule_reward,
+)
 from rm.video import prepare
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from common.types import Engine
-    from rm.chain_writer import ChainWriter
     from rm.config import DualRlConfig
+    from rm.cot_backend import CotBackend
     from rm.data import Pair, PairSchedule
     from rm.model import DeScore
     from rm.prompt import Encoded
@@ -75,7 +80,7 @@ class Sampled:
     row: int
     videos: Sequence[PreparedVideo]
     encoded: Sequence[Encoded]
-    chains: Sequence[Sequence[Chain]]
+    chains: Sequence[Sequence[PackedCot]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Rollouts:
     """One micro-batch of N pairs, sampled and judged; chains of ``packed`` are in the order (pair, side, rollout).
 
     label_NK; advantage_N2G; rules[pair][side][rollout]; finished_N2G bool
-    old_BGT, reference_BGT  log-probs when sampled, of the trained model whoever chose the tokens (`rm.chain_writer`),
+    old_BGT, reference_BGT  log-probs when sampled, of the trained model whoever chose the tokens (`rm.cot_backend`),
                             and of the frozen stage-1 model; None: not needed
     """
 
@@ -96,10 +101,16 @@ class Rollouts:
     reference_BGT: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shape = (len(self.label_NK), 2, self.packed.query_BG.numel() // (2 * len(self.label_NK)))
+        shape = (
+            len(self.label_NK),
+            2,
+            self.packed.query_BG.numel() // (2 * len(self.label_NK)),
+        )
         if self.advantage_N2G.shape != shape or self.finished_N2G.shape != shape:
             got = tuple(self.advantage_N2G.shape), tuple(self.finished_N2G.shape)
-            raise ValueError(f"Rollouts: advantages and finished {got}, (pair, side, rollout) is {shape}")
+            raise ValueError(
+                f"Rollouts: advantages and finished {got}, (pair, side, rollout) is {shape}"
+            )
 
     @property
     def tokens(self) -> int:
@@ -126,13 +137,26 @@ class DualRl:
         schedule: PairSchedule,
         seed: int,
         reference: DeScore | None = None,
-        writer: ChainWriter | None = None,
+        writer: CotBackend | None = None,
         grad_norms: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
-        self.cfg, self.rules, self.model, self.engine, self.pairs = cfg, rules, model, engine, pairs
-        self.schedule, self.seed, self.reference, self.grad_norms = schedule, seed, reference, grad_norms
+        self.cfg, self.rules, self.model, self.engine, self.pairs = (
+            cfg,
+            rules,
+            model,
+            engine,
+            pairs,
+        )
+        self.schedule, self.seed, self.reference, self.grad_norms = (
+            schedule,
+            seed,
+            reference,
+            grad_norms,
+        )
         self.accumulation = backwards_per_update(cfg, world_size())
-        self.writer = HfWriter(model, batch=2 * cfg.micro_batch) if writer is None else writer
+        self.writer = (
+            HfBackend(model, batch=2 * cfg.micro_batch) if writer is None else writer
+        )
         self.version = 0  # of the weights: updates made by this process
 
     def step(self, step: int) -> dict[str, float]:
@@ -140,21 +164,42 @@ class DualRl:
         start = time.perf_counter()
         updates = self.own_updates(step)
         self.writer.sync(self.version)
-        pairs = iter(self.sample([row for parts in updates for rows in parts for row in rows], step))
+        pairs = iter(
+            self.sample(
+                [row for parts in updates for rows in parts for row in rows], step
+            )
+        )
         self.writer.rest()
         faults.point("reward")
-        rollouts = [[self.rollouts([next(pairs) for _ in rows]) for rows in parts] for parts in updates]
+        rollouts = [
+            [self.rollouts([next(pairs) for _ in rows]) for rows in parts]
+            for parts in updates
+        ]
         sampled = time.perf_counter()
         metrics: list[dict[str, float]] = [self.update(parts) for parts in rollouts]
         done = time.perf_counter()
-        seconds = {"seconds/rollout": sampled - start, "seconds/update": done - sampled, "seconds/step": done - start}
-        mean = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
-        return {**self.describe([part for parts in rollouts for part in parts]), **mean, **mean_over_ranks(seconds)}
+        seconds = {
+            "seconds/rollout": sampled - start,
+            "seconds/update": done - sampled,
+            "seconds/step": done - start,
+        }
+        mean = {
+            name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]
+        }
+        return {
+            **self.describe([part for parts in rollouts for part in parts]),
+            **mean,
+            **mean_over_ranks(seconds),
+        }
 
     def own_updates(self, step: int) -> list[list[list[int]]]:
         """[update][micro-batch] -> rows of the table that are this rank's. An update's pairs do not depend on ranks."""
         rows = [draw.row for draw in self.schedule.at(step)]
-        size, share, micro = self.cfg.pairs_per_update, self.cfg.pairs_per_update // world_size(), self.cfg.micro_batch
+        size, share, micro = (
+            self.cfg.pairs_per_update,
+            self.cfg.pairs_per_update // world_size(),
+            self.cfg.micro_batch,
+        )
         updates = []
         for first in range(0, len(rows), size):
             own = rows[first + rank() * share : first + (rank() + 1) * share]
@@ -171,7 +216,11 @@ class DualRl:
         self.model.eval()
         cfg = self.cfg
         videos, encoded = self.inputs([self.pairs[row] for row in rows])
-        how = Generation(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, repetition_penalty=1.0)
+        how = Generation(
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            repetition_penalty=1.0,
+        )
         seeds = [
             derive_seed(self.seed, "rollout", step, row, side, i)
             for row in rows
@@ -179,9 +228,19 @@ class DualRl:
             for i in range(cfg.group_size)
         ]
         faults.point("chains")
-        chains = self.writer.write(encoded, videos, how, version=self.version, seeds=seeds, copies=cfg.group_size)
+        chains = self.writer.write(
+            encoded,
+            videos,
+            how,
+            version=self.version,
+            seeds=seeds,
+            copies=cfg.group_size,
+        )
         both = [slice(2 * n, 2 * n + 2) for n in range(len(rows))]
-        return [Sampled(row, videos[of], encoded[of], chains[of]) for row, of in zip(rows, both, strict=True)]
+        return [
+            Sampled(row, videos[of], encoded[of], chains[of])
+            for row, of in zip(rows, both, strict=True)
+        ]
 
     @torch.no_grad()
     def rollouts(self, sampled: Sequence[Sampled]) -> Rollouts:
@@ -189,35 +248,61 @@ class DualRl:
         self.model.eval()
         cfg = self.cfg
         rows = [pair.row for pair in sampled]
-        videos, encoded = ([x for pair in sampled for x in getattr(pair, name)] for name in ("videos", "encoded"))
+        videos, encoded = (
+            [x for pair in sampled for x in getattr(pair, name)]
+            for name in ("videos", "encoded")
+        )
         chains = [group for pair in sampled for group in pair.chains]
         rules = [
-            [self.rewards(group, self.truth(pair.row, side)) for side, group in enumerate(pair.chains)]
+            [
+                self.rewards(group, self.truth(pair.row, side))
+                for side, group in enumerate(pair.chains)
+            ]
             for pair in sampled
         ]
         if self.rules.preference > 0:
-            rules = [self.with_preference(*both, self.pairs[row].label) for both, row in zip(rules, rows, strict=True)]
-        reward_N2G = torch.tensor([[[r.total for r in group] for group in pair] for pair in rules])
-        advantage_VG = group_advantages(reward_N2G.flatten(0, 1), scale="group", eps=EPS)
-        finished = [[[chain.finished for chain in group] for group in pair.chains] for pair in sampled]
+            rules = [
+                self.with_preference(*both, self.pairs[row].label)
+                for both, row in zip(rules, rows, strict=True)
+            ]
+        reward_N2G = torch.tensor(
+            [[[r.total for r in group] for group in pair] for pair in rules]
+        )
+        advantage_VG = group_advantages(
+            reward_N2G.flatten(0, 1), scale="group", eps=EPS
+        )
+        finished = [
+            [[chain.finished for chain in group] for group in pair.chains]
+            for pair in sampled
+        ]
         packed = self.packed(encoded, videos, chains).to(self.model.device)
         names = self.model.dimensions
-        several = cfg.pairs_per_step > cfg.pairs_per_update  # then the weights move away from those that sampled
+        several = (
+            cfg.pairs_per_step > cfg.pairs_per_update
+        )  # then the weights move away from those that sampled
         return Rollouts(
             packed=packed,
-            label_NK=torch.tensor(label_rows([self.pairs[row] for row in rows], names), device=self.model.device),
+            label_NK=torch.tensor(
+                label_rows([self.pairs[row] for row in rows], names),
+                device=self.model.device,
+            ),
             advantage_N2G=advantage_VG.view_as(reward_N2G).to(self.model.device),
             rules=rules,
             finished_N2G=torch.tensor(finished),
             old_BGT=self.log_probs(self.model, packed) if several else None,
-            reference_BGT=self.reference_log_probs(packed) if cfg.kl_weight > 0 else None,
+            reference_BGT=self.reference_log_probs(packed)
+            if cfg.kl_weight > 0
+            else None,
         )
 
     def packed(
-        self, encoded: Sequence[Encoded], videos: Sequence[PreparedVideo], chains: Sequence[Sequence[Chain]]
+        self,
+        encoded: Sequence[Encoded],
+        videos: Sequence[PreparedVideo],
+        chains: Sequence[Sequence[PackedCot]],
     ) -> Packed:
         """Rows in the order (pair, side), or (pair, side, part of the group)."""
-        size = self.cfg.chains_per_row or self.cfg.group_size
+        size = self.cfg.cots_per_row or self.cfg.group_size
         starts = range(0, self.cfg.group_size, size)
         return pack(
             self.model,
@@ -230,28 +315,49 @@ class DualRl:
         """One optimizer step on this rank's micro-batches of an update."""
         cfg = self.cfg
         tokens = sum_over_ranks(float(sum(part.tokens for part in parts)))
-        found_K = sum(counted(part.label_NK, theta=cfg.theta) for part in parts) * cfg.group_size
+        found_K = (
+            sum(counted(part.label_NK, theta=cfg.theta) for part in parts)
+            * cfg.group_size
+        )
         count_K = [max(1.0, sum_over_ranks(float(found))) for found in found_K]
         self.model.train()
-        sums = dict.fromkeys(("loss", "policy", "kl", "bt", "right", "decided", "ratio", "clipped"), 0.0)
+        sums = dict.fromkeys(
+            ("loss", "policy", "kl", "bt", "right", "decided", "ratio", "clipped"), 0.0
+        )
         for part in parts:
-            judged = judge(self.model, part.packed, temperature=cfg.temperature)
+            judged = packed_forward(
+                self.model, part.packed, temperature=cfg.temperature
+            )
             mask = part.packed.token_BGT.flatten(0, 1)
             log_prob = judged.log_prob_BGT.flatten(0, 1)
-            old = log_prob.detach() if part.old_BGT is None else part.old_BGT.flatten(0, 1)
+            old = (
+                log_prob.detach()
+                if part.old_BGT is None
+                else part.old_BGT.flatten(0, 1)
+            )
             policy = token_surrogate(
                 log_prob, old, part.advantage_N2G.flatten().unsqueeze(-1), mask=mask, count=max(1.0, tokens),
                 clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
             )  # fmt: skip
             kl = torch.zeros((), device=log_prob.device)
             if part.reference_BGT is not None:
-                kl = masked_mean(k3_kl(log_prob, part.reference_BGT.flatten(0, 1)), mask, count=max(1.0, tokens))
+                kl = masked_mean(
+                    k3_kl(log_prob, part.reference_BGT.flatten(0, 1)),
+                    mask,
+                    count=max(1.0, tokens),
+                )
             # (pair, side, rollout) -> rollout i of A against rollout i of B
-            reward_N2GK = judged.reward_BGK.reshape(len(part.label_NK), 2, cfg.group_size, -1)
+            reward_N2GK = judged.reward_BGK.reshape(
+                len(part.label_NK), 2, cfg.group_size, -1
+            )
             reward_M2K = reward_N2GK.transpose(1, 2).flatten(0, 1)
             label_MK = part.label_NK.repeat_interleave(cfg.group_size, 0)
             bt = preference_loss(
-                reward_M2K, label_MK, weight_K=self.model.loss_weight_K, theta=cfg.theta, count_K=count_K
+                reward_M2K,
+                label_MK,
+                weight_K=self.model.loss_weight_K,
+                theta=cfg.theta,
+                count_K=count_K,
             )
             loss = policy.loss + cfg.kl_weight * kl + cfg.bt_weight * bt
             if not math.isfinite(loss.item()):
@@ -264,8 +370,17 @@ class DualRl:
             self.engine.step()
             margin_MK = (reward_M2K[:, 0] - reward_M2K[:, 1]).detach() * label_MK
             # over dimensions too, each (pair, rollout) with a label there
-            found = (loss, policy.loss, kl, bt, (margin_MK > 0).sum(), (margin_MK.isfinite() & (label_MK != 0)).sum())
-            for name, value in zip(("loss", "policy", "kl", "bt", "right", "decided"), found, strict=True):
+            found = (
+                loss,
+                policy.loss,
+                kl,
+                bt,
+                (margin_MK > 0).sum(),
+                (margin_MK.isfinite() & (label_MK != 0)).sum(),
+            )
+            for name, value in zip(
+                ("loss", "policy", "kl", "bt", "right", "decided"), found, strict=True
+            ):
                 sums[name] += value.item()
             sums["ratio"] += policy.metrics["ratio_mean"] * part.tokens
             sums["clipped"] += policy.metrics["clip_frac"] * part.tokens
@@ -282,9 +397,18 @@ class DualRl:
 
     def describe(self, parts: Sequence[Rollouts]) -> dict[str, float]:
         """MEANS over all chains of the step: rule rewards and their parts, length, share that ended by themselves."""
-        flat = [rule for part in parts for pair in part.rules for group in pair for rule in group]
+        flat = [
+            rule
+            for part in parts
+            for pair in part.rules
+            for group in pair
+            for rule in group
+        ]
         names = ("total", "quality", "format", "length", "preference")
-        own = {f"reward/{name}": sum(getattr(rule, name) for rule in flat) for name in names}
+        own = {
+            f"reward/{name}": sum(getattr(rule, name) for rule in flat)
+            for name in names
+        }
         own["cot/tokens"] = float(sum(part.tokens for part in parts))
         own["cot/finished"] = float(sum(int(part.finished_N2G.sum()) for part in parts))
         own["reward/zero_spread"] = self.cfg.group_size * float(
@@ -300,32 +424,55 @@ class DualRl:
             return self.log_probs(model, packed)
 
     def log_probs(self, model: DeScore, packed: Packed) -> Tensor:
-        return judge(model, packed, temperature=self.cfg.temperature, score=False).log_prob_BGT
+        return packed_forward(
+            model, packed, temperature=self.cfg.temperature, score=False
+        ).log_prob_BGT
 
-    def inputs(self, pairs: Sequence[Pair]) -> tuple[list[PreparedVideo], list[Encoded]]:
+    def inputs(
+        self, pairs: Sequence[Pair]
+    ) -> tuple[list[PreparedVideo], list[Encoded]]:
         """Both videos of every pair, in the order (pair, side)."""
-        videos = [prepare(path, self.model.settings) for pair in pairs for path in (pair.video_A, pair.video_B)]
+        videos = [
+            prepare(path, self.model.settings)
+            for pair in pairs
+            for path in (pair.video_A, pair.video_B)
+        ]
         prompts = [pair.prompt for pair in pairs for _ in range(2)]
-        return videos, [self.model.encode(prompt, video) for prompt, video in zip(prompts, videos, strict=True)]
+        return videos, [
+            self.model.encode(prompt, video)
+            for prompt, video in zip(prompts, videos, strict=True)
+        ]
 
     def truth(self, row: int, side: int) -> Mapping[str, int | None]:
         pair = self.pairs[row]
         scores = (pair.scores_A, pair.scores_B)[side]
         if scores is None:
-            raise ValueError(f"the pair {pair.video_A} has no right scores: read it with require_scores=True")
+            raise ValueError(
+                f"the pair {pair.video_A} has no right scores: read it with require_scores=True"
+            )
         return scores
 
-    def rewards(self, chains: Sequence[Chain], truth: Mapping[str, int | None]) -> list[RuleReward]:
+    def rewards(
+        self, chains: Sequence[PackedCot], truth: Mapping[str, int | None]
+    ) -> list[RuleReward]:
         decode = self.model.tokenizer.decode
-        return [rule_reward(decode(list(c.ids)), truth, tokens=len(c.ids), how=self.rules) for c in chains]
+        return [
+            rule_reward(decode(list(c.ids)), truth, tokens=len(c.ids), how=self.rules)
+            for c in chains
+        ]
 
-    def with_preference(self, of_A: list[RuleReward], of_B: list[RuleReward], label: int) -> list[list[RuleReward]]:
+    def with_preference(
+        self, of_A: list[RuleReward], of_B: list[RuleReward], label: int
+    ) -> list[list[RuleReward]]:
         """The generative baseline's term added to both groups of a pair."""
         overall = [[rule.overall for rule in group] for group in (of_A, of_B)]
         found = preference_rewards(*overall, label)
         weight = self.rules.preference
         return [
-            [replace(r, preference=x, total=r.total + weight * x) for r, x in zip(group, terms, strict=True)]
+            [
+                replace(r, preference=x, total=r.total + weight * x)
+                for r, x in zip(group, terms, strict=True)
+            ]
             for group, terms in zip((of_A, of_B), found, strict=True)
         ]
 
@@ -339,21 +486,48 @@ class DualRl:
         found: list[tuple[int, list[float], float, float]] = []
         for rows in own_batches(len(pairs), self.cfg.micro_batch * self.cfg.group_size):
             videos, encoded = self.inputs([pairs[i] for i in rows or [0]])
-            written = generate(self.model, self.model.batch(encoded, videos, query=False), how)
-            reward_BK = read_rewards(self.model, written)
+            written = generate(
+                self.model, self.model.batch(encoded, videos, query=False), how
+            )
+            reward_BK = rewards_from_cache(self.model, written)
             for n, pair in enumerate(pairs[i] for i in rows):
-                chains = [Chain(tuple(written.ids(i)), bool(written.finished_B[i])) for i in (2 * n, 2 * n + 1)]
-                judged = zip(chains, (pair.scores_A or {}, pair.scores_B or {}), strict=True)
-                quality = sum(self.rewards([chain], truth)[0].quality for chain, truth in judged) / 2
+                chains = [
+                    PackedCot(tuple(written.ids(i)), bool(written.finished_B[i]))
+                    for i in (2 * n, 2 * n + 1)
+                ]
+                judged = zip(
+                    chains, (pair.scores_A or {}, pair.scores_B or {}), strict=True
+                )
+                quality = (
+                    sum(
+                        self.rewards([chain], truth)[0].quality
+                        for chain, truth in judged
+                    )
+                    / 2
+                )
                 margin_K = (reward_BK[2 * n] - reward_BK[2 * n + 1]).tolist()
-                found.append((rows[n], margin_K, quality, sum(chain.finished for chain in chains) / 2))
-        measured = sorted(row for rank_rows in gather_objects(found) for row in rank_rows)
-        margin_NK, names = torch.tensor([row[1] for row in measured]), list(self.model.dimensions)
+                found.append(
+                    (
+                        rows[n],
+                        margin_K,
+                        quality,
+                        sum(chain.finished for chain in chains) / 2,
+                    )
+                )
+        measured = sorted(
+            row for rank_rows in gather_objects(found) for row in rank_rows
+        )
+        margin_NK, names = (
+            torch.tensor([row[1] for row in measured]),
+            list(self.model.dimensions),
+        )
         label_N = torch.tensor([label_of_total(pair, names) for pair in pairs])
         accuracy = preference_accuracy(self.model.total(margin_NK), label_N)
         return {
             "heldout/accuracy": accuracy.without_ties,
-            **accuracy_by_dimension(margin_NK, torch.tensor(label_rows(pairs, names)), names),
+            **accuracy_by_dimension(
+                margin_NK, torch.tensor(label_rows(pairs, names)), names
+            ),
             "heldout/quality": sum(row[2] for row in measured) / len(measured),
             "heldout/finished": sum(row[3] for row in measured) / len(measured),
         }

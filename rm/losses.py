@@ -37,17 +37,29 @@ def bradley_terry(
     ValueError for unequal shapes, theta <= 1, a margin beside theta, or count <= 0.
     """
     if win_N.shape != lose_N.shape or win_N.dim() != 1:
-        raise ValueError(f"bradley_terry needs two (N,) tensors, got {tuple(win_N.shape)} and {tuple(lose_N.shape)}")
+        raise ValueError(
+            f"bradley_terry needs two (N,) tensors, got {tuple(win_N.shape)} and {tuple(lose_N.shape)}"
+        )
     tie_N = torch.zeros_like(win_N, dtype=torch.bool) if tie_N is None else tie_N
     if tie_N.shape != win_N.shape or tie_N.dtype != torch.bool:
-        raise ValueError(f"tie_N must be bool {tuple(win_N.shape)}, got {tie_N.dtype} {tuple(tie_N.shape)}")
+        raise ValueError(
+            f"tie_N must be bool {tuple(win_N.shape)}, got {tie_N.dtype} {tuple(tie_N.shape)}"
+        )
     if theta is not None and theta <= 1.0:
-        raise ValueError(f"theta={theta} must be above 1, where a tie has no probability")
+        raise ValueError(
+            f"theta={theta} must be above 1, where a tie has no probability"
+        )
     if theta is not None and margin:
-        raise ValueError(f"margin={margin} beside theta={theta}, which is a margin itself")
+        raise ValueError(
+            f"margin={margin} beside theta={theta}, which is a margin itself"
+        )
     if count is not None and count <= 0:
         raise ValueError(f"count={count} must be positive")
-    margin_N = win_N.float() - lose_N.float() if win_N.dtype != torch.float64 else win_N - lose_N
+    margin_N = (
+        win_N.float() - lose_N.float()
+        if win_N.dtype != torch.float64
+        else win_N - lose_N
+    )
 
     if theta is None:
         loss_N = (-F.logsigmoid(margin_N - margin)).masked_fill(tie_N, 0.0)
@@ -58,7 +70,10 @@ def bradley_terry(
         tied_N = decided_N - F.logsigmoid(-margin_N - shift) - math.log(theta**2 - 1.0)
         loss_N = torch.where(tie_N, tied_N, decided_N)
         counted = tie_N.numel()
-    return LossOutput(loss_N.sum() / (max(counted, 1) if count is None else count), _metrics(margin_N[~tie_N].detach()))
+    return LossOutput(
+        loss_N.sum() / (max(counted, 1) if count is None else count),
+        _metrics(margin_N[~tie_N].detach()),
+    )
 
 
 def preference_loss(
@@ -79,9 +94,14 @@ def preference_loss(
     for k, weight in enumerate(weight_K):
         known_N = ~label_NK[:, k].isnan()
         label_M, (a_M, b_M) = label_NK[known_N, k], reward_N2K[known_N, :, k].unbind(1)
-        win_M, lose_M = torch.where(label_M >= 0, a_M, b_M), torch.where(label_M >= 0, b_M, a_M)
+        win_M, lose_M = (
+            torch.where(label_M >= 0, a_M, b_M),
+            torch.where(label_M >= 0, b_M, a_M),
+        )
         count = None if count_K is None else count_K[k]
-        found = bradley_terry(win_M, lose_M, tie_N=label_M == 0, theta=theta, margin=margin, count=count)
+        found = bradley_terry(
+            win_M, lose_M, tie_N=label_M == 0, theta=theta, margin=margin, count=count
+        )
         terms.append(weight * found.loss)
     return torch.stack(terms).sum()
 
@@ -95,4 +115,7 @@ def counted(label_NK: Tensor, *, theta: float | None) -> Tensor:
 def _metrics(margin_N: Tensor) -> dict[str, float]:
     if not margin_N.numel():
         return {}
-    return {"accuracy": (margin_N > 0).float().mean().item(), "margin": margin_N.mean().item()}
+    return {
+        "accuracy": (margin_N > 0).float().mean().item(),
+        "margin": margin_N.mean().item(),
+    }

@@ -19,7 +19,9 @@ _CUT = {
 }
 
 
-def mask(chains: tuple[str, str], how: Masking, *, seed: int, epoch: int, row: int) -> tuple[str, str]:
+def mask(
+    chains: tuple[str, str], how: Masking, *, seed: int, epoch: int, row: int
+) -> tuple[str, str]:
     """Both chains of a pair with their masked units removed, each with probability ``how.probability``.
 
     "pair": unit i of both chains is dropped or kept together; "video": each for itself.
@@ -29,22 +31,31 @@ def mask(chains: tuple[str, str], how: Masking, *, seed: int, epoch: int, row: i
         who = () if how.per == "pair" else (side,)
         parts = units(chain, how.unit)
         # the whole chain has no number, so that a seed masks what it masked before there were units
-        numbers = [()] if how.unit == "chain" else [(i,) for i in range(len(parts))]
-        drawn = [derive_seed(seed, "mask", epoch, row, *who, *number) / 2**63 for number in numbers]
-        kept.append("".join(part for part, u in zip(parts, drawn, strict=False) if u >= how.probability))
+        numbers = [()] if how.unit == "cot" else [(i,) for i in range(len(parts))]
+        drawn = [
+            derive_seed(seed, "mask", epoch, row, *who, *number) / 2**63
+            for number in numbers
+        ]
+        kept.append(
+            "".join(
+                part
+                for part, u in zip(parts, drawn, strict=False)
+                if u >= how.probability
+            )
+        )
     return kept[0], kept[1]
 
 
 def units(chain: str, unit: str) -> list[str]:
     """What is dropped or kept as one; joined they are the chain.
 
-    "chain"     the whole text
+    "cot"     the whole text
     "section"   paragraphs, or lines where there is no empty line
     "sentence"  up to ``.``, ``!``, ``?`` or the end of a line
 
     An answer block is one unit, whatever stands in it.
     """
-    if unit == "chain":
+    if unit == "cot":
         return [chain]
     rule = _CUT["paragraph" if unit == "section" and "\n\n" in chain else unit]
     parts: list[str] = []

@@ -37,11 +37,16 @@ def preference_accuracy(margin_N: Tensor, label_N: Tensor) -> PreferenceAccuracy
         raise ValueError(
             f"preference_accuracy needs two (N,) tensors, got {tuple(margin_N.shape)} and {tuple(label_N.shape)}"
         )
-    margin_N, label_N = margin_N.detach().double().cpu(), label_N.detach().double().cpu()
+    margin_N, label_N = (
+        margin_N.detach().double().cpu(),
+        label_N.detach().double().cpu(),
+    )
     margin_N, label_N = margin_N[~label_N.isnan()], label_N[~label_N.isnan()]
     known_N = (label_N == 1) | (label_N == -1) | (label_N == 0)
     if not known_N.all():
-        raise ValueError(f"labels must be 1, -1 or 0, got {label_N[~known_N][0].item()}")
+        raise ValueError(
+            f"labels must be 1, -1 or 0, got {label_N[~known_N][0].item()}"
+        )
     total = len(label_N)
     if not total:
         return PreferenceAccuracy(float("nan"), float("nan"), -1.0)
@@ -49,10 +54,16 @@ def preference_accuracy(margin_N: Tensor, label_N: Tensor) -> PreferenceAccuracy
     decided = int((label_N != 0).sum())
 
     judged_N = ~margin_N.isnan()
-    size_M, right_M, tie_M = margin_N[judged_N].abs(), right_N[judged_N], (label_N == 0)[judged_N]
+    size_M, right_M, tie_M = (
+        margin_N[judged_N].abs(),
+        right_N[judged_N],
+        (label_N == 0)[judged_N],
+    )
     unique_U, group_M = size_M.unique(sorted=True, return_inverse=True)
     # raising e past one unique |m| gains the ties there and loses the right answers there
-    change_U = torch.zeros(len(unique_U), dtype=torch.long).index_add_(0, group_M, tie_M.long() - right_M.long())
+    change_U = torch.zeros(len(unique_U), dtype=torch.long).index_add_(
+        0, group_M, tie_M.long() - right_M.long()
+    )
     hits = torch.cat([right_M.sum().view(1), right_M.sum() + change_U.cumsum(0)])
     best = int((hits == hits.max()).nonzero()[0])
     return PreferenceAccuracy(
@@ -62,9 +73,14 @@ def preference_accuracy(margin_N: Tensor, label_N: Tensor) -> PreferenceAccuracy
     )
 
 
-def accuracy_by_dimension(margin_NK: Tensor, label_NK: Tensor, names: Sequence[str]) -> dict[str, float]:
+def accuracy_by_dimension(
+    margin_NK: Tensor, label_NK: Tensor, names: Sequence[str]
+) -> dict[str, float]:
     """``heldout/accuracy/<name>``: without ties, of the pairs with a label there, not NaN. {} for one dimension."""
     if len(names) == 1:
         return {}
     by_name = zip(names, margin_NK.unbind(1), label_NK.unbind(1), strict=True)
-    return {f"heldout/accuracy/{name}": preference_accuracy(*both).without_ties for name, *both in by_name}
+    return {
+        f"heldout/accuracy/{name}": preference_accuracy(*both).without_ties
+        for name, *both in by_name
+    }

@@ -28,7 +28,7 @@ _TOKENS_AT_ONCE = 1024  # logits of a large vocabulary are the largest tensors o
 
 
 @dataclass(frozen=True)
-class Chain:
+class PackedCot:
     """A sampled chain of thought: token ids without end-of-turn, and whether it ended by itself."""
 
     ids: tuple[int, ...]
@@ -53,11 +53,13 @@ class Packed:
     query_BG: Tensor
 
     def to(self, device: torch.device | str) -> Packed:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return replace(
+            self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)}
+        )
 
 
 @dataclass(frozen=True)
-class Judged:
+class PackedOutput:
     """log_prob_BGT  of every token, 0 where there is none; reward_BGK."""
 
     log_prob_BGT: Tensor
@@ -65,15 +67,24 @@ class Judged:
 
 
 def pack(
-    model: DeScore, encoded: Sequence[Encoded], videos: Sequence[PreparedVideo], chains: Sequence[Sequence[Chain]]
+    model: DeScore,
+    encoded: Sequence[Encoded],
+    videos: Sequence[PreparedVideo],
+    chains: Sequence[Sequence[PackedCot]],
 ) -> Packed:
     """One row a video; ``chains[b]`` are the G chains of video b, whose prompt is ``encoded[b].prompt_ids``.
 
     Raises ValueError when rows have unequal numbers of chains.
     """
     size = len(chains[0]) if chains else 0
-    if not size or any(len(row) != size for row in chains) or not len(encoded) == len(videos) == len(chains):
-        raise ValueError(f"pack: {len(encoded)} prompts, {len(videos)} videos, chains {[len(row) for row in chains]}")
+    if (
+        not size
+        or any(len(row) != size for row in chains)
+        or not len(encoded) == len(videos) == len(chains)
+    ):
+        raise ValueError(
+            f"pack: {len(encoded)} prompts, {len(videos)} videos, chains {[len(row) for row in chains]}"
+        )
     rows = [_row(model, item, own) for item, own in zip(encoded, chains, strict=True)]
     ids_BL = _padded([row.ids for row in rows], model.pad_id)
     part_BL = _padded([row.part for row in rows], -1)
@@ -81,9 +92,13 @@ def pack(
     length = ids_BL.shape[1]
     place_L = torch.arange(length)
     same_BLL = part_BL[:, :, None] == part_BL[:, None, :]
-    visible_BLL = (same_BLL | (part_BL[:, None, :] == 0)) & (place_L[:, None] >= place_L[None, :])
+    visible_BLL = (same_BLL | (part_BL[:, None, :] == 0)) & (
+        place_L[:, None] >= place_L[None, :]
+    )
     grid_B3 = torch.tensor([video.grid for video in videos])
-    position_3BL = rope_positions(ids_BL == model.video_pad_id, grid_B3, model.settings.merge_size)
+    position_3BL = rope_positions(
+        ids_BL == model.video_pad_id, grid_B3, model.settings.merge_size
+    )
     batch = Batch(
         ids_BL=ids_BL,
         mask_BL=visible_BLL.unsqueeze(1),
@@ -97,12 +112,16 @@ def pack(
         batch=batch,
         before_BGT=torch.stack([_padded(row.before, 0, longest) for row in rows]),
         target_BGT=torch.stack([_padded(row.targets, 0, longest) for row in rows]),
-        token_BGT=torch.stack([_padded([[1] * len(t) for t in row.targets], 0, longest) for row in rows]).bool(),
+        token_BGT=torch.stack(
+            [_padded([[1] * len(t) for t in row.targets], 0, longest) for row in rows]
+        ).bool(),
         query_BG=torch.tensor([row.queries for row in rows]),
     )
 
 
-def judge(model: DeScore, packed: Packed, *, temperature: float, score: bool = True) -> Judged:
+def packed_forward(
+    model: DeScore, packed: Packed, *, temperature: float, score: bool = True
+) -> PackedOutput:
     """Log-probabilities under the sampler's distribution, and rewards; ONE forward of the backbone.
 
         log_prob_t = log softmax(logits_t / temperature)[token_t],   over the ids that may be sampled
@@ -114,15 +133,25 @@ def judge(model: DeScore, packed: Packed, *, temperature: float, score: bool = T
     where = packed.token_BGT
     row_BGT = row_B1.unsqueeze(-1).expand_as(where)
     hidden_ND = hidden_BLD[row_BGT[where], packed.before_BGT[where]]
-    log_prob_N = token_log_probs(model, hidden_ND, packed.target_BGT[where], temperature=temperature)
-    log_prob_BGT = torch.zeros(where.shape, device=hidden_BLD.device).masked_scatter(where, log_prob_N)
+    log_prob_N = token_log_probs(
+        model, hidden_ND, packed.target_BGT[where], temperature=temperature
+    )
+    log_prob_BGT = torch.zeros(where.shape, device=hidden_BLD.device).masked_scatter(
+        where, log_prob_N
+    )
     query_BGK = packed.query_BG.unsqueeze(-1) - model.steps_back
     if not score:
-        return Judged(log_prob_BGT, torch.zeros(query_BGK.shape, device=hidden_BLD.device))
-    return Judged(log_prob_BGT, model.read_reward(hidden_BLD[row_B1.unsqueeze(-1), query_BGK]))
+        return PackedOutput(
+            log_prob_BGT, torch.zeros(query_BGK.shape, device=hidden_BLD.device)
+        )
+    return PackedOutput(
+        log_prob_BGT, model.read_reward(hidden_BLD[row_B1.unsqueeze(-1), query_BGK])
+    )
 
 
-def token_log_probs(model: DeScore, hidden_ND: Tensor, target_N: Tensor, *, temperature: float) -> Tensor:
+def token_log_probs(
+    model: DeScore, hidden_ND: Tensor, target_N: Tensor, *, temperature: float
+) -> Tensor:
     """(N,) fp32. Logits are made for a part of the tokens at a time, and again in the backward.
 
     Of a sharded model in equally many parts on every rank, empty ones too: each gathers the vocabulary head.
@@ -130,16 +159,26 @@ def token_log_probs(model: DeScore, hidden_ND: Tensor, target_N: Tensor, *, temp
     banned_V = model.banned_ids().to(hidden_ND.device)
 
     def part(hidden: Tensor, target: Tensor) -> Tensor:
-        logits = model.backbone.lm_head(hidden).float().masked_fill(banned_V, -torch.inf) / temperature
+        logits = (
+            model.backbone.lm_head(hidden).float().masked_fill(banned_V, -torch.inf)
+            / temperature
+        )
         return -F.cross_entropy(logits, target, reduction="none")
 
     count = max(1, -(-len(hidden_ND) // _TOKENS_AT_ONCE))
     if model.sharded:
         count = int(max_over_ranks(count))
-    parts = [slice(i * _TOKENS_AT_ONCE, (i + 1) * _TOKENS_AT_ONCE) for i in range(count)]
+    parts = [
+        slice(i * _TOKENS_AT_ONCE, (i + 1) * _TOKENS_AT_ONCE) for i in range(count)
+    ]
     if not torch.is_grad_enabled() or count == 1:
         return torch.cat([part(hidden_ND[i], target_N[i]) for i in parts])
-    return torch.cat([checkpoint(part, hidden_ND[i], target_N[i], use_reentrant=False) for i in parts])
+    return torch.cat(
+        [
+            checkpoint(part, hidden_ND[i], target_N[i], use_reentrant=False)
+            for i in parts
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -152,7 +191,7 @@ class _Row:
     queries: list[int]
 
 
-def _row(model: DeScore, encoded: Encoded, chains: Sequence[Chain]) -> _Row:
+def _row(model: DeScore, encoded: Encoded, chains: Sequence[PackedCot]) -> _Row:
     start = len(encoded.prompt_ids)
     row = _Row(list(encoded.prompt_ids), [0] * start, [0] * start, [], [], [])
     for number, chain in enumerate(chains, 1):
@@ -167,7 +206,9 @@ def _row(model: DeScore, encoded: Encoded, chains: Sequence[Chain]) -> _Row:
     return row
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int, length: int | None = None) -> Tensor:
+def _padded(
+    rows: Sequence[Sequence[int]], value: int, length: int | None = None
+) -> Tensor:
     """long (rows, the longest), padded on the right."""
     width = max(map(len, rows)) if length is None else length
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])

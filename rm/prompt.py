@@ -27,8 +27,20 @@ if TYPE_CHECKING:
 DIMENSIONS = ("subject", "dynamics", "camera", "environment", "style")
 PROMPT_SLOT = "{prompt}"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-VISION_START, VIDEO_PAD, VISION_END = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
-CONTROL_TOKENS = (IM_START, IM_END, VISION_START, VISION_END, VIDEO_PAD, "<|image_pad|>", "<|endoftext|>")
+VISION_START, VIDEO_PAD, VISION_END = (
+    "<|vision_start|>",
+    "<|video_pad|>",
+    "<|vision_end|>",
+)
+CONTROL_TOKENS = (
+    IM_START,
+    IM_END,
+    VISION_START,
+    VISION_END,
+    VIDEO_PAD,
+    "<|image_pad|>",
+    "<|endoftext|>",
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +56,13 @@ class PromptTemplate:
     def __post_init__(self) -> None:
         found = self.before.count(PROMPT_SLOT)
         if found != 1:
-            raise ValueError(f"PromptTemplate.before must contain {PROMPT_SLOT} exactly once, found {found}")
+            raise ValueError(
+                f"PromptTemplate.before must contain {PROMPT_SLOT} exactly once, found {found}"
+            )
         if PROMPT_SLOT in self.after:
-            raise ValueError(f"PromptTemplate.after must not contain {PROMPT_SLOT}: the slot belongs in `before`")
+            raise ValueError(
+                f"PromptTemplate.after must not contain {PROMPT_SLOT}: the slot belongs in `before`"
+            )
 
     def fill(self, prompt: str) -> str:
         """``before`` with the prompt in its slot; a ``{prompt}`` inside the prompt stays as it is."""
@@ -54,14 +70,19 @@ class PromptTemplate:
         return left + prompt + right
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(path).write_text(
+            json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n",
+            encoding="utf-8",
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> PromptTemplate:
         """ValueError, naming the file, if a key is missing or unknown."""
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(raw, dict) or set(raw) != {"before", "after"}:
-            raise ValueError(f"{path}: a prompt template has the keys 'before' and 'after', got {raw!r:.80}")
+            raise ValueError(
+                f"{path}: a prompt template has the keys 'before' and 'after', got {raw!r:.80}"
+            )
         return cls(**raw)
 
 
@@ -108,7 +129,10 @@ def encode(
     if len(times) != frames:
         raise ValueError(f"encode: {len(times)} times for {frames} temporal patches")
     pads = [token_id(tokenizer, VIDEO_PAD)] * (height * width // merge_size**2)
-    vision_start, vision_end = token_id(tokenizer, VISION_START), token_id(tokenizer, VISION_END)
+    vision_start, vision_end = (
+        token_id(tokenizer, VISION_START),
+        token_id(tokenizer, VISION_END),
+    )
     im_start, im_end = token_id(tokenizer, IM_START), token_id(tokenizer, IM_END)
 
     ids = [im_start]
@@ -118,7 +142,12 @@ def encode(
         ids += [vision_start, *pads, vision_end]
         text = ""
     ids += encode_text(tokenizer, template.after)
-    ids += [im_end, *encode_text(tokenizer, "\n"), im_start, *encode_text(tokenizer, "assistant\n")]
+    ids += [
+        im_end,
+        *encode_text(tokenizer, "\n"),
+        im_start,
+        *encode_text(tokenizer, "assistant\n"),
+    ]
     return Encoded(tuple(ids), tuple(encode_cot(tokenizer, cot)))
 
 
@@ -131,7 +160,11 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of ordinary text: a special token spelled in it is cut after its first character, so it stays text."""
     if not text:
         return []
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special
+    }
     names = sorted({*special, *CONTROL_TOKENS}, key=len, reverse=True)
     pattern = re.compile("|".join(re.escape(name) for name in names if len(name) > 1))
     ids: list[int] = []
@@ -148,7 +181,9 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     if found is None:
         found = tokenizer.get_vocab().get(token)
     if found is None:
-        raise ValueError(f"the tokenizer has no token {token!r}; DeScore needs the Qwen3-VL chat and vision tokens")
+        raise ValueError(
+            f"the tokenizer has no token {token!r}; DeScore needs the Qwen3-VL chat and vision tokens"
+        )
     return found
 
 
@@ -175,7 +210,9 @@ def parse_answer(text: str) -> Answer | None:
     return Answer(_scores(raw["dimensional_scores"]), _number(raw.get("overall_score")))
 
 
-def parse_scores(text: str) -> tuple[Mapping[str, int | None], Mapping[str, int | None]] | None:
+def parse_scores(
+    text: str,
+) -> tuple[Mapping[str, int | None], Mapping[str, int | None]] | None:
     """What is right for both videos of a pair: ``video_1_scores`` and ``video_2_scores`` of the answer block.
 
     None if there is no such block or one of the two has no usable dimension. Never raises, whatever the text.
@@ -184,7 +221,9 @@ def parse_scores(text: str) -> tuple[Mapping[str, int | None], Mapping[str, int 
     if raw is None:
         return None
     both = [raw.get(key) for key in ("video_1_scores", "video_2_scores")]
-    first, second = (_scores(value) if isinstance(value, dict) else {} for value in both)
+    first, second = (
+        _scores(value) if isinstance(value, dict) else {} for value in both
+    )
     return (first, second) if first and second else None
 
 
@@ -196,7 +235,9 @@ def parse_preference(text: str) -> int | None:
     word = (_answer_json(text) or {}).get("gsb_result")
     if not isinstance(word, str) or not word.strip():
         return None
-    return {"Video 1 is better": 1, "A": 1, "Video 2 is better": -1, "B": -1}.get(word.strip(), 0)
+    return {"Video 1 is better": 1, "A": 1, "Video 2 is better": -1, "B": -1}.get(
+        word.strip(), 0
+    )
 
 
 def _answer_json(text: str) -> dict[str, object] | None:
@@ -220,7 +261,9 @@ def _scores(raw: Mapping[str, object]) -> dict[str, int | None]:
     scores: dict[str, int | None] = {}
     for name in DIMENSIONS:
         value = raw.get(name, "")
-        if value is None or (isinstance(value, str) and value.strip().upper() in ("N/A", "NA")):
+        if value is None or (
+            isinstance(value, str) and value.strip().upper() in ("N/A", "NA")
+        ):
             scores[name] = None
         elif (number := _number(value)) in (0.0, 1.0, 2.0):
             scores[name] = int(number)
@@ -244,7 +287,7 @@ You judge alignment with the text only, not beauty.
 Text prompt: {prompt}
 
 Video:
-""",  # a newline: no token joins it to the first time stamp, which `rm.vllm_writer` needs
+""",  # a newline: no token joins it to the first time stamp, which `rm.vllm.client` needs
     after="""
 
 Work in two steps.

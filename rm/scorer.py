@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from common.distributed import derive_seed
-from common.memory import Portions
+from common.memory import AdaptiveBatcher
 from common.types import Score
 from rm.calibration import Calibration
-from rm.generate import generate, read_rewards
+from rm.generate import generate, rewards_from_cache
 from rm.model import DeScore
 from rm.prompt import DIMENSIONS, parse_answer
 from rm.video import PreparedVideo, prepare
@@ -25,7 +25,7 @@ from rm.video import PreparedVideo, prepare
 class DeScoreScorer:
     """The Protocol `common.types.RewardModel`: chains of thought about a video, then the head.
 
-    It writes with `rm.generate` itself, never with a `rm.chain_writer`: the reward is one token more on that KV cache.
+    It writes with `rm.generate` itself, never with a `rm.cot_backend`: the reward is one token more on that KV cache.
 
     batch   videos judged at once; halved for good when memory runs out
     chains  chains of thought of each video. 1: one, as the checkpoint's generation says (greedy, unless it was saved
@@ -53,16 +53,26 @@ class DeScoreScorer:
         if value not in ("head", "overall"):
             raise ValueError(f"value={value!r} must be 'head' or 'overall'")
         if value == "overall" and (chains == 0 or calibration is not None):
-            raise ValueError("value='overall' reads the chain of thought: chains must be at least 1, and uncalibrated")
-        if calibration is not None and calibration.mean.keys() != model.dimensions.keys():
-            raise ValueError(f"a calibration of {list(calibration.mean)} for a judge of {list(model.dimensions)}")
+            raise ValueError(
+                "value='overall' reads the chain of thought: chains must be at least 1, and uncalibrated"
+            )
+        if (
+            calibration is not None
+            and calibration.mean.keys() != model.dimensions.keys()
+        ):
+            raise ValueError(
+                f"a calibration of {list(calibration.mean)} for a judge of {list(model.dimensions)}"
+            )
         if calibration is not None and calibration.chains != chains:
             raise ValueError(
                 f"calibrated with chains={calibration.chains}, which are other rewards than chains={chains}"
             )
         self.value, self.calibration = value, calibration
-        self.model, self.chains = model.eval().requires_grad_(requires_grad=False), chains
-        self.portions = Portions(batch, what="videos before the judge")
+        self.model, self.chains = (
+            model.eval().requires_grad_(requires_grad=False),
+            chains,
+        )
+        self.portions = AdaptiveBatcher(batch, what="videos before the judge")
 
     @classmethod
     def load(
@@ -82,16 +92,26 @@ class DeScoreScorer:
         options     as above
         """
         if device is None:
-            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+            device = (
+                torch.device("cuda", torch.cuda.current_device())
+                if torch.cuda.is_available()
+                else "cpu"
+            )
         if dtype is None:
             dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
         if calibrated:
             options["calibration"] = Calibration.load(path)
-        return cls(DeScore.load(path, dtype=getattr(torch, dtype)).to(device), **options)
+        return cls(
+            DeScore.load(path, dtype=getattr(torch, dtype)).to(device), **options
+        )
 
     @torch.no_grad()
     def score(
-        self, videos: Tensor | Sequence[Tensor | str | Path], prompts: Sequence[str], *, fps: float | None = None
+        self,
+        videos: Tensor | Sequence[Tensor | str | Path],
+        prompts: Sequence[str],
+        *,
+        fps: float | None = None,
     ) -> Score:
         """Rewards (B,): raw logits unless calibrated, so that only their order and differences mean something.
 
@@ -112,22 +132,41 @@ class DeScoreScorer:
         if not len(prompts):
             return Score(torch.zeros(0))
         # sums of floats depend on a row's place in a batch: places are given by what the rows are, each is judged once
-        keys = [_identity(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
+        keys = [
+            _identity(video, prompt)
+            for video, prompt in zip(videos, prompts, strict=True)
+        ]
         order = sorted(set(keys))
         rows = [keys.index(key) for key in order]
-        found = self._score([videos[i] for i in rows], [prompts[i] for i in rows], fps=fps)
+        found = self._score(
+            [videos[i] for i in rows], [prompts[i] for i in rows], fps=fps
+        )
         place = {key: k for k, key in enumerate(order)}
         return found.take([place[key] for key in keys])
 
-    def _score(self, videos: Sequence[Tensor | str | Path], prompts: Sequence[str], *, fps: float | None) -> Score:
+    def _score(
+        self,
+        videos: Sequence[Tensor | str | Path],
+        prompts: Sequence[str],
+        *,
+        fps: float | None,
+    ) -> Score:
         def judge(part: slice) -> _Judged:
-            return self._judge(prompts[part], [prepare(video, self.model.settings, fps=fps) for video in videos[part]])
+            return self._judge(
+                prompts[part],
+                [
+                    prepare(video, self.model.settings, fps=fps)
+                    for video in videos[part]
+                ],
+            )
 
         judged = self.portions.each(judge, len(prompts))
         reward_BNK = self._calibrated(torch.cat([part.reward_BNK for part in judged]))
         texts = [own for part in judged for own in part.texts]
         if self.value == "overall":  # of chains that count, which have a reward
-            stated_BN = _overall([text for own in texts for text in own]).view(-1, self.chains)
+            stated_BN = _overall([text for own in texts for text in own]).view(
+                -1, self.chains
+            )
             reward_BN = stated_BN.masked_fill(reward_BNK[..., 0].isnan(), math.nan)
         else:
             reward_BN = self.model.total(reward_BNK)
@@ -135,43 +174,79 @@ class DeScoreScorer:
         parts = {}
         if len(self.model.dimensions) > 1:
             names = self.model.dimensions
-            parts |= {f"reward.{name}": _mean_of_judged(reward_BNK[..., k]) for k, name in enumerate(names)}
+            parts |= {
+                f"reward.{name}": _mean_of_judged(reward_BNK[..., k])
+                for k, name in enumerate(names)
+            }
         if self.chains == 0:
             return Score(value_B, parts, [""] * len(prompts))
         stated = _parts([text for own in texts for text in own])
-        parts |= {name: _mean_of_judged(part.view(-1, self.chains)) for name, part in stated.items()}
+        parts |= {
+            name: _mean_of_judged(part.view(-1, self.chains))
+            for name, part in stated.items()
+        }
         if self.chains > 1:
-            parts["spread"] = _mean_of_judged((reward_BN - value_B.unsqueeze(1)).square()).sqrt()
+            parts["spread"] = _mean_of_judged(
+                (reward_BN - value_B.unsqueeze(1)).square()
+            ).sqrt()
         return Score(value_B, parts, [own[0] for own in texts])
 
     def _calibrated(self, reward_BNK: Tensor) -> Tensor:
         if self.calibration is None:
             return reward_BNK
         names = list(self.model.dimensions)
-        mean_K, std_K = (torch.tensor([by[n] for n in names]) for by in (self.calibration.mean, self.calibration.std))
+        mean_K, std_K = (
+            torch.tensor([by[n] for n in names])
+            for by in (self.calibration.mean, self.calibration.std)
+        )
         return (reward_BNK - mean_K) / std_K
 
-    def _judge(self, prompts: Sequence[str], videos: Sequence[PreparedVideo]) -> _Judged:
-        encoded = [self.model.encode(prompt, video) for prompt, video in zip(prompts, videos, strict=True)]
+    def _judge(
+        self, prompts: Sequence[str], videos: Sequence[PreparedVideo]
+    ) -> _Judged:
+        encoded = [
+            self.model.encode(prompt, video)
+            for prompt, video in zip(prompts, videos, strict=True)
+        ]
         if self.chains == 0:
             batch = self.model.batch(encoded, videos).to(self.model.device)
             return _Judged(self.model(batch).cpu().unsqueeze(1), [[""]] * len(prompts))
         count = self.chains
-        reward_BNK = torch.full((len(prompts), count, len(self.model.dimensions)), math.nan)
+        reward_BNK = torch.full(
+            (len(prompts), count, len(self.model.dimensions)), math.nan
+        )
         texts = [[""] * count for _ in prompts]
         waiting = list(range(len(prompts)))
         how = self.model.generation
         if count > 1 and how.temperature == 0:
             how = replace(how, temperature=1.0)
         for limit in (how.max_new_tokens, 2 * how.max_new_tokens):
-            batch = self.model.batch([encoded[i] for i in waiting], [videos[i] for i in waiting], query=False)
+            batch = self.model.batch(
+                [encoded[i] for i in waiting], [videos[i] for i in waiting], query=False
+            )
             seeds = self._seeds(prompts, waiting) if how.temperature > 0 else None
-            written = generate(self.model, batch, replace(how, max_new_tokens=limit), seeds=seeds, copies=count)
-            reward_WNK = read_rewards(self.model, written).float().cpu().unflatten(0, (-1, count))
+            written = generate(
+                self.model,
+                batch,
+                replace(how, max_new_tokens=limit),
+                seeds=seeds,
+                copies=count,
+            )
+            reward_WNK = (
+                rewards_from_cache(self.model, written)
+                .float()
+                .cpu()
+                .unflatten(0, (-1, count))
+            )
             finished_WN = written.finished_B.cpu().view(-1, count)
-            reward_BNK[waiting] = reward_WNK.masked_fill(~finished_WN.unsqueeze(-1), math.nan)
+            reward_BNK[waiting] = reward_WNK.masked_fill(
+                ~finished_WN.unsqueeze(-1), math.nan
+            )
             for row, i in enumerate(waiting):
-                texts[i] = [self.model.tokenizer.decode(written.ids(row * count + n)) for n in range(count)]
+                texts[i] = [
+                    self.model.tokenizer.decode(written.ids(row * count + n))
+                    for n in range(count)
+                ]
             # the same seeds write the same chains: those that were finished come out again
             waiting = [i for row, i in enumerate(waiting) if not finished_WN[row].all()]
             if not waiting:
@@ -181,7 +256,11 @@ class DeScoreScorer:
     def _seeds(self, prompts: Sequence[str], rows: Sequence[int]) -> list[int]:
         """By prompt, so that no score depends on a place in the batch."""
         first = [derive_seed("score", prompts[i]) for i in rows]
-        return [derive_seed(seed, n) if n else seed for seed in first for n in range(self.chains)]
+        return [
+            derive_seed(seed, n) if n else seed
+            for seed in first
+            for n in range(self.chains)
+        ]
 
 
 def _identity(video: Tensor | str | Path, prompt: str) -> bytes:
@@ -216,11 +295,15 @@ def _overall(texts: Sequence[str]) -> Tensor:
 def _parts(texts: Sequence[str]) -> dict[str, Tensor]:
     answers = [parse_answer(text) for text in texts]
     return {
-        name: _floats([None if answer is None else answer.scores.get(name) for answer in answers])
+        name: _floats(
+            [None if answer is None else answer.scores.get(name) for answer in answers]
+        )
         for name in DIMENSIONS
     }
 
 
 def _floats(values: Sequence[float | None]) -> Tensor:
     """fp32, NaN for None; whole numbers alone would make an integer tensor, which cannot hold a NaN."""
-    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+    return torch.tensor(
+        [math.nan if value is None else value for value in values], dtype=torch.float32
+    )

@@ -14,7 +14,9 @@ from typing import Literal
 
 from rm.prompt import Answer, parse_answer
 
-Scores = Mapping[str, int | None]  # 2, 1, 0, or None for "not applicable", by sub-dimension
+Scores = Mapping[
+    str, int | None
+]  # 2, 1, 0, or None for "not applicable", by sub-dimension
 # the official release's steps: the first bound that the length stays under decides
 _STEPS = ((500, 0.0), (1000, 0.2), (1500, 0.4), (2000, 0.6))
 
@@ -45,11 +47,17 @@ class RuleRewardConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.length_unit not in ("tokens", "characters"):
-            raise ValueError(f"length_unit={self.length_unit!r} must be 'tokens' or 'characters'")
+            raise ValueError(
+                f"length_unit={self.length_unit!r} must be 'tokens' or 'characters'"
+            )
         if self.length_shape not in ("linear", "steps"):
-            raise ValueError(f"length_shape={self.length_shape!r} must be 'linear' or 'steps'")
+            raise ValueError(
+                f"length_shape={self.length_shape!r} must be 'linear' or 'steps'"
+            )
         if not 0 <= self.length_low < self.length_high:
-            raise ValueError(f"length_low={self.length_low} must lie in 0 .. length_high={self.length_high}")
+            raise ValueError(
+                f"length_low={self.length_low} must lie in 0 .. length_high={self.length_high}"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,15 +72,21 @@ class RuleReward:
     overall: float | None = None
 
 
-def rule_reward(text: str, truth: Scores, *, tokens: int, how: RuleRewardConfig) -> RuleReward:
+def rule_reward(
+    text: str, truth: Scores, *, tokens: int, how: RuleRewardConfig
+) -> RuleReward:
     """Judge one chain of thought; ``tokens`` is its length without the end-of-turn token."""
     answer = parse_answer(text)
     quality = quality_reward(answer, truth)
     form = format_reward(text, think_tags=how.think_tags)
     size = tokens if how.length_unit == "tokens" else len(text.strip())
-    length = length_reward(size, low=how.length_low, high=how.length_high, shape=how.length_shape)
+    length = length_reward(
+        size, low=how.length_low, high=how.length_high, shape=how.length_shape
+    )
     total = how.quality * quality + how.format * form + how.length * length
-    return RuleReward(total, quality, form, length, overall=None if answer is None else answer.overall)
+    return RuleReward(
+        total, quality, form, length, overall=None if answer is None else answer.overall
+    )
 
 
 def quality_reward(answer: Answer | None, truth: Scores) -> float:
@@ -83,7 +97,9 @@ def quality_reward(answer: Answer | None, truth: Scores) -> float:
     if answer is None or not truth:
         return 0.0
     missing = object()
-    return sum(answer.scores.get(name, missing) == score for name, score in truth.items()) / len(truth)
+    return sum(
+        answer.scores.get(name, missing) == score for name, score in truth.items()
+    ) / len(truth)
 
 
 def format_reward(text: str, *, think_tags: bool = False) -> float:
@@ -94,11 +110,14 @@ def format_reward(text: str, *, think_tags: bool = False) -> float:
         return 1.0
     thought = text[: text.rfind("<answer>")]
     return float(
-        thought.count("<think>") == thought.count("</think>") == 1 and "<think>" in thought.split("</think>")[0]
+        thought.count("<think>") == thought.count("</think>") == 1
+        and "<think>" in thought.split("</think>")[0]
     )
 
 
-def length_reward(length: int, *, low: int, high: int, shape: Literal["linear", "steps"]) -> float:
+def length_reward(
+    length: int, *, low: int, high: int, shape: Literal["linear", "steps"]
+) -> float:
     """In [0, 1], see `RuleRewardConfig`."""
     if shape == "linear":
         return min(1.0, max(0.0, (length - low) / (high - low)))

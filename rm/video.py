@@ -35,9 +35,13 @@ class Clip:
     def __post_init__(self) -> None:
         got = self.frames_TYXC
         if got.dtype != torch.uint8 or got.dim() != 4 or got.shape[-1] != 3:
-            raise ValueError(f"Clip.frames_TYXC must be uint8 (T, Y, X, 3), got {got.dtype} {tuple(got.shape)}")
+            raise ValueError(
+                f"Clip.frames_TYXC must be uint8 (T, Y, X, 3), got {got.dtype} {tuple(got.shape)}"
+            )
         if len(self.times) != self.frames_TYXC.shape[0]:
-            raise ValueError(f"Clip.times has {len(self.times)} entries for {self.frames_TYXC.shape[0]} frames")
+            raise ValueError(
+                f"Clip.times has {len(self.times)} entries for {self.frames_TYXC.shape[0]} frames"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class PreparedVideo:
     times: tuple[float, ...]
 
 
-def prepare(source: str | Path | Tensor, settings: VideoSettings, *, fps: float | None = None) -> PreparedVideo:
+def prepare(
+    source: str | Path | Tensor, settings: VideoSettings, *, fps: float | None = None
+) -> PreparedVideo:
     """File path, or uint8 frames (T, Y, X, 3) at ``fps`` -> PreparedVideo. A file is decoded once, a tensor never."""
     if isinstance(source, Tensor):
         if fps is None:
@@ -66,7 +72,11 @@ def prepare(source: str | Path | Tensor, settings: VideoSettings, *, fps: float 
     else:
         clip = read_video(source, settings)
     pixels = preprocess(clip.frames_TYXC, settings)
-    return PreparedVideo(pixels.patches, pixels.grid, patch_times(clip.times, settings.temporal_patch_size))
+    return PreparedVideo(
+        pixels.patches,
+        pixels.grid,
+        patch_times(clip.times, settings.temporal_patch_size),
+    )
 
 
 def frame_indices(count: int, fps: float, settings: VideoSettings) -> list[int]:
@@ -80,7 +90,12 @@ def frame_indices(count: int, fps: float, settings: VideoSettings) -> list[int]:
     step = settings.temporal_patch_size
     wanted = round(count / fps * settings.fps / step) * step
     wanted = min(max(wanted, settings.min_frames), settings.max_frames, count)
-    return torch.linspace(0, count - 1, wanted, dtype=torch.float64).round().long().tolist()
+    return (
+        torch.linspace(0, count - 1, wanted, dtype=torch.float64)
+        .round()
+        .long()
+        .tolist()
+    )
 
 
 def sample_clip(frames_TYXC: Tensor, fps: float, settings: VideoSettings) -> Clip:
@@ -101,9 +116,13 @@ def read_video(path: str | Path, settings: VideoSettings) -> Clip:
         if count < 1 or not fps > 0:
             raise VideoError(f"{path}: {count} frames at {fps} fps")
         indices = frame_indices(count, fps, settings)
-        frames_TYXC = torch.stack([_unpadded(torch.from_numpy(reader[i].asnumpy())) for i in indices])
+        frames_TYXC = torch.stack(
+            [_unpadded(torch.from_numpy(reader[i].asnumpy())) for i in indices]
+        )
     except (RuntimeError, decord.DECORDError) as error:
-        raise VideoError(f"{path}: cannot be decoded ({str(error).splitlines()[0]:.200})") from error
+        raise VideoError(
+            f"{path}: cannot be decoded ({str(error).splitlines()[0]:.200})"
+        ) from error
     return Clip(frames_TYXC, tuple(i / fps for i in indices))
 
 
@@ -117,7 +136,8 @@ def patch_times(times: Sequence[float], temporal_patch_size: int) -> tuple[float
     """Time of each temporal patch: the MEAN of its first and last frame's times, the last frame repeated to fill it."""
     padded = [*times, *[times[-1]] * (-len(times) % temporal_patch_size)]
     return tuple(
-        (padded[i] + padded[i + temporal_patch_size - 1]) / 2 for i in range(0, len(padded), temporal_patch_size)
+        (padded[i] + padded[i + temporal_patch_size - 1]) / 2
+        for i in range(0, len(padded), temporal_patch_size)
     )
 
 
@@ -131,7 +151,9 @@ def preprocess(frames_TYXC: Tensor, settings: VideoSettings) -> PixelPatches:
     size = smart_resize(count, height, width, settings)
     frames = frames_TYXC.permute(0, 3, 1, 2)
     if size != (height, width):
-        frames = F.interpolate(frames.contiguous(), size=size, mode="bicubic", antialias=True)
+        frames = F.interpolate(
+            frames.contiguous(), size=size, mode="bicubic", antialias=True
+        )
     mean = torch.tensor(settings.mean).view(3, 1, 1) * 255.0
     std = torch.tensor(settings.std).view(3, 1, 1) * 255.0
     video = (frames.float() - mean) / std
@@ -142,7 +164,9 @@ def preprocess(frames_TYXC: Tensor, settings: VideoSettings) -> PixelPatches:
     t, h, w = video.shape[0] // tp, size[0] // p, size[1] // p
     # merge blocks of m x m patches are contiguous rows: the vision tower merges them by a plain view
     cut = video.reshape(t, tp, channels, h // m, m, p, w // m, m, p)
-    patches = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, channels * tp * p * p)
+    patches = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(
+        t * h * w, channels * tp * p * p
+    )
     return PixelPatches(patches, (t, h, w))
 
 
@@ -156,7 +180,9 @@ def frames_of(video: PreparedVideo, settings: VideoSettings) -> Tensor:
     return (frames * std + mean).round().to(torch.uint8)
 
 
-def smart_resize(count: int, height: int, width: int, settings: VideoSettings) -> tuple[int, int]:
+def smart_resize(
+    count: int, height: int, width: int, settings: VideoSettings
+) -> tuple[int, int]:
     """Height and width the frames are resized to: multiples of patch * merge, aspect kept, within the pixel budget.
 
     Qwen3-VL's rule. With ``budget="video"`` it bounds frames * height * width, the frame count rounded to whole
@@ -173,8 +199,13 @@ def smart_resize(count: int, height: int, width: int, settings: VideoSettings) -
         grow = factor / min(height, width)
         height, width = int(height * grow), int(width * grow)
     if max(height, width) > 200 * min(height, width):
-        raise VideoError(f"a {height} x {width} video is more than 200 times as long as wide")
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+        raise VideoError(
+            f"a {height} x {width} video is more than 200 times as long as wide"
+        )
+    new_height, new_width = (
+        round(height / factor) * factor,
+        round(width / factor) * factor,
+    )
     if rounded * new_height * new_width > high:
         shrink = math.sqrt(count * height * width / high)
         new_height = max(factor, math.floor(height / shrink / factor) * factor)

@@ -34,7 +34,10 @@ class VideoChecker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._process is not None:
             self._process.end()
@@ -54,7 +57,9 @@ class VideoChecker:
             return "0 bytes"
         if self._process is None:
             log = Path(self._folder.name) / "stderr.txt"
-            self._process = LineProcess([sys.executable, str(WORKER)], stderr=log, env=os.environ, grace_s=1.0)
+            self._process = LineProcess(
+                [sys.executable, str(WORKER)], stderr=log, env=os.environ, grace_s=1.0
+            )
         try:
             asked = {"path": str(path), "frames": self.frames}
             return str(self._process.ask(asked, timeout_s=self.deadline_s)["problem"])
@@ -63,7 +68,9 @@ class VideoChecker:
             return f"the decoder {str(error).splitlines()[0].split(' ', 1)[-1]:.120}"
 
 
-def bad_videos(files: Iterable[Path], *, workers: int = 4, deadline_s: float = 60.0) -> dict[Path, str]:
+def bad_videos(
+    files: Iterable[Path], *, workers: int = 4, deadline_s: float = 60.0
+) -> dict[Path, str]:
     """Of these files the ones that cannot be decoded, and why."""
     todo = sorted(set(files))
     size = max(1, min(workers, os.cpu_count() or 1, len(todo)))
@@ -82,17 +89,25 @@ def stamp(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         found = file.stat() if file.is_file() else None
-        digest.update(repr((str(file), found and (found.st_size, found.st_mtime_ns))).encode())
+        digest.update(
+            repr((str(file), found and (found.st_size, found.st_mtime_ns))).encode()
+        )
     return digest.hexdigest()
 
 
-def split_pairs(pairs: Sequence[Pair], bad: dict[Path, str]) -> tuple[list[Pair], list[dict[str, object]]]:
+def split_pairs(
+    pairs: Sequence[Pair], bad: dict[Path, str]
+) -> tuple[list[Pair], list[dict[str, object]]]:
     """(pairs whose videos are sound, one record for every pair that has a bad one)."""
     sound, records = [], []
     for pair in pairs:
-        wrong = {str(file): bad[file] for file in (pair.video_A, pair.video_B) if file in bad}
+        wrong = {
+            str(file): bad[file] for file in (pair.video_A, pair.video_B) if file in bad
+        }
         if wrong:
-            records.append({"line": pair.line, "prompt": pair.prompt, "problems": wrong})
+            records.append(
+                {"line": pair.line, "prompt": pair.prompt, "problems": wrong}
+            )
         else:
             sound.append(pair)
     return sound, records

@@ -18,7 +18,10 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, so that no worker is left alone with one at the end."""
-    slow, long = ({one.path for one in items if one.get_closest_marker(mark)} for mark in ("slow", "long"))
+    slow, long = (
+        {one.path for one in items if one.get_closest_marker(mark)}
+        for mark in ("slow", "long")
+    )
     items.sort(key=lambda item: (item.path not in long, item.path not in slow))
 
 

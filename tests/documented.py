@@ -29,13 +29,19 @@ class Command:
     @property
     def bare(self) -> str:
         """Without comments."""
-        return "\n".join(line.split("  #")[0].rstrip() for line in self.text.splitlines())
+        return "\n".join(
+            line.split("  #")[0].rstrip() for line in self.text.splitlines()
+        )
 
     @property
     def program(self) -> list[str]:
         """The words from launch/NAME.py on, without what a loop puts in; empty when it starts none of them."""
         match = re.search(r"(?:^|\s)(launch/\w+\.py\b[^\n]*)", self.bare)
-        return [word for word in shlex.split(match[1]) if not word.startswith("$")] if match else []
+        return (
+            [word for word in shlex.split(match[1]) if not word.startswith("$")]
+            if match
+            else []
+        )
 
 
 def commands(page: Path) -> Iterator[Command]:

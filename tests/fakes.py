@@ -23,7 +23,9 @@ SHAPE = (3, 2, 4, 4)  # C F H W: a latent is a tiny RGB video
 class Velocity(nn.Module):
     """Base: the exact velocity of data N(0, spread^2). Adapter: gain_C x + bias_C, zero at the start."""
 
-    def __init__(self, *, spread: float = 0.5, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, *, spread: float = 0.5, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.spread = spread
         self.adapter_on = True
@@ -54,7 +56,11 @@ class FakeGenerator:
     ) -> None:
         self.module = Velocity(dtype=dtype)
         self.how = SamplerConfig(
-            num_steps=num_steps, stochastic_range=stochastic_range, max_std=max_std, guidance_scale=1.0, **sampler
+            num_steps=num_steps,
+            stochastic_range=stochastic_range,
+            max_std=max_std,
+            guidance_scale=1.0,
+            **sampler,
         )
         self.sigmas = schedule.sigma_grid(num_steps, shift=3.0).tolist()
         self.kernel = flow.Kernel(self.how.kernel, self.how.noise_level, max_std)
@@ -88,21 +94,39 @@ class FakeGenerator:
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
 
-    def transition(self, prompt: str, step: Step, member: int | None = None) -> gaussian.Gaussian:
+    def transition(
+        self, prompt: str, step: Step, member: int | None = None
+    ) -> gaussian.Gaussian:
         x = step.latent_MCFHW if member is None else step.start_of(member)
         self.grad_forwards += len(x) * torch.is_grad_enabled()
         x = x.to(self.dtype)
-        return self.kernel.transition(x, self.module(x, step.sigma), step.sigma, step.sigma_next)
+        return self.kernel.transition(
+            x, self.module(x, step.sigma), step.sigma, step.sigma_next
+        )
 
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
         """Latent -1..1 is black..white: (B, C, F, H, W) -> (B, T, Y, X, 3)."""
-        return ((clean_BCFHW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
+        return (
+            ((clean_BCFHW + 1) * 127.5)
+            .round()
+            .clamp(0, 255)
+            .to(torch.uint8)
+            .permute(0, 2, 3, 4, 1)
+        )
 
-    def flow_error(self, clean_BCFHW: Tensor, noise_BCFHW: Tensor, sigma_B: Tensor, prompts: Sequence[str]) -> Tensor:
+    def flow_error(
+        self,
+        clean_BCFHW: Tensor,
+        noise_BCFHW: Tensor,
+        sigma_B: Tensor,
+        prompts: Sequence[str],
+    ) -> Tensor:
         self.asked.append(list(prompts))
         self.grad_forwards += len(prompts) * torch.is_grad_enabled()
         errors = []
-        for clean, noise, sigma in zip(clean_BCFHW.to(self.dtype), noise_BCFHW.to(self.dtype), sigma_B, strict=True):
+        for clean, noise, sigma in zip(
+            clean_BCFHW.to(self.dtype), noise_BCFHW.to(self.dtype), sigma_B, strict=True
+        ):
             at = float(sigma)
             v = self.module(((1 - at) * clean + at * noise)[None], at)[0]
             errors.append((v - (noise - clean)).square().mean())
@@ -130,15 +154,23 @@ class FunctionReward:
         self.name, self.function = name, function
         self.calls = 0
 
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
         self.calls += 1
-        values = [self.function(video, prompt) for video, prompt in zip(video_BTYXC, prompts, strict=True)]
+        values = [
+            self.function(video, prompt)
+            for video, prompt in zip(video_BTYXC, prompts, strict=True)
+        ]
         return Score(value_B=torch.tensor(values, dtype=torch.float32))
 
 
 def redness(video_TYXC: Tensor, _: str) -> float:
     """MEAN red minus MEAN blue, of 255."""
-    return float(video_TYXC[..., 0].float().mean() - video_TYXC[..., 2].float().mean()) / 255
+    return (
+        float(video_TYXC[..., 0].float().mean() - video_TYXC[..., 2].float().mean())
+        / 255
+    )
 
 
 def prompt_length(_: Tensor, prompt: str) -> float:
@@ -152,7 +184,9 @@ class Scripted:
     def __init__(self, values: Sequence[float]) -> None:
         self.name, self.values = "scripted", list(values)
 
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
         taken, self.values = self.values[: len(prompts)], self.values[len(prompts) :]
         return Score(value_B=torch.tensor(taken))
 
@@ -160,9 +194,18 @@ class Scripted:
 class PlainEngine:
     """deepspeed's contract in ten lines: divide by the accumulation, step on the last backward of a step."""
 
-    def __init__(self, module: nn.Module, *, accumulation: int, lr: float = 1e-2, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        accumulation: int,
+        lr: float = 1e-2,
+        weight_decay: float = 0.0,
+    ) -> None:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=lr, weight_decay=weight_decay
+        )
         self.accumulation, self.backwards, self.steps = accumulation, 0, 0
         self.last_gradient: list[Tensor] = []
         self.losses: list[float] = []
@@ -192,7 +235,9 @@ for line in sys.stdin:
 """
 
 
-def decoder_with_a_trap(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def decoder_with_a_trap(
+    folder: Path, body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A decoder to which every file is sound, that runs ``body`` first, where ``trap`` tells a file named so."""
     from rm import video_check
 

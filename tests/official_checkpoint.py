@@ -1,6 +1,6 @@
 """What the official DeScore release's stage 1 leaves, from a tiny random Qwen3-VL: the layout, and its own reward.
 
-The layout is that of `rm.official`'s docstring; files of the tokenizer have the form that transformers 4.57 writes.
+The layout is that of `rm.convert.official`'s docstring; files of the tokenizer have the form that transformers 4.57 writes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rm.convert.official import REWARD
 from rm.model import Batch
-from rm.official import REWARD
 from tests.tiny_qwen import tiny_qwen, tiny_tokenizer
 
 RANK, ALPHA = 4, 128
@@ -62,33 +62,64 @@ def train(*, tied: bool = False) -> Trained:
     reward_id = tokenizer.convert_tokens_to_ids(REWARD)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        base.get_input_embeddings().weight[reward_id] = torch.randn(32, generator=draw) * 0.3
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), exclude_modules=".*visual.*")
+        base.get_input_embeddings().weight[reward_id] = (
+            torch.randn(32, generator=draw) * 0.3
+        )
+    config = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=list(TARGETS),
+        exclude_modules=".*visual.*",
+    )
     model = peft.get_peft_model(base, config).eval()
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=draw) * (0.3 if "lora_A" in name else 0.005)
+            parameter.data = torch.randn(parameter.shape, generator=draw) * (
+                0.3 if "lora_A" in name else 0.005
+            )
     return Trained(model, torch.randn(1, 32, generator=draw), reward_id)
 
 
-def write(folder: Path, trained: Trained, *, sharded: bool = False, wrapped_names: bool = False) -> Path:
+def write(
+    folder: Path,
+    trained: Trained,
+    *,
+    sharded: bool = False,
+    wrapped_names: bool = False,
+) -> Path:
     """``checkpoint-N``. ``wrapped_names`` keeps peft's names of the weights, as a plain dump of its state would."""
     folder.mkdir(parents=True)
     state = trained.model.state_dict()
-    lora = {name.replace(".default.", "."): value.contiguous() for name, value in state.items() if ".lora_" in name}
+    lora = {
+        name.replace(".default.", "."): value.contiguous()
+        for name, value in state.items()
+        if ".lora_" in name
+    }
     (folder / "lora_adapter").mkdir()
     save_file(lora, folder / "lora_adapter/adapter_model.safetensors")
-    record = peft.LoraConfig(r=RANK, lora_alpha=128, target_modules=list(TARGETS)).to_dict()
+    record = peft.LoraConfig(
+        r=RANK, lora_alpha=128, target_modules=list(TARGETS)
+    ).to_dict()
     record |= {"target_modules": list(TARGETS), "task_type": None, "peft_type": "LORA"}
-    (folder / "lora_adapter/adapter_config.json").write_text(json.dumps(record, default=str))
+    (folder / "lora_adapter/adapter_config.json").write_text(
+        json.dumps(record, default=str)
+    )
     base = trained.model.base_model.model
     rest = {name: value for name, value in state.items() if ".lora_" not in name}
-    plain = {name.removeprefix(WRAPPED).replace(".base_layer.", "."): value for name, value in rest.items()}
+    plain = {
+        name.removeprefix(WRAPPED).replace(".base_layer.", "."): value
+        for name, value in rest.items()
+    }
     if wrapped_names:
-        save_file({name: value.clone() for name, value in rest.items()}, folder / "model.safetensors")
+        save_file(
+            {name: value.clone() for name, value in rest.items()},
+            folder / "model.safetensors",
+        )
         base.config.save_pretrained(folder)
     else:
-        base.save_pretrained(folder, state_dict=plain, max_shard_size="40KB" if sharded else "5GB")
+        base.save_pretrained(
+            folder, state_dict=plain, max_shard_size="40KB" if sharded else "5GB"
+        )
     write_tokenizer(folder)
     torch.save({f"{WRAPPED}rm_head.weight": trained.head_1D}, folder / "rm_head.pth")
     return folder
@@ -109,9 +140,24 @@ def write_tokenizer(folder: Path) -> None:
                  "single_word": t.single_word, "special": t.special}
         for i, t in tokenizer.added_tokens_decoder.items()
     }  # fmt: skip
-    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": [REWARD]}
-    config = {"added_tokens_decoder": added, "tokenizer_class": "PreTrainedTokenizerFast", **names}
+    names = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "additional_special_tokens": [REWARD],
+    }
+    config = {
+        "added_tokens_decoder": added,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    mapped = {**names, "additional_special_tokens": [added[str(tokenizer.convert_tokens_to_ids(REWARD))]]}
+    mapped = {
+        **names,
+        "additional_special_tokens": [
+            added[str(tokenizer.convert_tokens_to_ids(REWARD))]
+        ],
+    }
     (folder / "special_tokens_map.json").write_text(json.dumps(mapped))
-    (folder / "added_tokens.json").write_text(json.dumps({t["content"]: int(i) for i, t in added.items()}))
+    (folder / "added_tokens.json").write_text(
+        json.dumps({t["content"]: int(i) for i, t in added.items()})
+    )

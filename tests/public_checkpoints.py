@@ -17,19 +17,30 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+)
 
-from rm.public_judges import read_hpsv3, read_videoreward
+from rm.baselines.load_published import read_hpsv3, read_videoreward
 from tests.tiny_qwen import control_ids, lively, tiny_tokenizer, vision_ids
 
 RANK, ALPHA, WIDTH = 4, 8, 32
-VIDEO_TOKENS, IMAGE_TOKENS = ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], ["<|Reward|>"]
+VIDEO_TOKENS, IMAGE_TOKENS = (
+    ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"],
+    ["<|Reward|>"],
+)
 VIDEO_INSTRUCTION = (
     "\nRate it.\nQuality: <|VQ_reward|>\nEND\nMotion: <|MQ_reward|>\nEND\n\n"
     "Textual prompt - {text_prompt}\nAlignment: <|TA_reward|>\nEND\n"
 )
-IMAGE_INSTRUCTION = "\nRate it.\nTextual prompt - {text_prompt}\n\n\n\nPlease: <|Reward|>\n\nEND\n"
+IMAGE_INSTRUCTION = (
+    "\nRate it.\nTextual prompt - {text_prompt}\n\n\n\nPlease: <|Reward|>\n\nEND\n"
+)
 NORMAL = {"VQ": (3.5, 2.25), "MQ": (1.25, 1.5), "TA": (2.75, 2.5)}
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>"
@@ -39,7 +50,10 @@ CHAT = (
 
 def tokenizer_with(tokens: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in tokens],
+        special_tokens=True,
+    )
     return tokenizer
 
 
@@ -61,7 +75,12 @@ def tiny_qwen2(*, seed: int = 0) -> Qwen2VLForConditionalGeneration:
         "depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2,
         "temporal_patch_size": 2, "hidden_size": WIDTH, "mlp_ratio": 2,
     }  # fmt: skip
-    config = Qwen2VLConfig(vision_config=vision, text_config=text_config(), tie_word_embeddings=True, **vision_ids())
+    config = Qwen2VLConfig(
+        vision_config=vision,
+        text_config=text_config(),
+        tie_word_embeddings=True,
+        **vision_ids(),
+    )
     return lively(Qwen2VLForConditionalGeneration, config, seed=seed)
 
 
@@ -86,27 +105,43 @@ class Released:
     def reward(self, frames: list[Image.Image], prompt: str, *, video: bool) -> Tensor:
         """(tokens, outputs), of resized frames: all of them one video, or one image."""
         found = [
-            Qwen2VLImageProcessorPil(do_resize=False, patch_size=14)(images=[frame], return_tensors="pt")
+            Qwen2VLImageProcessorPil(do_resize=False, patch_size=14)(
+                images=[frame], return_tensors="pt"
+            )
             for frame in frames
         ]
         grid = found[0].image_grid_thw
         cut = [one.pixel_values.view(len(one.pixel_values), 3, 2, -1) for one in found]
         if video:  # an image is its frame twice: a video's patch takes the first of one and the second of the next
-            pairs = [torch.stack([a[:, :, 0], b[:, :, 1]], 2) for a, b in zip(cut[::2], cut[1::2], strict=True)]
+            pairs = [
+                torch.stack([a[:, :, 0], b[:, :, 1]], 2)
+                for a, b in zip(cut[::2], cut[1::2], strict=True)
+            ]
             grid = grid.clone()
             grid[0, 0] = len(pairs)
             patches = torch.cat(pairs).flatten(1)
         else:
             patches = found[0].pixel_values
-        model = self.model.base_model.model.model if isinstance(self.model, peft.PeftModel) else self.model.model
+        model = (
+            self.model.base_model.model.model
+            if isinstance(self.model, peft.PeftModel)
+            else self.model.model
+        )
         pad = "<|video_pad|>" if video else "<|image_pad|>"
-        text = CHAT.format(pads=pad * int(grid.prod() // 4), text=self.instruction.format(text_prompt=prompt))
+        text = CHAT.format(
+            pads=pad * int(grid.prod() // 4),
+            text=self.instruction.format(text_prompt=prompt),
+        )
         ids_1L = self.tokenizer(text, return_tensors="pt").input_ids
         embeds = model.get_input_embeddings()(ids_1L)
         features = model.visual(patches, grid_thw=grid).pooler_output
         embeds[ids_1L == self.tokenizer.convert_tokens_to_ids(pad)] = features
-        hidden_LD = model.language_model(inputs_embeds=embeds, position_ids=None).last_hidden_state[0]
-        special_L = torch.isin(ids_1L[0], torch.tensor(self.tokenizer.convert_tokens_to_ids(self.tokens)))
+        hidden_LD = model.language_model(
+            inputs_embeds=embeds, position_ids=None
+        ).last_hidden_state[0]
+        special_L = torch.isin(
+            ids_1L[0], torch.tensor(self.tokenizer.convert_tokens_to_ids(self.tokens))
+        )
         return self.head(hidden_LD[special_L])
 
 
@@ -119,15 +154,23 @@ def videoreward() -> Released:
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not {"lm_head", "rm_head", "visual"} & set(name.split("."))
+        if isinstance(module, nn.Linear)
+        and not {"lm_head", "rm_head", "visual"} & set(name.split("."))
     ]
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)).eval()
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
+    ).eval()
     with torch.no_grad():
-        model.get_input_embeddings().weight[-3:] = torch.randn(3, WIDTH, generator=draw) * 0.3
+        model.get_input_embeddings().weight[-3:] = (
+            torch.randn(3, WIDTH, generator=draw) * 0.3
+        )
         model.rm_head.weight.copy_(torch.randn(1, WIDTH, generator=draw))
         for name, parameter in wrapped.named_parameters():
             if ".lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=draw) * (0.3 if "lora_A" in name else 0.05))
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=draw)
+                    * (0.3 if "lora_A" in name else 0.05)
+                )
     return Released(wrapped, model.rm_head, tokenizer, VIDEO_TOKENS, VIDEO_INSTRUCTION)
 
 
@@ -138,17 +181,26 @@ def hpsv3() -> Released:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         model.rm_head = nn.Sequential(
-            nn.Linear(WIDTH, 24), nn.ReLU(), nn.Dropout(0.05), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 2)
+            nn.Linear(WIDTH, 24),
+            nn.ReLU(),
+            nn.Dropout(0.05),
+            nn.Linear(24, 16),
+            nn.ReLU(),
+            nn.Linear(16, 2),
         )
         with torch.no_grad():
             for parameter in model.rm_head.parameters():
                 parameter.mul_(3.0)
-    return Released(model.eval(), model.rm_head.eval(), tokenizer, IMAGE_TOKENS, IMAGE_INSTRUCTION)
+    return Released(
+        model.eval(), model.rm_head.eval(), tokenizer, IMAGE_TOKENS, IMAGE_INSTRUCTION
+    )
 
 
 def old_name(name: str) -> str:
     """As transformers before 4.52 called it."""
-    return name.replace("model.language_model.", "model.").replace("model.model.visual.", "model.visual.")
+    return name.replace("model.language_model.", "model.").replace(
+        "model.model.visual.", "model.visual."
+    )
 
 
 def write_videoreward(folder: Path, released: Released, *, old: bool = True) -> Path:
@@ -156,7 +208,10 @@ def write_videoreward(folder: Path, released: Released, *, old: bool = True) -> 
     checkpoint = folder / "checkpoint-11352"
     checkpoint.mkdir(parents=True)
     state = released.model.state_dict()
-    torch.save({old_name(name) if old else name: value for name, value in state.items()}, checkpoint / "model.pth")
+    torch.save(
+        {old_name(name) if old else name: value for name, value in state.items()},
+        checkpoint / "model.pth",
+    )
     config = {
         "data_config": {
             "meta_data": "x", "data_dir": "y", "max_frame_pixels": 200704, "num_frames": None, "fps": 2.0,
@@ -177,9 +232,15 @@ def write_videoreward(folder: Path, released: Released, *, old: bool = True) -> 
 
 def write_hpsv3(folder: Path, released: Released, *, old: bool = False) -> Path:
     folder.mkdir(parents=True)
-    state = {name: value.clone().contiguous() for name, value in released.model.state_dict().items()}
+    state = {
+        name: value.clone().contiguous()
+        for name, value in released.model.state_dict().items()
+    }
     if old:
-        state = {old_name(f"model.{name}").removeprefix("model."): value for name, value in state.items()}
+        state = {
+            old_name(f"model.{name}").removeprefix("model."): value
+            for name, value in state.items()
+        }
     save_file(state, folder / "HPSv3.safetensors")
     (folder / "instruction.txt").write_text(IMAGE_INSTRUCTION)
     return folder
@@ -191,7 +252,9 @@ def converted(root: Path) -> dict[str, str]:
     video = write_videoreward(root / "VideoReward", videoreward())
     image = write_hpsv3(root / "HPSv3", hpsv3())
     judges = {
-        "videoreward": read_videoreward(video, base=base, instruction=video / "instruction.txt", allow_pickle=True),
+        "videoreward": read_videoreward(
+            video, base=base, instruction=video / "instruction.txt", allow_pickle=True
+        ),
         "hpsv3": read_hpsv3(image, base=base, instruction=image / "instruction.txt"),
     }
     for kind, read in judges.items():
@@ -201,4 +264,7 @@ def converted(root: Path) -> dict[str, str]:
 
 def resized(frames_TYXC: Tensor, height: int, width: int) -> list[Image.Image]:
     """By Pillow, bicubic, as qwen-vl-utils does with images."""
-    return [Image.fromarray(np.asarray(f)).resize((width, height), Image.Resampling.BICUBIC) for f in frames_TYXC]
+    return [
+        Image.fromarray(np.asarray(f)).resize((width, height), Image.Resampling.BICUBIC)
+        for f in frames_TYXC
+    ]

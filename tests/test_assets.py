@@ -22,9 +22,14 @@ def test_stock_loaders_read_them() -> None:
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     pipeline = WanPipeline.from_pretrained(ASSETS / "wan", dtype=torch.float32)
-    names = [type(part).__name__ for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder)]
+    names = [
+        type(part).__name__
+        for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder)
+    ]
     assert names == ["WanTransformer3DModel", "AutoencoderKLWan", "UMT5EncoderModel"]
-    model = AutoModelForImageTextToText.from_pretrained(ASSETS / "qwen", dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(
+        ASSETS / "qwen", dtype=torch.float32
+    )
     assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
     assert AutoTokenizer.from_pretrained(ASSETS / "qwen").decode([0])
 
@@ -32,7 +37,7 @@ def test_stock_loaders_read_them() -> None:
 def test_the_vae_keeps_what_the_oracle_sees() -> None:
     from diffusers import AutoencoderKLWan
 
-    from launch.build_vae import evaluate
+    from toy.build_vae import evaluate
 
     vae = AutoencoderKLWan.from_pretrained(ASSETS / "wan" / "vae").float().eval()
     measured = evaluate(vae, count=128, seed=11)
@@ -41,22 +46,27 @@ def test_the_vae_keeps_what_the_oracle_sees() -> None:
 
 
 def test_the_vision_language_model_sees_every_attribute() -> None:
-    from common.shapes import VALUES
-    from launch.build_qwen import evaluate, examples
     from rm.model import DeScore
+    from toy.build_qwen import evaluate, examples
+    from toy.world import VALUES
 
     videos, wishes = examples(192, random.Random(12), clean=True)
     measured = evaluate(DeScore.from_base(ASSETS / "qwen"), videos, wishes, seed=12)
     # 0.95 is the claim, measured on 512; a sample of 192 may fall short of it by its own noise, two sigma
-    assert {name: measured[name] for name in VALUES} == pytest.approx(dict.fromkeys(VALUES, 1.0), abs=0.05 + 0.03)
+    assert {name: measured[name] for name in VALUES} == pytest.approx(
+        dict.fromkeys(VALUES, 1.0), abs=0.05 + 0.03
+    )
     assert measured["parsed"] >= 0.95
 
 
 def test_train_and_heldout_prompts_share_no_combination() -> None:
-    from common.shapes import parse, split_attributes
+    from toy.world import parse, split_attributes
 
     read = {
-        name: {parse(line) for line in (ASSETS / f"prompts_{name}.txt").read_text().splitlines()}
+        name: {
+            parse(line)
+            for line in (ASSETS / f"prompts_{name}.txt").read_text().splitlines()
+        }
         for name in ("train", "heldout")
     }
     assert not read["train"] & read["heldout"]

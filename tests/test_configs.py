@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from common.config import ConfigError, load
-from launch.evaluate import GeneratorEvaluation, RewardEvaluation
-from launch.pair_runs import DpoRun, PairsRun
-from launch.runs import ColdStartRun, DualRlRun, GrpoRun, SampleRun
-from launch.score import ScoreRun
-from launch.serve import ServeRun
-from launch.vbench_runs import VbenchEvaluation, VbenchSampleRun
+from launch.schemas.evaluation import GeneratorEvaluation, RewardEvaluation, ScoreRun
+from launch.schemas.pairs import DpoRun, PairsRun
+from launch.schemas.server import ServeRun
+from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun, SampleRun
+from launch.schemas.vbench import VbenchEvaluation, VbenchSampleRun
 
 ROOT = Path(__file__).resolve().parent.parent / "configs"
 SCHEMAS = {
@@ -36,12 +35,20 @@ SCHEMAS = {
 }
 SISTERS = sorted((ROOT / "sisters").glob("*.yaml"))  # these stand on a GRPO recipe
 MIXES = sorted((ROOT / "rewards").glob("*.yaml"))  # so do these
-SIZES = sorted((ROOT / "sizes").glob("*.yaml"))  # and these on any recipe of a generator
-GPUS = sorted((ROOT / "gpus").glob("*.yaml"))  # and each of these on the full-size recipe of its name
-FILES = sorted(set(ROOT.rglob("*.yaml")) - set(SISTERS) - set(MIXES) - set(SIZES) - set(GPUS))
+SIZES = sorted(
+    (ROOT / "sizes").glob("*.yaml")
+)  # and these on any recipe of a generator
+GPUS = sorted(
+    (ROOT / "gpus").glob("*.yaml")
+)  # and each of these on the full-size recipe of its name
+FILES = sorted(
+    set(ROOT.rglob("*.yaml")) - set(SISTERS) - set(MIXES) - set(SIZES) - set(GPUS)
+)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_it_loads(path: Path) -> None:
     assert isinstance(load(SCHEMAS[path.stem], path), SCHEMAS[path.stem])
 
@@ -54,8 +61,19 @@ def test_there_are_some_and_a_wrong_key_would_be_seen() -> None:
 
 def test_the_worlds_generator_is_the_same_in_every_file() -> None:
     """Sampling, training and evaluating the tiny Wan under different settings would compare different models."""
-    names = ("grpo", "sample", "evaluate", "grpo_oracle", "evaluate_oracle", "pairs", "dpo")
-    generators = [load(SCHEMAS[name], ROOT / "shapes" / f"{name}.yaml").generator for name in names]
+    names = (
+        "grpo",
+        "sample",
+        "evaluate",
+        "grpo_oracle",
+        "evaluate_oracle",
+        "pairs",
+        "dpo",
+    )
+    generators = [
+        load(SCHEMAS[name], ROOT / "shapes" / f"{name}.yaml").generator
+        for name in names
+    ]
     assert all(one == generators[0] for one in generators)
 
 
@@ -65,7 +83,11 @@ def test_a_number_of_gpus_stands_on_its_recipe(path: Path) -> None:
     recipe = ROOT / "wan" / f"{name}.yaml"
     plain, other = load(SCHEMAS[name], recipe), load(SCHEMAS[name], [recipe, path])
     assert other != plain
-    pairs = other.cold_start.pairs_per_step if name == "cold_start" else other.dual_rl.pairs_per_step
+    pairs = (
+        other.cold_start.pairs_per_step
+        if name == "cold_start"
+        else other.dual_rl.pairs_per_step
+    )
     assert pairs % int(gpus) == 0
     assert "Not run at full size by us" in path.read_text(encoding="utf-8")
 
@@ -75,13 +97,18 @@ def test_a_smaller_video_stands_on_every_recipe(name: str) -> None:
     (small,) = SIZES
     how = load(SCHEMAS[name], [ROOT / "wan" / f"{name}.yaml", small]).generator
     assert f"{how.height}x{how.width}x{how.num_frames}" == small.stem
-    assert how.sampler == load(SCHEMAS[name], ROOT / "wan" / f"{name}.yaml").generator.sampler
+    assert (
+        how.sampler
+        == load(SCHEMAS[name], ROOT / "wan" / f"{name}.yaml").generator.sampler
+    )
 
 
 @pytest.mark.parametrize("path", SISTERS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("recipe", ["wan", "shapes"])
 def test_a_sister_stands_on_a_recipe(path: Path, recipe: str) -> None:
-    own = [] if recipe == "wan" else ["generator.sampler.num_steps=26"]  # the tiny Wan's eight are fewer than some need
+    own = (
+        [] if recipe == "wan" else ["generator.sampler.num_steps=26"]
+    )  # the tiny Wan's eight are fewer than some need
     run = load(GrpoRun, [ROOT / recipe / "grpo.yaml", path], own)
     assert run.run_dir == f"runs/wan/{path.stem}"
     plain = load(GrpoRun, ROOT / recipe / "grpo.yaml")
@@ -97,6 +124,13 @@ def test_longcats_rewards_stand_on_a_recipe() -> None:
     }  # fmt: skip
     general, percentile = run.rewards["hps_general"], run.rewards["hps_percentile"]
     assert general.checkpoint == percentile.checkpoint
-    assert (general.options["prompt"], percentile.options["best"]) == ("A high-quality image", 0.3)
-    assert run.rewards["motion"].options == {"dimension": "MQ", "gray": True, "dtype": "bfloat16"}
+    assert (general.options["prompt"], percentile.options["best"]) == (
+        "A high-quality image",
+        0.3,
+    )
+    assert run.rewards["motion"].options == {
+        "dimension": "MQ",
+        "gray": True,
+        "dtype": "bfloat16",
+    }
     assert [path.stem for path in MIXES] == ["longcat"]

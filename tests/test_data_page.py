@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alignment.data import read_prompts
 from alignment.pair_store import LatentPair, PairRow, write_pairs
+from alignment.prompts import read_prompts
 from common.log import read_metrics
 from common.types import Score
 from generator import adapter_file
-from launch.rows import read_rows, score_fields
-from launch.score import find_items
+from launch.evaluation.files import find_items
+from launch.evaluation.results_table import read_rows, score_fields
 from rm.benchmarks import read_benchmark
 from rm.config import Generation, RewardDimension
 from rm.data import Pair, read_pairs
@@ -28,8 +28,18 @@ from rm.video_check import split_pairs
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 BLOCKS = "\n".join(re.findall(r"```text\n(.*?)```", PAGE, re.S))
-FILES = {name: body.strip("\n") + "\n" for name, body in re.findall(r"== (\S+)\n(.*?)(?=\n== |\Z)", BLOCKS, re.S)}
-WRITTEN = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl", "results.jsonl", "scores.jsonl", "index.jsonl")
+FILES = {
+    name: body.strip("\n") + "\n"
+    for name, body in re.findall(r"== (\S+)\n(.*?)(?=\n== |\Z)", BLOCKS, re.S)
+}
+WRITTEN = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "bad_samples.jsonl",
+    "results.jsonl",
+    "scores.jsonl",
+    "index.jsonl",
+)
 
 
 @pytest.fixture
@@ -52,27 +62,52 @@ def test_tables_of_pairs(folder: Path) -> None:
     table = read_pairs(folder / "pairs.csv", require_scores=True)
     assert table.problems == ()
     (pair,) = table.pairs
-    assert (pair.prompt, pair.label, pair.cot_A, pair.cot_B) == ("a red ball rolls", 1, "It is red.", "It is blue.")
-    assert (pair.scores_A, pair.scores_B) == ({"subject": 2, "style": None}, {"subject": 0})
-    wanted = {("videogen", "MQ"): 0, ("videogen", "TA"): -1, ("genai", "TA"): 1, ("indomain", "TA"): 1}
+    assert (pair.prompt, pair.label, pair.cot_A, pair.cot_B) == (
+        "a red ball rolls",
+        1,
+        "It is red.",
+        "It is blue.",
+    )
+    assert (pair.scores_A, pair.scores_B) == (
+        {"subject": 2, "style": None},
+        {"subject": 0},
+    )
+    wanted = {
+        ("videogen", "MQ"): 0,
+        ("videogen", "TA"): -1,
+        ("genai", "TA"): 1,
+        ("indomain", "TA"): 1,
+    }
     for (layout, dimension), label in wanted.items():
         found = read_benchmark(folder / f"{layout}.csv", layout, dimension=dimension)
         assert found.problems == ()
-        assert [(one.prompt, one.label) for one in found.pairs] == [("a red ball rolls", label)]
+        assert [(one.prompt, one.label) for one in found.pairs] == [
+            ("a red ball rolls", label)
+        ]
 
 
 @pytest.mark.parametrize(
     ("column", "cell", "message"),
     [
         ("GSB", "better", "GSB must be A, B, same or invalid, got 'better'"),
-        ("videos", "clips/a.mp4", "videos must be a list of two paths, got 'clips/a.mp4'"),
+        (
+            "videos",
+            "clips/a.mp4",
+            "videos must be a list of two paths, got 'clips/a.mp4'",
+        ),
         ("videos", "['clips/a.mp4', 'clips/c.mp4']", "no such video: "),
         ("prompt", " ", "the prompt is empty"),
         ("CoT_A", "nan", "CoT_A is empty"),
-        ("answer", "?", "answer must hold an <answer> block with video_1_scores and video_2_scores, got "),
+        (
+            "answer",
+            "?",
+            "answer must hold an <answer> block with video_1_scores and video_2_scores, got ",
+        ),
     ],
 )
-def test_bad_rows_are_said_as_the_page_says(folder: Path, column: str, cell: str, message: str) -> None:
+def test_bad_rows_are_said_as_the_page_says(
+    folder: Path, column: str, cell: str, message: str
+) -> None:
     (row,) = csv.DictReader((folder / "pairs.csv").open(encoding="utf-8", newline=""))
     with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, row)
@@ -99,13 +134,25 @@ def test_bad_tables_and_prompts_are_said_as_the_page_says(folder: Path) -> None:
         (read_pairs, "short.csv", "lacks the columns "),
         (read_pairs, "clips", "a data folder holds one CSV file, found "),
         (lambda path: read_benchmark(path, "videogen"), "other.csv", "no usable pair"),
-        (lambda path: read_benchmark(path, "videogen"), "other.csv", "TA says 'C', which names no preference"),
+        (
+            lambda path: read_benchmark(path, "videogen"),
+            "other.csv",
+            "TA says 'C', which names no preference",
+        ),
         (read_prompts, "pairs.csv", "prompts are read from .txt or .jsonl files"),
         (read_prompts, "nothing.txt", "holds no prompts"),
         (read_prompts, "bad.jsonl", 'needs a non-empty text under "prompt"'),
         (read_prompts, "worse.jsonl", "not JSON: "),
-        (lambda path: find_items(None, path), "pairs.csv", "needs the columns video or file and prompt"),
-        (lambda path: find_items(None, path), "half.csv", "row 1 needs texts under 'video' and 'prompt'"),
+        (
+            lambda path: find_items(None, path),
+            "pairs.csv",
+            "needs the columns video or file and prompt",
+        ),
+        (
+            lambda path: find_items(None, path),
+            "half.csv",
+            "row 1 needs texts under 'video' and 'prompt'",
+        ),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             read(folder / file)
@@ -113,7 +160,11 @@ def test_bad_tables_and_prompts_are_said_as_the_page_says(folder: Path) -> None:
 
 
 def test_prompts_and_videos_to_score(folder: Path) -> None:
-    assert read_prompts(folder / "prompts.txt") == read_prompts(folder / "prompts.jsonl") == ["a red ball rolls"]
+    assert (
+        read_prompts(folder / "prompts.txt")
+        == read_prompts(folder / "prompts.jsonl")
+        == ["a red ball rolls"]
+    )
     for name, video in (
         ("clips.csv", "clips/a.mp4"),
         ("samples.jsonl", "0000.mp4"),
@@ -123,7 +174,9 @@ def test_prompts_and_videos_to_score(folder: Path) -> None:
         assert item.path == folder / video
 
 
-def test_lines_that_are_written_are_read_and_have_the_writers_keys(folder: Path) -> None:
+def test_lines_that_are_written_are_read_and_have_the_writers_keys(
+    folder: Path,
+) -> None:
     for name in WRITTEN:
         for row in read_rows(folder / name):
             json.dumps(row, allow_nan=False)
@@ -131,29 +184,46 @@ def test_lines_that_are_written_are_read_and_have_the_writers_keys(folder: Path)
     scores = {"mine": Score(torch.tensor([0.5]))}
     for name in ("samples.jsonl", "results.jsonl", "scores.jsonl"):
         assert read_rows(folder / name)[0].keys() >= score_fields(scores, 0).keys()
-    pair = Pair("a red ball rolls", Path("clips/a.mp4"), Path("clips/b.mp4"), "", "", 1, line=7)
+    pair = Pair(
+        "a red ball rolls", Path("clips/a.mp4"), Path("clips/b.mp4"), "", "", 1, line=7
+    )
     (record,) = split_pairs([pair], {pair.video_B: "0 bytes"})[1]
     assert read_rows(folder / "bad_samples.jsonl") == [{"of": "pairs", **record}]
 
 
 def test_pairs_of_latents(folder: Path) -> None:
     latent, embedding = torch.zeros(2, 1, 2, 2), torch.zeros(3, 4)
-    made = LatentPair("a red ball rolls", latent, latent, embedding, 1.38, -1.45, "seeds 81 21")
-    write_pairs(folder / "set", iter([made]), per_shard=1, dtype=torch.float32, about={})
+    made = LatentPair(
+        "a red ball rolls", latent, latent, embedding, 1.38, -1.45, "seeds 81 21"
+    )
+    write_pairs(
+        folder / "set", iter([made]), per_shard=1, dtype=torch.float32, about={}
+    )
     assert (folder / "set" / "index.jsonl").read_text() == FILES["index.jsonl"]
-    assert asdict(PairRow(**json.loads(FILES["index.jsonl"]))) == json.loads(FILES["index.jsonl"])
+    assert asdict(PairRow(**json.loads(FILES["index.jsonl"]))) == json.loads(
+        FILES["index.jsonl"]
+    )
 
 
 def test_settings_of_weights(folder: Path) -> None:
     name = "transformer.blocks.0.attn1.to_q.lora_A.weight"
-    sides = {name: torch.zeros(2, 4), name.replace("lora_A", "lora_B"): torch.zeros(4, 2)}
-    save_file(sides, folder / adapter_file.ADAPTER_FILE, {"lora_adapter_metadata": FILES["lora_adapter_metadata"]})
+    sides = {
+        name: torch.zeros(2, 4),
+        name.replace("lora_A", "lora_B"): torch.zeros(4, 2),
+    }
+    save_file(
+        sides,
+        folder / adapter_file.ADAPTER_FILE,
+        {"lora_adapter_metadata": FILES["lora_adapter_metadata"]},
+    )
     assert adapter_file.read(folder).scaling == 2.0
     assert said(f"`{name}`")
     record = json.loads(FILES["descore.json"])
     assert DeScore.dimensions_in(folder) == ["overall"]
     assert Generation(**record["generation"]) == Generation()
-    assert {k: RewardDimension(**v) for k, v in record["dimensions"].items()} == {"overall": RewardDimension()}
+    assert {k: RewardDimension(**v) for k, v in record["dimensions"].items()} == {
+        "overall": RewardDimension()
+    }
 
 
 def test_the_page_has_all_of_them() -> None:

@@ -15,33 +15,57 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignment.data import read_prompts
-from common import reward_wire as wire
+from alignment.prompts import read_prompts
+from alignment.rewards import wire as wire
 from common.checkpoint import latest, verify
 from common.config import ConfigError, load
 from common.safe_yaml import YamlError, parse
 from common.video_io import write_mp4
 from generator.config import GeneratorConfig
-from launch.runs import GrpoRun
+from launch.schemas.training import GrpoRun
+from rm.baselines.generative import FORMS
 from rm.data import read_pairs
-from rm.prompt import DIMENSIONS, encode_text, parse_answer, parse_preference, parse_scores
+from rm.prompt import (
+    DIMENSIONS,
+    encode_text,
+    parse_answer,
+    parse_preference,
+    parse_scores,
+)
 from rm.video import VideoError, read_video
-from rm.written_scores import FORMS
 from tests.tiny_qwen import SETTINGS, tiny_tokenizer
 
 T = TypeVar("T")
 EXAMPLES = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 TEXT = st.text(max_size=200)
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
 JSON = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4), max_leaves=12
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4)
+    ),
+    max_leaves=12,
 )
-NAMES = st.sampled_from([*DIMENSIONS, "dimensional_scores", "overall_score", "gsb_result", "video_1_scores"]) | TEXT
-ANSWERS = st.dictionaries(NAMES, JSON | st.dictionaries(NAMES, LEAVES, max_size=5), max_size=5).map(
-    lambda value: f"<answer>{json.dumps(value)}</answer>"
+NAMES = (
+    st.sampled_from(
+        [
+            *DIMENSIONS,
+            "dimensional_scores",
+            "overall_score",
+            "gsb_result",
+            "video_1_scores",
+        ]
+    )
+    | TEXT
 )
+ANSWERS = st.dictionaries(
+    NAMES, JSON | st.dictionaries(NAMES, LEAVES, max_size=5), max_size=5
+).map(lambda value: f"<answer>{json.dumps(value)}</answer>")
 
 
 def outcome(call: Callable[[], T], error: type[Exception]) -> tuple[T | None, str]:
@@ -70,7 +94,9 @@ def test_what_a_judge_writes(text: str) -> None:
 
 
 @EXAMPLES
-@given(TEXT, st.sampled_from(["", "<|im_end|>", "<|video_pad|>", "<|endoftext|>"]), TEXT)
+@given(
+    TEXT, st.sampled_from(["", "<|im_end|>", "<|video_pad|>", "<|endoftext|>"]), TEXT
+)
 def test_what_a_prompt_spells(before: str, token: str, after: str) -> None:
     """No control token comes of it, and no word of it is lost."""
     tokenizer = tiny_tokenizer()
@@ -80,7 +106,9 @@ def test_what_a_prompt_spells(before: str, token: str, after: str) -> None:
 
 
 @EXAMPLES
-@given(st.binary(max_size=300) | TEXT.map(str.encode), st.sampled_from([".txt", ".jsonl"]))
+@given(
+    st.binary(max_size=300) | TEXT.map(str.encode), st.sampled_from([".txt", ".jsonl"])
+)
 def test_prompt_files(tmp_path: Path, content: bytes, form: str) -> None:
     path = tmp_path / f"prompts{form}"
     path.write_bytes(content)
@@ -90,7 +118,19 @@ def test_prompt_files(tmp_path: Path, content: bytes, form: str) -> None:
 
 
 CELLS = (
-    st.sampled_from(["A", "B", "same", "invalid", "['a.mp4', 'b.mp4']", "('../a', '/etc/passwd')", "[1]", ""]) | TEXT
+    st.sampled_from(
+        [
+            "A",
+            "B",
+            "same",
+            "invalid",
+            "['a.mp4', 'b.mp4']",
+            "('../a', '/etc/passwd')",
+            "[1]",
+            "",
+        ]
+    )
+    | TEXT
 )
 
 
@@ -99,34 +139,60 @@ CELLS = (
 def test_tables_of_pairs(tmp_path: Path, rows: list[list[str]], quoted: bool) -> None:  # noqa: FBT001 - hypothesis
     path = tmp_path / "pairs.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, quoting=csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL)
+        writer = csv.writer(
+            file, quoting=csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL
+        )
         writer.writerow(["videos", "prompt", "GSB", "CoT_A", "CoT_B"])
         writer.writerows(rows)
     table, said = outcome(lambda: read_pairs(path, require_cot=False), ValueError)
-    assert "pairs.csv" in said if table is None else all(pair.label in (-1, 0, 1) for pair in table.pairs)
+    assert (
+        "pairs.csv" in said
+        if table is None
+        else all(pair.label in (-1, 0, 1) for pair in table.pairs)
+    )
 
 
 @EXAMPLES
-@given(TEXT | JSON.map(json.dumps) | st.lists(st.sampled_from("-:[]{}&*!\n #'\"a1"), max_size=40).map("".join))
+@given(
+    TEXT
+    | JSON.map(json.dumps)
+    | st.lists(st.sampled_from("-:[]{}&*!\n #'\"a1"), max_size=40).map("".join)
+)
 def test_yaml(tmp_path: Path, text: str) -> None:
     outcome(lambda: parse(text), YamlError)
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError):  # no such text is a run: it lacks what a run must say
+    with pytest.raises(
+        ConfigError
+    ):  # no such text is a run: it lacks what a run must say
         load(GrpoRun, path)
 
 
 @EXAMPLES
-@given(st.lists(st.tuples(st.sampled_from(["sampler.num_steps", "height", "lora.rank", "x"]), TEXT), max_size=4))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["sampler.num_steps", "height", "lora.rank", "x"]), TEXT
+        ),
+        max_size=4,
+    )
+)
 def test_overrides(words: list[tuple[str, str]]) -> None:
     changes = [f"{key}={value}" for key, value in words]
-    cfg, said = outcome(lambda: load(GeneratorConfig, None, ["path=x", *changes]), ConfigError)
+    cfg, said = outcome(
+        lambda: load(GeneratorConfig, None, ["path=x", *changes]), ConfigError
+    )
     assert said or cfg.path == "x"
 
 
 VIDEO = torch.zeros(2, 2, 4, 6, 3, dtype=torch.uint8)
 SOUND = wire.encode_request(VIDEO, ["a", "b"], fps=8.0, model="m", id="1")
-ASKED = {"id": "1", "model": "m", "prompts": ["a"], "videos": [{"frames": "AAAA", "shape": [1, 1, 1, 3], "fps": 8}]}
+ASKED = {
+    "id": "1",
+    "model": "m",
+    "prompts": ["a"],
+    "videos": [{"frames": "AAAA", "shape": [1, 1, 1, 3], "fps": 8}],
+}
 
 
 @EXAMPLES
@@ -134,16 +200,30 @@ ASKED = {"id": "1", "model": "m", "prompts": ["a"], "videos": [{"frames": "AAAA"
 def test_requests_of_a_server(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from([wire.JSON, wire.SAFETENSORS]))
     if kind == wire.JSON:
-        body = json.dumps({**ASKED, data.draw(st.sampled_from([*ASKED, "x"])): data.draw(JSON)}).encode()
+        body = json.dumps(
+            {**ASKED, data.draw(st.sampled_from([*ASKED, "x"])): data.draw(JSON)}
+        ).encode()
     else:
         content = bytearray(SOUND)
         for _ in range(data.draw(st.integers(1, 4))):
-            content[data.draw(st.integers(0, len(SOUND) - 1))] = data.draw(st.integers(0, 255))
-        body = bytes(content[: data.draw(st.integers(0, len(SOUND)))]) if data.draw(st.booleans()) else bytes(content)
-    request, _ = outcome(lambda: wire.decode_request(body, kind, max_frames=8, max_videos=4), wire.WireError)
+            content[data.draw(st.integers(0, len(SOUND) - 1))] = data.draw(
+                st.integers(0, 255)
+            )
+        body = (
+            bytes(content[: data.draw(st.integers(0, len(SOUND)))])
+            if data.draw(st.booleans())
+            else bytes(content)
+        )
+    request, _ = outcome(
+        lambda: wire.decode_request(body, kind, max_frames=8, max_videos=4),
+        wire.WireError,
+    )
     if request is not None:
         assert len(request.items) == len(request.prompts)
-        assert all((item.video_TYXC is None) == (item.error is not None) for item in request.items)
+        assert all(
+            (item.video_TYXC is None) == (item.error is not None)
+            for item in request.items
+        )
 
 
 @EXAMPLES
@@ -154,7 +234,11 @@ def test_replies_of_a_server(body: bytes) -> None:
 
 
 @EXAMPLES
-@given(JSON.map(json.dumps) | st.fixed_dictionaries({"step": LEAVES, "files": JSON}).map(json.dumps) | TEXT)
+@given(
+    JSON.map(json.dumps)
+    | st.fixed_dictionaries({"step": LEAVES, "files": JSON}).map(json.dumps)
+    | TEXT
+)
 def test_manifests(tmp_path: Path, text: str) -> None:
     """None of them vouches for a file that is not as they say."""
     folder = tmp_path / "step-000003"
@@ -178,7 +262,9 @@ def test_damaged_videos(mp4: bytes, tmp_path: Path, data: st.DataObject) -> None
     """Bytes changed, cut out or cut off anywhere: frames of the right form, or the error that names the file."""
     content = bytearray(mp4)
     for _ in range(data.draw(st.integers(1, 6))):
-        content[data.draw(st.integers(0, len(mp4) - 1))] = data.draw(st.integers(0, 255))
+        content[data.draw(st.integers(0, len(mp4) - 1))] = data.draw(
+            st.integers(0, 255)
+        )
     start = data.draw(st.integers(0, len(mp4)))
     del content[start : start + data.draw(st.integers(0, 40))]
     path = tmp_path / "damaged.mp4"

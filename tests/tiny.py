@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from generator.wan import WanGenerator
 
 PROMPTS = ("a red circle", "a blue square", "two cats", "rain")
-HEIGHT, WIDTH, FRAMES = 32, 32, 9  # pixels; latents are 16 x 3 x 4 x 4 at the default compression
+HEIGHT, WIDTH, FRAMES = (
+    32,
+    32,
+    9,
+)  # pixels; latents are 16 x 3 x 4 x 4 at the default compression
 MAX_LENGTH = 24  # text tokens after padding; the tokenizer makes one per byte
 
 
@@ -39,11 +43,18 @@ def build_tiny_wan(
 
     scheduler  "unipc" (as published for Wan 2.1) or "euler" (FlowMatchEulerDiscreteScheduler); both with shift 3
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        UniPCMultistepScheduler,
+        WanPipeline,
+    )
 
     if scheduler == "unipc":
         steps = UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            num_train_timesteps=1000,
+            flow_shift=3.0,
         )
     else:
         steps = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -99,17 +110,27 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
     special = ["<pad>", "</s>", "<unk>"]
     vocabulary = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, [], unk_token="<unk>"))
+    inner = Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(vocabulary)}, [], unk_token="<unk>"
+        )
+    )
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    inner.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def _text_encoder(vocabulary: int) -> nn.Module:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    config = UMT5Config(vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    config = UMT5Config(
+        vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4
+    )
     return UMT5EncoderModel(config).eval()
 
 

@@ -7,7 +7,12 @@ from typing import TypeVar
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from rm.prompt import CONTROL_TOKENS, PromptTemplate
 from rm.video import VideoSettings
@@ -15,18 +20,26 @@ from rm.video import VideoSettings
 T = TypeVar("T", bound=torch.nn.Module)
 PLAIN_ADDED = "<think>"  # Qwen3 has added tokens that are not special; they are ordinary words to the judge
 TEMPLATE = PromptTemplate("Text: {prompt}\nVideo: ", "\nJudge it.")
-SETTINGS = VideoSettings(fps=4.0, min_frames=4, max_frames=8, min_pixels=256, max_pixels=1024, patch_size=8)
+SETTINGS = VideoSettings(
+    fps=4.0, min_frames=4, max_frames=8, min_pixels=256, max_pixels=1024, patch_size=8
+)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte (ids 0 to 255), then the control tokens, then `PLAIN_ADDED`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    core = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[])
+    )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
+    core.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS]
+    )
     core.add_tokens([AddedToken(PLAIN_ADDED, special=False, normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
 
 
 def tiny_qwen(
@@ -62,9 +75,16 @@ def control_ids() -> dict[str, int]:
 
 def vision_ids() -> dict[str, int]:
     """As a Qwen-VL's config names them."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    names = (
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+    )
     tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    return {name: control_ids()[token] for name, token in zip(names, tokens, strict=True)}
+    return {
+        name: control_ids()[token] for name, token in zip(names, tokens, strict=True)
+    }
 
 
 def lively(kind: type[T], config: PreTrainedConfig, *, seed: int = 0) -> T:
@@ -100,5 +120,7 @@ def speak_plainly(backbone: Qwen3VLForConditionalGeneration) -> None:
 def random_frames(seed: int, *, frames: int = 8, size: int = 32) -> torch.Tensor:
     """uint8 (T, Y, X, 3) noise, coarse enough to survive a patch."""
     draw = torch.Generator().manual_seed(seed)
-    coarse = torch.randint(0, 256, (frames, size // 4, size // 4, 3), generator=draw, dtype=torch.uint8)
+    coarse = torch.randint(
+        0, 256, (frames, size // 4, size // 4, 3), generator=draw, dtype=torch.uint8
+    )
     return coarse.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)

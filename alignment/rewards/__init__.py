@@ -1,6 +1,6 @@
 """Reward plug-ins: by name from here, by ``target`` from a user's own file, or by name from an installed package.
 
-To add one here, write a file beside this one and an entry below; see brightness.py for the shape, own.py for the rest.
+To add one here, write a file beside this one and an entry below; see brightness.py for the shape, plugin.py for the rest.
 
 A factory imports its plug-in when it is called, so that looking at the names costs nothing.
 """
@@ -27,14 +27,10 @@ def _descore(cfg: RewardConfig) -> RewardModel:
     from alignment.rewards.descore import DeScoreReward
 
     if cfg.checkpoint is None:
-        raise ValueError("a descore reward needs `checkpoint`, the folder of a trained DeScore")
+        raise ValueError(
+            "a descore reward needs `checkpoint`, the folder of a trained DeScore"
+        )
     return _made(DeScoreReward, cfg, cfg.checkpoint)
-
-
-def _shapes(cfg: RewardConfig) -> RewardModel:
-    from alignment.rewards.shapes import ShapesOracle
-
-    return _made(ShapesOracle, cfg)
 
 
 def _brightness(cfg: RewardConfig) -> RewardModel:
@@ -64,7 +60,11 @@ def _niqe(cfg: RewardConfig) -> RewardModel:
 def _similarity(cfg: RewardConfig) -> RewardModel:
     from alignment.rewards.similarity import Similarity
 
-    return _made(Similarity, cfg, _folder_or_hub_name(cfg, "a similarity reward", "a CLIP or SigLIP"))
+    return _made(
+        Similarity,
+        cfg,
+        _folder_or_hub_name(cfg, "a similarity reward", "a CLIP or SigLIP"),
+    )
 
 
 def _videoreward(cfg: RewardConfig) -> RewardModel:
@@ -82,50 +82,73 @@ def _hpsv3(cfg: RewardConfig) -> RewardModel:
 def _generative(cfg: RewardConfig) -> RewardModel:
     from alignment.rewards.generative import Generative
 
-    return _made(Generative, cfg, _folder_or_hub_name(cfg, "a generative reward", "its model"))
+    return _made(
+        Generative, cfg, _folder_or_hub_name(cfg, "a generative reward", "its model")
+    )
 
 
 def _folder_or_hub_name(cfg: RewardConfig, what: str, model: str) -> str:
     if cfg.checkpoint is None:
-        raise ValueError(f"{what} needs `checkpoint`, the folder or hub name of {model}")
+        raise ValueError(
+            f"{what} needs `checkpoint`, the folder or hub name of {model}"
+        )
     path = Path(cfg.checkpoint)
-    if not path.is_dir() and (path.is_absolute() or cfg.checkpoint.startswith(".") or len(path.parts) > 2):
-        raise ValueError(f"there is no folder {cfg.checkpoint}")  # and no name on a hub looks like it
+    if not path.is_dir() and (
+        path.is_absolute() or cfg.checkpoint.startswith(".") or len(path.parts) > 2
+    ):
+        raise ValueError(
+            f"there is no folder {cfg.checkpoint}"
+        )  # and no name on a hub looks like it
     return cfg.checkpoint
 
 
 def _converted(name: str, cfg: RewardConfig) -> str:
     if cfg.checkpoint is None:
-        raise ValueError(f"a {name} reward needs `checkpoint`, the folder that launch/convert_reward.py wrote")
+        raise ValueError(
+            f"a {name} reward needs `checkpoint`, the folder that launch/convert_reward.py wrote"
+        )
     return cfg.checkpoint
 
 
-def _made(found: Callable[..., RewardModel], cfg: RewardConfig, *given: str) -> RewardModel:
+def _made(
+    found: Callable[..., RewardModel], cfg: RewardConfig, *given: str
+) -> RewardModel:
     """A class of ours with the options. Raises ValueError for those that it, or what it hands them on to, lacks."""
-    from alignment.rewards.own import check_options
+    from alignment.rewards.plugin import check_options
 
     check_options(found, cfg.options)
-    if taken := sorted(cfg.options.keys() & set(list(inspect.signature(found).parameters)[: len(given)])):
-        raise ValueError(f"options has {', '.join(taken)}, which is a key beside options")
+    if taken := sorted(
+        cfg.options.keys()
+        & set(list(inspect.signature(found).parameters)[: len(given)])
+    ):
+        raise ValueError(
+            f"options has {', '.join(taken)}, which is a key beside options"
+        )
     try:
         return found(*given, **cfg.options)
     except TypeError as error:
-        if not any(f"unexpected keyword argument '{name}'" in str(error) for name in cfg.options):
+        if not any(
+            f"unexpected keyword argument '{name}'" in str(error)
+            for name in cfg.options
+        ):
             raise
-        raise ValueError(f"options has what {found.__name__} does not take: {error}") from error
+        raise ValueError(
+            f"options has what {found.__name__} does not take: {error}"
+        ) from error
 
 
 def _remote(cfg: RewardConfig) -> RewardModel:
     from alignment.rewards.remote import RemoteReward
 
     if cfg.url is None:
-        raise ValueError("a remote reward needs `url`, the address of a server (launch/serve.py)")
+        raise ValueError(
+            "a remote reward needs `url`, the address of a server (launch/serve.py)"
+        )
     return _made(RemoteReward, cfg, cfg.url)
 
 
 REWARDS: dict[str, Callable[[RewardConfig], RewardModel]] = {
     "descore": _descore,
-    "shapes": _shapes,
     "brightness": _brightness,
     "dynamics": _dynamics,
     "smoothness": _smoothness,
@@ -144,29 +167,33 @@ def factory_of(name: str, cfg: RewardConfig) -> Callable[[RewardConfig], RewardM
     Raises ValueError for an unknown kind, with the nearest known one, for a target that is no file, and for a url that
     is no address.
     """
-    from alignment.rewards import own
-    from alignment.rewards.foreign import named
+    from alignment.rewards import plugin
+    from alignment.rewards.errors import reward_errors
 
     if cfg.target is not None:
-        own.check_target(name, cfg.target)
-        return lambda cfg: own.from_file(name, cfg.target, cfg.options)
+        plugin.check_target(name, cfg.target)
+        return lambda cfg: plugin.from_file(name, cfg.target, cfg.options)
     if cfg.url is not None and not _WEB_ADDRESS.match(cfg.url):
-        raise ValueError(f"rewards.{name}.url must be http://host:port, got {cfg.url!r}")
+        raise ValueError(
+            f"rewards.{name}.url must be http://host:port, got {cfg.url!r}"
+        )
     kind = cfg.kind or ("remote" if cfg.url is not None else name)
     if kind in REWARDS:
         return REWARDS[kind]
-    others = own.installed()
+    others = plugin.installed()
     if kind in others:
 
         def from_package(cfg: RewardConfig) -> RewardModel:
-            with named(name, ValueError):
-                return own.as_reward(name, others[kind].load(), cfg.options)
+            with reward_errors(name, ValueError):
+                return plugin.as_reward(name, others[kind].load(), cfg.options)
 
         return from_package
     known = [*REWARDS, *others]
     close = difflib.get_close_matches(kind, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"rewards.{name}: unknown kind {kind!r}, known are {', '.join(known)}{hint}")
+    raise ValueError(
+        f"rewards.{name}: unknown kind {kind!r}, known are {', '.join(known)}{hint}"
+    )
 
 
 def build_rewards(configs: Mapping[str, RewardConfig]) -> dict[str, RewardModel]:
@@ -178,9 +205,9 @@ def build_rewards(configs: Mapping[str, RewardConfig]) -> dict[str, RewardModel]
 
 
 def _built(name: str, cfg: RewardConfig) -> RewardModel:
-    from alignment.rewards.foreign import sentence
+    from alignment.rewards.errors import format_error
 
     try:
         return factory_of(name, cfg)(cfg)
     except (ValueError, OSError, ImportError, RewardUnavailableError) as error:
-        raise ValueError(sentence(name, error, file=cfg.checkpoint)) from error
+        raise ValueError(format_error(name, error, file=cfg.checkpoint)) from error

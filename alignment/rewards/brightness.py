@@ -16,5 +16,7 @@ class Brightness:
 
     name = "brightness"
 
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
         return Score(value_B=video_BTYXC.float().mean(dim=(1, 2, 3, 4)) / 255)

@@ -22,5 +22,7 @@ class DeScoreReward:
     def __init__(self, checkpoint: str | Path, **options: Any) -> None:
         self.scorer = DeScoreScorer.load(checkpoint, **options)
 
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
         return self.scorer.score(video_BTYXC, prompts, fps=fps)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.memory import Portions
+from common.memory import AdaptiveBatcher
 from common.types import Score
-from rm.qwen2_vl import shared
+from rm.baselines.qwen2_vl import shared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,17 +45,27 @@ class HPSv3:
         dtype: str = "float32",
     ) -> None:
         if not 0 < best <= 1 or batch < 1 or (frames is not None and frames < 1):
-            raise ValueError(f"hpsv3 needs best in (0, 1], frames and batch >= 1, got {best}, {frames}, {batch}")
+            raise ValueError(
+                f"hpsv3 needs best in (0, 1], frames and batch >= 1, got {best}, {frames}, {batch}"
+            )
         self.judge = shared(str(checkpoint), device, dtype)
         self.prompt, self.best, self.frames = prompt, best, frames
-        self.portions = Portions(batch, what="frames before the judge")
+        self.portions = AdaptiveBatcher(batch, what="frames before the judge")
 
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
-        count = video_BTYXC.shape[1] if self.frames is None else min(self.frames, video_BTYXC.shape[1])
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
+        count = (
+            video_BTYXC.shape[1]
+            if self.frames is None
+            else min(self.frames, video_BTYXC.shape[1])
+        )
         chosen = torch.linspace(0, video_BTYXC.shape[1] - 1, count).round().long()
         kept = max(1, math.ceil(self.best * count - 1e-9))
         values = []
         for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True):
-            found_NK = self.judge.read_images(video_TYXC[chosen], self.prompt or prompt, portions=self.portions)
+            found_NK = self.judge.read_images(
+                video_TYXC[chosen], self.prompt or prompt, portions=self.portions
+            )
             values.append(found_NK[:, 0].topk(kept).values.mean())
         return Score(torch.stack(values))

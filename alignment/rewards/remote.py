@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import httpx
 import torch
 
-from common import reward_wire as wire
+from alignment.rewards import wire
 from common.log import say
 from common.types import RewardUnavailableError, Score
 
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-RETRIED = (408, 429, 500, 502, 503, 504)  # what may pass; any other refusal would be the same again
+RETRIED = (
+    408,
+    429,
+    500,
+    502,
+    503,
+    504,
+)  # what may pass; any other refusal would be the same again
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 20.0
 _CONNECT_S = 10.0  # a host that drops packets says nothing at all
 
@@ -59,23 +66,41 @@ class RemoteReward:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         if on_failure not in ("fail", "skip_group"):
-            raise ValueError(f"on_failure must be fail or skip_group, got {on_failure!r}")
-        self.name, self.url, self.deadline_s, self.on_failure = name, url.rstrip("/"), deadline_s, on_failure
+            raise ValueError(
+                f"on_failure must be fail or skip_group, got {on_failure!r}"
+            )
+        self.name, self.url, self.deadline_s, self.on_failure = (
+            name,
+            url.rstrip("/"),
+            deadline_s,
+            on_failure,
+        )
         self.sleep, self.now, self.jitter = sleep, now, random.Random(name)
         token = os.environ.get(token_env)
-        self.client = httpx.Client(headers={"Authorization": f"Bearer {token}"} if token else {}, trust_env=False)
+        self.client = httpx.Client(
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            trust_env=False,
+        )
         self.model = self._find(model, within_s=min(start_deadline_s, deadline_s))
 
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
         name = uuid.uuid4().hex  # every attempt is the same request, so an answer to an earlier one is as good
-        body = wire.encode_request(video_BTYXC, prompts, fps=fps, model=self.model, id=name)
+        body = wire.encode_request(
+            video_BTYXC, prompts, fps=fps, model=self.model, id=name
+        )
 
         def read(reply: httpx.Response) -> Score:
-            return wire.decode_reply(reply.content, videos=len(prompts), model=self.model, id=name)
+            return wire.decode_reply(
+                reply.content, videos=len(prompts), model=self.model, id=name
+            )
 
         try:
             sent = {"content": body, "headers": {"Content-Type": wire.SAFETENSORS}}
-            return self._attempt("POST", "/v1/score", read, within_s=self.deadline_s, **sent)
+            return self._attempt(
+                "POST", "/v1/score", read, within_s=self.deadline_s, **sent
+            )
         except RemoteError as error:
             if self.on_failure == "fail":
                 raise
@@ -89,13 +114,19 @@ class RemoteReward:
             return [str(one) for one in reply.json()["models"]]
 
         def tell(problem: str) -> None:
-            say(f"waiting for the reward server at {self.url}, up to {within_s:g} s: {problem}")
+            say(
+                f"waiting for the reward server at {self.url}, up to {within_s:g} s: {problem}"
+            )
 
-        offered = self._attempt("GET", "/v1/models", read, within_s=within_s, at_first_failure=tell)
+        offered = self._attempt(
+            "GET", "/v1/models", read, within_s=within_s, at_first_failure=tell
+        )
         if model is None and len(offered) == 1:
             return offered[0]
         if model not in offered:
-            raise ValueError(f"the server has {', '.join(offered)}; model says {model!r}")
+            raise ValueError(
+                f"the server has {', '.join(offered)}; model says {model!r}"
+            )
         return model
 
     def _attempt(
@@ -115,7 +146,9 @@ class RemoteReward:
             left = max(0.1, end - self.now())
             try:
                 limits = httpx.Timeout(left, connect=min(left, _CONNECT_S))
-                reply = self.client.request(method, self.url + path, timeout=limits, **options)
+                reply = self.client.request(
+                    method, self.url + path, timeout=limits, **options
+                )
                 if reply.status_code == 200:
                     return read(reply)
                 problem = f"status {reply.status_code}: {reply.text[:200]}"
@@ -124,10 +157,16 @@ class RemoteReward:
                 wait = max(wait, _seconds(reply.headers.get("Retry-After")))
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
-            except (ValueError, KeyError, TypeError) as error:  # WireError, or JSON of another form
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+            ) as error:  # WireError, or JSON of another form
                 problem = str(error)
             if self.now() + wait >= end:
-                raise RemoteError(f"{self.url}{path}: gave up after {within_s:g} s: {problem}")
+                raise RemoteError(
+                    f"{self.url}{path}: gave up after {within_s:g} s: {problem}"
+                )
             if at_first_failure is not None:
                 at_first_failure(problem)
                 at_first_failure = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.memory import Portions
+from common.memory import AdaptiveBatcher
 from common.types import Score
 
 if TYPE_CHECKING:
@@ -43,8 +43,14 @@ class Similarity:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         if frames < 1 or batch < 1 or not 0 < best <= 1:
-            raise ValueError(f"similarity needs frames, batch >= 1 and best in (0, 1], got {frames}, {batch}, {best}")
-        self.frames, self.best, self.portions = frames, best, Portions(batch, what="images before the judge")
+            raise ValueError(
+                f"similarity needs frames, batch >= 1 and best in (0, 1], got {frames}, {batch}, {best}"
+            )
+        self.frames, self.best, self.portions = (
+            frames,
+            best,
+            AdaptiveBatcher(batch, what="images before the judge"),
+        )
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModel.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
         self.model = model.requires_grad_(requires_grad=False).eval().to(self.device)
@@ -53,10 +59,14 @@ class Similarity:
         limit = self.model.config.text_config.max_position_embeddings
         self.limit = min(limit, self.tokenizer.model_max_length)
         # SigLIP was trained on texts padded to the end, CLIP finds a text's end by itself
-        self.padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
+        self.padding = (
+            "max_length" if self.model.config.model_type.startswith("siglip") else True
+        )
 
     @torch.no_grad()
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
         count = min(self.frames, video_BTYXC.shape[1])
         chosen = torch.linspace(0, video_BTYXC.shape[1] - 1, count).round().long()
         # one video and one text at a time: what a video scores does not depend on its batch, to the last bit
@@ -72,8 +82,12 @@ class Similarity:
         """(N, D), of length 1."""
 
         def features(part_NYXC: Tensor) -> Tensor:
-            pixels = self.processor(images=list(part_NYXC.cpu().numpy()), return_tensors="pt").pixel_values
-            out = self.model.get_image_features(pixel_values=pixels.to(self.device, self.model.dtype))
+            pixels = self.processor(
+                images=list(part_NYXC.cpu().numpy()), return_tensors="pt"
+            ).pixel_values
+            out = self.model.get_image_features(
+                pixel_values=pixels.to(self.device, self.model.dtype)
+            )
             return torch.nn.functional.normalize(out.pooler_output.float(), dim=1)
 
         return self.portions.over(features, picture_NYXC)
@@ -81,9 +95,17 @@ class Similarity:
     def _text(self, prompt: str) -> Tensor:
         """(D,), of length 1."""
         tokens = self.tokenizer(
-            [prompt], padding=self.padding, truncation=True, max_length=self.limit, return_tensors="pt"
+            [prompt],
+            padding=self.padding,
+            truncation=True,
+            max_length=self.limit,
+            return_tensors="pt",
         )
-        options = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask") if name in tokens}
+        options = {
+            name: tokens[name].to(self.device)
+            for name in ("input_ids", "attention_mask")
+            if name in tokens
+        }
         if self.padding == "max_length":
             options.pop("attention_mask", None)  # its padding is part of the text
         out = self.model.get_text_features(**options)

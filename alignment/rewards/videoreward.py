@@ -10,7 +10,7 @@ import torch
 
 from common.log import say
 from common.types import Score
-from rm.qwen2_vl import frame_indices, shared
+from rm.baselines.qwen2_vl import frame_indices, shared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,18 +44,30 @@ class VideoReward:
         self.judge = shared(str(checkpoint), device, dtype)
         self.outputs = self.judge.layout.outputs
         if dimension not in ("overall", *self.outputs):
-            raise ValueError(f"videoreward knows overall, {', '.join(self.outputs)}, not {dimension!r}")
+            raise ValueError(
+                f"videoreward knows overall, {', '.join(self.outputs)}, not {dimension!r}"
+            )
         self.dimension, self.gray, self._told = dimension, gray, False
 
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
         self._tell_of_another_tempo(video_BTYXC.shape[1], fps)
         if self.gray:
             video_BTYXC = to_gray(video_BTYXC)
         found_BK = torch.stack(
-            [self.judge.read_video(video, prompt, fps=fps) for video, prompt in zip(video_BTYXC, prompts, strict=True)]
+            [
+                self.judge.read_video(video, prompt, fps=fps)
+                for video, prompt in zip(video_BTYXC, prompts, strict=True)
+            ]
         )
         parts = dict(zip(self.outputs, found_BK.unbind(dim=1), strict=True))
-        return Score(found_BK.sum(dim=1) if self.dimension == "overall" else parts[self.dimension], parts)
+        return Score(
+            found_BK.sum(dim=1)
+            if self.dimension == "overall"
+            else parts[self.dimension],
+            parts,
+        )
 
     def _tell_of_another_tempo(self, count: int, fps: float) -> None:
         settings = self.judge.layout.settings
@@ -73,4 +85,10 @@ class VideoReward:
 def to_gray(video_BTYXC: Tensor) -> Tensor:
     """uint8 -> uint8, all three channels the luma."""
     luma_BTYX1 = (video_BTYXC.float() * torch.tensor(LUMA)).sum(dim=-1, keepdim=True)
-    return luma_BTYX1.round().clamp(0, 255).to(torch.uint8).expand(video_BTYXC.shape).contiguous()
+    return (
+        luma_BTYX1.round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        .expand(video_BTYXC.shape)
+        .contiguous()
+    )

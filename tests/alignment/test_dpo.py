@@ -29,17 +29,39 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> PairSet:
         for i in range(PAIRS):
             draw = seeded("pair", i)
             noise = 0.3 * torch.randn((2, *SHAPE), generator=draw)
-            yield LatentPair(f"prompt {i % 3}", noise[0] + 0.6, noise[1] - 0.6, torch.ones(2, 4), i / 4, -i / 4)
+            yield LatentPair(
+                f"prompt {i % 3}",
+                noise[0] + 0.6,
+                noise[1] - 0.6,
+                torch.ones(2, 4),
+                i / 4,
+                -i / 4,
+            )
 
     write_pairs(folder, made(), per_shard=3, dtype=torch.float32, about={})
     return PairSet(folder)
 
 
-def loop_of(pairs: PairSet, *, lr: float = 1e-2, dtype: torch.dtype = torch.float32, **options: Any) -> DpoLoop:
+def loop_of(
+    pairs: PairSet,
+    *,
+    lr: float = 1e-2,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> DpoLoop:
     cfg = DpoConfig(**{"pairs_per_step": 4, "micro_batch": 2, "beta": 5.0, **options})
     generator = FakeGenerator(dtype=dtype)
-    engine = PlainEngine(generator.module, accumulation=backwards_per_update(cfg, 1), lr=lr)
-    return DpoLoop(cfg, generator=generator, engine=engine, pairs=pairs, seed=3, grad_norm=engine.grad_norm)
+    engine = PlainEngine(
+        generator.module, accumulation=backwards_per_update(cfg, 1), lr=lr
+    )
+    return DpoLoop(
+        cfg,
+        generator=generator,
+        engine=engine,
+        pairs=pairs,
+        seed=3,
+        grad_norm=engine.grad_norm,
+    )
 
 
 @pytest.mark.parametrize("schedule", ["constant", "quadratic"])
@@ -47,7 +69,7 @@ def test_the_first_loss_is_log_2(pairs: PairSet, schedule: str) -> None:
     metrics = loop_of(pairs, beta_schedule=schedule, beta=500.0).step(0)
     assert metrics["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["train/accuracy"] == 0.5
-    assert metrics["train/win_change"] == metrics["train/lose_change"] == 0.0
+    assert metrics["train/chosen_change"] == metrics["train/rejected_change"] == 0.0
     assert metrics["train/grad_norm"] > 0
 
 
@@ -57,7 +79,7 @@ def test_the_winners_error_falls_and_the_losers_rises(pairs: PairSet) -> None:
     last = history[-1]
     assert last["train/loss"] < 0.5
     assert last["train/accuracy"] == 1.0
-    assert last["train/win_change"] < 0 < last["train/lose_change"]
+    assert last["train/chosen_change"] < 0 < last["train/rejected_change"]
     assert not loop.rising()
     # the policy is pulled to bright videos: v = eps - x_0, so the velocity's bias falls
     assert bool((loop.generator.module.bias_C < 0).all())
@@ -78,25 +100,34 @@ def test_the_gradient_is_that_of_the_formula(pairs: PairSet) -> None:
         errors = []
         for adapter_on in (True, False):
             other.module.adapter_on = adapter_on
-            for clean in (batch.win_NCFHW[0].double(), batch.lose_NCFHW[0].double()):
+            for clean in (
+                batch.chosen_NCFHW[0].double(),
+                batch.rejected_NCFHW[0].double(),
+            ):
                 x = (1 - sigma) * clean + sigma * noise
-                errors.append((other.module(x[None], sigma)[0] - (noise - clean)).square().mean())
-        win, lose, ref_win, ref_lose = errors
-        gap = (win - ref_win.detach()) - (lose - ref_lose.detach())
-        total = total + F.softplus(2.5 * gap) / 4 + 0.25 * win / 4
+                errors.append(
+                    (other.module(x[None], sigma)[0] - (noise - clean)).square().mean()
+                )
+        chosen, rejected, ref_chosen, ref_rejected = errors
+        gap = (chosen - ref_chosen.detach()) - (rejected - ref_rejected.detach())
+        total = total + F.softplus(2.5 * gap) / 4 + 0.25 * chosen / 4
     total.backward()
     own = [p for p in other.module.parameters() if p.requires_grad]
     for mine, theirs in zip(loop.engine.last_gradient, own, strict=True):
         torch.testing.assert_close(mine, theirs.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_micro_batches_and_ranks_change_nothing(pairs: PairSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_micro_batches_and_ranks_change_nothing(
+    pairs: PairSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = loop_of(pairs, lr=0.0, micro_batch=4, dtype=torch.float64)
     want = whole.step(2)
     halves = loop_of(pairs, lr=0.0, micro_batch=1, dtype=torch.float64)
     got = halves.step(2)
     assert got == pytest.approx(want, rel=1e-9, nan_ok=True)
-    for mine, theirs in zip(halves.engine.last_gradient, whole.engine.last_gradient, strict=True):
+    for mine, theirs in zip(
+        halves.engine.last_gradient, whole.engine.last_gradient, strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-15)
     # each of two ranks does its half; the mean of their gradients is the whole's
     gradients = []
@@ -112,20 +143,31 @@ def test_micro_batches_and_ranks_change_nothing(pairs: PairSet, monkeypatch: pyt
         torch.testing.assert_close((a + b) / 2, want, rtol=1e-9, atol=1e-15)
 
 
-def test_winner_and_loser_policy_and_reference_run_as_two_forwards(pairs: PairSet) -> None:
+def test_winner_and_loser_policy_and_reference_run_as_two_forwards(
+    pairs: PairSet,
+) -> None:
     loop = loop_of(pairs)
     loop.step(0)
-    assert [len(asked) for asked in loop.generator.asked] == [4, 4] * 2  # 2 pairs x 2 videos, with and without adapter
+    assert [len(asked) for asked in loop.generator.asked] == [
+        4,
+        4,
+    ] * 2  # 2 pairs x 2 videos, with and without adapter
     assert all(asked[:2] == asked[2:] for asked in loop.generator.asked)
     assert loop.generator.grad_forwards == 4 * 2
     assert loop.generator.known == set()  # embeddings are not piled up
     loop = loop_of(pairs, method="sft")
     loop.step(0)
-    assert [len(asked) for asked in loop.generator.asked] == [2, 2]  # winners alone, no reference
+    assert [len(asked) for asked in loop.generator.asked] == [
+        2,
+        2,
+    ]  # winners alone, no reference
 
 
 def test_sft_and_rwr_are_weighted_errors(pairs: PairSet) -> None:
-    sft, rwr = loop_of(pairs, method="sft", lr=0.0), loop_of(pairs, method="rwr", temperature=2.0, lr=0.0)
+    sft, rwr = (
+        loop_of(pairs, method="sft", lr=0.0),
+        loop_of(pairs, method="rwr", temperature=2.0, lr=0.0),
+    )
     indices = sft.schedule.at(0)
     errors = []
     for place, i in enumerate(indices):
@@ -134,12 +176,18 @@ def test_sft_and_rwr_are_weighted_errors(pairs: PairSet) -> None:
         with torch.no_grad():
             errors.append(torch.cat(sft.errors(batch, draw, losers=True)))
     error_N2 = torch.stack(errors)
-    assert sft.step(0)["train/loss"] == pytest.approx(float(error_N2[:, 0].mean()), rel=1e-6)
+    assert sft.step(0)["train/loss"] == pytest.approx(
+        float(error_N2[:, 0].mean()), rel=1e-6
+    )
     # values +-i / 4 at temperature 2: weights e^(+-i / 8) over their mean
     everything = [math.exp(sign * i / 8) for i in range(PAIRS) for sign in (1, -1)]
     mean = sum(everything) / len(everything)
-    weight_N2 = torch.tensor([[math.exp(i / 8) / mean, math.exp(-i / 8) / mean] for i in indices])
-    assert rwr.step(0)["train/loss"] == pytest.approx(float((weight_N2 * error_N2).mean()), rel=1e-6)
+    weight_N2 = torch.tensor(
+        [[math.exp(i / 8) / mean, math.exp(-i / 8) / mean] for i in indices]
+    )
+    assert rwr.step(0)["train/loss"] == pytest.approx(
+        float((weight_N2 * error_N2).mean()), rel=1e-6
+    )
     assert "train/accuracy" not in rwr.step(1)  # which takes a reference
 
 
@@ -150,8 +198,8 @@ def test_other_methods_learn_the_winners_too(pairs: PairSet, method: str) -> Non
     for step in range(30):
         loop.step(step)
     last = loop.evaluate(pairs, limit=PAIRS)
-    assert first["heldout/win_change"] == 0.0
-    assert last["heldout/win_change"] < -1e-3
+    assert first["heldout/chosen_change"] == 0.0
+    assert last["heldout/chosen_change"] < -1e-3
 
 
 def test_held_out_pairs_are_always_measured_alike(pairs: PairSet) -> None:
@@ -159,14 +207,19 @@ def test_held_out_pairs_are_always_measured_alike(pairs: PairSet) -> None:
     first = loop.evaluate(pairs, limit=7)
     assert first == loop.evaluate(pairs, limit=7)
     assert first["heldout/loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert first == pytest.approx(loop_of(pairs, micro_batch=4).evaluate(pairs, limit=7), rel=1e-5)
+    assert first == pytest.approx(
+        loop_of(pairs, micro_batch=4).evaluate(pairs, limit=7), rel=1e-5
+    )
     still = loop_of(pairs, method="sft", lr=0.0)
     with torch.no_grad():
         still.generator.module.bias_C += 0.1
     before = still.evaluate(pairs, limit=7)
     still.step(0)
     assert still.evaluate(pairs, limit=7) == before
-    assert still.evaluate(pairs, limit=6)["heldout/win_change"] != before["heldout/win_change"]
+    assert (
+        still.evaluate(pairs, limit=6)["heldout/chosen_change"]
+        != before["heldout/chosen_change"]
+    )
     for step in range(20):
         loop.step(step)
     assert loop.evaluate(pairs, limit=7)["heldout/accuracy"] == 1.0
@@ -174,20 +227,30 @@ def test_held_out_pairs_are_always_measured_alike(pairs: PairSet) -> None:
 
 def test_bins_by_hand() -> None:
     cfg = DpoConfig(beta=4.0)
-    rows = torch.tensor([[0.1, 1.0, -0.5, 0.5], [0.19, 3.0, 0.5, -0.5], [0.2, 5.0, 0.25, 0.25], [1.0, 7.0, -1.0, 0.0]])
+    rows = torch.tensor(
+        [
+            [0.1, 1.0, -0.5, 0.5],
+            [0.19, 3.0, 0.5, -0.5],
+            [0.2, 5.0, 0.25, 0.25],
+            [1.0, 7.0, -1.0, 0.0],
+        ]
+    )
     found = summarise(rows, cfg, "train")
     assert found["train/loss"] == 4.0
     assert found["train/accuracy"] == (1 + 0 + 0.5 + 1) / 4
-    assert found["train/win_change"] == pytest.approx(-0.75 / 4)
-    assert found["train/push"] == pytest.approx(2 * (1 + 1 + 0 + 1) / 4)
-    assert (found["train/loss_sigma_0-0.2"], found["train/loss_sigma_0.2-0.4"]) == (2.0, 5.0)
+    assert found["train/chosen_change"] == pytest.approx(-0.75 / 4)
+    assert found["train/dpo_logit_abs"] == pytest.approx(2 * (1 + 1 + 0 + 1) / 4)
+    assert (found["train/loss_sigma_0-0.2"], found["train/loss_sigma_0.2-0.4"]) == (
+        2.0,
+        5.0,
+    )
     assert found["train/loss_sigma_0.8-1"] == 7.0
     assert found["train/accuracy_sigma_0-0.2"] == 0.5
     assert "train/loss_sigma_0.4-0.6" not in found
 
 
 def test_running_from_the_loser_is_seen(pairs: PairSet) -> None:
-    loop = loop_of(pairs, watch=3)
+    loop = loop_of(pairs, displacement_window=3)
     loop.watched.extend([-1.0, 2.0])
     assert not loop.rising()  # too early
     loop.watched.append(-0.5)
@@ -201,12 +264,17 @@ def test_running_from_the_loser_is_seen(pairs: PairSet) -> None:
 def test_noise_levels() -> None:
     def draws(**options: Any) -> torch.Tensor:
         cfg = DpoConfig(**options)
-        return torch.tensor([draw_sigma(cfg, seeded("draw", i)) for i in range(4000)], dtype=torch.float64)
+        return torch.tensor(
+            [draw_sigma(cfg, seeded("draw", i)) for i in range(4000)],
+            dtype=torch.float64,
+        )
 
     uniform = draws()
     assert float(uniform.min()) > 0
     assert float(uniform.max()) < 1
-    assert float(uniform.mean()) == pytest.approx(0.5, abs=0.015)  # 0.289 / sqrt(4000) = 0.0046
+    assert float(uniform.mean()) == pytest.approx(
+        0.5, abs=0.015
+    )  # 0.289 / sqrt(4000) = 0.0046
     assert float(uniform.std()) == pytest.approx(1 / math.sqrt(12), abs=0.01)
     assert torch.allclose(draws(noise_shift=3.0), 3 * uniform / (1 + 2 * uniform))
     logit = draws(noise="logit_normal").logit()
@@ -226,13 +294,21 @@ def test_what_does_not_divide_is_refused(pairs: PairSet) -> None:
 def test_rwr_needs_values(tmp_path: Path) -> None:
     one = torch.ones(SHAPE)
     write_pairs(
-        tmp_path, iter([LatentPair("a", one, -one, torch.ones(1, 2))] * 4), per_shard=4, dtype=one.dtype, about={}
+        tmp_path,
+        iter([LatentPair("a", one, -one, torch.ones(1, 2))] * 4),
+        per_shard=4,
+        dtype=one.dtype,
+        about={},
     )
-    with pytest.raises(ValueError, match="rwr_weights needs finite rewards, 8 of 8 are not"):
+    with pytest.raises(
+        ValueError, match="rwr_weights needs finite rewards, 8 of 8 are not"
+    ):
         loop_of(PairSet(tmp_path), method="rwr")
 
 
-def test_a_loss_that_is_no_number_is_told(pairs: PairSet, capsys: pytest.CaptureFixture) -> None:
+def test_a_loss_that_is_no_number_is_told(
+    pairs: PairSet, capsys: pytest.CaptureFixture
+) -> None:
     loop = loop_of(pairs)
     with torch.no_grad():
         loop.generator.module.bias_C.fill_(math.nan)

@@ -19,38 +19,61 @@ def tensor(*values: float) -> torch.Tensor:
 def test_by_hand() -> None:
     """d_w = -0.1, d_l = 0.02; -(10 / 2) (-0.12) = 0.6; log(1 + e^-0.6). And the pair the other way round, beta 20."""
     loss = flow_dpo_loss(
-        tensor(0.9, 1.02), tensor(1.02, 0.9), tensor(1.0, 1.0), tensor(1.0, 1.0), beta_N=tensor(10.0, 20.0)
+        tensor(0.9, 1.02),
+        tensor(1.02, 0.9),
+        tensor(1.0, 1.0),
+        tensor(1.0, 1.0),
+        beta_N=tensor(10.0, 20.0),
     )
     by_hand = (math.log(1 + math.exp(-0.6)) + math.log(1 + math.exp(1.2))) / 2
     assert float(loss.loss) == pytest.approx(by_hand, rel=1e-12)
     assert loss.metrics["loss"] == pytest.approx(by_hand)
     assert loss.metrics["accuracy"] == 0.5
-    assert loss.metrics["win_change"] == pytest.approx((-0.1 + 0.02) / 2)
-    assert loss.metrics["lose_change"] == pytest.approx((0.02 - 0.1) / 2)
+    assert loss.metrics["chosen_change"] == pytest.approx((-0.1 + 0.02) / 2)
+    assert loss.metrics["rejected_change"] == pytest.approx((0.02 - 0.1) / 2)
     assert loss.metrics["push"] == pytest.approx((0.6 + 1.2) / 2)
 
 
 def test_the_start_is_log_2() -> None:
     errors = torch.rand(2, 7, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
-    loss = flow_dpo_loss(errors[0], errors[1], errors[0], errors[1], beta_N=torch.full((7,), 500.0, dtype=DOUBLE))
+    loss = flow_dpo_loss(
+        errors[0],
+        errors[1],
+        errors[0],
+        errors[1],
+        beta_N=torch.full((7,), 500.0, dtype=DOUBLE),
+    )
     assert float(loss.loss) == pytest.approx(math.log(2), rel=1e-12)
     assert loss.metrics["accuracy"] == 0.5  # nobody is ahead
 
 
 def test_the_gradient_pulls_the_winner_and_pushes_the_loser() -> None:
-    """d loss / d win = beta / 2 sigmoid(beta / 2 (d_w - d_l)): beta / 4 at the start, and minus that for the loser."""
-    win, lose = tensor(0.5, 0.7).requires_grad_(), tensor(0.6, 0.4).requires_grad_()
-    flow_dpo_loss(win, lose, win.detach(), lose.detach(), beta_N=tensor(8.0, 8.0)).loss.backward()
-    assert win.grad.tolist() == pytest.approx([1.0, 1.0])  # 8 / 4, over two pairs
-    assert lose.grad.tolist() == pytest.approx([-1.0, -1.0])
+    """d loss / d chosen = beta / 2 sigmoid(beta / 2 (d_w - d_l)): beta / 4 at the start, and minus that for the loser."""
+    chosen, rejected = (
+        tensor(0.5, 0.7).requires_grad_(),
+        tensor(0.6, 0.4).requires_grad_(),
+    )
+    flow_dpo_loss(
+        chosen, rejected, chosen.detach(), rejected.detach(), beta_N=tensor(8.0, 8.0)
+    ).loss.backward()
+    assert chosen.grad.tolist() == pytest.approx([1.0, 1.0])  # 8 / 4, over two pairs
+    assert rejected.grad.tolist() == pytest.approx([-1.0, -1.0])
     far = tensor(0.5).requires_grad_()
-    flow_dpo_loss(far, tensor(1.0), tensor(1.0), tensor(1.0), beta_N=tensor(8.0)).loss.backward()
+    flow_dpo_loss(
+        far, tensor(1.0), tensor(1.0), tensor(1.0), beta_N=tensor(8.0)
+    ).loss.backward()
     assert float(far.grad) == pytest.approx(4 / (1 + math.exp(2.0)))
 
 
 def test_the_reference_gets_no_gradient() -> None:
     reference = tensor(1.0).requires_grad_()
-    loss = flow_dpo_loss(tensor(0.5).requires_grad_(), tensor(1.0), reference, tensor(1.0), beta_N=tensor(8.0)).loss
+    loss = flow_dpo_loss(
+        tensor(0.5).requires_grad_(),
+        tensor(1.0),
+        reference,
+        tensor(1.0),
+        beta_N=tensor(8.0),
+    ).loss
     loss.backward()
     assert reference.grad is None
 
@@ -58,10 +81,16 @@ def test_the_reference_gets_no_gradient() -> None:
 def test_it_is_the_papers_pseudo_code_on_sums() -> None:
     """Appendix C of 2501.13918 has squared norms, which are sums: its beta is ours over the number of elements."""
     draw = torch.Generator().manual_seed(3)
-    v_win, v_lose, own_win, own_lose, ref_win, ref_lose = torch.randn(6, 5, 48, dtype=DOUBLE, generator=draw)
+    v_chosen, v_rejected, own_chosen, own_rejected, ref_chosen, ref_rejected = (
+        torch.randn(6, 5, 48, dtype=DOUBLE, generator=draw)
+    )
     beta = 3.0
-    difference = ((v_win - own_win).norm(dim=1) ** 2 - (v_win - ref_win).norm(dim=1) ** 2) - (
-        (v_lose - own_lose).norm(dim=1) ** 2 - (v_lose - ref_lose).norm(dim=1) ** 2
+    difference = (
+        (v_chosen - own_chosen).norm(dim=1) ** 2
+        - (v_chosen - ref_chosen).norm(dim=1) ** 2
+    ) - (
+        (v_rejected - own_rejected).norm(dim=1) ** 2
+        - (v_rejected - ref_rejected).norm(dim=1) ** 2
     )
     want = -(1 / (1 + (0.5 * beta * difference).exp())).log().mean()
 
@@ -69,10 +98,10 @@ def test_it_is_the_papers_pseudo_code_on_sums() -> None:
         return (a - b).square().mean(dim=1)
 
     terms = flow_dpo_terms(
-        mean(v_win, own_win),
-        mean(v_lose, own_lose),
-        mean(v_win, ref_win),
-        mean(v_lose, ref_lose),
+        mean(v_chosen, own_chosen),
+        mean(v_rejected, own_rejected),
+        mean(v_chosen, ref_chosen),
+        mean(v_rejected, ref_rejected),
         beta_N=torch.full((5,), beta * 48, dtype=DOUBLE),
     )
     assert float(terms.loss_N.mean()) == pytest.approx(float(want), rel=1e-12)
@@ -80,16 +109,24 @@ def test_it_is_the_papers_pseudo_code_on_sums() -> None:
 
 def test_beta_schedules() -> None:
     sigma = tensor(0.0, 0.25, 1.0)
-    assert beta_at(sigma, beta=500.0, schedule="constant").tolist() == [500.0, 500.0, 500.0]
-    assert beta_at(sigma, beta=500.0, schedule="quadratic").tolist() == [500.0, 281.25, 0.0]
+    assert beta_at(sigma, beta=500.0, schedule="constant").tolist() == [
+        500.0,
+        500.0,
+        500.0,
+    ]
+    assert beta_at(sigma, beta=500.0, schedule="quadratic").tolist() == [
+        500.0,
+        281.25,
+        0.0,
+    ]
 
 
 def test_rwr_weights_by_hand() -> None:
     weights = rwr_weights(tensor(0.0, math.log(2), math.log(3)), temperature=1.0)
     assert weights.tolist() == pytest.approx([0.5, 1.0, 1.5])
-    assert rwr_weights(tensor(0.0, math.log(2), math.log(3)) * 7, temperature=7.0).tolist() == pytest.approx(
-        [0.5, 1, 1.5]
-    )
+    assert rwr_weights(
+        tensor(0.0, math.log(2), math.log(3)) * 7, temperature=7.0
+    ).tolist() == pytest.approx([0.5, 1, 1.5])
     assert bool(rwr_weights(tensor(0.0, 2000.0), temperature=1.0).isfinite().all())
     with pytest.raises(ValueError, match="1 of 2 are not"):
         rwr_weights(tensor(0.0, math.nan), temperature=1.0)

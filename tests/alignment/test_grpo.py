@@ -12,12 +12,19 @@ import torch
 
 from alignment import grpo, self_checks
 from alignment.config import GrpoConfig
-from alignment.data import PromptSchedule
 from alignment.grpo import GrpoLoop, backwards_per_update
+from alignment.prompts import PromptSchedule
 from alignment.rewards.brightness import Brightness
-from alignment.rewards.foreign import RewardFailedError
+from alignment.rewards.errors import RewardFailedError
 from common.types import Engine, Generator, RewardModel, RewardUnavailableError, Score
-from tests.fakes import FakeGenerator, FunctionReward, PlainEngine, Scripted, prompt_length, redness
+from tests.fakes import (
+    FakeGenerator,
+    FunctionReward,
+    PlainEngine,
+    Scripted,
+    prompt_length,
+    redness,
+)
 
 PROMPTS = ["a", "bb", "ccc", "dddd"]
 
@@ -34,8 +41,12 @@ def loop_of(
 ) -> GrpoLoop:
     cfg = GrpoConfig(**{"group_size": 4, **options})
     generator = generator or FakeGenerator()
-    backwards = backwards_per_update(cfg, prompts, ranks=1, steps_per_group=generator.how.steps_per_group)
-    engine = PlainEngine(generator.module, accumulation=backwards, lr=lr, weight_decay=weight_decay)
+    backwards = backwards_per_update(
+        cfg, prompts, ranks=1, steps_per_group=generator.how.steps_per_group
+    )
+    engine = PlainEngine(
+        generator.module, accumulation=backwards, lr=lr, weight_decay=weight_decay
+    )
     return GrpoLoop(
         cfg,
         generator=generator,
@@ -52,12 +63,19 @@ def test_fakes_fill_the_protocols() -> None:
     generator = FakeGenerator()
     assert isinstance(Brightness(), RewardModel)
     assert isinstance(PlainEngine(generator.module, accumulation=1), Engine)
-    assert all(hasattr(generator, name) for name in dir(Generator) if not name.startswith("_") and name != "flow_error")
+    assert all(
+        hasattr(generator, name)
+        for name in dir(Generator)
+        if not name.startswith("_") and name != "flow_error"
+    )
 
 
 def test_the_reward_rises_and_the_first_pass_ratio_is_one() -> None:
     # the base's videos have a mean of half grey: brightness 0.5 by symmetry
-    loop = loop_of({"bright": Brightness(), "red": FunctionReward("red", redness)}, weights={"bright": 1.0, "red": 0.0})
+    loop = loop_of(
+        {"bright": Brightness(), "red": FunctionReward("red", redness)},
+        weights={"bright": 1.0, "red": 0.0},
+    )
     history = [loop.step(step).metrics for step in range(40)]
     first = sum(m["reward/bright"] for m in history[:5]) / 5
     last = sum(m["reward/bright"] for m in history[-5:]) / 5
@@ -76,20 +94,28 @@ def test_weight_decides_the_direction() -> None:
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.1])
-def test_a_reward_that_knows_only_the_prompt_changes_no_weight(kl_weight: float) -> None:
+def test_a_reward_that_knows_only_the_prompt_changes_no_weight(
+    kl_weight: float,
+) -> None:
     generator = FakeGenerator()
     with torch.no_grad():  # away from the reference, so that a KL step would show
         generator.module.bias_C += 0.3
     before = [p.clone() for p in generator.module.parameters()]
     loop = loop_of(
-        {"length": FunctionReward("length", prompt_length)}, generator=generator, weight_decay=0.1, kl_weight=kl_weight
+        {"length": FunctionReward("length", prompt_length)},
+        generator=generator,
+        weight_decay=0.1,
+        kl_weight=kl_weight,
     )
     for step in range(3):
         result = loop.step(step)
         assert result.metrics["train/skipped"] == 1.0
         assert result.metrics["reward/length_zero_spread"] == 1.0
         assert not result.advantage_PM.any()
-    assert all(torch.equal(a, b) for a, b in zip(before, generator.module.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, generator.module.parameters(), strict=True)
+    )
     assert loop.engine.steps == 0
 
 
@@ -100,14 +126,18 @@ def test_a_watched_reward_changes_nothing() -> None:
         rewards: dict[str, RewardModel] = {"bright": Brightness()}
         if watched:
             rewards["red"] = FunctionReward("red", redness)
-        loop = loop_of(rewards, weights={"bright": 1.0, "red": 0.0} if watched else None)
+        loop = loop_of(
+            rewards, weights={"bright": 1.0, "red": 0.0} if watched else None
+        )
         metrics = loop.step(0).metrics
         gradients.append(loop.engine.last_gradient)
     assert metrics["reward/red_std"] > 0.0
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)]
+)
 @pytest.mark.parametrize("reweight", ["finite", "none"])
 def test_one_forward_per_group_gives_the_gradient_of_one_per_member(
     dtype: torch.dtype, tolerance: float, reweight: str
@@ -117,7 +147,12 @@ def test_one_forward_per_group_gives_the_gradient_of_one_per_member(
         generator = FakeGenerator(dtype=dtype)
         with torch.no_grad():
             generator.module.bias_C += torch.tensor([0.1, -0.2, 0.3], dtype=dtype)
-        loop = loop_of({"red": FunctionReward("red", redness)}, generator=generator, update=update, reweight=reweight)
+        loop = loop_of(
+            {"red": FunctionReward("red", redness)},
+            generator=generator,
+            update=update,
+            reweight=reweight,
+        )
         loop.step(0)
         gradients.append(torch.cat(loop.engine.last_gradient))
         forwards.append(generator.grad_forwards)
@@ -130,19 +165,28 @@ def test_one_forward_per_group_gives_the_gradient_of_one_per_member(
 
 def test_each_member_has_a_loss_of_its_own() -> None:
     """Without KL and at ratio 1, member g's loss is -lambda_policy A_g."""
-    loop = loop_of({"red": FunctionReward("red", redness)}, update="per_member", kl_weight=0.0, prompts=1)
+    loop = loop_of(
+        {"red": FunctionReward("red", redness)},
+        update="per_member",
+        kl_weight=0.0,
+        prompts=1,
+    )
     batch = loop.prompts.at(0)
     (group,) = loop.generator.rollout(batch.prompts, group_size=4, seeds=batch.seeds)
     (step,) = group.steps
     weight = step.std / (step.sigma - step.sigma_next)
     result = loop.step(0)
-    assert loop.engine.losses == pytest.approx([-weight * float(a) for a in result.advantage_PM[0]], rel=1e-5)
+    assert loop.engine.losses == pytest.approx(
+        [-weight * float(a) for a in result.advantage_PM[0]], rel=1e-5
+    )
 
 
 def test_the_gradient_is_that_of_the_formula() -> None:
     """No KL: d loss / d bias_c = mean over groups of c~ mean_g[A_g mean_fhw(xi_gc)] / C, by hand from the samples."""
     generator = FakeGenerator(dtype=torch.float64)
-    loop = loop_of({"red": FunctionReward("red", redness)}, generator=generator, kl_weight=0.0)
+    loop = loop_of(
+        {"red": FunctionReward("red", redness)}, generator=generator, kl_weight=0.0
+    )
     batch = loop.prompts.at(0)
     groups = generator.rollout(batch.prompts, group_size=4, seeds=batch.seeds)
     advantage_PG = loop.step(0).advantage_PM.double()
@@ -160,7 +204,10 @@ def test_the_gradient_is_that_of_the_formula() -> None:
 def test_advantages_are_normalised_by_the_largest_spread_and_summed_by_weight() -> None:
     """Two groups of two. Reward 1: spreads 1 and 0.5. Reward 2, in thousands: spreads 1000 and 3000."""
     loop = loop_of(
-        {"one": Scripted([]), "two": Scripted([])}, weights={"one": 1.0, "two": 2.0}, group_size=2, prompts=2
+        {"one": Scripted([]), "two": Scripted([])},
+        weights={"one": 1.0, "two": 2.0},
+        group_size=2,
+        prompts=2,
     )
     scores = {
         "one": Score(torch.tensor([1.0, 3.0, 5.0, 6.0])),
@@ -170,9 +217,13 @@ def test_advantages_are_normalised_by_the_largest_spread_and_summed_by_weight() 
     expected = torch.tensor([[-1.0 - 2 / 3, 1.0 + 2 / 3], [-0.5 + 2.0, 0.5 - 2.0]])
     assert torch.allclose(judgement.advantage_PM, expected, atol=2e-4)
     assert judgement.details["reward/one_group_std_max"] == pytest.approx(1.0)
-    assert judgement.details["reward/two_group_std_median"] == pytest.approx(1000.0)  # torch takes the lower of two
+    assert judgement.details["reward/two_group_std_median"] == pytest.approx(
+        1000.0
+    )  # torch takes the lower of two
     assert judgement.means["reward/one"] == pytest.approx(3.75)
-    assert judgement.details["reward/one_std"] == pytest.approx(math.sqrt((2.75**2 + 0.75**2 + 1.25**2 + 2.25**2) / 4))
+    assert judgement.details["reward/one_std"] == pytest.approx(
+        math.sqrt((2.75**2 + 0.75**2 + 1.25**2 + 2.25**2) / 4)
+    )
 
 
 def test_advantages_are_clipped_when_asked() -> None:
@@ -183,14 +234,35 @@ def test_advantages_are_clipped_when_asked() -> None:
 
 def test_what_could_not_be_judged_is_counted_and_left_out() -> None:
     nan = math.nan
-    values = [1.0, nan, 3.0, nan, nan, nan, nan, 2.0, 5.0, 5.0, math.inf, 5.0, nan, nan, nan, nan]
+    values = [
+        1.0,
+        nan,
+        3.0,
+        nan,
+        nan,
+        nan,
+        nan,
+        2.0,
+        5.0,
+        5.0,
+        math.inf,
+        5.0,
+        nan,
+        nan,
+        nan,
+        nan,
+    ]
     loop = loop_of({"scripted": Scripted(values)})
     result = loop.step(0)
     # group 0: mean 2 and spread 1 over its two judged members; the others have nothing to compare
-    assert torch.allclose(result.advantage_PM[0], torch.tensor([-1.0, 0.0, 1.0, 0.0]), atol=2e-4)
+    assert torch.allclose(
+        result.advantage_PM[0], torch.tensor([-1.0, 0.0, 1.0, 0.0]), atol=2e-4
+    )
     assert not result.advantage_PM[1:].any()
-    assert result.metrics["reward/scripted_unjudged"] == 10.0
-    assert result.metrics["reward/scripted"] == pytest.approx((1 + 3 + 2 + 5 + 5 + 5) / 6)
+    assert result.metrics["reward/scripted_unscored"] == 10.0
+    assert result.metrics["reward/scripted"] == pytest.approx(
+        (1 + 3 + 2 + 5 + 5 + 5) / 6
+    )
     assert result.metrics["reward/scripted_zero_spread"] == 0.75
     assert result.metrics["train/skipped"] == 0.0
     assert all(torch.isfinite(p).all() for p in loop.generator.module.parameters())
@@ -200,11 +272,13 @@ def test_nothing_judged_at_all_is_no_step() -> None:
     loop = loop_of({"scripted": Scripted([math.nan] * 16)}, weight_decay=0.1)
     metrics = loop.step(0).metrics
     assert math.isnan(metrics["reward/scripted"])
-    assert metrics["reward/scripted_unjudged"] == 16.0
+    assert metrics["reward/scripted_unscored"] == 16.0
     assert loop.engine.steps == 0
 
 
-def test_ranks_see_the_same_advantages_whoever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_see_the_same_advantages_whoever_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Two ranks with half of the groups each get the halves of what one rank with all of them gets."""
     value_B = torch.randn(16, generator=torch.Generator().manual_seed(5))
     loop = loop_of({"one": Scripted([])})
@@ -213,23 +287,38 @@ def test_ranks_see_the_same_advantages_whoever_they_are(monkeypatch: pytest.Monk
     for me in (0, 1):
         monkeypatch.setattr(grpo, "rank", lambda me=me: me)
         monkeypatch.setattr(grpo, "world_size", lambda: 2)
-        monkeypatch.setattr(grpo, "gather_rows", lambda x: halves.reshape(4, 4) if x.dim() == 2 else halves.flatten())
+        monkeypatch.setattr(
+            grpo,
+            "gather_rows",
+            lambda x: halves.reshape(4, 4) if x.dim() == 2 else halves.flatten(),
+        )
         own = loop.judge({"one": Score(halves[me])}, groups=2)
         assert torch.equal(own.advantage_PM, alone.advantage_PM[2 * me : 2 * me + 2])
         assert own.means == alone.means
 
 
-def test_ranks_that_share_groups_see_their_members_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_share_groups_see_their_members_advantages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Four ranks, two to a group of four: rank 2 b + i has members 2 i and 2 i + 1 of the groups of block b."""
     value_PG = torch.randn(4, 4, generator=torch.Generator().manual_seed(5))
-    alone = loop_of({"one": Scripted([])}).judge({"one": Score(value_PG.flatten())}, groups=4)
+    alone = loop_of({"one": Scripted([])}).judge(
+        {"one": Score(value_PG.flatten())}, groups=4
+    )
     loop = loop_of({"one": Scripted([])}, ranks_per_group=2)
     corners = [(block, place) for block in (0, 1) for place in (0, 1)]
-    rows = [value_PG[2 * block : 2 * block + 2, 2 * place : 2 * place + 2] for block, place in corners]
+    rows = [
+        value_PG[2 * block : 2 * block + 2, 2 * place : 2 * place + 2]
+        for block, place in corners
+    ]
     for me, (block, place) in enumerate(corners):
         monkeypatch.setattr(grpo, "rank", lambda me=me: me)
         monkeypatch.setattr(grpo, "world_size", lambda: 4)
-        monkeypatch.setattr(grpo, "gather_rows", lambda x: torch.cat(rows) if x.dim() == 2 else value_PG.flatten())
+        monkeypatch.setattr(
+            grpo,
+            "gather_rows",
+            lambda x: torch.cat(rows) if x.dim() == 2 else value_PG.flatten(),
+        )
         own = loop.judge({"one": Score(rows[me].flatten())}, groups=2)
         want = alone.advantage_PM[2 * block : 2 * block + 2, 2 * place : 2 * place + 2]
         assert torch.equal(own.advantage_PM, want)
@@ -250,9 +339,13 @@ def test_scoring_beside_the_next_rollout_changes_no_number() -> None:
     began, asked = threading.Event(), []
 
     class Waiting(Brightness):
-        def score(self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+        def score(
+            self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float
+        ) -> Score:
             if not asked:
-                assert began.wait(timeout=30), "the next rollout did not begin while this group was scored"
+                assert began.wait(timeout=30), (
+                    "the next rollout did not begin while this group was scored"
+                )
             asked.append(list(prompts))
             return super().score(video_BTYXC, prompts, fps=fps)
 
@@ -273,36 +366,60 @@ def test_scoring_beside_the_next_rollout_changes_no_number() -> None:
     assert torch.equal(got.advantage_PM, want.advantage_PM)
     assert asked == [[prompt] * 4 for prompt in want.batch.prompts]
     assert got.metrics["train/grad_norm"] == want.metrics["train/grad_norm"]
-    assert {"seconds/rollout", "seconds/decode", "seconds/score/wait"} <= got.metrics.keys()
+    assert {
+        "seconds/rollout",
+        "seconds/decode",
+        "seconds/score/wait",
+    } <= got.metrics.keys()
 
 
 def test_an_error_beside_travels() -> None:
     class Broken(Brightness):
-        def score(self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+        def score(
+            self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float
+        ) -> Score:
             raise ConnectionError("the reward server is gone")
 
-    with pytest.raises(RewardUnavailableError, match=r"rewards\.bright: the reward server is gone"):
+    with pytest.raises(
+        RewardUnavailableError, match=r"rewards\.bright: the reward server is gone"
+    ):
         loop_of({"bright": Broken()}, overlap_scoring=True).step(0)
 
 
 def test_scores_of_parts_make_the_score_of_all() -> None:
-    one = Score(torch.tensor([1.0, math.nan]), {"motion": torch.tensor([0.5, 0.25])}, ["a", "b"])
+    one = Score(
+        torch.tensor([1.0, math.nan]), {"motion": torch.tensor([0.5, 0.25])}, ["a", "b"]
+    )
     two = Score(torch.tensor([3.0]), {"style": torch.tensor([0.75])})
     both = Score.concat([one, two])
     assert both.value_B.tolist() == pytest.approx([1.0, math.nan, 3.0], nan_ok=True)
-    assert both.parts["motion"].tolist() == pytest.approx([0.5, 0.25, math.nan], nan_ok=True)
-    assert both.parts["style"].tolist() == pytest.approx([math.nan, math.nan, 0.75], nan_ok=True)
+    assert both.parts["motion"].tolist() == pytest.approx(
+        [0.5, 0.25, math.nan], nan_ok=True
+    )
+    assert both.parts["style"].tolist() == pytest.approx(
+        [math.nan, math.nan, 0.75], nan_ok=True
+    )
     assert both.texts == ["a", "b", ""]
 
 
 def test_scores_go_back_to_their_places() -> None:
-    score = Score(torch.tensor([1.0, 2.0, 3.0]), {"style": torch.tensor([0.1, 0.2, 0.3])}, ["a", "b", "c"])
+    score = Score(
+        torch.tensor([1.0, 2.0, 3.0]),
+        {"style": torch.tensor([0.1, 0.2, 0.3])},
+        ["a", "b", "c"],
+    )
     turned = score.take([2, 0])
     assert (turned.value_B.tolist(), turned.texts) == ([3.0, 1.0], ["c", "a"])
     assert turned.parts["style"].tolist() == pytest.approx([0.3, 0.1])
-    whole = Score.placed(4, [([3, 0], turned), ([2], Score(torch.tensor([9.0])))])  # of place 1 nobody spoke
-    assert whole.value_B.tolist() == pytest.approx([1.0, math.nan, 9.0, 3.0], nan_ok=True)
-    assert whole.parts["style"].tolist() == pytest.approx([0.1, math.nan, math.nan, 0.3], nan_ok=True)
+    whole = Score.placed(
+        4, [([3, 0], turned), ([2], Score(torch.tensor([9.0])))]
+    )  # of place 1 nobody spoke
+    assert whole.value_B.tolist() == pytest.approx(
+        [1.0, math.nan, 9.0, 3.0], nan_ok=True
+    )
+    assert whole.parts["style"].tolist() == pytest.approx(
+        [0.1, math.nan, math.nan, 0.3], nan_ok=True
+    )
     assert whole.texts == ["a", "", "", "c"]
 
 
@@ -343,7 +460,9 @@ class Failing:
     def __init__(self, *said: object) -> None:
         self.said = list(said)
 
-    def score(self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+    def score(
+        self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
         said = self.said.pop(0) if len(self.said) > 1 else self.said[0]
         if isinstance(said, Exception):
             raise said
@@ -351,18 +470,27 @@ class Failing:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_what_a_reward_raises_is_an_end_in_order_that_names_it(*, overlap: bool) -> None:
+def test_what_a_reward_raises_is_an_end_in_order_that_names_it(
+    *, overlap: bool
+) -> None:
     raised = KeyError("its own")
     loop = loop_of({"mine": Failing(raised)}, overlap_scoring=overlap)
-    with pytest.raises(RewardUnavailableError, match=r"^rewards\.mine: KeyError: 'its own'") as found:
+    with pytest.raises(
+        RewardUnavailableError, match=r"^rewards\.mine: KeyError: 'its own'"
+    ) as found:
         loop.step(0)
     assert found.value.__cause__ is raised
     loop = loop_of({"mine": Failing(1)}, overlap_scoring=overlap)
-    with pytest.raises(RewardUnavailableError, match=r"^rewards\.mine: score said (17|5) numbers for (16|4) videos"):
+    with pytest.raises(
+        RewardUnavailableError,
+        match=r"^rewards\.mine: score said (17|5) numbers for (16|4) videos",
+    ):
         loop.step(0)
 
 
-def test_memory_that_is_full_stays_what_it_is_and_a_server_that_is_away_has_its_name() -> None:
+def test_memory_that_is_full_stays_what_it_is_and_a_server_that_is_away_has_its_name() -> (
+    None
+):
     full = torch.OutOfMemoryError("full")
     with pytest.raises(torch.OutOfMemoryError) as found:
         loop_of({"mine": Failing(full)}).step(0)
@@ -372,11 +500,19 @@ def test_memory_that_is_full_stays_what_it_is_and_a_server_that_is_away_has_its_
     assert type(away.value) is RewardFailedError  # which other ranks can make of a text
 
 
-def test_a_reward_that_never_judges_ends_the_run_and_one_that_did_once_does_not() -> None:
+def test_a_reward_that_never_judges_ends_the_run_and_one_that_did_once_does_not() -> (
+    None
+):
     never = [math.nan] * 16
-    loop = loop_of({"mine": Scripted(never * 3), "watched": Brightness()}, weights={"mine": 1.0, "watched": 0.0})
+    loop = loop_of(
+        {"mine": Scripted(never * 3), "watched": Brightness()},
+        weights={"mine": 1.0, "watched": 0.0},
+    )
     assert [loop.step(step).metrics["train/skipped"] for step in range(2)] == [1.0, 1.0]
-    with pytest.raises(RewardUnavailableError, match=r"in 3 steps since this start rewards\.mine judged no video"):
+    with pytest.raises(
+        RewardUnavailableError,
+        match=r"in 3 steps since this start rewards\.mine judged no video",
+    ):
         loop.step(2)
     once = Scripted([0.5, *never[1:], *(never * 4)])
     loop = loop_of({"mine": once})

@@ -37,53 +37,107 @@ def test_rewards_of_any_unit_count_alike() -> None:
 def test_a_watched_reward_and_a_flat_one_count_nothing() -> None:
     one = rewards([0.0, 1.0, 2.0])
     plain = normalised_value({"a": one}, {"a": 1.0})
-    assert torch.equal(normalised_value({"a": one, "b": -one}, {"a": 1.0, "b": 0.0}), plain)
-    assert torch.allclose(normalised_value({"a": one, "b": 0 * one}, {"a": 1.0, "b": 1.0}), plain / 2)
+    assert torch.equal(
+        normalised_value({"a": one, "b": -one}, {"a": 1.0, "b": 0.0}), plain
+    )
+    assert torch.allclose(
+        normalised_value({"a": one, "b": 0 * one}, {"a": 1.0, "b": 1.0}), plain / 2
+    )
     with pytest.raises(ValueError, match="weight is not 0"):
         normalised_value({"a": one}, {"a": 0.0})
 
 
 def test_best_against_worst() -> None:
-    found = choose({"a": rewards([1.0, 3.0, 2.0], [5.0, 5.0, 4.0], [6.0, 0.0, 6.0])}, {"a": 1.0}, how())
-    assert [(c.prompt, c.winner, c.loser) for c in found.pairs] == [(0, 1, 0), (1, 0, 2), (2, 0, 1)]
-    std = float(torch.tensor([1.0, 3, 2, 5, 5, 4, 6, 0, 6], dtype=torch.float64).std(correction=0))
+    found = choose(
+        {"a": rewards([1.0, 3.0, 2.0], [5.0, 5.0, 4.0], [6.0, 0.0, 6.0])},
+        {"a": 1.0},
+        how(),
+    )
+    assert [(c.prompt, c.winner, c.loser) for c in found.pairs] == [
+        (0, 1, 0),
+        (1, 0, 2),
+        (2, 0, 1),
+    ]
+    std = float(
+        torch.tensor([1.0, 3, 2, 5, 5, 4, 6, 0, 6], dtype=torch.float64).std(
+            correction=0
+        )
+    )
     assert [c.margin for c in found.pairs] == pytest.approx([2 / std, 1 / std, 6 / std])
     negative = choose({"a": rewards([1.0, 3.0, 2.0])}, {"a": -1.0}, how())
     assert [(c.winner, c.loser) for c in negative.pairs] == [(0, 1)]
 
 
 def test_what_is_dropped_is_counted() -> None:
-    one = rewards([0.0, 1.0, 2.0], [1.0, 1.0, 1.0], [1.0, NAN, NAN], [0.0, NAN, 2.0], [0.0, 0.1, 0.2], [0.0, 1.0, 3.0])
-    two = rewards([0.0, 5.0, 1.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [9.0, NAN, 8.0], [0.0, 0.5, 1.0], [1.0, 0.0, 1.0])
+    one = rewards(
+        [0.0, 1.0, 2.0],
+        [1.0, 1.0, 1.0],
+        [1.0, NAN, NAN],
+        [0.0, NAN, 2.0],
+        [0.0, 0.1, 0.2],
+        [0.0, 1.0, 3.0],
+    )
+    two = rewards(
+        [0.0, 5.0, 1.0],
+        [1.0, 2.0, 3.0],
+        [1.0, 2.0, 3.0],
+        [9.0, NAN, 8.0],
+        [0.0, 0.5, 1.0],
+        [1.0, 0.0, 1.0],
+    )
     weights = {"a": 1.0, "b": 0.0}
     found = choose({"a": one, "b": two}, weights, how(min_margin=0.5))
     # 1 is a tie, 2 has one judged video, 4 is too close; 3's watched reward prefers the loser, which it may
-    assert [(c.prompt, c.winner, c.loser) for c in found.pairs] == [(0, 2, 0), (3, 2, 0), (5, 2, 0)]
+    assert [(c.prompt, c.winner, c.loser) for c in found.pairs] == [
+        (0, 2, 0),
+        (3, 2, 0),
+        (5, 2, 0),
+    ]
     assert (found.unjudged, found.close, found.disagreed) == (1, 2, 0)
     strict = choose({"a": one, "b": two}, {"a": 1.0, "b": 1e-6}, how(min_margin=0.5))
     assert strict.disagreed == 1
     assert [c.prompt for c in strict.pairs] == [0, 5]
-    lenient = choose({"a": one, "b": two}, {"a": 1.0, "b": 1e-6}, how(min_margin=0.5, agreement=False))
+    lenient = choose(
+        {"a": one, "b": two},
+        {"a": 1.0, "b": 1e-6},
+        how(min_margin=0.5, agreement=False),
+    )
     assert [c.prompt for c in lenient.pairs] == [0, 3, 5]
 
 
 def test_a_tie_is_no_pair_however_small_a_margin_is_asked_for() -> None:
-    found = choose({"a": rewards([1.0, 1.0, 1.0], [1.0, 1.0, 2.0])}, {"a": 1.0}, how(min_margin=0.0))
+    found = choose(
+        {"a": rewards([1.0, 1.0, 1.0], [1.0, 1.0, 2.0])},
+        {"a": 1.0},
+        how(min_margin=0.0),
+    )
     assert [c.prompt for c in found.pairs] == [1]
     assert found.close == 1
 
 
 def pair(i: int, prompt: str = "a cat", value: float | None = 1.0) -> LatentPair:
-    win = torch.full((2, 1, 2, 2), float(i))
+    chosen = torch.full((2, 1, 2, 2), float(i))
     return LatentPair(
-        prompt, win, -win, torch.full((3, 4), i + 0.5), value, None if value is None else -value, f"seed {i}"
+        prompt,
+        chosen,
+        -chosen,
+        torch.full((3, 4), i + 0.5),
+        value,
+        None if value is None else -value,
+        f"seed {i}",
     )
 
 
 def written(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     prompts = ["a cat", "rain", "a cat", "snow", "rain"]
-    pairs = (pair(i, prompt, None if i == 3 else float(i)) for i, prompt in enumerate(prompts))
-    assert write_pairs(folder, pairs, per_shard=2, dtype=dtype, about={"made": "here"}) == 5
+    pairs = (
+        pair(i, prompt, None if i == 3 else float(i))
+        for i, prompt in enumerate(prompts)
+    )
+    assert (
+        write_pairs(folder, pairs, per_shard=2, dtype=dtype, about={"made": "here"})
+        == 5
+    )
     return folder
 
 
@@ -94,8 +148,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert found.about == {"made": "here"}
     batch = found.read([4, 1, 2])
     assert batch.prompts == ("rain", "rain", "a cat")
-    assert batch.win_NCFHW[:, 0, 0, 0, 0].tolist() == [4.0, 1.0, 2.0]
-    assert torch.equal(batch.lose_NCFHW, -batch.win_NCFHW)
+    assert batch.chosen_NCFHW[:, 0, 0, 0, 0].tolist() == [4.0, 1.0, 2.0]
+    assert torch.equal(batch.rejected_NCFHW, -batch.chosen_NCFHW)
     assert batch.embeddings.keys() == {"rain", "a cat"}
     assert batch.embeddings["a cat"].tolist() == [[2.5] * 4] * 3
     values = found.values()
@@ -107,7 +161,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_the_same_pairs_give_the_same_bytes(tmp_path: Path) -> None:
     def digest(folder: Path) -> dict[str, str]:
         files = sorted(path for path in written(folder).rglob("*") if path.is_file())
-        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        return {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files
+        }
 
     one, two = digest(tmp_path / "one"), digest(tmp_path / "two")
     assert one == two
@@ -116,8 +173,8 @@ def test_the_same_pairs_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_half_precision_is_half_the_size_and_comes_back_fp32(tmp_path: Path) -> None:
     found = PairSet(written(tmp_path, torch.bfloat16))
-    assert found.read([3]).win_NCFHW.dtype == torch.float32
-    assert found.read([3]).win_NCFHW.unique().tolist() == [3.0]
+    assert found.read([3]).chosen_NCFHW.dtype == torch.float32
+    assert found.read([3]).chosen_NCFHW.unique().tolist() == [3.0]
 
 
 def test_a_set_that_is_being_written_anew_is_not_whole(tmp_path: Path) -> None:
@@ -134,7 +191,9 @@ def test_a_set_that_is_being_written_anew_is_not_whole(tmp_path: Path) -> None:
 
 
 def test_a_set_that_is_not_whole_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no whole set of pairs: it has no manifest\.json"):
+    with pytest.raises(
+        ValueError, match=r"holds no whole set of pairs: it has no manifest\.json"
+    ):
         PairSet(tmp_path)
     folder = written(tmp_path / "set")
     shard = folder / "shards" / "00001.safetensors"
@@ -144,7 +203,9 @@ def test_a_set_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"00001\.safetensors was changed"):
         PairSet(folder, check="sha256")
     shard.write_bytes(sound[:-1])
-    with pytest.raises(ValueError, match=r"00001\.safetensors is missing or has another size"):
+    with pytest.raises(
+        ValueError, match=r"00001\.safetensors is missing or has another size"
+    ):
         PairSet(folder)
     shard.write_bytes(sound)
     lines = (folder / "index.jsonl").read_text().splitlines(keepends=True)

@@ -46,12 +46,16 @@ class Shifted:
 
     name = "shifted"
 
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float) -> Score:
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
         return Score(video_BTYXC[..., 0].float().mean((1, 2, 3)).roll(1))
 
 
 def test_scores_follow_their_videos() -> None:
-    assert self_checks.permutation(FunctionReward("red", redness), videos(), PROMPTS, fps=8.0).ok
+    assert self_checks.permutation(
+        FunctionReward("red", redness), videos(), PROMPTS, fps=8.0
+    ).ok
     found = self_checks.permutation(Shifted(), videos(), PROMPTS, fps=8.0)
     assert not found.ok
     assert found.fatal
@@ -65,9 +69,13 @@ def test_a_reward_makes_sense_of_prompts_and_noise() -> None:
         x = video.float()
         return -abs(float(x.mean()) - 10 * len(prompt)) - float(x.std())
 
-    flat = torch.stack([torch.full((3, 8, 8, 3), 10 * len(p), dtype=torch.uint8) for p in PROMPTS])
+    flat = torch.stack(
+        [torch.full((3, 8, 8, 3), 10 * len(p), dtype=torch.uint8) for p in PROMPTS]
+    )
     assert self_checks.sense(FunctionReward("fits", fits), flat, PROMPTS, fps=8.0).ok
-    found = self_checks.sense(FunctionReward("misfits", lambda v, p: -fits(v, p)), flat, PROMPTS, fps=8.0)
+    found = self_checks.sense(
+        FunctionReward("misfits", lambda v, p: -fits(v, p)), flat, PROMPTS, fps=8.0
+    )
     assert (found.ok, found.fatal) == (False, False)
     assert "fps" in found.message
 
@@ -76,7 +84,9 @@ def test_weights_are_compared_across_ranks(monkeypatch: pytest.MonkeyPatch) -> N
     module = FakeGenerator().module
     assert self_checks.same_weights(module).ok
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, own, "another"])
+    monkeypatch.setattr(
+        distributed, "gather_objects", lambda own: [own, own, "another"]
+    )
     found = self_checks.same_weights(module)
     assert not found.ok
     assert "[2]" in found.message
@@ -87,14 +97,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_wan(tmp_path_factory.mktemp("wan"))
 
 
-def test_the_noiseless_walk_is_the_stock_pipelines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_noiseless_walk_is_the_stock_pipelines(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wan = tiny_generator(folder)
     scheduler = wan._pipeline.scheduler
-    found = self_checks.stock_trajectory(lambda: stock_gap(wan, "a cat"), dtype="float32")
+    found = self_checks.stock_trajectory(
+        lambda: stock_gap(wan, "a cat"), dtype="float32"
+    )
     assert found.ok, found.message
     assert wan._pipeline.scheduler is scheduler
     plain = generator.wan.guide
-    monkeypatch.setattr(generator.wan, "guide", lambda cond, uncond, scale: plain(cond, uncond, scale * 1.001))
-    found = self_checks.stock_trajectory(lambda: stock_gap(wan, "a cat"), dtype="float32")
+    monkeypatch.setattr(
+        generator.wan,
+        "guide",
+        lambda cond, uncond, scale: plain(cond, uncond, scale * 1.001),
+    )
+    found = self_checks.stock_trajectory(
+        lambda: stock_gap(wan, "a cat"), dtype="float32"
+    )
     assert not found.ok
     assert "another model" in found.message

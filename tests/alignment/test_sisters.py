@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alignment.config import GrpoConfig
-from alignment.losses import step_weights
+from alignment.grpo_losses import step_weights
 from generator.flow import Kernel
 from generator.schedule import sigma_grid
 from tests.alignment.test_grpo import loop_of
@@ -27,13 +27,20 @@ def test_unit_weights_are_flash_grpos_published_table() -> None:
         sigma, after = shifted[i], shifted[i + 1]
         s, delta = sigma * shifted[1], sigma - after
         gain = delta * (1 + s**2 * (1 - sigma) / (2 * sigma))
-        weights = step_weights(s * math.sqrt(delta), sigma=sigma, sigma_next=after, gain=gain, form="unit")
+        weights = step_weights(
+            s * math.sqrt(delta), sigma=sigma, sigma_next=after, gain=gain, form="unit"
+        )
         assert weights.policy == pytest.approx(want, abs=5e-5)
 
 
-@pytest.mark.parametrize("kernel", [Kernel("sde", 1.0, 0.45), Kernel("sde", 0.7, 0.9), Kernel("cps", 0.6, None)])
+@pytest.mark.parametrize(
+    "kernel",
+    [Kernel("sde", 1.0, 0.45), Kernel("sde", 0.7, 0.9), Kernel("cps", 0.6, None)],
+)
 @pytest.mark.parametrize("step", [0, 3, 9])
-def test_unit_weights_push_the_velocity_by_the_noise_itself(kernel: Kernel, step: int) -> None:
+def test_unit_weights_push_the_velocity_by_the_noise_itself(
+    kernel: Kernel, step: int
+) -> None:
     """policy weight x d log p / d v = -xi / D, and the KL becomes |dv|^2 / 2, at any step, by autograd."""
     from common.gaussian import kl_same_std, log_prob
 
@@ -42,13 +49,21 @@ def test_unit_weights_push_the_velocity_by_the_noise_itself(kernel: Kernel, step
     x, xi = torch.randn(2, 1, 6, dtype=torch.float64)
     v = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
     law = kernel.transition(x, v, sigma, after)
-    weights = step_weights(law.std, sigma=sigma, sigma_next=after, gain=kernel.gain(sigma, after), form="unit")
+    weights = step_weights(
+        law.std,
+        sigma=sigma,
+        sigma_next=after,
+        gain=kernel.gain(sigma, after),
+        form="unit",
+    )
     reached = (law.mean + law.std * xi).detach()
     (slope,) = torch.autograd.grad(weights.policy * log_prob(law, reached).sum(), v)
     torch.testing.assert_close(slope, -xi / 6, atol=1e-12, rtol=1e-9)
     other = kernel.transition(x, v.detach() + 0.3, sigma, after)
     law = kernel.transition(x, v.detach(), sigma, after)
-    assert (weights.kl * kl_same_std(law, other)).item() == pytest.approx(0.3**2 / 2, rel=1e-9)
+    assert (weights.kl * kl_same_std(law, other)).item() == pytest.approx(
+        0.3**2 / 2, rel=1e-9
+    )
 
 
 def test_the_papers_weights_and_where_they_end() -> None:
@@ -56,21 +71,33 @@ def test_the_papers_weights_and_where_they_end() -> None:
     assert weights == pytest.approx((math.sqrt(0.8 / (0.1 * 0.2)), 0.8 / (0.1 * 0.2)))
     # without truncation std = sqrt(sigma delta / (1 - sigma)), and both forms are one
     std = math.sqrt(0.8 * 0.1 / 0.2)
-    assert step_weights(std, sigma=0.8, sigma_next=0.7, gain=1.0) == pytest.approx(tuple(weights))
+    assert step_weights(std, sigma=0.8, sigma_next=0.7, gain=1.0) == pytest.approx(
+        tuple(weights)
+    )
     with pytest.raises(ValueError, match="infinite at sigma=1"):
         step_weights(0.45, sigma=1.0, sigma_next=0.9, gain=1.0, form="paper")
-    assert step_weights(0.45, sigma=1.0, sigma_next=0.9, gain=1.0, form="none") == (1.0, 1.0)
+    assert step_weights(0.45, sigma=1.0, sigma_next=0.9, gain=1.0, form="none") == (
+        1.0,
+        1.0,
+    )
 
 
 @pytest.mark.parametrize(
-    "sampler", [FLOW_GRPO, {"initial_noise": "member"}, {"stochastic": "window", "window_size": 2}]
+    "sampler",
+    [
+        FLOW_GRPO,
+        {"initial_noise": "member"},
+        {"stochastic": "window", "window_size": 2},
+    ],
 )
 def test_one_forward_for_all_gives_the_gradient_of_one_for_each(sampler: dict) -> None:
     gradients, forwards = [], []
     for update in ("collapsed", "per_member"):
         generator = FakeGenerator(dtype=torch.float64, **sampler)
         with torch.no_grad():
-            generator.module.bias_C += torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
+            generator.module.bias_C += torch.tensor(
+                [0.1, -0.2, 0.3], dtype=torch.float64
+            )
         loop = loop_of(RED, generator=generator, update=update)
         loop.step(0)
         assert loop.engine.steps == 1
@@ -79,7 +106,9 @@ def test_one_forward_for_all_gives_the_gradient_of_one_for_each(sampler: dict) -
     scale = float(gradients[1].abs().max())
     assert scale > 1e-4
     assert float((gradients[0] - gradients[1]).abs().max()) < 1e-12 * scale
-    shared = "initial_noise" not in sampler  # a window's first step is; the second is not
+    shared = (
+        "initial_noise" not in sampler
+    )  # a window's first step is; the second is not
     assert forwards[1] == 4 * 4 * generator.how.steps_per_group
     assert forwards[0] == forwards[1] - (4 * 3 if shared else 0)
 
@@ -90,14 +119,25 @@ def test_the_gradient_of_flow_grpo_is_that_of_the_formula() -> None:
     loop = loop_of(RED, generator=generator, kl_weight=0.0, reweight="none")
     batch = loop.prompts.at(0)
     groups = generator.rollout(batch.prompts, group_size=4, seeds=batch.seeds)
-    laws = [[generator.transition(group.prompt, step) for step in group.steps] for group in groups]  # before the step
+    laws = [
+        [generator.transition(group.prompt, step) for step in group.steps]
+        for group in groups
+    ]  # before the step
     advantage_PG = loop.step(0).advantage_PM.double()
     expected = torch.zeros(3, dtype=torch.float64)
     for group, own, advantage_G in zip(groups, laws, advantage_PG, strict=True):
         for step, law in zip(group.steps, own, strict=True):
-            xi_GC = ((step.next_GCFHW - law.mean) / law.std).mean(dim=(2, 3, 4)).detach()
+            xi_GC = (
+                ((step.next_GCFHW - law.mean) / law.std).mean(dim=(2, 3, 4)).detach()
+            )
             push = step.gain / step.std
-            expected += push * (advantage_G[:, None] * xi_GC).mean(0) / 3 / len(groups) / len(group.steps)
+            expected += (
+                push
+                * (advantage_G[:, None] * xi_GC).mean(0)
+                / 3
+                / len(groups)
+                / len(group.steps)
+            )
     assert torch.allclose(loop.engine.last_gradient[1], expected, rtol=1e-6, atol=1e-12)
 
 
@@ -105,8 +145,14 @@ def test_the_gradient_of_flow_grpo_is_that_of_the_formula() -> None:
     ("sampler", "options"),
     [
         (FLOW_GRPO, {"reweight": "none", "scale": "group"}),
-        ({"stochastic": "window", "window_size": 2, "initial_noise": "member"}, {"kl_weight": 0.0}),
-        ({"initial_noise": "member"}, {"reweight": "unit", "mean_weight_1": True, "kl_weight": 0.0}),
+        (
+            {"stochastic": "window", "window_size": 2, "initial_noise": "member"},
+            {"kl_weight": 0.0},
+        ),
+        (
+            {"initial_noise": "member"},
+            {"reweight": "unit", "normalize_step_weights": True, "kl_weight": 0.0},
+        ),
         ({"kernel": "cps", "noise_level": 0.7, "max_std": None}, {"reweight": "unit"}),
     ],
 )
@@ -114,13 +160,16 @@ def test_every_sister_raises_the_reward(sampler: dict, options: dict) -> None:
     loop = loop_of(RED, generator=FakeGenerator(**sampler), lr=3e-2, **options)
     history = [loop.step(step).metrics for step in range(30)]
     assert all(row["train/ratio_max_dev"] < 1e-5 for row in history)
-    first, last = (sum(row["reward/red"] for row in part) / 5 for part in (history[:5], history[-5:]))
+    first, last = (
+        sum(row["reward/red"] for row in part) / 5
+        for part in (history[:5], history[-5:])
+    )
     assert last > first + 0.1
 
 
 def test_mean_weight_1_divides_by_the_mean_over_groups() -> None:
     generator = FakeGenerator()
-    loop = loop_of(RED, generator=generator, mean_weight_1=True)
+    loop = loop_of(RED, generator=generator, normalize_step_weights=True)
     batch = loop.prompts.at(0)
     groups = generator.rollout(batch.prompts, group_size=4, seeds=batch.seeds)
     mean = loop.mean_weights(groups)

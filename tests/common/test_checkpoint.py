@@ -19,13 +19,20 @@ def put(value: float):
 
     def write(folder: Path) -> None:
         (folder / "engine").mkdir()
-        checkpoint.save_tensors(folder / "engine" / "w.safetensors", {"w": torch.full((64,), value)})
+        checkpoint.save_tensors(
+            folder / "engine" / "w.safetensors", {"w": torch.full((64,), value)}
+        )
 
     return write
 
 
 def save(root: Path, *steps: int, keep: int = 10) -> list[Path]:
-    return [checkpoint.save(root, step, put(step), keep=keep, state={"step": step, "order": [3, 1]}) for step in steps]
+    return [
+        checkpoint.save(
+            root, step, put(step), keep=keep, state={"step": step, "order": [3, 1]}
+        )
+        for step in steps
+    ]
 
 
 def value_of(path: Path) -> float:
@@ -45,18 +52,28 @@ def test_round_trip_and_manifest(tmp_path):
     assert set(files) == {"engine/w.safetensors", "state.json"}
     for name, entry in files.items():
         content = (path / name).read_bytes()
-        assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert entry == {
+            "size": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
     assert checkpoint.latest(tmp_path) == path
 
 
 def test_tensors_round_trip_bit_exactly(tmp_path):
     tied = torch.randn(4, 4)
-    tensors = {"a": tied, "b": tied.t(), "half": torch.randn(3).bfloat16(), "count": torch.tensor(7)}
+    tensors = {
+        "a": tied,
+        "b": tied.t(),
+        "half": torch.randn(3).bfloat16(),
+        "count": torch.tensor(7),
+    }
     checkpoint.save_tensors(tmp_path / "t.safetensors", tensors)
     loaded = checkpoint.load_tensors(tmp_path / "t.safetensors")
     assert set(loaded) == set(tensors)
     assert all(
-        torch.equal(loaded[name], tensors[name]) and loaded[name].dtype == tensors[name].dtype for name in loaded
+        torch.equal(loaded[name], tensors[name])
+        and loaded[name].dtype == tensors[name].dtype
+        for name in loaded
     )
 
 
@@ -81,11 +98,20 @@ def test_order_is_by_number_beyond_six_digits(tmp_path):
 def test_every_file_is_on_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
     """A power cut after the rename must not find a checkpoint whose bytes were still in memory."""
     done, real_sync, real_replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), real_sync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), real_replace(a, b)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), real_sync(fd)),
+    )
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (done.append("rename"), real_replace(a, b))
+    )
     save(tmp_path, 3)
     rename = done.index("rename")
-    synced = {Path(path).relative_to(tmp_path / "tmp-step-3").as_posix() for path in done[:rename]}
+    synced = {
+        Path(path).relative_to(tmp_path / "tmp-step-3").as_posix()
+        for path in done[:rename]
+    }
     manifest = json.loads((tmp_path / "step-000003" / "manifest.json").read_text())
     assert synced >= {*manifest["files"], "manifest.json", "."}
     assert done[rename - 1].endswith("tmp-step-3")  # its names, last
@@ -111,8 +137,12 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["engine/w.safetensors", "state.json", "manifest.json"])
-def test_any_damage_falls_back_to_the_one_before_and_says_so(tmp_path, capsys, name, damage):
+@pytest.mark.parametrize(
+    "name", ["engine/w.safetensors", "state.json", "manifest.json"]
+)
+def test_any_damage_falls_back_to_the_one_before_and_says_so(
+    tmp_path, capsys, name, damage
+):
     older, newer = save(tmp_path, 1, 2)
     DAMAGES[damage](newer / name)
     problems = checkpoint.verify(newer)
@@ -134,7 +164,9 @@ def test_every_flipped_byte_of_a_manifest_is_noticed_or_harmless(tmp_path):
         flipped[place] ^= 0x04
         manifest.write_bytes(flipped)
         if not checkpoint.verify(path):
-            assert chr(whole[place]).isspace(), f"byte {place}: {whole[place - 10 : place + 10]!r}"
+            assert chr(whole[place]).isspace(), (
+                f"byte {place}: {whole[place - 10 : place + 10]!r}"
+            )
 
 
 def test_all_damaged_is_none(tmp_path):
@@ -161,16 +193,27 @@ def test_a_failing_write_leaves_the_earlier_one_and_the_next_save_clears_up(tmp_
 
 def test_a_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(TypeError):
-        checkpoint.save(tmp_path / "new", 1, put(1.0), keep=1, state={"rng": torch.zeros(2)})
+        checkpoint.save(
+            tmp_path / "new", 1, put(1.0), keep=1, state={"rng": torch.zeros(2)}
+        )
     assert not (tmp_path / "new").exists()
 
 
 def test_a_full_disk_is_found_out_before(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    took = sum(file.stat().st_size for file in (tmp_path / "step-000001").rglob("*") if file.is_file())
+    took = sum(
+        file.stat().st_size
+        for file in (tmp_path / "step-000001").rglob("*")
+        if file.is_file()
+    )
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=took - 1))
-    with pytest.raises(checkpoint.NoRoomError, match=rf"{took - 1:,} bytes are free, step-000001 took {took:,} and is"):
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage._replace(free=took - 1)
+    )
+    with pytest.raises(
+        checkpoint.NoRoomError,
+        match=rf"{took - 1:,} bytes are free, step-000001 took {took:,} and is",
+    ):
         checkpoint.save(tmp_path, 2, put(2.0), keep=2, state={})
     assert names(tmp_path) == ["step-000001"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=took))
@@ -188,7 +231,11 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, limit):
         try:
             checkpoint.save(tmp_path, 2, put(2.0), keep=2, state={"note": "x" * 400})
         except checkpoint.NoRoomError as error:
-            os._exit(0 if "File too large" in str(error) and "step-000001 took" in str(error) else 3)
+            os._exit(
+                0
+                if "File too large" in str(error) and "step-000001 took" in str(error)
+                else 3
+            )
         finally:
             os._exit(4)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -230,7 +277,10 @@ def save_and_die(root: Path, step: int, survive: int) -> int:
 
     for function in ("replace", "fsync", "rmdir", "unlink"):
         setattr(os, function, counted(getattr(os, function)))
-    checkpoint.save_tensors, Path.write_text = counted(checkpoint.save_tensors), counted(Path.write_text)
+    checkpoint.save_tensors, Path.write_text = (
+        counted(checkpoint.save_tensors),
+        counted(Path.write_text),
+    )
     try:
         checkpoint.save(root, step, put(9.0), keep=2, state={})
         os._exit(0)
@@ -256,7 +306,9 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, step, 
         assert code == -signal.SIGKILL
     assert code == 0
     assert len(found) > 10
-    assert [value for i, value in enumerate(found) if i == 0 or value != found[i - 1]] == stages
+    assert [
+        value for i, value in enumerate(found) if i == 0 or value != found[i - 1]
+    ] == stages
 
 
 def test_resume_finds_what_was_asked_for(tmp_path):

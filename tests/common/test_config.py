@@ -36,7 +36,9 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         if self.train_steps > self.num_steps:
-            raise ValueError(f"train_steps={self.train_steps} > num_steps={self.num_steps}")
+            raise ValueError(
+                f"train_steps={self.train_steps} > num_steps={self.num_steps}"
+            )
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,16 @@ class GeneratorConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    generator: GeneratorConfig = field(default_factory=lambda: GeneratorConfig("base", SamplerConfig(num_steps=8)))
+    generator: GeneratorConfig = field(
+        default_factory=lambda: GeneratorConfig("base", SamplerConfig(num_steps=8))
+    )
     seed: int = 0
     lr: float = 1e-4
     flag: bool = False
     name: str = "run"
-    rewards: dict[str, RewardConfig] = field(default_factory=lambda: {"descore": RewardConfig(2.0)})
+    rewards: dict[str, RewardConfig] = field(
+        default_factory=lambda: {"descore": RewardConfig(2.0)}
+    )
     wandb: WandbConfig | None = None
     api_key: str = ""
 
@@ -73,7 +79,9 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def errors_of(yaml_path: Path | None, *overrides: str, schema: type = RunConfig) -> list[str]:
+def errors_of(
+    yaml_path: Path | None, *overrides: str, schema: type = RunConfig
+) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load(schema, yaml_path, overrides)
     return caught.value.errors
@@ -92,9 +100,19 @@ class TestLoad:
             name: ${generator.path}-${seed}
             """,
         )
-        overrides = ("seed=3", "rewards.motion.weight=0", "rewards.new.path=x", "seed=7", "generator.size=[4,5]")
+        overrides = (
+            "seed=3",
+            "rewards.motion.weight=0",
+            "rewards.new.path=x",
+            "seed=7",
+            "generator.size=[4,5]",
+        )
         assert load(RunConfig, path, overrides) == RunConfig(
-            generator=GeneratorConfig("wan", SamplerConfig(num_steps=8, train_steps=6, names=("k", "q")), (4, 5)),
+            generator=GeneratorConfig(
+                "wan",
+                SamplerConfig(num_steps=8, train_steps=6, names=("k", "q")),
+                (4, 5),
+            ),
             seed=7,
             lr=1e-5,
             name="wan-7",
@@ -107,7 +125,10 @@ class TestLoad:
         )
 
     def test_later_files_win_and_mistakes_name_their_file(self, tmp_path):
-        first = write(tmp_path, "generator: {path: wan, sampler: {train_steps: 6}}\nlr: 1e-5\nname: one")
+        first = write(
+            tmp_path,
+            "generator: {path: wan, sampler: {train_steps: 6}}\nlr: 1e-5\nname: one",
+        )
         second = tmp_path / "second.yaml"
         second.write_text("generator: {sampler: {names: [k]}}\nname: two\n")
         found = load(RunConfig, [first, second], ["lr=2"])
@@ -115,7 +136,9 @@ class TestLoad:
             "wan", SamplerConfig(num_steps=8, train_steps=6, names=("k",)), "two", 2.0
         )  # fmt: skip
         second.write_text("generator: {sampler: {train_stps: 3}}\n")
-        with pytest.raises(ConfigError, match=r"train_stps.*did you mean.*second\.yaml:1"):
+        with pytest.raises(
+            ConfigError, match=r"train_stps.*did you mean.*second\.yaml:1"
+        ):
             load(RunConfig, [first, second])
 
     def test_nothing_given_is_the_defaults(self):
@@ -125,12 +148,29 @@ class TestLoad:
         assert load(RunConfig, write(tmp_path, "# nothing yet\n")) == RunConfig()
 
     def test_overrides_are_text_where_text_is_wanted(self):
-        texts = {"007": "007", "a: b": "a: b", "": "", '"q"': "q", "a=b": "a=b", "[x": "[x"}
+        texts = {
+            "007": "007",
+            "a: b": "a: b",
+            "": "",
+            '"q"': "q",
+            "a=b": "a=b",
+            "[x": "[x",
+        }
         for given, wanted in texts.items():
             assert load(RunConfig, None, [f"name={given}"]).name == wanted
-        assert load(RunConfig, None, ["rewards.descore.path=null"]).rewards["descore"].path is None
-        assert load(RunConfig, None, ["generator.sampler.max_std=null"]).generator.sampler.max_std is None
-        assert load(RunConfig, None, ["generator.sampler.max_std=.inf"]).generator.sampler.max_std == float("inf")
+        assert (
+            load(RunConfig, None, ["rewards.descore.path=null"]).rewards["descore"].path
+            is None
+        )
+        assert (
+            load(
+                RunConfig, None, ["generator.sampler.max_std=null"]
+            ).generator.sampler.max_std
+            is None
+        )
+        assert load(
+            RunConfig, None, ["generator.sampler.max_std=.inf"]
+        ).generator.sampler.max_std == float("inf")
 
     def test_every_mistake_is_reported_at_once_with_its_place(self, tmp_path):
         path = write(
@@ -148,12 +188,24 @@ class TestLoad:
             sampler: {train_steps: 3}
             """,
         )
-        got = errors_of(path, "foo", "=3", "seed=[1", "flag={a: b}", "generator.sampler.train_steps=50", "name.x=3")
+        got = errors_of(
+            path,
+            "foo",
+            "=3",
+            "seed=[1",
+            "flag={a: b}",
+            "generator.sampler.train_steps=50",
+            "name.x=3",
+        )
         wanted = [
             ("'foo'", "a.b=value"),
             ("'=3'", "a.b=value"),
             ("seed:", "not yaml"),
-            ("generator.sampler.num_stpes:", "(value 8 (int)); did you mean 'generator.sampler.num_steps'?", ":2)"),
+            (
+                "generator.sampler.num_stpes:",
+                "(value 8 (int)); did you mean 'generator.sampler.num_steps'?",
+                ":2)",
+            ),
             ("generator.sampler.kind:", "one of 'ode', 'sde', got 'odd'"),
             ("generator.sampler.pair:", "a list of 2: int, float, got [1]"),
             ("generator.sampler.names.0:", "one of 'q', 'k', got 'v'"),
@@ -163,7 +215,11 @@ class TestLoad:
             ("rewards.motion.wieght:", "did you mean 'rewards.motion.weight'?"),
             ("rewards.plain:", "a section with the keys weight, path, options, got 3"),
             ("wandb.mode:", "'disabled', 'offline', 'online', got 'ofline'"),
-            ("sampler.train_steps:", "did you mean 'generator.sampler.train_steps'?", ":10)"),
+            (
+                "sampler.train_steps:",
+                "did you mean 'generator.sampler.train_steps'?",
+                ":10)",
+            ),
             ("name:", "expected str"),
         ]
         for line, (start, *parts) in zip(got, wanted, strict=True):
@@ -171,24 +227,38 @@ class TestLoad:
             assert all(part in line for part in parts), line
 
     def test_a_key_of_another_section_is_found(self):
-        assert "'generator.sampler.num_steps'" in errors_of(None, "sampler.num_stpes=4")[0]
+        assert (
+            "'generator.sampler.num_steps'" in errors_of(None, "sampler.num_stpes=4")[0]
+        )
         assert "'generator.sampler.num_steps'" in errors_of(None, "num_steps=4")[0]
 
     def test_checks_of_sections_name_the_section_and_come_together(self):
-        got = errors_of(None, "generator.sampler.train_steps=17", "seed=-1.5", "wandb.mode=on")
+        got = errors_of(
+            None, "generator.sampler.train_steps=17", "seed=-1.5", "wandb.mode=on"
+        )
         assert got == [
             "seed: expected int, got -1.5 (float) (command line)",
             "wandb.mode: expected one of 'disabled', 'offline', 'online', got 'on' (str) (command line)",
             "generator.sampler: train_steps=17 > num_steps=8 (command line)",
         ]
-        assert errors_of(None, "seed=-1") == ["config: seed=-1 must be >= 0 (command line)"]
+        assert errors_of(None, "seed=-1") == [
+            "config: seed=-1 must be >= 0 (command line)"
+        ]
 
     def test_null_takes_an_entry_out_and_nothing_else_does(self, tmp_path):
         path = write(tmp_path, "rewards: {motion: {weight: 1}, taste: {weight: 2}}\n")
         assert set(load(RunConfig, path).rewards) == {"descore", "motion", "taste"}
-        assert set(load(RunConfig, path, ["rewards.motion=null"]).rewards) == {"descore", "taste"}
-        assert set(load(RunConfig, path, ["rewards.descore=null"]).rewards) == {"motion", "taste"}  # the schema's own
-        again = load(RunConfig, path, ["rewards.taste=null", "rewards.taste.path=x"]).rewards["taste"]
+        assert set(load(RunConfig, path, ["rewards.motion=null"]).rewards) == {
+            "descore",
+            "taste",
+        }
+        assert set(load(RunConfig, path, ["rewards.descore=null"]).rewards) == {
+            "motion",
+            "taste",
+        }  # the schema's own
+        again = load(
+            RunConfig, path, ["rewards.taste=null", "rewards.taste.path=x"]
+        ).rewards["taste"]
         assert again == RewardConfig(path="x")  # nothing of the yaml's is left
         second = tmp_path / "second.yaml"
         second.write_text("rewards:\n  motion: null\n")
@@ -197,21 +267,30 @@ class TestLoad:
             "rewards.moton: there is none to take out; did you mean 'rewards.motion'? (command line)"
         ]
         for empty in ("rewards={}", "rewards={ }"):
-            assert errors_of(path, empty) == ["rewards: {} changes nothing; rewards.NAME=null takes one out"]
+            assert errors_of(path, empty) == [
+                "rewards: {} changes nothing; rewards.NAME=null takes one out"
+            ]
 
     def test_a_dropped_typo_does_not_cause_a_second_error(self):
         # num_stpes=20 was meant to make room for train_steps=18
-        got = errors_of(None, "generator.sampler.num_stpes=20", "generator.sampler.train_steps=18")
+        got = errors_of(
+            None, "generator.sampler.num_stpes=20", "generator.sampler.train_steps=18"
+        )
         assert len(got) == 1
         assert "num_stpes" in got[0]
 
     def test_what_is_required_is_missed(self, tmp_path):
-        assert errors_of(None, schema=NeedsPath) == ["generator: is required and not given"]
+        assert errors_of(None, schema=NeedsPath) == [
+            "generator: is required and not given"
+        ]
         got = errors_of(None, "generator.size=3", schema=NeedsPath)
         assert got == ["generator.path: is required and not given"]
         assert load(NeedsPath, None, ["generator.path=p"]).generator.path == "p"
 
-    @pytest.mark.parametrize("override", ["lr=.nan", "seed=true", "seed=1e3", "flag=yes", "generator.size=[1,2,3]"])
+    @pytest.mark.parametrize(
+        "override",
+        ["lr=.nan", "seed=true", "seed=1e3", "flag=yes", "generator.size=[1,2,3]"],
+    )
     def test_near_misses_of_a_type_are_errors(self, override):
         assert override.partition("=")[0] in errors_of(None, override)[0]
 
@@ -223,24 +302,51 @@ class TestLoad:
         got = errors_of(tmp_path / "nope.yaml", "sede=1")
         assert "nope.yaml: cannot be read: No such file" in got[0]
         assert "'seed'" in got[1]
-        assert "run.yaml: line 4: " in errors_of(write(tmp_path, "seed: 1\nlr:\n  - [1\n"))[0]
+        assert (
+            "run.yaml: line 4: "
+            in errors_of(write(tmp_path, "seed: 1\nlr:\n  - [1\n"))[0]
+        )
         assert "must hold `key: value` lines" in errors_of(write(tmp_path, "- 1\n"))[0]
 
 
 class TestSafeYaml:
     def test_scalars_follow_yaml_1_2(self):
         text = "[1e-5, off, no, 1:30, 012, 0x1F, ~, true, 1_000, -.inf, 2020-01-01, '1', 1.e3]"
-        wanted = [1e-5, "off", "no", "1:30", 12, 31, None, True, 1000, float("-inf"), "2020-01-01", "1", 1000.0]
+        wanted = [
+            1e-5,
+            "off",
+            "no",
+            "1:30",
+            12,
+            31,
+            None,
+            True,
+            1000,
+            float("-inf"),
+            "2020-01-01",
+            "1",
+            1000.0,
+        ]
         got = parse(text).value
         assert got == wanted
         assert [type(v) for v in got] == [type(v) for v in wanted]
 
     def test_keys_know_their_lines(self):
-        assert parse("a:\n  b: 1\nc: 2\n").lines == {("a",): 1, ("a", "b"): 2, ("c",): 3}
+        assert parse("a:\n  b: 1\nc: 2\n").lines == {
+            ("a",): 1,
+            ("a", "b"): 2,
+            ("c",): 3,
+        }
 
     def test_python_tags_run_nothing(self, tmp_path):
         canary = tmp_path / "canary"
-        for tag in ("!!python/object/apply:os.system", "!!python/name:os.system", "!custom", "!!binary", "!!timestamp"):
+        for tag in (
+            "!!python/object/apply:os.system",
+            "!!python/name:os.system",
+            "!custom",
+            "!!binary",
+            "!!timestamp",
+        ):
             with pytest.raises(YamlError, match="tag"):
                 parse(f"a: {tag} ['touch {canary}']")
         assert not canary.exists()
@@ -248,7 +354,9 @@ class TestSafeYaml:
     def test_bombs_are_refused_quickly(self):
         start = time.perf_counter()
         lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-        lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]  # 9^10 values
+        lines += [
+            f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)
+        ]  # 9^10 values
         bombs = ["\n".join(lines), "[" * 50_000, "a: &a [*a]", "x" * 1_000_001]
         for bomb in bombs:
             with pytest.raises(YamlError):
@@ -262,7 +370,16 @@ class TestSafeYaml:
 
 class TestDump:
     def test_round_trip(self, tmp_path):
-        cfg = load(RunConfig, None, ["generator.size=[4,5]", "lr=1e-5", "name=007", "rewards.m.options={k: [1]}"])
+        cfg = load(
+            RunConfig,
+            None,
+            [
+                "generator.size=[4,5]",
+                "lr=1e-5",
+                "name=007",
+                "rewards.m.options={k: [1]}",
+            ],
+        )
         assert load(RunConfig, dump(cfg, tmp_path)) == cfg
 
     def test_environment_is_recorded(self, tmp_path):
@@ -276,13 +393,25 @@ class TestDump:
 
     def test_secrets_reach_no_file(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh123")
-        monkeypatch.setattr(sys, "argv", ["grpo.py", "api_key=sk-hidden-1", "lr=1", "name=hf_abcdefgh123"])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["grpo.py", "api_key=sk-hidden-1", "lr=1", "name=hf_abcdefgh123"],
+        )
         cfg = load(
-            RunConfig, None, ["api_key=sk-hidden-1", "name=x-${oc.env:HF_TOKEN}", "rewards.r.options.password=pw-2"]
+            RunConfig,
+            None,
+            [
+                "api_key=sk-hidden-1",
+                "name=x-${oc.env:HF_TOKEN}",
+                "rewards.r.options.password=pw-2",
+            ],
         )
         assert cfg.name == "x-hf_abcdefgh123"
         dump(cfg, tmp_path)
-        everything = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+        everything = "".join(
+            path.read_text() for path in tmp_path.rglob("*") if path.is_file()
+        )
         for secret in ("hf_abcdefgh123", "sk-hidden-1", "pw-2"):
             assert secret not in everything
         assert "max_std: 0.45" in everything
@@ -318,7 +447,9 @@ def demo_program(folder: Path) -> Path:
 def run_program(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(demo_program(folder)), *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False
+    )
 
 
 class TestCommandLine:
@@ -336,14 +467,34 @@ class TestCommandLine:
 
     def test_options_and_overrides_in_any_order(self, tmp_path):
         path = write(tmp_path, "seed: 5\nlr: 0.5\n")
-        argv = ["--local_rank=1", "lr=0.25", "--config", str(path), "name=x", "--resume", "none", "--frames", "9"]
+        argv = [
+            "--local_rank=1",
+            "lr=0.25",
+            "--config",
+            str(path),
+            "name=x",
+            "--resume",
+            "none",
+            "--frames",
+            "9",
+        ]
         line = parse_command_line(
-            RunConfig, argv, description="x", extend=lambda parser: parser.add_argument("--frames", type=int)
+            RunConfig,
+            argv,
+            description="x",
+            extend=lambda parser: parser.add_argument("--frames", type=int),
         )
         assert (line.cfg.seed, line.cfg.lr, line.cfg.name) == (5, 0.25, "x")
-        assert (line.resume, line.config_paths, line.overrides) == ("none", (path,), ("lr=0.25", "name=x"))
+        assert (line.resume, line.config_paths, line.overrides) == (
+            "none",
+            (path,),
+            ("lr=0.25", "name=x"),
+        )
         assert line.args.frames == 9
-        assert parse_command_line(RunConfig, ["--local-rank", "0"], description="x").resume == "auto"
+        assert (
+            parse_command_line(RunConfig, ["--local-rank", "0"], description="x").resume
+            == "auto"
+        )
 
     def test_unknown_options_exit_2(self, capsys):
         with pytest.raises(SystemExit) as caught:

@@ -28,10 +28,19 @@ def free_port() -> int:
 def ranks(tmp_path_factory) -> list[dict]:
     """The report of each of two gloo processes, started as a launcher would."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, "-m", "tests.common.two_ranks", str(folder)]
     processes = [
-        subprocess.Popen(command, cwd=ROOT, env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)})
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)},
+        )
         for r in range(2)
     ]
     try:
@@ -44,7 +53,10 @@ def ranks(tmp_path_factory) -> list[dict]:
 
 class TestTwoRanks:
     def test_who_is_who(self, ranks):
-        assert [(r["rank"], r["world"], r["is_main"]) for r in ranks] == [(0, 2, True), (1, 2, False)]
+        assert [(r["rank"], r["world"], r["is_main"]) for r in ranks] == [
+            (0, 2, True),
+            (1, 2, False),
+        ]
         assert [r["from_main"] for r in ranks] == ["rank 0", "rank 0"]
 
     def test_any_is_over_rows_and_ranks(self, ranks):
@@ -64,7 +76,9 @@ class TestTwoRanks:
         assert all("(1, 2)" in r["unequal"] and "(2, 2)" in r["unequal"] for r in ranks)
 
     def test_means_divide_by_the_ranks_that_have_a_value(self, ranks):
-        assert [r["mean"] for r in ranks] == [{"loss": 1.5, "reward": 4.0, "late": 5.0}] * 2
+        assert [r["mean"] for r in ranks] == [
+            {"loss": 1.5, "reward": 4.0, "late": 5.0}
+        ] * 2
 
     def test_maximum_and_sum(self, ranks):
         assert [r["max"] for r in ranks] == [-2.0, -2.0]
@@ -87,7 +101,11 @@ class TestAlone:
         assert distributed.gather_rows(x) is x
         assert distributed.mean_over_ranks({"a": 2}) == {"a": 2.0}
         assert distributed.max_over_ranks(3.0) == distributed.sum_over_ranks(3.0) == 3.0
-        assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+        assert (
+            distributed.rank(),
+            distributed.world_size(),
+            distributed.is_main(),
+        ) == (0, 1, True)
         distributed.barrier()
 
     @pytest.mark.slow
@@ -102,10 +120,19 @@ class TestAlone:
             "e.backward(e(torch.tensor([[1.0, 2.0]])).sum()); e.step()\n"
             "print('weights', m.weight.tolist(), d.world_size()); d.shutdown()\n"
         )
-        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
         env |= {"PYTHONPATH": str(ROOT), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=120, check=False
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=120,
+            check=False,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert "weights [[0.5, 0.0]] 1" in done.stdout  # 1 - 0.5 * (1, 2)
@@ -113,7 +140,9 @@ class TestAlone:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ending", "code"), [("", 0), ("sys.exit(2)", 2), ("raise ValueError", 1)])
+@pytest.mark.parametrize(
+    ("ending", "code"), [("", 0), ("sys.exit(2)", 2), ("raise ValueError", 1)]
+)
 def test_a_process_ends_with_its_own_exit_code(tmp_path, ending, code):
     """Though its threads hold the last collective's tensors; where nobody waits for them about half abort (134)."""
     program = (
@@ -137,10 +166,17 @@ def test_a_process_ends_with_its_own_exit_code(tmp_path, ending, code):
     )
     words = [[sys.executable, "-c", program, rank, str(tmp_path)] for rank in "01"]
     ranks = [
-        subprocess.Popen(w, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        subprocess.Popen(
+            w,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         for w in words
     ]
-    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == [str([code] * 8)] * 2
+    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == [
+        str([code] * 8)
+    ] * 2
 
 
 def test_threads_that_work_are_waited_for_and_those_that_wait_are_not() -> None:
@@ -161,10 +197,22 @@ class TestSeeds:
     def test_a_seed_is_the_head_of_a_sha256(self):
         digest = hashlib.sha256(b"int:2:42;int:1:3;str:5:noise;").hexdigest()
         assert distributed.derive_seed(42, 3, "noise") == int(digest[:16], 16) // 2
-        assert distributed.derive_seed() == int("e3b0c44298fc1c14", 16) // 2  # SHA-256 of nothing, FIPS 180-4
+        assert (
+            distributed.derive_seed() == int("e3b0c44298fc1c14", 16) // 2
+        )  # SHA-256 of nothing, FIPS 180-4
 
     def test_seeds_do_not_collide_over_types_and_borders(self):
-        parts = [(1, 23), (12, 3), (123,), ("1", 23), ("1;", 23), (1, 2, 3), (-1, 23), ("a", "bc"), ("ab", "c")]
+        parts = [
+            (1, 23),
+            (12, 3),
+            (123,),
+            ("1", 23),
+            ("1;", 23),
+            (1, 2, 3),
+            (-1, 23),
+            ("a", "bc"),
+            ("ab", "c"),
+        ]
         seeds = {distributed.derive_seed(*p) for p in parts}
         assert len(seeds) == len(parts)
         assert all(0 <= seed < 2**63 for seed in seeds)

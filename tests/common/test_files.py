@@ -35,7 +35,11 @@ def test_equal_weights_are_equal_files(tmp_path):
     files = []
     for i in range(8):
         files.append(tmp_path / f"{i}.safetensors")
-        save_file({"b": torch.ones(3), "a": torch.arange(4)}, files[-1], metadata={"one": "1", "two": "ä", "3": "x"})
+        save_file(
+            {"b": torch.ones(3), "a": torch.arange(4)},
+            files[-1],
+            metadata={"one": "1", "two": "ä", "3": "x"},
+        )
         sort_header(files[-1])
     assert len({file.read_bytes() for file in files}) == 1
     with safe_open(files[0], framework="pt") as found:

@@ -32,7 +32,11 @@ def start(tmp_path: Path):
     def start(source: str = ECHO, **options) -> LineProcess:
         (tmp_path / "echo.py").write_text(source, encoding="utf-8")
         command = [sys.executable, "-I", str(tmp_path / "echo.py")]
-        started.append(LineProcess(command, stderr=tmp_path / "stderr.txt", env=os.environ, **options))
+        started.append(
+            LineProcess(
+                command, stderr=tmp_path / "stderr.txt", env=os.environ, **options
+            )
+        )
         return started[-1]
 
     yield start
@@ -62,7 +66,10 @@ def test_questions_and_answers(start):
             {"exit": 7, "complain": "out of luck"},
             r"echo\.py died with exit code 7; the end of its stderr:\nout of luck",
         ),
-        ({"raw": "not json"}, r"answered b'not json', which is no JSON object; the end of its stderr:\n\(nothing\)"),
+        (
+            {"raw": "not json"},
+            r"answered b'not json', which is no JSON object; the end of its stderr:\n\(nothing\)",
+        ),
         ({"raw": "[1]"}, r"answered b'\[1\]'"),
         ({"raw": "x" * 60_000 + "\\n", "complain": "?"}, r"which is no JSON object"),
     ],
@@ -75,7 +82,9 @@ def test_another_answer_is_an_error_and_its_end(start, message, error):
 
 
 def test_a_line_without_end_is_an_error(start):
-    partner = start("import sys\nsys.stdin.readline()\nwhile True:\n    sys.stdout.write('x' * 1000)\n")
+    partner = start(
+        "import sys\nsys.stdin.readline()\nwhile True:\n    sys.stdout.write('x' * 1000)\n"
+    )
     with pytest.raises(LineProcessError, match="more than 65536 bytes in a line"):
         partner.ask({}, timeout_s=60)
 
@@ -113,7 +122,13 @@ print(partner.process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", ours], cwd=root, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", ours],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     assert done.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 60
     while alive(int(done.stdout)):

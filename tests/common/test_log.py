@@ -23,7 +23,11 @@ def test_every_step_is_a_line_of_strict_json(tmp_path):
     log.log(1, {"train/loss": 0.25, "reward/descore": math.inf})
     lines = log.path.read_text().splitlines()
     assert lines[0] == '{"step": 0, "train/loss": 0.5, "reward/descore": null}'
-    assert json.loads(lines[1]) == {"step": 1, "train/loss": 0.25, "reward/descore": None}
+    assert json.loads(lines[1]) == {
+        "step": 1,
+        "train/loss": 0.25,
+        "reward/descore": None,
+    }
     rows = read_metrics(log.path)
     assert [row["train/loss"] for row in rows] == [0.5, 0.25]
     assert all(math.isnan(row["reward/descore"]) for row in rows)
@@ -51,17 +55,24 @@ def test_console_lines_are_aligned_and_fit(tmp_path, capsys):
         log.log(step, {f"stage/metric{i}": scale / (i + 1) for i in range(12)})
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("step    1/100 | stage/metric0          1 |")
-    assert [i for i, c in enumerate(first) if c == "|"] == [i for i, c in enumerate(second) if c == "|"]
+    assert [i for i, c in enumerate(first) if c == "|"] == [
+        i for i, c in enumerate(second) if c == "|"
+    ]
     assert max(len(first), len(second)) < 120
     assert len(read_metrics(log.path)[0]) == 13
 
 
 def test_what_was_measured_on_the_way_has_a_line_of_its_own(tmp_path, capsys):
     log = RunLog(tmp_path, total=100)
-    log.log(9, {**{f"stage/metric{i}": 1.0 for i in range(12)}, "heldout/accuracy": 0.75})
+    log.log(
+        9, {**{f"stage/metric{i}": 1.0 for i in range(12)}, "heldout/accuracy": 0.75}
+    )
     log.log(100, {"eval/oracle": 0.5})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1:] == ["step    9/100 | heldout/accuracy       0.75", "step  100/100 | eval/oracle        0.5"]
+    assert lines[1:] == [
+        "step    9/100 | heldout/accuracy       0.75",
+        "step  100/100 | eval/oracle        0.5",
+    ]
     assert "heldout" not in lines[0]
 
 
@@ -109,8 +120,13 @@ class FakeWandb(types.ModuleType):
         return path, about["caption"]
 
 
-@pytest.mark.parametrize(("broken", "calls"), [("", "init log log finish"), ("init", "init"), ("log", "init log")])
-def test_a_wandb_failure_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys, broken, calls):
+@pytest.mark.parametrize(
+    ("broken", "calls"),
+    [("", "init log log finish"), ("init", "init"), ("log", "init log")],
+)
+def test_a_wandb_failure_is_said_once_and_the_run_goes_on(
+    tmp_path, monkeypatch, capsys, broken, calls
+):
     fake = FakeWandb(broken)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     log = RunLog(tmp_path, wandb=WandbConfig("online", "p", "n"), quiet=True)
@@ -118,8 +134,18 @@ def test_a_wandb_failure_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch,
     log.log(1, {"x": 2.0})
     log.close()
     assert [name for name, *_ in fake.calls] == calls.split()
-    want = {"dir": str(tmp_path), "mode": "online", "project": "p", "name": "n", "resume": "allow", "config": None}
-    assert fake.calls[0][2] == {**want, "id": json.loads((tmp_path / "wandb.json").read_text())["id"]}
+    want = {
+        "dir": str(tmp_path),
+        "mode": "online",
+        "project": "p",
+        "name": "n",
+        "resume": "allow",
+        "config": None,
+    }
+    assert fake.calls[0][2] == {
+        **want,
+        "id": json.loads((tmp_path / "wandb.json").read_text())["id"],
+    }
     assert capsys.readouterr().out.count("no network") == bool(broken)
     assert [row["x"] for row in read_metrics(log.path)] == [1.0, 2.0]
 
@@ -135,7 +161,10 @@ def test_a_run_gone_on_with_is_the_same_run_of_wandb(tmp_path, monkeypatch):
         log.videos(7, [Path("a.mp4"), Path("b.mp4")], ["a dog", "a cat"])
         log.close()
         told.append(fake.calls[0][2])
-        assert fake.calls[1][1:] == (({"samples": [("a.mp4", "a dog"), ("b.mp4", "a cat")]},), {"step": 7})
+        assert fake.calls[1][1:] == (
+            ({"samples": [("a.mp4", "a dog"), ("b.mp4", "a cat")]},),
+            {"step": 7},
+        )
     first, again, over = (one["id"] for one in told)
     assert first == again != over
     assert told[0]["config"] == {"steps": 3, "token": "***"}
@@ -162,11 +191,15 @@ class FakeBoard(types.ModuleType):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_tensorboard_beside_wandb_and_each_fails_alone(tmp_path, monkeypatch, capsys, full):
+def test_tensorboard_beside_wandb_and_each_fails_alone(
+    tmp_path, monkeypatch, capsys, full
+):
     board, fake = FakeBoard(full=full), FakeWandb("")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    log = RunLog(tmp_path, start=4, wandb=WandbConfig("online"), tensorboard=True, quiet=True)
+    log = RunLog(
+        tmp_path, start=4, wandb=WandbConfig("online"), tensorboard=True, quiet=True
+    )
     log.log(4, {"train/loss": 0.5})
     log.log(5, {"train/loss": 0.25})
     log.close()
@@ -175,13 +208,20 @@ def test_tensorboard_beside_wandb_and_each_fails_alone(tmp_path, monkeypatch, ca
         assert board.said == [("tensorboard", 4)]
         assert capsys.readouterr().out.count("tensorboard log failed") == 1
     else:
-        assert board.said == [("tensorboard", 4), ("train/loss", 0.5, 4), ("train/loss", 0.25, 5), "closed"]
+        assert board.said == [
+            ("tensorboard", 4),
+            ("train/loss", 0.5, 4),
+            ("train/loss", 0.25, 5),
+            "closed",
+        ]
 
 
 def test_no_tensorboard_installed_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     RunLog(tmp_path, tensorboard=True).close()
-    assert "tensorboard is not used, the run goes on without it" in capsys.readouterr().out
+    assert (
+        "tensorboard is not used, the run goes on without it" in capsys.readouterr().out
+    )
 
 
 def test_no_wandb_installed_is_said(tmp_path, monkeypatch, capsys):
@@ -213,7 +253,13 @@ def test_the_real_wandb_works_offline(tmp_path, capsys):
 
 def test_say_is_flushed_and_needs_no_torch():
     program = "import sys; from common.log import say; say('hello'); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, "hello\n")
 
 

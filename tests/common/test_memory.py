@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.memory import Portions, peak_memory
+from common.memory import AdaptiveBatcher, peak_memory
 
 
 class Limited:
@@ -23,26 +23,35 @@ class Limited:
 ITEMS = torch.arange(11.0)
 
 
-@pytest.mark.parametrize(("size", "calls"), [(None, [11]), (11, [11]), (4, [4, 4, 3]), (99, [11])])
+@pytest.mark.parametrize(
+    ("size", "calls"), [(None, [11]), (11, [11]), (4, [4, 4, 3]), (99, [11])]
+)
 def test_what_is_asked_for(size: int | None, calls: list[int]) -> None:
     limited = Limited(99)
-    assert torch.equal(Portions(size, what="items").over(limited, ITEMS), ITEMS.square())
+    assert torch.equal(
+        AdaptiveBatcher(size, what="items").over(limited, ITEMS), ITEMS.square()
+    )
     assert limited.calls == calls
 
 
-def test_halved_until_it_fits_and_remembered(capsys: pytest.CaptureFixture[str]) -> None:
-    limited, portions = Limited(3), Portions(None, what="latents")
+def test_halved_until_it_fits_and_remembered(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    limited, portions = Limited(3), AdaptiveBatcher(None, what="latents")
     assert torch.equal(portions.over(limited, ITEMS), ITEMS.square())
     assert limited.calls == [11, 5, 2, 2, 2, 2, 2, 1]  # 11 does not fit, nor 5; 2 does
     assert portions.size == 2
     limited.calls.clear()
     portions.over(limited, ITEMS[:5])
     assert limited.calls == [2, 2, 1]
-    assert "memory ran out with 11 latents at once; from now on 5" in capsys.readouterr().out
+    assert (
+        "memory ran out with 11 latents at once; from now on 5"
+        in capsys.readouterr().out
+    )
 
 
 def test_memory_that_runs_out_on_the_way_keeps_what_is_done() -> None:
-    limited, portions = Limited(4), Portions(4, what="items")
+    limited, portions = Limited(4), AdaptiveBatcher(4, what="items")
 
     def later(items: torch.Tensor) -> torch.Tensor:
         limited.room = 4 if not limited.calls else 2  # another model came to the device
@@ -54,8 +63,8 @@ def test_memory_that_runs_out_on_the_way_keeps_what_is_done() -> None:
 
 def test_one_item_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        Portions(4, what="items").over(Limited(0), ITEMS)
-    fixed = Portions(4, what="items")
+        AdaptiveBatcher(4, what="items").over(Limited(0), ITEMS)
+    fixed = AdaptiveBatcher(4, what="items")
     fixed.fixed = True
     with pytest.raises(torch.OutOfMemoryError):
         fixed.over(Limited(3), ITEMS)
@@ -67,9 +76,9 @@ def test_other_errors_travel() -> None:
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        Portions(4, what="items").over(broken, ITEMS)
+        AdaptiveBatcher(4, what="items").over(broken, ITEMS)
     with pytest.raises(ValueError, match="a portion of videos holds at least 1, got 0"):
-        Portions(0, what="videos")
+        AdaptiveBatcher(0, what="videos")
 
 
 def test_what_was_held_at_most() -> None:

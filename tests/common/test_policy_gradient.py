@@ -36,17 +36,24 @@ class TestGroupAdvantages:
 
     def test_none_only_centres(self):
         got = group_advantages(REWARD_PG, scale="none")
-        torch.testing.assert_close(got, tensor([-1.0, 0.0, 1.0, 0.0], [-4.0, 4.0, -4.0, 4.0]))
+        torch.testing.assert_close(
+            got, tensor([-1.0, 0.0, 1.0, 0.0], [-4.0, 4.0, -4.0, 4.0])
+        )
 
     def test_max_group_divides_every_row_by_the_largest_spread(self):
         got = group_advantages(REWARD_PG, scale="max_group", eps=1e-4)
         d = 1.0 / (LARGE + 1e-4)
-        torch.testing.assert_close(got, tensor([-d, 0.0, d, 0.0], [-4 * d, 4 * d, -4 * d, 4 * d]))
+        torch.testing.assert_close(
+            got, tensor([-d, 0.0, d, 0.0], [-4 * d, 4 * d, -4 * d, 4 * d])
+        )
 
     def test_max_std_stands_for_the_rows_of_other_ranks(self):
         whole = group_advantages(REWARD_PG, scale="max_group")
         top = group_std(REWARD_PG).max().item()
-        split = [group_advantages(row, scale="max_group", max_std=top) for row in REWARD_PG.split(1)]
+        split = [
+            group_advantages(row, scale="max_group", max_std=top)
+            for row in REWARD_PG.split(1)
+        ]
         torch.testing.assert_close(torch.cat(split), whole, rtol=0, atol=0)
         assert top == LARGE
 
@@ -56,7 +63,7 @@ class TestGroupAdvantages:
         torch.testing.assert_close(got, tensor([0.0] * 3, [0.0] * 3, [-1.0, 1.0, 0.0]))
         assert group_std(reward_PG).tolist() == [0.0, 0.0, 1.0]
 
-    def test_infinite_is_unjudged(self):
+    def test_infinite_is_unscored(self):
         got = group_advantages(tensor([1.0, INF, 3.0, -INF]), scale="group", eps=0.0)
         torch.testing.assert_close(got, tensor([-1.0, 0.0, 1.0, 0.0]))
 
@@ -68,21 +75,34 @@ class TestGroupAdvantages:
         assert torch.equal(got, torch.zeros(2, 3))
 
     def test_a_flat_row_beside_a_spread_one_stays_zero(self):
-        got = group_advantages(tensor([0.1, 0.1, 0.1], [0.0, 0.3, 0.6]), scale="max_group")
+        got = group_advantages(
+            tensor([0.1, 0.1, 0.1], [0.0, 0.3, 0.6]), scale="max_group"
+        )
         assert got[0].tolist() == [0.0, 0.0, 0.0]
         assert got[1].abs().sum() > 1.0
 
     def test_invariants(self):
         reward_PG = torch.randn(6, 5, dtype=torch.float64)
         got = group_advantages(reward_PG, scale="group", eps=0.0)
-        torch.testing.assert_close(got.mean(1), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-12)
-        torch.testing.assert_close(got.std(1, correction=0), torch.ones(6, dtype=torch.float64))
-        torch.testing.assert_close(group_advantages(3.0 * reward_PG + 7.0, scale="group", eps=0.0), got)
+        torch.testing.assert_close(
+            got.mean(1), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-12
+        )
+        torch.testing.assert_close(
+            got.std(1, correction=0), torch.ones(6, dtype=torch.float64)
+        )
+        torch.testing.assert_close(
+            group_advantages(3.0 * reward_PG + 7.0, scale="group", eps=0.0), got
+        )
         swap = torch.tensor([4, 2, 0, 1, 3])
-        torch.testing.assert_close(group_advantages(reward_PG[:, swap], scale="group", eps=0.0), got[:, swap])
+        torch.testing.assert_close(
+            group_advantages(reward_PG[:, swap], scale="group", eps=0.0), got[:, swap]
+        )
 
     def test_dtype_is_fp32_at_least(self):
-        assert group_advantages(torch.ones(1, 2, dtype=torch.bfloat16), scale="none").dtype == torch.float32
+        assert (
+            group_advantages(torch.ones(1, 2, dtype=torch.bfloat16), scale="none").dtype
+            == torch.float32
+        )
         assert group_advantages(tensor([1.0, 2.0]), scale="none").dtype == torch.float64
 
     def test_unfit_arguments_are_refused(self):
@@ -102,44 +122,73 @@ class TestClippedSurrogate:
     ADVANTAGE = torch.tensor([1.0, -2.0, 2.0, -1.0], dtype=torch.float64)
 
     def test_by_hand(self):
-        out = clipped_surrogate(self.LOG_PROB, self.OLD, self.ADVANTAGE, clip_low=0.1, clip_high=0.2)
+        out = clipped_surrogate(
+            self.LOG_PROB, self.OLD, self.ADVANTAGE, clip_low=0.1, clip_high=0.2
+        )
         # min(1.5, 1.2), min(-1, -1.8), min(2.1, 2.1), min(-3, -1.2) -> 1.2 - 1.8 + 2.1 - 3 = -1.5
         assert out.loss.item() == pytest.approx(1.5 / 4)
         assert out.metrics["clip_frac"] == pytest.approx(0.5)
         assert out.metrics["ratio_mean"] == pytest.approx((1.5 + 0.5 + 1.05 + 3.0) / 4)
         assert out.metrics["ratio_dev"] == pytest.approx(2.0)
-        k3 = [0.5 - math.log(1.5), -0.5 - math.log(0.5), 0.05 - math.log(1.05), 2.0 - math.log(3.0)]
+        k3 = [
+            0.5 - math.log(1.5),
+            -0.5 - math.log(0.5),
+            0.05 - math.log(1.05),
+            2.0 - math.log(3.0),
+        ]
         assert out.metrics["old_kl"] == pytest.approx(sum(k3) / 4)
 
     def test_dual_clip_bounds_a_negative_advantage(self):
-        out = clipped_surrogate(self.LOG_PROB, self.OLD, self.ADVANTAGE, clip_low=0.1, clip_high=0.2, dual_clip=2.0)
+        out = clipped_surrogate(
+            self.LOG_PROB,
+            self.OLD,
+            self.ADVANTAGE,
+            clip_low=0.1,
+            clip_high=0.2,
+            dual_clip=2.0,
+        )
         # the last element's -3 becomes 2 * -1 = -2
         assert out.loss.item() == pytest.approx((-1.2 + 1.8 - 2.1 + 2.0) / 4)
         assert out.metrics["clip_frac"] == pytest.approx(0.75)
 
     def test_gradient_stops_where_a_clip_binds(self):
         log_prob = self.LOG_PROB.clone().requires_grad_()
-        clipped_surrogate(log_prob, self.OLD, self.ADVANTAGE, clip_low=0.1, clip_high=0.2).loss.backward()
+        clipped_surrogate(
+            log_prob, self.OLD, self.ADVANTAGE, clip_low=0.1, clip_high=0.2
+        ).loss.backward()
         # -r A / 4 where it counts: elements 3 and 4
-        expected = torch.tensor([0.0, 0.0, -1.05 * 2.0 / 4, 3.0 / 4], dtype=torch.float64)
+        expected = torch.tensor(
+            [0.0, 0.0, -1.05 * 2.0 / 4, 3.0 / 4], dtype=torch.float64
+        )
         torch.testing.assert_close(log_prob.grad, expected)
 
     def test_first_pass_is_the_plain_policy_gradient(self):
         log_prob = torch.randn(5, dtype=torch.float64, requires_grad=True)
         advantage = torch.randn(5, dtype=torch.float64)
-        out = clipped_surrogate(log_prob, log_prob, advantage, clip_low=1e-4, clip_high=1e-4)
+        out = clipped_surrogate(
+            log_prob, log_prob, advantage, clip_low=1e-4, clip_high=1e-4
+        )
         out.loss.backward()
         torch.testing.assert_close(log_prob.grad, -advantage / 5)
-        assert out.metrics == {"ratio_mean": 1.0, "ratio_dev": 0.0, "clip_frac": 0.0, "old_kl": 0.0}
+        assert out.metrics == {
+            "ratio_mean": 1.0,
+            "ratio_dev": 0.0,
+            "clip_frac": 0.0,
+            "old_kl": 0.0,
+        }
 
     def test_an_infinite_clip_is_none(self):
-        out = clipped_surrogate(self.LOG_PROB, self.OLD, self.ADVANTAGE, clip_low=INF, clip_high=INF)
+        out = clipped_surrogate(
+            self.LOG_PROB, self.OLD, self.ADVANTAGE, clip_low=INF, clip_high=INF
+        )
         assert out.loss.item() == pytest.approx(-(1.5 - 1.0 + 2.1 - 3.0) / 4)
         assert out.metrics["clip_frac"] == 0.0
 
     def test_unfit_arguments_are_refused(self):
         x = torch.zeros(3)
-        with pytest.raises(ValueError, match="one shape"):  # (3,) against (3, 1) would broadcast to (3, 3)
+        with pytest.raises(
+            ValueError, match="one shape"
+        ):  # (3,) against (3, 1) would broadcast to (3, 3)
             clipped_surrogate(x, x, x[:, None], clip_low=0.1, clip_high=0.1)
         with pytest.raises(ValueError, match="clip_low"):
             clipped_surrogate(x, x, x, clip_low=-0.1, clip_high=0.1)
@@ -149,20 +198,30 @@ class TestClippedSurrogate:
 
 class TestTokens:
     def test_unequal_micro_batches_equal_one_batch(self):
-        log_prob, old = torch.randn(6, 7, dtype=torch.float64) * 0.2, torch.randn(6, 7, dtype=torch.float64) * 0.2
+        log_prob, old = (
+            torch.randn(6, 7, dtype=torch.float64) * 0.2,
+            torch.randn(6, 7, dtype=torch.float64) * 0.2,
+        )
         advantage_B1 = torch.randn(6, 1, dtype=torch.float64)
         mask = torch.arange(7) < torch.tensor([1, 7, 3, 2, 6, 4])[:, None]
-        count, clips = float(mask.sum()), {"clip_low": 0.1, "clip_high": 0.2, "dual_clip": 3.0}
+        count, clips = (
+            float(mask.sum()),
+            {"clip_low": 0.1, "clip_high": 0.2, "dual_clip": 3.0},
+        )
         assert count == 23
 
         def gradient(*slices: slice) -> torch.Tensor:
             leaf = log_prob.clone().requires_grad_()
             for s in slices:
-                token_surrogate(leaf[s], old[s], advantage_B1[s], mask=mask[s], count=count, **clips).loss.backward()
+                token_surrogate(
+                    leaf[s], old[s], advantage_B1[s], mask=mask[s], count=count, **clips
+                ).loss.backward()
             return leaf.grad
 
         whole = gradient(slice(0, 6))
-        torch.testing.assert_close(gradient(slice(0, 1), slice(1, 3), slice(3, 6)), whole)
+        torch.testing.assert_close(
+            gradient(slice(0, 1), slice(1, 3), slice(3, 6)), whole
+        )
         # and the whole is the mean over the 23 tokens laid out flat
         flat = log_prob.clone().requires_grad_()
         spread = advantage_B1.expand(6, 7)
@@ -174,19 +233,31 @@ class TestTokens:
         old = torch.tensor([[0.0, 0.0, -INF]])
         mask = torch.tensor([[True, False, False]])
         out = token_surrogate(
-            log_prob, old, torch.tensor([[2.0]]), clip_low=0.5, clip_high=0.5, mask=mask, count=torch.tensor(4.0)
+            log_prob,
+            old,
+            torch.tensor([[2.0]]),
+            clip_low=0.5,
+            clip_high=0.5,
+            mask=mask,
+            count=torch.tensor(4.0),
         )
         out.loss.backward()
         assert out.loss.item() == pytest.approx(-2.0 * math.exp(0.1) / 4)
-        torch.testing.assert_close(log_prob.grad, torch.tensor([[-2.0 * math.exp(0.1) / 4, 0.0, 0.0]]))
+        torch.testing.assert_close(
+            log_prob.grad, torch.tensor([[-2.0 * math.exp(0.1) / 4, 0.0, 0.0]])
+        )
         assert out.metrics["ratio_mean"] == pytest.approx(math.exp(0.1))
 
     def test_an_unfit_advantage_or_count_is_refused(self):
         x, mask = torch.zeros(2, 3), torch.ones(2, 3)
         with pytest.raises(ValueError, match="advantage"):
-            token_surrogate(x, x, torch.zeros(3), clip_low=0.1, clip_high=0.1, mask=mask, count=6)
+            token_surrogate(
+                x, x, torch.zeros(3), clip_low=0.1, clip_high=0.1, mask=mask, count=6
+            )
         with pytest.raises(ValueError, match="count"):
-            token_surrogate(x, x, torch.zeros(2, 1), clip_low=0.1, clip_high=0.1, mask=mask, count=0)
+            token_surrogate(
+                x, x, torch.zeros(2, 1), clip_low=0.1, clip_high=0.1, mask=mask, count=0
+            )
 
 
 class TestMaskedMean:
@@ -211,7 +282,10 @@ class TestKl:
         torch.testing.assert_close(k3_kl(log_prob, ref), expected)
 
     def test_both_average_to_the_exact_divergence(self):
-        p, q = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)
+        p, q = (
+            torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
+            torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64),
+        )
         exact = 0.2 * math.log(0.5) + 0.5 * math.log(1.25) + 0.3 * math.log(1.5)
         assert (p * k1_kl(p.log(), q.log())).sum().item() == pytest.approx(exact)
         assert (p * k3_kl(p.log(), q.log())).sum().item() == pytest.approx(exact)
@@ -223,6 +297,10 @@ def test_the_spread_of_the_batch_by_hand() -> None:
     reward_PG = torch.tensor([[1.0, 3.0], [10.0, 14.0]], dtype=torch.float64)
     std = math.sqrt(110 / 4)
     found = group_advantages(reward_PG, scale="batch", eps=0.0)
-    assert found.flatten().tolist() == pytest.approx([-1 / std, 1 / std, -2 / std, 2 / std])
-    unjudged = torch.tensor([[1.0, 3.0, math.nan], [10.0, 14.0, math.nan]], dtype=torch.float64)
+    assert found.flatten().tolist() == pytest.approx(
+        [-1 / std, 1 / std, -2 / std, 2 / std]
+    )
+    unjudged = torch.tensor(
+        [[1.0, 3.0, math.nan], [10.0, 14.0, math.nan]], dtype=torch.float64
+    )
     assert group_advantages(unjudged, scale="batch", eps=0.0)[:, :2].equal(found)

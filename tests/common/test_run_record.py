@@ -29,7 +29,13 @@ def test_what_was_changed_is_said_key_by_key(tmp_path: Path) -> None:
     cfg = Outer(extra={"gone": 1.5})
     write_settings(cfg, tmp_path / "config.yaml")
     assert changed_settings(tmp_path / "config.yaml", cfg) == []
-    now = replace(cfg, steps=4, inner=Inner(rate=2e-5, words=("a",)), extra={"new": 0.25}, api_token="another secret")
+    now = replace(
+        cfg,
+        steps=4,
+        inner=Inner(rate=2e-5, words=("a",)),
+        extra={"new": 0.25},
+        api_token="another secret",
+    )
     assert changed_settings(tmp_path / "config.yaml", now) == [
         "steps: 3 -> 4",
         "inner.rate: 1e-05 -> 2e-05",
@@ -40,13 +46,20 @@ def test_what_was_changed_is_said_key_by_key(tmp_path: Path) -> None:
     assert "secret" not in (tmp_path / "config.yaml").read_text()
 
 
-def test_a_secret_of_the_environment_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_secret_of_the_environment_is_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SOME_TOKEN", "abcdefgh123")
-    cfg = Outer(inner=Inner(words=("abcdefgh123", "at abcdefgh123")), extra={"abcdefgh123": 1.0})
+    cfg = Outer(
+        inner=Inner(words=("abcdefgh123", "at abcdefgh123")), extra={"abcdefgh123": 1.0}
+    )
     write_settings(cfg, tmp_path / "config.yaml")
     assert "abcdefgh123" not in (tmp_path / "config.yaml").read_text()
     assert changed_settings(tmp_path / "config.yaml", cfg) == []
-    assert load(Outer, tmp_path / "config.yaml").inner.words == ("***", "at ***")  # and it is YAML still
+    assert load(Outer, tmp_path / "config.yaml").inner.words == (
+        "***",
+        "at ***",
+    )  # and it is YAML still
 
 
 def test_differences_of_other_kinds() -> None:

@@ -17,8 +17,14 @@ def test_an_epochs_order_is_that_of_its_seed_and_name() -> None:
     schedule = IndexSchedule(10, seed=3, per_step=4, name="pairs")
     assert [i for step in range(3) for i in schedule.at(step)] == orders[:12]
     assert schedule.at(1) == tuple(orders[4:8])  # and back again
-    draws = [draw for step in range(3) for draw in PairSchedule(10, pairs_per_step=4, seed=3).at(step)]
-    assert [(draw.row, draw.epoch) for draw in draws] == [(row, i // 10) for i, row in enumerate(orders[:12])]
+    draws = [
+        draw
+        for step in range(3)
+        for draw in PairSchedule(10, pairs_per_step=4, seed=3).at(step)
+    ]
+    assert [(draw.row, draw.epoch) for draw in draws] == [
+        (row, i // 10) for i, row in enumerate(orders[:12])
+    ]
 
 
 def test_other_names_and_seeds_have_other_orders() -> None:

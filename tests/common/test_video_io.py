@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from common.shapes import random_attributes, random_scene, render
 from common.video_io import read_frames, write_mp4
+from toy.world import random_attributes, random_scene, render
 
 
 def smooth_video(frames: int = 9, side: int = 32) -> torch.Tensor:
     """Grey ramps that move: no chroma detail, so halving the chroma loses nothing."""
     ramp = torch.linspace(40, 215, side)
-    grey_TYX = torch.stack([(ramp[None, :] + ramp[:, None]) / 2 + t for t in range(frames)])
-    return grey_TYX.round().to(torch.uint8)[..., None].expand(-1, -1, -1, 3).contiguous()
+    grey_TYX = torch.stack(
+        [(ramp[None, :] + ramp[:, None]) / 2 + t for t in range(frames)]
+    )
+    return (
+        grey_TYX.round().to(torch.uint8)[..., None].expand(-1, -1, -1, 3).contiguous()
+    )
 
 
 def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
@@ -40,16 +44,23 @@ def test_frames_and_rate_come_back(tmp_path: Path, fps: float) -> None:
     write_mp4(tmp_path / "a.mp4", video_TYXC, fps)
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == (
+            "h264",
+            "yuv420p",
+        )
         assert float(stream.average_rate) == pytest.approx(fps, rel=1e-4)
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        frames = np.stack(
+            [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        )
     assert frames.shape == tuple(video_TYXC.shape)
     assert np.abs(frames.astype(int) - video_TYXC.numpy()).mean() < 1.5
 
 
 def test_flat_colours_survive(tmp_path: Path) -> None:
     for color in ([255, 0, 0], [0, 128, 255], [90, 200, 60]):
-        video_TYXC = torch.tensor(color, dtype=torch.uint8).expand(4, 16, 16, 3).contiguous()
+        video_TYXC = (
+            torch.tensor(color, dtype=torch.uint8).expand(4, 16, 16, 3).contiguous()
+        )
         write_mp4(tmp_path / "c.mp4", video_TYXC, 8.0)
         with av.open(str(tmp_path / "c.mp4")) as container:
             frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
@@ -57,12 +68,21 @@ def test_flat_colours_survive(tmp_path: Path) -> None:
 
 
 def test_a_lower_crf_is_closer(tmp_path: Path) -> None:
-    noise = torch.randint(0, 256, (4, 32, 32, 1), dtype=torch.uint8).expand(-1, -1, -1, 3).contiguous()
+    noise = (
+        torch.randint(0, 256, (4, 32, 32, 1), dtype=torch.uint8)
+        .expand(-1, -1, -1, 3)
+        .contiguous()
+    )
     errors = []
     for crf in (1, 12, 40):
         write_mp4(tmp_path / "n.mp4", noise, 8.0, crf=crf)
         with av.open(str(tmp_path / "n.mp4")) as container:
-            frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+            frames = np.stack(
+                [
+                    frame.to_ndarray(format="rgb24")
+                    for frame in container.decode(video=0)
+                ]
+            )
         errors.append(np.abs(frames.astype(int) - noise.numpy()).mean())
     assert errors == sorted(errors)
     assert errors[2] > 4 * errors[0]
@@ -73,7 +93,11 @@ def test_a_lower_crf_is_closer(tmp_path: Path) -> None:
     [
         (torch.zeros(2, 16, 16, 3), {}, "uint8 frames"),
         (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), {}, "uint8 frames"),
-        (torch.zeros(2, 16, 15, 3, dtype=torch.uint8), {}, "even height and width, got 16x15"),
+        (
+            torch.zeros(2, 16, 15, 3, dtype=torch.uint8),
+            {},
+            "even height and width, got 16x15",
+        ),
         (torch.zeros(2, 16, 16, 3, dtype=torch.uint8), {"fps": 0.0}, "fps > 0"),
         (torch.zeros(2, 16, 16, 3, dtype=torch.uint8), {"crf": 52}, "crf <= 51"),
     ],
@@ -91,7 +115,12 @@ def test_what_cannot_be_written_is_named(
 def counted_video(frames: int, height: int = 32, width: int = 32) -> torch.Tensor:
     """Frame t is grey of 20 t + 30."""
     grey_T = 20 * torch.arange(frames) + 30
-    return grey_T[:, None, None, None].expand(-1, height, width, 3).to(torch.uint8).contiguous()
+    return (
+        grey_T[:, None, None, None]
+        .expand(-1, height, width, 3)
+        .to(torch.uint8)
+        .contiguous()
+    )
 
 
 def greys(video_TYXC: torch.Tensor) -> list[int]:
@@ -110,7 +139,9 @@ def greys(video_TYXC: torch.Tensor) -> list[int]:
 )
 def test_frames_at_a_rate(tmp_path: Path, fps: float, frames: list[int]) -> None:
     write_mp4(tmp_path / "a.mp4", counted_video(10), 8.0)
-    found = read_frames(tmp_path / "a.mp4", num_frames=len(frames), fps=fps, height=32, width=32)
+    found = read_frames(
+        tmp_path / "a.mp4", num_frames=len(frames), fps=fps, height=32, width=32
+    )
     assert found.dtype == torch.uint8
     assert greys(found) == frames
 
@@ -118,8 +149,17 @@ def test_frames_at_a_rate(tmp_path: Path, fps: float, frames: list[int]) -> None
 def test_the_last_frame_is_shown_as_long_as_the_others(tmp_path: Path) -> None:
     write_mp4(tmp_path / "a.mp4", counted_video(3), 8.0)
     size = {"height": 32, "width": 32}
-    assert greys(read_frames(tmp_path / "a.mp4", num_frames=6, fps=16.0, **size)) == [0, 0, 1, 1, 2, 2]
-    with pytest.raises(ValueError, match=r"a\.mp4: 6 frames at 16 a second, 7 are needed"):
+    assert greys(read_frames(tmp_path / "a.mp4", num_frames=6, fps=16.0, **size)) == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
+    with pytest.raises(
+        ValueError, match=r"a\.mp4: 6 frames at 16 a second, 7 are needed"
+    ):
         read_frames(tmp_path / "a.mp4", num_frames=7, fps=16.0, **size)
 
 

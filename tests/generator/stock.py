@@ -64,12 +64,22 @@ def tiny_pipeline(folder: Path, **parts: Any) -> WanPipeline:
 
 def large_pipeline() -> WanPipeline:
     """Wan 2.1 1.3B's transformer, without memory for its weights, and nothing beside it."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
 
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(dict(WAN_1_3B))
     steps = FlowMatchEulerDiscreteScheduler()
-    return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=steps, transformer=transformer)
+    return WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=steps,
+        transformer=transformer,
+    )
 
 
 def adapter_of(pipeline: WanPipeline) -> dict[str, torch.Tensor]:
@@ -81,7 +91,9 @@ def adapter_of(pipeline: WanPipeline) -> dict[str, torch.Tensor]:
     }
 
 
-def latents(pipeline: WanPipeline, prompts: Sequence[str], seeds: Sequence[int], *, steps: int) -> torch.Tensor:
+def latents(
+    pipeline: WanPipeline, prompts: Sequence[str], seeds: Sequence[int], *, steps: int
+) -> torch.Tensor:
     """Sampled by the pipeline itself, texts and all, with guidance 3: (B, C, F, H, W)."""
     shape = (16, (FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
     return pipeline(

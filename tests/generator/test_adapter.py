@@ -36,7 +36,11 @@ def test_only_the_adapter_trains(folder: Path) -> None:
 def test_initial_values(folder: Path) -> None:
     """A is N(0, 1 / rank^2) from the seed, B is zero, so the model starts as it was."""
     one, same, other = (
-        WanGenerator.load(tiny_config(folder, lora=LoraConfig(rank=16, alpha=8.0)), device="cpu", seed=seed)
+        WanGenerator.load(
+            tiny_config(folder, lora=LoraConfig(rank=16, alpha=8.0)),
+            device="cpu",
+            seed=seed,
+        )
         for seed in (1, 1, 2)
     )
     weights = [dict(g.module.named_parameters()) for g in (one, same, other)]
@@ -49,14 +53,22 @@ def test_initial_values(folder: Path) -> None:
 
 
 def test_misspelt_target_is_refused(folder: Path) -> None:
-    lora = LoraConfig(rank=2, targets=("to_q", "q_proj", "to_out"))  # to_out is a list of modules, not a linear
+    lora = LoraConfig(
+        rank=2, targets=("to_q", "q_proj", "to_out")
+    )  # to_out is a list of modules, not a linear
     with pytest.raises(ValueError, match=r"\['q_proj', 'to_out'\]"):
         WanGenerator.load(tiny_config(folder, lora=lora), device="cpu")
 
 
-def test_given_weights_replace_the_modules(folder: Path, saved: Path, tmp_path: Path) -> None:
+def test_given_weights_replace_the_modules(
+    folder: Path, saved: Path, tmp_path: Path
+) -> None:
     generator = tiny_generator(folder)
-    doubled = {name: 2 * p for name, p in generator.module.named_parameters() if p.requires_grad}
+    doubled = {
+        name: 2 * p
+        for name, p in generator.module.named_parameters()
+        if p.requires_grad
+    }
     generator.save_trained(tmp_path, doubled)
     own, given = load_file(saved / ADAPTER_FILE), load_file(tmp_path / ADAPTER_FILE)
     assert own.keys() == given.keys()
@@ -75,25 +87,37 @@ def test_stock_pipeline_reads_it(folder: Path, saved: Path) -> None:
         for name, value in stock.transformer.named_parameters()
         if ".lora_" in name
     }
-    written = {name.removeprefix("transformer."): value for name, value in load_file(saved / ADAPTER_FILE).items()}
+    written = {
+        name.removeprefix("transformer."): value
+        for name, value in load_file(saved / ADAPTER_FILE).items()
+    }
     assert found.keys() == written.keys()  # nothing unexpected, nothing missing
     assert len(written) == 2 * 2 * (2 * 4 + 2) < len(before)
     assert all(torch.equal(found[name], written[name]) for name in written)
 
     draw = torch.Generator().manual_seed(4)
     x, sigma = torch.randn(1, *generator.latent_shape, generator=draw), 0.6
-    texts = generator.prompts.get(["rain"], device=torch.device("cpu"), dtype=torch.float32)
+    texts = generator.prompts.get(
+        ["rain"], device=torch.device("cpu"), dtype=torch.float32
+    )
     with torch.no_grad():
         theirs = stock.transformer(x, torch.tensor([1000 * sigma]), texts).sample
-        ours = generator.velocity(x, torch.tensor([sigma]), ["rain"], guidance_scale=1.0)
+        ours = generator.velocity(
+            x, torch.tensor([sigma]), ["rain"], guidance_scale=1.0
+        )
         stock.disable_lora()
         base = stock.transformer(x, torch.tensor([1000 * sigma]), texts).sample
-    assert torch.allclose(ours, theirs, atol=1e-5)  # alpha is twice the rank: a lost alpha would halve the change
+    assert torch.allclose(
+        ours, theirs, atol=1e-5
+    )  # alpha is twice the rank: a lost alpha would halve the change
     assert (ours - base).abs().max() > 1e-2
 
 
 def test_load_restores_the_output(folder: Path, saved: Path) -> None:
-    trained, fresh = tiny_generator(folder), WanGenerator.load(tiny_config(folder), device="cpu", seed=9)
+    trained, fresh = (
+        tiny_generator(folder),
+        WanGenerator.load(tiny_config(folder), device="cpu", seed=9),
+    )
     want = trained.sample(["rain"], [1])
     assert not torch.allclose(fresh.sample(["rain"], [1]), want, atol=1e-2)
     fresh.load_trained(saved)
@@ -105,10 +129,15 @@ def test_load_restores_the_output(folder: Path, saved: Path) -> None:
     [
         (LoraConfig(rank=2, alpha=8.0), "r is 4, want 2"),
         (LoraConfig(rank=4, alpha=4.0), "lora_alpha is 8.0, want 4.0"),
-        (LoraConfig(rank=4, alpha=8.0, targets=WAN_LINEARS[:4]), "unexpected blocks.0.ffn"),
+        (
+            LoraConfig(rank=4, alpha=8.0, targets=WAN_LINEARS[:4]),
+            "unexpected blocks.0.ffn",
+        ),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(folder: Path, saved: Path, lora: LoraConfig, words: str) -> None:
+def test_an_adapter_that_does_not_fit_is_refused(
+    folder: Path, saved: Path, lora: LoraConfig, words: str
+) -> None:
     generator = WanGenerator.load(tiny_config(folder, lora=lora), device="cpu")
     with pytest.raises(ValueError, match="does not fit") as caught:
         generator.load_trained(saved)
@@ -118,8 +147,13 @@ def test_an_adapter_that_does_not_fit_is_refused(folder: Path, saved: Path, lora
 def test_a_missing_weight_is_refused(folder: Path, saved: Path, tmp_path: Path) -> None:
     weights = load_file(saved / ADAPTER_FILE)
     gone = sorted(weights)[0]
-    save_file({name: value for name, value in weights.items() if name != gone}, tmp_path / ADAPTER_FILE)
-    with pytest.raises(ValueError, match=f"missing {gone.removeprefix('transformer.')}"):
+    save_file(
+        {name: value for name, value in weights.items() if name != gone},
+        tmp_path / ADAPTER_FILE,
+    )
+    with pytest.raises(
+        ValueError, match=f"missing {gone.removeprefix('transformer.')}"
+    ):
         tiny_generator(folder).load_trained(tmp_path)
 
 

@@ -15,10 +15,17 @@ from safetensors.torch import load_file, save_file
 
 from generator import adapter, adapter_file, weights
 from generator.adapter import ADAPTER_FILE
-from generator.adapter_file import LowRank, StoredAdapter
+from generator.adapter_file import LoraMatrices, StoredAdapter
 from generator.config import WAN_LINEARS, LoraConfig
 from generator.wan import WanGenerator
-from tests.generator.stock import WAN_1_3B, adapter_of, large_pipeline, latents, remarks, tiny_pipeline
+from tests.generator.stock import (
+    WAN_1_3B,
+    adapter_of,
+    large_pipeline,
+    latents,
+    remarks,
+    tiny_pipeline,
+)
 from tests.tiny import tiny_generator
 
 # every linear that a Wan transformer has
@@ -49,44 +56,74 @@ def as_comfyui_adds(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     for key in (key for key in tensors if key.endswith(".lora_B.weight")):
         name = key.removesuffix(".lora_B.weight")
         down = tensors[f"{name}.lora_A.weight"]
-        scale = tensors[f"{name}.alpha"].item() / down.shape[0] if f"{name}.alpha" in tensors else 1.0
-        out[f"{name.removeprefix('diffusion_model.')}.weight"] = scale * tensors[key].double() @ down.double()
+        scale = (
+            tensors[f"{name}.alpha"].item() / down.shape[0]
+            if f"{name}.alpha" in tensors
+            else 1.0
+        )
+        out[f"{name.removeprefix('diffusion_model.')}.weight"] = (
+            scale * tensors[key].double() @ down.double()
+        )
     return out
 
 
 @pytest.fixture(params=[8.0, 3.0], ids=["alpha 8 of rank 4", "alpha 3 of rank 4"])
 def trained(request: pytest.FixtureRequest, folder: Path) -> WanGenerator:
-    return tiny_generator(folder, lora=LoraConfig(rank=4, alpha=request.param, targets=EVERYWHERE))
+    return tiny_generator(
+        folder, lora=LoraConfig(rank=4, alpha=request.param, targets=EVERYWHERE)
+    )
 
 
-def test_comfyui_names_are_those_of_diffusers_own_table(trained: WanGenerator, tmp_path: Path) -> None:
+def test_comfyui_names_are_those_of_diffusers_own_table(
+    trained: WanGenerator, tmp_path: Path
+) -> None:
     own = stored(trained, tmp_path)
-    added = convert_wan_transformer_to_diffusers(as_comfyui_adds(adapter_file.comfyui(own)))
+    added = convert_wan_transformer_to_diffusers(
+        as_comfyui_adds(adapter_file.comfyui(own))
+    )
     assert added.keys() == {f"{linear}.weight" for linear in own.pairs}
-    assert len(added) == 2 * 10 + 6  # two blocks, and time and text embedders (2 each), time projection, output
-    worst = max(float((added[f"{linear}.weight"] - change(own, linear)).abs().max()) for linear in own.pairs)
+    assert (
+        len(added) == 2 * 10 + 6
+    )  # two blocks, and time and text embedders (2 each), time projection, output
+    worst = max(
+        float((added[f"{linear}.weight"] - change(own, linear)).abs().max())
+        for linear in own.pairs
+    )
     assert worst < 1e-6
 
 
-def test_diffusers_reads_comfyuis_layout(trained: WanGenerator, folder: Path, tmp_path: Path) -> None:
+def test_diffusers_reads_comfyuis_layout(
+    trained: WanGenerator, folder: Path, tmp_path: Path
+) -> None:
     own = stored(trained, tmp_path)
     write_comfyui(own, tmp_path)
     read_back = WanPipeline.lora_state_dict(tmp_path, weight_name=COMFYUI)
     assert read_back.keys() == load_file(tmp_path / ADAPTER_FILE).keys()
     for linear in own.pairs:
-        down, up = (read_back[f"transformer.{linear}.lora_{side}.weight"].double() for side in "AB")
+        down, up = (
+            read_back[f"transformer.{linear}.lora_{side}.weight"].double()
+            for side in "AB"
+        )
         torch.testing.assert_close(up @ down, change(own, linear), atol=1e-6, rtol=1e-5)
 
     pipeline = tiny_pipeline(folder)
     with remarks() as said:
         pipeline.load_lora_weights(tmp_path, weight_name=COMFYUI)
     assert said == []
-    assert adapter_of(pipeline).keys() == read_back.keys()  # nothing unexpected, nothing missing
-    want = trained.sample(["rain", "a red circle"], [3, 4], scheduler="pipeline", num_steps=4)
+    assert (
+        adapter_of(pipeline).keys() == read_back.keys()
+    )  # nothing unexpected, nothing missing
+    want = trained.sample(
+        ["rain", "a red circle"], [3, 4], scheduler="pipeline", num_steps=4
+    )
     got = latents(pipeline, ["rain", "a red circle"], [3, 4], steps=4)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # latents are as large as 10
+    torch.testing.assert_close(
+        got, want, atol=1e-5, rtol=1e-5
+    )  # latents are as large as 10
     pipeline.disable_lora()
-    assert (latents(pipeline, ["rain", "a red circle"], [3, 4], steps=4) - want).abs().max() > 0.1
+    assert (
+        latents(pipeline, ["rain", "a red circle"], [3, 4], steps=4) - want
+    ).abs().max() > 0.1
 
 
 def test_the_listener_hears_an_unexpected_key(folder: Path, tmp_path: Path) -> None:
@@ -101,37 +138,58 @@ def test_the_listener_hears_an_unexpected_key(folder: Path, tmp_path: Path) -> N
     assert any("unexpected keys" in one and "blocks.9" in one for one in said)
 
 
-def test_the_merged_transformer_is_the_adapted_one(trained: WanGenerator, folder: Path, tmp_path: Path) -> None:
+def test_the_merged_transformer_is_the_adapted_one(
+    trained: WanGenerator, folder: Path, tmp_path: Path
+) -> None:
     from diffusers import WanTransformer3DModel
 
     base = weights.read(folder)
     merged = adapter_file.merge(base.state, stored(trained, tmp_path))
     weights.write(weights.Stored(base.config, merged.state), tmp_path)
     with remarks() as said:
-        stock, info = WanTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer", output_loading_info=True)
+        stock, info = WanTransformer3DModel.from_pretrained(
+            tmp_path, subfolder="transformer", output_loading_info=True
+        )
     assert said == []
     assert not any(info.values())
-    x, sigma = torch.randn(2, *trained.latent_shape, generator=torch.Generator().manual_seed(4)), 0.6
-    texts = trained.prompts.get(["rain", "two cats"], device=torch.device("cpu"), dtype=torch.float32)
+    x, sigma = (
+        torch.randn(
+            2, *trained.latent_shape, generator=torch.Generator().manual_seed(4)
+        ),
+        0.6,
+    )
+    texts = trained.prompts.get(
+        ["rain", "two cats"], device=torch.device("cpu"), dtype=torch.float32
+    )
     with torch.no_grad():
-        want = trained.velocity(x, torch.tensor([sigma, sigma]), ["rain", "two cats"], guidance_scale=1.0)
+        want = trained.velocity(
+            x, torch.tensor([sigma, sigma]), ["rain", "two cats"], guidance_scale=1.0
+        )
         got = stock.eval()(x, torch.tensor([1000 * sigma] * 2), texts).sample
         with trained.reference():
-            before = trained.velocity(x, torch.tensor([sigma, sigma]), ["rain", "two cats"], guidance_scale=1.0)
+            before = trained.velocity(
+                x,
+                torch.tensor([sigma, sigma]),
+                ["rain", "two cats"],
+                guidance_scale=1.0,
+            )
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     assert (want - before).abs().max() > 1e-2
 
 
 def by_hand(alpha: float) -> StoredAdapter:
     """One linear, rank 1: B A = [[3, 6], [-1, -2]]."""
-    pair = LowRank(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [-1.0]]))
+    pair = LoraMatrices(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [-1.0]]))
     return StoredAdapter(Path("adapter"), 1, alpha, {"proj_out": pair})
 
 
 def test_merging_by_hand() -> None:
     base = {"proj_out.weight": torch.eye(2), "proj_out.bias": torch.ones(2)}
     merged = adapter_file.merge(base, by_hand(0.5))
-    assert merged.state["proj_out.weight"].tolist() == [[2.5, 3.0], [-0.5, 0.0]]  # I + 0.5 B A
+    assert merged.state["proj_out.weight"].tolist() == [
+        [2.5, 3.0],
+        [-0.5, 0.0],
+    ]  # I + 0.5 B A
     assert merged.state["proj_out.bias"] is base["proj_out.bias"]
     assert torch.equal(base["proj_out.weight"], torch.eye(2))
     assert merged.lost == 0.0
@@ -139,14 +197,19 @@ def test_merging_by_hand() -> None:
 
 def test_merging_into_bfloat16_is_in_float32_and_says_what_is_lost() -> None:
     base = {"proj_out.weight": torch.full((2, 2), 1.0, dtype=torch.bfloat16)}
-    fine = adapter_file.merge(base, by_hand(2.0**-12))  # from 1.0 a step up is 2^-7, down 2^-8: all rounds back
+    fine = adapter_file.merge(
+        base, by_hand(2.0**-12)
+    )  # from 1.0 a step up is 2^-7, down 2^-8: all rounds back
     assert torch.equal(fine.state["proj_out.weight"], base["proj_out.weight"])
     assert fine.lost == pytest.approx(1.0)
     coarse = adapter_file.merge(base, by_hand(2.0**-7))
     assert coarse.state["proj_out.weight"].dtype == torch.bfloat16
-    assert coarse.state["proj_out.weight"].tolist() == [[1 + 3 * 2**-7, 1 + 6 * 2**-7], [1 - 2**-7, 1 - 2**-6]]
+    assert coarse.state["proj_out.weight"].tolist() == [
+        [1 + 3 * 2**-7, 1 + 6 * 2**-7],
+        [1 - 2**-7, 1 - 2**-6],
+    ]
     assert coarse.lost == 0.0
-    assert adapter_file.merge(base, by_hand(0.0)).lost == 0.0  # nothing to lose
+    assert adapter_file.merge(base, by_hand(0.0)).lost == 0.0  # nothing to rejected
 
 
 def test_every_name_at_full_size(tmp_path: Path) -> None:
@@ -154,20 +217,34 @@ def test_every_name_at_full_size(tmp_path: Path) -> None:
     pipeline = large_pipeline()
     module = adapter.attach(pipeline.transformer, LoraConfig(rank=2, alpha=6.0), seed=0)
     draw = torch.Generator().manual_seed(0)
-    state = {n: torch.randn(p.shape, generator=draw) for n, p in module.named_parameters() if p.requires_grad}
+    state = {
+        n: torch.randn(p.shape, generator=draw)
+        for n, p in module.named_parameters()
+        if p.requires_grad
+    }
     adapter.save(module, tmp_path, state)
     width, wide, rank = 12 * 128, 8960, 2
 
     def of(name: str, into: int, out: int) -> dict[str, tuple[int, int]]:
-        return {f"{name}.lora_A.weight": (rank, into), f"{name}.lora_B.weight": (out, rank)}
+        return {
+            f"{name}.lora_A.weight": (rank, into),
+            f"{name}.lora_B.weight": (out, rank),
+        }
 
     ours: dict[str, tuple[int, ...]] = {}
     theirs: dict[str, tuple[int, ...]] = {}
     for i in range(30):
         for attention, original in (("attn1", "self_attn"), ("attn2", "cross_attn")):
-            for linear, letter in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o")):
+            for linear, letter in (
+                ("to_q", "q"),
+                ("to_k", "k"),
+                ("to_v", "v"),
+                ("to_out.0", "o"),
+            ):
                 ours |= of(f"transformer.blocks.{i}.{attention}.{linear}", width, width)
-                theirs |= of(f"diffusion_model.blocks.{i}.{original}.{letter}", width, width)
+                theirs |= of(
+                    f"diffusion_model.blocks.{i}.{original}.{letter}", width, width
+                )
         ours |= of(f"transformer.blocks.{i}.ffn.net.0.proj", width, wide)
         ours |= of(f"transformer.blocks.{i}.ffn.net.2", wide, width)
         theirs |= of(f"diffusion_model.blocks.{i}.ffn.0", width, wide)
@@ -188,7 +265,13 @@ def test_every_name_at_full_size(tmp_path: Path) -> None:
     assert len(ours) == 600
 
 
-def rewritten(folder: Path, target: Path, *, settings: dict[str, object] | None = None, **tensors: object) -> Path:
+def rewritten(
+    folder: Path,
+    target: Path,
+    *,
+    settings: dict[str, object] | None = None,
+    **tensors: object,
+) -> Path:
     """A saved adapter with other settings (None: none at all) or tensors (None: taken out) at dotted names."""
     with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
         names = file.keys()
@@ -198,7 +281,11 @@ def rewritten(folder: Path, target: Path, *, settings: dict[str, object] | None 
         found.pop(name, None)
         if value is not None:
             found[name] = value
-    text = {} if settings is None else {"lora_adapter_metadata": json.dumps({**before, **settings})}
+    text = (
+        {}
+        if settings is None
+        else {"lora_adapter_metadata": json.dumps({**before, **settings})}
+    )
     target.mkdir(exist_ok=True)
     save_file(found, target / ADAPTER_FILE, metadata={"format": "pt", **text})
     return target
@@ -214,8 +301,16 @@ FIRST = "transformer.blocks.0.attn1.to_q.lora_A.weight"
         ({"transformer.r": 5}, {}, "r=5 wants A"),
         ({"transformer.use_dora": True}, {}, "use_dora is not of this project's LoRA"),
         ({}, {FIRST: None}, r"blocks.0.attn1.to_q has {'B': \(24, 4\)}"),
-        ({}, {"transformer.blocks.0.attn1.to_q.diff": torch.zeros(2, 2)}, "to_q.diff is not the A or B"),
-        ({}, {"text_encoder.q.lora_A.weight": torch.zeros(4, 2)}, "text_encoder.q.lora_A.weight is not the A or B"),
+        (
+            {},
+            {"transformer.blocks.0.attn1.to_q.diff": torch.zeros(2, 2)},
+            "to_q.diff is not the A or B",
+        ),
+        (
+            {},
+            {"text_encoder.q.lora_A.weight": torch.zeros(4, 2)},
+            "text_encoder.q.lora_A.weight is not the A or B",
+        ),
     ],
 )
 def test_what_is_not_an_adapter_of_ours_is_refused(
@@ -223,7 +318,9 @@ def test_what_is_not_an_adapter_of_ours_is_refused(
 ) -> None:
     tiny_generator(folder).save_trained(tmp_path)
     with pytest.raises(ValueError, match=words) as caught:
-        adapter_file.read(rewritten(tmp_path, tmp_path / "other", settings=settings, **tensors))
+        adapter_file.read(
+            rewritten(tmp_path, tmp_path / "other", settings=settings, **tensors)
+        )
     assert ADAPTER_FILE in str(caught.value)
 
 
@@ -231,8 +328,12 @@ def test_another_models_adapter_is_refused(folder: Path, tmp_path: Path) -> None
     own = stored(tiny_generator(folder), tmp_path)
     base = weights.read(folder).state
     pairs = {**own.pairs, "blocks.7.attn1.to_q": own.pairs["blocks.0.attn1.to_q"]}
-    pairs["proj_out"] = LowRank(torch.zeros(4, 9), torch.zeros(64, 4))
-    with pytest.raises(ValueError, match=r"2 problems.*no blocks.7.attn1.to_q.*proj_out is \(64, 24\)"):
+    pairs["proj_out"] = LoraMatrices(torch.zeros(4, 9), torch.zeros(64, 4))
+    with pytest.raises(
+        ValueError, match=r"2 problems.*no blocks.7.attn1.to_q.*proj_out is \(64, 24\)"
+    ):
         adapter_file.merge(base, replace(own, pairs=pairs))
-    with pytest.raises(ValueError, match=r"attn1.add_k_proj has no name in Wan's own code"):
+    with pytest.raises(
+        ValueError, match=r"attn1.add_k_proj has no name in Wan's own code"
+    ):
         adapter_file.original_name("blocks.0.attn1.add_k_proj")

@@ -22,7 +22,9 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generator_of(folder: Path, **sampler: object) -> WanGenerator:
-    return tiny_generator(folder, sampler=dataclasses.replace(tiny_config(folder).sampler, **sampler))
+    return tiny_generator(
+        folder, sampler=dataclasses.replace(tiny_config(folder).sampler, **sampler)
+    )
 
 
 class Calls:
@@ -31,7 +33,8 @@ class Calls:
     def __init__(self, blocks: nn.ModuleList) -> None:
         self.seen: list[int] = []
         self.hooks = [
-            block.register_forward_hook(lambda *_, i=i: self.seen.append(i)) for i, block in enumerate(blocks)
+            block.register_forward_hook(lambda *_, i=i: self.seen.append(i))
+            for i, block in enumerate(blocks)
         ]
 
     def take(self) -> list[int]:
@@ -44,11 +47,15 @@ def test_a_full_call_changes_nothing_and_the_next_may_use_it_again(deep: Path) -
     transformer = generator.module.get_base_model()
     calls = Calls(transformer.blocks)
     cache = BlockCache(transformer)
-    x = torch.randn(2, *generator.latent_shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        2, *generator.latent_shape, generator=torch.Generator().manual_seed(0)
+    )
 
     def velocity(at: float) -> torch.Tensor:
         with torch.no_grad():
-            return generator.velocity(x, torch.full((2,), at), [PROMPT] * 2, guidance_scale=3.0)
+            return generator.velocity(
+                x, torch.full((2,), at), [PROMPT] * 2, guidance_scale=3.0
+            )
 
     plain = {at: velocity(at) for at in (0.8, 0.7)}
     assert calls.take() == [0, 1, 2, 3, 4] * 2
@@ -61,9 +68,13 @@ def test_a_full_call_changes_nothing_and_the_next_may_use_it_again(deep: Path) -
     # at the same place what the middle adds is the same, up to the rounding of (h + r) - h
     assert float((same - plain[0.8]).abs().max()) < 1e-5
     assert float((near - plain[0.7]).abs().max()) > 1e-3  # elsewhere it is not
-    assert float((near - plain[0.8]).abs().max()) > 1e-3  # but the first and the last block see where they are
+    assert (
+        float((near - plain[0.8]).abs().max()) > 1e-3
+    )  # but the first and the last block see where they are
     assert torch.equal(velocity(0.7), plain[0.7])  # outside, nothing is left of it
-    assert [type(block).__name__ for block in transformer.blocks] == ["WanTransformerBlock"] * 5
+    assert [type(block).__name__ for block in transformer.blocks] == [
+        "WanTransformerBlock"
+    ] * 5
 
 
 def test_what_is_added_is_the_middle_blocks_own(deep: Path) -> None:
@@ -112,12 +123,16 @@ def test_the_tail_alone_is_cached_and_a_walk_starts_afresh(deep: Path) -> None:
     (want,) = plain.rollout([PROMPT], group_size=2, seeds=[1])
     (got,) = cached.rollout([PROMPT], group_size=2, seeds=[1])
     tail = [[0, 1, 2, 3, 4] if i % 2 == 0 else [0, 4] for i in range(6 - 1 - k)]
-    assert calls.take() == [i for call in [[0, 1, 2, 3, 4]] * (k + 1) + tail for i in call]
+    assert calls.take() == [
+        i for call in [[0, 1, 2, 3, 4]] * (k + 1) + tail for i in call
+    ]
     assert torch.equal(got.steps[0].next_GCFHW, want.steps[0].next_GCFHW)
     assert not torch.equal(got.clean_GCFHW, want.clean_GCFHW)
     (again,) = cached.rollout([PROMPT], group_size=2, seeds=[1])
     assert torch.equal(again.clean_GCFHW, got.clean_GCFHW)
-    torch.testing.assert_close(cached.sample([PROMPT], [1]), plain.sample([PROMPT], [1]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        cached.sample([PROMPT], [1]), plain.sample([PROMPT], [1]), rtol=0, atol=0
+    )
 
 
 def test_two_blocks_have_no_middle(folder: Path) -> None:

@@ -11,8 +11,17 @@ from generator.config import WAN_LINEARS, GeneratorConfig, LoraConfig, SamplerCo
 def test_defaults_are_the_papers() -> None:
     """LongCat-Video 2510.22200, Table 9, with the shift and the guidance of the open Wan reproduction."""
     sampler = SamplerConfig()
-    assert (sampler.num_steps, sampler.stochastic_range, sampler.noise_level, sampler.max_std) == (16, 6, 1.0, 0.45)
-    assert (sampler.shift, sampler.guidance_scale, sampler.negative_prompt) == (3.0, 4.5, "")
+    assert (
+        sampler.num_steps,
+        sampler.stochastic_range,
+        sampler.noise_level,
+        sampler.max_std,
+    ) == (16, 6, 1.0, 0.45)
+    assert (sampler.shift, sampler.guidance_scale, sampler.negative_prompt) == (
+        3.0,
+        4.5,
+        "",
+    )
     lora = LoraConfig()
     assert (lora.rank, lora.alpha, lora.targets) == (128, 64.0, WAN_LINEARS)
     assert len(set(WAN_LINEARS)) == 6
@@ -28,7 +37,11 @@ def test_defaults_are_the_papers() -> None:
         (SamplerConfig, {"max_std": 0.0}, ["max_std", "0.0"]),
         (SamplerConfig, {"max_std": None}, ["max_std", "noise_level", "1.0", "null"]),
         (SamplerConfig, {"guidance_scale": 0.5}, ["guidance_scale", "0.5"]),
-        (SamplerConfig, {"shift": -1.0, "noise_level": -2.0}, ["shift", "-1.0", "noise_level", "-2.0"]),
+        (
+            SamplerConfig,
+            {"shift": -1.0, "noise_level": -2.0},
+            ["shift", "-1.0", "noise_level", "-2.0"],
+        ),
         (LoraConfig, {"rank": 0}, ["rank", "0"]),
         (LoraConfig, {"alpha": -3.0}, ["alpha", "-3.0"]),
         (LoraConfig, {"targets": ()}, ["targets"]),
@@ -37,7 +50,9 @@ def test_defaults_are_the_papers() -> None:
         (GeneratorConfig, {"path": "x", "fps": -8.0}, ["fps", "-8.0"]),
     ],
 )
-def test_errors_name_the_field_and_the_value(schema: type, values: dict, words: list[str]) -> None:
+def test_errors_name_the_field_and_the_value(
+    schema: type, values: dict, words: list[str]
+) -> None:
     with pytest.raises(ValueError, match=schema.__name__) as caught:
         schema(**values)
     assert all(word in str(caught.value) for word in words)

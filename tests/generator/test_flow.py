@@ -30,11 +30,15 @@ class Weights(NamedTuple):
     kl: float
 
 
-def loss_weights(sigma: float, after: float, *, noise_level: float, max_std: float | None) -> Weights:
-    """Of LongCat's two terms, s / sqrt(delta) and its square, with the clipped s: `alignment.losses` has them of the
+def loss_weights(
+    sigma: float, after: float, *, noise_level: float, max_std: float | None
+) -> Weights:
+    """Of LongCat's two terms, s / sqrt(delta) and its square, with the clipped s: `alignment.grpo_losses` has them of the
     std.
     """
-    policy = effective_noise(sigma, after, noise_level=noise_level, max_std=max_std) / math.sqrt(sigma - after)
+    policy = effective_noise(
+        sigma, after, noise_level=noise_level, max_std=max_std
+    ) / math.sqrt(sigma - after)
     return Weights(policy, policy**2)
 
 
@@ -71,7 +75,9 @@ def test_published_table(shift: float, step: int) -> None:
     sigma, after = sigma_grid(16, shift=shift).tolist()[step : step + 2]
     assert sigma == pytest.approx(want_sigma, abs=0.55e-4)
     near = min(sigma, 0.999999)
-    unbounded = effective_noise(near, after, noise_level=1.0, max_std=None) * math.sqrt(near - after)
+    unbounded = effective_noise(near, after, noise_level=1.0, max_std=None) * math.sqrt(
+        near - after
+    )
     assert unbounded == pytest.approx(raw, rel=2e-3)
     s = effective_noise(sigma, after, noise_level=1.0, max_std=TAU)
     weights = loss_weights(sigma, after, noise_level=1.0, max_std=TAU)
@@ -92,7 +98,9 @@ def test_weights_are_the_papers_where_nothing_is_clipped() -> None:
 def test_grid_by_hand() -> None:
     grid = sigma_grid(4, shift=3.0)
     assert grid.tolist() == pytest.approx([1, 2.25 / 2.5, 1.5 / 2, 0.75 / 1.5, 0])
-    assert sigma_grid(5, shift=1.0).tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
+    assert sigma_grid(5, shift=1.0).tolist() == pytest.approx(
+        [1, 0.8, 0.6, 0.4, 0.2, 0]
+    )
     for shift in (0.5, 3.0, 12.0):
         values = sigma_grid(50, shift=shift).tolist()
         assert values[0] == 1.0
@@ -100,16 +108,22 @@ def test_grid_by_hand() -> None:
         assert all(a > b for a, b in pairwise(values))
 
 
-@pytest.mark.parametrize("bad", [{"num_steps": 0, "shift": 3.0}, {"num_steps": 4, "shift": 0.0}])
+@pytest.mark.parametrize(
+    "bad", [{"num_steps": 0, "shift": 3.0}, {"num_steps": 4, "shift": 0.0}]
+)
 def test_grid_refuses_nonsense(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="sigma_grid needs"):
         sigma_grid(bad["num_steps"], shift=bad["shift"])
 
 
 def test_stochastic_step_is_uniform_and_fixed_by_the_seed() -> None:
-    counts = torch.tensor([stochastic_step(seed, 6) for seed in range(6000)]).bincount(minlength=6)
+    counts = torch.tensor([stochastic_step(seed, 6) for seed in range(6000)]).bincount(
+        minlength=6
+    )
     assert counts.sum() == 6000
-    assert ((counts - 1000).abs() < 4 * math.sqrt(6000 * (1 / 6) * (5 / 6))).all()  # four sigma of a binomial
+    assert (
+        (counts - 1000).abs() < 4 * math.sqrt(6000 * (1 / 6) * (5 / 6))
+    ).all()  # four sigma of a binomial
     assert stochastic_step(17, 6) == stochastic_step(17, 6)
 
 
@@ -124,17 +138,30 @@ def test_zero_noise_is_the_euler_step_to_the_bit() -> None:
 
 def test_mean_by_hand() -> None:
     # sigma .8 -> .7, a = 1: s^2 = 4, mean = x (1 - 4 * .1 / 1.6) - v * .1 * (1 + 4 * .2 / 1.6) = .75 x - .15 v
-    law = sde_transition(torch.tensor([2.0]), torch.tensor([3.0]), 0.8, 0.7, noise_level=1.0, max_std=None)
+    law = sde_transition(
+        torch.tensor([2.0]),
+        torch.tensor([3.0]),
+        0.8,
+        0.7,
+        noise_level=1.0,
+        max_std=None,
+    )
     assert law.mean.item() == pytest.approx(0.75 * 2 - 0.15 * 3)
     assert law.std == pytest.approx(2 * math.sqrt(0.1))
 
 
 def test_finite_at_pure_noise_only_with_a_ceiling() -> None:
-    law = sde_transition(torch.ones(1), torch.ones(1), 1.0, 0.98, noise_level=1.0, max_std=TAU)
+    law = sde_transition(
+        torch.ones(1), torch.ones(1), 1.0, 0.98, noise_level=1.0, max_std=TAU
+    )
     assert law.std == pytest.approx(TAU)
-    assert law.mean.item() == pytest.approx(1 - TAU**2 / 2 - 0.02)  # s^2 delta = tau^2, and (1 - sigma) = 0
+    assert law.mean.item() == pytest.approx(
+        1 - TAU**2 / 2 - 0.02
+    )  # s^2 delta = tau^2, and (1 - sigma) = 0
     with pytest.raises(ValueError, match="infinite"):
-        sde_transition(torch.ones(1), torch.ones(1), 1.0, 0.98, noise_level=1.0, max_std=None)
+        sde_transition(
+            torch.ones(1), torch.ones(1), 1.0, 0.98, noise_level=1.0, max_std=None
+        )
 
 
 def test_gradient_of_log_prob_has_the_stated_sign_and_size() -> None:
@@ -149,46 +176,64 @@ def test_gradient_of_log_prob_has_the_stated_sign_and_size() -> None:
     (gradient,) = torch.autograd.grad(log_prob(law, sample).sum(), v)
     s = TAU / math.sqrt(sigma - after)  # clipped here: sqrt(9) * .2 = .6 > .45
     gain = 1 + s**2 * (1 - sigma) / (2 * sigma)
-    assert torch.allclose(gradient, -gain * math.sqrt(sigma - after) / s * xi / 6, atol=1e-13)
+    assert torch.allclose(
+        gradient, -gain * math.sqrt(sigma - after) / s * xi / 6, atol=1e-13
+    )
 
 
-@pytest.mark.parametrize(("sigma", "after"), [(0.9286, 0.90), (0.8684, 0.83), (0.70, 0.65)])
+@pytest.mark.parametrize(
+    ("sigma", "after"), [(0.9286, 0.90), (0.8684, 0.83), (0.70, 0.65)]
+)
 def test_reweighted_terms_are_free_of_the_schedule(sigma: float, after: float) -> None:
     """policy weight * gradient = -c~ xi / D and KL weight * KL = c~^2 / 2 * mean |v - v_ref|^2 (equations 6 to 8)."""
     draw = torch.Generator().manual_seed(2)
-    x, other, xi = (torch.randn(1, 8, generator=draw, dtype=torch.float64) for _ in range(3))
+    x, other, xi = (
+        torch.randn(1, 8, generator=draw, dtype=torch.float64) for _ in range(3)
+    )
     v = torch.randn(1, 8, generator=draw, dtype=torch.float64).requires_grad_()
     s = effective_noise(sigma, after, noise_level=1.0, max_std=TAU)
     gain = 1 + s**2 * (1 - sigma) / (2 * sigma)
     weights = loss_weights(sigma, after, noise_level=1.0, max_std=TAU)
     law = sde_transition(x, v, sigma, after, noise_level=1.0, max_std=TAU)
-    (gradient,) = torch.autograd.grad(weights.policy * log_prob(law, (law.mean + law.std * xi).detach()).sum(), v)
+    (gradient,) = torch.autograd.grad(
+        weights.policy * log_prob(law, (law.mean + law.std * xi).detach()).sum(), v
+    )
     assert torch.allclose(gradient, -gain * xi / 8, atol=1e-12)
     reference = sde_transition(x, other, sigma, after, noise_level=1.0, max_std=TAU)
     kl = weights.kl * kl_same_std(law, reference)
-    assert kl.item() == pytest.approx(gain**2 / 2 * (v - other).square().mean().item(), rel=1e-10)
+    assert kl.item() == pytest.approx(
+        gain**2 / 2 * (v - other).square().mean().item(), rel=1e-10
+    )
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.5, 1.0])
 def test_sde_keeps_the_marginal(noise_level: float) -> None:
     """Data N(0, s0^2): the exact velocity is linear in x, so x at every sigma has a known spread, noise or not."""
     data_std, steps = 0.5, 400
-    sigmas = sigma_grid(steps, shift=1.0).tolist()[8:]  # away from sigma = 1, where the SDE's noise is unbounded
+    sigmas = sigma_grid(steps, shift=1.0).tolist()[
+        8:
+    ]  # away from sigma = 1, where the SDE's noise is unbounded
     variance = (1 - sigmas[0]) ** 2 * data_std**2 + sigmas[0] ** 2
-    x = math.sqrt(variance) * torch.randn(60_000, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x = math.sqrt(variance) * torch.randn(
+        60_000, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     draw = torch.Generator().manual_seed(4)
     for sigma, after in pairwise(sigmas):
         variance = (1 - sigma) ** 2 * data_std**2 + sigma**2
         v = x * (sigma - (1 - sigma) * data_std**2) / variance  # E[eps - x0 | x]
         law = sde_transition(x, v, sigma, after, noise_level=noise_level, max_std=None)
-        x = law.mean + law.std * torch.randn(x.shape, generator=draw, dtype=torch.float64)
+        x = law.mean + law.std * torch.randn(
+            x.shape, generator=draw, dtype=torch.float64
+        )
     assert x.std().item() == pytest.approx(data_std, rel=0.02)
 
 
 def test_interpolation_and_velocity_agree() -> None:
     clean, noise = torch.tensor([[2.0]]), torch.tensor([[6.0]])
     assert interpolate(clean, noise, torch.tensor([0.25])).item() == 3.0
-    assert velocity_target(clean, noise).item() == 4.0  # eps - x0: the derivative of the line above
+    assert (
+        velocity_target(clean, noise).item() == 4.0
+    )  # eps - x0: the derivative of the line above
 
 
 def test_guidance_by_hand() -> None:

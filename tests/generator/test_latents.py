@@ -24,11 +24,21 @@ def coarse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_wan(tmp_path_factory.mktemp("coarse"), spatial=4, temporal=2)
 
 
-def test_decode_gives_the_pipelines_bytes(generator: WanGenerator, folder: Path) -> None:
+def test_decode_gives_the_pipelines_bytes(
+    generator: WanGenerator, folder: Path
+) -> None:
     stock = WanPipeline.from_pretrained(folder, dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
-    noise = torch.randn(3, *generator.latent_shape, generator=torch.Generator().manual_seed(0))
-    call = {"prompt": ["a", "b", "c"], "height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2}
+    noise = torch.randn(
+        3, *generator.latent_shape, generator=torch.Generator().manual_seed(0)
+    )
+    call = {
+        "prompt": ["a", "b", "c"],
+        "height": 32,
+        "width": 32,
+        "num_frames": 9,
+        "num_inference_steps": 2,
+    }
     call |= {"guidance_scale": 3.0, "max_sequence_length": 24}
     latents = stock(**call, latents=noise, output_type="latent").frames
     unit = stock(**call, latents=noise, output_type="np").frames
@@ -41,26 +51,49 @@ def test_decode_gives_the_pipelines_bytes(generator: WanGenerator, folder: Path)
 
 def test_decode_batch_changes_nothing(folder: Path) -> None:
     latents = torch.randn(3, 16, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    one, all_ = (WanGenerator.load(tiny_config(folder, decode_batch=n), device="cpu").decode(latents) for n in (1, 3))
-    assert (one.int() - all_.int()).abs().max() <= 1  # the last bit of a convolution may round a pixel the other way
+    one, all_ = (
+        WanGenerator.load(tiny_config(folder, decode_batch=n), device="cpu").decode(
+            latents
+        )
+        for n in (1, 3)
+    )
+    assert (
+        one.int() - all_.int()
+    ).abs().max() <= 1  # the last bit of a convolution may round a pixel the other way
     assert (one != all_).float().mean() < 1e-3
 
 
 def test_encode_is_the_normalised_posterior_mean(generator: WanGenerator) -> None:
-    video = torch.randint(0, 256, (2, 9, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    video = torch.randint(
+        0,
+        256,
+        (2, 9, 32, 32, 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(2),
+    )
     latents = generator.encode(video)
     assert tuple(latents.shape[1:]) == generator.latent_shape
     vae = generator.codec.vae
     pixels = (video.double() / 255 * 2 - 1).permute(0, 4, 1, 2, 3).float()
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist.mean
-    for channel in (0, 7, 15):  # mean and std of the published VAE, as its config lists them
-        mean, std = {0: (-0.7571, 2.8184), 7: (1.5508, 2.0743), 15: (-0.2921, 1.9160)}[channel]
-        assert torch.allclose(latents[:, channel], (posterior[:, channel] - mean) / std, atol=1e-5)
+    for channel in (
+        0,
+        7,
+        15,
+    ):  # mean and std of the published VAE, as its config lists them
+        mean, std = {0: (-0.7571, 2.8184), 7: (1.5508, 2.0743), 15: (-0.2921, 1.9160)}[
+            channel
+        ]
+        assert torch.allclose(
+            latents[:, channel], (posterior[:, channel] - mean) / std, atol=1e-5
+        )
 
 
 def test_compression_is_read_from_the_vae(coarse: Path) -> None:
-    generator = WanGenerator.load(tiny_config(coarse, height=24, width=16, num_frames=5), device="cpu")
+    generator = WanGenerator.load(
+        tiny_config(coarse, height=24, width=16, num_frames=5), device="cpu"
+    )
     assert generator.latent_shape == (16, 3, 6, 4)
     latents = torch.randn(1, *generator.latent_shape)
     video = generator.decode(latents)
@@ -75,10 +108,15 @@ def test_compression_is_read_from_the_vae(coarse: Path) -> None:
     [
         ({"height": 40}, "height must be a multiple of 16, got 40, try 32"),
         ({"width": 20}, "width must be a multiple of 16, got 20, try 16"),
-        ({"num_frames": 8}, "num_frames must be 1 more than a multiple of 4, got 8, try 9"),
+        (
+            {"num_frames": 8},
+            "num_frames must be 1 more than a multiple of 4, got 8, try 9",
+        ),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(folder: Path, sizes: dict[str, int], words: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(
+    folder: Path, sizes: dict[str, int], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         WanGenerator.load(tiny_config(folder, **sizes), device="cpu")
 
@@ -86,9 +124,14 @@ def test_sizes_that_do_not_fit_are_refused(folder: Path, sizes: dict[str, int], 
 def test_a_config_that_contradicts_the_layers_is_refused(tmp_path: Path) -> None:
     folder = build_tiny_wan(tmp_path / "wan", spatial=4, temporal=2)
     file = folder / "vae" / "config.json"
-    config = json.loads(file.read_text()) | {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
+    config = json.loads(file.read_text()) | {
+        "scale_factor_spatial": 8,
+        "scale_factor_temporal": 4,
+    }
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"scale_factor_spatial=8.*compress by 4 and 2"):
+    with pytest.raises(
+        ValueError, match=r"scale_factor_spatial=8.*compress by 4 and 2"
+    ):
         WanGenerator.load(tiny_config(folder), device="cpu")
 
 

@@ -11,7 +11,13 @@ from diffusers import WanPipeline
 from generator.prompts import PromptCache
 from tests.tiny import MAX_LENGTH
 
-TEXTS = ["a red circle", "  a   blue\n square ", "cats &amp; dogs", "", "a prompt much longer than the maximum length"]
+TEXTS = [
+    "a red circle",
+    "  a   blue\n square ",
+    "cats &amp; dogs",
+    "",
+    "a prompt much longer than the maximum length",
+]
 
 
 @pytest.fixture
@@ -22,7 +28,9 @@ def pipeline(folder: Path) -> WanPipeline:
 def test_equal_to_encode_prompt(pipeline: WanPipeline) -> None:
     cache = PromptCache(pipeline, max_length=MAX_LENGTH)
     got = cache.get(TEXTS, device=torch.device("cpu"), dtype=torch.float32)
-    want, negative = pipeline.encode_prompt(TEXTS, negative_prompt="", max_sequence_length=MAX_LENGTH)
+    want, negative = pipeline.encode_prompt(
+        TEXTS, negative_prompt="", max_sequence_length=MAX_LENGTH
+    )
     assert got.shape == (5, MAX_LENGTH, 32)
     assert torch.allclose(got, want, atol=1e-6)
     assert torch.allclose(got[3], negative[0], atol=1e-6)
@@ -32,14 +40,22 @@ def test_equal_to_encode_prompt(pipeline: WanPipeline) -> None:
 
 def test_texts_that_clean_to_the_same_are_equal(pipeline: WanPipeline) -> None:
     cache = PromptCache(pipeline, max_length=MAX_LENGTH)
-    got = cache.get(["cats & dogs", "cats &amp; dogs "], device=torch.device("cpu"), dtype=torch.float32)
+    got = cache.get(
+        ["cats & dogs", "cats &amp; dogs "],
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
     assert torch.equal(got[0], got[1])
-    assert not torch.allclose(got[0], cache.get(["cats"], device=torch.device("cpu"), dtype=torch.float32)[0])
+    assert not torch.allclose(
+        got[0], cache.get(["cats"], device=torch.device("cpu"), dtype=torch.float32)[0]
+    )
 
 
 def test_each_prompt_is_encoded_once_and_alone(pipeline: WanPipeline) -> None:
     calls: list[int] = []
-    pipeline.text_encoder.register_forward_hook(lambda _, __, out: calls.append(len(out.last_hidden_state)))
+    pipeline.text_encoder.register_forward_hook(
+        lambda _, __, out: calls.append(len(out.last_hidden_state))
+    )
     cache = PromptCache(pipeline, max_length=MAX_LENGTH)
     cache.encode(["a", "b", "a"])
     cache.get(["b", "a", "b"], device=torch.device("cpu"), dtype=torch.bfloat16)
@@ -51,6 +67,8 @@ def test_freed_encoder_serves_known_prompts_only(pipeline: WanPipeline) -> None:
     cache = PromptCache(pipeline, max_length=MAX_LENGTH)
     before = cache.get(["a"], device=torch.device("cpu"), dtype=torch.float32)
     cache.free_text_encoder()
-    assert torch.equal(cache.get(["a"], device=torch.device("cpu"), dtype=torch.float32), before)
+    assert torch.equal(
+        cache.get(["a"], device=torch.device("cpu"), dtype=torch.float32), before
+    )
     with pytest.raises(RuntimeError, match="never encoded: 'new'"):
         cache.encode(["new"])

@@ -27,15 +27,26 @@ def bend(x: Tensor, sigma: float) -> Tensor:
 
 
 def roll(velocity: Callable[[Tensor, float], Tensor], **changes: object) -> Group:
-    values = {"seed": 11, "group_size": 4, "shape": SHAPE, "sigmas": SIGMAS, "stochastic_range": 3, "batch": 4}
+    values = {
+        "seed": 11,
+        "group_size": 4,
+        "shape": SHAPE,
+        "sigmas": SIGMAS,
+        "stochastic_range": 3,
+        "batch": 4,
+    }
     values |= {"kernel": Kernel("sde", 1.0, 0.45)} | changes
-    values["steps"] = values.get("steps") or [stochastic_step(values["seed"], values["stochastic_range"])]
+    values["steps"] = values.get("steps") or [
+        stochastic_step(values["seed"], values["stochastic_range"])
+    ]
     del values["stochastic_range"]
     return rollout_group(velocity, "a prompt", **values)
 
 
 def noise_of(*parts: int | str) -> Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(derive_seed(*parts)))
+    return torch.randn(
+        SHAPE, generator=torch.Generator().manual_seed(derive_seed(*parts))
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -44,16 +55,24 @@ def test_members_differ_by_their_noise_alone(seed: int) -> None:
     group = roll(lambda x, _: torch.zeros_like(x), seed=seed)
     k = stochastic_step(seed, 3)
     (step,) = group.steps
-    assert (step.sigma, step.sigma_next, step.std) == (SIGMAS[k], SIGMAS[k + 1], pytest.approx(0.45))
+    assert (step.sigma, step.sigma_next, step.std) == (
+        SIGMAS[k],
+        SIGMAS[k + 1],
+        pytest.approx(0.45),
+    )
     assert torch.equal(step.latent_MCFHW, noise_of(seed, "noise").unsqueeze(0))
     for member in range(4):
-        want = noise_of(seed, "noise") * (1 - 0.45**2 / (2 * SIGMAS[k])) + 0.45 * noise_of(seed, "member", member)
+        want = noise_of(seed, "noise") * (
+            1 - 0.45**2 / (2 * SIGMAS[k])
+        ) + 0.45 * noise_of(seed, "member", member)
         assert torch.allclose(step.next_GCFHW[member], want, atol=1e-6)
     assert torch.equal(group.clean_GCFHW, step.next_GCFHW)
 
 
 def test_all_steps_of_the_range_are_drawn() -> None:
-    assert {roll(bend, seed=seed).steps[0].sigma for seed in range(40)} == set(SIGMAS[:3])
+    assert {roll(bend, seed=seed).steps[0].sigma for seed in range(40)} == set(
+        SIGMAS[:3]
+    )
 
 
 @pytest.mark.parametrize("seed", [11, 12, 13, 14])
@@ -82,15 +101,23 @@ def test_perfect_velocity_lands_on_the_data() -> None:
     """For one data point x0, v = (x - x0) / sigma leads there from anywhere, noise or not."""
     data = noise_of(99, "data")
     group = roll(lambda x, sigma: (x - data) / sigma)
-    assert torch.allclose(group.clean_GCFHW, data.expand_as(group.clean_GCFHW), atol=1e-5)
-    assert (group.steps[0].next_GCFHW[0] - group.steps[0].next_GCFHW[1]).abs().max() > 0.1
+    assert torch.allclose(
+        group.clean_GCFHW, data.expand_as(group.clean_GCFHW), atol=1e-5
+    )
+    assert (
+        group.steps[0].next_GCFHW[0] - group.steps[0].next_GCFHW[1]
+    ).abs().max() > 0.1
 
 
 def test_stored_log_prob_is_that_of_the_noise() -> None:
     """log p = -mean(xi^2) / 2 - ln tau - ln(2 pi) / 2, since next = mean + tau xi."""
     group = roll(bend, seed=5)
     for member, got in enumerate(group.steps[0].log_prob_G.tolist()):
-        want = -noise_of(5, "member", member).square().mean().item() / 2 - math.log(0.45) - math.log(2 * math.pi) / 2
+        want = (
+            -noise_of(5, "member", member).square().mean().item() / 2
+            - math.log(0.45)
+            - math.log(2 * math.pi) / 2
+        )
         assert got == pytest.approx(want, abs=1e-5)
 
 
@@ -114,8 +141,12 @@ def test_seeds_decide_everything() -> None:
     state = torch.get_rng_state()
     first, again, other = roll(bend, seed=1), roll(bend, seed=1), roll(bend, seed=2)
     assert torch.equal(first.clean_GCFHW, again.clean_GCFHW)
-    assert not torch.allclose(first.steps[0].latent_MCFHW, other.steps[0].latent_MCFHW, atol=0.1)
-    assert torch.equal(torch.get_rng_state(), state)  # and the global generator is left alone
+    assert not torch.allclose(
+        first.steps[0].latent_MCFHW, other.steps[0].latent_MCFHW, atol=0.1
+    )
+    assert torch.equal(
+        torch.get_rng_state(), state
+    )  # and the global generator is left alone
     assert torch.equal(initial_noise(1, SHAPE), noise_of(1, "noise"))
 
 

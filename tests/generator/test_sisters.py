@@ -15,7 +15,14 @@ from torch import Tensor
 from common.distributed import derive_seed
 from common.gaussian import log_prob
 from generator.config import SamplerConfig
-from generator.flow import Kernel, cps_gain, cps_transition, euler_step, sde_gain, sde_transition
+from generator.flow import (
+    Kernel,
+    cps_gain,
+    cps_transition,
+    euler_step,
+    sde_gain,
+    sde_transition,
+)
 from generator.sampler import initial_noise, member_noise, ode, ode_ab2, rollout_group
 from generator.schedule import sigma_grid, stochastic_steps, tail_grid
 from generator.wan import WanGenerator
@@ -26,7 +33,15 @@ SDE = Kernel("sde", 1.0, 0.45)
 
 
 def group_of(velocity: Callable[[Tensor, float], Tensor] = bend, **changes: object):
-    values = {"seed": 7, "group_size": 3, "shape": SHAPE, "sigmas": SIGMAS, "steps": [1], "kernel": SDE, "batch": 2}
+    values = {
+        "seed": 7,
+        "group_size": 3,
+        "shape": SHAPE,
+        "sigmas": SIGMAS,
+        "steps": [1],
+        "kernel": SDE,
+        "batch": 2,
+    }
     return rollout_group(velocity, "p", **{**values, **changes})
 
 
@@ -34,12 +49,20 @@ def group_of(velocity: Callable[[Tensor, float], Tensor] = bend, **changes: obje
 
 
 def test_all_and_windows_are_the_steps_they_say() -> None:
-    every = SamplerConfig(num_steps=10, stochastic="all", stochastic_first=1, stochastic_range=5)
+    every = SamplerConfig(
+        num_steps=10, stochastic="all", stochastic_first=1, stochastic_range=5
+    )
     assert stochastic_steps(3, every) == (1, 2, 3, 4)
-    moving = SamplerConfig(stochastic="window", stochastic_range=8, window_size=3, window_every=10)
+    moving = SamplerConfig(
+        stochastic="window", stochastic_range=8, window_size=3, window_every=10
+    )
     starts = [stochastic_steps(3, moving, iteration=i) for i in (0, 9, 10, 49, 50, 999)]
     assert starts == [(0, 1, 2), (0, 1, 2), (1, 2, 3), (4, 5, 6), (5, 6, 7), (5, 6, 7)]
-    assert (every.steps_per_group, moving.steps_per_group, SamplerConfig().steps_per_group) == (4, 3, 1)
+    assert (
+        every.steps_per_group,
+        moving.steps_per_group,
+        SamplerConfig().steps_per_group,
+    ) == (4, 3, 1)
 
 
 def test_the_one_step_may_start_later() -> None:
@@ -58,17 +81,32 @@ def test_every_step_of_flow_grpo_by_another_route() -> None:
         x = noise_of(derive_seed(7, "initial", member), "noise").unsqueeze(0)
         for k, step in enumerate(group.steps):
             assert torch.allclose(step.start_of(member), x, atol=1e-6)
-            law = sde_transition(x, bend(x, SIGMAS[k]), SIGMAS[k], SIGMAS[k + 1], noise_level=1.0, max_std=0.45)
+            law = sde_transition(
+                x,
+                bend(x, SIGMAS[k]),
+                SIGMAS[k],
+                SIGMAS[k + 1],
+                noise_level=1.0,
+                max_std=0.45,
+            )
             x = law.mean + law.std * member_noise(7, member, SHAPE, number=k)
             assert torch.allclose(step.next_GCFHW[member : member + 1], x, atol=1e-5)
-            assert step.log_prob_G[member].item() == pytest.approx(log_prob(law, x).item(), abs=1e-5)
+            assert step.log_prob_G[member].item() == pytest.approx(
+                log_prob(law, x).item(), abs=1e-5
+            )
         assert torch.allclose(group.clean_GCFHW[member : member + 1], x, atol=1e-5)
 
 
 def test_noises_of_different_steps_and_members_are_different() -> None:
-    drawn = [member_noise(7, member, SHAPE, number=number) for member in range(3) for number in range(3)]
+    drawn = [
+        member_noise(7, member, SHAPE, number=number)
+        for member in range(3)
+        for number in range(3)
+    ]
     assert len({tuple(noise.flatten().tolist()) for noise in drawn}) == 9
-    assert torch.equal(drawn[0], noise_of(7, "member", 0))  # as before there were several steps
+    assert torch.equal(
+        drawn[0], noise_of(7, "member", 0)
+    )  # as before there were several steps
 
 
 def test_shared_noise_is_shared_until_the_first_stochastic_step() -> None:
@@ -79,7 +117,8 @@ def test_shared_noise_is_shared_until_the_first_stochastic_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shared", "steps"), [(True, (1,)), (True, (1, 2, 3)), (False, (2,)), (False, tuple(range(6)))]
+    ("shared", "steps"),
+    [(True, (1,)), (True, (1, 2, 3)), (False, (2,)), (False, tuple(range(6)))],
 )
 def test_velocity_samples_are_counted(shared: bool, steps: tuple[int, ...]) -> None:  # noqa: FBT001 - parametrized
     seen: list[int] = []
@@ -104,7 +143,9 @@ def test_steps_must_follow_each_other() -> None:
 
 def test_cps_by_hand() -> None:
     """sigma 0.8 -> 0.5, eta 0.5: std = 0.5 sin(45 deg); x 1, v 0.25 say video 0.8 and noise 1.05."""
-    law = cps_transition(torch.tensor([[1.0]]), torch.tensor([[0.25]]), 0.8, 0.5, noise_level=0.5)
+    law = cps_transition(
+        torch.tensor([[1.0]]), torch.tensor([[0.25]]), 0.8, 0.5, noise_level=0.5
+    )
     kept = math.sqrt(0.25 - 0.125)
     assert law.std == pytest.approx(0.5 * math.sin(math.pi / 4))
     assert law.mean.item() == pytest.approx(0.5 * 0.8 + kept * 1.05, abs=1e-6)
@@ -118,7 +159,9 @@ def test_cps_without_noise_is_the_euler_step() -> None:
 
 
 @pytest.mark.parametrize("noise_level", [0.3, 0.7, 1.0])
-def test_cps_keeps_every_coefficient_where_the_video_is_known(noise_level: float) -> None:
+def test_cps_keeps_every_coefficient_where_the_video_is_known(
+    noise_level: float,
+) -> None:
     """One data point c: v = (x - c) / sigma tells video and noise apart, so x stays N((1 - sigma) c, sigma^2)."""
     torch.manual_seed(0)
     c, grid = 0.7, sigma_grid(12, shift=3.0).tolist()
@@ -126,21 +169,31 @@ def test_cps_keeps_every_coefficient_where_the_video_is_known(noise_level: float
     for sigma, after in pairwise(grid[:-1]):
         law = cps_transition(x, (x - c) / sigma, sigma, after, noise_level=noise_level)
         x = law.mean + law.std * torch.randn_like(x)
-        assert x.mean().item() == pytest.approx((1 - after) * c, abs=4 * after / math.sqrt(200_000))
+        assert x.mean().item() == pytest.approx(
+            (1 - after) * c, abs=4 * after / math.sqrt(200_000)
+        )
         assert x.std().item() == pytest.approx(after, rel=0.01)
 
 
 @pytest.mark.parametrize(("sigma", "after"), [(0.95, 0.9), (0.8, 0.5), (0.3, 0.1)])
-@pytest.mark.parametrize("kernel", [SDE, Kernel("sde", 0.7, None), Kernel("cps", 0.6, None)])
-def test_gain_is_the_derivative_of_the_mean(kernel: Kernel, sigma: float, after: float) -> None:
+@pytest.mark.parametrize(
+    "kernel", [SDE, Kernel("sde", 0.7, None), Kernel("cps", 0.6, None)]
+)
+def test_gain_is_the_derivative_of_the_mean(
+    kernel: Kernel, sigma: float, after: float
+) -> None:
     x, v = torch.randn(2, 1, 3, dtype=torch.float64)
     v.requires_grad_()
     (slope,) = torch.autograd.grad(kernel.transition(x, v, sigma, after).mean.sum(), v)
-    assert slope[0].tolist() == pytest.approx([-kernel.gain(sigma, after)] * 3, rel=1e-12)
+    assert slope[0].tolist() == pytest.approx(
+        [-kernel.gain(sigma, after)] * 3, rel=1e-12
+    )
 
 
 def test_gains_by_hand() -> None:
-    assert cps_gain(0.8, 0.5, noise_level=1.0) == pytest.approx(0.8 * 0.5)  # nothing of the old noise is kept
+    assert cps_gain(0.8, 0.5, noise_level=1.0) == pytest.approx(
+        0.8 * 0.5
+    )  # nothing of the old noise is kept
     assert cps_gain(0.8, 0.5, noise_level=0.0) == pytest.approx(0.3)  # delta, the ODE's
     assert sde_gain(0.8, 0.5, noise_level=0.0, max_std=0.45) == pytest.approx(0.3)
 
@@ -149,8 +202,19 @@ def test_gains_by_hand() -> None:
     ("values", "words"),
     [
         ({"kernel": "cps", "noise_level": 0.5}, ["max_std", "null", "cps"]),
-        ({"kernel": "cps", "noise_level": 1.5, "max_std": None}, ["noise_level", "1.5"]),
-        ({"kernel": "cps", "noise_level": 0.5, "max_std": None, "stochastic_range": 16}, ["stochastic_range", "16"]),
+        (
+            {"kernel": "cps", "noise_level": 1.5, "max_std": None},
+            ["noise_level", "1.5"],
+        ),
+        (
+            {
+                "kernel": "cps",
+                "noise_level": 0.5,
+                "max_std": None,
+                "stochastic_range": 16,
+            },
+            ["stochastic_range", "16"],
+        ),
         ({"stochastic_first": 6}, ["stochastic_first", "6"]),
         ({"stochastic": "window", "window_size": 7}, ["window_size", "7", "6"]),
         ({"window_every": 0}, ["window_every", "0"]),
@@ -189,14 +253,20 @@ def test_order_of_convergence(walk: Callable, order: float) -> None:
 def test_ab2_is_exact_where_the_velocity_is_linear_in_sigma() -> None:
     """v = sigma does not depend on x: after Euler's first step the rest is exact, whatever the steps' lengths."""
     grid = [1.0, 0.9, 0.55, 0.5, 0.0]
-    x = ode_ab2(lambda x, sigma: torch.full_like(x, sigma), torch.zeros(1, 1, dtype=torch.float64), grid)
+    x = ode_ab2(
+        lambda x, sigma: torch.full_like(x, sigma),
+        torch.zeros(1, 1, dtype=torch.float64),
+        grid,
+    )
     first = -(1.0 - 0.9) * 1.0
     assert x.item() == pytest.approx(first - 0.9**2 / 2, abs=1e-12)
 
 
 def test_tail_grid_is_the_grid_where_the_steps_are_the_grids() -> None:
     grid = sigma_grid(16, shift=3.0)
-    torch.testing.assert_close(tail_grid(grid[5].item(), 11, shift=3.0), grid[5:], atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        tail_grid(grid[5].item(), 11, shift=3.0), grid[5:], atol=1e-12, rtol=0
+    )
     assert tail_grid(0.7, 1, shift=3.0).tolist() == [0.7, 0.0]
     with pytest.raises(ValueError, match="tail_grid"):
         tail_grid(0.0, 3, shift=3.0)
@@ -210,13 +280,17 @@ def wan(folder: Path, **sampler: object) -> WanGenerator:
 def rolled(generator: WanGenerator) -> tuple[Tensor, int]:
     """Clean latents of a group of seed 1, and the transformer's samples."""
     seen: list[int] = []
-    hook = generator.module.get_base_model().register_forward_hook(lambda _, __, out: seen.append(len(out[0])))
+    hook = generator.module.get_base_model().register_forward_hook(
+        lambda _, __, out: seen.append(len(out[0]))
+    )
     (group,) = generator.rollout(["a cat"], group_size=2, seeds=[1])
     hook.remove()
     return group.clean_GCFHW, sum(seen)
 
 
-def test_tail_options_change_the_tail_alone_and_cost_what_they_say(folder: Path) -> None:
+def test_tail_options_change_the_tail_alone_and_cost_what_they_say(
+    folder: Path,
+) -> None:
     (k,) = stochastic_steps(1, wan(folder).cfg.sampler)
     left = 6 - 1 - k
     plain, cost = rolled(wan(folder))
@@ -234,7 +308,9 @@ def test_tail_options_change_the_tail_alone_and_cost_what_they_say(folder: Path)
         assert same == (options == {"tail_steps": 99}), options
         (group,) = generator.rollout(["a cat"], group_size=2, seeds=[1])
         (other,) = wan(folder).rollout(["a cat"], group_size=2, seeds=[1])
-        assert torch.equal(group.steps[0].next_GCFHW, other.steps[0].next_GCFHW)  # what is trained stays
+        assert torch.equal(
+            group.steps[0].next_GCFHW, other.steps[0].next_GCFHW
+        )  # what is trained stays
 
 
 @pytest.mark.parametrize(
@@ -256,7 +332,9 @@ def test_first_ratio_is_one_for_every_sister(folder: Path, sampler: dict) -> Non
 
 
 def test_members_start_where_their_seeds_say(folder: Path) -> None:
-    generator = wan(folder, initial_noise="member", stochastic="all", stochastic_range=6)
+    generator = wan(
+        folder, initial_noise="member", stochastic="all", stochastic_range=6
+    )
     (group,) = generator.rollout(["a cat"], group_size=3, seeds=[5])
     for member in range(3):
         want = initial_noise(derive_seed(5, "initial", member), generator.latent_shape)

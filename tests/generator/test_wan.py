@@ -19,7 +19,15 @@ from generator.config import LoraConfig, SamplerConfig
 from generator.flow import guide
 from generator.sampler import initial_noise
 from generator.wan import WanGenerator
-from tests.tiny import FRAMES, HEIGHT, MAX_LENGTH, WIDTH, stochastic_step, tiny_config, tiny_generator
+from tests.tiny import (
+    FRAMES,
+    HEIGHT,
+    MAX_LENGTH,
+    WIDTH,
+    stochastic_step,
+    tiny_config,
+    tiny_generator,
+)
 
 PROMPT = "a red circle"
 GUIDED = SamplerConfig(num_steps=6, stochastic_range=3, guidance_scale=3.0)
@@ -28,19 +36,28 @@ GUIDED = SamplerConfig(num_steps=6, stochastic_range=3, guidance_scale=3.0)
 class OwnGrid(FlowMatchEulerDiscreteScheduler):
     """The stock Euler scheduler on sigma = 3 u / (1 + 2 u), u = 1 - i / N (its own grid ends elsewhere)."""
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | None = None) -> None:
+    def set_timesteps(
+        self, num_inference_steps: int, device: torch.device | None = None
+    ) -> None:
         super().set_timesteps(num_inference_steps, device=device)
         u = [1 - i / num_inference_steps for i in range(num_inference_steps + 1)]
         self.sigmas = torch.tensor([3 * x / (1 + 2 * x) for x in u])
         self.timesteps = 1000 * self.sigmas[:-1]
 
 
-def stock_latents(folder: Path, noise: Tensor, prompts: list[str], *, euler: bool, scale: float = 3.0) -> Tensor:
+def stock_latents(
+    folder: Path, noise: Tensor, prompts: list[str], *, euler: bool, scale: float = 3.0
+) -> Tensor:
     pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if euler:
         pipeline.scheduler = OwnGrid(shift=3.0)
-    size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "max_sequence_length": MAX_LENGTH}
+    size = {
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_frames": FRAMES,
+        "max_sequence_length": MAX_LENGTH,
+    }
     size |= {"num_inference_steps": 6, "guidance_scale": scale}
     return pipeline(prompts, latents=noise, output_type="latent", **size).frames
 
@@ -81,8 +98,12 @@ def test_tiny_model_listens(generator: WanGenerator) -> None:
     x = initial_noise(0, generator.latent_shape).unsqueeze(0)
     with torch.no_grad():
         v = generator.velocity(x, torch.tensor([0.7]), [PROMPT], guidance_scale=1.0)
-        other_prompt = generator.velocity(x, torch.tensor([0.7]), ["rain"], guidance_scale=1.0)
-        other_sigma = generator.velocity(x, torch.tensor([0.6]), [PROMPT], guidance_scale=1.0)
+        other_prompt = generator.velocity(
+            x, torch.tensor([0.7]), ["rain"], guidance_scale=1.0
+        )
+        other_sigma = generator.velocity(
+            x, torch.tensor([0.6]), [PROMPT], guidance_scale=1.0
+        )
     assert (other_prompt - v).std() > 0.05 * v.std()
     assert (other_sigma - v).std() > 0.05 * v.std()
 
@@ -94,7 +115,10 @@ def test_tiny_model_listens(generator: WanGenerator) -> None:
 def test_zero_noise_rollout_is_the_stock_pipeline(folder: Path, scale: float) -> None:
     sampler = dataclasses.replace(GUIDED, noise_level=0.0, guidance_scale=scale)
     generator = WanGenerator.load(tiny_config(folder, sampler=sampler), device="cpu")
-    seeds = [next(seed for seed in range(50) if stochastic_step(seed, 3) == k) for k in range(3)]
+    seeds = [
+        next(seed for seed in range(50) if stochastic_step(seed, 3) == k)
+        for k in range(3)
+    ]
     groups = generator.rollout([PROMPT] * 3, group_size=2, seeds=seeds)
     for seed, group in zip(seeds, groups, strict=True):
         noise = initial_noise(seed, generator.latent_shape).unsqueeze(0)
@@ -122,18 +146,22 @@ def test_sample_needs_one_seed_per_prompt(generator: WanGenerator) -> None:
 
 
 def test_guidance_mixes_in_fp32(folder: Path) -> None:
-    """In bf16, mixing first and widening later would lose bits that the scale then amplifies."""
+    """In bf16, mixing first and widening later would rejected bits that the scale then amplifies."""
     generator = tiny_generator(folder, dtype="bfloat16")
     x = initial_noise(0, generator.latent_shape).unsqueeze(0)
     seen: list[Tensor] = []
-    hook = generator.module.get_base_model().register_forward_hook(lambda _, __, out: seen.append(out[0]))
+    hook = generator.module.get_base_model().register_forward_hook(
+        lambda _, __, out: seen.append(out[0])
+    )
     with torch.no_grad():
         v = generator.velocity(x, torch.tensor([0.7]), [PROMPT], guidance_scale=3.0)
     hook.remove()
     assert seen[0].dtype == torch.bfloat16
     cond, uncond = seen[0].double().chunk(2)
     assert v.dtype == torch.float32
-    assert torch.allclose(v.double(), uncond + 3.0 * (cond - uncond), rtol=1e-6, atol=1e-6)
+    assert torch.allclose(
+        v.double(), uncond + 3.0 * (cond - uncond), rtol=1e-6, atol=1e-6
+    )
     assert not torch.equal(v, guide(cond, uncond, 3.0).bfloat16().float())
 
 
@@ -143,10 +171,14 @@ def test_timestep_is_not_rounded(generator: WanGenerator) -> None:
     def keep(_: object, __: object, kwargs: dict[str, Tensor]) -> None:
         seen.append(kwargs["timestep"])
 
-    hook = generator.module.get_base_model().register_forward_pre_hook(keep, with_kwargs=True)
+    hook = generator.module.get_base_model().register_forward_pre_hook(
+        keep, with_kwargs=True
+    )
     x = torch.zeros(2, *generator.latent_shape)
     with torch.no_grad():
-        generator.velocity(x, torch.tensor([0.95454545, 0.1234567]), ["a", "b"], guidance_scale=1.0)
+        generator.velocity(
+            x, torch.tensor([0.95454545, 0.1234567]), ["a", "b"], guidance_scale=1.0
+        )
     hook.remove()
     assert seen[0].tolist() == pytest.approx([954.54545, 123.4567], rel=1e-7)
 
@@ -164,7 +196,9 @@ def log_probs(generator: WanGenerator, group: Group) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
-def test_forwards_per_group(generator: WanGenerator, count: Callable[[], int], seed: int) -> None:
+def test_forwards_per_group(
+    generator: WanGenerator, count: Callable[[], int], seed: int
+) -> None:
     k = stochastic_step(seed, 3)
     group = generator.rollout([PROMPT], group_size=4, seeds=[seed])[0]
     assert count() == 2 * ((k + 1) + 4 * (6 - k - 1))
@@ -184,10 +218,15 @@ def test_a_sharded_module_is_called_as_often_as_on_the_busiest_rank(
     forwards = count()
     asked: list[tuple[float, int]] = []
     monkeypatch.setattr(generator, "sharded", True, raising=False)
-    monkeypatch.setattr("generator.wan.max_over_ranks", lambda calls: asked.append((calls, count())) or calls + 3.0)
+    monkeypatch.setattr(
+        "generator.wan.max_over_ranks",
+        lambda calls: asked.append((calls, count())) or calls + 3.0,
+    )
     together = generator.rollout([PROMPT], group_size=2, seeds=[3])[0]
     assert count() == forwards + 3  # unguided, and nobody sees what comes out
-    assert asked == [(6, 0)]  # both members go in one batch: T calls; asked before the first, when all ranks are there
+    assert (
+        asked == [(6, 0)]
+    )  # both members go in one batch: T calls; asked before the first, when all ranks are there
     assert torch.equal(together.clean_GCFHW, alone.clean_GCFHW)
 
 
@@ -198,7 +237,9 @@ def test_forwards_without_guidance(folder: Path) -> None:
     ):
         generator = tiny_generator(folder, **changes)
         seen: list[int] = []
-        generator.module.get_base_model().register_forward_hook(lambda _, __, out, seen=seen: seen.append(len(out[0])))
+        generator.module.get_base_model().register_forward_hook(
+            lambda _, __, out, seen=seen: seen.append(len(out[0]))
+        )
         group = generator.rollout([PROMPT], group_size=2, seeds=[1])[0]
         k = stochastic_step(1, 3)
         assert sum(seen) == rollout * ((k + 1) + 2 * (6 - k - 1))
@@ -210,14 +251,18 @@ def test_forwards_without_guidance(folder: Path) -> None:
 # ---- likelihood ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}]
+)
 def test_first_ratio_is_one(folder: Path, changes: dict[str, object]) -> None:
     generator = tiny_generator(folder, **changes)
     for group in generator.rollout([PROMPT, "rain"], group_size=3, seeds=[1, 2]):
         law = law_of(generator, group)
         assert law.mean.shape == (1, *generator.latent_shape)
         assert law.mean.requires_grad
-        assert torch.equal(log_prob(law, group.steps[0].next_GCFHW).detach(), group.steps[0].log_prob_G)
+        assert torch.equal(
+            log_prob(law, group.steps[0].next_GCFHW).detach(), group.steps[0].log_prob_G
+        )
 
 
 def test_module_stays_in_eval_mode(generator: WanGenerator, group: Group) -> None:
@@ -235,16 +280,25 @@ def collapsed_and_plain(generator: WanGenerator, group: Group) -> tuple[Tensor, 
     """Gradient of the mean of A_g exp(logp_g - old_g): one forward for all members, and one forward each."""
     advantage_G = torch.tensor([1.5, -0.5, 0.25, -1.25]).to(group.clean_GCFHW.dtype)
     law = law_of(generator, group)
-    ratio_G = (log_prob(law, group.steps[0].next_GCFHW) - group.steps[0].log_prob_G).exp()
+    ratio_G = (
+        log_prob(law, group.steps[0].next_GCFHW) - group.steps[0].log_prob_G
+    ).exp()
     collapsed = gradients(generator, -(advantage_G * ratio_G).mean())
     plain = torch.zeros_like(collapsed)
     for g in range(4):
-        own = log_prob(generator.transition(PROMPT, group.steps[0], g), group.steps[0].next_GCFHW[g : g + 1])[0]
-        plain += gradients(generator, -advantage_G[g] * (own - group.steps[0].log_prob_G[g]).exp() / 4)
+        own = log_prob(
+            generator.transition(PROMPT, group.steps[0], g),
+            group.steps[0].next_GCFHW[g : g + 1],
+        )[0]
+        plain += gradients(
+            generator, -advantage_G[g] * (own - group.steps[0].log_prob_G[g]).exp() / 4
+        )
     return collapsed, plain
 
 
-def test_collapsed_gradient_is_the_plain_one(generator: WanGenerator, group: Group) -> None:
+def test_collapsed_gradient_is_the_plain_one(
+    generator: WanGenerator, group: Group
+) -> None:
     collapsed, plain = collapsed_and_plain(generator, group)
     assert plain.norm() > 0
     assert (collapsed - plain).norm() < 1e-6 * plain.norm()
@@ -259,8 +313,12 @@ def test_collapsed_gradient_is_the_plain_one_in_fp64(
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     (step,) = group.steps
     tensors = ("latent_MCFHW", "next_GCFHW", "log_prob_G")
-    step = dataclasses.replace(step, **{name: getattr(step, name).double() for name in tensors})
-    wide = dataclasses.replace(group, steps=(step,), clean_GCFHW=group.clean_GCFHW.double())
+    step = dataclasses.replace(
+        step, **{name: getattr(step, name).double() for name in tensors}
+    )
+    wide = dataclasses.replace(
+        group, steps=(step,), clean_GCFHW=group.clean_GCFHW.double()
+    )
     collapsed, plain = collapsed_and_plain(double, wide)
     assert collapsed.dtype == torch.float64
     assert (collapsed - plain).norm() < 1e-12 * plain.norm()
@@ -269,7 +327,9 @@ def test_collapsed_gradient_is_the_plain_one_in_fp64(
 
 
 def test_gradient_checkpointing_changes_no_gradient(folder: Path, group: Group) -> None:
-    plain, recomputed = (tiny_generator(folder, gradient_checkpointing=on) for on in (False, True))
+    plain, recomputed = (
+        tiny_generator(folder, gradient_checkpointing=on) for on in (False, True)
+    )
     want = gradients(plain, log_probs(plain, group).sum())
     got = gradients(recomputed, log_probs(recomputed, group).sum())
     assert (got - want).norm() < 1e-6 * want.norm()
@@ -285,22 +345,30 @@ def test_group_depends_on_its_prompt_and_seed_alone(generator: WanGenerator) -> 
             assert torch.equal(getattr(one.steps[0], name), getattr(two.steps[0], name))
     same_seed = generator.rollout(["rain", PROMPT], group_size=3, seeds=[5, 5])
     assert same_seed[0].steps[0].sigma == same_seed[1].steps[0].sigma
-    assert not torch.allclose(same_seed[0].clean_GCFHW, same_seed[1].clean_GCFHW, atol=1e-2)
+    assert not torch.allclose(
+        same_seed[0].clean_GCFHW, same_seed[1].clean_GCFHW, atol=1e-2
+    )
 
 
 def test_flow_error_by_hand(generator: WanGenerator) -> None:
     """mean |v(x_sigma) - (eps - x0)|^2 with x_sigma = (1 - sigma) x0 + sigma eps, from the bare transformer."""
     draw = torch.Generator().manual_seed(8)
-    clean, noise = (torch.randn(2, *generator.latent_shape, generator=draw) for _ in range(2))
+    clean, noise = (
+        torch.randn(2, *generator.latent_shape, generator=draw) for _ in range(2)
+    )
     sigma = torch.tensor([0.25, 0.8])
     got = generator.flow_error(clean, noise, sigma, [PROMPT, "rain"])
-    texts = generator.prompts.get([PROMPT, "rain"], device=torch.device("cpu"), dtype=torch.float32)
+    texts = generator.prompts.get(
+        [PROMPT, "rain"], device=torch.device("cpu"), dtype=torch.float32
+    )
     base = generator.module.get_base_model()
     for i, s in enumerate((0.25, 0.8)):
         x = (1 - s) * clean[i : i + 1] + s * noise[i : i + 1]
         with torch.no_grad():
             v = base(x, torch.tensor([1000 * s]), texts[i : i + 1]).sample
-        want = np.mean((v.numpy() - (noise[i] - clean[i]).numpy()) ** 2, dtype=np.float64)
+        want = np.mean(
+            (v.numpy() - (noise[i] - clean[i]).numpy()) ** 2, dtype=np.float64
+        )
         assert got[i].item() == pytest.approx(want, rel=1e-5)
     assert gradients(generator, got.sum()).norm() > 0
 
@@ -308,7 +376,9 @@ def test_flow_error_by_hand(generator: WanGenerator) -> None:
 # ---- reference ----------------------------------------------------------------------------------------------------
 
 
-def test_reference_is_the_model_without_its_adapter(folder: Path, generator: WanGenerator, group: Group) -> None:
+def test_reference_is_the_model_without_its_adapter(
+    folder: Path, generator: WanGenerator, group: Group
+) -> None:
     untouched = WanGenerator.load(tiny_config(folder), device="cpu")  # B = 0
     with torch.no_grad():
         base = law_of(untouched, group).mean
@@ -321,7 +391,9 @@ def test_reference_is_the_model_without_its_adapter(folder: Path, generator: Wan
     assert torch.equal(after, policy)
 
 
-def test_reference_between_forward_and_backward_changes_no_gradient(folder: Path, group: Group) -> None:
+def test_reference_between_forward_and_backward_changes_no_gradient(
+    folder: Path, group: Group
+) -> None:
     generator = tiny_generator(folder, gradient_checkpointing=True)
     want = gradients(generator, log_probs(generator, group).sum())
     loss = log_probs(generator, group).sum()
@@ -351,7 +423,9 @@ def test_full_fine_tuning_keeps_a_frozen_copy(folder: Path, group: Group) -> Non
 
 
 def test_text_encoder_can_go(folder: Path) -> None:
-    generator = WanGenerator.load(tiny_config(folder, lora=LoraConfig(rank=2, alpha=2.0)), device="cpu")
+    generator = WanGenerator.load(
+        tiny_config(folder, lora=LoraConfig(rank=2, alpha=2.0)), device="cpu"
+    )
     generator.prompts.encode([PROMPT])
     generator.free_text_encoder()  # which caches the negative prompt first
     want = WanGenerator.load(generator.cfg, device="cpu").sample([PROMPT], [1])
@@ -365,7 +439,10 @@ def test_a_missing_folder_is_named(folder: Path) -> None:
     for path, words in (
         ("./nowhere", "./nowhere does not exist"),
         ("assets/no/wan", "assets/no/wan does not exist"),
-        ("nowhere/wan", "nowhere/wan is no folder here, and as a hub name it is not in the cache"),
+        (
+            "nowhere/wan",
+            "nowhere/wan is no folder here, and as a hub name it is not in the cache",
+        ),
         (str(folder / "vae"), "no model_index.json"),
     ):
         with pytest.raises(FileNotFoundError, match=words):

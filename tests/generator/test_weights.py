@@ -31,11 +31,15 @@ def tuned(folder: Path) -> WanGenerator:
 def test_stock_diffusers_reads_it(tuned: WanGenerator, tmp_path: Path) -> None:
     file = tuned.save_trained(tmp_path)
     assert file == tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
-    stock, info = WanTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer", output_loading_info=True)
+    stock, info = WanTransformer3DModel.from_pretrained(
+        tmp_path, subfolder="transformer", output_loading_info=True
+    )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     want = tuned.module.state_dict()
-    assert all(torch.equal(weight, want[name]) for name, weight in stock.state_dict().items())
+    assert all(
+        torch.equal(weight, want[name]) for name, weight in stock.state_dict().items()
+    )
     assert len(want) == len(stock.state_dict())
 
 
@@ -60,60 +64,98 @@ def test_another_model_is_named(tuned: WanGenerator, tmp_path: Path) -> None:
     save_file(state, file)
     with pytest.raises(ValueError, match=r"another model \(3 problems\)") as error:
         tuned.load_trained(tmp_path)
-    for words in ("unexpected proj_in.bias", "missing patch_embedding.bias", "proj_out.bias is (63,), want (64,)"):
+    for words in (
+        "unexpected proj_in.bias",
+        "missing patch_embedding.bias",
+        "proj_out.bias is (63,), want (64,)",
+    ):
         assert words in str(error.value)
 
 
-def test_an_adapter_needs_a_place(tuned: WanGenerator, folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_needs_a_place(
+    tuned: WanGenerator, folder: Path, tmp_path: Path
+) -> None:
     tiny_generator(folder).save_trained(tmp_path)
-    with pytest.raises(ValueError, match=r"lora is null and .* holds no whole transformer"):
+    with pytest.raises(
+        ValueError, match=r"lora is null and .* holds no whole transformer"
+    ):
         tuned.load_trained(tmp_path)
 
 
 def test_half_precision_is_of_all_weights_and_of_no_buffer(folder: Path) -> None:
-    generator = WanGenerator.load(tiny_config(folder, lora=None, dtype="bfloat16"), device="cpu")
+    generator = WanGenerator.load(
+        tiny_config(folder, lora=None, dtype="bfloat16"), device="cpu"
+    )
     assert {p.dtype for p in generator.module.parameters()} == {torch.bfloat16}
     assert all(buffer.dtype != torch.bfloat16 for buffer in generator.module.buffers())
-    exact = WanGenerator.load(tiny_config(folder, lora=None), device="cpu").sample([PROMPT], [1])
+    exact = WanGenerator.load(tiny_config(folder, lora=None), device="cpu").sample(
+        [PROMPT], [1]
+    )
     assert float((generator.sample([PROMPT], [1]) - exact).norm() / exact.norm()) < 0.1
     (group,) = generator.rollout([PROMPT], group_size=2, seeds=[1])
     with torch.no_grad(), generator.reference():
         law = generator.transition(PROMPT, group.steps[0])
     with torch.no_grad():
-        assert torch.equal(generator.transition(PROMPT, group.steps[0]).mean, law.mean)  # the copy is as coarse
+        assert torch.equal(
+            generator.transition(PROMPT, group.steps[0]).mean, law.mean
+        )  # the copy is as coarse
 
 
-def test_shards_are_read_by_stock_diffusers_and_by_us(tuned: WanGenerator, tmp_path: Path) -> None:
+def test_shards_are_read_by_stock_diffusers_and_by_us(
+    tuned: WanGenerator, tmp_path: Path
+) -> None:
     tuned.save_trained(tmp_path / "one")
     written = json.loads((tmp_path / "one/transformer/config.json").read_text())
     assert written["_name_or_path"]  # where this machine had it
     stored = weights.read(tmp_path / "one")
     assert "_name_or_path" not in stored.config
-    state = {name: tensor.bfloat16() if "ffn" in name else tensor for name, tensor in stored.state.items()}
-    files = weights.write(weights.Stored(stored.config, state), tmp_path / "many", max_shard=20_000)
+    state = {
+        name: tensor.bfloat16() if "ffn" in name else tensor
+        for name, tensor in stored.state.items()
+    }
+    files = weights.write(
+        weights.Stored(stored.config, state), tmp_path / "many", max_shard=20_000
+    )
     assert len(files) > 2
     again = weights.read(tmp_path / "many")
     assert again.config == stored.config
     assert again.state.keys() == state.keys()
-    assert all(torch.equal(again.state[n], t) and again.state[n].dtype == t.dtype for n, t in state.items())
+    assert all(
+        torch.equal(again.state[n], t) and again.state[n].dtype == t.dtype
+        for n, t in state.items()
+    )
     stock, info = WanTransformer3DModel.from_pretrained(
         tmp_path / "many", subfolder="transformer", output_loading_info=True
     )
     assert not any(info.values())
-    assert all(torch.equal(weight, state[name].float()) for name, weight in stock.state_dict().items())
+    assert all(
+        torch.equal(weight, state[name].float())
+        for name, weight in stock.state_dict().items()
+    )
     files[0].unlink()
     with pytest.raises(FileNotFoundError, match=f"lacks {files[0].name}"):
         weights.read(tmp_path / "many")
 
 
-def test_weights_that_do_not_fit_their_config_are_not_read(tuned: WanGenerator, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_their_config_are_not_read(
+    tuned: WanGenerator, tmp_path: Path
+) -> None:
     file = tuned.save_trained(tmp_path)
     state = load_file(file)
-    save_file({name: tensor for name, tensor in state.items() if name != "proj_out.bias"}, file)
-    with pytest.raises(ValueError, match=r"another model \(1 problems\): missing proj_out.bias"):
+    save_file(
+        {name: tensor for name, tensor in state.items() if name != "proj_out.bias"},
+        file,
+    )
+    with pytest.raises(
+        ValueError, match=r"another model \(1 problems\): missing proj_out.bias"
+    ):
         weights.read(tmp_path)
-    (file.parent / "config.json").write_text('{"_class_name": "CogVideoXTransformer3DModel"}')
+    (file.parent / "config.json").write_text(
+        '{"_class_name": "CogVideoXTransformer3DModel"}'
+    )
     with pytest.raises(ValueError, match="is of a CogVideoXTransformer3DModel"):
         weights.read(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"transformer/config.json: no such file"):
+    with pytest.raises(
+        FileNotFoundError, match=r"transformer/config.json: no such file"
+    ):
         weights.read(tmp_path / "none")

@@ -18,24 +18,39 @@ import torch
 import launch.compose
 from common import distributed
 from common.config import load
+from engine.config import EmaConfig
+from engine.ema import Ema
+from engine.zero3 import whole_state
 from generator.wan import WanGenerator
 from launch.compose import quiet
-from launch.ema import Ema
 from launch.grpo import build
-from launch.runs import EmaConfig, GrpoRun
-from launch.zero3 import whole_state
+from launch.schemas.training import GrpoRun
 from tests.launch.processes import ZERO_3
 
 LORA, FULL = "generator.lora.rank=4", "generator.lora=null"
 CASES: dict[str, list[str]] = {}
 for _dtype in ("float32", "bfloat16"):
     for _stage in (1, 2, 3):
-        CASES[f"{_dtype} {_stage}"] = [f"generator.dtype={_dtype}", f"zero_stage={_stage}"]
+        CASES[f"{_dtype} {_stage}"] = [
+            f"generator.dtype={_dtype}",
+            f"zero_stage={_stage}",
+        ]
     for _stage in (1, 3):
-        CASES[f"{_dtype} {_stage} full"] = [f"generator.dtype={_dtype}", f"zero_stage={_stage}", FULL]
+        CASES[f"{_dtype} {_stage} full"] = [
+            f"generator.dtype={_dtype}",
+            f"zero_stage={_stage}",
+            FULL,
+        ]
 ALONE = {"float32 0": ["generator.dtype=float32", "zero_stage=0"]}
-SHARED = {f"float32 {stage} shared": [f"zero_stage={stage}", "grpo.ranks_per_group=2"] for stage in (1, 3)}
-SHARED["float32 1 shared per member"] = ["zero_stage=1", "grpo.ranks_per_group=2", "grpo.update=per_member"]
+SHARED = {
+    f"float32 {stage} shared": [f"zero_stage={stage}", "grpo.ranks_per_group=2"]
+    for stage in (1, 3)
+}
+SHARED["float32 1 shared per member"] = [
+    "zero_stage=1",
+    "grpo.ranks_per_group=2",
+    "grpo.update=per_member",
+]
 SHARED["float32 1 side by side"] = ["zero_stage=1", "grpo.overlap_scoring=true"]
 
 
@@ -47,13 +62,20 @@ def moved(cfg: Any, *, seed: int = 0) -> WanGenerator:
         for parameter in generator.module.parameters():
             if parameter.requires_grad:
                 size = 0.1 if cfg.lora is not None else 0.02
-                parameter.add_(size * torch.randn(parameter.shape, generator=draw).to(parameter.dtype))
+                parameter.add_(
+                    size
+                    * torch.randn(parameter.shape, generator=draw).to(parameter.dtype)
+                )
     return generator
 
 
 def check(config: str, overrides: list[str]) -> dict[str, Any]:
     stage = [word for word in ZERO_3[1:] if "zero_stage=3" in overrides]
-    cfg = load(GrpoRun, Path(config), [*overrides, *stage, "grpo.kl_weight=1.0", "grpo.group_size=4"])
+    cfg = load(
+        GrpoRun,
+        Path(config),
+        [*overrides, *stage, "grpo.kl_weight=1.0", "grpo.group_size=4"],
+    )
     prompts = ["a red circle", "a blue square", "two cats", "rain", "snow"]
     loop, generator, _ = build(cfg, prompts)
     ema = Ema(EmaConfig(decay=0.5), generator.module)
@@ -68,16 +90,26 @@ def check(config: str, overrides: list[str]) -> dict[str, Any]:
     after = whole_state(generator.module, trained_only=True)
     # d = min(1/2, (1 + n) / (10 + n)) is 2/11 and 3/12
     expected = {
-        name: 3 / 12 * (2 / 11 * start[name] + 9 / 11 * seen[0][name].float()) + 9 / 12 * seen[1][name].float()
+        name: 3 / 12 * (2 / 11 * start[name] + 9 / 11 * seen[0][name].float())
+        + 9 / 12 * seen[1][name].float()
         for name in seen[0]
     }
     state = ema.state()
     return {
         "ratio": [result.metrics["train/ratio_max_dev"] for result in history],
-        **{key: [result.metrics.get(f"train/{key}") for result in history] for key in ("loss", "kl", "grad_norm")},
+        **{
+            key: [result.metrics.get(f"train/{key}") for result in history]
+            for key in ("loss", "kl", "grad_norm")
+        },
         "reward": [result.metrics["reward/brightness"] for result in history],
-        "moved": max((float((seen[1][n].float() - start[n]).abs().max()) for n in seen[1]), default=0.0),
-        "average": max((float((ema.average[n] - expected[n]).abs().max()) for n in expected), default=0.0),
+        "moved": max(
+            (float((seen[1][n].float() - start[n]).abs().max()) for n in seen[1]),
+            default=0.0,
+        ),
+        "average": max(
+            (float((ema.average[n] - expected[n]).abs().max()) for n in expected),
+            default=0.0,
+        ),
         "swapped": all(torch.equal(inside[n], state[n]) for n in inside),
         "restored": all(torch.equal(after[n], seen[1][n]) for n in after),
     }
@@ -88,7 +120,9 @@ def main() -> None:
     distributed.init_process_group()
     launch.compose.build_generator = moved
     cases = CASES | (SHARED if distributed.world_size() > 1 else ALONE)
-    results = {name: check(sys.argv[-1], overrides) for name, overrides in cases.items()}
+    results = {
+        name: check(sys.argv[-1], overrides) for name, overrides in cases.items()
+    }
     if distributed.is_main():
         sys.stdout.write("\n" + json.dumps(results) + "\n")
         sys.stdout.flush()

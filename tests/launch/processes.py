@@ -13,10 +13,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 # by default a parameter below 100,000 numbers stays whole: of a tiny model nothing would lie in pieces for long
-ZERO_3 = ("zero_stage=3", "deepspeed.zero_optimization.stage3_param_persistence_threshold=0")
+ZERO_3 = (
+    "zero_stage=3",
+    "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
+)
 
 
-def run(*words: str, expect: int = 0, timeout: float = 240.0, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *words: str, expect: int = 0, timeout: float = 240.0, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run to the end from the repository's root; fails with the output's end on another exit code."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(
@@ -28,14 +33,22 @@ def run(*words: str, expect: int = 0, timeout: float = 240.0, **variables: str) 
     finally:
         if process.poll() is None:  # a launcher's children are in its group
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == expect, f"exit code {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
+    assert process.returncode == expect, (
+        f"exit code {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
+    )
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def refused_early(*words: str) -> str:
     """What a program says that ends with exit code 2 before it has imported anything heavy: within a second or so."""
-    lines = run(sys.executable, "-X", "importtime", *words, expect=2).stderr.splitlines()
-    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    lines = run(
+        sys.executable, "-X", "importtime", *words, expect=2
+    ).stderr.splitlines()
+    imported = {
+        line.rpartition("|")[2].strip()
+        for line in lines
+        if line.startswith("import time:")
+    }
     assert "common.config" in imported
     assert imported & {"torch", "transformers", "diffusers", "deepspeed"} == set()
     return "\n".join(line for line in lines if not line.startswith("import time:"))
@@ -52,16 +65,34 @@ def loaded_by_help(program: str, *packages: str) -> tuple[list[str], str]:
     return ast.literal_eval(lines[-1]), "\n".join(lines[:-1])
 
 
-def deepspeed(ranks: int, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def deepspeed(
+    ranks: int, *words: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Under the deepspeed launcher, on a port of its own."""
-    launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(_free_port())]
+    launcher = [
+        str(BIN / "deepspeed"),
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(_free_port()),
+    ]
     return run(*launcher, *words, **variables)
 
 
-def torchrun(ranks: int, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    ranks: int, *words: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Under torchrun, on a port of its own."""
     port = str(_free_port())
-    return run(str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port, *words, **variables)
+    return run(
+        str(BIN / "torchrun"),
+        "--nproc_per_node",
+        str(ranks),
+        "--master_port",
+        port,
+        *words,
+        **variables,
+    )
 
 
 def _free_port() -> int:

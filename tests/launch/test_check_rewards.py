@@ -8,35 +8,47 @@ import pytest
 import torch
 
 from alignment import reward_check
-from alignment.clips import Clip, score_clips
+from alignment.clips import RewardClip, score_clips
 from alignment.reward_check import CASES, check, spoil
-from alignment.rewards.shapes import ShapesOracle
-from common.shapes import FPS, caption, random_attributes, random_scene, render
 from common.types import Score
 from common.video_io import write_mp4
 from launch import check_rewards
+from toy.oracle import ShapesOracle
+from toy.world import FPS, caption, random_attributes, random_scene, render
 
 
-def worlds(count: int = 6) -> list[Clip]:
+def worlds(count: int = 6) -> list[RewardClip]:
     """Renders with their captions."""
     import random
 
     rng = random.Random(5)
     attributes = [random_attributes(rng) for _ in range(count)]
     videos = render([random_scene(one, rng) for one in attributes])
-    return [Clip(video, float(FPS), caption(one, wording=0)) for video, one in zip(videos, attributes, strict=True)]
+    return [
+        RewardClip(video, float(FPS), caption(one, wording=0))
+        for video, one in zip(videos, attributes, strict=True)
+    ]
 
 
 def test_spoilt_videos_are_what_they_are_called() -> None:
     clips = worlds(3)
     wrong = spoil(clips, "wrong prompt")
-    assert [clip.prompt for clip in wrong] == [clips[1].prompt, clips[2].prompt, clips[0].prompt]
-    frozen, back = spoil(clips, "frozen")[0].video_TYXC, spoil(clips, "reversed")[0].video_TYXC
+    assert [clip.prompt for clip in wrong] == [
+        clips[1].prompt,
+        clips[2].prompt,
+        clips[0].prompt,
+    ]
+    frozen, back = (
+        spoil(clips, "frozen")[0].video_TYXC,
+        spoil(clips, "reversed")[0].video_TYXC,
+    )
     assert all(torch.equal(frame, clips[0].video_TYXC[0]) for frame in frozen)
     assert torch.equal(back[0], clips[0].video_TYXC[-1])
     assert torch.equal(back.flip(0), clips[0].video_TYXC)
     noise = spoil(clips, "noise")
-    assert float(noise[0].video_TYXC.float().std()) == pytest.approx(255 / 12**0.5, rel=0.05)
+    assert float(noise[0].video_TYXC.float().std()) == pytest.approx(
+        255 / 12**0.5, rel=0.05
+    )
     assert not torch.equal(noise[0].video_TYXC, noise[1].video_TYXC)
     assert {clip.fps for clip in spoil(clips, "twice the rate")} == {2.0 * FPS}
 
@@ -53,17 +65,27 @@ def test_the_oracle_is_sensible_and_its_opposite_is_not() -> None:
         def score(self, *of: object, **options: object) -> Score:
             return Score(-super().score(*of, **options).value_B)
 
-    assert not any(one.sensible for one in check(Opposite(), worlds()) if one.case in reward_check.MUST)
+    assert not any(
+        one.sensible
+        for one in check(Opposite(), worlds())
+        if one.case in reward_check.MUST
+    )
 
 
 def test_sizes_and_rates_may_differ() -> None:
     from alignment.rewards.brightness import Brightness
 
     clips = [
-        Clip(torch.full((t, y, 16, 3), grey, dtype=torch.uint8), fps, prompt)
-        for t, y, fps, grey, prompt in ((3, 16, 8.0, 51, "a"), (5, 32, 4.0, 102, "b"), (3, 16, 8.0, 204, "c"))
+        RewardClip(torch.full((t, y, 16, 3), grey, dtype=torch.uint8), fps, prompt)
+        for t, y, fps, grey, prompt in (
+            (3, 16, 8.0, 51, "a"),
+            (5, 32, 4.0, 102, "b"),
+            (3, 16, 8.0, 204, "c"),
+        )
     ]
-    assert score_clips(Brightness(), clips).value_B.tolist() == pytest.approx([0.2, 0.4, 0.8])
+    assert score_clips(Brightness(), clips).value_B.tolist() == pytest.approx(
+        [0.2, 0.4, 0.8]
+    )
     with pytest.raises(ValueError, match="at least two different prompts"):
         check(Brightness(), clips[:1])
 
@@ -77,7 +99,9 @@ def files(tmp_path: Path) -> list[str]:
     return ["--videos", f"{tmp_path}/*.mp4", "--prompts", str(tmp_path / "prompts.txt")]
 
 
-def test_the_command(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as done:
         check_rewards.main([*files, "rewards.shapes.weight=1"])
     assert done.value.code == 0
@@ -86,17 +110,21 @@ def test_the_command(files: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     assert all(case in said for case in CASES)
     assert "NOT SENSIBLE" not in said
     (tmp_path / "upside_down.py").write_text(
-        "from alignment.rewards.shapes import ShapesOracle\n"
+        "from toy.oracle import ShapesOracle\n"
         "def score(video, prompts, *, fps):\n"
         "    return -ShapesOracle().score(video, prompts, fps=fps).value_B\n"
     )
     with pytest.raises(SystemExit) as done:
-        check_rewards.main([*files, f"rewards.mine.target={tmp_path / 'upside_down.py'}:score"])
+        check_rewards.main(
+            [*files, f"rewards.mine.target={tmp_path / 'upside_down.py'}:score"]
+        )
     assert done.value.code == 1
     assert capsys.readouterr().out.count("NOT SENSIBLE") == 2
 
 
-def test_a_reward_that_reads_no_prompt_is_told_so(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reward_that_reads_no_prompt_is_told_so(
+    files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         check_rewards.main([*files, "rewards.brightness.weight=1", "--limit", "2"])
     assert "wrong prompt" in (said := capsys.readouterr().out)

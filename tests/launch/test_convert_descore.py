@@ -21,13 +21,22 @@ from tests.tiny_qwen import SETTINGS, random_frames
 
 @pytest.fixture
 def official(tmp_path: Path) -> Path:
-    return official_checkpoint.write(tmp_path / "checkpoint-7", official_checkpoint.train())
+    return official_checkpoint.write(
+        tmp_path / "checkpoint-7", official_checkpoint.train()
+    )
 
 
 def words(tmp_path: Path, *more: str) -> list[str]:
     SETTINGS.save(tmp_path / "video.json")
     paths = {"--official": "checkpoint-7", "--out": "judge", "--video": "video.json"}
-    return [*(word for option, name in paths.items() for word in (option, str(tmp_path / name))), *more]
+    return [
+        *(
+            word
+            for option, name in paths.items()
+            for word in (option, str(tmp_path / name))
+        ),
+        *more,
+    ]
 
 
 def refused(capsys, *argv: str) -> str:
@@ -56,11 +65,18 @@ def test_the_folder_is_a_reward_model(tmp_path, official):
 
     # and what the official model says of the very same tokens
     ready = [prepare(video, SETTINGS, fps=4.0) for video in videos]
-    batch = judge.batch([judge.encode(p, v) for p, v in zip(["a cat", "a dog"], ready, strict=True)], ready)
-    torch.testing.assert_close(found.double(), official_checkpoint.train().reward(batch), atol=1e-5, rtol=0)
+    batch = judge.batch(
+        [judge.encode(p, v) for p, v in zip(["a cat", "a dog"], ready, strict=True)],
+        ready,
+    )
+    torch.testing.assert_close(
+        found.double(), official_checkpoint.train().reward(batch), atol=1e-5, rtol=0
+    )
 
 
-def test_a_pickle_is_not_read_unasked_and_nothing_is_written(tmp_path, official, capsys):
+def test_a_pickle_is_not_read_unasked_and_nothing_is_written(
+    tmp_path, official, capsys
+):
     message = refused(capsys, *words(tmp_path))
     assert "rm_head.pth is a pickle" in message
     assert "--allow-pickle" in message
@@ -68,9 +84,22 @@ def test_a_pickle_is_not_read_unasked_and_nothing_is_written(tmp_path, official,
     assert not (tmp_path / "judge").exists()
 
 
-def test_a_safe_head_needs_no_flag_and_the_default_prompt_is_named(tmp_path, official, capsys):
-    save_file({"rm_head.weight": official_checkpoint.train().head_1D}, tmp_path / "head.safetensors")
-    convert_descore.main(words(tmp_path, "--head", str(tmp_path / "head.safetensors"), "--dtype", "bfloat16"))
+def test_a_safe_head_needs_no_flag_and_the_default_prompt_is_named(
+    tmp_path, official, capsys
+):
+    save_file(
+        {"rm_head.weight": official_checkpoint.train().head_1D},
+        tmp_path / "head.safetensors",
+    )
+    convert_descore.main(
+        words(
+            tmp_path,
+            "--head",
+            str(tmp_path / "head.safetensors"),
+            "--dtype",
+            "bfloat16",
+        )
+    )
     printed = capsys.readouterr().out
     assert "prompt: NOT the one it was trained with" in printed
     judge = DeScoreScorer.load(tmp_path / "judge", device="cpu").model
@@ -82,15 +111,25 @@ def test_a_safe_head_needs_no_flag_and_the_default_prompt_is_named(tmp_path, off
 def test_what_is_in_the_way_is_refused(tmp_path, official, capsys):
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge/mine.txt").touch()
-    assert "exists and is not an empty folder" in refused(capsys, *words(tmp_path, "--allow-pickle"))
+    assert "exists and is not an empty folder" in refused(
+        capsys, *words(tmp_path, "--allow-pickle")
+    )
     (tmp_path / "judge/mine.txt").unlink()
-    assert "--no-lora is for checkpoints without it" in refused(capsys, *words(tmp_path, "--allow-pickle", "--no-lora"))
-    assert "no such file" in refused(capsys, *words(tmp_path, "--head", str(tmp_path / "x.pth")))
+    assert "--no-lora is for checkpoints without it" in refused(
+        capsys, *words(tmp_path, "--allow-pickle", "--no-lora")
+    )
+    assert "no such file" in refused(
+        capsys, *words(tmp_path, "--head", str(tmp_path / "x.pth"))
+    )
     (tmp_path / "video.json").write_text("{}")
-    assert "No such file" in refused(capsys, *words(tmp_path, "--prompt", str(tmp_path / "x.txt")))
+    assert "No such file" in refused(
+        capsys, *words(tmp_path, "--prompt", str(tmp_path / "x.txt"))
+    )
 
 
 def test_help_loads_nothing_heavy():
-    loaded, said = loaded_by_help("convert_descore", "torch", "transformers", "peft", "safetensors")
+    loaded, said = loaded_by_help(
+        "convert_descore", "torch", "transformers", "peft", "safetensors"
+    )
     assert loaded == []
     assert "--allow-pickle" in said

@@ -20,9 +20,9 @@ from common.distributed import generator as seeded
 from common.log import read_metrics
 from launch.compose import build_generator
 from launch.dpo import misfit
-from launch.pair_runs import DpoRun
-from launch.runs import SampleRun
 from launch.sample import sample
+from launch.schemas.pairs import DpoRun
+from launch.schemas.training import SampleRun
 from tests.fakes import PlainEngine
 from tests.launch.processes import ROOT, ZERO_3, deepspeed, run
 from tests.launch.test_pairs import GENERATOR
@@ -31,19 +31,36 @@ SCRIPT = str(ROOT / "launch" / "dpo.py")
 
 
 def test_pairs_of_another_size_are_refused(tmp_path: Path) -> None:
-    cfg = load(DpoRun, None, ["generator.path=x", "generator.height=16", "run_dir=x", "pairs=x"]).generator
-    pair = LatentPair("p", torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.zeros(1, 2))
+    cfg = load(
+        DpoRun,
+        None,
+        ["generator.path=x", "generator.height=16", "run_dir=x", "pairs=x"],
+    ).generator
+    pair = LatentPair(
+        "p", torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.zeros(1, 2)
+    )
     for about, want in [
         ({}, ""),  # a set that says nothing, of an earlier version or of somebody else
-        ({"identity": {"settings": {"generator": {"height": 16, "width": 832, "path": "y"}}}}, ""),
+        (
+            {
+                "identity": {
+                    "settings": {"generator": {"height": 16, "width": 832, "path": "y"}}
+                }
+            },
+            "",
+        ),
         (
             {"identity": {"settings": {"generator": {"height": 32, "num_frames": 5}}}},
             "height 32 -> 16, num_frames 5 -> 81",
         ),
     ]:
-        write_pairs(tmp_path, iter([pair]), per_shard=1, dtype=torch.float32, about=about)
+        write_pairs(
+            tmp_path, iter([pair]), per_shard=1, dtype=torch.float32, about=about
+        )
         found = misfit(PairSet(tmp_path), cfg)
-        assert found == (want and f"{tmp_path} holds other videos than the generator makes: {want}")
+        assert found == (
+            want and f"{tmp_path} holds other videos than the generator makes: {want}"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +71,28 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("dpo")
     build_tiny_wan(root / "wan")
     generator = build_generator(
-        load(DpoRun, None, [f"generator.path={root / 'wan'}", "run_dir=x", "pairs=x"]).generator
+        load(
+            DpoRun, None, [f"generator.path={root / 'wan'}", "run_dir=x", "pairs=x"]
+        ).generator
     )
 
     def made(name: str, count: int):
         for i in range(count):
-            win, lose = torch.randn((2, 16, 3, 2, 2), generator=seeded(name, i))
+            chosen, rejected = torch.randn((2, 16, 3, 2, 2), generator=seeded(name, i))
             prompt = ["a red circle", "rain"][i % 2]
-            yield LatentPair(prompt, win, lose, generator.prompts.rows_of(prompt), float(i), -float(i))
+            yield LatentPair(
+                prompt,
+                chosen,
+                rejected,
+                generator.prompts.rows_of(prompt),
+                float(i),
+                -float(i),
+            )
 
     for name, count in (("pairs", 10), ("heldout", 5)):
-        write_pairs(root / name, made(name, count), per_shard=4, dtype=torch.float32, about={})
+        write_pairs(
+            root / name, made(name, count), per_shard=4, dtype=torch.float32, about={}
+        )
     values = {
         "run_dir": str(root / "run"),
         "pairs": str(root / "pairs"),
@@ -90,7 +118,10 @@ def whole(config: Path) -> Path:
 
 def numbers(folder: Path) -> list[dict[str, float]]:
     rows = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "memory/"))} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("seconds/", "memory/"))}
+        for row in rows
+    ]
 
 
 def adapter_of(folder: Path, part: str = "final") -> dict[str, torch.Tensor]:
@@ -103,27 +134,35 @@ def test_what_a_run_says(whole: Path) -> None:
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[0]["train/accuracy"] == 0.5
-    assert rows[0]["train/win_change"] == 0.0
-    assert rows[2]["train/win_change"] != 0.0
+    assert rows[0]["train/chosen_change"] == 0.0
+    assert rows[2]["train/chosen_change"] != 0.0
     assert all(row["train/grad_norm"] > 0 for row in rows)
     assert any(key.startswith("train/loss_sigma_") for key in rows[0])
     # winner and loser of 4 pairs, with gradient and for the reference: what held-out pairs cost is not a step's
     assert all(row["forwards/grad"] == row["forwards/no_grad"] == 8 for row in rows)
-    assert all(row["memory/peak_gb"] > 0.1 for row in read_metrics(whole / "metrics.jsonl"))
+    assert all(
+        row["memory/peak_gb"] > 0.1 for row in read_metrics(whole / "metrics.jsonl")
+    )
     assert 0 <= rows[2]["heldout/accuracy"] <= 1
     assert "heldout/loss" not in rows[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_one_rank_and_zero_3_give_the_same(config: Path, whole: Path, ranks: int) -> None:
+def test_one_rank_and_zero_3_give_the_same(
+    config: Path, whole: Path, ranks: int
+) -> None:
     folder = config.parent / f"other-{ranks}"
     words = [SCRIPT, "--config", str(config), f"run_dir={folder}"]
-    run(sys.executable, *words, "zero_stage=0") if ranks == 1 else deepspeed(2, *words, *ZERO_3)
+    run(sys.executable, *words, "zero_stage=0") if ranks == 1 else deepspeed(
+        2, *words, *ZERO_3
+    )
     for one, two in zip(numbers(folder), numbers(whole), strict=True):
         for key in two.keys() - {"train/grad_norm"}:
             # ZeRO 3 sums gradients in another order, which Adam magnifies
-            assert one[key] == pytest.approx(two[key], abs=1e-5, rel=1e-5 if ranks == 1 else 1e-4), key
+            assert one[key] == pytest.approx(
+                two[key], abs=1e-5, rel=1e-5 if ranks == 1 else 1e-4
+            ), key
     for name, weight in adapter_of(folder).items():
         assert float((weight - adapter_of(whole)[name]).abs().max()) < 2e-5, name
 
@@ -136,7 +175,9 @@ def test_stopped_and_resumed_is_the_run_in_one_go(config: Path, whole: Path) -> 
         shutil.rmtree(folder / "checkpoints" / f"step-00000{step}")
     for name in ("final", "final_ema"):
         shutil.rmtree(folder / name)
-    done = deepspeed(2, SCRIPT, "--config", str(config), f"run_dir={folder}", "ema.decay=0.5")
+    done = deepspeed(
+        2, SCRIPT, "--config", str(config), f"run_dir={folder}", "ema.decay=0.5"
+    )
     assert "going on after 1 steps" in done.stdout
     assert numbers(folder) == numbers(whole)
     for part in ("final", "final_ema"):
@@ -149,7 +190,14 @@ def test_the_adapter_is_one_that_sampling_reads(config: Path, whole: Path) -> No
     (config.parent / "prompts.txt").write_text("rain\n")
     cfg = load(DpoRun, config)
     out = config.parent / "videos"
-    sample(SampleRun(str(out), str(config.parent / "prompts.txt"), cfg.generator, adapter=str(whole / "final")))
+    sample(
+        SampleRun(
+            str(out),
+            str(config.parent / "prompts.txt"),
+            cfg.generator,
+            adapter=str(whole / "final"),
+        )
+    )
     assert (out / "0000.mp4").stat().st_size > 0
 
 
@@ -162,13 +210,17 @@ def test_neither_vae_nor_text_encoder_is_in_memory(config: Path) -> None:
     def alive() -> list[str]:
         gc.collect()
         kinds = (AutoencoderKLWan, UMT5EncoderModel, PreTrainedTokenizerBase)
-        return [type(one).__name__ for one in gc.get_objects() if isinstance(one, kinds)]
+        return [
+            type(one).__name__ for one in gc.get_objects() if isinstance(one, kinds)
+        ]
 
     before = len(alive())
     cfg = load(DpoRun, config)
     generator = build_generator(cfg.generator, transformer_only=True)
     engine = PlainEngine(generator.module, accumulation=2)
-    loop = DpoLoop(cfg.dpo, generator=generator, engine=engine, pairs=PairSet(cfg.pairs), seed=0)
+    loop = DpoLoop(
+        cfg.dpo, generator=generator, engine=engine, pairs=PairSet(cfg.pairs), seed=0
+    )
     loop.step(0)
     assert len(alive()) <= before
     assert generator._pipeline.vae is None
@@ -183,15 +235,27 @@ def test_online_pairs_replace_those_before(config: Path) -> None:
     """Every two steps, from the policy: round 1 before step 2, and again the same after a stop at 3."""
     (config.parent / "prompts.txt").write_text("rain\nsnow\nfog\n")
     folder = config.parent / "online"
-    words = ["--config", str(config), f"run_dir={folder}", "dpo.epochs=2", "heldout=null"]
-    words += ["refresh.every=2", f"refresh.prompts={config.parent / 'prompts.txt'}", "refresh.limit=2"]
+    words = [
+        "--config",
+        str(config),
+        f"run_dir={folder}",
+        "dpo.epochs=2",
+        "heldout=null",
+    ]
+    words += [
+        "refresh.every=2",
+        f"refresh.prompts={config.parent / 'prompts.txt'}",
+        "refresh.limit=2",
+    ]
     words += ["refresh.rewards.brightness.weight=1", "refresh.pairs.candidates=2"]
     run(sys.executable, SCRIPT, *words)
     rounds = sorted(path.name for path in (folder / "pairs").iterdir())
     assert rounds == ["round-0001", "round-0002"]
     assert [len(PairSet(folder / "pairs" / name)) for name in rounds] == [2, 2]
     want = numbers(folder)
-    first, second = (PairSet(folder / "pairs" / name).read([0, 1]).win_NCFHW for name in rounds)
+    first, second = (
+        PairSet(folder / "pairs" / name).read([0, 1]).chosen_NCFHW for name in rounds
+    )
     assert not torch.equal(first, second)
     for step in (4, 5):
         shutil.rmtree(folder / "checkpoints" / f"step-00000{step}")

@@ -32,7 +32,14 @@ def write_pairs_table(folder: Path) -> None:
             names = [f"{i}{side}.mp4" for side in "AB"]
             for side, name in enumerate(names):
                 write_mp4(folder / name, random_frames(10 * i + side), 4.0)
-            writer.writerow({"videos": repr(names), "prompt": f"p{i}", "GSB": label, "answer": ANSWER})
+            writer.writerow(
+                {
+                    "videos": repr(names),
+                    "prompt": f"p{i}",
+                    "GSB": label,
+                    "answer": ANSWER,
+                }
+            )
 
 
 def write_judge(folder: Path) -> None:
@@ -40,7 +47,14 @@ def write_judge(folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         how = Generation(max_new_tokens=6, repetition_penalty=1.0)
-        judge = DeScore(tiny_qwen(tied=False), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264, generation=how)
+        judge = DeScore(
+            tiny_qwen(tied=False),
+            tiny_tokenizer(),
+            TEMPLATE,
+            SETTINGS,
+            query_id=264,
+            generation=how,
+        )
         # some states make the end of the turn likely, others unlikely: chains of every length, 1 to 6 tokens
         torch.nn.init.normal_(judge.backbone.lm_head.weight.data[judge.end_id], std=1.5)
         judge.save(folder)
@@ -70,7 +84,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     deepspeed(2, *words("two", 2, "zero_stage=2"))
     deepspeed(2, *words("three", 2, *ZERO_3))
     (folder / "back").mkdir()
-    shutil.copytree(folder / "three" / "checkpoints" / "step-000001", folder / "back" / "checkpoints" / "step-000001")
+    shutil.copytree(
+        folder / "three" / "checkpoints" / "step-000001",
+        folder / "back" / "checkpoints" / "step-000001",
+    )
     run(sys.executable, *words("back", 2))
     run(sys.executable, *words("half", 1, "dtype=bfloat16", "lr.head=1e-6"))
     return folder
@@ -78,7 +95,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
     rows = read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "memory"))} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "memory"))}
+        for row in rows
+    ]
 
 
 @pytest.mark.slow
@@ -95,11 +115,15 @@ def test_defect_14_a_resumed_run_equals_an_unbroken_one(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_under_zero_2_measure_what_one_rank_does(folder: Path) -> None:
-    for one, two in zip(metrics(folder / "whole"), metrics(folder / "two"), strict=True):
+    for one, two in zip(
+        metrics(folder / "whole"), metrics(folder / "two"), strict=True
+    ):
         assert one.keys() == two.keys()
         for name, value in one.items():
             assert two[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
-    assert {f"train/grad_norm/{part}" for part in ("llm", "query", "head")} <= metrics(folder / "two")[0].keys()
+    assert {f"train/grad_norm/{part}" for part in ("llm", "query", "head")} <= metrics(
+        folder / "two"
+    )[0].keys()
 
 
 @pytest.mark.slow
@@ -112,7 +136,9 @@ def test_two_ranks_under_zero_3_measure_what_one_rank_does(folder: Path) -> None
         for name, value in one.items():
             assert two[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
     for part in ("llm", "query"):
-        assert whole[0][f"train/grad_norm/{part}"] > 0.01  # so they were clipped, each by its own norm
+        assert (
+            whole[0][f"train/grad_norm/{part}"] > 0.01
+        )  # so they were clipped, each by its own norm
 
 
 @pytest.mark.slow
@@ -124,36 +150,66 @@ def test_zero_3_and_zero_1_go_on_from_each_other(folder: Path) -> None:
         other = load_tensors(folder / name / file)
         assert one.keys() == other.keys()
         for key, tensor in one.items():
-            torch.testing.assert_close(other[key], tensor, atol=1e-6, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(
+                other[key],
+                tensor,
+                atol=1e-6,
+                rtol=1e-3,
+                msg=lambda m, key=key: f"{key}: {m}",
+            )
     assert metrics(folder / "back")[0]["step"] == 1
-    before, after = (DeScore.load(folder / name / "final").state_dict() for name in ("whole", "three"))
+    before, after = (
+        DeScore.load(folder / name / "final").state_dict()
+        for name in ("whole", "three")
+    )
     assert before.keys() == after.keys()
     assert max(float((before[key] - after[key]).abs().max()) for key in before) < 1e-5
 
 
 @pytest.mark.slow
 def test_defects_2_and_3_what_a_stage_writes_the_next_one_reads(folder: Path) -> None:
-    before, after = DeScore.load(folder / "judge"), DeScore.load(folder / "whole" / "final")
+    before, after = (
+        DeScore.load(folder / "judge"),
+        DeScore.load(folder / "whole" / "final"),
+    )
     assert not torch.equal(before.head.weight, after.head.weight)
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
-    assert not torch.equal(before.backbone.state_dict()[name], after.backbone.state_dict()[name])  # LoRA is merged
-    assert (after.template, after.settings, after.generation) == (before.template, before.settings, before.generation)
-    value_B = DeScoreScorer.load(folder / "whole" / "final", chains=0).score([folder / "0A.mp4"], ["p0"]).value_B
+    assert not torch.equal(
+        before.backbone.state_dict()[name], after.backbone.state_dict()[name]
+    )  # LoRA is merged
+    assert (after.template, after.settings, after.generation) == (
+        before.template,
+        before.settings,
+        before.generation,
+    )
+    value_B = (
+        DeScoreScorer.load(folder / "whole" / "final", chains=0)
+        .score([folder / "0A.mp4"], ["p0"])
+        .value_B
+    )
     assert value_B.isfinite().all()
 
 
 @pytest.mark.slow
 def test_defect_9_updates_too_small_for_bfloat16_are_kept(folder: Path) -> None:
-    before, after = (DeScore.load(folder / name).head.weight for name in ("judge", "half/final"))
+    before, after = (
+        DeScore.load(folder / name).head.weight for name in ("judge", "half/final")
+    )
     start = before.bfloat16().float()  # the module is cast once, when the run begins
     change = (after - start).abs()
     assert 1e-7 < change.max() < 3e-6  # two updates at a rate of 1e-6
-    assert torch.equal(after.bfloat16().float(), start)  # in bfloat16 they would all have rounded to nothing
+    assert torch.equal(
+        after.bfloat16().float(), start
+    )  # in bfloat16 they would all have rounded to nothing
 
 
 def test_a_table_without_right_scores_is_refused(folder: Path) -> None:
     bare = folder / "bare.csv"
-    text = (folder / "pairs.csv").read_text(encoding="utf-8").replace("video_1_scores", "scores")
+    text = (
+        (folder / "pairs.csv")
+        .read_text(encoding="utf-8")
+        .replace("video_1_scores", "scores")
+    )
     bare.write_text(text, encoding="utf-8")
     found = run(
         sys.executable, "launch/dual_rl.py", "--config", "configs/shapes/dual_rl.yaml", f"run_dir={folder / 'x'}",

@@ -11,7 +11,7 @@ import pytest
 from common.log import read_metrics
 from common.video_io import write_mp4
 from tests.launch.processes import deepspeed
-from tests.rm.test_vllm_writer import FAKE, talker
+from tests.rm.vllm.test_client import FAKE, talker
 from tests.tiny_qwen import random_frames
 
 ANSWER = '<answer>{"video_1_scores": {"subject": "2"}, "video_2_scores": {"subject": "0"}}</answer>'
@@ -26,7 +26,14 @@ def test_two_ranks_write_with_an_engine_each_and_leave_nothing(tmp_path: Path) -
             names = [f"{i}{side}.mp4" for side in "AB"]
             for side, name in enumerate(names):
                 write_mp4(tmp_path / name, random_frames(10 * i + side), 4.0)
-            writer.writerow({"videos": repr(names), "prompt": f"p{i}", "GSB": label, "answer": ANSWER})
+            writer.writerow(
+                {
+                    "videos": repr(names),
+                    "prompt": f"p{i}",
+                    "GSB": label,
+                    "answer": ANSWER,
+                }
+            )
     talker().save(tmp_path / "judge")
     (tmp_path / "private").mkdir()
     deepspeed(
@@ -34,8 +41,8 @@ def test_two_ranks_write_with_an_engine_each_and_leave_nothing(tmp_path: Path) -
         f"checkpoint={tmp_path / 'judge'}", f"data.train={tmp_path / 'pairs.csv'}", "data.heldout=null",
         "dual_rl.steps=2", "dual_rl.pairs_per_step=2", "dual_rl.pairs_per_update=2", "dual_rl.micro_batch=1",
         "dual_rl.group_size=2", "dual_rl.max_new_tokens=6", "rules.length=1", "rules.length_low=0",
-        "rules.length_high=6", "lora.rank=4", "writer.engine=vllm", f"writer.python={sys.executable}",
-        "writer.max_model_len=1024", f"writer.folder={tmp_path / 'private'}", f"writer.env.PYTHONPATH={FAKE}",
+        "rules.length_high=6", "lora.rank=4", "cot_backend.kind=vllm", f"cot_backend.python={sys.executable}",
+        "cot_backend.max_model_len=1024", f"cot_backend.folder={tmp_path / 'private'}", f"cot_backend.env.PYTHONPATH={FAKE}",
         timeout=1800.0,
     )  # fmt: skip
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 
 from alignment.config import RewardConfig
 from common.config import dump
+from engine.config import OptimizerConfig
 from generator.wan import WanGenerator
 from launch import export
-from launch.runs import GrpoRun, OptimizerConfig
+from launch.schemas.training import GrpoRun
 from rm.model import DeScore
 from rm.scorer import DeScoreScorer
 from tests.generator.stock import latents, remarks
 from tests.launch.processes import loaded_by_help, run
-from tests.launch.test_hub import SECRET, Hub, online
+from tests.launch.release.test_hub import SECRET, Hub, online
 from tests.tiny import build_tiny_wan, tiny_config, tiny_generator
 from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
 
@@ -45,13 +46,28 @@ def make_run(wan: Path, folder: Path, **changes: object) -> WanGenerator:
         prompts_per_step=2,
         steps=3,
         generator=tiny_config(wan, **changes),
-        rewards={"shapes": RewardConfig(weight=1.5), "brightness": RewardConfig(weight=0.0)},
+        rewards={
+            "shapes": RewardConfig(weight=1.5),
+            "brightness": RewardConfig(weight=0.0),
+        },
         optimizer=OptimizerConfig(lr=3e-4),
     )
     dump(cfg, folder)
-    rows = [{"step": i, "reward/shapes": 0.25 * i, "reward/shapes_std": 9.0, "train/loss": 1.0} for i in range(3)]
-    rows.append({"step": 3, "eval/shapes": 0.75})  # what is measured after the last step has a line of its own
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [
+        {
+            "step": i,
+            "reward/shapes": 0.25 * i,
+            "reward/shapes_std": 9.0,
+            "train/loss": 1.0,
+        }
+        for i in range(3)
+    ]
+    rows.append(
+        {"step": 3, "eval/shapes": 0.75}
+    )  # what is measured after the last step has a line of its own
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     generator.save_trained(folder / "final")
     return generator
 
@@ -61,8 +77,19 @@ def grpo(wan: Path, tmp_path: Path) -> WanGenerator:
     return make_run(wan, tmp_path / "grpo")
 
 
-def exported(tmp_path: Path, *more: str, trained: str = "grpo/final", form: str = "merged") -> Path:
-    export.main([str(tmp_path / trained), "--format", form, "--out", str(tmp_path / "out"), *more])
+def exported(
+    tmp_path: Path, *more: str, trained: str = "grpo/final", form: str = "merged"
+) -> Path:
+    export.main(
+        [
+            str(tmp_path / trained),
+            "--format",
+            form,
+            "--out",
+            str(tmp_path / "out"),
+            *more,
+        ]
+    )
     return tmp_path / "out"
 
 
@@ -88,20 +115,30 @@ def follow(card: Path, places: dict[str, Path], *, block: int = 0) -> dict[str, 
 
 
 @pytest.mark.parametrize("form", export.FORMATS)
-def test_the_cards_command_loads_what_was_trained(wan: Path, grpo: WanGenerator, tmp_path: Path, form: str) -> None:
+def test_the_cards_command_loads_what_was_trained(
+    wan: Path, grpo: WanGenerator, tmp_path: Path, form: str
+) -> None:
     out = exported(tmp_path, form=form)
     want = grpo.sample(PROMPTS, SEEDS, scheduler="pipeline", num_steps=4)
     with remarks() as said:
-        pipeline = follow(out / "README.md", {"path/to/this/folder": out, "path/to/the/base": wan})["pipeline"]
+        pipeline = follow(
+            out / "README.md", {"path/to/this/folder": out, "path/to/the/base": wan}
+        )["pipeline"]
     assert [one for one in said if "eys" in one] == []
     pipeline.set_progress_bar_config(disable=True)
     got = latents(pipeline, PROMPTS, SEEDS, steps=4)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # latents are as large as 10
+    torch.testing.assert_close(
+        got, want, atol=1e-5, rtol=1e-5
+    )  # latents are as large as 10
     with grpo.reference(), torch.no_grad():
-        assert (grpo.sample(PROMPTS, SEEDS, scheduler="pipeline", num_steps=4) - got).abs().max() > 0.1
+        assert (
+            grpo.sample(PROMPTS, SEEDS, scheduler="pipeline", num_steps=4) - got
+        ).abs().max() > 0.1
     if form == "diffusers":
         name = "pytorch_lora_weights.safetensors"
-        assert (out / name).read_bytes() == (tmp_path / "grpo/final" / name).read_bytes()
+        assert (out / name).read_bytes() == (
+            tmp_path / "grpo/final" / name
+        ).read_bytes()
     else:
         assert {f.name for f in out.iterdir()} == {
             "README.md",
@@ -109,7 +146,9 @@ def test_the_cards_command_loads_what_was_trained(wan: Path, grpo: WanGenerator,
         }
 
 
-def test_a_transformer_that_was_trained_whole(wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_transformer_that_was_trained_whole(
+    wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     generator = make_run(wan, tmp_path / "grpo", lora=None, dtype="bfloat16")
     with torch.no_grad():
         generator.module.proj_out.weight.mul_(1.5)
@@ -117,13 +156,22 @@ def test_a_transformer_that_was_trained_whole(wan: Path, tmp_path: Path, capsys:
     out = exported(tmp_path)
     # a block has 4 x 2 and 2 norms in each attention, 2 in its norm, 4 in its feed-forward and 1 of modulation; outside
     # are 2 of patches, 4 + 2 of time, 4 of text, and 1 + 2 of the output
-    assert f"all {2 * (2 * (4 * 2 + 2) + 2 + 4 + 1) + 2 + 4 + 2 + 4 + 1 + 2} weights trained" in capsys.readouterr().out
-    pipeline = follow(out / "README.md", {"path/to/this/folder": out, "path/to/the/base": wan})["pipeline"]
+    assert (
+        f"all {2 * (2 * (4 * 2 + 2) + 2 + 4 + 1) + 2 + 4 + 2 + 4 + 1 + 2} weights trained"
+        in capsys.readouterr().out
+    )
+    pipeline = follow(
+        out / "README.md", {"path/to/this/folder": out, "path/to/the/base": wan}
+    )["pipeline"]
     found, want = pipeline.transformer.state_dict(), generator.module.state_dict()
     assert all(torch.equal(found[name], want[name].float()) for name in want)
-    assert str(wan) in (tmp_path / "grpo/final/transformer/config.json").read_text()  # where it was loaded from
+    assert (
+        str(wan) in (tmp_path / "grpo/final/transformer/config.json").read_text()
+    )  # where it was loaded from
     assert str(wan) not in (out / "transformer/config.json").read_text()
-    assert "is for adapters" in ended(capsys, 2, str(tmp_path / "grpo/final"), "--format", "comfyui", "--out", "x")
+    assert "is for adapters" in ended(
+        capsys, 2, str(tmp_path / "grpo/final"), "--format", "comfyui", "--out", "x"
+    )
 
 
 @pytest.fixture
@@ -135,9 +183,15 @@ def judge(tmp_path: Path) -> DeScore:
 
 
 @torch.no_grad()
-def test_a_judge(tmp_path: Path, judge: DeScore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_judge(
+    tmp_path: Path, judge: DeScore, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Stage 2 started from stage 1's folder, which started from a hub name: that is the base."""
-    dual = {"checkpoint": str(tmp_path / "stage1/final"), "dual_rl": {"group_size": 8}, "lr": {"llm": 1e-6}}
+    dual = {
+        "checkpoint": str(tmp_path / "stage1/final"),
+        "dual_rl": {"group_size": 8},
+        "lr": {"llm": 1e-6},
+    }
     cold = {"base": "Qwen/Qwen3-VL-8B-Instruct", "cold_start": {"epochs": 2.0}}
     for stage, config in (("stage1", cold), ("stage2", dual)):
         (tmp_path / stage / "final").mkdir(parents=True, exist_ok=True)
@@ -145,15 +199,22 @@ def test_a_judge(tmp_path: Path, judge: DeScore, capsys: pytest.CaptureFixture[s
     out = exported(tmp_path, trained="stage2/final")
     card = ModelCard.load(out / "README.md")
     assert card.data.base_model == "Qwen/Qwen3-VL-8B-Instruct"
-    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "video-text-to-text")
+    assert (card.data.library_name, card.data.pipeline_tag) == (
+        "transformers",
+        "video-text-to-text",
+    )
     assert "trained by DeScore, stage 2" in card.text
     assert "| `dual_rl.group_size` | 8 |" in card.text
 
     code = re.findall(r"```python\n(.*?)```", card.text, re.S)[0]
-    assert 'DeScoreScorer.load(folder)\nscore = scorer.score(["video.mp4"], ["a prompt"])' in code
+    assert (
+        'DeScoreScorer.load(folder)\nscore = scorer.score(["video.mp4"], ["a prompt"])'
+        in code
+    )
     video = [random_frames(1)]
     found, want = (
-        s.score(video, ["a"], fps=4.0) for s in (DeScoreScorer.load(out, chains=0), DeScoreScorer(judge, chains=0))
+        s.score(video, ["a"], fps=4.0)
+        for s in (DeScoreScorer.load(out, chains=0), DeScoreScorer(judge, chains=0))
     )
     torch.testing.assert_close(found.value_B, want.value_B, atol=1e-5, rtol=0)
     model = follow(out / "README.md", {}, block=1)["model"]
@@ -163,11 +224,16 @@ def test_a_judge(tmp_path: Path, judge: DeScore, capsys: pytest.CaptureFixture[s
         ("is for adapters", ("--format", "diffusers")),
         ("--base is for", ("--format", "merged", "--base", "x")),
     ):
-        assert words in ended(capsys, 2, str(tmp_path / "stage2/final"), *options, "--out", "x")
+        assert words in ended(
+            capsys, 2, str(tmp_path / "stage2/final"), *options, "--out", "x"
+        )
 
 
 def test_what_a_card_says_and_does_not_say(
-    wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    wan: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     make_run(wan, tmp_path / "grpo")
     path = tmp_path / "grpo/config.yaml"
@@ -202,19 +268,29 @@ def test_what_a_card_says_and_does_not_say(
     assert "grpo.reweight" not in text
     for file in (f for f in out.rglob("*") if f.is_file()):
         assert not any(
-            word in file.read_bytes() for word in (str(tmp_path).encode(), str(wan).encode(), SECRET.encode())
+            word in file.read_bytes()
+            for word in (str(tmp_path).encode(), str(wan).encode(), SECRET.encode())
         )
     assert f"base_model {HUB_NAME}" in capsys.readouterr().out
 
 
-def test_a_folder_without_a_run(wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run(
+    wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny_generator(wan).save_trained(tmp_path / "deep/er/lora")
     trained = str(tmp_path / "deep/er/lora")
-    assert "give --base" in ended(capsys, 2, trained, "--format", "merged", "--out", str(tmp_path / "x"))
+    assert "give --base" in ended(
+        capsys, 2, trained, "--format", "merged", "--out", str(tmp_path / "x")
+    )
     assert not (tmp_path / "x").exists()
-    out = exported(tmp_path, "--base", str(wan), "--base-model", HUB_NAME, trained="deep/er/lora")
+    out = exported(
+        tmp_path, "--base", str(wan), "--base-model", HUB_NAME, trained="deep/er/lora"
+    )
     card = ModelCard.load(out / "README.md")
-    assert (card.data.base_model, card.data.base_model_relation) == (HUB_NAME, "finetune")
+    assert (card.data.base_model, card.data.base_model_relation) == (
+        HUB_NAME,
+        "finetune",
+    )
     assert "## Training" not in card.text
 
 
@@ -224,11 +300,14 @@ def test_wrong_input_is_one_line_and_code_2(
     final, out = tmp_path / "grpo/final", tmp_path / "out"
 
     def refused(trained: Path, *more: str, form: str = "merged") -> str:
-        return ended(capsys, 2, str(trained), "--format", form, "--out", str(out), *more)
+        return ended(
+            capsys, 2, str(trained), "--format", form, "--out", str(out), *more
+        )
 
     assert f"is it {final}?" in refused(tmp_path / "grpo")
-    assert "holds none of pytorch_lora_weights.safetensors, transformer/config.json, descore.json" in refused(
-        wan / "vae"
+    assert (
+        "holds none of pytorch_lora_weights.safetensors, transformer/config.json, descore.json"
+        in refused(wan / "vae")
     )
     assert "'a/b/c'" in refused(final, "--push", "a/b/c")
     assert "must be OWNER/NAME" in refused(final, "--push", "name")
@@ -236,14 +315,18 @@ def test_wrong_input_is_one_line_and_code_2(
     assert "owner/name is not in the cache" in refused(final, "--base", "owner/name")
     other = build_tiny_wan(tmp_path / "other", layers=1)
     for form in export.FORMATS:
-        assert "does not fit the transformer (10 problems)" in refused(final, "--base", str(other), form=form)
+        assert "does not fit the transformer (10 problems)" in refused(
+            final, "--base", str(other), form=form
+        )
     file = final / "pytorch_lora_weights.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     assert f"{file} is not a whole safetensors file" in refused(final)
     (tmp_path / "grpo/config.yaml").write_text("a: [")
     assert "line 1" in refused(final)
     (final / "descore.json").touch()
-    assert "holds both pytorch_lora_weights.safetensors and descore.json" in refused(final)
+    assert "holds both pytorch_lora_weights.safetensors and descore.json" in refused(
+        final
+    )
     assert not out.exists()
     out.mkdir()
     (out / "mine.txt").touch()
@@ -265,7 +348,10 @@ def test_a_push_is_private_unless_asked(
     online(monkeypatch, hub := Hub())
     out = exported(tmp_path, "--push", "me/lora", *options, form="diffusers")
     files = ["README.md", "pytorch_lora_weights.safetensors"]
-    assert hub.asked == [("create", "me/lora", not options), ("upload", "me/lora", files)]
+    assert hub.asked == [
+        ("create", "me/lora", not options),
+        ("upload", "me/lora", files),
+    ]
     assert (
         'load_lora_weights("me/lora", weight_name="pytorch_lora_weights.safetensors")'
         in (out / "README.md").read_text()
@@ -274,10 +360,20 @@ def test_a_push_is_private_unless_asked(
 
 
 def test_a_push_that_fails_is_one_line_and_code_1(
-    grpo: WanGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    grpo: WanGenerator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def failed(name: str) -> str:
-        argv = ["--format", "diffusers", "--out", str(tmp_path / name), "--push", "me/lora"]
+        argv = [
+            "--format",
+            "diffusers",
+            "--out",
+            str(tmp_path / name),
+            "--push",
+            "me/lora",
+        ]
         said = ended(capsys, 1, str(tmp_path / "grpo/final"), *argv)
         assert f"{tmp_path / name} is written, but not pushed" in said
         assert (tmp_path / name / "README.md").is_file()
@@ -293,25 +389,49 @@ def test_a_push_that_fails_is_one_line_and_code_1(
 
 def test_the_true_entry_point(wan: Path, grpo: WanGenerator, tmp_path: Path) -> None:
     """Base and card from the run's folder; the push fails, offline as tests are, the export is there."""
-    words = (str(tmp_path / "grpo/final"), "--format", "merged", "--out", str(tmp_path / "out"), "--push", "me/wan")
+    words = (
+        str(tmp_path / "grpo/final"),
+        "--format",
+        "merged",
+        "--out",
+        str(tmp_path / "out"),
+        "--push",
+        "me/wan",
+    )
     done = run(sys.executable, "launch/export.py", *words, expect=1)
     assert done.stderr.splitlines()[-1].endswith(
         "is written, but not pushed: HF_HUB_OFFLINE is set, so nothing is sent"
     )
     assert "Traceback" not in done.stderr
-    assert "rank 4, alpha 8, merged in float32 and stored in the base's float32" in done.stdout
+    assert (
+        "rank 4, alpha 8, merged in float32 and stored in the base's float32"
+        in done.stdout
+    )
     name = "blocks.1.ffn.net.2"
     lora = load_file(tmp_path / "grpo/final/pytorch_lora_weights.safetensors")
-    down, up = (lora[f"transformer.{name}.lora_{side}.weight"].double() for side in "AB")
+    down, up = (
+        lora[f"transformer.{name}.lora_{side}.weight"].double() for side in "AB"
+    )
     before, after = (
-        load_file(folder / "transformer/diffusion_pytorch_model.safetensors")[f"{name}.weight"]
+        load_file(folder / "transformer/diffusion_pytorch_model.safetensors")[
+            f"{name}.weight"
+        ]
         for folder in (wan, tmp_path / "out")
     )
-    torch.testing.assert_close(after.double() - before.double(), 8 / 4 * up @ down, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        after.double() - before.double(), 8 / 4 * up @ down, atol=1e-6, rtol=0
+    )
 
 
 def test_help_loads_nothing_heavy() -> None:
-    heavy = ("torch", "transformers", "diffusers", "peft", "safetensors", "huggingface_hub")
+    heavy = (
+        "torch",
+        "transformers",
+        "diffusers",
+        "peft",
+        "safetensors",
+        "huggingface_hub",
+    )
     loaded, said = loaded_by_help("export", *heavy)
     assert loaded == []
     assert "--base-model" in said

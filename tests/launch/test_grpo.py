@@ -13,14 +13,14 @@ import pytest
 import torch
 import yaml
 
-from alignment.data import PromptSchedule, read_prompts
-from alignment.grpo import GrpoLoop, Judgement, backwards_per_update
+from alignment.grpo import Advantages, GrpoLoop, backwards_per_update
+from alignment.prompts import PromptSchedule, read_prompts
 from common.checkpoint import load_tensors
 from common.config import ConfigError, load
 from common.log import read_metrics
 from launch.compose import build_generator
-from launch.runs import GrpoRun, SampleRun
 from launch.sample import sample
+from launch.schemas.training import GrpoRun, SampleRun
 from tests.fakes import PlainEngine
 from tests.launch.processes import ROOT, deepspeed, refused_early, run
 
@@ -44,16 +44,32 @@ def on_two_ranks(config: Path, *overrides: str) -> subprocess.CompletedProcess[s
 def test_shipped_configs_are_valid(path: Path) -> None:
     cfg = load(GrpoRun, path)
     assert cfg.rewards["descore"].weight == 1.0
-    assert cfg.generator.sampler.max_std == {"wan": 0.45, "shapes": 0.7}[path.parent.name]
+    assert (
+        cfg.generator.sampler.max_std == {"wan": 0.45, "shapes": 0.7}[path.parent.name]
+    )
 
 
 def test_the_full_size_config_has_the_papers_numbers() -> None:
     """LongCat-Video 2510.22200, Table 9."""
     cfg = load(GrpoRun, ROOT / "configs" / "wan" / "grpo.yaml")
     sampler, lora = cfg.generator.sampler, cfg.generator.lora
-    assert (cfg.prompts_per_step, cfg.grpo.group_size, cfg.grpo.kl_weight) == (64, 4, 3e-4)
-    assert (sampler.num_steps, sampler.stochastic_range, sampler.noise_level, sampler.max_std) == (16, 6, 1.0, 0.45)
-    assert (lora.rank, lora.alpha, len(lora.targets), cfg.optimizer.lr) == (128, 64.0, 6, 1e-4)
+    assert (cfg.prompts_per_step, cfg.grpo.group_size, cfg.grpo.kl_weight) == (
+        64,
+        4,
+        3e-4,
+    )
+    assert (
+        sampler.num_steps,
+        sampler.stochastic_range,
+        sampler.noise_level,
+        sampler.max_std,
+    ) == (16, 6, 1.0, 0.45)
+    assert (lora.rank, lora.alpha, len(lora.targets), cfg.optimizer.lr) == (
+        128,
+        64.0,
+        6,
+        1e-4,
+    )
 
 
 def test_a_typo_is_exit_2_at_once_with_the_right_key() -> None:
@@ -69,13 +85,35 @@ def test_all_is_wrong_that_cannot_learn() -> None:
     for overrides, message in [
         ([], "rewards must name at least one|rewards: is required"),
         (["rewards.shapes.weight=0"], "one weight that is not 0"),
-        (["rewards.brightness.weight=1", "zero_stage=4"], "zero_stage must be 0, 1, 2 or 3, got 4"),
-        (["rewards.brightness.weight=1", "generator.sampler.noise_level=0"], "noise_level must be positive"),
+        (
+            ["rewards.brightness.weight=1", "zero_stage=4"],
+            "zero_stage must be 0, 1, 2 or 3, got 4",
+        ),
+        (
+            ["rewards.brightness.weight=1", "generator.sampler.noise_level=0"],
+            "noise_level must be positive",
+        ),
         (["rewards.mine.kind=descor"], "did you mean 'descore'"),
-        (["rewards.brightness.weight=1", "zero_stage=3", "generator.sampler.tail_cache=2"], "needs .*tail_cache=1"),
-        (["rewards.brightness.weight=1", "grpo.ranks_per_group=3"], "must divide group_size=4"),
-        (["rewards.brightness.weight=1", "ema.decay=1"], r"decay must lie in \[0, 1\), got 1"),
-        (["rewards.brightness.weight=1", "evaluation.every=1"], "evaluation.prompts: is required"),
+        (
+            [
+                "rewards.brightness.weight=1",
+                "zero_stage=3",
+                "generator.sampler.tail_cache=2",
+            ],
+            "needs .*tail_cache=1",
+        ),
+        (
+            ["rewards.brightness.weight=1", "grpo.ranks_per_group=3"],
+            "must divide group_size=4",
+        ),
+        (
+            ["rewards.brightness.weight=1", "ema.decay=1"],
+            r"decay must lie in \[0, 1\), got 1",
+        ),
+        (
+            ["rewards.brightness.weight=1", "evaluation.every=1"],
+            "evaluation.prompts: is required",
+        ),
     ]:
         with pytest.raises(ConfigError, match=message):
             load(GrpoRun, None, [*base, *overrides])
@@ -90,15 +128,34 @@ def test_ranks_that_cannot_share_the_prompts_are_told_the_arithmetic() -> None:
     words = [sys.executable, SCRIPT, "--config", str(CONFIGS[0]), "prompts_per_step=8"]
     done = run(*words, expect=2, WORLD_SIZE="3", RANK="0")
     assert "8 / 3 = 2.67 groups each" in done.stderr
-    words = [sys.executable, SCRIPT, "--config", str(CONFIGS[0]), "prompts_per_step=3", "grpo.ranks_per_group=2"]
-    assert "2 must divide the 3 ranks" in run(*words, expect=2, WORLD_SIZE="3", RANK="0").stderr
+    words = [
+        sys.executable,
+        SCRIPT,
+        "--config",
+        str(CONFIGS[0]),
+        "prompts_per_step=3",
+        "grpo.ranks_per_group=2",
+    ]
+    assert (
+        "2 must divide the 3 ranks"
+        in run(*words, expect=2, WORLD_SIZE="3", RANK="0").stderr
+    )
     done = run(*words, expect=2, WORLD_SIZE="4", RANK="0")
-    assert "sets of 2 ranks, whose number must divide it: 3 / 2 = 1.50 groups each" in done.stderr
+    assert (
+        "sets of 2 ranks, whose number must divide it: 3 / 2 = 1.50 groups each"
+        in done.stderr
+    )
 
 
 def test_a_bad_prompt_file_is_named_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
-    words = [sys.executable, SCRIPT, "--config", str(CONFIGS[0]), f"prompts={tmp_path / 'p.jsonl'}"]
+    words = [
+        sys.executable,
+        SCRIPT,
+        "--config",
+        str(CONFIGS[0]),
+        f"prompts={tmp_path / 'p.jsonl'}",
+    ]
     done = run(*words, expect=2)
     assert "p.jsonl:2: needs a non-empty text" in done.stderr
     assert "Traceback" not in done.stderr
@@ -114,7 +171,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("grpo")
     build_tiny_wan(root / "wan")
-    (root / "prompts.txt").write_text("a red circle\na blue square\ntwo cats\nrain\nsnow\n")
+    (root / "prompts.txt").write_text(
+        "a red circle\na blue square\ntwo cats\nrain\nsnow\n"
+    )
     values = {
         "run_dir": str(root / "run"),
         "prompts": str(root / "prompts.txt"),
@@ -126,8 +185,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "video_groups": 1,
         "generator": {
             "path": str(root / "wan"),
-            **{"height": 16, "width": 16, "num_frames": 9, "fps": 8.0, "dtype": "float32"},
-            **{"gradient_checkpointing": False, "decode_batch": 8, "max_sequence_length": 24},
+            **{
+                "height": 16,
+                "width": 16,
+                "num_frames": 9,
+                "fps": 8.0,
+                "dtype": "float32",
+            },
+            **{
+                "gradient_checkpointing": False,
+                "decode_batch": 8,
+                "max_sequence_length": 24,
+            },
             "lora": {"rank": 4, "alpha": 8.0},
             "sampler": {"num_steps": 6, "stochastic_range": 3, "guidance_scale": 3.0},
         },
@@ -155,7 +224,10 @@ def numbers(folder: Path) -> list[dict[str, float]]:
     """The metrics without wall-clock times."""
     timed = ("seconds/", "videos_per_second", "memory/")
     rows = read_metrics(folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not key.startswith(timed)}
+        for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +248,9 @@ def continued(tiny: Path, half: Path, name: str) -> Path:
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_is_the_run_in_one_go(tiny: Path, whole: Path, half: Path) -> None:
+def test_stopped_and_resumed_is_the_run_in_one_go(
+    tiny: Path, whole: Path, half: Path
+) -> None:
     folder = continued(tiny, half, "resumed")
     done = on_two_ranks(tiny, f"run_dir={folder}")
     assert "going on after 2 steps" in done.stdout
@@ -185,11 +259,15 @@ def test_stopped_and_resumed_is_the_run_in_one_go(tiny: Path, whole: Path, half:
     ours, theirs = adapter_of(folder), adapter_of(whole)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert any(float(ours[name].abs().max()) > 0 for name in ours if "lora_B" in name)  # something was learned
+    assert any(
+        float(ours[name].abs().max()) > 0 for name in ours if "lora_B" in name
+    )  # something was learned
 
 
 @pytest.mark.slow
-def test_one_rank_gives_the_update_of_two_and_may_take_over(tiny: Path, whole: Path, half: Path) -> None:
+def test_one_rank_gives_the_update_of_two_and_may_take_over(
+    tiny: Path, whole: Path, half: Path
+) -> None:
     """From the start without ZeRO, and from the two ranks' checkpoint of step 2."""
     first = Path("checkpoints", "step-000001", "trained")
     alone(tiny, f"run_dir={tiny.parent / 'alone'}", "zero_stage=0")
@@ -199,36 +277,51 @@ def test_one_rank_gives_the_update_of_two_and_may_take_over(tiny: Path, whole: P
         assert_close(adapter_of(whole, first), adapter_of(folder, first), relative=1e-5)
         # later, Adam magnifies a rounding of 1e-7 wherever a gradient is nearly zero
         assert_close(adapter_of(whole), adapter_of(folder), relative=1e-2)
-        assert numbers(folder)[0].items() >= {k: v for k, v in numbers(whole)[0].items() if "train" not in k}.items()
+        assert (
+            numbers(folder)[0].items()
+            >= {k: v for k, v in numbers(whole)[0].items() if "train" not in k}.items()
+        )
         for one, two in zip(numbers(whole), numbers(folder), strict=True):
             for key in one.keys() & two.keys():
                 assert one[key] == pytest.approx(two[key], abs=1e-5, rel=2e-3), key
 
 
 @pytest.mark.slow
-def test_zero_3_goes_on_from_zero_1_and_gives_its_updates(tiny: Path, whole: Path, half: Path) -> None:
+def test_zero_3_goes_on_from_zero_1_and_gives_its_updates(
+    tiny: Path, whole: Path, half: Path
+) -> None:
     """The stochastic steps k of step 3 are 0 and 1 on rank 0, and 0 and 0 on rank 1. With one latent per forward a
     group of 2 takes k + 1 + 2 (5 - k) = 11 - k of them, so rank 0 makes one more, idle and of one sample.
     """
     folder = continued(tiny, half, "three")
     above = "deepspeed.zero_optimization.stage3_param_persistence_threshold=100"  # the base's linears lie in pieces
-    on_two_ranks(tiny, f"run_dir={folder}", "generator.rollout_batch=1", "zero_stage=3", above)
+    on_two_ranks(
+        tiny, f"run_dir={folder}", "generator.rollout_batch=1", "zero_stage=3", above
+    )
     assert_close(adapter_of(whole), adapter_of(folder), relative=1e-2)
     idle = [0, 0, 0, 1]
     for one, three in zip(numbers(whole), numbers(folder), strict=True):
         assert one.keys() == three.keys()
-        assert three.pop("forwards/no_grad") == one.pop("forwards/no_grad") + idle.pop(0)
+        assert three.pop("forwards/no_grad") == one.pop("forwards/no_grad") + idle.pop(
+            0
+        )
         assert three["train/loss"] == pytest.approx(one["train/loss"], abs=1e-5)
         for key in one:
             assert three[key] == pytest.approx(one[key], abs=1e-5, rel=2e-3), key
 
 
-def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], *, relative: float) -> None:
+def assert_close(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], *, relative: float
+) -> None:
     """1e-5 for every weight in the first update; and B, zero at the start, relative to all it has learned."""
     for key, tensor in ours.items():
         if "lora_B" in key:
-            assert float((tensor - theirs[key]).norm()) < relative * float(tensor.norm()), key
-        assert float((tensor - theirs[key]).abs().max()) < max(1e-5, 1e-2 * relative), key
+            assert float((tensor - theirs[key]).norm()) < relative * float(
+                tensor.norm()
+            ), key
+        assert float((tensor - theirs[key]).abs().max()) < max(1e-5, 1e-2 * relative), (
+            key
+        )
 
 
 @pytest.mark.slow
@@ -241,12 +334,25 @@ def test_what_a_run_leaves_behind(whole: Path) -> None:
         assert row["train/ratio_max_dev"] < 1e-5
         assert row["forwards/grad"] == 4 * 2
         assert row["forwards/no_grad"] - 4 * 2 in possible
-    assert {path.name for path in (whole / "checkpoints").iterdir()} == {f"step-00000{n}" for n in (1, 2, 3, 4)}
-    assert (whole / "checkpoints" / "step-000004" / "trained" / "pytorch_lora_weights.safetensors").is_file()
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == {
+        f"step-00000{n}" for n in (1, 2, 3, 4)
+    }
+    assert (
+        whole
+        / "checkpoints"
+        / "step-000004"
+        / "trained"
+        / "pytorch_lora_weights.safetensors"
+    ).is_file()
     assert {path.suffix for path in whole.rglob("*") if path.is_file()} <= SAFE
-    assert yaml.safe_load((whole / "config.yaml").read_text())["grpo"]["group_size"] == 2
+    assert (
+        yaml.safe_load((whole / "config.yaml").read_text())["grpo"]["group_size"] == 2
+    )
     samples = whole / "samples" / "step-000002"
-    lines = [json.loads(line) for line in (samples / "samples.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (samples / "samples.jsonl").read_text().splitlines()
+    ]
     assert [line["member"] for line in lines] == [0, 1]
     assert all((samples / line["file"]).stat().st_size > 0 for line in lines)
     better, worse = sorted(lines, key=lambda line: -line["rewards"]["brightness"])
@@ -257,7 +363,9 @@ def test_what_a_run_leaves_behind(whole: Path) -> None:
 # ------------------------------------------------------------------ the loop on a real Wan, in this process
 
 
-def updated_once(tiny: Path, *, double: bool = False, **changes: object) -> tuple[torch.Tensor, dict[str, float]]:
+def updated_once(
+    tiny: Path, *, double: bool = False, **changes: object
+) -> tuple[torch.Tensor, dict[str, float]]:
     """One update of the tiny Wan with a random adapter and given advantages: the gradient and the metrics."""
     cfg = load(GrpoRun, tiny, [f"{key}={value}" for key, value in changes.items()])
     generator = build_generator(cfg.generator)
@@ -268,14 +376,30 @@ def updated_once(tiny: Path, *, double: bool = False, **changes: object) -> tupl
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
     if double:
         generator.module.double()
-    accumulation = backwards_per_update(cfg.grpo, cfg.prompts_per_step, ranks=1, steps_per_group=1)
+    accumulation = backwards_per_update(
+        cfg.grpo, cfg.prompts_per_step, ranks=1, steps_per_group=1
+    )
     engine = PlainEngine(generator.module, accumulation=accumulation)
-    schedule = PromptSchedule(read_prompts(cfg.prompts), seed=0, prompts_per_step=cfg.prompts_per_step)
-    loop = GrpoLoop(cfg.grpo, generator=generator, rewards={}, weights={}, engine=engine, prompts=schedule, fps=8.0)
+    schedule = PromptSchedule(
+        read_prompts(cfg.prompts), seed=0, prompts_per_step=cfg.prompts_per_step
+    )
+    loop = GrpoLoop(
+        cfg.grpo,
+        generator=generator,
+        rewards={},
+        weights={},
+        engine=engine,
+        prompts=schedule,
+        fps=8.0,
+    )
     batch = schedule.at(0)
-    groups = generator.rollout(batch.prompts, group_size=cfg.grpo.group_size, seeds=batch.seeds)
+    groups = generator.rollout(
+        batch.prompts, group_size=cfg.grpo.group_size, seeds=batch.seeds
+    )
     advantage_PG = torch.randn(len(groups), cfg.grpo.group_size, generator=draw)
-    metrics = loop.update(groups, Judgement(advantage_PG, anything_to_learn=True, means={}, details={}))
+    metrics = loop.update(
+        groups, Advantages(advantage_PG, anything_to_learn=True, means={}, details={})
+    )
     return torch.cat([gradient.flatten() for gradient in engine.last_gradient]), metrics
 
 
@@ -284,9 +408,16 @@ def updated_once(tiny: Path, *, double: bool = False, **changes: object) -> tupl
 def test_collapsed_and_per_member_updates_are_one_gradient(
     tiny: Path, tolerance: float, monkeypatch: pytest.MonkeyPatch, *, double: bool
 ) -> None:
-    if double:  # diffusers' Wan computes its norms and modulations in fp32 by calling .float()
+    if (
+        double
+    ):  # diffusers' Wan computes its norms and modulations in fp32 by calling .float()
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    options = {"double": double, "prompts_per_step": 2, "grpo.group_size": 3, "grpo.kl_weight": 0.1}
+    options = {
+        "double": double,
+        "prompts_per_step": 2,
+        "grpo.group_size": 3,
+        "grpo.kl_weight": 0.1,
+    }
     collapsed, metrics = updated_once(tiny, **options)
     per_member, _ = updated_once(tiny, **options, **{"grpo.update": "per_member"})
     assert metrics["train/kl"] > 0
@@ -295,26 +426,44 @@ def test_collapsed_and_per_member_updates_are_one_gradient(
 
 @pytest.mark.slow
 def test_bf16_weights_with_an_fp32_adapter_keep_the_ratio_at_one(tiny: Path) -> None:
-    options = {"generator.dtype": "bfloat16", "generator.gradient_checkpointing": "true"}
+    options = {
+        "generator.dtype": "bfloat16",
+        "generator.gradient_checkpointing": "true",
+    }
     gradient, metrics = updated_once(tiny, **options)
     assert metrics["train/ratio_max_dev"] < 1e-3
     assert gradient.dtype == torch.float32
     exact, metrics = updated_once(tiny)
     assert metrics["train/ratio_max_dev"] < 1e-5
-    assert float(torch.cosine_similarity(gradient, exact, dim=0)) > 0.5  # of a random network, guided at scale 3
+    assert (
+        float(torch.cosine_similarity(gradient, exact, dim=0)) > 0.5
+    )  # of a random network, guided at scale 3
 
 
 @pytest.mark.slow
-def test_sampling_with_the_adapter_changes_the_videos_and_not_the_seeds(tiny: Path, whole: Path) -> None:
+def test_sampling_with_the_adapter_changes_the_videos_and_not_the_seeds(
+    tiny: Path, whole: Path
+) -> None:
     cfg = load(GrpoRun, tiny)
     rows = {}
     for name, adapter in (("base", None), ("tuned", str(whole / "final"))):
         folder = str(tiny.parent / name)
-        sample(SampleRun(folder, cfg.prompts, cfg.generator, adapter=adapter, seeds=2, limit=2))
-        rows[name] = [json.loads(line) for line in (tiny.parent / name / "samples.jsonl").read_text().splitlines()]
+        sample(
+            SampleRun(
+                folder, cfg.prompts, cfg.generator, adapter=adapter, seeds=2, limit=2
+            )
+        )
+        rows[name] = [
+            json.loads(line)
+            for line in (tiny.parent / name / "samples.jsonl").read_text().splitlines()
+        ]
         assert len(list((tiny.parent / name).glob("*.mp4"))) == len(rows[name]) == 4
-        assert [row["prompt"] for row in rows[name]] == ["a red circle"] * 2 + ["a blue square"] * 2
-    assert [row["seed"] for row in rows["base"]] == [row["seed"] for row in rows["tuned"]]
+        assert [row["prompt"] for row in rows[name]] == ["a red circle"] * 2 + [
+            "a blue square"
+        ] * 2
+    assert [row["seed"] for row in rows["base"]] == [
+        row["seed"] for row in rows["tuned"]
+    ]
     assert len({row["seed"] for row in rows["base"]}) == 4
     videos = [(tiny.parent / name / "0000.mp4").read_bytes() for name in rows]
     assert videos[0] != videos[1]

@@ -11,7 +11,6 @@ import pytest
 
 from tests.launch.grpo_ranks import CASES, SHARED
 from tests.launch.processes import ROOT, deepspeed, run
-from tests.launch.test_grpo import tiny  # noqa: F401 - a fixture
 
 SCRIPT = str(ROOT / "tests" / "launch" / "grpo_ranks.py")
 Found = dict[str, dict[str, Any]]
@@ -20,12 +19,19 @@ Found = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def found(tiny: Path) -> dict[int, Found]:  # noqa: F811 - the fixture
     """By number of ranks."""
-    done = {1: run(sys.executable, SCRIPT, str(tiny)), 2: deepspeed(2, SCRIPT, str(tiny))}
+    done = {
+        1: run(sys.executable, SCRIPT, str(tiny)),
+        2: deepspeed(2, SCRIPT, str(tiny)),
+    }
     return {ranks: _last_json(process.stdout) for ranks, process in done.items()}
 
 
 def _last_json(text: str) -> Found:
-    return next(json.loads(line[line.index("{") :]) for line in reversed(text.splitlines()) if '{"float32 1"' in line)
+    return next(
+        json.loads(line[line.index("{") :])
+        for line in reversed(text.splitlines())
+        if '{"float32 1"' in line
+    )
 
 
 @pytest.mark.long
@@ -39,7 +45,9 @@ def test_the_first_ratio_is_one(found: dict[int, Found], case: str, ranks: int) 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["", " full"])
-def test_losses_do_not_depend_on_stage_and_ranks(found: dict[int, Found], kind: str) -> None:
+def test_losses_do_not_depend_on_stage_and_ranks(
+    found: dict[int, Found], kind: str
+) -> None:
     """In fp32; the KL of a policy that has left its reference makes the loss what it is."""
     cases = {
         f"{name}, {ranks} ranks": one
@@ -53,11 +61,17 @@ def test_losses_do_not_depend_on_stage_and_ranks(found: dict[int, Found], kind: 
     assert min(want["grad_norm"]) > 1e-3
     for name, got in cases.items():
         for step in range(2):
-            assert got["loss"][step] == pytest.approx(want["loss"][step], abs=1e-5, rel=1e-4), name
+            assert got["loss"][step] == pytest.approx(
+                want["loss"][step], abs=1e-5, rel=1e-4
+            ), name
             assert got["kl"][step] == pytest.approx(want["kl"][step], rel=1e-4), name
             if "32 0" not in name:  # without ZeRO, DeepSpeed tells no norm
-                assert got["grad_norm"][step] == pytest.approx(want["grad_norm"][step], rel=1e-3), name
-            assert got["reward"][step] == pytest.approx(want["reward"][step], abs=1e-5), name
+                assert got["grad_norm"][step] == pytest.approx(
+                    want["grad_norm"][step], rel=1e-3
+                ), name
+            assert got["reward"][step] == pytest.approx(
+                want["reward"][step], abs=1e-5
+            ), name
 
 
 @pytest.mark.long
@@ -66,7 +80,10 @@ def test_ranks_that_share_a_group_make_its_update(found: dict[int, Found]) -> No
     want = found[1]["float32 1"]
     for name in SHARED:
         for key in ("loss", "kl", "grad_norm", "reward"):
-            assert found[2][name][key] == pytest.approx(want[key], rel=1e-3), (name, key)
+            assert found[2][name][key] == pytest.approx(want[key], rel=1e-3), (
+                name,
+                key,
+            )
 
 
 @pytest.mark.long

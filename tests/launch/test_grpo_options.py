@@ -8,28 +8,37 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment.data import PromptSchedule, read_prompts
 from alignment.grpo import GrpoLoop
+from alignment.prompts import PromptSchedule, read_prompts
 from alignment.rewards.brightness import Brightness
 from common.checkpoint import load_tensors
 from common.config import load
 from common.distributed import derive_seed
 from launch.compose import build_generator
 from launch.grpo import cache_prompts
-from launch.runs import GrpoRun, SampleRun
 from launch.sample import sample
+from launch.schemas.training import GrpoRun, SampleRun
 from tests.fakes import PlainEngine
 from tests.launch.processes import ROOT, ZERO_3, run
-from tests.launch.test_grpo import adapter_of, alone, numbers, on_two_ranks, tiny  # noqa: F401 - a fixture
+from tests.launch.test_grpo import adapter_of, alone, numbers, on_two_ranks
 
 
 @pytest.mark.long
 def test_measured_on_the_way_averaged_and_without_text_encoder(tiny: Path) -> None:  # noqa: F811 - the fixture
     """Three held-out prompts on two ranks under ZeRO 3; stopped after the first step and resumed."""
     (tiny.parent / "heldout.txt").write_text("a dog\na green star\nfog\nnever\n")
-    words = [f"run_dir={tiny.parent / 'measured'}", *ZERO_3, "cache_prompts=true", "ema.decay=0.9"]
-    words += [f"evaluation.prompts={tiny.parent / 'heldout.txt'}", "evaluation.every=1", "evaluation.limit=3"]
-    words += ["evaluation.stock=true", "evaluation.videos=2"]
+    words = [
+        f"run_dir={tiny.parent / 'measured'}",
+        *ZERO_3,
+        "cache_prompts=true",
+        "ema.decay=0.9",
+    ]
+    words += [
+        f"evaluation.prompts={tiny.parent / 'heldout.txt'}",
+        "evaluation.every=1",
+        "evaluation.limit=3",
+    ]
+    words += ["evaluation.stock_scheduler=true", "evaluation.videos=2"]
     done = on_two_ranks(tiny, *words, "steps=1")
     assert "then without the text encoder" in done.stdout
     on_two_ranks(tiny, *words, "steps=2")
@@ -39,37 +48,67 @@ def test_measured_on_the_way_averaged_and_without_text_encoder(tiny: Path) -> No
     assert rows[2].keys() == {"step", "eval/brightness", "eval_stock/brightness"}
     # before the first step the base, after the last the average that is exported; by another route
     cfg = load(GrpoRun, tiny)
-    prompts, seeds = ["a dog", "a green star", "fog"], [derive_seed(0, "evaluate", i) for i in range(3)]
+    prompts, seeds = (
+        ["a dog", "a green star", "fog"],
+        [derive_seed(0, "evaluate", i) for i in range(3)],
+    )
     for row, adapter in ((rows[0], None), (rows[2], folder / "final_ema")):
         generator = build_generator(cfg.generator)
         if adapter is not None:
             generator.load_trained(adapter)
         for name, scheduler in (("eval", "euler"), ("eval_stock", "pipeline")):
-            video = generator.decode(generator.sample(prompts, seeds, scheduler=scheduler))
+            video = generator.decode(
+                generator.sample(prompts, seeds, scheduler=scheduler)
+            )
             want = Brightness().score(video, prompts, fps=8.0).value_B.mean()
             assert row[f"{name}/brightness"] == pytest.approx(float(want), abs=2e-4)
     assert abs(rows[0]["eval/brightness"] - rows[2]["eval/brightness"]) > 1e-6
     # d = 2/11 and 3/12: nearer to the last weights than to the first, and not the same
-    raw = [adapter_of(folder, Path("checkpoints", f"step-00000{n}", "trained")) for n in (1, 2)]
+    raw = [
+        adapter_of(folder, Path("checkpoints", f"step-00000{n}", "trained"))
+        for n in (1, 2)
+    ]
     average = adapter_of(folder, Path("final_ema"))
     for name in (name for name in average if "lora_B" in name):  # which starts at zero
         want = 3 / 12 * 9 / 11 * raw[0][name] + 9 / 12 * raw[1][name]
         torch.testing.assert_close(average[name], want, rtol=1e-4, atol=1e-7)
-    samples = sorted(path.relative_to(folder / "evaluation") for path in (folder / "evaluation").rglob("*.mp4"))
-    assert samples == [Path(f"step-00000{step}", f"000{i}.mp4") for step in (0, 1, 2) for i in (0, 1)]
+    samples = sorted(
+        path.relative_to(folder / "evaluation")
+        for path in (folder / "evaluation").rglob("*.mp4")
+    )
+    assert samples == [
+        Path(f"step-00000{step}", f"000{i}.mp4") for step in (0, 1, 2) for i in (0, 1)
+    ]
     assert rows[0]["forwards/grad"] == 4 * 2  # a step's, not an evaluation's
 
 
 @pytest.mark.slow
 def test_memory_that_runs_out_changes_no_bit(tiny: Path) -> None:  # noqa: F811 - the fixture
     """It runs out above two videos at once: a run that began with all four ends as one that was told two."""
-    words = [sys.executable, str(ROOT / "launch" / "grpo.py"), "--config", str(tiny), "steps=2", "video_every=0"]
+    words = [
+        sys.executable,
+        str(ROOT / "launch" / "grpo.py"),
+        "--config",
+        str(tiny),
+        "steps=2",
+        "video_every=0",
+    ]
     words += ["grpo.group_size=4"]
     two = ["generator.rollout_batch=2", "generator.decode_batch=2"]
     run(*words, f"run_dir={tiny.parent / 'told'}", *two)
-    done = run(*words, f"run_dir={tiny.parent / 'found'}", "generator.rollout_batch=null", FAULT="memory:2")
-    assert "memory ran out with 4 latents in the transformer at once; from now on 2" in done.stdout
-    assert "memory ran out with 4 videos in the VAE at once; from now on 2" in done.stdout
+    done = run(
+        *words,
+        f"run_dir={tiny.parent / 'found'}",
+        "generator.rollout_batch=null",
+        FAULT="memory:2",
+    )
+    assert (
+        "memory ran out with 4 latents in the transformer at once; from now on 2"
+        in done.stdout
+    )
+    assert (
+        "memory ran out with 4 videos in the VAE at once; from now on 2" in done.stdout
+    )
     told, found = (adapter_of(tiny.parent / name) for name in ("told", "found"))
     assert all(torch.equal(told[name], found[name]) for name in told)
     assert numbers(tiny.parent / "told") == numbers(tiny.parent / "found")
@@ -78,17 +117,29 @@ def test_memory_that_runs_out_changes_no_bit(tiny: Path) -> None:  # noqa: F811 
 @pytest.mark.slow
 def test_not_even_one_fits(tiny: Path) -> None:  # noqa: F811 - the fixture
     """The error says what takes memory; what was saved before is there."""
-    words = [sys.executable, str(ROOT / "launch" / "grpo.py"), "--config", str(tiny), f"run_dir={tiny.parent / 'none'}"]
+    words = [
+        sys.executable,
+        str(ROOT / "launch" / "grpo.py"),
+        "--config",
+        str(tiny),
+        f"run_dir={tiny.parent / 'none'}",
+    ]
     run(*words, "steps=1")
     done = run(*words, "steps=2", expect=1, FAULT="memory:0")
     assert "OutOfMemoryError" in done.stderr
     assert "a larger zero_stage" in done.stderr
-    assert "other settings than step-000001 was saved with: steps: 1 -> 2\n" in done.stdout
-    assert [path.name for path in (tiny.parent / "none" / "checkpoints").iterdir()] == ["step-000001"]
+    assert (
+        "other settings than step-000001 was saved with: steps: 1 -> 2\n" in done.stdout
+    )
+    assert [path.name for path in (tiny.parent / "none" / "checkpoints").iterdir()] == [
+        "step-000001"
+    ]
 
 
 @pytest.mark.slow
-def test_ten_lines_outside_the_repository_train_a_wan(tiny: Path, tmp_path: Path) -> None:  # noqa: F811 - the fixture
+def test_ten_lines_outside_the_repository_train_a_wan(
+    tiny: Path, tmp_path: Path
+) -> None:  # noqa: F811 - the fixture
     """The README's own reward, from its code block, through the real entry point."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = text.partition("# my_reward.py\n")[2].partition("```")[0]
@@ -100,7 +151,11 @@ def test_ten_lines_outside_the_repository_train_a_wan(tiny: Path, tmp_path: Path
     rows = numbers(folder)
     assert all(row["train/skipped"] == 0 and row["train/grad_norm"] > 0 for row in rows)
     assert rows[0]["reward/mine"] != rows[1]["reward/mine"]
-    assert any(float(weight.abs().max()) > 0 for name, weight in adapter_of(folder).items() if "lora_B" in name)
+    assert any(
+        float(weight.abs().max()) > 0
+        for name, weight in adapter_of(folder).items()
+        if "lora_B" in name
+    )
 
 
 @pytest.mark.slow
@@ -112,7 +167,15 @@ def test_cached_prompts_are_all_that_is_left(tiny: Path) -> None:  # noqa: F811 
         PromptSchedule(read_prompts(cfg.prompts), seed=0, prompts_per_step=4),
     )
     engine = PlainEngine(generator.module, accumulation=4)
-    loop = GrpoLoop(cfg.grpo, generator=generator, rewards={}, weights={}, engine=engine, prompts=schedule, fps=8.0)
+    loop = GrpoLoop(
+        cfg.grpo,
+        generator=generator,
+        rewards={},
+        weights={},
+        engine=engine,
+        prompts=schedule,
+        fps=8.0,
+    )
     cache_prompts(cfg, loop, ["a dog"], 1)
     needed = {*schedule.at(1).prompts, "a dog", cfg.generator.sampler.negative_prompt}
     assert len(generator.prompts) == len(needed) < 7
@@ -126,17 +189,29 @@ def test_cached_prompts_are_all_that_is_left(tiny: Path) -> None:  # noqa: F811 
 def test_fine_tuning_every_weight(tiny: Path) -> None:  # noqa: F811 - the fixture
     """In bfloat16, with the norms that diffusers keeps in fp32; what is exported is what was trained."""
     folder = tiny.parent / "full"
-    alone(tiny, f"run_dir={folder}", "generator.lora=null", "generator.dtype=bfloat16", "steps=1")
+    alone(
+        tiny,
+        f"run_dir={folder}",
+        "generator.lora=null",
+        "generator.dtype=bfloat16",
+        "steps=1",
+    )
     assert numbers(folder)[0]["train/ratio_max_dev"] < 1e-3
     cfg = load(GrpoRun, tiny, ["generator.lora=null", "generator.dtype=bfloat16"])
     tuned, base = build_generator(cfg.generator), build_generator(cfg.generator)
     tuned.load_trained(folder / "final")
     saved = load_tensors(folder / "checkpoints" / "step-000001" / "engine.safetensors")
     moved = 0
-    for (name, weight), old in zip(tuned.module.named_parameters(), base.module.parameters(), strict=True):
+    for (name, weight), old in zip(
+        tuned.module.named_parameters(), base.module.parameters(), strict=True
+    ):
         assert torch.equal(weight, saved[f"weight.{name}"].to(torch.bfloat16)), name
         moved += not torch.equal(weight, old)
     assert moved > 40
     rows = str(tiny.parent / "full_samples")
-    sample(SampleRun(rows, cfg.prompts, cfg.generator, adapter=str(folder / "final"), limit=1))
+    sample(
+        SampleRun(
+            rows, cfg.prompts, cfg.generator, adapter=str(folder / "final"), limit=1
+        )
+    )
     assert (Path(rows) / "0000.mp4").stat().st_size > 0

@@ -10,9 +10,7 @@ import pytest
 
 from common.log import read_metrics
 from tests.launch.processes import ROOT, torchrun
-from tests.launch.test_dpo import config as dpo_config  # noqa: F401 - a fixture
 from tests.launch.test_dual_rl import write_judge, write_pairs_table
-from tests.launch.test_grpo import tiny  # noqa: F401 - a fixture
 from tests.rm.cold_start_runs import write_data
 
 TIMES = ("seconds/", "videos_per_second", "memory/")
@@ -28,23 +26,61 @@ class Loop:
 
 
 @pytest.fixture(scope="module")
-def loops(tmp_path_factory: pytest.TempPathFactory, tiny: Path, dpo_config: Path) -> dict[str, Loop]:  # noqa: F811
+def loops(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Path, dpo_config: Path
+) -> dict[str, Loop]:  # noqa: F811
     root = tmp_path_factory.mktemp("judges")
     write_data(root)
     write_pairs_table(root / "rl")
     write_judge(root / "judge")
     adapter = "final/pytorch_lora_weights.safetensors"
     common = ["lora.rank=4", "save_every=1", "eval_every=1", "zero_stage=1"]
-    cold = [f"base={root / 'base'}", f"data.train={root / 'pairs.csv'}", f"data.heldout={root / 'pairs.csv'}", *common]
-    cold += ["cold_start.pairs_per_step=4", "cold_start.micro_batch=1", "cold_start.epochs=4", "cold_start.theta=2"]
-    cold += ["lora.dropout=0.2", "dtype=float32", "lr.head=1e-3", "optimizer.warmup_steps=3"]
-    rl = [f"checkpoint={root / 'judge'}", f"data.train={root / 'rl/pairs.csv'}", "data.heldout=null", *common]
-    rl += ["dual_rl.steps=4", "dual_rl.pairs_per_step=4", "dual_rl.pairs_per_update=2", "dual_rl.micro_batch=1"]
-    rl += ["dual_rl.group_size=3", "dual_rl.max_new_tokens=6", "rules.length=1", "rules.length_low=0"]
+    cold = [
+        f"base={root / 'base'}",
+        f"data.train={root / 'pairs.csv'}",
+        f"data.heldout={root / 'pairs.csv'}",
+        *common,
+    ]
+    cold += [
+        "cold_start.pairs_per_step=4",
+        "cold_start.micro_batch=1",
+        "cold_start.epochs=4",
+        "cold_start.theta=2",
+    ]
+    cold += [
+        "lora.dropout=0.2",
+        "dtype=float32",
+        "lr.head=1e-3",
+        "optimizer.warmup_steps=3",
+    ]
+    rl = [
+        f"checkpoint={root / 'judge'}",
+        f"data.train={root / 'rl/pairs.csv'}",
+        "data.heldout=null",
+        *common,
+    ]
+    rl += [
+        "dual_rl.steps=4",
+        "dual_rl.pairs_per_step=4",
+        "dual_rl.pairs_per_update=2",
+        "dual_rl.micro_batch=1",
+    ]
+    rl += [
+        "dual_rl.group_size=3",
+        "dual_rl.max_new_tokens=6",
+        "rules.length=1",
+        "rules.length_low=0",
+    ]
     rl += ["rules.length_high=6", "optimizer.max_grad_norm=0.01"]
     return {
         "grpo": Loop(
-            ["launch/grpo.py", "--config", str(tiny), "ema.decay=0.5", "self_checks=false"],
+            [
+                "launch/grpo.py",
+                "--config",
+                str(tiny),
+                "ema.decay=0.5",
+                "self_checks=false",
+            ],
             ("prefix:2", "tail:5", "reward:2", "backward:1", "step:1"),
             adapter,
         ),
@@ -73,7 +109,10 @@ def digest(path: Path) -> str:
 def state_of(folder: Path, final: str) -> dict[str, object]:
     """Everything that must be equal: trained weights, optimizer, average, counts, every line of the metrics."""
     newest = max((folder / "checkpoints").iterdir())
-    files = {str(p.relative_to(newest)): digest(p) for p in sorted(newest.rglob("*.safetensors"))}
+    files = {
+        str(p.relative_to(newest)): digest(p)
+        for p in sorted(newest.rglob("*.safetensors"))
+    }
     rows = [
         {k: repr(v) for k, v in row.items() if not k.startswith(TIMES)}
         for row in read_metrics(folder / "metrics.jsonl")
@@ -97,7 +136,9 @@ def test_killed_five_times_it_is_the_run_in_one_go(
     script, *words = loop.words
 
     def start(folder: str, **options: object) -> None:
-        torchrun(ranks, str(ROOT / script), *words, f"run_dir={tmp_path / folder}", **options)
+        torchrun(
+            ranks, str(ROOT / script), *words, f"run_dir={tmp_path / folder}", **options
+        )
 
     start("whole")
     for number, place in enumerate(loop.kills):
@@ -105,4 +146,6 @@ def test_killed_five_times_it_is_the_run_in_one_go(
         start("killed", expect=1, FAULT=place + victim)
         assert not (tmp_path / "killed" / "final").exists(), place
     start("killed")
-    assert state_of(tmp_path / "killed", loop.final) == state_of(tmp_path / "whole", loop.final)
+    assert state_of(tmp_path / "killed", loop.final) == state_of(
+        tmp_path / "whole", loop.final
+    )

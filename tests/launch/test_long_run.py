@@ -14,16 +14,30 @@ import pytest
 
 from common.log import read_metrics
 from tests.launch.processes import ROOT
-from tests.launch.test_grpo import tiny  # noqa: F401 - a fixture
 
 
 @pytest.mark.long
 def test_two_hundred_steps_hold_what_fifty_do(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
     """GRPO with checkpoints, samples and a second reward: resident memory and open files, looked at from outside."""
-    words = ["launch/grpo.py", "--config", str(tiny), f"run_dir={tmp_path / 'run'}", "steps=200", "save_every=10"]
-    words += ["keep=2", "video_every=20", "rewards.smoothness.weight=0.5", "self_checks=false"]
+    words = [
+        "launch/grpo.py",
+        "--config",
+        str(tiny),
+        f"run_dir={tmp_path / 'run'}",
+        "steps=200",
+        "save_every=10",
+    ]
+    words += [
+        "keep=2",
+        "video_every=20",
+        "rewards.smoothness.weight=0.5",
+        "self_checks=false",
+    ]
     process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
     )
     run, metrics = psutil.Process(process.pid), tmp_path / "run" / "metrics.jsonl"
     seen: list[tuple[int, float, int]] = []

@@ -23,7 +23,7 @@ from common.distributed import derive_seed
 from common.video_io import write_mp4
 from launch.compose import build_generator
 from launch.pair_making import digitise
-from launch.pair_runs import DpoRun, PairsRun
+from launch.schemas.pairs import DpoRun, PairsRun
 from rm.data import Pair
 from rm.video_check import VideoChecker
 from tests.fakes import decoder_with_a_trap
@@ -63,57 +63,93 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(config: Path) -> Path:
     """On one rank, in one go."""
     done = run(sys.executable, SCRIPT, "--config", str(config))
-    assert "5 prompts, 5 pairs, 0 failed, 0 unjudged, 0 close, 0 disagreed" in done.stdout
+    assert (
+        "5 prompts, 5 pairs, 0 failed, 0 unjudged, 0 close, 0 disagreed" in done.stdout
+    )
     return config.parent / "set"
 
 
 def digests(folder: Path) -> dict[str, str]:
     """Of everything that training reads."""
-    files = [folder / "manifest.json", folder / "index.jsonl", *sorted((folder / "shards").iterdir())]
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    files = [
+        folder / "manifest.json",
+        folder / "index.jsonl",
+        *sorted((folder / "shards").iterdir()),
+    ]
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 @pytest.mark.slow
-def test_a_pair_is_the_best_and_the_worst_of_its_prompts_videos(config: Path, made: Path) -> None:
+def test_a_pair_is_the_best_and_the_worst_of_its_prompts_videos(
+    config: Path, made: Path
+) -> None:
     """By another route: the same seeds, judged here."""
-    generator, found = build_generator(load(PairsRun, config).generator), PairSet(made, check="sha256")
+    generator, found = (
+        build_generator(load(PairsRun, config).generator),
+        PairSet(made, check="sha256"),
+    )
     assert [row.prompt for row in found.rows] == PROMPTS
     assert not (made / "candidates").exists()
     for i, prompt in enumerate(PROMPTS):
         seeds = [derive_seed(0, "pairs", i, k) for k in range(3)]
         clean = generator.sample([prompt] * 3, seeds)
-        value = Brightness().score(generator.decode(clean), [prompt] * 3, fps=8.0).value_B
+        value = (
+            Brightness().score(generator.decode(clean), [prompt] * 3, fps=8.0).value_B
+        )
         batch = found.read([i])
-        assert torch.equal(batch.win_NCFHW[0], clean[int(value.argmax())])
-        assert torch.equal(batch.lose_NCFHW[0], clean[int(value.argmin())])
+        assert torch.equal(batch.chosen_NCFHW[0], clean[int(value.argmax())])
+        assert torch.equal(batch.rejected_NCFHW[0], clean[int(value.argmin())])
         assert torch.equal(batch.embeddings[prompt], generator.prompts.rows_of(prompt))
-        assert found.rows[i].source == f"seeds {seeds[int(value.argmax())]} {seeds[int(value.argmin())]}"
+        assert (
+            found.rows[i].source
+            == f"seeds {seeds[int(value.argmax())]} {seeds[int(value.argmin())]}"
+        )
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_same_bytes_and_a_second_start_makes_none(config: Path, made: Path) -> None:
+def test_two_ranks_make_the_same_bytes_and_a_second_start_makes_none(
+    config: Path, made: Path
+) -> None:
     again = run(sys.executable, SCRIPT, "--config", str(config))
     assert "is there already: 5 pairs" in again.stdout
     want = digests(made)
     done = deepspeed(2, SCRIPT, "--config", str(config), f"out={config.parent / 'two'}")
     assert "5 pairs" in done.stdout
     assert digests(config.parent / "two") == want
-    other = run(sys.executable, SCRIPT, "--config", str(config), "pairs.min_margin=0.25", expect=2)
+    other = run(
+        sys.executable,
+        SCRIPT,
+        "--config",
+        str(config),
+        "pairs.min_margin=0.25",
+        expect=2,
+    )
     assert "holds other pairs (settings." in other.stderr
     assert "Traceback" not in other.stderr
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_makes_the_same_bytes(config: Path, made: Path) -> None:
+def test_a_killed_run_goes_on_and_makes_the_same_bytes(
+    config: Path, made: Path
+) -> None:
     folder = config.parent / "killed"
     words = [sys.executable, SCRIPT, "--config", str(config), f"out={folder}"]
     part = folder / "candidates.rank-0.jsonl"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        words,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as one:
         deadline = time.time() + 120
-        while time.time() < deadline and not (part.exists() and part.read_text().count("\n") >= 2):
+        while time.time() < deadline and not (
+            part.exists() and part.read_text().count("\n") >= 2
+        ):
             time.sleep(0.002)
         os.kill(one.pid, signal.SIGKILL)
     assert not (folder / "manifest.json").exists()
@@ -132,16 +168,38 @@ def test_from_a_table_of_files(config: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     for name, frames in (("a", 9), ("b", 9), ("short", 5)):
         colour = torch.randint(40, 215, (1, 1, 1, 3), generator=draw, dtype=torch.uint8)
-        write_mp4(root / f"{name}.mp4", colour.expand(frames, 32, 48, 3).contiguous(), 8.0)
+        write_mp4(
+            root / f"{name}.mp4", colour.expand(frames, 32, 48, 3).contiguous(), 8.0
+        )
     (root / "broken.mp4").write_bytes(b"no video at all")
-    rows = [("a", "b", "A"), ("b", "broken", "A"), ("a", "b", "same"), ("a", "b", "B"), ("short", "a", "B")]
+    rows = [
+        ("a", "b", "A"),
+        ("b", "broken", "A"),
+        ("a", "b", "same"),
+        ("a", "b", "B"),
+        ("short", "a", "B"),
+    ]
     with (root / "pairs.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, ["videos", "prompt", "CoT_A", "CoT_B", "GSB"])
         table.writeheader()
         for one, two, label in rows:
             videos = repr([f"{one}.mp4", f"{two}.mp4"])
-            table.writerow({"videos": videos, "prompt": "rain", "CoT_A": "", "CoT_B": "", "GSB": label})
-    words = ["--config", str(config), "prompts=null", f"table.csv={root / 'pairs.csv'}", f"out={root / 'set'}"]
+            table.writerow(
+                {
+                    "videos": videos,
+                    "prompt": "rain",
+                    "CoT_A": "",
+                    "CoT_B": "",
+                    "GSB": label,
+                }
+            )
+    words = [
+        "--config",
+        str(config),
+        "prompts=null",
+        f"table.csv={root / 'pairs.csv'}",
+        f"out={root / 'set'}",
+    ]
     done = run(sys.executable, SCRIPT, *words)
     assert "5 rows, 2 pairs, 1 ties, 0 invalid, 0 bad, 2 failed" in done.stdout
     assert "pairs.csv:3: " in done.stdout
@@ -150,25 +208,37 @@ def test_from_a_table_of_files(config: Path) -> None:
     assert "short.mp4: 5 frames at 8 a second, 9 are needed" in done.stdout
     found = PairSet(root / "set")
     batch = found.read([0, 1])
-    assert torch.equal(batch.win_NCFHW[0], batch.lose_NCFHW[1])  # the label turned the pair round
+    assert torch.equal(
+        batch.chosen_NCFHW[0], batch.rejected_NCFHW[1]
+    )  # the label turned the pair round
     assert [row.source for row in found.rows] == ["a.mp4 b.mp4", "b.mp4 a.mp4"]
     assert bool(found.values().isnan().all())
     generator = build_generator(load(PairsRun, config).generator)
-    colour = generator.decode(batch.win_NCFHW[:1]).float().mean((0, 1, 2, 3))
+    colour = generator.decode(batch.chosen_NCFHW[:1]).float().mean((0, 1, 2, 3))
     assert colour.shape == (3,)
     assert batch.embeddings.keys() == {"rain"}
 
 
-def test_a_file_that_kills_its_decoder_costs_its_row(config: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_file_that_kills_its_decoder_costs_its_row(
+    config: Path, tmp_path: Path, monkeypatch
+) -> None:
     decoder_with_a_trap(tmp_path, "trap and os.kill(os.getpid(), 11)", monkeypatch)
     for name in ("a", "trap"):
-        write_mp4(tmp_path / f"{name}.mp4", torch.zeros(9, 32, 48, 3, dtype=torch.uint8), 8.0)
+        write_mp4(
+            tmp_path / f"{name}.mp4", torch.zeros(9, 32, 48, 3, dtype=torch.uint8), 8.0
+        )
     generator = build_generator(load(PairsRun, config).generator)
     pair = Pair("rain", tmp_path / "a.mp4", tmp_path / "trap.mp4", "", "", 1, line=7)
     with VideoChecker() as checker:
         make = digitise(generator, "pairs.csv", checker)
-        assert make(0, replace(pair, video_B=pair.video_A))[1]["files"] == ["a.mp4", "a.mp4"]
-        with pytest.raises(ValueError, match=r"pairs\.csv:7: .*trap\.mp4: the decoder died with exit code -11"):
+        assert make(0, replace(pair, video_B=pair.video_A))[1]["files"] == [
+            "a.mp4",
+            "a.mp4",
+        ]
+        with pytest.raises(
+            ValueError,
+            match=r"pairs\.csv:7: .*trap\.mp4: the decoder died with exit code -11",
+        ):
             make(1, pair)
 
 
@@ -176,9 +246,15 @@ def test_what_contradicts_itself_is_named() -> None:
     base = ["out=x", "generator.path=x"]
     for overrides, message in (
         ([], "prompts or table must say"),
-        (["prompts=x", "table.csv=x", "rewards.brightness.weight=1"], "prompts or table must say"),
+        (
+            ["prompts=x", "table.csv=x", "rewards.brightness.weight=1"],
+            "prompts or table must say",
+        ),
         (["prompts=x"], "one weight that is not 0"),
-        (["prompts=x", "rewards.brightness.weight=1", "pairs.candidates=1"], "candidates must be at least 2"),
+        (
+            ["prompts=x", "rewards.brightness.weight=1", "pairs.candidates=1"],
+            "candidates must be at least 2",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             load(PairsRun, None, [*base, *overrides])
@@ -187,7 +263,10 @@ def test_what_contradicts_itself_is_named() -> None:
     for overrides, message in (
         (["dpo.sft_weight=1", "dpo.method=rwr"], "sft_weight goes with method dpo"),
         (refresh, "rewards"),
-        ([*refresh, "refresh.rewards.brightness.weight=1", "zero_stage=3"], "does not go with refresh"),
+        (
+            [*refresh, "refresh.rewards.brightness.weight=1", "zero_stage=3"],
+            "does not go with refresh",
+        ),
         (["dpo.beta=0"], "beta must be positive"),
     ):
         with pytest.raises(ConfigError, match=message):

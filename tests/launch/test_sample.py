@@ -10,8 +10,8 @@ import yaml
 
 from common.distributed import derive_seed
 from launch import sample
-from launch.rows import read_rows
-from tests.launch.test_vbench_samples import SeedGenerator, grey  # noqa: F401 - a fixture
+from launch.evaluation.results_table import read_rows
+from tests.launch.vbench_eval.test_sample import SeedGenerator
 
 PROMPTS = ["a red circle", "a blue square", "rain"]
 
@@ -19,8 +19,18 @@ PROMPTS = ["a red circle", "a blue square", "rain"]
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
-    generator = {"path": "owner/name", "height": 16, "width": 16, "num_frames": 5, "fps": 8}
-    settings = {"out": str(tmp_path / "out"), "prompts": str(tmp_path / "prompts.txt"), "generator": generator}
+    generator = {
+        "path": "owner/name",
+        "height": 16,
+        "width": 16,
+        "num_frames": 5,
+        "fps": 8,
+    }
+    settings = {
+        "out": str(tmp_path / "out"),
+        "prompts": str(tmp_path / "prompts.txt"),
+        "generator": generator,
+    }
     (tmp_path / "sample.yaml").write_text(yaml.safe_dump({**settings, "seeds": 2}))
     return tmp_path / "sample.yaml"
 
@@ -31,19 +41,32 @@ def sampled(config: Path, *words: str) -> list[dict[str, Any]]:
 
 
 def videos(config: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (config.parent / "out").glob("*.mp4")}
+    return {
+        path.name: path.read_bytes() for path in (config.parent / "out").glob("*.mp4")
+    }
 
 
 def test_every_video_has_its_name_and_seed(grey: SeedGenerator, config: Path) -> None:  # noqa: F811
     rows = sampled(config)
-    assert [row["file"] for row in rows] == [f"000{i}.mp4" for i in range(6)] == sorted(videos(config))
-    assert [row["prompt"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert (
+        [row["file"] for row in rows]
+        == [f"000{i}.mp4" for i in range(6)]
+        == sorted(videos(config))
+    )
+    assert [row["prompt"] for row in rows] == [
+        prompt for prompt in PROMPTS for _ in range(2)
+    ]
     wanted = [derive_seed(0, "sample", i, k) for i in range(3) for k in range(2)]
     assert [row["seed"] for row in rows] == wanted == [seed for _, seed in grey.seen]
-    assert yaml.safe_load((config.parent / "out" / "config.yaml").read_text())["seeds"] == 2
+    assert (
+        yaml.safe_load((config.parent / "out" / "config.yaml").read_text())["seeds"]
+        == 2
+    )
 
 
-def test_a_killed_run_makes_what_is_not_there_and_nothing_twice(grey: SeedGenerator, config: Path) -> None:  # noqa: F811
+def test_a_killed_run_makes_what_is_not_there_and_nothing_twice(
+    grey: SeedGenerator, config: Path
+) -> None:  # noqa: F811
     grey.fail_after = 3
     with pytest.raises(KeyboardInterrupt):
         sampled(config)
@@ -59,8 +82,13 @@ def test_a_killed_run_makes_what_is_not_there_and_nothing_twice(grey: SeedGenera
     assert videos(config) == broken
 
 
-def test_a_larger_limit_goes_on_and_a_smaller_one_forgets_nothing(grey: SeedGenerator, config: Path) -> None:  # noqa: F811
-    assert [row["file"] for row in sampled(config, "limit=1")] == ["0000.mp4", "0001.mp4"]
+def test_a_larger_limit_goes_on_and_a_smaller_one_forgets_nothing(
+    grey: SeedGenerator, config: Path
+) -> None:  # noqa: F811
+    assert [row["file"] for row in sampled(config, "limit=1")] == [
+        "0000.mp4",
+        "0001.mp4",
+    ]
     rows = sampled(config)
     assert sampled(config, "limit=1") == rows
     assert len(grey.seen) == 6
@@ -71,7 +99,10 @@ def test_a_larger_limit_goes_on_and_a_smaller_one_forgets_nothing(grey: SeedGene
     [
         (["seed=1"], "holds other results (seed"),
         (["seeds=3"], "holds other results (seeds"),
-        (["prompts=nothing.txt"], "nothing.txt: cannot be read: No such file or directory"),
+        (
+            ["prompts=nothing.txt"],
+            "nothing.txt: cannot be read: No such file or directory",
+        ),
         (["adapter=nowhere"], "adapter: there is no folder nowhere"),
         (["seeds=0"], "seeds must be at least 1"),
     ],

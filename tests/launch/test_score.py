@@ -10,7 +10,7 @@ import torch
 
 from common.video_io import write_mp4
 from launch import score
-from launch.rows import read_rows
+from launch.evaluation.results_table import read_rows
 from tests.fakes import decoder_with_a_trap
 from tests.launch.processes import ROOT, refused_early
 
@@ -23,31 +23,55 @@ def clips(tmp_path: Path) -> Path:
     folder = tmp_path / "clips"
     folder.mkdir()
     for name, grey in GREYS.items():
-        frames, side, fps = (9, 16, 4.0) if name == "c.mp4" else (5, 32 if name == "b.mp4" else 16, 8.0)
-        write_mp4(folder / name, torch.full((frames, side, side, 3), grey, dtype=torch.uint8), fps, crf=0)
+        frames, side, fps = (
+            (9, 16, 4.0) if name == "c.mp4" else (5, 32 if name == "b.mp4" else 16, 8.0)
+        )
+        write_mp4(
+            folder / name,
+            torch.full((frames, side, side, 3), grey, dtype=torch.uint8),
+            fps,
+            crf=0,
+        )
     (tmp_path / "prompts.txt").write_text("first\nsecond\nthird\n")
     return folder
 
 
 def scored(tmp_path: Path, *words: str, code: int = 0) -> list[dict]:
     with pytest.raises(SystemExit) as exit_:
-        score.main([*words, "--out", str(tmp_path / "scores.jsonl"), "rewards.brightness.weight=1"])
+        score.main(
+            [
+                *words,
+                "--out",
+                str(tmp_path / "scores.jsonl"),
+                "rewards.brightness.weight=1",
+            ]
+        )
     assert exit_.value.code == code
     return read_rows(tmp_path / "scores.jsonl") if code != 2 else []
 
 
 def test_brightness_of_grey_clips(clips: Path, tmp_path: Path) -> None:
     """In one batch, though of three sizes and rates; H.264 keeps a grey within a level or two of 255."""
-    rows = scored(tmp_path, "--videos", f"{clips}/*.mp4", "--prompts", str(tmp_path / "prompts.txt"))
+    rows = scored(
+        tmp_path,
+        "--videos",
+        f"{clips}/*.mp4",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+    )
     assert [row["prompt"] for row in rows] == ["first", "second", "third"]
     assert [Path(row["video"]).name for row in rows] == list(GREYS)
-    assert [row["rewards"]["brightness"] for row in rows] == pytest.approx([0.2, 0.4, 0.8], abs=2.5 / 255)
+    assert [row["rewards"]["brightness"] for row in rows] == pytest.approx(
+        [0.2, 0.4, 0.8], abs=2.5 / 255
+    )
 
 
 def test_frames_and_rate_of_a_clip(clips: Path) -> None:
     whole = score.read_clip(clips / "c.mp4", max_frames=100)
     assert (len(whole.frames_TYXC), whole.fps) == (9, pytest.approx(4.0))
-    thinned = score.read_clip(clips / "c.mp4", max_frames=5)  # frames 0, 2, 4, 6, 8: half the rate
+    thinned = score.read_clip(
+        clips / "c.mp4", max_frames=5
+    )  # frames 0, 2, 4, 6, 8: half the rate
     assert (len(thinned.frames_TYXC), thinned.fps) == (5, pytest.approx(2.0))
 
 
@@ -56,77 +80,148 @@ def test_a_table_names_its_own_videos(clips: Path, tmp_path: Path, form: str) ->
     if form == "csv":
         text = 'prompt,video\nthird,c.mp4\n"first, with a comma",a.mp4\n'
     else:
-        rows = [("third", "c.mp4"), ("not kept", None), ("first, with a comma", "a.mp4")]
-        text = "".join(json.dumps({"prompt": p, "video": v, "rewards": {}}) + "\n" for p, v in rows)
+        rows = [
+            ("third", "c.mp4"),
+            ("not kept", None),
+            ("first, with a comma", "a.mp4"),
+        ]
+        text = "".join(
+            json.dumps({"prompt": p, "video": v, "rewards": {}}) + "\n" for p, v in rows
+        )
     (clips / f"table.{form}").write_text(text)
     rows = scored(tmp_path, "--prompts", str(clips / f"table.{form}"))
-    assert [(row["prompt"], row["video"]) for row in rows] == [("third", "c.mp4"), ("first, with a comma", "a.mp4")]
-    assert [row["rewards"]["brightness"] for row in rows] == pytest.approx([0.8, 0.2], abs=2.5 / 255)
+    assert [(row["prompt"], row["video"]) for row in rows] == [
+        ("third", "c.mp4"),
+        ("first, with a comma", "a.mp4"),
+    ]
+    assert [row["rewards"]["brightness"] for row in rows] == pytest.approx(
+        [0.8, 0.2], abs=2.5 / 255
+    )
     chosen = score.find_items(f"{clips}/a*.mp4", clips / f"table.{form}")
     assert [item.prompt for item in chosen] == ["first, with a comma"]
 
 
-def test_broken_files_cost_their_row_and_are_tried_again(clips: Path, tmp_path: Path) -> None:
+def test_broken_files_cost_their_row_and_are_tried_again(
+    clips: Path, tmp_path: Path
+) -> None:
     words = ("--videos", f"{clips}/*.mp4", "--prompts", str(tmp_path / "prompts.txt"))
     good = (clips / "b.mp4").read_bytes()
     (clips / "b.mp4").write_text("this is no video")
     rows = scored(tmp_path, *words)
-    assert [row["rewards"]["brightness"] is None for row in rows] == [False, True, False]
+    assert [row["rewards"]["brightness"] is None for row in rows] == [
+        False,
+        True,
+        False,
+    ]
     assert "b.mp4: cannot be decoded" in rows[1]["error"]
 
     (clips / "b.mp4").write_bytes(good)
     for name in ("a.mp4", "c.mp4"):
         (clips / name).write_bytes(b"")  # would fail, if they were judged again
     rows = scored(tmp_path, *words)
-    assert [row["rewards"]["brightness"] for row in rows] == pytest.approx([0.2, 0.4, 0.8], abs=2.5 / 255)
+    assert [row["rewards"]["brightness"] for row in rows] == pytest.approx(
+        [0.2, 0.4, 0.8], abs=2.5 / 255
+    )
     assert "error" not in rows[1]
 
 
-def test_a_file_that_kills_its_decoder_costs_its_row(clips: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_file_that_kills_its_decoder_costs_its_row(
+    clips: Path, tmp_path: Path, monkeypatch
+) -> None:
     """It is a sound video to everyone else."""
     decoder_with_a_trap(tmp_path, "trap and os.kill(os.getpid(), 11)", monkeypatch)
     (clips / "b.mp4").rename(clips / "b_trap.mp4")
-    rows = scored(tmp_path, "--videos", f"{clips}/*.mp4", "--prompts", str(tmp_path / "prompts.txt"))
-    assert [row["rewards"]["brightness"] is None for row in rows] == [False, True, False]
+    rows = scored(
+        tmp_path,
+        "--videos",
+        f"{clips}/*.mp4",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+    )
+    assert [row["rewards"]["brightness"] is None for row in rows] == [
+        False,
+        True,
+        False,
+    ]
     assert "b_trap.mp4: the decoder died with exit code -11" in rows[1]["error"]
 
 
 def test_nothing_judged_is_exit_1(clips: Path, tmp_path: Path) -> None:
     for name in GREYS:
         (clips / name).write_bytes(b"")
-    rows = scored(tmp_path, "--videos", f"{clips}/*.mp4", "--prompts", str(tmp_path / "prompts.txt"), code=1)
+    rows = scored(
+        tmp_path,
+        "--videos",
+        f"{clips}/*.mp4",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        code=1,
+    )
     assert all("error" in row for row in rows)
 
 
 def test_rows_of_earlier_calls_stay(clips: Path, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("only\n")
     for name in ("a.mp4", "c.mp4"):
-        rows = scored(tmp_path, "--videos", str(clips / name), "--prompts", str(tmp_path / "one.txt"))
+        rows = scored(
+            tmp_path,
+            "--videos",
+            str(clips / name),
+            "--prompts",
+            str(tmp_path / "one.txt"),
+        )
     assert [Path(row["video"]).name for row in rows] == ["c.mp4", "a.mp4"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--videos", "{clips}/[ab].mp4", "--prompts", "{root}/prompts.txt"], "2 videos match"),
-        (["--videos", "{clips}/*.avi", "--prompts", "{root}/prompts.txt"], "matches no file"),
+        (
+            ["--videos", "{clips}/[ab].mp4", "--prompts", "{root}/prompts.txt"],
+            "2 videos match",
+        ),
+        (
+            ["--videos", "{clips}/*.avi", "--prompts", "{root}/prompts.txt"],
+            "matches no file",
+        ),
         (["--prompts", "{root}/prompts.txt"], "names no videos"),
         (["--prompts", "{root}/nowhere.csv"], "cannot be read"),
         (["--prompts", "{root}/empty.csv"], "empty.csv: names no video"),
-        (["--prompts", "{root}/other.csv"], "other.csv: needs the columns video or file and prompt"),
-        (["--prompts", "{root}/mute.csv"], "mute.csv: needs the columns video or file and prompt"),
+        (
+            ["--prompts", "{root}/other.csv"],
+            "other.csv: needs the columns video or file and prompt",
+        ),
+        (
+            ["--prompts", "{root}/mute.csv"],
+            "mute.csv: needs the columns video or file and prompt",
+        ),
     ],
 )
 def test_what_cannot_be_matched_is_exit_2(
-    clips: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    clips: Path,
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty.csv").write_text("video,prompt\n")
     (tmp_path / "other.csv").write_text("clip,prompt\na.mp4,rain\n")
     (tmp_path / "mute.csv").write_text("video,text\na.mp4,rain\n")
-    scored(tmp_path, *(word.format(clips=clips, root=tmp_path) for word in words), code=2)
+    scored(
+        tmp_path, *(word.format(clips=clips, root=tmp_path) for word in words), code=2
+    )
     assert message in capsys.readouterr().err
 
 
 def test_a_typo_is_exit_2_at_once() -> None:
-    words = ["--prompts", "p.txt", "--out", "o.jsonl", "rewards.mine.kind=brigthness", "bach=3"]
-    assert "did you mean 'batch'" in refused_early(str(ROOT / "launch" / "score.py"), *words)
+    words = [
+        "--prompts",
+        "p.txt",
+        "--out",
+        "o.jsonl",
+        "rewards.mine.kind=brigthness",
+        "bach=3",
+    ]
+    assert "did you mean 'batch'" in refused_early(
+        str(ROOT / "launch" / "score.py"), *words
+    )

@@ -18,7 +18,7 @@ from common import distributed
 from common.config import load
 from common.video_io import write_mp4
 from launch.cold_start import train
-from launch.runs import ColdStartRun
+from launch.schemas.training import ColdStartRun
 from tests.launch.processes import ZERO_3
 from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, save_tiny_qwen
 
@@ -34,7 +34,15 @@ def write_data(folder: Path) -> None:
             names = [f"{i}{side}.mp4" for side in "AB"]
             for side, name in enumerate(names):
                 write_mp4(folder / name, random_frames(10 * i + side), 4.0)
-            writer.writerow({"videos": repr(names), "prompt": f"p{i}", "CoT_A": "x", "CoT_B": "yy", "GSB": label})
+            writer.writerow(
+                {
+                    "videos": repr(names),
+                    "prompt": f"p{i}",
+                    "CoT_A": "x",
+                    "CoT_B": "yy",
+                    "GSB": label,
+                }
+            )
 
 
 def run(folder: Path, name: str, *more: str, epochs: int) -> None:

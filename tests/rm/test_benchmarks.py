@@ -21,7 +21,18 @@ def write(folder: Path, header: list[str], *rows: list[str]) -> Path:
 
 
 def test_videogen_rewardbench_has_a_label_per_dimension(tmp_path: Path) -> None:
-    header = ["path_A", "path_B", "A_model", "B_model", "prompt", "VQ", "MQ", "TA", "Overall", "fps_A"]
+    header = [
+        "path_A",
+        "path_B",
+        "A_model",
+        "B_model",
+        "prompt",
+        "VQ",
+        "MQ",
+        "TA",
+        "Overall",
+        "fps_A",
+    ]
     path = write(
         tmp_path,
         header,
@@ -36,7 +47,10 @@ def test_videogen_rewardbench_has_a_label_per_dimension(tmp_path: Path) -> None:
         assert [pair.label for pair in table.pairs][:2] == labels
     table = read_benchmark(path, "videogen")
     assert table.pairs[1].video_A == tmp_path / "v" / "b.mp4"
-    assert [problem.partition(": ")[0] for problem in table.problems] == [f"{path}:4", f"{path}:5"]
+    assert [problem.partition(": ")[0] for problem in table.problems] == [
+        f"{path}:4",
+        f"{path}:5",
+    ]
     assert "'C'" in table.problems[1]
     with pytest.raises(ValueError, match="TA, Overall, got 'speed'"):
         read_benchmark(path, "videogen", dimension="speed")
@@ -45,7 +59,9 @@ def test_videogen_rewardbench_has_a_label_per_dimension(tmp_path: Path) -> None:
 def test_genai_bench_votes(tmp_path: Path) -> None:
     votes = ["leftvote", "rightvote", "tievote", "bothbad_vote", "?"]
     rows = [["a.mp4", "b.mp4", f"p{i}", vote] for i, vote in enumerate(votes)]
-    path = write(tmp_path, ["left_video_path", "right_video_path", "prompt", "vote_type"], *rows)
+    path = write(
+        tmp_path, ["left_video_path", "right_video_path", "prompt", "vote_type"], *rows
+    )
     table = read_benchmark(path, "genai", videos=tmp_path / "v")
     assert [pair.label for pair in table.pairs] == [1, -1, 0, 0]
     assert len(table.problems) == 1
@@ -55,21 +71,33 @@ def test_genai_bench_votes(tmp_path: Path) -> None:
 
 def test_the_in_domain_table(tmp_path: Path) -> None:
     said = ["Video 1 is better", "B", "The same", "Video 2 is better"]
-    answers = [f'<answer>{{"gsb_result": "{word}"}}</answer>' for word in said] + ["nothing", "invalid"]
+    answers = [f'<answer>{{"gsb_result": "{word}"}}</answer>' for word in said] + [
+        "nothing",
+        "invalid",
+    ]
     rows = [["v/a.mp4", "v/b.mp4", "p", answer] for answer in answers]
-    table = read_benchmark(write(tmp_path, ["video_A", "video_B", "prompt", "answer"], *rows), "indomain")
+    table = read_benchmark(
+        write(tmp_path, ["video_A", "video_B", "prompt", "answer"], *rows), "indomain"
+    )
     assert [pair.label for pair in table.pairs] == [1, -1, 0, -1]
     assert (table.invalid, len(table.problems)) == (1, 1)
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path, ["path_A", "path_B", "prompt", "VQ"], ["v/a.mp4", "v/b.mp4", "p", "A"])
+    path = write(
+        tmp_path, ["path_A", "path_B", "prompt", "VQ"], ["v/a.mp4", "v/b.mp4", "p", "A"]
+    )
     with pytest.raises(ValueError, match=r"bench\.csv: lacks the columns \['TA'\]"):
         read_benchmark(path, "videogen")
 
 
 @pytest.mark.parametrize(
-    ("text", "label"), [("<answer>[1]</answer>", None), ('<answer>{"gsb_result": 3}</answer>', None), ("", None)]
+    ("text", "label"),
+    [
+        ("<answer>[1]</answer>", None),
+        ('<answer>{"gsb_result": 3}</answer>', None),
+        ("", None),
+    ],
 )
 def test_no_preference(text: str, label: int | None) -> None:
     assert parse_preference(text) is label

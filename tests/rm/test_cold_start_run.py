@@ -22,7 +22,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    }
     done = subprocess.run(
         [sys.executable, "-m", "tests.rm.cold_start_runs", str(folder)],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
@@ -53,7 +57,10 @@ def test_a_resumed_run_equals_an_unbroken_one(folder):
     assert [row["step"] for row in whole] == [0, 1, 2, 3]
     assert whole == stopped
     name = "step-000004/engine.safetensors"
-    one, other = (load_tensors(folder / run / "checkpoints" / name) for run in ("whole", "stopped"))
+    one, other = (
+        load_tensors(folder / run / "checkpoints" / name)
+        for run in ("whole", "stopped")
+    )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -64,7 +71,13 @@ def test_two_ranks_under_zero_2_and_3_measure_what_one_rank_does(ranks, name):
     """Four pairs an update: four backwards on one rank, two on each of two; three held-out pairs, unequal shares."""
     one, other = metrics(ranks / "one"), metrics(ranks / name)
     assert [row["step"] for row in one] == [0, 1]
-    assert {"train/loss", "train/margin", "train/masked", "train/grad_norm", "heldout/accuracy"} <= one[0].keys()
+    assert {
+        "train/loss",
+        "train/margin",
+        "train/masked",
+        "train/grad_norm",
+        "heldout/accuracy",
+    } <= one[0].keys()
     for alone, together in zip(one, other, strict=True):
         assert alone.keys() == together.keys()
         for key, value in alone.items():
@@ -75,18 +88,26 @@ def test_two_ranks_under_zero_2_and_3_measure_what_one_rank_does(ranks, name):
 def test_a_resumed_run_under_zero_3_equals_an_unbroken_one(ranks):
     assert metrics(ranks / "three") == metrics(ranks / "three_stopped")
     name = "checkpoints/step-000002/engine.safetensors"
-    one, other = (load_tensors(ranks / run / name) for run in ("three", "three_stopped"))
+    one, other = (
+        load_tensors(ranks / run / name) for run in ("three", "three_stopped")
+    )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.slow
 def test_zero_3_leaves_the_judge_that_one_rank_leaves(ranks):
-    one, other = (DeScore.load(ranks / run / "final").state_dict() for run in ("one", "three"))
+    one, other = (
+        DeScore.load(ranks / run / "final").state_dict() for run in ("one", "three")
+    )
     start = DeScore.from_base(ranks / "base").state_dict()
     assert one.keys() == other.keys()
     assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-5
-    for key in ("query", "head.weight", "backbone.model.language_model.layers.0.self_attn.q_proj.weight"):
+    for key in (
+        "query",
+        "head.weight",
+        "backbone.model.language_model.layers.0.self_attn.q_proj.weight",
+    ):
         assert float((one[key] - start[key]).abs().max()) > 1e-4, key
 
 
@@ -96,10 +117,14 @@ def test_what_remains_is_a_judge_with_the_fp32_weights(folder):
     value_B = scorer.score(files, [f"p{i}" for i in range(3) for _ in "AB"]).value_B
     assert value_B.isfinite().all()
     assert value_B.std() > 0
-    trained = load_tensors(folder / "whole" / "checkpoints" / "step-000004" / "engine.safetensors")
+    trained = load_tensors(
+        folder / "whole" / "checkpoints" / "step-000004" / "engine.safetensors"
+    )
     assert torch.equal(scorer.model.head.weight, trained["weight.head.weight"])
     assert torch.equal(scorer.model.query, trained["weight.query"])
     rounded = scorer.model.head.weight.bfloat16().float()
-    assert not torch.equal(scorer.model.head.weight, rounded)  # a bfloat16 run keeps more than bfloat16
+    assert not torch.equal(
+        scorer.model.head.weight, rounded
+    )  # a bfloat16 run keeps more than bfloat16
     untrained = DeScore.from_base(folder / "base")
     assert not torch.equal(untrained.head.weight, scorer.model.head.weight)

@@ -38,8 +38,14 @@ def test_a_good_table(folder):
     table = read_pairs(path)
     assert [pair.label for pair in table.pairs] == [1, -1, 0]
     first = table.pairs[0]
-    assert (first.prompt, first.cot_A, first.cot_B) == ("a ball", "first\nsecond line", "b")
-    assert first.video_A == folder / "v" / "a.mp4"  # relative to the CSV, not to the working directory
+    assert (first.prompt, first.cot_A, first.cot_B) == (
+        "a ball",
+        "first\nsecond line",
+        "b",
+    )
+    assert (
+        first.video_A == folder / "v" / "a.mp4"
+    )  # relative to the CSV, not to the working directory
     assert (table.invalid, table.problems) == (1, ())
     assert "3 pairs, 1 of them ties; 1 labelled invalid; 0 bad rows" in table.report()
 
@@ -67,10 +73,23 @@ def test_bad_rows_are_left_out_and_named_by_line(folder):
     path = write(folder, rows)
     table = read_pairs(path)
     assert len(table.pairs) == 1
-    found = [problem.removeprefix(f"{path}:").split(": ", 1) for problem in table.problems]
+    found = [
+        problem.removeprefix(f"{path}:").split(": ", 1) for problem in table.problems
+    ]
     assert [int(line) for line, _ in found] == [4, 6, 7, 8, 9, 10, 11, 12]
     for (_, message), word in zip(
-        found, ["'better'", "two paths", "two paths", "two paths", "gone.mp4", "prompt", "CoT_A", "CoT_B"], strict=True
+        found,
+        [
+            "'better'",
+            "two paths",
+            "two paths",
+            "two paths",
+            "gone.mp4",
+            "prompt",
+            "CoT_A",
+            "CoT_B",
+        ],
+        strict=True,
     ):
         assert word in message
     assert "8 bad rows" in table.report()
@@ -97,8 +116,18 @@ def test_the_right_scores_are_read_when_asked_for(folder):
     good = '{"gsb_result": "A", "video_1_scores": {"subject": "2", "camera": "N/A"}, "video_2_scores": {"subject": 0}}'
     half = '{"video_1_scores": {"subject": "2"}}'
     rows = [
-        {"videos": videos, "prompt": "p", "GSB": "A", "answer": f"so <answer>```json\n{good}\n```</answer>"},
-        {"videos": videos, "prompt": "p", "GSB": "A", "answer": f"<answer>{half}</answer>"},
+        {
+            "videos": videos,
+            "prompt": "p",
+            "GSB": "A",
+            "answer": f"so <answer>```json\n{good}\n```</answer>",
+        },
+        {
+            "videos": videos,
+            "prompt": "p",
+            "GSB": "A",
+            "answer": f"<answer>{half}</answer>",
+        },
         {"videos": videos, "prompt": "p", "GSB": "B", "answer": ""},
     ]
     path = write(folder, rows, header=["videos", "prompt", "GSB", "answer"])
@@ -106,10 +135,14 @@ def test_the_right_scores_are_read_when_asked_for(folder):
     assert [(pair.scores_A, pair.scores_B) for pair in table.pairs] == [
         ({"subject": 2, "camera": None}, {"subject": 0})
     ]
-    assert [problem.partition(": ")[2][:19] for problem in table.problems] == ["answer must hold an"] * 2
+    assert [problem.partition(": ")[2][:19] for problem in table.problems] == [
+        "answer must hold an"
+    ] * 2
     optional = read_pairs(path, require_cot=False)
     assert not optional.problems
-    assert [pair.scores_A for pair in optional.pairs if pair.scores_A] == [pair.scores_A for pair in table.pairs]
+    assert [pair.scores_A for pair in optional.pairs if pair.scores_A] == [
+        pair.scores_A for pair in table.pairs
+    ]
 
 
 def test_unreadable_tables(folder):
@@ -117,7 +150,9 @@ def test_unreadable_tables(folder):
         read_pairs(folder / "absent.csv")
     with pytest.raises(ValueError, match="no usable pair"):
         read_pairs(write(folder, []))
-    (folder / "latin.csv").write_bytes("videos,prompt,GSB\ncaf\xe9,x,A\n".encode("latin-1"))
+    (folder / "latin.csv").write_bytes(
+        "videos,prompt,GSB\ncaf\xe9,x,A\n".encode("latin-1")
+    )
     with pytest.raises(ValueError, match=r"latin\.csv: not a UTF-8 CSV"):
         read_pairs(folder / "latin.csv", require_cot=False)
 
@@ -127,7 +162,9 @@ def test_a_chain_longer_than_the_csv_module_allows(folder):
     before = csv.field_size_limit(1000)
     try:
         assert len(read_pairs(path).pairs[0].cot_A) == 200_000
-        assert csv.field_size_limit() == 1000  # a setting of the whole process: left as it was found
+        assert (
+            csv.field_size_limit() == 1000
+        )  # a setting of the whole process: left as it was found
     finally:
         csv.field_size_limit(before)
 

@@ -10,21 +10,30 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import rm.dual_rl
+from common.lora import adapters_off
 from common.video_io import write_mp4
-from rm.config import DualRlConfig, Generation, LearningRates, LoraConfig
+from rm.config import BackboneLora, DualRlConfig, Generation, LearningRates
 from rm.data import Pair, PairSchedule
 from rm.dual_rl import DualRl, backwards_per_update
-from rm.lora import adapters_off
 from rm.model import DeScore
-from rm.packed import judge
+from rm.packed import packed_forward
 from rm.prompt import Encoded
 from rm.text_rewards import RuleReward, RuleRewardConfig
 from rm.video import prepare
 from tests.rm.test_cold_start import PlainEngine
-from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, speak_plainly, tiny_qwen, tiny_tokenizer
+from tests.tiny_qwen import (
+    SETTINGS,
+    TEMPLATE,
+    random_frames,
+    speak_plainly,
+    tiny_qwen,
+    tiny_tokenizer,
+)
 
 RATES = LearningRates(llm=3e-3, vision=0.0, merger=0.0, query=1e-3, head=1e-2)
-LENGTH_ONLY = RuleRewardConfig(length_low=0, length_high=12)  # a random model writes no answers, but chains of a length
+LENGTH_ONLY = RuleRewardConfig(
+    length_low=0, length_high=12
+)  # a random model writes no answers, but chains of a length
 SCORES = {"subject": 2, "dynamics": 0}
 G = 4
 
@@ -51,11 +60,19 @@ def build(pairs, *, lora=True, rates=RATES, **changes) -> DualRl:
         torch.manual_seed(1)
         model = DeScore(tiny_qwen(), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264)
         speak_plainly(model.backbone)
-        adapters = LoraConfig(rank=4, alpha=8.0, dropout=0.0) if lora else None
+        adapters = BackboneLora(rank=4, alpha=8.0, dropout=0.0) if lora else None
         groups = model.param_groups(rates, lora=adapters, weight_decay=0.0)
     engine = PlainEngine(groups, backwards_per_update(cfg, 1))
     schedule = PairSchedule(len(pairs), pairs_per_step=cfg.pairs_per_step, seed=0)
-    return DualRl(cfg, rules=LENGTH_ONLY, model=model, engine=engine, pairs=pairs, schedule=schedule, seed=0)
+    return DualRl(
+        cfg,
+        rules=LENGTH_ONLY,
+        model=model,
+        engine=engine,
+        pairs=pairs,
+        schedule=schedule,
+        seed=0,
+    )
 
 
 def chains_of(rollouts: rm.dual_rl.Rollouts) -> list[list[list[list[int]]]]:
@@ -81,14 +98,24 @@ def test_defect_1_every_sequence_gets_its_own_reward(pairs, monkeypatch) -> None
     decode = loop.model.tokenizer.decode
     for n, pair in enumerate(chains_of(rollouts)):
         for side, group in enumerate(pair):
-            texts = [decode([t for t in chain if t != loop.model.end_id]) for chain in group]
-            reward_G = torch.tensor([letters(text, {}, tokens=0, how=None).total for text in texts])
-            expected = (reward_G - reward_G.mean()) / (reward_G.std(correction=0) + 1e-6)
-            torch.testing.assert_close(rollouts.advantage_N2G[n, side], expected, rtol=0, atol=1e-5)
+            texts = [
+                decode([t for t in chain if t != loop.model.end_id]) for chain in group
+            ]
+            reward_G = torch.tensor(
+                [letters(text, {}, tokens=0, how=None).total for text in texts]
+            )
+            expected = (reward_G - reward_G.mean()) / (
+                reward_G.std(correction=0) + 1e-6
+            )
+            torch.testing.assert_close(
+                rollouts.advantage_N2G[n, side], expected, rtol=0, atol=1e-5
+            )
             assert expected.abs().max() > 0.1  # otherwise nothing was compared
 
 
-def test_a_group_holds_chains_of_one_video_and_its_own_truth(pairs, monkeypatch) -> None:
+def test_a_group_holds_chains_of_one_video_and_its_own_truth(
+    pairs, monkeypatch
+) -> None:
     seen = []
 
     def note(text: str, truth, *, tokens: int, how) -> RuleReward:
@@ -96,12 +123,17 @@ def test_a_group_holds_chains_of_one_video_and_its_own_truth(pairs, monkeypatch)
         return RuleReward(0.0, 0.0, 0.0, 0.0)
 
     monkeypatch.setattr(rm.dual_rl, "rule_reward", note)
-    told = [replace(p, scores_A={"subject": 2 * i}, scores_B={"subject": 2 * i + 1}) for i, p in enumerate(pairs)]
+    told = [
+        replace(p, scores_A={"subject": 2 * i}, scores_B={"subject": 2 * i + 1})
+        for i, p in enumerate(pairs)
+    ]
     build(told).collect([1, 3], step=0)
     assert seen == [2] * G + [3] * G + [6] * G + [7] * G
 
 
-def test_the_generative_baseline_is_rewarded_by_the_preference_alone(pairs, monkeypatch) -> None:
+def test_the_generative_baseline_is_rewarded_by_the_preference_alone(
+    pairs, monkeypatch
+) -> None:
     def said(text: str, truth, *, tokens: int, how) -> RuleReward:
         return RuleReward(0.0, 0.0, 0.0, 0.0, overall=float(len(text)))
 
@@ -113,7 +145,9 @@ def test_the_generative_baseline_is_rewarded_by_the_preference_alone(pairs, monk
         of_A, of_B = ([rule.overall for rule in group] for group in rollouts.rules[n])
         better, worse = (of_A, of_B) if label == 1 else (of_B, of_A)
         want = [2.0 * sum(x > y for y in worse) / G for x in better]
-        assert [rule.total for rule in rollouts.rules[n][0 if label == 1 else 1]] == want
+        assert [
+            rule.total for rule in rollouts.rules[n][0 if label == 1 else 1]
+        ] == want
 
 
 def test_the_losses_by_hand(pairs) -> None:
@@ -135,11 +169,19 @@ def test_the_losses_by_hand(pairs) -> None:
             prompt = fresh.encode(pairs[n].prompt, video).prompt_ids
             for chain in group:
                 ids = tuple(t for t in chain if t != fresh.end_id)
-                rewards.append(fresh(fresh.batch([Encoded(prompt, ids)], [video])).item())
+                rewards.append(
+                    fresh(fresh.batch([Encoded(prompt, ids)], [video])).item()
+                )
     reward_N2G = torch.tensor(rewards).view(-1, 2, G)
-    margin_NG = (reward_N2G[:, 0] - reward_N2G[:, 1]) * torch.tensor([1, -1, 1, -1]).view(-1, 1)
-    assert found["train/bt"] == pytest.approx(-logsigmoid(margin_NG).mean().item(), abs=1e-5)
-    assert found["train/accuracy"] == pytest.approx((margin_NG > 0).float().mean().item())
+    margin_NG = (reward_N2G[:, 0] - reward_N2G[:, 1]) * torch.tensor(
+        [1, -1, 1, -1]
+    ).view(-1, 1)
+    assert found["train/bt"] == pytest.approx(
+        -logsigmoid(margin_NG).mean().item(), abs=1e-5
+    )
+    assert found["train/accuracy"] == pytest.approx(
+        (margin_NG > 0).float().mean().item()
+    )
     total = found["train/policy"] + 0.1 * found["train/kl"] + 0.5 * found["train/bt"]
     assert found["train/loss"] == pytest.approx(total, abs=1e-5)
 
@@ -154,7 +196,9 @@ def test_defect_6_an_error_in_the_preference_loss_travels(pairs, monkeypatch) ->
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_defect_7_the_weights_of_the_objectives_do_not_depend_on_micro_batches(pairs, micro_batch) -> None:
+def test_defect_7_the_weights_of_the_objectives_do_not_depend_on_micro_batches(
+    pairs, micro_batch
+) -> None:
     whole, parts = build(pairs), build(pairs, micro_batch=micro_batch)
     one, other = whole.step(0), parts.step(0)
     for name in ("loss", "policy", "kl", "bt", "accuracy"):
@@ -165,15 +209,15 @@ def test_defect_7_the_weights_of_the_objectives_do_not_depend_on_micro_batches(p
 
 
 def test_fewer_chains_behind_a_prompt_change_nothing(pairs) -> None:
-    whole, parts = build(pairs), build(pairs, chains_per_row=2)
+    whole, parts = build(pairs), build(pairs, cots_per_row=2)
     one, other = whole.step(0), parts.step(0)
     assert {k: v for k, v in one.items() if "seconds" not in k} == pytest.approx(
         {k: v for k, v in other.items() if "seconds" not in k}, abs=1e-5
     )
     for a, b in zip(whole.engine.gradients[0], parts.engine.gradients[0], strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
-    with pytest.raises(ValueError, match="chains_per_row=3"):
-        build(pairs, chains_per_row=3)
+    with pytest.raises(ValueError, match="cots_per_row=3"):
+        build(pairs, cots_per_row=3)
 
 
 def test_ties_reward_chains_and_do_not_dilute_the_preference(pairs) -> None:
@@ -194,8 +238,12 @@ def test_defect_11_every_chain_ends_in_its_query_finished_or_not(pairs) -> None:
     assert not rollouts.finished_N2G.all()
     assert (ids_BL.gather(1, query_BG) == loop.model.query_id).all()
     assert ((ids_BL == loop.model.query_id).sum(1) == G).all()
-    ended = (rollouts.packed.target_BGT == loop.model.end_id).sum(-1).view(-1, 2, G).bool()
-    assert torch.equal(ended & rollouts.packed.token_BGT.any(-1).view(-1, 2, G), rollouts.finished_N2G)
+    ended = (
+        (rollouts.packed.target_BGT == loop.model.end_id).sum(-1).view(-1, 2, G).bool()
+    )
+    assert torch.equal(
+        ended & rollouts.packed.token_BGT.any(-1).view(-1, 2, G), rollouts.finished_N2G
+    )
 
 
 def test_the_reference_is_the_frozen_first_stage(pairs) -> None:
@@ -205,29 +253,43 @@ def test_the_reference_is_the_frozen_first_stage(pairs) -> None:
     for step in range(3):
         loop.step(step)
     after = loop.log_probs(loop.model, rollouts.packed).detach()
-    torch.testing.assert_close(loop.reference_log_probs(rollouts.packed).detach(), before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        loop.reference_log_probs(rollouts.packed).detach(), before, rtol=0, atol=1e-5
+    )
     assert (after - before).abs().max() > 1e-2
     assert loop.step(3)["train/kl"] > 0
 
 
 def test_without_adapters_there_is_no_reference_to_switch_to(pairs) -> None:
-    with pytest.raises(ValueError, match="no adapter"), adapters_off(build(pairs, lora=False).model):
+    with (
+        pytest.raises(ValueError, match="no adapter"),
+        adapters_off(build(pairs, lora=False).model),
+    ):
         pass
     with pytest.raises(ValueError, match="no adapter"):
         build(pairs, lora=False).step(0)
     assert build(pairs, lora=False, kl_weight=0.0).step(0)["train/kl"] == 0.0
 
 
-def test_several_updates_on_the_same_chains_use_the_log_probs_of_sampling(pairs) -> None:
-    loop = build(pairs, pairs_per_update=2, micro_batch=2, rates=replace(RATES, llm=3e-2))
-    updates = [[loop.collect(rows, 0) for rows in parts] for parts in loop.own_updates(0)]
+def test_several_updates_on_the_same_chains_use_the_log_probs_of_sampling(
+    pairs,
+) -> None:
+    loop = build(
+        pairs, pairs_per_update=2, micro_batch=2, rates=replace(RATES, llm=3e-2)
+    )
+    updates = [
+        [loop.collect(rows, 0) for rows in parts] for parts in loop.own_updates(0)
+    ]
     sampled = [part.old_BGT.clone() for parts in updates for part in parts]
     first, second = (loop.update(parts) for parts in updates)
     assert first["train/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
     with torch.no_grad():
         part = updates[1][0]
         assert torch.equal(part.old_BGT, sampled[1])
-        assert (judge(loop.model, part.packed, temperature=1.0).log_prob_BGT - part.old_BGT).abs().max() > 1e-3
+        assert (
+            packed_forward(loop.model, part.packed, temperature=1.0).log_prob_BGT
+            - part.old_BGT
+        ).abs().max() > 1e-3
     assert second["train/ratio_mean"] != pytest.approx(1.0, abs=1e-4)
 
 
@@ -236,7 +298,9 @@ def test_the_vision_tower_is_frozen_and_the_rest_learns(pairs) -> None:
     before = {n: p.detach().clone() for n, p in loop.model.named_parameters()}
     for step in range(2):
         loop.step(step)
-    moved = {n for n, p in loop.model.named_parameters() if not torch.equal(p, before[n])}
+    moved = {
+        n for n, p in loop.model.named_parameters() if not torch.equal(p, before[n])
+    }
     assert moved
     assert all("lora_" in name or name in ("query", "head.weight") for name in moved)
     assert {"query", "head.weight"} <= moved
@@ -258,8 +322,13 @@ def test_a_step_is_a_function_of_its_number(pairs) -> None:
     torch.manual_seed(7)
     second = other.step(3)
     drop = {name for name in first if name.startswith("seconds")}
-    assert {k: v for k, v in first.items() if k not in drop} == {k: v for k, v in second.items() if k not in drop}
-    assert one.collect([0], 0).packed.target_BGT.tolist() != one.collect([0], 1).packed.target_BGT.tolist()
+    assert {k: v for k, v in first.items() if k not in drop} == {
+        k: v for k, v in second.items() if k not in drop
+    }
+    assert (
+        one.collect([0], 0).packed.target_BGT.tolist()
+        != one.collect([0], 1).packed.target_BGT.tolist()
+    )
 
 
 def test_held_out_pairs_are_judged_with_the_models_own_chains(pairs) -> None:

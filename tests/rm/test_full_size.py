@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.config import load
-from launch.runs import ColdStartRun
+from launch.schemas.training import ColdStartRun
 from rm.model import DeScore
 from tests.tiny_qwen import tiny_tokenizer
 
@@ -43,21 +43,39 @@ def judge_of(size: str) -> DeScore:
     recipe = load(ColdStartRun, ROOT / "configs/wan/cold_start.yaml")
     with torch.device("meta"):
         backbone = Qwen3VLForConditionalGeneration(config)
-        return DeScore(backbone, tiny_tokenizer(), DEFAULT_TEMPLATE, recipe.video, QUERY_ID, recipe.generation)
+        return DeScore(
+            backbone,
+            tiny_tokenizer(),
+            DEFAULT_TEMPLATE,
+            recipe.video,
+            QUERY_ID,
+            recipe.generation,
+        )
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_what_the_recipe_trains(size: str) -> None:
     hidden, layers, heads, wide, *_, parameters = SIZES[size]
     judge = judge_of(size)
-    assert sum(p.numel() for p in judge.backbone.parameters()) == pytest.approx(parameters, rel=0.005)
+    assert sum(p.numel() for p in judge.backbone.parameters()) == pytest.approx(
+        parameters, rel=0.005
+    )
     recipe = load(ColdStartRun, ROOT / "configs/wan/cold_start.yaml")
     groups = judge.param_groups(recipe.lr, lora=recipe.lora, weight_decay=0.0)
-    counts = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
+    counts = {
+        group["name"]: sum(p.numel() for p in group["params"]) for group in groups
+    }
     q, kv, rank = heads * HEAD_DIM, KV_HEADS * HEAD_DIM, recipe.lora.rank
-    ins_and_outs = 2 * (hidden + q) + 2 * (hidden + kv) + 3 * (hidden + wide)  # q and o, k and v, gate, up and down
+    ins_and_outs = (
+        2 * (hidden + q) + 2 * (hidden + kv) + 3 * (hidden + wide)
+    )  # q and o, k and v, gate, up and down
     assert counts["llm"] == layers * rank * ins_and_outs
     assert (counts["query"], counts["head"]) == (hidden, hidden)
     visual = judge.backbone.model.visual
-    assert counts["vision"] + counts["merger"] == sum(p.numel() for p in visual.parameters())
-    assert judge.backbone.get_input_embeddings().weight.shape == (ROWS, hidden)  # the query took a free row
+    assert counts["vision"] + counts["merger"] == sum(
+        p.numel() for p in visual.parameters()
+    )
+    assert judge.backbone.get_input_embeddings().weight.shape == (
+        ROWS,
+        hidden,
+    )  # the query took a free row

@@ -9,11 +9,18 @@ import torch
 
 from common.distributed import derive_seed
 from rm.config import Generation
-from rm.generate import _Chooser, generate, read_rewards
+from rm.generate import _Chooser, generate, rewards_from_cache
 from rm.model import DeScore
 from rm.prompt import Encoded
 from rm.video import prepare
-from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, speak_plainly, tiny_qwen, tiny_tokenizer
+from tests.tiny_qwen import (
+    SETTINGS,
+    TEMPLATE,
+    random_frames,
+    speak_plainly,
+    tiny_qwen,
+    tiny_tokenizer,
+)
 
 GREEDY = Generation(max_new_tokens=6, repetition_penalty=1.0)
 SAMPLED = Generation(max_new_tokens=12, temperature=2.0, repetition_penalty=1.0)
@@ -23,7 +30,9 @@ PROMPTS = ["a", "a red ball moves left", "two cats", "x" * 40, "a", "blue"]
 def judge() -> DeScore:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return DeScore(tiny_qwen(layers=3), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264).eval()
+        return DeScore(
+            tiny_qwen(layers=3), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264
+        ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -41,37 +50,56 @@ def speaker():
 
 @pytest.fixture(scope="module")
 def videos():
-    return [prepare(random_frames(i, frames=4 + i), SETTINGS, fps=4.0) for i in range(len(PROMPTS))]
+    return [
+        prepare(random_frames(i, frames=4 + i), SETTINGS, fps=4.0)
+        for i in range(len(PROMPTS))
+    ]
 
 
 @pytest.fixture(scope="module")
 def encoded(model, videos):
-    return [model.encode(prompt, video) for prompt, video in zip(PROMPTS, videos, strict=True)]
+    return [
+        model.encode(prompt, video)
+        for prompt, video in zip(PROMPTS, videos, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
 def chains(speaker, encoded, videos):
-    return generate(speaker, speaker.batch(encoded, videos, query=False), SAMPLED, seeds=range(6))
+    return generate(
+        speaker, speaker.batch(encoded, videos, query=False), SAMPLED, seeds=range(6)
+    )
 
 
 def full_forward(model, encoded, videos, chains) -> torch.Tensor:
-    finished = [Encoded(item.prompt_ids, tuple(chains.ids(row))) for row, item in enumerate(encoded)]
+    finished = [
+        Encoded(item.prompt_ids, tuple(chains.ids(row)))
+        for row, item in enumerate(encoded)
+    ]
     with torch.no_grad():
         return model(model.batch(finished, videos))
 
 
-def test_reward_on_the_cache_is_the_reward_of_the_full_forward(speaker, encoded, videos):
-    chains = generate(speaker, speaker.batch(encoded, videos, query=False), SAMPLED, seeds=range(6))
+def test_reward_on_the_cache_is_the_reward_of_the_full_forward(
+    speaker, encoded, videos
+):
+    chains = generate(
+        speaker, speaker.batch(encoded, videos, query=False), SAMPLED, seeds=range(6)
+    )
     lengths = chains.length_B.tolist()
     assert len(set(lengths)) > 2  # rows stop at different steps,
     assert chains.finished_B.any()
     assert not chains.finished_B.all()  # and some not at all
     want = full_forward(speaker, encoded, videos, chains)
-    torch.testing.assert_close(read_rewards(speaker, chains), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        rewards_from_cache(speaker, chains), want, atol=1e-5, rtol=0
+    )
     assert want.std() > 1e-3
 
 
-def test_a_sharded_model_goes_on_until_the_last_rank_stops(speaker, encoded, videos, monkeypatch):
+def test_a_sharded_model_goes_on_until_the_last_rank_stops(
+    speaker, encoded, videos, monkeypatch
+):
     """Ten more forwards than its own chains need, and nothing else."""
     batch = speaker.batch(encoded[:2], videos[:2], query=False)
     how = Generation(max_new_tokens=40, temperature=2.0, repetition_penalty=1.0)
@@ -79,14 +107,22 @@ def test_a_sharded_model_goes_on_until_the_last_rank_stops(speaker, encoded, vid
     assert alone.finished_B.all()
     longest = int(alone.length_B.max())
     steps = []
-    monkeypatch.setattr("rm.generate.any_rank", lambda alive_B: len(steps.append(1) or steps) <= longest + 10)
+    monkeypatch.setattr(
+        "rm.generate.any_rank",
+        lambda alive_B: len(steps.append(1) or steps) <= longest + 10,
+    )
     monkeypatch.setattr(speaker, "sharded", True, raising=False)
     together = generate(speaker, batch, how, seeds=range(2))
     assert together.mask_BK.shape[1] == alone.mask_BK.shape[1] + 10
     assert torch.equal(together.token_BL, alone.token_BL)
     assert torch.equal(together.length_B, alone.length_B)
     assert torch.equal(together.finished_B, alone.finished_B)
-    torch.testing.assert_close(read_rewards(speaker, together), read_rewards(speaker, alone), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        rewards_from_cache(speaker, together),
+        rewards_from_cache(speaker, alone),
+        atol=1e-6,
+        rtol=0,
+    )
 
 
 @torch.no_grad()
@@ -97,14 +133,24 @@ def test_greedy_tokens_are_those_of_forwards_without_a_cache(model, encoded, vid
         ids: list[int] = []
         for _ in range(GREEDY.max_new_tokens):
             item = Encoded(encoded[row].prompt_ids, tuple(ids))
-            hidden = model.hidden(model.batch([item], videos[row : row + 1], query=False))[0, -1]
-            ids.append(int(model.backbone.lm_head(hidden).masked_fill(banned, -math.inf).argmax()))
+            hidden = model.hidden(
+                model.batch([item], videos[row : row + 1], query=False)
+            )[0, -1]
+            ids.append(
+                int(
+                    model.backbone.lm_head(hidden)
+                    .masked_fill(banned, -math.inf)
+                    .argmax()
+                )
+            )
         assert chains.ids(row) == ids
 
 
 def test_company_changes_no_row(speaker, encoded, videos, chains):
     for row in range(6):
-        batch = speaker.batch(encoded[row : row + 1], videos[row : row + 1], query=False)
+        batch = speaker.batch(
+            encoded[row : row + 1], videos[row : row + 1], query=False
+        )
         alone = generate(speaker, batch, SAMPLED, seeds=[row])
         assert alone.ids(0) == chains.ids(row)
         assert alone.finished_B[0] == chains.finished_B[row]
@@ -119,13 +165,19 @@ def test_a_chain_ends_at_the_end_of_turn(model, chains):
         assert set(chains.token_BL[row, len(ids) :].tolist()) <= {model.pad_id}
 
 
-def test_vision_once_vocabulary_once_a_token_query_one_token(model, encoded, videos, monkeypatch):
+def test_vision_once_vocabulary_once_a_token_query_one_token(
+    model, encoded, videos, monkeypatch
+):
     counts = {"visual": 0, "lm_head": 0, "llm": []}
     backbone = model.backbone
     handles = [
-        backbone.model.visual.register_forward_hook(lambda *_: counts.update(visual=counts["visual"] + 1)),
+        backbone.model.visual.register_forward_hook(
+            lambda *_: counts.update(visual=counts["visual"] + 1)
+        ),
         backbone.lm_head.register_forward_hook(
-            lambda module, args, out: counts.update(lm_head=counts["lm_head"] + args[0].shape[0])
+            lambda module, args, out: counts.update(
+                lm_head=counts["lm_head"] + args[0].shape[0]
+            )
         ),
         backbone.model.language_model.norm.register_forward_hook(
             lambda module, args, out: counts["llm"].append(args[0].shape[1])
@@ -134,27 +186,35 @@ def test_vision_once_vocabulary_once_a_token_query_one_token(model, encoded, vid
     try:
         batch = model.batch(encoded, videos, query=False)
         chains = generate(model, batch, GREEDY)
-        read_rewards(model, chains)
+        rewards_from_cache(model, chains)
     finally:
         for handle in handles:
             handle.remove()
     assert counts["visual"] == 1
-    assert counts["lm_head"] == 6 * GREEDY.max_new_tokens  # rows x tokens, of the prompt only the last position
+    assert (
+        counts["lm_head"] == 6 * GREEDY.max_new_tokens
+    )  # rows x tokens, of the prompt only the last position
     assert counts["llm"] == [batch.ids_BL.shape[1]] + [1] * GREEDY.max_new_tokens + [1]
 
 
 def test_banned_ids_are_never_chosen(model, encoded, videos):
-    how = Generation(max_new_tokens=60, temperature=1e4, repetition_penalty=1.0)  # uniform over what is allowed
+    how = Generation(
+        max_new_tokens=60, temperature=1e4, repetition_penalty=1.0
+    )  # uniform over what is allowed
     config = model.backbone.config
     banned = {*range(264, 320), config.video_token_id, config.image_token_id}
     assert set(model.banned_ids().nonzero().squeeze(1).tolist()) == banned
-    chains = generate(model, model.batch(encoded, videos, query=False), how, seeds=range(6))
+    chains = generate(
+        model, model.batch(encoded, videos, query=False), how, seeds=range(6)
+    )
     found = {token for row in range(6) for token in chains.ids(row)}
     assert not banned & found
     assert len(found) > 100
 
 
-def choose(model, logits_V: list[float], how: Generation, *, prompt: list[int], seeds=None) -> torch.Tensor:
+def choose(
+    model, logits_V: list[float], how: Generation, *, prompt: list[int], seeds=None
+) -> torch.Tensor:
     rows = 1 if seeds is None else len(seeds)
     logits = torch.full((rows, 320), -50.0)
     logits[:, : len(logits_V)] = torch.tensor(logits_V)
@@ -164,9 +224,17 @@ def choose(model, logits_V: list[float], how: Generation, *, prompt: list[int], 
 def test_sampling_follows_the_softmax(model):
     how = Generation(max_new_tokens=1, temperature=2.0, repetition_penalty=1.0)
     # logits 0, 2 log 2, 2 log 5 at temperature 2: probabilities 1/8, 2/8, 5/8
-    chosen = choose(model, [0.0, 2 * math.log(2), 2 * math.log(5)], how, prompt=[9], seeds=range(4000))
+    chosen = choose(
+        model,
+        [0.0, 2 * math.log(2), 2 * math.log(5)],
+        how,
+        prompt=[9],
+        seeds=range(4000),
+    )
     share = torch.bincount(chosen, minlength=3)[:3] / 4000
-    assert share.tolist() == pytest.approx([0.125, 0.25, 0.625], abs=0.03)  # four standard deviations
+    assert share.tolist() == pytest.approx(
+        [0.125, 0.25, 0.625], abs=0.03
+    )  # four standard deviations
 
 
 def test_a_draw_of_zero_skips_ids_without_probability(model):
@@ -176,7 +244,9 @@ def test_a_draw_of_zero_skips_ids_without_probability(model):
     logits = torch.zeros(1, 320)
     logits[0, :3] = -math.inf
     assert int(chooser(logits, 0)) == 3
-    chooser.uniform_BS.fill_(1 - 2.0**-53)  # the largest draw there is: the last id that is not banned
+    chooser.uniform_BS.fill_(
+        1 - 2.0**-53
+    )  # the largest draw there is: the last id that is not banned
     allowed = (~model.banned_ids()).nonzero().squeeze(1)
     assert int(chooser(logits, 0)) == allowed[-1]
 
@@ -205,7 +275,12 @@ def test_repetition_penalty_by_hand(model, logits, prompt, want):
 
 
 def test_what_was_just_written_counts_as_seen(model):
-    chooser = _Chooser(model, torch.tensor([[9]]), Generation(max_new_tokens=2, repetition_penalty=1.1), None)
+    chooser = _Chooser(
+        model,
+        torch.tensor([[9]]),
+        Generation(max_new_tokens=2, repetition_penalty=1.1),
+        None,
+    )
     logits = torch.full((1, 320), -50.0)
     logits[0, :2] = torch.tensor([2.0, 1.9])
     assert [int(chooser(logits, step)) for step in range(2)] == [0, 1]

@@ -17,11 +17,26 @@ CHAIN = f"Stage 1. It asks for a ball! Is it red?\nYes.\n\nStage 2. A ball.\n{AN
 @pytest.mark.parametrize(
     ("unit", "expected"),
     [
-        ("chain", [CHAIN]),
-        ("section", ["Stage 1. It asks for a ball! Is it red?\nYes.\n\n", "Stage 2. A ball.\n", ANSWER]),
+        ("cot", [CHAIN]),
+        (
+            "section",
+            [
+                "Stage 1. It asks for a ball! Is it red?\nYes.\n\n",
+                "Stage 2. A ball.\n",
+                ANSWER,
+            ],
+        ),
         (
             "sentence",
-            ["Stage 1.", " It asks for a ball!", " Is it red?", "\nYes.", "\n\nStage 2.", " A ball.\n", ANSWER],
+            [
+                "Stage 1.",
+                " It asks for a ball!",
+                " Is it red?",
+                "\nYes.",
+                "\n\nStage 2.",
+                " A ball.\n",
+                ANSWER,
+            ],
         ),
     ],
 )
@@ -37,7 +52,10 @@ def test_lines_are_sections_where_there_is_no_empty_line() -> None:
 
 def test_a_chain_goes_whole_with_its_probability_and_anew_each_epoch() -> None:
     how = Masking(probability=0.3)
-    drops = [[mask(("x", "y"), how, seed=0, epoch=e, row=r) == ("", "") for r in range(5000)] for e in (0, 1)]
+    drops = [
+        [mask(("x", "y"), how, seed=0, epoch=e, row=r) == ("", "") for r in range(5000)]
+        for e in (0, 1)
+    ]
     # 5000 draws: standard deviation 0.0065
     assert sum(drops[0]) / 5000 == pytest.approx(0.3, abs=0.026)
     both = Counter(zip(*drops, strict=True))
@@ -46,28 +64,48 @@ def test_a_chain_goes_whole_with_its_probability_and_anew_each_epoch() -> None:
 
 def test_per_pair_both_lose_the_same_and_per_video_each_its_own() -> None:
     texts = ("One. Two. Three. Four.", "1. 2. 3. 4.")
-    pairs = [mask(texts, Masking(0.5, "pair", "sentence"), seed=1, epoch=0, row=r) for r in range(200)]
+    pairs = [
+        mask(texts, Masking(0.5, "pair", "sentence"), seed=1, epoch=0, row=r)
+        for r in range(200)
+    ]
     names = (["One.", " Two.", " Three.", " Four."], ["1.", " 2.", " 3.", " 4."])
-    kept = [[[name in text for name in of] for text, of in zip(pair, names, strict=True)] for pair in pairs]
+    kept = [
+        [[name in text for name in of] for text, of in zip(pair, names, strict=True)]
+        for pair in pairs
+    ]
     assert all(a == b for a, b in kept)
     assert {sum(a) for a, _ in kept} == {0, 1, 2, 3, 4}
-    alone = [mask(("x", "y"), Masking(0.5, "video"), seed=1, epoch=0, row=r) for r in range(2000)]
+    alone = [
+        mask(("x", "y"), Masking(0.5, "video"), seed=1, epoch=0, row=r)
+        for r in range(2000)
+    ]
     # independent: a quarter each, standard deviation 0.0097
-    assert all(count / 2000 == pytest.approx(0.25, abs=0.04) for count in Counter(alone).values())
+    assert all(
+        count / 2000 == pytest.approx(0.25, abs=0.04)
+        for count in Counter(alone).values()
+    )
     assert len(Counter(alone)) == 4
 
 
-@pytest.mark.parametrize("unit", ["chain", "section", "sentence"])
+@pytest.mark.parametrize("unit", ["cot", "section", "sentence"])
 def test_zero_keeps_and_one_drops_everything(unit: str) -> None:
-    assert mask((CHAIN, "b"), Masking(0.0, "video", unit), seed=0, epoch=0, row=0) == (CHAIN, "b")
-    assert mask((CHAIN, "b"), Masking(1.0, "video", unit), seed=0, epoch=0, row=0) == ("", "")
+    assert mask((CHAIN, "b"), Masking(0.0, "video", unit), seed=0, epoch=0, row=0) == (
+        CHAIN,
+        "b",
+    )
+    assert mask((CHAIN, "b"), Masking(1.0, "video", unit), seed=0, epoch=0, row=0) == (
+        "",
+        "",
+    )
 
 
 def test_the_draw_of_a_pair_is_documented_by_its_seed() -> None:
     """Runs already measured stay reproducible."""
     for row in range(50):
         dropped = derive_seed(7, "mask", 2, row) < 0.4 * 2**63
-        assert mask(("x", "y"), Masking(0.4), seed=7, epoch=2, row=row) == (("", "") if dropped else ("x", "y"))
+        assert mask(("x", "y"), Masking(0.4), seed=7, epoch=2, row=row) == (
+            ("", "") if dropped else ("x", "y")
+        )
 
 
 def test_the_share_of_text() -> None:

@@ -52,21 +52,34 @@ def test_equals_brute_force(seed, scores):
     assert found.without_ties == pytest.approx(without_ties, abs=1e-12, nan_ok=True)
     # the threshold reaches what is reported
     predicted = torch.where(margins.abs() <= found.threshold, 0.0, margins.sign())
-    right = (predicted == labels) & ((margins.abs() <= found.threshold) | (margins != 0))
+    right = (predicted == labels) & (
+        (margins.abs() <= found.threshold) | (margins != 0)
+    )
     assert right.double().mean().item() == pytest.approx(with_ties, abs=1e-12)
 
 
 def test_equal_margins_change_sides_together():
     # a tie and a right answer with the same |m|: whatever the threshold, one of the two is wrong
-    assert preference_accuracy(torch.tensor([1.0, 1.0]), torch.tensor([0, 1])).with_ties == 0.5
-    assert preference_accuracy(torch.tensor([1.0, 1.0]), torch.tensor([1, 0])).with_ties == 0.5
+    assert (
+        preference_accuracy(torch.tensor([1.0, 1.0]), torch.tensor([0, 1])).with_ties
+        == 0.5
+    )
+    assert (
+        preference_accuracy(torch.tensor([1.0, 1.0]), torch.tensor([1, 0])).with_ties
+        == 0.5
+    )
     assert stepwise([1.0, 1.0], [0, 1]) == 1.0
 
 
 def test_adverse_order_flatters_nobody():
     """20,000 random integer scores, ties first: stepping pair by pair sees 0.5, no threshold reaches more than 0.38."""
     draw = torch.Generator().manual_seed(0)
-    labels = torch.multinomial(torch.tensor([0.34, 0.33, 0.33]), 20_000, replacement=True, generator=draw) - 1
+    labels = (
+        torch.multinomial(
+            torch.tensor([0.34, 0.33, 0.33]), 20_000, replacement=True, generator=draw
+        )
+        - 1
+    )
     scores = torch.randint(1, 4, (2, 20_000), generator=draw)
     margins = (scores[0] - scores[1]).double()
     order = (labels != 0).long().argsort(stable=True)
@@ -80,7 +93,10 @@ def test_adverse_order_flatters_nobody():
 
 
 def test_by_hand():
-    margins, labels = torch.tensor([2.0, -1.0, 0.5, 0.2, 0.0]), torch.tensor([1, -1, -1, 0, 0])
+    margins, labels = (
+        torch.tensor([2.0, -1.0, 0.5, 0.2, 0.0]),
+        torch.tensor([1, -1, -1, 0, 0]),
+    )
     found = preference_accuracy(margins, labels)
     assert found.without_ties == pytest.approx(2 / 3)
     assert found.with_ties == pytest.approx(4 / 5)  # e = 0.2 catches both ties
@@ -88,14 +104,22 @@ def test_by_hand():
 
 
 def test_zero_margin_is_wrong_without_ties():
-    assert preference_accuracy(torch.zeros(4), torch.tensor([1, 1, -1, -1])).without_ties == 0.0
+    assert (
+        preference_accuracy(torch.zeros(4), torch.tensor([1, 1, -1, -1])).without_ties
+        == 0.0
+    )
 
 
 def test_an_unjudged_pair_is_wrong_everywhere():
-    found = preference_accuracy(torch.tensor([math.nan, 1.0, math.nan]), torch.tensor([0, 1, 1]))
+    found = preference_accuracy(
+        torch.tensor([math.nan, 1.0, math.nan]), torch.tensor([0, 1, 1])
+    )
     assert found.with_ties == pytest.approx(1 / 3)
     assert found.without_ties == 0.5
-    assert preference_accuracy(torch.full((2,), math.nan), torch.tensor([0, 1])).with_ties == 0.0
+    assert (
+        preference_accuracy(torch.full((2,), math.nan), torch.tensor([0, 1])).with_ties
+        == 0.0
+    )
 
 
 def test_nothing_to_count_is_nan():
@@ -112,5 +136,8 @@ def test_wrong_labels_and_shapes():
 
 def test_a_million_pairs_are_no_trillion_comparisons():
     draw = torch.Generator().manual_seed(0)
-    margins, labels = torch.randn(10**6, generator=draw), torch.randint(-1, 2, (10**6,), generator=draw)
+    margins, labels = (
+        torch.randn(10**6, generator=draw),
+        torch.randint(-1, 2, (10**6,), generator=draw),
+    )
     assert 0.3 < preference_accuracy(margins, labels).without_ties < 0.7

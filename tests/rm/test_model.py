@@ -8,11 +8,18 @@ import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-from rm.config import Generation, LearningRates, LoraConfig, VideoSettings
+from rm.config import BackboneLora, Generation, LearningRates, VideoSettings
 from rm.model import DESCORE_FILE, HEAD_INIT_STD, DeScore, rope_positions
 from rm.prompt import DEFAULT_TEMPLATE
 from rm.video import prepare
-from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, save_tiny_qwen, tiny_qwen, tiny_tokenizer
+from tests.tiny_qwen import (
+    SETTINGS,
+    TEMPLATE,
+    random_frames,
+    save_tiny_qwen,
+    tiny_qwen,
+    tiny_tokenizer,
+)
 
 PROMPTS = ["a", "a red ball moves left", "two cats", "x" * 40]
 COTS = ["short", None, "a much longer chain of thought <think>", ""]
@@ -21,7 +28,9 @@ COTS = ["short", None, "a much longer chain of thought <think>", ""]
 def judge(**options) -> DeScore:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return DeScore(tiny_qwen(**options), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264).eval()
+        return DeScore(
+            tiny_qwen(**options), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264
+        ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +41,20 @@ def model():
 @pytest.fixture(scope="module")
 def videos():
     # 4, 3, 1 and 2 temporal patches; 32 x 32, 16 x 64 and 32 x 32 frames
-    frames = [random_frames(0, frames=8), random_frames(1, frames=5), random_frames(2, frames=1)]
+    frames = [
+        random_frames(0, frames=8),
+        random_frames(1, frames=5),
+        random_frames(2, frames=1),
+    ]
     wide = random_frames(3, frames=4).reshape(4, 16, 64, 3)
     return [prepare(x, SETTINGS, fps=4.0) for x in (*frames, wide)]
 
 
 @pytest.fixture(scope="module")
 def encoded(model, videos):
-    return [model.encode(p, v, c) for p, v, c in zip(PROMPTS, videos, COTS, strict=True)]
+    return [
+        model.encode(p, v, c) for p, v, c in zip(PROMPTS, videos, COTS, strict=True)
+    ]
 
 
 def test_positions_are_those_of_the_stock_model(model, videos, encoded):
@@ -57,7 +72,11 @@ def test_positions_by_hand():
     # text, text, a 1 x 2 patch, text, a 1 x 2 patch, text; grid in patches before merging: 2 x 2 x 4
     is_video = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 0]]).bool()
     found = rope_positions(is_video, torch.tensor([[2, 2, 4]]), 2)[:, 0].tolist()
-    assert found == [[0, 1, 2, 2, 4, 5, 5, 7], [0, 1, 2, 2, 4, 5, 5, 7], [0, 1, 2, 3, 4, 5, 6, 7]]
+    assert found == [
+        [0, 1, 2, 2, 4, 5, 5, 7],
+        [0, 1, 2, 2, 4, 5, 5, 7],
+        [0, 1, 2, 3, 4, 5, 6, 7],
+    ]
 
 
 @torch.no_grad()
@@ -78,17 +97,25 @@ def test_reward_by_another_route(model, videos, encoded):
         input_ids=None, inputs_embeds=embedded, position_ids=positions, attention_mask=batch.mask_BL,
         mm_encoder_outputs={"video": vision},
     ).last_hidden_state  # fmt: skip
-    want = (hidden[torch.arange(4), batch.last_B].double() * model.head.weight.double()).sum(-1)
-    torch.testing.assert_close(model(batch).squeeze(1).double(), want, atol=1e-6, rtol=0)
+    want = (
+        hidden[torch.arange(4), batch.last_B].double() * model.head.weight.double()
+    ).sum(-1)
+    torch.testing.assert_close(
+        model(batch).squeeze(1).double(), want, atol=1e-6, rtol=0
+    )
 
 
 @torch.no_grad()
 def test_padding_and_company_change_nothing(model, videos, encoded):
     together = model(model.batch(encoded, videos))
-    alone = torch.cat([model(model.batch([e], [v])) for e, v in zip(encoded, videos, strict=True)])
+    alone = torch.cat(
+        [model(model.batch([e], [v])) for e, v in zip(encoded, videos, strict=True)]
+    )
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
     order = [2, 0, 3, 1]
-    permuted = model(model.batch([encoded[i] for i in order], [videos[i] for i in order]))
+    permuted = model(
+        model.batch([encoded[i] for i in order], [videos[i] for i in order])
+    )
     torch.testing.assert_close(permuted, together[order], atol=1e-6, rtol=0)
     assert together.std() > 1e-3  # or the comparison would be empty
 
@@ -97,8 +124,13 @@ def test_padding_and_company_change_nothing(model, videos, encoded):
 def test_masked_hidden_states_are_those_without_a_chain(model, videos):
     full = model.encode("a cat", videos[0], "thoughts")
     masked, never = full.without_cot(), model.encode("a cat", videos[0])
-    assert torch.equal(model.hidden(model.batch([masked], videos[:1])), model.hidden(model.batch([never], videos[:1])))
-    assert not torch.equal(model(model.batch([full], videos[:1])), model(model.batch([masked], videos[:1])))
+    assert torch.equal(
+        model.hidden(model.batch([masked], videos[:1])),
+        model.hidden(model.batch([never], videos[:1])),
+    )
+    assert not torch.equal(
+        model(model.batch([full], videos[:1])), model(model.batch([masked], videos[:1]))
+    )
 
 
 @torch.no_grad()
@@ -114,13 +146,19 @@ def test_the_query_is_read_and_its_vocabulary_row_is_not(videos):
 
 def test_the_query_starts_at_the_mean_of_the_vocabulary(model):
     rows = model.backbone.get_input_embeddings().weight[:264].detach()
-    torch.testing.assert_close(model.query.detach(), rows.mean(0, keepdim=True), atol=1e-6, rtol=0)
-    assert model.head.weight.std().item() == pytest.approx(HEAD_INIT_STD, rel=0.4)  # 32 draws
+    torch.testing.assert_close(
+        model.query.detach(), rows.mean(0, keepdim=True), atol=1e-6, rtol=0
+    )
+    assert model.head.weight.std().item() == pytest.approx(
+        HEAD_INIT_STD, rel=0.4
+    )  # 32 draws
     assert model.head.bias is None
 
 
 def test_the_reward_needs_no_vocabulary_logits(model, videos, encoded):
-    handle = model.backbone.lm_head.register_forward_hook(lambda *_: pytest.fail("lm_head was computed"))
+    handle = model.backbone.lm_head.register_forward_hook(
+        lambda *_: pytest.fail("lm_head was computed")
+    )
     try:
         model(model.batch(encoded, videos))
     finally:
@@ -143,7 +181,7 @@ def groups_of(model: DeScore, **rates) -> dict[str, dict]:
     return {group["name"]: group for group in groups}
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, alpha=4.0, dropout=0.0)])
+@pytest.mark.parametrize("lora", [None, BackboneLora(rank=2, alpha=4.0, dropout=0.0)])
 def test_gradient_reaches_every_part_but_the_vocabulary(videos, lora):
     model = judge(tied=False)
     groups = groups_of(model, llm=1e-3, head=1e-2, lora=lora)
@@ -151,16 +189,30 @@ def test_gradient_reaches_every_part_but_the_vocabulary(videos, lora):
     model(batch).sum().backward()
     assert set(groups) == {"llm", "vision", "merger", "query", "head"}
     for group in groups.values():
-        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in group["params"])
+        assert any(
+            p.grad is not None and p.grad.abs().sum() > 0 for p in group["params"]
+        )
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert {"backbone.lm_head.weight", "backbone.model.language_model.embed_tokens.weight"} <= frozen
+    assert {
+        "backbone.lm_head.weight",
+        "backbone.model.language_model.embed_tokens.weight",
+    } <= frozen
     # 2 layers x 7 linears x (A, B), or 2 layers x (7 linears + 4 norms) and the final norm
     assert len(groups["llm"]["params"]) == (28 if lora else 23)
-    assert (groups["llm"]["lr"], groups["head"]["lr"], groups["vision"]["lr"]) == (1e-3, 1e-2, 2e-6)
-    assert (groups["query"]["weight_decay"], groups["head"]["weight_decay"]) == (0.0, 0.01)
+    assert (groups["llm"]["lr"], groups["head"]["lr"], groups["vision"]["lr"]) == (
+        1e-3,
+        1e-2,
+        2e-6,
+    )
+    assert (groups["query"]["weight_decay"], groups["head"]["weight_decay"]) == (
+        0.0,
+        0.01,
+    )
     everything = [p for group in groups.values() for p in group["params"]]
     assert len({id(p) for p in everything}) == len(everything)
-    assert {id(p) for p in everything} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for p in everything} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
 
 
 def test_a_rate_of_zero_freezes():
@@ -175,7 +227,7 @@ def test_a_rate_of_zero_freezes():
 def test_a_folder_holds_everything(tmp_path, videos, encoded, tied, with_lora):
     model = judge(tied=tied)
     if with_lora:
-        groups = groups_of(model, lora=LoraConfig(rank=2, alpha=6.0, dropout=0.5))
+        groups = groups_of(model, lora=BackboneLora(rank=2, alpha=6.0, dropout=0.5))
         for parameter in groups["llm"]["params"]:
             parameter.normal_(std=0.2)
     model.generation = Generation(max_new_tokens=7, repetition_penalty=1.0)
@@ -185,14 +237,20 @@ def test_a_folder_holds_everything(tmp_path, videos, encoded, tied, with_lora):
     model.save(tmp_path / "judge")
     loaded = DeScore.load(tmp_path / "judge")
     torch.testing.assert_close(loaded(batch), before, atol=1e-6, rtol=0)
-    assert (loaded.template, loaded.settings, loaded.generation) == (TEMPLATE, SETTINGS, model.generation)
+    assert (loaded.template, loaded.settings, loaded.generation) == (
+        TEMPLATE,
+        SETTINGS,
+        model.generation,
+    )
     assert loaded.encode(PROMPTS[0], videos[0], COTS[0]) == encoded[0]
     assert not loaded.training
     # and it is a stock Qwen3-VL, with the adapters inside
     stock = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "judge")
     assert not any("lora" in name for name in stock.state_dict())
     ids = batch.ids_BL[:1, :20]
-    torch.testing.assert_close(stock(ids).logits, model.backbone(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        stock(ids).logits, model.backbone(ids).logits, atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -200,7 +258,9 @@ def test_given_weights_are_saved_instead_of_the_own(tmp_path, videos, encoded):
     model = judge()
     model.save(tmp_path, {**model.state_dict(), "head.weight": model.head.weight * 2})
     batch = model.batch(encoded, videos)
-    torch.testing.assert_close(DeScore.load(tmp_path)(batch), 2 * model(batch), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        DeScore.load(tmp_path)(batch), 2 * model(batch), atol=1e-6, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -211,7 +271,9 @@ def test_half_precision_keeps_query_and_head_in_fp32(tmp_path, videos, encoded):
     assert half.query.dtype == half.head.weight.dtype == torch.float32
     reward = half(half.batch(encoded, videos))
     assert reward.dtype == torch.float32
-    torch.testing.assert_close(reward, judge()(half.batch(encoded, videos)), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(
+        reward, judge()(half.batch(encoded, videos)), atol=0.05, rtol=0.05
+    )
 
 
 def test_a_new_judge_on_a_base(tmp_path):
@@ -239,7 +301,9 @@ def test_a_vocabulary_without_free_rows_grows_to_a_multiple_of_64(tmp_path, vide
     assert model.backbone.get_input_embeddings().weight.shape[0] == 320
     batch = model.batch([model.encode("a", videos[0])], videos[:1])
     model.save(tmp_path / "judge")
-    torch.testing.assert_close(DeScore.load(tmp_path / "judge")(batch), model(batch), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        DeScore.load(tmp_path / "judge")(batch), model(batch), atol=1e-6, rtol=0
+    )
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -255,6 +319,12 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_wrong_settings_and_batches(model, videos):
     with pytest.raises(ValueError, match="merge_size=4"):
-        DeScore(tiny_qwen(), tiny_tokenizer(), TEMPLATE, VideoSettings(patch_size=8, merge_size=4), 264)
+        DeScore(
+            tiny_qwen(),
+            tiny_tokenizer(),
+            TEMPLATE,
+            VideoSettings(patch_size=8, merge_size=4),
+            264,
+        )
     with pytest.raises(ValueError, match="0 sequences"):
         model.batch([], [])

@@ -6,17 +6,25 @@ import pytest
 import torch
 
 from rm.config import Generation
-from rm.generate import generate, read_rewards
+from rm.generate import generate, rewards_from_cache
 from rm.model import DeScore
-from rm.packed import Chain, Packed, judge, pack, token_log_probs
+from rm.packed import Packed, PackedCot, pack, packed_forward, token_log_probs
 from rm.prompt import Encoded
 from rm.video import prepare
 from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
 
 PROMPTS = ("a", "a red ball moves left")
 CHAINS = [
-    [Chain((65, 66, 67), finished=True), Chain((70,), finished=False), Chain((), finished=True)],
-    [Chain(tuple(range(40, 51)), finished=True), Chain((), finished=False), Chain((90, 91), finished=True)],
+    [
+        PackedCot((65, 66, 67), finished=True),
+        PackedCot((70,), finished=False),
+        PackedCot((), finished=True),
+    ],
+    [
+        PackedCot(tuple(range(40, 51)), finished=True),
+        PackedCot((), finished=False),
+        PackedCot((90, 91), finished=True),
+    ],
 ]
 
 
@@ -24,17 +32,28 @@ CHAINS = [
 def model() -> DeScore:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return DeScore(tiny_qwen(layers=3), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264).double().eval()
+        return (
+            DeScore(
+                tiny_qwen(layers=3), tiny_tokenizer(), TEMPLATE, SETTINGS, query_id=264
+            )
+            .double()
+            .eval()
+        )
 
 
 @pytest.fixture(scope="module")
 def videos():
-    return [prepare(random_frames(i, frames=4 + 2 * i), SETTINGS, fps=4.0) for i in range(2)]
+    return [
+        prepare(random_frames(i, frames=4 + 2 * i), SETTINGS, fps=4.0) for i in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")
 def encoded(model, videos):
-    return [model.encode(prompt, video) for prompt, video in zip(PROMPTS, videos, strict=True)]
+    return [
+        model.encode(prompt, video)
+        for prompt, video in zip(PROMPTS, videos, strict=True)
+    ]
 
 
 def packed(model, encoded, videos) -> Packed:
@@ -45,23 +64,31 @@ def alone(model, encoded, video, chain):
     """(log-probs of the tokens and the end, reward), the plain way: one forward with the query and one without."""
     sequence = Encoded(encoded.prompt_ids, chain.ids)
     plain = model.batch([sequence], [video], query=False)
-    logits = model.backbone.lm_head(model.hidden(plain)[0]).masked_fill(model.banned_ids(), -torch.inf)
+    logits = model.backbone.lm_head(model.hidden(plain)[0]).masked_fill(
+        model.banned_ids(), -torch.inf
+    )
     targets = [*chain.ids, *([model.end_id] if chain.finished else [])]
     start = len(encoded.prompt_ids)
     rows = logits[start - 1 : start - 1 + len(targets)].log_softmax(-1)
-    return [rows[i, t] for i, t in enumerate(targets)], model(model.batch([sequence], [video]))[0]
+    return [rows[i, t] for i, t in enumerate(targets)], model(
+        model.batch([sequence], [video])
+    )[0]
 
 
 def test_every_chain_gets_what_it_gets_alone(model, encoded, videos) -> None:
-    judged = judge(model, packed(model, encoded, videos), temperature=1.0)
+    judged = packed_forward(model, packed(model, encoded, videos), temperature=1.0)
     for b in range(2):
         for g in range(3):
             log_probs, reward = alone(model, encoded[b], videos[b], CHAINS[b][g])
             expected = torch.zeros(12, dtype=torch.float64)
             if log_probs:
                 expected[: len(log_probs)] = torch.stack(log_probs)
-            torch.testing.assert_close(judged.log_prob_BGT[b, g].double(), expected, rtol=0, atol=2e-5)
-            torch.testing.assert_close(judged.reward_BGK[b, g].double(), reward.double(), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                judged.log_prob_BGT[b, g].double(), expected, rtol=0, atol=2e-5
+            )
+            torch.testing.assert_close(
+                judged.reward_BGK[b, g].double(), reward.double(), rtol=0, atol=1e-5
+            )
 
 
 def test_one_forward_gives_the_gradients_of_two(model, encoded, videos) -> None:
@@ -70,10 +97,15 @@ def test_one_forward_gives_the_gradients_of_two(model, encoded, videos) -> None:
 
     def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
+        return {
+            n: torch.zeros_like(p) if g is None else g
+            for (n, p), g in zip(named.items(), found, strict=True)
+        }
 
-    judged = judge(model, packed(model, encoded, videos), temperature=1.0)
-    one = gradients((weight_BG * (judged.log_prob_BGT.sum(-1) + judged.reward_BGK[..., 0])).sum())
+    judged = packed_forward(model, packed(model, encoded, videos), temperature=1.0)
+    one = gradients(
+        (weight_BG * (judged.log_prob_BGT.sum(-1) + judged.reward_BGK[..., 0])).sum()
+    )
     loss = torch.zeros((), dtype=torch.float64)
     for b in range(2):
         for g in range(3):
@@ -88,10 +120,12 @@ def test_one_forward_gives_the_gradients_of_two(model, encoded, videos) -> None:
 
 
 def test_a_chain_does_not_see_another(model, encoded, videos) -> None:
-    other = [[row[0], Chain((99, 98, 97), finished=True), row[2]] for row in CHAINS]
-    first = judge(model, packed(model, encoded, videos), temperature=1.0)
-    second = judge(model, pack(model, encoded, videos, other), temperature=1.0)
-    torch.testing.assert_close(first.reward_BGK[:, [0, 2]], second.reward_BGK[:, [0, 2]], rtol=0, atol=1e-5)
+    other = [[row[0], PackedCot((99, 98, 97), finished=True), row[2]] for row in CHAINS]
+    first = packed_forward(model, packed(model, encoded, videos), temperature=1.0)
+    second = packed_forward(model, pack(model, encoded, videos, other), temperature=1.0)
+    torch.testing.assert_close(
+        first.reward_BGK[:, [0, 2]], second.reward_BGK[:, [0, 2]], rtol=0, atol=1e-5
+    )
     assert (first.reward_BGK[:, 1] - second.reward_BGK[:, 1]).abs().max() > 1e-3
 
 
@@ -99,9 +133,13 @@ def test_log_probs_are_the_samplers(model, encoded, videos) -> None:
     """Temperature and bans: over all ids that may come next, the probabilities add to one."""
     hidden = model.hidden(model.batch(encoded[:1], videos[:1], query=False))[0, -1:]
     allowed = (~model.banned_ids()).nonzero().squeeze(1)
-    log_probs = token_log_probs(model, hidden.expand(len(allowed), -1), allowed, temperature=1.7)
+    log_probs = token_log_probs(
+        model, hidden.expand(len(allowed), -1), allowed, temperature=1.7
+    )
     assert log_probs.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
-    assert token_log_probs(model, hidden, torch.tensor([model.query_id]), temperature=1.0).item() == -float("inf")
+    assert token_log_probs(
+        model, hidden, torch.tensor([model.query_id]), temperature=1.0
+    ).item() == -float("inf")
 
 
 def test_logits_in_parts_change_nothing(model, monkeypatch) -> None:
@@ -117,7 +155,9 @@ def test_logits_in_parts_change_nothing(model, monkeypatch) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_a_sharded_model_makes_as_many_parts_as_the_rank_with_most_tokens(model, monkeypatch) -> None:
+def test_a_sharded_model_makes_as_many_parts_as_the_rank_with_most_tokens(
+    model, monkeypatch
+) -> None:
     """Empty parts change neither values nor gradients."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 32, generator=draw, dtype=torch.float64, requires_grad=True)
@@ -126,7 +166,9 @@ def test_a_sharded_model_makes_as_many_parts_as_the_rank_with_most_tokens(model,
     asked, calls = [], []
     hook = model.backbone.lm_head.register_forward_hook(lambda *_: calls.append(1))
     monkeypatch.setattr("rm.packed._TOKENS_AT_ONCE", 3)
-    monkeypatch.setattr("rm.packed.max_over_ranks", lambda count: asked.append(count) or 5.0)
+    monkeypatch.setattr(
+        "rm.packed.max_over_ranks", lambda count: asked.append(count) or 5.0
+    )
     monkeypatch.setattr(model, "sharded", True, raising=False)
     parts = token_log_probs(model, hidden, torch.arange(7), temperature=1.0)
     (found,) = torch.autograd.grad(parts.sum(), hidden)
@@ -146,12 +188,21 @@ def test_copies_share_the_prompt_and_nothing_else(model, encoded, videos) -> Non
     how = Generation(max_new_tokens=6, temperature=2.0, repetition_penalty=1.0)
     calls = []
     hook = model.backbone.model.visual.register_forward_hook(lambda *_: calls.append(1))
-    together = generate(model, model.batch(encoded, videos, query=False), how, seeds=range(6), copies=3)
+    together = generate(
+        model, model.batch(encoded, videos, query=False), how, seeds=range(6), copies=3
+    )
     assert len(calls) == 1
     hook.remove()
-    rewards = read_rewards(model, together)
+    rewards = rewards_from_cache(model, together)
     for b in range(2):
         for g in range(3):
-            single = generate(model, model.batch([encoded[b]], [videos[b]], query=False), how, seeds=[3 * b + g])
+            single = generate(
+                model,
+                model.batch([encoded[b]], [videos[b]], query=False),
+                how,
+                seeds=[3 * b + g],
+            )
             assert together.ids(3 * b + g) == single.ids(0)
-            assert rewards[3 * b + g].item() == pytest.approx(read_rewards(model, single)[0].item(), abs=1e-5)
+            assert rewards[3 * b + g].item() == pytest.approx(
+                rewards_from_cache(model, single)[0].item(), abs=1e-5
+            )

@@ -20,7 +20,10 @@ from rm.prompt import (
 )
 from tests.tiny_qwen import PLAIN_ADDED, TEMPLATE, tiny_tokenizer
 
-GRID, TIMES = (2, 4, 6), (0.125, 0.625)  # 2 temporal patches of 4 * 6 / 2^2 = 6 merged tokens
+GRID, TIMES = (
+    (2, 4, 6),
+    (0.125, 0.625),
+)  # 2 temporal patches of 4 * 6 / 2^2 = 6 merged tokens
 FRAME = "<|vision_start|>" + 6 * "<|video_pad|>" + "<|vision_end|>"
 
 
@@ -35,13 +38,19 @@ def test_ids_are_those_of_the_rendered_chat(tokenizer):
         f"<|im_start|>user\nText: a red ball\nVideo: <0.1 seconds>{FRAME}<0.6 seconds>{FRAME}\nJudge it.<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert list(encoded.prompt_ids) == tokenizer.encode(rendered, add_special_tokens=False)
-    assert list(encoded.cot_ids) == tokenizer.encode("it fits", add_special_tokens=False)
+    assert list(encoded.prompt_ids) == tokenizer.encode(
+        rendered, add_special_tokens=False
+    )
+    assert list(encoded.cot_ids) == tokenizer.encode(
+        "it fits", add_special_tokens=False
+    )
     assert encoded.ids == encoded.prompt_ids + encoded.cot_ids
 
 
 def test_masked_variant_is_a_sequence_that_never_had_a_chain(tokenizer):
-    masked = encode(tokenizer, TEMPLATE, "a red ball", GRID, TIMES, "it fits").without_cot()
+    masked = encode(
+        tokenizer, TEMPLATE, "a red ball", GRID, TIMES, "it fits"
+    ).without_cot()
     assert masked == encode(tokenizer, TEMPLATE, "a red ball", GRID, TIMES)
     assert masked == encode(tokenizer, TEMPLATE, "a red ball", GRID, TIMES, "")
 
@@ -69,19 +78,29 @@ def test_text_cannot_spell_a_control_token(tokenizer, evil, where):
     attacked = encode(tokenizer, TEMPLATE, **{"prompt": "harmless", "cot": "harmless", where: evil + "."},
                       video_grid=GRID, times=TIMES)  # fmt: skip
     special = range(256, 256 + len(CONTROL_TOKENS))
-    assert [i for i in attacked.ids if i in special] == [i for i in harmless.ids if i in special]
-    assert max(attacked.ids) < len(tokenizer)  # no free row either, `<Reward>` among them
-    assert evil in tokenizer.decode(attacked.ids)  # the judge still reads what was written
+    assert [i for i in attacked.ids if i in special] == [
+        i for i in harmless.ids if i in special
+    ]
+    assert max(attacked.ids) < len(
+        tokenizer
+    )  # no free row either, `<Reward>` among them
+    assert evil in tokenizer.decode(
+        attacked.ids
+    )  # the judge still reads what was written
 
 
 def test_control_tokens_may_overlap(tokenizer):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["ab", "bc"]})
-    assert encode_text(tokenizer, "abc") == [i for c in "abc" for i in tokenizer.encode(c)]
+    assert encode_text(tokenizer, "abc") == [
+        i for c in "abc" for i in tokenizer.encode(c)
+    ]
 
 
 def test_added_words_that_are_not_special_stay_whole(tokenizer):
-    assert encode_text(tokenizer, PLAIN_ADDED) == [tokenizer.convert_tokens_to_ids(PLAIN_ADDED)]
+    assert encode_text(tokenizer, PLAIN_ADDED) == [
+        tokenizer.convert_tokens_to_ids(PLAIN_ADDED)
+    ]
 
 
 def test_wrong_number_of_times_is_an_error(tokenizer):
@@ -93,7 +112,9 @@ def test_a_tokenizer_without_vision_tokens_is_named():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    poor = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
+    poor = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    )
     with pytest.raises(ValueError, match=re.escape(VIDEO_PAD)):
         encode(poor, TEMPLATE, "p", GRID, TIMES)
 
@@ -122,7 +143,11 @@ def test_default_template_asks_for_what_the_parser_reads():
 
 
 def answer(scores: object, overall: object = "4.5") -> str:
-    return "because <answer>" + json.dumps({"dimensional_scores": scores, "overall_score": overall}) + "</answer>"
+    return (
+        "because <answer>"
+        + json.dumps({"dimensional_scores": scores, "overall_score": overall})
+        + "</answer>"
+    )
 
 
 FULL = {"subject": "2", "dynamics": 1, "camera": "N/A", "environment": 0, "style": None}

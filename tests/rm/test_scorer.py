@@ -16,9 +16,25 @@ from rm.config import Generation
 from rm.model import DeScore
 from rm.scorer import DeScoreScorer, _parts
 from rm.video import VideoError, prepare
-from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, speak_plainly, tiny_qwen, tiny_tokenizer
+from tests.tiny_qwen import (
+    SETTINGS,
+    TEMPLATE,
+    random_frames,
+    speak_plainly,
+    tiny_qwen,
+    tiny_tokenizer,
+)
 
-PROMPTS = ["a", "a red ball moves left", "two cats", "x" * 40, "blue", "a dog", "night", "two red cats"]
+PROMPTS = [
+    "a",
+    "a red ball moves left",
+    "two cats",
+    "x" * 40,
+    "blue",
+    "a dog",
+    "night",
+    "two red cats",
+]
 # sampling, so that a random model's chains end at different lengths
 WRITING = Generation(max_new_tokens=80, temperature=2.0, repetition_penalty=1.0)
 
@@ -28,7 +44,9 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("judge")
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        DeScore(tiny_qwen(), tiny_tokenizer(), TEMPLATE, SETTINGS, 264, WRITING).save(path)
+        DeScore(tiny_qwen(), tiny_tokenizer(), TEMPLATE, SETTINGS, 264, WRITING).save(
+            path
+        )
     return path
 
 
@@ -61,7 +79,10 @@ def test_it_is_a_reward_model(scorer):
 @torch.no_grad()
 def test_scores_are_the_full_forward_over_the_texts(scorer, score, video_BTYXC):
     videos = [prepare(video, SETTINGS, fps=4.0) for video in video_BTYXC]
-    encoded = [scorer.model.encode(p, v, t) for p, v, t in zip(PROMPTS, videos, score.texts, strict=True)]
+    encoded = [
+        scorer.model.encode(p, v, t)
+        for p, v, t in zip(PROMPTS, videos, score.texts, strict=True)
+    ]
     want = scorer.model(scorer.model.batch(encoded, videos)).squeeze(1)
     torch.testing.assert_close(score.value_B, want, atol=1e-5, rtol=0)
     assert len({len(text) for text in score.texts}) > 3
@@ -74,14 +95,22 @@ def test_permuting_the_batch_permutes_the_scores(scorer, score, video_BTYXC):
     order = [3, 1, 7, 0, 2, 6, 5, 4]
     permuted = scorer.score(video_BTYXC[order], [PROMPTS[i] for i in order], fps=4.0)
     assert permuted.texts == [score.texts[i] for i in order]
-    torch.testing.assert_close(permuted.value_B, score.value_B[order], atol=0, rtol=0, equal_nan=True)  # to the bit
+    torch.testing.assert_close(
+        permuted.value_B, score.value_B[order], atol=0, rtol=0, equal_nan=True
+    )  # to the bit
 
 
-def test_batches_are_the_same_whatever_the_order_and_equal_videos_are_judged_once(folder, video_BTYXC, monkeypatch):
+def test_batches_are_the_same_whatever_the_order_and_equal_videos_are_judged_once(
+    folder, video_BTYXC, monkeypatch
+):
     scorer = DeScoreScorer.load(folder, chains=0, batch=3)
     asked: list[list[str]] = []
     judge = scorer._judge
-    monkeypatch.setattr(scorer, "_judge", lambda prompts, videos: asked.append(list(prompts)) or judge(prompts, videos))
+    monkeypatch.setattr(
+        scorer,
+        "_judge",
+        lambda prompts, videos: asked.append(list(prompts)) or judge(prompts, videos),
+    )
     order = [3, 1, 7, 0, 2, 6, 5, 4]
     scorer.score(video_BTYXC, PROMPTS, fps=4.0)
     scorer.score(video_BTYXC[order], [PROMPTS[i] for i in order], fps=4.0)
@@ -91,18 +120,24 @@ def test_batches_are_the_same_whatever_the_order_and_equal_videos_are_judged_onc
     found = scorer.score(video_BTYXC[twice], [PROMPTS[i] for i in twice], fps=4.0)
     assert [len(part) for part in asked] == [2]
     assert found.value_B[0] == found.value_B[2] == found.value_B[3] != found.value_B[1]
-    other = scorer.score(video_BTYXC[[0, 0]], PROMPTS[:2], fps=4.0).value_B  # one video, two prompts
+    other = scorer.score(
+        video_BTYXC[[0, 0]], PROMPTS[:2], fps=4.0
+    ).value_B  # one video, two prompts
     assert other[0] != other[1]
 
 
 def test_the_size_of_a_batch_changes_nothing(folder, score, video_BTYXC):
     small = speaking(folder, batch=3).score(list(video_BTYXC), PROMPTS, fps=4.0)
     assert small.texts == score.texts
-    torch.testing.assert_close(small.value_B, score.value_B, atol=1e-6, rtol=0, equal_nan=True)
+    torch.testing.assert_close(
+        small.value_B, score.value_B, atol=1e-6, rtol=0, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("chains", [0, 1])
-def test_a_batch_that_does_not_fit_is_halved_and_judged_alike(folder, video_BTYXC, monkeypatch, chains):
+def test_a_batch_that_does_not_fit_is_halved_and_judged_alike(
+    folder, video_BTYXC, monkeypatch, chains
+):
     """Memory runs out in the forward itself; `common.memory` frees what its error holds."""
     whole = speaking(folder, chains=chains)
     want = whole.score(video_BTYXC, PROMPTS, fps=4.0)
@@ -119,7 +154,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_judged_alike(folder, video_BTYX
     found = small.score(video_BTYXC, PROMPTS, fps=4.0)
     assert (small.portions.size, max(seen)) == (2, len(PROMPTS))
     assert found.texts == want.texts
-    torch.testing.assert_close(found.value_B, want.value_B, atol=1e-6, rtol=0, equal_nan=True)
+    torch.testing.assert_close(
+        found.value_B, want.value_B, atol=1e-6, rtol=0, equal_nan=True
+    )
 
 
 @torch.no_grad()
@@ -128,15 +165,23 @@ def test_score_only_mode_is_the_masked_sequence(folder, video_BTYXC):
     found = scorer.score(video_BTYXC, PROMPTS, fps=4.0)
     videos = [prepare(video, SETTINGS, fps=4.0) for video in video_BTYXC]
     model = scorer.model
-    want = model(model.batch([model.encode(p, v) for p, v in zip(PROMPTS, videos, strict=True)], videos))
+    want = model(
+        model.batch(
+            [model.encode(p, v) for p, v in zip(PROMPTS, videos, strict=True)], videos
+        )
+    )
     torch.testing.assert_close(found.value_B, want.squeeze(1), atol=1e-6, rtol=0)
     assert not found.parts
 
 
-def test_unfinished_chains_get_a_second_try_and_then_no_score(scorer, score, video_BTYXC):
+def test_unfinished_chains_get_a_second_try_and_then_no_score(
+    scorer, score, video_BTYXC
+):
     """With limit n a chain of up to n - 1 letters is judged at once, of up to 2 n - 1 at the second try, else never."""
     lengths = [len(text) for text in score.texts]  # a letter is a token
-    classes = [{(n >= limit) + (n >= 2 * limit) for n in lengths} for limit in range(41)]
+    classes = [
+        {(n >= limit) + (n >= 2 * limit) for n in lengths} for limit in range(41)
+    ]
     limit = classes.index({0, 1, 2})  # all three happen
     before = scorer.model.generation
     scorer.model.generation = replace(before, max_new_tokens=limit)
@@ -144,11 +189,15 @@ def test_unfinished_chains_get_a_second_try_and_then_no_score(scorer, score, vid
     scorer.model.generation = before
     for b, length in enumerate(lengths):
         if length < 2 * limit:
-            assert found.value_B[b].item() == pytest.approx(score.value_B[b].item(), abs=1e-6)
+            assert found.value_B[b].item() == pytest.approx(
+                score.value_B[b].item(), abs=1e-6
+            )
             assert found.texts[b] == score.texts[b]
         else:
             assert math.isnan(found.value_B[b])
-            assert found.texts[b] == score.texts[b][: 2 * limit]  # what there is of it is kept
+            assert (
+                found.texts[b] == score.texts[b][: 2 * limit]
+            )  # what there is of it is kept
 
 
 def test_several_chains_are_averaged(folder, score, video_BTYXC):
@@ -163,11 +212,15 @@ def test_several_chains_are_averaged(folder, score, video_BTYXC):
         rewards.append(single.score(video_BTYXC, PROMPTS, fps=4.0).value_B)
     reward_BN = torch.stack(rewards, 1)
     torch.testing.assert_close(found.value_B, reward_BN.mean(1), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.parts["spread"], reward_BN.std(1, correction=0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found.parts["spread"], reward_BN.std(1, correction=0), atol=1e-5, rtol=0
+    )
     assert found.parts["spread"].min() > 0
 
 
-def test_a_chain_that_does_not_finish_leaves_the_mean_to_the_others(folder, video_BTYXC):
+def test_a_chain_that_does_not_finish_leaves_the_mean_to_the_others(
+    folder, video_BTYXC
+):
     many = speaking(folder, chains=3)
     ready = [prepare(video, SETTINGS, fps=4.0) for video in video_BTYXC]
     whole_BN = many._judge(PROMPTS, ready).reward_BNK.squeeze(-1)
@@ -183,7 +236,9 @@ def test_a_chain_that_does_not_finish_leaves_the_mean_to_the_others(folder, vide
         assert found.value_B[b].item() == pytest.approx(want, abs=1e-5, nan_ok=True)
 
 
-def test_decodes_prefills_vision_and_heads_per_scored_video(folder, video_BTYXC, tmp_path, monkeypatch):
+def test_decodes_prefills_vision_and_heads_per_scored_video(
+    folder, video_BTYXC, tmp_path, monkeypatch
+):
     """1 decode, 1 model, 1 prefill, no loading of a head; whatever the number of chains."""
     import decord
     import safetensors.torch
@@ -197,28 +252,45 @@ def test_decodes_prefills_vision_and_heads_per_scored_video(folder, video_BTYXC,
         counts[name] += 1
 
     real = decord.VideoReader
-    monkeypatch.setattr(decord, "VideoReader", lambda *a, **k: count("decodes") or real(*a, **k))
+    monkeypatch.setattr(
+        decord, "VideoReader", lambda *a, **k: count("decodes") or real(*a, **k)
+    )
     scorer = speaking(folder, chains=4)
     model = scorer.model
     model.backbone.model.visual.register_forward_hook(lambda *_: count("vision"))
     model.backbone.model.language_model.register_forward_hook(
-        lambda module, args, options, output: count("prefills") if output.last_hidden_state.shape[1] > 1 else None,
+        lambda module, args, options, output: (
+            count("prefills") if output.last_hidden_state.shape[1] > 1 else None
+        ),
         with_kwargs=True,
     )
-    monkeypatch.setattr(model, "read_reward", lambda h, plain=model.read_reward: count("heads") or plain(h))
+    monkeypatch.setattr(
+        model,
+        "read_reward",
+        lambda h, plain=model.read_reward: count("heads") or plain(h),
+    )
     gc.collect()
-    before = sum(isinstance(x, Qwen3VLForConditionalGeneration) for x in gc.get_objects())
+    before = sum(
+        isinstance(x, Qwen3VLForConditionalGeneration) for x in gc.get_objects()
+    )
     loads = []
     monkeypatch.setattr(safetensors.torch, "load_file", lambda *a, **k: loads.append(a))
     monkeypatch.setattr(torch, "load", lambda *a, **k: loads.append(a))
     assert scorer.score([file], ["a"]).value_B.isfinite().all()
     assert counts == {"decodes": 1, "vision": 1, "prefills": 1, "heads": 1}
     assert loads == []
-    assert sum(isinstance(x, Qwen3VLForConditionalGeneration) for x in gc.get_objects()) == before
-    assert isinstance(model.backbone, Qwen3VLForConditionalGeneration)  # the one that writes is the one that scores
+    assert (
+        sum(isinstance(x, Qwen3VLForConditionalGeneration) for x in gc.get_objects())
+        == before
+    )
+    assert isinstance(
+        model.backbone, Qwen3VLForConditionalGeneration
+    )  # the one that writes is the one that scores
 
 
-def test_files_are_decoded_once_and_frames_never(folder, video_BTYXC, tmp_path, monkeypatch):
+def test_files_are_decoded_once_and_frames_never(
+    folder, video_BTYXC, tmp_path, monkeypatch
+):
     import decord
 
     scorer = DeScoreScorer.load(folder, chains=0)
@@ -227,13 +299,19 @@ def test_files_are_decoded_once_and_frames_never(folder, video_BTYXC, tmp_path, 
         write_mp4(file, video, 4.0)
     opened = []
     real = decord.VideoReader
-    monkeypatch.setattr(decord, "VideoReader", lambda *a, **k: opened.append(a[0]) or real(*a, **k))
+    monkeypatch.setattr(
+        decord, "VideoReader", lambda *a, **k: opened.append(a[0]) or real(*a, **k)
+    )
     from_files = scorer.score(files, PROMPTS[:3])
     assert sorted(opened) == [str(file) for file in files]
     scorer.score(video_BTYXC[:3], PROMPTS[:3], fps=4.0)
     assert len(opened) == 3
-    mixed = scorer.score([str(files[0]), video_BTYXC[1], files[2]], PROMPTS[:3], fps=4.0)
-    torch.testing.assert_close(mixed.value_B[[0, 2]], from_files.value_B[[0, 2]], atol=1e-6, rtol=0)
+    mixed = scorer.score(
+        [str(files[0]), video_BTYXC[1], files[2]], PROMPTS[:3], fps=4.0
+    )
+    torch.testing.assert_close(
+        mixed.value_B[[0, 2]], from_files.value_B[[0, 2]], atol=1e-6, rtol=0
+    )
 
 
 def test_parts_are_what_the_chain_states():
@@ -247,8 +325,13 @@ def test_parts_are_what_the_chain_states():
 
 def test_the_overall_score_may_be_the_value(folder, video_BTYXC, monkeypatch):
     scorer = speaking(folder, value="overall")
-    said = ['<answer>{"dimensional_scores": {}, "overall_score": "4.20"}</answer>', "nothing"]
-    monkeypatch.setattr(scorer.model.tokenizer, "decode", lambda ids: said[len(ids) % 2])
+    said = [
+        '<answer>{"dimensional_scores": {}, "overall_score": "4.20"}</answer>',
+        "nothing",
+    ]
+    monkeypatch.setattr(
+        scorer.model.tokenizer, "decode", lambda ids: said[len(ids) % 2]
+    )
     found = scorer.score(video_BTYXC, PROMPTS, fps=4.0)
     want = [4.2 if text == said[0] else math.nan for text in found.texts]
     assert found.value_B.tolist() == pytest.approx(want, nan_ok=True)
@@ -262,12 +345,19 @@ def test_parts_of_complete_answers(folder, video_BTYXC, monkeypatch, chains):
     """Whole numbers everywhere, and no chain without an answer."""
     scorer = speaking(folder, chains=chains)
     names = ("subject", "dynamics", "camera", "environment", "style")
-    said = [f'<answer>{{"dimensional_scores": {json.dumps(dict.fromkeys(names, n))}}}</answer>' for n in range(3)]
-    monkeypatch.setattr(scorer.model.tokenizer, "decode", lambda ids: said[len(ids) % 3])
+    said = [
+        f'<answer>{{"dimensional_scores": {json.dumps(dict.fromkeys(names, n))}}}</answer>'
+        for n in range(3)
+    ]
+    monkeypatch.setattr(
+        scorer.model.tokenizer, "decode", lambda ids: said[len(ids) % 3]
+    )
     found = scorer.score(video_BTYXC, PROMPTS, fps=4.0)
     assert found.parts["style"].dtype == torch.float32
     if chains == 1:
-        assert found.parts["style"].tolist() == [float(said.index(text)) for text in found.texts]
+        assert found.parts["style"].tolist() == [
+            float(said.index(text)) for text in found.texts
+        ]
     else:
         thirds = found.parts["style"] * 3
         assert torch.equal(thirds.round(), thirds)

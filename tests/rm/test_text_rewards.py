@@ -24,17 +24,29 @@ def chain(scores: dict[str, object], before: str = "seen\n") -> str:
 
 
 def test_quality_is_the_share_of_the_truths_dimensions() -> None:
-    said = {"subject": "2", "dynamics": "0", "camera": "N/A", "environment": "0", "style": "1"}
+    said = {
+        "subject": "2",
+        "dynamics": "0",
+        "camera": "N/A",
+        "environment": "0",
+        "style": "1",
+    }
     assert quality_reward(parse_answer(chain(said)), TRUTH) == pytest.approx(3 / 5)
-    assert quality_reward(parse_answer(chain({"subject": "2"})), TRUTH) == pytest.approx(1 / 5)
-    assert quality_reward(parse_answer(chain({**said, "mood": "2"})), TRUTH) == pytest.approx(3 / 5)
+    assert quality_reward(
+        parse_answer(chain({"subject": "2"})), TRUTH
+    ) == pytest.approx(1 / 5)
+    assert quality_reward(
+        parse_answer(chain({**said, "mood": "2"})), TRUTH
+    ) == pytest.approx(3 / 5)
     assert quality_reward(None, TRUTH) == 0.0
     assert quality_reward(parse_answer(chain(said)), {}) == 0.0
 
 
 def test_not_applicable_is_no_missing_answer() -> None:
     assert quality_reward(parse_answer(chain({})), {"camera": None}) == 0.0
-    assert quality_reward(parse_answer(chain({"camera": "N/A"})), {"camera": None}) == 1.0
+    assert (
+        quality_reward(parse_answer(chain({"camera": "N/A"})), {"camera": None}) == 1.0
+    )
     assert quality_reward(parse_answer(chain({"camera": "N/A"})), {"camera": 0}) == 0.0
 
 
@@ -42,7 +54,11 @@ def test_defect_15_the_type_of_a_score_does_not_matter() -> None:
     words = chain({"subject": "2", "dynamics": "1"})
     numbers = chain({"subject": 2, "dynamics": 1.0})
     truth = {"subject": 2, "dynamics": 1}
-    assert quality_reward(parse_answer(words), truth) == quality_reward(parse_answer(numbers), truth) == 1.0
+    assert (
+        quality_reward(parse_answer(words), truth)
+        == quality_reward(parse_answer(numbers), truth)
+        == 1.0
+    )
 
 
 def test_defect_15_padding_with_spaces_earns_nothing() -> None:
@@ -68,8 +84,12 @@ def test_defect_15_padding_with_spaces_earns_nothing() -> None:
     ],
 )
 def test_length(length: int, linear: float, steps: float) -> None:
-    assert length_reward(length, low=500, high=2000, shape="linear") == pytest.approx(linear)
-    assert length_reward(length, low=500, high=2000, shape="steps") == pytest.approx(steps)
+    assert length_reward(length, low=500, high=2000, shape="linear") == pytest.approx(
+        linear
+    )
+    assert length_reward(length, low=500, high=2000, shape="steps") == pytest.approx(
+        steps
+    )
 
 
 def test_format() -> None:
@@ -80,15 +100,25 @@ def test_format() -> None:
     assert format_reward(good, think_tags=True) == 0.0
     assert format_reward(f"<think>a</think>{good}", think_tags=True) == 1.0
     assert format_reward(f"</think>a<think>{good}", think_tags=True) == 0.0
-    assert format_reward(f"<think>a</think><think>b</think>{good}", think_tags=True) == 0.0
+    assert (
+        format_reward(f"<think>a</think><think>b</think>{good}", think_tags=True) == 0.0
+    )
 
 
 def test_the_total_is_the_weighted_sum() -> None:
-    said = {"subject": "2", "dynamics": "0", "camera": "N/A", "environment": "0", "style": "1"}
+    said = {
+        "subject": "2",
+        "dynamics": "0",
+        "camera": "N/A",
+        "environment": "0",
+        "style": "1",
+    }
     found = rule_reward(chain(said), TRUTH, tokens=1250, how=RuleRewardConfig())
     assert (found.quality, found.format, found.length) == pytest.approx((0.6, 1.0, 0.5))
     assert found.total == pytest.approx(0.7 * 0.6 + 0.1 * 1.0 + 0.2 * 0.5)
-    garbage = rule_reward("no answer at all", TRUTH, tokens=3000, how=RuleRewardConfig())
+    garbage = rule_reward(
+        "no answer at all", TRUTH, tokens=3000, how=RuleRewardConfig()
+    )
     assert garbage.total == pytest.approx(0.2)
 
 
@@ -104,7 +134,12 @@ def test_preference_rewards_are_win_rates_between_the_groups() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"quality": -1.0}, {"length_unit": "words"}, {"length_shape": "cubic"}, {"length_low": 9, "length_high": 9}],
+    [
+        {"quality": -1.0},
+        {"length_unit": "words"},
+        {"length_shape": "cubic"},
+        {"length_low": 9, "length_high": 9},
+    ],
 )
 def test_bad_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -31,12 +31,18 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = json.loads((GOLDEN / "qwen3vl_video.json").read_text())["cases"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['T']}x{case['H']}x{case['W']}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case['T']}x{case['H']}x{case['W']}"
+)
 def test_patches_equal_the_golden_values(case):
-    t, y, x, c = torch.meshgrid(*map(torch.arange, (case["T"], case["H"], case["W"], 3)), indexing="ij")
+    t, y, x, c = torch.meshgrid(
+        *map(torch.arange, (case["T"], case["H"], case["W"], 3)), indexing="ij"
+    )
     frames = ((7 * x + 13 * y + 29 * t + 57 * c + x * y // 5) % 256).to(torch.uint8)
     settings = VideoSettings(
-        budget="video", min_pixels=case["size"]["shortest_edge"], max_pixels=case["size"]["longest_edge"]
+        budget="video",
+        min_pixels=case["size"]["shortest_edge"],
+        max_pixels=case["size"]["longest_edge"],
     )
     found = preprocess(frames, settings)
     rows = load_file(GOLDEN / "qwen3vl_video.safetensors")[f"case{case['case']}_rows"]
@@ -44,13 +50,19 @@ def test_patches_equal_the_golden_values(case):
     assert list(found.patches.shape) == case["shape"]
     torch.testing.assert_close(found.patches[case["rows"]], rows, atol=1e-6, rtol=0)
     assert found.patches.double().mean().item() == pytest.approx(case["mean"], abs=1e-6)
-    assert found.patches.double().square().sum().item() == pytest.approx(case["sumsq"], rel=1e-6)
+    assert found.patches.double().square().sum().item() == pytest.approx(
+        case["sumsq"], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("count", "fps", "want"),
     [
-        (80, 16.0, [0, 9, 18, 26, 35, 44, 53, 61, 70, 79]),  # 5 s at 2 fps: 10 frames, 79 / 9 apart
+        (
+            80,
+            16.0,
+            [0, 9, 18, 26, 35, 44, 53, 61, 70, 79],
+        ),  # 5 s at 2 fps: 10 frames, 79 / 9 apart
         (16, 16.0, [0, 5, 10, 15]),  # 1 s at 2 fps would be 2: the minimum is 4
         (3, 16.0, [0, 1, 2]),  # shorter than the minimum: all of it
         (1, 16.0, [0]),
@@ -62,7 +74,9 @@ def test_which_frames_are_seen(count, fps, want):
 
 
 def test_long_videos_are_capped():
-    indices = frame_indices(100_000, 25.0, VideoSettings(fps=2.0))  # 4000 s would be 8000 frames
+    indices = frame_indices(
+        100_000, 25.0, VideoSettings(fps=2.0)
+    )  # 4000 s would be 8000 frames
     assert len(indices) == 768
     assert indices[0] == 0
     assert indices[-1] == 99_999
@@ -70,19 +84,32 @@ def test_long_videos_are_capped():
 
 @pytest.mark.parametrize("mean", [(0.5, 0.5, 0.5), (0.48145466, 0.4578275, 0.40821073)])
 def test_frames_come_back_from_their_patches_exactly(mean):
-    settings = VideoSettings(**{**vars(SETTINGS), "mean": mean, "std": (0.26862954, 0.26130258, 0.27577711)})
-    frames = random_frames(3, frames=5)  # 32 x 32 needs no resize; the fifth frame is repeated
+    settings = VideoSettings(
+        **{**vars(SETTINGS), "mean": mean, "std": (0.26862954, 0.26130258, 0.27577711)}
+    )
+    frames = random_frames(
+        3, frames=5
+    )  # 32 x 32 needs no resize; the fifth frame is repeated
     pixels = preprocess(frames, settings)
     video = PreparedVideo(pixels.patches, pixels.grid, (0.0, 0.5, 1.0))
     assert torch.equal(frames_of(video, settings), torch.cat([frames, frames[-1:]]))
-    other = prepare(torch.randint(0, 256, (4, 50, 70, 3), dtype=torch.uint8), settings, fps=settings.fps)
+    other = prepare(
+        torch.randint(0, 256, (4, 50, 70, 3), dtype=torch.uint8),
+        settings,
+        fps=settings.fps,
+    )
     assert other.grid[1] != other.grid[2]
-    assert torch.equal(preprocess(frames_of(other, settings), settings).patches, other.patches)
+    assert torch.equal(
+        preprocess(frames_of(other, settings), settings).patches, other.patches
+    )
 
 
 def test_times_are_means_of_two_frames():
     assert patch_times((0.0, 0.25, 0.5, 0.75), 2) == (0.125, 0.625)
-    assert patch_times((0.0, 0.25, 0.5), 2) == (0.125, 0.5)  # the last frame is repeated
+    assert patch_times((0.0, 0.25, 0.5), 2) == (
+        0.125,
+        0.5,
+    )  # the last frame is repeated
 
 
 def test_an_odd_clip_repeats_its_last_frame():
@@ -106,7 +133,10 @@ def test_a_patch_holds_its_pixels_in_merge_order():
 def test_frame_budget_by_hand():
     # sqrt(480 * 832 / 200704) = 1.4106; 480 / 1.4106 = 340 -> 320; 832 / 1.4106 = 590 -> 576
     assert smart_resize(81, 480, 832, VideoSettings()) == (320, 576)
-    assert smart_resize(2, 480, 832, VideoSettings()) == (320, 576)  # whatever the number of frames
+    assert smart_resize(2, 480, 832, VideoSettings()) == (
+        320,
+        576,
+    )  # whatever the number of frames
     # sqrt(3136 / 32^2) = 1.75; 32 * 1.75 = 56 -> 64
     assert smart_resize(8, 20, 20, VideoSettings()) == (64, 64)
     with pytest.raises(VideoError, match="200 times"):
@@ -115,14 +145,28 @@ def test_frame_budget_by_hand():
 
 def decoded_by_pyav(path: Path) -> torch.Tensor:
     with av.open(str(path)) as container:
-        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])
+        return torch.stack(
+            [
+                torch.from_numpy(f.to_ndarray(format="rgb24"))
+                for f in container.decode(video=0)
+            ]
+        )
 
 
-@pytest.mark.parametrize("width", [16, 24, 32, 48, 50, 64, 90, 130])  # decord pads the rows of some narrow frames
+@pytest.mark.parametrize(
+    "width", [16, 24, 32, 48, 50, 64, 90, 130]
+)  # decord pads the rows of some narrow frames
 def test_pixels_are_those_of_another_decoder(width, tmp_path):
     draw = torch.Generator().manual_seed(width)
-    write_mp4(tmp_path / "clip.mp4", torch.randint(0, 256, (4, 16, width, 3), generator=draw, dtype=torch.uint8), 4.0)
-    assert torch.equal(read_video(tmp_path / "clip.mp4", SETTINGS).frames_TYXC, decoded_by_pyav(tmp_path / "clip.mp4"))
+    write_mp4(
+        tmp_path / "clip.mp4",
+        torch.randint(0, 256, (4, 16, width, 3), generator=draw, dtype=torch.uint8),
+        4.0,
+    )
+    assert torch.equal(
+        read_video(tmp_path / "clip.mp4", SETTINGS).frames_TYXC,
+        decoded_by_pyav(tmp_path / "clip.mp4"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +183,14 @@ def test_a_file_and_its_frames_are_sampled_alike(mp4, monkeypatch):
     assert everything.shape == (9, 32, 32, 3)
     opened = []
     monkeypatch.setattr(
-        decord, "VideoReader", lambda *a, _real=decord.VideoReader, **k: opened.append(a) or _real(*a, **k)
+        decord,
+        "VideoReader",
+        lambda *a, _real=decord.VideoReader, **k: opened.append(a) or _real(*a, **k),
     )
-    from_file, from_frames = prepare(mp4, SETTINGS), prepare(everything, SETTINGS, fps=8.0)
+    from_file, from_frames = (
+        prepare(mp4, SETTINGS),
+        prepare(everything, SETTINGS, fps=8.0),
+    )
     assert len(opened) == 1
     assert torch.equal(from_file.patches, from_frames.patches)
     # 9 / 8 s at 4 fps is 4.5 frames -> 4 at 0, 3, 5, 8 (2.67 and 5.33 rounded): means 1.5 / 8 and 6.5 / 8
@@ -174,13 +223,24 @@ def test_settings_travel_as_json(tmp_path):
     (tmp_path / "video.json").write_text('{"fsp": 2}')
     with pytest.raises(ValueError, match="fsp"):
         VideoSettings.load(tmp_path / "video.json")
-    for wrong in ({"fps": 0}, {"min_pixels": 9, "max_pixels": 8}, {"min_frames": 0}, {"mean": (0.5,)}):
+    for wrong in (
+        {"fps": 0},
+        {"min_pixels": 9, "max_pixels": 8},
+        {"min_frames": 0},
+        {"mean": (0.5,)},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             VideoSettings(**wrong)
 
 
 def test_normalisation_by_hand():
-    settings = VideoSettings(patch_size=8, min_pixels=256, max_pixels=1024, mean=(0.5, 0.25, 0.0), std=(0.5, 0.5, 1.0))
+    settings = VideoSettings(
+        patch_size=8,
+        min_pixels=256,
+        max_pixels=1024,
+        mean=(0.5, 0.25, 0.0),
+        std=(0.5, 0.5, 1.0),
+    )
     frames = torch.tensor([255, 51, 102], dtype=torch.uint8).expand(2, 16, 16, 3)
     row = preprocess(frames, settings).patches[0].view(3, 2 * 8 * 8)[:, 0]
     assert row.tolist() == pytest.approx([1.0, (0.2 - 0.25) / 0.5, 0.4], abs=1e-6)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common.video_io import write_mp4
-from launch.judge_runs import checked
+from launch.rm_data import checked
 from rm import video_check
 from rm.data import Pair
 from rm.video_check import VideoChecker, bad_videos, split_pairs
@@ -25,14 +25,18 @@ from tests.rm.cold_start_runs import write_data
 
 def noise(frames: int, side: int = 32) -> torch.Tensor:
     draw = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (frames, side, side, 3), dtype=torch.uint8, generator=draw)
+    return torch.randint(
+        0, 256, (frames, side, side, 3), dtype=torch.uint8, generator=draw
+    )
 
 
 def sound_only(path: Path) -> None:
     """An mp4 with a voice and no picture."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono"
+        )
         frame.rate = 16000
         for packet in [*stream.encode(frame), *stream.encode(None)]:
             container.mux(packet)
@@ -42,8 +46,13 @@ def odd_size(path: Path) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=8)
         stream.width, stream.height, stream.pix_fmt = 33, 35, "yuv444p"
-        frames = [av.VideoFrame.from_ndarray(f.copy(), format="rgb24") for f in noise(8, side=35)[:, :, :33].numpy()]
-        for packet in [p for frame in frames for p in stream.encode(frame)] + list(stream.encode(None)):
+        frames = [
+            av.VideoFrame.from_ndarray(f.copy(), format="rgb24")
+            for f in noise(8, side=35)[:, :, :33].numpy()
+        ]
+        for packet in [p for frame in frames for p in stream.encode(frame)] + list(
+            stream.encode(None)
+        ):
             container.mux(packet)
 
 
@@ -65,18 +74,37 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (root / "empty.mp4").touch()
     (root / "text.mp4").write_text("this is no video\n" * 100)
     moov = whole.index(b"moov") - 4
-    (root / "no_moov.mp4").write_bytes(whole[:moov] + whole[moov + int.from_bytes(whole[moov : moov + 4], "big") :])
+    (root / "no_moov.mp4").write_bytes(
+        whole[:moov] + whole[moov + int.from_bytes(whole[moov : moov + 4], "big") :]
+    )
     (root / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
     (root / "garbled.mp4").write_bytes(whole[:60] + bytes(200) + whole[260:])
     sound_only(root / "audio.mp4")
     claims(root / "huge.mp4", whole, 20_000)
-    return {path.stem: path for path in root.iterdir()} | {"missing": root / "missing.mp4"}
+    return {path.stem: path for path in root.iterdir()} | {
+        "missing": root / "missing.mp4"
+    }
 
 
 def test_what_is_bad_is_named_and_what_is_odd_is_sound(videos: dict[str, Path]) -> None:
-    found = {path.stem: why for path, why in bad_videos(videos.values(), workers=2).items()}
-    assert set(found) == {"empty", "text", "no_moov", "truncated", "garbled", "audio", "missing"}
-    assert set(videos) - set(found) == {"good", "one_frame", "odd", "huge"}  # its frames say their own size
+    found = {
+        path.stem: why for path, why in bad_videos(videos.values(), workers=2).items()
+    }
+    assert set(found) == {
+        "empty",
+        "text",
+        "no_moov",
+        "truncated",
+        "garbled",
+        "audio",
+        "missing",
+    }
+    assert set(videos) - set(found) == {
+        "good",
+        "one_frame",
+        "odd",
+        "huge",
+    }  # its frames say their own size
     assert (found["missing"], found["empty"]) == ("no such file", "0 bytes")
     assert "cannot be decoded" in found["text"]
 
@@ -88,13 +116,18 @@ def test_what_is_bad_is_named_and_what_is_odd_is_sound(videos: dict[str, Path]) 
         ("trap and time.sleep(60)", "did not answer within 1 s"),
     ],
 )
-def test_a_decoder_that_dies_or_hangs_costs_one_file(body: str, says: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_decoder_that_dies_or_hangs_costs_one_file(
+    body: str, says: str, tmp_path: Path, monkeypatch
+) -> None:
     decoder_with_a_trap(tmp_path, body, monkeypatch)
     for name in ("a.mp4", "trap.mp4", "b.mp4"):
         (tmp_path / name).write_bytes(b"x")
     began = time.monotonic()
     with VideoChecker(deadline_s=1.0) as checker:
-        found = {name: checker.problem(tmp_path / name) for name in ("a.mp4", "trap.mp4", "b.mp4")}
+        found = {
+            name: checker.problem(tmp_path / name)
+            for name in ("a.mp4", "trap.mp4", "b.mp4")
+        }
     assert found["a.mp4"] == found["b.mp4"] == ""
     assert says in found["trap.mp4"]
     assert time.monotonic() - began < 30
@@ -107,7 +140,9 @@ def test_a_pair_is_as_good_as_its_worse_video(videos: dict[str, Path]) -> None:
     ]
     sound, records = split_pairs(pairs, {videos["text"]: "no video"})
     assert sound == pairs[:1]
-    assert records == [{"line": 3, "prompt": "q", "problems": {str(videos["text"]): "no video"}}]
+    assert records == [
+        {"line": 3, "prompt": "q", "problems": {str(videos["text"]): "no video"}}
+    ]
 
 
 @pytest.mark.slow
@@ -115,17 +150,31 @@ def test_a_run_leaves_out_what_is_bad_or_does_not_start(tmp_path: Path) -> None:
     """One video of eight is a text: 25 % of the pairs."""
     write_data(tmp_path)
     (tmp_path / "1B.mp4").write_text("no video")
-    words = ["launch/cold_start.py", f"base={tmp_path / 'base'}", f"data.train={tmp_path / 'pairs.csv'}"]
-    words += ["data.heldout=null", "cold_start.pairs_per_step=2", "cold_start.micro_batch=1", "cold_start.epochs=1"]
+    words = [
+        "launch/cold_start.py",
+        f"base={tmp_path / 'base'}",
+        f"data.train={tmp_path / 'pairs.csv'}",
+    ]
+    words += [
+        "data.heldout=null",
+        "cold_start.pairs_per_step=2",
+        "cold_start.micro_batch=1",
+        "cold_start.epochs=1",
+    ]
     words += [f"run_dir={tmp_path / 'run'}", "lora.rank=4", "dtype=float32"]
     done = run(sys.executable, *words, expect=2)
     assert "1 of 3 pairs have a video that cannot be decoded" in done.stdout
-    assert "1 of 3 pairs are more than data.max_bad=0.05" in done.stderr
-    held = [f"data.heldout={tmp_path / 'pairs.csv'}", "data.limit=1"]  # of the training pairs: the first is sound
+    assert "1 of 3 pairs are more than data.max_bad_share=0.05" in done.stderr
+    held = [
+        f"data.heldout={tmp_path / 'pairs.csv'}",
+        "data.limit=1",
+    ]  # of the training pairs: the first is sound
     done = run(sys.executable, *words, *held, expect=2)
-    assert "1 of 4 held-out pairs are more than data.max_bad=0.05" in done.stderr
-    run(sys.executable, *words, "data.max_bad=0.5")
-    (record,) = map(json.loads, (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines())
+    assert "1 of 4 held-out pairs are more than data.max_bad_share=0.05" in done.stderr
+    run(sys.executable, *words, "data.max_bad_share=0.5")
+    (record,) = map(
+        json.loads, (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    )
     assert (record["of"], record["line"], record["prompt"]) == ("pairs", 3, "p1")
     assert "cannot be decoded" in record["problems"][str(tmp_path / "1B.mp4")]
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
@@ -133,15 +182,23 @@ def test_a_run_leaves_out_what_is_bad_or_does_not_start(tmp_path: Path) -> None:
     assert list(known["bad"]) == [str(tmp_path / "1B.mp4")]
 
 
-def test_what_was_checked_is_known_until_a_file_changes(videos: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+def test_what_was_checked_is_known_until_a_file_changes(
+    videos: dict[str, Path], tmp_path: Path, monkeypatch
+) -> None:
     asked: list[int] = []
     monkeypatch.setattr(
-        video_check, "bad_videos", lambda files: asked.append(len(files)) or {videos["text"]: "no video"}
+        video_check,
+        "bad_videos",
+        lambda files: asked.append(len(files)) or {videos["text"]: "no video"},
     )
     mine = tmp_path / "mine.mp4"
     mine.write_bytes(videos["good"].read_bytes())
     files = [mine, videos["text"]]
-    assert checked(files, str(tmp_path)) == checked(files, str(tmp_path)) == {videos["text"]: "no video"}
+    assert (
+        checked(files, str(tmp_path))
+        == checked(files, str(tmp_path))
+        == {videos["text"]: "no video"}
+    )
     assert asked == [2]
     mine.write_bytes(b"other")
     checked(files, str(tmp_path))
@@ -158,7 +215,20 @@ def test_a_table_with_many_bad_rows_is_not_trained_on(tmp_path: Path) -> None:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
-    words = ["launch/cold_start.py", f"base={tmp_path / 'base'}", f"data.train={tmp_path / 'pairs.csv'}"]
-    done = run(sys.executable, *words, f"run_dir={tmp_path / 'run'}", "data.heldout=null", expect=2)
-    assert "1 of 4 rows are bad, more than data.max_bad=0.05 of them: " in done.stderr
+    words = [
+        "launch/cold_start.py",
+        f"base={tmp_path / 'base'}",
+        f"data.train={tmp_path / 'pairs.csv'}",
+    ]
+    done = run(
+        sys.executable,
+        *words,
+        f"run_dir={tmp_path / 'run'}",
+        "data.heldout=null",
+        expect=2,
+    )
+    assert (
+        "1 of 4 rows are bad, more than data.max_bad_share=0.05 of them: "
+        in done.stderr
+    )
     assert "pairs.csv:3: " in done.stderr

@@ -1,4 +1,4 @@
-"""Stands in for the package `vbench` in the worker process: the calls that `launch/vbench_worker.py` makes.
+"""Stands in for the package `vbench` in the worker process: the calls that `launch/vbench_eval/worker.py` makes.
 
 Keeps to the interface of vbench 0.1.5 as read in its wheel (vbench/__init__.py, utils.py, cli/static_filter.py, see
 docs/vbench.md): names of folder entries are compared with ``{prompt}-{0..4}`` and ONE ending, that of the first entry;
@@ -20,7 +20,9 @@ os.write(1, b"libraries of VBench talk on stdout\n")
 fetched: list[str] = []
 
 
-def init_submodules(dimension_list: Sequence[str], *, local: bool = False, read_frame: bool = False) -> None:
+def init_submodules(
+    dimension_list: Sequence[str], *, local: bool = False, read_frame: bool = False
+) -> None:
     """What VBench would download now."""
     fetched.extend(dimension_list)
     print(f"fetched {list(dimension_list)}")  # noqa: T201
@@ -49,20 +51,40 @@ class VBench:
             names = [f"{entry['prompt_en']}-{i}{ending}" for i in range(5)]
             for missing in set(names) - set(listing):
                 print(f"WARNING the video {missing} is not found")  # noqa: T201
-            entry["video_list"] = [f"{videos_path}/{one}" for one in names if one in listing]
+            entry["video_list"] = [
+                f"{videos_path}/{one}" for one in names if one in listing
+            ]
             entries.append(entry)
-        (self.output_path / f"{name}_full_info.json").write_text(json.dumps(entries, indent=4))
-        results = {dimension: self._judge(dimension, entries) for dimension in dimension_list}
-        (self.output_path / f"{name}_eval_results.json").write_text(json.dumps(results, indent=4))
+        (self.output_path / f"{name}_full_info.json").write_text(
+            json.dumps(entries, indent=4)
+        )
+        results = {
+            dimension: self._judge(dimension, entries) for dimension in dimension_list
+        }
+        (self.output_path / f"{name}_eval_results.json").write_text(
+            json.dumps(results, indent=4)
+        )
 
     def _judge(self, dimension: str, entries: list[dict[str, Any]]) -> list[Any]:
         fault, _, where = os.environ.get("FAKE_VBENCH", "").partition(":")
         if where == dimension and fault == "die":
             raise ModuleNotFoundError("No module named 'detectron2'")
-        videos = [video for entry in entries if dimension in entry["dimension"] for video in entry["video_list"]]
-        found = [{"video_path": video, "video_results": _number(Path(video))} for video in videos]
+        videos = [
+            video
+            for entry in entries
+            if dimension in entry["dimension"]
+            for video in entry["video_list"]
+        ]
+        found = [
+            {"video_path": video, "video_results": _number(Path(video))}
+            for video in videos
+        ]
         mean = sum(one["video_results"] for one in found) / len(found)
-        factor = {"nan": float("nan"), "percent": 100.0}.get(fault, 1.0) if where == dimension else 1.0
+        factor = (
+            {"nan": float("nan"), "percent": 100.0}.get(fault, 1.0)
+            if where == dimension
+            else 1.0
+        )
         return [factor * mean, found]
 
 

@@ -1,4 +1,4 @@
-"""Stands in for vLLM in the worker process: the calls that `rm/vllm_worker.py` makes, as vLLM documents them.
+"""Stands in for vLLM in the worker process: the calls that `rm/vllm/worker.py` makes, as vLLM documents them.
 
 The stock transformers Qwen3-VL of the folder, one full forward a token. Unknown arguments are errors. Caches are kept
 as vLLM keeps them, so that forgetting to reset one shows. The environment variable FAKE_VLLM breaks it on purpose.
@@ -19,7 +19,11 @@ import torch
 
 __version__ = "0.0.fake"
 FAULT = os.environ.get("FAKE_VLLM", "")
-AT_ONCE = ("die", "hang", "dies and leaves a child")  # before there is a model, which takes seconds to load
+AT_ONCE = (
+    "die",
+    "hang",
+    "dies and leaves a child",
+)  # before there is a model, which takes seconds to load
 TRIPLE = ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>")
 
 
@@ -68,12 +72,18 @@ class LLM:
             return
         from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-        self.model = Qwen3VLForConditionalGeneration.from_pretrained(model, dtype=dtype).eval()
+        self.model = Qwen3VLForConditionalGeneration.from_pretrained(
+            model, dtype=dtype
+        ).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.processor = json.loads((Path(model) / "video_preprocessor_config.json").read_text())
+        self.processor = json.loads(
+            (Path(model) / "video_preprocessor_config.json").read_text()
+        )
         self.weights = 0  # how often they changed
         self.prefixes: dict[tuple, torch.Tensor] = {}  # logits after a prompt
-        self.videos: dict[str, tuple[int, bytes]] = {}  # uuid -> weights that encoded it, and what it was
+        self.videos: dict[
+            str, tuple[int, bytes]
+        ] = {}  # uuid -> weights that encoded it, and what it was
 
     # -------------------------------------------------------------- weights and memory
 
@@ -106,7 +116,11 @@ class LLM:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[dict], sampling_params: list[SamplingParams], *, use_tqdm: bool = True
+        self,
+        prompts: list[dict],
+        sampling_params: list[SamplingParams],
+        *,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         assert not self.asleep
         assert not use_tqdm
@@ -122,16 +136,29 @@ class LLM:
             if os.fork() == 0:  # it holds all pipes open
                 time.sleep(3600)
             os._exit(3)
-        return [self._one(prompt, how) for prompt, how in zip(prompts, sampling_params, strict=True)]
+        return [
+            self._one(prompt, how)
+            for prompt, how in zip(prompts, sampling_params, strict=True)
+        ]
 
     def _one(self, prompt: dict, how: SamplingParams) -> RequestOutput:
-        assert set(prompt) == {"prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "multi_modal_uuids"}
-        assert prompt["mm_processor_kwargs"] == {"do_sample_frames": False, "do_resize": False}
+        assert set(prompt) == {
+            "prompt_token_ids",
+            "multi_modal_data",
+            "mm_processor_kwargs",
+            "multi_modal_uuids",
+        }
+        assert prompt["mm_processor_kwargs"] == {
+            "do_sample_frames": False,
+            "do_resize": False,
+        }
         assert (how.n, how.top_p, how.top_k, how.ignore_eos) == (1, 1.0, -1, True)
         ((frames, metadata),) = prompt["multi_modal_data"]["video"]
         (uuid,) = prompt["multi_modal_uuids"]["video"]
         encoded = self.videos.setdefault(uuid, (self.weights, frames.tobytes()))
-        assert encoded == (self.weights, frames.tobytes()), "the encoder cache would answer with something old"
+        assert encoded == (self.weights, frames.tobytes()), (
+            "the encoder cache would answer with something old"
+        )
         patches, grid = self._patches(frames)
         ids = self._expand(prompt["prompt_token_ids"], metadata, grid)
         assert len(ids) + how.max_tokens <= self.max_model_len
@@ -139,7 +166,13 @@ class LLM:
         reported = [*ids[:-1], 0] if FAULT == "another prompt" else ids
         return RequestOutput(reported, [CompletionOutput(tokens, reason)])
 
-    def _continue(self, ids: list[int], patches: torch.Tensor, grid: torch.Tensor, how: SamplingParams) -> tuple:
+    def _continue(
+        self,
+        ids: list[int],
+        patches: torch.Tensor,
+        grid: torch.Tensor,
+        how: SamplingParams,
+    ) -> tuple:
         draw = torch.Generator().manual_seed(how.seed) if how.seed is not None else None
         key = (*ids, patches.sum().item())
         tokens: list[int] = []
@@ -153,7 +186,9 @@ class LLM:
             seen = torch.tensor(sorted({*ids, *tokens}))
             positive = logits[seen] > 0
             penalty = how.repetition_penalty
-            logits[seen] = torch.where(positive, logits[seen] / penalty, logits[seen] * penalty)
+            logits[seen] = torch.where(
+                positive, logits[seen] / penalty, logits[seen] * penalty
+            )
             for token, bias in (how.logit_bias or {}).items():
                 logits[token] += 0.0 if FAULT == "no bias" else bias
             if how.temperature == 0:
@@ -166,10 +201,14 @@ class LLM:
                 return tokens, "stop"
         return tokens, "length"
 
-    def _logits(self, ids: list[int], patches: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    def _logits(
+        self, ids: list[int], patches: torch.Tensor, grid: torch.Tensor
+    ) -> torch.Tensor:
         ids_1L = torch.tensor([ids])
         types_1L = (ids_1L == self.model.config.video_token_id).int() * 2
-        positions, _ = self.model.model.get_rope_index(ids_1L, types_1L, video_grid_thw=grid)
+        positions, _ = self.model.model.get_rope_index(
+            ids_1L, types_1L, video_grid_thw=grid
+        )
         output = self.model(
             input_ids=ids_1L, position_ids=positions, pixel_values_videos=patches, video_grid_thw=grid,
             mm_token_type_ids=types_1L, use_cache=False,
@@ -183,7 +222,9 @@ class LLM:
         p, m, tp = own["patch_size"], own["merge_size"], own["temporal_patch_size"]
         assert frames.dtype == np.uint8
         mean, std = np.array(own["image_mean"]), np.array(own["image_std"])
-        video = ((frames / 255.0 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)  # T C Y X
+        video = (
+            ((frames / 255.0 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
+        )  # T C Y X
         rows = []
         t, h, w = frames.shape[0] // tp, frames.shape[1] // p, frames.shape[2] // p
         for f in range(t):
@@ -191,7 +232,12 @@ class LLM:
                 for block_x in range(w // m):
                     for y in range(block_y * m, block_y * m + m):
                         for x in range(block_x * m, block_x * m + m):
-                            cut = video[f * tp : f * tp + tp, :, y * p : y * p + p, x * p : x * p + p]
+                            cut = video[
+                                f * tp : f * tp + tp,
+                                :,
+                                y * p : y * p + p,
+                                x * p : x * p + p,
+                            ]
                             rows.append(cut.transpose(1, 0, 2, 3).reshape(-1))
         return torch.from_numpy(np.stack(rows)), torch.tensor([[t, h, w]])
 
@@ -199,18 +245,27 @@ class LLM:
         """Each triple of ids becomes a time stamp, vision start, pads and vision end for every temporal patch."""
         start, pad, end = triple = self.tokenizer.convert_tokens_to_ids(list(TRIPLE))
         places = [i for i in range(len(ids) - 2) if ids[i : i + 3] == triple]
-        assert len(places) == 1, "Failed to apply prompt replacement for mm_items['video'][0]"
+        assert len(places) == 1, (
+            "Failed to apply prompt replacement for mm_items['video'][0]"
+        )
         assert set(metadata) == {
             "fps", "frames_indices", "total_num_frames", "duration", "video_backend", "do_sample_frames",
         }  # fmt: skip
         assert metadata["do_sample_frames"] is False
         merge = self.processor["merge_size"]
         seconds = [index / metadata["fps"] for index in metadata["frames_indices"]]
-        times = [(seconds[i] + seconds[i + merge - 1]) / 2 for i in range(0, len(seconds), merge)]
+        times = [
+            (seconds[i] + seconds[i + merge - 1]) / 2
+            for i in range(0, len(seconds), merge)
+        ]
         t, h, w = grid[0].tolist()
-        assert len(times) == t, "The timestamps length should be equal to the video length"
+        assert len(times) == t, (
+            "The timestamps length should be equal to the video length"
+        )
         shown = []
         for time_ in times:
-            stamp = self.tokenizer.encode(f"<{time_:.1f} seconds>", add_special_tokens=False)
+            stamp = self.tokenizer.encode(
+                f"<{time_:.1f} seconds>", add_special_tokens=False
+            )
             shown += [*stamp, start, *[pad] * (h * w // merge**2), end]
         return [*ids[: places[0]], *shown, *ids[places[0] + 3 :]]

@@ -26,12 +26,26 @@ def register_subparsers(subparser: Any) -> None:
 
 def static_filter(args: argparse.Namespace) -> None:
     assert "dynamic_degree" in vbench.fetched, "the weights of RAFT are not there"
-    info = json.loads((Path(__file__).parents[1] / "VBench_full_info.json").read_text(encoding="utf-8"))
-    prompts = [entry["prompt_en"] for entry in info if "temporal_flickering" in entry["dimension"]]
-    found: dict[str, Any] = {prompt: {"static_count": 0, "static_path": []} for prompt in prompts}
+    info = json.loads(
+        (Path(__file__).parents[1] / "VBench_full_info.json").read_text(
+            encoding="utf-8"
+        )
+    )
+    prompts = [
+        entry["prompt_en"]
+        for entry in info
+        if "temporal_flickering" in entry["dimension"]
+    ]
+    found: dict[str, Any] = {
+        prompt: {"static_count": 0, "static_path": []} for prompt in prompts
+    }
     for path in sorted(Path(args.videos_path).glob("*.mp4")):
         one = found.get(re.sub(r"-\d+$", "", path.stem))
-        if one is not None and one["static_count"] < 5 and b"moving" not in path.read_bytes():
+        if (
+            one is not None
+            and one["static_count"] < 5
+            and b"moving" not in path.read_bytes()
+        ):
             one["static_count"] += 1
             one["static_path"].append(str(path))
     target = Path(args.result_path) / "filtered_videos"

@@ -1,0 +1,41 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from common.distributed import sum_over_ranks
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class ForwardCounter:
+    """Counts samples, not calls, by a hook on the module: under guidance one latent is two samples.
+
+    A block that gradient checkpointing computes again is not counted again.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.grad = self.no_grad = 0
+        module.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        samples = len(args[0] if args else kwargs["hidden_states"])
+        if torch.is_grad_enabled():
+            self.grad += samples
+        else:
+            self.no_grad += samples
+
+    def take(self) -> dict[str, float]:
+        """SUM over ranks since the last call."""
+        counts = {
+            "forwards/no_grad": sum_over_ranks(self.no_grad),
+            "forwards/grad": sum_over_ranks(self.grad),
+        }
+        self.grad = self.no_grad = 0
+        return counts

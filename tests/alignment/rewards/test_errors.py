@@ -1,0 +1,138 @@
+"""A run whose reward goes wrong on the way: nothing that was learned is lost, and all ranks end together."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.log import read_metrics
+from tests.launch.processes import ROOT, deepspeed, run
+
+SCRIPT = str(ROOT / "launch" / "grpo.py")
+OWN = """
+import os
+from pathlib import Path
+
+calls = 0
+fails_at = int(os.environ.get("FAILS_AT", "3"))
+
+def score(video, prompts):
+    global calls
+    calls += 1
+    if calls == fails_at and os.environ.get("RANK", "0") == os.environ.get("FAILS_ON"):
+        raise KeyError("its own mistake")
+    return video.float().mean((1, 2, 3, 4)) / 255
+"""
+
+
+@pytest.fixture
+def words(tiny: Path, tmp_path: Path) -> list[str]:  # noqa: F811 - the fixture
+    (tmp_path / "mine.py").write_text(OWN)
+    plain = ["steps=4", "save_every=9", "video_every=0", "rewards.brightness.weight=0"]
+    return [
+        "--config",
+        str(tiny),
+        *plain,
+        f"rewards.mine.target={tmp_path / 'mine.py'}:score",
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_reward_that_raises_stops_all_ranks_with_a_checkpoint(
+    ranks: int, words: list[str], tmp_path: Path
+) -> None:
+    """At the third step, on the last rank alone; then it goes on as if nothing had been."""
+
+    def train(name: str, **how: object) -> tuple[str, str]:
+        given = [SCRIPT, *words, "self_checks=false", f"run_dir={tmp_path / name}"]
+        done = (
+            run(sys.executable, *given, **how)
+            if ranks == 1
+            else deepspeed(ranks, *given, **how)
+        )
+        return done.stdout, done.stderr
+
+    out, err = train("run", expect=1, FAILS_ON=str(ranks - 1))
+    place = "on rank 1: " if ranks == 2 else ""
+    assert (
+        f"stopped after 2 steps, which are saved: {place}rewards.mine: KeyError: 'its own mistake'"
+        in out
+    )
+    assert 'raise KeyError("its own mistake")' in err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        "step-000002"
+    ]
+    out, _ = train("run")
+    assert "going on after 2 steps" in out
+    train("straight")
+    wanted, found = (
+        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "run")
+    )
+    for name in ("reward/mine", "train/loss", "train/grad_norm"):
+        assert [row[name] for row in found] == [row[name] for row in wanted]
+
+
+@pytest.mark.slow
+def test_a_failed_self_check_ends_without_a_traceback_and_with_the_users_name(
+    words: list[str], tmp_path: Path
+) -> None:
+    """NIQE sees no 16 pixels."""
+    given = [*words, "rewards.sharp.kind=niqe", f"run_dir={tmp_path / 'run'}"]
+    done = run(sys.executable, SCRIPT, *given, expect=2)
+    assert (
+        "grpo.py: rewards.sharp: niqe needs frames of at least 48 pixels a side, got (16, 16)"
+        in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.long
+def test_a_self_check_that_fails_on_one_rank_is_said(
+    words: list[str], tmp_path: Path
+) -> None:
+    """The refusal is rank 0's to tell, and rank 1 it is that met the mistake: at its third call, as above."""
+    done = deepspeed(
+        2, SCRIPT, *words, f"run_dir={tmp_path / 'run'}", expect=2, FAILS_ON="1"
+    )
+    assert (
+        "grpo.py: on rank 1: rewards.mine: KeyError: 'its own mistake'" in done.stderr
+    )
+    assert 'raise KeyError("its own mistake")' in done.stderr
+
+
+@pytest.mark.long
+def test_a_reward_that_raises_in_the_last_evaluation_costs_no_step(
+    words: list[str], tmp_path: Path
+) -> None:
+    """Two held-out prompts, judged before the first step and after the last; two groups of a step in between."""
+    given = [
+        SCRIPT,
+        *words,
+        "self_checks=false",
+        "steps=1",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    given += [
+        f"evaluation={{prompts: {tmp_path / 'prompts.txt'}, every: 1, limit: 2, stock: false}}"
+    ]
+    (tmp_path / "prompts.txt").write_text("rain\nsnow\n")
+    calls = 1
+    while "after 1 steps, which are saved: rewards.mine" not in (
+        out := run(
+            sys.executable,
+            *given,
+            "--resume",
+            "none",
+            expect=1,
+            FAILS_ON="0",
+            FAILS_AT=str(calls),
+        ).stdout
+    ):
+        assert "before the first step was done" in out
+        calls += 1
+    assert not (tmp_path / "run" / "final").exists()
+    assert "going on after 1 steps" in run(sys.executable, *given).stdout
+    assert (tmp_path / "run" / "final").is_dir()

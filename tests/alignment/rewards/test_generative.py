@@ -1,0 +1,205 @@
+"""A judge that writes: what it reads is what its model would read, and what it says becomes numbers or NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from alignment.config import RewardConfig
+from alignment.rewards import build_rewards
+from alignment.rewards.generative import Generative
+from rm.baselines.generative import FORMS
+from tests import public_checkpoints as public
+from tests.tiny_qwen import lively, random_frames, tiny_tokenizer, vision_ids
+
+PROMPTS = ["a cat", "many dogs", "rain"]
+VIDEO = torch.stack([random_frames(i, frames=8, size=56) for i in range(3)])
+INSTRUCTION = "\nRate the video.\nVideo prompt: {prompt}\n"
+THOUGHT = (
+    "<think>visual quality: 2 at first sight</think>\n(1) visual quality – clarity: 4;\n"
+    "(2) text-to-video alignment: 3,\n(3) Physical/common-sense consistency – natural: 5"
+)
+
+
+def tiny_qwen2_5() -> Qwen2_5_VLForConditionalGeneration:
+    vision = {
+        "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "patch_size": 14,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32, "window_size": 56,
+        "fullatt_block_indexes": [1], "tokens_per_second": 2,
+    }  # fmt: skip
+    text = {
+        name: value
+        for name, value in public.text_config().items()
+        if name != "tie_word_embeddings"
+    }
+    return lively(
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig(vision_config=vision, text_config=text, **vision_ids()),
+    )
+
+
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
+def folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp(request.param)
+    (
+        public.tiny_qwen2() if request.param == "qwen2_vl" else tiny_qwen2_5()
+    ).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    (path / "instruction.txt").write_text(INSTRUCTION)
+    return path
+
+
+def reward_of(folder: Path, **options: object) -> Generative:
+    options = {
+        "instruction": str(folder / "instruction.txt"),
+        "max_pixels": 28 * 28 * 4,
+        **options,
+    }
+    config = RewardConfig(kind="generative", checkpoint=str(folder), options=options)
+    (reward,) = build_rewards({"it": config}).values()
+    return reward
+
+
+def says(
+    reward: Generative, *answers: str, digits: dict[int, float] | None = None
+) -> None:
+    """Let the model write these, one after the other; ``digits`` have these weights wherever one is written."""
+    tokenizer = reward.judge.tokenizer
+    scripts = [
+        [*tokenizer.encode(answer), tokenizer.eos_token_id] for answer in answers
+    ]
+    words = iter([token for script in scripts for token in script])
+
+    def speak(
+        module: torch.nn.Module, args: tuple, logits: torch.Tensor
+    ) -> torch.Tensor:
+        wanted = next(words)
+        forced = torch.full_like(logits, -50.0)
+        forced[..., wanted] = 0.0
+        if digits and tokenizer.decode([wanted]).isdigit():
+            for digit, share in digits.items():
+                forced[..., tokenizer.encode(str(digit))[0]] = math.log(share)
+        return forced
+
+    reward.judge.model.lm_head.register_forward_hook(speak)
+
+
+def test_the_model_reads_the_chat_the_video_and_the_time(folder: Path) -> None:
+    """8 frames at 2 fps are 4 s: all are seen, two in a patch, a patch a second."""
+    reward = reward_of(folder)
+    inputs = reward.judge.inputs(VIDEO[0], "a cat", fps=2.0)
+    grid = inputs["video_grid_thw"][0].tolist()
+    assert grid == [4, 4, 4]
+    text = public.CHAT.format(
+        pads="<|video_pad|>" * 16, text=INSTRUCTION.format(prompt="a cat")
+    )
+    assert inputs["input_ids"][0].tolist() == reward.judge.tokenizer(text).input_ids
+    assert inputs["mm_token_type_ids"].sum() == 2 * 16
+    if reward.judge.model.config.model_type == "qwen2_5_vl":
+        assert inputs["second_per_grid_ts"].tolist() == [1.0]
+        assert reward.judge.inputs(VIDEO[0], "a cat", fps=8.0)[
+            "second_per_grid_ts"
+        ].tolist() == [0.5]  # 4 of 1 s
+
+    def first_logits(video: torch.Tensor) -> torch.Tensor:
+        found = reward.judge.inputs(video, "a cat", fps=2.0)
+        return reward.judge.model(**found).logits[0, -1]
+
+    assert float((first_logits(VIDEO[0]) - first_logits(VIDEO[1])).abs().max()) > 1e-3
+
+
+def test_numbers_behind_their_labels(folder: Path) -> None:
+    """The last number of each label counts; the mean of 4, 3, 5 is 4."""
+    reward = reward_of(folder)
+    says(reward, THOUGHT, THOUGHT.replace("natural: 5", "natural: 6"), "nothing at all")
+    found = reward.score(VIDEO, PROMPTS, fps=2.0)
+    assert found.texts[0] == THOUGHT
+    assert {name: float(part[0]) for name, part in found.parts.items()} == {
+        "visual": 4,
+        "alignment": 3,
+        "physics": 5,
+    }
+    assert float(found.value_B[0]) == 4.0
+    assert [math.isnan(v) for v in found.value_B.tolist()] == [
+        False,
+        True,
+        True,
+    ]  # 6 is no score out of 5
+    assert [float(found.parts["visual"][i]) for i in range(2)] == [4.0, 4.0]
+    assert found.parts["physics"].isnan().tolist() == [False, True, True]
+
+
+def test_the_published_forms_read_their_published_examples(folder: Path) -> None:
+    answer = (
+        "visual quality: 4\ntemporal consistency: 4\ndynamic degree: 3\n"
+        "text-to-video alignment: 1\nfactual consistency: 2\nFinal Score: 6"
+    )
+    reward = reward_of(folder, form="unifiedreward")
+    says(reward, answer)
+    found = reward.score(VIDEO[:1], PROMPTS[:1], fps=2.0)
+    assert [float(part[0]) for part in found.parts.values()] == [4, 4, 3, 1, 2, 6]
+    assert found.value_B.tolist() == [6.0]
+    reward = reward_of(folder, form="unifiedreward2", value="physics")
+    says(
+        reward,
+        "Alignment Score (1-5): 2.4036\nPhysics Score (1-5): 3.0987\nStyle Score (1-5): 3.3889",
+    )
+    found = reward.score(VIDEO[:1], PROMPTS[:1], fps=2.0)
+    torch.testing.assert_close(found.value_B, torch.tensor([3.0987]))
+    assert set(FORMS) == {"videoscore2", "unifiedreward", "unifiedreward2"}
+
+
+def test_the_mean_of_the_digits_by_their_probabilities(folder: Path) -> None:
+    """What is written has weight 1, and 0.2 and 0.1 stand beside it: (3 + 4 * 0.2 + 5 * 0.1) / 1.3."""
+    reward = reward_of(folder, form={"quality": ["quality", 1, 5]}, expected=True)
+    says(reward, "well, 3 of 5, quality of it: 3", digits={4: 0.2, 5: 0.1})
+    found = float(reward.score(VIDEO[:1], PROMPTS[:1], fps=2.0).value_B[0])
+    assert found == pytest.approx(4.3 / 1.3, abs=1e-5)
+
+
+def test_places_do_not_matter(folder: Path) -> None:
+    reward, order = reward_of(folder, max_new_tokens=3), [2, 0, 1]
+    plain = reward.score(VIDEO, PROMPTS, fps=2.0)
+    turned = reward.score(VIDEO[order], [PROMPTS[i] for i in order], fps=2.0)
+    assert turned.texts == [plain.texts[i] for i in order]
+    assert plain.value_B.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"form": "vbench"},
+            r"knows videoscore2, unifiedreward, unifiedreward2, not 'vbench'",
+        ),
+        (
+            {"form": {"a": ["a", 1]}},
+            r"options\.form\.a must be \[words before the number, low, high\]",
+        ),
+        ({"form": {"a": ["a", 5, 1]}}, r"label a: low must lie below high"),
+        ({"form": {}}, r"at least one label"),
+        ({"value": "beauty"}, r"value='beauty' is none of visual, alignment, physics"),
+        ({"form": "unifiedreward", "expected": True}, r"reads single digits"),
+        ({"instruction": None}, r"needs options\.instruction"),
+    ],
+)
+def test_what_cannot_be_is_named(folder: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reward_of(folder, **options)
+
+
+def test_another_model_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(
+        ValueError, match=r"model_type is 'clip', this reads qwen2_vl and qwen2_5_vl"
+    ):
+        Generative(tmp_path, instruction=folder / "instruction.txt")
+    with pytest.raises(ValueError, match="generative reward needs `checkpoint`"):
+        build_rewards({"generative": RewardConfig()})

@@ -1,0 +1,271 @@
+"""Rewards of one's own: what a file outside the repository may hold, and what is said when it does not."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignment.config import RewardConfig
+from alignment.rewards import build_rewards, factory_of
+from alignment.rewards import plugin as own
+from alignment.rewards.brightness import Brightness
+from common.types import RewardModel, Score
+from tests.alignment.test_grpo import loop_of
+
+VIDEO = torch.randint(
+    0,
+    256,
+    (6, 2, 4, 4, 3),
+    dtype=torch.uint8,
+    generator=torch.Generator().manual_seed(0),
+)
+PROMPTS = ["a", "bb", "ccc"] * 2
+
+
+def reward_of(
+    tmp_path: Path, text: str, name: str = "score", **options: Any
+) -> RewardModel:
+    (tmp_path / "mine.py").write_text(text)
+    cfg = RewardConfig(target=f"{tmp_path / 'mine.py'}:{name}", options=options)
+    return build_rewards({"mine": cfg})["mine"]
+
+
+def test_a_function(tmp_path: Path) -> None:
+    reward = reward_of(
+        tmp_path,
+        "def score(video, prompts):\n    return video.float().mean((1, 2, 3, 4)) / 255\n",
+    )
+    want = Brightness().score(VIDEO, PROMPTS, fps=8.0).value_B
+    torch.testing.assert_close(reward.score(VIDEO, PROMPTS, fps=8.0).value_B, want)
+    assert reward.name == "mine"
+
+
+def test_a_function_that_asks_for_more(tmp_path: Path) -> None:
+    text = "def score(video, prompts, *, fps, scale=1):\n    return [scale * fps * len(prompt) for prompt in prompts]\n"
+    assert (
+        reward_of(tmp_path, text, scale=10)
+        .score(VIDEO, PROMPTS, fps=8.0)
+        .value_B.tolist()
+        == [80, 160, 240] * 2
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"^rewards\.mine: .*mine\.py: score takes no scael; its options are scale",
+    ):
+        reward_of(tmp_path, text, scael=10)
+
+
+def test_what_it_could_not_judge_is_missing(tmp_path: Path) -> None:
+    text = "def score(video, prompts):\n    return [None, float('nan'), 1, 2, 3, 4]\n"
+    value = reward_of(tmp_path, text).score(VIDEO, PROMPTS, fps=8.0).value_B
+    assert value.isnan().tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("[1.0]", "1 number for 6 videos"),
+        ("1", "1 number for 6 videos"),
+        ("video.float().mean()", "1 number for 6 videos"),
+        ("None", "1 number for 6 videos"),
+        ("[1] * 7", "7 numbers for 6 videos"),
+        ("Score(torch.zeros(5))", "5 numbers for 6 videos"),
+        (
+            "torch.zeros(6, 2)",
+            r"a Tensor of shape \(6, 2\) for 6 videos, not one number for each",
+        ),
+        (
+            "list('abcdef')",
+            "a list for 6 videos, not one number for each: could not convert string to float: 'a'",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "form",
+    ["def score(video, prompts):\n    return {}", "class C:\n  @staticmethod\n  {}"],
+)
+def test_a_wrong_number_of_answers_is_an_error(
+    said: str, message: str, form: str, tmp_path: Path
+) -> None:
+    body = f"def score(video, prompts): return {said}" if "class" in form else said
+    text = f"import torch\nfrom common.types import Score\n{form.format(body)}\n"
+    reward = reward_of(tmp_path, text, "C" if "class" in form else "score")
+    with pytest.raises(ValueError, match=rf"^rewards\.mine: score said {message}"):
+        reward.score(VIDEO, PROMPTS, fps=8.0)
+
+
+def test_a_class_an_object_and_a_score(tmp_path: Path) -> None:
+    text = """
+from dataclasses import dataclass
+from common.types import Score
+import torch
+
+@dataclass
+class Length:
+    power: int = 1
+
+    def score(self, video_BTYXC, prompts, *, fps):
+        return Score(torch.tensor([float(len(p)) ** self.power for p in prompts]))
+
+ready = Length(3)
+"""
+    squares = reward_of(tmp_path, text, "Length", power=2)
+    assert squares.score(VIDEO, PROMPTS, fps=8.0).value_B.tolist() == [1, 4, 9] * 2
+    cubes = reward_of(tmp_path, text, "ready")
+    assert cubes.score(VIDEO, PROMPTS, fps=8.0).value_B.tolist() == [1, 8, 27] * 2
+    assert cubes.name == "mine"
+    with pytest.raises(
+        ValueError,
+        match=r"^rewards\.mine: .*mine\.py: an object takes no options, got power",
+    ):
+        reward_of(tmp_path, text, "ready", power=2)
+    with pytest.raises(
+        ValueError,
+        match=r"^rewards\.mine: .*mine\.py: Length takes no pwoer; its options are power",
+    ):
+        reward_of(tmp_path, text, "Length", pwoer=2)
+
+
+@pytest.mark.parametrize("name", ["Length", "ready"])
+def test_a_class_and_an_object_may_do_as_a_function_does(
+    name: str, tmp_path: Path
+) -> None:
+    """No fps, plain numbers, no name; by group."""
+    text = """
+class Length:
+    group_level = True
+
+    def score(self, videos, prompts):
+        return [len(prompt) for prompt in prompts]
+
+ready = Length()
+"""
+    reward = reward_of(tmp_path, text, name)
+    assert reward.score(VIDEO, PROMPTS, fps=8.0).value_B.tolist() == [1, 2, 3] * 2
+    assert reward.group_level
+    result = loop_of({"mine": reward}).step(0)
+    assert result.scores["mine"].value_B.tolist() == [
+        len(p) for p in result.batch.prompts for _ in range(4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        (
+            "def score(v, p): ...\n",
+            "scores",
+            r"\.target: .*mine\.py has no 'scores'; did you mean 'score'\?",
+        ),
+        (
+            "x = 1\ndef score(v, p)\n",
+            "score",
+            r": .*mine\.py:2: SyntaxError: expected ':'",
+        ),
+        (
+            "\nimport not_here\n",
+            "score",
+            r": .*mine\.py:2: ModuleNotFoundError: No module named 'not_here'",
+        ),
+        ("x = {}['a']\n", "score", r": .*mine\.py:1: KeyError: 'a'"),
+        (
+            "class A:\n  def __init__(self):\n    1 / 0\n",
+            "A",
+            r": .*mine\.py:3: ZeroDivisionError: division by zero",
+        ),
+        (
+            "class A:\n  def __init__(self, x): ...\n",
+            "A",
+            r": .*mine\.py: TypeError: A\.__init__\(\) missing 1 .* 'x'",
+        ),
+        (
+            "def score(video): ...\n",
+            "score",
+            r": .*mine\.py: score cannot be called with videos and prompts: too many",
+        ),
+        (
+            "def score(v, p, x): ...\n",
+            "score",
+            r": .*score cannot be called .* missing a required argument: 'x'",
+        ),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_sentence_with_its_place(
+    text: str, name: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"^rewards\.mine{message}") as found:
+        reward_of(tmp_path, text, name)
+    assert "\n" not in str(found.value)
+    assert found.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("mine.py", r"must be path/to/file\.py:name"),
+        ("mine.txt:score", r"must be path/to/file\.py:name"),
+        ("gone.py:score", r"there is no file gone\.py"),
+    ],
+)
+def test_a_target_that_cannot_be_one_is_seen_before_anything_runs(
+    target: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        factory_of("mine", RewardConfig(target=target))
+    with pytest.raises(ValueError, match="two ways to name one reward"):
+        RewardConfig(kind="shapes", target=target)
+
+
+def test_what_is_not_in_the_file_or_is_no_reward(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"mine\.py has no 'score'; did you mean 'socre'"
+    ):
+        reward_of(tmp_path, "def socre(video, prompts): ...\n")
+    with pytest.raises(
+        ValueError, match="int is neither a function nor has it a method score"
+    ):
+        reward_of(tmp_path, "score = 3\n")
+
+
+def test_an_installed_package_brings_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("bright", "alignment.rewards.brightness:Brightness", own.GROUP)
+    monkeypatch.setattr(
+        own, "entry_points", lambda group: [point] if group == own.GROUP else []
+    )
+    (reward,) = build_rewards({"bright": RewardConfig()}).values()
+    assert reward.score(VIDEO, PROMPTS, fps=8.0).value_B.shape == (6,)
+    with pytest.raises(ValueError, match="remote, bright; did you mean 'bright'"):
+        factory_of("brigth", RewardConfig())
+
+
+class Rank:
+    """A member's place in its group by brightness: says nothing about a video alone."""
+
+    name = "rank"
+    group_level = True
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    def score(
+        self, video_BTYXC: torch.Tensor, prompts: list[str], *, fps: float
+    ) -> Score:
+        self.seen.append(list(prompts))
+        return Score(video_BTYXC.float().mean((1, 2, 3, 4)).argsort().argsort().float())
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_group_level_reward_sees_one_group_at_a_time(*, overlap: bool) -> None:
+    rank = Rank()
+    result = loop_of({"rank": rank}, overlap_scoring=overlap).step(0)
+    assert rank.seen == [[prompt] * 4 for prompt in result.batch.prompts]
+    places = result.scores["rank"].value_B.view(4, 4)
+    assert places.sort(dim=1).values.tolist() == [[0.0, 1.0, 2.0, 3.0]] * 4
+    assert math.isclose(result.metrics["reward/rank"], 1.5)
+    with pytest.raises(ValueError, match="rank must see a whole group on one rank"):
+        loop_of({"rank": rank}, ranks_per_group=2)

@@ -1,0 +1,351 @@
+"""The client of a reward server: what it tries again, when it gives up, and runs that lose their server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+
+from alignment.config import RewardConfig
+from alignment.rewards import build_rewards
+from alignment.rewards import wire as wire
+from alignment.rewards.brightness import Brightness
+from alignment.rewards.remote import RemoteError, RemoteReward
+from common.log import read_metrics
+from common.types import Score
+from tests.launch.processes import ROOT, deepspeed, run
+from tests.launch.test_grpo import alone
+
+VIDEO = torch.randint(
+    0,
+    256,
+    (3, 2, 4, 6, 3),
+    dtype=torch.uint8,
+    generator=torch.Generator().manual_seed(0),
+)
+PROMPTS = ["a", "b", "c"]
+
+
+class Scripted:
+    """A server that answers as it is told, one entry after the other; the last one for ever."""
+
+    def __init__(self, *answers: Callable[[bytes], tuple[int, bytes]] | int) -> None:
+        self.answers, self.asked, self.connections = list(answers), 0, 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def setup(self) -> None:
+                outer.connections += 1
+                super().setup()
+
+            def do_GET(self) -> None:
+                self.reply(200, json.dumps({"models": ["bright"]}).encode())
+
+            def do_POST(self) -> None:
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                answer = outer.answers[min(outer.asked, len(outer.answers) - 1)]
+                outer.asked += 1
+                self.reply(
+                    *((answer, b"busy") if isinstance(answer, int) else answer(content))
+                )
+
+            def reply(self, status: int, content: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                if status == 429:
+                    self.send_header("Retry-After", "7")
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None:
+                """Not on the console."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+class Clock:
+    """Time that passes by sleeping only."""
+
+    def __init__(self) -> None:
+        self.time, self.pauses = 0.0, list[float]()
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep(self, seconds: float) -> None:
+        self.time += seconds
+        self.pauses.append(seconds)
+
+
+def sound(content: bytes, **changes: Any) -> tuple[int, bytes]:
+    request = wire.decode_request(
+        content, wire.SAFETENSORS, max_frames=99, max_videos=99
+    )
+    score = Score(torch.arange(len(request.prompts), dtype=torch.float32))
+    return 200, json.dumps(
+        {**wire.encode_reply(request, score, [None] * 3), **changes}
+    ).encode()
+
+
+def remote(server: Scripted, clock: Clock, **options: Any) -> RemoteReward:
+    return RemoteReward(
+        server.url, deadline_s=60.0, sleep=clock.sleep, now=clock.now, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        503,
+        500,
+        408,
+        lambda _: (200, b"<html>starting</html>"),
+        lambda content: sound(content, values=[1.0]),
+        lambda content: sound(content, id="an earlier one"),
+        lambda content: sound(content, values=[1.0, "x", 2.0]),
+    ],
+)
+def test_what_may_pass_is_tried_again(trouble: Any) -> None:
+    server, clock = Scripted(trouble, trouble, sound), Clock()
+    assert remote(server, clock).score(VIDEO, PROMPTS, fps=8.0).value_B.tolist() == [
+        0.0,
+        1.0,
+        2.0,
+    ]
+    assert server.asked == 3
+    first, second = clock.pauses
+    assert 0.25 <= first <= 0.75
+    assert 0.5 <= second <= 1.5  # twice as long, jittered
+
+
+def test_a_server_that_is_busy_says_when_to_come_again() -> None:
+    server, clock = Scripted(429, sound), Clock()
+    remote(server, clock).score(VIDEO, PROMPTS, fps=8.0)
+    assert clock.pauses == [7.0]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
+def test_what_would_be_the_same_again_is_not(status: int) -> None:
+    server, clock = Scripted(status), Clock()
+    with pytest.raises(RemoteError, match=f"status {status}: busy"):
+        remote(server, clock).score(VIDEO, PROMPTS, fps=8.0)
+    assert server.asked == 1
+
+
+def test_the_deadline_is_for_everything_together() -> None:
+    server, clock = Scripted(503), Clock()
+    with pytest.raises(RemoteError, match="gave up after 60 s: status 503"):
+        remote(server, clock).score(VIDEO, PROMPTS, fps=8.0)
+    assert clock.time <= 60.0
+    assert 5 <= server.asked <= 12  # 0.5, 1, 2, 4, 8, 16, 20 seconds and jitter
+
+
+def test_giving_up_says_not_judged_and_never_a_number() -> None:
+    server, clock = Scripted(503), Clock()
+    value = (
+        remote(server, clock, on_failure="skip_group")
+        .score(VIDEO, PROMPTS, fps=8.0)
+        .value_B
+    )
+    assert bool(value.isnan().all())
+    with pytest.raises(ValueError, match="on_failure must be fail or skip_group"):
+        remote(server, clock, on_failure="zero")
+
+
+def test_a_null_is_not_judged() -> None:
+    server = Scripted(lambda content: sound(content, values=[1.0, None, 3.0]))
+    value = remote(server, Clock()).score(VIDEO, PROMPTS, fps=8.0).value_B
+    assert value.isnan().tolist() == [False, True, False]
+
+
+def test_a_server_that_is_not_there_is_found_out_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clock = Clock()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(RemoteError, match="gave up after 5 s: ConnectError"):
+        RemoteReward(
+            f"http://127.0.0.1:{port}", deadline_s=5.0, sleep=clock.sleep, now=clock.now
+        )
+    with pytest.raises(RemoteError, match="gave up after 60 s: ConnectError"):  # of 600
+        RemoteReward(f"http://127.0.0.1:{port}", sleep=clock.sleep, now=clock.now)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[-2] for line in said] == [" ConnectError", " ConnectError"]
+    assert said[1].startswith(
+        f"waiting for the reward server at http://127.0.0.1:{port}, up to 60 s"
+    )
+    cfg = RewardConfig(
+        url=f"http://127.0.0.1:{port}", options={"start_deadline_s": 0.1}
+    )
+    with pytest.raises(
+        ValueError, match=r"^rewards\.far: http.* gave up after 0\.1 s: ConnectError"
+    ):
+        build_rewards({"far": cfg})
+    with pytest.raises(ValueError, match="the server has bright; model says 'dark'"):
+        remote(Scripted(sound), clock, model="dark")
+
+
+# ------------------------------------------------------------------ both, for real
+
+
+@contextmanager
+def served(*overrides: str, **variables: str) -> Iterator[str]:
+    """launch/serve.py in a process of its own; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, "launch/serve.py", f"port={port}", *overrides]
+    process = subprocess.Popen(
+        words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+
+
+@pytest.mark.long
+def test_grpo_through_the_server_is_grpo_without_it(tiny: Path) -> None:  # noqa: F811 - the fixture
+    """Bit for bit, on one rank and on two; with a token."""
+    words = ["steps=2", "save_every=9", "self_checks=false"]
+    alone(tiny, f"run_dir={tiny.parent / 'inside'}", *words)
+    want = read_metrics(tiny.parent / "inside" / "metrics.jsonl")
+    with served(
+        "rewards.brightness.weight=1", REWARD_SERVER_TOKEN="tell nobody"
+    ) as url:
+        script = str(ROOT / "launch" / "grpo.py")
+        for ranks in (1, 2):
+            folder = tiny.parent / f"outside-{ranks}"
+            overrides = [
+                "--config",
+                str(tiny),
+                *words,
+                f"run_dir={folder}",
+                "rewards.brightness.weight=0",
+            ]
+            overrides += [
+                f"rewards.remote.url={url}",
+                "rewards.remote.options.model=brightness",
+            ]
+            start = [sys.executable, script] if ranks == 1 else None
+            if start:
+                run(*start, *overrides, REWARD_SERVER_TOKEN="tell nobody")
+            else:
+                deepspeed(2, script, *overrides, REWARD_SERVER_TOKEN="tell nobody")
+            rows = read_metrics(folder / "metrics.jsonl")
+            assert [row["reward/remote"] for row in rows] == [
+                row["reward/brightness"] for row in rows
+            ]
+            assert rows[0]["reward/remote"] == want[0]["reward/brightness"]
+            if ranks == 1:
+                assert [row["reward/remote"] for row in rows] == [
+                    row["reward/brightness"] for row in want
+                ]
+                assert [row["train/loss"] for row in rows] == [
+                    row["train/loss"] for row in want
+                ]
+
+
+def bright(content: bytes) -> tuple[int, bytes]:
+    """What `served` would say."""
+    request = wire.decode_request(
+        content, wire.SAFETENSORS, max_frames=99, max_videos=99
+    )
+    video_BTYXC = torch.stack([item.video_TYXC for item in request.items])
+    score = Brightness().score(video_BTYXC, request.prompts, fps=request.items[0].fps)
+    return 200, json.dumps(
+        wire.encode_reply(request, score, [None] * len(request.prompts))
+    ).encode()
+
+
+@pytest.mark.long
+def test_a_server_that_goes_away_stops_all_ranks_with_a_checkpoint(tiny: Path) -> None:  # noqa: F811 - the fixture
+    """It refuses the sixth request, which is one rank's at step 2: both end, what was done is kept, and goes on."""
+    script, folder = str(ROOT / "launch" / "grpo.py"), tiny.parent / "remote"
+    words = [
+        "--config",
+        str(tiny),
+        "steps=3",
+        "save_every=9",
+        "self_checks=false",
+        "rewards.brightness.weight=0",
+    ]
+    words += [
+        "rewards.remote.options.model=bright",
+        "rewards.remote.options.deadline_s=20",
+    ]
+    gone = Scripted(*[bright] * 5, 403)
+    done = deepspeed(
+        2,
+        script,
+        *words,
+        f"run_dir={folder}",
+        f"rewards.remote.url={gone.url}",
+        expect=1,
+    )
+    assert "stopped after 2 steps, which are saved: " in done.stdout
+    assert "status 403: busy" in done.stdout
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+    back = Scripted(bright)
+    deepspeed(2, script, *words, f"run_dir={folder}", f"rewards.remote.url={back.url}")
+    assert back.asked == 2  # one step's
+    straight = tiny.parent / "straight"
+    deepspeed(
+        2, script, *words, f"run_dir={straight}", f"rewards.remote.url={back.url}"
+    )
+    wanted, found = (read_metrics(one / "metrics.jsonl") for one in (straight, folder))
+    for name in ("reward/remote", "train/loss", "train/grad_norm"):
+        assert [row[name] for row in found] == [row[name] for row in wanted]
+
+
+@pytest.mark.slow
+def test_a_group_that_nobody_judged_teaches_nothing_and_is_counted(tiny: Path) -> None:  # noqa: F811 - the fixture
+    script, folder = str(ROOT / "launch" / "grpo.py"), tiny.parent / "skipping"
+    words = [
+        "--config",
+        str(tiny),
+        "steps=2",
+        "save_every=9",
+        "self_checks=false",
+        "rewards.brightness.weight=0",
+    ]
+    words += [
+        "rewards.remote.options.model=bright",
+        "rewards.remote.options.on_failure=skip_group",
+    ]
+    half = Scripted(
+        bright, bright, 403, bright
+    )  # at step 1 one of the two ranks is refused
+    deepspeed(2, script, *words, f"run_dir={folder}", f"rewards.remote.url={half.url}")
+    first, second = read_metrics(folder / "metrics.jsonl")
+    asked = 2 * first["reward/remote_unscored"] + second["reward/remote_unscored"]
+    assert asked == second["reward/remote_unscored"] > 0
+    assert (
+        second["reward/remote"] > 0.1
+    )  # the mean of those that were judged, not of zeros
+    assert second["train/skipped"] == 0.0

@@ -1,0 +1,93 @@
+"""Prompts: files with mistakes, and the schedule's promises."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from alignment.prompts import PromptBatch, PromptSchedule, read_prompts
+
+NINE = [f"prompt {i}" for i in range(9)]
+
+
+def test_text_and_json_lines_hold_the_same_prompts(tmp_path: Path) -> None:
+    text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    text.write_bytes("\ufeffa red ball\r\n\r\n  ein blauer Würfel \n".encode())
+    rows = [{"prompt": "a red ball"}, {"prompt": "ein blauer Würfel", "id": 3}]
+    lines.write_text("\n".join(json.dumps(row) for row in rows))
+    assert (
+        read_prompts(text) == read_prompts(lines) == ["a red ball", "ein blauer Würfel"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"\n', r"p\.jsonl:3: not JSON"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\n{"promt": "b"}\n',
+            r'p\.jsonl:2: needs a non-empty text under "prompt"',
+        ),
+        ("p.jsonl", b'{"prompt": " "}\n', r"p\.jsonl:1: needs"),
+        ("p.jsonl", b'["a"]\n', r"p\.jsonl:1: needs"),
+        ("p.txt", b"a\nb\n\xff\n", r"p\.txt:3: not UTF-8"),
+        ("p.txt", b"\n \n", r"p\.txt: holds no prompts"),
+        ("p.csv", b"a\n", r"p\.csv: prompts are read from"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no\.txt: cannot be read: No such file"):
+        read_prompts(tmp_path / "no.txt")
+
+
+def test_every_prompt_once_per_epoch_and_another_order_each() -> None:
+    schedule = PromptSchedule(NINE, seed=1, prompts_per_step=4)
+    drawn = [
+        prompt for step in range(9) for prompt in schedule.at(step).prompts
+    ]  # 36 = 4 epochs
+    epochs = [drawn[i : i + 9] for i in range(0, 36, 9)]
+    assert all(Counter(epoch) == Counter(NINE) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert len({seed for step in range(9) for seed in schedule.at(step).seeds}) == 36
+
+
+def test_a_step_does_not_depend_on_the_steps_before_it() -> None:
+    walked = PromptSchedule(NINE, seed=1, prompts_per_step=4)
+    batches = [walked.at(step) for step in range(7)]
+    for step in (6, 0, 3):
+        assert (
+            PromptSchedule(NINE, seed=1, prompts_per_step=4).at(step) == batches[step]
+        )
+    assert PromptSchedule(NINE, seed=2, prompts_per_step=4).at(0) != batches[0]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+def test_shares_are_the_batch_in_order(world: int) -> None:
+    batch = PromptSchedule(NINE, seed=0, prompts_per_step=6).at(2)
+    shares = [batch.share(rank, world) for rank in range(world)]
+    assert tuple(p for share in shares for p in share.prompts) == batch.prompts
+    assert tuple(s for share in shares for s in share.seeds) == batch.seeds
+
+
+def test_uneven_shares_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="6 prompts per step do not divide over 4 ranks"
+    ):
+        PromptBatch(tuple("abcdef"), tuple(range(6))).share(0, 4)
+
+
+def test_a_schedule_needs_prompts() -> None:
+    with pytest.raises(ValueError, match="got 0 and 4"):
+        PromptSchedule([], seed=0, prompts_per_step=4)

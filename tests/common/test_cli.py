@@ -1,0 +1,110 @@
+"""What users get wrong when a run is put together is a line and exit code 2, and leaves what was there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.cli import user_errors
+from tests.launch.processes import run
+
+GRPO = (
+    "python",
+    "launch/grpo.py",
+    "--config",
+    "configs/shapes/grpo_oracle.yaml",
+    "prompts_per_step=2",
+    "steps=1",
+)
+
+
+def lines(text: str) -> list[str]:
+    """What a program itself says: not the launcher's libraries."""
+    return [
+        line
+        for line in text.splitlines()
+        if line.startswith(("grpo.py", "sample.py", "evaluate.py", "serve.py"))
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generator.height=33"], "height must be a multiple of 8, got 33, try 32"),
+        (
+            ["deepspeed.gradient_accumulation_steps=7"],
+            "deepspeed.gradient_accumulation_steps follows from the batch",
+        ),
+        (["--resume", "nope"], "--resume nope: there is no such folder"),
+        (
+            [
+                "rewards.oracle.kind=descore",
+                "rewards.oracle.checkpoint=assets/shapes/wan",
+            ],
+            "is not a DeScore checkpoint",
+        ),
+    ],
+)
+def test_a_run_that_cannot_begin(tmp_path: Path, words: list[str], said: str) -> None:
+    done = run(*GRPO, f"run_dir={tmp_path / 'run'}", *words, expect=2)
+    assert len(lines(done.stderr)) == 1
+    assert said in lines(done.stderr)[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.long
+def test_a_resume_that_does_not_fit_leaves_the_runs_own_config(tmp_path: Path) -> None:
+    folder = f"run_dir={tmp_path / 'run'}"
+    run(*GRPO, folder, "self_checks=false", "evaluation=null")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    done = run(*GRPO, folder, "steps=2", "generator.lora.rank=4", expect=2)
+    assert "the checkpoint's parameters have other shapes" in lines(done.stderr)[0]
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    words = [
+        "--config",
+        "configs/shapes/sample.yaml",
+        "limit=1",
+        f"out={tmp_path / 'out'}",
+        f"adapter={tmp_path}",
+    ]
+    said = lines(run("python", "launch/sample.py", *words, expect=2).stderr)[0]
+    assert (
+        "holds no pytorch_lora_weights.safetensors; a run leaves its adapter in RUN/final"
+        in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("", "run_dir must name a folder, got ''"), ("README.md", "is a file")],
+)
+def test_a_path_that_can_be_no_folder(path: str, said: str) -> None:
+    done = run(*GRPO, f"run_dir={path}", expect=2)
+    assert said in lines(done.stderr)[0]
+
+
+def test_only_what_users_can_mend_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["launch/grpo.py"])
+    with pytest.raises(SystemExit, match="2"), user_errors():
+        raise ValueError("no such reward")
+    with pytest.raises(SystemExit, match="2"), user_errors():
+        raise FileNotFoundError(2, "No such file or directory", "judge")
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit, match="2"), user_errors():
+        raise FileNotFoundError("judge is not a checkpoint")
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "grpo.py: no such reward",
+        "grpo.py: judge: No such file or directory",
+        "grpo.py (rank 3): judge is not a checkpoint",
+    ]
+    with pytest.raises(RuntimeError), user_errors():
+        raise RuntimeError("shapes differ")
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no such reward"), user_errors():
+        raise ValueError("no such reward")

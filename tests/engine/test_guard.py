@@ -1,0 +1,230 @@
+"""A run's folder is its own, it stops when asked, and says where it is stuck."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from common.log import RunLog, read_metrics
+from engine.guard import STUCK, Guard
+from tests.launch.processes import BIN, ROOT, run
+
+SCRIPT = str(ROOT / "launch" / "grpo.py")
+
+
+def test_a_folder_has_one_run_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with Guard(tmp_path / "run", watchdog_s=0):
+        with (
+            pytest.raises(SystemExit, match="2"),
+            Guard(tmp_path / "run", watchdog_s=0),
+        ):
+            raise AssertionError("let in")
+        said = capsys.readouterr().err
+        assert "belongs to a run that is still going" in said
+        assert f'"process": {os.getpid()}' in said
+        with Guard(tmp_path / "other", watchdog_s=0):
+            pass
+    with Guard(tmp_path / "run", watchdog_s=0):
+        pass
+
+
+def test_a_folder_is_of_one_kind_of_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with Guard(tmp_path, kind="ColdStartRun", watchdog_s=0):
+        pass  # which never began
+    with Guard(tmp_path, kind="GrpoRun", watchdog_s=0):
+        (tmp_path / "config.yaml").touch()
+    with (
+        pytest.raises(SystemExit, match="2"),
+        Guard(tmp_path, kind="DpoRun", watchdog_s=0),
+    ):
+        raise AssertionError("let in")
+    assert (
+        f"{tmp_path} holds a GrpoRun, and this is a DpoRun: give it a folder of its own"
+        in capsys.readouterr().err
+    )
+    with Guard(tmp_path, kind="GrpoRun", watchdog_s=0):
+        pass
+    (tmp_path / "lock.json").write_text("half a li")
+    with Guard(tmp_path, kind="DpoRun", watchdog_s=0):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_a_line(capsys: pytest.CaptureFixture) -> None:
+    with (
+        pytest.raises(SystemExit, match="2"),
+        Guard(Path("/proc/nowhere"), watchdog_s=0),
+    ):
+        raise AssertionError("let in")
+    assert "run_dir=/proc/nowhere: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    """Killed, so nobody takes it away."""
+    program = "import os, pathlib, sys; from engine.guard import Guard\n"
+    program += (
+        "with Guard(pathlib.Path(sys.argv[1]), watchdog_s=0): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=False
+    )
+    assert (tmp_path / "lock.json").exists()
+    with Guard(tmp_path, watchdog_s=0):
+        pass
+
+
+def test_a_signal_is_noted_once_and_kills_the_second_time(tmp_path: Path) -> None:
+    with Guard(tmp_path, watchdog_s=0) as guard:
+        assert not guard.step_done()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert guard.step_done()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with pytest.raises(SystemExit, match="143"):
+            guard.leave(RunLog(tmp_path), 3)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_before_the_first_step_ends_the_process_at_once(
+    tmp_path: Path,
+) -> None:
+    """There is nothing to finish and nothing to save. Once begun, it is noted, and `begin` again changes nothing."""
+    program = "import os, pathlib, sys; from engine.guard import Guard\n"
+    program += "with Guard(pathlib.Path(sys.argv[1]), watchdog_s=0): os.kill(os.getpid(), int(sys.argv[2]))"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        words = [sys.executable, "-c", program, str(tmp_path), str(int(number))]
+        done = subprocess.run(
+            words, cwd=ROOT, check=False, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (-number, "")
+    with Guard(tmp_path, watchdog_s=0) as guard:
+        guard.begin()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        guard.begin()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert guard.step_done()
+
+
+@pytest.mark.slow
+def test_waiting_for_a_reward_server_can_be_ended(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = [
+        "--config",
+        str(tiny),
+        f"run_dir={tmp_path / 'run'}",
+        "rewards.far.url=http://127.0.0.1:9",
+    ]
+    process = started(1, *words)
+    for line in process.stdout:
+        if "waiting for the reward server at http://127.0.0.1:9, up to 60 s" in line:
+            break
+    os.kill(process.pid, signal.SIGTERM)
+    rest, _ = process.communicate(timeout=5)
+    assert process.returncode == -signal.SIGTERM
+    assert "this step is finished" not in rest
+
+
+def started(ranks: int, *words: str) -> subprocess.Popen[str]:
+    """launch/grpo.py under torchrun, or alone."""
+    launcher = (
+        [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(ranks)]
+        if ranks > 1
+        else [sys.executable]
+    )
+    return subprocess.Popen(
+        [*launcher, SCRIPT, *words], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, lines: int) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() or len(read_metrics(path)) < lines:
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = psutil.Process(process.pid).children(recursive=True)
+    return sorted(
+        (p for p in found if SCRIPT in p.cmdline()),
+        key=lambda p: int(p.environ()["RANK"]),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "victim"), [(1, "itself"), (2, "rank 1"), (2, "launcher")]
+)
+def test_asked_to_stop_it_saves_and_goes_on(
+    ranks: int, victim: str, tiny: Path, tmp_path: Path
+) -> None:  # noqa: F811
+    """Saved where nothing else would have been: save_every is out of reach."""
+    words = [
+        "--config",
+        str(tiny),
+        f"run_dir={tmp_path / 'run'}",
+        "save_every=900",
+        "self_checks=false",
+    ]
+    process = started(ranks, *words, "steps=400")
+    wait_for(tmp_path / "run" / "metrics.jsonl", 2)
+    target = process.pid if victim != "rank 1" else ranks_of(process)[1].pid
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(target, signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if ranks == 1:
+        assert process.returncode == 128 + signal.SIGTERM
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert f"SIGTERM: stopped after {len(rows)} steps, which are saved" in out
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        f"step-{len(rows):06d}"
+    ]
+    assert not any(
+        child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+        for child in children
+    )
+    if victim == "itself":
+        done = run(sys.executable, SCRIPT, *words, f"steps={len(rows) + 1}")
+        assert f"going on after {len(rows)} steps" in done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_that_hangs_or_dies_ends_all(
+    how: signal.Signals, tiny: Path, tmp_path: Path
+) -> None:  # noqa: F811
+    words = [
+        "--config",
+        str(tiny),
+        f"run_dir={tmp_path / 'run'}",
+        "self_checks=false",
+        "watchdog_s=6",
+        "steps=400",
+    ]
+    process = started(2, *words)
+    wait_for(tmp_path / "run" / "metrics.jsonl", 2)
+    children = ranks_of(process)
+    os.kill(children[1].pid, how)
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    if how == signal.SIGSTOP:
+        assert "rank 0: no step for" in out
+        assert f"exitcode  : {STUCK}" in out
+        assert (
+            "distributed_c10d.py"
+            in (tmp_path / "run" / "stacks-rank-0.txt").read_text()
+        )
+    _, alive = psutil.wait_procs(children, timeout=40)
+    assert not alive

@@ -1,0 +1,63 @@
+"""`make demo` from end to end: its own steps through its own entry points, each with less to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import demo
+
+LESS = {
+    "make_shapes.py": ["--pairs", "train=32", "heldout=16"],
+    "cold_start.py": ["cold_start.epochs=1", "heldout_pairs=8"],
+    "grpo.py": ["steps=1", "prompts_per_step=2"],
+    "pairs.py": ["limit=6", "pairs.min_margin=0"],
+    "dpo.py": ["dpo.epochs=1", "dpo.pairs_per_step=2", "dpo.micro_batch=1"],
+}
+
+
+def less(script: str, words: list[str]) -> list[str]:
+    """The last of two values of a key counts."""
+    if script == "evaluate.py":
+        return [*words, "limit=8"]
+    return [*words, *LESS[script]]
+
+
+@pytest.mark.long
+def test_its_steps_follow_each_other_and_end_in_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = demo.plan
+
+    def shorter(run: Path, seed: int) -> list[demo.Step]:
+        return [
+            dataclasses.replace(step, arguments=less(step.script, step.arguments))
+            for step in whole(run, seed)
+        ]
+
+    monkeypatch.setattr(demo, "plan", shorter)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--run-dir", str(tmp_path)])
+    demo.main()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["rm"]["heldout_accuracy"]["n"] > 0
+    for judge in ("oracle", "descore"):
+        assert {name: one["n"] for name, one in summary[judge].items()} == {
+            "base": 8,
+            "tuned": 8,
+            "dpo": 8,
+        }
+    assert (
+        len({one["mean"] for one in summary["oracle"].values()}) == 3
+    )  # both runs moved the generator
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:video/mp4") > 3
+    assert "DeScore, stage 1: cold start" in capfd.readouterr().out
+
+    demo.main()
+    again = capfd.readouterr().out
+    assert again.count("done before") == len(whole(tmp_path, 0))
+    assert "$ " not in again

@@ -1,0 +1,135 @@
+"""The ablations at their smallest: trained and judged by the real commands, counted by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.config import load
+from experiments.grpo_arms import (
+    ARMS,
+    BASE,
+    GrpoArmRun,
+    configs_of,
+    cost_of_update,
+    updates_of,
+)
+from experiments.grpo_table import GROUPS, GrpoOutcome, over_seeds, read_outcome
+from generator.config import SamplerConfig
+from launch.planning.forwards import samples_per_rollout
+from launch.schemas.training import GrpoRun
+from tests.launch.processes import run
+
+
+def test_samples_of_a_rollout_by_hand() -> None:
+    plain = {"num_steps": 8, "stochastic_range": 4, "guidance_scale": 1.0}
+    # k = 0..3: (k + 1) + 8 (7 - k) = 57, 50, 43, 36
+    assert samples_per_rollout(SamplerConfig(**plain), 8) == (57 + 50 + 43 + 36) / 4
+    assert (
+        samples_per_rollout(SamplerConfig(**{**plain, "guidance_scale": 4.5}), 8)
+        == 2 * (57 + 50 + 43 + 36) / 4
+    )
+    # a tail of three: (k + 1) + 24
+    assert (
+        samples_per_rollout(SamplerConfig(**plain, tail_steps=3), 8)
+        == (25 + 26 + 27 + 28) / 4
+    )
+    assert samples_per_rollout(SamplerConfig(**plain, initial_noise="member"), 8) == 64
+    everything = {
+        **plain,
+        "stochastic": "all",
+        "stochastic_range": 8,
+        "initial_noise": "member",
+    }
+    assert samples_per_rollout(SamplerConfig(**everything), 8) == 64
+    # windows of 4 from 0 to 4, the start shared: (k + 1) + 8 (7 - k)
+    window = {**plain, "stochastic": "window", "window_size": 4, "stochastic_range": 8}
+    assert (
+        samples_per_rollout(SamplerConfig(**window), 8) == (57 + 50 + 43 + 36 + 29) / 5
+    )
+
+
+def test_every_arm_is_a_run_of_its_own_that_costs_what_the_recipe_costs() -> None:
+    runs = {
+        name: load(GrpoRun, configs_of(arm), arm.extra) for name, arm in ARMS.items()
+    }
+    assert {arm for members in GROUPS.values() for arm in members} == set(ARMS)
+    recipe = runs[BASE]
+    assert cost_of_update(recipe) == 16 * (46.5 + 3 + 1)
+    for name, cfg in runs.items():
+        assert (cfg.generator.sampler, cfg.grpo, cfg.prompts_per_step) != (
+            recipe.generator.sampler, recipe.grpo, recipe.prompts_per_step
+        ) or name == BASE  # fmt: skip
+        # nothing but the algorithm differs
+        assert cfg.optimizer == recipe.optimizer, name
+        assert cfg.generator.lora == recipe.generator.lora, name
+        assert cfg.generator.sampler.num_steps == 8, name
+        assert cfg.prompts_per_step * cfg.grpo.group_size == 128, (
+            name
+        )  # the same videos an update
+        if not ARMS[name].updates:
+            assert updates_of(ARMS[name], 400) * cost_of_update(cfg) == pytest.approx(
+                400 * cost_of_update(recipe), rel=0.01
+            )
+    assert updates_of(ARMS["tail_ab2"], 400) == 400
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    outcomes = {
+        GrpoArmRun(0, BASE): GrpoOutcome((0.5, 0.5)),
+        GrpoArmRun(1, BASE): GrpoOutcome((0.1, 0.3)),
+    }
+    outcomes |= {
+        GrpoArmRun(seed, "no_kl"): GrpoOutcome(
+            tuple(v + 0.25 for v in outcomes[GrpoArmRun(seed, BASE)].score)
+        )
+        for seed in (0, 1)
+    }
+    found = over_seeds(outcomes, "no_kl", minus=BASE)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert over_seeds(outcomes, BASE).mean == pytest.approx(0.35)
+
+
+@pytest.mark.long
+def test_the_smallest_table(tmp_path: Path) -> None:
+    words = ["--seeds", "0", "--updates", "1", "--prompts", "3", "--arms", "flow_grpo"]
+    again = [
+        sys.executable,
+        "experiments/reproduce_grpo.py",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--out",
+        str(tmp_path),
+    ]
+    run(*again, *words, timeout=600)
+    before = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.jsonl")
+    }
+    run(*again, *words)  # started again there is nothing left to do
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    record = json.loads((tmp_path / "reproduce_grpo.json").read_text(encoding="utf-8"))
+    assert list(record["arms"]) == ["base", BASE, "flow_grpo"]
+    flow = read_outcome(tmp_path / "run", GrpoArmRun(0, "flow_grpo"))
+    cfg = load(GrpoRun, configs_of(ARMS["flow_grpo"]), ARMS["flow_grpo"].extra)
+    assert (
+        flow.forwards == cost_of_update(cfg) == 16 * (64 + 64 * 4)
+    )  # as counted by a hook, as computed, by hand
+    assert [spent for spent, _ in flow.curve] == [0.0, flow.forwards]
+    assert (flow.updates, flow.videos) == (1, 128)
+    for arm, row in record["arms"].items():
+        lines = (
+            (GrpoArmRun(0, arm).folder(tmp_path / "run") / "eval" / "results.jsonl")
+            .read_text()
+            .splitlines()
+        )
+        values = [json.loads(line)["rewards"]["shapes"] for line in lines]
+        assert row["oracle"]["mean"] == pytest.approx(sum(values) / 3)
+    assert flow.curve[0][1] == pytest.approx(
+        record["arms"]["base"]["oracle"]["mean"]
+    )  # before training it is the base
+    page = (tmp_path / "reproduce_grpo.md").read_text(encoding="utf-8")
+    assert "Flow-GRPO | 1 | 128 | 5120 |" in page
+    assert "<svg" in (tmp_path / "reproduce_grpo.svg").read_text(encoding="utf-8")

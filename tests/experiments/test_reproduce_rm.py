@@ -1,0 +1,202 @@
+"""The paper's comparison at its smallest: every judge trained and tested by the real commands, and told apart."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.rm_arms import METHODS, TESTS, Cell, chains, steps_of
+from experiments.rm_table import (
+    RmOutcome,
+    _against_statement,
+    _stated,
+    difference,
+    over_seeds,
+    read_outcomes,
+)
+from launch.evaluation.intervals import runs_ci95
+from rm.prompt import DIMENSIONS
+from tests.launch.processes import run
+
+WORDS = ("--seeds", "0", "--sizes", "48", "--tests", "12", "--rl-steps", "2")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reproduce")
+    again = [
+        sys.executable,
+        "experiments/reproduce_rm.py",
+        "--run-dir",
+        str(folder / "run"),
+        "--out",
+        str(folder / "out"),
+    ]
+    run(*again, *WORDS, timeout=900)
+    before = {
+        path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*.json*")
+    }
+    run(*again, *WORDS)  # started again there is nothing left to do
+    timings = folder / "run" / "seconds.json"
+    assert all(
+        path.stat().st_mtime_ns == at for path, at in before.items() if path != timings
+    )
+    return folder
+
+
+@pytest.mark.long
+def test_the_smallest_comparison(made: Path) -> None:
+    record = json.loads(
+        (made / "out" / "reproduce_rm.json").read_text(encoding="utf-8")
+    )
+    assert sorted(judge["method"] for judge in record["judges"]) == sorted(METHODS)
+    for judge in record["judges"]:
+        assert list(judge["tests"]) == list(TESTS)
+        thinks = judge["method"] not in ("discriminative", "stage1_at_once")
+        assert all(
+            ("sub_dimensions" in found) == thinks for found in judge["tests"].values()
+        )
+        assert all(
+            1 <= found["accuracy"]["n"] <= 12 for found in judge["tests"].values()
+        )
+    # the accuracy is what evaluate.py says of all tests together, by another route
+    folder = Cell(0, 48, "stage1").folder(made / "run")
+    summary = json.loads(
+        (folder / "tests" / "summary.json").read_text(encoding="utf-8")
+    )["without_ties"]
+    own = next(
+        judge["tests"] for judge in record["judges"] if judge["method"] == "stage1"
+    )
+    right = sum(
+        found["accuracy"]["mean"] * found["accuracy"]["n"] for found in own.values()
+    )
+    assert right / summary["n"] == pytest.approx(summary["mean"])
+    page = (made / "out" / "reproduce_rm.md").read_text(encoding="utf-8")
+    assert all(method.title in page for method in METHODS.values())
+    for name in ("size", "training"):
+        assert "<svg" in (made / "out" / f"reproduce_rm_{name}.svg").read_text(
+            encoding="utf-8"
+        )
+
+
+@pytest.mark.long
+def test_each_judge_is_its_own(made: Path) -> None:
+    cells = [cell for chain in chains(0, [48]) for cell in chain]
+    rewards = {}
+    for cell in cells:
+        rows = (
+            (cell.folder(made / "run") / "tests" / "results.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        )
+        rewards[cell.method] = [json.loads(row)["reward_A"] for row in rows]
+    assert len({tuple(values) for values in rewards.values()}) == len(METHODS)
+    outcomes = read_outcomes(made / "run", cells)
+    base = outcomes[Cell(0, 0, "base")]["indomain"]
+    assert (
+        sum(base.right) / len(base.right) > 0.5
+    )  # the base states scores that mean something
+    assert sum(base.thought) / len(base.thought) > 0.7
+
+
+def test_what_a_judge_starts_from() -> None:
+    run_dir = Path("r")
+    train, judged = steps_of(Cell(1, 500, "descore"), run_dir, rl_steps=7)
+    assert f"checkpoint={run_dir / 'seed1' / '500_stage1' / 'final'}" in train.arguments
+    assert {"dual_rl.steps=7", "data.limit=500", "seed=1"} <= set(train.arguments)
+    assert (
+        f"checkpoint={run_dir / 'seed1' / '500_descore' / 'final'}" in judged.arguments
+    )
+    (at_once,) = steps_of(Cell(1, 500, "stage1_at_once"), run_dir, rl_steps=7)
+    assert {
+        f"checkpoint={run_dir / 'seed1' / '500_stage1' / 'final'}",
+        "options={chains: 0}",
+    } <= set(at_once.arguments)
+    # what is trained comes before what starts from it
+    order = [cell.method for chain in chains(0, [500]) for cell in chain]
+    assert order.index("stage1") < order.index("stage1_at_once")
+    assert order.index("stage1") < order.index("descore")
+    assert order.index("stage1_p0") < order.index("descore_p0")
+    assert sorted(order) == sorted(METHODS)
+
+
+def test_what_chains_state_by_hand() -> None:
+    def row(a: float | None, b: float | None, label: int) -> dict:
+        parts = [
+            None if x is None else {**dict.fromkeys(DIMENSIONS, 1.0), "subject": x}
+            for x in (a, b)
+        ]
+        return {"parts_A": parts[0], "parts_B": parts[1], "label": label}
+
+    assert [_stated(row(2.0, 0.0, label)) for label in (1, -1)] == [1.0, -1.0]
+    assert _stated(row(1.0, 1.0, -1)) == 0.0
+    assert math.isnan(_stated(row(None, 1.0, 1)))
+    sure, unsure = (
+        RmOutcome((1.0, 0.0, 1.0, 0.0), (1.0, 0.0, 0.0, -1.0)),
+        RmOutcome((0.0,), (1.0,)),
+    )
+    outcomes = {
+        Cell(seed, 10, "descore"): {n: sure if n == "wan" else unsure for n in TESTS}
+        for seed in (0, 1)
+    }
+    line = next(
+        x for x in _against_statement(outcomes, 10) if "both stages, p = 0.5 | out" in x
+    )
+    # a seed has four pairs of wan and one of each of three others; five of seven state the right order or a wrong one
+    assert line.endswith("| 0.571: 0.250 | 0.286: 0.500 | 0.143: 0.000 |")
+
+
+def test_over_seeds_and_differences_by_hand() -> None:
+    def outcome(*right: float) -> dict[str, RmOutcome]:
+        return {name: RmOutcome(right) for name in TESTS}
+
+    outcomes = {
+        Cell(0, 10, "descore"): outcome(1.0, 1.0, 0.0, 1.0),
+        Cell(0, 10, "stage1"): outcome(1.0, 0.0, 0.0, 1.0),
+        Cell(1, 10, "descore"): outcome(1.0, 0.0, 0.0, 0.0),
+        Cell(1, 10, "stage1"): outcome(1.0, 0.0, 0.0, 0.0),
+    }
+    assert over_seeds(
+        outcomes, 10, "descore", TESTS[:1], "right"
+    ).mean == pytest.approx(0.5)
+    assert over_seeds(outcomes, 10, "descore", TESTS[:1], "thought") is None
+    found = difference(outcomes, 10, "descore", "stage1", TESTS, "right")
+    assert found.mean == pytest.approx((0.25 + 0.0) / 2)
+    assert found.low == 0.0
+
+
+def test_the_bootstrap_over_runs_has_the_spread_of_runs_and_of_values() -> None:
+    """Two normal stages: var(mean) = var_runs / R + var_values / (R n), as drawn from R runs of n values."""
+    random = np.random.default_rng(0)
+    centres = random.normal(size=40)
+    runs = [[centre + 0.5 * random.normal(size=50)] for centre in centres]
+    found = runs_ci95(runs, seed=1, resamples=4000)
+    means = np.array([run[0].mean() for run in runs])
+    # resampled runs spread by the population variance of the run means; values add their own on top
+    want = math.sqrt(
+        means.var() / 40 + np.mean([run[0].var() for run in runs]) / (40 * 50)
+    )
+    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(want, rel=0.05)
+    assert found.mean == pytest.approx(means.mean())
+    assert found.n == 2000
+
+
+def test_one_run_leaves_the_spread_of_its_values() -> None:
+    values = np.random.default_rng(0).normal(size=400)
+    found = runs_ci95([[values]], seed=0)
+    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(
+        values.std() / 20, rel=0.06
+    )
+
+
+def test_tables_count_alike_however_long_they_are() -> None:
+    assert runs_ci95([[[1.0] * 9, [0.0]]], seed=0).mean == 0.5
+    with pytest.raises(ValueError, match="equally many tables"):
+        runs_ci95([[[1.0]], [[1.0], [0.0]]], seed=0)
+    with pytest.raises(ValueError, match="equally many tables"):
+        runs_ci95([[[]]], seed=0)

@@ -1,0 +1,256 @@
+"""launch/evaluate.py rm: how often a judge agrees with people, and what it costs when a file is bad."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+
+from common.types import Score
+from common.video_io import write_mp4
+from launch import calibrate, evaluate
+from launch.evaluation import preference as pair_rows
+from launch.evaluation.results_table import read_rows
+from rm.data import Pair
+from tests.fakes import decoder_with_a_trap
+
+
+class NamedScorer:
+    """The reward of v_A.mp4 is the A of its name; broken.mp4 cannot be read, nan.mp4 not be judged."""
+
+    name = "descore"
+
+    def score(
+        self,
+        videos: Sequence[Path],
+        prompts: Sequence[str],
+        *,
+        fps: float | None = None,
+    ) -> Score:
+        if any("broken" in video.name for video in videos):
+            raise ValueError("broken.mp4: cannot be decoded")
+        values = [float(video.stem.partition("_")[2] or "nan") for video in videos]
+        return Score(
+            torch.tensor(values),
+            parts={"subject": torch.ones(len(values))},
+            texts=[v.name for v in videos],
+        )
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Margins 1, -1, 2, NaN (unjudged), NaN (broken) and a tie of 0.25; people said A, A, A, B, A, same."""
+    import rm.scorer
+
+    scorer = NamedScorer()
+    monkeypatch.setattr(
+        rm.scorer.DeScoreScorer, "load", classmethod(lambda cls, path: scorer)
+    )
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "descore.json").write_text('{"format": 1}')
+    table = [
+        ("v_2", "v_1", "A"),
+        ("v_1", "v_2", "A"),
+        ("v_3", "v_1", "A"),
+        ("nan", "v_9", "B"),
+    ]
+    table += [("broken", "v_1", "A"), ("v_1", "v_0.75", "same")]
+    lines = ["videos,prompt,GSB"]
+    for a, b, label in table:
+        for name in (a, b):
+            write_mp4(
+                tmp_path / f"{name}.mp4",
+                torch.zeros(2, 16, 16, 3, dtype=torch.uint8),
+                8.0,
+            )
+        lines.append(f"\"['{a}.mp4', '{b}.mp4']\",a prompt,{label}")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "pairs.csv"
+
+
+def test_preference_accuracy_of_hand_made_margins(pairs: Path, tmp_path: Path) -> None:
+    words = [
+        f"out={tmp_path / 'eval'}",
+        f"checkpoint={tmp_path / 'judge'}",
+        f"pairs={pairs}",
+        "batch=6",
+    ]
+    evaluate.main(["--local_rank=0", "rm", *words])
+    summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
+    assert summary["without_ties"]["mean"] == pytest.approx(
+        2 / 5
+    )  # the unjudged pairs are wrong
+    assert summary["without_ties"]["n"] == 5
+    # threshold 0.25 keeps the two right ones and wins the tie
+    assert summary["with_ties"]["mean"] == pytest.approx(3 / 6)
+    assert summary["threshold"] == pytest.approx(0.25)
+    assert (summary["pairs"], summary["ties"], summary["unjudged"]) == (6, 1, 2)
+    rows = read_rows(tmp_path / "eval" / "results.jsonl")
+    assert (rows[0]["reward_A"], rows[0]["cot_B"], rows[0]["parts_A"]) == (
+        2.0,
+        "v_1.mp4",
+        {"subject": 1.0},
+    )
+    assert rows[3]["reward_A"] is None
+    assert "cannot be decoded" in rows[4]["error"]
+    assert (tmp_path / "eval" / rows[2]["video_A"]).resolve() == tmp_path / "v_3.mp4"
+
+
+def test_a_file_that_kills_its_decoder_costs_its_pair(
+    pairs: Path, tmp_path: Path, monkeypatch
+) -> None:
+    decoder_with_a_trap(
+        tmp_path, "'v_3' in line and os.kill(os.getpid(), 11)", monkeypatch
+    )
+    evaluate.main(
+        [
+            "rm",
+            f"out={tmp_path / 'eval'}",
+            f"checkpoint={tmp_path / 'judge'}",
+            f"pairs={pairs}",
+            "batch=6",
+        ]
+    )
+    rows = read_rows(tmp_path / "eval" / "results.jsonl")
+    assert ["error" in row for row in rows] == [False, False, True, False, True, False]
+    assert "v_3.mp4: the decoder died with exit code -11" in rows[2]["error"]
+
+
+def test_dimensions_and_right_sub_dimensions_are_counted_apart() -> None:
+    answer = '<answer>{"dimensional_scores": {"subject": 2, "camera": 1}}</answer>'
+    pair = Pair(
+        "p",
+        Path("a"),
+        Path("b"),
+        "",
+        "",
+        1,
+        {"subject": 2, "camera": 0},
+        {"subject": 1},
+        {"TA": -1},
+    )
+    found = {
+        "cot_A": answer,
+        "cot_B": answer,
+        "parts_A": {"reward.TA": 1.0, "reward.camera": 2.0, "subject": 2.0},
+    }
+    assert pair_rows.quality(pair, found) == {"quality_A": 0.5, "quality_B": 0.0}
+    assert pair_rows.labels(pair, found) == {
+        "labels": {"TA": -1}
+    }  # B's camera is unknown
+    rows = [
+        {"label": 1, "reward_A": 1.0, "reward_B": 0.0, "parts_A": {"reward.TA": a}, "parts_B": {"reward.TA": b},
+         "labels": {"TA": label}, "quality_A": q, "quality_B": 1.0}
+        for a, b, label, q in ((0.0, 1.0, -1, 1.0), (3.0, 1.0, 1, 0.0), (1.0, 2.0, 1, 0.5), (9.0, 0.0, 0, 0.5))
+    ]  # fmt: skip
+    rows += [{"label": 1, "error": "broken"}]
+    summary = pair_rows.summarise_pairs(rows, seed=0, resamples=50)
+    assert summary["without_ties"]["mean"] == pytest.approx(4 / 5)
+    assert (summary["without_ties.TA"]["mean"], summary["without_ties.TA"]["n"]) == (
+        pytest.approx(2 / 3),
+        3,
+    )
+    assert (summary["sub_dimensions"]["mean"], summary["sub_dimensions"]["n"]) == (
+        pytest.approx(0.75),
+        4,
+    )
+
+
+def calibrated(monkeypatch: pytest.MonkeyPatch, *words: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", *map(str, words)])
+    calibrate.main()
+
+
+def test_calibration_takes_the_rewards_of_an_evaluation(
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    judge = tmp_path / "judge"
+    words = [f"checkpoint={judge}", f"pairs={pairs}", "batch=6"]
+    evaluate.main(["rm", f"out={tmp_path / 'eval'}", *words])
+    calibrated(monkeypatch, judge, tmp_path / "eval")
+    found = json.loads((judge / "calibration.json").read_text())
+    values = [
+        2.0,
+        1.0,
+        1.0,
+        2.0,
+        3.0,
+        1.0,
+        9.0,
+        1.0,
+        0.75,
+    ]  # of the pair with a broken file nothing is known
+    assert found["videos"] == len(values)
+    assert found["mean"]["overall"] == pytest.approx(sum(values) / len(values))
+    assert found["std"]["overall"] == pytest.approx(
+        torch.tensor(values).std(correction=0).item()
+    )
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "descore.json").write_text('{"format": 1}')
+    with pytest.raises(SystemExit, match="2"):
+        calibrated(monkeypatch, tmp_path / "other", tmp_path / "eval")
+    assert "is about" in capsys.readouterr().err
+
+
+def test_accuracy_without_ties_has_the_binomial_interval() -> None:
+    """300 decided pairs, 255 right: in a resample the number of right ones is Binomial(300, 0.85)."""
+    rows = [
+        {"reward_A": 1.0 if i < 255 else -1.0, "reward_B": 0.0, "label": 1}
+        for i in range(300)
+    ]
+    rows += [{"reward_A": 0.0, "reward_B": 3.0, "label": 0} for _ in range(100)]
+    summary = pair_rows.summarise_pairs(rows, seed=0, resamples=2_000)
+    low, high = stats.binom.ppf([0.025, 0.975], 300, 0.85) / 300
+    assert summary["without_ties"]["mean"] == pytest.approx(0.85)
+    assert summary["without_ties"]["ci95"] == pytest.approx([low, high], abs=1 / 300)
+    assert summary["with_ties"]["mean"] == pytest.approx(255 / 400)
+
+
+@pytest.mark.slow
+def test_a_real_judge_reads_the_files_of_the_table(tmp_path: Path) -> None:
+    """A random DeScore of the real classes: in batches each file gets what it gets alone; broken is wrong."""
+    from rm.model import DeScore
+    from rm.scorer import DeScoreScorer
+    from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, save_tiny_qwen
+
+    base = save_tiny_qwen(tmp_path / "base")
+    TEMPLATE.save(base / "prompt.json")
+    SETTINGS.save(base / "video.json")
+    DeScore.from_base(base).save(tmp_path / "judge")
+    for i in range(5):
+        write_mp4(tmp_path / f"{i}.mp4", random_frames(i), 4.0)
+    (tmp_path / "5.mp4").write_bytes(b"no video")
+    table = [(0, 1, "A"), (2, 3, "B"), (4, 5, "A")]
+    lines = [f"\"['{a}.mp4', '{b}.mp4']\",prompt {a},{label}" for a, b, label in table]
+    (tmp_path / "pairs.csv").write_text("\n".join(["videos,prompt,GSB", *lines]) + "\n")
+    words = [
+        f"out={tmp_path / 'eval'}",
+        f"checkpoint={tmp_path / 'judge'}",
+        f"pairs={tmp_path / 'pairs.csv'}",
+    ]
+    evaluate.main(["rm", *words, "options={chains: 0}"])
+
+    rows = read_rows(tmp_path / "eval" / "results.jsonl")
+    scorer = DeScoreScorer.load(tmp_path / "judge", chains=0)
+    for row, (a, b, _) in zip(rows[:2], table, strict=False):
+        alone = [
+            float(scorer.score([tmp_path / f"{v}.mp4"], [f"prompt {a}"]).value_B[0])
+            for v in (a, b)
+        ]
+        assert [row["reward_A"], row["reward_B"]] == pytest.approx(alone, abs=1e-5)
+        assert alone[0] != pytest.approx(alone[1], abs=1e-4)
+    right = sum(
+        (row["reward_A"] - row["reward_B"]) * row["label"] > 0 for row in rows[:2]
+    )
+    summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
+    assert summary["without_ties"]["mean"] == pytest.approx(right / 3)
+    assert summary["unjudged"] == 1

@@ -1,0 +1,281 @@
+"""The scripts of launch/nodes without a second node, and what a run asks of its nodes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common import distributed as network
+from engine import guard
+from engine.guard import STUCK, Guard
+from launch.evaluation.results_table import ResultsTable
+from tests.launch.processes import ROOT, deepspeed, run
+
+FOLDER = ROOT / "launch" / "nodes"
+SCRIPTS = sorted(path for path in FOLDER.iterdir() if path.name != "hostfile")
+NODE = str(FOLDER / "node.sh")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_bash_and_know_no_site(script: Path) -> None:
+    run("bash", "-n", str(script))
+    text = script.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n# ")
+    assert "\nset -euo pipefail\n" in text
+    directives = re.findall(r"^#SBATCH --([\w-]+)", text, re.M)
+    assert not set(directives) & {
+        "partition",
+        "account",
+        "qos",
+        "constraint",
+        "reservation",
+        "nodelist",
+        "time",
+    }
+    assert not re.search(r"/(home|scratch|users|work|mnt)/|module load", text)
+    assert script.suffix == ".sbatch" or os.access(script, os.X_OK)
+
+
+@pytest.mark.slow
+def test_deepspeed_reads_the_hostfile() -> None:
+    program = "import sys; from deepspeed.launcher.runner import fetch_hostfile; print(dict(fetch_hostfile(sys.argv[1])))"
+    said = run(sys.executable, "-c", program, str(FOLDER / "hostfile")).stdout
+    assert said.strip().endswith("{'10.0.0.1': 8, '10.0.0.2': 8}")
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    """A deepspeed that starts one rank, which writes what it is told and gets, and ignores no more than its parent."""
+    rank = "import signal, sys, time, pathlib; got = pathlib.Path(sys.argv[1])\n"
+    rank += "signal.signal(signal.SIGUSR1, lambda n, f: got.write_text('asked') and sys.exit(38))\n"
+    rank += "got.write_text('there'); time.sleep(30)\n"
+    (tmp_path / "rank.py").write_text(rank)
+    (tmp_path / "deepspeed").write_text(
+        f'#!/usr/bin/env bash\necho "$@" >{tmp_path}/words\n'
+        f"{sys.executable} {tmp_path}/rank.py {tmp_path}/got & wait $!\n"
+    )
+    (tmp_path / "deepspeed").chmod(0o755)
+    (tmp_path / "hosts").write_text("# nodes\n\n  10.1.2.3 slots=4\n10.1.2.4 slots=4\n")
+    return tmp_path
+
+
+def heed_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, the tests and what they start too; a user's terminal does
+    not, and bash cannot trap a signal that was ignored when it began.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def started(fake: Path) -> subprocess.Popen[str]:
+    words = [NODE, str(fake / "hosts"), "1", "launch/grpo.py", "a.b=c d"]
+    path = f"{fake}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "MASTER_PORT": "4242"}
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment, text=True, preexec_fn=heed_interrupts
+    )
+    deadline = time.monotonic() + 20
+    while not (fake / "got").exists() or (fake / "got").read_text() != "there":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+)
+def test_a_node_that_is_asked_to_stop_asks_its_ranks(
+    number: signal.Signals, fake: Path
+) -> None:
+    process = started(fake)
+    process.send_signal(number)
+    assert process.wait(timeout=20) == 38  # the launcher's, which is the rank's
+    assert (fake / "got").read_text() == "asked"
+    words = "--no_ssh --node_rank 1 --master_addr 10.1.2.3 --master_port 4242 launch/grpo.py a.b=c d"
+    assert (fake / "words").read_text() == f"--hostfile {fake}/hosts {words}\n"
+
+
+def test_a_node_that_is_asked_twice_ends_at_once(fake: Path) -> None:
+    (fake / "rank.py").write_text(
+        (fake / "rank.py").read_text().replace("and sys.exit(38)", "and None")
+    )
+    process = started(fake)
+    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while (fake / "got").read_text() != "asked":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+def test_a_launcher_that_is_gone_is_no_success(fake: Path) -> None:
+    """deepspeed ends with 0 when its own launcher was killed, and the ranks go on without it."""
+    text = (
+        (fake / "deepspeed")
+        .read_text()
+        .replace("/got & wait $!", "/got --local_rank=0 & sleep 1")
+    )
+    (fake / "deepspeed").write_text(text)
+    assert started(fake).wait(timeout=20) == 1
+    time.sleep(0.2)
+    assert (fake / "got").read_text() == "asked"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["no/such/file", "0", "launch/grpo.py"], "no/such/file cannot be read"),
+        (
+            [str(FOLDER / "hostfile"), "one", "launch/grpo.py"],
+            "NUMBER must be 0, 1, ..., got 'one'",
+        ),
+        (
+            [str(FOLDER / "hostfile"), "2", "launch/grpo.py"],
+            "hostfile has 2 lines with hosts, none of NUMBER 2",
+        ),
+        (
+            [str(FOLDER / "hostfile"), "0", "grpo.py"],
+            "start it from the repository's root",
+        ),
+        ([str(FOLDER / "hostfile"), "0"], "usage: "),
+    ],
+)
+def test_what_would_train_something_else_is_refused(
+    words: list[str], message: str
+) -> None:
+    """deepspeed itself takes a missing hostfile for a run on this machine alone."""
+    assert message in run(NODE, *words, expect=2).stderr
+
+
+def test_a_server_for_other_hosts_needs_a_token() -> None:
+    script = str(FOLDER / "reward_server.sh")
+    words = [script, "rewards.brightness.weight=1"]
+    assert (
+        "REWARD_SERVER_TOKEN: is not set"
+        in run(*words, expect=1, REWARD_SERVER_TOKEN="").stderr
+    )
+    assert (
+        "fewer than 16 characters"
+        in run(*words, expect=2, timeout=30.0, REWARD_SERVER_TOKEN="short").stderr
+    )
+
+
+# ------------------------------------------------------------------ what a run asks of its nodes
+
+
+def test_the_interface_towards_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert network.interface_towards("127.0.0.1") is None
+    assert network.interface_towards("no.such.host.invalid") is None
+    assert network.interface_towards("") is None
+    monkeypatch.setattr(network, "interface_towards", lambda host: f"to {host}")
+    monkeypatch.setenv("MASTER_ADDR", "10.1.2.3")
+    monkeypatch.setenv(network.VARIABLE, "mine")
+    network.choose_interface()
+    assert os.environ[network.VARIABLE] == "mine"
+    monkeypatch.delenv(network.VARIABLE)
+    network.choose_interface()
+    assert os.environ[network.VARIABLE] == "to 10.1.2.3"
+
+
+def test_a_folder_alone_is_shared(tmp_path: Path) -> None:
+    assert guard.folder_problem(tmp_path / "new") == ""
+    assert not (tmp_path / "new").exists()
+
+
+def test_sigusr1_asks_and_never_kills(tmp_path: Path) -> None:
+    """A scheduler may send it to a rank, and to a script that passes it on to the rank."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with Guard(tmp_path, watchdog_s=0) as guard:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(0.01)
+            assert guard.step_done()
+            assert guard.received == signal.SIGUSR1
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As Lustre answers that is mounted without `flock`, and NFS without a lock daemon."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Guard(tmp_path, watchdog_s=0):
+        assert (
+            "its file system has no locks (No locks available)"
+            in capsys.readouterr().out
+        )
+
+
+def test_a_watchdog_ends_where_even_the_folder_hangs(tmp_path: Path) -> None:
+    """Nobody reads that pipe: to open it is to wait, as on a file server that is gone."""
+    os.mkfifo(tmp_path / "stacks-rank-0.txt")
+    program = "import pathlib, sys, time; from engine.guard import Guard\n"
+    program += "with Guard(pathlib.Path(sys.argv[1]), watchdog_s=0.2): time.sleep(60)"
+    done = run(sys.executable, "-c", program, str(tmp_path), expect=STUCK, timeout=40)
+    assert "no step for" in done.stderr
+    assert "Current thread" in done.stderr
+
+
+def test_rows_of_a_rank_are_read_though_no_listing_shows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network file system that lists a folder as it was half a minute ago."""
+    table = ResultsTable(tmp_path / "results.jsonl", identity={})
+    monkeypatch.setattr(ResultsTable, "_parts", lambda self: [])
+    table.add([{"index": 0, "value": 1}])
+    assert table.finish([(0,)]) == [{"index": 0, "value": 1}]
+
+
+def test_a_rank_reads_no_table_that_rank_0_may_be_changing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 merges its parts and removes them meanwhile; what is done, it says to all."""
+    monkeypatch.setattr(
+        "launch.evaluation.results_table.distributed.is_main", lambda: False
+    )
+    monkeypatch.setattr(
+        "launch.evaluation.results_table.distributed.from_main",
+        lambda own: ("", [(0,)]),
+    )
+    monkeypatch.setattr(
+        "launch.evaluation.results_table.guard.folder_problem", lambda folder: ""
+    )
+    monkeypatch.setattr(ResultsTable, "_read", lambda table: pytest.fail("read"))
+    assert ResultsTable(tmp_path / "results.jsonl", identity={}).done == {(0,)}
+
+
+@pytest.mark.long
+def test_tables_too_need_a_shared_folder(tmp_path: Path) -> None:
+    """Rank 1 is told another folder, which is what a path on its own disk would be."""
+    program = tmp_path / "table.py"
+    program.write_text(
+        "import os, pathlib, sys\n"
+        "from launch.evaluation.results_table import ResultsTable, all_ranks\n"
+        "from common.cli import refuse\n"
+        f"place = pathlib.Path({str(tmp_path)!r}) / ('one', sys.argv[-1])[int(os.environ['RANK'])] / 'results.jsonl'\n"
+        "with all_ranks():\n"
+        "    try:\n"
+        "        ResultsTable(place, identity={})\n"
+        "    except ValueError as error:\n"
+        "        refuse(str(error))\n"
+    )
+    said = deepspeed(2, str(program), "two", expect=2).stderr
+    assert "is not one folder for all ranks: rank 1 on " in said
+    deepspeed(2, str(program), "one")

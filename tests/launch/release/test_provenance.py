@@ -1,0 +1,103 @@
+"""What a run folder gives to a card: keys that runs have, means by hand, and names of the hub alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from common.schema_types import at
+from launch.release import provenance as origin
+from launch.release.provenance import (
+    Change,
+    changes,
+    is_hub_name,
+    origin_of,
+    run_folder,
+)
+from launch.schemas.pairs import DpoRun
+from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
+
+SCHEMAS = {
+    "grpo": GrpoRun,
+    "dpo": DpoRun,
+    "cold_start": ColdStartRun,
+    "dual_rl": DualRlRun,
+}
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_every_setting_is_one_of_the_runs(kind: str) -> None:
+    assert SCHEMAS.keys() == origin._SETTINGS.keys()
+    keys = origin._SETTINGS[kind]
+    assert len(set(keys)) == len(keys)
+    assert [
+        key for key in keys if at(SCHEMAS[kind], tuple(key.split("."))) is None
+    ] == []
+
+
+def test_means_at_both_ends_by_hand() -> None:
+    rows = [
+        {"step": i, "reward/a": float(i), "reward/a_std": 5.0, "seconds/step": 1.0}
+        for i in range(20)
+    ]
+    rows[3]["eval/a"], rows[9]["eval/a"], rows[12]["eval/a"] = 0.5, math.nan, 0.75
+    rows[5]["heldout/accuracy"] = 1.0
+    assert changes(rows) == [
+        Change("eval/a", 0.5, 0.75, 1),
+        Change("heldout/accuracy", 1.0, 1.0, 1),
+        Change("reward/a", 4.5, 14.5, 10),  # means of 0..9 and 10..19
+    ]
+    assert [c.over for c in changes(rows[:19]) if c.name == "reward/a"] == [1]
+
+
+def test_a_hub_name_is_no_folder_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_name("models/wan")
+    (tmp_path / "models/wan").mkdir(parents=True)
+    assert not is_hub_name("models/wan")
+    assert [
+        name
+        for name in ("/a/b", "./b", "~/b", "a/b/c", "a", "a/b c", None)
+        if is_hub_name(name)
+    ] == []
+
+
+def test_the_run_of_a_folder(tmp_path: Path) -> None:
+    for name in ("final", "final_ema", "checkpoints/step-9/trained"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        assert run_folder(tmp_path / "run" / name) is None
+    (tmp_path / "run/config.yaml").write_text(
+        "dpo: {method: rwr}\ngenerator: {path: a/b}\n"
+    )
+    for name in ("final", "final_ema", "checkpoints/step-9/trained"):
+        found = origin_of(tmp_path / "run" / name)
+        assert (found.algorithm, found.base_model, found.steps) == (
+            "Flow-RWR",
+            "a/b",
+            0,
+        )
+    assert origin_of(tmp_path).algorithm is None
+
+
+def test_steps_are_those_that_were_trained(tmp_path: Path) -> None:
+    """Three steps; a fourth line has the evaluation after them. A checkpoint after two knows two."""
+    run = tmp_path / "run"
+    rows = [
+        {"step": step, "train/loss": 1.0, "reward/a": float(step)} for step in range(3)
+    ]
+    lines = [json.dumps(row) for row in [*rows, rows[2], {"step": 3, "eval/a": 0.5}]]
+    for name in ("final", "checkpoints/step-000002/trained"):
+        (run / name).mkdir(parents=True)
+    (run / "config.yaml").write_text("grpo: {}\n")
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert origin_of(run / "final").steps == 3
+    early = origin_of(run / "checkpoints/step-000002/trained")
+    assert (early.steps, early.changes) == (
+        2,
+        (Change("reward/a", 0.0, 1.0, 1), Change("train/loss", 1.0, 1.0, 1)),
+    )

@@ -1,0 +1,532 @@
+"""launch/report.py: the numbers on the page are those of the runs, it needs nothing else, and no text can break out."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.video_io import write_mp4
+from launch import report
+from launch.evaluation.intervals import mean_ci95
+from launch.reporting import data as report_data
+from launch.reporting import find_runs as report_find
+from tests.launch.processes import ROOT
+
+EVIL = '<script>alert(1)</script> {{ 7 * 7 }} & "quotes" \x00'
+BASE, TUNED = [0.2, 0.4, 0.6, 0.4], [0.5, 0.6, 0.7, 0.8]  # the oracle, prompt by prompt
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text between them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def clip(path: Path, grey: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(path, torch.full((5, 16, 16, 3), grey, dtype=torch.uint8), 8.0)
+
+
+def evaluation(
+    folder: Path, values: list[float], *, seed: int = 0, adapter: str | None = None
+) -> Path:
+    """Four prompts, the first one malicious; videos of the first two."""
+    rows = []
+    for i, value in enumerate(values):
+        video = f"videos/{i:04d}.mp4" if i < 2 else None
+        if video:
+            clip(folder / video, 40 * (i + 1))
+        rows.append(
+            {
+                "index": i,
+                "prompt": EVIL if i == 0 else f"prompt number {i}",
+                "seed": seed + i,
+                "rewards": {"shapes": value, "descore": None if i == 3 else 10 * value},
+                "parts": {"shapes": {"subject": 2 * value}},
+                "texts": {"descore": f"I think {EVIL}"},
+                "video": video,
+            }
+        )
+    lines(folder / "results.jsonl", rows)
+    columns = {"shapes": values, "descore": [*(10 * v for v in values[:3]), None]}
+    columns["shapes.subject"] = [2 * v for v in values]
+    summary = {
+        name: mean_ci95(column, seed=0).as_dict() for name, column in columns.items()
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    trained = "null" if adapter is None else adapter
+    (folder / "config.yaml").write_text(
+        f"seed: 0\nsecret_token: '***'\nadapter: {trained}\n"
+    )
+    return folder
+
+
+def alignment_run(folder: Path) -> Path:
+    """Forty steps of two rewards, and samples of the first and last."""
+    rows = []
+    for step in range(40):
+        row: dict[str, Any] = {
+            "step": step,
+            "train/kl": 0.001 * step,
+            "train/grad_norm": 1.0,
+        }
+        row |= {
+            "train/ratio_max_dev": 1e-7,
+            "seconds/step": 2.0,
+            "seconds/rollout": 1.5,
+        }
+        for name in ("descore", "shapes"):
+            row |= {
+                f"reward/{name}": 0.1 * step,
+                f"reward/{name}_std": 0.5,
+                f"reward/{name}_zero_spread": 0.0,
+            }
+        rows.append(row)
+    lines(folder / "metrics.jsonl", rows)
+    (folder / "config.yaml").write_text(
+        "grpo: {}\nrewards:\n  descore: {weight: 1.0}\n  shapes: {weight: 0}\n"
+    )
+    for step in (0, 39):
+        samples = [
+            {
+                "file": f"{m:04d}.mp4",
+                "step": step,
+                "prompt": "a group",
+                "seed": 3,
+                "member": m,
+                "advantage": a,
+            }
+            | {
+                "rewards": {"descore": 1.0 + a},
+                "parts": {},
+                "texts": {"descore": "chain"},
+            }
+            for m, a in enumerate((-0.25, 0.75, -0.5))
+        ]
+        lines(folder / "samples" / f"step-{step:06d}" / "samples.jsonl", samples)
+        for m in range(3):
+            clip(folder / "samples" / f"step-{step:06d}" / f"{m:04d}.mp4", 60)
+    return folder
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    """A folder as `experiments/demo.py` leaves it."""
+    root = tmp_path / "demo"
+    evaluation(root / "eval_base", BASE)
+    evaluation(root / "eval_tuned", TUNED, adapter="runs/demo/grpo/final")
+    alignment_run(root / "grpo")
+    rows = [
+        {
+            "step": s,
+            "train/loss": 0.7 / (s + 1),
+            "train/accuracy": 0.5,
+            "train/margin": 0.1 * s,
+        }
+        for s in range(9)
+    ]
+    rows[8]["heldout/accuracy"] = 0.9
+    lines(root / "descore" / "metrics.jsonl", rows)
+    clip(root / "data" / "a.mp4", 10)
+    pair = {
+        "prompt": "which one?",
+        "video_A": "../data/a.mp4",
+        "video_B": "../data/gone.mp4",
+        "cot_A": "<b>A</b>",
+    }
+    margins = [(1, 1.0), (1, -3.0), (0, 0.1)]
+    rows = [
+        {
+            **pair,
+            "index": i,
+            "label": label,
+            "reward_A": margin,
+            "reward_B": 0.0,
+            "cot_B": "B",
+        }
+        for i, (label, margin) in enumerate(margins)
+    ]
+    lines(root / "eval_rm" / "results.jsonl", rows)
+    accuracy = mean_ci95([1.0, 0.0], seed=0).as_dict()
+    summary = {
+        "without_ties": accuracy,
+        "with_ties": accuracy,
+        "threshold": 0.1,
+        "pairs": 3,
+        "ties": 1,
+        "unjudged": 0,
+    }
+    (root / "eval_rm" / "summary.json").write_text(json.dumps(summary))
+    return root
+
+
+def rendered(folder: Path, *words: str) -> tuple[str, Page]:
+    report.main([str(folder), "--out", str(folder / "report.html"), *words])
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_it_is_one_file_that_loads_nothing(demo: Path) -> None:
+    text, page = rendered(demo)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object", "img", "base"), tag
+        for name in ("src", "href", "poster", "action"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:video/mp4;base64,")), (
+                tag,
+                value,
+            )
+        assert not [name for name in attributes if name.startswith("on")]
+    styles = re.sub(r"data:video/mp4;base64,[\w+/=]+", "", text)
+    assert "://" not in styles
+    assert "@import" not in styles
+    assert set(re.findall(r"url\((.)", styles)) == {"#"}  # clip paths of the charts
+    assert "default-src 'none'" in text
+
+
+def test_nothing_from_a_run_is_markup(demo: Path) -> None:
+    text, page = rendered(demo, "--title", EVIL)
+    assert "<script" not in text
+    assert "\x00" not in text
+    assert (
+        '<script>alert(1)</script> {{ 7 * 7 }} & "quotes" \N{REPLACEMENT CHARACTER}'
+        in page.text
+    )
+    assert "&lt;b&gt;A&lt;/b&gt;" in text
+
+
+def test_videos_are_inside_and_play(demo: Path) -> None:
+    text, page = rendered(demo)
+    videos = [attributes for tag, attributes in page.tags if tag == "video"]
+    assert (
+        len(videos) == 2 * 2 + 2 * 3 + 2
+    )  # base and tuned, rollouts of two steps, two pairs with one file each
+    for attributes in videos:
+        assert {"autoplay", "loop", "muted", "playsinline"} <= set(attributes)
+        assert attributes["class"] == "pixels"  # 16 pixels wide
+    first = base64.b64decode(videos[0]["src"].partition(",")[2])
+    assert first == (demo / "eval_base" / "videos" / "0000.mp4").read_bytes()
+    assert text.index("Base and tuned, same prompt, same seed") < text.index(
+        "prompt number 1"
+    )
+
+
+def test_numbers_on_the_page_are_the_runs(demo: Path) -> None:
+    """Means 0.4 and 0.65; the differences 0.3, 0.2, 0.1, 0.4 have mean 0.25 and an interval above zero."""
+    _, page = rendered(demo)
+    rows = {
+        row.name: row
+        for row in report_data.compare(
+            report_find.discover(demo), ["shapes", "descore"]
+        )
+    }
+    assert rows["shapes"].base["mean"] == pytest.approx(0.4)
+    assert rows["shapes"].tuned["mean"] == pytest.approx(0.65)
+    assert rows["shapes"].difference["mean"] == pytest.approx(0.25)
+    assert 0.1 <= rows["shapes"].difference["ci95"][0] <= 0.2
+    assert rows["shapes"].watched
+    assert not rows["descore"].watched
+    assert (
+        rows["descore"].difference["mean"],
+        rows["descore"].difference["missing"],
+    ) == (pytest.approx(2.0), 1)
+    text = re.sub(r"\s+", " ", page.text)
+    assert "change 0.25, 95 %" in text
+    assert "1 not judged" in text
+    assert "watched only" in text
+    assert "1 of 3 pairs are ties" in text
+
+
+def test_other_seeds_are_not_put_side_by_side(demo: Path) -> None:
+    evaluation(demo / "eval_tuned", TUNED, seed=100, adapter="runs/demo/grpo/final")
+    _, page = rendered(demo)
+    assert "share no prompt and seed" in page.text
+    assert "Base and tuned, same prompt" not in page.text
+    assert (
+        report_data.compare(report_find.discover(demo), ["shapes"])[0].difference
+        is None
+    )
+
+
+def test_a_grpo_run_alone(tmp_path: Path) -> None:
+    """What a full-size run leaves: metrics and samples. The rest is left out, and it says so."""
+    _, page = rendered(alignment_run(tmp_path / "run"))
+    assert "Reward: descore (trained, weight 1)" in page.text
+    assert "Reward: shapes (watched only)" in page.text
+    assert "0.15 → 3.75" in page.text  # 0, 0.1, 0.2, 0.3 and 3.6, 3.7, 3.8, 3.9
+    assert "Videos not judged" not in page.text
+    assert "no evaluation of a generator" in page.text
+    assert "Results" not in page.text
+    members = re.findall(r"member \d", page.text)
+    assert members == ["member 1", "member 0", "member 2"] * 2  # by advantage
+
+
+def test_held_out_prompts_on_the_way(tmp_path: Path) -> None:
+    folder = alignment_run(tmp_path / "run")
+    rows = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    for row in rows[::20]:
+        row |= {"eval/shapes": 0.25 + row["step"] / 80, "eval_stock/shapes": 0.5}
+    lines(
+        folder / "metrics.jsonl",
+        [*rows, {"step": 40, "eval/shapes": 0.75, "eval_stock/shapes": 0.5}],
+    )
+    _, page = rendered(folder)
+    assert "Held-out prompts: shapes" in page.text
+    assert "Held-out prompts: descore" not in page.text
+    assert "the stock scheduler" in page.text
+
+
+def test_flow_dpo_beside_grpo(demo: Path) -> None:
+    """Three videos of a prompt, and the change by hand: 0.1, 0.1, 0.1 and 0.3 more than the base."""
+    evaluation(demo / "eval_dpo", [0.3, 0.5, 0.7, 0.7], adapter="runs/demo/dpo/final")
+    names = {
+        "loss": 0.6,
+        "accuracy": 0.7,
+        "chosen_change": -0.01,
+        "rejected_change": 0.02,
+        "push": 0.5,
+        "loss_sigma_0-0.2": 0.6,
+    }
+    rows = [
+        {
+            "step": s,
+            **{f"train/{name}": value - 0.001 * s for name, value in names.items()},
+        }
+        for s in range(20)
+    ]
+    lines(demo / "dpo" / "metrics.jsonl", rows)
+    (demo / "dpo" / "config.yaml").write_text("dpo: {}\n")
+    text, page = rendered(demo)
+    assert "Flow-DPO − base" in page.text
+    found = report_data.compare(report_find.discover(demo), ["shapes"], after_dpo=True)[
+        0
+    ]
+    assert found.difference["mean"] == pytest.approx(0.15)
+    assert found.watched
+    for title in (
+        "Change against the reference",
+        "Implicit accuracy",
+        "Loss by noise level",
+    ):
+        assert title in page.text
+    assert (
+        text.count('<h4 class="Flow-DPO">') == 2
+    )  # of the two prompts whose videos were kept
+    assert report_find.kind_of(demo / "dpo") == "dpo"
+    _, alone = rendered(demo / "dpo")
+    assert "Alignment report" in alone.text
+
+
+def test_a_reward_model_evaluation_alone(demo: Path) -> None:
+    _, page = rendered(demo / "eval_rm")
+    assert (
+        "people: A preferred; one of the pairs it is most wrong about" not in page.text
+    )  # pair 1 is among the first
+    assert "no video" in page.text  # gone.mp4
+    assert "no GRPO run" in page.text
+
+
+def test_too_many_videos_are_left_out_and_counted(demo: Path) -> None:
+    size = (demo / "eval_base" / "videos" / "0000.mp4").stat().st_size
+    _, page = rendered(demo, "--max-mb", str(1.5 * size / 1e6))
+    assert len([tag for tag, _ in page.tags if tag == "video"]) == 1
+    assert "did not fit into" in page.text
+
+
+def test_only_videos_are_read_into_the_page(demo: Path) -> None:
+    (demo / "secret.txt").write_text("do not show")
+    rows = report_data.results(demo / "eval_rm")
+    lines(
+        demo / "eval_rm" / "results.jsonl",
+        [{**row, "video_A": "../secret.txt"} for row in rows],
+    )
+    text, _ = rendered(demo)
+    assert base64.b64encode(b"do not show").decode() not in text
+
+
+def test_a_manifest_names_the_runs(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = demo / "report.json"
+    manifest.write_text(
+        json.dumps(
+            {"title": "My title", "runs": {"base": "eval_base", "tuned": "eval_tuned"}}
+        )
+    )
+    report.main([str(manifest), "--out", str(demo / "m.html")])
+    page = Page((demo / "m.html").read_text(encoding="utf-8"))
+    assert "My title" in page.text
+    assert "no GRPO run" in page.text
+    manifest.write_text(json.dumps({"runs": {"bse": "eval_base"}}))
+    with pytest.raises(SystemExit) as exit_:
+        report.main([str(manifest), "--out", str(demo / "m.html")])
+    assert exit_.value.code == 2
+    assert (
+        "cold_start, grpo, dpo, rm, base, tuned, dpo_tuned" in capsys.readouterr().err
+    )
+
+
+def test_runs_are_found_by_what_is_in_them(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every folder under a name of nobody's, one of them deeper, and the page says the same."""
+    names = {
+        "eval_base": "x6",
+        "eval_tuned": "g1",
+        "eval_rm": "deep/er/one",
+        "grpo": "flat",
+        "descore": "run1",
+    }
+    odd = tmp_path / "odd"
+    for old, new in names.items():
+        (odd / new).parent.mkdir(parents=True, exist_ok=True)
+        (demo / old).rename(odd / new)
+    (odd / "g1" / "config.yaml").write_text("adapter: /gone/flat/final\n")
+    lines(
+        odd / "flat" / "checkpoints" / "metrics.jsonl", [{"step": 0}]
+    )  # what a run keeps is no run
+    lines(
+        odd / "vbench" / "model" / "results.jsonl",
+        [{"dimension": "color", "score": 1.0}],
+    )
+    found = report_find.discover(odd)
+    kinds = {
+        "x6": "base",
+        "g1": "tuned",
+        "deep/er/one": "rm",
+        "flat": "grpo",
+        "run1": "cold_start",
+    }
+    assert {
+        str(folder.relative_to(odd)): kind for kind, folder in found.named().items()
+    } == kinds
+    assert found.more == ()
+    _, page = rendered(odd)
+    assert "change 0.25, 95 %" in re.sub(r"\s+", " ", page.text)
+    said = capsys.readouterr().out
+    assert all(f"{odd / folder} ({kind})" in said for folder, kind in kinds.items())
+
+
+def test_a_tuned_evaluation_is_of_the_run_its_adapter_comes_from(
+    tmp_path: Path,
+) -> None:
+    for name, config in (
+        ("a", "dpo: {}\n"),
+        ("b", "grpo: {}\n"),
+        ("c", "dual_rl: {}\n"),
+        ("d", "cold_start: {}\n"),
+    ):
+        lines(
+            tmp_path / name / "metrics.jsonl",
+            [{"step": 0, "train/loss": 1.0, "reward/format": 1.0}],
+        )
+        (tmp_path / name / "config.yaml").write_text(config)
+    evaluation(
+        tmp_path / "e",
+        BASE,
+        adapter=str(tmp_path / "a" / "checkpoints" / "step-000009"),
+    )
+    evaluation(tmp_path / "f", BASE, adapter="elsewhere/b/final")
+    evaluation(tmp_path / "g", BASE, adapter="elsewhere/a/final")
+    found = report_find.discover(tmp_path)
+    assert {kind: folder.name for kind, folder in found.named().items()} == {
+        "dpo": "a", "grpo": "b", "cold_start": "d", "dpo_tuned": "e", "tuned": "f"
+    }  # fmt: skip
+    assert [(one.kind, one.folder.name) for one in found.more] == [
+        ("dual_rl", "c"),
+        ("dpo_tuned", "g"),
+    ]
+    assert report_find.discover(tmp_path / "c").more[0].kind == "dual_rl"
+    _, page = rendered(tmp_path / "c")
+    assert "Reward model report" in page.text
+
+
+def test_further_runs_of_a_kind_are_on_the_page(demo: Path) -> None:
+    """The one that is called as in the demo has its sections, the others theirs below."""
+    alignment_run(demo / "a_run")
+    (demo / "a_run" / "config.yaml").write_text("grpo: {}\nsteps: 77\n")
+    evaluation(demo / "a_base", [1.0, 1.0, 1.0, 0.5])  # mean 0.875
+    found = report_find.discover(demo)
+    assert (found.grpo, found.base) == (demo / "grpo", demo / "eval_base")
+    _, page = rendered(demo)
+    text = re.sub(r"\s+", " ", page.text)
+    section = text[text.rindex("Further runs") :]
+    assert f"grpo: {demo / 'a_run'}" in section
+    assert f"base: {demo / 'a_base'}" in section
+    assert "shapes0.875 [" in section
+    assert "Reward: descore" in section
+    assert "steps: 77" in section
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("grpo/metrics.jsonl", 41),
+        ("eval_base/results.jsonl", 5),
+        ("grpo/samples/step-000000/samples.jsonl", 4),
+    ],
+)
+@pytest.mark.parametrize("broken", ["{not json", "", "[1]"])
+def test_a_broken_line_is_named(
+    demo: Path, capsys: pytest.CaptureFixture[str], file: str, line: int, broken: str
+) -> None:
+    with (demo / file).open("a") as out:
+        out.write(f"{broken}\n")
+    with pytest.raises(SystemExit) as exit_:
+        rendered(demo)
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{demo / file}:{line}: " in said
+    assert said.count("\n") == 1
+
+
+def test_a_torn_last_line_and_broken_whole_files(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (demo / "grpo/metrics.jsonl").open("a") as out:
+        out.write('{"step": 40, "tra')
+    rendered(demo)  # the run is being written
+    assert len(report_data.metrics(demo / "grpo")) == 40
+    for file, text in (("eval_base/summary.json", "{"), ("grpo/config.yaml", "a: [")):
+        kept = (demo / file).read_text()
+        (demo / file).write_text(text)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            rendered(demo)
+        assert exit_.value.code == 2
+        assert str(demo / file) in capsys.readouterr().err
+        (demo / file).write_text(kept)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["nowhere"], ["--grpo", "nowhere"], [str(ROOT / "common")]]
+)
+def test_nothing_to_report_is_exit_2(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        report.main([*words, "--out", str(tmp_path / "r.html")])
+    assert exit_.value.code == 2
+    assert not (tmp_path / "r.html").exists()

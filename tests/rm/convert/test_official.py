@@ -1,0 +1,525 @@
+"""An official checkpoint and what is made of it give one token sequence one reward; what is missing is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from rm.convert.official import REWARD, convert, read_template, read_tokenizer
+from rm.model import DeScore
+from rm.prompt import CONTROL_TOKENS, PromptTemplate
+from rm.video import prepare
+from tests import official_checkpoint
+from tests.official_checkpoint import WRAPPED, Trained
+from tests.tiny_qwen import (
+    PLAIN_ADDED,
+    SETTINGS,
+    TEMPLATE,
+    random_frames,
+    tiny_tokenizer,
+)
+
+WEIGHTS, ADAPTER = "model.safetensors", "lora_adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    return official_checkpoint.train()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, trained: Trained) -> Path:
+    return official_checkpoint.write(tmp_path / "checkpoint-7", trained)
+
+
+@pytest.fixture(scope="module")
+def videos():
+    return [
+        prepare(random_frames(i, frames=4 + 2 * i), SETTINGS, fps=4.0) for i in range(3)
+    ]
+
+
+def read(folder: Path, **options):
+    return convert(
+        folder,
+        template=TEMPLATE,
+        settings=SETTINGS,
+        **{"allow_pickle": True, **options},
+    )
+
+
+def batch_of(judge: DeScore, videos):
+    texts = zip(
+        ["a", "a red ball moves", "x" * 30],
+        videos,
+        ["thought", None, "a longer chain"],
+        strict=True,
+    )
+    return judge.batch([judge.encode(*text) for text in texts], videos)
+
+
+@torch.no_grad()
+def check(judge: DeScore, trained: Trained, videos) -> None:
+    batch = batch_of(judge, videos)
+    want = trained.reward(batch)
+    torch.testing.assert_close(
+        judge(batch).squeeze(1).double(), want, atol=1e-5, rtol=0
+    )
+    assert want.std() > 0.1  # or the comparison would be empty
+
+
+def edit(file: Path, change) -> None:
+    raw = json.loads(file.read_text())
+    change(raw)
+    file.write_text(json.dumps(raw))
+
+
+def resave(file: Path, change) -> None:
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+# ---------------------------------------------------------------------- the reward
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "layout", [{}, {"sharded": True}, {"wrapped_names": True}], ids=str
+)
+def test_the_reward_is_the_official_one(tmp_path, videos, tied, layout):
+    trained = official_checkpoint.train(tied=tied)
+    folder = official_checkpoint.write(tmp_path / "checkpoint-7", trained, **layout)
+    assert len(list(folder.glob("model-*.safetensors"))) == 0 or "sharded" in layout
+    conversion = read(folder)
+    assert (conversion.merged, conversion.head_from) == (
+        14,
+        folder / "rm_head.pth",
+    )  # 2 layers x 7 linears
+    check(conversion.judge, trained, videos)
+    conversion.judge.save(tmp_path / "judge")
+    loaded = DeScore.load(tmp_path / "judge")
+    check(loaded, trained, videos)
+    assert (loaded.template, loaded.settings) == (TEMPLATE, SETTINGS)
+
+
+@torch.no_grad()
+def test_every_part_of_the_reward_matters(folder, trained, videos):
+    """The comparison above would see each of these: no LoRA, the alpha that was not trained, another row, no head."""
+    judge = read(folder).judge
+    batch = batch_of(judge, videos)
+    want = trained.reward(batch)
+    with trained.model.disable_adapter():
+        assert (trained.reward(batch) - want).abs().max() > 0.1
+    assert (
+        read(folder, alpha=64.0).judge(batch).squeeze(1).double() - want
+    ).abs().max() > 0.1
+    judge.query.copy_(
+        judge.backbone.get_input_embeddings().weight[trained.reward_id - 1]
+    )
+    assert (judge(batch).squeeze(1).double() - want).abs().max() > 0.1
+
+
+def test_alpha_by_hand(folder, trained):
+    """W + (alpha / r) B A of one linear, with the alpha that was asked for: 128 / 4, then 8 / 4."""
+    name = "model.language_model.layers.1.mlp.up_proj"
+    layer = trained.model.base_model.model.get_submodule(name)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    for alpha, scaling in ((None, 32), (8.0, 2)):
+        merged = read(folder, alpha=alpha).judge.backbone.get_submodule(name).weight
+        torch.testing.assert_close(
+            merged, layer.base_layer.weight + scaling * b @ a, atol=1e-6, rtol=0
+        )
+
+
+def test_without_lora(folder, trained, videos):
+    with pytest.raises(ValueError, match="lora_adapter holds what LoRA learnt"):
+        read(folder, lora=False)
+    for file in (folder / "lora_adapter").iterdir():
+        file.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks adapter_config\.json and .*--no-lora"
+    ):
+        read(folder)
+    (folder / "lora_adapter").rmdir()
+    with pytest.raises(FileNotFoundError, match=r"lora_adapter lacks .*--no-lora"):
+        read(folder)
+    with trained.model.disable_adapter():
+        check(read(folder, lora=False).judge, trained, videos)
+
+
+def test_half_precision_is_the_backbone_only(folder, trained):
+    judge = read(folder, dtype="bfloat16").judge
+    assert {p.dtype for p in judge.backbone.parameters()} == {torch.bfloat16}
+    row = trained.model.get_input_embeddings().weight[264:265]
+    assert torch.equal(judge.query, row)
+    assert torch.equal(judge.head.weight, trained.head_1D)
+    assert judge.query.dtype == judge.head.weight.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: {"rm_head.weight": w},
+        lambda w: {f"{WRAPPED}rm_head.weight": w},
+        lambda w: {"weight": w},
+        lambda w: {"model": {"rm_head.weight": w}},  # stage 2
+        lambda w: {"model": {"_fsdp_wrapped_module.rm_head.weight": w.bfloat16()}},
+    ],
+)
+def test_a_head_under_each_of_its_names(folder, trained, wrap):
+    torch.save(wrap(trained.head_1D), folder / "rm_head.pth")
+    weight = read(folder).judge.head.weight
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(weight.detach(), trained.head_1D, atol=0, rtol=2**-8)
+
+
+def test_a_head_that_is_no_pickle_needs_no_permission(
+    tmp_path, folder, trained, videos
+):
+    with pytest.raises(ValueError, match=r"rm_head\.pth is a pickle.*--allow-pickle"):
+        read(folder, allow_pickle=False)
+    named = tmp_path / "other.safetensors"
+    save_file({"rm_head.weight": 2 * trained.head_1D}, named)
+    torch.testing.assert_close(
+        read(folder, head=named, allow_pickle=False).judge.head.weight,
+        2 * trained.head_1D,
+    )
+    save_file({"weight": trained.head_1D}, folder / "rm_head.safetensors")
+    found = read(folder, allow_pickle=False)
+    assert found.head_from == folder / "rm_head.safetensors"
+    check(found.judge, trained, videos)
+
+
+def test_a_head_among_the_weights(folder, trained, videos):
+    resave(folder / WEIGHTS, lambda state: {**state, "rm_head.weight": trained.head_1D})
+    found = read(folder, allow_pickle=False)  # the .pth is there and is not touched
+    assert found.head_from == folder / WEIGHTS
+    check(found.judge, trained, videos)
+
+
+class Foreign:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("allow_pickle", [False, True])
+def test_no_code_in_a_pickle_runs(tmp_path, folder, trained, allow_pickle):
+    torch.save(
+        {"rm_head.weight": trained.head_1D, "x": Foreign(tmp_path / "ran")},
+        folder / "rm_head.pth",
+    )
+    with pytest.raises(ValueError, match=r"mkdir" if allow_pickle else "is a pickle"):
+        read(folder, allow_pickle=allow_pickle)
+    assert not (tmp_path / "ran").exists()
+    torch.load(folder / "rm_head.pth", weights_only=False)
+    assert (tmp_path / "ran").exists()  # the trap works
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"rm_head.weight": torch.zeros(1, 16)},
+            r"the head is \(1, 16\), but the hidden size wants \(1, 32\)",
+        ),
+        (
+            {"rm_head.weight": torch.zeros(3, 32)},
+            r"the head is \(3, 32\)",
+        ),  # several query tokens
+        ({"rm_head.weight": torch.zeros(32)}, r"the head is \(32,\)"),
+        (
+            {"rm_head.weight": torch.zeros(1, 32), "rm_head.bias": torch.zeros(1)},
+            "rm_head.bias",
+        ),
+        (
+            {"v_head.weight": torch.zeros(1, 32)},
+            r"expected the one tensor .* or 'weight', found \['v_head",
+        ),
+        ({}, "found dict"),
+        ({"model": torch.zeros(1, 32)}, "found Tensor"),
+    ],
+)
+def test_a_wrong_head_is_refused(folder, content, message):
+    torch.save(content, folder / "rm_head.pth")
+    with pytest.raises(ValueError, match=rf"rm_head\.pth: .*{message}"):
+        read(folder)
+
+
+def test_no_head_is_never_a_new_head(tmp_path, folder):
+    (folder / "rm_head.pth").unlink()
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"has no head: no rm_head\.weight in its weights, no .*--head",
+    ):
+        read(folder)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: no such file"):
+        read(folder, head=tmp_path / "nowhere.pth")
+    (folder / "rm_head.pth").write_bytes(b"nothing that torch wrote")
+    with pytest.raises(ValueError, match=r"rm_head\.pth is not a file of tensors only"):
+        read(folder)
+
+
+# ---------------------------------------------------------------------- the tokenizer and the query
+
+
+def test_the_query_has_no_string_any_more(tmp_path, folder, trained):
+    judge = read(folder).judge
+    assert judge.query_id == trained.reward_id == 264
+    assert torch.equal(
+        judge.query.detach(), trained.model.get_input_embeddings().weight[264:265]
+    )
+    judge.save(tmp_path / "judge")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "judge")
+    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    assert [
+        t for t in CONTROL_TOKENS if tokenizer.convert_tokens_to_ids(t) is None
+    ] == []
+    for file in (tmp_path / "judge").glob("*.json"):
+        assert REWARD not in file.read_text(encoding="utf-8")
+    text = f"say {REWARD} <|im_end|>{PLAIN_ADDED}\n"
+    assert tokenizer.encode(text) == tiny_tokenizer().encode(text)
+    assert judge.query_id not in tokenizer.encode(text)
+    assert AutoTokenizer.from_pretrained(folder).encode(REWARD) == [264]  # it had one
+
+
+def test_rows_grow_to_a_multiple_of_64_that_nothing_samples(folder, trained):
+    judge = read(folder).judge
+    rows = judge.backbone.get_input_embeddings().weight
+    assert (
+        len(rows)
+        == judge.backbone.lm_head.weight.shape[0]
+        == judge.backbone.config.text_config.vocab_size
+        == 320
+    )
+    before = trained.model.get_input_embeddings().weight
+    assert torch.equal(rows[:265], before)
+    torch.testing.assert_close(rows[265:], before.mean(0).expand(55, -1))
+    assert judge.banned_ids()[264:].all()
+
+
+def test_a_tokenizer_without_reward_is_refused(folder):
+    tiny_tokenizer().save_pretrained(folder)
+    for name in ("added_tokens.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-7: the tokenizer has no token <Reward>"
+    ):
+        read(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks tokenizer\.json"):
+        read(folder)
+
+
+def test_reward_in_the_middle_of_the_ids_is_refused(folder):
+    """Without it, later tokens would move up by one."""
+    tokenizer = official_checkpoint.tokenizer_with_reward()
+    tokenizer.add_tokens(["<later>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        ValueError, match="taking <Reward> out of the tokenizer changes other tokens"
+    ):
+        read_tokenizer(folder)
+
+
+# ---------------------------------------------------------------------- weights and config
+
+
+def test_what_is_missing_is_named(tmp_path, trained):
+    folder = official_checkpoint.write(tmp_path / "checkpoint-8", trained, sharded=True)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    content = shards[1].read_bytes()
+    shards[1].write_bytes(content[: len(content) // 2])
+    with pytest.raises(
+        ValueError, match=rf"{shards[1].name} is not a whole safetensors file"
+    ):
+        read(folder)
+    shards[1].unlink()
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"lacks {shards[1].name}, which model\.safetensors\.index",
+    ):
+        read(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no weights"):
+        read(folder)
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle"):
+        read(folder)
+    (folder / "actor").mkdir()
+    (folder / "actor/model_world_size_8_rank_0.pt").touch()
+    with pytest.raises(ValueError, match=r"rank_0\.pt is one of stage 2's FSDP shards"):
+        read(folder)
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        read(tmp_path / "nowhere")
+
+
+def test_weights_that_do_not_fit_are_named(folder):
+    whole, norm = load_file(folder / WEIGHTS), "model.language_model.norm.weight"
+    for state, message in (
+        ({k: v for k, v in whole.items() if k != norm}, rf"1 missing, such as {norm}"),
+        ({**whole, "extra": torch.zeros(2)}, "1 unknown, such as extra"),
+        (
+            {**whole, norm: torch.zeros(31)},
+            rf"1 of another size, such as {norm} is \(31,\), not \(32,\)",
+        ),
+        ({**whole, f"{WRAPPED}{norm}": whole[norm].clone()}, rf"are both {norm}"),
+        (
+            {**whole, "model.x.lora_A.default.weight": torch.zeros(2)},
+            r"LoRA is expected in lora_adapter/ only",
+        ),
+        (
+            {"model.norm.weight": whole[norm]},
+            "lack model.language_model.embed_tokens.weight",
+        ),
+    ):
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            read(folder)
+
+
+def test_the_row_of_reward_must_be_there(folder):
+    names = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+    resave(
+        folder / WEIGHTS,
+        lambda state: {
+            k: v[:264].clone() if k in names else v for k, v in state.items()
+        },
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"<Reward> is id 264, but .*\.embed_tokens\.weight has 264 rows",
+    ):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("r", 8, r"r=8 wants A \(r, in\) and B \(out, r\)"),
+        ("r", None, "r=None"),
+        ("lora_alpha", None, "lora_alpha=None"),
+        ("use_rslora", True, "use_rslora=True is not the official release's LoRA"),
+        ("modules_to_save", ["rm_head"], "modules_to_save"),
+        ("alpha_pattern", {"q_proj": 3}, "alpha_pattern"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(folder, key, value, message):
+    edit(
+        folder / "lora_adapter/adapter_config.json",
+        lambda raw: raw.update({key: value}),
+    )
+    with pytest.raises(ValueError, match=message):
+        read(folder)
+
+
+def test_every_part_of_the_adapter_is_used_or_named(folder):
+    whole = load_file(folder / ADAPTER)
+    with safe_open(folder / ADAPTER, framework="pt") as tensors:
+        first = sorted(tensors.keys())[0]
+    assert first.startswith(WRAPPED)
+    for state, message in (
+        (
+            {k: v for k, v in whole.items() if k != first},
+            r"adapter_model\.safetensors: model\..*\.layers\.0",
+        ),
+        (
+            {k.replace("layers.1", "layers.9"): v for k, v in whole.items()},
+            "7 adapters have no weight, .*layers.9",
+        ),
+        (
+            {**whole, first: torch.zeros(4, 31)},
+            r"weight is \(\d+, \d+\), its LoRA \(\d+, 31\)",
+        ),
+        (
+            {**whole, "x.lora_embedding_A": torch.zeros(2)},
+            "lora_embedding_A is not the A or B of a linear's LoRA",
+        ),
+        ({}, "is empty"),
+    ):
+        save_file(state, folder / ADAPTER)
+        with pytest.raises(ValueError, match=message):
+            read(folder)
+
+
+def test_the_config_may_come_from_the_base(tmp_path, folder, trained, videos):
+    base = tmp_path / "base"
+    base.mkdir()
+    (folder / "config.json").rename(base / "config.json")
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks config\.json; name the Qwen3-VL .* with --base"
+    ):
+        read(folder)
+    edit(
+        base / "config.json", lambda raw: raw["text_config"].update(vocab_size=320)
+    )  # as before `<Reward>` came
+    check(read(folder, base=base).judge, trained, videos)
+    (base / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(
+        ValueError, match="model_type is 'bert', DeScore's is 'qwen3_vl'"
+    ):
+        read(folder, base=base)
+
+
+def test_default_settings_are_the_official_ones(folder):
+    settings = convert(folder, template=TEMPLATE, allow_pickle=True).judge.settings
+    assert (
+        settings.fps,
+        settings.min_pixels,
+        settings.max_pixels,
+        settings.budget,
+    ) == (2.0, 3_136, 200_704, "frame")
+    assert (settings.patch_size, settings.merge_size, settings.temporal_patch_size) == (
+        8,
+        2,
+        2,
+    )  # this tower's
+
+
+# ---------------------------------------------------------------------- the prompt
+
+
+def test_the_template_of_an_official_text(tmp_path):
+    file = tmp_path / "instruction.txt"
+    file.write_text(
+        '\nText: [insert prompt here]\nVideo: <video>\nAnswer {"x": 1} \n',
+        encoding="utf-8",
+    )
+    template = read_template(file)
+    assert template == PromptTemplate(
+        "\nText: {prompt}\nVideo: ", '\nAnswer {"x": 1} \n'
+    )
+    assert template.fill("a cat") == "\nText: a cat\nVideo: "
+    template.save(tmp_path / "prompt.json")
+    assert read_template(tmp_path / "prompt.json") == template
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Text: [insert prompt here]",
+        "Video: <video>",
+        "<video> [insert prompt here]",
+        "[insert prompt here] <video> <video>",
+        "[insert prompt here] [insert prompt here] <video>",
+        "[insert prompt here] {prompt} <video>",
+    ],
+)
+def test_a_text_without_its_slots_is_refused(tmp_path, text):
+    (tmp_path / "instruction.txt").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"instruction\.txt: needs \[insert prompt here\] once"
+    ):
+        read_template(tmp_path / "instruction.txt")
