@@ -150,7 +150,7 @@ class DpoConfig:
             "pairs_per_step",
             "micro_batch",
             "epochs",
-            "watch",
+            "displacement_window",
         )
         problems = [
             f"{n} must be positive, got {getattr(self, n)}"

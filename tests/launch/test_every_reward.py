@@ -24,6 +24,7 @@ from common.run_record import plain
 from common.types import RewardModel
 from common.video_io import write_mp4
 from launch import score
+from launch.evaluation.files import read_clip
 from launch.evaluation.results_table import read_rows
 from launch.schemas.server import ServeRun
 from launch.server.app import create_app
@@ -218,7 +219,7 @@ def test_score_takes_them_all_at_once(configs, rewards, videos, tmp_path: Path) 
     with pytest.raises(SystemExit, match="0"):
         score.main(words)
     rows = read_rows(tmp_path / "scores.jsonl")
-    clips = [score.read_clip(tmp_path / f"{i}.mp4", max_frames=100) for i in range(3)]
+    clips = [read_clip(tmp_path / f"{i}.mp4", max_frames=100) for i in range(3)]
     assert [row.get("error") for row in rows] == [None] * 3
     for name, reward in rewards.items():
         found = reward.score(

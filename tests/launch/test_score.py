@@ -10,6 +10,7 @@ import torch
 
 from common.video_io import write_mp4
 from launch import score
+from launch.evaluation.files import find_items, read_clip
 from launch.evaluation.results_table import read_rows
 from tests.fakes import decoder_with_a_trap
 from tests.launch.processes import ROOT, refused_early
@@ -67,9 +68,9 @@ def test_brightness_of_grey_clips(clips: Path, tmp_path: Path) -> None:
 
 
 def test_frames_and_rate_of_a_clip(clips: Path) -> None:
-    whole = score.read_clip(clips / "c.mp4", max_frames=100)
+    whole = read_clip(clips / "c.mp4", max_frames=100)
     assert (len(whole.frames_TYXC), whole.fps) == (9, pytest.approx(4.0))
-    thinned = score.read_clip(
+    thinned = read_clip(
         clips / "c.mp4", max_frames=5
     )  # frames 0, 2, 4, 6, 8: half the rate
     assert (len(thinned.frames_TYXC), thinned.fps) == (5, pytest.approx(2.0))
@@ -97,7 +98,7 @@ def test_a_table_names_its_own_videos(clips: Path, tmp_path: Path, form: str) ->
     assert [row["rewards"]["brightness"] for row in rows] == pytest.approx(
         [0.8, 0.2], abs=2.5 / 255
     )
-    chosen = score.find_items(f"{clips}/a*.mp4", clips / f"table.{form}")
+    chosen = find_items(f"{clips}/a*.mp4", clips / f"table.{form}")
     assert [item.prompt for item in chosen] == ["first, with a comma"]
 
 
