@@ -1,203 +1,167 @@
-"""What an alignment run is made of. No torch here: a wrong value must be an error within two seconds."""
+"""Settings of the alignment algorithms and of rewards. No torch here."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from common.schema import (
+    NonEmptyText,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    config,
+)
+
+# A group or a set of candidates of one has nothing to compare with.
+AtLeastTwo = Annotated[int, Field(ge=2)]
 
 
-def _check(owner: str, problems: list[str]) -> None:
-    if problems:
-        raise ValueError("; ".join(f"{owner}.{problem}" for problem in problems))
-
-
-@dataclass(frozen=True)
+@config
 class GrpoConfig:
     """Longcat-GRPO. Defaults are LongCat-Video's (2510.22200, Table 9 and Algorithm 1).
 
-    group_size      G, videos per prompt
-    scale           what a centred reward is divided by: nothing, its group's spread, the largest spread of any group,
-                    or the spread of all rewards of the batch
-    advantage_eps   added to that spread
-    advantage_clip  bound of the summed advantage, null for none
-    clip_low/high   the ratio may leave [1 - low, 1 + high] no further; null for none, which is the paper's choice:
-                    with one update per rollout every ratio is 1
-    kl_weight       beta; 0 also saves the reference's forward
-    reweight        how both loss terms are freed of the noise schedule (section 3.3.1, equations 6 to 8): "finite" for
-                    truncated noise, the "paper"'s own form, "unit", or "none"; see `alignment.grpo_losses.step_weights`
-    normalize_step_weights   divide these weights by their MEAN over all groups and steps of an update (Flash-GRPO 2605.15980)
-    updates         passes over a rollout, each an optimizer step; more than one needs a clip
-    ranks_per_group  how many ranks share one group's members, each group_size / ranks_per_group of them: where there
-                    are more ranks than prompts in a step. What the members share each computes by itself, at one time
-    overlap_scoring  roll out and score group by group, a group's scoring in a thread beside the next one's rollout:
-                    for rewards that wait for another process, another machine, or their own Python
-    update          "collapsed" does one forward and backward per step of a group; "per_member" does one for each
-                    member, the same gradient at G times the cost, for proofs and measurements
+    group_size      G, videos per prompt.
+    scale           what a centred reward is divided by: "none", the standard deviation of
+                    its "group", the largest of any group ("max_group"), or that of all
+                    rewards of the "batch".
+    advantage_eps   added to that standard deviation.
+    advantage_clip  bound of the summed advantage; null for none.
+    clip_low        the ratio is clipped below 1 - clip_low; null does not clip, which is the
+                    paper's choice: with one update per rollout every ratio is 1.
+    clip_high       the ratio is clipped above 1 + clip_high; null does not clip.
+    kl_weight       weight of the KL to the reference policy; 0 saves its forward.
+    reweight        how the losses are freed of the noise schedule (section 3.3.1, equations
+                    6 to 8): "finite" for truncated noise, the "paper"'s form, "unit" or
+                    "none", see `alignment.grpo_losses.step_weights`.
+    normalize_step_weights  divide these weights by their MEAN over all groups and steps of
+                    an update (Flash-GRPO 2605.15980).
+    updates         optimizer steps on one rollout; more than one needs a clip.
+    ranks_per_group how many ranks share a group's members, for more ranks than prompts.
+                    Each of these ranks computes what the members share.
+    overlap_scoring score a group in a thread while the next is sampled, for rewards that
+                    wait for another process or machine.
     """
 
-    group_size: int = 4
+    group_size: AtLeastTwo = 4
     scale: Literal["none", "group", "max_group", "batch"] = "max_group"
-    advantage_eps: float = 1e-4
-    advantage_clip: float | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-    kl_weight: float = 3e-4
+    advantage_eps: NonNegativeFloat = 1e-4
+    advantage_clip: PositiveFloat | None = None
+    clip_low: PositiveFloat | None = None
+    clip_high: PositiveFloat | None = None
+    kl_weight: NonNegativeFloat = 3e-4
     reweight: Literal["none", "finite", "paper", "unit"] = "finite"
     normalize_step_weights: bool = False
-    updates: int = 1
-    ranks_per_group: int = 1
+    updates: PositiveInt = 1
+    ranks_per_group: PositiveInt = 1
     overlap_scoring: bool = False
-    update: Literal["collapsed", "per_member"] = "collapsed"
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.group_size < 2:
-            problems.append(
-                f"group_size must be at least 2, a group of one has no spread, got {self.group_size}"
-            )
-        if self.advantage_eps < 0:
-            problems.append(
-                f"advantage_eps must be at least 0, got {self.advantage_eps}"
-            )
-        if self.advantage_clip is not None and self.advantage_clip <= 0:
-            problems.append(
-                f"advantage_clip must be positive or null, got {self.advantage_clip}"
-            )
         if (self.clip_low is None) != (self.clip_high is None):
-            problems.append(
-                f"clip_low and clip_high go together, got {self.clip_low} and {self.clip_high}"
+            raise ValueError(
+                "clip_low and clip_high must both be numbers or both be null, "
+                f"got {self.clip_low} and {self.clip_high}"
             )
-        for name in ("clip_low", "clip_high"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                problems.append(f"{name} must be positive or null, got {value}")
-        if self.updates < 1:
-            problems.append(f"updates must be at least 1, got {self.updates}")
-        elif self.updates > 1 and self.clip_low is None:
-            problems.append(
-                f"updates={self.updates} on one rollout move away from it: clip_low and clip_high must be set"
+        if self.updates > 1 and self.clip_low is None:
+            raise ValueError(
+                f"updates={self.updates} on one rollout need clip_low and clip_high"
             )
-        if self.ranks_per_group < 1 or self.group_size % self.ranks_per_group:
-            problems.append(
-                f"ranks_per_group must divide group_size={self.group_size}, so that all have equally many members, "
-                f"got {self.ranks_per_group}"
+        if self.group_size % self.ranks_per_group:
+            raise ValueError(
+                f"ranks_per_group={self.ranks_per_group} must divide "
+                f"group_size={self.group_size}"
             )
-        if self.kl_weight < 0:
-            problems.append(f"kl_weight must be at least 0, got {self.kl_weight}")
-        _check("GrpoConfig", problems)
 
 
-@dataclass(frozen=True)
+@config
 class PairConfig:
-    """How pairs are made of a prompt's videos, see `alignment.pairs.choose`.
+    """How pairs are chosen among a prompt's videos, see `alignment.pairs.choose`.
 
-    candidates  K, videos per prompt
-    min_margin  the winner must be better by this, in standard deviations; 0 asks for more than a tie
-    agreement   drop pairs whose loser some reward prefers
+    candidates  K, videos per prompt.
+    min_margin  the chosen video must lead by this many standard deviations of the reward;
+                0 drops ties only.
+    agreement   drop pairs whose rejected video some reward prefers.
     """
 
-    candidates: int = 8
-    min_margin: float = 0.0
+    candidates: AtLeastTwo = 8
+    min_margin: NonNegativeFloat = 0.0
     agreement: bool = True
 
-    def __post_init__(self) -> None:
-        problems = []
-        if self.candidates < 2:
-            problems.append(f"candidates must be at least 2, got {self.candidates}")
-        if not self.min_margin >= 0:
-            problems.append(f"min_margin must be at least 0, got {self.min_margin}")
-        _check("PairConfig", problems)
 
-
-@dataclass(frozen=True)
+@config
 class DpoConfig:
-    """Training on pairs. Defaults are Flow-DPO's (2501.13918, Table 10), with beta counted on errors that are means.
+    """Training on pairs. Defaults are Flow-DPO's (2501.13918, Table 10).
 
-    method          "dpo"; "rwr", all videos weighted by exp(reward / temperature); "sft", the winners alone
-    beta            how hard the policy is held to its reference; 100 to 5000 are in use
-    beta_schedule   "constant", or "quadratic" beta (1 - sigma)^2, see `alignment.dpo_losses.beta_at`
-    sft_weight      of the winner's error beside the DPO loss, which holds it back from rising; 0 for none
-    temperature     of rwr, in standard deviations of the reward
-    noise           how sigma is drawn: "uniform" in (0, 1), or "logit_normal", sigmoid of N(0, 1); then shifted
-    noise_shift     sigma -> s sigma / (1 + (s - 1) sigma); 1 leaves it
-    pairs_per_step  pairs of one optimizer step, over ALL ranks
-    micro_batch     pairs at once: the transformer runs twice as many samples
-    epochs          how often each pair is seen, 0.5 is every other one
-    displacement_window  steps over which the mean change of the winner's error is watched
-    stop_on_displacement  stop when the winner's error rises above the reference's over ``displacement_window`` steps: the policy runs
-                    from the loser, not to the winner. Otherwise a warning, once
+    Errors are MEANS over latent elements, and beta is in these units.
+
+    method          "dpo"; "rwr" weights all videos by exp(reward / temperature); "sft"
+                    trains on the chosen videos alone.
+    beta            how strongly the policy is held to its reference; 100 to 5000 are usual.
+    beta_schedule   "constant", or "quadratic": beta (1 - sigma)^2, see
+                    `alignment.dpo_losses.beta_at`.
+    sft_weight      weight of the chosen video's error, added to the DPO loss so that this
+                    error does not rise; 0 for none.
+    temperature     of rwr, in standard deviations of the reward.
+    noise           how sigma is drawn: "uniform" in (0, 1), or "logit_normal", the sigmoid
+                    of N(0, 1); the shift follows.
+    noise_shift     s in sigma -> s sigma / (1 + (s - 1) sigma); 1 changes nothing.
+    pairs_per_step  pairs of an optimizer step, over ALL ranks.
+    micro_batch     pairs in a forward; the transformer runs twice as many samples.
+    epochs          passes over the pairs; 0.5 uses every second pair.
+    displacement_window   steps over which the chosen video's error is averaged.
+    stop_on_displacement  stop when that average is above the reference's: the policy then
+                    moves away from the rejected video instead of towards the chosen one
+                    (likelihood displacement). If false, the run warns once.
     """
 
     method: Literal["dpo", "rwr", "sft"] = "dpo"
-    beta: float = 500.0
+    beta: PositiveFloat = 500.0
     beta_schedule: Literal["constant", "quadratic"] = "constant"
-    sft_weight: float = 0.0
-    temperature: float = 1.0
+    sft_weight: NonNegativeFloat = 0.0
+    temperature: PositiveFloat = 1.0
     noise: Literal["uniform", "logit_normal"] = "uniform"
-    noise_shift: float = 1.0
-    pairs_per_step: int = 64
-    micro_batch: int = 1
-    epochs: float = 1.0
-    displacement_window: int = 20
+    noise_shift: PositiveFloat = 1.0
+    pairs_per_step: PositiveInt = 64
+    micro_batch: PositiveInt = 1
+    epochs: PositiveFloat = 1.0
+    displacement_window: PositiveInt = 20
     stop_on_displacement: bool = False
 
     def __post_init__(self) -> None:
-        positive = (
-            "beta",
-            "temperature",
-            "noise_shift",
-            "pairs_per_step",
-            "micro_batch",
-            "epochs",
-            "displacement_window",
-        )
-        problems = [
-            f"{n} must be positive, got {getattr(self, n)}"
-            for n in positive
-            if not getattr(self, n) > 0
-        ]
-        if not self.sft_weight >= 0:
-            problems.append(f"sft_weight must be at least 0, got {self.sft_weight}")
         if self.sft_weight > 0 and self.method != "dpo":
-            problems.append(f"sft_weight goes with method dpo, got {self.method}")
-        _check("DpoConfig", problems)
+            raise ValueError(f"sft_weight needs method dpo, got method {self.method}")
 
 
-@dataclass(frozen=True)
+@config
 class RewardConfig:
-    """One reward plug-in; its name is its key in the run's ``rewards``.
+    """A reward plug-in; its name is its key in the run's ``rewards``.
 
-    kind        a key of `alignment.rewards.REWARDS`, or what an installed package offers under the entry point group
-                video_alignment.rewards; null takes the name, so ``rewards: {descore: {}}`` is enough
-    target      path/to/file.py:name, a function or an object of your own, see `alignment.rewards.plugin`; instead of kind
-    url         http://host:port of a reward server (launch/serve.py), kind "remote"
-    weight      of its advantages in the sum; 0 scores and logs it without training on it: a held-out judge
-    checkpoint  folder of its weights, for rewards that have some
-    options     keyword arguments of its constructor
+    kind        a key of `alignment.rewards.REWARDS`, or a name that an installed package
+                offers as an entry point of video_alignment.rewards. Null takes the reward's
+                name, so ``rewards: {descore: {}}`` is enough.
+    target      path/to/file.py:name of a user's function, class or object, instead of kind.
+    url         http://host:port of a reward server (launch/serve.py), instead of kind.
+    weight      of its advantages in the sum; 0 scores and logs without training on it.
+    checkpoint  folder of the weights, for rewards that have some.
+    options     keyword arguments of its constructor.
     """
 
-    kind: str | None = None
+    kind: NonEmptyText | None = None
     target: str | None = None
     url: str | None = None
-    weight: float = 1.0
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     checkpoint: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.kind == "":
-            problems.append("kind must be a name or null, got an empty string")
         if self.kind is not None and self.target is not None:
-            problems.append(
-                f"kind and target are two ways to name one reward, got {self.kind} and {self.target}"
+            raise ValueError(
+                f"kind={self.kind} and target={self.target} exclude each other"
             )
-        if self.url is not None and (
-            self.target is not None or self.kind not in (None, "remote")
-        ):
-            problems.append(
-                f"url names a remote reward and goes with no other kind or target, got {self.url}"
+        has_other_source = self.target is not None or self.kind not in (None, "remote")
+        if self.url is not None and has_other_source:
+            raise ValueError(
+                f"url={self.url} names a remote reward and excludes target and other kinds"
             )
-        if not math.isfinite(self.weight):
-            problems.append(f"weight must be finite, got {self.weight}")
-        _check("RewardConfig", problems)

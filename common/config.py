@@ -1,12 +1,9 @@
-"""A run is one yaml, its schema is nested frozen dataclasses, and a typo is an error with a suggestion.
+"""Read a run's config: one yaml or several, overrides, and a message for every mistake.
 
-OmegaConf merges defaults <- yaml, one or several <- ``a.b=c``; what comes out is plain frozen dataclasses and
-OmegaConf is gone.
-Everything that is wrong is reported at once: unknown keys, wrong types, bad choices, malformed overrides, and the
-ValueErrors of every section's ``__post_init__``. Nothing here imports torch, so that an error shows in well under 2 s.
-
-A schema may use int, float, bool, str, Any, ``X | None`` and other unions, Literal, tuple[X, ...], tuple[X, Y],
-dict[str, X] and further dataclasses. Lists in yaml become tuples.
+OmegaConf merges defaults <- yaml files <- ``a.b=c`` and resolves ``${...}``; pydantic
+validates the result against the schema (`common.schema.config`). All mistakes are
+reported together, each with its file and line and, for an unknown key, the nearest key.
+Nothing here imports torch, so that an error shows in well under two seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +12,8 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -24,9 +23,12 @@ from typing import Any, Generic, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
 
-from common import safe_yaml, schema_types
+from common import safe_yaml, schema
+from common.renamed_keys import NEW_NAME
 from common.run_record import dump
+from common.schema import Where, config
 
 __all__ = [
     "CommandLine",
@@ -38,12 +40,16 @@ __all__ = [
 ]
 
 C = TypeVar("C")
-Where = tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@config
 class WandbConfig:
-    """Weights & Biases beside metrics.jsonl. ``offline`` writes into the run folder and needs no network."""
+    """Weights & Biases beside metrics.jsonl.
+
+    mode     "offline" writes into the run folder and needs no network.
+    project  name of the project on the server.
+    name     name of the run; null lets the server choose.
+    """
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "video-alignment"
@@ -51,7 +57,7 @@ class WandbConfig:
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a config; ``errors`` holds one line per mistake."""
+    """A config with mistakes; ``errors`` holds one line for each."""
 
     def __init__(self, errors: Sequence[str]) -> None:
         self.errors = list(errors)
@@ -60,8 +66,11 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class CommandLine(Generic[C]):
-    """What `parse_command_line` found: the config, ``resume`` (auto, none or a path), the arguments as typed, and what
-    ``--dry-run`` asks for, None without it.
+    """The parsed command line of an entry point.
+
+    resume   auto, none or a path.
+    dry_run  the devices to plan for, None for a real run.
+    args     all arguments as argparse read them.
     """
 
     cfg: C
@@ -77,21 +86,25 @@ def load(
     yaml: str | Path | Sequence[str | Path] | None,
     overrides: Sequence[str] = (),
 ) -> C:
-    """Read a config: defaults <- the yaml, or several in order (None for none) <- overrides ``a.b=c`` in order.
+    """Read a config: defaults <- yaml files in order <- overrides ``a.b=c`` in order.
 
-    The value of an override is read as yaml, or taken as it stands where the schema wants text; empty is the empty
-    text. A section in a mapping of sections (``rewards.NAME``) that is null is taken out of it. Raises ConfigError with
-    every mistake found, and TypeError for a schema this loader cannot read.
+    An override's value is read as yaml, or taken as it stands where the schema wants
+    text. An entry of a mapping of sections (``rewards.NAME``) is removed by null.
+    Raises ConfigError with every mistake.
     """
-    reader = _Reader(schema)
-    files = [] if yaml is None else [yaml] if isinstance(yaml, str | Path) else yaml
-    layers = [reader.read_yaml(Path(file)) for file in files] or [{}]
-    layers += (
-        layer for text in overrides if (layer := reader.read_override(text)) is not None
-    )
-    cfg = reader.build(schema, reader.check(schema, reader.merge(layers), ()))
+    if yaml is None:
+        files = []
+    elif isinstance(yaml, str | Path):
+        files = [yaml]
+    else:
+        files = list(yaml)
+
+    reader = _ConfigReader(schema)
+    layers = [reader.read_yaml(Path(file)) for file in files]
+    layers += [reader.read_override(text) for text in overrides]
+    cfg = reader.build(layers)
     if reader.mistakes:
-        raise ConfigError([mistake.text for mistake in reader.mistakes])
+        raise ConfigError(reader.mistakes)
     return cfg
 
 
@@ -102,10 +115,11 @@ def parse_command_line(
     description: str,
     extend: Callable[[argparse.ArgumentParser], object] | None = None,
 ) -> CommandLine[C]:
-    """The command line every entry point has: ``--config x.yaml [--resume auto|none|PATH] [--dry-run] [a.b=c ...]``.
+    """Parse ``--config x.yaml [--resume auto|none|PATH] [--dry-run] [a.b=c ...]``.
 
-    ``extend`` may add options of its own; they come back in ``args``. On a mistake every one is written to stderr (by
-    rank 0) and the process exits with code 2. ``--local_rank``, which launchers append, is accepted and ignored.
+    ``extend`` may add options; they come back in ``args``. With mistakes, rank 0 writes
+    each of them to stderr and the process exits with code 2. ``--local_rank``, which
+    launchers append, is ignored.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument(
@@ -117,20 +131,20 @@ def parse_command_line(
         action="append",
         default=[],
         metavar="PATH",
-        help="yaml file; several: later ones win",
+        help="yaml file; of several, later files win",
     )
     parser.add_argument(
         "--resume",
         default="auto",
         metavar="auto|none|PATH",
-        help="checkpoint to go on from",
+        help="checkpoint to resume from",
     )
     parser.add_argument(
         "--dry-run",
         nargs="?",
         const="1xh100",
         metavar="GPUSxDEVICE",
-        help="what the run needs: 8xh100, 1xa100",
+        help="print what the run needs on these devices: 8xh100, 1xa100",
     )
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS
@@ -138,262 +152,280 @@ def parse_command_line(
     if extend is not None:
         extend(parser)
     args = parser.parse_intermixed_args(argv)
+
     try:
         cfg = load(schema, args.config, args.overrides)
     except ConfigError as error:
-        head = f"{parser.prog}: {len(error.errors)} mistake{'s' * (len(error.errors) > 1)} in the configuration\n"
+        plural = "s" if len(error.errors) > 1 else ""
+        head = (
+            f"{parser.prog}: {len(error.errors)} mistake{plural} in the configuration\n"
+        )
         lines = "".join(f"  {line}\n" for line in error.errors)
-        parser.exit(2, head + lines if os.environ.get("RANK", "0") == "0" else None)
+        is_rank_0 = os.environ.get("RANK", "0") == "0"
+        parser.exit(2, head + lines if is_rank_0 else None)
     return CommandLine(
-        cfg, args.resume, tuple(args.config), tuple(args.overrides), args, args.dry_run
+        cfg,
+        args.resume,
+        tuple(args.config),
+        tuple(args.overrides),
+        args,
+        args.dry_run,
     )
 
 
-@dataclass(frozen=True)
-class _Mistake:
-    where: Where
-    text: str
-
-
-class _Reader:
-    """One reading of one config: collects mistakes on the way, so that all of them can be shown together."""
+class _ConfigReader:
+    """Collects the mistakes of one config, so that all can be shown together."""
 
     def __init__(self, schema: type) -> None:
         self.schema = schema
-        self.mistakes: list[_Mistake] = []
-        self.removed: list[Where] = []  # entries of mappings that were set to null
-        self.given: set[Where] = set()  # sections of any layer
-        self.origin: dict[Where, str] = {}  # " (file.yaml:3)" or " (override)" by path
+        self.mistakes: list[str] = []
+        self.unreadable = False  # a layer is lost: keys that seem missing may be in it
+        self.given: set[Where] = set()  # sections that some layer names
+        self.origin: dict[Where, str] = {}  # " (file.yaml:3)" or " (command line)"
 
-    def report(self, where: Where, message: str, *, first: str = "") -> None:
-        """``first``: the key below ``where`` whose origin is told, when it has one."""
-        places = ([(*where, first)] if first else []) + [
-            where[:n] for n in range(len(where), 0, -1)
-        ]
-        origin = next(
-            (self.origin[place] for place in places if place in self.origin), ""
-        )
-        self.mistakes.append(
-            _Mistake(where, f"{'.'.join(where) or 'config'}: {message}{origin}")
-        )
+    def report(self, where: Where, message: str, *, field: str = "") -> None:
+        """Add a mistake with the place where the key, or the section around it, was set."""
+        places = [where[:length] for length in range(len(where), 0, -1)]
+        if field:
+            places.insert(0, (*where, field))
+        origins = [self.origin[place] for place in places if place in self.origin]
+        origin = origins[0] if origins else ""
+        self.mistakes.append(f"{'.'.join(where) or 'config'}: {message}{origin}")
+
+    # Reading the layers.
 
     def read_yaml(self, path: Path) -> dict[str, Any]:
         try:
             document = safe_yaml.parse(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a UTF-8 text"
-            self.mistakes.append(_Mistake((), f"{path}: cannot be read: {reason}"))
-            return {}
+            return self._unreadable(f"{path}: cannot be read: {reason}")
         except safe_yaml.YamlError as error:
-            self.mistakes.append(_Mistake((), f"{path}: {error}"))
+            return self._unreadable(f"{path}: {error}")
+        if document.value is None:
             return {}
-        self.origin.update(
-            {where: f" ({path}:{line})" for where, line in document.lines.items()}
-        )
-        if document.value is not None and not isinstance(document.value, dict):
-            self.mistakes.append(
-                _Mistake(
-                    (),
-                    f"{path}: must hold `key: value` lines, got {_show(document.value)}",
-                )
+        if not isinstance(document.value, dict):
+            shown = _show(document.value)
+            return self._unreadable(
+                f"{path}: must hold `key: value` lines, got {shown}"
             )
-            return {}
-        return document.value or {}
+        for where, line in document.lines.items():
+            self.origin[where] = f" ({path}:{line})"
+        return document.value
 
-    def read_override(self, text: str) -> dict[str, Any] | None:
-        """``a.b=c`` -> {"a": {"b": c}}, or None after reporting what is wrong with it."""
+    def read_override(self, text: str) -> dict[str, Any]:
+        """Turn ``a.b=c`` into {"a": {"b": c}}; {} after a mistake."""
         dotted, equals, value = text.partition("=")
         where = tuple(dotted.split("."))
-        if not equals or not all(part and part == part.strip() for part in where):
-            self.mistakes.append(
-                _Mistake((), f"{text!r}: an override has the form a.b=value")
-            )
-            return None
-        annotation = schema_types.at(self.schema, where)
+        well_formed = all(part and part == part.strip() for part in where)
+        if not equals or not well_formed:
+            return self._unreadable(f"{text!r}: an override has the form a.b=value")
+        annotation = schema.annotation_at(self.schema, where)
         try:
             parsed = _override_value(annotation, value)
         except safe_yaml.YamlError as error:
-            self.mistakes.append(
-                _Mistake(where, f"{dotted}: the value {value!r} is not yaml: {error}")
+            message = f"{dotted}: the value {value!r} is not yaml: {error}"
+            return self._unreadable(message)
+        if parsed == {} and schema.entry_of(annotation) is not None:
+            message = (
+                f"{dotted}: {{}} changes nothing; {dotted}.NAME=null removes an entry"
             )
-            return None
-        if parsed == {} and schema_types.entry_of(annotation) is not None:
-            self.mistakes.append(
-                _Mistake(
-                    where,
-                    f"{dotted}: {{}} changes nothing; {dotted}.NAME=null takes one out",
-                )
-            )
-            return None
-        for stale in [known for known in self.origin if known[: len(where)] == where]:
-            del self.origin[stale]
+            return self._unreadable(message)
+
+        # Lines of a yaml that this override replaces are no longer the origin.
+        for known in list(self.origin):
+            if known[: len(where)] == where:
+                del self.origin[known]
         self.origin[where] = " (command line)"
         for part in reversed(where):
             parsed = {part: parsed}
         return parsed
 
-    def merge(self, layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _unreadable(self, message: str) -> dict[str, Any]:
+        self.mistakes.append(message)
+        self.unreadable = True
+        return {}
+
+    # Merging and validating.
+
+    def build(self, layers: Sequence[dict[str, Any]]) -> Any:
+        """Merge the layers over the defaults and validate; None after a mistake."""
         for layer in layers:
-            self.given |= _sections(layer, ())
+            self.given |= set(_sections(layer, ()))
         try:
-            return OmegaConf.to_container(OmegaConf.merge(*layers), resolve=False)
+            merged = OmegaConf.merge(_defaults(self.schema), *layers)
+            tree = OmegaConf.to_container(merged, resolve=True)
         except OmegaConfBaseException as error:  # a malformed ${...}
-            self.report_omegaconf(error)
-            return {}
-
-    def report_omegaconf(self, error: OmegaConfBaseException) -> None:
-        where = tuple(str(error.full_key).split(".")) if error.full_key else ()
-        self.report(where, str(error.msg or error).split("\n")[0])
-
-    def check(self, annotation: Any, value: Any, where: Where) -> Any:
-        """Report every unknown key and wrong type below ``where``; return the value without them."""
-        if isinstance(value, str) and "${" in value:
-            return value  # an interpolation: known only after the merge, `build` looks at it again
-        section = schema_types.section_of(annotation)
-        if isinstance(value, dict) and section is not None:
-            return self._check_keys(value, section, where)
+            where = tuple(str(error.full_key).split(".")) if error.full_key else ()
+            self.report(where, str(error.msg or error).split("\n")[0])
+            tree = {}
+            self.unreadable = True
+        self._remove_null_entries(self.schema, tree, ())
+        self._report_nan(tree, ())
+        adapter = TypeAdapter(self.schema)
         try:
-            return schema_types.convert(
-                annotation,
-                value,
-                self._check_item(where, named=isinstance(value, dict)),
-            )
-        except schema_types.Unfit as error:
-            self.report(
-                where, f"expected {error.expected}, got {_show(value)}{error.hint}"
-            )
-            return _DROP
+            # JSON mode takes a list for a tuple and is strict about everything else.
+            return adapter.validate_json(json.dumps(tree), strict=True)
+        except ValidationError as error:
+            self._report_all(error, tree)
+        return None
 
-    def _check_item(self, where: Where, *, named: bool) -> schema_types.Recurse:
-        check = self._entry if named else self.check
-        return lambda annotation, value, key: check(annotation, value, (*where, key))
-
-    def _entry(self, annotation: Any, value: Any, where: Where) -> Any:
-        """As `check`; a section that is null is taken out of its mapping."""
-        if value is None and dataclasses.is_dataclass(annotation):
-            self.removed.append(where)
-            return _DROP
-        return self.check(annotation, value, where)
-
-    def _check_keys(
-        self, value: dict[str, Any], section: type, where: Where
-    ) -> dict[str, Any]:
-        known = schema_types.fields(section)
-        clean = {}
-        for key, item in value.items():
-            if key not in known:
-                self._unknown((*where, key), item, known)
-            elif (checked := self.check(known[key], item, (*where, key))) is not _DROP:
-                clean[key] = checked
-        return clean
-
-    def _unknown(self, where: Where, value: Any, siblings: Iterable[str]) -> None:
-        close = difflib.get_close_matches(where[-1], list(siblings), n=1, cutoff=0.6)
-        if not close and isinstance(value, dict) and value:
-            for (
-                key,
-                item,
-            ) in (
-                value.items()
-            ):  # a section in the wrong place: name the keys the user meant
-                self._unknown((*where, key), item, ())
+    def _remove_null_entries(self, annotation: Any, tree: Any, where: Where) -> None:
+        """Remove the entries of mappings of sections that are null."""
+        if not isinstance(tree, dict):
             return
-        nearest = (
-            ".".join((*where[:-1], *close))
-            if close
-            else _nearest_anywhere(self.schema, where)
+        section = schema.section_of(annotation)
+        entry = schema.entry_of(annotation)
+        for key, value in list(tree.items()):
+            path = (*where, key)
+            if entry is not None and value is None:
+                del tree[key]
+                self._check_removed(path, tree)
+            elif entry is not None:
+                self._remove_null_entries(entry, value, path)
+            elif section is not None and key in schema.field_types(section):
+                self._remove_null_entries(schema.field_types(section)[key], value, path)
+
+    def _check_removed(self, where: Where, others: Iterable[str]) -> None:
+        """Report a null for an entry that neither the defaults nor a layer has."""
+        defaults = _defaults(self.schema)
+        parent = functools.reduce(
+            lambda tree, key: tree.get(key) or {}, where[:-1], defaults
         )
+        if where[-1] in parent or where in self.given:
+            return
+        close = difflib.get_close_matches(where[-1], list(others), n=1)
+        hint = f"; did you mean {'.'.join((*where[:-1], *close))!r}?" if close else ""
+        self.report(where, f"there is no such entry to remove{hint}")
+
+    def _report_nan(self, tree: Any, where: Where) -> None:
+        if isinstance(tree, dict):
+            for key, value in tree.items():
+                self._report_nan(value, (*where, key))
+        elif isinstance(tree, float) and math.isnan(tree):
+            self.report(where, "must be a number, got nan")
+
+    def _report_all(self, error: ValidationError, tree: dict[str, Any]) -> None:
+        """Report pydantic's findings in this project's words, one line a key."""
+        seen = set()
+        for finding in error.errors(include_url=False):
+            where, value = _locate(finding["loc"], tree)
+            if where in seen:  # the members of a union, each with its own finding
+                continue
+            seen.add(where)
+            kind, message = finding["type"], finding["msg"]
+            if kind == "missing" and isinstance(value, list):
+                self.report(where, f"the list is too short, got {_show(value)}")
+            elif kind == "missing":
+                seen.discard(where)  # a section can lack several keys
+                if not self.unreadable:
+                    missing = (*where, str(finding["loc"][-1]))
+                    self.report(missing, "is required and not given")
+            elif kind == "unexpected_keyword_argument":
+                # Odd characters may have changed on the way through JSON.
+                if not where:
+                    where = (str(finding["loc"][-1]),)
+                section = schema.section_of(
+                    schema.annotation_at(self.schema, where[:-1])
+                )
+                self._report_unknown(where, value, schema.field_types(section))
+            elif kind == "value_error":
+                text = message.removeprefix("Value error, ")
+                section = schema.section_of(schema.annotation_at(self.schema, where))
+                field = _field_named(text, section) if section is not None else ""
+                self.report(where, text, field=field)
+            elif kind == "dataclass_type":
+                section = schema.section_of(schema.annotation_at(self.schema, where))
+                keys = ", ".join(schema.field_types(section))
+                self.report(
+                    where,
+                    f"expected a section with the keys {keys}, got {_show(value)}",
+                )
+            else:
+                text = message[0].lower() + message[1:]
+                self.report(where, f"{text}, got {_show(value)}")
+
+    def _report_unknown(
+        self, where: Where, value: Any, siblings: Iterable[str]
+    ) -> None:
+        """Report an unknown key with the nearest key that exists."""
+        new_name = NEW_NAME.get(where[-1])
+        close = difflib.get_close_matches(where[-1], list(siblings), n=1, cutoff=0.6)
+        if new_name in siblings:
+            close = [new_name]
+        if not close and isinstance(value, dict) and value:
+            # A section in the wrong place: name the keys that were meant.
+            for key, inner in value.items():
+                self._report_unknown((*where, key), inner, ())
+            return
+        if close:
+            nearest = ".".join((*where[:-1], *close))
+        else:
+            nearest = _nearest_anywhere(self.schema, where)
         hint = f"; did you mean {nearest!r}?" if nearest else ""
         self.report(where, f"unknown key (value {_show(value)}){hint}")
 
-    def build(self, schema: type[C], clean: dict[str, Any]) -> C | None:
-        """Merge over the defaults, resolve, make the dataclasses; what their checks raise is reported by section."""
-        try:
-            tree = OmegaConf.to_container(
-                OmegaConf.merge(OmegaConf.structured(schema), clean), resolve=True
-            )
-        except OmegaConfBaseException as error:
-            self.report_omegaconf(error)
-            return None
-        for where in self.removed:
-            mapping = functools.reduce(
-                lambda section, key: section.get(key, {}), where[:-1], tree
-            )
-            if (
-                mapping.pop(where[-1], None) is None and where not in self.given
-            ):  # the schema's own, or a layer's
-                close = difflib.get_close_matches(where[-1], list(mapping), n=1)
-                hint = (
-                    f"; did you mean {'.'.join((*where[:-1], *close))!r}?"
-                    if close
-                    else ""
-                )
-                self.report(where, f"there is none to take out{hint}")
-        return self._make(schema, tree, ())
 
-    def _make(self, annotation: Any, value: Any, where: Where) -> Any:
-        section = schema_types.section_of(annotation)
-        if value == "???":
-            if not self._touched(where) and all(
-                mistake.where for mistake in self.mistakes
-            ):
-                # not with an unreadable yaml or override at hand: it may well have held the value
-                self.report(where, "is required and not given")
-            return _DROP
-        if not isinstance(value, dict) or section is None:
-            try:
-                return schema_types.convert(annotation, value, self._make_item(where))
-            except schema_types.Unfit as error:
-                self.report(
-                    where, f"expected {error.expected}, got {_show(value)}{error.hint}"
-                )
-                return _DROP
-        values = {
-            key: self._make(known, value[key], (*where, key))
-            for key, known in schema_types.fields(section).items()
-        }
-        if self._touched(where):
-            return _DROP  # the checks of a section with a mistake would only repeat it
-        try:
-            return section(**values)
-        except ValueError as error:
-            self.report(where, str(error), first=_field_named(str(error), section))
-            return _DROP
-
-    def _make_item(self, where: Where) -> schema_types.Recurse:
-        return lambda annotation, value, key: self._make(
-            annotation, value, (*where, key)
-        )
-
-    def _touched(self, where: Where) -> bool:
-        return any(mistake.where[: len(where)] == where for mistake in self.mistakes)
+def _defaults(section: type) -> dict[str, Any]:
+    """Return the defaults of a schema as plain data, without the keys that are required."""
+    tree = {}
+    for field in dataclasses.fields(section):
+        if field.default is not dataclasses.MISSING:
+            tree[field.name] = _as_data(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            tree[field.name] = _as_data(field.default_factory())
+    return tree
 
 
-_DROP = schema_types.DROP
+def _as_data(value: Any) -> Any:
+    """Return sections as dicts and tuples as lists."""
+    if dataclasses.is_dataclass(value):
+        return _as_data(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {key: _as_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_data(item) for item in value]
+    return value
 
 
-def _sections(layer: dict[str, Any], where: Where) -> set[Where]:
-    inside = [(key, value) for key, value in layer.items() if isinstance(value, dict)]
-    return {(*where, key) for key, _ in inside}.union(
-        *(_sections(value, (*where, key)) for key, value in inside)
-    )
+def _sections(layer: dict[str, Any], where: Where) -> Iterable[Where]:
+    for key, value in layer.items():
+        if isinstance(value, dict):
+            yield (*where, key)
+            yield from _sections(value, (*where, key))
+
+
+def _locate(loc: tuple[int | str, ...], tree: Any) -> tuple[Where, Any]:
+    """Return the part of pydantic's location that leads through the config, and the value.
+
+    The location also names members of unions, which are no keys.
+    """
+    where: list[str] = []
+    for part in loc:
+        if isinstance(tree, dict) and part in tree:
+            tree = tree[part]
+        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+            tree = tree[part]
+        else:
+            break
+        where.append(str(part))
+    return tuple(where), tree
 
 
 def _field_named(message: str, section: type) -> str:
-    """The first of the section's fields that the message names; "" if it names none."""
-    return next(
-        (
-            word
-            for word in re.findall(r"\w+", message)
-            if word in schema_types.fields(section)
-        ),
-        "",
-    )
+    """Return the first field that a section's error message names, "" for none."""
+    for word in re.findall(r"\w+", message):
+        if word in schema.field_types(section):
+            return word
+    return ""
 
 
 def _override_value(annotation: Any, text: str) -> Any:
-    """Text stays text where the schema wants text (``name=007``, ``prompt=a: b``); a quoted text loses its quotes."""
-    wants_text = annotation is not None and schema_types.is_text(annotation)
+    """Read an override's value; text stays text where the schema wants text.
+
+    ``name=007`` and ``prompt=a: b`` are texts; a quoted text loses its quotes.
+    """
+    wants_text = annotation is not None and schema.is_text(annotation)
     if text == "":
         return ""
     if wants_text and text[0] not in "\"'" and text != "null":
@@ -401,9 +433,9 @@ def _override_value(annotation: Any, text: str) -> Any:
     return safe_yaml.parse(text).value
 
 
-def _nearest_anywhere(schema: type, where: Where) -> str | None:
-    """A key of another section: first by its full dotted path, then by its last word."""
-    paths = schema_types.dotted_paths(schema)
+def _nearest_anywhere(section: type, where: Where) -> str | None:
+    """Find a key of another section, by its dotted path and then by its last word."""
+    paths = list(schema.dotted_paths(section))
     close = difflib.get_close_matches(".".join(where), paths, n=1, cutoff=0.6)
     if close:
         return close[0]
@@ -414,18 +446,7 @@ def _nearest_anywhere(schema: type, where: Where) -> str | None:
 
 def _show(value: Any) -> str:
     text = repr(value)
+    if len(text) > 60:
+        text = text[:57] + "..."
     kind = "a section" if isinstance(value, dict) else type(value).__name__
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({kind})"
-
-
-def check(owner: str, problems: list[str]) -> None:
-    if problems:
-        raise ValueError("; ".join(f"{owner}.{problem}" for problem in problems))
-
-
-def not_negative(run: Any, *names: str) -> list[str]:
-    return [
-        f"{n} must be at least 0, got {getattr(run, n)}"
-        for n in names
-        if not getattr(run, n) >= 0
-    ]
+    return f"{text} ({kind})"

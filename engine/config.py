@@ -1,50 +1,76 @@
-"""TODO."""
+"""Settings that every training run shares. No torch here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-from common.config import check
+from pydantic import Field
+
+from common.config import WandbConfig
+from common.schema import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    config,
+    run_config,
+)
+
+# At 1 an average would never move.
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-@dataclass(frozen=True)
+@config
 class OptimizerConfig:
-    """AdamW with a linear warm-up, then a constant rate. Defaults: LongCat-Video's open reproduction (GenRL).
+    """AdamW with a linear warm-up, then a constant rate.
 
-    max_grad_norm  gradients are scaled down to this norm; 0 leaves them alone
-    warmup_steps   optimizer step i (from 1) uses lr * min(1, i / warmup_steps)
+    Defaults are those of GenRL, the open reproduction of LongCat-Video.
+
+    max_grad_norm  gradients are scaled down to this norm; 0 leaves them as they are.
+    warmup_steps   step i, counted from 1, uses lr * min(1, i / warmup_steps).
     """
 
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    warmup_steps: int = 0
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{n} must be at least 0, got {getattr(self, n)}"
-            for n in _AT_LEAST_0
-            if getattr(self, n) < 0
-        ]
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            problems.append(f"betas must lie in [0, 1), got {list(self.betas)}")
-        check("OptimizerConfig", problems)
+    lr: NonNegativeFloat = 1e-4
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: NonNegativeFloat = 1e-8
+    weight_decay: NonNegativeFloat = 1e-4
+    max_grad_norm: NonNegativeFloat = 1.0
+    warmup_steps: NonNegativeInt = 0
 
 
-ZERO_STAGES = (0, 1, 2, 3)
-
-
-_AT_LEAST_0 = ("lr", "eps", "weight_decay", "max_grad_norm", "warmup_steps")
-
-
-@dataclass(frozen=True)
+@config
 class EmaConfig:
-    """An average of the trained weights over the optimizer's steps, see `engine.ema.Ema`."""
+    """An exponential moving average of the trained weights, see `engine.ema.Ema`."""
 
-    decay: float = 0.99
+    decay: Decay = 0.99
 
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.decay < 1.0:
-            raise ValueError(f"EmaConfig.decay must lie in [0, 1), got {self.decay}")
+
+@run_config
+class TrainingRun:
+    """What the four training commands share: GRPO, DPO and both stages of DeScore.
+
+    run_dir                folder of the run. Started again, a run resumes from it.
+    zero_stage             DeepSpeed ZeRO: 0 shards nothing, 1 the optimizer's state, 2 also
+                           the gradients, 3 also the trained weights. A checkpoint of any
+                           stage can be resumed with any other.
+    deepspeed              keys of DeepSpeed's own JSON; they override the computed ones.
+    save_every             steps between checkpoints; the last step is always saved.
+    keep                   how many of the newest checkpoints stay on disk.
+    watchdog_s             a run that finishes no step for so many seconds prints its stacks
+                           and exits; 0 turns the watchdog off.
+    max_nonfinite_updates  optimizer steps with a non-finite gradient are skipped; after so
+                           many in a row the run stops.
+    tensorboard            also write TensorBoard files, if that package is installed.
+    """
+
+    run_dir: str
+    seed: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    save_every: PositiveInt = 50
+    keep: PositiveInt = 2
+    watchdog_s: NonNegativeFloat = 7200.0
+    max_nonfinite_updates: NonNegativeInt = 5
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False

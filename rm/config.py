@@ -1,64 +1,67 @@
-"""Schemas of `rm`: how videos are read, what is trained, and a cold-start run. No torch, so a typo shows at once."""
+"""Settings of DeScore: how videos are read, what is trained, both stages. No torch here."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from common.schema import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    config,
+)
+
+# Bradley-Terry with ties (Rao and Kupper): 1 would leave no room for a tie.
+TieParameter = Annotated[float, Field(gt=1.0)]
+ThreeNumbers = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
 
 
-@dataclass(frozen=True)
+@config
 class VideoSettings:
-    """How videos become patches; saved with the checkpoint. Defaults: DeScore at full size (2 fps, 448 x 448 a frame).
+    """How videos become patches; saved with the checkpoint.
 
-    budget  "frame": min_pixels and max_pixels bound one frame (qwen-vl-utils, the official DeScore);
-            "video": they bound frames * height * width (transformers' processor)
+    Defaults are DeScore's at full size: 2 frames a second, 448 x 448 pixels a frame.
+
+    budget  "frame": min_pixels and max_pixels bound a frame (qwen-vl-utils, the official
+            DeScore). "video": they bound frames * height * width (transformers' processor).
     """
 
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = 768
-    min_pixels: int = 3_136
-    max_pixels: int = 200_704
+    fps: PositiveFloat = 2.0
+    min_frames: PositiveInt = 4
+    max_frames: PositiveInt = 768
+    min_pixels: PositiveInt = 3_136
+    max_pixels: PositiveInt = 200_704
     budget: Literal["frame", "video"] = "frame"
-    patch_size: int = 16
-    merge_size: int = 2
-    temporal_patch_size: int = 2
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    patch_size: PositiveInt = 16
+    merge_size: PositiveInt = 2
+    temporal_patch_size: PositiveInt = 2
+    mean: ThreeNumbers = (0.5, 0.5, 0.5)
+    std: ThreeNumbers = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(self.mean))  # JSON gives lists
-        object.__setattr__(self, "std", tuple(self.std))
-        if self.fps <= 0:
-            raise ValueError(f"fps={self.fps} must be positive")
-        if not 1 <= self.min_frames <= self.max_frames:
+        if self.min_frames > self.max_frames:
             raise ValueError(
-                f"min_frames={self.min_frames} must lie between 1 and max_frames={self.max_frames}"
+                f"min_frames={self.min_frames} must be at most max_frames={self.max_frames}"
             )
-        if not 0 < self.min_pixels <= self.max_pixels:
+        if self.min_pixels > self.max_pixels:
             raise ValueError(
-                f"min_pixels={self.min_pixels} must lie between 1 and max_pixels={self.max_pixels}"
-            )
-        if self.budget not in ("frame", "video"):
-            raise ValueError(f"budget={self.budget!r} must be 'frame' or 'video'")
-        for name in ("patch_size", "merge_size", "temporal_patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise ValueError(
-                f"mean={self.mean} and std={self.std} need three entries each"
+                f"min_pixels={self.min_pixels} must be at most max_pixels={self.max_pixels}"
             )
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(
-            json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> VideoSettings:
-        """ValueError, naming the file, for an unknown key."""
+        """Read a video.json. Raises ValueError, with the file, for an unknown key."""
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
         unknown = set(raw) - {f.name for f in fields(cls)}
         if unknown:
@@ -66,253 +69,223 @@ class VideoSettings:
         return cls(**raw)
 
 
-@dataclass(frozen=True)
+@config
 class BackboneLora:
-    """Adapters on the language model's linears (spec 1.2): W + (alpha / rank) B A."""
+    """Adapters on the language model's linears: W + (alpha / rank) B A."""
 
-    rank: int = 64
+    rank: PositiveInt = 64
     alpha: float = 128.0
-    dropout: float = 0.05
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank} must be at least 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
 
 
-@dataclass(frozen=True)
+@config
 class LearningRates:
-    """One rate per part; 0 freezes it. "merger" holds the deepstack mergers too (spec 1.2, 2.2)."""
+    """A learning rate for each part; 0 freezes it.
 
-    llm: float = 2e-6
-    vision: float = 2e-6
-    merger: float = 2e-6
-    query: float = 2e-6
-    head: float = 2e-6
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            if getattr(self, f.name) < 0:
-                raise ValueError(
-                    f"{f.name}={getattr(self, f.name)} must not be negative"
-                )
-        if not any(getattr(self, f.name) for f in fields(self)):
-            raise ValueError("every learning rate is 0: nothing would be trained")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How a chain of thought is written; saved with the checkpoint. Defaults: the official inference (spec section 4).
-
-    max_new_tokens      a chain that is not finished by then is tried once more with twice as many, then not judged
-    temperature         0 is greedy
-    repetition_penalty  divides positive and multiplies negative logits of every token already in the sequence
+    "merger" holds the deepstack mergers too.
     """
 
-    max_new_tokens: int = 4_096
-    temperature: float = 0.0
-    repetition_penalty: float = 1.05
+    llm: NonNegativeFloat = 2e-6
+    vision: NonNegativeFloat = 2e-6
+    merger: NonNegativeFloat = 2e-6
+    query: NonNegativeFloat = 2e-6
+    head: NonNegativeFloat = 2e-6
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must not be negative")
-        if self.repetition_penalty <= 0:
-            raise ValueError(
-                f"repetition_penalty={self.repetition_penalty} must be positive"
-            )
+        if not any(asdict(self).values()):
+            raise ValueError("all learning rates are 0: nothing would be trained")
 
 
-@dataclass(frozen=True)
+@config
+class Generation:
+    """How a chain of thought is generated; saved with the checkpoint.
+
+    Defaults are those of the official inference code.
+
+    max_new_tokens      a CoT that is longer is generated again with twice as many; if it is
+                        still longer, its video gets no score.
+    temperature         0 is greedy.
+    repetition_penalty  divides positive and multiplies negative logits of every token that
+                        is already in the sequence.
+    """
+
+    max_new_tokens: PositiveInt = 4_096
+    temperature: NonNegativeFloat = 0.0
+    repetition_penalty: PositiveFloat = 1.05
+
+
+@config
 class RewardDimension:
-    """One query token and its row of the head.
+    """A query token and its row of the head.
 
-    weight       in the reward: SUM over dimensions of weight x the dimension's own reward
-    loss_weight  of its Bradley-Terry term
+    weight       in the reward: SUM over dimensions of weight times the dimension's reward.
+    loss_weight  weight of its Bradley-Terry term.
     """
 
     weight: float = 1.0
-    loss_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.loss_weight < 0:
-            raise ValueError(f"loss_weight={self.loss_weight} must not be negative")
+    loss_weight: NonNegativeFloat = 1.0
 
 
 def one_reward() -> dict[str, RewardDimension]:
-    """DeScore's: a single query that says how good a video is overall."""
+    """Return DeScore's default: a single query for the overall quality."""
     return {"overall": RewardDimension()}
 
 
-@dataclass(frozen=True)
+@config
 class Masking:
-    """Random masking of chains of thought in training, see `rm.masking`. Defaults: DeScore's released run.
+    """Random masking of chains of thought in training, see `rm.masking`.
 
-    probability  of dropping a unit
-    per          "pair": A and B lose the same units; "video": each draws for itself
-    unit         "cot": all or nothing; "section" or "sentence": each for itself
+    Defaults are those of DeScore's released run.
+
+    probability  of dropping a unit.
+    per          "pair": A and B lose the same units. "video": each draws its own.
+    unit         "cot" drops all or nothing; "section" and "sentence" drop each separately.
     """
 
-    probability: float = 0.5
+    probability: Fraction = 0.5
     per: Literal["pair", "video"] = "pair"
     unit: Literal["cot", "section", "sentence"] = "cot"
 
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.probability <= 1.0:
-            raise ValueError(f"probability={self.probability} must lie in [0, 1]")
-        if self.per not in ("pair", "video"):
-            raise ValueError(f"per={self.per!r} must be 'pair' or 'video'")
-        if self.unit not in ("cot", "section", "sentence"):
-            raise ValueError(
-                f"unit={self.unit!r} must be 'cot', 'section' or 'sentence'"
-            )
 
-
-@dataclass(frozen=True)
+@config
 class ColdStartConfig:
-    """Stage 1, the discriminative cold start. Defaults: DeScore's released run (spec section 2).
+    """Stage 1, the discriminative cold start. Defaults are DeScore's released run.
 
-    pairs_per_step    preference pairs of one optimizer step, over ALL ranks
-    micro_batch       pairs in one forward (two sequences each)
-    epochs            passes over the pairs
-    theta             None: ties say nothing and are not counted; above 1: Bradley-Terry with ties (VideoAlign uses 5)
-    margin            by how much the better one has to lead: sig(d - margin); without theta only
-    weight_decay      of all groups but the query's
-    cache_gb          memory on each rank for prepared videos and token ids, so that later epochs decode nothing
+    pairs_per_step  preference pairs of an optimizer step, over ALL ranks.
+    micro_batch     pairs in a forward, two sequences each.
+    epochs          passes over the pairs.
+    theta           null: ties give no loss and are not counted. Above 1: Bradley-Terry with
+                    ties (VideoAlign uses 5).
+    margin          by how much the better video must lead: sigmoid(d - margin). Excludes
+                    theta.
+    weight_decay    of all parameter groups but the query's.
+    cache_gb        memory of each rank for prepared videos and token ids, so that later
+                    epochs decode nothing.
     """
 
-    pairs_per_step: int = 32
-    micro_batch: int = 1
-    epochs: float = 2.0
+    pairs_per_step: PositiveInt = 32
+    micro_batch: PositiveInt = 1
+    epochs: PositiveFloat = 2.0
     masking: Masking = field(default_factory=Masking)
-    theta: float | None = None
-    margin: float = 0.0
-    weight_decay: float = 0.0
-    cache_gb: float = 1.0
+    theta: TieParameter | None = None
+    margin: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    cache_gb: NonNegativeFloat = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("pairs_per_step", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.epochs <= 0:
-            raise ValueError(f"epochs={self.epochs} must be positive")
-        if self.theta is not None and self.theta <= 1.0:
-            raise ValueError(f"theta={self.theta} must be above 1, or null for no ties")
-        for name in ("margin", "weight_decay", "cache_gb"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.margin and self.theta is not None:
             raise ValueError(
-                f"margin={self.margin} and theta={self.theta} exclude each other: theta is a margin"
+                f"margin={self.margin} and theta={self.theta} exclude each other"
             )
 
 
-@dataclass(frozen=True)
+@config
 class DualRlConfig:
-    """Stage 2, dual-objective RL. Defaults: DeScore's released run (spec section 3).
+    """Stage 2, dual-objective RL. Defaults are DeScore's released run.
 
-    pairs_per_step    preference pairs whose chains are sampled together, over ALL ranks
-    pairs_per_update  pairs of one optimizer step; pairs_per_step of them make several steps on the same chains
-    micro_batch       pairs in one forward (two rows of group_size chains each)
-    group_size        chains of each VIDEO
-    cots_per_row    of them behind one prompt, see `rm.packed`; null is all. Attention's mask has
-                      (prompt + cots_per_row * chain)^2 entries: long chains need fewer
-    temperature       of sampling, and of the log-probabilities
-    kl_weight         of the k3 estimate against the frozen stage-1 model, MEAN over tokens
-    bt_weight         of Bradley-Terry between rollout i of A and rollout i of B, MEAN over decided (pair, rollout)
-    theta             see `ColdStartConfig`
+    pairs_per_step    preference pairs whose CoTs are sampled together, over ALL ranks.
+    pairs_per_update  pairs of an optimizer step; pairs_per_step is a multiple.
+    micro_batch       pairs in a forward, with two rows of group_size CoTs each.
+    group_size        CoTs of each VIDEO.
+    cots_per_row      CoTs behind one prompt, see `rm.packed`; null is all. The attention
+                      mask has (prompt + cots_per_row * CoT)^2 entries, so long CoTs need
+                      fewer.
+    temperature       of sampling and of the log-probabilities.
+    kl_weight         of the k3 estimate against the frozen stage-1 model, MEAN over tokens.
+    bt_weight         of Bradley-Terry between rollout i of A and rollout i of B, MEAN over
+                      decided (pair, rollout).
+    theta             as in `ColdStartConfig`.
     """
 
-    steps: int = 65
-    pairs_per_step: int = 128
-    pairs_per_update: int = 4
-    micro_batch: int = 1
-    group_size: int = 8
-    cots_per_row: int | None = None
-    temperature: float = 1.0
-    max_new_tokens: int = 4_096
-    clip_low: float = 0.2
-    clip_high: float = 0.3
-    dual_clip: float = 3.0
-    kl_weight: float = 1e-5
-    bt_weight: float = 0.005
-    theta: float | None = None
-    weight_decay: float = 1e-2
+    steps: PositiveInt = 65
+    pairs_per_step: PositiveInt = 128
+    pairs_per_update: PositiveInt = 4
+    micro_batch: PositiveInt = 1
+    group_size: Annotated[int, Field(ge=2)] = 8
+    cots_per_row: PositiveInt | None = None
+    temperature: PositiveFloat = 1.0
+    max_new_tokens: PositiveInt = 4_096
+    clip_low: NonNegativeFloat = 0.2
+    clip_high: NonNegativeFloat = 0.3
+    dual_clip: Annotated[float, Field(gt=1.0)] = 3.0
+    kl_weight: NonNegativeFloat = 1e-5
+    bt_weight: NonNegativeFloat = 0.005
+    theta: TieParameter | None = None
+    weight_decay: NonNegativeFloat = 1e-2
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "pairs_per_step",
-            "pairs_per_update",
-            "micro_batch",
-            "max_new_tokens",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.group_size < 2:
-            raise ValueError(
-                f"group_size={self.group_size} must be at least 2: an advantage compares members"
-            )
-        if self.cots_per_row is not None and (
-            self.cots_per_row < 1 or self.group_size % self.cots_per_row
-        ):
+        if self.cots_per_row is not None and self.group_size % self.cots_per_row:
             raise ValueError(
                 f"cots_per_row={self.cots_per_row} must divide group_size={self.group_size}"
             )
         if self.pairs_per_step % self.pairs_per_update:
             raise ValueError(
-                f"pairs_per_step={self.pairs_per_step} must be a multiple of pairs_per_update={self.pairs_per_update}"
+                f"pairs_per_step={self.pairs_per_step} must be a multiple of "
+                f"pairs_per_update={self.pairs_per_update}"
             )
-        if self.temperature <= 0:
+
+
+@config
+class RuleRewardConfig:
+    """Weights of the rule rewards of a CoT, and the shape of the length reward.
+
+    Defaults are DeScore's weights; the length counts tokens and is linear, as in the paper.
+
+    length_shape  "linear": 0 up to length_low, 1 from length_high on, a straight line
+                  between. "steps": 0, 0.2, 0.4, 0.6, 1 at 500, 1000, 1500, 2000 (the
+                  official release), times length_high / 2000.
+    length_unit   "tokens", or "characters" of the text as the official release counts.
+    preference    weight of `rm.text_rewards.preference_rewards`.
+    think_tags    the format also needs <think> ... </think> before the answer.
+    """
+
+    quality: NonNegativeFloat = 0.7
+    format: NonNegativeFloat = 0.1
+    length: NonNegativeFloat = 0.2
+    preference: NonNegativeFloat = 0.0
+    length_unit: Literal["tokens", "characters"] = "tokens"
+    length_shape: Literal["linear", "steps"] = "linear"
+    length_low: NonNegativeInt = 500
+    length_high: NonNegativeInt = 2000
+    think_tags: bool = False
+
+    def __post_init__(self) -> None:
+        if self.length_low >= self.length_high:
             raise ValueError(
-                f"temperature={self.temperature} must be above 0: a group of equal chains teaches nothing"
+                f"length_low={self.length_low} must be below length_high={self.length_high}"
             )
-        for name in ("clip_low", "clip_high", "kl_weight", "bt_weight", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.dual_clip <= 1.0:
-            raise ValueError(f"dual_clip={self.dual_clip} must be above 1")
-        if self.theta is not None and self.theta <= 1.0:
-            raise ValueError(f"theta={self.theta} must be above 1, or null for no ties")
 
 
-@dataclass(frozen=True)
+@config
 class CotBackendConfig:
-    """What writes the chains of thought of stage 2. All but ``kind`` is for vllm, see `rm.vllm.client`.
+    """The generation backend of stage 2. All but ``kind`` is for vLLM (`rm.vllm.client`).
 
-    kind           "hf": the trained model itself; "vllm": a vLLM beside every rank, on the rank's GPU
-    python         the interpreter (3.11 or later) of an environment with vLLM and transformers 5
-    gpu_memory     share of the GPU's memory that vLLM takes: weights, activations, KV cache
-    max_model_len  tokens of prompt and chain together
-    sleep          give that memory back while the weights are trained
-    folder         where a private folder for weights and videos is made; null is the system's temporary folder
-    timeout_s      how long any answer may take
-    env            environment variables of the process, VLLM_ATTENTION_BACKEND say
-    engine_args    arguments of vLLM's ``LLM``, over those that are computed
+    kind           "hf": the trained model itself. "vllm": a vLLM process for each rank, on
+                   the rank's GPU (experimental).
+    python         interpreter, 3.11 or later, of an environment with vLLM and
+                   transformers 5.
+    gpu_memory     share of the GPU's memory for vLLM: weights, activations, KV cache.
+    max_model_len  tokens of prompt and CoT together.
+    sleep          free that memory while the weights are trained.
+    folder         where a private folder for weights and videos is made; null is the
+                   system's temporary folder.
+    timeout_s      how long a request may take.
+    env            environment variables of the process.
+    engine_args    arguments of vLLM's ``LLM``; they override the computed ones.
     """
 
     kind: Literal["hf", "vllm"] = "hf"
     python: str | None = None
-    gpu_memory: float = 0.6
-    max_model_len: int = 16_384
+    gpu_memory: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    max_model_len: PositiveInt = 16_384
     sleep: bool = True
     folder: str | None = None
-    timeout_s: float = 3_600.0
+    timeout_s: PositiveFloat = 3_600.0
     env: dict[str, str] = field(default_factory=dict)
     engine_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in ("hf", "vllm"):
-            raise ValueError(f"kind={self.kind!r} must be 'hf' or 'vllm'")
         if self.kind == "vllm" and self.python is None:
             raise ValueError(
-                "kind='vllm' needs python: the interpreter of vLLM's own environment"
+                "kind=vllm needs python, the interpreter of vLLM's environment"
             )
-        if not 0.0 < self.gpu_memory <= 1.0:
-            raise ValueError(f"gpu_memory={self.gpu_memory} must lie in (0, 1]")
-        if self.max_model_len < 1:
-            raise ValueError(f"max_model_len={self.max_model_len} must be at least 1")
-        if self.timeout_s <= 0:
-            raise ValueError(f"timeout_s={self.timeout_s} must be positive")

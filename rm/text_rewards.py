@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rm.config import RuleRewardConfig
 from rm.prompt import Answer, parse_answer
 
 Scores = Mapping[
@@ -19,45 +20,6 @@ Scores = Mapping[
 ]  # 2, 1, 0, or None for "not applicable", by sub-dimension
 # the official release's steps: the first bound that the length stays under decides
 _STEPS = ((500, 0.0), (1000, 0.2), (1500, 0.4), (2000, 0.6))
-
-
-@dataclass(frozen=True)
-class RuleRewardConfig:
-    """Weights and the length term. Defaults: DeScore's weights; the length in tokens, linear, as the paper has it.
-
-    length_shape  "linear": 0 up to length_low, 1 from length_high on, a straight line between;
-                  "steps": 0, 0.2, 0.4, 0.6, 1 at 500, 1000, 1500, 2000 (the official release), times length_high / 2000
-    length_unit   "tokens", or "characters" of the text as the official release counts
-    preference    weight of `preference_rewards`
-    think_tags    the format also needs <think> ... </think> before the answer
-    """
-
-    quality: float = 0.7
-    format: float = 0.1
-    length: float = 0.2
-    preference: float = 0.0
-    length_unit: Literal["tokens", "characters"] = "tokens"
-    length_shape: Literal["linear", "steps"] = "linear"
-    length_low: int = 500
-    length_high: int = 2000
-    think_tags: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("quality", "format", "length", "preference"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.length_unit not in ("tokens", "characters"):
-            raise ValueError(
-                f"length_unit={self.length_unit!r} must be 'tokens' or 'characters'"
-            )
-        if self.length_shape not in ("linear", "steps"):
-            raise ValueError(
-                f"length_shape={self.length_shape!r} must be 'linear' or 'steps'"
-            )
-        if not 0 <= self.length_low < self.length_high:
-            raise ValueError(
-                f"length_low={self.length_low} must lie in 0 .. length_high={self.length_high}"
-            )
 
 
 @dataclass(frozen=True)

@@ -1,149 +1,117 @@
-"""What making pairs and training on them are: the schemas of launch/pairs.py and launch/dpo.py. No torch."""
+"""Schemas of launch/pairs.py, which makes pairs, and launch/dpo.py. No torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Literal
 
-from alignment.config import DpoConfig, PairConfig, RewardConfig
-from common.config import WandbConfig, check, not_negative
-from engine.config import ZERO_STAGES, EmaConfig, OptimizerConfig
+from alignment.config import DpoConfig, PairConfig
+from common.schema import NonNegativeInt, PositiveInt, config, run_config
+from engine.config import EmaConfig, OptimizerConfig, TrainingRun
 from generator.config import GeneratorConfig
-from launch.schemas.training import check_rewards
+from launch.schemas.rewards import Rewards, TrainingRewards, check_some_weight
+from launch.schemas.training import TableLayout
+
+RewardDimensionName = Literal["VQ", "MQ", "TA", "Overall"]
 
 
-@dataclass(frozen=True)
+@config
 class PairTableConfig:
-    """Pairs that exist: a CSV of mp4 files with people's labels; ties are left out.
+    """A table of existing pairs: a CSV of mp4 files with people's labels.
 
-    layout, dimension, videos  as in `rm.benchmarks.read_benchmark`
+    Ties are left out. The keys are those of `rm.benchmarks.read_benchmark`.
     """
 
     csv: str
-    layout: Literal["descore", "videogen", "genai", "indomain"] = "descore"
-    dimension: Literal["VQ", "MQ", "TA", "Overall"] = "Overall"
+    layout: TableLayout = "descore"
+    dimension: RewardDimensionName = "Overall"
     videos: str | None = None
 
 
-@dataclass(frozen=True)
+@run_config
 class PairsRun:
-    """Pairs for `DpoRun`: made by the generator and judged by rewards, or read from a table.
+    """Pairs for `DpoRun`: sampled and scored, or read from a table.
 
-    prompts     as in `GrpoRun`; the generator makes pairs.candidates videos for each, without noise on the way
-    table       or videos that exist, which are cut to the generator's size, frames and rate
-    rewards     of generated videos; weights count as in training, weight 0 only watches
-    adapter     folder of what was trained; null for the generator as it is
-    limit       use only the first prompts, or rows
-    per_shard   pairs in one file
-    latent_dtype dtype of the latents on disk
-    keep_candidates  keep candidates/, all videos' latents, when the pairs are written
+    prompts           as in `GrpoRun`; the generator samples pairs.candidates videos for
+                      each, without noise on the way.
+    table             or existing videos, which are cut to the generator's size, number of
+                      frames and rate.
+    rewards           of sampled videos; weights count as in training.
+    adapter           folder of a trained adapter; null samples the generator without.
+    limit             use only the first prompts, or rows.
+    per_shard         pairs in a file.
+    latent_dtype      dtype of the latents on disk.
+    keep_candidates   keep the latents of all videos in candidates/ after the pairs are
+                      written.
     """
 
     out: str
     generator: GeneratorConfig
     prompts: str | None = None
     table: PairTableConfig | None = None
-    rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    rewards: Rewards = field(default_factory=dict)
     pairs: PairConfig = field(default_factory=PairConfig)
     adapter: str | None = None
     seed: int = 0
-    limit: int | None = None
-    per_shard: int = 64
+    limit: PositiveInt | None = None
+    per_shard: PositiveInt = 64
     latent_dtype: Literal["float32", "bfloat16"] = "float32"
     keep_candidates: bool = False
 
     def __post_init__(self) -> None:
-        problems = []
         if (self.prompts is None) == (self.table is None):
-            problems.append(
-                "prompts or table must say where pairs come from, one of them"
+            raise ValueError(
+                "set prompts or table, and not both: pairs come from one of them"
             )
         if self.prompts is not None:
-            problems += _nobody_judges(self.rewards)
-        if self.limit is not None and self.limit < 1:
-            problems.append(f"limit must be at least 1 or null, got {self.limit}")
-        if self.per_shard < 1:
-            problems.append(f"per_shard must be at least 1, got {self.per_shard}")
-        check("PairsRun", problems)
-        check_rewards(self.rewards)
+            check_some_weight(self.rewards)
 
 
-@dataclass(frozen=True)
+@config
 class RefreshConfig:
-    """Online pairs: every so many steps the policy makes new ones, which replace those before.
+    """Online pairs: every few steps the policy makes new pairs, which replace the old.
 
-    prompts, rewards, pairs, limit  as in `PairsRun`; each round takes the next ``limit`` prompts
+    prompts, rewards and pairs are as in `PairsRun`; each round takes the next ``limit``
+    prompts.
     """
 
-    every: int
+    every: PositiveInt
     prompts: str
-    rewards: dict[str, RewardConfig]
+    rewards: TrainingRewards
     pairs: PairConfig = field(default_factory=PairConfig)
-    limit: int = 64
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{n} must be at least 1, got {getattr(self, n)}"
-            for n in ("every", "limit")
-            if getattr(self, n) < 1
-        ]
-        problems += _nobody_judges(self.rewards)
-        check("RefreshConfig", problems)
-        check_rewards(self.rewards)
+    limit: PositiveInt = 64
 
 
-@dataclass(frozen=True)
-class DpoRun:
-    """Flow-DPO, Flow-RWR or plain fine-tuning on what `launch/pairs.py` wrote.
+def _flow_dpo_optimizer() -> OptimizerConfig:
+    return OptimizerConfig(lr=5e-6)
 
-    pairs, heldout   folders of pairs; heldout null measures nothing on the way
-    eval_every       steps between two measurements on the first ``heldout_pairs``; 0 measures at the end only
-    refresh          online pairs; null trains on ``pairs`` alone, and then VAE and text encoder are never loaded
-    ema, zero_stage, deepspeed, save_every, keep, watchdog_s, max_nonfinite_updates  as in `GrpoRun`
+
+@run_config
+class DpoRun(TrainingRun):
+    """Flow-DPO, Flow-RWR or supervised fine-tuning on what `launch/pairs.py` wrote.
+
+    pairs          folder of the training pairs.
+    heldout        folder of held-out pairs; null evaluates nothing.
+    eval_every     steps between two evaluations on the first ``heldout_pairs``; 0 evaluates
+                   at the end only.
+    refresh        online pairs; null trains on ``pairs`` alone and never loads the VAE or
+                   the prompt encoder.
+    ema            as in `GrpoRun`.
     """
 
-    run_dir: str
     pairs: str
     generator: GeneratorConfig
     heldout: str | None = None
     dpo: DpoConfig = field(default_factory=DpoConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
+    optimizer: OptimizerConfig = field(default_factory=_flow_dpo_optimizer)
     refresh: RefreshConfig | None = None
-    seed: int = 0
-    zero_stage: int = 1
-    deepspeed: dict[str, Any] = field(default_factory=dict)
     ema: EmaConfig | None = None
-    eval_every: int = 0
-    heldout_pairs: int = 64
-    save_every: int = 100
-    keep: int = 2
-    watchdog_s: float = 7200.0
-    max_nonfinite_updates: int = 5
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    tensorboard: bool = False
+    eval_every: NonNegativeInt = 0
+    heldout_pairs: PositiveInt = 64
+    save_every: PositiveInt = 100
 
     def __post_init__(self) -> None:
-        positive = ("heldout_pairs", "save_every", "keep")
-        problems = [
-            f"{n} must be at least 1, got {getattr(self, n)}"
-            for n in positive
-            if getattr(self, n) < 1
-        ]
-        problems += not_negative(
-            self, "eval_every", "watchdog_s", "max_nonfinite_updates"
-        )
-        if self.zero_stage not in ZERO_STAGES:
-            problems.append(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
         if self.refresh is not None and self.zero_stage == 3:
-            problems.append(
-                "zero_stage=3 does not go with refresh: ranks make unequal numbers of videos"
+            raise ValueError(
+                "zero_stage=3 excludes refresh: ranks make unequal numbers of videos"
             )
-        check("DpoRun", problems)
-
-
-def _nobody_judges(rewards: dict[str, RewardConfig]) -> list[str]:
-    if any(reward.weight != 0 for reward in rewards.values()):
-        return []
-    return [
-        "rewards need one weight that is not 0, else nothing says which video is better"
-    ]

@@ -1,29 +1,53 @@
-"""Schemas of VBench's two commands: `launch/sample.py vbench` and `launch/evaluate.py vbench`. No torch."""
+"""Schemas of `launch/sample.py vbench` and `launch/evaluate.py vbench`. No torch."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-from common.config import check
+from pydantic import AfterValidator, Field
+
+from common.schema import PositiveFloat, PositiveInt, run_config
 from generator.config import GeneratorConfig
+from launch.schemas.training import Crf, Scheduler
 from launch.vbench_eval.suite import DIMENSIONS, INDICES
 
+# Arguments of VBench.evaluate that this program computes.
+COMPUTED_OPTIONS = {"videos_path", "name", "dimension_list", "mode", "prompt_list"}
 
-@dataclass(frozen=True)
+
+def _check_dimensions(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in DIMENSIONS:
+            raise ValueError(
+                f"dimensions: VBench has no {name!r}; it has {', '.join(DIMENSIONS)}"
+            )
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"dimensions must name at least one dimension and none twice, got {list(names)}"
+        )
+    return names
+
+
+Dimensions = Annotated[tuple[str, ...], AfterValidator(_check_dimensions)]
+VideosPerPrompt = Annotated[int, Field(ge=1, le=100)]
+
+
+@run_config
 class VbenchSampleRun:
-    """VBench's standard prompts, filmed: out/videos/{prompt}-{index}.mp4, and what each was made from in samples.jsonl.
+    """Videos of VBench's standard prompts, as out/videos/{prompt}-{index}.mp4.
 
-    info        path of VBench_full_info.json; null is that of an installed `vbench` package
-    augmented   .jsonl of {"prompt": ..., "augmented": ...}: the generator reads the second, files are called by the
-                first; null samples the prompts as they are
-    adapter     folder of a trained adapter, null for the generator as it is; the same seeds, so videos compare in pairs
-    seed        video k of a prompt has seed derive_seed(seed, "vbench", prompt, k)
-    videos      of a prompt; VBench looks at the first five
-    flickering  of a prompt of temporal_flickering, before its filter of static videos
-    dimensions  film only the prompts of these
-    limit       and of those only the first
+    info        path of VBench_full_info.json; null takes that of an installed `vbench`.
+    augmented   .jsonl of {"prompt": ..., "augmented": ...}: the generator reads the second,
+                files are named after the first; null samples the prompts unchanged.
+    adapter     folder of a trained adapter; null samples the generator without. Seeds are
+                the same, so that videos can be compared pair by pair.
+    seed        video k of a prompt has the seed derive_seed(seed, "vbench", prompt, k).
+    videos      per prompt; VBench reads the first five.
+    flickering  videos per prompt of temporal_flickering, before its filter.
+    dimensions  sample only the prompts of these dimensions.
+    limit       and of those only the first.
     """
 
     out: str
@@ -32,85 +56,53 @@ class VbenchSampleRun:
     augmented: str | None = None
     adapter: str | None = None
     seed: int = 0
-    videos: int = INDICES
-    flickering: int = 25
-    dimensions: tuple[str, ...] = DIMENSIONS
-    limit: int | None = None
-    scheduler: Literal["euler", "pipeline"] = "euler"
-    crf: int = 12
-
-    def __post_init__(self) -> None:
-        problems = _dimension_problems(self.dimensions)
-        if not 1 <= self.videos <= 100:
-            problems.append(f"videos must be in 1..100, got {self.videos}")
-        if not 1 <= self.flickering <= 100:
-            problems.append(f"flickering must be in 1..100, got {self.flickering}")
-        if self.limit is not None and self.limit < 1:
-            problems.append(f"limit must be at least 1 or null, got {self.limit}")
-        if not 0 <= self.crf <= 51:
-            problems.append(f"crf must be in 0..51, got {self.crf}")
-        check("VbenchSampleRun", problems)
+    videos: VideosPerPrompt = INDICES
+    flickering: VideosPerPrompt = 25
+    dimensions: Dimensions = DIMENSIONS
+    limit: PositiveInt | None = None
+    scheduler: Scheduler = "euler"
+    crf: Crf = 12
 
 
-@dataclass(frozen=True)
+@run_config
 class VbenchEvaluation:
-    """VBench's own judges on the videos of one or several models, one table beside another.
+    """VBench's scores of the videos of one or several models, in one table.
 
-    videos         model -> folder of its videos; others are compared with the first
-    python         interpreter of an environment that has the `vbench` package; null is this one
-    info           the file the videos were sampled from; null is that of the package
-    dimensions     what is judged; quality, semantic and total need all of theirs
-    static_filter  judge temporal_flickering on the videos that VBench's filter finds static, as its README asks
-    flickering     videos of a prompt of temporal_flickering that must be there for the filter
-    missing        videos that are not there: refuse to start, or leave_out the dimensions that lack any
-    device         where VBench's models run; its static filter knows "cuda" only
-    options        further keyword arguments of VBench.evaluate: local, imaging_quality_preprocessing_mode
-    env            further environment variables of VBench's processes: VBENCH_CACHE_DIR, proxies
-    timeout_s      of one dimension of one model
+    videos         model -> folder of its videos; the others are compared with the first.
+    python         interpreter of an environment with the `vbench` package; null is this one.
+    info           the file that the videos were sampled from; null is the package's.
+    dimensions     which dimensions; quality, semantic and total need all of theirs.
+    static_filter  score temporal_flickering on the videos that VBench's filter finds static,
+                   as its README asks.
+    flickering     videos per prompt of temporal_flickering that the filter needs.
+    missing        missing videos: "refuse" to start, or "leave_out" their dimensions.
+    device         where VBench's models run; its static filter knows "cuda" only.
+    options        further arguments of VBench.evaluate: local,
+                   imaging_quality_preprocessing_mode.
+    env            environment variables of VBench's processes: VBENCH_CACHE_DIR, proxies.
+    timeout_s      for one dimension of one model.
     """
 
     out: str
-    videos: dict[str, str]
+    videos: Annotated[dict[str, str], Field(min_length=1)]
     python: str | None = None
     info: str | None = None
-    dimensions: tuple[str, ...] = DIMENSIONS
+    dimensions: Dimensions = DIMENSIONS
     static_filter: bool = True
-    flickering: int = 25
+    flickering: Annotated[int, Field(ge=INDICES)] = 25
     missing: Literal["refuse", "leave_out"] = "refuse"
     device: str = "cuda"
     options: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
-    timeout_s: float = 24 * 3600.0
+    timeout_s: PositiveFloat = 24 * 3600.0
 
     def __post_init__(self) -> None:
-        problems = _dimension_problems(self.dimensions)
-        if not self.videos:
-            problems.append("videos must name at least one model's folder, got none")
-        problems += [
-            f"videos: {name!r} is no plain name"
-            for name in self.videos
-            if not re.fullmatch(r"[\w.+-]+", name)
-        ]
-        if self.flickering < INDICES:
-            problems.append(
-                f"flickering must be at least {INDICES}, got {self.flickering}"
-            )
-        if self.timeout_s <= 0:
-            problems.append(f"timeout_s must be positive, got {self.timeout_s}")
-        taken = sorted(
-            {"videos_path", "name", "dimension_list", "mode", "prompt_list"}
-            & set(self.options)
-        )
-        if taken:
-            problems.append(f"options: {', '.join(taken)} are set by this program")
-        check("VbenchEvaluation", problems)
-
-
-def _dimension_problems(names: tuple[str, ...]) -> list[str]:
-    problems = [f"dimensions: VBench has no {name!r}; it has {', '.join(DIMENSIONS)}" for name in names
-                if name not in DIMENSIONS]  # fmt: skip
-    if not names or len(set(names)) < len(names):
-        problems.append(
-            f"dimensions must name at least one, each once, got {list(names)}"
-        )
-    return problems
+        for name in self.videos:
+            # The name becomes a folder.
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise ValueError(
+                    f"videos: {name!r} may only hold letters, digits and . _ + -"
+                )
+        computed = sorted(COMPUTED_OPTIONS & set(self.options))
+        if computed:
+            raise ValueError(f"options: {', '.join(computed)} are set by this program")
