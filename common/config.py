@@ -29,6 +29,7 @@ from common import safe_yaml, schema
 from common.renamed_keys import NEW_NAME
 from common.run_record import dump
 from common.schema import Where, config
+from common.shipped import shipped
 
 __all__ = [
     "CommandLine",
@@ -100,7 +101,7 @@ def load(
         files = list(yaml)
 
     reader = _ConfigReader(schema)
-    layers = [reader.read_yaml(Path(file)) for file in files]
+    layers = [reader.read_yaml(shipped(file)) for file in files]
     layers += [reader.read_override(text) for text in overrides]
     cfg = reader.build(layers)
     if reader.mistakes:
