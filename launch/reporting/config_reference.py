@@ -1,4 +1,7 @@
-"""docs/configs.md from the schemas: `python launch/reporting/config_reference.py`. A test holds the page against them."""
+"""Write docs/configs.md from the schemas: `python launch/reporting/config_reference.py`.
+
+A test compares the page with the schemas.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import inspect
 import json
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from common.run_record import plain
+from common.schema import field_types
 from launch.schemas.evaluation import GeneratorEvaluation, RewardEvaluation, ScoreRun
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.server import ServeRun
@@ -33,10 +37,13 @@ PROGRAMS: dict[str, type] = {
 }
 HEAD = """# Every key of every config
 
-Made by `python launch/reporting/config_reference.py` from the dataclasses that read the files; what each key means is their own
-text. A program's keys stand first, the sections they hold behind them. `generator.sampler.num_steps=4` on the command
-line sets a key of a section of a section; a mapping such as `rewards` takes any names. Required is what has no default.
+Made by `python launch/reporting/config_reference.py` from the schemas that read the files. The keys of the commands come
+first, then those of their sections. `generator.sampler.num_steps=4` on the command line sets a key of a section inside
+a section; a mapping such as `rewards` takes any names. A key without a default is required.
 """
+
+# How limits of annotated_types read behind a type.
+LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def main() -> None:
@@ -45,85 +52,93 @@ def main() -> None:
 
 
 def page() -> str:
-    """The whole text."""
-    sections: dict[type, list[str]] = {}
+    """Return the text of docs/configs.md."""
+    commands = list(dict.fromkeys(PROGRAMS.values()))
+    others: set[type] = set()
+    for schema in commands:
+        others.update(_sections_inside(schema))
+    sections = sorted(others - set(commands), key=lambda section: section.__name__)
+
+    lines = [HEAD]
     for program, schema in PROGRAMS.items():
-        sections.setdefault(schema, []).append(program)
-        for inner in _inside(schema):
-            sections.setdefault(inner, [])
-    programs = [one for one in sections if sections[one]]
-    rest = sorted((one for one in sections if not sections[one]), key=_title)
-    index = [
-        f"- `{program}`: [{_title(schema)}](#{_anchor(schema)})"
-        for program, schema in PROGRAMS.items()
-    ]
-    return (
-        "\n".join(
-            [
-                HEAD,
-                *index,
-                *(line for one in [*programs, *rest] for line in section(one)),
-            ]
-        )
-        + "\n"
-    )
+        lines.append(f"- `{program}`: {_link(schema)}")
+    for schema in [*commands, *sections]:
+        lines += _chapter(schema)
+    return "\n".join(lines) + "\n"
 
 
-def section(schema: type) -> list[str]:
-    """A heading, the dataclass's text, and its keys."""
-    lines = [
-        "",
-        f"## {_title(schema)}",
-        "",
-        "```text",
-        *inspect.cleandoc(schema.__doc__ or "").splitlines(),
-        "```",
-        "",
-    ]
-    lines += ["| key | type | default |", "|---|---|---|"]
-    hints = typing.get_type_hints(schema)
+def _chapter(schema: type) -> list[str]:
+    """Return a heading, the schema's own text, and a row for each of its keys."""
+    file = schema.__module__.replace(".", "/") + ".py"
+    lines = ["", f"## {schema.__name__}", "", f"Defined in `{file}`.", "", "```text"]
+    lines += inspect.cleandoc(schema.__doc__ or "").splitlines()
+    for parent in _parents(schema):
+        lines += ["", *inspect.cleandoc(parent.__doc__ or "").splitlines()]
+    lines += ["```", "", "| key | type | default |", "|---|---|---|"]
+    types = typing.get_type_hints(schema, include_extras=True)
     for field in dataclasses.fields(schema):
-        lines.append(
-            f"| `{field.name}` | {_type(hints[field.name])} | {_default(field)} |"
-        )
+        kind = _type(types[field.name])
+        lines.append(f"| `{field.name}` | {kind} | {_default(field)} |")
     return lines
 
 
-def _inside(schema: type) -> list[type]:
-    """Dataclasses that its keys hold, and theirs."""
-    found: list[type] = []
-    for hint in typing.get_type_hints(schema).values():
-        for inner in _dataclasses_in(hint):
-            found += [inner, *_inside(inner)]
+def _parents(schema: type) -> list[type]:
+    """Return the schemas whose keys this schema inherits."""
+    return [base for base in schema.__mro__[1:] if dataclasses.is_dataclass(base)]
+
+
+def _sections_inside(schema: type) -> set[type]:
+    """Return the sections that a schema's keys hold, and theirs."""
+    found: set[type] = set()
+    for annotation in field_types(schema).values():
+        for section in _sections_in(annotation):
+            found |= {section, *_sections_inside(section)}
     return found
 
 
-def _dataclasses_in(hint: Any) -> list[type]:
-    if dataclasses.is_dataclass(hint):
-        return [hint]
-    return [
-        one for argument in typing.get_args(hint) for one in _dataclasses_in(argument)
-    ]
+def _sections_in(annotation: Any) -> set[type]:
+    if dataclasses.is_dataclass(annotation):
+        return {annotation}
+    found: set[type] = set()
+    for argument in typing.get_args(annotation):
+        found |= _sections_in(argument)
+    return found
 
 
-def _type(hint: Any) -> str:
-    if dataclasses.is_dataclass(hint):
-        return f"[{_title(hint)}](#{_anchor(hint)})"
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+def _type(annotation: Any) -> str:
+    """Describe a type with its limits."""
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        return _link(annotation)
+    if origin is Annotated:
+        return _type(arguments[0]) + _limits(arguments[1:])
     if origin is typing.Literal:
         return ", ".join(f"`{json.dumps(value)}`" for value in arguments)
-    if origin in (dict, list, tuple):
-        inner = [_type(one) for one in arguments if one is not Ellipsis]
-        return (
-            f"mapping of names to {inner[1]}"
-            if origin is dict
-            else f"list of {', '.join(dict.fromkeys(inner))}"
-        )
+    if origin is dict:
+        return f"mapping of names to {_type(arguments[1])}"
+    if origin in (list, tuple):
+        kinds = [_type(kind) for kind in arguments if kind is not Ellipsis]
+        return f"list of {', '.join(dict.fromkeys(kinds))}"
     if arguments:
-        return " or ".join(_type(one) for one in arguments)
-    return {type(None): "null", Any: "anything"}.get(
-        hint, getattr(hint, "__name__", str(hint))
-    )
+        return " or ".join(_type(argument) for argument in arguments)
+    if annotation is type(None):
+        return "null"
+    if annotation is Any:
+        return "anything"
+    return annotation.__name__
+
+
+def _limits(metadata: tuple[Any, ...]) -> str:
+    """Describe the bounds in an Annotated type's metadata."""
+    text = ""
+    for item in metadata:
+        for bound in getattr(item, "metadata", [item]):
+            for attribute, words in LIMITS.items():
+                value = getattr(bound, attribute, None)
+                if value is not None:
+                    text += f", {words} {value:g}"
+    return text
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -133,36 +148,24 @@ def _default(field: dataclasses.Field[Any]) -> str:
         value = field.default_factory()
     else:
         return "required"
-    if dataclasses.is_dataclass(value):
-        return "its own, " + _changed(value) if _changed(value) else "its own"
-    return f"`{json.dumps(plain(value))}`"
+    if not dataclasses.is_dataclass(value):
+        return f"`{json.dumps(plain(value))}`"
+    changes = _changed(value)
+    return "its own, " + changes if changes else "its own"
 
 
-def _changed(value: Any) -> str:
-    """Where a section's default is not that of its class."""
-    own = {f.name: f for f in dataclasses.fields(value)}
-    changes = {
-        name: getattr(value, name)
-        for name, f in own.items()
-        if f.default is not dataclasses.MISSING and f.default != getattr(value, name)
-    }
-    return ", ".join(
-        f"`{name}={json.dumps(plain(found))}`" for name, found in changes.items()
-    )
+def _changed(section: Any) -> str:
+    """List where a section used as a default differs from the defaults of its class."""
+    changes = []
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if field.default is not dataclasses.MISSING and field.default != value:
+            changes.append(f"`{field.name}={json.dumps(plain(value))}`")
+    return ", ".join(changes)
 
 
-def _title(schema: type) -> str:
-    """Two sections have one name, the adapters of the generator and of the judge."""
-    package = schema.__module__.partition(".")[0]
-    return (
-        f"{schema.__name__} of {package}"
-        if schema.__name__ == "LoraConfig"
-        else schema.__name__
-    )
-
-
-def _anchor(schema: type) -> str:
-    return _title(schema).lower().replace(" ", "-")
+def _link(schema: type) -> str:
+    return f"[{schema.__name__}](#{schema.__name__.lower()})"
 
 
 if __name__ == "__main__":
