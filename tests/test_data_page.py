@@ -1,4 +1,4 @@
-"""docs/data.md: its lines go to the readers of those files, and its messages are theirs."""
+"""docs/data.md: the real readers read the files that the page shows."""
 
 from __future__ import annotations
 
@@ -53,11 +53,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def said(message: str) -> bool:
-    """On the page, whose lines may break anywhere."""
-    return " ".join(message.split()) in " ".join(PAGE.split())
-
-
 def test_tables_of_pairs(folder: Path) -> None:
     table = read_pairs(folder / "pairs.csv", require_scores=True)
     assert table.problems == ()
@@ -89,23 +84,23 @@ def test_tables_of_pairs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "cell", "message"),
     [
-        ("GSB", "better", "GSB must be A, B, same or invalid, got 'better'"),
+        ("GSB", "better", "'better'"),
         (
             "videos",
             "clips/a.mp4",
-            "videos must be a list of two paths, got 'clips/a.mp4'",
+            "'clips/a.mp4'",
         ),
-        ("videos", "['clips/a.mp4', 'clips/c.mp4']", "no such video: "),
-        ("prompt", " ", "the prompt is empty"),
-        ("CoT_A", "nan", "CoT_A is empty"),
+        ("videos", "['clips/a.mp4', 'clips/c.mp4']", "c.mp4"),
+        ("prompt", " ", "prompt"),
+        ("CoT_A", "nan", "CoT_A"),
         (
             "answer",
             "?",
-            "answer must hold an <answer> block with video_1_scores and video_2_scores, got ",
+            "video_1_scores",
         ),
     ],
 )
-def test_bad_rows_are_said_as_the_page_says(
+def test_bad_row_is_reported_with_its_line(
     folder: Path, column: str, cell: str, message: str
 ) -> None:
     (row,) = csv.DictReader((folder / "pairs.csv").open(encoding="utf-8", newline=""))
@@ -115,12 +110,12 @@ def test_bad_rows_are_said_as_the_page_says(
         writer.writerows([row, row | {column: cell}])
     table = read_pairs(folder / "pairs.csv", require_scores=True)
     (problem,) = table.problems
-    assert problem.startswith(f"{folder / 'pairs.csv'}:3: {message}")
+    assert problem.startswith(f"{folder / 'pairs.csv'}:3: ")
+    assert message in problem
     assert len(table.pairs) == 1
-    assert said(message)
 
 
-def test_bad_tables_and_prompts_are_said_as_the_page_says(folder: Path) -> None:
+def test_bad_table_is_refused_with_what_is_wrong(folder: Path) -> None:
     (folder / "latin.csv").write_bytes(b"videos,prompt,GSB,CoT_A,CoT_B\n\xff,,,,\n")
     (folder / "short.csv").write_text("videos,prompt\n")
     (folder / "bad.jsonl").write_text('{"text": "a ball"}\n')
@@ -130,33 +125,32 @@ def test_bad_tables_and_prompts_are_said_as_the_page_says(folder: Path) -> None:
     changed = FILES["videogen.csv"].replace("A,same,B,A", "A,same,C,A")
     (folder / "other.csv").write_text(changed)
     for read, file, message in (
-        (read_pairs, "latin.csv", "not a UTF-8 CSV file"),
-        (read_pairs, "short.csv", "lacks the columns "),
-        (read_pairs, "clips", "a data folder holds one CSV file, found "),
-        (lambda path: read_benchmark(path, "videogen"), "other.csv", "no usable pair"),
+        (read_pairs, "latin.csv", "latin.csv"),
+        (read_pairs, "short.csv", "GSB"),
+        (read_pairs, "clips", "clips"),
+        (lambda path: read_benchmark(path, "videogen"), "other.csv", "other.csv"),
         (
             lambda path: read_benchmark(path, "videogen"),
             "other.csv",
-            "TA says 'C', which names no preference",
+            "'C'",
         ),
-        (read_prompts, "pairs.csv", "prompts are read from .txt or .jsonl files"),
-        (read_prompts, "nothing.txt", "holds no prompts"),
-        (read_prompts, "bad.jsonl", 'needs a non-empty text under "prompt"'),
-        (read_prompts, "worse.jsonl", "not JSON: "),
+        (read_prompts, "pairs.csv", ".jsonl"),
+        (read_prompts, "nothing.txt", "nothing.txt"),
+        (read_prompts, "bad.jsonl", '"prompt"'),
+        (read_prompts, "worse.jsonl", "JSON"),
         (
             lambda path: find_items(None, path),
             "pairs.csv",
-            "needs the columns video or file and prompt",
+            "prompt",
         ),
         (
             lambda path: find_items(None, path),
             "half.csv",
-            "row 1 needs texts under 'video' and 'prompt'",
+            "1",
         ),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             read(folder / file)
-        assert said(message), message
 
 
 def test_prompts_and_videos_to_score(folder: Path) -> None:
@@ -217,7 +211,7 @@ def test_settings_of_weights(folder: Path) -> None:
         {"lora_adapter_metadata": FILES["lora_adapter_metadata"]},
     )
     assert adapter_file.read(folder).scaling == 2.0
-    assert said(f"`{name}`")
+    assert f"`{name}`" in PAGE
     record = json.loads(FILES["descore.json"])
     assert DeScore.dimensions_in(folder) == ["overall"]
     assert Generation(**record["generation"]) == Generation()
