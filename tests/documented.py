@@ -1,8 +1,8 @@
-"""The shell blocks of README.md and docs/: their commands, and the marks that say what a command needs.
+"""Read the shell commands of README.md and docs/, and the marks in their comments.
 
-A comment may hold marks: [GPU], [nodes], [downloads] for what is not at hand here, [long] for what takes more than a
-test's time or memory. Behind a command it is that command's, in a line of its own that of all that follow in the block.
-A command without any is run as it stands.
+Marks: [GPU], [nodes] and [downloads] need what is not at hand here, [long] takes more than a
+test's time or memory. A comment after a command marks that command; a comment line marks all
+commands that follow in the block. Commands without a mark are run by the tests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ MARKS = frozenset({"GPU", "nodes", "downloads", "long"})
 
 @dataclass(frozen=True)
 class Command:
-    """One of a block's commands, continued lines and a loop's joined; ``place`` is the page and the block's line."""
+    """A command of a block, with continued lines and loops joined.
+
+    ``place`` is the page and the line of the block.
+    """
 
     place: str
     text: str
@@ -28,15 +31,17 @@ class Command:
 
     @property
     def bare(self) -> str:
-        """Without comments."""
+        """Return the command without comments."""
         return "\n".join(
             line.split("  #")[0].rstrip() for line in self.text.splitlines()
         )
 
     @property
     def program(self) -> list[str]:
-        """The words from launch/NAME.py on, without what a loop puts in; empty when it starts none of them."""
-        match = re.search(r"(?:^|\s)(launch/\w+\.py\b[^\n]*)", self.bare)
+        """Return the words from ROOM/NAME.py on, without variables; empty for other commands."""
+        match = re.search(
+            r"(?:^|\s)((?:launch|toy|experiments)/[\w/]+\.py\b[^\n]*)", self.bare
+        )
         return (
             [word for word in shlex.split(match[1]) if not word.startswith("$")]
             if match
@@ -45,7 +50,7 @@ class Command:
 
 
 def commands(page: Path) -> Iterator[Command]:
-    """All of a page, in its order."""
+    """Yield the commands of a page in their order."""
     text = page.read_text(encoding="utf-8")
     for block in re.finditer(r"^```bash\n(.*?)^```", text, re.S | re.M):
         place, above = f"{page.name}:{text[: block.start()].count(chr(10)) + 1}", ""
@@ -58,7 +63,7 @@ def commands(page: Path) -> Iterator[Command]:
 
 
 def _split(lines: list[str]) -> Iterator[str]:
-    """Lines, where those of a loop are one."""
+    """Yield the lines of a block, with the lines of a loop joined."""
     loop: list[str] = []
     for line in lines:
         if line.startswith("for ") or loop:
@@ -72,7 +77,7 @@ def _split(lines: list[str]) -> Iterator[str]:
 
 
 def blocks(kind: str) -> Iterator[tuple[str, str]]:
-    """Place and text of every fenced block of a language, on all pages."""
+    """Yield place and text of every fenced block of a language, on all pages."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for block in re.finditer(rf"^```{kind}\n(.*?)^```", text, re.S | re.M):

@@ -1,4 +1,4 @@
-"""Pages that name a test, a file or a command name one that is there."""
+"""Pages name tests, files, links and commands that exist."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def defined() -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_tests_it_names_exist(page: Path) -> None:
+def test_page_names_existing_tests(page: Path) -> None:
     named = set(
         re.findall(r"`(?:[\w/]+\.py::)?(test_\w+)`", page.read_text(encoding="utf-8"))
     )
@@ -41,14 +41,15 @@ def test_the_tests_it_names_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_programs_and_configs_it_names_exist(page: Path) -> None:
-    pattern = r"(?<![\w/])((?:launch|bench|configs)/[\w/]+\.(?:py|yaml))\b"
+def test_page_names_existing_files(page: Path) -> None:
+    rooms = "common|rm|generator|engine|alignment|launch|toy|experiments|configs|tests"
+    pattern = rf"(?<![\w/])((?:{rooms})/[\w/]+\.(?:py|yaml))\b"
     named = set(re.findall(pattern, page.read_text(encoding="utf-8")))
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_its_links_lead_somewhere(page: Path) -> None:
+def test_page_links_exist(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [
         link
@@ -57,12 +58,16 @@ def test_its_links_lead_somewhere(page: Path) -> None:
     ] == []
 
 
+def module_of(script: str) -> str:
+    return ".".join(Path(script).with_suffix("").parts)
+
+
 def name(command: Command) -> str:
     return f"{command.place} {command.program[0]}"
 
 
 @pytest.mark.parametrize("command", WITH_CONFIG, ids=name)
-def test_its_commands_are_what_the_programs_read(
+def test_page_command_with_config_parses(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Programs, options, files and keys; tests/test_documented_commands.py goes on from there."""
@@ -77,7 +82,7 @@ def test_its_commands_are_what_the_programs_read(
         seen.append(parse_command_line(*args, **options))
         raise Understood
 
-    program = importlib.import_module("launch." + Path(words[0]).stem)
+    program = importlib.import_module(module_of(words[0]))
     monkeypatch.setattr(program, "read_command", stop_there)
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(Understood):
@@ -86,7 +91,7 @@ def test_its_commands_are_what_the_programs_read(
 
 
 @pytest.mark.parametrize("command", OTHERS, ids=name)
-def test_the_options_of_its_other_commands_exist(
+def test_page_command_without_config_parses(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that take no config, up to where their arguments are known."""
@@ -97,7 +102,7 @@ def test_the_options_of_its_other_commands_exist(
         real(parser, *args, **options)
         raise Understood
 
-    program = importlib.import_module("launch." + Path(words[0]).stem)
+    program = importlib.import_module(module_of(words[0]))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_there)
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(Understood):
@@ -108,7 +113,7 @@ class Understood(Exception):  # noqa: N818 - no error
     """The command line was read."""
 
 
-def test_the_pages_have_commands() -> None:
+def test_pages_have_commands() -> None:
     assert len(WITH_CONFIG) > 20
     assert {command.program[0] for command in OTHERS} >= {
         "launch/export.py",
@@ -118,7 +123,7 @@ def test_the_pages_have_commands() -> None:
     assert pages >= {"README.md", "reproduce-wan21.md", "vbench.md"}
 
 
-def test_every_mark_is_one_that_means_something_and_make_knows_its_targets() -> None:
+def test_pages_use_known_marks_and_make_targets() -> None:
     assert {mark for command in COMMANDS for mark in command.marks} <= MARKS
     targets = set(
         re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
@@ -131,7 +136,7 @@ def test_every_mark_is_one_that_means_something_and_make_knows_its_targets() -> 
     assert named - targets == set()
 
 
-def test_readmes_plans_are_those_of_the_results() -> None:
+def test_readme_plan_table_equals_results() -> None:
     rows = [
         line
         for line in (ROOT / "docs/results/plans.md")
@@ -145,7 +150,7 @@ def test_readmes_plans_are_those_of_the_results() -> None:
     assert "| the same" not in text
 
 
-def test_every_fault_has_a_row_and_every_row_a_test() -> None:
+def test_reliability_rows_each_name_a_test() -> None:
     rows = re.findall(
         r"^\| (\d+) \|(.*)\|$",
         (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"),
@@ -155,25 +160,16 @@ def test_every_fault_has_a_row_and_every_row_a_test() -> None:
     assert all("`test_" in text for _, text in rows)
 
 
-def test_the_reference_of_configs_is_that_of_the_schemas() -> None:
+def test_config_reference_equals_schemas() -> None:
     assert (ROOT / "docs" / "configs.md").read_text(
         encoding="utf-8"
     ) == config_reference.page()
 
 
-def test_the_reference_knows_defaults_types_and_sections() -> None:
+def test_config_reference_shows_types_limits_and_defaults() -> None:
     text = config_reference.page()
-    assert "| `group_size` | int | `4` |" in text
-    assert (
-        '| `scale` | `"none"`, `"group"`, `"max_group"`, `"batch"` | `"max_group"` |'
-        in text
-    )
+    # `group_size` of GRPO is at least 2, and Flow-DPO has its own learning rate.
+    assert "| `group_size` | int, at least 2 | `4` |" in text
+    assert "`lr=5e-06`" in text
     assert "| `generator` | [GeneratorConfig](#generatorconfig) | required |" in text
-    assert (
-        "| `optimizer` | [OptimizerConfig](#optimizerconfig) | its own, `lr=5e-06` |"
-        in text
-    )  # Flow-DPO's
-    assert (
-        "| `rewards` | mapping of names to [RewardConfig](#rewardconfig) | required |"
-        in text
-    )
+    assert "Defined in `alignment/config.py`." in text

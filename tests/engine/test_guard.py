@@ -117,7 +117,7 @@ def test_a_signal_before_the_first_step_ends_the_process_at_once(
 
 
 @pytest.mark.slow
-def test_waiting_for_a_reward_server_can_be_ended(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_waiting_for_a_reward_server_can_be_ended(tiny: Path, tmp_path: Path) -> None:
     words = [
         "--config",
         str(tiny),
@@ -168,7 +168,7 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 )
 def test_asked_to_stop_it_saves_and_goes_on(
     ranks: int, victim: str, tiny: Path, tmp_path: Path
-) -> None:  # noqa: F811
+) -> None:
     """Saved where nothing else would have been: save_every is out of reach."""
     words = [
         "--config",
@@ -204,7 +204,7 @@ def test_asked_to_stop_it_saves_and_goes_on(
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_rank_that_hangs_or_dies_ends_all(
     how: signal.Signals, tiny: Path, tmp_path: Path
-) -> None:  # noqa: F811
+) -> None:
     words = [
         "--config",
         str(tiny),

@@ -17,7 +17,7 @@ Found = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def found(tiny: Path) -> dict[int, Found]:  # noqa: F811 - the fixture
+def found(tiny: Path) -> dict[int, Found]:
     """By number of ranks."""
     done = {
         1: run(sys.executable, SCRIPT, str(tiny)),

@@ -24,7 +24,7 @@ from tests.launch.test_grpo import adapter_of, alone, numbers, on_two_ranks
 
 
 @pytest.mark.long
-def test_measured_on_the_way_averaged_and_without_text_encoder(tiny: Path) -> None:  # noqa: F811 - the fixture
+def test_measured_on_the_way_averaged_and_without_text_encoder(tiny: Path) -> None:
     """Three held-out prompts on two ranks under ZeRO 3; stopped after the first step and resumed."""
     (tiny.parent / "heldout.txt").write_text("a dog\na green star\nfog\nnever\n")
     words = [
@@ -83,7 +83,7 @@ def test_measured_on_the_way_averaged_and_without_text_encoder(tiny: Path) -> No
 
 
 @pytest.mark.slow
-def test_memory_that_runs_out_changes_no_bit(tiny: Path) -> None:  # noqa: F811 - the fixture
+def test_memory_that_runs_out_changes_no_bit(tiny: Path) -> None:
     """It runs out above two videos at once: a run that began with all four ends as one that was told two."""
     words = [
         sys.executable,
@@ -115,7 +115,7 @@ def test_memory_that_runs_out_changes_no_bit(tiny: Path) -> None:  # noqa: F811 
 
 
 @pytest.mark.slow
-def test_not_even_one_fits(tiny: Path) -> None:  # noqa: F811 - the fixture
+def test_not_even_one_fits(tiny: Path) -> None:
     """The error says what takes memory; what was saved before is there."""
     words = [
         sys.executable,
@@ -139,7 +139,7 @@ def test_not_even_one_fits(tiny: Path) -> None:  # noqa: F811 - the fixture
 @pytest.mark.slow
 def test_ten_lines_outside_the_repository_train_a_wan(
     tiny: Path, tmp_path: Path
-) -> None:  # noqa: F811 - the fixture
+) -> None:
     """The README's own reward, from its code block, through the real entry point."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = text.partition("# my_reward.py\n")[2].partition("```")[0]
@@ -159,7 +159,7 @@ def test_ten_lines_outside_the_repository_train_a_wan(
 
 
 @pytest.mark.slow
-def test_cached_prompts_are_all_that_is_left(tiny: Path) -> None:  # noqa: F811 - the fixture
+def test_cached_prompts_are_all_that_is_left(tiny: Path) -> None:
     """The second step's alone, where the first is done. The text encoder is gone."""
     cfg = load(GrpoRun, tiny, ["steps=2"])
     generator, schedule = (
@@ -186,7 +186,7 @@ def test_cached_prompts_are_all_that_is_left(tiny: Path) -> None:  # noqa: F811 
 
 
 @pytest.mark.slow
-def test_fine_tuning_every_weight(tiny: Path) -> None:  # noqa: F811 - the fixture
+def test_fine_tuning_every_weight(tiny: Path) -> None:
     """In bfloat16, with the norms that diffusers keeps in fp32; what is exported is what was trained."""
     folder = tiny.parent / "full"
     alone(

@@ -28,7 +28,7 @@ class Loop:
 @pytest.fixture(scope="module")
 def loops(
     tmp_path_factory: pytest.TempPathFactory, tiny: Path, dpo_config: Path
-) -> dict[str, Loop]:  # noqa: F811
+) -> dict[str, Loop]:
     root = tmp_path_factory.mktemp("judges")
     write_data(root)
     write_pairs_table(root / "rl")

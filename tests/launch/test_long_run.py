@@ -17,7 +17,7 @@ from tests.launch.processes import ROOT
 
 
 @pytest.mark.long
-def test_two_hundred_steps_hold_what_fifty_do(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_hundred_steps_hold_what_fifty_do(tiny: Path, tmp_path: Path) -> None:
     """GRPO with checkpoints, samples and a second reward: resident memory and open files, looked at from outside."""
     words = [
         "launch/grpo.py",

@@ -28,7 +28,7 @@ def score(video, prompts):
 
 
 @pytest.fixture
-def words(tiny: Path, tmp_path: Path) -> list[str]:  # noqa: F811 - the fixture
+def words(tiny: Path, tmp_path: Path) -> list[str]:
     (tmp_path / "mine.py").write_text(OWN)
     plain = ["steps=4", "save_every=9", "video_every=0", "rewards.brightness.weight=0"]
     return [

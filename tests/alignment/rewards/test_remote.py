@@ -230,7 +230,7 @@ def served(*overrides: str, **variables: str) -> Iterator[str]:
 
 
 @pytest.mark.long
-def test_grpo_through_the_server_is_grpo_without_it(tiny: Path) -> None:  # noqa: F811 - the fixture
+def test_grpo_through_the_server_is_grpo_without_it(tiny: Path) -> None:
     """Bit for bit, on one rank and on two; with a token."""
     words = ["steps=2", "save_every=9", "self_checks=false"]
     alone(tiny, f"run_dir={tiny.parent / 'inside'}", *words)
@@ -284,7 +284,7 @@ def bright(content: bytes) -> tuple[int, bytes]:
 
 
 @pytest.mark.long
-def test_a_server_that_goes_away_stops_all_ranks_with_a_checkpoint(tiny: Path) -> None:  # noqa: F811 - the fixture
+def test_a_server_that_goes_away_stops_all_ranks_with_a_checkpoint(tiny: Path) -> None:
     """It refuses the sixth request, which is one rank's at step 2: both end, what was done is kept, and goes on."""
     script, folder = str(ROOT / "launch" / "grpo.py"), tiny.parent / "remote"
     words = [
@@ -324,7 +324,7 @@ def test_a_server_that_goes_away_stops_all_ranks_with_a_checkpoint(tiny: Path) -
 
 
 @pytest.mark.slow
-def test_a_group_that_nobody_judged_teaches_nothing_and_is_counted(tiny: Path) -> None:  # noqa: F811 - the fixture
+def test_a_group_that_nobody_judged_teaches_nothing_and_is_counted(tiny: Path) -> None:
     script, folder = str(ROOT / "launch" / "grpo.py"), tiny.parent / "skipping"
     words = [
         "--config",

@@ -176,7 +176,7 @@ def test_a_node_that_dies_ends_the_other_and_both_go_on(
         code, _ = codes([both[other], both[victim]], timeout=60)
         print(
             f"\nnode {'ab'[other]} ended {time.monotonic() - died:.1f} s later, exit code {code}"
-        )  # noqa: T201
+        )
         assert code not in (0, None)
         assert not (run / "final").exists()
         assert nodes.pids("ab"[other]) == []
