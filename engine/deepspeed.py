@@ -9,7 +9,7 @@ engine/skip_nonfinite.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from engine.config import OptimizerConfig
 
 TrainDtype = Literal["float32", "bfloat16"]
-Parameters = Iterable["nn.Parameter"] | Iterable[dict[str, Any]]
 
 # Sections of DeepSpeed's JSON, whose names are in no module of constants.
 _SECTIONS = {
@@ -117,20 +116,19 @@ def unknown_keys(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def parameter_groups(
-    module: nn.Module, params: Parameters | None
+    module: nn.Module, given: list[dict[str, Any]] | None
 ) -> list[dict[str, Any]]:
     """Return groups as torch's optimizers take them, without frozen parameters.
 
+    Without given groups all parameters of the module are one.
+
     Raises ValueError if nothing is trainable.
     """
-    given = list(module.parameters() if params is None else params)
-    if given and isinstance(given[0], dict):
-        groups = [dict(group) for group in given]
-    else:
-        groups = [{"params": given}]
-    for group in groups:
-        group["params"] = [p for p in group["params"] if p.requires_grad]
-    groups = [group for group in groups if group["params"]]
+    groups = []
+    for group in given or [{"params": module.parameters()}]:
+        trained = [p for p in group["params"] if p.requires_grad]
+        if trained:
+            groups.append({**group, "params": trained})
     if not groups:
         raise ValueError(
             f"{type(module).__name__} has no trainable parameter; do the adapter's targets "
@@ -155,7 +153,7 @@ def _dtype_of(groups: list[dict[str, Any]]) -> TrainDtype:
 
 def build_engine(
     module: nn.Module,
-    params: Parameters | None = None,
+    params: list[dict[str, Any]] | None = None,
     *,
     optimizer: OptimizerConfig,
     zero_stage: int,
@@ -166,8 +164,8 @@ def build_engine(
 ) -> DeepSpeedEngine:
     """Build a DeepSpeed engine around a module; the module may still be called directly.
 
-    params          parameters, or groups {"params": [...], "lr": ...} whose settings override
-                    the optimizer's; None trains every parameter that requires grad
+    params          groups {"params": [...], "lr": ...}, whose settings override the
+                    optimizer's; None trains every parameter that requires grad
     dtype           see `ds_config`; None is the dtype of the trained parameters
     clip_per_group  clips every group, which then needs a ``name``, by its own norm
 

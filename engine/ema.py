@@ -85,20 +85,13 @@ class Ema:
     def load(self, folder: Path) -> None:
         """Read what `save` wrote.
 
-        Raises FileNotFoundError without the file, and ValueError if it averages other
-        weights than this run trains.
+        `engine.state.load_engine` has checked that the checkpoint trains the same weights.
+        Raises FileNotFoundError without the file.
         """
         saved = load_tensors(folder / EMA_FILE)
         self.updates = int(saved.pop(COUNT_KEY))
-        if _shapes(saved) != _shapes(self.average):
-            file = folder / EMA_FILE
-            raise ValueError(f"{file} averages other weights than this run trains")
         for name, tensor in saved.items():
             self.average[name].copy_(tensor)
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()

@@ -1,13 +1,13 @@
 """The training loop of GRPO, DPO and both stages of DeScore.
 
-A command builds its model and its engine, describes what differs in a `TrainingTask` and
-calls `run_training` inside `engine.guard.guarded`.
+A command calls `run_training` with a function that builds its model and its engine and
+describes, in a `TrainingTask`, what differs from the other commands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from common.log import RunLog, progress, say
 from common.memory import peak_memory
 from common.run_record import SETTINGS, changed_settings, dump, write_settings
 from common.types import RewardUnavailableError
-from engine.guard import end_run
+from engine.guard import end_run, guarded
 from engine.state import load_engine, save_engine
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class TrainingTask:
     write_extra     writes files into a checkpoint, besides those of engine and average
     state           returns JSON for a checkpoint, besides the number of steps
     restore         reads a checkpoint's folder when a run resumes
+    close           runs at the end of the process, after errors too
     explain_unavailable  prints the cause of a RewardUnavailableError; the run then saves
                     and exits with code 1. Without it the error travels
     """
@@ -87,16 +88,23 @@ class TrainingTask:
     write_extra: Callable[[Path], None] = do_nothing
     state: Callable[[], Mapping[str, Any]] = dict
     restore: Callable[[Path], None] = do_nothing
+    close: Callable[[], None] = do_nothing
     explain_unavailable: Callable[[RewardUnavailableError], None] | None = None
 
 
 def run_training(
-    run: TrainingRun, task: TrainingTask, guard: Guard, *, resume: str
+    run: TrainingRun, build_task: Callable[[], TrainingTask], *, resume: str
 ) -> None:
-    """Train from the checkpoint to resume from to the last step, then export. All ranks call it.
+    """Join the other ranks, hold the run's folder, build the task and train it.
 
     resume  "auto", "none" or a folder, see `common.checkpoint.resolve_resume`
     """
+    with guarded(run) as guard, closing(build_task()) as task:
+        _train(run, task, guard, resume)
+
+
+def _train(run: TrainingRun, task: TrainingTask, guard: Guard, resume: str) -> None:
+    """Train from the checkpoint to resume from to the last step, then export."""
     # 1. Resume. Forwards of the preparation count for no step.
     start = _begin(run, task, resume)
     task.prepare(start)

@@ -37,14 +37,10 @@ def train(run: ColdStartRun, *, resume: str) -> None:
     from launch.compose import quiet
 
     quiet()
-    from engine.guard import guarded
     from engine.trainer import run_training
 
     pairs, heldout = read_pairs_to_train(run)
-    with guarded(run) as guard:
-        pairs, heldout = usable_pairs(run, pairs, heldout)
-        task = build_task(run, pairs, heldout)
-        run_training(run, task, guard, resume=resume)
+    run_training(run, lambda: build_task(run, pairs, heldout), resume=resume)
 
 
 def read_pairs_to_train(run: ColdStartRun) -> tuple[list[Pair], list[Pair]]:
@@ -77,6 +73,7 @@ def build_task(
     from common.log import say
     from engine.zero3 import elements
 
+    pairs, heldout = usable_pairs(run, pairs, heldout)
     with user_errors():
         loop = build(run, pairs)
     settings = run.cold_start

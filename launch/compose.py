@@ -1,25 +1,25 @@
-"""From configs to running things: console settings, rewards and generators."""
+"""From configs to running things: console, rewards, generators and their training."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from alignment.rewards import build_rewards
 
 if TYPE_CHECKING:
+    from engine.ema import Ema
+    from engine.skip_nonfinite import SkipNonFinite
+    from engine.trainer import TrainingTask
     from generator.config import GeneratorConfig
     from generator.wan import WanGenerator
+    from launch.schemas.pairs import DpoRun
+    from launch.schemas.training import GrpoRun
 
-__all__ = [
-    "build_generator",
-    "build_rewards",
-    "quiet",
-    "rank_device",
-    "trained_generator",
-]
+__all__ = ["build_generator", "build_rewards", "quiet"]
 
 
 def quiet() -> None:
@@ -83,3 +83,41 @@ def trained_generator(cfg: GeneratorConfig, adapter: str | None) -> WanGenerator
     if adapter is not None:
         generator.load_trained(adapter)
     return generator
+
+
+def generator_engine(
+    run: GrpoRun | DpoRun, generator: WanGenerator, *, accumulation: int
+) -> SkipNonFinite:
+    """Build the engine that trains a generator."""
+    from engine.deepspeed import build_engine
+    from engine.skip_nonfinite import SkipNonFinite
+
+    engine = build_engine(
+        generator.module,
+        optimizer=run.optimizer,
+        zero_stage=run.zero_stage,
+        accumulation=accumulation,
+        overrides=run.deepspeed,
+    )
+    generator.sharded = run.zero_stage == 3
+    return SkipNonFinite(engine, patience=run.max_nonfinite_updates)
+
+
+def generator_task(
+    run: GrpoRun | DpoRun, generator: WanGenerator, ema: Ema | None, **options: Any
+) -> TrainingTask:
+    """Describe to the training loop how a generator is saved, exported and counted.
+
+    options  are the other fields of `TrainingTask`
+    """
+    from engine.export import export, write_trained
+    from engine.trainer import TrainingTask
+    from generator.counter import ForwardCounter
+
+    return TrainingTask(
+        export=lambda: export(generator, ema, Path(run.run_dir)),
+        ema=ema,
+        take_forwards=ForwardCounter(generator.module).take,
+        write_extra=lambda folder: write_trained(generator, folder / "trained"),
+        **options,
+    )

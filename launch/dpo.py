@@ -11,7 +11,6 @@ resumes from its newest whole checkpoint. Neither VAE nor text encoder is loaded
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import exit_with_error, user_errors
@@ -38,14 +37,11 @@ def train(run: DpoRun, *, resume: str) -> None:
     from launch.compose import quiet
 
     quiet()
-    from engine.guard import guarded
     from engine.trainer import run_training
 
     pairs = read_set(run.pairs, run.generator)
     heldout = None if run.heldout is None else read_set(run.heldout, run.generator)
-    with guarded(run) as guard:
-        task = build_task(run, pairs, heldout)
-        run_training(run, task, guard, resume=resume)
+    run_training(run, lambda: build_task(run, pairs, heldout), resume=resume)
 
 
 def read_set(folder: str, generator: GeneratorConfig) -> PairSet:
@@ -85,9 +81,8 @@ def build_task(run: DpoRun, pairs: PairSet, heldout: PairSet | None) -> Training
     from alignment.dpo import steps_of
     from common.log import say
     from engine.ema import Ema
-    from engine.export import export, write_trained
-    from engine.trainer import StepReport, TrainingTask, no_metrics
-    from generator.counter import ForwardCounter
+    from engine.trainer import StepReport, no_metrics
+    from launch.compose import generator_task
     from launch.dpo_displacement import DisplacementWatch
     from launch.dpo_refresh import Refresher
 
@@ -109,17 +104,16 @@ def build_task(run: DpoRun, pairs: PairSet, heldout: PairSet | None) -> Training
     def evaluate() -> dict[str, float]:
         return loop.evaluate(heldout, limit=run.heldout_pairs)
 
-    return TrainingTask(
+    return generator_task(
+        run,
+        generator,
+        ema,
         label="dpo",
         steps=steps,
         engine=loop.engine,
         step=step,
-        export=lambda: export(generator, ema, Path(run.run_dir)),
-        ema=ema,
         measure_after=no_metrics if heldout is None else evaluate,
         measure_every=run.eval_every,
-        take_forwards=ForwardCounter(generator.module).take,
-        write_extra=lambda folder: write_trained(generator, folder / "trained"),
         state=watch.state,
         restore=watch.restore,
     )
@@ -152,26 +146,18 @@ def loop_of(
     Raises ValueError if the pairs do not fit the method.
     """
     from alignment.dpo import DpoLoop
-    from engine.deepspeed import build_engine
-    from engine.skip_nonfinite import SkipNonFinite
+    from launch.compose import generator_engine
 
-    engine = build_engine(
-        generator.module,
-        optimizer=run.optimizer,
-        zero_stage=run.zero_stage,
-        accumulation=accumulation,
-        overrides=run.deepspeed,
-    )
-    generator.sharded = run.zero_stage == 3
+    engine = generator_engine(run, generator, accumulation=accumulation)
     loop = DpoLoop(
         run.dpo,
         generator=generator,
-        engine=SkipNonFinite(engine, patience=run.max_nonfinite_updates),
+        engine=engine,
         pairs=pairs,
         seed=run.seed,
-        grad_norm=engine.get_global_grad_norm,
+        grad_norm=engine.engine.get_global_grad_norm,
     )
-    return loop, engine
+    return loop, engine.engine
 
 
 def batch_arithmetic(

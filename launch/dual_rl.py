@@ -9,7 +9,6 @@ resumes from its newest whole checkpoint.
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,32 +36,29 @@ def train(run: DualRlRun, *, resume: str) -> None:
     from launch.compose import quiet
 
     quiet()
-    from engine.guard import guarded
     from engine.trainer import run_training
 
     # Ties stay: their chains of thought are rewarded too.
     table, heldout = read_tables(run, require_cot=False, require_scores=True)
-    with guarded(run) as guard:
-        pairs, heldout = usable_pairs(run, list(table.pairs), heldout)
-        with user_errors():
-            loop = build(run, pairs)
-        with closing(loop.writer):
-            task = describe(run, loop, heldout)
-            run_training(run, task, guard, resume=resume)
+    pairs = list(table.pairs)
+    run_training(run, lambda: build_task(run, pairs, heldout), resume=resume)
 
 
-def describe(run: DualRlRun, loop: DualRl, heldout: list[Pair]) -> TrainingTask:
-    """Describe the run to the training loop."""
+def build_task(run: DualRlRun, pairs: list[Pair], heldout: list[Pair]) -> TrainingTask:
+    """Build everything and describe the run to the training loop."""
     from common import distributed
     from common.log import say
 
+    pairs, heldout = usable_pairs(run, pairs, heldout)
+    with user_errors():
+        loop = build(run, pairs)
     settings = run.dual_rl
     updates = settings.pairs_per_step // settings.pairs_per_update
     say(
         f"one step = {settings.pairs_per_step} pairs x 2 videos x {settings.group_size} chains "
         f"of thought, then {updates} updates of {settings.pairs_per_update} pairs, on "
         f"{distributed.world_size()} ranks x {loop.accumulation} backwards of "
-        f"{settings.micro_batch} pairs; {len(loop.pairs)} pairs"
+        f"{settings.micro_batch} pairs; {len(pairs)} pairs"
     )
 
     def evaluate() -> dict[str, float]:
@@ -74,6 +70,7 @@ def describe(run: DualRlRun, loop: DualRl, heldout: list[Pair]) -> TrainingTask:
         label="dual RL",
         steps=settings.steps,
         evaluate=evaluate if heldout else None,
+        close=loop.writer.close,
     )
 
 

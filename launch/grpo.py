@@ -11,7 +11,6 @@ run resumes from its newest whole checkpoint.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import exit_with_error, user_errors
@@ -45,16 +44,13 @@ def train(run: GrpoRun, *, resume: str) -> None:
     from launch.compose import quiet
 
     quiet()
-    from engine.guard import guarded
     from engine.trainer import run_training
 
     prompts = prompts_of(run.prompts)
     heldout_prompts: list[str] = []
     if run.evaluation is not None:
         heldout_prompts = prompts_of(run.evaluation.prompts)[: run.evaluation.limit]
-    with guarded(run) as guard:
-        task = build_task(run, prompts, heldout_prompts)
-        run_training(run, task, guard, resume=resume)
+    run_training(run, lambda: build_task(run, prompts, heldout_prompts), resume=resume)
 
 
 def prompts_of(path: str) -> list[str]:
@@ -74,9 +70,8 @@ def build_task(
     from common import distributed
     from common.log import say
     from engine.ema import Ema
-    from engine.export import export, write_trained
-    from engine.trainer import StepReport, TrainingTask
-    from generator.counter import ForwardCounter
+    from engine.trainer import StepReport
+    from launch.compose import generator_task
     from launch.grpo_outputs import evaluate_heldout, write_samples
 
     with user_errors():
@@ -96,18 +91,17 @@ def build_task(
         result = loop.step(number)
         return StepReport(result.metrics, result)
 
-    return TrainingTask(
+    return generator_task(
+        run,
+        generator,
+        ema,
         label="grpo",
         steps=run.steps,
         engine=loop.engine,
         step=step,
-        export=lambda: export(generator, ema, Path(run.run_dir)),
-        ema=ema,
         prepare=prepare,
         measure_before=lambda n: evaluate_heldout(run, loop, ema, heldout_prompts, n),
-        take_forwards=ForwardCounter(generator.module).take,
         after_log=lambda n, report, log: write_samples(run, report.result, n, log),
-        write_extra=lambda folder: write_trained(generator, folder / "trained"),
         explain_unavailable=print_cause,
     )
 
@@ -138,8 +132,7 @@ def loop_of(
     from alignment.grpo import GrpoLoop, backwards_per_update
     from alignment.prompts import PromptSchedule
     from common import distributed
-    from engine.deepspeed import build_engine
-    from engine.skip_nonfinite import SkipNonFinite
+    from launch.compose import generator_engine
 
     accumulation = backwards_per_update(
         run.grpo,
@@ -147,27 +140,20 @@ def loop_of(
         ranks=distributed.world_size(),
         steps_per_group=run.generator.sampler.steps_per_group,
     )
-    engine = build_engine(
-        generator.module,
-        optimizer=run.optimizer,
-        zero_stage=run.zero_stage,
-        accumulation=accumulation,
-        overrides=run.deepspeed,
-    )
-    generator.sharded = run.zero_stage == 3
+    engine = generator_engine(run, generator, accumulation=accumulation)
     loop = GrpoLoop(
         run.grpo,
         generator=generator,
         rewards=rewards,
         weights={name: reward.weight for name, reward in run.rewards.items()},
-        engine=SkipNonFinite(engine, patience=run.max_nonfinite_updates),
+        engine=engine,
         prompts=PromptSchedule(
             prompts, seed=run.seed, prompts_per_step=run.prompts_per_step
         ),
         fps=run.generator.fps,
-        grad_norm=engine.get_global_grad_norm,
+        grad_norm=engine.engine.get_global_grad_norm,
     )
-    return loop, engine
+    return loop, engine.engine
 
 
 def cache_prompts(

@@ -75,8 +75,12 @@ def reward_model_task(
     label: str,
     steps: int,
     evaluate: Callable[[], dict[str, float]] | None,
+    **options: Any,
 ) -> TrainingTask:
-    """Describe a run of a stage to the training loop; ``evaluate`` measures held-out pairs."""
+    """Describe a run of a stage to the training loop; ``evaluate`` measures held-out pairs.
+
+    options  go to `TrainingTask`
+    """
     from engine.trainer import StepReport, TrainingTask, no_metrics
 
     return TrainingTask(
@@ -87,6 +91,7 @@ def reward_model_task(
         export=lambda: export_reward_model(loop.model, Path(run.run_dir)),
         measure_after=no_metrics if evaluate is None else evaluate,
         measure_every=run.eval_every,
+        **options,
     )
 
 
