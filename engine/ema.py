@@ -35,11 +35,13 @@ class Ema:
     def __init__(self, cfg: EmaConfig, module: nn.Module) -> None:
         self.decay = cfg.decay
         self.updates = 0
+        # The parameters stay the module's: every update reads their values.
         self.trained = {
             name: parameter
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
+        # fp32, for 1 - d_n = 0.01 of a weight's change would round away in bfloat16.
         self.average = {
             name: _read(parameter).float() for name, parameter in self.trained.items()
         }
@@ -49,6 +51,7 @@ class Ema:
         """Take the weights of one more optimizer step into the average."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        # Weight by weight: under ZeRO 3 the whole model may not fit.
         for name, parameter in self.trained.items():
             self.average[name].lerp_(_read(parameter).float(), 1 - decay)
 
@@ -58,6 +61,7 @@ class Ema:
 
         For sampling only: the optimizer's fp32 copy of the weights stays.
         """
+        # On the CPU, so that no second copy of the weights takes the device's memory.
         weights = {name: _read(p).cpu() for name, p in self.trained.items()}
         self._write_all(self.average)
         try:
@@ -88,6 +92,7 @@ class Ema:
         `engine.state.load_engine` has checked that the checkpoint trains the same weights.
         Raises FileNotFoundError without the file.
         """
+        # Copied in place: the averages stay on the device of their weights.
         saved = load_tensors(folder / EMA_FILE)
         self.updates = int(saved.pop(COUNT_KEY))
         for name, tensor in saved.items():

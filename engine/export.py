@@ -28,6 +28,7 @@ class TrainedGenerator(Protocol):
 
 def write_trained(generator: TrainedGenerator, folder: Path) -> None:
     """Write the trained weights into a folder. All ranks call it, rank 0 writes."""
+    # Gathering is collective, writing is not.
     weights = whole_state(generator.module, trained_only=True)
     if is_main():
         generator.save_trained(folder, weights)
@@ -39,6 +40,7 @@ def export(generator: TrainedGenerator, ema: Ema | None, run_dir: Path) -> None:
     if not is_main():
         return
     say(f"done: {generator.save_trained(run_dir / 'final', weights)}")
+    # Every rank holds the whole average: nothing is gathered.
     if ema is not None:
         file = generator.save_trained(run_dir / "final_ema", ema.state())
         say(f"average of the weights: {file}")

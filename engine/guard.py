@@ -101,6 +101,7 @@ class Guard:
         self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> Guard:
+        # Rank 0 locks the folder, and all ranks must see it.
         problem = self.lock.take() if distributed.is_main() else ""
         problem = distributed.from_main(problem) or folder_problem(self.run_dir)
         if problem:
@@ -131,6 +132,7 @@ class Guard:
 
     def step_done(self) -> bool:
         """Return True if any rank has received a signal. All ranks call it after every step."""
+        # The largest signal number wins, so that all ranks leave for the same reason.
         self.begin()
         self.watchdog.reset()
         self.received = int(distributed.max_over_ranks(float(self.received)))
@@ -154,6 +156,7 @@ class Guard:
             text = (
                 f"\n{name}: this step is finished and saved, then the run ends{hint}\n"
             )
+            # Not print: a signal may interrupt a write to the same stream.
             os.write(2, text.encode())
 
 
@@ -170,6 +173,7 @@ class RunLock:
 
     def take(self) -> str:
         """Lock the folder; return why that is impossible, or ""."""
+        # Open the lock file without truncating it: it may name the owner.
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             file = (self.run_dir / LOCK_FILE).open("a+", encoding="utf-8")
@@ -222,6 +226,7 @@ class RunLock:
         except (ValueError, AttributeError):
             # The file is empty or holds half a line: nothing is known of an earlier run.
             return ""
+        # A run that never began has left nothing that could be mixed.
         begun = (self.run_dir / SETTINGS).is_file()
         if begun and kind not in ("", self.kind):
             return (
@@ -263,6 +268,7 @@ class Watchdog:
                 self._end_process(waited)
 
     def _end_process(self, waited: float) -> NoReturn:
+        # Show where every thread is.
         rank = distributed.rank()
         sys.stderr.write(
             f"rank {rank}: no step for {waited:.0f} s, stuck; the stacks of all threads:\n"

@@ -43,6 +43,7 @@ class PerGroupClippedAdamW(AdamW):
         Raises FloatingPointError with the group's name when its norm is not finite; no
         weight has changed then.
         """
+        # All groups are clipped before any weight changes.
         for group in self.param_groups:
             gradients = [p.grad for p in group["params"] if p.grad is not None]
             if gradients:
@@ -59,6 +60,7 @@ class PerGroupClippedAdamW(AdamW):
         if not norm < float("inf"):
             raise FloatingPointError(f"the gradient of group {name!r} has norm {norm}")
 
+        # As torch's clip_grad_norm_: gradients are never scaled up.
         scale = self.max_norm / (norm + 1e-6)
         if 0.0 < scale < 1.0:
             for gradient in gradients:
@@ -73,6 +75,7 @@ class PerGroupClippedAdamW(AdamW):
             raise FloatingPointError(
                 "DeepSpeed skipped the update: a gradient is not finite"
             )
+        # Emptied, so that a skipped step is noticed next time.
         norms = self.norms
         self.norms = {}
         return norms
@@ -80,6 +83,7 @@ class PerGroupClippedAdamW(AdamW):
 
 def rewind_schedule(scheduler: Any, steps: int) -> None:
     """Put a LambdaLR where ``steps`` steps put it: its rates depend on the count only."""
+    # The count, and the rates that follow from it.
     scheduler.last_epoch = steps
     rates = []
     for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True):

@@ -24,6 +24,7 @@ def difference_between_ranks(cfg: Any) -> str:
     """
     if distributed.world_size() == 1:
         return ""
+    # Every rank compares the same list, so all of them find the same difference.
     facts = {"config": plain(cfg), "packages": versions(), "code": digest_of_code()}
     ranks = distributed.gather_objects((socket.gethostname(), facts))
     first_host, first_facts = ranks[0]
@@ -39,6 +40,7 @@ def difference_between_ranks(cfg: Any) -> str:
 
 def digest_of_code() -> str:
     """Return the SHA-256 of every module that a run may import from this repository."""
+    # Names count too: an added file may be imported on one rank only.
     digest = hashlib.sha256()
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -56,6 +58,7 @@ def folder_problem(folder: Path, *, patience_s: float = 10.0) -> str:
     """
     if distributed.world_size() == 1:
         return ""
+    # Look for rank 0's file.
     name = _write_token(folder)
     deadline = time.monotonic() + patience_s
     is_seen = (folder / name).exists()
@@ -63,9 +66,11 @@ def folder_problem(folder: Path, *, patience_s: float = 10.0) -> str:
         time.sleep(0.1)
         is_seen = (folder / name).exists()
 
+    # Only when all ranks have looked may the file go.
     ranks = distributed.gather_objects((is_seen, socket.gethostname()))
     if distributed.is_main():
         (folder / name).unlink()
+    # Say who is blind.
     blind = []
     for rank, (seen, host) in enumerate(ranks):
         if not seen:
@@ -85,6 +90,7 @@ def folder_problem(folder: Path, *, patience_s: float = 10.0) -> str:
 def _write_token(folder: Path) -> str:
     """Create an empty file on rank 0 and return its name on all ranks."""
     token = folder / f".seen-by-all-{uuid.uuid4().hex}"
+    # If rank 0 fails, the other ranks must not wait for its file.
     problem = None
     if distributed.is_main():
         try:

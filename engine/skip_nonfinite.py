@@ -32,6 +32,7 @@ class SkipNonFinite:
         self.patience = patience
         self.skipped_in_a_row = 0
         self._skipped = 0
+        # Hooks see a gradient before ZeRO reduces it over ranks.
         self._is_bad: Tensor = torch.zeros((), dtype=torch.bool, device=engine.device)
         for parameter in engine.module.parameters():
             if parameter.requires_grad:
@@ -46,6 +47,7 @@ class SkipNonFinite:
             self.engine.step()
             return
 
+        # All ranks skip if the gradient of one is bad.
         is_bad = any_rank(self._is_bad)
         self._is_bad = torch.zeros_like(self._is_bad)
         if not is_bad:
@@ -53,6 +55,7 @@ class SkipNonFinite:
             self.skipped_in_a_row = 0
             return
 
+        # Skip, and stop the run if it happens too often.
         self._step_without_effect()
         self._skipped += 1
         self.skipped_in_a_row += 1
@@ -73,6 +76,7 @@ class SkipNonFinite:
 
     def _check_gradient(self, gradient: Tensor) -> Tensor:
         """Note a bad gradient and make it zero, without waiting for the device."""
+        # torch.where, because `if` would wait: 0 * NaN would stay NaN.
         is_finite = gradient.isfinite().all()
         self._is_bad = self._is_bad | ~is_finite
         zero = torch.zeros((), dtype=gradient.dtype, device=gradient.device)
@@ -81,14 +85,14 @@ class SkipNonFinite:
     def _step_without_effect(self) -> None:
         optimizer = self.engine.client_optimizer
         scheduler = self.engine.lr_scheduler
+        # Remember the optimizer's state, and step at rate 0.
         before = {p: _clone(state) for p, state in optimizer.state.items()}
         steps_done = scheduler.last_epoch
-
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         self.engine.step()
 
-        # Moments that the first step has just made go back to zero.
+        # Undo the step. Moments that the first step has just made go back to zero.
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 if not isinstance(value, torch.Tensor):

@@ -34,9 +34,11 @@ def save_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
     optimizer steps and, after the first step, ``exp_avg.<name>`` and ``exp_avg_sq.<name>``.
     Raises RuntimeError on all ranks if their weights differ.
     """
+    # A checkpoint of ranks that have drifted apart would be worth nothing.
     trained = _trained_parameters(engine)
     _check_ranks_agree(trained)
 
+    # Gather weights and moments one by one, and write them.
     steps = _steps_done(engine)
     tensors: dict[str, Tensor] = {STEPS_KEY: torch.tensor([steps])}
     if steps:
@@ -55,10 +57,12 @@ def load_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
 
     Raises ValueError if the saved parameters have other names or shapes than the engine's.
     """
+    # Check before anything is overwritten.
     tensors = load_tensors(Path(folder) / ENGINE_FILE)
     trained = _trained_parameters(engine)
     _check_same_parameters(trained, load_weights(folder))
 
+    # Weights and moments.
     steps = int(tensors[STEPS_KEY])
     if steps:
         _make_moments(engine, list(trained.values()))
@@ -99,12 +103,14 @@ def _check_ranks_agree(trained: dict[str, nn.Parameter]) -> None:
 def _check_same_parameters(
     trained: dict[str, nn.Parameter], saved: dict[str, Tensor]
 ) -> None:
+    # Names.
     unmatched = sorted(trained.keys() ^ saved.keys())
     if unmatched:
         names = ", ".join(unmatched[:10])
         raise ValueError(
             f"the checkpoint holds other trained parameters than this run has: {names}"
         )
+    # Shapes. Under ZeRO 3 a parameter's own shape is that of its slice.
     problems = []
     for name, parameter in trained.items():
         shape = parameter.ds_shape if is_split(parameter) else parameter.shape
@@ -139,10 +145,12 @@ def _gather(engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str) -> Tens
     """Return a parameter's whole fp32 weight or moment."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    # ZeRO 0: the module's parameter and torch's state are the whole of it.
     if not _has_fp32_copy(parameter):
         if kind == WEIGHT:
             return parameter.data
         return engine.client_optimizer.state[parameter][kind]
+    # ZeRO 1 to 3: DeepSpeed gathers the fp32 masters.
     if kind == WEIGHT:
         return safe_get_full_fp32_param(parameter)
     return safe_get_full_optimizer_state(parameter, kind)
@@ -178,6 +186,7 @@ def _scatter_zero3(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         safe_set_local_optimizer_state,
     )
 
+    # This rank's slice of the padded value.
     length = parameter.ds_tensor.numel()
     padding = length * world_size() - value.numel()
     padded = torch.nn.functional.pad(value.flatten().float(), (0, padding))
@@ -185,6 +194,7 @@ def _scatter_zero3(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
     if kind != WEIGHT:
         safe_set_local_optimizer_state(parameter, slice_of_rank, kind)
         return
+    # A weight has two copies: the module's in its dtype, and the optimizer's in fp32.
     with GatheredParameters([parameter], modifier_rank=0):
         parameter.data.copy_(value)
     safe_set_local_fp32_param(parameter, slice_of_rank)

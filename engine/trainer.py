@@ -117,6 +117,7 @@ def _train(run: TrainingRun, task: TrainingTask, guard: Guard, resume: str) -> N
         total=task.steps,
     )
 
+    # From here on a signal lets the current step finish.
     saved = start
     guard.begin()
     for step in progress(range(start, task.steps), task.steps - start, task.label):
@@ -189,6 +190,7 @@ def _resume(run: TrainingRun, task: TrainingTask, resume: str) -> int:
         changes = "; ".join(changed)
         say(f"other settings than {folder.name} was saved with: {changes}")
 
+    # The engine checks names and shapes before it overwrites anything.
     load_engine(task.engine.engine, folder)
     if task.ema is not None:
         task.ema.load(folder)
@@ -244,6 +246,7 @@ def _stopping_if_unavailable(
         if task.explain_unavailable is None:
             raise
         task.explain_unavailable(error)
+        # The failed step has changed no weights, so the steps before it are saved.
         if saved < step:
             _save(run, task, step)
         done = "before the first step was done"

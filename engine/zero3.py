@@ -45,6 +45,7 @@ def whole_state(module: nn.Module, *, trained_only: bool = False) -> dict[str, T
     """
     from deepspeed.runtime.zero import GatheredParameters
 
+    # keep_vars: the tensors must be the parameters, which DeepSpeed can gather.
     state = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if trained_only and not tensor.requires_grad:

@@ -73,9 +73,11 @@ def build_task(
     from common.log import say
     from engine.zero3 import elements
 
+    # Leave out videos that cannot be decoded, then build.
     pairs, heldout = usable_pairs(run, pairs, heldout)
     with user_errors():
         loop = build(run, pairs)
+    # Tell how large an update is.
     settings = run.cold_start
     steps = loop.schedule.steps(settings.epochs)
     trained = elements(p for p in loop.model.parameters() if p.requires_grad)
@@ -108,6 +110,7 @@ def loop_of(
     from rm.cold_start import ColdStart
     from rm.data import PairSchedule
 
+    # LoRA is added here, so the engine must be built afterwards.
     groups = model.param_groups(
         run.lr, lora=run.lora, weight_decay=run.cold_start.weight_decay, seed=run.seed
     )

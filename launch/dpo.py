@@ -39,6 +39,7 @@ def train(run: DpoRun, *, resume: str) -> None:
     quiet()
     from engine.trainer import run_training
 
+    # Read the input first: a mistake in it ends the process within seconds.
     pairs = read_set(run.pairs, run.generator)
     heldout = None if run.heldout is None else read_set(run.heldout, run.generator)
     run_training(run, lambda: build_task(run, pairs, heldout), resume=resume)
@@ -64,6 +65,7 @@ def misfit(pairs: PairSet, cfg: GeneratorConfig) -> str:
     Another transformer may learn from them: latents and embeddings depend on the VAE and
     the text encoder only.
     """
+    # Sets of earlier versions have recorded nothing.
     settings = pairs.about.get("identity", {}).get("settings", {})
     recorded = settings.get("generator", {})
     changes = []
@@ -86,6 +88,7 @@ def build_task(run: DpoRun, pairs: PairSet, heldout: PairSet | None) -> Training
     from launch.dpo_displacement import DisplacementWatch
     from launch.dpo_refresh import Refresher
 
+    # Build, and tell how large an update is.
     with user_errors():
         loop, generator, _ = build(run, pairs)
     steps = steps_of(run.dpo, len(pairs))
@@ -95,6 +98,7 @@ def build_task(run: DpoRun, pairs: PairSet, heldout: PairSet | None) -> Training
     watch = DisplacementWatch(loop, stops=run.dpo.stop_on_displacement)
     refresher = None if run.refresh is None else Refresher(run, loop, generator)
 
+    # The parts that only DPO has.
     def step(number: int) -> StepReport:
         if refresher is not None:
             refresher.before(number)
@@ -131,6 +135,7 @@ def build(run: DpoRun, pairs: PairSet) -> tuple[DpoLoop, WanGenerator, DeepSpeed
 
     accumulation = backwards_per_update(run.dpo, distributed.world_size())
     say(f"loading the generator {run.generator.path}")
+    # Without refresh the pairs hold all that VAE and text encoder would compute.
     generator = build_generator(
         run.generator, seed=run.seed, transformer_only=run.refresh is None
     )

@@ -32,6 +32,7 @@ class DisplacementWatch:
         """Return True if the run ends after this step."""
         if not self.loop.rising():
             return False
+        # One warning is enough: the metrics show how it continues.
         if not self.warned:
             say(
                 f"step {step}: over {self.loop.watched.maxlen} steps the error on chosen videos "
@@ -48,6 +49,7 @@ class DisplacementWatch:
 
     def restore(self, folder: Path) -> None:
         """Read what `state` wrote."""
+        # In place: the loop's deque has the window's length.
         self.loop.watched.clear()
         for value in load_state(folder)["watched"]:
             self.loop.watched.append(math.nan if value is None else value)

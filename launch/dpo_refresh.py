@@ -38,6 +38,7 @@ class Refresher:
 
     def before(self, step: int) -> None:
         """Make the round that is due, or find the current one. All ranks call it before a step."""
+        # Round 0 is the set that the run starts with.
         number = step // self.refresh.every
         if number and step % self.refresh.every == 0:
             self._make_round(number)
@@ -57,12 +58,14 @@ class Refresher:
                 return
 
     def _make_round(self, number: int) -> None:
+        # Each round takes the next prompts of a shuffled schedule.
         prompts = read_prompts(self.refresh.prompts)
         schedule = IndexSchedule(
             len(prompts), seed=self.seed, per_step=self.refresh.limit, name="refresh"
         )
         rewards = self.refresh.rewards
         folder = self._folder_of(number)
+        # From the beginning: candidates of an interrupted round come from other weights.
         try:
             make_pairs(
                 folder,

@@ -49,9 +49,11 @@ def build_task(run: DualRlRun, pairs: list[Pair], heldout: list[Pair]) -> Traini
     from common import distributed
     from common.log import say
 
+    # Leave out videos that cannot be decoded, then build.
     pairs, heldout = usable_pairs(run, pairs, heldout)
     with user_errors():
         loop = build(run, pairs)
+    # Tell how large a step is.
     settings = run.dual_rl
     updates = settings.pairs_per_step // settings.pairs_per_update
     say(
@@ -91,7 +93,7 @@ def build(run: DualRlRun, pairs: list[Pair]) -> DualRl:
     )
     reference = build_reference(run)
 
-    # Engine and loop.
+    # Engine and loop. Each group is clipped by its norm (see engine/optimizer.py).
     engine = build_rm_engine(
         run, model, groups, accumulation=accumulation, clip_per_group=True
     )
@@ -135,6 +137,7 @@ def build_cot_backend(run: DualRlRun, model: DeScore) -> CotBackend:
         return VllmBackend(run.cot_backend, model)
     from rm.cot_backend import HfBackend
 
+    # Both videos of each pair of a micro-batch at the same time.
     return HfBackend(model, batch=2 * run.dual_rl.micro_batch)
 
 
@@ -150,6 +153,7 @@ def load_reward_model(run: DualRlRun) -> DeScore:
         model = DeScore.load(run.checkpoint, dtype=dtype)
     else:
         model = DeScore.from_base(run.checkpoint, dtype=dtype, seed=run.seed)
+    # The run's settings override those of the checkpoint.
     if run.generation is not None:
         model.generation = run.generation
     return model.to(rank_device())

@@ -46,6 +46,7 @@ def train(run: GrpoRun, *, resume: str) -> None:
     quiet()
     from engine.trainer import run_training
 
+    # Read the input first: a mistake in it ends the process within seconds.
     prompts = prompts_of(run.prompts)
     heldout_prompts: list[str] = []
     if run.evaluation is not None:
@@ -74,6 +75,7 @@ def build_task(
     from launch.compose import generator_task
     from launch.grpo_outputs import evaluate_heldout, write_samples
 
+    # Build, and tell how large an update is.
     with user_errors():
         loop, generator, _ = build(run, prompts)
     ranks = distributed.world_size()
@@ -81,6 +83,7 @@ def build_task(
         say(line)
     ema = None if run.ema is None else Ema(run.ema, generator.module)
 
+    # The parts that only GRPO has.
     def prepare(start: int) -> None:
         if run.self_checks and start == 0:
             run_self_checks(run, loop, prompts)
@@ -134,6 +137,7 @@ def loop_of(
     from common import distributed
     from launch.compose import generator_engine
 
+    # The engine steps the optimizer after as many backwards as the loop makes.
     accumulation = backwards_per_update(
         run.grpo,
         run.prompts_per_step,
@@ -163,11 +167,13 @@ def cache_prompts(
     from common import distributed
     from common.log import say
 
+    # This rank's share of every step, by the same schedule that the loop uses.
     block = distributed.rank() // run.grpo.ranks_per_group
     prompts: set[str] = set()
     for step in range(start, run.steps):
         prompts.update(loop.prompts.at(step).share(block, loop.blocks()).prompts)
     say(f"encoding {len(prompts)} prompts, then without the text encoder")
+    # Sorted, so that the batches of the text encoder do not depend on the set's order.
     loop.generator.encode_prompts([*sorted(prompts), *heldout_prompts])
     loop.generator.free_text_encoder()
 

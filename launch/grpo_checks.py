@@ -18,11 +18,13 @@ FEW_VIDEOS = 32
 
 def check_ranks(run: GrpoRun, *, ranks: int) -> None:
     """Exit with code 2, before anything is loaded, if the ranks cannot share the groups."""
+    # Sets of ranks share groups.
     per_group = run.grpo.ranks_per_group
     if ranks % per_group:
         exit_with_error(
             f"grpo.ranks_per_group={per_group} must divide the {ranks} ranks"
         )
+    # Every set has the same number of groups.
     blocks = ranks // per_group
     if run.prompts_per_step % blocks:
         groups = run.prompts_per_step / blocks
@@ -55,6 +57,7 @@ def run_self_checks(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
     if len(prompts) > 1:
         findings += _reward_findings(run, loop, prompts[:4])
 
+    # Print every finding before the process may end.
     failed = []
     for finding in findings:
         outcome = "ok"
@@ -123,6 +126,7 @@ def _check_rewards(
 ) -> list[Finding]:
     from alignment.self_checks import permutation, sense
 
+    # Group-level rewards compare the members of a group, which these videos are not.
     findings = []
     for reward in loop.rewards.values():
         if not reward.group_level:

@@ -30,6 +30,7 @@ def evaluate_heldout(
         return {}
     if step % settings.every and step != run.steps:
         return {}
+    # The average is what is exported for use, so it is what is measured.
     with nullcontext() if ema is None else ema.swapped_in():
         return measure(
             loop.generator,

@@ -25,6 +25,7 @@ def read_tables(
     """
     from common.log import say
 
+    # Both tables are read before either is cut, so that mistakes in them are found.
     table = read_table(run.data, run.data.train, options)
     heldout: list[Pair] = []
     if run.data.heldout is not None:
@@ -53,6 +54,7 @@ def read_table(data: PairFiles, path: str, options: dict[str, Any]) -> PairTable
         exit_with_error(str(error))
     say(table.report())
 
+    # Rows that are left out cost data: too many of them are an error.
     bad = len(table.problems)
     rows = bad + len(table.pairs) + table.invalid
     if bad > data.max_bad_share * rows:

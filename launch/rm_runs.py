@@ -101,6 +101,7 @@ def export_reward_model(model: DeScore, run_dir: Path) -> None:
     from common.log import say
     from engine.zero3 import whole_state
 
+    # The whole model, with its trained weights in fp32.
     weights = whole_state(model)
     if is_main():
         weights |= fp32_weights(run_dir)
