@@ -1,9 +1,9 @@
 """Everything about DeepSpeed: its JSON, the parameter groups, and the engine around a module.
 
-`ds_config` computes DeepSpeed's JSON, `parameter_groups` prepares what the optimizer trains,
-and `build_engine` calls ``deepspeed.initialize`` with both. `shard_frozen` spreads a module
-without trained parameters over the ranks. ZeRO 3 itself is in engine/zero3.py, saving and
-loading in engine/state.py, per-group clipping in engine/optimizer.py, and skipped steps in
+Read in order: `ds_config` computes DeepSpeed's JSON, `parameter_groups` selects the trained
+parameters, and `build_engine` calls ``deepspeed.initialize`` with both. `shard_frozen` spreads
+a module without trained parameters over the ranks. ZeRO 3 itself is in engine/zero3.py, saving
+and loading in engine/state.py, per-group clipping in engine/optimizer.py, and skipped steps in
 engine/skip_nonfinite.py.
 """
 

@@ -21,7 +21,7 @@ class SkipNonFinite:
     It is the `common.types.Engine` around a DeepSpeed engine. After a skipped step weights,
     moments, step count and learning rate are those before it, on all ranks, whichever rank
     had the gradient. DeepSpeed cannot drop accumulated gradients: such a gradient is set to
-    zero, DeepSpeed steps at rate 0, and what that did to the optimizer is undone.
+    zero, DeepSpeed steps at rate 0, and the optimizer's state is restored.
 
     patience  number of skipped steps in a row that are allowed; one more raises
               FloatingPointError on all ranks

@@ -1,7 +1,7 @@
 """The training loop of GRPO, DPO and both stages of DeScore.
 
 A command calls `run_training` with a function that builds its model and its engine and
-describes, in a `TrainingTask`, what differs from the other commands.
+describes its differences from the other commands in a `TrainingTask`.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _train(run: TrainingRun, task: TrainingTask, guard: Guard, resume: str) -> N
         log.log(step, metrics)
         faults.point("logged")
 
-        # 4. Save if it is due, at the end, and when a signal has asked for a stop.
+        # 4. Save if it is due, at the end, and when a signal requests a stop.
         stop_requested = guard.step_done()
         task.after_log(step, report, log)
         if is_last or stop_requested or _is_due(step + 1, run.save_every):

@@ -1,4 +1,4 @@
-"""What a GRPO run measures and shows on the way: held-out evaluation and sample videos."""
+"""Held-out evaluation and sample videos of a GRPO run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def evaluate_heldout(
         return {}
     if step % settings.every and step != run.steps:
         return {}
-    # The average is what is exported for use, so it is what is measured.
+    # With an average, the average is used later, so the average is measured.
     with nullcontext() if ema is None else ema.swapped_in():
         return measure(
             loop.generator,

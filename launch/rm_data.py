@@ -25,7 +25,7 @@ def read_tables(
     """
     from common.log import say
 
-    # Both tables are read before either is cut, so that mistakes in them are found.
+    # Read both tables before the long work starts, so that mistakes show early.
     table = read_table(run.data, run.data.train, options)
     heldout: list[Pair] = []
     if run.data.heldout is not None:
@@ -98,7 +98,7 @@ def usable_pairs(
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         replace_text(out, text)
 
-    # Refuse to train on what is left of too bad a table.
+    # Exit if too many pairs are bad.
     counts = {
         "pairs": (len(pairs), len(bad_pairs)),
         "held-out pairs": (len(heldout), len(bad_heldout)),

@@ -1,4 +1,4 @@
-"""What both stages of DeScore's training share: the engine, the task and the export."""
+"""Engine, task and export that both stages of DeScore's training share."""
 
 from __future__ import annotations
 

@@ -219,6 +219,7 @@ def test_updates_below_bfloat16_resolution_are_exported(folder: Path) -> None:
     )  # in bfloat16 they would all have rounded to nothing
 
 
+@pytest.mark.slow
 def test_table_without_answers_exits_2(folder: Path) -> None:
     bare = folder / "bare.csv"
     text = (

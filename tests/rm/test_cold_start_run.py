@@ -55,6 +55,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.slow
 def test_resumed_cold_start_run_equals_an_uninterrupted_run(folder):
     whole, stopped = metrics(folder / "whole"), metrics(folder / "stopped")
     assert [row["step"] for row in whole] == [0, 1, 2, 3]
@@ -114,6 +115,7 @@ def test_zero_3_exports_the_reward_model_of_one_rank(ranks):
         assert float((one[key] - start[key]).abs().max()) > 1e-4, key
 
 
+@pytest.mark.slow
 def test_exported_reward_model_has_the_fp32_weights(folder):
     files = [folder / f"{i}{side}.mp4" for i in range(3) for side in "AB"]
     scorer = DeScoreScorer.load(folder / "whole" / "final", chains=0)
