@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights: steadier than the last step's, and exported beside them."""
+"""Exponential moving average of the trained weights, exported next to the last weights."""
 
 from __future__ import annotations
 
@@ -11,102 +11,114 @@ import torch
 
 from common.checkpoint import load_tensors, save_tensors
 from common.distributed import is_main
+from engine.zero3 import is_split
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from engine.config import EmaConfig
 
-FILE = "ema.safetensors"
-_COUNT = "updates"
+EMA_FILE = "ema.safetensors"
+COUNT_KEY = "updates"
 
 
 class Ema:
-    """average_n = d_n average_{n-1} + (1 - d_n) weights_n,  d_n = min(decay, (1 + n) / (10 + n)), in fp32.
+    """Average the trained weights over the optimizer's steps, in fp32.
 
-    The average starts at the weights it is built on, and follows early ones quickly. Every rank holds all of it. All
-    ranks call every method: under ZeRO 3 the weights are gathered, one at a time.
+    average_n = d_n average_{n-1} + (1 - d_n) weights_n,  d_n = min(decay, (1 + n) / (10 + n))
+
+    The average starts at the weights of the module and follows early steps quickly. Every
+    rank holds the whole average. All ranks call every method: under ZeRO 3 the weights are
+    gathered one by one.
     """
 
     def __init__(self, cfg: EmaConfig, module: nn.Module) -> None:
-        self.cfg, self.updates = cfg, 0
+        self.decay = cfg.decay
+        self.updates = 0
+        # The parameters stay the module's: every update reads their values.
         self.trained = {
-            name: p for name, p in module.named_parameters() if p.requires_grad
+            name: parameter
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
         }
-        self.average = {name: _read(p).float() for name, p in self.trained.items()}
+        # fp32, for 1 - d_n = 0.01 of a weight's change would round away in bfloat16.
+        self.average = {
+            name: _read(parameter).float() for name, parameter in self.trained.items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an optimizer step."""
+        """Take the weights of one more optimizer step into the average."""
         self.updates += 1
-        decay = min(self.cfg.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        # Weight by weight: under ZeRO 3 the whole model may not fit.
         for name, parameter in self.trained.items():
             self.average[name].lerp_(_read(parameter).float(), 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside, the module runs with the average; afterwards with the bits it had. For sampling, not for training."""
-        kept = {
-            name: _read(parameter).cpu() for name, parameter in self.trained.items()
-        }
-        for name, parameter in self.trained.items():
-            _write(parameter, self.average[name])
+        """Run the module with the average inside, and with its exact weights afterwards.
+
+        For sampling only: the optimizer's fp32 copy of the weights stays.
+        """
+        # On the CPU, so that no second copy of the weights takes the device's memory.
+        weights = {name: _read(p).cpu() for name, p in self.trained.items()}
+        self._write_all(self.average)
         try:
             yield
         finally:
-            for name, parameter in self.trained.items():
-                _write(parameter, kept[name])
+            self._write_all(weights)
+
+    def _write_all(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.trained.items():
+            _write(parameter, values[name])
 
     def state(self) -> dict[str, Tensor]:
-        """The average under the weights' names, in their dtype."""
+        """Return the average under the names of the weights, in their dtype."""
         return {
             name: self.average[name].to(parameter.dtype)
             for name, parameter in self.trained.items()
         }
 
     def save(self, folder: Path) -> None:
-        """folder/ema.safetensors, by rank 0."""
+        """Write ema.safetensors into a folder, on rank 0."""
         if is_main():
-            averages = {name: tensor.cpu() for name, tensor in self.average.items()}
-            save_tensors(
-                folder / FILE, {**averages, _COUNT: torch.tensor([self.updates])}
-            )
+            count = {COUNT_KEY: torch.tensor([self.updates])}
+            save_tensors(folder / EMA_FILE, {**self.average, **count})
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote. Raises FileNotFoundError without it, ValueError when it averages other weights."""
-        saved = load_tensors(folder / FILE)
-        self.updates = int(saved.pop(_COUNT))
-        shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-        if shapes != {
-            name: tuple(tensor.shape) for name, tensor in self.average.items()
-        }:
-            raise ValueError(
-                f"{folder / FILE} averages other weights than this run trains"
-            )
+        """Read what `save` wrote.
+
+        `engine.state.load_engine` has checked that the checkpoint trains the same weights.
+        Raises FileNotFoundError without the file.
+        """
+        # Copied in place: the averages stay on the device of their weights.
+        saved = load_tensors(folder / EMA_FILE)
+        self.updates = int(saved.pop(COUNT_KEY))
         for name, tensor in saved.items():
             self.average[name].copy_(tensor)
 
 
 @torch.no_grad()
 def _read(parameter: nn.Parameter) -> Tensor:
-    """A copy of the whole weight."""
-    with _gathered(parameter, modifier=None):
+    """Return a copy of the whole weight."""
+    with _gathered(parameter, modifier_rank=None):
         return parameter.detach().clone()
 
 
 @torch.no_grad()
 def _write(parameter: nn.Parameter, value: Tensor) -> None:
-    """Set the weight that the module runs with. The optimizer's own fp32 copy, where it has one, stays."""
-    with _gathered(parameter, modifier=0):
+    """Set the weight that the module runs with."""
+    with _gathered(parameter, modifier_rank=0):
         parameter.copy_(value)
 
 
 def _gathered(
-    parameter: nn.Parameter, *, modifier: int | None
+    parameter: nn.Parameter, *, modifier_rank: int | None
 ) -> AbstractContextManager[None]:
-    """Inside, the weight is whole on every rank; ``modifier`` is the rank whose change all get."""
+    """Gather a weight on every rank inside; all ranks get the changes of ``modifier_rank``."""
     from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(
-        [parameter], modifier_rank=modifier, enabled=hasattr(parameter, "ds_id")
+        [parameter], modifier_rank=modifier_rank, enabled=is_split(parameter)
     )

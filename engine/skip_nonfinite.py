@@ -1,4 +1,4 @@
-"""An update with a gradient that is no number is not made, under any stage of ZeRO; too many of them end the run."""
+"""Skip optimizer steps whose gradient holds NaN or infinity, under any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from common.distributed import any_rank
 from common.log import say
-from engine.state import rewind
+from engine.optimizer import rewind_schedule
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -16,81 +16,96 @@ if TYPE_CHECKING:
 
 
 class SkipNonFinite:
-    """`common.types.Engine` around deepspeed's.
+    """Skips optimizer steps with non-finite gradients and stops after `patience` in a row.
 
-    A gradient that holds NaN or infinity counts as zero, and the update it belongs to as not made: weights, moments,
-    step count and learning rate are afterwards what they were before, on all ranks, whichever had it. (DeepSpeed has no
-    way to let accumulated gradients go: it makes its step, at rate 0, and what it did to the optimizer is undone.)
+    It is the `common.types.Engine` around a DeepSpeed engine. After a skipped step weights,
+    moments, step count and learning rate are those before it, on all ranks, whichever rank
+    had the gradient. DeepSpeed cannot drop accumulated gradients: such a gradient is set to
+    zero, DeepSpeed steps at rate 0, and the optimizer's state is restored.
 
-    patience  so many in a row are borne; one more raises FloatingPointError on all ranks. Checkpoints before are whole
+    patience  number of skipped steps in a row that are allowed; one more raises
+              FloatingPointError on all ranks
     """
 
     def __init__(self, engine: DeepSpeedEngine, *, patience: int) -> None:
-        self.engine, self.patience = engine, patience
-        self.in_a_row, self._skipped = 0, 0
-        self._bad: Tensor = torch.zeros((), dtype=torch.bool, device=engine.device)
+        self.engine = engine
+        self.patience = patience
+        self.skipped_in_a_row = 0
+        self._skipped = 0
+        # Hooks see a gradient before ZeRO reduces it over ranks.
+        self._is_bad: Tensor = torch.zeros((), dtype=torch.bool, device=engine.device)
         for parameter in engine.module.parameters():
             if parameter.requires_grad:
-                parameter.register_hook(self._look)
+                parameter.register_hook(self._check_gradient)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 
     def step(self) -> None:
-        """Counts backwards, as deepspeed's does, and makes the update on the last one."""
+        """Count a backward, as DeepSpeed does, and update the weights on the last one."""
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
             return
-        bad, self._bad = any_rank(self._bad), torch.zeros_like(self._bad)
-        if not bad:
+
+        # All ranks skip if the gradient of one is bad.
+        is_bad = any_rank(self._is_bad)
+        self._is_bad = torch.zeros_like(self._is_bad)
+        if not is_bad:
             self.engine.step()
-            self.in_a_row = 0
+            self.skipped_in_a_row = 0
             return
-        self._step_in_vain()
-        self.in_a_row += 1
+
+        # Skip, and stop the run if it happens too often.
+        self._step_without_effect()
         self._skipped += 1
-        say(
-            f"a gradient is not finite: this update is not made ({self.in_a_row} in a row)"
-        )
-        if self.in_a_row > self.patience:
+        self.skipped_in_a_row += 1
+        count = self.skipped_in_a_row
+        say(f"a gradient is not finite: this update is skipped ({count} in a row)")
+        if count > self.patience:
             raise FloatingPointError(
-                f"{self.in_a_row} updates in a row had a gradient that is not finite; the weights are those before. A "
-                "smaller learning rate or a lower guidance may help, or max_nonfinite_updates bears more"
+                f"{count} updates in a row had a gradient that is not finite; none of them "
+                "changed the weights. Lower optimizer.lr or the guidance scale, or raise "
+                "max_nonfinite_updates"
             )
 
     def pop_skipped_count(self) -> float:
-        """Updates not made since this was last asked."""
-        count, self._skipped = self._skipped, 0
+        """Return how many updates were skipped since the last call."""
+        count = self._skipped
+        self._skipped = 0
         return float(count)
 
-    def _look(self, gradient: Tensor) -> Tensor:
-        """Without waiting for the device."""
-        finite = gradient.isfinite().all()
-        self._bad = self._bad | ~finite
-        return torch.where(
-            finite,
-            gradient,
-            torch.zeros((), dtype=gradient.dtype, device=gradient.device),
-        )
+    def _check_gradient(self, gradient: Tensor) -> Tensor:
+        """Note a bad gradient and make it zero, without waiting for the device."""
+        # torch.where, because `if` would wait: 0 * NaN would stay NaN.
+        is_finite = gradient.isfinite().all()
+        self._is_bad = self._is_bad | ~is_finite
+        zero = torch.zeros((), dtype=gradient.dtype, device=gradient.device)
+        return torch.where(is_finite, gradient, zero)
 
-    def _step_in_vain(self) -> None:
-        optimizer, scheduler = self.engine.client_optimizer, self.engine.lr_scheduler
-        before = {
-            p: {k: _copied(v) for k, v in state.items()}
-            for p, state in optimizer.state.items()
-        }
-        done = scheduler.last_epoch
+    def _step_without_effect(self) -> None:
+        optimizer = self.engine.client_optimizer
+        scheduler = self.engine.lr_scheduler
+        # Remember the optimizer's state, and step at rate 0.
+        before = {p: _clone(state) for p, state in optimizer.state.items()}
+        steps_done = scheduler.last_epoch
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         self.engine.step()
+
+        # Undo the step. Moments that the first step has just made go back to zero.
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    value.copy_(
-                        before[parameter][key]
-                    ) if parameter in before else value.zero_()
-        rewind(scheduler, done)
+                if not isinstance(value, torch.Tensor):
+                    continue
+                if parameter in before:
+                    value.copy_(before[parameter][key])
+                else:
+                    value.zero_()
+        rewind_schedule(scheduler, steps_done)
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
+def _clone(state: dict[str, Any]) -> dict[str, Any]:
+    copies = {}
+    for key, value in state.items():
+        copies[key] = value.clone() if isinstance(value, torch.Tensor) else value
+    return copies

@@ -1,218 +1,184 @@
-"""A deepspeed engine's trained weights and Adam moments, as safetensors, for any number of ranks and any stage of ZeRO.
+"""Trained weights and Adam moments of a DeepSpeed engine as safetensors.
 
-DeepSpeed's own checkpoints are pickles, hold one part per rank and reload on the same number of ranks only. Here every
-parameter is gathered whole, so a run may go on with other ranks or another stage, and reading runs no code.
+DeepSpeed's own checkpoints are pickles, hold one part per rank and load on the same number
+of ranks only. Here every parameter is gathered whole, so a run may resume with other ranks
+or another ZeRO stage, and reading runs no code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
-from common.checkpoint import (
-    load_state,
-    load_tensors,
-    resolve_resume,
-    save,
-    save_tensors,
-)
-from common.cli import user_errors
+from common.checkpoint import load_tensors, save_tensors
 from common.distributed import differing_ranks, is_main, rank, world_size
-from common.log import say
-from common.run_record import SETTINGS, changed_settings, dump, write_settings
+from engine.optimizer import rewind_schedule
+from engine.zero3 import is_split
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch import Tensor, nn
 
-FILE = "engine.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_STEPS = "optimizer_steps"
+ENGINE_FILE = "engine.safetensors"
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEPS_KEY = "optimizer_steps"
 
 
 def save_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
-    """Write ``folder/engine.safetensors``. All ranks call it (gathering is collective), rank 0 writes.
+    """Write engine.safetensors into a folder. All ranks call it, rank 0 writes.
 
-    Holds fp32 ``weight.<name>`` of each trained parameter, its ``exp_avg.<name>`` and ``exp_avg_sq.<name>`` once there
-    was a step, and how many steps there were. Raises RuntimeError, on all ranks, when their weights have drifted apart:
-    what was computed since is worth nothing, and rank 0's part of it is not saved.
+    The file holds the fp32 ``weight.<name>`` of each trained parameter, the number of
+    optimizer steps and, after the first step, ``exp_avg.<name>`` and ``exp_avg_sq.<name>``.
+    Raises RuntimeError on all ranks if their weights differ.
     """
-    if apart := differing_ranks(
-        {name: p for name, p in _trained(engine).items() if not _in_pieces(p)}
-    ):
-        raise RuntimeError(
-            f"the weights of rank {', '.join(map(str, apart))} are not those of rank 0: the ranks have drifted apart, "
-            "and nothing is saved. Go on from the newest checkpoint; if it comes again, a gradient is not reduced"
-        )
-    states = engine.client_optimizer.state
-    steps = int(
-        max(
-            (float(state["step"]) for state in states.values() if "step" in state),
-            default=0,
-        )
-    )
-    tensors: dict[str, Tensor] = {_STEPS: torch.tensor([steps])}
+    # A checkpoint of ranks that have drifted apart would be worth nothing.
+    trained = _trained_parameters(engine)
+    _check_ranks_agree(trained)
+
+    # Gather weights and moments one by one, and write them.
+    steps = _steps_done(engine)
+    tensors: dict[str, Tensor] = {STEPS_KEY: torch.tensor([steps])}
     if steps:
         _link_moments(engine)
-    for name, parameter in _trained(engine).items():
-        for kind in ("weight", *(_MOMENTS if steps else ())):
-            whole = _whole(engine, parameter, kind)
+    for name, parameter in trained.items():
+        for kind in _kinds(steps):
+            value = _gather(engine, parameter, kind)
             if is_main():
-                tensors[f"{kind}.{name}"] = whole.detach().float().cpu()
+                tensors[f"{kind}.{name}"] = value.detach().float().cpu()
     if is_main():
-        save_tensors(Path(folder) / FILE, tensors)
+        save_tensors(Path(folder) / ENGINE_FILE, tensors)
 
 
 def load_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
-    """Put an engine that has not stepped yet where `save_engine` found another. All ranks call it.
+    """Load what `save_engine` wrote into an engine before its first step. All ranks call it.
 
-    Raises ValueError when the saved parameters are not the engine's, by name or by shape.
+    Raises ValueError if the saved parameters have other names or shapes than the engine's.
     """
-    tensors = load_tensors(Path(folder) / FILE)
-    trained = _trained(engine)
-    _check_same(
-        trained,
-        {
-            k.removeprefix("weight."): v
-            for k, v in tensors.items()
-            if k.startswith("weight.")
-        },
-    )
-    steps = int(tensors[_STEPS])
-    states = engine.client_optimizer.state
+    # Check before anything is overwritten.
+    tensors = load_tensors(Path(folder) / ENGINE_FILE)
+    trained = _trained_parameters(engine)
+    _check_same_parameters(trained, load_weights(folder))
+
+    # Weights and moments.
+    steps = int(tensors[STEPS_KEY])
     if steps:
         _make_moments(engine, list(trained.values()))
         _link_moments(engine)
     for name, parameter in trained.items():
-        for kind in ("weight", *(_MOMENTS if steps else ())):
-            _put(
-                engine, parameter, kind, tensors[f"{kind}.{name}"].to(parameter.device)
-            )
-    for state in states.values():
+        for kind in _kinds(steps):
+            value = tensors[f"{kind}.{name}"].to(parameter.device)
+            _scatter(engine, parameter, kind, value)
+
+    # The step count decides Adam's bias correction and the learning rate.
+    for state in engine.client_optimizer.state.values():
         state["step"].fill_(steps)
     if engine.lr_scheduler is not None:
-        rewind(engine.lr_scheduler, steps)
+        rewind_schedule(engine.lr_scheduler, steps)
 
 
-class Resumable(Protocol):
-    """What else is read from a checkpoint's folder."""
-
-    def load(self, folder: Path) -> None: ...
-
-
-class CheckpointSettings(Protocol):
-    """What of a run's settings counts here."""
-
-    run_dir: str
-    keep: int
+def load_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Return the trained fp32 weights of a checkpoint by name, on the CPU."""
+    weights = {}
+    for key, tensor in load_tensors(Path(folder) / ENGINE_FILE).items():
+        kind, _, name = key.partition(".")
+        if kind == WEIGHT:
+            weights[name] = tensor
+    return weights
 
 
-def save_step(
-    cfg: CheckpointSettings,
-    step: int,
-    write: Callable[[Path], None],
-    *,
-    state: Mapping[str, Any] | None = None,
+def _check_ranks_agree(trained: dict[str, nn.Parameter]) -> None:
+    whole = {name: p for name, p in trained.items() if not is_split(p)}
+    ranks = differing_ranks(whole)
+    if ranks:
+        raise RuntimeError(
+            f"the weights of rank {', '.join(map(str, ranks))} are not those of rank 0, and "
+            "nothing is saved. Resume from the newest checkpoint; if it happens again, a "
+            "gradient is not reduced over the ranks"
+        )
+
+
+def _check_same_parameters(
+    trained: dict[str, nn.Parameter], saved: dict[str, Tensor]
 ) -> None:
-    """checkpoints/step-N after ``step`` steps: what ``write`` puts there, ``state``, settings. All ranks call it."""
-
-    def with_settings(folder: Path) -> None:
-        write(folder)
-        if is_main():
-            write_settings(cfg, folder / SETTINGS)
-
-    whole = {"steps_done": step, **(state or {})}
-    save(
-        Path(cfg.run_dir) / "checkpoints",
-        step,
-        with_settings,
-        keep=cfg.keep,
-        state=whole,
-    )
-
-
-def go_on(
-    cfg: CheckpointSettings,
-    engine: DeepSpeedEngine,
-    resume: str,
-    *,
-    also: Sequence[Resumable] = (),
-) -> int:
-    """Load the run's checkpoint to go on from, if there is one; how many steps are done. All ranks call it.
-
-    Settings that are not those it was saved with are said, one by one: they may be meant, or a mistake.
-
-    resume  "auto", "none" or a folder, see `common.checkpoint.resolve_resume`
-    """
-    found = resolve_resume(resume, Path(cfg.run_dir) / "checkpoints")
-    if found is None:
-        return 0
-    if (found / SETTINGS).is_file() and (
-        changed := changed_settings(found / SETTINGS, cfg)
-    ):
-        say(f"other settings than {found.name} was saved with: {'; '.join(changed)}")
-    load_engine(engine, found)
-    for one in also:
-        one.load(found)
-    done = int(load_state(found)["steps_done"])
-    say(f"going on after {done} steps from {found}")
-    return done
+    # Names.
+    unmatched = sorted(trained.keys() ^ saved.keys())
+    if unmatched:
+        names = ", ".join(unmatched[:10])
+        raise ValueError(
+            f"the checkpoint holds other trained parameters than this run has: {names}"
+        )
+    # Shapes. Under ZeRO 3 a parameter's own shape is that of its slice.
+    problems = []
+    for name, parameter in trained.items():
+        shape = parameter.ds_shape if is_split(parameter) else parameter.shape
+        if tuple(shape) != tuple(saved[name].shape):
+            problems.append(f"{name} {tuple(saved[name].shape)} for {tuple(shape)}")
+    if problems:
+        raise ValueError(
+            f"the checkpoint's parameters have other shapes: {'; '.join(problems[:10])}"
+        )
 
 
-def begin(
-    cfg: CheckpointSettings,
-    engine: DeepSpeedEngine,
-    resume: str,
-    *,
-    also: Sequence[Resumable] = (),
-) -> int:
-    """`go_on`, and config.yaml only then: a run that cannot begin leaves that of the last one. Exit with code 2 where
-    the checkpoint does not fit. All ranks call it.
-    """
-    with user_errors():
-        start = go_on(cfg, engine, resume, also=also)
-    if is_main():
-        dump(cfg, cfg.run_dir)
-    return start
+def _trained_parameters(engine: DeepSpeedEngine) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
-def _whole(engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str) -> Tensor:
-    """A parameter's fp32 weight or moment, gathered from all ranks."""
+def _kinds(steps: int) -> tuple[str, ...]:
+    """Return which tensors a parameter has: before the first step there are no moments."""
+    return (WEIGHT, *MOMENTS) if steps else (WEIGHT,)
+
+
+def _steps_done(engine: DeepSpeedEngine) -> int:
+    states = engine.client_optimizer.state.values()
+    return int(max((float(s["step"]) for s in states if "step" in s), default=0))
+
+
+def _has_fp32_copy(parameter: nn.Parameter) -> bool:
+    """Return True if a ZeRO optimizer holds the fp32 weight and moments, split over ranks."""
+    return hasattr(parameter, "_hp_mapping") or is_split(parameter)
+
+
+def _gather(engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str) -> Tensor:
+    """Return a parameter's whole fp32 weight or moment."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    if kind == "weight":
-        return (
-            safe_get_full_fp32_param(parameter) if _split(parameter) else parameter.data
-        )
-    if _split(parameter):
-        return safe_get_full_optimizer_state(parameter, kind)
-    return engine.client_optimizer.state[parameter][kind]
+    # ZeRO 0: the module's parameter and torch's state are the whole of it.
+    if not _has_fp32_copy(parameter):
+        if kind == WEIGHT:
+            return parameter.data
+        return engine.client_optimizer.state[parameter][kind]
+    # ZeRO 1 to 3: DeepSpeed gathers the fp32 masters.
+    if kind == WEIGHT:
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, kind)
 
 
-def _put(
+def _scatter(
     engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str, value: Tensor
 ) -> None:
     """Set a parameter's weight or moment to a whole tensor that every rank has."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    if _in_pieces(parameter):
-        _put_piece(parameter, kind, value)
-    elif kind == "weight":
+    if is_split(parameter):
+        _scatter_zero3(parameter, kind, value)
+    elif kind == WEIGHT:
         parameter.data.copy_(value)
-        if _split(parameter):
+        if _has_fp32_copy(parameter):
             safe_set_full_fp32_param(parameter, value)
-    elif _split(parameter):
+    elif _has_fp32_copy(parameter):
         safe_set_full_optimizer_state(parameter, value, kind)
     else:
         engine.client_optimizer.state[parameter][kind].copy_(value)
 
 
-def _put_piece(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    """As `_put` under ZeRO 3. The pieces are equally long, so the last may end in padding, which DeepSpeed's own
-    setter of whole values does not expect.
+def _scatter_zero3(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    """Set this rank's slice of a weight or moment under ZeRO 3.
+
+    Slices have equal lengths, so the last may end in padding, which DeepSpeed's own setter
+    of whole values does not expect.
     """
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import (
@@ -220,86 +186,44 @@ def _put_piece(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         safe_set_local_optimizer_state,
     )
 
+    # This rank's slice of the padded value.
     length = parameter.ds_tensor.numel()
-    padded = torch.nn.functional.pad(
-        value.flatten().float(), (0, length * world_size() - value.numel())
-    )
-    piece = padded[rank() * length : (rank() + 1) * length]
-    if kind != "weight":
-        safe_set_local_optimizer_state(parameter, piece, kind)
+    padding = length * world_size() - value.numel()
+    padded = torch.nn.functional.pad(value.flatten().float(), (0, padding))
+    slice_of_rank = padded[rank() * length : (rank() + 1) * length]
+    if kind != WEIGHT:
+        safe_set_local_optimizer_state(parameter, slice_of_rank, kind)
         return
+    # A weight has two copies: the module's in its dtype, and the optimizer's in fp32.
     with GatheredParameters([parameter], modifier_rank=0):
         parameter.data.copy_(value)
-    safe_set_local_fp32_param(parameter, piece)
+    safe_set_local_fp32_param(parameter, slice_of_rank)
 
 
 def _make_moments(engine: DeepSpeedEngine, parameters: list[nn.Parameter]) -> None:
-    """Adam's state is made by the first step. Under ZeRO 3 make it as AdamW would, on what DeepSpeed steps; else take
-    a step without gradient, all it touches is overwritten afterwards.
-    """
-    if _in_pieces(parameters[0]):
+    """Make Adam's state, which otherwise the first step makes."""
+    # Under ZeRO 3: as AdamW would make it, for the tensors that DeepSpeed steps.
+    if is_split(parameters[0]):
         for master in engine.optimizer.fp32_partitioned_groups_flat:
-            moments = {moment: torch.zeros_like(master) for moment in _MOMENTS}
-            engine.client_optimizer.state[master] = {
-                "step": torch.tensor(0.0),
-                **moments,
-            }
+            state = {"step": torch.tensor(0.0)}
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(master)
+            engine.client_optimizer.state[master] = state
         return
+
+    # Else by a step without gradient; all that it changes is overwritten afterwards.
     for _ in range(engine.gradient_accumulation_steps()):
         engine.backward(sum((p * 0.0).sum() for p in parameters))
         engine.step()
 
 
-def rewind(scheduler: Any, steps: int) -> None:
-    """Put a LambdaLR where ``steps`` steps have put it: it is a function of its count."""
-    scheduler.last_epoch = steps
-    rates = [
-        base * rate(steps)
-        for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates
-
-
 def _link_moments(engine: DeepSpeedEngine) -> None:
-    """ZeRO finds a parameter's moments through a link that it makes right after the FIRST group's first step, when the
-    other groups have none yet; make the links again.
+    """Let ZeRO 1 and 2 find every parameter's moments.
+
+    DeepSpeed makes its links right after the FIRST group's first step, when the other
+    groups have no moments yet.
     """
     relink = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if relink is not None:
         engine.optimizer._hp_optimizer_states_linked = False
         relink()
-
-
-def _trained(engine: DeepSpeedEngine) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-
-
-def _split(parameter: nn.Parameter) -> bool:
-    """True where a ZeRO optimizer holds the fp32 weight and its moments, split over the ranks."""
-    return hasattr(parameter, "_hp_mapping") or _in_pieces(parameter)
-
-
-def _in_pieces(parameter: nn.Parameter) -> bool:
-    """True under ZeRO 3, where the parameter itself is split, and empty between its uses."""
-    return hasattr(parameter, "ds_id")
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(parameter.ds_shape if _in_pieces(parameter) else parameter.shape)
-
-
-def _check_same(trained: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
-    if odd := sorted(trained.keys() ^ saved.keys()):
-        raise ValueError(
-            f"the checkpoint trains other parameters than this run: {', '.join(odd[:10])}"
-        )
-    wrong = [n for n, p in trained.items() if _shape(p) != tuple(saved[n].shape)]
-    if wrong:
-        shapes = [
-            f"{n} {tuple(saved[n].shape)} for {_shape(trained[n])}" for n in wrong[:10]
-        ]
-        raise ValueError(
-            f"the checkpoint's parameters have other shapes: {'; '.join(shapes)}"
-        )

@@ -1,8 +1,8 @@
-"""ZeRO 3: a weight lies in pieces, one on each rank, and is whole only while a module that needs it runs.
+"""ZeRO stage 3: every weight is split over the ranks and gathered only while a module needs it.
 
-DeepSpeed's hooks gather a module's own parameters before its forward and again before its backward. Gathering takes
-part on all ranks, so all must call the modules in one order and equally often (`DeScore.sharded`,
-`WanGenerator.sharded`). Here is what else it asks of a run; nothing outside launch/ knows that DeepSpeed exists.
+DeepSpeed's hooks gather a module's parameters before its forward and again before its
+backward. Gathering takes part on all ranks, so all ranks must call the modules in the same
+order and equally often (`DeScore.sharded`, `WanGenerator.sharded`).
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def sum_gradients(engine: DeepSpeedEngine) -> None:
-    """Make ``engine.backward`` add to the gradients of the step's earlier ones, whoever called the module.
+def is_split(parameter: Tensor) -> bool:
+    """Return True under ZeRO 3, where a parameter is split, and empty between its uses."""
+    return hasattr(parameter, "ds_id")
 
-    DeepSpeed starts the next micro-batch in ``engine.forward`` and overwrites the gradients of the one before until
-    then; our loops call the module itself.
+
+def sum_gradients(engine: DeepSpeedEngine) -> None:
+    """Make ``engine.backward`` add to the gradients of the step's earlier backwards.
+
+    DeepSpeed starts a micro-batch in ``engine.forward``; until then it overwrites the
+    gradients of the previous one. Our loops call the module itself.
     """
-    plain = engine.backward
+    plain_backward = engine.backward
 
     def backward(loss: Tensor, **options: Any) -> Tensor:
-        result = plain(loss, **options)
+        result = plain_backward(loss, **options)
         engine.optimizer.clear_backward_seen_flag()
         return result
 
@@ -34,21 +39,24 @@ def sum_gradients(engine: DeepSpeedEngine) -> None:
 
 
 def whole_state(module: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
-    """``module.state_dict()`` on the CPU with whole weights, on rank 0; the others get {}. All ranks call it."""
+    """Return the state_dict on the CPU with whole weights on rank 0, and {} on other ranks.
+
+    All ranks call it.
+    """
     from deepspeed.runtime.zero import GatheredParameters
 
+    # keep_vars: the tensors must be the parameters, which DeepSpeed can gather.
     state = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if trained_only and not tensor.requires_grad:
             continue
-        with GatheredParameters(
-            [tensor], enabled=hasattr(tensor, "ds_id")
-        ):  # one at a time: all do not fit
+        # Weights are gathered one by one: all of them may not fit.
+        with GatheredParameters([tensor], enabled=is_split(tensor)):
             if is_main():
                 state[name] = tensor.detach().cpu().clone()
     return state
 
 
 def elements(parameters: Iterable[nn.Parameter]) -> int:
-    """How many numbers they hold, those on other ranks too."""
+    """Return the number of elements, including those that other ranks hold."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)

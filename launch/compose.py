@@ -1,80 +1,123 @@
-"""From configs to running things. The only file that says how DeepSpeed is set up."""
+"""From configs to running things: console, rewards, generators and their training."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from alignment.rewards import build_rewards
-from engine.deepspeed import build_engine, ds_config
 
 if TYPE_CHECKING:
+    from engine.ema import Ema
+    from engine.skip_nonfinite import SkipNonFinite
+    from engine.trainer import TrainingTask
     from generator.config import GeneratorConfig
     from generator.wan import WanGenerator
+    from launch.schemas.pairs import DpoRun
+    from launch.schemas.training import GrpoRun
 
-__all__ = ["build_engine", "build_generator", "build_rewards", "ds_config", "quiet"]
+__all__ = ["build_generator", "build_rewards", "quiet"]
 
 
 def quiet() -> None:
-    """Keep libraries' remarks off the console; their warnings and errors stay. Call it before they are imported."""
-    for name in (
-        "transformers",
-        "diffusers",
-        "deepspeed",
-        "DeepSpeed",
-        "torch.distributed",
-    ):
-        logging.getLogger(name).setLevel(
-            logging.ERROR if name == "torch.distributed" else logging.WARNING
-        )
+    """Keep remarks of libraries off the console; their warnings and errors stay.
+
+    Call it before the libraries are imported.
+    """
+    for name in ("transformers", "diffusers", "deepspeed", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # names that these libraries use of each other and are about to retire: nothing a user could act on
+    # These libraries use names of each other that will be retired; users cannot change that.
     warnings.filterwarnings(
         "ignore",
         category=FutureWarning,
         module=r"torch\.distributed|diffusers\.|transformers\.",
     )
+
     import torch
 
     if not torch.accelerator.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # deepspeed would find it out too, and warn
+        # Otherwise deepspeed finds out by itself, and warns.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
-            # ranks that share cores spin in each other's barriers: small models ran 20 to 70 times slower with two
+            # Ranks that share cores spin in barriers: small models ran 20 to 70 times slower.
             torch.set_num_threads(1)
+
+
+def rank_device() -> str:
+    """Return this rank's GPU, or "cpu"."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return "cpu"
 
 
 def build_generator(
     cfg: GeneratorConfig, *, seed: int = 0, transformer_only: bool = False
 ) -> WanGenerator:
-    """The Wan generator of a config, on this rank's device; ``seed`` decides a new adapter's first values."""
-    import torch
+    """Load a Wan generator on this rank's device; ``seed`` initialises a new adapter."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     from generator.wan import WanGenerator
 
-    diffusers_logging.disable_progress_bar()  # of its own loading, several lines a rank
+    # Every rank would print several bars.
+    diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    device = (
-        f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        if torch.cuda.is_available()
-        else "cpu"
-    )
     return WanGenerator.load(
-        cfg, device=device, seed=seed, transformer_only=transformer_only
+        cfg, device=rank_device(), seed=seed, transformer_only=transformer_only
     )
 
 
 def trained_generator(cfg: GeneratorConfig, adapter: str | None) -> WanGenerator:
-    """`build_generator` with what a run has trained, where its folder is given. Errors as of both."""
+    """Build a generator, with the trained weights of a run's folder if one is given."""
     generator = build_generator(cfg)
     if adapter is not None:
         generator.load_trained(adapter)
     return generator
+
+
+def generator_engine(
+    run: GrpoRun | DpoRun, generator: WanGenerator, *, accumulation: int
+) -> SkipNonFinite:
+    """Build the engine that trains a generator."""
+    from engine.deepspeed import build_engine
+    from engine.skip_nonfinite import SkipNonFinite
+
+    engine = build_engine(
+        generator.module,
+        optimizer=run.optimizer,
+        zero_stage=run.zero_stage,
+        accumulation=accumulation,
+        overrides=run.deepspeed,
+    )
+    generator.sharded = run.zero_stage == 3
+    return SkipNonFinite(engine, patience=run.max_nonfinite_updates)
+
+
+def generator_task(
+    run: GrpoRun | DpoRun, generator: WanGenerator, ema: Ema | None, **options: Any
+) -> TrainingTask:
+    """Describe to the training loop how a generator is saved, exported and counted.
+
+    options  are the other fields of `TrainingTask`
+    """
+    from engine.export import export, write_trained
+    from engine.trainer import TrainingTask
+    from generator.counter import ForwardCounter
+
+    return TrainingTask(
+        export=lambda: export(generator, ema, Path(run.run_dir)),
+        ema=ema,
+        take_forwards=ForwardCounter(generator.module).take,
+        write_extra=lambda folder: write_trained(generator, folder / "trained"),
+        **options,
+    )

@@ -1,27 +1,25 @@
-"""DeScore, stage 2: reinforce the chains of thought and keep the score calibrated, at once.
+"""DeScore, stage 2: reinforce the chains of thought while the score stays calibrated.
 
     deepspeed launch/dual_rl.py --config configs/wan/dual_rl.yaml checkpoint=runs/wan/descore/final
 
-torchrun and plain python work too. The run folder gets config.yaml, metrics.jsonl, checkpoints/ and final/, a folder
-that `DeScoreScorer.load` reads; started again, a run goes on from its newest checkpoint.
+torchrun and plain python work too. The run folder gets config.yaml, metrics.jsonl,
+checkpoints/ and final/, a folder that `DeScoreScorer.load` reads. Started again, a run
+resumes from its newest whole checkpoint.
 """
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import user_errors
 from launch.command import read_command
-from launch.rm_data import read_tables, usable
-from launch.rm_runs import build_rm_engine, run_steps, to_device
+from launch.rm_data import read_tables, usable_pairs
+from launch.rm_runs import build_rm_engine, reward_model_task, shard_reward_model
 from launch.schemas.training import DualRlRun
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
-    from engine.guard import Guard
+    from engine.trainer import TrainingTask
     from rm.cot_backend import CotBackend
     from rm.data import Pair
     from rm.dual_rl import DualRl
@@ -33,124 +31,132 @@ def main() -> None:
     train(command.cfg, resume=command.resume)
 
 
-def train(cfg: DualRlRun, *, resume: str) -> None:
-    """The whole run, see `go`, under a guard."""
+def train(run: DualRlRun, *, resume: str) -> None:
+    """Read the pairs, build everything and train."""
     from launch.compose import quiet
 
     quiet()
-    from engine.guard import guarded
+    from engine.trainer import run_training
 
-    pairs, heldout = read(cfg)
-    with guarded(cfg) as guard:
-        go(cfg, pairs, heldout, guard, resume=resume)
+    # Ties stay: their chains of thought are rewarded too.
+    table, heldout = read_tables(run, require_cot=False, require_scores=True)
+    pairs = list(table.pairs)
+    run_training(run, lambda: build_task(run, pairs, heldout), resume=resume)
 
 
-def go(
-    cfg: DualRlRun, pairs: list[Pair], heldout: list[Pair], guard: Guard, *, resume: str
-) -> None:
-    """Build, go on where the run was, one `DualRl.step` after the other, save."""
+def build_task(run: DualRlRun, pairs: list[Pair], heldout: list[Pair]) -> TrainingTask:
+    """Build everything and describe the run to the training loop."""
     from common import distributed
     from common.log import say
 
-    pairs, heldout = usable(cfg, pairs, heldout)
+    # Leave out videos that cannot be decoded, then build.
+    pairs, heldout = usable_pairs(run, pairs, heldout)
     with user_errors():
-        loop, engine = build(cfg, pairs)
-    dual, ranks = cfg.dual_rl, distributed.world_size()
+        loop = build(run, pairs)
+    # Tell how large a step is.
+    settings = run.dual_rl
+    updates = settings.pairs_per_step // settings.pairs_per_update
     say(
-        f"one step = {dual.pairs_per_step} pairs x 2 videos x {dual.group_size} chains of thought, then "
-        f"{dual.pairs_per_step // dual.pairs_per_update} updates of {dual.pairs_per_update} pairs, on "
-        f"{ranks} ranks x {loop.accumulation} backwards of {dual.micro_batch} pairs; {len(pairs)} pairs"
+        f"one step = {settings.pairs_per_step} pairs x 2 videos x {settings.group_size} chains "
+        f"of thought, then {updates} updates of {settings.pairs_per_update} pairs, on "
+        f"{distributed.world_size()} ranks x {loop.accumulation} backwards of "
+        f"{settings.micro_batch} pairs; {len(pairs)} pairs"
     )
-    with closing(loop.writer):
-        run_steps(
-            cfg,
-            model=loop.model,
-            engine=engine,
-            careful=loop.engine,
-            steps=dual.steps,
-            step_of=loop.step,
-            evaluate=(lambda: loop.evaluate(heldout, loop.model.generation))
-            if heldout
-            else None,
-            label="dual RL",
-            guard=guard,
-            resume=resume,
-        )
+
+    def evaluate() -> dict[str, float]:
+        return loop.evaluate(heldout, loop.model.generation)
+
+    return reward_model_task(
+        run,
+        loop,
+        label="dual RL",
+        steps=settings.steps,
+        evaluate=evaluate if heldout else None,
+        close=loop.writer.close,
+    )
 
 
-def read(cfg: DualRlRun) -> tuple[list[Pair], list[Pair]]:
-    """Training pairs with the right scores, ties included (their chains are rewarded too), and held-out pairs."""
-    train_table, heldout = read_tables(cfg, require_cot=False, require_scores=True)
-    return list(train_table.pairs), heldout
-
-
-def build(cfg: DualRlRun, pairs: list[Pair]) -> tuple[DualRl, DeepSpeedEngine]:
-    """Everything a run is made of, on this rank. Raises ValueError when ranks cannot share an update evenly."""
+def build(run: DualRlRun, pairs: list[Pair]) -> DualRl:
+    """Build the loop on this rank. Raises ValueError if ranks cannot share an update's pairs."""
     from common.distributed import world_size
-    from engine.deepspeed import shard_frozen
     from engine.skip_nonfinite import SkipNonFinite
-    from launch.rm_runs import shard_reward_model
     from rm.data import PairSchedule
     from rm.dual_rl import DualRl, backwards_per_update
 
-    accumulation = backwards_per_update(cfg.dual_rl, world_size())
-    model = load(cfg)
-    writer = build_writer(cfg, model)
+    # Models. LoRA draws its first values in param_groups.
+    settings = run.dual_rl
+    accumulation = backwards_per_update(settings, world_size())
+    model = load_reward_model(run)
+    backend = build_cot_backend(run, model)
     groups = model.param_groups(
-        cfg.lr, lora=cfg.lora, weight_decay=cfg.dual_rl.weight_decay, seed=cfg.seed
+        run.lr, lora=run.lora, weight_decay=settings.weight_decay, seed=run.seed
     )
-    reference = None
-    if cfg.lora is None and cfg.dual_rl.kl_weight > 0:
-        reference = load(cfg).requires_grad_(requires_grad=False)
-        if cfg.zero_stage == 3:
-            shard_frozen(reference, dtype=cfg.dtype, overrides=cfg.deepspeed)
-            shard_reward_model(reference)
+    reference = build_reference(run)
+
+    # Engine and loop. Each group is clipped by its norm (see engine/optimizer.py).
     engine = build_rm_engine(
-        cfg, model, groups, accumulation=accumulation, clip_per_group=True
+        run, model, groups, accumulation=accumulation, clip_per_group=True
     )
-    dual = cfg.dual_rl
-    loop = DualRl(
-        dual,
-        rules=cfg.rules,
+    return DualRl(
+        settings,
+        rules=run.rules,
         model=model,
-        engine=SkipNonFinite(engine, patience=cfg.max_nonfinite_updates),
+        engine=SkipNonFinite(engine, patience=run.max_nonfinite_updates),
         pairs=pairs,
         schedule=PairSchedule(
-            len(pairs), pairs_per_step=dual.pairs_per_step, seed=cfg.seed
+            len(pairs), pairs_per_step=settings.pairs_per_step, seed=run.seed
         ),
-        seed=cfg.seed,
+        seed=run.seed,
         reference=reference,
-        writer=writer,
+        writer=backend,
         grad_norms=engine.client_optimizer.take_norms,
     )
-    return loop, engine
 
 
-def build_writer(cfg: DualRlRun, model: DeScore) -> CotBackend:
-    """This rank's own; ValueError or FileNotFoundError when the judge or its settings do not suit it."""
-    if cfg.cot_backend.kind == "vllm":
+def build_reference(run: DualRlRun) -> DeScore | None:
+    """Load the frozen reference, or None where LoRA off is the reference or none is needed."""
+    from engine.deepspeed import shard_frozen
+
+    if run.lora is not None or run.dual_rl.kl_weight == 0:
+        return None
+    reference = load_reward_model(run).requires_grad_(requires_grad=False)
+    if run.zero_stage == 3:
+        shard_frozen(reference, dtype=run.dtype, overrides=run.deepspeed)
+        shard_reward_model(reference)
+    return reference
+
+
+def build_cot_backend(run: DualRlRun, model: DeScore) -> CotBackend:
+    """Build this rank's backend that generates chains of thought.
+
+    Raises ValueError or FileNotFoundError if the reward model or its settings do not suit.
+    """
+    if run.cot_backend.kind == "vllm":
         from rm.vllm.client import VllmBackend
 
-        return VllmBackend(cfg.cot_backend, model)
+        return VllmBackend(run.cot_backend, model)
     from rm.cot_backend import HfBackend
 
-    return HfBackend(model, batch=2 * cfg.dual_rl.micro_batch)
+    # Both videos of each pair of a micro-batch at the same time.
+    return HfBackend(model, batch=2 * run.dual_rl.micro_batch)
 
 
-def load(cfg: DualRlRun) -> DeScore:
-    """What stage 1 wrote, or a new judge on a plain Qwen3-VL, on this rank's device."""
+def load_reward_model(run: DualRlRun) -> DeScore:
+    """Load the reward model of stage 1, or put a new head on a plain Qwen3-VL."""
     import torch
 
+    from launch.compose import rank_device
     from rm.model import DESCORE_FILE, DeScore
 
-    dtype = getattr(torch, cfg.dtype)
-    if (Path(cfg.checkpoint) / DESCORE_FILE).is_file():
-        model = DeScore.load(cfg.checkpoint, dtype=dtype)
+    dtype = getattr(torch, run.dtype)
+    if (Path(run.checkpoint) / DESCORE_FILE).is_file():
+        model = DeScore.load(run.checkpoint, dtype=dtype)
     else:
-        model = DeScore.from_base(cfg.checkpoint, dtype=dtype, seed=cfg.seed)
-    if cfg.generation is not None:
-        model.generation = cfg.generation
-    return to_device(model)
+        model = DeScore.from_base(run.checkpoint, dtype=dtype, seed=run.seed)
+    # The run's settings override those of the checkpoint.
+    if run.generation is not None:
+        model.generation = run.generation
+    return model.to(rank_device())
 
 
 if __name__ == "__main__":

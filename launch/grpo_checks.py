@@ -1,118 +1,171 @@
-"""TODO."""
+"""Checks before a GRPO run trains: shares of the ranks, self-checks, and the batch's size."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from common.cli import exit_with_error
-from launch.schemas.training import GrpoRun
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from alignment.grpo import GrpoLoop
+    from alignment.self_checks import Finding
+    from launch.schemas.training import GrpoRun
+
+FEW_VIDEOS = 32
 
 
-def check_ranks(cfg: GrpoRun, *, ranks: int) -> None:
-    """Exit with code 2, before anything is loaded, when the ranks cannot share a step's groups evenly."""
-    shared = cfg.grpo.ranks_per_group
-    if ranks % shared:
-        exit_with_error(f"grpo.ranks_per_group={shared} must divide the {ranks} ranks")
-    sets = ranks // shared
-    if cfg.prompts_per_step % sets:
-        share = f"{cfg.prompts_per_step} / {sets} = {cfg.prompts_per_step / sets:.2f} groups each"
-        who = "ranks, which" if shared == 1 else f"sets of {shared} ranks, whose number"
-        exit_with_error(f"prompts_per_step is over all {who} must divide it: {share}")
+def check_ranks(run: GrpoRun, *, ranks: int) -> None:
+    """Exit with code 2, before anything is loaded, if the ranks cannot share the groups."""
+    # Sets of ranks share groups.
+    per_group = run.grpo.ranks_per_group
+    if ranks % per_group:
+        exit_with_error(
+            f"grpo.ranks_per_group={per_group} must divide the {ranks} ranks"
+        )
+    # Every set has the same number of groups.
+    blocks = ranks // per_group
+    if run.prompts_per_step % blocks:
+        groups = run.prompts_per_step / blocks
+        who = "ranks, which"
+        if per_group > 1:
+            who = f"sets of {per_group} ranks, whose number"
+        exit_with_error(
+            f"prompts_per_step is over all {who} must divide it: "
+            f"{run.prompts_per_step} / {blocks} = {groups:.2f} groups each"
+        )
 
 
-def show_cause(error: Exception) -> None:
-    """What a reward's own code raised, with its traceback, on the rank where it did."""
+def print_cause(error: Exception) -> None:
+    """Print the traceback of an exception in a reward's code, on the rank where it happened."""
     import traceback
 
     from common.types import RewardUnavailableError
 
-    if not isinstance(
-        error.__cause__, RewardUnavailableError | None
-    ):  # a server that is away has said all
-        traceback.print_exception(error.__cause__)
+    # A RewardUnavailableError has no cause or, for a missing server, a message that suffices.
+    cause = error.__cause__
+    if cause is not None and not isinstance(cause, RewardUnavailableError):
+        traceback.print_exception(cause)
 
 
-def run_self_checks(cfg: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
-    """`alignment.self_checks`, all ranks the same; exit with code 2 at what would spoil the run."""
-    import torch
-
-    from alignment import self_checks
-    from common.distributed import derive_seed, raise_on_all
+def run_self_checks(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
+    """Run `alignment.self_checks` on all ranks; exit with code 2 if one fails that must not."""
     from common.log import say
-    from common.types import RewardUnavailableError
-    from generator.stock_check import stock_gap
 
-    generator, own = loop.generator, prompts[:4]
-    dtype = cfg.generator.dtype
-    findings = [
-        self_checks.same_weights(generator.module),
-        self_checks.stock_trajectory(lambda: stock_gap(generator, own[0]), dtype=dtype),
-        self_checks.first_ratio(
-            generator, own[0], dtype=dtype, fatal=cfg.generator.guidance_in_update
-        ),
-    ]
-    if len(own) > 1:
-        seeds = [derive_seed(cfg.seed, "self-check", i) for i in range(len(own))]
-        video_BTYXC = torch.cat(
-            [
-                generator.decode(generator.sample([p], [s]))
-                for p, s in zip(own, seeds, strict=True)
-            ]
-        )
-        rewards = [one for one in loop.rewards.values() if not one.group_level]
-        problem = None
-        try:
-            for reward in rewards:
-                findings += [
-                    check(reward, video_BTYXC, own, fps=loop.fps)
-                    for check in (self_checks.permutation, self_checks.sense)
-                ]
-        except RewardUnavailableError as error:
-            if not isinstance(
-                error.__cause__, ValueError
-            ):  # which says enough: of these videos, or their number
-                show_cause(error)
-            problem = error
-        try:
-            raise_on_all(problem)
-        except RewardUnavailableError as error:
-            exit_with_error(str(error))
+    findings = _generator_findings(run, loop, prompts[0])
+    if len(prompts) > 1:
+        findings += _reward_findings(run, loop, prompts[:4])
+
+    # Print every finding before the process may end.
+    failed = []
     for finding in findings:
-        say(
-            f"self-check {'ok' if finding.ok else 'FAILED' if finding.fatal else 'WARNING'}: {finding.message}"
-        )
-    if failed := [
-        finding.name for finding in findings if finding.fatal and not finding.ok
-    ]:
+        outcome = "ok"
+        if not finding.ok:
+            outcome = "FAILED" if finding.fatal else "WARNING"
+        if outcome == "FAILED":
+            failed.append(finding.name)
+        say(f"self-check {outcome}: {finding.message}")
+    if failed:
         exit_with_error(
             f"self-checks failed: {', '.join(failed)}; self_checks=false trains all the same"
         )
 
 
-def batch_arithmetic(cfg: GrpoRun, *, ranks: int, module: Any) -> list[str]:
-    """How prompts, members, ranks and accumulation make one update; what most runs of this kind get wrong."""
+def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: str) -> list[Finding]:
+    from alignment import self_checks
+    from generator.stock_check import stock_gap
+
+    generator = loop.generator
+    dtype = run.generator.dtype
+    return [
+        self_checks.same_weights(generator.module),
+        self_checks.stock_trajectory(lambda: stock_gap(generator, prompt), dtype=dtype),
+        self_checks.first_ratio(
+            generator, prompt, dtype=dtype, fatal=run.generator.guidance_in_update
+        ),
+    ]
+
+
+def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[Finding]:
+    """Check every reward that scores videos one by one on videos of these prompts.
+
+    Exits with code 2 on all ranks if a reward cannot score on one of them.
+    """
+    import torch
+
+    from common.distributed import derive_seed, raise_on_all
+    from common.types import RewardUnavailableError
+
+    # One video at a time, so that the checks need no more memory than a rollout.
+    videos = []
+    for i, prompt in enumerate(prompts):
+        seed = derive_seed(run.seed, "self-check", i)
+        latent = loop.generator.sample([prompt], [seed])
+        videos.append(loop.generator.decode(latent))
+    video_BTYXC = torch.cat(videos)
+
+    findings: list[Finding] = []
+    problem = None
+    try:
+        findings = _check_rewards(loop, video_BTYXC, prompts)
+    except RewardUnavailableError as error:
+        # The message of a ValueError suffices: it is about these videos or their number.
+        if not isinstance(error.__cause__, ValueError):
+            print_cause(error)
+        problem = error
+    try:
+        raise_on_all(problem)
+    except RewardUnavailableError as error:
+        exit_with_error(str(error))
+    return findings
+
+
+def _check_rewards(
+    loop: GrpoLoop, video_BTYXC: Tensor, prompts: list[str]
+) -> list[Finding]:
+    from alignment.self_checks import permutation, sense
+
+    # Group-level rewards compare the members of a group, which these videos are not.
+    findings = []
+    for reward in loop.rewards.values():
+        if not reward.group_level:
+            findings.append(permutation(reward, video_BTYXC, prompts, fps=loop.fps))
+            findings.append(sense(reward, video_BTYXC, prompts, fps=loop.fps))
+    return findings
+
+
+def batch_arithmetic(run: GrpoRun, *, ranks: int, module: Any) -> list[str]:
+    """Tell how prompts, members, ranks and accumulation make one update."""
     from alignment.grpo import backwards_per_update
     from engine.zero3 import elements
 
-    shared, steps = cfg.grpo.ranks_per_group, cfg.generator.sampler.steps_per_group
-    groups = cfg.prompts_per_step * shared // ranks
-    together = f", {shared} ranks to a group" if shared > 1 else ""
+    # One update over all ranks.
+    group_size = run.grpo.group_size
+    per_group = run.grpo.ranks_per_group
+    videos = run.prompts_per_step * group_size
+    groups = run.prompts_per_step * per_group // ranks
+    shared = f", {per_group} ranks to a group" if per_group > 1 else ""
+    backwards = backwards_per_update(
+        run.grpo,
+        run.prompts_per_step,
+        ranks=ranks,
+        steps_per_group=run.generator.sampler.steps_per_group,
+    )
+
+    # The parameters.
     trained = elements(p for p in module.parameters() if p.requires_grad)
     everything = elements(module.parameters())
-    videos = cfg.prompts_per_step * cfg.grpo.group_size
-    backwards = backwards_per_update(
-        cfg.grpo, cfg.prompts_per_step, ranks=ranks, steps_per_group=steps
-    )
-    return [
-        f"one update = {cfg.prompts_per_step} prompts x {cfg.grpo.group_size} members = {videos} videos, on {ranks} "
-        f"rank{'s' * (ranks > 1)} x {groups} groups{together}, {backwards} accumulated backwards each",
-        f"training {trained:,} of {everything:,} parameters, ZeRO {cfg.zero_stage}, {cfg.steps} updates",
-        *(
-            ["fewer than 32 videos per update: expect a noisy reward curve"]
-            if videos < 32
-            else []
-        ),
+
+    lines = [
+        f"one update = {run.prompts_per_step} prompts x {group_size} members = {videos} "
+        f"videos, on {ranks} ranks x {groups} groups{shared}, {backwards} accumulated "
+        "backwards each",
+        f"training {trained:,} of {everything:,} parameters, ZeRO {run.zero_stage}, "
+        f"{run.steps} updates",
     ]
+    if videos < FEW_VIDEOS:
+        lines.append(
+            f"fewer than {FEW_VIDEOS} videos per update: expect a noisy reward curve"
+        )
+    return lines

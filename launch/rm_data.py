@@ -1,4 +1,4 @@
-"""TODO."""
+"""Read the preference pairs of a DeScore run, and leave out videos that cannot be decoded."""
 
 from __future__ import annotations
 
@@ -10,128 +10,145 @@ from typing import TYPE_CHECKING, Any
 from common.cli import exit_with_error
 
 if TYPE_CHECKING:
-    from launch.schemas.training import ColdStartRun, DualRlRun
+    from launch.schemas.training import ColdStartRun, DualRlRun, PairFiles
     from rm.data import Pair, PairTable
 
 
 def read_tables(
-    cfg: ColdStartRun | DualRlRun, **options: Any
+    run: ColdStartRun | DualRlRun, **options: Any
 ) -> tuple[PairTable, list[Pair]]:
-    """The training table up to its limit and the first held-out pairs; exit with code 2 when a table is not usable.
+    """Read the training table up to its limit and the first held-out pairs.
 
-    options  go to `rm.data.read_pairs`, of the descore layout
+    Exits with code 2 if a table is not usable.
+
+    options  go to `rm.data.read_pairs`, for tables of the descore layout
     """
+    from common.log import say
+
+    # Read both tables before the long work starts, so that mistakes show early.
+    table = read_table(run.data, run.data.train, options)
+    heldout: list[Pair] = []
+    if run.data.heldout is not None:
+        heldout_table = read_table(run.data, run.data.heldout, options)
+        heldout = list(heldout_table.pairs[: run.heldout_pairs])
+    if run.data.limit is not None:
+        table = replace(table, pairs=table.pairs[: run.data.limit])
+        say(f"training on the first {len(table.pairs)} pairs")
+    return table, heldout
+
+
+def read_table(data: PairFiles, path: str, options: dict[str, Any]) -> PairTable:
+    """Read a table; exit with code 2 if it is wrong or too many of its rows are."""
     from common.log import say
     from rm.benchmarks import read_benchmark
     from rm.data import read_pairs
 
-    def table(path: str) -> PairTable:
-        if cfg.data.layout == "descore":
-            return read_pairs(path, **options)
-        return read_benchmark(
-            path, cfg.data.layout, dimension="Overall", videos=cfg.data.videos
+    try:
+        if data.layout == "descore":
+            table = read_pairs(path, **options)
+        else:
+            table = read_benchmark(
+                path, data.layout, dimension="Overall", videos=data.videos
+            )
+    except ValueError as error:
+        exit_with_error(str(error))
+    say(table.report())
+
+    # Rows that are left out cost data: too many of them are an error.
+    bad = len(table.problems)
+    rows = bad + len(table.pairs) + table.invalid
+    if bad > data.max_bad_share * rows:
+        exit_with_error(
+            f"{table.path}: {bad} of {rows} rows are bad, more than "
+            f"data.max_bad_share={data.max_bad_share:g} of them: {table.problems[0]}"
         )
-
-    tables = []
-    for path in (cfg.data.train, cfg.data.heldout):
-        try:
-            tables.append(table(path) if path is not None else None)
-        except ValueError as error:
-            exit_with_error(str(error))
-        if tables[-1] is not None:
-            say(tables[-1].report())
-            if problem := too_bad(tables[-1], cfg.data.max_bad_share):
-                exit_with_error(problem)
-    train_table, heldout_table = tables
-    if cfg.data.limit is not None:
-        train_table = replace(train_table, pairs=train_table.pairs[: cfg.data.limit])
-        say(f"training on the first {len(train_table.pairs)} pairs")
-    return train_table, list(
-        heldout_table.pairs[: cfg.heldout_pairs]
-    ) if heldout_table else []
+    return table
 
 
-def too_bad(table: PairTable, share: float) -> str:
-    """What is said of a table with more bad rows than this share of all; nothing of a better one."""
-    bad, rows = (
-        len(table.problems),
-        len(table.problems) + len(table.pairs) + table.invalid,
-    )
-    if bad <= share * rows:
-        return ""
-    return f"{table.path}: {bad} of {rows} rows are bad, more than data.max_bad_share={share:g} of them: {table.problems[0]}"
-
-
-def usable(
-    cfg: ColdStartRun | DualRlRun, pairs: list[Pair], heldout: list[Pair]
+def usable_pairs(
+    run: ColdStartRun | DualRlRun, pairs: list[Pair], heldout: list[Pair]
 ) -> tuple[list[Pair], list[Pair]]:
-    """The pairs, and the held-out ones, whose videos can be decoded; the others go to run_dir/bad_samples.jsonl. All
-    ranks call it and share the work. Exit with code 2 when more than ``data.max_bad_share`` of either are bad, or all are.
+    """Return the training and held-out pairs whose videos can be decoded.
+
+    The others are listed in run_dir/bad_samples.jsonl. Exits with code 2 if more than
+    ``data.max_bad_share`` of either are bad, or all are. All ranks call it and share the
+    work.
     """
     from common import distributed
     from common.files import replace_text
     from common.log import say
     from rm.video_check import split_pairs
 
-    if not cfg.data.check_videos:
+    if not run.data.check_videos:
         return pairs, heldout
-    files = sorted(
-        {file for pair in [*pairs, *heldout] for file in (pair.video_A, pair.video_B)}
-    )
-    bad = checked(files, cfg.run_dir)
-    sets = {
-        name: (part, *split_pairs(part, bad))
-        for name, part in (("pairs", pairs), ("held-out pairs", heldout))
-    }
-    lines = [
-        {"of": name, **record}
-        for name, (_, _, records) in sets.items()
-        for record in records
-    ]
-    out = Path(cfg.run_dir) / "bad_samples.jsonl"
+
+    # Decode every video, and split the pairs by the result.
+    files: set[Path] = set()
+    for pair in [*pairs, *heldout]:
+        files.update((pair.video_A, pair.video_B))
+    bad_files = checked(sorted(files), run.run_dir)
+    sound_pairs, bad_pairs = split_pairs(pairs, bad_files)
+    sound_heldout, bad_heldout = split_pairs(heldout, bad_files)
+
+    # List the bad pairs.
+    lines = [{"of": "pairs", **record} for record in bad_pairs]
+    lines += [{"of": "held-out pairs", **record} for record in bad_heldout]
+    out = Path(run.run_dir) / "bad_samples.jsonl"
     if lines and distributed.is_main():
-        replace_text(
-            out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        )
-    for name, (part, sound, records) in sets.items():
-        if records:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        replace_text(out, text)
+
+    # Exit if too many pairs are bad.
+    counts = {
+        "pairs": (len(pairs), len(bad_pairs)),
+        "held-out pairs": (len(heldout), len(bad_heldout)),
+    }
+    share = run.data.max_bad_share
+    for name, (total, bad) in counts.items():
+        if bad:
             say(
-                f"{len(records)} of {len(part)} {name} have a video that cannot be decoded and are left out, see {out}"
+                f"{bad} of {total} {name} have a video that cannot be decoded and are left "
+                f"out, see {out}"
             )
-        if part and (not sound or len(records) > cfg.data.max_bad_share * len(part)):
+        if total and (bad == total or bad > share * total):
             exit_with_error(
-                f"{len(records)} of {len(part)} {name} are more than data.max_bad_share={cfg.data.max_bad_share:g} of them"
+                f"{bad} of {total} {name} are more than data.max_bad_share={share:g} of them"
             )
-    return sets["pairs"][1], sets["held-out pairs"][1]
+    return sound_pairs, sound_heldout
 
 
 def checked(files: list[Path], run_dir: str) -> dict[Path, str]:
-    """The files that cannot be decoded, and why. A run that is started again, with the same files as they were, knows
-    it from its folder.
+    """Return the files that cannot be decoded, with the reason.
+
+    A run that is started again reads the result from its folder, if no file has changed.
+    All ranks call it.
     """
     from common import distributed
     from common.files import replace_text
     from common.log import say
     from rm.video_check import bad_videos, stamp
 
-    kept = Path(run_dir) / "checked_videos.json"
-    now, known = None, None
+    # The result of an earlier start.
+    record = Path(run_dir) / "checked_videos.json"
+    stamp_now = None
+    bad = None
     if distributed.is_main():
-        now = stamp(files)
-        known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
-    bad = distributed.from_main(
-        known["bad"] if known and known["stamp"] == now else None
-    )
+        stamp_now = stamp(files)
+        if record.is_file():
+            earlier = json.loads(record.read_text(encoding="utf-8"))
+            if earlier["stamp"] == stamp_now:
+                bad = earlier["bad"]
+    bad = distributed.from_main(bad)
+
+    # Or decode, on all ranks.
     if bad is None:
         say(f"decoding {len(files)} videos once, before anything is trained on them")
-        found = distributed.gather_objects(
-            bad_videos(files[distributed.rank() :: distributed.world_size()])
-        )
-        bad = {str(file): why for one in found for file, why in one.items()}
+        share = files[distributed.rank() :: distributed.world_size()]
+        bad = {}
+        for bad_of_rank in distributed.gather_objects(bad_videos(share)):
+            bad.update({str(file): why for file, why in bad_of_rank.items()})
         if distributed.is_main():
-            replace_text(
-                kept,
-                json.dumps({"stamp": now, "bad": bad}, indent=1, ensure_ascii=False)
-                + "\n",
-            )
+            content = {"stamp": stamp_now, "bad": bad}
+            text = json.dumps(content, indent=1, ensure_ascii=False)
+            replace_text(record, text + "\n")
     return {Path(file): why for file, why in bad.items()}

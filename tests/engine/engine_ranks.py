@@ -1,4 +1,4 @@
-"""Run by test_compose.py under a launcher: engines on real ranks. Prints one JSON line from rank 0."""
+"""Engines on real ranks, run by test_deepspeed.py; rank 0 prints one JSON line."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def train(engine, module: torch.nn.Module, steps: range) -> None:
 
 def engine_of(module: torch.nn.Module, stage: int):
     share = BACKWARDS // distributed.world_size()
-    # by default a parameter below 100,000 numbers would stay whole under ZeRO 3, and nothing here would be gathered
+    # by default ZeRO 3 leaves parameters below 100,000 numbers whole
     overrides = (
         {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
         if stage == 3
@@ -127,8 +127,9 @@ def check(
 
 
 def not_finite(stage: int, dtype: torch.dtype) -> dict[str, float]:
-    """An update, one whose last backward is no number on the last rank, three more, the rate still rising: against four
-    without it.
+    """Compare five updates, the second with a NaN on the last rank, with the other four.
+
+    The learning rate is still rising.
     """
     module, wanted = network(dtype), network(dtype)
     engine = SkipNonFinite(engine_of(module, stage), patience=1)
@@ -152,23 +153,23 @@ def not_finite(stage: int, dtype: torch.dtype) -> dict[str, float]:
 
 
 def first_is_not_finite() -> str:
-    """Before there are moments; and twice in a row is once too often."""
+    """Skip an update before there are moments; the second in a row raises."""
     module = network()
     engine = SkipNonFinite(engine_of(module, 1), patience=1)
     before = whole(module)
-    said = ""
+    message = ""
     for step in range(2):
         try:
             for i in range(BACKWARDS // distributed.world_size()):
                 engine.backward(loss(module, step, i) * float("inf"))
                 engine.step()
         except FloatingPointError as error:
-            said = str(error)
-    return said if distance(before, whole(module)) == 0 else "moved"
+            message = str(error)
+    return message if distance(before, whole(module)) == 0 else "moved"
 
 
 def apart(root: Path) -> str:
-    """What is said when one rank's weight has moved by itself, as a gradient that is not reduced would do it."""
+    """Return the error of saving when a weight of one rank differs."""
     module = network()
     engine = engine_of(module, 1)
     train(engine, module, range(1))

@@ -1,4 +1,4 @@
-"""A run's folder is its own, it stops when asked, and says where it is stuck."""
+"""Run lock, graceful stop and watchdog of a training run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.launch.processes import BIN, ROOT, run
 SCRIPT = str(ROOT / "launch" / "grpo.py")
 
 
-def test_a_folder_has_one_run_at_a_time(
+def test_guard_of_a_locked_folder_exits_2(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with Guard(tmp_path / "run", watchdog_s=0):
@@ -27,17 +27,15 @@ def test_a_folder_has_one_run_at_a_time(
             pytest.raises(SystemExit, match="2"),
             Guard(tmp_path / "run", watchdog_s=0),
         ):
-            raise AssertionError("let in")
-        said = capsys.readouterr().err
-        assert "belongs to a run that is still going" in said
-        assert f'"process": {os.getpid()}' in said
+            pytest.fail("the guard let a second run in")
+        assert f'"process": {os.getpid()}' in capsys.readouterr().err
         with Guard(tmp_path / "other", watchdog_s=0):
             pass
     with Guard(tmp_path / "run", watchdog_s=0):
         pass
 
 
-def test_a_folder_is_of_one_kind_of_run(
+def test_guard_of_a_folder_of_another_kind_exits_2(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with Guard(tmp_path, kind="ColdStartRun", watchdog_s=0):
@@ -48,11 +46,8 @@ def test_a_folder_is_of_one_kind_of_run(
         pytest.raises(SystemExit, match="2"),
         Guard(tmp_path, kind="DpoRun", watchdog_s=0),
     ):
-        raise AssertionError("let in")
-    assert (
-        f"{tmp_path} holds a GrpoRun, and this is a DpoRun: give it a folder of its own"
-        in capsys.readouterr().err
-    )
+        pytest.fail("the guard let a second run in")
+    assert "GrpoRun" in capsys.readouterr().err
     with Guard(tmp_path, kind="GrpoRun", watchdog_s=0):
         pass
     (tmp_path / "lock.json").write_text("half a li")
@@ -60,17 +55,16 @@ def test_a_folder_is_of_one_kind_of_run(
         pass
 
 
-def test_a_folder_that_cannot_be_made_is_a_line(capsys: pytest.CaptureFixture) -> None:
+def test_guard_of_an_impossible_folder_exits_2(capsys: pytest.CaptureFixture) -> None:
     with (
         pytest.raises(SystemExit, match="2"),
         Guard(Path("/proc/nowhere"), watchdog_s=0),
     ):
-        raise AssertionError("let in")
-    assert "run_dir=/proc/nowhere: No such file or directory" in capsys.readouterr().err
+        pytest.fail("the guard let a second run in")
+    assert "run_dir=/proc/nowhere:" in capsys.readouterr().err
 
 
-def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
-    """Killed, so nobody takes it away."""
+def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     program = "import os, pathlib, sys; from engine.guard import Guard\n"
     program += (
         "with Guard(pathlib.Path(sys.argv[1]), watchdog_s=0): os.kill(os.getpid(), 9)"
@@ -83,7 +77,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         pass
 
 
-def test_a_signal_is_noted_once_and_kills_the_second_time(tmp_path: Path) -> None:
+def test_second_signal_kills_the_process(tmp_path: Path) -> None:
     with Guard(tmp_path, watchdog_s=0) as guard:
         assert not guard.step_done()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -95,12 +89,13 @@ def test_a_signal_is_noted_once_and_kills_the_second_time(tmp_path: Path) -> Non
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_signal_before_the_first_step_ends_the_process_at_once(
+def test_signal_before_begin_kills_the_process(
     tmp_path: Path,
 ) -> None:
-    """There is nothing to finish and nothing to save. Once begun, it is noted, and `begin` again changes nothing."""
+    """After `begin` a signal is noted, and a second `begin` changes nothing."""
     program = "import os, pathlib, sys; from engine.guard import Guard\n"
-    program += "with Guard(pathlib.Path(sys.argv[1]), watchdog_s=0): os.kill(os.getpid(), int(sys.argv[2]))"
+    program += "with Guard(pathlib.Path(sys.argv[1]), watchdog_s=0):\n"
+    program += "    os.kill(os.getpid(), int(sys.argv[2]))"
     for number in (signal.SIGTERM, signal.SIGINT):
         words = [sys.executable, "-c", program, str(tmp_path), str(int(number))]
         done = subprocess.run(
@@ -117,7 +112,7 @@ def test_a_signal_before_the_first_step_ends_the_process_at_once(
 
 
 @pytest.mark.slow
-def test_waiting_for_a_reward_server_can_be_ended(tiny: Path, tmp_path: Path) -> None:
+def test_sigterm_ends_the_wait_for_a_reward_server(tiny: Path, tmp_path: Path) -> None:
     words = [
         "--config",
         str(tiny),
@@ -142,9 +137,14 @@ def started(ranks: int, *words: str) -> subprocess.Popen[str]:
         else [sys.executable]
     )
     return subprocess.Popen(
-        [*launcher, SCRIPT, *words], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        [*launcher, SCRIPT, *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_for(path: Path, lines: int) -> None:
@@ -166,10 +166,10 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 @pytest.mark.parametrize(
     ("ranks", "victim"), [(1, "itself"), (2, "rank 1"), (2, "launcher")]
 )
-def test_asked_to_stop_it_saves_and_goes_on(
+def test_sigterm_saves_and_the_run_resumes(
     ranks: int, victim: str, tiny: Path, tmp_path: Path
 ) -> None:
-    """Saved where nothing else would have been: save_every is out of reach."""
+    """save_every is out of reach, so only the signal can have saved."""
     words = [
         "--config",
         str(tiny),
@@ -187,7 +187,7 @@ def test_asked_to_stop_it_saves_and_goes_on(
     if ranks == 1:
         assert process.returncode == 128 + signal.SIGTERM
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert f"SIGTERM: stopped after {len(rows)} steps, which are saved" in out
+    assert "SIGTERM:" in out
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [
         f"step-{len(rows):06d}"
     ]
@@ -202,7 +202,7 @@ def test_asked_to_stop_it_saves_and_goes_on(
 
 @pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_rank_that_hangs_or_dies_ends_all(
+def test_a_hanging_or_killed_rank_ends_all_ranks(
     how: signal.Signals, tiny: Path, tmp_path: Path
 ) -> None:
     words = [

@@ -1,9 +1,9 @@
-"""Run by test_grpo_matrix.py under a launcher: two GRPO steps in every precision and ZeRO stage, on real ranks.
+"""Two GRPO steps in every precision and ZeRO stage, run by test_grpo_matrix.py on real ranks.
 
     python tests/launch/grpo_ranks.py CONFIG
 
-Prints one JSON line from rank 0: {case: what it found}. Adapters start at random weights, so that the policy is not its
-reference and the loss is not zero.
+Rank 0 prints one JSON line: {case: results}. Adapters start at random weights, so that the
+policy differs from its reference and the loss is not zero.
 """
 
 from __future__ import annotations

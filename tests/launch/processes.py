@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-# by default a parameter below 100,000 numbers stays whole: of a tiny model nothing would lie in pieces for long
+# by default ZeRO 3 leaves parameters below 100,000 numbers whole
 ZERO_3 = (
     "zero_stage=3",
     "deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
@@ -22,12 +22,17 @@ ZERO_3 = (
 def run(
     *words: str, expect: int = 0, timeout: float = 240.0, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end from the repository's root; fails with the output's end on another exit code."""
+    """Run a program from the repository's root; fail on another exit code than ``expect``."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(
-        words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, **variables},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        words,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -40,7 +45,7 @@ def run(
 
 
 def refused_early(*words: str) -> str:
-    """What a program says that ends with exit code 2 before it has imported anything heavy: within a second or so."""
+    """Return stderr of a program that exits with code 2 before it imports anything heavy."""
     lines = run(
         sys.executable, "-X", "importtime", *words, expect=2
     ).stderr.splitlines()

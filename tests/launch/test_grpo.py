@@ -1,4 +1,4 @@
-"""launch/grpo.py as a user calls it: through the launchers, on a random tiny Wan of the real classes."""
+"""launch/grpo.py through the launchers, on a random tiny Wan of the real classes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def on_two_ranks(config: Path, *overrides: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
-def test_shipped_configs_are_valid(path: Path) -> None:
+def test_shipped_grpo_configs_load(path: Path) -> None:
     cfg = load(GrpoRun, path)
     assert cfg.rewards["descore"].weight == 1.0
     assert (
@@ -49,7 +49,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
     )
 
 
-def test_the_full_size_config_has_the_papers_numbers() -> None:
+def test_wan_config_has_the_numbers_of_table_9() -> None:
     """LongCat-Video 2510.22200, Table 9."""
     cfg = load(GrpoRun, ROOT / "configs" / "wan" / "grpo.yaml")
     sampler, lora = cfg.generator.sampler, cfg.generator.lora
@@ -72,62 +72,61 @@ def test_the_full_size_config_has_the_papers_numbers() -> None:
     )
 
 
-def test_a_typo_is_exit_2_at_once_with_the_right_key() -> None:
+def test_config_typo_exits_2_before_torch_with_the_right_key() -> None:
     typos = ["sampler.num_stpes=4", "grpo.group_size=1", "--local_rank=0"]
     said = refused_early(SCRIPT, "--config", str(CONFIGS[0]), *typos)
     assert "generator.sampler.num_steps" in said
-    assert "group_size must be at least 2" in said
-    assert "2 mistakes" in said
+    assert "group_size" in said
 
 
-def test_all_is_wrong_that_cannot_learn() -> None:
+def test_grpo_config_that_cannot_learn_raises() -> None:
     base = ["run_dir=x", "prompts=x", "generator.path=x"]
     for overrides, message in [
-        ([], "rewards must name at least one|rewards: is required"),
-        (["rewards.shapes.weight=0"], "one weight that is not 0"),
+        ([], "rewards"),
+        (["rewards.shapes.weight=0"], "weight"),
         (
             ["rewards.brightness.weight=1", "zero_stage=4"],
-            "zero_stage must be 0, 1, 2 or 3, got 4",
+            "zero_stage",
         ),
         (
             ["rewards.brightness.weight=1", "generator.sampler.noise_level=0"],
-            "noise_level must be positive",
+            "noise_level",
         ),
-        (["rewards.mine.kind=descor"], "did you mean 'descore'"),
+        (["rewards.mine.kind=descor"], "descore"),
         (
             [
                 "rewards.brightness.weight=1",
                 "zero_stage=3",
                 "generator.sampler.tail_cache=2",
             ],
-            "needs .*tail_cache=1",
+            "tail_cache",
         ),
         (
             ["rewards.brightness.weight=1", "grpo.ranks_per_group=3"],
-            "must divide group_size=4",
+            "group_size",
         ),
         (
             ["rewards.brightness.weight=1", "ema.decay=1"],
-            r"decay must lie in \[0, 1\), got 1",
+            "decay",
         ),
         (
             ["rewards.brightness.weight=1", "evaluation.every=1"],
-            "evaluation.prompts: is required",
+            "evaluation.prompts",
         ),
     ]:
         with pytest.raises(ConfigError, match=message):
             load(GrpoRun, None, [*base, *overrides])
 
 
-def test_sampling_is_configured_too() -> None:
+def test_sample_run_defaults() -> None:
     cfg = load(SampleRun, None, ["out=x", "prompts=x", "generator.path=x", "seeds=3"])
     assert (cfg.adapter, cfg.seeds, cfg.scheduler) == (None, 3, "euler")
 
 
-def test_ranks_that_cannot_share_the_prompts_are_told_the_arithmetic() -> None:
+def test_ranks_that_cannot_share_prompts_exit_2_with_the_numbers() -> None:
     words = [sys.executable, SCRIPT, "--config", str(CONFIGS[0]), "prompts_per_step=8"]
     done = run(*words, expect=2, WORLD_SIZE="3", RANK="0")
-    assert "8 / 3 = 2.67 groups each" in done.stderr
+    assert "2.67" in done.stderr
     words = [
         sys.executable,
         SCRIPT,
@@ -137,17 +136,14 @@ def test_ranks_that_cannot_share_the_prompts_are_told_the_arithmetic() -> None:
         "grpo.ranks_per_group=2",
     ]
     assert (
-        "2 must divide the 3 ranks"
+        "grpo.ranks_per_group=2"
         in run(*words, expect=2, WORLD_SIZE="3", RANK="0").stderr
     )
     done = run(*words, expect=2, WORLD_SIZE="4", RANK="0")
-    assert (
-        "sets of 2 ranks, whose number must divide it: 3 / 2 = 1.50 groups each"
-        in done.stderr
-    )
+    assert "1.50" in done.stderr
 
 
-def test_a_bad_prompt_file_is_named_without_a_traceback(tmp_path: Path) -> None:
+def test_bad_prompt_file_exits_2_with_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     words = [
         sys.executable,
@@ -157,55 +153,11 @@ def test_a_bad_prompt_file_is_named_without_a_traceback(tmp_path: Path) -> None:
         f"prompts={tmp_path / 'p.jsonl'}",
     ]
     done = run(*words, expect=2)
-    assert "p.jsonl:2: needs a non-empty text" in done.stderr
+    assert "p.jsonl:2:" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 # ------------------------------------------------------------------ runs
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config of a run on a random Wan: 4 prompts of 2 members, brightness as the reward."""
-    from tests.tiny import build_tiny_wan
-
-    root = tmp_path_factory.mktemp("grpo")
-    build_tiny_wan(root / "wan")
-    (root / "prompts.txt").write_text(
-        "a red circle\na blue square\ntwo cats\nrain\nsnow\n"
-    )
-    values = {
-        "run_dir": str(root / "run"),
-        "prompts": str(root / "prompts.txt"),
-        "prompts_per_step": 4,
-        "steps": 4,
-        "save_every": 1,
-        "keep": 4,
-        "video_every": 2,
-        "video_groups": 1,
-        "generator": {
-            "path": str(root / "wan"),
-            **{
-                "height": 16,
-                "width": 16,
-                "num_frames": 9,
-                "fps": 8.0,
-                "dtype": "float32",
-            },
-            **{
-                "gradient_checkpointing": False,
-                "decode_batch": 8,
-                "max_sequence_length": 24,
-            },
-            "lora": {"rank": 4, "alpha": 8.0},
-            "sampler": {"num_steps": 6, "stochastic_range": 3, "guidance_scale": 3.0},
-        },
-        "grpo": {"group_size": 2},
-        "rewards": {"brightness": {}},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 3},
-    }
-    (root / "run.yaml").write_text(yaml.safe_dump(values))
-    return root / "run.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -248,12 +200,12 @@ def continued(tiny: Path, half: Path, name: str) -> Path:
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_is_the_run_in_one_go(
+def test_resumed_grpo_run_equals_an_uninterrupted_run(
     tiny: Path, whole: Path, half: Path
 ) -> None:
     folder = continued(tiny, half, "resumed")
     done = on_two_ranks(tiny, f"run_dir={folder}")
-    assert "going on after 2 steps" in done.stdout
+    assert "after 2 steps" in done.stdout
     assert numbers(folder) == numbers(whole)
     assert [row["step"] for row in numbers(folder)] == [0, 1, 2, 3]
     ours, theirs = adapter_of(folder), adapter_of(whole)
@@ -265,7 +217,7 @@ def test_stopped_and_resumed_is_the_run_in_one_go(
 
 
 @pytest.mark.slow
-def test_one_rank_gives_the_update_of_two_and_may_take_over(
+def test_one_rank_matches_two_ranks_and_resumes_their_run(
     tiny: Path, whole: Path, half: Path
 ) -> None:
     """From the start without ZeRO, and from the two ranks' checkpoint of step 2."""
@@ -287,14 +239,17 @@ def test_one_rank_gives_the_update_of_two_and_may_take_over(
 
 
 @pytest.mark.slow
-def test_zero_3_goes_on_from_zero_1_and_gives_its_updates(
+def test_zero_3_resumes_from_zero_1_and_matches_it(
     tiny: Path, whole: Path, half: Path
 ) -> None:
-    """The stochastic steps k of step 3 are 0 and 1 on rank 0, and 0 and 0 on rank 1. With one latent per forward a
-    group of 2 takes k + 1 + 2 (5 - k) = 11 - k of them, so rank 0 makes one more, idle and of one sample.
+    """The stochastic steps k of step 3 are 0 and 1 on rank 0, and 0 and 0 on rank 1.
+
+    With one latent per forward a group of 2 takes k + 1 + 2 (5 - k) = 11 - k of them, so
+    rank 0 makes one more, idle and of one sample.
     """
     folder = continued(tiny, half, "three")
-    above = "deepspeed.zero_optimization.stage3_param_persistence_threshold=100"  # the base's linears lie in pieces
+    # the linears of the base are split
+    above = "deepspeed.zero_optimization.stage3_param_persistence_threshold=100"
     on_two_ranks(
         tiny, f"run_dir={folder}", "generator.rollout_batch=1", "zero_stage=3", above
     )
@@ -313,7 +268,7 @@ def test_zero_3_goes_on_from_zero_1_and_gives_its_updates(
 def assert_close(
     ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], *, relative: float
 ) -> None:
-    """1e-5 for every weight in the first update; and B, zero at the start, relative to all it has learned."""
+    """Allow 1e-5 for every weight; and for B, which starts at zero, ``relative`` to its norm."""
     for key, tensor in ours.items():
         if "lora_B" in key:
             assert float((tensor - theirs[key]).norm()) < relative * float(
@@ -325,9 +280,9 @@ def assert_close(
 
 
 @pytest.mark.slow
-def test_what_a_run_leaves_behind(whole: Path) -> None:
-    # rollouts of c [(k + 1) + G (T - k - 1)] samples, T = 6, G = 2, c = 2 for guidance, k drawn for each of 4 prompts;
-    # then c for the reference, and c with gradient
+def test_grpo_run_writes_metrics_checkpoints_and_samples(whole: Path) -> None:
+    # rollouts of c [(k + 1) + G (T - k - 1)] samples, T = 6, G = 2, c = 2 for guidance,
+    # k drawn for each of 4 prompts; then c for the reference, and c with gradient
     rollouts = [2 * ((k + 1) + 2 * (6 - k - 1)) for k in range(3)]
     possible = {sum(four) for four in itertools.product(rollouts, repeat=4)}
     for row in numbers(whole):
@@ -360,13 +315,13 @@ def test_what_a_run_leaves_behind(whole: Path) -> None:
     assert better["advantage"] > 0
 
 
-# ------------------------------------------------------------------ the loop on a real Wan, in this process
+# ------------------------------------------------------------------ the loop in this process
 
 
 def updated_once(
     tiny: Path, *, double: bool = False, **changes: object
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """One update of the tiny Wan with a random adapter and given advantages: the gradient and the metrics."""
+    """Make one update with a random adapter and given advantages; gradient and metrics."""
     cfg = load(GrpoRun, tiny, [f"{key}={value}" for key, value in changes.items()])
     generator = build_generator(cfg.generator)
     draw = torch.Generator().manual_seed(1)
@@ -405,7 +360,7 @@ def updated_once(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("double", "tolerance"), [(False, 1e-6), (True, 1e-12)])
-def test_collapsed_and_per_member_updates_are_one_gradient(
+def test_collapsed_and_per_member_updates_have_equal_gradients(
     tiny: Path, tolerance: float, monkeypatch: pytest.MonkeyPatch, *, double: bool
 ) -> None:
     if (
@@ -425,7 +380,7 @@ def test_collapsed_and_per_member_updates_are_one_gradient(
 
 
 @pytest.mark.slow
-def test_bf16_weights_with_an_fp32_adapter_keep_the_ratio_at_one(tiny: Path) -> None:
+def test_bf16_weights_with_fp32_adapter_have_ratio_1(tiny: Path) -> None:
     options = {
         "generator.dtype": "bfloat16",
         "generator.gradient_checkpointing": "true",
@@ -441,7 +396,7 @@ def test_bf16_weights_with_an_fp32_adapter_keep_the_ratio_at_one(tiny: Path) -> 
 
 
 @pytest.mark.slow
-def test_sampling_with_the_adapter_changes_the_videos_and_not_the_seeds(
+def test_sampling_with_adapter_changes_videos_not_seeds(
     tiny: Path, whole: Path
 ) -> None:
     cfg = load(GrpoRun, tiny)

@@ -1,4 +1,4 @@
-"""Precision x ZeRO stage x ranks: the same first ratio and, in fp32, the same losses. And who shares a group."""
+"""First ratio and losses for every precision, ZeRO stage and number of ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _last_json(text: str) -> Found:
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_the_first_ratio_is_one(found: dict[int, Found], case: str, ranks: int) -> None:
+def test_first_ratio_is_1(found: dict[int, Found], case: str, ranks: int) -> None:
     limit = 1e-5 if "float32" in case else 1e-3
     assert max(found[ranks][case]["ratio"]) < limit
     assert found[ranks][case]["moved"] > 1e-4  # and something was learned
@@ -48,7 +48,7 @@ def test_the_first_ratio_is_one(found: dict[int, Found], case: str, ranks: int) 
 def test_losses_do_not_depend_on_stage_and_ranks(
     found: dict[int, Found], kind: str
 ) -> None:
-    """In fp32; the KL of a policy that has left its reference makes the loss what it is."""
+    """In fp32; the policy has left its reference, so KL makes up most of the loss."""
     cases = {
         f"{name}, {ranks} ranks": one
         for ranks, results in found.items()
@@ -75,7 +75,7 @@ def test_losses_do_not_depend_on_stage_and_ranks(
 
 
 @pytest.mark.long
-def test_ranks_that_share_a_group_make_its_update(found: dict[int, Found]) -> None:
+def test_ranks_that_share_groups_match_one_rank(found: dict[int, Found]) -> None:
     """Members 0 and 1 of every group on one rank, 2 and 3 on the other, against all four on one."""
     want = found[1]["float32 1"]
     for name in SHARED:
@@ -87,8 +87,7 @@ def test_ranks_that_share_a_group_make_its_update(found: dict[int, Found]) -> No
 
 
 @pytest.mark.long
-def test_averages_of_the_weights(found: dict[int, Found]) -> None:
-    """By the formula, swapped in for evaluation and out again, in every stage and precision."""
+def test_ema_matches_its_formula_and_swaps_back(found: dict[int, Found]) -> None:
     for results in found.values():
         for name, one in results.items():
             assert one["average"] < 1e-6, name

@@ -1,4 +1,4 @@
-"""Killed at five points, one after the other, and started again each time: a run is the run it would have been."""
+"""Kill a run at five points, one after the other, and resume it each time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from common.log import read_metrics
 from tests.launch.processes import ROOT, torchrun
-from tests.launch.test_dual_rl import write_judge, write_pairs_table
+from tests.launch.test_dual_rl import write_pairs_table, write_reward_model
 from tests.rm.cold_start_runs import write_data
 
 TIMES = ("seconds/", "videos_per_second", "memory/")
@@ -18,7 +18,7 @@ TIMES = ("seconds/", "videos_per_second", "memory/")
 
 @dataclass(frozen=True)
 class Loop:
-    """A program, its words but for the folder, where it is killed, and what it leaves."""
+    """A command with its words, the points where it is killed, and the file it exports."""
 
     words: list[str]
     kills: tuple[str, ...]
@@ -32,7 +32,7 @@ def loops(
     root = tmp_path_factory.mktemp("judges")
     write_data(root)
     write_pairs_table(root / "rl")
-    write_judge(root / "judge")
+    write_reward_model(root / "judge")
     adapter = "final/pytorch_lora_weights.safetensors"
     common = ["lora.rank=4", "save_every=1", "eval_every=1", "zero_stage=1"]
     cold = [
@@ -107,7 +107,7 @@ def digest(path: Path) -> str:
 
 
 def state_of(folder: Path, final: str) -> dict[str, object]:
-    """Everything that must be equal: trained weights, optimizer, average, counts, every line of the metrics."""
+    """Collect weights, optimizer state, average, counts and metrics, which must be equal."""
     newest = max((folder / "checkpoints").iterdir())
     files = {
         str(p.relative_to(newest)): digest(p)
@@ -129,7 +129,7 @@ def state_of(folder: Path, final: str) -> dict[str, object]:
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["grpo", "dpo", "cold_start", "dual_rl"])
-def test_killed_five_times_it_is_the_run_in_one_go(
+def test_run_killed_five_times_equals_an_uninterrupted_run(
     name: str, ranks: int, loops: dict[str, Loop], tmp_path: Path
 ) -> None:
     loop = loops[name]

@@ -1,4 +1,4 @@
-"""Two hundred steps: what a run holds does not grow with its length."""
+"""Memory and open files of a GRPO run over two hundred steps."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.launch.processes import ROOT
 
 
 @pytest.mark.long
-def test_two_hundred_steps_hold_what_fifty_do(tiny: Path, tmp_path: Path) -> None:
-    """GRPO with checkpoints, samples and a second reward: resident memory and open files, looked at from outside."""
+def test_memory_and_files_of_a_long_run_do_not_grow(tiny: Path, tmp_path: Path) -> None:
+    """With checkpoints, samples and a second reward."""
     words = [
         "launch/grpo.py",
         "--config",

@@ -1,8 +1,8 @@
-"""`launch.cold_start.train` several times in one process: without a stop, to the middle, and on from there.
+"""`launch.cold_start.train` several times in one process: in one go, to the middle, resumed.
 
-`tests/rm/cold_start_runs.py FOLDER` writes FOLDER/{base, pairs.csv, whole, stopped, one}; under a launcher on two
-ranks, afterwards, FOLDER/{two, three, three_stopped}, named after their ZeRO stage. A process of its own, because
-deepspeed keeps state for the life of one; test_cold_start_run.py starts it.
+`cold_start_runs.py FOLDER` writes FOLDER/{base, pairs.csv, whole, stopped, one}; then, under a
+launcher on two ranks, FOLDER/{two, three, three_stopped}, named after their ZeRO stage. It is
+a process of its own, because deepspeed keeps state; test_cold_start_run.py starts it.
 """
 
 from __future__ import annotations
@@ -47,19 +47,37 @@ def write_data(folder: Path) -> None:
 
 def run(folder: Path, name: str, *more: str, epochs: int) -> None:
     overrides = [
-        f"run_dir={folder / name}", f"base={folder / 'base'}", f"data.train={folder / 'pairs.csv'}",
-        f"data.heldout={folder / 'pairs.csv'}", "cold_start.pairs_per_step=3", "cold_start.micro_batch=1",
-        f"cold_start.epochs={epochs}", "lora.rank=4", "lora.dropout=0.2", "eval_every=1", "save_every=1",
-        "dtype=bfloat16", "zero_stage=1", "optimizer.warmup_steps=3", "lr.head=1e-3", *more,
-    ]  # fmt: skip
+        f"run_dir={folder / name}",
+        f"base={folder / 'base'}",
+        f"data.train={folder / 'pairs.csv'}",
+        f"data.heldout={folder / 'pairs.csv'}",
+        "cold_start.pairs_per_step=3",
+        "cold_start.micro_batch=1",
+        f"cold_start.epochs={epochs}",
+        "lora.rank=4",
+        "lora.dropout=0.2",
+        "eval_every=1",
+        "save_every=1",
+        "dtype=bfloat16",
+        "zero_stage=1",
+        "optimizer.warmup_steps=3",
+        "lr.head=1e-3",
+        *more,
+    ]
     train(load(ColdStartRun, None, overrides), resume="auto")
 
 
-# the same on one rank and two: no dropout, whose draws follow the rank; ties count, so that an update has four pairs
+# equal on one rank and two: no dropout, whose draws follow the rank; ties count, so that an
+# update has four pairs
 COMPARED = (
-    "dtype=float32", "lora.dropout=0", "cold_start.theta=2", "cold_start.pairs_per_step=4", "heldout_pairs=3",
-    "lr.llm=1e-3", "lr.query=1e-3",
-)  # fmt: skip
+    "dtype=float32",
+    "lora.dropout=0",
+    "cold_start.theta=2",
+    "cold_start.pairs_per_step=4",
+    "heldout_pairs=3",
+    "lr.llm=1e-3",
+    "lr.query=1e-3",
+)
 
 
 def main(root: Path) -> None:

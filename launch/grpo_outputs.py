@@ -1,0 +1,64 @@
+"""Held-out evaluation and sample videos of a GRPO run."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.distributed import is_main
+from launch.evaluation.heldout import measure
+from launch.evaluation.samples import SampleWriter, rows_of_step
+
+if TYPE_CHECKING:
+    from alignment.grpo import GrpoLoop, StepResult
+    from common.log import RunLog
+    from engine.ema import Ema
+    from launch.schemas.training import GrpoRun
+
+
+def evaluate_heldout(
+    run: GrpoRun, loop: GrpoLoop, ema: Ema | None, prompts: list[str], step: int
+) -> dict[str, float]:
+    """Measure the generator on held-out prompts before a step, where it is due.
+
+    It is due every ``evaluation.every`` steps and after the last step. With an average of
+    the weights, the average is measured.
+    """
+    settings = run.evaluation
+    if settings is None:
+        return {}
+    if step % settings.every and step != run.steps:
+        return {}
+    # With an average, the average is used later, so the average is measured.
+    with nullcontext() if ema is None else ema.swapped_in():
+        return measure(
+            loop.generator,
+            loop.rewards,
+            prompts,
+            seed=run.seed,
+            stock=settings.stock_scheduler,
+            folder=Path(run.run_dir) / "evaluation" / f"step-{step:06d}",
+            videos=settings.videos,
+        )
+
+
+def write_samples(run: GrpoRun, result: StepResult, step: int, log: RunLog) -> None:
+    """Write the videos of rank 0's first groups with their rewards, where it is due."""
+    if not is_main() or not run.video_every:
+        return
+    if step % run.video_every and step + 1 != run.steps:
+        return
+
+    # The files.
+    rows = list(rows_of_step(result, step=step, groups=run.video_groups))
+    folder = Path(run.run_dir) / "samples" / f"step-{step:06d}"
+    writer = SampleWriter(folder, fps=run.generator.fps)
+    writer.add(result.video_BTYXC[: len(rows)], rows)
+
+    # The trackers.
+    captions = []
+    for row in rows:
+        rewards = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
+        captions.append(f"{row['prompt']} | {rewards}")
+    log.videos(step, sorted(folder.glob("*.mp4")), captions)
