@@ -76,9 +76,7 @@ def group_relative_advantages(
     if cfg.advantage_clip is not None:
         total_PG = total_PG.clamp(-cfg.advantage_clip, cfg.advantage_clip)
     details["train/advantage_abs"] = float(total_PG.abs().mean())
-    return Advantages(
-        ranks.local_part(total_PG), bool(total_PG.any()), means, details
-    )
+    return Advantages(ranks.local_part(total_PG), bool(total_PG.any()), means, details)
 
 
 def mean_of_scored(value: Tensor) -> float:

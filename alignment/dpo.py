@@ -140,7 +140,9 @@ class DpoLoop:
             terms = self.training_terms(batch, draw, indices)
             loss = terms.loss_N.mean()
             if not math.isfinite(float(loss.detach())):
-                say(f"step {step}: the loss is {float(loss.detach())} for pairs {indices}")
+                say(
+                    f"step {step}: the loss is {float(loss.detach())} for pairs {indices}"
+                )
 
             # 4. Backward; the engine takes the optimizer step on the last micro-batch.
             faults.point("backward")

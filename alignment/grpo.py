@@ -30,7 +30,15 @@ if TYPE_CHECKING:
     from alignment.config import GrpoConfig
     from alignment.prompts import PromptBatch, PromptSchedule
     from common.gaussian import Gaussian
-    from common.types import Engine, Generator, Group, LossOutput, RewardModel, Score, Step
+    from common.types import (
+        Engine,
+        Generator,
+        Group,
+        LossOutput,
+        RewardModel,
+        Score,
+        Step,
+    )
 
 
 @dataclass(frozen=True)
@@ -115,9 +123,7 @@ class GrpoLoop:
 
         # 4. One backward per group and stochastic step, then an optimizer step.
         with timer("update"):
-            updates = [
-                self.update(groups, advantages) for _ in range(self.cfg.updates)
-            ]
+            updates = [self.update(groups, advantages) for _ in range(self.cfg.updates)]
         train_metrics = _mean_of_updates(updates)
 
         metrics = {
@@ -168,7 +174,9 @@ class GrpoLoop:
                 scorer.start(video_GTYXC, _prompts_of([group]))
         return groups, torch.cat(videos)
 
-    def update(self, groups: Sequence[Group], advantages: Advantages) -> dict[str, float]:
+    def update(
+        self, groups: Sequence[Group], advantages: Advantages
+    ) -> dict[str, float]:
         """Take one optimizer step: a backward per group and stochastic step.
 
         Without an advantage on any rank there is no optimizer step at all: KL has no policy

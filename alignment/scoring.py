@@ -76,9 +76,7 @@ class Scorer:
     def start(self, video_GTYXC: Tensor, prompts: Sequence[str]) -> None:
         """Announce a sampled group. This class does nothing before `scores`."""
 
-    def scores(
-        self, video_BTYXC: Tensor, prompts: Sequence[str]
-    ) -> dict[str, Score]:
+    def scores(self, video_BTYXC: Tensor, prompts: Sequence[str]) -> dict[str, Score]:
         """Return the scores of all videos of the step by reward. All ranks must call this.
 
         Raises RewardUnavailableError on every rank when a reward raised an error on any rank.
@@ -129,9 +127,7 @@ class OverlappedScorer(Scorer):
 
     def start(self, video_GTYXC: Tensor, prompts: Sequence[str]) -> None:
         """Start to score the videos (G, T, Y, X, 3) of a sampled group."""
-        self.pending.append(
-            self.thread.submit(self._score_group, video_GTYXC, prompts)
-        )
+        self.pending.append(self.thread.submit(self._score_group, video_GTYXC, prompts))
 
     def _score_all(
         self, video_BTYXC: Tensor, prompts: Sequence[str]
