@@ -53,7 +53,7 @@ def test_best_against_worst() -> None:
         {"a": 1.0},
         how(),
     )
-    assert [(c.prompt, c.winner, c.loser) for c in found.pairs] == [
+    assert [(c.prompt, c.chosen, c.rejected) for c in found.pairs] == [
         (0, 1, 0),
         (1, 0, 2),
         (2, 0, 1),
@@ -65,7 +65,7 @@ def test_best_against_worst() -> None:
     )
     assert [c.margin for c in found.pairs] == pytest.approx([2 / std, 1 / std, 6 / std])
     negative = choose({"a": rewards([1.0, 3.0, 2.0])}, {"a": -1.0}, how())
-    assert [(c.winner, c.loser) for c in negative.pairs] == [(0, 1)]
+    assert [(c.chosen, c.rejected) for c in negative.pairs] == [(0, 1)]
 
 
 def test_what_is_dropped_is_counted() -> None:
@@ -87,13 +87,14 @@ def test_what_is_dropped_is_counted() -> None:
     )
     weights = {"a": 1.0, "b": 0.0}
     found = choose({"a": one, "b": two}, weights, how(min_margin=0.5))
-    # 1 is a tie, 2 has one judged video, 4 is too close; 3's watched reward prefers the loser, which it may
-    assert [(c.prompt, c.winner, c.loser) for c in found.pairs] == [
+    # 1 is a tie, 2 has one judged video, 4 is too close; 3's reward of weight 0 prefers the
+    # rejected video, which it may
+    assert [(c.prompt, c.chosen, c.rejected) for c in found.pairs] == [
         (0, 2, 0),
         (3, 2, 0),
         (5, 2, 0),
     ]
-    assert (found.unjudged, found.close, found.disagreed) == (1, 2, 0)
+    assert (found.unscored, found.close, found.disagreed) == (1, 2, 0)
     strict = choose({"a": one, "b": two}, {"a": 1.0, "b": 1e-6}, how(min_margin=0.5))
     assert strict.disagreed == 1
     assert [c.prompt for c in strict.pairs] == [0, 5]
