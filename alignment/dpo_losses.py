@@ -1,4 +1,4 @@
-"""The losses of training on pairs: Flow-DPO, Flow-RWR and supervised fine-tuning.
+"""The losses of training on pairs: Flow-DPO, Flow-RWR and supervised fine-tuning."""
 
 from __future__ import annotations
 

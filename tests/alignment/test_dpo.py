@@ -300,9 +300,7 @@ def test_rwr_without_values_raises(tmp_path: Path) -> None:
         dtype=one.dtype,
         about={},
     )
-    with pytest.raises(
-        ValueError, match="8 of 8"
-    ):
+    with pytest.raises(ValueError, match="8 of 8"):
         loop_of(PairSet(tmp_path), method="rwr")
 
 
