@@ -73,6 +73,7 @@ def group_relative_advantages(
         )
         total_PG += weights[name] * advantage_PG
 
+    # bound the sum, not the rewards
     if cfg.advantage_clip is not None:
         total_PG = total_PG.clamp(-cfg.advantage_clip, cfg.advantage_clip)
     details["train/advantage_abs"] = float(total_PG.abs().mean())
@@ -81,6 +82,7 @@ def group_relative_advantages(
 
 def mean_of_scored(value: Tensor) -> float:
     """MEAN over the finite values, in fp64. NaN when there are none."""
+    # NaN and infinity are no scores
     scored = value[value.isfinite()]
     if not scored.numel():
         return math.nan
@@ -91,6 +93,7 @@ def _spread(reward_PG: Tensor) -> dict[str, float]:
     """How well a reward tells videos apart: over all videos, and within each group."""
     scored = reward_PG[reward_PG.isfinite()].double()
     std = float(scored.std(correction=0)) if scored.numel() else math.nan
+    # the spread within groups is what GRPO learns from
     std_P = group_std(reward_PG)
     return {
         "std": std,

@@ -47,7 +47,8 @@ class FlowErrors(NamedTuple):
 
 def steps_of(cfg: DpoConfig, pairs: int) -> int:
     """Return the optimizer steps of a run: epochs x pairs / pairs_per_step, at least 1."""
-    return max(1, int(cfg.epochs * pairs / cfg.pairs_per_step))
+    steps = int(cfg.epochs * pairs / cfg.pairs_per_step)
+    return max(1, steps)
 
 
 def backwards_per_update(cfg: DpoConfig, ranks: int) -> int:
@@ -55,22 +56,26 @@ def backwards_per_update(cfg: DpoConfig, ranks: int) -> int:
 
     Raises ValueError when ranks and micro-batches do not divide ``pairs_per_step``.
     """
-    if cfg.pairs_per_step % (ranks * cfg.micro_batch):
+    together = ranks * cfg.micro_batch
+    if cfg.pairs_per_step % together:
         raise ValueError(
             f"dpo.pairs_per_step={cfg.pairs_per_step} is over all ranks: it must be a multiple "
             f"of {ranks} ranks x dpo.micro_batch={cfg.micro_batch}"
         )
-    return cfg.pairs_per_step // (ranks * cfg.micro_batch)
+    return cfg.pairs_per_step // together
 
 
 def draw_sigma(cfg: DpoConfig, source: torch.Generator) -> float:
     """Draw a noise level in (0, 1) by ``noise``, then shift it by ``noise_shift``."""
     if cfg.noise == "uniform":
-        u = float(torch.rand((), generator=source, dtype=torch.float64))
-        u = min(max(u, 1e-6), 1 - 1e-6)
+        draw = torch.rand((), generator=source, dtype=torch.float64)
+        # sigma stays inside (0, 1)
+        u = min(max(float(draw), 1e-6), 1 - 1e-6)
     else:
-        u = float(torch.randn((), generator=source, dtype=torch.float64).sigmoid())
-    return cfg.noise_shift * u / (1 + (cfg.noise_shift - 1) * u)
+        draw = torch.randn((), generator=source, dtype=torch.float64)
+        u = float(draw.sigmoid())
+    shift = cfg.noise_shift
+    return shift * u / (1 + (shift - 1) * u)
 
 
 class DpoLoop:
@@ -108,8 +113,12 @@ class DpoLoop:
         """Train on these pairs from now on."""
         self.pairs = pairs
         self.schedule = IndexSchedule(
-            len(pairs), seed=self.seed, per_step=self.cfg.pairs_per_step, name="pairs"
+            len(pairs),
+            seed=self.seed,
+            per_step=self.cfg.pairs_per_step,
+            name="pairs",
         )
+        # the weights of Flow-RWR go over all videos of the set
         if self.cfg.method == "rwr":
             values = pairs.values().flatten()
             weight = rwr_weights(values, temperature=self.cfg.temperature)
@@ -153,6 +162,7 @@ class DpoLoop:
 
         # 5. Metrics over the pairs of all ranks.
         metrics = summarise(gather_rows(torch.cat(rows)), self.cfg, "train")
+        # the engine knows the norm since its optimizer step
         norm = None if self.grad_norm is None else self.grad_norm()
         if norm is not None:
             metrics["train/grad_norm"] = float(norm)
@@ -160,7 +170,12 @@ class DpoLoop:
         return metrics
 
     @torch.no_grad()
-    def evaluate(self, pairs: PairSet, *, limit: int) -> dict[str, float]:
+    def evaluate(
+        self,
+        pairs: PairSet,
+        *,
+        limit: int,
+    ) -> dict[str, float]:
         """Measure Flow-DPO's metrics on the first held-out pairs, MEAN over pairs: ``heldout/...``.
 
         The noise is the same in every evaluation. All methods are measured by the DPO loss.
@@ -193,7 +208,11 @@ class DpoLoop:
         return math.fsum(self.watched) > 0
 
     def draw(
-        self, batch: PairBatch, name: str, step: int, places: Sequence[int]
+        self,
+        batch: PairBatch,
+        name: str,
+        step: int,
+        places: Sequence[int],
     ) -> NoiseDraw:
         """Draw sigma and eps for each place of a step (Flow-DPO, equation 6).
 
@@ -206,10 +225,14 @@ class DpoLoop:
             source = generator(self.seed, "dpo", name, step, place)
             sigmas.append(draw_sigma(self.cfg, source))
             noises.append(torch.randn(shape, generator=source))
-        return NoiseDraw(torch.tensor(sigmas, dtype=torch.float32), torch.stack(noises))
+        sigma_N = torch.tensor(sigmas, dtype=torch.float32)
+        return NoiseDraw(sigma_N, torch.stack(noises))
 
     def training_terms(
-        self, batch: PairBatch, draw: NoiseDraw, indices: Sequence[int]
+        self,
+        batch: PairBatch,
+        draw: NoiseDraw,
+        indices: Sequence[int],
     ) -> DpoTerms:
         """Compute each pair's loss by the run's method, with grad."""
         if self.cfg.method == "dpo":
@@ -229,11 +252,17 @@ class DpoLoop:
     def dpo_terms(self, batch: PairBatch, draw: NoiseDraw) -> DpoTerms:
         """Compute each pair's DPO loss, plus ``sft_weight`` times the chosen video's error."""
         with self.generator.given_prompts(batch.embeddings):
+            # the policy with grad, then the frozen reference
             policy = self.errors(batch, draw)
             with torch.no_grad(), self.generator.reference():
                 reference = self.errors(batch, draw)
         sigma_N = draw.sigma_N.to(policy.chosen_N.device)
-        beta_N = beta_at(sigma_N, beta=self.cfg.beta, schedule=self.cfg.beta_schedule)
+        beta_N = beta_at(
+            sigma_N,
+            beta=self.cfg.beta,
+            schedule=self.cfg.beta_schedule,
+        )
+        # the loss, and what holds the chosen video's error down
         terms = flow_dpo_terms(*policy, *reference, beta_N=beta_N)
         if self.cfg.sft_weight:
             extra_N = self.cfg.sft_weight * policy.chosen_N
@@ -249,16 +278,25 @@ class DpoLoop:
             [*batch.prompts, *batch.prompts],
         )
         count = len(batch.prompts)
-        return FlowErrors(error[:count], error[count:])
+        chosen_N = error[:count]
+        rejected_N = error[count:]
+        return FlowErrors(chosen_N, rejected_N)
 
     def chosen_error(self, batch: PairBatch, draw: NoiseDraw) -> Tensor:
         """Compute the flow errors of the chosen videos alone, (N,)."""
         return self.generator.flow_error(
-            batch.chosen_NCFHW, draw.noise_NCFHW, draw.sigma_N, [*batch.prompts]
+            batch.chosen_NCFHW,
+            draw.noise_NCFHW,
+            draw.sigma_N,
+            [*batch.prompts],
         )
 
 
-def summarise(rows_N4: Tensor, cfg: DpoConfig, prefix: str) -> dict[str, float]:
+def summarise(
+    rows_N4: Tensor,
+    cfg: DpoConfig,
+    prefix: str,
+) -> dict[str, float]:
     """Compute the metrics of pairs from rows (sigma, loss, chosen_change, rejected_change).
 
     All are MEANS over pairs, named ``prefix/...``. accuracy is the share of pairs whose chosen
@@ -271,9 +309,15 @@ def summarise(rows_N4: Tensor, cfg: DpoConfig, prefix: str) -> dict[str, float]:
 
     # without a reference (sft, rwr) the changes are NaN and only the loss is known
     known = bool(chosen_N.isfinite().all())
-    right_N = ((chosen_N < rejected_N).double() + (chosen_N <= rejected_N).double()) / 2
+    gained_N = (chosen_N < rejected_N).double()
+    gained_or_tied_N = (chosen_N <= rejected_N).double()
+    right_N = (gained_N + gained_or_tied_N) / 2
     if known:
-        beta_N = beta_at(sigma_N, beta=cfg.beta, schedule=cfg.beta_schedule)
+        beta_N = beta_at(
+            sigma_N,
+            beta=cfg.beta,
+            schedule=cfg.beta_schedule,
+        )
         logit_N = beta_N / 2 * (chosen_N - rejected_N)
         metrics["accuracy"] = float(right_N.mean())
         metrics["chosen_change"] = float(chosen_N.mean())
@@ -300,5 +344,7 @@ def _without_reference(loss_N: Tensor) -> DpoTerms:
 
 def _metric_rows(draw: NoiseDraw, terms: DpoTerms) -> Tensor:
     """Rows (sigma, loss, chosen_change, rejected_change) for `summarise`, (N, 4) on the CPU."""
-    columns = [term_N.detach().float().cpu() for term_N in terms]
-    return torch.stack([draw.sigma_N, *columns], dim=1)
+    columns = [draw.sigma_N]
+    for term_N in terms:
+        columns.append(term_N.detach().float().cpu())
+    return torch.stack(columns, dim=1)

@@ -22,6 +22,7 @@ def beta_at(sigma_N: Tensor, *, beta: float, schedule: BetaSchedule) -> Tensor:
     """
     if schedule == "constant":
         return torch.full_like(sigma_N, beta)
+    # 1 at sigma = 0, 0 at pure noise
     return beta * (1 - sigma_N).square()
 
 
@@ -54,6 +55,7 @@ def flow_dpo_terms(
     beta is in these units, where the paper's pseudo-code has a sum. At the start
     d_c = d_r = 0 and the loss is log 2. Gradient flows through chosen_N and rejected_N.
     """
+    # how far each error moved from the reference's
     chosen_change_N = chosen_N - reference_chosen_N.detach()
     rejected_change_N = rejected_N - reference_rejected_N.detach()
     loss_N = -F.logsigmoid(-0.5 * beta_N * (chosen_change_N - rejected_change_N))

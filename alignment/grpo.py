@@ -96,6 +96,7 @@ class GrpoLoop:
         self.prompts = prompts
         self.fps = fps
         self.grad_norm = grad_norm
+        # how ranks share groups, and a stop for rewards that return nothing
         self.ranks = RankGroups(cfg.group_size, cfg.ranks_per_group)
         self.silent_guard = SilentRewardGuard(weights)
 
@@ -127,6 +128,7 @@ class GrpoLoop:
         train_metrics = _mean_of_updates(updates)
 
         metrics = {
+            # the console line shows the first of these
             **advantages.means,
             **train_metrics,
             **timer.metrics(videos=len(video_BTYXC)),
@@ -206,8 +208,10 @@ class GrpoLoop:
         self, prompt: str, step: Step, advantage_G: Tensor, weights: StepWeights
     ) -> LossOutput:
         """Compute `grpo_group_loss` of a group at one stochastic step: one forward for all members."""
+        # the reference first, so that the policy's activations are not held meanwhile
         reference = self.reference_transition(prompt, step)
         policy = self.generator.transition(prompt, step)
+        # how likely the sampled latents are under the policy of now
         log_prob_G = gaussian.log_prob(policy, step.next_GCFHW)
         kl = None if reference is None else gaussian.kl_same_std(policy, reference)
         return grpo_group_loss(
@@ -245,6 +249,7 @@ class GrpoLoop:
         """MEAN weights over the groups and steps of all ranks. None without normalisation."""
         if not self.cfg.normalize_step_weights:
             return None
+        # sums over ranks, because ranks may hold different steps
         weights = [self.weights_of(step) for group in groups for step in group.steps]
         count = sum_over_ranks(len(weights))
         policy = sum_over_ranks(sum(weight.policy for weight in weights))
@@ -254,13 +259,16 @@ class GrpoLoop:
     def update_metrics(self, outputs: Sequence[LossOutput]) -> dict[str, float]:
         """MEAN over the backwards of all ranks, except ratio_max_dev, which is the maximum."""
         metrics = {}
+        # the engine knows the norm since its optimizer step
         norm = None if self.grad_norm is None else self.grad_norm()
         if norm is not None:
             metrics["train/grad_norm"] = float(norm)
+        # means over this rank's backwards
         for key in ("kl", "loss", "ratio_mean", "clip_frac"):
             if key in outputs[0].metrics:
                 total = sum(output.metrics[key] for output in outputs)
                 metrics[f"train/{key}"] = total / len(outputs)
+        # the largest, since a mean would hide it
         deviation = max(output.metrics["ratio_dev"] for output in outputs)
         return {
             **mean_over_ranks(metrics),
@@ -277,6 +285,7 @@ def _check_rewards(
         raise ValueError(
             f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names"
         )
+    # such a reward compares all members of a group
     group_level = [
         name
         for name, reward in rewards.items()

@@ -45,6 +45,7 @@ def step_weights(
     std and gain of a step include its truncation, so no sampler setting is needed. Raises
     ValueError unless sigma > sigma_next, std > 0 and gain > 0.
     """
+    # sampling walks sigma down
     delta = sigma - sigma_next
     if not delta > 0.0 or not std > 0.0 or not gain > 0.0:
         raise ValueError(
@@ -99,6 +100,7 @@ def grpo_group_loss(
 
     Metrics: loss, kl (the plain KL, unweighted), ratio_mean, ratio_dev (max |r - 1|), clip_frac.
     """
+    # the policy term
     surrogate = clipped_surrogate(
         log_prob_G,
         old_log_prob_G,

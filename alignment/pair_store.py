@@ -88,6 +88,7 @@ def write_pairs(
     """
     folder = Path(folder)
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+    # a set that is being written again is unfinished
     (folder / MANIFEST).unlink(missing_ok=True)
 
     # the shards, and each pair's line in the index
@@ -96,6 +97,7 @@ def write_pairs(
     shape: tuple[int, ...] = ()
     for number, shard in enumerate(_in_shards(pairs, per_shard)):
         shape = tuple(shard[0].chosen_CFHW.shape)
+        # each different prompt's embedding is stored once in a shard
         prompts = list(dict.fromkeys(pair.prompt for pair in shard))
         name = f"{SHARDS}/{number:05d}.safetensors"
         files[name] = _write_shard(folder / name, shard, prompts, dtype)
@@ -139,8 +141,10 @@ class PairSet:
     def __init__(self, folder: str | Path, *, check: str = "size") -> None:
         self.folder = Path(folder)
         manifest = self._read_manifest()
+        # every shard must be what the manifest describes
         for name, entry in manifest["files"].items():
             self._check_file(self.folder / name, entry, check)
+        # the index, a row per pair
         lines = (self.folder / INDEX).read_text(encoding="utf-8").splitlines()
         self.rows = tuple(PairRow(**json.loads(line)) for line in lines)
         if len(self.rows) != manifest["pairs"]:
@@ -165,6 +169,7 @@ class PairSet:
             row = self.rows[i]
             path = self.folder / SHARDS / f"{row.shard:05d}.safetensors"
             place = slice(row.row, row.row + 1)
+            # only the rows that are needed are read
             with safe_open(path, framework="pt") as file:
                 chosen.append(file.get_slice("chosen")[place].float())
                 rejected.append(file.get_slice("rejected")[place].float())
@@ -175,6 +180,7 @@ class PairSet:
 
     def values(self) -> Tensor:
         """Return the values of the chosen and the rejected videos, (N, 2) fp64. NaN is unknown."""
+        # NaN where people only said which video is better
         value_N2 = torch.full((len(self.rows), 2), math.nan, dtype=torch.float64)
         for i, row in enumerate(self.rows):
             if row.chosen_value is not None:
@@ -191,6 +197,7 @@ class PairSet:
             raise ValueError(
                 f"{self.folder} is no finished set of pairs: it has no {MANIFEST}"
             ) from error
+        # other versions name their tensors differently
         if manifest.get("version") != VERSION:
             raise ValueError(
                 f"{path} has format version {manifest.get('version')}, this code reads "

@@ -59,6 +59,7 @@ def normalised_value(
     """
     used = {}
     for name, reward in rewards.items():
+        # a reward of weight 0 is logged, not used
         if weights[name] != 0:
             used[name] = reward.double()
     if not used:
@@ -116,6 +117,7 @@ def _disagree(
     for name, reward_PK in rewards.items():
         reward_K = reward_PK[choice.prompt]
         gain = reward_K[choice.chosen] - reward_K[choice.rejected]
+        # a negative weight turns the reward's preference round
         if weights[name] * float(gain) < 0:
             return True
     return False

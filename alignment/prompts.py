@@ -20,6 +20,7 @@ def read_prompts(path: str | Path) -> list[str]:
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: prompts are read from .txt or .jsonl files")
+    # split, not splitlines: a prompt may hold other line separators
     parse = _json_prompt if path.suffix == ".jsonl" else str.strip
     prompts = []
     for number, line in enumerate(_read_lines(path), start=1):
@@ -42,6 +43,7 @@ class PromptBatch:
 
     def share(self, rank: int, world_size: int) -> PromptBatch:
         """Return the contiguous part of a rank. Raises ValueError when the parts are unequal."""
+        # equal parts, or collectives would wait for missing groups
         size, rest = divmod(len(self.prompts), world_size)
         if rest:
             raise ValueError(
@@ -89,6 +91,7 @@ def _read_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
+        # the line of the first byte that is not UTF-8
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8") from error
     except OSError as error:

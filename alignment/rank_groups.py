@@ -59,6 +59,7 @@ class RankGroups:
     def local_part(self, value_PG: Tensor) -> Tensor:
         """Take this rank's (P, M) out of whole groups as `gather_groups` returns them."""
         groups = len(value_PG) // self.shards
+        # the groups of this shard, then the members of this rank
         first_group = self.shard_index * groups
         rows_PG = value_PG[first_group : first_group + groups]
         return rows_PG[:, self.first_member : self.first_member + self.members]

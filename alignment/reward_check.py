@@ -46,6 +46,7 @@ def score_clips(reward: RewardModel, clips: Sequence[RewardClip]) -> Score:
 
     scores = []
     for (_, fps), places in alike.items():
+        # a call of the reward takes videos of a common size and rate
         video_BTYXC = torch.stack([clips[i].video_TYXC for i in places])
         prompts = [clips[i].prompt for i in places]
         scores.append((places, reward.score(video_BTYXC, prompts, fps=fps)))
@@ -100,10 +101,12 @@ def check(
     """
     if len({clip.prompt for clip in clips}) < 2:
         raise ValueError("a check needs videos of at least two different prompts")
+    # as they are, then spoilt in every way
     right_B = score_clips(reward, clips).value_B
     results = []
     for case in CASES:
         spoilt_B = score_clips(reward, spoil(clips, case, seed=seed)).value_B
+        # a video counts when it has a score both times
         scored_B = right_B.isfinite() & spoilt_B.isfinite()
         right = right_B[scored_B]
         spoilt = spoilt_B[scored_B]

@@ -34,6 +34,7 @@ def score_videos(
 ) -> Score:
     """Score all videos in one call, or in one call per group for a ``group_level`` reward."""
     faults.point("reward")
+    # most rewards take any videos together
     if not reward.group_level:
         return reward.score(video_BTYXC, prompts, fps=fps)
     scores = []
@@ -81,6 +82,7 @@ class Scorer:
 
         Raises RewardUnavailableError on every rank when a reward raised an error on any rank.
         """
+        # every rank must learn of an error on any rank, or the others would wait for it
         problem = None
         try:
             scores = self._score_all(video_BTYXC, prompts)
@@ -113,6 +115,7 @@ class OverlappedScorer(Scorer):
     """
 
     def __enter__(self) -> Self:
+        # a single thread: rewards are called in the order of the groups
         self.thread = ThreadPoolExecutor(1)
         self.pending: list[Future[dict[str, Score]]] = []
         return self
@@ -123,6 +126,7 @@ class OverlappedScorer(Scorer):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # wait for what is being scored, also after an error
         self.thread.shutdown()
 
     def start(self, video_GTYXC: Tensor, prompts: Sequence[str]) -> None:
@@ -133,6 +137,7 @@ class OverlappedScorer(Scorer):
         self, video_BTYXC: Tensor, prompts: Sequence[str]
     ) -> dict[str, Score]:
         with self.timer("score/wait"):
+            # an error inside the thread is raised here
             parts = [future.result() for future in self.pending]
         scores = {}
         for name in self.rewards:
@@ -173,14 +178,17 @@ class SilentRewardGuard:
 
         Raises RewardUnavailableError after `PATIENCE` steps without a finite score.
         """
+        # a reward that returned a score before may fail on later prompts
         if self.done:
             return
+        # a mean is NaN when no video of the step has a score
         silent = [math.isnan(means[f"reward/{name}"]) for name in self.trained]
         if not all(silent):
             self.done = True
             return
         self.silent_steps += 1
         if self.silent_steps == self.PATIENCE:
+            # all ranks have the same means, so all of them raise
             names = ", ".join(f"rewards.{name}" for name in self.trained)
             raise RewardUnavailableError(
                 f"{names} returned no finite score in the first {self.PATIENCE} steps "

@@ -50,12 +50,14 @@ def first_ratio(
     generator: Generator, prompt: str, *, dtype: str, fatal: bool = True, seed: int = 0
 ) -> Finding:
     """Check that sampling and training agree on log-probs: before any update every ratio is 1."""
+    # a small rollout, as training makes it
     (group,) = generator.rollout(
         [prompt], group_size=2, seeds=[derive_seed(seed, "self-check")]
     )
     worst = 0.0
     with torch.no_grad():
         for step in group.steps:
+            # the same steps, as the update computes them
             policy = generator.transition(group.prompt, step)
             log_prob_G = gaussian.log_prob(policy, step.next_GCFHW)
             ratio_G = (log_prob_G - step.log_prob_G.to(log_prob_G.device)).exp()
@@ -88,6 +90,7 @@ def stock_trajectory(gap: Callable[[], float], *, dtype: str) -> Finding:
 
 def same_weights(module: nn.Module) -> Finding:
     """Check that all ranks start from the same trained weights."""
+    # frozen weights come from the same files
     trained = {
         name: parameter
         for name, parameter in module.named_parameters()
@@ -147,6 +150,7 @@ def sense(
 
     A failure is only a warning: few videos prove little.
     """
+    # the right videos, then spoilt ones
     clips = [
         RewardClip(video_TYXC, fps, prompt)
         for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True)

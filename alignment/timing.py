@@ -34,7 +34,9 @@ class PhaseTimer:
         ``videos`` is the number of videos on this rank. All ranks must call this.
         """
         seconds = {f"seconds/{phase}": value for phase, value in self.seconds.items()}
+        # the step includes what no phase measures
         seconds["seconds/step"] = time.perf_counter() - self.start
         metrics = mean_over_ranks(seconds)
+        # ranks work at the same time: their videos add up, their seconds do not
         rate = sum_over_ranks(videos) / metrics["seconds/step"]
         return {**metrics, "videos_per_second": rate}

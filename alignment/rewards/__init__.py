@@ -135,6 +135,7 @@ def factory_of(name: str, cfg: RewardConfig) -> Callable[[RewardConfig], RewardM
 
 
 def _unknown_kind(name: str, kind: str, known: list[str]) -> str:
+    # a typo, or a kind of an earlier version
     close = difflib.get_close_matches(kind, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     if kind in RENAMED_KINDS:
@@ -158,10 +159,12 @@ def _make(path: str, cfg: RewardConfig, *arguments: str) -> RewardModel:
     """
     from alignment.rewards.plugin import check_options
 
+    # the heavy import happens here
     module_name, _, class_name = path.partition(":")
     module = importlib.import_module(f"alignment.rewards.{module_name}")
     reward_class = getattr(module, class_name)
     check_options(reward_class, cfg.options)
+    # checkpoint and url are keys of the reward, not options
     positional = list(inspect.signature(reward_class).parameters)[: len(arguments)]
     taken = sorted(cfg.options.keys() & set(positional))
     if taken:

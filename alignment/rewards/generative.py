@@ -52,6 +52,7 @@ class Generative:
                 "a generative reward needs options.instruction, a text file with the "
                 "instruction that the model was trained on"
             )
+        # the instruction and the format of the answer belong to the checkpoint
         self.reward_model = GenerativeRewardModel(
             checkpoint, instruction, form=_answer_format(form, value), **options
         )

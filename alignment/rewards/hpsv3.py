@@ -49,6 +49,7 @@ class HPSv3:
                 "hpsv3 needs best in (0, 1], frames and batch >= 1, "
                 f"got {best}, {frames}, {batch}"
             )
+        # loaded once for all rewards with this checkpoint
         self.reward_model = shared(str(checkpoint), device, dtype)
         self.prompt = prompt
         self.best = best

@@ -36,6 +36,7 @@ class Smoothness:
     ) -> Score:
         if video_BTYXC.shape[1] < 3:
             return Score(torch.full((len(prompts),), math.nan))
+        # second difference in time: 0 where motion is even
         x = video_BTYXC.float() / 255
         bend = (x[:, 2:] - 2 * x[:, 1:-1] + x[:, :-2]).abs()
         return Score(-bend.flatten(1).mean(dim=1))
@@ -65,6 +66,7 @@ class Dynamics:
             raise ValueError(
                 f"dynamics needs frames of at least 16 pixels, got {height} x {width}"
             )
+        # each video separately
         speeds = [self._speed(video_TYXC) for video_TYXC in video_BTYXC]
         # pixels a frame -> diagonals a second
         diagonal = math.hypot(height, width)
@@ -77,6 +79,7 @@ class Dynamics:
             return math.nan
         speeds = []
         for before, after in pairwise(frames):
+            # optical flow, in pixels a frame
             flow_YX2 = torch.from_numpy(self.flow.calc(before, after, None))
             speed = flow_YX2.norm(dim=2).flatten()
             count = max(1, int(FASTEST * len(speed)))

@@ -49,6 +49,7 @@ class FunctionReward:
         *,
         group_level: bool = False,
     ) -> None:
+        # wrong options are found before the first video is sampled
         check_options(function, options)
         signature = inspect.signature(function)
         self.name = name
@@ -68,6 +69,7 @@ class FunctionReward:
     ) -> Score:
         import torch
 
+        # a Score, or numbers in any form
         returned = self.function(video_BTYXC, list(prompts), **self._keywords(fps))
         if isinstance(returned, Score):
             score = returned
@@ -89,6 +91,7 @@ class FunctionReward:
         try:
             return [math.nan if value is None else float(value) for value in returned]
         except (TypeError, ValueError, RuntimeError) as error:
+            # name what was returned instead of numbers
             kind = type(returned).__name__
             if hasattr(returned, "shape"):
                 kind = f"{kind} of shape {tuple(returned.shape)}"
@@ -104,6 +107,7 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> N
     unknown = sorted(options.keys() - signature.parameters.keys())
     if not unknown or _takes_any(signature):
         return
+    # list the options that there are
     known = []
     for name, parameter in signature.parameters.items():
         optional = parameter.default is not parameter.empty
@@ -136,6 +140,7 @@ def from_file(name: str, target: str, options: Mapping[str, Any]) -> RewardModel
     with reward_errors(name, ValueError, file=file):
         module = _run_file(f"own_reward_{name}", file)
         if not hasattr(module, attribute):
+            # perhaps a typo
             close = difflib.get_close_matches(attribute, vars(module), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(
@@ -150,10 +155,12 @@ def as_reward(name: str, plugin: Any, options: Mapping[str, Any]) -> RewardModel
     A class is called with the options. Raises ValueError for anything else, and for options
     that it does not take.
     """
+    # a class: make its object
     if inspect.isclass(plugin):
         check_options(plugin, options)
         plugin = plugin(**options)
         options = {}
+    # an object with a score, or a function
     group_level = bool(getattr(plugin, "group_level", False))
     if callable(getattr(plugin, "score", None)):
         if options:

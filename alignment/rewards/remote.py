@@ -84,9 +84,11 @@ class RemoteReward:
         self.sleep = sleep
         self.now = now
         self.jitter = random.Random(name)
+        # the token travels in a header, never in the config
         token = os.environ.get(token_env)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.client = httpx.Client(headers=headers, trust_env=False)
+        # a server that is absent is found out before training starts
         self.model = self._find(model, within_s=min(start_deadline_s, deadline_s))
 
     def score(
@@ -115,6 +117,7 @@ class RemoteReward:
         except RemoteError as error:
             if self.on_failure == "fail":
                 raise
+            # skip_group: NaN, never a made-up score
             say(f"{self.name}: {len(prompts)} videos are not scored: {error}")
             return Score(torch.full((len(prompts),), float("nan")))
 
@@ -136,6 +139,7 @@ class RemoteReward:
         offered = self._request(
             "GET", "/v1/models", read, within_s=within_s, at_first_failure=report
         )
+        # a server with a single reward needs no name
         if model is None and len(offered) == 1:
             return offered[0]
         if model not in offered:
@@ -182,6 +186,7 @@ class RemoteReward:
 
     def _pause(self, state: RetryCallState) -> float:
         """Seconds before the next attempt: doubling, jittered, at least the server's wish."""
+        # bounded, so that 2**n stays a small number
         doublings = min(state.attempt_number - 1, 10)
         pause = min(_FIRST_PAUSE_S * 2**doublings, _LONGEST_PAUSE_S)
         jittered = pause * (0.5 + self.jitter.random())
@@ -197,6 +202,7 @@ class RemoteReward:
         **options: object,
     ) -> T:
         """Send a request once. Raises _TryAgainError for what may pass, else RemoteError."""
+        # an attempt may take what is left of the deadline
         left = max(0.1, end - self.now())
         limits = httpx.Timeout(left, connect=min(left, _CONNECT_S))
         url = self.url + path

@@ -61,6 +61,7 @@ class VideoReward:
             video_BTYXC = to_gray(video_BTYXC)
         rows = []
         for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True):
+            # (VQ, MQ, TA) of a video
             rows.append(self.reward_model.read_video(video_TYXC, prompt, fps=fps))
         value_BK = torch.stack(rows)
         parts = dict(zip(self.outputs, value_BK.unbind(dim=1), strict=True))
@@ -73,6 +74,7 @@ class VideoReward:
         if self._reported_tempo or count < 2:
             return
         settings = self.reward_model.layout.settings
+        # the rate at which the model sees the frames
         seen = len(frame_indices(count, fps, settings))
         rate = (seen - 1) * fps / max(1, count - 1)
         if rate > 1.5 * settings.fps:

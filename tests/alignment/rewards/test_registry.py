@@ -69,7 +69,7 @@ def test_unknown_kind_names_the_nearest_and_the_known() -> None:
         ),
         (
             RewardConfig(kind="hpsv3", checkpoint="x", options={"frame": 1}),
-            "HPSv3 takes no frame; its options are prompt",
+            "x: HPSv3 takes no frame; its options are prompt",
         ),
         (
             RewardConfig(kind="hpsv3", checkpoint="x", options={"frames": 0}),
