@@ -207,7 +207,7 @@ class GrpoLoop:
     def loss(
         self, prompt: str, step: Step, advantage_G: Tensor, weights: StepWeights
     ) -> LossOutput:
-        """Compute `grpo_group_loss` of a group at one stochastic step: one forward for all members."""
+        """Compute `grpo_group_loss` of a group at a stochastic step, in a single forward."""
         # the reference first, so that the policy's activations are not held meanwhile
         reference = self.reference_transition(prompt, step)
         policy = self.generator.transition(prompt, step)

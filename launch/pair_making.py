@@ -108,6 +108,7 @@ def make_candidates(
     table = ResultsTable(
         folder / f"{CANDIDATES}.jsonl", identity=identity, resume=resume, retry="error"
     )
+    # a finished item is not made again
     keys = [(i,) for i in range(len(items))]
     share = table.share(keys)
     if len(share) < len(items):
@@ -119,11 +120,13 @@ def make_candidates(
     def make_rows(numbers: Sequence[int]) -> list[Row]:
         (i,) = numbers
         tensors, row = make(i, items[i])
+        # a file with its final name is complete
         partial = folder / CANDIDATES / f"tmp-{i:06d}.safetensors"
         save_tensors(partial, tensors)
         partial.rename(file_of(folder, i))
         return [row]
 
+    # an item's row is written after its tensors
     for (i,) in progress(share, len(share), "pairs"):
         (row,) = attempt(make_rows, [i])
         table.add([{"index": i, **row}])
@@ -156,6 +159,7 @@ def sample_candidates(
         for name, reward in rewards.items():
             score = reward.score(video_KTYXC, prompts, fps=generator.cfg.fps)
             scores[name] = [json_number(value) for value in score.value_B]
+        # what training needs of this item
         tensors = {
             "latent": clean_KCFHW,
             "embedding": generator.prompts.rows_of(prompt),
@@ -175,6 +179,7 @@ def encode_pair(
     from common.video_io import read_frames
 
     def make(i: int, pair: Pair) -> Candidate:
+        # the label is positive when people prefer video A
         files = [pair.video_A, pair.video_B]
         if pair.label <= 0:
             files.reverse()
@@ -205,6 +210,7 @@ def pair_up(
     folder: Path, rows: Sequence[Row], weights: Mapping[str, float], how: PairConfig
 ) -> tuple[Choices, Iterator[LatentPair]]:
     """Choose a pair among the scored candidates of each prompt, and read the chosen latents."""
+    # prompts whose sampling failed take no part
     complete = [row for row in rows if "error" not in row]
     values = {}
     for name in weights:
@@ -235,6 +241,7 @@ def labelled(folder: Path, rows: Sequence[Row]) -> Iterator[LatentPair]:
     for row in rows:
         if "error" not in row:
             tensors = load_tensors(file_of(folder, row["index"]))
+            # the chosen video is first
             chosen_CFHW, rejected_CFHW = tensors["latent"]
             yield LatentPair(
                 row["prompt"],
@@ -280,6 +287,7 @@ def write_output(
 
 def _table_of(scores: Sequence[Sequence[float | None]], columns: int) -> torch.Tensor:
     """Scores of prompts as fp64 (P, K), NaN where there is none."""
+    # JSON has no NaN: null stands for it
     table = torch.full((len(scores), columns), float("nan"), dtype=torch.float64)
     for i, row in enumerate(scores):
         for k, value in enumerate(row):

@@ -39,6 +39,7 @@ def run(cfg: PairsRun, *, resume: str) -> None:
     from common.cli import exit_with_error
     from launch.evaluation.results_table import all_ranks
 
+    # prompts are sampled; a table names files that people compared
     make = pairs_of_prompts if cfg.table is None else pairs_of_table
     with all_ranks():
         try:
@@ -162,6 +163,7 @@ def identity_of(cfg: PairsRun, *inputs: str | None) -> dict[str, Any]:
     """Return everything that decides the set's bytes: settings and input fingerprints."""
     from launch.evaluation.results_table import fingerprint
 
+    # where the set is written changes none of its bytes
     settings = asdict(cfg)
     for name in NOT_IN_A_PAIR:
         settings.pop(name)
@@ -181,6 +183,7 @@ def is_complete(folder: Path, identity: dict[str, Any], resume: str) -> bool:
     from common.run_record import differences
     from engine.guard import folder_problem
 
+    # ranks on several nodes must see the same folder
     problem = folder_problem(folder)
     if problem:
         raise ValueError(problem)

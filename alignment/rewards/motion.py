@@ -38,7 +38,10 @@ class Smoothness:
             return Score(torch.full((len(prompts),), math.nan))
         # second difference in time: 0 where motion is even
         x = video_BTYXC.float() / 255
-        bend = (x[:, 2:] - 2 * x[:, 1:-1] + x[:, :-2]).abs()
+        after = x[:, 2:]
+        inner = x[:, 1:-1]
+        before = x[:, :-2]
+        bend = (after - 2 * inner + before).abs()
         return Score(-bend.flatten(1).mean(dim=1))
 
 
@@ -70,7 +73,8 @@ class Dynamics:
         speeds = [self._speed(video_TYXC) for video_TYXC in video_BTYXC]
         # pixels a frame -> diagonals a second
         diagonal = math.hypot(height, width)
-        return Score(torch.tensor(speeds, dtype=torch.float32) * fps / diagonal)
+        speed_B = torch.tensor(speeds, dtype=torch.float32)
+        return Score(speed_B * fps / diagonal)
 
     def _speed(self, video_TYXC: Tensor) -> float:
         """The speed in pixels a frame."""
