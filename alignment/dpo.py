@@ -1,7 +1,8 @@
-"""Training on pairs of latents: Flow-DPO (2501.13918), Flow-RWR and plain fine-tuning, one step from disk to metrics.
+"""Train on pairs of latents: Flow-DPO (2501.13918), Flow-RWR and supervised fine-tuning.
 
-The loop knows the Protocols of `common.types` and the files of `alignment.pair_store` only. sigma and noise of a pair
-come from (seed, step, its place in the step): neither ranks nor micro-batches change them.
+The loop uses the Protocols of `common.types` and the files of `alignment.pair_store` only.
+sigma and noise of a pair come from (seed, step, its place in the step): neither ranks nor
+micro-batches change them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from alignment.dpo_losses import beta_at, flow_dpo_terms, rwr_weights
+from alignment.dpo_losses import DpoTerms, beta_at, flow_dpo_terms, rwr_weights
 from common import faults
 from common.distributed import gather_rows, generator, own_batches, rank, world_size
 from common.log import say
@@ -26,54 +27,66 @@ if TYPE_CHECKING:
     from alignment.pair_store import PairBatch, PairSet
     from common.types import Engine, Generator
 
-BINS = 5  # of noise levels in the metrics
+# Loss and accuracy are logged for this many intervals of the noise level.
+SIGMA_BINS = 5
 
 
 class NoiseDraw(NamedTuple):
-    """What a pair's winner and loser share: noise levels (N,) and noises (N, C, F, H, W)."""
+    """Noise levels (N,) and noises (N, C, F, H, W) that both videos of a pair share."""
 
     sigma_N: Tensor
     noise_NCFHW: Tensor
 
 
-class Errors(NamedTuple):
-    """Flow errors of winners and losers, (N,); NaN of losers where nobody asked for them."""
+class FlowErrors(NamedTuple):
+    """Flow errors of the chosen and the rejected videos, (N,)."""
 
     chosen_N: Tensor
     rejected_N: Tensor
 
 
-class PairTerms(NamedTuple):
-    """Per pair, (N,): what its loss is, and how its errors compare with the reference's (NaN without one)."""
-
-    loss_N: Tensor
-    chosen_change_N: Tensor
-    rejected_change_N: Tensor
-
-
 def steps_of(cfg: DpoConfig, pairs: int) -> int:
-    """Optimizer steps of a run: epochs x pairs / pairs_per_step, rounded down, but one."""
-    return max(1, int(cfg.epochs * pairs / cfg.pairs_per_step))
+    """Return the optimizer steps of a run: epochs x pairs / pairs_per_step, at least 1."""
+    steps = int(cfg.epochs * pairs / cfg.pairs_per_step)
+    return max(1, steps)
+
+
+def backwards_per_update(cfg: DpoConfig, ranks: int) -> int:
+    """Return the backwards of an optimizer step on each rank.
+
+    Raises ValueError when ranks and micro-batches do not divide ``pairs_per_step``.
+    """
+    together = ranks * cfg.micro_batch
+    if cfg.pairs_per_step % together:
+        raise ValueError(
+            f"dpo.pairs_per_step={cfg.pairs_per_step} is over all ranks: it must be a multiple "
+            f"of {ranks} ranks x dpo.micro_batch={cfg.micro_batch}"
+        )
+    return cfg.pairs_per_step // together
 
 
 def draw_sigma(cfg: DpoConfig, source: torch.Generator) -> float:
-    """One noise level by ``noise``, then ``noise_shift``. In (0, 1)."""
+    """Draw a noise level in (0, 1) by ``noise``, then shift it by ``noise_shift``."""
     if cfg.noise == "uniform":
-        u = float(torch.rand((), generator=source, dtype=torch.float64))
-        u = min(max(u, 1e-6), 1 - 1e-6)
+        draw = torch.rand((), generator=source, dtype=torch.float64)
+        # sigma stays inside (0, 1)
+        u = min(max(float(draw), 1e-6), 1 - 1e-6)
     else:
-        u = float(torch.randn((), generator=source, dtype=torch.float64).sigmoid())
-    return cfg.noise_shift * u / (1 + (cfg.noise_shift - 1) * u)
+        draw = torch.randn((), generator=source, dtype=torch.float64)
+        u = float(draw.sigmoid())
+    shift = cfg.noise_shift
+    return shift * u / (1 + (shift - 1) * u)
 
 
 class DpoLoop:
-    """The state of a run is the generator's weights and the engine's; a step is a function of its number.
+    """The training loop on pairs. Its state is the weights: a step is a function of its number.
 
-    pairs      what is trained on; an online run sets another one on the way
-    engine     must accumulate `backwards` gradients before it takes a step
-    grad_norm  asked after each optimizer step, if given: the norm before clipping, or None
+    pairs      The pairs to train on; `use` replaces them during an online run.
+    engine     It must accumulate ``backwards`` gradients before it takes a step.
+    grad_norm  Returns the gradient's norm before clipping, or None, after an optimizer step.
 
-    Raises ValueError when ranks and micro-batches do not divide ``pairs_per_step``, or "rwr" gets pairs without values.
+    Raises ValueError when ranks and micro-batches do not divide ``pairs_per_step``, and when
+    "rwr" gets pairs without values.
     """
 
     def __init__(
@@ -86,14 +99,13 @@ class DpoLoop:
         seed: int,
         grad_norm: Callable[[], float | Tensor | None] | None = None,
     ) -> None:
-        self.cfg, self.generator, self.engine, self.seed, self.grad_norm = (
-            cfg,
-            generator,
-            engine,
-            seed,
-            grad_norm,
-        )
+        self.cfg = cfg
+        self.generator = generator
+        self.engine = engine
+        self.seed = seed
+        self.grad_norm = grad_norm
         self.backwards = backwards_per_update(cfg, world_size())
+        # changes of the chosen videos' error in the last steps, see `rising`
         self.watched: deque[float] = deque(maxlen=cfg.displacement_window)
         self.use(pairs)
 
@@ -101,177 +113,238 @@ class DpoLoop:
         """Train on these pairs from now on."""
         self.pairs = pairs
         self.schedule = IndexSchedule(
-            len(pairs), seed=self.seed, per_step=self.cfg.pairs_per_step, name="pairs"
+            len(pairs),
+            seed=self.seed,
+            per_step=self.cfg.pairs_per_step,
+            name="pairs",
         )
+        # the weights of Flow-RWR go over all videos of the set
         if self.cfg.method == "rwr":
-            self.weight_N2 = rwr_weights(
-                pairs.values().flatten(), temperature=self.cfg.temperature
-            ).view(-1, 2)
+            values = pairs.values().flatten()
+            weight = rwr_weights(values, temperature=self.cfg.temperature)
+            self.weight_N2 = weight.view(-1, 2)
 
     def step(self, step: int) -> dict[str, float]:
-        """Optimizer step number ``step`` (from 0) on ``pairs_per_step`` pairs over all ranks; metrics over all of them.
+        """One optimizer step: read pairs, draw noise, compute the loss, update.
 
-        A loss that is no number is told; what becomes of its gradient is the engine's affair.
+        ``step`` counts from 0; the step takes ``pairs_per_step`` pairs over all ranks, and the
+        metrics are over all of them. A loss that is not finite is reported; what happens to its
+        gradient is decided by the engine.
         """
-        indices, size = self.schedule.at(step), self.cfg.micro_batch
-        share = len(indices) // world_size()
+        scheduled = self.schedule.at(step)
+        share = len(scheduled) // world_size()
+        first = rank() * share
         rows = []
-        for start in range(rank() * share, (rank() + 1) * share, size):
-            places = range(start, start + size)
-            batch = self.pairs.read([indices[i] for i in places])
+        for start in range(first, first + share, self.cfg.micro_batch):
+            # 1. Read the latents and prompt embeddings of a micro-batch.
+            places = range(start, start + self.cfg.micro_batch)
+            indices = [scheduled[place] for place in places]
+            batch = self.pairs.read(indices)
+
+            # 2. Draw a noise level and a noise for each pair.
             draw = self.draw(batch, "step", step, places)
+
+            # 3. The loss of each pair by the run's method.
             faults.point("forward")
-            terms = self.terms(batch, draw, [indices[i] for i in places])
+            terms = self.training_terms(batch, draw, indices)
             loss = terms.loss_N.mean()
             if not math.isfinite(float(loss.detach())):
                 say(
-                    f"step {step}: the loss is {float(loss.detach())} for pairs {[indices[i] for i in places]}"
+                    f"step {step}: the loss is {float(loss.detach())} for pairs {indices}"
                 )
+
+            # 4. Backward; the engine takes the optimizer step on the last micro-batch.
             faults.point("backward")
             self.engine.backward(loss)
             faults.point("update")
             self.engine.step()
-            rows.append(
-                torch.stack(
-                    [draw.sigma_N, *(one.detach().float().cpu() for one in terms)],
-                    dim=1,
-                )
-            )
+            rows.append(_metric_rows(draw, terms))
+
+        # 5. Metrics over the pairs of all ranks.
         metrics = summarise(gather_rows(torch.cat(rows)), self.cfg, "train")
-        norm = self.grad_norm() if self.grad_norm is not None else None
+        # the engine knows the norm since its optimizer step
+        norm = None if self.grad_norm is None else self.grad_norm()
         if norm is not None:
             metrics["train/grad_norm"] = float(norm)
         self.watched.append(metrics.get("train/chosen_change", math.nan))
         return metrics
 
     @torch.no_grad()
-    def evaluate(self, pairs: PairSet, *, limit: int) -> dict[str, float]:
-        """The same of the first held-out pairs, always at the same noise: ``heldout/...``. MEAN over pairs."""
+    def evaluate(
+        self,
+        pairs: PairSet,
+        *,
+        limit: int,
+    ) -> dict[str, float]:
+        """Measure Flow-DPO's metrics on the first held-out pairs, MEAN over pairs: ``heldout/...``.
+
+        The noise is the same in every evaluation. All methods are measured by the DPO loss.
+        """
         rows = []
-        for own in own_batches(min(limit, len(pairs)), self.cfg.micro_batch):
-            batch = pairs.read(own or [0])  # a sharded module is called by all ranks
-            draw = self.draw(batch, "heldout", 0, own or [0])
-            terms = self.terms(batch, draw, None)
-            found = torch.stack(
-                [draw.sigma_N, *(one.float().cpu() for one in terms)], dim=1
-            )
-            found = torch.cat(
-                [
-                    found,
-                    found.new_full((self.cfg.micro_batch - len(found), 4), math.nan),
-                ]
-            )
-            rows.append(found if own else torch.full_like(found, math.nan))
+        for indices in own_batches(min(limit, len(pairs)), self.cfg.micro_batch):
+            # all ranks must call a sharded module equally often: without a pair, on the first
+            places = indices or [0]
+            batch = pairs.read(places)
+            draw = self.draw(batch, "heldout", 0, places)
+            measured = _metric_rows(draw, self.dpo_terms(batch, draw))
+
+            # equally many rows on every rank; NaN marks the filling
+            padded = measured.new_full((self.cfg.micro_batch, 4), math.nan)
+            padded[: len(indices)] = measured[: len(indices)]
+            rows.append(padded)
         everything = gather_rows(torch.cat(rows))
-        return summarise(everything[~everything[:, 0].isnan()], self.cfg, "heldout")
+        pairs_N4 = everything[~everything[:, 0].isnan()]
+        return summarise(pairs_N4, self.cfg, "heldout")
 
     def rising(self) -> bool:
-        """Did the winner's error rise above the reference's, MEAN over the last ``watch`` steps?"""
-        full = len(self.watched) == self.cfg.displacement_window and not any(
-            map(math.isnan, self.watched)
-        )
-        return full and math.fsum(self.watched) > 0
+        """Return True when the chosen videos' error rose above the reference's (displacement).
+
+        It is the MEAN over the last ``displacement_window`` steps; False before there are so many.
+        """
+        if len(self.watched) < self.cfg.displacement_window:
+            return False
+        if any(math.isnan(change) for change in self.watched):
+            return False
+        return math.fsum(self.watched) > 0
 
     def draw(
-        self, batch: PairBatch, name: str, step: int, places: Sequence[int]
+        self,
+        batch: PairBatch,
+        name: str,
+        step: int,
+        places: Sequence[int],
     ) -> NoiseDraw:
-        """sigma and eps of each place: winner and loser get the same (Flow-DPO, equation 6)."""
-        sources = [generator(self.seed, "dpo", name, step, place) for place in places]
-        sigma_N = torch.tensor(
-            [draw_sigma(self.cfg, source) for source in sources], dtype=torch.float32
-        )
+        """Draw sigma and eps for each place of a step (Flow-DPO, equation 6).
+
+        The chosen and the rejected video of a pair get the same.
+        """
         shape = batch.chosen_NCFHW.shape[1:]
-        return NoiseDraw(
-            sigma_N,
-            torch.stack([torch.randn(shape, generator=source) for source in sources]),
-        )
+        sigmas = []
+        noises = []
+        for place in places:
+            source = generator(self.seed, "dpo", name, step, place)
+            sigmas.append(draw_sigma(self.cfg, source))
+            noises.append(torch.randn(shape, generator=source))
+        sigma_N = torch.tensor(sigmas, dtype=torch.float32)
+        return NoiseDraw(sigma_N, torch.stack(noises))
 
-    def terms(
-        self, batch: PairBatch, draw: NoiseDraw, indices: Sequence[int] | None
-    ) -> PairTerms:
-        """Each pair's loss by the config's method; grad as the caller has it. ``indices`` None measures as "dpo"."""
+    def training_terms(
+        self,
+        batch: PairBatch,
+        draw: NoiseDraw,
+        indices: Sequence[int],
+    ) -> DpoTerms:
+        """Compute each pair's loss by the run's method, with grad."""
+        if self.cfg.method == "dpo":
+            return self.dpo_terms(batch, draw)
         with self.generator.given_prompts(batch.embeddings):
-            policy = self.errors(
-                batch, draw, losers=self.cfg.method != "sft" or indices is None
-            )
-            if self.cfg.method == "dpo" or indices is None:
-                with torch.no_grad(), self.generator.reference():
-                    reference = self.errors(batch, draw, losers=True)
-        if self.cfg.method == "dpo" or indices is None:
-            sigma_N = draw.sigma_N.to(policy.chosen_N.device)
-            beta_N = beta_at(
-                sigma_N, beta=self.cfg.beta, schedule=self.cfg.beta_schedule
-            )
-            found = PairTerms(*flow_dpo_terms(*policy, *reference, beta_N=beta_N))
-            extra = (
-                self.cfg.sft_weight * policy.chosen_N if self.cfg.sft_weight else 0.0
-            )
-            return found._replace(loss_N=found.loss_N + extra)
-        unknown = torch.full_like(policy.chosen_N.detach(), math.nan)
-        if self.cfg.method == "sft":
-            return PairTerms(policy.chosen_N, unknown, unknown)
-        weight_N2 = self.weight_N2[list(indices)].to(policy.chosen_N.device)
-        both = (
-            weight_N2[:, 0] * policy.chosen_N + weight_N2[:, 1] * policy.rejected_N
-        ) / 2
-        return PairTerms(both, unknown, unknown)
+            # supervised fine-tuning: the flow error of the chosen videos
+            if self.cfg.method == "sft":
+                return _without_reference(self.chosen_error(batch, draw))
 
-    def errors(self, batch: PairBatch, draw: NoiseDraw, *, losers: bool) -> Errors:
-        """One forward: winners, and with ``losers`` losers behind them."""
-        count, copies = len(batch.prompts), 1 + losers
-        clean = (
-            torch.cat([batch.chosen_NCFHW, batch.rejected_NCFHW])
-            if losers
-            else batch.chosen_NCFHW
+            # RWR: the weighted flow error of all videos
+            errors = self.errors(batch, draw)
+        weight_N2 = self.weight_N2[list(indices)].to(errors.chosen_N.device)
+        chosen_N = weight_N2[:, 0] * errors.chosen_N
+        rejected_N = weight_N2[:, 1] * errors.rejected_N
+        return _without_reference((chosen_N + rejected_N) / 2)
+
+    def dpo_terms(self, batch: PairBatch, draw: NoiseDraw) -> DpoTerms:
+        """Compute each pair's DPO loss, plus ``sft_weight`` times the chosen video's error."""
+        with self.generator.given_prompts(batch.embeddings):
+            # the policy with grad, then the frozen reference
+            policy = self.errors(batch, draw)
+            with torch.no_grad(), self.generator.reference():
+                reference = self.errors(batch, draw)
+        sigma_N = draw.sigma_N.to(policy.chosen_N.device)
+        beta_N = beta_at(
+            sigma_N,
+            beta=self.cfg.beta,
+            schedule=self.cfg.beta_schedule,
         )
-        noise, sigma = (
-            torch.cat([draw.noise_NCFHW] * copies),
-            torch.cat([draw.sigma_N] * copies),
-        )
+        # the loss, and what holds the chosen video's error down
+        terms = flow_dpo_terms(*policy, *reference, beta_N=beta_N)
+        if self.cfg.sft_weight:
+            extra_N = self.cfg.sft_weight * policy.chosen_N
+            terms = terms._replace(loss_N=terms.loss_N + extra_N)
+        return terms
+
+    def errors(self, batch: PairBatch, draw: NoiseDraw) -> FlowErrors:
+        """Compute the flow errors of both videos of each pair in one forward."""
         error = self.generator.flow_error(
-            clean, noise, sigma, [*batch.prompts] * copies
+            torch.cat([batch.chosen_NCFHW, batch.rejected_NCFHW]),
+            torch.cat([draw.noise_NCFHW, draw.noise_NCFHW]),
+            torch.cat([draw.sigma_N, draw.sigma_N]),
+            [*batch.prompts, *batch.prompts],
         )
-        return Errors(
-            error[:count],
-            error[count:] if losers else torch.full_like(error.detach(), math.nan),
+        count = len(batch.prompts)
+        chosen_N = error[:count]
+        rejected_N = error[count:]
+        return FlowErrors(chosen_N, rejected_N)
+
+    def chosen_error(self, batch: PairBatch, draw: NoiseDraw) -> Tensor:
+        """Compute the flow errors of the chosen videos alone, (N,)."""
+        return self.generator.flow_error(
+            batch.chosen_NCFHW,
+            draw.noise_NCFHW,
+            draw.sigma_N,
+            [*batch.prompts],
         )
 
 
-def backwards_per_update(cfg: DpoConfig, ranks: int) -> int:
-    """Backwards of one optimizer step on each rank. Raises ValueError when the pairs cannot be shared evenly."""
-    if cfg.pairs_per_step % (ranks * cfg.micro_batch):
-        raise ValueError(
-            f"dpo.pairs_per_step={cfg.pairs_per_step} is over all ranks: it must be a multiple of "
-            f"{ranks} ranks x dpo.micro_batch={cfg.micro_batch}"
-        )
-    return cfg.pairs_per_step // (ranks * cfg.micro_batch)
+def summarise(
+    rows_N4: Tensor,
+    cfg: DpoConfig,
+    prefix: str,
+) -> dict[str, float]:
+    """Compute the metrics of pairs from rows (sigma, loss, chosen_change, rejected_change).
 
-
-def summarise(rows_N4: Tensor, cfg: DpoConfig, prefix: str) -> dict[str, float]:
-    """Metrics of pairs from rows (sigma, loss, chosen_change, rejected_change): MEANS over pairs, ``prefix/...``.
-
-    accuracy is the share of pairs whose winner gained on its loser, a tie one half; push is the mean of
-    |beta / 2 (d_w - d_l)|, healthy between 0.05 and 3. Loss and accuracy come for each fifth of the noise levels too.
+    All are MEANS over pairs, named ``prefix/...``. accuracy is the share of pairs whose chosen
+    video gained on the rejected one, a tie counts one half; dpo_logit_abs is the mean of
+    |beta / 2 (d_c - d_r)|, healthy between 0.05 and 3. Loss and accuracy are also given for
+    each fifth of the noise levels.
     """
     sigma_N, loss_N, chosen_N, rejected_N = rows_N4.double().unbind(dim=1)
     metrics = {"loss": float(loss_N.mean())}
+
+    # without a reference (sft, rwr) the changes are NaN and only the loss is known
     known = bool(chosen_N.isfinite().all())
-    right_N = ((chosen_N < rejected_N).double() + (chosen_N <= rejected_N).double()) / 2
+    gained_N = (chosen_N < rejected_N).double()
+    gained_or_tied_N = (chosen_N <= rejected_N).double()
+    right_N = (gained_N + gained_or_tied_N) / 2
     if known:
-        beta_N = beta_at(sigma_N, beta=cfg.beta, schedule=cfg.beta_schedule)
-        metrics |= {
-            "accuracy": float(right_N.mean()),
-            "chosen_change": float(chosen_N.mean()),
-        }
-        metrics |= {
-            "rejected_change": float(rejected_N.mean()),
-            "push": float((beta_N / 2 * (chosen_N - rejected_N)).abs().mean()),
-        }
-    for place in range(BINS):
-        inside = (sigma_N * BINS).long().clamp(max=BINS - 1) == place
-        if bool(inside.any()):
-            name = f"sigma_{place / BINS:g}-{(place + 1) / BINS:g}"
-            metrics[f"loss_{name}"] = float(loss_N[inside].mean())
+        beta_N = beta_at(
+            sigma_N,
+            beta=cfg.beta,
+            schedule=cfg.beta_schedule,
+        )
+        logit_N = beta_N / 2 * (chosen_N - rejected_N)
+        metrics["accuracy"] = float(right_N.mean())
+        metrics["chosen_change"] = float(chosen_N.mean())
+        metrics["rejected_change"] = float(rejected_N.mean())
+        metrics["dpo_logit_abs"] = float(logit_N.abs().mean())
+
+    # loss and accuracy by noise level
+    bin_N = (sigma_N * SIGMA_BINS).long().clamp(max=SIGMA_BINS - 1)
+    for place in range(SIGMA_BINS):
+        inside_N = bin_N == place
+        if bool(inside_N.any()):
+            name = f"sigma_{place / SIGMA_BINS:g}-{(place + 1) / SIGMA_BINS:g}"
+            metrics[f"loss_{name}"] = float(loss_N[inside_N].mean())
             if known:
-                metrics[f"accuracy_{name}"] = float(right_N[inside].mean())
+                metrics[f"accuracy_{name}"] = float(right_N[inside_N].mean())
     return {f"{prefix}/{key}": value for key, value in metrics.items()}
+
+
+def _without_reference(loss_N: Tensor) -> DpoTerms:
+    """The terms of a method that compares with no reference."""
+    unknown_N = torch.full_like(loss_N.detach(), math.nan)
+    return DpoTerms(loss_N, unknown_N, unknown_N)
+
+
+def _metric_rows(draw: NoiseDraw, terms: DpoTerms) -> Tensor:
+    """Rows (sigma, loss, chosen_change, rejected_change) for `summarise`, (N, 4) on the CPU."""
+    columns = [draw.sigma_N]
+    for term_N in terms:
+        columns.append(term_N.detach().float().cpu())
+    return torch.stack(columns, dim=1)

@@ -1,4 +1,4 @@
-"""The losses of alignment: tensors and numbers in, `LossOutput` out."""
+"""GRPO's losses: tensors and numbers in, `LossOutput` out."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from common.types import LossOutput
 if TYPE_CHECKING:
     from torch import Tensor
 
-SINGULAR_GAP = 1e-7  # fp32's resolution at 1
+# fp32's resolution at 1: a sigma closer to 1 makes the paper's weights infinite.
+SINGULAR_GAP = 1e-7
 
 
 class StepWeights(NamedTuple):
-    """Factors that make both GRPO terms weigh alike at every noise level."""
+    """Factors that give both GRPO terms the same size at every noise level."""
 
     policy: float
     kl: float
@@ -29,33 +30,41 @@ def step_weights(
     gain: float,
     form: Literal["none", "finite", "paper", "unit"] = "finite",
 ) -> StepWeights:
-    """lambda_policy, and lambda_KL = its square, by one of these forms, with delta = sigma - sigma_next.
+    """Compute lambda_policy, and lambda_KL = its square, with delta = sigma - sigma_next.
 
-    finite  std / delta. LongCat-Video 2510.22200, equations 6 to 8, with the truncated noise: the policy term then
-            pushes the velocity by c~ A xi, c~ from 3/2 where nothing is truncated to 1 at sigma = 1 (its issue 80)
-    paper   sqrt(sigma / (delta (1 - sigma))), as those equations stand, for noise that is not truncated. With truncated
-            noise the push grows without bound towards sigma = 1 (327 times at 1 - 1e-6), where it is refused
-    unit    std / gain: the push is A xi at every step and for every kernel (Flash-GRPO 2605.15980, rectification)
-    none    1: the push is gain / std, which vanishes towards pure noise
+    finite  std / delta. LongCat-Video 2510.22200, equations 6 to 8, with the truncated noise:
+            the policy term then pushes the velocity by c~ A xi, with c~ from 3/2 where nothing
+            is truncated to 1 at sigma = 1 (issue 80 of its repository).
+    paper   sqrt(sigma / (delta (1 - sigma))), as those equations stand, for noise that is not
+            truncated. With truncated noise the push grows without bound towards sigma = 1
+            (327 times at 1 - 1e-6), where this form raises ValueError.
+    unit    std / gain: the push is A xi at every step and for every kernel (Flash-GRPO
+            2605.15980, rectification).
+    none    1: the push is gain / std, which vanishes towards pure noise.
 
-    The std and gain of a step hold its truncation, so no sampler setting is needed. Raises ValueError unless
-    sigma > sigma_next, std > 0 and gain > 0.
+    std and gain of a step include its truncation, so no sampler setting is needed. Raises
+    ValueError unless sigma > sigma_next, std > 0 and gain > 0.
     """
+    # sampling walks sigma down
     delta = sigma - sigma_next
     if not delta > 0.0 or not std > 0.0 or not gain > 0.0:
         raise ValueError(
-            f"step_weights needs sigma > sigma_next, std > 0 and gain > 0, got {sigma}, {sigma_next}, {std} and {gain}"
+            "step_weights needs sigma > sigma_next, std > 0 and gain > 0, "
+            f"got {sigma}, {sigma_next}, {std} and {gain}"
         )
     if form == "none":
         return StepWeights(1.0, 1.0)
     if form == "paper":
         if 1.0 - sigma < SINGULAR_GAP:
             raise ValueError(
-                f"the paper's weights are infinite at sigma={sigma}: start later, or use the finite form"
+                f"reweight=paper has infinite weights at sigma={sigma}: "
+                "start the stochastic steps later, or use reweight=finite"
             )
         policy = math.sqrt(sigma / (delta * (1.0 - sigma)))
+    elif form == "finite":
+        policy = std / delta
     else:
-        policy = std / (delta if form == "finite" else gain)
+        policy = std / gain
     return StepWeights(policy, policy**2)
 
 
@@ -73,21 +82,25 @@ def grpo_group_loss(
     """GRPO's loss of one group at one stochastic step; MEAN over members.
 
         r_g  = exp(log_prob_g - old_log_prob_g)
-        loss = lambda_policy * -mean_g[ min(r_g A_g, clip(r_g, 1 - low, 1 + high) A_g) ]  +  beta lambda_KL * KL
+        loss = lambda_policy * -mean_g[ min(r_g A_g, clip(r_g, 1 - low, 1 + high) A_g) ]
+               + beta lambda_KL * KL
 
-    (LongCat-Video 2510.22200, equation 8, as a loss to minimise.) With s the diffusion coefficient of the step, xi_g
-    the noise of member g and c~ = 1 + s^2 (1 - sigma) / (2 sigma), at r = 1 and with the weights of `step_weights`
+    (LongCat-Video 2510.22200, equation 8, as a loss to minimise.) With s the diffusion
+    coefficient of the step, xi_g the noise of member g and
+    c~ = 1 + s^2 (1 - sigma) / (2 sigma), at r = 1 and with the weights of `step_weights`
 
         d loss = c~ mean_g[ A_g mean(xi_g dv) ]  +  beta c~^2 mean( (v - v_ref) dv )
 
-    where the inner means go over latent elements, as in `common.gaussian`. policy_weight is lambda_policy, and
-    kl_weight_scaled is beta lambda_KL. An unjudged member has advantage 0 and still counts in the mean, so that a group
-    weighs the same whoever judged it. log-probs and advantages are (G,); kl is (M,), 1 for members that share their
-    law, of which the MEAN is taken; None for no such term. Clips of None never bind. Gradient flows through log_prob_G
-    and kl.
+    where the inner means go over latent elements, as in `common.gaussian`. policy_weight is
+    lambda_policy, and kl_weight_scaled is beta lambda_KL. A member without a score has
+    advantage 0 and still counts in the mean, so that every group has the same weight.
+    log-probs and advantages are (G,); kl is (M,), with M = 1 for members that share their
+    transition, and its MEAN is taken; None for no KL term. Clips of None never bind. Gradient
+    flows through log_prob_G and kl.
 
     Metrics: loss, kl (the plain KL, unweighted), ratio_mean, ratio_dev (max |r - 1|), clip_frac.
     """
+    # the policy term
     surrogate = clipped_surrogate(
         log_prob_G,
         old_log_prob_G,
@@ -96,10 +109,11 @@ def grpo_group_loss(
         clip_high=math.inf if clip_high is None else clip_high,
     )
     loss = policy_weight * surrogate.loss
-    metrics = {
-        name: surrogate.metrics[name]
-        for name in ("ratio_mean", "ratio_dev", "clip_frac")
-    }
+    metrics = {}
+    for name in ("ratio_mean", "ratio_dev", "clip_frac"):
+        metrics[name] = surrogate.metrics[name]
+
+    # the KL to the reference policy
     if kl is not None:
         loss = loss + kl_weight_scaled * kl.mean()
         metrics["kl"] = float(kl.detach().mean())

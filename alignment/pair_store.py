@@ -1,8 +1,10 @@
-"""Pairs of latents on disk, encoded once: training on them needs neither VAE nor text encoder.
+"""A set of pairs on disk: latents and prompt embeddings, so that training needs no encoders.
 
-manifest.json              latent shape, shards with size and SHA-256, what the pairs were made of; written last
-index.jsonl                a line for each pair: its prompt, place, and what its videos were worth
-shards/00000.safetensors   chosen (n, C, F, H, W), rejected (n, C, F, H, W); prompt.i (L, D), one for each different prompt
+manifest.json              latent shape, shards with size and SHA-256, what the pairs were made
+                           of; written last
+index.jsonl                a line per pair: its prompt, its place, and the values of its videos
+shards/00000.safetensors   chosen (n, C, F, H, W), rejected (n, C, F, H, W), and prompt.i (L, D)
+                           for each different prompt
 """
 
 from __future__ import annotations
@@ -21,18 +23,21 @@ from common.files import replace_text, replaced, sha256
 if TYPE_CHECKING:
     from torch import Tensor
 
-MANIFEST, INDEX, SHARDS = "manifest.json", "index.jsonl", "shards"
-VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "index.jsonl"
+SHARDS = "shards"
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class PairRow:
-    """One pair's line in the index.
+    """A pair's line in the index.
 
-    shard, row            where its latents are
-    embedding             number i of prompt.i in that shard
-    chosen_value, rejected_value what the videos are worth, normalised; null where people only said which is better
-    source                where it came from, for people: seeds, or files
+    shard, row      The place of its latents.
+    embedding       The number i of its prompt.i in that shard.
+    chosen_value, rejected_value  The normalised values of its videos; null where people only
+                    said which video is better.
+    source          The seeds or files of its videos, for people.
     """
 
     prompt: str
@@ -46,7 +51,7 @@ class PairRow:
 
 @dataclass(frozen=True)
 class LatentPair:
-    """A pair in memory, before it is written: clean normalised latents, the prompt's embedding without its padding."""
+    """A pair in memory: clean normalised latents, and the prompt's embedding without padding."""
 
     prompt: str
     chosen_CFHW: Tensor
@@ -59,27 +64,12 @@ class LatentPair:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Some pairs, as `PairSet.read` gives them: latents fp32 (N, C, F, H, W)."""
+    """Pairs as `PairSet.read` returns them: latents in fp32, (N, C, F, H, W)."""
 
     prompts: tuple[str, ...]
     chosen_NCFHW: Tensor
     rejected_NCFHW: Tensor
     embeddings: Mapping[str, Tensor]
-
-    def __post_init__(self) -> None:
-        if not len(self.prompts) == len(self.chosen_NCFHW) == len(self.rejected_NCFHW):
-            sizes = (
-                len(self.prompts),
-                len(self.chosen_NCFHW),
-                len(self.rejected_NCFHW),
-            )
-            raise ValueError(
-                f"PairBatch holds {sizes[0]} prompts, {sizes[1]} winners and {sizes[2]} losers"
-            )
-        if self.chosen_NCFHW.shape != self.rejected_NCFHW.shape:
-            raise ValueError(
-                f"PairBatch: {tuple(self.chosen_NCFHW.shape)} against {tuple(self.rejected_NCFHW.shape)}"
-            )
 
 
 def write_pairs(
@@ -90,47 +80,44 @@ def write_pairs(
     dtype: torch.dtype,
     about: Mapping[str, Any],
 ) -> int:
-    """Write a set of pairs; how many. The same pairs give the same bytes. A folder without manifest.json is not whole.
+    """Write a set of pairs and return their number. The same pairs give the same bytes.
 
-    per_shard  pairs in one file, dtype of the stored latents; embeddings keep theirs
-    about      JSON: what the pairs were made of
+    ``per_shard`` is the number of pairs in a file, ``dtype`` that of the stored latents;
+    embeddings keep theirs. ``about`` is JSON: what the pairs were made of. A folder without a
+    manifest is an unfinished set.
     """
     folder = Path(folder)
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+    # a set that is being written again is unfinished
     (folder / MANIFEST).unlink(missing_ok=True)
+
+    # the shards, and each pair's line in the index
     rows: list[PairRow] = []
     files: dict[str, dict[str, Any]] = {}
     shape: tuple[int, ...] = ()
-    for number, part in enumerate(_parts(pairs, per_shard)):
-        shape = tuple(part[0].chosen_CFHW.shape)
-        prompts = list(dict.fromkeys(pair.prompt for pair in part))
-        tensors = {
-            "chosen": torch.stack([pair.chosen_CFHW for pair in part]).to(dtype),
-            "rejected": torch.stack([pair.rejected_CFHW for pair in part]).to(dtype),
-        }
-        tensors |= {
-            f"prompt.{prompts.index(pair.prompt)}": pair.embedding_LD.contiguous()
-            for pair in part
-        }
+    for number, shard in enumerate(_in_shards(pairs, per_shard)):
+        shape = tuple(shard[0].chosen_CFHW.shape)
+        # each different prompt's embedding is stored once in a shard
+        prompts = list(dict.fromkeys(pair.prompt for pair in shard))
         name = f"{SHARDS}/{number:05d}.safetensors"
-        files[name] = _write_shard(folder / name, tensors)
-        rows += [
-            PairRow(
-                p.prompt,
-                number,
-                i,
-                prompts.index(p.prompt),
-                p.chosen_value,
-                p.rejected_value,
-                p.source,
+        files[name] = _write_shard(folder / name, shard, prompts, dtype)
+        for i, pair in enumerate(shard):
+            row = PairRow(
+                prompt=pair.prompt,
+                shard=number,
+                row=i,
+                embedding=prompts.index(pair.prompt),
+                chosen_value=pair.chosen_value,
+                rejected_value=pair.rejected_value,
+                source=pair.source,
             )
-            for i, p in enumerate(part)
-        ]
-    text = "".join(
-        json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
-        for row in rows
-    )
-    replace_text(folder / INDEX, text)
+            rows.append(row)
+
+    # the index, then the manifest, which makes the set complete
+    lines = []
+    for row in rows:
+        lines.append(json.dumps(asdict(row), ensure_ascii=False, allow_nan=False))
+    replace_text(folder / INDEX, "".join(line + "\n" for line in lines))
     manifest = {
         "version": VERSION,
         "pairs": len(rows),
@@ -138,45 +125,32 @@ def write_pairs(
         "files": files,
         "about": dict(about),
     }
-    replace_text(
-        folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    )
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    replace_text(folder / MANIFEST, text + "\n")
     return len(rows)
 
 
 class PairSet:
-    """Reads what `write_pairs` wrote. Raises ValueError, naming the file, for a set that is not whole or was changed.
+    """Reads a set that `write_pairs` wrote.
 
-    check  "size" of every shard, which takes no time; or its "sha256" too
+    ``check`` compares the "size" of every shard with the manifest, or its "sha256" too, which
+    reads every file. Raises ValueError, naming the file, for a set that is incomplete, changed,
+    or of another version.
     """
 
     def __init__(self, folder: str | Path, *, check: str = "size") -> None:
         self.folder = Path(folder)
-        try:
-            manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{self.folder} holds no whole set of pairs: it has no {MANIFEST}"
-            ) from error
-        if manifest.get("version") != VERSION:
-            raise ValueError(
-                f"{self.folder / MANIFEST} is of version {manifest.get('version')}, want {VERSION}"
-            )
+        manifest = self._read_manifest()
+        # every shard must be what the manifest describes
         for name, entry in manifest["files"].items():
-            file = self.folder / name
-            if not file.is_file() or file.stat().st_size != entry["size"]:
-                raise ValueError(
-                    f"{file} is missing or has another size than {MANIFEST} says"
-                )
-            if check == "sha256" and sha256(file) != entry["sha256"]:
-                raise ValueError(
-                    f"{file} was changed: its SHA-256 differs from {MANIFEST}"
-                )
+            self._check_file(self.folder / name, entry, check)
+        # the index, a row per pair
         lines = (self.folder / INDEX).read_text(encoding="utf-8").splitlines()
         self.rows = tuple(PairRow(**json.loads(line)) for line in lines)
         if len(self.rows) != manifest["pairs"]:
             raise ValueError(
-                f"{self.folder / INDEX} has {len(self.rows)} lines, {MANIFEST} says {manifest['pairs']}"
+                f"{self.folder / INDEX} has {len(self.rows)} lines, "
+                f"but {MANIFEST} counts {manifest['pairs']} pairs"
             )
         self.latent_shape = tuple(manifest["latent_shape"])
         self.about: dict[str, Any] = manifest["about"]
@@ -185,59 +159,87 @@ class PairSet:
         return len(self.rows)
 
     def read(self, indices: Sequence[int]) -> PairBatch:
-        """These pairs, read from their shards row by row."""
+        """Read these pairs from their shards, row by row."""
         from safetensors import safe_open
 
-        chosen, rejected, embeddings = [], [], {}
+        chosen = []
+        rejected = []
+        embeddings = {}
         for i in indices:
             row = self.rows[i]
-            with safe_open(
-                self.folder / SHARDS / f"{row.shard:05d}.safetensors", framework="pt"
-            ) as file:
-                chosen.append(file.get_slice("chosen")[row.row : row.row + 1].float())
-                rejected.append(
-                    file.get_slice("rejected")[row.row : row.row + 1].float()
-                )
+            path = self.folder / SHARDS / f"{row.shard:05d}.safetensors"
+            place = slice(row.row, row.row + 1)
+            # only the rows that are needed are read
+            with safe_open(path, framework="pt") as file:
+                chosen.append(file.get_slice("chosen")[place].float())
+                rejected.append(file.get_slice("rejected")[place].float())
                 if row.prompt not in embeddings:
                     embeddings[row.prompt] = file.get_tensor(f"prompt.{row.embedding}")
-        return PairBatch(
-            tuple(self.rows[i].prompt for i in indices),
-            torch.cat(chosen),
-            torch.cat(rejected),
-            embeddings,
-        )
+        prompts = tuple(self.rows[i].prompt for i in indices)
+        return PairBatch(prompts, torch.cat(chosen), torch.cat(rejected), embeddings)
 
     def values(self) -> Tensor:
-        """(N, 2) fp64, winners' and losers' worth; NaN where it is not known."""
-        unknown = [
-            math.nan if v is None else v
-            for row in self.rows
-            for v in (row.chosen_value, row.rejected_value)
-        ]
-        return torch.tensor(unknown, dtype=torch.float64).view(-1, 2)
+        """Return the values of the chosen and the rejected videos, (N, 2) fp64. NaN is unknown."""
+        # NaN where people only said which video is better
+        value_N2 = torch.full((len(self.rows), 2), math.nan, dtype=torch.float64)
+        for i, row in enumerate(self.rows):
+            if row.chosen_value is not None:
+                value_N2[i, 0] = row.chosen_value
+            if row.rejected_value is not None:
+                value_N2[i, 1] = row.rejected_value
+        return value_N2
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{self.folder} is no finished set of pairs: it has no {MANIFEST}"
+            ) from error
+        # other versions name their tensors differently
+        if manifest.get("version") != VERSION:
+            raise ValueError(
+                f"{path} has format version {manifest.get('version')}, this code reads "
+                f"version {VERSION}: make the set again with launch/pairs.py"
+            )
+        return manifest
+
+    @staticmethod
+    def _check_file(file: Path, entry: Mapping[str, Any], check: str) -> None:
+        if not file.is_file() or file.stat().st_size != entry["size"]:
+            raise ValueError(f"{file} is missing, or its size differs from {MANIFEST}")
+        if check == "sha256" and sha256(file) != entry["sha256"]:
+            raise ValueError(f"{file} was changed: its SHA-256 differs from {MANIFEST}")
 
 
-def _parts(pairs: Iterator[LatentPair], size: int) -> Iterator[list[LatentPair]]:
-    part: list[LatentPair] = []
+def _in_shards(pairs: Iterator[LatentPair], size: int) -> Iterator[list[LatentPair]]:
+    shard: list[LatentPair] = []
     for pair in pairs:
-        part.append(pair)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part
+        shard.append(pair)
+        if len(shard) == size:
+            yield shard
+            shard = []
+    if shard:
+        yield shard
 
 
-def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _write_shard(
+    path: Path, pairs: Sequence[LatentPair], prompts: Sequence[str], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Write the latents of these pairs and their prompts' embeddings; return size and SHA-256."""
     from safetensors.torch import save_file
 
+    tensors = {
+        "chosen": torch.stack([pair.chosen_CFHW for pair in pairs]).to(dtype),
+        "rejected": torch.stack([pair.rejected_CFHW for pair in pairs]).to(dtype),
+    }
+    for pair in pairs:
+        tensors[f"prompt.{prompts.index(pair.prompt)}"] = pair.embedding_LD
+    # a safetensors file holds no tensors that share memory, hence the copies
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.cpu().clone().contiguous()
     with replaced(path) as partial:
-        save_file(
-            {
-                name: tensor.cpu().clone().contiguous()
-                for name, tensor in tensors.items()
-            },
-            partial,
-        )
+        save_file(tensors, partial)
         entry = {"size": partial.stat().st_size, "sha256": sha256(partial)}
     return entry

@@ -1,4 +1,4 @@
-"""Prompts: reading them, and which ones a step draws: a function of seed and step, so resuming needs no state."""
+"""Read prompts, and choose those of a step as a function of seed and step."""
 
 from __future__ import annotations
 
@@ -12,23 +12,18 @@ from common.schedule import IndexSchedule
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a .txt file (one a line, blank lines skipped) or a .jsonl file ({"prompt": ...} a line).
+    """Read a .txt file (a prompt per line) or a .jsonl file ({"prompt": ...} per line).
 
-    Raises ValueError that names the file and the line for anything else, and for a file without prompts.
+    Blank lines are skipped. Raises ValueError, naming the file and the line, for anything
+    else and for a file without prompts.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: prompts are read from .txt or .jsonl files")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    # split, not splitlines: a prompt may hold other line separators
     parse = _json_prompt if path.suffix == ".jsonl" else str.strip
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_read_lines(path), start=1):
         if line.strip():
             try:
                 prompts.append(parse(line))
@@ -41,55 +36,66 @@ def read_prompts(path: str | Path) -> list[str]:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts of one step, in global order; ``seeds[i]`` decides everything random about ``prompts[i]``."""
+    """Prompts of a step, in global order. ``seeds[i]`` decides all randomness of ``prompts[i]``."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        if len(self.prompts) != len(self.seeds):
-            raise ValueError(
-                f"PromptBatch has {len(self.prompts)} prompts and {len(self.seeds)} seeds"
-            )
-
     def share(self, rank: int, world_size: int) -> PromptBatch:
-        """The contiguous part of one rank. Raises ValueError when the ranks' parts would differ in size."""
+        """Return the contiguous part of a rank. Raises ValueError when the parts are unequal."""
+        # equal parts, or collectives would wait for missing groups
         size, rest = divmod(len(self.prompts), world_size)
         if rest:
             raise ValueError(
                 f"{len(self.prompts)} prompts per step do not divide over {world_size} ranks"
             )
-        own = slice(rank * size, (rank + 1) * size)
-        return PromptBatch(self.prompts[own], self.seeds[own])
+        part = slice(rank * size, (rank + 1) * size)
+        return PromptBatch(self.prompts[part], self.seeds[part])
+
+    def single_prompts(self) -> list[PromptBatch]:
+        """Split into batches of a single prompt."""
+        count = len(self.prompts)
+        return [self.share(i, count) for i in range(count)]
 
 
 class PromptSchedule:
-    """Step -> prompts, by `IndexSchedule`."""
+    """Chooses the prompts of every step by `IndexSchedule`."""
 
     def __init__(
         self, prompts: Sequence[str], *, seed: int, prompts_per_step: int
     ) -> None:
         if not prompts or prompts_per_step < 1:
             raise ValueError(
-                f"need prompts and prompts_per_step >= 1, got {len(prompts)} and {prompts_per_step}"
+                "PromptSchedule needs prompts and prompts_per_step >= 1, "
+                f"got {len(prompts)} and {prompts_per_step}"
             )
-        self.prompts, self.seed, self.prompts_per_step = (
-            list(prompts),
-            seed,
-            prompts_per_step,
-        )
+        self.prompts = list(prompts)
+        self.seed = seed
+        self.prompts_per_step = prompts_per_step
         self._indices = IndexSchedule(
             len(self.prompts), seed=seed, per_step=prompts_per_step, name="prompts"
         )
 
     def at(self, step: int) -> PromptBatch:
-        """All ranks' prompts of one step, from 0."""
-        prompts = tuple(self.prompts[i] for i in self._indices.at(step))
-        seeds = tuple(
-            derive_seed(self.seed, "rollout", step, i)
-            for i in range(self.prompts_per_step)
-        )
-        return PromptBatch(prompts, seeds)
+        """Return all ranks' prompts of a step, counted from 0."""
+        prompts = []
+        seeds = []
+        for position, index in enumerate(self._indices.at(step)):
+            prompts.append(self.prompts[index])
+            # the seed depends on the place in the step, not on the rank that samples it
+            seeds.append(derive_seed(self.seed, "rollout", step, position))
+        return PromptBatch(tuple(prompts), tuple(seeds))
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        # the line of the first byte that is not UTF-8
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: not UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _json_prompt(line: str) -> str:

@@ -1,4 +1,4 @@
-"""Does a reward order videos sensibly? The same few, right and spoilt in ways whose effect people agree on."""
+"""Check that a reward orders videos sensibly: good videos against the same videos spoilt."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alignment.clips import RewardClip, score_clips
 from common.distributed import derive_seed
+from common.types import Score
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from common.types import RewardModel
 
 CASES = {
@@ -22,15 +24,40 @@ CASES = {
     "reversed": "its frames backwards",
     "twice the rate": "the same frames at twice the fps",
 }
-MUST = (
-    "wrong prompt",
-    "noise",
-)  # below the right one for any reward that reads prompts and looks at videos
+# Any reward that reads prompts and looks at videos gives these a lower score.
+MUST = ("wrong prompt", "noise")
+
+
+@dataclass(frozen=True)
+class RewardClip:
+    """A video (T, Y, X, 3) uint8 with its frame rate and its prompt."""
+
+    video_TYXC: Tensor
+    fps: float
+    prompt: str
+
+
+def score_clips(reward: RewardModel, clips: Sequence[RewardClip]) -> Score:
+    """Score clips of any sizes and rates, in order: a call for each size and rate."""
+    # the numbers of the clips of each size and rate
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for i, clip in enumerate(clips):
+        alike.setdefault((tuple(clip.video_TYXC.shape), clip.fps), []).append(i)
+
+    scores = []
+    for (_, fps), places in alike.items():
+        # a call of the reward takes videos of a common size and rate
+        video_BTYXC = torch.stack([clips[i].video_TYXC for i in places])
+        prompts = [clips[i].prompt for i in places]
+        scores.append((places, reward.score(video_BTYXC, prompts, fps=fps)))
+    return Score.placed(len(clips), scores)
 
 
 @dataclass(frozen=True)
 class SensitivityResult:
-    """One reward on one case: MEAN scores, and of how many videos the spoilt one scored below, like or above."""
+    """How a reward answers a case: MEAN scores, and how many spoilt videos scored below,
+    the same as, or above the right ones.
+    """
 
     case: str
     right: float
@@ -40,63 +67,63 @@ class SensitivityResult:
     above: int
     unjudged: int
 
-    @property
-    def sensible(self) -> bool:
-        """More videos fell than rose."""
-        return self.below > self.above
-
 
 def spoil(clips: Sequence[RewardClip], case: str, *, seed: int = 0) -> list[RewardClip]:
-    """The clips of a case of `CASES`, one for each."""
-    if case == "wrong prompt":
-        prompts = [clip.prompt for clip in clips]
-        return [
-            RewardClip(c.video_TYXC, c.fps, prompt)
-            for c, prompt in zip(clips, prompts[1:] + prompts[:1], strict=True)
-        ]
-    if case == "twice the rate":
-        return [
-            RewardClip(clip.video_TYXC, 2 * clip.fps, clip.prompt) for clip in clips
-        ]
+    """Spoil every clip by a case of `CASES`."""
     spoilt = []
     for i, clip in enumerate(clips):
         video = clip.video_TYXC
-        if case == "noise":
-            draw = torch.Generator().manual_seed(derive_seed(seed, "reward check", i))
+        fps = clip.fps
+        prompt = clip.prompt
+        if case == "wrong prompt":
+            prompt = clips[(i + 1) % len(clips)].prompt
+        elif case == "noise":
+            source = torch.Generator().manual_seed(derive_seed(seed, "reward check", i))
             video = torch.randint(
-                0, 256, video.shape, generator=draw, dtype=torch.uint8
+                0, 256, video.shape, generator=source, dtype=torch.uint8
             )
+        elif case == "frozen":
+            video = video[:1].expand_as(video).contiguous()
+        elif case == "reversed":
+            video = video.flip(0)
         else:
-            video = (
-                video[:1].expand_as(video).contiguous()
-                if case == "frozen"
-                else video.flip(0)
-            )
-        spoilt.append(RewardClip(video, clip.fps, clip.prompt))
+            fps = 2 * fps
+        spoilt.append(RewardClip(video, fps, prompt))
     return spoilt
 
 
 def check(
     reward: RewardModel, clips: Sequence[RewardClip], *, seed: int = 0
 ) -> list[SensitivityResult]:
-    """Every case. Raises ValueError for fewer than two clips or prompts, which leaves no wrong prompt to try."""
+    """Score the clips as they are and spoilt by every case.
+
+    Raises ValueError for fewer than two different prompts, which leave no wrong prompt to try.
+    """
     if len({clip.prompt for clip in clips}) < 2:
         raise ValueError("a check needs videos of at least two different prompts")
+    # as they are, then spoilt in every way
     right_B = score_clips(reward, clips).value_B
-    verdicts = []
+    results = []
     for case in CASES:
         spoilt_B = score_clips(reward, spoil(clips, case, seed=seed)).value_B
-        judged = right_B.isfinite() & spoilt_B.isfinite()
-        right, spoilt = right_B[judged], spoilt_B[judged]
-        verdicts.append(
-            SensitivityResult(
-                case,
-                float(right.mean()) if len(right) else math.nan,
-                float(spoilt.mean()) if len(spoilt) else math.nan,
-                int((spoilt < right).sum()),
-                int((spoilt == right).sum()),
-                int((spoilt > right).sum()),
-                int((~judged).sum()),
-            )
+        # a video counts when it has a score both times
+        scored_B = right_B.isfinite() & spoilt_B.isfinite()
+        right = right_B[scored_B]
+        spoilt = spoilt_B[scored_B]
+        result = SensitivityResult(
+            case=case,
+            right=mean_score(right),
+            spoilt=mean_score(spoilt),
+            below=int((spoilt < right).sum()),
+            same=int((spoilt == right).sum()),
+            above=int((spoilt > right).sum()),
+            unjudged=int((~scored_B).sum()),
         )
-    return verdicts
+        results.append(result)
+    return results
+
+
+def mean_score(value_B: Tensor) -> float:
+    """MEAN of the finite scores. NaN when there are none."""
+    scored = value_B[value_B.isfinite()]
+    return float(scored.mean()) if scored.numel() else math.nan

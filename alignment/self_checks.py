@@ -1,20 +1,18 @@
-"""What is looked at before a run trains: a few seconds against the complaints that cost people days.
+"""Check generator and rewards before a run trains: a few seconds against days of lost work.
 
-Each check is a function that returns a `Finding`; its message says what is wrong and what to do. None of them draws
-from a global generator or changes a weight, so a run is the same with and without them.
+Each check returns a `Finding` whose message says what is wrong and what to do. No check draws
+from a global random generator or changes a weight, so a run is the same with and without them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from alignment.clips import RewardClip, score_clips
-from alignment.reward_check import MUST, spoil
+from alignment.reward_check import MUST, RewardClip, mean_score, score_clips, spoil
 from common import gaussian
 from common.distributed import derive_seed, differing_ranks, world_size
 
@@ -23,17 +21,17 @@ if TYPE_CHECKING:
 
     from common.types import Generator, RewardModel
 
-REPLAY_LIMIT = {"float32": 1e-4, "bfloat16": 1e-3}  # of |ratio - 1|
-STOCK_LIMIT = {
-    "float32": 1e-5,
-    "bfloat16": 5e-2,
-}  # relative; the stock pipeline mixes guidance in bf16
-PERMUTATION_LIMIT = 1e-3  # of the spread of the scores: kernels may round differently in another place of a batch
+# Limits of |ratio - 1| before any update.
+REPLAY_LIMIT = {"float32": 1e-4, "bfloat16": 1e-3}
+# Relative difference from the stock pipeline, which mixes guidance in bf16.
+STOCK_LIMIT = {"float32": 1e-5, "bfloat16": 5e-2}
+# In units of the scores' spread: kernels may round differently by place in a batch.
+PERMUTATION_LIMIT = 1e-3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found, and what to do if it is not ``ok``. ``fatal`` findings stop the run, others are warnings."""
+    """The result of a check, and advice when it failed. A ``fatal`` failure stops the run."""
 
     name: str
     ok: bool
@@ -43,80 +41,100 @@ class Finding:
 
     @property
     def message(self) -> str:
-        return f"{self.name}: {self.fact}" + ("" if self.ok else f"; {self.advice}")
+        """The result as a console line."""
+        advice = "" if self.ok else f"; {self.advice}"
+        return f"{self.name}: {self.fact}{advice}"
 
 
 def first_ratio(
     generator: Generator, prompt: str, *, dtype: str, fatal: bool = True, seed: int = 0
 ) -> Finding:
-    """Sample two members and ask how likely they were: the policy has not moved, so every ratio is 1."""
+    """Check that sampling and training agree on log-probs: before any update every ratio is 1."""
+    # a small rollout, as training makes it
     (group,) = generator.rollout(
         [prompt], group_size=2, seeds=[derive_seed(seed, "self-check")]
     )
     worst = 0.0
     with torch.no_grad():
         for step in group.steps:
-            again_G = gaussian.log_prob(
-                generator.transition(group.prompt, step), step.next_GCFHW
-            )
-            ratio_G = (again_G - step.log_prob_G.to(again_G.device)).exp()
+            # the same steps, as the update computes them
+            policy = generator.transition(group.prompt, step)
+            log_prob_G = gaussian.log_prob(policy, step.next_GCFHW)
+            ratio_G = (log_prob_G - step.log_prob_G.to(log_prob_G.device)).exp()
             worst = max(worst, float((ratio_G - 1).abs().max()))
+    limit = REPLAY_LIMIT[dtype]
     return Finding(
-        "first ratio",
-        worst <= REPLAY_LIMIT[dtype],
-        f"max |ratio - 1| before any update is {worst:.1e}, allowed {REPLAY_LIMIT[dtype]:g}",
-        "sampling and training compute different velocities: is guidance_in_update off, dropout on, or a dtype other?",
-        fatal,
+        name="first ratio",
+        ok=worst <= limit,
+        fact=f"max |ratio - 1| before any update is {worst:.1e}, allowed {limit:g}",
+        advice="sampling and training compute different velocities: is guidance_in_update off, "
+        "dropout on, or the dtype different?",
+        fatal=fatal,
     )
 
 
 def stock_trajectory(gap: Callable[[], float], *, dtype: str) -> Finding:
-    """``gap``: relative difference between our noiseless walk and the plain pipeline's."""
-    found = gap()
+    """Check that our ODE sampler agrees with the stock pipeline; ``gap`` measures the relative
+    difference.
+    """
+    difference = gap()
+    limit = STOCK_LIMIT[dtype]
     return Finding(
-        "noiseless sampling",
-        found <= STOCK_LIMIT[dtype],
-        f"differs from the stock pipeline by {found:.1e}, allowed {STOCK_LIMIT[dtype]:g}",
-        "another model would be trained than people sample from: check the folder's scheduler and text encoder",
+        name="noiseless sampling",
+        ok=difference <= limit,
+        fact=f"differs from the stock pipeline by {difference:.1e}, allowed {limit:g}",
+        advice="the run would train another model than people sample from: "
+        "check the folder's scheduler and text encoder",
     )
 
 
 def same_weights(module: nn.Module) -> Finding:
-    """All ranks start from the same trained weights."""
-    odd = differing_ranks(
-        {name: p for name, p in module.named_parameters() if p.requires_grad}
-    )
+    """Check that all ranks start from the same trained weights."""
+    # frozen weights come from the same files
+    trained = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+    odd = differing_ranks(trained)
+    fact = f"the same on {world_size()}"
+    if odd:
+        fact = f"ranks {odd} of {world_size()} differ from rank 0"
     return Finding(
-        "weights across ranks",
-        not odd,
-        f"ranks {odd} of {world_size()} differ from rank 0"
-        if odd
-        else f"alike on {world_size()}",
-        "is a new adapter drawn from a generator that nobody seeded, or a checkpoint read by some ranks only?",
+        name="weights across ranks",
+        ok=not odd,
+        fact=fact,
+        advice="is a new adapter drawn from an unseeded generator, or a checkpoint read by "
+        "some ranks only?",
     )
 
 
 def permutation(
     reward: RewardModel, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
 ) -> Finding:
-    """Scores belong to videos, not to places in a batch."""
-    order = list(range(len(prompts)))[::-1]
-    plain = reward.score(video_BTYXC, prompts, fps=fps).value_B
-    turned = reward.score(
-        video_BTYXC[order], [prompts[i] for i in order], fps=fps
-    ).value_B[order]
-    judged = plain[plain.isfinite()]
-    spread = float(judged.std(correction=0)) if judged.numel() else 0.0
-    worst = _worst(plain, turned)
-    same_missing = torch.equal(plain.isfinite(), turned.isfinite())
+    """Check that scores follow their videos when the batch is reversed."""
+    plain_B = reward.score(video_BTYXC, prompts, fps=fps).value_B
+    reversed_B = reward.score(video_BTYXC.flip(0), prompts[::-1], fps=fps).value_B
+    again_B = reversed_B.flip(0)
+
+    # compare the videos that have a score both times, in units of the scores' spread
+    scored = plain_B[plain_B.isfinite()]
+    spread = float(scored.std(correction=0)) if scored.numel() else 0.0
+    comparable_B = plain_B.isfinite() & again_B.isfinite()
+    worst = 0.0
+    if comparable_B.any():
+        worst = float((plain_B - again_B)[comparable_B].abs().max())
+    same_missing = torch.equal(plain_B.isfinite(), again_B.isfinite())
+
+    missing = "" if same_missing else ", and other videos have no score"
     return Finding(
-        f"order of a batch, {reward.name}",
-        same_missing and worst <= PERMUTATION_LIMIT * max(spread, 1e-6),
-        f"turned around, scores move by {worst:.1e}, their spread is {spread:.1e}"
-        + ("" if same_missing else ", and others are missing"),
-        "the reward answers for the wrong videos, lets them look at their neighbours, or rounds differently by place",
-        fatal=worst
-        > spread,  # less may be a chain of thought that took another turn on another kernel
+        name=f"order of a batch, {reward.name}",
+        ok=same_missing and worst <= PERMUTATION_LIMIT * max(spread, 1e-6),
+        fact=f"in reverse order scores move by {worst:.1e}, their spread is {spread:.1e}{missing}",
+        advice="the reward answers for the wrong videos, mixes the videos of a batch, or rounds "
+        "differently by place",
+        # a smaller change may be a chain of thought that went another way on another kernel
+        fatal=worst > spread,
     )
 
 
@@ -128,31 +146,25 @@ def sense(
     fps: float,
     seed: int = 0,
 ) -> Finding:
-    """MEAN score with the right prompts, with each other's, and of noise. A warning: few videos prove little."""
+    """Check that the right prompts score higher than wrong prompts and noise, by MEAN score.
+
+    A failure is only a warning: few videos prove little.
+    """
+    # the right videos, then spoilt ones
     clips = [
         RewardClip(video_TYXC, fps, prompt)
         for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True)
     ]
-    cases = {"right": clips} | {case: spoil(clips, case, seed=seed) for case in MUST}
-    means = {
-        name: _mean(score_clips(reward, case).value_B) for name, case in cases.items()
-    }
+    means = {"right": mean_score(score_clips(reward, clips).value_B)}
+    for case in MUST:
+        spoilt = spoil(clips, case, seed=seed)
+        means[case] = mean_score(score_clips(reward, spoilt).value_B)
+    listed = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
     return Finding(
-        f"sense, {reward.name}",
-        all(means["right"] > value for name, value in means.items() if name != "right"),
-        "mean score: "
-        + ", ".join(f"{name} {value:.3f}" for name, value in means.items()),
-        f"it should be highest where it is right; {len(prompts)} videos prove little, but a wrong fps, prompt format "
-        "or checkpoint looks like this",
+        name=f"sense, {reward.name}",
+        ok=all(means["right"] > means[case] for case in MUST),
+        fact=f"mean score: {listed}",
+        advice=f"the right videos should score highest; {len(prompts)} videos prove little, but "
+        "a wrong fps, prompt format or checkpoint looks like this",
         fatal=False,
     )
-
-
-def _worst(a: Tensor, b: Tensor) -> float:
-    both = a.isfinite() & b.isfinite()
-    return float((a - b)[both].abs().max()) if both.any() else 0.0
-
-
-def _mean(value_B: Tensor) -> float:
-    judged = value_B[value_B.isfinite()]
-    return float(judged.mean()) if judged.numel() else math.nan

@@ -1,13 +1,15 @@
-"""From prompts, or from a table of videos, to a set of pairs on disk. Ranks share the work, a kill costs one prompt.
+"""Make a set of pairs from prompts, or from a table of videos. Ranks share the work.
 
-Every prompt (or row) is a unit of its own: its file in candidates/ and its line in candidates.jsonl depend on nothing
-else, so whoever makes it and however often the run was stopped, the set has the same bytes.
+Every prompt (or row) is an independent item: its file in candidates/ and its line in
+candidates.jsonl depend on nothing else. Whichever rank makes it and however often the run was
+stopped, the set has the same bytes; a kill costs one prompt.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,160 +31,25 @@ if TYPE_CHECKING:
     from rm.video_check import VideoChecker
 
 CANDIDATES = "candidates"
+# The tensors of an item, "latent" and "embedding", and its row.
+Candidate = tuple[dict[str, torch.Tensor], Row]
 
 
-def candidates_of(
-    folder: Path,
-    items: Sequence[Any],
-    make: Callable[[int, Any], tuple[dict[str, torch.Tensor], Row]],
-    *,
-    identity: Mapping[str, Any],
-    resume: str,
-) -> list[Row]:
-    """``make(i, item)`` for every item, its tensors in candidates/ and its row in candidates.jsonl; all rows in order.
+@dataclass(frozen=True)
+class PairOutput:
+    """Where and how a set is written.
 
-    An item that raises ValueError gets the row {"error": reason} and is tried again when the run is.
+    per_shard  Pairs in a file.
+    store      The dtype of the stored latents.
+    identity   Everything that decides the set's bytes, as JSON.
+    keep       Keep the candidates after the set is written.
     """
-    (folder / CANDIDATES).mkdir(parents=True, exist_ok=True)
-    table = ResultsTable(
-        folder / f"{CANDIDATES}.jsonl", identity=identity, resume=resume, retry="error"
-    )
-    own = table.share((i,) for i in range(len(items)))
-    if len(own) < len(items):
-        say(
-            f"{len(items)} to do, {len(table.done)} of them done before, {len(own)} on this rank"
-        )
 
-    def one(numbers: Sequence[int]) -> list[Row]:
-        (i,) = numbers
-        tensors, row = make(i, items[i])
-        partial = folder / CANDIDATES / f"tmp-{i:06d}.safetensors"
-        save_tensors(partial, tensors)
-        partial.rename(file_of(folder, i))
-        return [row]
-
-    for (i,) in progress(own, len(own), "pairs"):
-        (row,) = attempt(one, [i])
-        table.add([{"index": i, **row}])
-    return table.finish([(i,) for i in range(len(items))])
-
-
-def file_of(folder: Path, index: int) -> Path:
-    """Where an item's tensors are."""
-    return folder / CANDIDATES / f"{index:06d}.safetensors"
-
-
-def film(
-    generator: WanGenerator,
-    rewards: Mapping[str, RewardModel],
-    *,
-    count: int,
-    seed: int,
-) -> Callable[[int, str], tuple[dict[str, torch.Tensor], Row]]:
-    """A function (number of the prompt, prompt) -> its ``count`` videos as latents, and what rewards say of them."""
-
-    def make(i: int, prompt: str) -> tuple[dict[str, torch.Tensor], Row]:
-        seeds = [distributed.derive_seed(seed, "pairs", i, k) for k in range(count)]
-        clean_KCFHW = generator.sample([prompt] * count, seeds)
-        video_KTYXC = generator.decode(clean_KCFHW)
-        scores = {
-            name: one.score(video_KTYXC, [prompt] * count, fps=generator.cfg.fps)
-            for name, one in rewards.items()
-        }
-        said = {
-            name: [json_number(value) for value in score.value_B]
-            for name, score in scores.items()
-        }
-        tensors = {
-            "latent": clean_KCFHW,
-            "embedding": generator.prompts.rows_of(prompt),
-        }
-        return tensors, {"prompt": prompt, "seeds": seeds, "rewards": said}
-
-    return make
-
-
-def digitise(
-    generator: WanGenerator, csv: str, checker: VideoChecker
-) -> Callable[[int, Pair], tuple[dict[str, torch.Tensor], Row]]:
-    """A function (number of the pair, its files) -> both videos as latents, encoded by the VAE. Errors name the row."""
-    from common.video_io import read_frames
-
-    cfg = generator.cfg
-    size = {
-        "num_frames": cfg.num_frames,
-        "fps": cfg.fps,
-        "height": cfg.height,
-        "width": cfg.width,
-    }
-
-    def make(i: int, pair: Pair) -> tuple[dict[str, torch.Tensor], Row]:
-        files = (
-            (pair.video_A, pair.video_B)
-            if pair.label > 0
-            else (pair.video_B, pair.video_A)
-        )
-        try:
-            checker.require(*files)
-            video_2TYXC = torch.stack([read_frames(file, **size) for file in files])
-        except ValueError as error:
-            raise ValueError(f"{csv}:{pair.line}: {error}") from error
-        latent_2CFHW = generator.encode(video_2TYXC)
-        tensors = {
-            "latent": latent_2CFHW,
-            "embedding": generator.prompts.rows_of(pair.prompt),
-        }
-        return tensors, {"prompt": pair.prompt, "files": [file.name for file in files]}
-
-    return make
-
-
-def pair_up(
-    folder: Path, rows: Sequence[Row], weights: Mapping[str, float], how: PairConfig
-) -> tuple[Choices, Iterator[LatentPair]]:
-    """Choose among judged candidates, and read the chosen."""
-    sound = [row for row in rows if "error" not in row]
-    nan = float("nan")
-    values = {
-        name: torch.tensor(
-            [[nan if v is None else v for v in row["rewards"][name]] for row in sound],
-            dtype=torch.float64,
-        ).view(len(sound), how.candidates)
-        for name in weights
-    }
-    choices = choose(values, weights, how)
-
-    def read() -> Iterator[LatentPair]:
-        for choice in choices.pairs:
-            row = sound[choice.prompt]
-            found = load_tensors(file_of(folder, row["index"]))
-            latent, both = found["latent"], (choice.winner, choice.loser)
-            source = "seeds " + " ".join(str(row["seeds"][k]) for k in both)
-            yield LatentPair(
-                row["prompt"],
-                *(latent[k] for k in both),
-                found["embedding"],
-                choice.chosen_value,
-                choice.rejected_value,
-                source,
-            )
-
-    return choices, read()
-
-
-def labelled(folder: Path, rows: Sequence[Row]) -> Iterator[LatentPair]:
-    """The pairs of a table, winner first."""
-    for row in rows:
-        if "error" not in row:
-            found = load_tensors(file_of(folder, row["index"]))
-            chosen, rejected = found["latent"]
-            yield LatentPair(
-                row["prompt"],
-                chosen,
-                rejected,
-                found["embedding"],
-                source=" ".join(row["files"]),
-            )
+    folder: Path
+    per_shard: int
+    store: str
+    identity: Mapping[str, Any]
+    keep: bool
 
 
 def make_pairs(
@@ -200,58 +67,230 @@ def make_pairs(
     resume: str = "auto",
     keep: bool = False,
 ) -> None:
-    """The whole of it for prompts, into ``folder``. All ranks call it. Raises ValueError when no pair is left."""
-    make = film(generator, rewards, count=how.candidates, seed=seed)
-    rows = candidates_of(folder, prompts, make, identity=identity, resume=resume)
+    """Make a set of pairs from prompts. All ranks call it.
+
+    Raises ValueError when no pair is left.
+    """
+    # sample and score candidates of every prompt
+    make = sample_candidates(generator, rewards, count=how.candidates, seed=seed)
+    rows = make_candidates(folder, prompts, make, identity=identity, resume=resume)
+
+    # choose a pair of each prompt, and write them
     choices, pairs = pair_up(folder, rows, weights, how)
     counts = {
         "prompts": len(rows),
         "pairs": len(choices.pairs),
         "failed": sum("error" in row for row in rows),
-    }
-    counts |= {
-        "unjudged": choices.unjudged,
+        "unjudged": choices.unscored,
         "close": choices.close,
         "disagreed": choices.disagreed,
     }
-    conclude(
-        folder,
-        pairs,
-        rows,
-        counts,
-        per_shard=per_shard,
-        store=store,
-        identity=identity,
-        keep=keep,
+    output = PairOutput(
+        folder, per_shard=per_shard, store=store, identity=identity, keep=keep
     )
+    write_output(output, pairs, rows, counts)
 
 
-def conclude(
+def make_candidates(
     folder: Path,
+    items: Sequence[Any],
+    make: Callable[[int, Any], Candidate],
+    *,
+    identity: Mapping[str, Any],
+    resume: str,
+) -> list[Row]:
+    """Call ``make(i, item)`` for every item, save its tensors and row, and return all rows.
+
+    An item that raises ValueError gets the row {"error": reason}, and is tried again when the
+    run is started again. All ranks call it; the rows come in the order of the items.
+    """
+    (folder / CANDIDATES).mkdir(parents=True, exist_ok=True)
+    table = ResultsTable(
+        folder / f"{CANDIDATES}.jsonl", identity=identity, resume=resume, retry="error"
+    )
+    # a finished item is not made again
+    keys = [(i,) for i in range(len(items))]
+    share = table.share(keys)
+    if len(share) < len(items):
+        say(
+            f"{len(items)} to do, {len(table.done)} of them done before, "
+            f"{len(share)} on this rank"
+        )
+
+    def make_rows(numbers: Sequence[int]) -> list[Row]:
+        (i,) = numbers
+        tensors, row = make(i, items[i])
+        # a file with its final name is complete
+        partial = folder / CANDIDATES / f"tmp-{i:06d}.safetensors"
+        save_tensors(partial, tensors)
+        partial.rename(file_of(folder, i))
+        return [row]
+
+    # an item's row is written after its tensors
+    for (i,) in progress(share, len(share), "pairs"):
+        (row,) = attempt(make_rows, [i])
+        table.add([{"index": i, **row}])
+    return table.finish(keys)
+
+
+def file_of(folder: Path, index: int) -> Path:
+    """Return the file of an item's tensors."""
+    return folder / CANDIDATES / f"{index:06d}.safetensors"
+
+
+def sample_candidates(
+    generator: WanGenerator,
+    rewards: Mapping[str, RewardModel],
+    *,
+    count: int,
+    seed: int,
+) -> Callable[[int, str], Candidate]:
+    """Return a function (number, prompt) -> ``count`` sampled latents and their scores."""
+
+    def make(i: int, prompt: str) -> Candidate:
+        # sample
+        seeds = [distributed.derive_seed(seed, "pairs", i, k) for k in range(count)]
+        prompts = [prompt] * count
+        clean_KCFHW = generator.sample(prompts, seeds)
+        video_KTYXC = generator.decode(clean_KCFHW)
+
+        # score
+        scores = {}
+        for name, reward in rewards.items():
+            score = reward.score(video_KTYXC, prompts, fps=generator.cfg.fps)
+            scores[name] = [json_number(value) for value in score.value_B]
+        # what training needs of this item
+        tensors = {
+            "latent": clean_KCFHW,
+            "embedding": generator.prompts.rows_of(prompt),
+        }
+        return tensors, {"prompt": prompt, "seeds": seeds, "rewards": scores}
+
+    return make
+
+
+def encode_pair(
+    generator: WanGenerator, csv: str, checker: VideoChecker
+) -> Callable[[int, Pair], Candidate]:
+    """Return a function (number, pair of files) -> latents, the chosen video first.
+
+    The function raises ValueError, naming the row of the table, for a video that cannot be read.
+    """
+    from common.video_io import read_frames
+
+    def make(i: int, pair: Pair) -> Candidate:
+        # the label is positive when people prefer video A
+        files = [pair.video_A, pair.video_B]
+        if pair.label <= 0:
+            files.reverse()
+        try:
+            checker.require(*files)
+            videos = [
+                read_frames(
+                    file,
+                    num_frames=generator.cfg.num_frames,
+                    fps=generator.cfg.fps,
+                    height=generator.cfg.height,
+                    width=generator.cfg.width,
+                )
+                for file in files
+            ]
+        except ValueError as error:
+            raise ValueError(f"{csv}:{pair.line}: {error}") from error
+        tensors = {
+            "latent": generator.encode(torch.stack(videos)),
+            "embedding": generator.prompts.rows_of(pair.prompt),
+        }
+        return tensors, {"prompt": pair.prompt, "files": [file.name for file in files]}
+
+    return make
+
+
+def pair_up(
+    folder: Path, rows: Sequence[Row], weights: Mapping[str, float], how: PairConfig
+) -> tuple[Choices, Iterator[LatentPair]]:
+    """Choose a pair among the scored candidates of each prompt, and read the chosen latents."""
+    # prompts whose sampling failed take no part
+    complete = [row for row in rows if "error" not in row]
+    values = {}
+    for name in weights:
+        scores = [row["rewards"][name] for row in complete]
+        values[name] = _table_of(scores, how.candidates)
+    choices = choose(values, weights, how)
+
+    def read() -> Iterator[LatentPair]:
+        for choice in choices.pairs:
+            row = complete[choice.prompt]
+            tensors = load_tensors(file_of(folder, row["index"]))
+            seeds = row["seeds"]
+            yield LatentPair(
+                row["prompt"],
+                tensors["latent"][choice.chosen],
+                tensors["latent"][choice.rejected],
+                tensors["embedding"],
+                choice.chosen_value,
+                choice.rejected_value,
+                source=f"seeds {seeds[choice.chosen]} {seeds[choice.rejected]}",
+            )
+
+    return choices, read()
+
+
+def labelled(folder: Path, rows: Sequence[Row]) -> Iterator[LatentPair]:
+    """Read the pairs of a table, whose files hold the chosen video first."""
+    for row in rows:
+        if "error" not in row:
+            tensors = load_tensors(file_of(folder, row["index"]))
+            # the chosen video is first
+            chosen_CFHW, rejected_CFHW = tensors["latent"]
+            yield LatentPair(
+                row["prompt"],
+                chosen_CFHW,
+                rejected_CFHW,
+                tensors["embedding"],
+                source=" ".join(row["files"]),
+            )
+
+
+def write_output(
+    output: PairOutput,
     pairs: Iterator[LatentPair],
     rows: Sequence[Row],
     counts: Mapping[str, int],
-    *,
-    per_shard: int,
-    store: str,
-    identity: Mapping[str, Any],
-    keep: bool,
 ) -> None:
-    """Rank 0 writes the set and says what became of everything. All ranks call it, and wait for that.
+    """Write the set on rank 0, and report the counts. All ranks call it and wait.
 
     Raises ValueError when no pair is left.
     """
-    said = ", ".join(f"{value} {name}" for name, value in counts.items())
-    for row in [row for row in rows if "error" in row][:10]:
+    # report what was left out
+    failed = [row for row in rows if "error" in row]
+    for row in failed[:10]:
         say(f"left out, number {row['index']}: {row['error']}")
+    listed = ", ".join(f"{value} {name}" for name, value in counts.items())
     if not counts["pairs"]:
-        raise ValueError(f"no pair is left: {said}")
+        raise ValueError(f"no pair is left: {listed}")
+
+    # write
     if distributed.is_main():
-        about = {"counts": dict(counts), "identity": dict(identity)}
         write_pairs(
-            folder, pairs, per_shard=per_shard, dtype=getattr(torch, store), about=about
+            output.folder,
+            pairs,
+            per_shard=output.per_shard,
+            dtype=getattr(torch, output.store),
+            about={"counts": dict(counts), "identity": dict(output.identity)},
         )
-        if not keep:
-            shutil.rmtree(folder / CANDIDATES)
+        if not output.keep:
+            shutil.rmtree(output.folder / CANDIDATES)
     distributed.barrier()
-    say(f"{folder}: {said}")
+    say(f"{output.folder}: {listed}")
+
+
+def _table_of(scores: Sequence[Sequence[float | None]], columns: int) -> torch.Tensor:
+    """Scores of prompts as fp64 (P, K), NaN where there is none."""
+    # JSON has no NaN: null stands for it
+    table = torch.full((len(scores), columns), float("nan"), dtype=torch.float64)
+    for i, row in enumerate(scores):
+        for k, value in enumerate(row):
+            if value is not None:
+                table[i, k] = value
+    return table

@@ -1,23 +1,32 @@
-"""Pairs of videos to train on: the generator's own, judged by rewards, or mp4 files that people compared.
+"""Make pairs of videos for DPO: sampled and scored by rewards, or files that people compared.
 
-    deepspeed --num_accelerators 2 launch/pairs.py --config configs/wan/pairs.yaml prompts=prompts.txt out=data/pairs
-    python launch/pairs.py --config configs/wan/pairs.yaml prompts=null table.csv=train.csv out=data/pairs
+    deepspeed --num_accelerators 2 launch/pairs.py --config configs/wan/pairs.yaml \\
+        prompts=prompts.txt out=data/pairs
+    python launch/pairs.py --config configs/wan/pairs.yaml \\
+        prompts=null table.csv=train.csv out=data/pairs
 
-Writes latents and prompt embeddings as safetensors shards, see `alignment.pair_store`. Ranks share the prompts; started
-again, a run goes on where it was and the result has the same bytes.
+Writes latents and prompt embeddings as safetensors shards, see `alignment.pair_store`. Ranks
+share the prompts. A restarted run continues where it was, and the result has the same bytes.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.config import dump
 from launch.command import read_command
 from launch.schemas.pairs import PairsRun
 
-NOT_IN_A_PAIR = ("out", "keep_candidates")  # settings that change no byte of the set
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from launch.pair_making import PairOutput
+
+# Settings that change no byte of the set.
+NOT_IN_A_PAIR = ("out", "keep_candidates")
 
 
 def main() -> None:
@@ -26,150 +35,174 @@ def main() -> None:
 
 
 def run(cfg: PairsRun, *, resume: str) -> None:
-    """The whole set; exit with code 2 when the input is not what it should be, or no pair is left."""
+    """Make the set. Exit with code 2 when the input is wrong or no pair is left."""
     from common.cli import exit_with_error
     from launch.evaluation.results_table import all_ranks
 
+    # prompts are sampled; a table names files that people compared
+    make = pairs_of_prompts if cfg.table is None else pairs_of_table
     with all_ranks():
         try:
-            pairs_of_table(cfg, resume) if cfg.table is not None else pairs_of_prompts(
-                cfg, resume
-            )
+            make(cfg, resume)
         except ValueError as error:
             exit_with_error(str(error))
 
 
-def identity_of(cfg: PairsRun, *inputs: str | None) -> dict[str, Any]:
-    """Everything that decides the set's bytes."""
-    from launch.evaluation.results_table import fingerprint
-
-    settings = {
-        name: value for name, value in asdict(cfg).items() if name not in NOT_IN_A_PAIR
-    }
-    return {
-        "settings": settings,
-        "inputs": {path: fingerprint(path) for path in inputs if path is not None},
-    }
-
-
-def is_made(cfg: PairsRun, identity: dict[str, Any], resume: str) -> bool:
-    """True when the set is there and whole. Raises ValueError, on every rank, when it is another one, or when the ranks
-    do not share its folder.
-    """
-    import json
-
-    from alignment.pair_store import MANIFEST, PairSet
-    from common import distributed
-    from common.log import say
-    from common.run_record import differences
-    from engine.guard import folder_problem
-
-    if problem := folder_problem(Path(cfg.out)):
-        raise ValueError(problem)
-    if resume == "none" or not (Path(cfg.out) / MANIFEST).exists():
-        distributed.barrier()  # nobody begins to write before all have looked
-        return False
-    found = PairSet(cfg.out)
-    distributed.barrier()
-    if changes := differences(
-        found.about["identity"], json.loads(json.dumps(identity))
-    ):
-        told = "; ".join(changes[:4])
-        raise ValueError(
-            f"{cfg.out} holds other pairs ({told}); name another out, or use --resume none"
-        )
-    say(f"{cfg.out} is there already: {len(found)} pairs")
-    return True
-
-
 def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
-    """Sample, judge, choose, write."""
+    """Sample candidates of every prompt, score them, choose pairs, and write the set."""
     from alignment.prompts import read_prompts
 
+    # stop here when the set is complete
     prompts = read_prompts(cfg.prompts)[: cfg.limit]
     checkpoints = [reward.checkpoint for reward in cfg.rewards.values()]
     identity = identity_of(
         cfg, cfg.prompts, cfg.generator.path, cfg.adapter, *checkpoints
     )
-    if is_made(cfg, identity, resume):
+    if is_complete(Path(cfg.out), identity, resume):
         return
-    from common import distributed
+
+    # load the generator and the rewards
     from common.cli import user_errors
     from common.log import say
     from launch.compose import build_rewards, quiet, trained_generator
     from launch.pair_making import make_pairs
 
     quiet()
-    say(
-        f"loading the generator {cfg.generator.path} and the rewards {', '.join(cfg.rewards)}"
-    )
+    names = ", ".join(cfg.rewards)
+    say(f"loading the generator {cfg.generator.path} and the rewards {names}")
     with user_errors():
         generator = trained_generator(cfg.generator, cfg.adapter)
         rewards = build_rewards(cfg.rewards)
-    if distributed.is_main():
-        dump(cfg, Path(cfg.out))
+
+    # sample, score, choose, write
+    output = start_output(cfg, identity)
     make_pairs(
-        Path(cfg.out),
+        output.folder,
         prompts,
         generator,
         rewards,
         {name: reward.weight for name, reward in cfg.rewards.items()},
         how=cfg.pairs,
         seed=cfg.seed,
-        per_shard=cfg.per_shard,
-        store=cfg.latent_dtype,
+        per_shard=output.per_shard,
+        store=output.store,
         identity=identity,
         resume=resume,
-        keep=cfg.keep_candidates,
+        keep=output.keep,
     )
 
 
 def pairs_of_table(cfg: PairsRun, resume: str) -> None:
-    """Read, decode, encode, write."""
+    """Read a table of compared files, encode the decided pairs, and write the set."""
     from rm.benchmarks import read_benchmark
     from rm.video_check import VideoChecker
 
+    # stop here when the set is complete
     source = cfg.table
     table = read_benchmark(
         source.csv, source.layout, dimension=source.dimension, videos=source.videos
     )
     identity = identity_of(cfg, source.csv, cfg.generator.path)
-    if is_made(cfg, identity, resume):
+    if is_complete(Path(cfg.out), identity, resume):
         return
-    from common import distributed
+
+    # load the generator, whose VAE encodes
     from common.cli import user_errors
     from common.log import say
     from launch.compose import build_generator, quiet
-    from launch.pair_making import candidates_of, conclude, digitise, labelled
+    from launch.pair_making import encode_pair, labelled, make_candidates, write_output
 
     quiet()
     say(table.report())
-    decided = [pair for pair in table.pairs if pair.label != 0][: cfg.limit]
+    decided = [pair for pair in table.pairs if pair.label != 0]
     with user_errors():
         generator = build_generator(cfg.generator)
-    if distributed.is_main():
-        dump(cfg, Path(cfg.out))
-    folder = Path(cfg.out)
+
+    # encode both videos of every decided pair
+    output = start_output(cfg, identity)
     with VideoChecker() as checker:
-        make = digitise(generator, source.csv, checker)
-        rows = candidates_of(folder, decided, make, identity=identity, resume=resume)
+        rows = make_candidates(
+            output.folder,
+            decided[: cfg.limit],
+            encode_pair(generator, source.csv, checker),
+            identity=identity,
+            resume=resume,
+        )
+
+    # write the set
     failed = sum("error" in row for row in rows)
     counts = {
         "rows": len(table.pairs) + len(table.problems) + table.invalid,
         "pairs": len(rows) - failed,
-    }
-    counts |= {
-        "ties": sum(pair.label == 0 for pair in table.pairs),
+        "ties": len(table.pairs) - len(decided),
         "invalid": table.invalid,
+        "bad": len(table.problems),
+        "failed": failed,
     }
-    counts |= {"bad": len(table.problems), "failed": failed}
-    how = {
-        "per_shard": cfg.per_shard,
-        "latent_dtype": cfg.latent_dtype,
-        "identity": identity,
-        "keep_candidates": cfg.keep_candidates,
-    }
-    conclude(folder, labelled(folder, rows), rows, counts, **how)
+    write_output(output, labelled(output.folder, rows), rows, counts)
+
+
+def start_output(cfg: PairsRun, identity: Mapping[str, Any]) -> PairOutput:
+    """Describe the set to write, and save the config beside it."""
+    from common import distributed
+    from launch.pair_making import PairOutput
+
+    folder = Path(cfg.out)
+    if distributed.is_main():
+        dump(cfg, folder)
+    return PairOutput(
+        folder,
+        per_shard=cfg.per_shard,
+        store=cfg.latent_dtype,
+        identity=identity,
+        keep=cfg.keep_candidates,
+    )
+
+
+def identity_of(cfg: PairsRun, *inputs: str | None) -> dict[str, Any]:
+    """Return everything that decides the set's bytes: settings and input fingerprints."""
+    from launch.evaluation.results_table import fingerprint
+
+    # where the set is written changes none of its bytes
+    settings = asdict(cfg)
+    for name in NOT_IN_A_PAIR:
+        settings.pop(name)
+    fingerprints = {path: fingerprint(path) for path in inputs if path is not None}
+    return {"settings": settings, "inputs": fingerprints}
+
+
+def is_complete(folder: Path, identity: dict[str, Any], resume: str) -> bool:
+    """Return True when the set in ``folder`` is complete and has this identity.
+
+    All ranks must call this. Raises ValueError, on every rank, when the set has another
+    identity, or when the ranks do not share its folder.
+    """
+    from alignment.pair_store import MANIFEST, PairSet
+    from common import distributed
+    from common.log import say
+    from common.run_record import differences
+    from engine.guard import folder_problem
+
+    # ranks on several nodes must see the same folder
+    problem = folder_problem(folder)
+    if problem:
+        raise ValueError(problem)
+    if resume == "none" or not (folder / MANIFEST).exists():
+        distributed.barrier()  # no rank begins to write before all have looked
+        return False
+
+    # a complete set: it must be the same
+    pairs = PairSet(folder)
+    distributed.barrier()
+    wanted = json.loads(json.dumps(identity))
+    changes = differences(pairs.about["identity"], wanted)
+    if changes:
+        raise ValueError(
+            f"{folder} holds other pairs ({'; '.join(changes[:4])}); "
+            "name another out, or use --resume none"
+        )
+    say(f"{folder} is there already: {len(pairs)} pairs")
+    return True
 
 
 if __name__ == "__main__":

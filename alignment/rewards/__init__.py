@@ -1,13 +1,14 @@
-"""Reward plug-ins: by name from here, by ``target`` from a user's own file, or by name from an installed package.
+"""The registry of rewards: by kind from here, from a user's file, or from an installed package.
 
-To add one here, write a file beside this one and an entry below; see brightness.py for the shape, plugin.py for the rest.
-
-A factory imports its plug-in when it is called, so that looking at the names costs nothing.
+To add a reward, write a file in this folder and an entry in `REWARDS` below. brightness.py is
+the smallest reward, plugin.py describes rewards outside this repository. A factory imports its
+reward when it is called, so that reading the names costs nothing.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -23,128 +24,53 @@ if TYPE_CHECKING:
 _WEB_ADDRESS = re.compile(r"https?://[^/\s]")
 
 
-def _descore(cfg: RewardConfig) -> RewardModel:
-    from alignment.rewards.descore import DeScoreReward
-
-    if cfg.checkpoint is None:
-        raise ValueError(
-            "a descore reward needs `checkpoint`, the folder of a trained DeScore"
-        )
-    return _made(DeScoreReward, cfg, cfg.checkpoint)
-
-
 def _brightness(cfg: RewardConfig) -> RewardModel:
-    from alignment.rewards.brightness import Brightness
-
-    return _made(Brightness, cfg)
+    return _make("brightness:Brightness", cfg)
 
 
 def _dynamics(cfg: RewardConfig) -> RewardModel:
-    from alignment.rewards.motion import Dynamics
-
-    return _made(Dynamics, cfg)
+    return _make("motion:Dynamics", cfg)
 
 
 def _smoothness(cfg: RewardConfig) -> RewardModel:
-    from alignment.rewards.motion import Smoothness
-
-    return _made(Smoothness, cfg)
+    return _make("motion:Smoothness", cfg)
 
 
-def _niqe(cfg: RewardConfig) -> RewardModel:
-    from alignment.rewards.niqe import Niqe
-
-    return _made(Niqe, cfg)
-
-
-def _similarity(cfg: RewardConfig) -> RewardModel:
-    from alignment.rewards.similarity import Similarity
-
-    return _made(
-        Similarity,
-        cfg,
-        _folder_or_hub_name(cfg, "a similarity reward", "a CLIP or SigLIP"),
-    )
+def _descore(cfg: RewardConfig) -> RewardModel:
+    folder = _checkpoint(cfg, "a descore reward", "the folder of a trained DeScore")
+    return _make("descore:DeScoreReward", cfg, folder)
 
 
 def _videoreward(cfg: RewardConfig) -> RewardModel:
-    from alignment.rewards.videoreward import VideoReward
-
-    return _made(VideoReward, cfg, _converted("videoreward", cfg))
+    folder = _checkpoint(cfg, "a videoreward reward", _CONVERTED)
+    return _make("videoreward:VideoReward", cfg, folder)
 
 
 def _hpsv3(cfg: RewardConfig) -> RewardModel:
-    from alignment.rewards.hpsv3 import HPSv3
+    folder = _checkpoint(cfg, "a hpsv3 reward", _CONVERTED)
+    return _make("hpsv3:HPSv3", cfg, folder)
 
-    return _made(HPSv3, cfg, _converted("hpsv3", cfg))
+
+def _similarity(cfg: RewardConfig) -> RewardModel:
+    what = "the folder or hub name of a CLIP or SigLIP"
+    model = _checkpoint(cfg, "a similarity reward", what)
+    _check_folder(model)
+    return _make("similarity:Similarity", cfg, model)
 
 
 def _generative(cfg: RewardConfig) -> RewardModel:
-    from alignment.rewards.generative import Generative
-
-    return _made(
-        Generative, cfg, _folder_or_hub_name(cfg, "a generative reward", "its model")
-    )
-
-
-def _folder_or_hub_name(cfg: RewardConfig, what: str, model: str) -> str:
-    if cfg.checkpoint is None:
-        raise ValueError(
-            f"{what} needs `checkpoint`, the folder or hub name of {model}"
-        )
-    path = Path(cfg.checkpoint)
-    if not path.is_dir() and (
-        path.is_absolute() or cfg.checkpoint.startswith(".") or len(path.parts) > 2
-    ):
-        raise ValueError(
-            f"there is no folder {cfg.checkpoint}"
-        )  # and no name on a hub looks like it
-    return cfg.checkpoint
-
-
-def _converted(name: str, cfg: RewardConfig) -> str:
-    if cfg.checkpoint is None:
-        raise ValueError(
-            f"a {name} reward needs `checkpoint`, the folder that launch/convert_reward.py wrote"
-        )
-    return cfg.checkpoint
-
-
-def _made(
-    found: Callable[..., RewardModel], cfg: RewardConfig, *given: str
-) -> RewardModel:
-    """A class of ours with the options. Raises ValueError for those that it, or what it hands them on to, lacks."""
-    from alignment.rewards.plugin import check_options
-
-    check_options(found, cfg.options)
-    if taken := sorted(
-        cfg.options.keys()
-        & set(list(inspect.signature(found).parameters)[: len(given)])
-    ):
-        raise ValueError(
-            f"options has {', '.join(taken)}, which is a key beside options"
-        )
-    try:
-        return found(*given, **cfg.options)
-    except TypeError as error:
-        if not any(
-            f"unexpected keyword argument '{name}'" in str(error)
-            for name in cfg.options
-        ):
-            raise
-        raise ValueError(
-            f"options has what {found.__name__} does not take: {error}"
-        ) from error
+    what = "the folder or hub name of its model"
+    model = _checkpoint(cfg, "a generative reward", what)
+    _check_folder(model)
+    return _make("generative:Generative", cfg, model)
 
 
 def _remote(cfg: RewardConfig) -> RewardModel:
-    from alignment.rewards.remote import RemoteReward
-
     if cfg.url is None:
         raise ValueError(
             "a remote reward needs `url`, the address of a server (launch/serve.py)"
         )
-    return _made(RemoteReward, cfg, cfg.url)
+    return _make("remote:RemoteReward", cfg, cfg.url)
 
 
 REWARDS: dict[str, Callable[[RewardConfig], RewardModel]] = {
@@ -153,26 +79,41 @@ REWARDS: dict[str, Callable[[RewardConfig], RewardModel]] = {
     "dynamics": _dynamics,
     "smoothness": _smoothness,
     "similarity": _similarity,
-    "niqe": _niqe,
     "videoreward": _videoreward,
     "hpsv3": _hpsv3,
     "generative": _generative,
     "remote": _remote,
 }
+# Kinds of earlier versions, and what to write instead.
+RENAMED_KINDS = {"shapes": "target: toy/oracle.py:ShapesOracle"}
+_CONVERTED = "the folder that launch/convert_reward.py wrote"
+
+
+def build_rewards(configs: Mapping[str, RewardConfig]) -> dict[str, RewardModel]:
+    """Load every reward of a run, name -> reward model.
+
+    Raises ValueError, with a message that begins with ``rewards.NAME``, for what a user can
+    correct: an unknown kind or option, missing files or packages, a server that does not
+    answer, and anything that a user's file raises.
+    """
+    return {name: _build(name, cfg) for name, cfg in configs.items()}
 
 
 def factory_of(name: str, cfg: RewardConfig) -> Callable[[RewardConfig], RewardModel]:
-    """The factory a run's reward asks for. Nothing of the reward is imported or run yet.
+    """Return the factory of a run's reward. Nothing of the reward is imported or run yet.
 
-    Raises ValueError for an unknown kind, with the nearest known one, for a target that is no file, and for a url that
-    is no address.
+    Raises ValueError for an unknown kind, with the nearest known kind, for a target that is no
+    file, and for a url that is no address.
     """
     from alignment.rewards import plugin
     from alignment.rewards.errors import reward_errors
 
+    # a file of the user
     if cfg.target is not None:
         plugin.check_target(name, cfg.target)
         return lambda cfg: plugin.from_file(name, cfg.target, cfg.options)
+
+    # a reward of this folder
     if cfg.url is not None and not _WEB_ADDRESS.match(cfg.url):
         raise ValueError(
             f"rewards.{name}.url must be http://host:port, got {cfg.url!r}"
@@ -180,34 +121,78 @@ def factory_of(name: str, cfg: RewardConfig) -> Callable[[RewardConfig], RewardM
     kind = cfg.kind or ("remote" if cfg.url is not None else name)
     if kind in REWARDS:
         return REWARDS[kind]
+
+    # a reward of an installed package
     others = plugin.installed()
-    if kind in others:
+    if kind not in others:
+        raise ValueError(_unknown_kind(name, kind, [*REWARDS, *others]))
 
-        def from_package(cfg: RewardConfig) -> RewardModel:
-            with reward_errors(name, ValueError):
-                return plugin.as_reward(name, others[kind].load(), cfg.options)
+    def from_package(cfg: RewardConfig) -> RewardModel:
+        with reward_errors(name, ValueError):
+            return plugin.as_reward(name, others[kind].load(), cfg.options)
 
-        return from_package
-    known = [*REWARDS, *others]
+    return from_package
+
+
+def _unknown_kind(name: str, kind: str, known: list[str]) -> str:
+    # a typo, or a kind of an earlier version
     close = difflib.get_close_matches(kind, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(
-        f"rewards.{name}: unknown kind {kind!r}, known are {', '.join(known)}{hint}"
-    )
+    if kind in RENAMED_KINDS:
+        hint = f"; use {RENAMED_KINDS[kind]} instead"
+    return f"rewards.{name}: unknown kind {kind!r}, known are {', '.join(known)}{hint}"
 
 
-def build_rewards(configs: Mapping[str, RewardConfig]) -> dict[str, RewardModel]:
-    """name -> reward model, loaded. Raises ValueError, in a sentence that begins with ``rewards.NAME``, for what a user
-    can mend: an unknown kind, options it does not take, files or packages that are missing, a server that is not there,
-    and anything that a file of the user's own raises.
-    """
-    return {name: _built(name, cfg) for name, cfg in configs.items()}
-
-
-def _built(name: str, cfg: RewardConfig) -> RewardModel:
+def _build(name: str, cfg: RewardConfig) -> RewardModel:
     from alignment.rewards.errors import format_error
 
     try:
         return factory_of(name, cfg)(cfg)
     except (ValueError, OSError, ImportError, RewardUnavailableError) as error:
         raise ValueError(format_error(name, error, file=cfg.checkpoint)) from error
+
+
+def _make(path: str, cfg: RewardConfig, *arguments: str) -> RewardModel:
+    """Call a class of this folder, ``module:Class``, with the reward's options.
+
+    Raises ValueError for options that the class, or what it passes them on to, does not take.
+    """
+    from alignment.rewards.plugin import check_options
+
+    # the heavy import happens here
+    module_name, _, class_name = path.partition(":")
+    module = importlib.import_module(f"alignment.rewards.{module_name}")
+    reward_class = getattr(module, class_name)
+    check_options(reward_class, cfg.options)
+    # checkpoint and url are keys of the reward, not options
+    positional = list(inspect.signature(reward_class).parameters)[: len(arguments)]
+    taken = sorted(cfg.options.keys() & set(positional))
+    if taken:
+        raise ValueError(
+            f"options has {', '.join(taken)}, which is a key of the reward: "
+            "write it beside options, not inside"
+        )
+    try:
+        return reward_class(*arguments, **cfg.options)
+    except TypeError as error:
+        # an option that the class passes on, for example to DeScoreScorer.load
+        for option in cfg.options:
+            if f"unexpected keyword argument '{option}'" in str(error):
+                raise ValueError(
+                    f"{class_name} takes no such option: {error}"
+                ) from error
+        raise
+
+
+def _checkpoint(cfg: RewardConfig, reward: str, what: str) -> str:
+    if cfg.checkpoint is None:
+        raise ValueError(f"{reward} needs `checkpoint`, {what}")
+    return cfg.checkpoint
+
+
+def _check_folder(checkpoint: str) -> None:
+    """Raise ValueError for a missing folder whose path cannot be a hub name instead."""
+    path = Path(checkpoint)
+    is_path = path.is_absolute() or checkpoint.startswith(".") or len(path.parts) > 2
+    if is_path and not path.is_dir():
+        raise ValueError(f"there is no folder {checkpoint}")

@@ -19,4 +19,6 @@ class Brightness:
     def score(
         self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
     ) -> Score:
-        return Score(value_B=video_BTYXC.float().mean(dim=(1, 2, 3, 4)) / 255)
+        # a reward returns one number per video; higher is better
+        value_B = video_BTYXC.float().mean(dim=(1, 2, 3, 4)) / 255
+        return Score(value_B=value_B)

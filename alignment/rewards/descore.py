@@ -1,4 +1,4 @@
-"""DeScore as a reward."""
+"""A trained DeScore model as a reward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class DeScoreReward:
-    """A trained DeScore folder; ``options`` go to `DeScoreScorer.load`. The chains of thought come back as texts."""
+    """Scores by a DeScore folder, with the chains of thought as texts.
+
+    The options are those of `rm.scorer.DeScoreScorer.load`.
+    """
 
     name = "descore"
 

@@ -1,4 +1,4 @@
-"""The edge to code that may raise anything, a user's file and a reward's `score`: named, and a run can end in order."""
+"""Wrap the errors of rewards, which may be anything, with the reward's name in the run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,44 @@ if TYPE_CHECKING:
 
     from common.types import RewardModel, Score
 
+# Errors whose message says enough without the name of their class.
+PLAIN_ERRORS = (ValueError, OSError, ImportError, RewardUnavailableError)
+
 
 class RewardFailedError(RewardUnavailableError):
-    """A reward raised something; what it was is the ``__cause__`` on the rank where it happened."""
+    """A reward raised an error, which is the ``__cause__`` on the rank where it happened."""
+
+
+class NamedReward:
+    """A reward under its name in the run's ``rewards``.
+
+    Raises RewardFailedError for whatever the reward raises, and for a number of scores that is
+    not the number of videos: the run can then stop with a checkpoint, on all ranks.
+    """
+
+    def __init__(self, name: str, reward: RewardModel) -> None:
+        self.name = name
+        self.reward = reward
+        self.group_level = bool(getattr(reward, "group_level", False))
+
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
+        with reward_errors(self.name, RewardFailedError):
+            score = self.reward.score(video_BTYXC, prompts, fps=fps)
+            check_count(self.name, len(score.value_B), len(prompts))
+        return score
 
 
 @contextmanager
 def reward_errors(
     name: str, failure: type[Exception], *, file: str | None = None
 ) -> Iterator[None]:
-    """Inside, every error becomes a ``failure`` of one sentence that names ``rewards.NAME``, chained to the error.
+    """Turn every error inside into a ``failure`` with a `format_error` message and its cause.
 
-    file  whose lines are worth naming: the user's own
-
-    The one place that catches every Exception, for what a stranger's code raises is not known. Nothing is swallowed:
-    it is raised again. Memory that runs out stays what it is, others know what to do.
+    This is the only place that catches every Exception, because a user's code may raise
+    anything. Nothing is swallowed: the error is raised again. torch.OutOfMemoryError stays as
+    it is, since callers know what to do about it.
     """
     import torch
 
@@ -42,62 +65,47 @@ def reward_errors(
 
 
 def format_error(name: str, error: BaseException, *, file: str | None = None) -> str:
-    """``rewards.NAME: file:line: Kind: message`` on one line; without the kind where the message alone says enough.
+    """Format an error as ``rewards.NAME: file:line: Kind: message`` on one line.
 
-    file  whose line is named, where one of its lines raised, or which is named in front of the message
+    ``file`` is the user's file: its line is named when the error passed through it, else the
+    file alone. The kind is left out where the message says enough.
     """
     text = " ".join(str(error).split())
     if text.startswith(f"rewards.{name}"):
         return text
+    kind = type(error).__name__
     if isinstance(error, SyntaxError):
-        return f"rewards.{name}: {error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
-    lines = [
-        one.lineno
-        for one in traceback.extract_tb(error.__traceback__)
-        if file and _same(one.filename, file)
-    ]
-    place = (
-        f"{file}:{lines[-1]}: "
-        if lines
-        else f"{file}: "
-        if file and file not in text
-        else ""
-    )
-    plain = (
-        isinstance(error, (ValueError, OSError, ImportError, RewardUnavailableError))
-        and not lines
-        and text
-    )
-    return (
-        f"rewards.{name}: {place}{text if plain else f'{type(error).__name__}: {text}'}"
-    )
+        place = f"{error.filename}:{error.lineno}"
+        return f"rewards.{name}: {place}: {kind}: {error.msg}"
+
+    # the place in the user's file
+    line = None if file is None else _last_line_in(file, error)
+    place = ""
+    if line is not None:
+        place = f"{file}:{line}: "
+    elif file and file not in text:
+        place = f"{file}: "
+
+    # what happened
+    if line is not None or not text or not isinstance(error, PLAIN_ERRORS):
+        text = f"{kind}: {text}"
+    return f"rewards.{name}: {place}{text}"
 
 
-def _same(one: str, other: str) -> bool:
-    return Path(one).resolve() == Path(other).resolve()
-
-
-class NamedReward:
-    """A reward under its name in the run's ``rewards``. Raises RewardFailedError for whatever its `score` raises, and
-    for a number of scores that is not the number of videos: the run may stop with a checkpoint, on all ranks.
-    """
-
-    def __init__(self, name: str, reward: RewardModel) -> None:
-        self.name, self.reward = name, reward
-        self.group_level = bool(getattr(reward, "group_level", False))
-
-    def score(
-        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
-    ) -> Score:
-        with reward_errors(self.name, RewardFailedError):
-            score = self.reward.score(video_BTYXC, prompts, fps=fps)
-            check_count(self.name, len(score.value_B), len(prompts))
-        return score
-
-
-def check_count(name: str, numbers: int, videos: int) -> None:
-    """ValueError unless there is one number for each video."""
-    if numbers != videos:
+def check_count(name: str, scores: int, videos: int) -> None:
+    """Raise ValueError unless there is a score for each video."""
+    if scores != videos:
+        plural = "" if scores == 1 else "s"
         raise ValueError(
-            f"rewards.{name}: score said {numbers} number{'s' * (numbers != 1)} for {videos} videos"
+            f"rewards.{name}: score returned {scores} number{plural} for {videos} videos"
         )
+
+
+def _last_line_in(file: str, error: BaseException) -> int | None:
+    """The last line of ``file`` that the error passed through, None if it did not."""
+    path = Path(file).resolve()
+    lines = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        if Path(frame.filename).resolve() == path:
+            lines.append(frame.lineno)
+    return lines[-1] if lines else None

@@ -1,4 +1,4 @@
-"""A judge that writes its scores as words (VideoScore2, UnifiedReward and their kind), as a reward."""
+"""A generative reward model (VideoScore2, UnifiedReward) that writes its scores as text."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 
 
 class Generative:
-    """The number behind one label of the answer, or the MEAN of several. The answer comes back as text.
+    """The number behind a label of the answer, or the MEAN of several. The answer is the text.
 
-    checkpoint   folder or hub name of a Qwen2-VL or Qwen2.5-VL
-    instruction  text file with the model's own words and a slot {prompt} for the video's prompt
-    form         "videoscore2", "unifiedreward", "unifiedreward2", or name -> [words before the number, low, high]
-    value        with a form of your own: the name that is the reward; null for the MEAN of all
-    options      ``expected``, ``fps`` (frames a second it sees), ``max_pixels`` (of a frame), ``max_new_tokens``,
-                 ``device``, ``dtype``: see `rm.baselines.generative.GenerativeRewardModel`
+    checkpoint   The folder or hub name of a Qwen2-VL or Qwen2.5-VL.
+    instruction  A text file with the model's instruction and a slot {prompt}.
+    form         "videoscore2", "unifiedreward", "unifiedreward2", or a mapping
+                 name -> [words before the number, low, high].
+    value        The name in a ``form`` mapping that is the reward; null for the MEAN of all.
+    options      ``expected``, ``fps`` (frames a second that it sees), ``max_pixels`` (of a
+                 frame), ``max_new_tokens``, ``device`` and ``dtype``: see
+                 `rm.baselines.generative.GenerativeRewardModel`.
 
-    Answers are written one by one: what a video scores does not depend on its batch. A number that is missing, or
-    outside its limits, is NaN.
+    Each answer is generated separately: the score of a video does not depend on its batch. A
+    number that is missing or outside its limits is NaN.
     """
 
     name = "generative"
@@ -47,43 +49,42 @@ class Generative:
     ) -> None:
         if instruction is None:
             raise ValueError(
-                "a generative reward needs options.instruction, a text file with the model's own words"
+                "a generative reward needs options.instruction, a text file with the "
+                "instruction that the model was trained on"
             )
-        self.judge = GenerativeRewardModel(
-            checkpoint, instruction, form=_form(form, value), **options
+        # the instruction and the format of the answer belong to the checkpoint
+        self.reward_model = GenerativeRewardModel(
+            checkpoint, instruction, form=_answer_format(form, value), **options
         )
 
     def score(
         self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
     ) -> Score:
-        found = [
-            self.judge.judge(video_TYXC, prompt, fps=fps)
-            for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True)
-        ]
-        parts = {
-            name: torch.tensor([one.scores[name] for one in found])
-            for name in self.judge.form.labels
-        }
-        return Score(
-            torch.tensor([one.value for one in found]),
-            parts,
-            [one.answer for one in found],
-        )
+        answers = []
+        for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True):
+            answers.append(self.reward_model.judge(video_TYXC, prompt, fps=fps))
+
+        # the reward, and every labelled number beside it
+        value_B = torch.tensor([answer.value for answer in answers])
+        parts = {}
+        for name in self.reward_model.form.labels:
+            parts[name] = torch.tensor([answer.scores[name] for answer in answers])
+        return Score(value_B, parts, [answer.answer for answer in answers])
 
 
-def _form(form: str | Mapping[str, Sequence[Any]], value: str | None) -> AnswerFormat:
+def _answer_format(
+    form: str | Mapping[str, Sequence[Any]], value: str | None
+) -> AnswerFormat:
     if isinstance(form, str):
         if form not in FORMS:
             raise ValueError(f"options.form knows {', '.join(FORMS)}, not {form!r}")
         return FORMS[form] if value is None else AnswerFormat(FORMS[form].labels, value)
-    if wrong := [name for name, entry in form.items() if len(entry) != 3]:
-        raise ValueError(
-            f"options.form.{wrong[0]} must be [words before the number, low, high]"
-        )
-    return AnswerFormat(
-        {
-            name: ScoreField(str(words), float(low), float(high))
-            for name, (words, low, high) in form.items()
-        },
-        value,
-    )
+    fields = {}
+    for name, entry in form.items():
+        if len(entry) != 3:
+            raise ValueError(
+                f"options.form.{name} must be [words before the number, low, high]"
+            )
+        words, low, high = entry
+        fields[name] = ScoreField(str(words), float(low), float(high))
+    return AnswerFormat(fields, value)

@@ -1,14 +1,14 @@
-"""HPSv3 (2508.03789): how much people like a frame, by a Qwen2-VL-7B. It sees no motion: guard against stills."""
+"""HPSv3 (2508.03789): how much people like a frame, by a Qwen2-VL-7B. It does not see motion."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from alignment.rewards.frames import evenly_spaced, mean_of_best
 from common.memory import AdaptiveBatcher
 from common.types import Score
 from rm.baselines.qwen2_vl import shared
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 class HPSv3:
-    """MEAN of mu over the best frames.
+    """MEAN of HPSv3's mu over the best frames. Guard against policies that learn to stand still.
 
-    checkpoint  folder that ``launch/convert_reward.py hpsv3`` wrote
-    prompt      judge every frame under this text instead of the video's prompt: "A high-quality image" is
-                LongCat-Video's HPSv3-general (2510.22200, section 3.3.2)
-    best        share of the frames that count, those that score highest: 0.3 with the video's own prompt is its
-                HPSv3-percentile
-    frames      that are looked at, evenly spaced, first and last included; null for all, which is the paper's
-    batch       frames at once; halved for good when memory runs out
+    checkpoint  The folder that ``launch/convert_reward.py hpsv3`` wrote.
+    prompt      Score every frame under this text instead of the video's prompt: "A high-quality
+                image" is LongCat-Video's HPSv3-general (2510.22200, section 3.3.2).
+    best        The share of frames that count, those with the highest scores: 0.3 with the
+                video's prompt is LongCat-Video's HPSv3-percentile.
+    frames      The number of evenly spaced frames to score; null for all, as in the paper.
+    batch       Frames per forward; halved for good when memory runs out.
 
-    ``fps`` plays no part. Two such rewards with one checkpoint share its weights.
+    ``fps`` plays no part. Two such rewards with the same checkpoint share its weights.
     """
 
     name = "hpsv3"
@@ -46,26 +46,25 @@ class HPSv3:
     ) -> None:
         if not 0 < best <= 1 or batch < 1 or (frames is not None and frames < 1):
             raise ValueError(
-                f"hpsv3 needs best in (0, 1], frames and batch >= 1, got {best}, {frames}, {batch}"
+                "hpsv3 needs best in (0, 1], frames and batch >= 1, "
+                f"got {best}, {frames}, {batch}"
             )
-        self.judge = shared(str(checkpoint), device, dtype)
-        self.prompt, self.best, self.frames = prompt, best, frames
-        self.portions = AdaptiveBatcher(batch, what="frames before the judge")
+        # loaded once for all rewards with this checkpoint
+        self.reward_model = shared(str(checkpoint), device, dtype)
+        self.prompt = prompt
+        self.best = best
+        self.frames = frames
+        self.batcher = AdaptiveBatcher(batch, what="frames of the hpsv3 reward")
 
     def score(
         self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
     ) -> Score:
-        count = (
-            video_BTYXC.shape[1]
-            if self.frames is None
-            else min(self.frames, video_BTYXC.shape[1])
-        )
-        chosen = torch.linspace(0, video_BTYXC.shape[1] - 1, count).round().long()
-        kept = max(1, math.ceil(self.best * count - 1e-9))
+        frames = evenly_spaced(video_BTYXC.shape[1], self.frames)
         values = []
         for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True):
-            found_NK = self.judge.read_images(
-                video_TYXC[chosen], self.prompt or prompt, portions=self.portions
+            # outputs are (frames, 2): mu and sigma
+            output_N2 = self.reward_model.read_images(
+                video_TYXC[frames], self.prompt or prompt, portions=self.batcher
             )
-            values.append(found_NK[:, 0].topk(kept).values.mean())
+            values.append(mean_of_best(output_N2[:, 0], self.best))
         return Score(torch.stack(values))

@@ -1,6 +1,7 @@
-"""How much and how steadily a video moves: signals without weights, to watch for static or flickering videos.
+"""How much and how steadily a video moves: rewards without weights.
 
-A policy may raise a reward by standing still (HPSv3 alone does that) or by flickering; with weight 0 these show it.
+A policy may raise a reward by standing still (HPSv3 alone invites that) or by flickering. With
+weight 0 these rewards show it.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from common.types import Score
 if TYPE_CHECKING:
     from torch import Tensor
 
-FASTEST = 0.05  # share of the pixels that count, as in VBench's dynamic degree
+# The share of pixels that count, as in VBench's dynamic degree.
+FASTEST = 0.05
 
 
 class Smoothness:
-    """- MEAN |x_{t+1} - 2 x_t + x_{t-1}| / 255 over pixels and inner frames: 0 for a still video, lower for a flicker.
+    """- MEAN |x_{t+1} - 2 x_t + x_{t-1}| / 255 over pixels and inner frames.
 
-    Needs three frames; a shorter video is NaN. ``fps`` plays no part: what counts is what a frame does not tell of the
-    next.
+    It is 0 for a still video and lower for a flickering one: it measures what a frame does not
+    tell about the next. Videos of fewer than three frames are NaN. ``fps`` plays no part.
     """
 
     name = "smoothness"
@@ -34,16 +36,21 @@ class Smoothness:
     ) -> Score:
         if video_BTYXC.shape[1] < 3:
             return Score(torch.full((len(prompts),), math.nan))
+        # second difference in time: 0 where motion is even
         x = video_BTYXC.float() / 255
-        bend = (x[:, 2:] - 2 * x[:, 1:-1] + x[:, :-2]).abs()
+        after = x[:, 2:]
+        inner = x[:, 1:-1]
+        before = x[:, :-2]
+        bend = (after - 2 * inner + before).abs()
         return Score(-bend.flatten(1).mean(dim=1))
 
 
 class Dynamics:
-    """How fast the fastest twentieth of the pixels moves, in frame diagonals a second; MEAN over pairs of frames.
+    """Speed of the fastest twentieth of the pixels, in frame diagonals a second.
 
-    By dense optical flow (OpenCV's DIS, Kroeger et al. 2016). ``fps`` matters: the same frames at twice the rate move
-    twice as fast. Needs two frames; a shorter video is NaN. Frames below 16 pixels are refused with ValueError.
+    MEAN over pairs of successive frames, by dense optical flow (OpenCV's DIS, Kroeger et al.
+    2016). ``fps`` matters: the same frames at twice the rate move twice as fast. Videos of
+    fewer than two frames are NaN. Raises ValueError for frames below 16 pixels.
     """
 
     name = "dynamics"
@@ -62,22 +69,23 @@ class Dynamics:
             raise ValueError(
                 f"dynamics needs frames of at least 16 pixels, got {height} x {width}"
             )
+        # each video separately
         speeds = [self._speed(video_TYXC) for video_TYXC in video_BTYXC]
-        return Score(
-            torch.tensor(speeds, dtype=torch.float32) * fps / math.hypot(height, width)
-        )
+        # pixels a frame -> diagonals a second
+        diagonal = math.hypot(height, width)
+        speed_B = torch.tensor(speeds, dtype=torch.float32)
+        return Score(speed_B * fps / diagonal)
 
     def _speed(self, video_TYXC: Tensor) -> float:
-        """Pixels a frame."""
+        """The speed in pixels a frame."""
         frames = [self.grey(frame_YXC) for frame_YXC in video_TYXC.cpu().numpy()]
         if len(frames) < 2:
             return math.nan
-        found = []
-        for one, two in pairwise(frames):
-            speed = (
-                torch.from_numpy(self.flow.calc(one, two, None)).norm(dim=2).flatten()
-            )
-            found.append(
-                float(speed.topk(max(1, int(FASTEST * len(speed)))).values.mean())
-            )
-        return sum(found) / len(found)
+        speeds = []
+        for before, after in pairwise(frames):
+            # optical flow, in pixels a frame
+            flow_YX2 = torch.from_numpy(self.flow.calc(before, after, None))
+            speed = flow_YX2.norm(dim=2).flatten()
+            count = max(1, int(FASTEST * len(speed)))
+            speeds.append(float(speed.topk(count).values.mean()))
+        return sum(speeds) / len(speeds)

@@ -1,11 +1,12 @@
-"""A user's own reward: a function or an object from a file outside the repository, or from an installed package.
+"""A user's reward: a function or an object from a file, or from an installed package.
 
-    def score(video_BTYXC, prompts):          # uint8 (B, T, Y, X, 3), one prompt each; may take fps= as well
-        return video_BTYXC.float().mean((1, 2, 3, 4))     # B numbers, higher is better, NaN = could not judge
+    def score(video_BTYXC, prompts):          # uint8 (B, T, Y, X, 3), a prompt for each
+        return video_BTYXC.float().mean((1, 2, 3, 4))     # B numbers, higher is better
 
-A class, called with the options, or an object with such a ``score`` does as well; each may also say a
-`common.types.Score`. ``group_level = True`` on it makes the loop call it once for each group, with all its members and
-nobody else's: for win rates within a group.
+NaN or None means "could not be scored". The function may also take fps= and options. A class,
+which is called with the options, or an object with such a ``score`` works too; each may also
+return a `common.types.Score`. With an attribute ``group_level = True`` the loop calls it once
+for each group, with exactly the members of that group: for win rates within a group.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from alignment.rewards.errors import check_count, reward_errors
@@ -28,11 +30,16 @@ if TYPE_CHECKING:
 
     from common.types import RewardModel
 
-GROUP = "video_alignment.rewards"  # of entry points: name = "package.module:factory"
+# Packages offer rewards under this group of entry points: name = "package.module:factory".
+GROUP = "video_alignment.rewards"
 
 
 class FunctionReward:
-    """A function, or an object's ``score``, as a `RewardModel`. It must say a `Score`, or one number for each video."""
+    """A function, or an object's ``score``, as a `common.types.RewardModel`.
+
+    The function must return a `Score`, or a number for each video. Raises ValueError for a
+    function that cannot be called with videos, prompts and these options.
+    """
 
     def __init__(
         self,
@@ -42,23 +49,19 @@ class FunctionReward:
         *,
         group_level: bool = False,
     ) -> None:
-        self.name, self.function, self.options, self.group_level = (
-            name,
-            function,
-            dict(options),
-            group_level,
-        )
-        check_options(function, self.options)
-        parameters = inspect.signature(function).parameters
-        takes_all = any(
-            p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
-        )
-        self.takes_fps = takes_all or "fps" in parameters
+        # wrong options are found before the first video is sampled
+        check_options(function, options)
+        signature = inspect.signature(function)
+        self.name = name
+        self.function = function
+        self.options = dict(options)
+        self.group_level = group_level
+        self.takes_fps = _takes_any(signature) or "fps" in signature.parameters
         try:
-            inspect.signature(function).bind(None, None, **self._given(0.0))
+            signature.bind(None, None, **self._keywords(0.0))
         except TypeError as error:
             raise ValueError(
-                f"{_called(function)} cannot be called with videos and prompts: {error}"
+                f"{_name_of(function)} cannot be called with videos and prompts: {error}"
             ) from error
 
     def score(
@@ -66,58 +69,57 @@ class FunctionReward:
     ) -> Score:
         import torch
 
-        said = self.function(video_BTYXC, list(prompts), **self._given(fps))
-        if isinstance(said, Score):
-            check_count(self.name, len(said.value_B), len(prompts))
-            return said
-        values = self._numbers(said, len(prompts))
-        check_count(self.name, len(values), len(prompts))
-        return Score(torch.tensor(values, dtype=torch.float32))
+        # a Score, or numbers in any form
+        returned = self.function(video_BTYXC, list(prompts), **self._keywords(fps))
+        if isinstance(returned, Score):
+            score = returned
+        else:
+            values = self._numbers(returned, len(prompts))
+            score = Score(torch.tensor(values, dtype=torch.float32))
+        check_count(self.name, len(score.value_B), len(prompts))
+        return score
 
-    def _given(self, fps: float) -> dict[str, Any]:
+    def _keywords(self, fps: float) -> dict[str, Any]:
         return {**self.options, "fps": fps} if self.takes_fps else self.options
 
-    def _numbers(self, said: Any, videos: int) -> list[float]:
-        """What was said, None as NaN. One number alone is a list of one."""
-        alone = not isinstance(said, Iterable) or getattr(said, "ndim", 1) == 0
+    def _numbers(self, returned: Any, videos: int) -> list[float]:
+        """Convert to a list of floats: None is NaN, a single number a list of one."""
+        is_scalar = getattr(returned, "ndim", 1) == 0
+        if is_scalar or not isinstance(returned, Iterable):
+            returned = [returned]
+        # float() of a row of a tensor is a RuntimeError
         try:
-            return [
-                math.nan if value is None else float(value)
-                for value in ([said] if alone else said)
-            ]
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # RuntimeError: a tensor of several, row by row
-            shape = getattr(said, "shape", None)
-            what = type(said).__name__ + (
-                "" if shape is None else f" of shape {tuple(shape)}"
-            )
+            return [math.nan if value is None else float(value) for value in returned]
+        except (TypeError, ValueError, RuntimeError) as error:
+            # name what was returned instead of numbers
+            kind = type(returned).__name__
+            if hasattr(returned, "shape"):
+                kind = f"{kind} of shape {tuple(returned.shape)}"
             raise ValueError(
-                f"rewards.{self.name}: score said a {what} for {videos} videos, not one number for each: {error}"
+                f"rewards.{self.name}: score returned a {kind} for {videos} videos, "
+                f"not a number for each: {error}"
             ) from error
 
 
-def check_options(found: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """ValueError for options that a function or a class does not take, with those that it does."""
-    parameters = inspect.signature(found).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the known options, for those that a function does not take."""
+    signature = inspect.signature(function)
+    unknown = sorted(options.keys() - signature.parameters.keys())
+    if not unknown or _takes_any(signature):
         return
-    if unknown := sorted(options.keys() - parameters.keys()):
-        taken = [
-            k
-            for k, p in parameters.items()
-            if k != "fps" and (p.default is not p.empty or p.kind is p.KEYWORD_ONLY)
-        ]
-        hint = (
-            f"; its options are {', '.join(taken)}" if taken else "; it has no options"
-        )
-        raise ValueError(f"{_called(found)} takes no {', '.join(unknown)}{hint}")
+    # list the options that there are
+    known = []
+    for name, parameter in signature.parameters.items():
+        optional = parameter.default is not parameter.empty
+        keyword_only = parameter.kind is parameter.KEYWORD_ONLY
+        if name != "fps" and (optional or keyword_only):
+            known.append(name)
+    hint = f"its options are {', '.join(known)}" if known else "it has no options"
+    raise ValueError(f"{_name_of(function)} takes no {', '.join(unknown)}; {hint}")
 
 
 def check_target(name: str, target: str) -> None:
-    """Look at ``file.py:attribute`` without running it. Raises ValueError when it cannot be one."""
+    """Raise ValueError when ``file.py:attribute`` cannot be a target. The file is not run."""
     file, _, attribute = target.rpartition(":")
     if not file.endswith(".py") or not attribute.isidentifier():
         raise ValueError(
@@ -128,18 +130,17 @@ def check_target(name: str, target: str) -> None:
 
 
 def from_file(name: str, target: str, options: Mapping[str, Any]) -> RewardModel:
-    """Run the file and make a reward of what the target names. Raises ValueError when that is none, and for whatever
-    the file raises, with the line.
+    """Run the file of a target, and make a reward of the attribute that it names.
+
+    Raises ValueError when the attribute is no reward, and for whatever the file raises, with
+    the line.
     """
     check_target(name, target)
     file, _, attribute = target.rpartition(":")
-    module_name = f"own_reward_{name}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses look their module up
     with reward_errors(name, ValueError, file=file):
-        spec.loader.exec_module(module)
+        module = _run_file(f"own_reward_{name}", file)
         if not hasattr(module, attribute):
+            # perhaps a typo
             close = difflib.get_close_matches(attribute, vars(module), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(
@@ -148,29 +149,48 @@ def from_file(name: str, target: str, options: Mapping[str, Any]) -> RewardModel
         return as_reward(name, getattr(module, attribute), options)
 
 
-def as_reward(name: str, found: Any, options: Mapping[str, Any]) -> RewardModel:
-    """A class is called with the options; its object, one that is ready, and a function are wrapped alike. Raises
-    ValueError for what is none of them, and for options that it does not take.
+def as_reward(name: str, plugin: Any, options: Mapping[str, Any]) -> RewardModel:
+    """Make a reward of a class, an object with a ``score``, or a function.
+
+    A class is called with the options. Raises ValueError for anything else, and for options
+    that it does not take.
     """
-    if inspect.isclass(found):
-        check_options(found, options)
-        found, options = found(**options), {}
-    group_level = bool(getattr(found, "group_level", False))
-    if callable(score := getattr(found, "score", None)):
+    # a class: make its object
+    if inspect.isclass(plugin):
+        check_options(plugin, options)
+        plugin = plugin(**options)
+        options = {}
+    # an object with a score, or a function
+    group_level = bool(getattr(plugin, "group_level", False))
+    if callable(getattr(plugin, "score", None)):
         if options:
             raise ValueError(f"an object takes no options, got {', '.join(options)}")
-        return FunctionReward(name, score, {}, group_level=group_level)
-    if callable(found):
-        return FunctionReward(name, found, options, group_level=group_level)
+        return FunctionReward(name, plugin.score, {}, group_level=group_level)
+    if callable(plugin):
+        return FunctionReward(name, plugin, options, group_level=group_level)
     raise ValueError(
-        f"{type(found).__name__} is neither a function nor has it a method score"
+        f"{type(plugin).__name__} is neither a function nor an object with a method score"
     )
 
 
 def installed() -> dict[str, EntryPoint]:
-    """What packages offer under the entry point group."""
-    return {one.name: one for one in entry_points(group=GROUP)}
+    """Return what installed packages offer under the entry point group, by name."""
+    return {point.name: point for point in entry_points(group=GROUP)}
 
 
-def _called(found: Any) -> str:
-    return getattr(found, "__name__", type(found).__name__)
+def _run_file(module_name: str, file: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _takes_any(signature: inspect.Signature) -> bool:
+    """True for a signature with **options."""
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)

@@ -1,4 +1,4 @@
-"""VideoReward (2501.13918): visual quality, motion quality, text alignment, by a Qwen2-VL-2B at two frames a second."""
+"""VideoReward (2501.13918): visual quality, motion quality and text alignment by a Qwen2-VL-2B."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from rm.baselines.qwen2_vl import frame_indices, shared
 if TYPE_CHECKING:
     from torch import Tensor
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+# Luma of ITU-R BT.601.
+LUMA = (0.299, 0.587, 0.114)
 
 
 class VideoReward:
-    """One of the three, or their sum; every one is (x - mean) / std with the checkpoint's own numbers.
+    """A dimension of VideoReward or the sum of all, each (x - mean) / std by the checkpoint.
 
-    checkpoint  folder that ``launch/convert_reward.py videoreward`` wrote
-    dimension   "VQ", "MQ", "TA", or "overall", their sum
-    gray        judge the video without its colours: motion quality is then harder to please by pretty pictures
-                (LongCat-Video 2510.22200, figure 20, with weights of its own)
+    checkpoint  The folder that ``launch/convert_reward.py videoreward`` wrote.
+    dimension   "VQ", "MQ", "TA", or "overall", their sum.
+    gray        Score the video without its colours: pretty pictures then raise motion quality
+                less (LongCat-Video 2510.22200, figure 20, with its retrained weights).
 
-    ``fps`` is the video's true rate. The model learnt from 2 frames a second of clips of some seconds: from a clip of
-    less than 2 s it gets 4 frames all the same, in another tempo. That is said once. Videos are judged one by one.
+    ``fps`` is the video's true rate. The model was trained on clips of some seconds at 2 frames
+    a second. It sees 4 frames of a clip below 2 s too, in another tempo, which is reported
+    once. Videos are scored in a forward each.
     """
 
     name = "videoreward"
@@ -41,54 +43,51 @@ class VideoReward:
         device: str | None = None,
         dtype: str = "float32",
     ) -> None:
-        self.judge = shared(str(checkpoint), device, dtype)
-        self.outputs = self.judge.layout.outputs
+        self.reward_model = shared(str(checkpoint), device, dtype)
+        self.outputs = self.reward_model.layout.outputs
         if dimension not in ("overall", *self.outputs):
             raise ValueError(
                 f"videoreward knows overall, {', '.join(self.outputs)}, not {dimension!r}"
             )
-        self.dimension, self.gray, self._told = dimension, gray, False
+        self.dimension = dimension
+        self.gray = gray
+        self._reported_tempo = False
 
     def score(
         self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
     ) -> Score:
-        self._tell_of_another_tempo(video_BTYXC.shape[1], fps)
+        self._report_tempo(video_BTYXC.shape[1], fps)
         if self.gray:
             video_BTYXC = to_gray(video_BTYXC)
-        found_BK = torch.stack(
-            [
-                self.judge.read_video(video, prompt, fps=fps)
-                for video, prompt in zip(video_BTYXC, prompts, strict=True)
-            ]
-        )
-        parts = dict(zip(self.outputs, found_BK.unbind(dim=1), strict=True))
-        return Score(
-            found_BK.sum(dim=1)
-            if self.dimension == "overall"
-            else parts[self.dimension],
-            parts,
-        )
+        rows = []
+        for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True):
+            # (VQ, MQ, TA) of a video
+            rows.append(self.reward_model.read_video(video_TYXC, prompt, fps=fps))
+        value_BK = torch.stack(rows)
+        parts = dict(zip(self.outputs, value_BK.unbind(dim=1), strict=True))
+        if self.dimension == "overall":
+            return Score(value_BK.sum(dim=1), parts)
+        return Score(parts[self.dimension], parts)
 
-    def _tell_of_another_tempo(self, count: int, fps: float) -> None:
-        settings = self.judge.layout.settings
-        if self._told or count < 2:
+    def _report_tempo(self, count: int, fps: float) -> None:
+        """Report, once, clips that are so short that the model sees another tempo."""
+        if self._reported_tempo or count < 2:
             return
-        seen = frame_indices(count, fps, settings)
-        if (rate := (len(seen) - 1) * fps / max(1, count - 1)) > 1.5 * settings.fps:
-            self._told = True
+        settings = self.reward_model.layout.settings
+        # the rate at which the model sees the frames
+        seen = len(frame_indices(count, fps, settings))
+        rate = (seen - 1) * fps / max(1, count - 1)
+        if rate > 1.5 * settings.fps:
+            self._reported_tempo = True
             say(
-                f"videoreward: of {count} frames at {fps:g} fps ({count / fps:.1f} s) it sees {len(seen)}, {rate:.1f} "
-                f"a second, but learnt from {settings.fps:g}. If the rate is right, the clips are short for this judge"
+                f"videoreward: of {count} frames at {fps:g} fps ({count / fps:.1f} s) it sees "
+                f"{seen}, {rate:.1f} a second, but was trained on {settings.fps:g}. "
+                "If the rate is right, the clips are short for this reward model"
             )
 
 
 def to_gray(video_BTYXC: Tensor) -> Tensor:
-    """uint8 -> uint8, all three channels the luma."""
+    """Set all three channels to the luma, uint8 -> uint8."""
     luma_BTYX1 = (video_BTYXC.float() * torch.tensor(LUMA)).sum(dim=-1, keepdim=True)
-    return (
-        luma_BTYX1.round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-        .expand(video_BTYXC.shape)
-        .contiguous()
-    )
+    gray_BTYX1 = luma_BTYX1.round().clamp(0, 255).to(torch.uint8)
+    return gray_BTYX1.expand(video_BTYXC.shape).contiguous()

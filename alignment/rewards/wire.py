@@ -1,14 +1,17 @@
-"""What a reward's client and server say to each other over HTTP: videos and prompts there, numbers back.
+"""The HTTP format of a reward server: a request of videos and prompts, a reply of numbers.
 
-A request is one of two bodies, and neither a pickle nor an address to fetch:
+A request has one of two bodies; neither holds a pickle or an address to fetch:
 
-application/x-safetensors   tensor ``video`` uint8 (B, T, Y, X, 3) at one rate, and in the header's metadata under
-                            ``request`` the JSON {"id", "model", "prompts", "fps"}: what a training run sends
-application/json            {"model", "prompts", "videos": [{"mp4": base64} or {"frames": base64, "shape": [T, Y, X, 3],
-                            "fps": 8}, ...], "id"}: what people write by hand
+application/x-safetensors  Tensor ``video`` uint8 (B, T, Y, X, 3) at a common rate, and in the
+                           header's metadata under ``request`` the JSON {"id", "model",
+                           "prompts", "fps"}. Training runs send this.
+application/json           {"model", "prompts", "videos": [{"mp4": base64} or {"frames":
+                           base64, "shape": [T, Y, X, 3], "fps": 8}, ...], "id"}. People write
+                           this by hand.
 
-The reply is JSON: {"id", "model", "values": [number or null, ...], "parts": {name: [...]}, "texts": [...], "errors":
-[null or text, ...]}, one entry per video; null is "could not judge".
+The reply is JSON: {"id", "model", "values": [number or null, ...], "parts": {name: [...]},
+"texts": [...], "errors": [null or text, ...]} with an entry per video; null means "could not be
+scored".
 """
 
 from __future__ import annotations
@@ -26,16 +29,17 @@ from common.types import Score, json_number
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAFETENSORS, JSON = "application/x-safetensors", "application/json"
+SAFETENSORS = "application/x-safetensors"
+JSON = "application/json"
 
 
 class WireError(ValueError):
-    """A request or a reply that is not what it should be."""
+    """A request or a reply breaks the format."""
 
 
 @dataclass(frozen=True)
 class VideoItem:
-    """One video with its rate, or what is wrong with it."""
+    """A video with its frame rate, or the error of a video that cannot be read."""
 
     video_TYXC: Tensor | None
     fps: float
@@ -44,7 +48,7 @@ class VideoItem:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked: one item per prompt."""
+    """A decoded request: an item per prompt."""
 
     id: str
     model: str
@@ -55,23 +59,25 @@ class Request:
 def encode_request(
     video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float, model: str, id: str
 ) -> bytes:
-    """The body of a safetensors request."""
+    """Encode the body of a safetensors request."""
     from safetensors.torch import save
 
-    asked = {"id": id, "model": model, "prompts": list(prompts), "fps": float(fps)}
+    request = {"id": id, "model": model, "prompts": list(prompts), "fps": float(fps)}
     return save(
         {"video": video_BTYXC.contiguous()},
-        metadata={"request": json.dumps(asked, ensure_ascii=False)},
+        metadata={"request": json.dumps(request, ensure_ascii=False)},
     )
 
 
 def decode_request(
     body: bytes, content_type: str, *, max_frames: int, max_videos: int
 ) -> Request:
-    """Either body. Raises WireError for what is neither, and for more frames or videos than allowed.
+    """Decode a request of either body.
 
-    A JSON request's video that cannot be decoded becomes an item with an error, the others stay.
+    Raises WireError for any other body, and for more frames or videos than allowed. In a JSON
+    request, a video that cannot be decoded becomes an item with an error; the others stay.
     """
+    # parameters such as charset do not matter
     kind = content_type.partition(";")[0].strip().lower()
     if kind == SAFETENSORS:
         return _from_safetensors(body, max_frames=max_frames, max_videos=max_videos)
@@ -87,17 +93,21 @@ def _from_safetensors(body: bytes, *, max_frames: int, max_videos: int) -> Reque
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    # the header's length, the header with the request, then the tensors
     try:
         length = int.from_bytes(body[:8], "little")
         if not 2 <= length <= len(body) - 8:
             raise WireError("the body is no safetensors file")
         header = json.loads(body[8 : 8 + length])
-        asked = json.loads(header["__metadata__"]["request"])
+        request = json.loads(header["__metadata__"]["request"])
         tensors = load(body)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise WireError(
-            f"the body is no safetensors file with a request in its metadata: {error!r:.200}"
+            "the body is no safetensors file with a request in its metadata: "
+            f"{error!r:.200}"
         ) from error
+
+    # the videos
     video_BTYXC = tensors.get("video")
     if (
         video_BTYXC is None
@@ -112,20 +122,21 @@ def _from_safetensors(body: bytes, *, max_frames: int, max_videos: int) -> Reque
         max_frames=max_frames,
         max_videos=max_videos,
     )
-    fps = _rate(asked.get("fps") if isinstance(asked, dict) else None)
-    return _request(asked, [VideoItem(video_TYXC, fps) for video_TYXC in video_BTYXC])
+    fps = _rate(request.get("fps") if isinstance(request, dict) else None)
+    return _request(request, [VideoItem(video_TYXC, fps) for video_TYXC in video_BTYXC])
 
 
 def _from_json(body: bytes, *, max_frames: int, max_videos: int) -> Request:
     try:
-        asked = json.loads(body)
+        request = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise WireError(f"the body is no JSON: {error!s:.200}") from error
-    videos = asked.get("videos") if isinstance(asked, dict) else None
+    # each video is read separately, so that a broken one does not spoil the others
+    videos = request.get("videos") if isinstance(request, dict) else None
     if not isinstance(videos, list) or not videos:
         raise WireError("videos must be a list with at least one entry")
     _check_size(len(videos), 0, max_frames=max_frames, max_videos=max_videos)
-    return _request(asked, [_item(entry, max_frames=max_frames) for entry in videos])
+    return _request(request, [_item(entry, max_frames=max_frames) for entry in videos])
 
 
 def _item(entry: Any, *, max_frames: int) -> VideoItem:
@@ -144,6 +155,7 @@ def _item(entry: Any, *, max_frames: int) -> VideoItem:
 def _read_frames(entry: Mapping[str, Any], *, max_frames: int) -> VideoItem:
     import torch
 
+    # raw frames: their bytes and their shape
     shape = entry.get("shape")
     if not (
         isinstance(shape, list)
@@ -170,6 +182,7 @@ def _read_mp4(content: bytes, *, max_frames: int) -> VideoItem:
 
     frames = []
     try:
+        # decode in memory, and stop at the limit of frames
         with av.open(io.BytesIO(content), mode="r", format="mp4") as container:
             if not container.streams.video:
                 raise WireError("the mp4 has no video")
@@ -188,19 +201,20 @@ def _read_mp4(content: bytes, *, max_frames: int) -> VideoItem:
     return VideoItem(torch.stack(frames), _rate(fps))
 
 
-def _request(asked: Any, items: Sequence[VideoItem]) -> Request:
-    if not isinstance(asked, dict):
+def _request(request: Any, items: Sequence[VideoItem]) -> Request:
+    """Check everything but the videos."""
+    if not isinstance(request, dict):
         raise WireError("a request is a JSON object")
-    prompts, model, name = asked.get("prompts"), asked.get("model"), asked.get("id", "")
-    if not isinstance(prompts, list) or not all(
-        isinstance(prompt, str) for prompt in prompts
-    ):
+    prompts = request.get("prompts")
+    model = request.get("model")
+    request_id = request.get("id", "")
+    if not _is_list_of_text(prompts):
         raise WireError("prompts must be a list of texts")
     if len(prompts) != len(items):
         raise WireError(f"{len(prompts)} prompts for {len(items)} videos")
-    if not isinstance(model, str) or not isinstance(name, str):
+    if not isinstance(model, str) or not isinstance(request_id, str):
         raise WireError("model and id must be texts")
-    return Request(name, model, tuple(prompts), tuple(items))
+    return Request(request_id, model, tuple(prompts), tuple(items))
 
 
 def _check_size(videos: int, frames: int, *, max_frames: int, max_videos: int) -> None:
@@ -218,14 +232,19 @@ def _bytes(text: Any) -> bytes:
 
 
 def _rate(fps: Any) -> float:
-    if (
-        isinstance(fps, bool)
-        or not isinstance(fps, int | float)
-        or not math.isfinite(fps)
-        or fps <= 0
-    ):
+    if not _is_finite_number(fps) or fps <= 0:
         raise WireError(f"fps must be a positive number, got {fps!r:.40}")
     return float(fps)
+
+
+def _is_finite_number(value: Any) -> bool:
+    """True for an int or float, but not for a bool, which Python counts as an int."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 # ------------------------------------------------------------------ reply
@@ -234,60 +253,61 @@ def _rate(fps: Any) -> float:
 def encode_reply(
     request: Request, score: Score, errors: Sequence[str | None]
 ) -> dict[str, Any]:
-    """As JSON: fp32 numbers written out in full come back bit for bit."""
+    """Encode a reply as JSON: fp32 numbers written out in full come back bit for bit."""
+    parts = {}
+    for name, part_B in score.parts.items():
+        parts[name] = [json_number(value) for value in part_B]
     return {
         "id": request.id,
         "model": request.model,
         "values": [json_number(value) for value in score.value_B],
-        "parts": {
-            name: [json_number(value) for value in part_B]
-            for name, part_B in score.parts.items()
-        },
+        "parts": parts,
         "texts": list(score.texts),
         "errors": list(errors),
     }
 
 
 def decode_reply(body: bytes, *, videos: int, model: str, id: str) -> Score:
-    """Raises WireError for anything but one number or null for each of the videos of this very request."""
-    import torch
+    """Decode the reply to a request.
 
+    Raises WireError unless it has exactly a number or null for each video of this very request.
+    """
+    # is it the reply to this request?
     try:
-        said = json.loads(body)
+        reply = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise WireError(f"the reply is no JSON: {body[:80]!r}") from error
-    if not isinstance(said, dict) or said.get("model") != model:
+    if not isinstance(reply, dict) or reply.get("model") != model:
         raise WireError(f"the reply is not of model {model!r}")
-    if said.get("id") != id:
+    if reply.get("id") != id:
         raise WireError(
-            f"the reply is to request {said.get('id')!r:.80}, not to {id!r}"
+            f"the reply is to request {reply.get('id')!r:.80}, not to {id!r}"
         )
-    parts, texts = said.get("parts") or {}, said.get("texts") or []
-    columns = {
-        name: _column(values, videos)
-        for name, values in {"values": said.get("values"), **parts}.items()
-    }
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+
+    # its numbers and texts
+    value = _column(reply.get("values"), videos)
+    columns = reply.get("parts") or {}
+    if not isinstance(columns, dict):
+        raise WireError("parts must be a mapping of lists of numbers")
+    parts = {name: _column(values, videos) for name, values in columns.items()}
+    texts = reply.get("texts") or []
+    if not _is_list_of_text(texts):
         raise WireError("texts must be a list of texts")
-    value = torch.tensor(columns.pop("values"), dtype=torch.float32)
-    return Score(
-        value,
-        {n: torch.tensor(c, dtype=torch.float32) for n, c in columns.items()},
-        texts,
-    )
+    return Score(value, parts, texts)
 
 
-def _column(values: Any, videos: int) -> list[float]:
+def _column(values: Any, videos: int) -> Tensor:
+    """Numbers or nulls as fp32 (B,), null as NaN."""
+    import torch
+
     if not isinstance(values, list) or len(values) != videos:
         got = len(values) if isinstance(values, list) else "none"
         raise WireError(f"the reply has {got} numbers for {videos} videos")
+    numbers = []
     for value in values:
-        if value is not None and (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        if value is not None and not _is_finite_number(value):
             raise WireError(
                 f"a score must be a finite number or null, got {value!r:.40}"
             )
-    return [math.nan if value is None else float(value) for value in values]
+        numbers.append(math.nan if value is None else float(value))
+    return torch.tensor(numbers, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The DPO loop on the fakes, where every error can be worked out on paper."""
+"""The DPO loop on the fakes, where every error can be computed by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAIRS = 8
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> PairSet:
-    """Winners are bright (mean 0.6), losers dark (mean -0.6)."""
+    """Chosen videos are bright (mean 0.6), rejected ones dark (mean -0.6)."""
     folder = tmp_path_factory.mktemp("pairs")
 
     def made():
@@ -65,7 +65,7 @@ def loop_of(
 
 
 @pytest.mark.parametrize("schedule", ["constant", "quadratic"])
-def test_the_first_loss_is_log_2(pairs: PairSet, schedule: str) -> None:
+def test_first_dpo_loss_is_log_2(pairs: PairSet, schedule: str) -> None:
     metrics = loop_of(pairs, beta_schedule=schedule, beta=500.0).step(0)
     assert metrics["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert metrics["train/accuracy"] == 0.5
@@ -73,7 +73,7 @@ def test_the_first_loss_is_log_2(pairs: PairSet, schedule: str) -> None:
     assert metrics["train/grad_norm"] > 0
 
 
-def test_the_winners_error_falls_and_the_losers_rises(pairs: PairSet) -> None:
+def test_chosen_error_falls_and_rejected_error_rises(pairs: PairSet) -> None:
     loop = loop_of(pairs)
     history = [loop.step(step) for step in range(30)]
     last = history[-1]
@@ -85,7 +85,7 @@ def test_the_winners_error_falls_and_the_losers_rises(pairs: PairSet) -> None:
     assert bool((loop.generator.module.bias_C < 0).all())
 
 
-def test_the_gradient_is_that_of_the_formula(pairs: PairSet) -> None:
+def test_dpo_gradient_equals_the_formula(pairs: PairSet) -> None:
     """The same update by another route: every pair alone, in fp64, from the numbers that the loop's seeds stand for."""
     options = {"dtype": torch.float64, "sft_weight": 0.25}
     loop = loop_of(pairs, lr=0.0, **options)
@@ -117,7 +117,7 @@ def test_the_gradient_is_that_of_the_formula(pairs: PairSet) -> None:
         torch.testing.assert_close(mine, theirs.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_micro_batches_and_ranks_change_nothing(
+def test_micro_batches_and_ranks_do_not_change_the_gradient(
     pairs: PairSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = loop_of(pairs, lr=0.0, micro_batch=4, dtype=torch.float64)
@@ -143,7 +143,7 @@ def test_micro_batches_and_ranks_change_nothing(
         torch.testing.assert_close((a + b) / 2, want, rtol=1e-9, atol=1e-15)
 
 
-def test_winner_and_loser_policy_and_reference_run_as_two_forwards(
+def test_dpo_step_takes_two_forwards_and_sft_one(
     pairs: PairSet,
 ) -> None:
     loop = loop_of(pairs)
@@ -160,10 +160,10 @@ def test_winner_and_loser_policy_and_reference_run_as_two_forwards(
     assert [len(asked) for asked in loop.generator.asked] == [
         2,
         2,
-    ]  # winners alone, no reference
+    ]  # the chosen videos alone, no reference
 
 
-def test_sft_and_rwr_are_weighted_errors(pairs: PairSet) -> None:
+def test_sft_and_rwr_losses_are_weighted_flow_errors(pairs: PairSet) -> None:
     sft, rwr = (
         loop_of(pairs, method="sft", lr=0.0),
         loop_of(pairs, method="rwr", temperature=2.0, lr=0.0),
@@ -174,7 +174,7 @@ def test_sft_and_rwr_are_weighted_errors(pairs: PairSet) -> None:
         batch = pairs.read([i])
         draw = sft.draw(batch, "step", 0, [place])
         with torch.no_grad():
-            errors.append(torch.cat(sft.errors(batch, draw, losers=True)))
+            errors.append(torch.cat(sft.errors(batch, draw)))
     error_N2 = torch.stack(errors)
     assert sft.step(0)["train/loss"] == pytest.approx(
         float(error_N2[:, 0].mean()), rel=1e-6
@@ -192,7 +192,7 @@ def test_sft_and_rwr_are_weighted_errors(pairs: PairSet) -> None:
 
 
 @pytest.mark.parametrize("method", ["sft", "rwr"])
-def test_other_methods_learn_the_winners_too(pairs: PairSet, method: str) -> None:
+def test_sft_and_rwr_lower_the_chosen_error(pairs: PairSet, method: str) -> None:
     loop = loop_of(pairs, method=method)
     first = loop.evaluate(pairs, limit=PAIRS)
     for step in range(30):
@@ -202,7 +202,7 @@ def test_other_methods_learn_the_winners_too(pairs: PairSet, method: str) -> Non
     assert last["heldout/chosen_change"] < -1e-3
 
 
-def test_held_out_pairs_are_always_measured_alike(pairs: PairSet) -> None:
+def test_evaluate_is_the_same_every_time(pairs: PairSet) -> None:
     loop = loop_of(pairs, micro_batch=2)
     first = loop.evaluate(pairs, limit=7)
     assert first == loop.evaluate(pairs, limit=7)
@@ -225,7 +225,7 @@ def test_held_out_pairs_are_always_measured_alike(pairs: PairSet) -> None:
     assert loop.evaluate(pairs, limit=7)["heldout/accuracy"] == 1.0
 
 
-def test_bins_by_hand() -> None:
+def test_summarise_by_hand() -> None:
     cfg = DpoConfig(beta=4.0)
     rows = torch.tensor(
         [
@@ -249,7 +249,7 @@ def test_bins_by_hand() -> None:
     assert "train/loss_sigma_0.4-0.6" not in found
 
 
-def test_running_from_the_loser_is_seen(pairs: PairSet) -> None:
+def test_rising_chosen_error_is_detected(pairs: PairSet) -> None:
     loop = loop_of(pairs, displacement_window=3)
     loop.watched.extend([-1.0, 2.0])
     assert not loop.rising()  # too early
@@ -261,7 +261,7 @@ def test_running_from_the_loser_is_seen(pairs: PairSet) -> None:
     assert not loop.rising()
 
 
-def test_noise_levels() -> None:
+def test_draw_sigma_has_the_distribution_of_the_config() -> None:
     def draws(**options: Any) -> torch.Tensor:
         cfg = DpoConfig(**options)
         return torch.tensor(
@@ -282,16 +282,16 @@ def test_noise_levels() -> None:
     assert float(logit.std()) == pytest.approx(1.0, abs=0.04)
 
 
-def test_what_does_not_divide_is_refused(pairs: PairSet) -> None:
+def test_pairs_per_step_must_divide_over_ranks(pairs: PairSet) -> None:
     cfg = DpoConfig(pairs_per_step=64, micro_batch=4)
     assert (backwards_per_update(cfg, 1), backwards_per_update(cfg, 8)) == (16, 2)
-    with pytest.raises(ValueError, match=r"multiple of 3 ranks x dpo\.micro_batch=4"):
+    with pytest.raises(ValueError, match="micro_batch=4"):
         backwards_per_update(cfg, 3)
     assert steps_of(DpoConfig(pairs_per_step=64, epochs=2.5), 100) == 3
     assert steps_of(DpoConfig(pairs_per_step=64), 10) == 1
 
 
-def test_rwr_needs_values(tmp_path: Path) -> None:
+def test_rwr_without_values_raises(tmp_path: Path) -> None:
     one = torch.ones(SHAPE)
     write_pairs(
         tmp_path,
@@ -300,17 +300,15 @@ def test_rwr_needs_values(tmp_path: Path) -> None:
         dtype=one.dtype,
         about={},
     )
-    with pytest.raises(
-        ValueError, match="rwr_weights needs finite rewards, 8 of 8 are not"
-    ):
+    with pytest.raises(ValueError, match="8 of 8"):
         loop_of(PairSet(tmp_path), method="rwr")
 
 
-def test_a_loss_that_is_no_number_is_told(
+def test_non_finite_loss_is_reported(
     pairs: PairSet, capsys: pytest.CaptureFixture
 ) -> None:
     loop = loop_of(pairs)
     with torch.no_grad():
         loop.generator.module.bias_C.fill_(math.nan)
     assert math.isnan(loop.step(0)["train/loss"])
-    assert "step 0: the loss is nan for pairs" in capsys.readouterr().out
+    assert "nan" in capsys.readouterr().out

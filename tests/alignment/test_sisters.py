@@ -1,4 +1,4 @@
-"""The loop under the sister algorithms: several steps, latents of their own, other weights, several updates."""
+"""The GRPO loop with the settings of related algorithms: Flow-GRPO, Flash-GRPO, MixGRPO."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from alignment.config import GrpoConfig
 from alignment.grpo_losses import step_weights
 from generator.flow import Kernel
 from generator.schedule import sigma_grid
+from tests.alignment.per_member import per_member_gradient
 from tests.alignment.test_grpo import loop_of
 from tests.fakes import FakeGenerator, FunctionReward, redness
 
@@ -19,7 +20,7 @@ FLOW_GRPO = {"stochastic": "all", "stochastic_range": 8, "initial_noise": "membe
 FLASH = [7.4770, 7.0414, 6.6112, 6.1867, 5.7682, 5.3559, 4.9502, 4.5513, 4.1596, 3.7754]
 
 
-def test_unit_weights_are_flash_grpos_published_table() -> None:
+def test_unit_weights_equal_flash_grpos_published_table() -> None:
     """20 steps of shift 3 on diffusers' older UniPC grid, and Flash-GRPO's noise s = sigma sigma_1."""
     u = [1 - i * (1 - 1e-3) / 20 for i in range(21)]
     shifted = [3 * (1 - v) / (1 + 2 * (1 - v)) for v in u][::-1][:-1]
@@ -38,7 +39,7 @@ def test_unit_weights_are_flash_grpos_published_table() -> None:
     [Kernel("sde", 1.0, 0.45), Kernel("sde", 0.7, 0.9), Kernel("cps", 0.6, None)],
 )
 @pytest.mark.parametrize("step", [0, 3, 9])
-def test_unit_weights_push_the_velocity_by_the_noise_itself(
+def test_unit_weights_give_a_velocity_gradient_of_the_noise(
     kernel: Kernel, step: int
 ) -> None:
     """policy weight x d log p / d v = -xi / D, and the KL becomes |dv|^2 / 2, at any step, by autograd."""
@@ -66,7 +67,7 @@ def test_unit_weights_push_the_velocity_by_the_noise_itself(
     )
 
 
-def test_the_papers_weights_and_where_they_end() -> None:
+def test_paper_weights_by_hand_and_at_sigma_1() -> None:
     weights = step_weights(0.1, sigma=0.8, sigma_next=0.7, gain=1.0, form="paper")
     assert weights == pytest.approx((math.sqrt(0.8 / (0.1 * 0.2)), 0.8 / (0.1 * 0.2)))
     # without truncation std = sqrt(sigma delta / (1 - sigma)), and both forms are one
@@ -74,7 +75,7 @@ def test_the_papers_weights_and_where_they_end() -> None:
     assert step_weights(std, sigma=0.8, sigma_next=0.7, gain=1.0) == pytest.approx(
         tuple(weights)
     )
-    with pytest.raises(ValueError, match="infinite at sigma=1"):
+    with pytest.raises(ValueError, match="sigma=1"):
         step_weights(0.45, sigma=1.0, sigma_next=0.9, gain=1.0, form="paper")
     assert step_weights(0.45, sigma=1.0, sigma_next=0.9, gain=1.0, form="none") == (
         1.0,
@@ -90,30 +91,32 @@ def test_the_papers_weights_and_where_they_end() -> None:
         {"stochastic": "window", "window_size": 2},
     ],
 )
-def test_one_forward_for_all_gives_the_gradient_of_one_for_each(sampler: dict) -> None:
-    gradients, forwards = [], []
-    for update in ("collapsed", "per_member"):
-        generator = FakeGenerator(dtype=torch.float64, **sampler)
-        with torch.no_grad():
-            generator.module.bias_C += torch.tensor(
-                [0.1, -0.2, 0.3], dtype=torch.float64
-            )
-        loop = loop_of(RED, generator=generator, update=update)
-        loop.step(0)
-        assert loop.engine.steps == 1
-        gradients.append(torch.cat(loop.engine.last_gradient))
-        forwards.append(generator.grad_forwards)
-    scale = float(gradients[1].abs().max())
+def test_collapsed_update_has_the_gradient_of_a_forward_per_member(
+    sampler: dict,
+) -> None:
+    generator = FakeGenerator(dtype=torch.float64, **sampler)
+    with torch.no_grad():
+        generator.module.bias_C += torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
+    loop = loop_of(RED, generator=generator, lr=0.0)
+    batch = loop.prompts.at(0)
+    groups = generator.rollout(batch.prompts, group_size=4, seeds=batch.seeds)
+    generator.grad_forwards = 0
+    result = loop.step(0)
+    assert loop.engine.steps == 1
+    collapsed_forwards = generator.grad_forwards
+    want, _ = per_member_gradient(generator, groups, result.advantage_PM, loop.cfg)
+    member_forwards = generator.grad_forwards - collapsed_forwards
+    scale = float(torch.cat(want).abs().max())
+    difference = torch.cat(loop.engine.last_gradient) - torch.cat(want)
     assert scale > 1e-4
-    assert float((gradients[0] - gradients[1]).abs().max()) < 1e-12 * scale
-    shared = (
-        "initial_noise" not in sampler
-    )  # a window's first step is; the second is not
-    assert forwards[1] == 4 * 4 * generator.how.steps_per_group
-    assert forwards[0] == forwards[1] - (4 * 3 if shared else 0)
+    assert float(difference.abs().max()) < 1e-12 * scale
+    # members share the start of a window's first step, not of its second
+    shared = "initial_noise" not in sampler
+    assert member_forwards == 4 * 4 * generator.how.steps_per_group
+    assert collapsed_forwards == member_forwards - (4 * 3 if shared else 0)
 
 
-def test_the_gradient_of_flow_grpo_is_that_of_the_formula() -> None:
+def test_flow_grpo_gradient_equals_the_formula() -> None:
     """No weights, no KL: mean over steps of gain / std mean_g[A_g mean(xi)] / C, by hand from the samples."""
     generator = FakeGenerator(dtype=torch.float64, **FLOW_GRPO)
     loop = loop_of(RED, generator=generator, kl_weight=0.0, reweight="none")
@@ -156,7 +159,7 @@ def test_the_gradient_of_flow_grpo_is_that_of_the_formula() -> None:
         ({"kernel": "cps", "noise_level": 0.7, "max_std": None}, {"reweight": "unit"}),
     ],
 )
-def test_every_sister_raises_the_reward(sampler: dict, options: dict) -> None:
+def test_related_algorithms_raise_the_reward(sampler: dict, options: dict) -> None:
     loop = loop_of(RED, generator=FakeGenerator(**sampler), lr=3e-2, **options)
     history = [loop.step(step).metrics for step in range(30)]
     assert all(row["train/ratio_max_dev"] < 1e-5 for row in history)
@@ -167,7 +170,7 @@ def test_every_sister_raises_the_reward(sampler: dict, options: dict) -> None:
     assert last > first + 0.1
 
 
-def test_mean_weight_1_divides_by_the_mean_over_groups() -> None:
+def test_normalize_step_weights_divides_by_the_mean_over_groups() -> None:
     generator = FakeGenerator()
     loop = loop_of(RED, generator=generator, normalize_step_weights=True)
     batch = loop.prompts.at(0)
@@ -179,13 +182,13 @@ def test_mean_weight_1_divides_by_the_mean_over_groups() -> None:
     assert loop_of(RED).mean_weights(groups) is None
 
 
-def test_several_updates_on_a_rollout_leave_it_and_are_clipped() -> None:
+def test_several_updates_on_a_rollout_are_clipped() -> None:
     options = {"clip_low": 1e-3, "clip_high": 1e-3, "kl_weight": 0.0, "lr": 5e-2}
     once, thrice = (loop_of(RED, updates=n, **options) for n in (1, 3))
     one, three = once.step(0), thrice.step(0)
     assert (once.engine.steps, thrice.engine.steps) == (1, 3)
     assert one.metrics["train/clip_frac"] == 0.0
     assert three.metrics["train/clip_frac"] > 0.0
-    assert torch.equal(one.advantage_PM, three.advantage_PM)  # one rollout, judged once
+    assert torch.equal(one.advantage_PM, three.advantage_PM)  # one rollout, scored once
     with pytest.raises(ValueError, match="updates=2"):
         GrpoConfig(updates=2)

@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from alignment.config import RewardConfig
 from alignment.rewards import REWARDS, build_rewards
-from alignment.rewards import wire as wire
+from alignment.rewards import wire
 from alignment.rewards.brightness import Brightness
 from common.run_record import plain
 from common.types import RewardModel
@@ -71,7 +71,7 @@ def clip_folder(path: Path) -> str:
 
 
 def descore_folder(path: Path) -> str:
-    """Chains of at most six tokens, of a random model: nobody ends one, so the judge scores at once."""
+    """A random model whose chains of thought are cut at six tokens, then scored."""
     torch.manual_seed(1)
     DeScore(
         tiny_qwen(),

@@ -22,7 +22,7 @@ from common.config import ConfigError, load
 from common.distributed import derive_seed
 from common.video_io import write_mp4
 from launch.compose import build_generator
-from launch.pair_making import digitise
+from launch.pair_making import encode_pair
 from launch.schemas.pairs import DpoRun, PairsRun
 from rm.data import Pair
 from rm.video_check import VideoChecker
@@ -230,7 +230,7 @@ def test_a_file_that_kills_its_decoder_costs_its_row(
     generator = build_generator(load(PairsRun, config).generator)
     pair = Pair("rain", tmp_path / "a.mp4", tmp_path / "trap.mp4", "", "", 1, line=7)
     with VideoChecker() as checker:
-        make = digitise(generator, "pairs.csv", checker)
+        make = encode_pair(generator, "pairs.csv", checker)
         assert make(0, replace(pair, video_B=pair.video_A))[1]["files"] == [
             "a.mp4",
             "a.mp4",

@@ -1,4 +1,4 @@
-"""A run whose reward goes wrong on the way: nothing that was learned is lost, and all ranks end together."""
+"""Runs whose reward fails: the training so far is saved, and all ranks stop together."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def words(tiny: Path, tmp_path: Path) -> list[str]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_reward_that_raises_stops_all_ranks_with_a_checkpoint(
+def test_reward_that_raises_stops_all_ranks_with_a_checkpoint(
     ranks: int, words: list[str], tmp_path: Path
 ) -> None:
     """At the third step, on the last rank alone; then it goes on as if nothing had been."""
@@ -76,21 +76,23 @@ def test_a_reward_that_raises_stops_all_ranks_with_a_checkpoint(
 
 
 @pytest.mark.slow
-def test_a_failed_self_check_ends_without_a_traceback_and_with_the_users_name(
+def test_failed_self_check_exits_without_traceback_and_names_the_reward(
     words: list[str], tmp_path: Path
 ) -> None:
-    """NIQE sees no 16 pixels."""
-    given = [*words, "rewards.sharp.kind=niqe", f"run_dir={tmp_path / 'run'}"]
-    done = run(sys.executable, SCRIPT, *given, expect=2)
-    assert (
-        "grpo.py: rewards.sharp: niqe needs frames of at least 48 pixels a side, got (16, 16)"
-        in done.stderr
+    """A reward that raises ValueError for frames of 16 pixels."""
+    (tmp_path / "picky.py").write_text(
+        "def score(video, prompts):\n"
+        "    raise ValueError(f'needs 48 pixels, got {video.shape[2]}')\n"
     )
+    target = f"rewards.sharp.target={tmp_path / 'picky.py'}:score"
+    given = [*words, target, f"run_dir={tmp_path / 'run'}"]
+    done = run(sys.executable, SCRIPT, *given, expect=2)
+    assert "grpo.py: rewards.sharp: needs 48 pixels, got 16" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.long
-def test_a_self_check_that_fails_on_one_rank_is_said(
+def test_self_check_that_fails_on_a_single_rank_is_reported(
     words: list[str], tmp_path: Path
 ) -> None:
     """The refusal is rank 0's to tell, and rank 1 it is that met the mistake: at its third call, as above."""
@@ -104,7 +106,7 @@ def test_a_self_check_that_fails_on_one_rank_is_said(
 
 
 @pytest.mark.long
-def test_a_reward_that_raises_in_the_last_evaluation_costs_no_step(
+def test_reward_that_raises_in_the_last_evaluation_loses_no_step(
     words: list[str], tmp_path: Path
 ) -> None:
     """Two held-out prompts, judged before the first step and after the last; two groups of a step in between."""

@@ -1,4 +1,4 @@
-"""Rewards of one's own: what a file outside the repository may hold, and what is said when it does not."""
+"""Rewards from a user's file or an installed package, and the errors of wrong files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from alignment.config import RewardConfig
 from alignment.rewards import build_rewards, factory_of
-from alignment.rewards import plugin as own
+from alignment.rewards import plugin
 from alignment.rewards.brightness import Brightness
 from common.types import RewardModel, Score
 from tests.alignment.test_grpo import loop_of
@@ -35,7 +35,7 @@ def reward_of(
     return build_rewards({"mine": cfg})["mine"]
 
 
-def test_a_function(tmp_path: Path) -> None:
+def test_target_may_be_a_function(tmp_path: Path) -> None:
     reward = reward_of(
         tmp_path,
         "def score(video, prompts):\n    return video.float().mean((1, 2, 3, 4)) / 255\n",
@@ -45,7 +45,7 @@ def test_a_function(tmp_path: Path) -> None:
     assert reward.name == "mine"
 
 
-def test_a_function_that_asks_for_more(tmp_path: Path) -> None:
+def test_function_gets_fps_and_options(tmp_path: Path) -> None:
     text = "def score(video, prompts, *, fps, scale=1):\n    return [scale * fps * len(prompt) for prompt in prompts]\n"
     assert (
         reward_of(tmp_path, text, scale=10)
@@ -60,7 +60,7 @@ def test_a_function_that_asks_for_more(tmp_path: Path) -> None:
         reward_of(tmp_path, text, scael=10)
 
 
-def test_what_it_could_not_judge_is_missing(tmp_path: Path) -> None:
+def test_none_and_nan_are_nan(tmp_path: Path) -> None:
     text = "def score(video, prompts):\n    return [None, float('nan'), 1, 2, 3, 4]\n"
     value = reward_of(tmp_path, text).score(VIDEO, PROMPTS, fps=8.0).value_B
     assert value.isnan().tolist() == [True, True, False, False, False, False]
@@ -77,11 +77,11 @@ def test_what_it_could_not_judge_is_missing(tmp_path: Path) -> None:
         ("Score(torch.zeros(5))", "5 numbers for 6 videos"),
         (
             "torch.zeros(6, 2)",
-            r"a Tensor of shape \(6, 2\) for 6 videos, not one number for each",
+            r"a Tensor of shape \(6, 2\) for 6 videos",
         ),
         (
             "list('abcdef')",
-            "a list for 6 videos, not one number for each: could not convert string to float: 'a'",
+            "a list for 6 videos, not a number for each: .*'a'",
         ),
     ],
 )
@@ -89,17 +89,17 @@ def test_what_it_could_not_judge_is_missing(tmp_path: Path) -> None:
     "form",
     ["def score(video, prompts):\n    return {}", "class C:\n  @staticmethod\n  {}"],
 )
-def test_a_wrong_number_of_answers_is_an_error(
+def test_wrong_number_of_scores_raises(
     said: str, message: str, form: str, tmp_path: Path
 ) -> None:
     body = f"def score(video, prompts): return {said}" if "class" in form else said
     text = f"import torch\nfrom common.types import Score\n{form.format(body)}\n"
     reward = reward_of(tmp_path, text, "C" if "class" in form else "score")
-    with pytest.raises(ValueError, match=rf"^rewards\.mine: score said {message}"):
+    with pytest.raises(ValueError, match=rf"^rewards\.mine: .*{message}"):
         reward.score(VIDEO, PROMPTS, fps=8.0)
 
 
-def test_a_class_an_object_and_a_score(tmp_path: Path) -> None:
+def test_target_may_be_a_class_or_an_object(tmp_path: Path) -> None:
     text = """
 from dataclasses import dataclass
 from common.types import Score
@@ -132,9 +132,7 @@ ready = Length(3)
 
 
 @pytest.mark.parametrize("name", ["Length", "ready"])
-def test_a_class_and_an_object_may_do_as_a_function_does(
-    name: str, tmp_path: Path
-) -> None:
+def test_class_and_object_may_return_numbers(name: str, tmp_path: Path) -> None:
     """No fps, plain numbers, no name; by group."""
     text = """
 class Length:
@@ -195,7 +193,7 @@ ready = Length()
         ),
     ],
 )
-def test_a_mistake_in_the_file_is_one_sentence_with_its_place(
+def test_error_in_the_file_names_its_line(
     text: str, name: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=rf"^rewards\.mine{message}") as found:
@@ -212,34 +210,32 @@ def test_a_mistake_in_the_file_is_one_sentence_with_its_place(
         ("gone.py:score", r"there is no file gone\.py"),
     ],
 )
-def test_a_target_that_cannot_be_one_is_seen_before_anything_runs(
-    target: str, message: str
-) -> None:
+def test_wrong_target_raises_before_the_file_runs(target: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         factory_of("mine", RewardConfig(target=target))
-    with pytest.raises(ValueError, match="two ways to name one reward"):
+    with pytest.raises(ValueError, match="shapes"):
         RewardConfig(kind="shapes", target=target)
 
 
-def test_what_is_not_in_the_file_or_is_no_reward(tmp_path: Path) -> None:
+def test_missing_attribute_and_wrong_type_raise(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"mine\.py has no 'score'; did you mean 'socre'"
     ):
         reward_of(tmp_path, "def socre(video, prompts): ...\n")
-    with pytest.raises(
-        ValueError, match="int is neither a function nor has it a method score"
-    ):
+    with pytest.raises(ValueError, match="int"):
         reward_of(tmp_path, "score = 3\n")
 
 
-def test_an_installed_package_brings_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint("bright", "alignment.rewards.brightness:Brightness", own.GROUP)
+def test_installed_package_offers_a_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint(
+        "bright", "alignment.rewards.brightness:Brightness", plugin.GROUP
+    )
     monkeypatch.setattr(
-        own, "entry_points", lambda group: [point] if group == own.GROUP else []
+        plugin, "entry_points", lambda group: [point] if group == plugin.GROUP else []
     )
     (reward,) = build_rewards({"bright": RewardConfig()}).values()
     assert reward.score(VIDEO, PROMPTS, fps=8.0).value_B.shape == (6,)
-    with pytest.raises(ValueError, match="remote, bright; did you mean 'bright'"):
+    with pytest.raises(ValueError, match="'bright'"):
         factory_of("brigth", RewardConfig())
 
 
@@ -260,12 +256,12 @@ class Rank:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_group_level_reward_sees_one_group_at_a_time(*, overlap: bool) -> None:
+def test_group_level_reward_gets_a_group_per_call(*, overlap: bool) -> None:
     rank = Rank()
     result = loop_of({"rank": rank}, overlap_scoring=overlap).step(0)
     assert rank.seen == [[prompt] * 4 for prompt in result.batch.prompts]
     places = result.scores["rank"].value_B.view(4, 4)
     assert places.sort(dim=1).values.tolist() == [[0.0, 1.0, 2.0, 3.0]] * 4
     assert math.isclose(result.metrics["reward/rank"], 1.5)
-    with pytest.raises(ValueError, match="rank must see a whole group on one rank"):
+    with pytest.raises(ValueError, match="ranks_per_group=2"):
         loop_of({"rank": rank}, ranks_per_group=2)

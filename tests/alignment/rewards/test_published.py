@@ -38,8 +38,8 @@ def test_one_dimension_or_their_sum(folders: dict[str, str]) -> None:
             VIDEO, PROMPTS, fps=4.0
         )
         assert torch.equal(alone.value_B, whole.parts[name])
-    judge = shared(folders["videoreward"], None, "float32")
-    want = judge.read_video(VIDEO[1], PROMPTS[1], fps=4.0)
+    reward_model = shared(folders["videoreward"], None, "float32")
+    want = reward_model.read_video(VIDEO[1], PROMPTS[1], fps=4.0)
     assert [float(part[1]) for part in whole.parts.values()] == want.tolist()
 
 
@@ -66,10 +66,12 @@ def test_gray_is_the_luma_by_hand(folders: dict[str, str]) -> None:
 
 
 def test_the_mean_of_the_best_frames(folders: dict[str, str]) -> None:
-    judge = shared(folders["hpsv3"], None, "float32")
+    reward_model = shared(folders["hpsv3"], None, "float32")
     mu = torch.stack(
         [
-            judge.read_images(v, p, portions=AdaptiveBatcher(16, what="frames"))[:, 0]
+            reward_model.read_images(v, p, portions=AdaptiveBatcher(16, what="frames"))[
+                :, 0
+            ]
             for v, p in zip(VIDEO, PROMPTS, strict=True)
         ]
     )
@@ -102,10 +104,10 @@ def test_two_rewards_share_the_weights(folders: dict[str, str]) -> None:
         ),
     }
     general, percentile = build_rewards(configs).values()
-    assert general.judge is percentile.judge
+    assert general.reward_model is percentile.reward_model
 
 
-def test_a_short_clip_is_told_once(
+def test_tempo_of_a_short_clip_is_reported_once(
     folders: dict[str, str], capsys: pytest.CaptureFixture
 ) -> None:
     reward = reward_of("videoreward", folders)
@@ -115,7 +117,7 @@ def test_a_short_clip_is_told_once(
         reward.score(VIDEO[:1], PROMPTS[:1], fps=16.0)
     told = capsys.readouterr().out
     assert (
-        "of 8 frames at 16 fps (0.5 s) it sees 4, 6.9 a second, but learnt from 2"
+        "of 8 frames at 16 fps (0.5 s) it sees 4, 6.9 a second, but was trained on 2"
         in told
     )
     assert told.count("videoreward:") == 1
@@ -138,7 +140,5 @@ def test_what_cannot_be_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         reward_of(kind, folders, **options)
-    with pytest.raises(
-        ValueError, match=f"a {kind} reward needs `checkpoint`.*convert_reward"
-    ):
+    with pytest.raises(ValueError, match=f"{kind}.*convert_reward"):
         build_rewards({kind: RewardConfig()})

@@ -1,4 +1,4 @@
-"""The client of a reward server: what it tries again, when it gives up, and runs that lose their server."""
+"""The client of a reward server: retries, deadlines, and runs that lose their server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch
 
 from alignment.config import RewardConfig
 from alignment.rewards import build_rewards
-from alignment.rewards import wire as wire
+from alignment.rewards import wire
 from alignment.rewards.brightness import Brightness
 from alignment.rewards.remote import RemoteError, RemoteReward
 from common.log import read_metrics
@@ -120,7 +120,7 @@ def remote(server: Scripted, clock: Clock, **options: Any) -> RemoteReward:
         lambda content: sound(content, values=[1.0, "x", 2.0]),
     ],
 )
-def test_what_may_pass_is_tried_again(trouble: Any) -> None:
+def test_remote_trouble_that_may_pass_is_retried(trouble: Any) -> None:
     server, clock = Scripted(trouble, trouble, sound), Clock()
     assert remote(server, clock).score(VIDEO, PROMPTS, fps=8.0).value_B.tolist() == [
         0.0,
@@ -133,29 +133,29 @@ def test_what_may_pass_is_tried_again(trouble: Any) -> None:
     assert 0.5 <= second <= 1.5  # twice as long, jittered
 
 
-def test_a_server_that_is_busy_says_when_to_come_again() -> None:
+def test_remote_waits_for_retry_after() -> None:
     server, clock = Scripted(429, sound), Clock()
     remote(server, clock).score(VIDEO, PROMPTS, fps=8.0)
     assert clock.pauses == [7.0]
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
-def test_what_would_be_the_same_again_is_not(status: int) -> None:
+def test_remote_4xx_is_not_retried(status: int) -> None:
     server, clock = Scripted(status), Clock()
-    with pytest.raises(RemoteError, match=f"status {status}: busy"):
+    with pytest.raises(RemoteError, match=str(status)):
         remote(server, clock).score(VIDEO, PROMPTS, fps=8.0)
     assert server.asked == 1
 
 
-def test_the_deadline_is_for_everything_together() -> None:
+def test_remote_deadline_covers_attempts_and_pauses() -> None:
     server, clock = Scripted(503), Clock()
-    with pytest.raises(RemoteError, match="gave up after 60 s: status 503"):
+    with pytest.raises(RemoteError, match="503"):
         remote(server, clock).score(VIDEO, PROMPTS, fps=8.0)
     assert clock.time <= 60.0
     assert 5 <= server.asked <= 12  # 0.5, 1, 2, 4, 8, 16, 20 seconds and jitter
 
 
-def test_giving_up_says_not_judged_and_never_a_number() -> None:
+def test_remote_skip_group_returns_nan() -> None:
     server, clock = Scripted(503), Clock()
     value = (
         remote(server, clock, on_failure="skip_group")
@@ -163,28 +163,28 @@ def test_giving_up_says_not_judged_and_never_a_number() -> None:
         .value_B
     )
     assert bool(value.isnan().all())
-    with pytest.raises(ValueError, match="on_failure must be fail or skip_group"):
+    with pytest.raises(ValueError, match="zero"):
         remote(server, clock, on_failure="zero")
 
 
-def test_a_null_is_not_judged() -> None:
+def test_remote_null_is_nan() -> None:
     server = Scripted(lambda content: sound(content, values=[1.0, None, 3.0]))
     value = remote(server, Clock()).score(VIDEO, PROMPTS, fps=8.0).value_B
     assert value.isnan().tolist() == [False, True, False]
 
 
-def test_a_server_that_is_not_there_is_found_out_at_once(
+def test_remote_server_that_is_absent_raises_at_construction(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     clock = Clock()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with pytest.raises(RemoteError, match="gave up after 5 s: ConnectError"):
+    with pytest.raises(RemoteError, match="5 s: ConnectError"):
         RemoteReward(
             f"http://127.0.0.1:{port}", deadline_s=5.0, sleep=clock.sleep, now=clock.now
         )
-    with pytest.raises(RemoteError, match="gave up after 60 s: ConnectError"):  # of 600
+    with pytest.raises(RemoteError, match="60 s: ConnectError"):  # of 600
         RemoteReward(f"http://127.0.0.1:{port}", sleep=clock.sleep, now=clock.now)
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[-2] for line in said] == [" ConnectError", " ConnectError"]
@@ -194,11 +194,9 @@ def test_a_server_that_is_not_there_is_found_out_at_once(
     cfg = RewardConfig(
         url=f"http://127.0.0.1:{port}", options={"start_deadline_s": 0.1}
     )
-    with pytest.raises(
-        ValueError, match=r"^rewards\.far: http.* gave up after 0\.1 s: ConnectError"
-    ):
+    with pytest.raises(ValueError, match=r"^rewards\.far: http.*0\.1 s: ConnectError"):
         build_rewards({"far": cfg})
-    with pytest.raises(ValueError, match="the server has bright; model says 'dark'"):
+    with pytest.raises(ValueError, match="dark"):
         remote(Scripted(sound), clock, model="dark")
 
 

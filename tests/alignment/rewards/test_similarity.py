@@ -128,7 +128,7 @@ def test_prompts_and_frames_matter_and_places_do_not(folder: Path) -> None:
 
 
 def test_what_cannot_be_is_named(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"best in \(0, 1\], got 8, 32, 0"):
+    with pytest.raises(ValueError, match="got 8, 32, 0"):
         Similarity(folder, best=0)
-    with pytest.raises(ValueError, match="similarity reward needs `checkpoint`"):
+    with pytest.raises(ValueError, match="checkpoint"):
         build_rewards({"similarity": RewardConfig()})

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from alignment.rewards import wire as wire
+from alignment.rewards import wire
 from common.types import Score
 from common.video_io import write_mp4
 

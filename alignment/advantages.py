@@ -1,0 +1,104 @@
+"""Turn the scores of a step into advantages and reward metrics, over the groups of all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.distributed import gather_rows
+from common.policy_gradient import group_advantages, group_std
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from alignment.config import GrpoConfig
+    from alignment.rank_groups import RankGroups
+    from common.types import Score
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """Advantages (P, M) of this rank's members, and reward metrics over all ranks.
+
+    anything_to_learn  False when every advantage on every rank is 0
+    means              ``reward/NAME`` of every reward, NaN when it scored no video
+    details            parts and spreads of the rewards
+    """
+
+    advantage_PM: Tensor
+    anything_to_learn: bool
+    means: dict[str, float]
+    details: dict[str, float]
+
+
+def group_relative_advantages(
+    scores: Mapping[str, Score],
+    weights: Mapping[str, float],
+    cfg: GrpoConfig,
+    ranks: RankGroups,
+    *,
+    groups: int,
+) -> Advantages:
+    """Normalise each reward within its groups, then sum them by weight.
+
+        A = sum_k w_k A_k        (LongCat-Video 2510.22200, equations 9 and 10)
+
+    ``scores`` are of this rank's videos, (P * M,) each with P = ``groups``. The rows of all
+    ranks are gathered, so that the largest spread is taken over all groups and the order of
+    ranks changes nothing. A NaN score counts in no mean, and its member gets advantage 0 from
+    that reward. All ranks must call this.
+    """
+    means = {}
+    details = {}
+    total_PG = torch.zeros(groups * ranks.shards, cfg.group_size)
+    for name, score in scores.items():
+        # metrics of this reward
+        local_PM = score.value_B.float().view(groups, ranks.members)
+        reward_PG = ranks.gather_groups(local_PM)
+        means[f"reward/{name}"] = mean_of_scored(reward_PG)
+        for part, value_B in score.parts.items():
+            details[f"reward/{name}.{part}"] = mean_of_scored(
+                gather_rows(value_B.float())
+            )
+        for key, value in _spread(reward_PG).items():
+            details[f"reward/{name}_{key}"] = value
+
+        # its weighted advantages
+        advantage_PG = group_advantages(
+            reward_PG, scale=cfg.scale, eps=cfg.advantage_eps
+        )
+        total_PG += weights[name] * advantage_PG
+
+    # bound the sum, not the rewards
+    if cfg.advantage_clip is not None:
+        total_PG = total_PG.clamp(-cfg.advantage_clip, cfg.advantage_clip)
+    details["train/advantage_abs"] = float(total_PG.abs().mean())
+    return Advantages(ranks.local_part(total_PG), bool(total_PG.any()), means, details)
+
+
+def mean_of_scored(value: Tensor) -> float:
+    """MEAN over the finite values, in fp64. NaN when there are none."""
+    # NaN and infinity are no scores
+    scored = value[value.isfinite()]
+    if not scored.numel():
+        return math.nan
+    return float(scored.double().mean())
+
+
+def _spread(reward_PG: Tensor) -> dict[str, float]:
+    """How well a reward tells videos apart: over all videos, and within each group."""
+    scored = reward_PG[reward_PG.isfinite()].double()
+    std = float(scored.std(correction=0)) if scored.numel() else math.nan
+    # the spread within groups is what GRPO learns from
+    std_P = group_std(reward_PG)
+    return {
+        "std": std,
+        "group_std_max": float(std_P.max()),
+        "group_std_median": float(std_P.median()),
+        "zero_spread": float((std_P == 0.0).double().mean()),
+        "unscored": float((~reward_PG.isfinite()).sum()),
+    }
