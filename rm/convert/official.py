@@ -129,14 +129,14 @@ class StoredTensor(NamedTuple):
     key: str
 
 
-class Head(NamedTuple):
+class LoadedHead(NamedTuple):
     """The head's weight (1, d), and the file that held it."""
 
     weight: Tensor
     file: Path
 
 
-def convert(
+def convert_checkpoint(
     checkpoint: OfficialCheckpoint,
     *,
     template: PromptTemplate,
@@ -324,11 +324,11 @@ def _pad_rows(weight_VD: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- the head
 
 
-def _find_head(checkpoint: OfficialCheckpoint, stored: StoredTensor | None) -> Head:
+def _find_head(checkpoint: OfficialCheckpoint, stored: StoredTensor | None) -> LoadedHead:
     """Read the head from the file that the user names, the weights, or a file beside them."""
     path, file = checkpoint.path, checkpoint.head
     if file is None and stored is not None:
-        return Head(_read_tensors({HEAD: stored})[HEAD], stored.file)
+        return LoadedHead(_read_tensors({HEAD: stored})[HEAD], stored.file)
     if file is None:
         files = [path / name for name in HEAD_FILES if (path / name).is_file()]
         if not files:
@@ -337,7 +337,7 @@ def _find_head(checkpoint: OfficialCheckpoint, stored: StoredTensor | None) -> H
                 f"{' or '.join(HEAD_FILES)}; give --head"
             )
         file = files[0]
-    return Head(read_head(file, allow_pickle=checkpoint.allow_pickle), file)
+    return LoadedHead(read_head(file, allow_pickle=checkpoint.allow_pickle), file)
 
 
 def read_head(path: Path, *, allow_pickle: bool) -> Tensor:

@@ -89,9 +89,7 @@ def test_an_existing_public_repository_is_not_pushed_to_unasked(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     online(monkeypatch, hub := Hub(there=False))
-    with pytest.raises(
-        PushError, match="me/lora exists and is public; --public if that is meant"
-    ):
+    with pytest.raises(PushError, match="--public"):
         push(folder, "me/lora", public=False)
     assert hub.asked == [(*CREATED, True)]
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from rm.convert.official import (
     REWARD,
     OfficialCheckpoint,
-    convert,
+    convert_checkpoint,
     read_template,
     read_tokenizer,
 )
@@ -54,7 +54,7 @@ def videos():
 
 def read(folder: Path, *, dtype: str = "float32", **options):
     checkpoint = OfficialCheckpoint(folder, **{"allow_pickle": True, **options})
-    return convert(checkpoint, template=TEMPLATE, settings=SETTINGS, dtype=dtype)
+    return convert_checkpoint(checkpoint, template=TEMPLATE, settings=SETTINGS, dtype=dtype)
 
 
 def batch_of(model: DeScore, videos):
@@ -464,7 +464,7 @@ def test_the_config_may_come_from_the_base(tmp_path, folder, trained, videos):
 
 
 def test_default_settings_are_the_official_ones(folder):
-    settings = convert(
+    settings = convert_checkpoint(
         OfficialCheckpoint(folder, allow_pickle=True), template=TEMPLATE
     ).model.settings
     assert (
