@@ -34,10 +34,12 @@ def main() -> None:
 
     results = args.evaluation / "results.jsonl"
     settings = args.evaluation / "config.yaml"
+    # Check that both folders are what they should be.
     for path in (args.checkpoint / DESCORE_FILE, results, settings):
         if not path.is_file():
             exit_with_error(f"there is no {path}")
 
+    # Compute the calibration from the raw rewards.
     options = scorer_options(args.evaluation, args.checkpoint)
     lines = results.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -46,6 +48,8 @@ def main() -> None:
         calibration = Calibration.of(rewards, chains=int(options.get("chains", 1)))
     except ValueError as error:
         exit_with_error(f"{args.evaluation}: {error}")
+
+    # Store it in the same folder as the weights.
     path = calibration.save(args.checkpoint)
     print(f"{path}: from {calibration.videos} videos")
     for name, mean in calibration.mean.items():
@@ -62,6 +66,7 @@ def scorer_options(evaluation: Path, checkpoint: Path) -> dict[str, Any]:
     cfg = config(evaluation)
     if Path(cfg["checkpoint"]).resolve() != checkpoint.resolve():
         exit_with_error(f"{evaluation} is about {cfg['checkpoint']}, not {checkpoint}")
+    # Only the head's raw rewards can be calibrated.
     options = cfg.get("options") or {}
     for name, default in (("calibrated", False), ("value", "head")):
         if options.get(name, default) != default:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    # The exit code is for scripts.
     command = read_command(
         ScoreRun, argv, description=__doc__.splitlines()[0], extend=add_options
     )
@@ -49,6 +50,7 @@ def run_checks(
     cfg: ScoreRun, pattern: str | None, prompts: Path, *, limit: int
 ) -> bool:
     """Print the results of every reward; return False when a reward prefers wrong videos."""
+    # Heavy imports come after the command line.
     from common.cli import user_errors
     from launch.compose import build_rewards, quiet
     from launch.evaluation.files import find_items, read_clip
@@ -58,6 +60,7 @@ def run_checks(
     from alignment.clips import RewardClip
     from common.log import say
 
+    # Everything here depends on what the user gave.
     with user_errors():
         clips = []
         for item in find_items(pattern, prompts)[:limit]:
@@ -68,6 +71,7 @@ def run_checks(
             name: reward_check.check(reward, clips) for name, reward in rewards.items()
         }
 
+    # Print a line for every corruption.
     sensible = True
     for name, cases in results.items():
         say(f"\n{name}, {len(clips)} videos, intact: mean {cases[0].right:.4f}")

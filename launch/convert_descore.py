@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__.splitlines()[0], allow_abbrev=False
     )
     add = parser.add_argument
+    # The checkpoint's parts.
     add("--official", required=True, type=Path, metavar="DIR", help="checkpoint-N")
     add("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
     add(
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="FILE",
         help="video.json; default: 2 fps and 448 x 448 pixels a frame, as trained",
     )
+    # Corrections of what the checkpoint says or lacks.
     add("--alpha", type=float, help="LoRA's alpha, if adapter_config.json is wrong")
     add("--no-lora", action="store_true", help="the checkpoint has no lora_adapter/")
     add("--allow-pickle", action="store_true", help="read a .pth head, tensors only")
@@ -71,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def convert_folder(args: argparse.Namespace) -> None:
     """Convert the checkpoint; nothing is written unless everything could be read."""
     check_new_folder(args.out)
+
+    # Heavy imports come after the check of the options.
     from launch.compose import quiet
 
     quiet()
@@ -95,6 +99,8 @@ def convert_folder(args: argparse.Namespace) -> None:
         settings=VideoSettings.load(args.video) if args.video else None,
         dtype=args.dtype,
     )
+
+    # Write our layout.
     model = conversion.model
     model.save(args.out)
 
@@ -108,6 +114,7 @@ def convert_folder(args: argparse.Namespace) -> None:
     print(
         f"video: {settings.fps:g} fps, at most {settings.max_pixels} pixels a {settings.budget}"
     )
+    # A reward model is only as good as the prompt that it was trained with.
     default = "NOT the official text but this project's default; --prompt takes the official text"
     print(f"prompt: {args.prompt or default}")
 

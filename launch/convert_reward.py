@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
     add("--allow-pickle", action="store_true", help="read a .pth, tensors only")
+    # The reward head stays in float32.
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -66,17 +67,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 def convert_folder(args: argparse.Namespace) -> None:
     """Convert the checkpoint; nothing is written unless everything could be read."""
     check_new_folder(args.out)
+
+    # Heavy imports come after the check of the options.
     from launch.compose import quiet
 
     quiet()
     from rm.baselines.load_published import read_hpsv3, read_videoreward
 
+    # Only VideoReward is published as a pickle.
     options = {"base": args.base, "instruction": args.instruction, "dtype": args.dtype}
     if args.kind == "videoreward":
         options["allow_pickle"] = args.allow_pickle
         loaded = read_videoreward(args.official, **options)
     else:
         loaded = read_hpsv3(args.official, **options)
+
+    # Write our layout.
     loaded.model.save(args.out)
 
     # Print how the reward model reads a video.

@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         export_folder(args)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+
+    # Push what is written.
     if args.push:
         from launch.release.hub import PushError, push
 
@@ -131,6 +133,8 @@ def trained_kind(trained: Path) -> str:
         return KINDS[files[0]]
     if files:
         raise ValueError(f"{trained} must hold only one of {' and '.join(files)}")
+
+    # Users often give the run's folder.
     hint = ""
     if (trained / "final").is_dir():
         hint = f"; did you mean {trained / 'final'}?"
@@ -147,12 +151,15 @@ def export_adapter(
     if base and Path(base).is_dir():
         shapes = weights.shapes_of(weights.read_config(Path(base)))
         adapter_file.require_fit(adapter, shapes)
+
+    # diffusers' layout is the trained file.
     about = describe_adapter(adapter)
     if format == "diffusers":
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(adapter.source, out / ADAPTER_FILE)
         return ExportedFiles("lora", [f"{about}, as trained"], file=ADAPTER_FILE)
 
+    # ComfyUI's layout has other names.
     from safetensors.torch import save_file
 
     tensors = adapter_file.comfyui(adapter)
@@ -176,6 +183,8 @@ def export_merged(adapter: StoredAdapter, base: str | None, out: Path) -> Export
         raise ValueError(
             f"no config.yaml above {adapter.source} names the base; give --base"
         )
+
+    # Merge, and keep everything but the linears as it is.
     stored = weights.read(local_base(base))
     merged = adapter_file.merge(stored.state, adapter)
     weights.write(weights.Stored(stored.config, merged.state), out)
@@ -206,6 +215,8 @@ def export_descore(trained: Path, out: Path) -> ExportedFiles:
     folder = release.inspect(trained)
     release.copy_release(folder, out)
     video = folder.video
+
+    # The card and the console get the same facts.
     facts = [
         f"{folder.tensors} weights of a stock Qwen3-VL, {folder.dtype}, LoRA merged",
         "descore.safetensors: the query tokens' embeddings and the head in float32; "
@@ -226,6 +237,7 @@ def local_base(base: str) -> Path:
         raise ValueError(f"there is no folder {base}; give --base")
     from huggingface_hub import snapshot_download
 
+    # Only the transformer is needed.
     try:
         return Path(snapshot_download(base, allow_patterns=["transformer/*"]))
     except OSError as error:

@@ -1,7 +1,8 @@
 """Serve rewards over HTTP, for many runs, from another environment or another machine.
 
     python launch/serve.py --config configs/wan/serve.yaml
-    deepspeed launch/grpo.py --config configs/wan/grpo.yaml rewards.descore.url=http://127.0.0.1:8900
+    deepspeed launch/grpo.py --config configs/wan/grpo.yaml \\
+        rewards.descore.url=http://127.0.0.1:8900
 
 Listens on loopback. Any other ``host`` requires a token, which is taken from the environment
 variable that ``token_env`` names. Requests hold the videos, as frames or mp4: the server fetches no
@@ -23,6 +24,7 @@ def main() -> None:
 
 def serve_rewards(cfg: ServeRun) -> None:
     """Serve until stopped. Exits with code 2 for a host other than loopback without a token."""
+    # Without a token, only this machine may connect.
     token = os.environ.get(cfg.token_env) or None
     if cfg.host not in LOOPBACK and token is None:
         exit_with_error(
@@ -30,6 +32,7 @@ def serve_rewards(cfg: ServeRun) -> None:
             f"set {cfg.token_env} to a token that clients send"
         )
 
+    # Import the heavy modules only for a valid config.
     from launch.compose import build_rewards, quiet
 
     quiet()
@@ -43,6 +46,7 @@ def serve_rewards(cfg: ServeRun) -> None:
     with user_errors():
         app = create_app(build_rewards(cfg.rewards), cfg, token=token)
     say(f"serving {names} on http://{cfg.host}:{cfg.port}")
+    # Requests can be long: let the running ones end.
     uvicorn.run(
         app,
         host=cfg.host,

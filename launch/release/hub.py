@@ -29,6 +29,7 @@ def push(folder: Path, repo_id: str, *, public: bool) -> str:
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HTTPError
 
+    # Name the two usual mistakes before anything is sent.
     if constants.HF_HUB_OFFLINE:
         raise PushError("HF_HUB_OFFLINE is set, so nothing is sent")
     if get_token() is None:

@@ -17,6 +17,7 @@ TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md"
 # The commands of a card name these where a hub name is not known.
 FOLDER_BLANK = "path/to/this/folder"
 BASE_BLANK = "path/to/the/base"
+# By layout.
 TITLES = {
     "lora": "LoRA for Wan",
     "comfyui": "LoRA for Wan, in ComfyUI's layout",
@@ -87,4 +88,5 @@ def model_card(
         place=repo_id or FOLDER_BLANK,
         repo_id=repo_id,
     )
+    # A setting could be the value of a token.
     return hide_secrets(str(card).rstrip() + "\n")

@@ -15,6 +15,7 @@ from typing import Any
 
 from launch.reporting.data import config, metrics
 
+# Texts that cannot be a path, an address or a sentence.
 PLAIN_WORD = re.compile(r"[A-Za-z][\w.-]{0,39}")
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 DPO_METHODS = {
@@ -22,6 +23,7 @@ DPO_METHODS = {
     "rwr": "Flow-RWR",
     "sft": "supervised fine-tuning",
 }
+# Settings that several kinds of runs share.
 GENERATOR_SETTINGS = (
     "generator.height",
     "generator.width",
@@ -138,11 +140,14 @@ def read_provenance(trained: Path) -> Provenance:
 
     ValueError when the run's config.yaml cannot be read.
     """
+    # The run's config says what it trained.
     run = run_folder(trained)
     cfg = config(run)
     kind = next((name for name in SETTINGS if name in cfg), None)
     if kind is None:
         return Provenance()
+
+    # Take the settings and rewards that may be published.
     algorithms = {
         "grpo": "GRPO",
         "dpo": DPO_METHODS.get(_value_at(cfg, "dpo.method"), "Flow-DPO"),
@@ -166,6 +171,8 @@ def read_provenance(trained: Path) -> Provenance:
     for row in rows:
         if "step" in row and any(name.startswith("train/") for name in row):
             steps.add(row["step"])
+
+    # Publish the base's name only if it is on the hub.
     base = _base_path(cfg)
     return Provenance(
         algorithm=algorithms[kind],
@@ -195,12 +202,15 @@ def is_hub_name(path: str | None) -> bool:
 
 def logged_changes(rows: Iterable[Mapping[str, float]]) -> list[LoggedChange]:
     """Compare both ends of each logged quantity: ten values, or a single value below 20."""
+    # Collect the values of each quantity, in order.
     logged: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():
             wanted = LOGGED.fullmatch(name) and not name.endswith(SPREADS)
             if wanted and math.isfinite(value):
                 logged.setdefault(name, []).append(value)
+
+    # Average both ends.
     changes = []
     for name, values in sorted(logged.items()):
         over = 10 if len(values) >= 20 else 1
@@ -212,6 +222,7 @@ def logged_changes(rows: Iterable[Mapping[str, float]]) -> list[LoggedChange]:
 
 def _steps_until(trained: Path) -> float:
     """Return the step of a checkpoint's folder, infinity for the end of a run."""
+    # Checkpoints are checkpoints/step-N/trained.
     folder = trained.resolve()
     match = re.fullmatch(r"step-(\d+)", folder.parent.name)
     if folder.name != "trained" or match is None:
@@ -233,6 +244,7 @@ def _base_path(cfg: Mapping[str, Any]) -> str | None:
     A DeScore of stage 2 began as the checkpoint of stage 1, whose config names the base.
     """
     path = None
+    # The number of hops is limited, in case a config names its own folder.
     for _ in range(5):
         base = _value_at(cfg, "generator.path") or cfg.get("base")
         if base is not None:
@@ -247,6 +259,7 @@ def _base_path(cfg: Mapping[str, Any]) -> str | None:
 
 def _publishable(value: Any) -> str | None:
     """Return a number, switch or plain word as text; None for possible paths and sentences."""
+    # bool is a kind of int.
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):

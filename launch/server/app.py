@@ -51,6 +51,7 @@ def create_app(
         for name, reward in rewards.items()
     }
 
+    # The batchers live as long as the server.
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
         tasks = [asyncio.create_task(batcher.run()) for batcher in batchers.values()]
@@ -66,6 +67,7 @@ def create_app(
     if cfg.host in LOOPBACK:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
 
+    # Clients read {"error": ...} instead of FastAPI's {"detail": ...}.
     @app.exception_handler(HTTPException)
     async def problem(_: Request, error: HTTPException) -> Response:
         return JSONResponse(
@@ -75,10 +77,12 @@ def create_app(
         )
 
     def authorise(request: Request) -> None:
+        # Comparing in constant time does not reveal how much of a token is right.
         given = request.headers.get("Authorization", "").encode()
         if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             raise HTTPException(401, "a bearer token is required")
 
+    # Health checks carry no token.
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -128,6 +132,8 @@ async def read_body(request: Request, *, limit: int) -> bytes:
     announced = request.headers.get("Content-Length", "0")
     if not announced.isdecimal() or int(announced) > limit:
         raise too_large
+
+    # A client may announce less than it sends.
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -141,6 +147,7 @@ async def score_request(request: wire.Request, batcher: Batcher) -> dict[str, ob
 
     Invalid videos, and those that the reward rejects with a ValueError, get their error instead.
     """
+    # Group the valid videos.
     errors: list[str | None] = [item.error for item in request.items]
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, item in enumerate(request.items):
@@ -160,6 +167,7 @@ async def score_request(request: wire.Request, batcher: Batcher) -> dict[str, ob
                 errors[i] = str(error)[:500]
             return None
 
+    # The batcher may combine the groups with other requests.
     places = list(groups.values())
     scores = await asyncio.gather(*map(score_group, places))
     scored = []

@@ -35,6 +35,7 @@ class WaitingRequest:
     scores: asyncio.Future[Score]
     arrived: float = field(default_factory=time.monotonic)
 
+    # torch can concatenate videos of equal size only, and a reward takes a single rate.
     @property
     def batch_key(self) -> tuple[object, ...]:
         """Requests with equal keys may be scored together."""
@@ -91,6 +92,7 @@ class Batcher:
 
         Raises QueueFullError immediately when too many requests wait, else the reward's error.
         """
+        # The future gets its result in `run`.
         future = asyncio.get_running_loop().create_future()
         request = WaitingRequest(video_BTYXC, prompts, fps, future)
         try:
@@ -107,6 +109,7 @@ class Batcher:
             await self._answer(await self._next_batch())
 
     async def _next_batch(self) -> list[WaitingRequest]:
+        # The first request waits for others, but no longer than wait_s.
         first = self.postponed or await self.queue.get()
         self.postponed = None
         batch = [first]
@@ -130,12 +133,16 @@ class Batcher:
         batch = [request for request in batch if not request.scores.cancelled()]
         if not batch:
             return
+
+        # Score in the executor's thread, so that requests are still received.
         self.stats.batches += 1
         loop = asyncio.get_running_loop()
         (outcome,) = await asyncio.gather(
             loop.run_in_executor(self.executor, self._score, batch),
             return_exceptions=True,
         )
+
+        # Find the request that is bad.
         if isinstance(outcome, ValueError) and len(batch) > 1:
             for request in batch:
                 await self._answer([request])

@@ -57,17 +57,17 @@ class AnswerFormat:
     def __post_init__(self) -> None:
         if not self.labels:
             raise ValueError("an answer format needs at least one label")
+        # The reward is one of the scores.
         if self.value is not None and self.value not in self.labels:
             raise ValueError(
-                f"value={self.value!r} must be one of {', '.join(self.labels)}"
+                f"value={self.value!r} is none of {', '.join(self.labels)}"
             )
         for name, label in self.labels.items():
             if not label.low < label.high:
-                raise ValueError(
-                    f"label {name}: low={label.low} must be below high={label.high}"
-                )
+                raise ValueError(f"label {name}: low must lie below high")
 
 
+# The answers that the published instructions ask for.
 FORMS = {
     "videoscore2": AnswerFormat(
         {
@@ -139,9 +139,10 @@ class GenerativeRewardModel:
         for name, label in form.labels.items():
             if expected and (label.low < 0 or label.high > 9):
                 raise ValueError(
-                    f"expected=true reads single digits, but label {name} allows "
-                    f"{label.low:g} to {label.high:g}"
+                    f"expected=true reads single digits, but label {name} allows more"
                 )
+
+        # Load the frozen model.
         self.instruction = read_instruction(instruction)
         self.form = form
         self.expected = expected
@@ -155,6 +156,8 @@ class GenerativeRewardModel:
         model.requires_grad_(requires_grad=False)
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model.eval().to(device or default_device)
+
+        # Frames are cut into patches as the vision tower expects.
         vision = config.vision_config
         self.settings = VideoSettings(
             fps=fps,
@@ -173,6 +176,8 @@ class GenerativeRewardModel:
         settings = self.settings
         seen = frame_indices_qwen_utils(len(frames_TYXC), fps, settings)
         pixels = preprocess(frames_TYXC[seen], settings)
+
+        # The sequence has a placeholder for every merged patch.
         pad = token_id(self.tokenizer, PADS["video"])
         pads = [pad] * (math.prod(pixels.grid) // settings.merge_size**2)
         ids = chat_ids(self.tokenizer, pads, self.instruction, prompt)
@@ -202,6 +207,7 @@ class GenerativeRewardModel:
             return_dict_in_generate=True,
             output_logits=self.expected,
         )
+        # Keep the new tokens only.
         ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         logits = out.logits if self.expected else []
         return self.parse(ids, [step_1V[0].float().cpu() for step_1V in logits])
@@ -213,12 +219,14 @@ class GenerativeRewardModel:
         for name, label in self.form.labels.items():
             score = math.nan
             match = label.find(answer)
+            # A missing or impossible number is NaN, never a made-up score.
             if match is not None:
                 score = float(match[1])
                 if self.expected:
                     token = self._token_at(ids, match.start(1))
                     score = self._expected_digit(label, logits[token])
             scores[name] = score if label.low <= score <= label.high else math.nan
+        # The reward is NaN if a score that it needs is.
         if self.form.value is None:
             value = sum(scores.values()) / len(scores)
         else:
@@ -227,6 +235,7 @@ class GenerativeRewardModel:
 
     def _expected_digit(self, label: ScoreField, logits_V: Tensor) -> float:
         """Return sum_d d p(d), the probabilities normalised over the digits that are allowed."""
+        # Only the digits between the limits can be meant.
         digits = range(math.ceil(label.low), math.floor(label.high) + 1)
         ids = [
             self.tokenizer.encode(str(digit), add_special_tokens=False)[-1]

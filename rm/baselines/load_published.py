@@ -105,6 +105,7 @@ def read_videoreward(
         raise FileNotFoundError(
             f"{config_file}: no such file; it belongs to VideoReward's folder"
         )
+    # Read the numbers that the weights were trained with.
     config = json.loads(config_file.read_text(encoding="utf-8"))
     try:
         data = config["data_config"]
@@ -158,6 +159,7 @@ def read_hpsv3(
     file = Path(path)
     if file.is_dir():
         file = file / HPSV3_FILE
+    # The published file is safetensors, so no pickle is ever needed.
     state = load_tensor_file(file, allow_pickle=False)
     layout = _layout(
         instruction,
@@ -177,6 +179,7 @@ def read_instruction(path: str | Path) -> str:
     ValueError, with the file's name, unless it has one slot.
     """
     text = Path(path).read_text(encoding="utf-8")
+    # An instruction without the prompt, or with two, is another model's.
     count = sum(text.count(slot) for slot in SLOTS)
     if count != 1:
         raise ValueError(f"{path}: needs one slot {' or '.join(SLOTS)}, has {count}")
@@ -195,6 +198,7 @@ def _layout(instruction: str | Path, **fields: Any) -> Layout:
 
 def _newest_weights(path: Path) -> Path:
     """Return the file of weights of the newest checkpoint."""
+    # Compare the steps as numbers: 9 comes before 10.
     numbers = [folder.name.partition("-")[2] for folder in path.glob("checkpoint-*")]
     steps = [int(number) for number in numbers if number.isdigit()]
     if not steps:
@@ -212,7 +216,8 @@ def _build(
     """Merge LoRA, split off the head and add the tokens; every tensor must be used."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
-    file, state = weights.file, weights.state
+    file = weights.file
+    state = weights.state
     if not isinstance(state, dict) or not all(
         isinstance(value, Tensor) for value in state.values()
     ):
@@ -269,6 +274,7 @@ def _build(
 
 def _present_name(name: str) -> str:
     """Return the name of a weight in transformers 4.52 and later."""
+    # Before 4.52 the language model had no prefix.
     name = name.removeprefix("model.")
     if name.startswith(("visual.", "language_model.")):
         return name
@@ -280,6 +286,7 @@ def _tokenizer(base: str | Path, tokens: tuple[str, ...]) -> PreTrainedTokenizer
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(Path(base).as_posix())
+    # The ids follow from the order of the tokens.
     added = [AddedToken(token, special=True, normalized=False) for token in tokens]
     tokenizer.add_tokens(added, special_tokens=True)
     return tokenizer

@@ -48,6 +48,7 @@ from rm.video import PixelPatches, preprocess
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2VLModel
 
+# The name of the file predates the term reward model; folders of users have it.
 LAYOUT_FILE = "judge.json"
 WEIGHTS_FILE = "model.safetensors"
 HEAD_PREFIX = "rm_head."
@@ -77,6 +78,7 @@ class Layout:
     normal: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # The head reads the reward tokens at their places in the sequence.
         for part in (PROMPT_SLOT, *self.tokens):
             count = self.instruction.count(part)
             if count != 1:
@@ -107,6 +109,7 @@ class Layout:
             )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
+            # JSON has neither dataclasses nor tuples.
             raw["settings"] = VideoSettings(**raw["settings"])
             raw["normal"] = {name: tuple(pair) for name, pair in raw["normal"].items()}
             raw["tokens"] = tuple(raw["tokens"])
@@ -128,6 +131,7 @@ class Qwen2VLRewardModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        # Rewards are computed in fp32 whatever the backbone's dtype is.
         self.head = head.float()
         self.tokenizer = tokenizer
         self.layout = layout
@@ -140,6 +144,7 @@ class Qwen2VLRewardModel(nn.Module):
         """Load a folder that `save` wrote. FileNotFoundError or ValueError name the file."""
         from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
+        # The head's weights lie in the same file as the backbone's.
         folder = Path(folder)
         layout = Layout.load(folder / LAYOUT_FILE)
         state = load_safetensors(folder / WEIGHTS_FILE)
@@ -147,6 +152,8 @@ class Qwen2VLRewardModel(nn.Module):
         config = Qwen2VLConfig.from_pretrained(folder.as_posix())
         backbone = build_model(Qwen2VLModel, config, state, dtype=dtype, source=folder)
         tokenizer = AutoTokenizer.from_pretrained(folder.as_posix())
+
+        # A reward model is never trained here.
         model = cls(backbone, head, tokenizer, layout)
         model.requires_grad_(requires_grad=False)
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,6 +235,8 @@ class Qwen2VLRewardModel(nn.Module):
             rewards_NK = out_NSO[..., 0]
         else:
             rewards_NK = out_NSO.diagonal(dim1=1, dim2=2)
+
+        # Every reward needs a name.
         names = self.layout.outputs
         if rewards_NK.shape[1] != len(names):
             raise ValueError(
@@ -287,6 +296,7 @@ def chat_ids(
         else:
             instruction_ids += text(piece.replace(PROMPT_SLOT, prompt))
 
+    # System message, picture with instruction, and the start of the answer.
     ids = [start, *text(f"system\n{SYSTEM_MESSAGE}"), end, *text("\n")]
     ids += [start, *text("user\n"), token_id(tokenizer, VISION_START), *picture]
     ids += [token_id(tokenizer, VISION_END), *instruction_ids, end, *text("\n")]
@@ -305,6 +315,7 @@ def frame_indices_qwen_utils(
         raise ValueError(f"cannot choose from {count} frames at {fps} fps")
     most = min(settings.max_frames, count) // 2 * 2
     wanted = min(max(count / fps * settings.fps, settings.min_frames), max(most, 1))
+    # Frames are read in pairs, except from a clip of a single frame.
     seen = min(max(1, round(wanted / 2) * 2), count)
     places = torch.linspace(0, count - 1, seen, dtype=torch.float64)
     return places.round().long().tolist()
@@ -334,6 +345,7 @@ def reward_head(state: Mapping[str, Tensor]) -> nn.Module:
         )
     head = nn.Sequential()
     for n in numbers:
+        # The numbers in between belonged to ReLU and dropout.
         if n != numbers[0]:
             head.add_module(f"before_{n}", nn.ReLU())
         head.add_module(str(n), _linear(state, f"{n}."))

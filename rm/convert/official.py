@@ -213,6 +213,7 @@ def read_template(path: str | Path) -> PromptTemplate:
     path = Path(path)
     if path.suffix == ".json":
         return PromptTemplate.load(path)
+    # Every byte around the marks belongs to the prompt.
     text = path.read_text(encoding="utf-8")
     before, _, after = text.partition(VIDEO_MARK)
     marks = (text.count(VIDEO_MARK), text.count(PROMPT_MARK), before.count(PROMPT_MARK))
@@ -229,6 +230,7 @@ def read_template(path: str | Path) -> PromptTemplate:
 def index_weights(path: Path) -> dict[str, StoredTensor]:
     """Map the stock name of every weight to its place. Reads headers only."""
     index: dict[str, StoredTensor] = {}
+    # Wrapped and plain names of a weight are the same weight.
     for file in _weight_files(path):
         with open_safetensors(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118, not a mapping
@@ -256,11 +258,14 @@ def read_adapter(folder: Path, *, alpha: float | None = None) -> dict[str, LowRa
             "give --no-lora if there was none or it is merged already"
         )
     config = json.loads(config_file.read_text(encoding="utf-8"))
+
+    # Another kind of LoRA would be merged wrongly.
     for key in UNSUPPORTED_LORA:
         if config.get(key):
             raise ValueError(
                 f"{config_file}: {key}={config[key]!r} is not the official release's LoRA"
             )
+    # The official file always says 128; the user may know better.
     if alpha is None:
         alpha = config.get("lora_alpha")
     rank = config.get("r")
@@ -281,6 +286,7 @@ def _find_lora(checkpoint: OfficialCheckpoint) -> dict[str, LowRank]:
 
 
 def _weight_files(path: Path) -> list[Path]:
+    # A single file, or shards with an index.
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     if (path / INDEX).is_file():
@@ -324,7 +330,9 @@ def _pad_rows(weight_VD: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- the head
 
 
-def _find_head(checkpoint: OfficialCheckpoint, stored: StoredTensor | None) -> LoadedHead:
+def _find_head(
+    checkpoint: OfficialCheckpoint, stored: StoredTensor | None
+) -> LoadedHead:
     """Read the head from the file that the user names, the weights, or a file beside them."""
     path, file = checkpoint.path, checkpoint.head
     if file is None and stored is not None:
@@ -343,6 +351,7 @@ def _find_head(checkpoint: OfficialCheckpoint, stored: StoredTensor | None) -> L
 def read_head(path: Path, *, allow_pickle: bool) -> Tensor:
     """Read the head's weight (1, d) from a .safetensors or, if allowed, a .pth."""
     content = load_tensor_file(path, allow_pickle=allow_pickle)
+    # Stage 2 wraps the head in {"model": ...}.
     if isinstance(content, dict):
         content = content.get("model", content)
     names = list(content) if isinstance(content, dict) else [type(content).__name__]
@@ -413,6 +422,7 @@ def _is_token(token: str, item: Any) -> bool:
 
 
 def _read_config(path: Path, base: Path | None) -> Qwen3VLConfig:
+    # A checkpoint of stage 2 may lack it.
     if not (path / "config.json").is_file():
         if base is None or not (base / "config.json").is_file():
             raise FileNotFoundError(

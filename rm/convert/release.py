@@ -87,6 +87,8 @@ def inspect(path: str | Path) -> RewardModelFolder:
         raise ValueError(
             f"{path / HEAD_FILE} holds {shapes}, but query and head must be {expected}"
         )
+
+    # Collect the facts for the model card.
     record = json.loads((path / DESCORE_FILE).read_text(encoding="utf-8"))
     return RewardModelFolder(
         path,
@@ -101,11 +103,13 @@ def inspect(path: str | Path) -> RewardModelFolder:
 
 def copy_release(folder: RewardModelFolder, out: Path) -> None:
     """Copy the reward model's files into ``out``, and nothing else that lies in its folder."""
+    # Other files, such as the optimizer's, stay where they are.
     out.mkdir(parents=True, exist_ok=True)
     files = [folder.path / name for name in (*REQUIRED_FILES, *OPTIONAL_FILES)]
     for file in (*folder.weights, *files):
         if not file.is_file():
             continue
+        # Keep the paths of this machine out of what is published.
         text = file.read_text(encoding="utf-8") if file.suffix == ".json" else ""
         if any(f'"{key}"' in text for key in LOCAL_KEYS):
             content = _without_local_keys(json.loads(text))

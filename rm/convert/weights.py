@@ -45,6 +45,7 @@ def load_tensor_file(file: Path, *, allow_pickle: bool) -> Any:
             "as .safetensors, or, if you trust their source, --allow-pickle, which reads tensors "
             "only"
         )
+    # Refuse anything but tensors before the pickle is read.
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         if unsafe:
@@ -63,6 +64,7 @@ def merge_lora(
 
     ValueError, naming ``source``, if a change has no weight or another shape.
     """
+    # Every trained matrix must be used.
     missing = sorted(set(lora) - set(state))
     if missing:
         raise ValueError(
@@ -87,6 +89,8 @@ def require_weights(
     """
     with torch.device("meta"):
         stock = model_class(config).state_dict()
+
+    # Compare names and shapes.
     problems = []
     for name in sorted(stock.keys() | shapes.keys()):
         if name not in stock:
@@ -97,6 +101,7 @@ def require_weights(
                 problems.append(f"{name} is {shapes[name]}, expected {expected}")
         elif name != "lm_head.weight" or not config.tie_word_embeddings:
             problems.append(f"missing {name}")
+    # Many problems usually have the same cause.
     if problems:
         raise ValueError(
             f"{source}: {len(problems)} weights do not fit config.json: "
@@ -108,6 +113,7 @@ def build_model(
     model_class: Any, config: Any, state: dict[str, Tensor], *, dtype: str, source: Path
 ) -> Any:
     """Build a transformers model with exactly these weights. Errors as in `require_weights`."""
+    # transformers only warns about missing weights, and draws them at random.
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     require_weights(shapes, model_class, config, source)
     return model_class.from_pretrained(

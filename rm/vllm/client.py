@@ -78,6 +78,7 @@ class VllmBackend:
         if version == self.version:
             return
         self.version = None
+        # The first sync starts the process, later ones make it reload the weights.
         if self.process is None:
             save_stock(self.model, self.folder / "model")
             self._start(version)
@@ -197,6 +198,7 @@ class VllmBackend:
     def _environment(self) -> dict[str, str]:
         device = self.model.device
         gpu = (device.index or 0) if device.type == "cuda" else None
+        # The folder is complete: nothing is downloaded, and no usage statistics are sent.
         environment = foreign_environment(gpu)
         environment["HF_HUB_OFFLINE"] = "1"
         environment["VLLM_NO_USAGE_STATS"] = "1"
@@ -255,6 +257,7 @@ class VllmBackend:
 
         ValueError if it would expand to other ids.
         """
+        # Expand the video as vLLM does.
         tokenizer = self.model.tokenizer
         pad = self.model.video_pad_id
         ids = list(encoded.prompt_ids)
@@ -264,6 +267,8 @@ class VllmBackend:
         expanded: list[int] = []
         for time in video.times:
             expanded += [*encode_text(tokenizer, f"<{time:.1f} seconds>"), *patch]
+
+        # The prompt must hold exactly these ids.
         first = expanded.index(self.vision_start)
         start = ids.index(self.vision_start) - first
         end = start + len(expanded)
@@ -280,6 +285,8 @@ def check_model(model: DeScore) -> None:
             f"temporal_patch_size={settings.temporal_patch_size} must equal "
             f"merge_size={settings.merge_size}: vLLM pairs the times of frames by the latter"
         )
+
+    # vLLM tokenises a time stamp apart from the text before it.
     before = model.template.before
     stamp = "<0.5 seconds>"
     apart = encode_text(model.tokenizer, before) + encode_text(model.tokenizer, stamp)
