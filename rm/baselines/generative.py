@@ -134,7 +134,7 @@ class GenerativeRewardModel:
         if config.model_type not in MODEL_TYPES:
             raise ValueError(
                 f"{checkpoint}: model_type is {config.model_type!r}, "
-                f"but must be {' or '.join(MODEL_TYPES)}"
+                f"this reads {' and '.join(MODEL_TYPES)}"
             )
         for name, label in form.labels.items():
             if expected and (label.low < 0 or label.high > 9):

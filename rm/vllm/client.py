@@ -105,7 +105,7 @@ class VllmBackend:
             raise RuntimeError(
                 f"stale weights: vLLM has version {self.version}, not {version}"
             )
-        self._check_request(encoded, videos, how, seeds, copies)
+        self._check_request(encoded, how, seeds, copies)
 
         # Send the request.
         request = self.folder / "request.safetensors"
@@ -209,22 +209,17 @@ class VllmBackend:
     def _check_request(
         self,
         encoded: Sequence[Encoded],
-        videos: Sequence[PreparedVideo],
         how: Generation,
         seeds: Sequence[int] | None,
         copies: int,
     ) -> None:
-        if (how.temperature > 0) != (seeds is not None):
+        # Greedy generation has no seeds, sampling has one for each copy.
+        wanted = len(encoded) * copies if how.temperature > 0 else 0
+        if len(seeds or ()) != wanted:
             raise ValueError(
-                f"seeds require a temperature above 0, and it requires seeds: "
-                f"temperature={how.temperature}, seeds={seeds}"
+                f"{len(encoded)} prompts with {copies} copies at temperature={how.temperature} "
+                f"need {wanted} seeds, got {seeds}"
             )
-        if seeds is not None and len(seeds) != len(encoded) * copies:
-            raise ValueError(
-                f"{len(encoded)} prompts with {copies} copies need as many seeds, got {len(seeds)}"
-            )
-        if len(videos) != len(encoded):
-            raise ValueError(f"{len(encoded)} prompts have {len(videos)} videos")
         prompt = max((len(item.prompt_ids) for item in encoded), default=0)
         if prompt + how.max_new_tokens > self.cfg.max_model_len:
             raise ValueError(

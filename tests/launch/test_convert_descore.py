@@ -48,6 +48,7 @@ def refused(capsys, *argv: str) -> str:
     return printed.err
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_converted_folder_gives_the_official_rewards(tmp_path, official):
     prompt = tmp_path / "instruction.txt"

@@ -155,8 +155,9 @@ def test_export_fully_trained_transformer_keeps_weights(
         generator.module.proj_out.weight.mul_(1.5)
     generator.save_trained(tmp_path / "grpo/final")
     out = exported(tmp_path)
-    # a block has 4 x 2 and 2 norms in each attention, 2 in its norm, 4 in its feed-forward and 1 of modulation; outside
-    # are 2 of patches, 4 + 2 of time, 4 of text, and 1 + 2 of the output
+    # A block has 4 x 2 weights and 2 norms in each attention, 2 in its norm, 4 in its
+    # feed-forward and 1 of modulation. Outside are 2 of patches, 4 + 2 of time, 4 of text and
+    # 1 + 2 of the output.
     assert (
         f" {2 * (2 * (4 * 2 + 2) + 2 + 4 + 1) + 2 + 4 + 2 + 4 + 1 + 2} weights"
         in capsys.readouterr().out
@@ -313,7 +314,7 @@ def test_wrong_input_exits_2_with_one_line(
     assert "owner/name" in error_of(final, "--base", "owner/name")
     other = build_tiny_wan(tmp_path / "other", layers=1)
     for form in export.FORMATS:
-        assert "10" in error_of(final, "--base", str(other), form=form)
+        assert "(10 problems)" in error_of(final, "--base", str(other), form=form)
     file = final / "pytorch_lora_weights.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     assert str(file) in error_of(final)
@@ -381,10 +382,11 @@ def test_failed_push_exits_1_with_one_line(
     assert "ConnectError" in failed("no_network")
 
 
+@pytest.mark.slow
 def test_entry_point_merges_lora_and_fails_to_push_offline(
     wan: Path, grpo: WanGenerator, tmp_path: Path
 ) -> None:
-    """Base and card from the run's folder; the push fails, offline as tests are, the export is there."""
+    """The base comes from the run's config; the export exists although the push fails."""
     words = (
         str(tmp_path / "grpo/final"),
         "--format",

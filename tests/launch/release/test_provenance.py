@@ -1,4 +1,4 @@
-"""What a run folder gives to a card: keys that runs have, means by hand, and names of the hub alone."""
+"""Provenance of a run: its settings, means by hand, and hub names only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCHEMAS = {
 
 
 @pytest.mark.parametrize("kind", SCHEMAS)
-def test_every_setting_is_one_of_the_runs(kind: str) -> None:
+def test_settings_are_keys_of_the_schema(kind: str) -> None:
     assert SCHEMAS.keys() == provenance.SETTINGS.keys()
     keys = provenance.SETTINGS[kind]
     assert len(set(keys)) == len(keys)
@@ -38,7 +38,7 @@ def test_every_setting_is_one_of_the_runs(kind: str) -> None:
     ] == []
 
 
-def test_means_at_both_ends_by_hand() -> None:
+def test_logged_changes_by_hand() -> None:
     rows = [
         {"step": i, "reward/a": float(i), "reward/a_std": 5.0, "seconds/step": 1.0}
         for i in range(20)
@@ -53,7 +53,7 @@ def test_means_at_both_ends_by_hand() -> None:
     assert [c.over for c in logged_changes(rows[:19]) if c.name == "reward/a"] == [1]
 
 
-def test_a_hub_name_is_no_folder_of_this_machine(
+def test_hub_name_is_not_a_local_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def test_a_hub_name_is_no_folder_of_this_machine(
     ] == []
 
 
-def test_the_run_of_a_folder(tmp_path: Path) -> None:
+def test_run_folder_is_found_above_trained_folders(tmp_path: Path) -> None:
     for name in ("final", "final_ema", "checkpoints/step-9/trained"):
         (tmp_path / "run" / name).mkdir(parents=True)
         assert run_folder(tmp_path / "run" / name) is None
@@ -84,8 +84,8 @@ def test_the_run_of_a_folder(tmp_path: Path) -> None:
     assert read_provenance(tmp_path).algorithm is None
 
 
-def test_steps_are_those_that_were_trained(tmp_path: Path) -> None:
-    """Three steps; a fourth line has the evaluation after them. A checkpoint after two knows two."""
+def test_steps_count_training_lines_before_the_checkpoint(tmp_path: Path) -> None:
+    """Three steps and a line with the last evaluation; a checkpoint after two steps has two."""
     run = tmp_path / "run"
     rows = [
         {"step": step, "train/loss": 1.0, "reward/a": float(step)} for step in range(3)

@@ -1,4 +1,4 @@
-"""An official checkpoint and what is made of it give one token sequence one reward; what is missing is named."""
+"""A converted official checkpoint gives the official rewards; wrong input is named."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def videos():
 
 def read(folder: Path, *, dtype: str = "float32", **options):
     checkpoint = OfficialCheckpoint(folder, **{"allow_pickle": True, **options})
-    return convert_checkpoint(checkpoint, template=TEMPLATE, settings=SETTINGS, dtype=dtype)
+    return convert_checkpoint(
+        checkpoint, template=TEMPLATE, settings=SETTINGS, dtype=dtype
+    )
 
 
 def batch_of(model: DeScore, videos):
@@ -94,7 +96,7 @@ def resave(file: Path, change) -> None:
 @pytest.mark.parametrize(
     "layout", [{}, {"sharded": True}, {"wrapped_names": True}], ids=str
 )
-def test_the_reward_is_the_official_one(tmp_path, videos, tied, layout):
+def test_converted_reward_equals_the_official_reward(tmp_path, videos, tied, layout):
     trained = official_checkpoint.train(tied=tied)
     folder = official_checkpoint.write(tmp_path / "checkpoint-7", trained, **layout)
     assert len(list(folder.glob("model-*.safetensors"))) == 0 or "sharded" in layout
@@ -111,8 +113,8 @@ def test_the_reward_is_the_official_one(tmp_path, videos, tied, layout):
 
 
 @torch.no_grad()
-def test_every_part_of_the_reward_matters(folder, trained, videos):
-    """The comparison above would see each of these: no LoRA, the alpha that was not trained, another row, no head."""
+def test_reward_depends_on_lora_alpha_and_query(folder, trained, videos):
+    """The comparison above would see a missing LoRA, another alpha and another query."""
     model = read(folder).model
     batch = batch_of(model, videos)
     want = trained.reward(batch)
@@ -127,7 +129,7 @@ def test_every_part_of_the_reward_matters(folder, trained, videos):
     assert (model(batch).squeeze(1).double() - want).abs().max() > 0.1
 
 
-def test_alpha_by_hand(folder, trained):
+def test_merge_by_hand_with_default_and_given_alpha(folder, trained):
     """W + (alpha / r) B A of one linear, with the alpha that was asked for: 128 / 4, then 8 / 4."""
     name = "model.language_model.layers.1.mlp.up_proj"
     layer = trained.model.base_model.model.get_submodule(name)
@@ -139,7 +141,7 @@ def test_alpha_by_hand(folder, trained):
         )
 
 
-def test_without_lora(folder, trained, videos):
+def test_lora_option_must_fit_the_folder(folder, trained, videos):
     with pytest.raises(ValueError, match="--no-lora"):
         read(folder, lora=False)
     for file in (folder / "lora_adapter").iterdir():
@@ -153,7 +155,7 @@ def test_without_lora(folder, trained, videos):
         check(read(folder, lora=False).model, trained, videos)
 
 
-def test_half_precision_is_the_backbone_only(folder, trained):
+def test_bfloat16_is_the_backbone_only(folder, trained):
     model = read(folder, dtype="bfloat16").model
     assert {p.dtype for p in model.backbone.parameters()} == {torch.bfloat16}
     row = trained.model.get_input_embeddings().weight[264:265]
@@ -175,16 +177,14 @@ def test_half_precision_is_the_backbone_only(folder, trained):
         lambda w: {"model": {"_fsdp_wrapped_module.rm_head.weight": w.bfloat16()}},
     ],
 )
-def test_a_head_under_each_of_its_names(folder, trained, wrap):
+def test_head_is_read_under_each_of_its_names(folder, trained, wrap):
     torch.save(wrap(trained.head_1D), folder / "rm_head.pth")
     weight = read(folder).model.head.weight
     assert weight.dtype == torch.float32
     torch.testing.assert_close(weight.detach(), trained.head_1D, atol=0, rtol=2**-8)
 
 
-def test_a_head_that_is_no_pickle_needs_no_permission(
-    tmp_path, folder, trained, videos
-):
+def test_safetensors_head_needs_no_allow_pickle(tmp_path, folder, trained, videos):
     with pytest.raises(ValueError, match="--allow-pickle"):
         read(folder, allow_pickle=False)
     named = tmp_path / "other.safetensors"
@@ -199,7 +199,7 @@ def test_a_head_that_is_no_pickle_needs_no_permission(
     check(found.model, trained, videos)
 
 
-def test_a_head_among_the_weights(folder, trained, videos):
+def test_head_among_the_weights_is_used(folder, trained, videos):
     resave(folder / WEIGHTS, lambda state: {**state, "rm_head.weight": trained.head_1D})
     found = read(folder, allow_pickle=False)  # the .pth is there and is not touched
     assert found.head_from == folder / WEIGHTS
@@ -215,7 +215,7 @@ class Foreign:
 
 
 @pytest.mark.parametrize("allow_pickle", [False, True])
-def test_no_code_in_a_pickle_runs(tmp_path, folder, trained, allow_pickle):
+def test_pickle_runs_no_code(tmp_path, folder, trained, allow_pickle):
     torch.save(
         {"rm_head.weight": trained.head_1D, "x": Foreign(tmp_path / "ran")},
         folder / "rm_head.pth",
@@ -251,13 +251,13 @@ def test_no_code_in_a_pickle_runs(tmp_path, folder, trained, allow_pickle):
         ({"model": torch.zeros(1, 32)}, "Tensor"),
     ],
 )
-def test_a_wrong_head_is_refused(folder, content, message):
+def test_wrong_head_is_refused(folder, content, message):
     torch.save(content, folder / "rm_head.pth")
     with pytest.raises(ValueError, match=message):
         read(folder)
 
 
-def test_no_head_is_never_a_new_head(tmp_path, folder):
+def test_missing_head_is_an_error(tmp_path, folder):
     (folder / "rm_head.pth").unlink()
     with pytest.raises(
         FileNotFoundError,
@@ -274,7 +274,7 @@ def test_no_head_is_never_a_new_head(tmp_path, folder):
 # ---------------------------------------------------------------------- the tokenizer and the query
 
 
-def test_the_query_has_no_string_any_more(tmp_path, folder, trained):
+def test_query_token_is_removed_from_the_tokenizer(tmp_path, folder, trained):
     model = read(folder).model
     assert model.query_id == trained.reward_id == 264
     assert torch.equal(
@@ -294,7 +294,7 @@ def test_the_query_has_no_string_any_more(tmp_path, folder, trained):
     assert AutoTokenizer.from_pretrained(folder).encode(REWARD) == [264]  # it had one
 
 
-def test_rows_grow_to_a_multiple_of_64_that_nothing_samples(folder, trained):
+def test_padded_rows_are_means_and_banned(folder, trained):
     model = read(folder).model
     rows = model.backbone.get_input_embeddings().weight
     assert (
@@ -309,7 +309,7 @@ def test_rows_grow_to_a_multiple_of_64_that_nothing_samples(folder, trained):
     assert model.banned_ids()[264:].all()
 
 
-def test_a_tokenizer_without_reward_is_refused(folder):
+def test_tokenizer_without_reward_token_is_refused(folder):
     tiny_tokenizer().save_pretrained(folder)
     for name in ("added_tokens.json", "special_tokens_map.json"):
         (folder / name).unlink()
@@ -320,7 +320,7 @@ def test_a_tokenizer_without_reward_is_refused(folder):
         read(folder)
 
 
-def test_reward_in_the_middle_of_the_ids_is_refused(folder):
+def test_reward_token_before_other_tokens_is_refused(folder):
     """Without it, later tokens would move up by one."""
     tokenizer = official_checkpoint.tokenizer_with_reward()
     tokenizer.add_tokens(["<later>"])
@@ -332,7 +332,7 @@ def test_reward_in_the_middle_of_the_ids_is_refused(folder):
 # ---------------------------------------------------------------------- weights and config
 
 
-def test_what_is_missing_is_named(tmp_path, trained):
+def test_missing_weights_are_named(tmp_path, trained):
     folder = official_checkpoint.write(tmp_path / "checkpoint-8", trained, sharded=True)
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 2
@@ -360,7 +360,7 @@ def test_what_is_missing_is_named(tmp_path, trained):
         read(tmp_path / "nowhere")
 
 
-def test_weights_that_do_not_fit_are_named(folder):
+def test_misfitting_weights_are_named(folder):
     whole, norm = load_file(folder / WEIGHTS), "model.language_model.norm.weight"
     for state, message in (
         ({k: v for k, v in whole.items() if k != norm}, rf"missing {norm}"),
@@ -384,7 +384,7 @@ def test_weights_that_do_not_fit_are_named(folder):
             read(folder)
 
 
-def test_the_row_of_reward_must_be_there(folder):
+def test_missing_reward_row_is_refused(folder):
     names = ("model.language_model.embed_tokens.weight", "lm_head.weight")
     resave(
         folder / WEIGHTS,
@@ -410,7 +410,7 @@ def test_the_row_of_reward_must_be_there(folder):
         ("alpha_pattern", {"q_proj": 3}, "alpha_pattern"),
     ],
 )
-def test_an_adapter_of_another_kind_is_refused(folder, key, value, message):
+def test_unsupported_lora_is_refused(folder, key, value, message):
     edit(
         folder / "lora_adapter/adapter_config.json",
         lambda raw: raw.update({key: value}),
@@ -419,7 +419,7 @@ def test_an_adapter_of_another_kind_is_refused(folder, key, value, message):
         read(folder)
 
 
-def test_every_part_of_the_adapter_is_used_or_named(folder):
+def test_misfitting_lora_tensors_are_named(folder):
     whole = load_file(folder / ADAPTER)
     with safe_open(folder / ADAPTER, framework="pt") as tensors:
         first = sorted(tensors.keys())[0]
@@ -448,7 +448,7 @@ def test_every_part_of_the_adapter_is_used_or_named(folder):
             read(folder)
 
 
-def test_the_config_may_come_from_the_base(tmp_path, folder, trained, videos):
+def test_config_is_read_from_the_base(tmp_path, folder, trained, videos):
     base = tmp_path / "base"
     base.mkdir()
     (folder / "config.json").rename(base / "config.json")
@@ -463,7 +463,7 @@ def test_the_config_may_come_from_the_base(tmp_path, folder, trained, videos):
         read(folder, base=base)
 
 
-def test_default_settings_are_the_official_ones(folder):
+def test_default_video_settings_are_official(folder):
     settings = convert_checkpoint(
         OfficialCheckpoint(folder, allow_pickle=True), template=TEMPLATE
     ).model.settings
@@ -483,7 +483,7 @@ def test_default_settings_are_the_official_ones(folder):
 # ---------------------------------------------------------------------- the prompt
 
 
-def test_the_template_of_an_official_text(tmp_path):
+def test_read_template_of_an_official_text(tmp_path):
     file = tmp_path / "instruction.txt"
     file.write_text(
         '\nText: [insert prompt here]\nVideo: <video>\nAnswer {"x": 1} \n',
@@ -509,7 +509,7 @@ def test_the_template_of_an_official_text(tmp_path):
         "[insert prompt here] {prompt} <video>",
     ],
 )
-def test_a_text_without_its_slots_is_refused(tmp_path, text):
+def test_template_without_its_slots_is_refused(tmp_path, text):
     (tmp_path / "instruction.txt").write_text(text)
     with pytest.raises(ValueError, match=r"instruction\.txt"):
         read_template(tmp_path / "instruction.txt")
