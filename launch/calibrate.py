@@ -1,8 +1,11 @@
-"""Give a DeScore its zero and unit: `python launch/calibrate.py CHECKPOINT runs/eval_rm`.
+"""Calibrate a DeScore: store the mean and spread of its rewards on validation pairs.
 
-Reads what `launch/evaluate.py rm` found on validation pairs and writes mean and spread of the rewards, each dimension
-by itself, into the checkpoint's calibration.json. From then on `DeScoreScorer.load(path, calibrated=True)`, or
-``calibrated: true`` among a reward's options, gives z = (r - mean) / std. The weights are not touched.
+    python launch/calibrate.py CHECKPOINT runs/eval_rm
+
+Reads the results of `launch/evaluate.py rm` and writes mean and std of each reward dimension into
+the checkpoint's calibration.json. `DeScoreScorer.load(path, calibrated=True)`, or
+``calibrated: true`` among a reward's options, then gives z = (r - mean) / std. The weights stay
+as they are.
 """
 
 from __future__ import annotations
@@ -29,58 +32,66 @@ def main() -> None:
     from rm.calibration import Calibration
     from rm.model import DESCORE_FILE, DeScore
 
-    for path in (
-        args.checkpoint / DESCORE_FILE,
-        args.evaluation / "results.jsonl",
-        args.evaluation / "config.yaml",
-    ):
+    results = args.evaluation / "results.jsonl"
+    settings = args.evaluation / "config.yaml"
+    # Check that both folders are what they should be.
+    for path in (args.checkpoint / DESCORE_FILE, results, settings):
         if not path.is_file():
             exit_with_error(f"there is no {path}")
-    options = evaluated(args.evaluation, args.checkpoint)
-    rows = [
-        json.loads(line)
-        for line in (args.evaluation / "results.jsonl")
-        .read_text(encoding="utf-8")
-        .splitlines()
-    ]
+
+    # Compute the calibration from the raw rewards.
+    options = scorer_options(args.evaluation, args.checkpoint)
+    lines = results.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     try:
-        rewards = rewards_of(rows, DeScore.dimensions_in(args.checkpoint))
-        found = Calibration.of(rewards, chains=int(options.get("chains", 1)))
+        rewards = rewards_by_dimension(rows, DeScore.dimensions_in(args.checkpoint))
+        calibration = Calibration.of(rewards, chains=int(options.get("chains", 1)))
     except ValueError as error:
         exit_with_error(f"{args.evaluation}: {error}")
-    print(f"{found.save(args.checkpoint)}: from {found.videos} videos")
-    for name in found.mean:
-        print(f"{name:>24}  mean {found.mean[name]:8.4f}  std {found.std[name]:8.4f}")
+
+    # Store it in the same folder as the weights.
+    path = calibration.save(args.checkpoint)
+    print(f"{path}: from {calibration.videos} videos")
+    for name, mean in calibration.mean.items():
+        print(f"{name:>24}  mean {mean:8.4f}  std {calibration.std[name]:8.4f}")
 
 
-def evaluated(folder: Path, checkpoint: Path) -> dict[str, Any]:
-    """The scorer's options of that evaluation; exit with code 2 if it was of another judge or of other values."""
-    from common.safe_yaml import parse
+def scorer_options(evaluation: Path, checkpoint: Path) -> dict[str, Any]:
+    """Return the scorer's options of an evaluation.
 
-    config = parse((folder / "config.yaml").read_text(encoding="utf-8")).value
-    if Path(config["checkpoint"]).resolve() != checkpoint.resolve():
-        exit_with_error(f"{folder} is about {config['checkpoint']}, not {checkpoint}")
-    options = config.get("options") or {}
-    for name, plain in (("calibrated", False), ("value", "head")):
-        if options.get(name, plain) != plain:
+    Exits with code 2 if it is about another checkpoint, or about other values than raw rewards.
+    """
+    from launch.reporting.data import config
+
+    cfg = config(evaluation)
+    if Path(cfg["checkpoint"]).resolve() != checkpoint.resolve():
+        exit_with_error(f"{evaluation} is about {cfg['checkpoint']}, not {checkpoint}")
+    # Only the head's raw rewards can be calibrated.
+    options = cfg.get("options") or {}
+    for name, default in (("calibrated", False), ("value", "head")):
+        if options.get(name, default) != default:
             exit_with_error(
-                f"{folder} was made with options.{name}={options[name]}: these are not the head's raw rewards"
+                f"{evaluation} was made with options.{name}={options[name]}, "
+                "so it does not hold the head's raw rewards"
             )
     return options
 
 
-def rewards_of(rows: list[Row], dimensions: list[str]) -> dict[str, list[float | None]]:
-    """Of both videos of every pair, by dimension."""
-    sides = [
-        (row.get(f"reward_{side}"), row.get(f"parts_{side}") or {})
-        for row in rows
-        for side in "AB"
-    ]
-    if len(dimensions) == 1:
-        return {dimensions[0]: [reward for reward, _ in sides]}
-    return {
-        name: [parts.get(f"reward.{name}") for _, parts in sides] for name in dimensions
-    }
+def rewards_by_dimension(
+    rows: list[Row], dimensions: list[str]
+) -> dict[str, list[float | None]]:
+    """Collect the rewards of both videos of every pair, by dimension."""
+    rewards: dict[str, list[float | None]] = {name: [] for name in dimensions}
+    for row in rows:
+        for side in "AB":
+            parts = row.get(f"parts_{side}") or {}
+            for name in dimensions:
+                reward = parts.get(f"reward.{name}")
+                # A DeScore with a single dimension logs no parts.
+                if len(dimensions) == 1:
+                    reward = row.get(f"reward_{side}")
+                rewards[name].append(reward)
+    return rewards
 
 
 if __name__ == "__main__":

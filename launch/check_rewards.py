@@ -1,10 +1,11 @@
-"""Do rewards order videos sensibly? A handful of yours, with right and wrong prompts, and spoilt.
+"""Check that rewards order videos sensibly: a few of yours, with wrong prompts, and corrupted.
 
-    python launch/check_rewards.py --config score.yaml --videos 'clips/*.mp4' --prompts prompts.jsonl
+    python launch/check_rewards.py --config score.yaml --videos 'clips/*.mp4' \\
+        --prompts prompts.jsonl
 
-Takes the yaml of launch/score.py, and videos and prompts as it does. Prints, for every reward and every way to spoil a
-video, the mean score and on how many videos it fell. Exit code 1 when a reward prefers wrong prompts or noise: a wrong
-fps, prompt format or checkpoint looks like this.
+Takes the yaml of launch/score.py, and videos and prompts as it does. Prints the mean score for
+every reward and every corruption, and on how many videos the score fell. Exits with code 1 when a
+reward prefers wrong prompts or noise: a wrong fps, prompt format or checkpoint has this effect.
 """
 
 from __future__ import annotations
@@ -13,40 +14,44 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.command import read_command
 from launch.schemas.evaluation import ScoreRun
 
+if TYPE_CHECKING:
+    from alignment.reward_check import SensitivityResult
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    def extend(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--videos", metavar="GLOB", help="video files, quoted: 'clips/*.mp4'"
-        )
-        parser.add_argument(
-            "--prompts",
-            type=Path,
-            required=True,
-            metavar="PATH",
-            help=".txt, .jsonl or .csv",
-        )
-        parser.add_argument(
-            "--limit",
-            type=int,
-            default=8,
-            help="videos that are looked at, the first ones",
-        )
-
+    # The exit code is for scripts.
     command = read_command(
-        ScoreRun, argv, description=__doc__.splitlines()[0], extend=extend
+        ScoreRun, argv, description=__doc__.splitlines()[0], extend=add_options
     )
     args = command.args
-    sys.exit(0 if look(command.cfg, args.videos, args.prompts, limit=args.limit) else 1)
+    sensible = run_checks(command.cfg, args.videos, args.prompts, limit=args.limit)
+    sys.exit(0 if sensible else 1)
 
 
-def look(cfg: ScoreRun, pattern: str | None, prompts: Path, *, limit: int) -> bool:
-    """Print what comes out; False when a reward prefers what no reward may."""
-    from common.cli import exit_with_error, user_errors
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--videos", metavar="GLOB", help="video files, quoted: 'clips/*.mp4'")
+    add(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help=".txt, .jsonl or .csv",
+    )
+    add("--limit", type=int, default=8, help="use the first LIMIT videos")
+
+
+def run_checks(
+    cfg: ScoreRun, pattern: str | None, prompts: Path, *, limit: int
+) -> bool:
+    """Print the results of every reward; return False when a reward prefers wrong videos."""
+    # Heavy imports come after the command line.
+    from common.cli import user_errors
     from launch.compose import build_rewards, quiet
     from launch.evaluation.files import find_items, read_clip
 
@@ -55,41 +60,40 @@ def look(cfg: ScoreRun, pattern: str | None, prompts: Path, *, limit: int) -> bo
     from alignment.clips import RewardClip
     from common.log import say
 
+    # Everything here depends on what the user gave.
     with user_errors():
-        items = find_items(pattern, prompts)[:limit]
-        read = [
-            (item, read_clip(item.path, max_frames=cfg.max_frames)) for item in items
-        ]
-        clips = [
-            RewardClip(clip.frames_TYXC, clip.fps, item.prompt) for item, clip in read
-        ]
+        clips = []
+        for item in find_items(pattern, prompts)[:limit]:
+            clip = read_clip(item.path, max_frames=cfg.max_frames)
+            clips.append(RewardClip(clip.frames_TYXC, clip.fps, item.prompt))
         rewards = build_rewards(cfg.rewards)
-    try:
-        found = {
+        results = {
             name: reward_check.check(reward, clips) for name, reward in rewards.items()
         }
-    except ValueError as error:
-        exit_with_error(str(error))
-    good = True
-    for name, verdicts in found.items():
-        say(f"\n{name}, {len(clips)} videos as they are: mean {verdicts[0].right:.4f}")
-        for one in verdicts:
-            counts = f"fell {one.below}, same {one.same}, rose {one.above}"
-            missing = f", {one.unjudged} not judged" if one.unjudged else ""
-            wrong = one.case in reward_check.MUST and one.above > one.below
-            good &= not wrong
-            blind = one.case in reward_check.MUST and one.same == len(clips)
-            remark = (
-                "  <- NOT SENSIBLE"
-                if wrong
-                else "  <- makes no difference to it"
-                if blind
-                else ""
-            )
-            say(
-                f"  {one.case:>16}  mean {one.spoilt:>10.4f}  {counts}{missing}{remark}"
-            )
-    return good
+
+    # Print a line for every corruption.
+    sensible = True
+    for name, cases in results.items():
+        say(f"\n{name}, {len(clips)} videos, intact: mean {cases[0].right:.4f}")
+        for result in cases:
+            # Any reward must prefer the right prompt and a real video.
+            remark = ""
+            if result.case in reward_check.MUST:
+                if result.above > result.below:
+                    sensible = False
+                    remark = "  <- NOT SENSIBLE"
+                elif result.same == len(clips):
+                    remark = "  <- makes no difference"
+            say(f"  {result.case:>16}  {describe_result(result)}{remark}")
+    return sensible
+
+
+def describe_result(result: SensitivityResult) -> str:
+    text = (
+        f"mean {result.spoilt:>10.4f}  fell {result.below}, same {result.same}, "
+        f"rose {result.above}"
+    )
+    return f"{text}, {result.unjudged} not scored" if result.unjudged else text
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Turn a checkpoint of the official DeScore release into a folder that everything here reads.
+"""Convert a checkpoint of the official DeScore release into a folder that this project reads.
 
-    python launch/convert_descore.py --official checkpoint-1000 --out descore --prompt instruction.txt --allow-pickle
-    python launch/convert_descore.py --official merged --no-lora --head rm_head.safetensors --out descore
+    python launch/convert_descore.py --official checkpoint-1000 --out descore \\
+        --prompt instruction.txt --allow-pickle
+    python launch/convert_descore.py --official merged --no-lora --head rm_head.safetensors \\
+        --out descore
 
-The first is stage 1's layout; the second what stage 2's FSDP shards give once merged. The head is a pickle there: it
-is read only with --allow-pickle, tensors only. LoRA is merged in fp32. The folder needs nothing else:
-``DeScoreScorer.load("descore")``, ``rewards.descore.checkpoint=descore``, ``checkpoint=descore`` of launch/dual_rl.py.
-See rm/convert/official.py for what becomes of each part, and for what the official inference does otherwise.
+The first is stage 1's layout, the second the result of merging stage 2's FSDP shards. The official
+head is a pickle: it is read only with --allow-pickle, and only its tensors. LoRA is merged in fp32.
+The folder is complete: use it as ``DeScoreScorer.load("descore")``,
+``rewards.descore.checkpoint=descore``, or ``checkpoint=descore`` of launch/dual_rl.py.
+rm/convert/official.py says how each part is converted, and how the official inference differs.
 """
 
 from __future__ import annotations
@@ -22,51 +25,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    folder, file = {"type": Path, "metavar": "DIR"}, {"type": Path, "metavar": "FILE"}
-    parser.add_argument(
-        "--official",
-        required=True,
-        **folder,
-        help="checkpoint-N: weights, lora_adapter/, tokenizer",
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        **folder,
-        help="the folder to write; must be new or empty",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    # The checkpoint's parts.
+    add("--official", required=True, type=Path, metavar="DIR", help="checkpoint-N")
+    add("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    add(
         "--head",
-        **file,
-        help=".safetensors or .pth; else among the weights or beside them",
+        type=Path,
+        metavar="FILE",
+        help=".safetensors or .pth; default: among the weights or beside them",
     )
-    parser.add_argument(
+    add(
         "--base",
-        **folder,
+        type=Path,
+        metavar="DIR",
         help="a Qwen3-VL whose config.json to use if the checkpoint has none",
     )
-    parser.add_argument(
+    add(
         "--prompt",
-        **file,
+        type=Path,
+        metavar="FILE",
         help="prompt.json, or a text with [insert prompt here] and <video>",
     )
-    parser.add_argument(
+    add(
         "--video",
-        **file,
-        help="video.json; else 2 fps and 448 x 448 pixels a frame, as trained",
+        type=Path,
+        metavar="FILE",
+        help="video.json; default: 2 fps and 448 x 448 pixels a frame, as trained",
     )
-    parser.add_argument(
-        "--alpha",
-        type=float,
-        help="LoRA's, if not 128, which the official adapter_config always says",
-    )
-    parser.add_argument(
-        "--no-lora", action="store_true", help="the checkpoint has no lora_adapter/"
-    )
-    parser.add_argument(
-        "--allow-pickle", action="store_true", help="read a .pth head, tensors only"
-    )
-    parser.add_argument(
+    # Corrections of what the checkpoint says or lacks.
+    add("--alpha", type=float, help="LoRA's alpha, if adapter_config.json is wrong")
+    add("--no-lora", action="store_true", help="the checkpoint has no lora_adapter/")
+    add("--allow-pickle", action="store_true", help="read a .pth head, tensors only")
+    add(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
@@ -74,48 +65,58 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     try:
-        _convert(args)
+        convert_folder(args)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
-def _convert(args: argparse.Namespace) -> None:
-    """Read, write, and say what was taken from where. Nothing is written unless everything could be read."""
+def convert_folder(args: argparse.Namespace) -> None:
+    """Convert the checkpoint; nothing is written unless everything could be read."""
     check_new_folder(args.out)
+
+    # Heavy imports come after the check of the options.
     from launch.compose import quiet
 
     quiet()
     from rm.config import VideoSettings
-    from rm.convert.official import convert, read_template
+    from rm.convert.official import (
+        OfficialCheckpoint,
+        convert_checkpoint,
+        read_template,
+    )
     from rm.prompt import DEFAULT_TEMPLATE
 
-    template = DEFAULT_TEMPLATE if args.prompt is None else read_template(args.prompt)
-    conversion = convert(
-        args.official,
-        template=template,
-        settings=None if args.video is None else VideoSettings.load(args.video),
-        head=args.head,
-        base=args.base,
-        lora=not args.no_lora,
-        alpha=args.alpha,
-        allow_pickle=args.allow_pickle,
+    conversion = convert_checkpoint(
+        OfficialCheckpoint(
+            args.official,
+            base=args.base,
+            head=args.head,
+            lora=not args.no_lora,
+            alpha=args.alpha,
+            allow_pickle=args.allow_pickle,
+        ),
+        template=read_template(args.prompt) if args.prompt else DEFAULT_TEMPLATE,
+        settings=VideoSettings.load(args.video) if args.video else None,
         dtype=args.dtype,
     )
-    judge = conversion.judge
-    judge.save(args.out)
+
+    # Write our layout.
+    model = conversion.model
+    model.save(args.out)
+
+    # Print where each part came from.
+    settings = model.settings
     print(
-        f"{args.out}: {args.dtype}, LoRA merged into {conversion.merged} linears, head from {conversion.head_from}"
+        f"{args.out}: {args.dtype}, LoRA merged into {conversion.merged} linears, "
+        f"head from {conversion.head_from}"
     )
-    print(f"query: id {judge.query_id}; the tokenizer no longer knows <Reward>")
+    print(f"query: id {model.query_id}; <Reward> is removed from the tokenizer")
     print(
-        f"video: {judge.settings.fps:g} fps, at most {judge.settings.max_pixels} pixels a {judge.settings.budget}"
+        f"video: {settings.fps:g} fps, at most {settings.max_pixels} pixels a {settings.budget}"
     )
-    if args.prompt is None:
-        print(
-            "prompt: NOT the one it was trained with but this framework's own; --prompt takes the official text"
-        )
-    else:
-        print(f"prompt: {args.prompt}")
+    # A reward model is only as good as the prompt that it was trained with.
+    default = "NOT the official text but this project's default; --prompt takes the official text"
+    print(f"prompt: {args.prompt or default}")
 
 
 if __name__ == "__main__":

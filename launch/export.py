@@ -1,35 +1,37 @@
-"""Write what a run trained in a layout that others load, with a model card, and push it to the hub if asked.
+"""Write a trained model in a layout that other programs load, with a model card; push it if asked.
 
     python launch/export.py runs/wan/grpo/final --format diffusers --out wan_lora
     python launch/export.py runs/wan/grpo/final --format comfyui --out wan_comfyui
-    python launch/export.py runs/wan/grpo/final --format merged --out wan_merged --push OWNER/NAME
-    python launch/export.py runs/wan/descore/final --format merged --out descore --push OWNER/NAME --public
+    python launch/export.py runs/wan/grpo/final --format merged --out wan --push OWNER/NAME
+    python launch/export.py runs/wan/descore/final --format merged --out descore --push O/N --public
 
-A generator's adapter becomes a LoRA for stock `WanPipeline.load_lora_weights`, one for ComfyUI, or a whole transformer
-with the adapter merged in fp32. A transformer that was trained whole, and a DeScore, have the format merged only. What
-is pushed is private without --public. Nothing is written unless everything could be read and fits.
+A generator's adapter becomes a LoRA for stock `WanPipeline.load_lora_weights`, a LoRA for ComfyUI,
+or a whole transformer with the adapter merged in fp32. A transformer that was trained whole and a
+DeScore have the format merged only. A pushed repository is private without --public. Nothing is
+written unless everything could be read and fits.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from common.cli import check_new_folder
 
 if TYPE_CHECKING:
     from generator.adapter_file import StoredAdapter
-    from launch.release.model_card import WrittenFiles
-    from launch.release.provenance import Origin
+    from launch.release.model_card import ExportedFiles
 
-ADAPTER, JUDGE, TRANSFORMER = (
-    "pytorch_lora_weights.safetensors",
-    "descore.json",
-    "transformer/config.json",
-)
+# Each kind of trained folder by the file that shows it.
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+KINDS = {
+    ADAPTER_FILE: "adapter",
+    "transformer/config.json": "transformer",
+    "descore.json": "DeScore",
+}
 FORMATS = ("diffusers", "comfyui", "merged")
 
 
@@ -37,40 +39,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument(
-        "trained", type=Path, metavar="DIR", help="final/ or final_ema/ of a run"
-    )
-    parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="the folder to write; new or empty",
-    )
-    parser.add_argument(
-        "--base",
-        metavar="PATH",
-        help="the Wan that was trained, else as the run's config.yaml says",
-    )
-    parser.add_argument(
-        "--base-model",
-        metavar="OWNER/NAME",
-        help="its hub name, for the card, if that does not say it",
-    )
-    parser.add_argument(
-        "--push",
-        metavar="OWNER/NAME",
-        help="upload the folder to this repository, a private one",
-    )
-    parser.add_argument("--public", action="store_true", help="a public one")
+    add = parser.add_argument
+    add("trained", type=Path, metavar="DIR", help="final/ or final_ema/ of a run")
+    add("--format", required=True, choices=FORMATS)
+    add("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    add("--base", metavar="PATH", help="the Wan that was trained; default: the run's")
+    add("--base-model", metavar="OWNER/NAME", help="its hub name, for the card")
+    add("--push", metavar="OWNER/NAME", help="upload to this repository, as private")
+    add("--public", action="store_true", help="push to a public repository")
     args = parser.parse_args(argv)
     if args.public and not args.push:
         parser.error("--public goes with --push")
     try:
-        export(args)
+        export_folder(args)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+
+    # Push what is written.
     if args.push:
         from launch.release.hub import PushError, push
 
@@ -82,127 +67,168 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
 
 
-def export(args: argparse.Namespace) -> None:
-    """Read, write, and say what was written. Errors name the file, and the option that would help."""
+def export_folder(args: argparse.Namespace) -> None:
+    """Write the folder and its model card, and print what it holds.
+
+    Errors name the file, and the option that would help.
+    """
+    # Check the options before anything heavy is imported.
     check_new_folder(args.out)
-    kind = kind_of(args.trained)
+    kind = trained_kind(args.trained)
     if kind != "adapter" and args.format != "merged":
         raise ValueError(
-            f"{args.trained} holds a whole {kind}, and --format {args.format} is for adapters; try merged"
+            f"--format {args.format} is for adapters, but {args.trained} holds a {kind}; "
+            "try --format merged"
         )
-    if kind == "judge" and args.base:
-        raise ValueError(f"--base is for generators, and {args.trained} holds a judge")
+    if kind == "DeScore" and args.base:
+        raise ValueError(
+            f"--base is for generators, but {args.trained} holds a DeScore"
+        )
     from launch.compose import quiet
 
     quiet()
-    from launch.release import hub, model_card
-    from launch.release.provenance import is_hub_name, origin_of
+    from launch.release.hub import check_repo_id
+    from launch.release.model_card import model_card
+    from launch.release.provenance import is_hub_name, read_provenance
 
-    for repo_id in (name for name in (args.push, args.base_model) if name):
-        hub.check_repo_id(repo_id)
-    origin = origin_of(args.trained)
-    write = {
-        "adapter": export_adapter,
-        "transformer": export_transformer,
-        "judge": export_judge,
-    }[kind]
-    written = write(args, origin)
-    base_model = args.base_model or (
-        args.base if is_hub_name(args.base) else origin.base_model
-    )
-    text = model_card.card(written, origin, base_model=base_model, repo_id=args.push)
+    for repo_id in (args.push, args.base_model):
+        if repo_id:
+            check_repo_id(repo_id)
+
+    # Write the weights.
+    run = read_provenance(args.trained)
+    base = args.base or run.base_path
+    if kind == "DeScore":
+        exported = export_descore(args.trained, args.out)
+    elif kind == "transformer":
+        exported = export_transformer(args.trained, args.out)
+    else:
+        from generator import adapter_file
+
+        adapter = adapter_file.read(args.trained)
+        if args.format == "merged":
+            exported = export_merged(adapter, base, args.out)
+        else:
+            if args.base and not Path(args.base).is_dir():
+                raise ValueError(f"--base {args.base} is not a folder")
+            exported = export_adapter(adapter, base, args.out, format=args.format)
+
+    # Write the card.
+    base_model = args.base_model or run.base_model
+    if not args.base_model and is_hub_name(args.base):
+        base_model = args.base
+    text = model_card(exported, run, base_model=base_model, repo_id=args.push)
     (args.out / "README.md").write_text(text, encoding="utf-8")
-    for fact in written.facts:
+    for fact in exported.facts:
         print(f"{args.out}: {fact}")
     print(
-        f"{args.out}/README.md: base_model {base_model or 'not known by a hub name; --base-model gives one'}"
+        f"{args.out}/README.md: base_model {base_model or 'is unknown; give --base-model'}"
     )
 
 
-def kind_of(trained: Path) -> Literal["adapter", "transformer", "judge"]:
-    """By what a folder holds. ValueError where that is nothing, or more than one of them."""
-    holds = {"adapter": ADAPTER, "transformer": TRANSFORMER, "judge": JUDGE}
-    found = [kind for kind, name in holds.items() if (trained / name).is_file()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(
-            f"{trained} holds both {' and '.join(holds[kind] for kind in found)}"
-        )
-    hint = f"; is it {trained / 'final'}?" if (trained / "final").is_dir() else ""
-    raise ValueError(
-        f"{trained} is nothing that a run trained: it holds none of {', '.join(holds.values())}{hint}"
-    )
+def trained_kind(trained: Path) -> str:
+    """Return the kind of a trained folder by its files. ValueError for none or several kinds."""
+    files = [name for name in KINDS if (trained / name).is_file()]
+    if len(files) == 1:
+        return KINDS[files[0]]
+    if files:
+        raise ValueError(f"{trained} must hold only one of {' and '.join(files)}")
+
+    # Users often give the run's folder.
+    hint = ""
+    if (trained / "final").is_dir():
+        hint = f"; did you mean {trained / 'final'}?"
+    raise ValueError(f"{trained} holds none of {', '.join(KINDS)}{hint}")
 
 
-def export_adapter(args: argparse.Namespace, origin: Origin) -> WrittenFiles:
-    """In the layout of args.format."""
+def export_adapter(
+    adapter: StoredAdapter, base: str | None, out: Path, *, format: str
+) -> ExportedFiles:
+    """Write an adapter apart from its base, which is only checked, if it is on this machine."""
     from generator import adapter_file, weights
-    from launch.release.model_card import WrittenFiles
+    from launch.release.model_card import ExportedFiles
 
-    adapter = adapter_file.read(args.trained)
-    what = f"LoRA of {len(adapter.pairs)} linears, rank {adapter.rank}, alpha {adapter.alpha:g}"
-    if args.format == "merged":
-        return export_merged(args, origin, adapter, what)
-    if (base := args.base or origin.base_path) and Path(base).is_dir():
-        adapter_file.require_fit(
-            adapter, weights.shapes_of(weights.read_config(Path(base)))
-        )
-    elif args.base:
-        raise ValueError(
-            f"--base {args.base} is no folder, and --format {args.format} needs none"
-        )
-    if args.format == "diffusers":
-        args.out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(adapter.source, args.out / ADAPTER)
-        return WrittenFiles("lora", [f"{what}, as trained"], file=ADAPTER)
+    if base and Path(base).is_dir():
+        shapes = weights.shapes_of(weights.read_config(Path(base)))
+        adapter_file.require_fit(adapter, shapes)
+
+    # diffusers' layout is the trained file.
+    about = describe_adapter(adapter)
+    if format == "diffusers":
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(adapter.source, out / ADAPTER_FILE)
+        return ExportedFiles("lora", [f"{about}, as trained"], file=ADAPTER_FILE)
+
+    # ComfyUI's layout has other names.
     from safetensors.torch import save_file
 
-    tensors, name = (
-        adapter_file.comfyui(adapter),
-        f"{args.out.resolve().name}.safetensors",
-    )
-    args.out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, args.out / name, metadata={"format": "pt"})
-    return WrittenFiles(
-        "comfyui",
-        [f"{what}, {len(tensors)} tensors under the names of Wan's own code"],
-        file=name,
-    )
+    tensors = adapter_file.comfyui(adapter)
+    name = f"{out.resolve().name}.safetensors"
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / name, metadata={"format": "pt"})
+    fact = f"{about}, {len(tensors)} tensors under the names of Wan's own code"
+    return ExportedFiles("comfyui", [fact], file=name)
 
 
-def export_merged(
-    args: argparse.Namespace, origin: Origin, adapter: StoredAdapter, what: str
-) -> WrittenFiles:
-    """The base's transformer with the adapter in it."""
+def export_merged(adapter: StoredAdapter, base: str | None, out: Path) -> ExportedFiles:
+    """Write the base's transformer with the adapter merged in fp32, in the base's dtypes.
+
+    diffusers' fuse_lora is not used: in a bfloat16 transformer it rounds the change before it
+    is added, and its config.json holds the base's local path.
+    """
     from generator import adapter_file, weights
-    from launch.release.model_card import WrittenFiles
+    from launch.release.model_card import ExportedFiles
 
-    base = args.base or origin.base_path
     if base is None:
         raise ValueError(
-            f"{args.trained} has no config.yaml above it that says what was trained; give --base"
+            f"no config.yaml above {adapter.source} names the base; give --base"
         )
+
+    # Merge, and keep everything but the linears as it is.
     stored = weights.read(local_base(base))
     merged = adapter_file.merge(stored.state, adapter)
-    weights.write(weights.Stored(stored.config, merged.state), args.out)
-    dtypes = sorted(
-        {
-            str(merged.state[f"{name}.weight"].dtype).removeprefix("torch.")
-            for name in adapter.pairs
-        }
-    )
-    into = f"merged in float32 and stored in the base's {', '.join(dtypes)}"
-    lost = (
-        [f"rounding takes {merged.lost:.2g} of what was merged in"]
-        if merged.lost
-        else []
-    )
-    return WrittenFiles("transformer", [f"{what}, {into}", *lost])
+    weights.write(weights.Stored(stored.config, merged.state), out)
+    linears = {name: merged.state[f"{name}.weight"] for name in adapter.pairs}
+    into = f"merged in float32 and stored in the base's {dtypes_of(linears)}"
+    facts = [f"{describe_adapter(adapter)}, {into}"]
+    if merged.lost:
+        facts.append(f"rounding takes {merged.lost:.2g} of what was merged in")
+    return ExportedFiles("transformer", facts)
+
+
+def export_transformer(trained: Path, out: Path) -> ExportedFiles:
+    """Write a transformer that was trained whole, as it is."""
+    from generator import weights
+    from launch.release.model_card import ExportedFiles
+
+    stored = weights.read(trained)
+    weights.write(stored, out)
+    fact = f"all {len(stored.state)} weights trained, {dtypes_of(stored.state)}"
+    return ExportedFiles("transformer", [fact])
+
+
+def export_descore(trained: Path, out: Path) -> ExportedFiles:
+    """Copy a DeScore, whose LoRA was merged when it was saved."""
+    from launch.release.model_card import ExportedFiles
+    from rm.convert import release
+
+    folder = release.inspect(trained)
+    release.copy_release(folder, out)
+    video = folder.video
+
+    # The card and the console get the same facts.
+    facts = [
+        f"{folder.tensors} weights of a stock Qwen3-VL, {folder.dtype}, LoRA merged",
+        "descore.safetensors: the query tokens' embeddings and the head in float32; "
+        f"rewards: {', '.join(folder.dimensions)}",
+        f"sees {video.fps:g} frames a second, at most {video.max_pixels} pixels a {video.budget}",
+    ]
+    rewards = len(folder.dimensions)
+    return ExportedFiles("descore", facts, query_id=folder.query_id, rewards=rewards)
 
 
 def local_base(base: str) -> Path:
-    """A folder with transformer/ in it: the path itself, or a hub name's from the cache or the network."""
+    """Return a folder with transformer/: a local one, or a hub name's from the cache or the hub."""
     from launch.release.provenance import is_hub_name
 
     if Path(base).is_dir():
@@ -211,45 +237,25 @@ def local_base(base: str) -> Path:
         raise ValueError(f"there is no folder {base}; give --base")
     from huggingface_hub import snapshot_download
 
+    # Only the transformer is needed.
     try:
         return Path(snapshot_download(base, allow_patterns=["transformer/*"]))
     except OSError as error:
         raise ValueError(
-            f"{base} is not in the cache and cannot be had ({type(error).__name__}); give --base"
+            f"{base} is not in the cache and cannot be downloaded "
+            f"({type(error).__name__}); give --base"
         ) from error
 
 
-def export_transformer(args: argparse.Namespace, origin: Origin) -> WrittenFiles:
-    """One that was trained whole, as it is."""
-    from generator import weights
-    from launch.release.model_card import WrittenFiles
-
-    stored = weights.read(args.trained)
-    weights.write(stored, args.out)
-    dtypes = sorted(
-        {str(weight.dtype).removeprefix("torch.") for weight in stored.state.values()}
-    )
-    return WrittenFiles(
-        "transformer", [f"all {len(stored.state)} weights trained, {', '.join(dtypes)}"]
-    )
+def describe_adapter(adapter: StoredAdapter) -> str:
+    linears = f"LoRA of {len(adapter.pairs)} linears"
+    return f"{linears}, rank {adapter.rank}, alpha {adapter.alpha:g}"
 
 
-def export_judge(args: argparse.Namespace, origin: Origin) -> WrittenFiles:
-    """A DeScore, whose LoRA is merged since it was saved, as it is."""
-    from launch.release.model_card import WrittenFiles
-    from rm.convert import release
-
-    judge = release.inspect(args.trained)
-    release.copy(judge, args.out)
-    names = ", ".join(judge.dimensions)
-    facts = [
-        f"{judge.tensors} weights of a stock Qwen3-VL, {judge.dtype}, LoRA merged",
-        f"descore.safetensors: the query tokens' embeddings and the head in float32; rewards: {names}",
-        f"sees {judge.video.fps:g} frames a second, at most {judge.video.max_pixels} pixels a {judge.video.budget}",
-    ]
-    return WrittenFiles(
-        "judge", facts, query_id=judge.query_id, rows=len(judge.dimensions)
-    )
+def dtypes_of(state: Mapping[str, Any]) -> str:
+    """Return the names of the dtypes of all tensors, for a sentence."""
+    names = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    return ", ".join(sorted(names))
 
 
 if __name__ == "__main__":

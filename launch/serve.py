@@ -1,10 +1,12 @@
-"""Serve rewards over HTTP: one copy for many runs, in an environment or on a machine of its own.
+"""Serve rewards over HTTP, for many runs, from another environment or another machine.
 
     python launch/serve.py --config configs/wan/serve.yaml
-    deepspeed launch/grpo.py --config configs/wan/grpo.yaml rewards.descore.url=http://127.0.0.1:8900
+    deepspeed launch/grpo.py --config configs/wan/grpo.yaml \\
+        rewards.descore.url=http://127.0.0.1:8900
 
-On loopback unless ``host`` says otherwise, and then only with a token, taken from the environment variable that
-``token_env`` names. Videos come as frames or mp4 in the request itself; no address is fetched and no pickle read.
+Listens on loopback. Any other ``host`` requires a token, which is taken from the environment
+variable that ``token_env`` names. Requests hold the videos, as frames or mp4: the server fetches no
+address and reads no pickle.
 """
 
 from __future__ import annotations
@@ -17,16 +19,20 @@ from launch.schemas.server import LOOPBACK, ServeRun
 
 
 def main() -> None:
-    serve(read_command(ServeRun, description=__doc__.splitlines()[0]).cfg)
+    serve_rewards(read_command(ServeRun, description=__doc__.splitlines()[0]).cfg)
 
 
-def serve(cfg: ServeRun) -> None:
-    """Until it is stopped; exit with code 2 for another host than loopback without a token."""
+def serve_rewards(cfg: ServeRun) -> None:
+    """Serve until stopped. Exits with code 2 for a host other than loopback without a token."""
+    # Without a token, only this machine may connect.
     token = os.environ.get(cfg.token_env) or None
     if cfg.host not in LOOPBACK and token is None:
         exit_with_error(
-            f"host {cfg.host} can be reached from elsewhere: set {cfg.token_env} to a token that clients send"
+            f"host {cfg.host} can be reached from other machines: "
+            f"set {cfg.token_env} to a token that clients send"
         )
+
+    # Import the heavy modules only for a valid config.
     from launch.compose import build_rewards, quiet
 
     quiet()
@@ -35,10 +41,12 @@ def serve(cfg: ServeRun) -> None:
     from common.log import say
     from launch.server.app import create_app
 
-    say(f"loading {', '.join(cfg.rewards)}")
+    names = ", ".join(cfg.rewards)
+    say(f"loading {names}")
     with user_errors():
         app = create_app(build_rewards(cfg.rewards), cfg, token=token)
-    say(f"serving {', '.join(cfg.rewards)} on http://{cfg.host}:{cfg.port}")
+    say(f"serving {names} on http://{cfg.host}:{cfg.port}")
+    # Requests can be long: let the running ones end.
     uvicorn.run(
         app,
         host=cfg.host,

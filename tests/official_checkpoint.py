@@ -1,6 +1,7 @@
-"""What the official DeScore release's stage 1 leaves, from a tiny random Qwen3-VL: the layout, and its own reward.
+"""A tiny random checkpoint in the layout of the official DeScore's stage 1, and its reward.
 
-The layout is that of `rm.convert.official`'s docstring; files of the tokenizer have the form that transformers 4.57 writes.
+The layout is that of `rm.convert.official`'s docstring; the tokenizer's files have the form that
+transformers 4.57 writes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WRAPPED = "base_model.model."
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained model as it was in memory: peft around a stock Qwen3-VL, its adapter active, and a head."""
+    """The trained model in memory: peft around a stock Qwen3-VL, and a head."""
 
     model: peft.PeftModel
     head_1D: Tensor
@@ -33,7 +34,7 @@ class Trained:
 
     @torch.no_grad()
     def reward(self, batch: Batch) -> Tensor:
-        """(B,) in fp64: `<Reward>` looked up in the embeddings like any token, positions of the stock model."""
+        """Rewards (B,) in fp64, with `<Reward>` as an ordinary token and the stock positions."""
         stock = self.model.base_model.model.model
         kinds = (batch.ids_BL == stock.config.video_token_id).int() * 2
         positions, _ = stock.get_rope_index(
@@ -43,16 +44,20 @@ class Trained:
             attention_mask=batch.mask_BL,
         )
         hidden_BLD = stock(
-            input_ids=batch.ids_BL, attention_mask=batch.mask_BL, position_ids=positions,
-            pixel_values_videos=batch.patches, video_grid_thw=batch.grid_B3, mm_token_type_ids=kinds,
-        ).last_hidden_state  # fmt: skip
+            input_ids=batch.ids_BL,
+            attention_mask=batch.mask_BL,
+            position_ids=positions,
+            pixel_values_videos=batch.patches,
+            video_grid_thw=batch.grid_B3,
+            mm_token_type_ids=kinds,
+        ).last_hidden_state
         at_reward_BL = (batch.ids_BL == self.reward_id) & batch.mask_BL.bool()
         assert at_reward_BL.sum(1).eq(1).all()
         return (hidden_BLD[at_reward_BL].double() @ self.head_1D.double().T).squeeze(1)
 
 
 def train(*, tied: bool = False) -> Trained:
-    """As the official stage 1 builds its model, with random numbers where training would put others.
+    """Build the model as the official stage 1 does, with random numbers for trained ones.
 
     ``<Reward>`` becomes id 264 and the embeddings are resized to 265 rows: from 320, they shrink.
     """
@@ -87,7 +92,7 @@ def write(
     sharded: bool = False,
     wrapped_names: bool = False,
 ) -> Path:
-    """``checkpoint-N``. ``wrapped_names`` keeps peft's names of the weights, as a plain dump of its state would."""
+    """Write ``checkpoint-N``; ``wrapped_names`` keeps peft's names of the weights."""
     folder.mkdir(parents=True)
     state = trained.model.state_dict()
     lora = {
@@ -132,14 +137,20 @@ def tokenizer_with_reward():
 
 
 def write_tokenizer(folder: Path) -> None:
-    """In the form of transformers 4.57: every added token in tokenizer_config.json, and two more files that name it."""
+    """Write the tokenizer as transformers 4.57 does: three files list the added tokens."""
     tokenizer = tokenizer_with_reward()
     tokenizer.save_pretrained(folder)
     added = {
-        str(i): {"content": t.content, "lstrip": t.lstrip, "normalized": t.normalized, "rstrip": t.rstrip,
-                 "single_word": t.single_word, "special": t.special}
+        str(i): {
+            "content": t.content,
+            "lstrip": t.lstrip,
+            "normalized": t.normalized,
+            "rstrip": t.rstrip,
+            "single_word": t.single_word,
+            "special": t.special,
+        }
         for i, t in tokenizer.added_tokens_decoder.items()
-    }  # fmt: skip
+    }
     names = {
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",

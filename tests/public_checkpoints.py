@@ -1,7 +1,8 @@
-"""The published layouts of VideoReward and HPSv3 from a tiny random Qwen2-VL, and what their own code makes of a video.
+"""Tiny random checkpoints in the layouts of VideoReward and HPSv3, and their rewards.
 
-The route to a reward is the releases': transformers' processor and tokenizer on the rendered chat, embeddings with the
-picture's features scattered in, the language model without ids and without positions, the head at the reward tokens.
+Rewards are computed as the releases do: transformers' processor and tokenizer on the rendered chat,
+the picture's features scattered into the embeddings, the language model without ids and positions,
+the head at the reward tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ IMAGE_INSTRUCTION = (
 )
 NORMAL = {"VQ": (3.5, 2.25), "MQ": (1.25, 1.5), "TA": (2.75, 2.5)}
 CHAT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "<|vision_start|>{pads}<|vision_end|>"
     "{text}<|im_end|>\n<|im_start|>assistant\n"
 )
 
@@ -61,20 +63,37 @@ def text_config() -> dict[str, object]:
     """The language model of a tiny Qwen2-VL or Qwen2.5-VL, hidden 32."""
     ids = control_ids()
     return {
-        "vocab_size": 320, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-        "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"],
+        "vocab_size": 320,
+        "hidden_size": WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 1, 1],
+        },
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
         "tie_word_embeddings": True,
-    }  # fmt: skip
+    }
 
 
 def tiny_qwen2(*, seed: int = 0) -> Qwen2VLForConditionalGeneration:
     """Random weights, patches of 14, fp32."""
     vision = {
-        "depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2,
-        "temporal_patch_size": 2, "hidden_size": WIDTH, "mlp_ratio": 2,
-    }  # fmt: skip
+        "depth": 2,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "hidden_size": WIDTH,
+        "mlp_ratio": 2,
+    }
     config = Qwen2VLConfig(
         vision_config=vision,
         text_config=text_config(),
@@ -93,7 +112,7 @@ def save_base(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Released:
-    """A release in memory: the model (peft around it for VideoReward), its head, its tokenizer, its instruction."""
+    """A release in memory; VideoReward's model is wrapped by peft."""
 
     model: nn.Module
     head: nn.Module
@@ -112,7 +131,8 @@ class Released:
         ]
         grid = found[0].image_grid_thw
         cut = [one.pixel_values.view(len(one.pixel_values), 3, 2, -1) for one in found]
-        if video:  # an image is its frame twice: a video's patch takes the first of one and the second of the next
+        # An image is its frame twice: a video's patch takes a half of each of two images.
+        if video:
             pairs = [
                 torch.stack([a[:, :, 0], b[:, :, 1]], 2)
                 for a, b in zip(cut[::2], cut[1::2], strict=True)
@@ -146,7 +166,7 @@ class Released:
 
 
 def videoreward() -> Released:
-    """LoRA on every linear of the language model, embeddings resized to the tokenizer, a head without bias."""
+    """LoRA on every linear of the language model, resized embeddings, a head without bias."""
     model, tokenizer = tiny_qwen2(), tokenizer_with(VIDEO_TOKENS)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     draw = torch.Generator().manual_seed(1)
@@ -175,7 +195,7 @@ def videoreward() -> Released:
 
 
 def hpsv3() -> Released:
-    """All weights its own, and a head of three linears."""
+    """All weights trained, and a head of three linears."""
     model, tokenizer = tiny_qwen2(seed=1), tokenizer_with(IMAGE_TOKENS)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.random.fork_rng():
@@ -214,17 +234,32 @@ def write_videoreward(folder: Path, released: Released, *, old: bool = True) -> 
     )
     config = {
         "data_config": {
-            "meta_data": "x", "data_dir": "y", "max_frame_pixels": 200704, "num_frames": None, "fps": 2.0,
-            "eval_dim": ["VQ", "MQ", "TA"], "prompt_template_type": "detailed_special", "sample_type": "uniform",
+            "meta_data": "x",
+            "data_dir": "y",
+            "max_frame_pixels": 200704,
+            "num_frames": None,
+            "fps": 2.0,
+            "eval_dim": ["VQ", "MQ", "TA"],
+            "prompt_template_type": "detailed_special",
+            "sample_type": "uniform",
         },
-        "model_config": {"output_dim": 1, "use_special_tokens": True, "reward_token": "special"},
-        "peft_lora_config": {"lora_enable": True, "lora_r": RANK, "lora_alpha": ALPHA, "use_rslora": False},
+        "model_config": {
+            "output_dim": 1,
+            "use_special_tokens": True,
+            "reward_token": "special",
+        },
+        "peft_lora_config": {
+            "lora_enable": True,
+            "lora_r": RANK,
+            "lora_alpha": ALPHA,
+            "use_rslora": False,
+        },
         "inference_config": {
             f"{name}_{part}": value
             for name, pair in NORMAL.items()
             for part, value in zip(("mean", "std"), pair, strict=True)
         },
-    }  # fmt: skip
+    }
     (folder / "model_config.json").write_text(json.dumps(config))
     (folder / "instruction.txt").write_text(VIDEO_INSTRUCTION)
     return folder
@@ -258,7 +293,7 @@ def converted(root: Path) -> dict[str, str]:
         "hpsv3": read_hpsv3(image, base=base, instruction=image / "instruction.txt"),
     }
     for kind, read in judges.items():
-        read.judge.save(root / kind)
+        read.model.save(root / kind)
     return {kind: str(root / kind) for kind in judges}
 
 

@@ -1,6 +1,7 @@
-"""Where a trained folder comes from, as far as its run folder says so in words that may be published.
+"""Collect from a run's folder how a model was trained, in words that may be published.
 
-Only numbers, switches, plain words and hub names are taken: no path, no address and no free text of a config.
+Only numbers, switches, plain words and hub names are taken: no path, no address and no free text
+of a config.
 """
 
 from __future__ import annotations
@@ -14,95 +15,99 @@ from typing import Any
 
 from launch.reporting.data import config, metrics
 
-_WORD = re.compile(r"[A-Za-z][\w.-]{0,39}")
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_METHODS = {"dpo": "Flow-DPO", "rwr": "Flow-RWR", "sft": "supervised fine-tuning"}
-_GENERATOR = (
-    "height",
-    "width",
-    "num_frames",
-    "fps",
-    "dtype",
+# Texts that cannot be a path, an address or a sentence.
+PLAIN_WORD = re.compile(r"[A-Za-z][\w.-]{0,39}")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+DPO_METHODS = {
+    "dpo": "Flow-DPO",
+    "rwr": "Flow-RWR",
+    "sft": "supervised fine-tuning",
+}
+# Settings that several kinds of runs share.
+GENERATOR_SETTINGS = (
+    "generator.height",
+    "generator.width",
+    "generator.num_frames",
+    "generator.fps",
+    "generator.dtype",
+    "generator.lora.rank",
+    "generator.lora.alpha",
+    "generator.sampler.num_steps",
+    "generator.sampler.shift",
+    "generator.sampler.stochastic",
+    "generator.sampler.stochastic_range",
+    "generator.sampler.kernel",
+    "generator.sampler.noise_level",
+    "generator.sampler.max_std",
+    "generator.sampler.guidance_scale",
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "optimizer.max_grad_norm",
+    "optimizer.warmup_steps",
+    "ema.decay",
+    "seed",
+)
+DESCORE_SETTINGS = (
+    "lr.llm",
+    "lr.vision",
+    "lr.merger",
+    "lr.query",
+    "lr.head",
     "lora.rank",
     "lora.alpha",
-)
-_SAMPLER = (
-    "num_steps",
-    "shift",
-    "stochastic",
-    "stochastic_range",
-    "kernel",
-    "noise_level",
-    "max_std",
-)
-_WAN = tuple(
-    f"generator.{key}"
-    for key in (
-        *_GENERATOR,
-        *(f"sampler.{k}" for k in _SAMPLER),
-        "sampler.guidance_scale",
-    )
-)
-_SCHEDULE = ("optimizer.max_grad_norm", "optimizer.warmup_steps")
-_OPTIMIZER = ("optimizer.lr", "optimizer.weight_decay", *_SCHEDULE)
-_JUDGE = (
-    *(f"lr.{part}" for part in ("llm", "vision", "merger", "query", "head")),
-    "lora.rank",
-    "lora.alpha",
     "dtype",
+    "optimizer.max_grad_norm",
+    "optimizer.warmup_steps",
+    "seed",
 )
-_SETTINGS = {
+# The kind of a run is the section that its config has; these settings go into the card.
+SETTINGS = {
     "grpo": (
-        *(
-            "steps",
-            "prompts_per_step",
-            "grpo.group_size",
-            "grpo.scale",
-            "grpo.kl_weight",
-            "grpo.reweight",
-        ),
-        *(*_WAN, *_OPTIMIZER, "ema.decay", "seed"),
+        "steps",
+        "prompts_per_step",
+        "grpo.group_size",
+        "grpo.scale",
+        "grpo.kl_weight",
+        "grpo.reweight",
+        *GENERATOR_SETTINGS,
     ),
     "dpo": (
-        *(
-            "dpo.method",
-            "dpo.beta",
-            "dpo.beta_schedule",
-            "dpo.noise",
-            "dpo.pairs_per_step",
-            "dpo.epochs",
-        ),
-        *(*_WAN, *_OPTIMIZER, "ema.decay", "seed"),
+        "dpo.method",
+        "dpo.beta",
+        "dpo.beta_schedule",
+        "dpo.noise",
+        "dpo.pairs_per_step",
+        "dpo.epochs",
+        *GENERATOR_SETTINGS,
     ),
     "cold_start": (
-        *(
-            "cold_start.pairs_per_step",
-            "cold_start.epochs",
-            "cold_start.theta",
-            "cold_start.masking.probability",
-        ),
-        *("cold_start.weight_decay", *_JUDGE, *_SCHEDULE, "seed"),
+        "cold_start.pairs_per_step",
+        "cold_start.epochs",
+        "cold_start.theta",
+        "cold_start.masking.probability",
+        "cold_start.weight_decay",
+        *DESCORE_SETTINGS,
     ),
     "dual_rl": (
-        *(
-            "dual_rl.pairs_per_step",
-            "dual_rl.group_size",
-            "dual_rl.steps",
-            "dual_rl.kl_weight",
-            "dual_rl.bt_weight",
-        ),
-        *("dual_rl.weight_decay", *_JUDGE, *_SCHEDULE, "seed"),
+        "dual_rl.pairs_per_step",
+        "dual_rl.group_size",
+        "dual_rl.steps",
+        "dual_rl.kl_weight",
+        "dual_rl.bt_weight",
+        "dual_rl.weight_decay",
+        *DESCORE_SETTINGS,
     ),
 }
-_MEASURED = re.compile(
+# Rewards, held-out measurements and the loss, but not their spreads.
+LOGGED = re.compile(
     r"(reward/\w+|heldout/\w+|eval(_stock)?/\w+|train/(loss|accuracy|kl))"
 )
-_SPREADS = ("_std", "_std_max", "_std_median", "zero_spread", "_unscored")
+SPREADS = ("_std", "_std_max", "_std_median", "zero_spread", "_unscored")
 
 
 @dataclass(frozen=True)
-class Change:
-    """A logged quantity: MEAN of its first and of its last ``over`` values."""
+class LoggedChange:
+    """A logged quantity: the MEAN of its first and of its last ``over`` values."""
 
     name: str
     first: float
@@ -111,14 +116,14 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What there is to say. All empty for a folder without a run.
+class Provenance:
+    """How a model was trained; everything is empty for a folder without a run.
 
-    algorithm   "GRPO", "Flow-DPO", "DeScore, stage 1", ...; None if unknown
-    base_model  hub name of what was trained, None when it is only known by a local folder
-    base_path   what the config calls it, for this machine alone
-    settings    dotted key of config.yaml -> value
-    rewards     name -> weight
+    algorithm   "GRPO", "Flow-DPO", "DeScore, stage 1", ...; None if unknown.
+    base_model  The hub name of the model that was trained; None if it was a local folder.
+    base_path   The same as the config gives it, perhaps a local folder. It is not published.
+    settings    Maps a dotted key of config.yaml to its value.
+    rewards     Maps a reward's name to its weight.
     """
 
     algorithm: str | None = None
@@ -126,122 +131,139 @@ class Origin:
     base_path: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     rewards: Mapping[str, float] = field(default_factory=dict)
-    changes: tuple[Change, ...] = ()
+    changes: tuple[LoggedChange, ...] = ()
     steps: int = 0
 
 
-def origin_of(trained: Path) -> Origin:
-    """Of final/, final_ema/ or checkpoints/step-N/trained. ValueError when the run's config.yaml cannot be read."""
+def read_provenance(trained: Path) -> Provenance:
+    """Collect the provenance of final/, final_ema/ or checkpoints/step-N/trained.
+
+    ValueError when the run's config.yaml cannot be read.
+    """
+    # The run's config says what it trained.
     run = run_folder(trained)
     cfg = config(run)
-    kind = next((name for name in _SETTINGS if name in cfg), None)
+    kind = next((name for name in SETTINGS if name in cfg), None)
     if kind is None:
-        return Origin()
-    method = at(cfg, "dpo.method")
-    stages = {"grpo": "GRPO", "dpo": _METHODS.get(method, "Flow-DPO")}
-    stages |= {"cold_start": "DeScore, stage 1", "dual_rl": "DeScore, stage 2"}
-    rows = [row for row in metrics(run) if row.get("step", 0) < _steps_until(trained)]
-    path = _base_of(cfg)
-    values = {key: _public(at(cfg, key)) for key in _SETTINGS[kind]}
-    rewards = cfg.get("rewards") or {}
-    return Origin(
-        algorithm=stages[kind],
-        base_model=path if is_hub_name(path) else None,
-        base_path=path,
-        settings={key: value for key, value in values.items() if value is not None},
-        rewards={
-            name: float(entry.get("weight", 1.0))
-            for name, entry in rewards.items()
-            if _WORD.fullmatch(name) and isinstance(entry, dict)
-        },
-        changes=tuple(changes(rows)),
-        steps=_steps(rows),
+        return Provenance()
+
+    # Take the settings and rewards that may be published.
+    algorithms = {
+        "grpo": "GRPO",
+        "dpo": DPO_METHODS.get(_value_at(cfg, "dpo.method"), "Flow-DPO"),
+        "cold_start": "DeScore, stage 1",
+        "dual_rl": "DeScore, stage 2",
+    }
+    settings = {}
+    for key in SETTINGS[kind]:
+        value = _publishable(_value_at(cfg, key))
+        if value is not None:
+            settings[key] = value
+    rewards = {}
+    for name, entry in (cfg.get("rewards") or {}).items():
+        if PLAIN_WORD.fullmatch(name) and isinstance(entry, dict):
+            rewards[name] = float(entry.get("weight", 1.0))
+
+    # A checkpoint knows the steps before it. The last line of a run may hold an evaluation only.
+    until = _steps_until(trained)
+    rows = [row for row in metrics(run) if row.get("step", 0) < until]
+    steps = set()
+    for row in rows:
+        if "step" in row and any(name.startswith("train/") for name in row):
+            steps.add(row["step"])
+
+    # Publish the base's name only if it is on the hub.
+    base = _base_path(cfg)
+    return Provenance(
+        algorithm=algorithms[kind],
+        base_model=base if is_hub_name(base) else None,
+        base_path=base,
+        settings=settings,
+        rewards=rewards,
+        changes=tuple(logged_changes(rows)),
+        steps=len(steps),
     )
-
-
-def _steps(rows: Iterable[Mapping[str, float]]) -> int:
-    """Training steps: a last line may hold nothing but an evaluation after all of them."""
-    return len(
-        {
-            row["step"]
-            for row in rows
-            if "step" in row and any(name.startswith("train/") for name in row)
-        }
-    )
-
-
-def _steps_until(trained: Path) -> float:
-    """Steps that a checkpoint of a run was saved after, as its folder is called; without bound for its end."""
-    where = trained.resolve()
-    found = (
-        re.fullmatch(r"step-(\d+)", where.parent.name)
-        if where.name == "trained"
-        else None
-    )
-    return int(found[1]) if found else math.inf
 
 
 def run_folder(trained: Path) -> Path | None:
-    """The nearest folder above with a config.yaml, as deep as runs put what they trained."""
-    above = trained.resolve().parents[:3]
-    return next(
-        (folder for folder in above if (folder / "config.yaml").is_file()), None
-    )
+    """Return the nearest of three folders above that has a config.yaml."""
+    for folder in trained.resolve().parents[:3]:
+        if (folder / "config.yaml").is_file():
+            return folder
+    return None
 
 
 def is_hub_name(path: str | None) -> bool:
-    """OWNER/NAME, and no folder of this machine."""
-    return (
-        path is not None
-        and _HUB_NAME.fullmatch(path) is not None
-        and not Path(path).exists()
-    )
+    """Return whether a path is OWNER/NAME, and not a folder of this machine."""
+    if path is None or Path(path).exists():
+        return False
+    return HUB_NAME.fullmatch(path) is not None
 
 
-def changes(rows: Iterable[Mapping[str, float]]) -> list[Change]:
-    """Of rewards, held-out measurements and the loss. Ten values at each end, or one where there are fewer than 20."""
-    values: dict[str, list[float]] = {}
+def logged_changes(rows: Iterable[Mapping[str, float]]) -> list[LoggedChange]:
+    """Compare both ends of each logged quantity: ten values, or a single value below 20."""
+    # Collect the values of each quantity, in order.
+    logged: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():
-            if (
-                _MEASURED.fullmatch(name)
-                and not name.endswith(_SPREADS)
-                and math.isfinite(value)
-            ):
-                values.setdefault(name, []).append(value)
-    ends = {name: 10 if len(own) >= 20 else 1 for name, own in values.items()}
-    return [
-        Change(
-            name,
-            sum(own[: ends[name]]) / ends[name],
-            sum(own[-ends[name] :]) / ends[name],
-            ends[name],
-        )
-        for name, own in sorted(values.items())
-    ]
+            wanted = LOGGED.fullmatch(name) and not name.endswith(SPREADS)
+            if wanted and math.isfinite(value):
+                logged.setdefault(name, []).append(value)
+
+    # Average both ends.
+    changes = []
+    for name, values in sorted(logged.items()):
+        over = 10 if len(values) >= 20 else 1
+        first = sum(values[:over]) / over
+        last = sum(values[-over:]) / over
+        changes.append(LoggedChange(name, first, last, over))
+    return changes
 
 
-def at(cfg: Mapping[str, Any], dotted: str) -> Any:
-    """The value at a.b.c, None where there is none."""
+def _steps_until(trained: Path) -> float:
+    """Return the step of a checkpoint's folder, infinity for the end of a run."""
+    # Checkpoints are checkpoints/step-N/trained.
+    folder = trained.resolve()
+    match = re.fullmatch(r"step-(\d+)", folder.parent.name)
+    if folder.name != "trained" or match is None:
+        return math.inf
+    return int(match[1])
+
+
+def _value_at(cfg: Mapping[str, Any], dotted_key: str) -> Any:
+    """Return the value at a.b.c, None if it is missing."""
     value: Any = cfg
-    for key in dotted.split("."):
+    for key in dotted_key.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
-def _base_of(cfg: Mapping[str, Any], hops: int = 4) -> str | None:
-    """What was trained: a generator, a judge's base, or what the judge that was trained further began as."""
-    path = at(cfg, "generator.path") or cfg.get("base")
-    if path is None and isinstance(earlier := cfg.get("checkpoint"), str):
-        before = (
-            config(run_folder(Path(earlier))) if hops and Path(earlier).is_dir() else {}
-        )
-        return (_base_of(before, hops - 1) if before else None) or earlier
-    return path if isinstance(path, str) else None
+def _base_path(cfg: Mapping[str, Any]) -> str | None:
+    """Return the model that training began with, through at most four earlier runs.
+
+    A DeScore of stage 2 began as the checkpoint of stage 1, whose config names the base.
+    """
+    path = None
+    # The number of hops is limited, in case a config names its own folder.
+    for _ in range(5):
+        base = _value_at(cfg, "generator.path") or cfg.get("base")
+        if base is not None:
+            return base if isinstance(base, str) else path
+        earlier = cfg.get("checkpoint")
+        if not isinstance(earlier, str):
+            return path
+        path = earlier
+        cfg = config(run_folder(Path(earlier))) if Path(earlier).is_dir() else {}
+    return path
 
 
-def _public(value: Any) -> str | None:
-    """Numbers, switches and plain words; None for anything that could be a path or a sentence."""
-    if isinstance(value, bool | int | float):
-        return f"{value:g}" if isinstance(value, float) else str(value).lower()
-    return value if isinstance(value, str) and _WORD.fullmatch(value) else None
+def _publishable(value: Any) -> str | None:
+    """Return a number, switch or plain word as text; None for possible paths and sentences."""
+    # bool is a kind of int.
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, str) and PLAIN_WORD.fullmatch(value):
+        return value
+    return None

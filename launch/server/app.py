@@ -1,4 +1,7 @@
-"""The HTTP side of launch/serve.py: who may ask, how much, and what is answered. The format is `alignment.rewards.wire`."""
+"""The HTTP application of launch/serve.py: authorisation, size limits, scoring.
+
+`alignment.rewards.wire` defines the format of requests and replies.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -24,16 +27,17 @@ if TYPE_CHECKING:
     from launch.schemas.server import ServeRun
 
 
-class TooLargeError(ValueError):
-    """A body beyond the limit."""
+class BodyTooLargeError(ValueError):
+    """A request's body is larger than the limit."""
 
 
 def create_app(
     rewards: Mapping[str, RewardModel], cfg: ServeRun, *, token: str | None
 ) -> FastAPI:
-    """/health, /v1/models, /v1/score and /metrics. With a token all but /health ask for it as ``Bearer``.
+    """Build the application with /health, /v1/models, /v1/score and /metrics.
 
-    One thread scores for all models: they share a device. Bodies are read up to ``max_body_mb`` and no further.
+    With a token, all but /health require it as ``Bearer``. A single thread scores for all models,
+    since they share a device. Bodies are read up to ``max_body_mb`` and no further.
     """
     executor = ThreadPoolExecutor(1, thread_name_prefix="reward")
     batchers = {
@@ -47,6 +51,7 @@ def create_app(
         for name, reward in rewards.items()
     }
 
+    # The batchers live as long as the server.
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
         tasks = [asyncio.create_task(batcher.run()) for batcher in batchers.values()]
@@ -55,122 +60,137 @@ def create_app(
             task.cancel()
         executor.shutdown(wait=False, cancel_futures=True)
 
-    # neither an interactive page nor a schema: nothing but these four addresses
+    # There are neither an interactive page nor a schema: only these four addresses.
     app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None)
-    if (
-        cfg.host in LOOPBACK
-    ):  # else a web page could make a browser ask for it under a name of its own
+
+    # Otherwise a web page could make a browser request it under another host name.
+    if cfg.host in LOOPBACK:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
 
-    def refused(request: Request) -> Response | None:
-        given = request.headers.get("Authorization", "")
-        if token is not None and not hmac.compare_digest(
-            given.encode(), f"Bearer {token}".encode()
-        ):
-            return _problem(401, "a bearer token is needed")
-        return None
+    # Clients read {"error": ...} instead of FastAPI's {"detail": ...}.
+    @app.exception_handler(HTTPException)
+    async def problem(_: Request, error: HTTPException) -> Response:
+        return JSONResponse(
+            {"error": error.detail},
+            status_code=error.status_code,
+            headers=error.headers,
+        )
 
+    def authorise(request: Request) -> None:
+        # Comparing in constant time does not reveal how much of a token is right.
+        given = request.headers.get("Authorization", "").encode()
+        if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            raise HTTPException(401, "a bearer token is required")
+
+    # Health checks carry no token.
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        return refused(request) or JSONResponse({"models": list(rewards)})
+        authorise(request)
+        return JSONResponse({"models": list(rewards)})
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        return refused(request) or PlainTextResponse(describe(batchers))
+        authorise(request)
+        return PlainTextResponse(metrics_text(batchers))
 
     @app.post("/v1/score")
     async def score(request: Request) -> Response:
-        if answer := refused(request):
-            return answer
+        authorise(request)
         try:
             body = await read_body(request, limit=cfg.max_body_mb << 20)
-            limits = {"max_frames": cfg.max_frames, "max_videos": cfg.max_videos}
-            kind = request.headers.get("Content-Type", "")
-            asked = await asyncio.get_running_loop().run_in_executor(
-                None, lambda: wire.decode_request(body, kind, **limits)
+            # Decoding takes long enough to hold up other requests.
+            decoded = await asyncio.to_thread(
+                wire.decode_request,
+                body,
+                request.headers.get("Content-Type", ""),
+                max_frames=cfg.max_frames,
+                max_videos=cfg.max_videos,
             )
-            if asked.model not in batchers:
-                return _problem(
-                    404,
-                    f"there is no model {asked.model!r:.80}, but {', '.join(batchers)}",
+            batcher = batchers.get(decoded.model)
+            if batcher is None:
+                raise HTTPException(
+                    404, f"no model {decoded.model!r:.80}; there are {list(batchers)}"
                 )
-            return JSONResponse(await answer_of(asked, batchers[asked.model]))
-        except TooLargeError as error:
-            return _problem(413, str(error))
+            return JSONResponse(await score_request(decoded, batcher))
+        except BodyTooLargeError as error:
+            raise HTTPException(413, str(error)) from error
         except wire.WireError as error:
-            return _problem(422, str(error))
+            raise HTTPException(422, str(error)) from error
         except QueueFullError as error:
-            return _problem(429, str(error), {"Retry-After": "1"})
+            raise HTTPException(429, str(error), {"Retry-After": "1"}) from error
 
     return app
 
 
 async def read_body(request: Request, *, limit: int) -> bytes:
-    """All of it. Raises TooLargeError as soon as it is more than ``limit`` bytes, announced or not."""
+    """Read the body. BodyTooLargeError as soon as it exceeds ``limit`` bytes, announced or not."""
+    too_large = BodyTooLargeError(f"the body may have at most {limit >> 20} MB")
     announced = request.headers.get("Content-Length", "0")
     if not announced.isdecimal() or int(announced) > limit:
-        raise TooLargeError(f"a body of at most {limit >> 20} MB is allowed")
-    chunks, size = [], 0
+        raise too_large
+
+    # A client may announce less than it sends.
+    body = bytearray()
     async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise TooLargeError(f"a body of at most {limit >> 20} MB is allowed")
-        chunks.append(chunk)
-    return b"".join(chunks)
+        body += chunk
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
 
 
-async def answer_of(asked: wire.Request, batcher: Batcher) -> dict[str, object]:
-    """Score the sound items, those of one size and rate together; the others keep their error."""
-    errors: list[str | None] = [item.error for item in asked.items]
-    kinds: dict[tuple[object, ...], list[int]] = {}
-    for i, item in enumerate(asked.items):
+async def score_request(request: wire.Request, batcher: Batcher) -> dict[str, object]:
+    """Score a request's valid videos, those of equal size and rate together.
+
+    Invalid videos, and those that the reward rejects with a ValueError, get their error instead.
+    """
+    # Group the valid videos.
+    errors: list[str | None] = [item.error for item in request.items]
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, item in enumerate(request.items):
         if item.video_TYXC is not None:
-            kinds.setdefault((tuple(item.video_TYXC.shape), item.fps), []).append(i)
+            key = (tuple(item.video_TYXC.shape), item.fps)
+            groups.setdefault(key, []).append(i)
 
-    async def one(places: list[int]) -> Score | None:
-        video_BTYXC = torch.stack([asked.items[i].video_TYXC for i in places])
+    async def score_group(places: list[int]) -> Score | None:
+        videos = [request.items[i].video_TYXC for i in places]
+        prompts = [request.prompts[i] for i in places]
+        fps = request.items[places[0]].fps
         try:
-            return await batcher.score(
-                video_BTYXC,
-                [asked.prompts[i] for i in places],
-                fps=asked.items[places[0]].fps,
-            )
-        except ValueError as error:  # of these videos or prompts; anything else is the server's own failure
+            return await batcher.score(torch.stack(videos), prompts, fps=fps)
+        except ValueError as error:
+            # Anything else is a failure of the server.
             for i in places:
                 errors[i] = str(error)[:500]
             return None
 
-    found = await asyncio.gather(*(one(places) for places in kinds.values()))
-    judged = [
-        (places, score)
-        for places, score in zip(kinds.values(), found, strict=True)
-        if score is not None
-    ]
-    return wire.encode_reply(asked, Score.placed(len(asked.items), judged), errors)
+    # The batcher may combine the groups with other requests.
+    places = list(groups.values())
+    scores = await asyncio.gather(*map(score_group, places))
+    scored = []
+    for group, score in zip(places, scores, strict=True):
+        if score is not None:
+            scored.append((group, score))
+    return wire.encode_reply(request, Score.placed(len(request.items), scored), errors)
 
 
-def describe(batchers: Mapping[str, Batcher]) -> str:
-    """Figures in the text format that Prometheus reads."""
+def metrics_text(batchers: Mapping[str, Batcher]) -> str:
+    """Return the counts of all models in the text format that Prometheus reads."""
     lines = []
     for name, batcher in batchers.items():
-        label, found = f'{{model="{name}"}}', batcher.figures
-        for key in ("requests", "videos", "batches", "failed"):
-            lines.append(f"reward_{key}_total{label} {getattr(found, key)}")
-        lines.append(f"reward_waiting{label} {batcher.queue.qsize()}")
+        stats = batcher.stats
+        label = f'{{model="{name}"}}'
+        lines += [
+            f"reward_requests_total{label} {stats.requests}",
+            f"reward_videos_total{label} {stats.videos}",
+            f"reward_batches_total{label} {stats.batches}",
+            f"reward_failed_total{label} {stats.failed}",
+            f"reward_waiting{label} {batcher.queue.qsize()}",
+        ]
         for q in (0.5, 0.95):
-            lines.append(
-                f'reward_seconds{{model="{name}",quantile="{q}"}} {found.quantile(q):.6f}'
-            )
+            label = f'{{model="{name}",quantile="{q}"}}'
+            lines.append(f"reward_seconds{label} {stats.quantile(q):.6f}")
     return "\n".join(lines) + "\n"
-
-
-def _problem(
-    status: int, text: str, headers: Mapping[str, str] | None = None
-) -> Response:
-    return JSONResponse(
-        {"error": text}, status_code=status, headers=dict(headers or {})
-    )

@@ -1,14 +1,14 @@
-"""Many small requests as few large batches: a queue in front of one reward, which runs in one thread."""
+"""Combine small requests into large batches: a queue before a reward that runs in one thread."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,28 +22,29 @@ if TYPE_CHECKING:
 
 
 class QueueFullError(RuntimeError):
-    """As many requests wait as may."""
+    """The queue holds as many requests as it may."""
 
 
 @dataclass(eq=False)
-class Waiting:
-    """A request in the queue: videos of one size and rate, and where its answer goes."""
+class WaitingRequest:
+    """A request in the queue: videos of equal size and rate, and the future for its scores."""
 
     video_BTYXC: Tensor
     prompts: Sequence[str]
     fps: float
-    answer: asyncio.Future[Score]
-    since: float = field(default_factory=time.monotonic)
+    scores: asyncio.Future[Score]
+    arrived: float = field(default_factory=time.monotonic)
 
+    # torch can concatenate videos of equal size only, and a reward takes a single rate.
     @property
-    def kind(self) -> tuple[object, ...]:
-        """What must agree for two requests to be scored together."""
+    def batch_key(self) -> tuple[object, ...]:
+        """Requests with equal keys may be scored together."""
         return (tuple(self.video_BTYXC.shape[1:]), self.fps)
 
 
 @dataclass
-class Figures:
-    """What /metrics tells; ``seconds`` from arrival to answer, the last thousand."""
+class BatcherStats:
+    """Counts for /metrics, and the seconds from arrival to answer of the last thousand requests."""
 
     requests: int = 0
     videos: int = 0
@@ -52,17 +53,18 @@ class Figures:
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
 
     def quantile(self, q: float) -> float:
-        """Of the seconds; NaN before the first."""
-        found = sorted(self.seconds)
-        return (
-            found[min(len(found) - 1, int(q * len(found)))] if found else float("nan")
-        )
+        """Return a quantile of the seconds; NaN before the first request."""
+        seconds = sorted(self.seconds)
+        if not seconds:
+            return math.nan
+        return seconds[min(len(seconds) - 1, int(q * len(seconds)))]
 
 
 class Batcher:
-    """Scores what comes, in the order it came: up to ``max_videos`` that arrive within ``wait_s`` go together.
+    """Scores requests in the order of arrival, up to ``max_videos`` within ``wait_s`` together.
 
-    Where a batch of several requests fails with a ValueError, each is scored alone, so that it costs one of them only.
+    If a batch of several requests fails with a ValueError, each request is scored alone, so that
+    only the bad request fails.
     """
 
     def __init__(
@@ -74,92 +76,98 @@ class Batcher:
         max_waiting: int,
         wait_s: float,
     ) -> None:
-        self.reward, self.executor = reward, executor
-        self.max_videos, self.wait_s = max_videos, wait_s
-        self.queue: asyncio.Queue[Waiting] = asyncio.Queue(max_waiting)
-        self.held: Waiting | None = None  # came out of the queue and did not fit
-        self.figures = Figures()
+        self.reward = reward
+        self.executor = executor
+        self.max_videos = max_videos
+        self.wait_s = wait_s
+        self.queue: asyncio.Queue[WaitingRequest] = asyncio.Queue(max_waiting)
+        # A request that left the queue but did not fit into the batch.
+        self.postponed: WaitingRequest | None = None
+        self.stats = BatcherStats()
 
     async def score(
         self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
     ) -> Score:
-        """Wait for the answer. Raises QueueFullError at once when too many wait, and what the reward raises."""
-        one = Waiting(
-            video_BTYXC, prompts, fps, asyncio.get_running_loop().create_future()
-        )
+        """Queue a request and wait for its scores.
+
+        Raises QueueFullError immediately when too many requests wait, else the reward's error.
+        """
+        # The future gets its result in `run`.
+        future = asyncio.get_running_loop().create_future()
+        request = WaitingRequest(video_BTYXC, prompts, fps, future)
         try:
-            self.queue.put_nowait(one)
+            self.queue.put_nowait(request)
         except asyncio.QueueFull as error:
             raise QueueFullError(
                 f"{self.queue.maxsize} requests are waiting"
             ) from error
-        return await one.answer
+        return await future
 
     async def run(self) -> None:
-        """For ever."""
+        """Score batch after batch, until cancelled."""
         while True:
-            batch = await self._next()
-            await self._answer(batch)
+            await self._answer(await self._next_batch())
 
-    async def _next(self) -> list[Waiting]:
-        first = self.held or await self.queue.get()
-        self.held = None
-        batch, count = [first], len(first.prompts)
-        end = time.monotonic() + self.wait_s
+    async def _next_batch(self) -> list[WaitingRequest]:
+        # The first request waits for others, but no longer than wait_s.
+        first = self.postponed or await self.queue.get()
+        self.postponed = None
+        batch = [first]
+        count = len(first.prompts)
+        deadline = time.monotonic() + self.wait_s
         while count < self.max_videos:
+            remaining = max(0.0, deadline - time.monotonic())
             try:
-                one = await asyncio.wait_for(
-                    self.queue.get(), max(0.0, end - time.monotonic())
-                )
+                request = await asyncio.wait_for(self.queue.get(), remaining)
             except TimeoutError:
                 break
-            if one.kind != first.kind or count + len(one.prompts) > self.max_videos:
-                self.held = one
+            count += len(request.prompts)
+            if request.batch_key != first.batch_key or count > self.max_videos:
+                self.postponed = request
                 break
-            batch.append(one)
-            count += len(one.prompts)
+            batch.append(request)
         return batch
 
-    async def _answer(self, batch: Sequence[Waiting]) -> None:
-        batch = [
-            one for one in batch if not one.answer.cancelled()
-        ]  # whose client has gone
+    async def _answer(self, batch: Sequence[WaitingRequest]) -> None:
+        # A cancelled future belongs to a client that has gone.
+        batch = [request for request in batch if not request.scores.cancelled()]
         if not batch:
             return
+
+        # Score in the executor's thread, so that requests are still received.
+        self.stats.batches += 1
         loop = asyncio.get_running_loop()
-        self.figures.batches += 1
-        outcome = await asyncio.gather(
+        (outcome,) = await asyncio.gather(
             loop.run_in_executor(self.executor, self._score, batch),
             return_exceptions=True,
         )
-        if isinstance(outcome[0], ValueError) and len(batch) > 1:
-            for one in batch:
-                await self._answer([one])
-            return
-        for one, score in zip(batch, _split(outcome[0], batch), strict=True):
-            self.figures.requests += 1
-            self.figures.videos += len(one.prompts)
-            self.figures.seconds.append(time.monotonic() - one.since)
-            if one.answer.cancelled():
-                continue
-            if isinstance(score, BaseException):
-                self.figures.failed += 1
-                one.answer.set_exception(score)
-            else:
-                one.answer.set_result(score)
 
-    def _score(self, batch: Sequence[Waiting]) -> Score:
-        video_BTYXC = torch.cat([one.video_BTYXC for one in batch])
-        prompts = [prompt for one in batch for prompt in one.prompts]
+        # Find the request that is bad.
+        if isinstance(outcome, ValueError) and len(batch) > 1:
+            for request in batch:
+                await self._answer([request])
+            return
+
+        # Each request gets its part of the scores; an error is everybody's.
+        start = 0
+        for request in batch:
+            end = start + len(request.prompts)
+            self.stats.requests += 1
+            self.stats.videos += len(request.prompts)
+            self.stats.seconds.append(time.monotonic() - request.arrived)
+            if request.scores.cancelled():
+                pass
+            elif isinstance(outcome, BaseException):
+                self.stats.failed += 1
+                request.scores.set_exception(outcome)
+            else:
+                request.scores.set_result(outcome.take(range(start, end)))
+            start = end
+
+    def _score(self, batch: Sequence[WaitingRequest]) -> Score:
+        video_BTYXC = torch.cat([request.video_BTYXC for request in batch])
+        prompts: list[str] = []
+        for request in batch:
+            prompts += request.prompts
         with torch.no_grad():
             return self.reward.score(video_BTYXC, prompts, fps=batch[0].fps)
-
-
-def _split(
-    outcome: Score | BaseException, batch: Sequence[Waiting]
-) -> list[Score | BaseException]:
-    """Each request's part of the answer; an exception is everybody's."""
-    if isinstance(outcome, BaseException):
-        return [outcome] * len(batch)
-    ends = list(accumulate(len(one.prompts) for one in batch))
-    return [outcome.take(range(start, end)) for start, end in pairwise([0, *ends])]

@@ -1,7 +1,8 @@
-"""Judges that write their scores: VideoScore2 (2509.22799), UnifiedReward (2503.05236), and models asked like them.
+"""Reward models that write their scores as text: VideoScore2, UnifiedReward, and models like them.
 
-A Qwen2-VL or Qwen2.5-VL reads the video and an instruction, writes an answer, and the numbers behind known labels are
-its scores. Nothing is trained here and there is no head: what cannot be read is NaN.
+VideoScore2 is arXiv 2509.22799, UnifiedReward is arXiv 2503.05236. A Qwen2-VL or Qwen2.5-VL reads
+the video and an instruction and writes an answer; the numbers after known labels are its scores.
+Nothing is trained here, and there is no head. A score that cannot be read is NaN.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rm.baselines.load_published import CLIP_COLOURS, read_instruction
-from rm.baselines.qwen2_vl import PADS, chat, frame_indices
+from rm.baselines.load_published import CLIP_COLOURS, VIDEO_MIN_PIXELS, read_instruction
+from rm.baselines.qwen2_vl import PADS, chat_ids, frame_indices_qwen_utils
 from rm.config import VideoSettings
 from rm.prompt import token_id
 from rm.video import preprocess
@@ -26,48 +27,47 @@ from rm.video import preprocess
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MODELS = ("qwen2_vl", "qwen2_5_vl")
-_NUMBER = r"[^:\n]*:\s*(-?\d+(?:\.\d+)?)"
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+# A label may be followed by other words of its line, then a colon and the number.
+NUMBER = r"[^:\n]*:\s*(-?\d+(?:\.\d+)?)"
 
 
 @dataclass(frozen=True)
 class ScoreField:
-    """The words before a number, and between what it must lie. A label may be followed by other words, then a colon."""
+    """A number in the answer: the words before it, and the limits it must lie between."""
 
     words: str
     low: float
     high: float
 
     def find(self, answer: str) -> re.Match[str] | None:
-        """Where it is written last: a chain of thought may name a score before it is decided."""
-        found = None
-        for match in re.finditer(
-            re.escape(self.words) + _NUMBER, answer, re.IGNORECASE
-        ):
-            found = match
-        return found
+        """Find the last number after the words: a chain of thought may name an earlier score."""
+        pattern = re.escape(self.words) + NUMBER
+        matches = list(re.finditer(pattern, answer, re.IGNORECASE))
+        return matches[-1] if matches else None
 
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """What an answer holds, by name; ``value`` names the one that is the reward, None is the MEAN of all."""
+    """The scores of an answer, by name. ``value`` names the reward; None is the MEAN of all."""
 
     labels: Mapping[str, ScoreField]
     value: str | None = None
 
     def __post_init__(self) -> None:
         if not self.labels:
-            raise ValueError("a form needs at least one label")
+            raise ValueError("an answer format needs at least one label")
+        # The reward is one of the scores.
         if self.value is not None and self.value not in self.labels:
             raise ValueError(
                 f"value={self.value!r} is none of {', '.join(self.labels)}"
             )
-        if bad := [
-            name for name, label in self.labels.items() if not label.low < label.high
-        ]:
-            raise ValueError(f"label {bad[0]}: low must lie below high")
+        for name, label in self.labels.items():
+            if not label.low < label.high:
+                raise ValueError(f"label {name}: low must lie below high")
 
 
+# The answers that the published instructions ask for.
 FORMS = {
     "videoscore2": AnswerFormat(
         {
@@ -99,7 +99,7 @@ FORMS = {
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """One answer and what it says: a number for every name of the form, NaN where it says none that is allowed."""
+    """An answer and its scores; NaN stands for a score that is missing or out of its limits."""
 
     answer: str
     scores: Mapping[str, float]
@@ -107,11 +107,12 @@ class ParsedAnswer:
 
 
 class GenerativeRewardModel:
-    """A model, its tokenizer and its instruction.
+    """A Qwen2-VL or Qwen2.5-VL with an instruction, whose answer holds the scores.
 
-    form      the labels of the answer
-    expected  instead of the digit that is written, the mean of all digits by the model's own probabilities at that
-              token: whole numbers tie, and what ties teaches nothing. Only for forms of whole numbers up to 9
+    form      The labels of the answer.
+    expected  Replaces the written digit by the mean of all digits under the model's probabilities
+              at that token, because integer scores tie and ties teach nothing. Only for formats
+              of integers up to 9.
     """
 
     def __init__(
@@ -130,49 +131,57 @@ class GenerativeRewardModel:
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
         config = AutoConfig.from_pretrained(checkpoint)
-        if config.model_type not in MODELS:
+        if config.model_type not in MODEL_TYPES:
             raise ValueError(
-                f"{checkpoint}: model_type is {config.model_type!r}, this reads {' and '.join(MODELS)}"
+                f"{checkpoint}: model_type is {config.model_type!r}, "
+                f"this reads {' and '.join(MODEL_TYPES)}"
             )
-        if expected and any(
-            label.low < 0 or label.high > 9 for label in form.labels.values()
-        ):
-            raise ValueError(
-                "expected=true reads single digits, but a label of the form allows other numbers"
-            )
-        self.instruction, self.form, self.expected = (
-            read_instruction(instruction),
-            form,
-            expected,
-        )
+        for name, label in form.labels.items():
+            if expected and (label.low < 0 or label.high > 9):
+                raise ValueError(
+                    f"expected=true reads single digits, but label {name} allows more"
+                )
+
+        # Load the frozen model.
+        self.instruction = read_instruction(instruction)
+        self.form = form
+        self.expected = expected
         self.max_new_tokens = max_new_tokens
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             checkpoint
         )
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=getattr(torch, dtype)
         )
-        model = model.requires_grad_(requires_grad=False).eval()
-        self.model: Any = model.to(
-            device or ("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        model.requires_grad_(requires_grad=False)
+        default_device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model.eval().to(device or default_device)
+
+        # Frames are cut into patches as the vision tower expects.
         vision = config.vision_config
         self.settings = VideoSettings(
-            fps=fps, min_pixels=min(128 * 28 * 28, max_pixels), max_pixels=max_pixels, patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size, temporal_patch_size=vision.temporal_patch_size, **CLIP_COLOURS,
-        )  # fmt: skip
+            fps=fps,
+            min_pixels=min(VIDEO_MIN_PIXELS, max_pixels),
+            max_pixels=max_pixels,
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            **CLIP_COLOURS,
+        )
 
     def inputs(
         self, frames_TYXC: Tensor, prompt: str, *, fps: float
     ) -> dict[str, Tensor]:
-        """What the model reads: ids, patches, and where the patches are in space and time."""
-        seen = frame_indices(len(frames_TYXC), fps, self.settings)
-        pixels = preprocess(frames_TYXC[seen], self.settings)
-        pads = math.prod(pixels.grid) // self.settings.merge_size**2
+        """Return the model's inputs: ids, patches, and the patches' places in space and time."""
+        settings = self.settings
+        seen = frame_indices_qwen_utils(len(frames_TYXC), fps, settings)
+        pixels = preprocess(frames_TYXC[seen], settings)
+
+        # The sequence has a placeholder for every merged patch.
         pad = token_id(self.tokenizer, PADS["video"])
-        ids_1L = torch.tensor(
-            [chat(self.tokenizer, [pad] * pads, self.instruction, prompt)]
-        )
+        pads = [pad] * (math.prod(pixels.grid) // settings.merge_size**2)
+        ids = chat_ids(self.tokenizer, pads, self.instruction, prompt)
+        ids_1L = torch.tensor([ids])
         inputs = {
             "input_ids": ids_1L,
             "attention_mask": torch.ones_like(ids_1L),
@@ -180,18 +189,16 @@ class GenerativeRewardModel:
             "pixel_values_videos": pixels.patches.to(self.model.dtype),
             "video_grid_thw": torch.tensor([pixels.grid]),
         }
-        if (
-            self.model.config.model_type == "qwen2_5_vl"
-        ):  # its temporal positions are times
-            seconds = (
-                self.settings.temporal_patch_size * len(frames_TYXC) / fps / len(seen)
-            )
+        # The temporal positions of Qwen2.5-VL are times.
+        if self.model.config.model_type == "qwen2_5_vl":
+            duration = len(frames_TYXC) / fps
+            seconds = settings.temporal_patch_size * duration / len(seen)
             inputs["second_per_grid_ts"] = torch.tensor([seconds])
         return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     @torch.no_grad()
     def judge(self, frames_TYXC: Tensor, prompt: str, *, fps: float) -> ParsedAnswer:
-        """Greedy, so one video and one prompt have one answer."""
+        """Generate the answer for a video greedily, and read its scores."""
         inputs = self.inputs(frames_TYXC, prompt, fps=fps)
         out = self.model.generate(
             **inputs,
@@ -200,46 +207,49 @@ class GenerativeRewardModel:
             return_dict_in_generate=True,
             output_logits=self.expected,
         )
+        # Keep the new tokens only.
         ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        return self.read(
-            ids,
-            [step_1V[0].float().cpu() for step_1V in out.logits]
-            if self.expected
-            else [],
-        )
+        logits = out.logits if self.expected else []
+        return self.parse(ids, [step_1V[0].float().cpu() for step_1V in logits])
 
-    def read(self, ids: list[int], logits: list[Tensor]) -> ParsedAnswer:
-        """The scores of an answer; ``logits`` (V,) of every token where ``expected``."""
+    def parse(self, ids: list[int], logits: list[Tensor]) -> ParsedAnswer:
+        """Read the scores of an answer. ``logits`` (V,) of each token are for ``expected``."""
         answer = self.tokenizer.decode(ids, skip_special_tokens=True)
         scores = {}
         for name, label in self.form.labels.items():
+            score = math.nan
             match = label.find(answer)
-            number = math.nan if match is None else float(match[1])
-            if match is not None and self.expected:
-                number = self._expected(
-                    label, logits[self._token_at(ids, match.start(1))]
-                )
-            scores[name] = number if label.low <= number <= label.high else math.nan
-        value = (
-            scores[self.form.value]
-            if self.form.value
-            else sum(scores.values()) / len(scores)
-        )
+            # A missing or impossible number is NaN, never a made-up score.
+            if match is not None:
+                score = float(match[1])
+                if self.expected:
+                    token = self._token_at(ids, match.start(1))
+                    score = self._expected_digit(label, logits[token])
+            scores[name] = score if label.low <= score <= label.high else math.nan
+        # The reward is NaN if a score that it needs is.
+        if self.form.value is None:
+            value = sum(scores.values()) / len(scores)
+        else:
+            value = scores[self.form.value]
         return ParsedAnswer(answer, scores, value)
 
-    def _expected(self, label: ScoreField, logits_V: Tensor) -> float:
+    def _expected_digit(self, label: ScoreField, logits_V: Tensor) -> float:
+        """Return sum_d d p(d), the probabilities normalised over the digits that are allowed."""
+        # Only the digits between the limits can be meant.
         digits = range(math.ceil(label.low), math.floor(label.high) + 1)
         ids = [
             self.tokenizer.encode(str(digit), add_special_tokens=False)[-1]
             for digit in digits
         ]
-        share = logits_V.double()[ids].softmax(dim=0)
-        return float(share @ torch.tensor(list(digits), dtype=torch.float64))
+        probabilities = logits_V.double()[ids].softmax(dim=0)
+        return float(probabilities @ torch.tensor(list(digits), dtype=torch.float64))
 
-    def _token_at(self, ids: list[int], place: int) -> int:
-        """The token in which the answer's character number ``place`` stands."""
+    def _token_at(self, ids: list[int], character: int) -> int:
+        """Return the place of the token that holds a character of the answer."""
 
-        def written(count: int) -> int:
+        def decoded_length(count: int) -> int:
             return len(self.tokenizer.decode(ids[:count], skip_special_tokens=True))
 
-        return bisect.bisect_right(range(len(ids) + 1), place, key=written) - 1
+        # Binary search: the decoded length grows with the number of tokens.
+        counts = range(len(ids) + 1)
+        return bisect.bisect_right(counts, character, key=decoded_length) - 1

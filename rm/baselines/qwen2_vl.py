@@ -1,17 +1,20 @@
-"""Judges that read rewards off special tokens of a Qwen2-VL: VideoReward (2501.13918) and HPSv3 (2508.03789).
+"""Reward models that read rewards at special tokens of a Qwen2-VL: VideoReward and HPSv3.
 
-Both see one sequence, and no chain of thought::
+VideoReward is arXiv 2501.13918, HPSv3 is arXiv 2508.03789. Both read one sequence, without a chain
+of thought::
 
     <|im_start|>system NEWLINE You are a helpful assistant.<|im_end|> NEWLINE
     <|im_start|>user NEWLINE <|vision_start|>{pads}<|vision_end|>{instruction}<|im_end|> NEWLINE
     <|im_start|>assistant NEWLINE
 
-The instruction holds the prompt and the reward tokens; the head reads the last hidden state at each of those. Positions
-are 0, 1, 2, ... for every token, those of the picture too: the released code gives the language model embeddings and
-neither ids nor positions, and then transformers counts (4.45, VideoReward's pin, never computes M-RoPE there). A port
-that lets Qwen2-VL place the picture in three dimensions asks the weights a question they were not trained on.
+The instruction holds the prompt and the reward tokens. The head reads the last hidden state at each
+reward token. Positions are 0, 1, 2, ... for every token, those of the picture too: the released
+code passes embeddings without ids and positions to the language model, and transformers then counts
+(4.45, which VideoReward pins, never computes M-RoPE there). With Qwen2-VL's three-dimensional
+positions the same weights give other, untrained rewards.
 
-`rm.baselines.load_published` reads the published checkpoints into a folder of ours, which `Qwen2VLRewardModel.load` reads.
+`rm.baselines.load_published` converts the published checkpoints into a folder that
+`Qwen2VLRewardModel.load` reads.
 """
 
 from __future__ import annotations
@@ -23,14 +26,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from common.memory import AdaptiveBatcher
 from rm.config import VideoSettings
-from rm.convert.weights import exactly, load_safetensors
+from rm.convert.weights import build_model, load_safetensors
 from rm.prompt import (
     IM_END,
     IM_START,
@@ -45,21 +48,26 @@ from rm.video import PixelPatches, preprocess
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2VLModel
 
-LAYOUT, WEIGHTS, HEAD = "judge.json", "model.safetensors", "rm_head."
-SYSTEM = "You are a helpful assistant."
+# The name of the file predates the term reward model; folders of users have it.
+LAYOUT_FILE = "judge.json"
+WEIGHTS_FILE = "model.safetensors"
+HEAD_PREFIX = "rm_head."
+SYSTEM_MESSAGE = "You are a helpful assistant."
 PADS = {"video": "<|video_pad|>", "image": "<|image_pad|>"}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a judge is beside weights, config and tokenizer; saved as judge.json.
+    """The settings of a reward model besides weights, config and tokenizer; saved as judge.json.
 
-    instruction  text behind the picture, with one ``{prompt}`` and every reward token once, in the order of ``tokens``
-    tokens       reward tokens
-    outputs      a name for every number: one per token, or, where there is one token, one per output of the head
-    media        whether a picture is a whole video or one image
-    settings     how frames become patches, and how many of a video are seen
-    normal       name -> (mean, std): that number is given as (x - mean) / std
+    instruction  The text after the picture. It holds ``{prompt}`` once, and every reward token
+                 once, in the order of ``tokens``.
+    tokens       The reward tokens.
+    outputs      A name for every reward: one per token or, for a single token, one per output of
+                 the head.
+    media        "video" if a picture is a whole video, "image" if it is one frame.
+    settings     How frames are sampled and cut into patches.
+    normal       Maps a name to (mean, std): that reward is given as (x - mean) / std.
     """
 
     instruction: str
@@ -70,55 +78,49 @@ class Layout:
     normal: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # The head reads the reward tokens at their places in the sequence.
         for part in (PROMPT_SLOT, *self.tokens):
-            if (found := self.instruction.count(part)) != 1:
+            count = self.instruction.count(part)
+            if count != 1:
                 raise ValueError(
-                    f"the instruction must hold {part} exactly once, found {found}"
+                    f"the instruction must hold {part} exactly once, but holds it {count} times"
                 )
         places = [self.instruction.index(token) for token in self.tokens]
         if places != sorted(places):
             raise ValueError(
                 f"the instruction must hold {', '.join(self.tokens)} in this order"
             )
-        if self.media not in PADS:
-            raise ValueError(f"media={self.media!r} must be 'video' or 'image'")
-        if unknown := set(self.normal) - set(self.outputs):
-            raise ValueError(
-                f"normal names {sorted(unknown)}, but the outputs are {', '.join(self.outputs)}"
-            )
-        if bad := [name for name, (_, std) in self.normal.items() if not std > 0]:
-            raise ValueError(f"normal: the std of {bad[0]} must be positive")
+        for name, (_, std) in self.normal.items():
+            if name not in self.outputs:
+                raise ValueError(f"normal.{name} must be one of {self.outputs}")
+            if not std > 0:
+                raise ValueError(f"normal.{name}: std={std} must be above 0")
 
     def save(self, path: Path) -> None:
-        path.write_text(
-            json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n",
-            encoding="utf-8",
-        )
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Layout:
-        """FileNotFoundError or ValueError with the file's name."""
+        """Read judge.json. FileNotFoundError or ValueError name the file."""
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: no such file; launch/convert_reward.py writes such a folder"
             )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
+            # JSON has neither dataclasses nor tuples.
             raw["settings"] = VideoSettings(**raw["settings"])
             raw["normal"] = {name: tuple(pair) for name, pair in raw["normal"].items()}
-            return cls(
-                **{
-                    **raw,
-                    "tokens": tuple(raw["tokens"]),
-                    "outputs": tuple(raw["outputs"]),
-                }
-            )
+            raw["tokens"] = tuple(raw["tokens"])
+            raw["outputs"] = tuple(raw["outputs"])
+            return cls(**raw)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
 
 class Qwen2VLRewardModel(nn.Module):
-    """Backbone without its vocabulary head, and the reward head in fp32, whatever the backbone's dtype."""
+    """A Qwen2-VL without its vocabulary head, and a reward head in fp32."""
 
     def __init__(
         self,
@@ -128,136 +130,144 @@ class Qwen2VLRewardModel(nn.Module):
         layout: Layout,
     ) -> None:
         super().__init__()
-        self.backbone, self.head, self.tokenizer, self.layout = (
-            backbone,
-            head.float(),
-            tokenizer,
-            layout,
-        )
+        self.backbone = backbone
+        # Rewards are computed in fp32 whatever the backbone's dtype is.
+        self.head = head.float()
+        self.tokenizer = tokenizer
+        self.layout = layout
         self.reward_ids = [token_id(tokenizer, token) for token in layout.tokens]
 
     @classmethod
     def load(
         cls, folder: str | Path, *, device: str | None = None, dtype: str = "float32"
     ) -> Qwen2VLRewardModel:
-        """A folder that `save` wrote. FileNotFoundError or ValueError name the file."""
+        """Load a folder that `save` wrote. FileNotFoundError or ValueError name the file."""
         from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
+        # The head's weights lie in the same file as the backbone's.
         folder = Path(folder)
-        layout = Layout.load(folder / LAYOUT)
-        state = load_safetensors(folder / WEIGHTS)
-        head = head_of(
-            {
-                name.removeprefix(HEAD): state.pop(name)
-                for name in list(state)
-                if name.startswith(HEAD)
-            }
-        )
+        layout = Layout.load(folder / LAYOUT_FILE)
+        state = load_safetensors(folder / WEIGHTS_FILE)
+        head = take_head(state)
         config = Qwen2VLConfig.from_pretrained(folder.as_posix())
-        backbone = exactly(Qwen2VLModel, config, state, dtype=dtype, source=folder)
+        backbone = build_model(Qwen2VLModel, config, state, dtype=dtype, source=folder)
         tokenizer = AutoTokenizer.from_pretrained(folder.as_posix())
-        judge = (
-            cls(backbone, head, tokenizer, layout)
-            .requires_grad_(requires_grad=False)
-            .eval()
-        )
-        return judge.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+        # A reward model is never trained here.
+        model = cls(backbone, head, tokenizer, layout)
+        model.requires_grad_(requires_grad=False)
+        default_device = "cuda" if torch.cuda.is_available() else "cpu"
+        return model.eval().to(device or default_device)
 
     def save(self, folder: str | Path) -> None:
-        """Into one folder: config.json, the tokenizer, judge.json and, last, model.safetensors."""
+        """Write config.json, the tokenizer, judge.json and, last, model.safetensors."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        self.layout.save(folder / LAYOUT)
-        state = dict(self.backbone.state_dict())
-        state |= {
-            HEAD + name: tensor for name, tensor in self.head.state_dict().items()
-        }
-        save_file(
-            {name: tensor.contiguous() for name, tensor in state.items()},
-            folder / WEIGHTS,
-        )
+        self.layout.save(folder / LAYOUT_FILE)
+        state = {}
+        for name, tensor in self.backbone.state_dict().items():
+            state[name] = tensor.contiguous()
+        for name, tensor in self.head.state_dict().items():
+            state[HEAD_PREFIX + name] = tensor.contiguous()
+        save_file(state, folder / WEIGHTS_FILE)
 
     def encode(self, prompt: str, grid: Sequence[int]) -> list[int]:
-        """Ids of the sequence around a picture of (t, h, w) patches. A prompt cannot spell a control token."""
-        pads = math.prod(grid) // self.layout.settings.merge_size**2
-        picture = [token_id(self.tokenizer, PADS[self.layout.media])] * pads
-        return chat(
+        """Return the ids of the sequence for a picture of (t, h, w) patches."""
+        layout = self.layout
+        pads = math.prod(grid) // layout.settings.merge_size**2
+        pad_id = token_id(self.tokenizer, PADS[layout.media])
+        return chat_ids(
             self.tokenizer,
-            picture,
-            self.layout.instruction,
+            [pad_id] * pads,
+            layout.instruction,
             prompt,
-            tokens=self.layout.tokens,
+            tokens=layout.tokens,
         )
 
     @torch.no_grad()
     def read(self, pictures: Sequence[PixelPatches], prompt: str) -> Tensor:
-        """(N, K) fp32 on the CPU: the layout's outputs, normalised, of N pictures of one size under one prompt."""
+        """Return the normalised rewards (N, K) in fp32 on the CPU.
+
+        N pictures of equal size share a prompt; K are the layout's outputs. ValueError for
+        pictures of several sizes.
+        """
         grid = pictures[0].grid
         if any(picture.grid != grid for picture in pictures):
-            raise ValueError(
-                f"pictures of one batch must have one size, got {sorted({p.grid for p in pictures})}"
-            )
-        device = next(self.backbone.parameters()).device
+            raise ValueError(f"pictures of a batch must all have the grid {grid}")
+
+        # The same ids for every picture; positions are counted (see the module's docstring).
+        device = self.backbone.device
         ids_L = torch.tensor(self.encode(prompt, grid))
         ids_NL = ids_L.expand(len(pictures), -1).to(device)
-        kind = "pixel_values_videos" if self.layout.media == "video" else "pixel_values"
-        patches = torch.cat([picture.patches for picture in pictures]).to(
-            device, self.backbone.dtype
-        )
-        options: dict[str, Any] = {kind: patches}
-        options[
-            "video_grid_thw" if self.layout.media == "video" else "image_grid_thw"
-        ] = torch.tensor([grid] * len(pictures), device=device)
         positions_3NL = torch.arange(len(ids_L), device=device).expand(3, *ids_NL.shape)
+        patches = torch.cat([picture.patches for picture in pictures])
+        patches = patches.to(device, self.backbone.dtype)
+        grids_N3 = torch.tensor([grid] * len(pictures), device=device)
+        if self.layout.media == "video":
+            media = {"pixel_values_videos": patches, "video_grid_thw": grids_N3}
+        else:
+            media = {"pixel_values": patches, "image_grid_thw": grids_N3}
         out = self.backbone(
-            input_ids=ids_NL, position_ids=positions_3NL, use_cache=False, **options
+            input_ids=ids_NL, position_ids=positions_3NL, use_cache=False, **media
         )
-        places_S = torch.cat(
-            [(ids_L == reward).nonzero()[:, 0] for reward in self.reward_ids]
-        )
-        out_NSO = self.head(out.last_hidden_state[:, places_S.to(device)].float()).cpu()
-        return self._named(out_NSO)
 
-    def _named(self, out_NSO: Tensor) -> Tensor:
-        """Token s has one number, or all of them if it is alone; with as many of both, token s has number s."""
-        _, tokens, numbers = out_NSO.shape
-        found_NK = out_NSO[:, 0] if tokens == 1 else out_NSO[..., 0]
-        if tokens > 1 and numbers > 1:
-            found_NK = out_NSO.diagonal(dim1=1, dim2=2)
-        if found_NK.shape[1] != len(self.layout.outputs):
+        # The head reads the S reward tokens, in the order of the layout.
+        places_S = torch.cat(
+            [(ids_L == reward_id).nonzero()[:, 0] for reward_id in self.reward_ids]
+        )
+        hidden_NSD = out.last_hidden_state[:, places_S.to(device)]
+        return self._normalised(self.head(hidden_NSD.float()).cpu())
+
+    def _normalised(self, out_NSO: Tensor) -> Tensor:
+        """Choose K of the head's O outputs at S reward tokens, and normalise them.
+
+        A single token gives all outputs. Several tokens give the head's only output each or,
+        where the head has an output for each token, token s gives output s.
+        """
+        _, tokens, outputs = out_NSO.shape
+        if tokens == 1:
+            rewards_NK = out_NSO[:, 0]
+        elif outputs == 1:
+            rewards_NK = out_NSO[..., 0]
+        else:
+            rewards_NK = out_NSO.diagonal(dim1=1, dim2=2)
+
+        # Every reward needs a name.
+        names = self.layout.outputs
+        if rewards_NK.shape[1] != len(names):
             raise ValueError(
-                f"{tokens} reward tokens and a head of {numbers} give {found_NK.shape[1]} numbers, "
-                f"judge.json names {len(self.layout.outputs)}"
+                f"{tokens} reward tokens and a head of {outputs} outputs give "
+                f"{rewards_NK.shape[1]} rewards, but {LAYOUT_FILE} names {len(names)}"
             )
-        mean_K, std_K = torch.tensor(
-            [self.layout.normal.get(name, (0.0, 1.0)) for name in self.layout.outputs]
-        ).T
-        return (found_NK - mean_K) / std_K
+        normal = [self.layout.normal.get(name, (0.0, 1.0)) for name in names]
+        mean_K, std_K = torch.tensor(normal).T
+        return (rewards_NK - mean_K) / std_K
 
     def read_video(self, frames_TYXC: Tensor, prompt: str, *, fps: float) -> Tensor:
-        """(K,), of the frames of one video at its true rate."""
+        """Return the rewards (K,) of a video, given its frames at their true rate."""
         settings = self.layout.settings
-        seen = frame_indices(len(frames_TYXC), fps, settings)
+        seen = frame_indices_qwen_utils(len(frames_TYXC), fps, settings)
         return self.read([preprocess(frames_TYXC[seen], settings)], prompt)[0]
 
     def read_images(
         self, frames_NYXC: Tensor, prompt: str, *, portions: AdaptiveBatcher
     ) -> Tensor:
-        """(N, K), of each frame as an image of its own, as many at once as ``portions`` say."""
+        """Return the rewards (N, K) of frames that are images each, in batches of ``portions``."""
         pictures = [
             preprocess(frame_YXC[None], self.layout.settings)
             for frame_YXC in frames_NYXC
         ]
-        return torch.cat(
-            portions.each(lambda part: self.read(pictures[part], prompt), len(pictures))
+        rewards = portions.each(
+            lambda part: self.read(pictures[part], prompt), len(pictures)
         )
+        return torch.cat(rewards)
 
 
-def chat(
+def chat_ids(
     tokenizer: PreTrainedTokenizerBase,
     picture: Sequence[int],
     instruction: str,
@@ -265,84 +275,95 @@ def chat(
     *,
     tokens: Sequence[str] = (),
 ) -> list[int]:
-    """Ids of Qwen2-VL's chat up to the answer: system message, picture, instruction with the prompt in its slot.
+    """Return the ids of Qwen2-VL's chat up to the answer, with the prompt in the instruction.
 
-    Control tokens and ``tokens`` of the instruction stand by id; the prompt is text, whatever it spells.
+    Control tokens and the instruction's ``tokens`` are placed by id. The prompt is encoded as
+    text, so it cannot spell any of them.
     """
-    start, end = token_id(tokenizer, IM_START), token_id(tokenizer, IM_END)
+    text = functools.partial(encode_text, tokenizer)
+    start = token_id(tokenizer, IM_START)
+    end = token_id(tokenizer, IM_END)
 
-    def text(words: str) -> list[int]:
-        return encode_text(tokenizer, words)
+    # Split the instruction at its reward tokens.
+    pieces = [instruction]
+    if tokens:
+        pattern = "|".join(re.escape(token) for token in tokens)
+        pieces = re.split(f"({pattern})", instruction)
+    instruction_ids: list[int] = []
+    for piece in pieces:
+        if piece in tokens:
+            instruction_ids.append(token_id(tokenizer, piece))
+        else:
+            instruction_ids += text(piece.replace(PROMPT_SLOT, prompt))
 
-    ids = [start, *text(f"system\n{SYSTEM}"), end, *text("\n"), start, *text("user\n")]
-    ids += [
-        token_id(tokenizer, VISION_START),
-        *picture,
-        token_id(tokenizer, VISION_END),
-    ]
-    pattern = "(" + "|".join(re.escape(token) for token in tokens) + ")"
-    for piece in re.split(pattern, instruction) if tokens else [instruction]:
-        ids += (
-            [token_id(tokenizer, piece)]
-            if piece in tokens
-            else text(piece.replace(PROMPT_SLOT, prompt))
-        )
-    return [*ids, end, *text("\n"), start, *text("assistant\n")]
+    # System message, picture with instruction, and the start of the answer.
+    ids = [start, *text(f"system\n{SYSTEM_MESSAGE}"), end, *text("\n")]
+    ids += [start, *text("user\n"), token_id(tokenizer, VISION_START), *picture]
+    ids += [token_id(tokenizer, VISION_END), *instruction_ids, end, *text("\n")]
+    return [*ids, start, *text("assistant\n")]
 
 
-def frame_indices(count: int, fps: float, settings: VideoSettings) -> list[int]:
-    """Which of ``count`` frames at ``fps`` are seen: an even number of them, ``settings.fps`` a second, uniform, first
-    and last included (qwen-vl-utils of VideoReward's day). Odd clips lose a frame of the count, not the last one.
+def frame_indices_qwen_utils(
+    count: int, fps: float, settings: VideoSettings
+) -> list[int]:
+    """Choose which of ``count`` frames at ``fps`` are seen, as qwen-vl-utils did for VideoReward.
+
+    The number is even, ``settings.fps`` a second; the frames are evenly spaced, first and last
+    included. `rm.video.frame_indices`, which DeScore uses, rounds by another rule.
     """
     if count < 1 or not fps > 0:
-        raise ValueError(f"frame_indices: {count} frames at {fps} fps")
+        raise ValueError(f"cannot choose from {count} frames at {fps} fps")
     most = min(settings.max_frames, count) // 2 * 2
     wanted = min(max(count / fps * settings.fps, settings.min_frames), max(most, 1))
+    # Frames are read in pairs, except from a clip of a single frame.
     seen = min(max(1, round(wanted / 2) * 2), count)
-    return (
-        torch.linspace(0, count - 1, seen, dtype=torch.float64).round().long().tolist()
-    )
+    places = torch.linspace(0, count - 1, seen, dtype=torch.float64)
+    return places.round().long().tolist()
 
 
-def head_of(state: Mapping[str, Tensor]) -> nn.Module:
-    """The head whose weights these are: one linear ("weight"), or linears with ReLUs between ("0.weight", ...).
+frame_indices = frame_indices_qwen_utils  # the name that alignment.rewards imports
 
-    Dropout layers, which the published numbering counts, have nothing to do here. ValueError for other names.
+
+def take_head(state: dict[str, Tensor]) -> nn.Module:
+    """Take the head's weights out of ``state`` and build the head from them."""
+    names = [name for name in state if name.startswith(HEAD_PREFIX)]
+    return reward_head({n.removeprefix(HEAD_PREFIX): state.pop(n) for n in names})
+
+
+def reward_head(state: Mapping[str, Tensor]) -> nn.Module:
+    """Build a head: one linear ("weight"), or linears ("0.weight", ...) with ReLUs between.
+
+    Dropout layers, which the published numbering counts, are left out. ValueError for other names.
     """
     if set(state) in ({"weight"}, {"weight", "bias"}):
         return _linear(state, "")
-    numbers = sorted(
-        {
-            int(name.split(".")[0])
-            for name in state
-            if re.fullmatch(r"\d+\.(weight|bias)", name)
-        }
-    )
-    if not numbers or {
-        f"{n}.{part}" for n in numbers for part in ("weight", "bias")
-    } - set(state):
+    numbers = sorted({int(n.split(".")[0]) for n in state if re.match(r"\d+\.", n)})
+    expected = {f"{n}.{part}" for n in numbers for part in ("weight", "bias")}
+    if not numbers or not expected <= set(state):
         raise ValueError(
-            f"a head is one linear or a row of numbered ones, got {sorted(state) or 'nothing'}"
+            f"a head is a linear or several numbered linears, got {sorted(state)}"
         )
-    layers: list[tuple[str, nn.Module]] = []
-    for n in numbers:
-        layers += [(str(n), _linear(state, f"{n}.")), (f"after_{n}", nn.ReLU())]
     head = nn.Sequential()
-    for name, layer in layers[:-1]:
-        head.add_module(name, layer)
+    for n in numbers:
+        # The numbers in between belonged to ReLU and dropout.
+        if n != numbers[0]:
+            head.add_module(f"before_{n}", nn.ReLU())
+        head.add_module(str(n), _linear(state, f"{n}."))
     return head
 
 
 def _linear(state: Mapping[str, Tensor], prefix: str) -> nn.Linear:
-    weight, bias = state[prefix + "weight"], state.get(prefix + "bias")
+    weight = state[prefix + "weight"]
+    bias = state.get(prefix + "bias")
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    linear.load_state_dict(
-        {"weight": weight, **({} if bias is None else {"bias": bias})}
-    )
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if bias is not None:
+            linear.bias.copy_(bias)
     return linear
 
 
 @functools.lru_cache
 def shared(folder: str, device: str | None, dtype: str) -> Qwen2VLRewardModel:
-    """One judge for all rewards of a process that name the same folder: two HPSv3 rewards need its weights once."""
+    """Load a folder once for all rewards of this process that name it."""
     return Qwen2VLRewardModel.load(folder, device=device, dtype=dtype)

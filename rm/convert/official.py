@@ -1,27 +1,29 @@
-"""Read a checkpoint of the official DeScore release into a `DeScore`, whose `save` then writes our layout.
+"""Convert a checkpoint of the official DeScore release into a `DeScore`.
 
-What its stage 1 leaves in ``checkpoint-N/`` (WYuan1001/DeScore_project_page, cold_start/trainer_qwen3.py `_save`)::
+Stage 1 leaves this in ``checkpoint-N/`` (WYuan1001/DeScore_project_page,
+cold_start/trainer_qwen3.py, `_save`)::
 
-    config.json, model*.safetensors   the weights as trained (vision, mergers), LoRA NOT merged, without the head
-    lora_adapter/                     adapter_model.safetensors; adapter_config.json, whose alpha is always 128
-    tokenizer files                   `<Reward>` is an additional special token, an ordinary row of the embeddings,
-                                      which were resized to len(tokenizer)
-    rm_head.pth                       a pickle: {"rm_head.weight" or "base_model.model.rm_head.weight": (1, d)}
+    config.json, model*.safetensors   the trained weights; LoRA is NOT merged, the head is missing
+    lora_adapter/                     adapter_model.safetensors, adapter_config.json (alpha 128)
+    tokenizer files                   `<Reward>` is an additional special token with an ordinary
+                                      row of the embeddings, resized to len(tokenizer)
+    rm_head.pth                       a pickle: {"rm_head.weight": (1, d)}, or with peft's prefix
 
-Stage 2 wraps the head in {"model": ...} and leaves FSDP shards, which have to be merged into safetensors first; it
-trains without LoRA. Names of weights may be those of a peft model or plain.
+Stage 2 wraps the head in {"model": ...} and leaves FSDP shards, which have to be merged into
+safetensors first. It trains without LoRA. Names of weights may be those of a peft model or plain.
 
-What becomes of them:
+The conversion:
 
-    W      W + (alpha / r) B A, in fp32
-    query  the row of `<Reward>`, at the same id
-    `<Reward>` leaves the tokenizer. It would be harmless: `rm.prompt.encode_text` cuts special tokens that a text
-           spells, and the id is never sampled. But then it is our code alone that keeps a user's prompt from placing
-           a second query; without the string nothing can, and the id is the first free one, as in every judge of ours
-    rows   grow to the next multiple of 64 with copies of the MEAN row; such ids are never sampled
+    weights    become W + (alpha / r) B A, computed in fp32.
+    query      is the embedding of `<Reward>`, at the same id.
+    tokenizer  loses `<Reward>`, so that no text can spell a second query. Its id is the first free
+               id, as in every DeScore of ours.
+    rows       of the embeddings grow to the next multiple of 64 with copies of the MEAN row.
+               Generation never samples such ids.
 
-The weights are exact: one token sequence has one reward here and there. The sequence is ours in every case, with the
-chain of thought in the assistant's turn (the official stage 2); the official inference has it in the user's turn.
+A token sequence has the same reward before and after. The sequence itself is always ours, with
+the chain of thought in the assistant's turn, as in the official stage 2; the official inference
+script puts it into the user's turn.
 """
 
 from __future__ import annotations
@@ -32,14 +34,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from common.lora import LowRank, low_ranks, stock_name
 from rm.config import VideoSettings
-from rm.convert.weights import exactly, load_any, load_safetensors, open_safetensors
+from rm.convert.weights import (
+    build_model,
+    load_safetensors,
+    load_tensor_file,
+    merge_lora,
+    open_safetensors,
+)
 from rm.model import DeScore
 from rm.prompt import PROMPT_SLOT, PromptTemplate
 
@@ -47,29 +55,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3VLConfig
 
 REWARD = "<Reward>"
-ADAPTER, HEAD, HEADS = (
-    "lora_adapter",
-    "rm_head.weight",
-    ("rm_head.safetensors", "rm_head.pth"),
-)
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PROMPT_MARK, VIDEO_MARK = "[insert prompt here]", "<video>"
-EMBEDDINGS, UNEMBEDDINGS = "model.language_model.embed_tokens.weight", "lm_head.weight"
-_NAMING_TOKENS = (
+ADAPTER = "lora_adapter"
+HEAD = "rm_head.weight"
+HEAD_FILES = ("rm_head.safetensors", "rm_head.pth")
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PROMPT_MARK = "[insert prompt here]"
+VIDEO_MARK = "<video>"
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+UNEMBEDDINGS = "lm_head.weight"
+
+# Files of a tokenizer that list its added tokens, and the others.
+TOKEN_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
 )
-_TOKENIZER = (
-    *_NAMING_TOKENS,
+VOCABULARY_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "config.json",
 )
-_OTHER_LORAS = (
+# Settings of peft under which W + (alpha / r) B A would be wrong.
+UNSUPPORTED_LORA = (
     "use_rslora",
     "use_dora",
     "fan_in_fan_out",
@@ -80,211 +90,238 @@ _OTHER_LORAS = (
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """A judge on the CPU, and where it came from.
+class OfficialCheckpoint:
+    """Where the parts of an official checkpoint are.
 
-    head_from  the file that held the head
-    merged     linears whose LoRA was merged
+    path          The folder described above.
+    base          A folder with a config.json, for a checkpoint that has none.
+    head          A .safetensors or .pth. None looks among the weights, then for `HEAD_FILES`.
+    lora          False for a checkpoint without LoRA (stage 2).
+    alpha         Replaces the alpha of adapter_config.json, which is 128 whatever was trained.
+    allow_pickle  Allows to read a head that is a .pth; only tensors are read.
     """
 
-    judge: DeScore
+    path: Path
+    base: Path | None = None
+    head: Path | None = None
+    lora: bool = True
+    alpha: float | None = None
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted reward model on the CPU.
+
+    head_from  The file that held the head.
+    merged     The number of linears whose LoRA was merged.
+    """
+
+    model: DeScore
     head_from: Path
     merged: int
 
 
-def convert(
-    path: str | Path,
+class StoredTensor(NamedTuple):
+    """The safetensors file that holds a weight, and the weight's name in it."""
+
+    file: Path
+    key: str
+
+
+class LoadedHead(NamedTuple):
+    """The head's weight (1, d), and the file that held it."""
+
+    weight: Tensor
+    file: Path
+
+
+def convert_checkpoint(
+    checkpoint: OfficialCheckpoint,
     *,
     template: PromptTemplate,
     settings: VideoSettings | None = None,
-    head: Path | None = None,
-    base: Path | None = None,
-    lora: bool = True,
-    alpha: float | None = None,
-    allow_pickle: bool = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Conversion:
-    """Read a folder as above. FileNotFoundError or ValueError name the file, and the option that would help.
+    """Convert an official checkpoint into a DeScore.
 
-    settings      None is the official 2 fps and 448 x 448 pixels a frame, with this vision tower's patches
-    head          a .safetensors or .pth; None looks among the weights, then for rm_head.safetensors and rm_head.pth
-    base          where config.json is, if not in the folder
-    lora          False for a checkpoint without any (stage 2)
-    alpha         instead of the adapter's own, which is 128 whatever the training's was
-    allow_pickle  read a head that is a .pth, tensors only
-    dtype         of the backbone. Changes that LoRA made are small: bfloat16 rounds part of them away
+    ``settings`` None means the official 2 fps and 448 x 448 pixels a frame, with the patch sizes
+    of this vision tower. ``dtype`` is the backbone's; bfloat16 rounds part of LoRA's small changes
+    away. FileNotFoundError or ValueError name the file and the option that would help.
     """
     from transformers import Qwen3VLForConditionalGeneration
 
-    path = Path(path)
+    path = checkpoint.path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
-    config = _config(path, base)
+
+    # Read every part, so that a missing file is known before any work is done.
+    config = _read_config(path, checkpoint.base)
     index = index_weights(path)
     if EMBEDDINGS not in index:
         raise ValueError(
-            f"{path}: the weights lack {EMBEDDINGS}; this is no Qwen3-VL of transformers 4.57 or later"
+            f"{path}: the weights lack {EMBEDDINGS}; they must be those of a Qwen3-VL of "
+            "transformers 4.57 or later"
         )
     tokenizer, query_id = read_tokenizer(path)
-    inside = index.pop(HEAD, None)
-    if head is None and inside is not None:
-        head_from, weight = inside[0], read_weights({HEAD: inside}, {})[HEAD]
-    else:
-        head_from = head or _find_head(path)
-        weight = read_head(head_from, allow_pickle=allow_pickle)
-    if not lora and (path / ADAPTER).exists():
-        raise ValueError(
-            f"{path / ADAPTER} holds what LoRA learnt; --no-lora is for checkpoints without it"
-        )
-    adapter = read_adapter(path / ADAPTER, alpha=alpha) if lora else {}
-    state = read_weights(index, adapter)
+    head = _find_head(checkpoint, index.pop(HEAD, None))
+    lora = _find_lora(checkpoint)
+    state = _read_tensors(index)
+    merge_lora(state, lora, source=path / ADAPTER)
 
+    # Take the query from the embeddings before they are resized and rounded.
     rows, width = state[EMBEDDINGS].shape
-    if weight.shape != (1, width):
+    if head.weight.shape != (1, width):
         raise ValueError(
-            f"{head_from}: the head is {tuple(weight.shape)}, but the hidden size wants (1, {width})"
+            f"{head.file}: the head is {tuple(head.weight.shape)}, "
+            f"but the hidden size requires (1, {width})"
         )
     if query_id >= rows:
         raise ValueError(
             f"{path}: {REWARD} is id {query_id}, but {EMBEDDINGS} has {rows} rows"
         )
     query = state[EMBEDDINGS][query_id : query_id + 1].float().clone()
-    for name in state:
-        grown = (
-            _grown(state[name]) if name in (EMBEDDINGS, UNEMBEDDINGS) else state[name]
-        )
-        state[name] = grown.to(getattr(torch, dtype))
+    for name in (EMBEDDINGS, UNEMBEDDINGS):
+        if name in state:
+            state[name] = _pad_rows(state[name])
+    state = {name: weight.to(getattr(torch, dtype)) for name, weight in state.items()}
     config.text_config.vocab_size = len(state[EMBEDDINGS])
 
+    # Build the model.
     vision = config.vision_config
     settings = settings or VideoSettings(
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
     )
-    backbone = exactly(
+    backbone = build_model(
         Qwen3VLForConditionalGeneration, config, state, dtype=dtype, source=path
     )
-    judge = DeScore(backbone, tokenizer, template, settings, query_id)
-    judge.load_state_dict({"query": query, "head.weight": weight.float()}, strict=False)
-    return Conversion(judge.eval(), head_from, len(adapter))
+    model = DeScore(backbone, tokenizer, template, settings, query_id)
+    model.load_state_dict(
+        {"query": query, "head.weight": head.weight.float()}, strict=False
+    )
+    return Conversion(model.eval(), head.file, len(lora))
 
 
 def read_template(path: str | Path) -> PromptTemplate:
-    """A prompt.json of ours, or a text like the official instruction, which marks its slots by
-    ``[insert prompt here]`` and, after it, ``<video>``. ValueError names the file.
+    """Read a prompt template: our prompt.json, or the official instruction's text.
+
+    The text marks its slots by ``[insert prompt here]`` and, after it, ``<video>``. ValueError
+    names the file.
     """
     path = Path(path)
     if path.suffix == ".json":
         return PromptTemplate.load(path)
+    # Every byte around the marks belongs to the prompt.
     text = path.read_text(encoding="utf-8")
-    before, *after = text.split(VIDEO_MARK)
-    if (
-        len(after) != 1
-        or text.count(PROMPT_MARK) != 1
-        or PROMPT_MARK not in before
-        or PROMPT_SLOT in text
-    ):
+    before, _, after = text.partition(VIDEO_MARK)
+    marks = (text.count(VIDEO_MARK), text.count(PROMPT_MARK), before.count(PROMPT_MARK))
+    if marks != (1, 1, 1) or PROMPT_SLOT in text:
         raise ValueError(
-            f"{path}: needs {PROMPT_MARK} once and, after it, {VIDEO_MARK} once (or be a .json)"
+            f"{path} must be a .json, or hold {PROMPT_MARK} once and, after it, {VIDEO_MARK} once"
         )
-    return PromptTemplate(before.replace(PROMPT_MARK, PROMPT_SLOT), after[0])
+    return PromptTemplate(before.replace(PROMPT_MARK, PROMPT_SLOT), after)
 
 
 # ---------------------------------------------------------------------- weights
 
 
-def index_weights(path: Path) -> dict[str, tuple[Path, str]]:
-    """Stock name -> the safetensors file that holds it, and its name there. Reads headers only."""
-    found: dict[str, tuple[Path, str]] = {}
+def index_weights(path: Path) -> dict[str, StoredTensor]:
+    """Map the stock name of every weight to its place. Reads headers only."""
+    index: dict[str, StoredTensor] = {}
+    # Wrapped and plain names of a weight are the same weight.
     for file in _weight_files(path):
         with open_safetensors(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118, not a mapping
                 name = stock_name(key)
-                if name in found:
+                if name in index:
                     raise ValueError(
-                        f"{file}: {key} and {found[name][1]} are both {name}"
+                        f"{file}: {key} and {index[name].key} are both {name}"
                     )
                 if ".lora_" in name:
                     raise ValueError(
-                        f"{file}: holds {key}; LoRA is expected in {ADAPTER}/ only"
+                        f"{file} holds {key}, but LoRA weights belong in {ADAPTER}/"
                     )
-                found[name] = (file, key)
-    return found
-
-
-def read_weights(
-    index: Mapping[str, tuple[Path, str]], adapter: Mapping[str, LowRank]
-) -> dict[str, Tensor]:
-    """Everything indexed, plus the adapter's changes: fp32 where there is one, else as stored."""
-    if lost := sorted(set(adapter) - set(index)):
-        raise ValueError(
-            f"{ADAPTER}: {len(lost)} adapters have no weight, such as {lost[0]}"
-        )
-    state = {}
-    for name, (file, key) in index.items():
-        with open_safetensors(file) as tensors:
-            state[name] = tensors.get_tensor(key)
-        if name in adapter:
-            change = adapter[name].change()
-            if change.shape != state[name].shape:
-                raise ValueError(
-                    f"{ADAPTER}: {name} is {tuple(state[name].shape)}, its LoRA {tuple(change.shape)}"
-                )
-            state[name] = state[name].float() + change
-    return state
+                index[name] = StoredTensor(file, key)
+    return index
 
 
 def read_adapter(folder: Path, *, alpha: float | None = None) -> dict[str, LowRank]:
-    """Stock name of a weight -> what LoRA adds to it; the scaling is alpha / r."""
-    config_file, file = (
-        folder / "adapter_config.json",
-        folder / "adapter_model.safetensors",
-    )
-    if missing := [f.name for f in (config_file, file) if not f.is_file()]:
+    """Read what LoRA adds to each weight, by stock name; the scaling is alpha / r."""
+    config_file = folder / "adapter_config.json"
+    file = folder / "adapter_model.safetensors"
+    missing = [part.name for part in (config_file, file) if not part.is_file()]
+    if missing:
         raise FileNotFoundError(
-            f"{folder} lacks {' and '.join(missing)}: stage 1 keeps LoRA apart from the weights, and without it the "
-            "language model is the untrained one; if there was none, or it is merged, say --no-lora"
+            f"{folder} lacks {' and '.join(missing)}. Stage 1 saves LoRA apart from the weights; "
+            "give --no-lora if there was none or it is merged already"
         )
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    if other := [key for key in _OTHER_LORAS if config.get(key)]:
-        raise ValueError(
-            f"{config_file}: {other[0]}={config[other[0]]!r} is not the official release's LoRA"
-        )
-    alpha, rank = config.get("lora_alpha") if alpha is None else alpha, config.get("r")
+
+    # Another kind of LoRA would be merged wrongly.
+    for key in UNSUPPORTED_LORA:
+        if config.get(key):
+            raise ValueError(
+                f"{config_file}: {key}={config[key]!r} is not the official release's LoRA"
+            )
+    # The official file always says 128; the user may know better.
+    if alpha is None:
+        alpha = config.get("lora_alpha")
+    rank = config.get("r")
     if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
         raise ValueError(
-            f"{config_file}: lora_alpha={alpha!r} and r={rank!r} must be a number and a whole one above 0"
+            f"{config_file}: lora_alpha={alpha!r} must be a number, r={rank!r} an integer above 0"
         )
     return low_ranks(load_safetensors(file), rank=rank, alpha=alpha, source=file)
 
 
+def _find_lora(checkpoint: OfficialCheckpoint) -> dict[str, LowRank]:
+    folder = checkpoint.path / ADAPTER
+    if checkpoint.lora:
+        return read_adapter(folder, alpha=checkpoint.alpha)
+    if folder.exists():
+        raise ValueError(f"{folder} holds a trained LoRA, so --no-lora is wrong here")
+    return {}
+
+
 def _weight_files(path: Path) -> list[Path]:
+    # A single file, or shards with an index.
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     if (path / INDEX).is_file():
-        names = (
-            json.loads((path / INDEX).read_text(encoding="utf-8"))
-            .get("weight_map", {})
-            .values()
-        )
-        files = [path / name for name in sorted(set(names))]
-        if missing := [file.name for file in files if not file.is_file()]:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(index.get("weight_map", {}).values()))
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
             raise FileNotFoundError(
                 f"{path} lacks {', '.join(missing)}, which {INDEX} names"
             )
-        return files
-    if shards := sorted(path.rglob("model_world_size_*_rank_*.pt")):
+        return [path / name for name in names]
+
+    # There is nothing to read: name the mistakes that people make.
+    shards = sorted(path.rglob("model_world_size_*_rank_*.pt"))
+    if shards:
         raise ValueError(
-            f"{shards[0]} is one of stage 2's FSDP shards: merge them into {WEIGHTS} with EasyR1's tools"
+            f"{shards[0]} is an FSDP shard of stage 2: merge the shards into {WEIGHTS} "
+            "with EasyR1's tools"
         )
-    if pickled := sorted(path.glob("*.bin")):
+    pickled = sorted(path.glob("*.bin"))
+    if pickled:
         raise ValueError(f"{pickled[0]} is a pickle: save the weights as {WEIGHTS}")
     raise FileNotFoundError(f"{path} has no weights: it lacks {WEIGHTS} and {INDEX}")
 
 
-def _grown(weight_VD: Tensor) -> Tensor:
-    """Rows up to the next multiple of 64: odd sizes are slow and fragile on GPUs."""
+def _read_tensors(index: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    state = {}
+    for name, stored in index.items():
+        with open_safetensors(stored.file) as tensors:
+            state[name] = tensors.get_tensor(stored.key)
+    return state
+
+
+def _pad_rows(weight_VD: Tensor) -> Tensor:
+    """Add rows up to the next multiple of 64: odd sizes are slow and fragile on GPUs."""
     missing = -len(weight_VD) % 64
     mean_1D = weight_VD.float().mean(0, keepdim=True).to(weight_VD.dtype)
     return torch.cat([weight_VD, mean_1D.expand(missing, -1)])
@@ -293,36 +330,46 @@ def _grown(weight_VD: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- the head
 
 
+def _find_head(
+    checkpoint: OfficialCheckpoint, stored: StoredTensor | None
+) -> LoadedHead:
+    """Read the head from the file that the user names, the weights, or a file beside them."""
+    path, file = checkpoint.path, checkpoint.head
+    if file is None and stored is not None:
+        return LoadedHead(_read_tensors({HEAD: stored})[HEAD], stored.file)
+    if file is None:
+        files = [path / name for name in HEAD_FILES if (path / name).is_file()]
+        if not files:
+            raise FileNotFoundError(
+                f"{path} has no head, neither {HEAD} in its weights nor "
+                f"{' or '.join(HEAD_FILES)}; give --head"
+            )
+        file = files[0]
+    return LoadedHead(read_head(file, allow_pickle=checkpoint.allow_pickle), file)
+
+
 def read_head(path: Path, *, allow_pickle: bool) -> Tensor:
-    """The head's weight, (1, d), from a .safetensors, or, if allowed, a .pth."""
-    found = load_any(path, allow_pickle=allow_pickle)
-    found = found.get("model", found) if isinstance(found, dict) else found
-    names = [stock_name(name) for name in found] if isinstance(found, dict) else []
-    if (
-        len(names) != 1
-        or names[0] not in (HEAD, "weight")
-        or not isinstance(next(iter(found.values())), Tensor)
-    ):
-        raise ValueError(
-            f"{path}: expected the one tensor {HEAD!r} or 'weight', found {names or type(found).__name__}"
-        )
-    return next(iter(found.values()))
+    """Read the head's weight (1, d) from a .safetensors or, if allowed, a .pth."""
+    content = load_tensor_file(path, allow_pickle=allow_pickle)
+    # Stage 2 wraps the head in {"model": ...}.
+    if isinstance(content, dict):
+        content = content.get("model", content)
+    names = list(content) if isinstance(content, dict) else [type(content).__name__]
+    if len(names) == 1 and stock_name(names[0]) in (HEAD, "weight"):
+        weight = content[names[0]]
+        if isinstance(weight, Tensor):
+            return weight
+    raise ValueError(f"{path} must hold the tensor {HEAD!r} and no other, got {names}")
 
 
-def _find_head(path: Path) -> Path:
-    found = [path / name for name in HEADS if (path / name).is_file()]
-    if not found:
-        raise FileNotFoundError(
-            f"{path} has no head: no {HEAD} in its weights, no {' or '.join(HEADS)}; give --head"
-        )
-    return found[0]
-
-
-# ---------------------------------------------------------------------- tokenizer, config, backbone
+# ---------------------------------------------------------------------- tokenizer and config
 
 
 def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase, int]:
-    """The tokenizer without `<Reward>`, and the id that `<Reward>` had. Every other id stays, or ValueError."""
+    """Read the tokenizer without `<Reward>`, and the id that `<Reward>` had.
+
+    ValueError if the id of any other token would change.
+    """
     from transformers import AutoTokenizer
 
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
@@ -331,61 +378,68 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase, int]:
     query_id = official.get_added_vocab().get(REWARD)
     if query_id is None:
         raise ValueError(
-            f"{path}: the tokenizer has no token {REWARD}: this is no DeScore, or another one's tokenizer"
+            f"{path}: the tokenizer has no token {REWARD}, so it is not DeScore's"
         )
+
+    # Write the files again without the token, and read them.
     with TemporaryDirectory() as folder:
-        for file in (path / name for name in _TOKENIZER if (path / name).is_file()):
-            if file.name in _NAMING_TOKENS:
-                text = json.dumps(
-                    _without(REWARD, json.loads(file.read_text(encoding="utf-8"))),
-                    ensure_ascii=False,
-                )
-                Path(folder, file.name).write_text(text, encoding="utf-8")
+        for name in (*TOKEN_FILES, *VOCABULARY_FILES, "config.json"):
+            file = path / name
+            if not file.is_file():
+                continue
+            if name in TOKEN_FILES:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                text = json.dumps(_without(REWARD, content), ensure_ascii=False)
+                Path(folder, name).write_text(text, encoding="utf-8")
             else:
                 shutil.copy(file, folder)
         ours = AutoTokenizer.from_pretrained(folder)
-    kept = {token: i for token, i in official.get_vocab().items() if token != REWARD}
-    if ours.get_vocab() != kept or set(ours.all_special_ids) != set(
-        official.all_special_ids
-    ) - {query_id}:
-        raise ValueError(
-            f"{path}: taking {REWARD} out of the tokenizer changes other tokens"
-        )
+
+    # Nothing else may have changed.
+    vocabulary = official.get_vocab()
+    del vocabulary[REWARD]
+    special_ids = set(official.all_special_ids) - {query_id}
+    if ours.get_vocab() != vocabulary or set(ours.all_special_ids) != special_ids:
+        raise ValueError(f"{path}: the ids of other tokens depend on {REWARD}")
     return ours, query_id
 
 
 def _without(token: str, value: Any) -> Any:
-    """A tokenizer's JSON without a token: as a key, as a string, or as an object with that ``content``."""
-
-    def kept(item: Any) -> bool:
-        return item != token and not (
-            isinstance(item, dict) and item.get("content") == token
-        )
-
+    """Remove a token from a tokenizer's JSON, where it is a key, a text or an object's content."""
     if isinstance(value, dict):
         return {
-            k: _without(token, v) for k, v in value.items() if k != token and kept(v)
+            key: _without(token, item)
+            for key, item in value.items()
+            if key != token and not _is_token(token, item)
         }
     if isinstance(value, list):
-        return [_without(token, item) for item in value if kept(item)]
+        return [_without(token, item) for item in value if not _is_token(token, item)]
     return value
 
 
-def _config(path: Path, base: Path | None) -> Qwen3VLConfig:
+def _is_token(token: str, item: Any) -> bool:
+    return item == token or (isinstance(item, dict) and item.get("content") == token)
+
+
+def _read_config(path: Path, base: Path | None) -> Qwen3VLConfig:
+    # A checkpoint of stage 2 may lack it.
+    if not (path / "config.json").is_file():
+        if base is None or not (base / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{path} lacks config.json; name the Qwen3-VL it was trained from with --base"
+            )
+        path = base
+    return read_qwen3_config(path)
+
+
+def read_qwen3_config(folder: Path) -> Qwen3VLConfig:
+    """Read config.json; ValueError if it is of another model than Qwen3-VL."""
     from transformers import AutoConfig
 
-    folders = [
-        folder
-        for folder in (path, base)
-        if folder is not None and (folder / "config.json").is_file()
-    ]
-    if not folders:
-        raise FileNotFoundError(
-            f"{path} lacks config.json; name the Qwen3-VL it was trained from with --base"
-        )
-    config = AutoConfig.from_pretrained(folders[0].as_posix())
+    config = AutoConfig.from_pretrained(folder.as_posix())
     if config.model_type != "qwen3_vl":
         raise ValueError(
-            f"{folders[0] / 'config.json'}: model_type is {config.model_type!r}, DeScore's is 'qwen3_vl'"
+            f"{folder / 'config.json'}: model_type is {config.model_type!r}, "
+            "but DeScore's is 'qwen3_vl'"
         )
     return config

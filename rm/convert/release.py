@@ -1,50 +1,53 @@
-"""A trained judge as others get it: checked name by name against the stock model, then copied as it is.
+"""Check a trained DeScore against the stock Qwen3-VL, name by name, and copy it for others to load.
 
-`DeScore.save` has merged LoRA and kept the query token's embedding and the head in a file of their own, so the folder
-is a stock Qwen3-VL already; nothing is computed here, and the copy has the same rewards to the bit.
+`DeScore.save` has merged LoRA and written the query and the head into a separate file, so the
+folder is a stock Qwen3-VL already. Nothing is computed here: the copy has the same rewards to the
+last bit.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rm.calibration import CALIBRATION_FILE
 from rm.config import VideoSettings
-from rm.convert.official import INDEX, index_weights
-from rm.convert.weights import load_safetensors, open_safetensors
+from rm.convert.official import (
+    INDEX,
+    TOKEN_FILES,
+    VOCABULARY_FILES,
+    StoredTensor,
+    index_weights,
+    read_qwen3_config,
+)
+from rm.convert.weights import load_safetensors, open_safetensors, require_weights
 from rm.model import DESCORE_FILE, HEAD_FILE, PROMPT_FILE, VIDEO_FILE, DeScore
 
-_OWN = (DESCORE_FILE, HEAD_FILE, PROMPT_FILE, VIDEO_FILE)
-_STOCK = ("config.json", "generation_config.json", INDEX)
-_TOKENIZER = (
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    ),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+REQUIRED_FILES = (DESCORE_FILE, HEAD_FILE, PROMPT_FILE, VIDEO_FILE, "config.json")
+OPTIONAL_FILES = (
+    "generation_config.json",
+    INDEX,
+    *TOKEN_FILES,
+    *VOCABULARY_FILES,
+    CALIBRATION_FILE,
 )
-_LOCAL = (
-    "_name_or_path",
-    "name_or_path",
-)  # where a config or a tokenizer was once loaded from
+# Where transformers records the folder that a config or a tokenizer was loaded from.
+LOCAL_KEYS = ("_name_or_path", "name_or_path")
 
 
 @dataclass(frozen=True)
 class RewardModelFolder:
-    """A folder that holds a whole judge.
+    """A folder that holds a complete DeScore.
 
-    weights     the backbone's files
-    tensors     how many weights they hold
-    dtype       as the config says
-    query_id    the first query token's id; ``dimensions`` has a name for each
+    weights     The backbone's files.
+    tensors     The number of weights in them.
+    dtype       The backbone's dtype, as config.json gives it.
+    query_id    The first query token's id.
+    dimensions  The rewards' names, in the order of their query tokens.
     """
 
     path: Path
@@ -57,98 +60,80 @@ class RewardModelFolder:
 
 
 def inspect(path: str | Path) -> RewardModelFolder:
-    """Read headers, the query and the head. FileNotFoundError or ValueError name the file and what is wrong with it."""
+    """Check a DeScore folder by its headers, query and head.
+
+    FileNotFoundError or ValueError name the file and what is wrong with it.
+    """
+    from transformers import Qwen3VLForConditionalGeneration
+
     path = Path(path)
-    if missing := [
-        name for name in (*_OWN, "config.json") if not (path / name).is_file()
-    ]:
+    missing = [name for name in REQUIRED_FILES if not (path / name).is_file()]
+    if missing:
         raise FileNotFoundError(
             f"{path} is not a DeScore checkpoint: it lacks {', '.join(missing)}"
         )
+
+    # The backbone must be the stock model.
     index = index_weights(path)
-    config = _require_stock(path, index)
+    config = read_qwen3_config(path)
+    require_weights(_shapes(index), Qwen3VLForConditionalGeneration, config, path)
+
+    # The query and the head have a row for each reward.
     dimensions = DeScore.dimensions_in(path)
-    query_id = json.loads((path / DESCORE_FILE).read_text(encoding="utf-8"))["query_id"]
-    own, want = (
-        load_safetensors(path / HEAD_FILE),
-        (len(dimensions), config.text_config.hidden_size),
-    )
-    found = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    if found != {"query": want, "head": want}:
+    expected = (len(dimensions), config.text_config.hidden_size)
+    stored = load_safetensors(path / HEAD_FILE)
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    if shapes != {"query": expected, "head": expected}:
         raise ValueError(
-            f"{path / HEAD_FILE} holds {found}, want query and head of {want}"
+            f"{path / HEAD_FILE} holds {shapes}, but query and head must be {expected}"
         )
+
+    # Collect the facts for the model card.
+    record = json.loads((path / DESCORE_FILE).read_text(encoding="utf-8"))
     return RewardModelFolder(
         path,
-        weights=tuple(sorted({file for file, _ in index.values()})),
+        weights=tuple(sorted({stored.file for stored in index.values()})),
         tensors=len(index),
         dtype=str(config.dtype).removeprefix("torch."),
-        query_id=query_id,
+        query_id=record["query_id"],
         dimensions=tuple(dimensions),
         video=VideoSettings.load(path / VIDEO_FILE),
     )
 
 
-def copy(judge: RewardModelFolder, out: Path) -> list[Path]:
-    """Write what belongs to the judge into ``out``, and nothing else that lies in its folder. Returns the files."""
+def copy_release(folder: RewardModelFolder, out: Path) -> None:
+    """Copy the reward model's files into ``out``, and nothing else that lies in its folder."""
+    # Other files, such as the optimizer's, stay where they are.
     out.mkdir(parents=True, exist_ok=True)
-    names = [*_OWN, *_STOCK, *_TOKENIZER, CALIBRATION_FILE]
-    files = [
-        *judge.weights,
-        *(judge.path / name for name in names if (judge.path / name).is_file()),
-    ]
-    for file in files:
-        if file.suffix == ".json" and any(
-            f'"{key}"' in file.read_text(encoding="utf-8") for key in _LOCAL
-        ):
-            text = json.dumps(
-                _public(json.loads(file.read_text(encoding="utf-8"))),
-                indent=2,
-                ensure_ascii=False,
-            )
-            (out / file.name).write_text(text + "\n", encoding="utf-8")
+    files = [folder.path / name for name in (*REQUIRED_FILES, *OPTIONAL_FILES)]
+    for file in (*folder.weights, *files):
+        if not file.is_file():
+            continue
+        # Keep the paths of this machine out of what is published.
+        text = file.read_text(encoding="utf-8") if file.suffix == ".json" else ""
+        if any(f'"{key}"' in text for key in LOCAL_KEYS):
+            content = _without_local_keys(json.loads(text))
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (out / file.name).write_text(text, encoding="utf-8")
         else:
             shutil.copyfile(file, out / file.name)
-    return [out / file.name for file in files]
 
 
-def _require_stock(path: Path, index: dict[str, tuple[Path, str]]) -> Any:
-    """The config; ValueError unless the files hold the stock model's weights, all and no others, of its shapes."""
-    from transformers import AutoConfig, Qwen3VLForConditionalGeneration
-
-    config = AutoConfig.from_pretrained(path.as_posix())
-    if config.model_type != "qwen3_vl":
-        raise ValueError(
-            f"{path / 'config.json'}: model_type is {config.model_type!r}, DeScore's is 'qwen3_vl'"
-        )
-    with torch.device("meta"):
-        stock = Qwen3VLForConditionalGeneration(config)
-    want = {name: list(weight.shape) for name, weight in stock.state_dict().items()}
-    found = {}
-    for file in sorted({file for file, _ in index.values()}):
-        with open_safetensors(file) as tensors:
-            for name, (_, key) in ((n, at) for n, at in index.items() if at[0] == file):
-                found[name] = tensors.get_slice(key).get_shape()
-    missing = want.keys() - found.keys()
-    if config.tie_word_embeddings:
-        missing -= {"lm_head.weight"}
-    problems = [f"unexpected {name}" for name in sorted(found.keys() - want.keys())]
-    problems += [f"missing {name}" for name in sorted(missing)]
-    both = sorted(want.keys() & found.keys())
-    problems += [
-        f"{name} is {found[name]}, want {want[name]}"
-        for name in both
-        if found[name] != want[name]
-    ]
-    if problems:
-        shown = "; ".join(problems[:5])
-        raise ValueError(
-            f"{path}: weights do not fit config.json ({len(problems)} problems): {shown}"
-        )
-    return config
+def _shapes(index: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for name, stored in index.items():
+        with open_safetensors(stored.file) as tensors:
+            shapes[name] = tuple(tensors.get_slice(stored.key).get_shape())
+    return shapes
 
 
-def _public(value: Any) -> Any:
+def _without_local_keys(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items() if key not in _LOCAL}
-    return [_public(item) for item in value] if isinstance(value, list) else value
+        return {
+            key: _without_local_keys(item)
+            for key, item in value.items()
+            if key not in LOCAL_KEYS
+        }
+    if isinstance(value, list):
+        return [_without_local_keys(item) for item in value]
+    return value

@@ -1,17 +1,19 @@
-"""Weights that others saved: safetensors, a pickle if the user allows one, LoRA beside its linears, wrappers' names."""
+"""Read weights that other programs saved, and check that they fit a transformers model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.lora import LowRank
+
 
 def open_safetensors(file: Path) -> Any:
-    """A safetensors file, opened; ValueError with its name if it is cut short or another format."""
+    """Open a safetensors file. ValueError, with its name, if it is cut short or another format."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -21,15 +23,17 @@ def open_safetensors(file: Path) -> Any:
 
 
 def load_safetensors(file: Path) -> dict[str, Tensor]:
-    """Everything in it. ValueError as above."""
+    """Read all tensors of a safetensors file. Errors as in `open_safetensors`."""
     with open_safetensors(file) as tensors:
-        return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118, not a mapping
+        names = tensors.keys()
+        return {name: tensors.get_tensor(name) for name in names}
 
 
-def load_any(file: Path, *, allow_pickle: bool) -> Any:
-    """A .safetensors; or, if allowed, whatever containers of tensors torch.save made a .pth of.
+def load_tensor_file(file: Path, *, allow_pickle: bool) -> Any:
+    """Read a .safetensors or, if allowed, the containers of tensors that torch.save wrote.
 
-    FileNotFoundError; ValueError for a pickle that is not allowed, or that asks for anything but tensors.
+    FileNotFoundError if it is missing. ValueError for a pickle that is not allowed, or that
+    refers to anything but tensors.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
@@ -37,47 +41,81 @@ def load_any(file: Path, *, allow_pickle: bool) -> Any:
         return load_safetensors(file)
     if not allow_pickle:
         raise ValueError(
-            f"{file} is a pickle, a format that can run code when read, so it is not; --allow-pickle reads it, "
-            "tensors only, if you trust where it came from; or give it as .safetensors"
+            f"{file} is a pickle, a format that can run code when it is read. Give the weights "
+            "as .safetensors, or, if you trust their source, --allow-pickle, which reads tensors "
+            "only"
         )
+    # Refuse anything but tensors before the pickle is read.
     try:
-        if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(file):
-            raise ValueError(f"it asks for {', '.join(sorted(foreign))}")
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        if unsafe:
+            raise ValueError(f"it refers to {', '.join(sorted(unsafe))}")
         return torch.load(file, map_location="cpu", weights_only=True)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{file} is not a file of tensors only, saved by torch: {error}"
+            f"{file} must hold nothing but tensors, saved by torch: {error}"
         ) from error
 
 
-def exactly(
-    kind: Any, config: Any, state: dict[str, Tensor], *, dtype: str, source: Path
+def merge_lora(
+    state: dict[str, Tensor], lora: Mapping[str, LowRank], *, source: Path
+) -> None:
+    """Add LoRA's changes to the weights in place: W + scaling * B A, in fp32.
+
+    ValueError, naming ``source``, if a change has no weight or another shape.
+    """
+    # Every trained matrix must be used.
+    missing = sorted(set(lora) - set(state))
+    if missing:
+        raise ValueError(
+            f"{source}: {len(missing)} LoRA layers have no weight, such as {missing[0]}"
+        )
+    for name, low_rank in lora.items():
+        change = low_rank.change()
+        if change.shape != state[name].shape:
+            raise ValueError(
+                f"{source}: {name} is {tuple(state[name].shape)}, "
+                f"its LoRA is {tuple(change.shape)}"
+            )
+        state[name] = state[name].float() + change
+
+
+def require_weights(
+    shapes: Mapping[str, tuple[int, ...]], model_class: Any, config: Any, source: Path
+) -> None:
+    """Check that weights have exactly the names and shapes of a transformers model, or ValueError.
+
+    Takes no memory for the model. ``lm_head.weight`` may be missing where the config ties it.
+    """
+    with torch.device("meta"):
+        stock = model_class(config).state_dict()
+
+    # Compare names and shapes.
+    problems = []
+    for name in sorted(stock.keys() | shapes.keys()):
+        if name not in stock:
+            problems.append(f"unexpected {name}")
+        elif name in shapes:
+            expected = tuple(stock[name].shape)
+            if shapes[name] != expected:
+                problems.append(f"{name} is {shapes[name]}, expected {expected}")
+        elif name != "lm_head.weight" or not config.tie_word_embeddings:
+            problems.append(f"missing {name}")
+    # Many problems usually have the same cause.
+    if problems:
+        raise ValueError(
+            f"{source}: {len(problems)} weights do not fit config.json: "
+            + "; ".join(problems[:5])
+        )
+
+
+def build_model(
+    model_class: Any, config: Any, state: dict[str, Tensor], *, dtype: str, source: Path
 ) -> Any:
-    """A transformers model of this class with exactly these weights: none missing, none left over, or ValueError."""
-    model, report = kind.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=getattr(torch, dtype),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    wrong = [
-        f"{name} is {tuple(has)}, not {tuple(want)}"
-        for name, has, want in report["mismatched_keys"]
-    ]
-    problems = {
-        "missing": report["missing_keys"],
-        "unknown": report["unexpected_keys"],
-        "of another size": wrong,
-    }
-    if any(problems.values()):
-        raise ValueError(f"{source}: weights do not fit config.json: {_some(problems)}")
-    return model
-
-
-def _some(problems: Mapping[str, Iterable[str]]) -> str:
-    texts = {kind: sorted(names) for kind, names in problems.items() if names}
-    return "; ".join(
-        f"{len(names)} {kind}, such as {names[0]}" for kind, names in texts.items()
+    """Build a transformers model with exactly these weights. Errors as in `require_weights`."""
+    # transformers only warns about missing weights, and draws them at random.
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    require_weights(shapes, model_class, config, source)
+    return model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=getattr(torch, dtype)
     )

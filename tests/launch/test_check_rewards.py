@@ -1,4 +1,4 @@
-"""The check of rewards: spoilt videos are what they are called, and a reward that is turned round is found out."""
+"""launch/check_rewards.py: the corruptions, and a reward that prefers wrong videos fails."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def worlds(count: int = 6) -> list[RewardClip]:
     ]
 
 
-def test_spoilt_videos_are_what_they_are_called() -> None:
+def test_each_case_corrupts_videos_as_its_name_says() -> None:
     clips = worlds(3)
     wrong = spoil(clips, "wrong prompt")
     assert [clip.prompt for clip in wrong] == [
@@ -53,7 +53,7 @@ def test_spoilt_videos_are_what_they_are_called() -> None:
     assert {clip.fps for clip in spoil(clips, "twice the rate")} == {2.0 * FPS}
 
 
-def test_the_oracle_is_sensible_and_its_opposite_is_not() -> None:
+def test_check_passes_oracle_and_fails_negated_oracle() -> None:
     verdicts = {one.case: one for one in check(ShapesOracle(), worlds())}
     assert list(verdicts) == list(CASES)
     for case in reward_check.MUST:
@@ -72,7 +72,7 @@ def test_the_oracle_is_sensible_and_its_opposite_is_not() -> None:
     )
 
 
-def test_sizes_and_rates_may_differ() -> None:
+def test_clips_of_different_size_and_rate_are_scored() -> None:
     from alignment.rewards.brightness import Brightness
 
     clips = [
@@ -86,7 +86,7 @@ def test_sizes_and_rates_may_differ() -> None:
     assert score_clips(Brightness(), clips).value_B.tolist() == pytest.approx(
         [0.2, 0.4, 0.8]
     )
-    with pytest.raises(ValueError, match="at least two different prompts"):
+    with pytest.raises(ValueError, match="two"):
         check(Brightness(), clips[:1])
 
 
@@ -99,14 +99,14 @@ def files(tmp_path: Path) -> list[str]:
     return ["--videos", f"{tmp_path}/*.mp4", "--prompts", str(tmp_path / "prompts.txt")]
 
 
-def test_the_command(
+def test_command_exits_1_for_a_reward_that_prefers_wrong_videos(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as done:
-        check_rewards.main([*files, "rewards.shapes.weight=1"])
+        check_rewards.main([*files, "rewards.shapes.target=toy/oracle.py:ShapesOracle"])
     assert done.value.code == 0
     said = capsys.readouterr().out
-    assert "shapes, 4 videos as they are" in said
+    assert "shapes, 4 videos" in said
     assert all(case in said for case in CASES)
     assert "NOT SENSIBLE" not in said
     (tmp_path / "upside_down.py").write_text(
@@ -122,11 +122,11 @@ def test_the_command(
     assert capsys.readouterr().out.count("NOT SENSIBLE") == 2
 
 
-def test_a_reward_that_reads_no_prompt_is_told_so(
+def test_command_reports_a_reward_that_ignores_prompts(
     files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         check_rewards.main([*files, "rewards.brightness.weight=1", "--limit", "2"])
     assert "wrong prompt" in (said := capsys.readouterr().out)
-    assert "makes no difference to it" in said
-    assert "2 videos as they are" in said
+    assert "difference" in said
+    assert "2 videos" in said

@@ -1,4 +1,4 @@
-"""The converter as a user runs it: what it writes loads as a reward model, what it lacks is one line and code 2."""
+"""launch/convert_descore.py: its folder loads as a reward model, wrong input exits with code 2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def official(tmp_path: Path) -> Path:
 
 def words(tmp_path: Path, *more: str) -> list[str]:
     SETTINGS.save(tmp_path / "video.json")
-    paths = {"--official": "checkpoint-7", "--out": "judge", "--video": "video.json"}
+    paths = {"--official": "checkpoint-7", "--out": "descore", "--video": "video.json"}
     return [
         *(
             word
@@ -48,25 +48,26 @@ def refused(capsys, *argv: str) -> str:
     return printed.err
 
 
+@pytest.mark.slow
 @torch.no_grad()
-def test_the_folder_is_a_reward_model(tmp_path, official):
+def test_converted_folder_gives_the_official_rewards(tmp_path, official):
     prompt = tmp_path / "instruction.txt"
     prompt.write_text("Text: [insert prompt here]\nVideo: <video>\nJudge it.")
     options = ("--allow-pickle", "--prompt", str(prompt))
     done = run(sys.executable, "launch/convert_descore.py", *words(tmp_path, *options))
-    assert "LoRA merged into 14 linears" in done.stdout
-    assert f"head from {official / 'rm_head.pth'}" in done.stdout
-    assert f"prompt: {prompt}" in done.stdout
-    scorer = DeScoreScorer.load(tmp_path / "judge", device="cpu", chains=0)
-    judge = scorer.model
-    assert judge.template.fill("a cat") == "Text: a cat\nVideo: "
+    assert " 14 " in done.stdout
+    assert str(official / "rm_head.pth") in done.stdout
+    assert str(prompt) in done.stdout
+    scorer = DeScoreScorer.load(tmp_path / "descore", device="cpu", chains=0)
+    model = scorer.model
+    assert model.template.fill("a cat") == "Text: a cat\nVideo: "
     videos = [random_frames(i) for i in range(2)]
     found = scorer.score(videos, ["a cat", "a dog"], fps=4.0).value_B
 
-    # and what the official model says of the very same tokens
+    # The official model on the same tokens.
     ready = [prepare(video, SETTINGS, fps=4.0) for video in videos]
-    batch = judge.batch(
-        [judge.encode(p, v) for p, v in zip(["a cat", "a dog"], ready, strict=True)],
+    batch = model.batch(
+        [model.encode(p, v) for p, v in zip(["a cat", "a dog"], ready, strict=True)],
         ready,
     )
     torch.testing.assert_close(
@@ -74,17 +75,17 @@ def test_the_folder_is_a_reward_model(tmp_path, official):
     )
 
 
-def test_a_pickle_is_not_read_unasked_and_nothing_is_written(
+def test_pickle_without_allow_pickle_is_refused_and_writes_nothing(
     tmp_path, official, capsys
 ):
     message = refused(capsys, *words(tmp_path))
-    assert "rm_head.pth is a pickle" in message
+    assert "rm_head.pth" in message
     assert "--allow-pickle" in message
     assert "Traceback" not in message
-    assert not (tmp_path / "judge").exists()
+    assert not (tmp_path / "descore").exists()
 
 
-def test_a_safe_head_needs_no_flag_and_the_default_prompt_is_named(
+def test_safetensors_head_needs_no_flag_and_default_prompt_is_reported(
     tmp_path, official, capsys
 ):
     save_file(
@@ -101,33 +102,31 @@ def test_a_safe_head_needs_no_flag_and_the_default_prompt_is_named(
         )
     )
     printed = capsys.readouterr().out
-    assert "prompt: NOT the one it was trained with" in printed
-    judge = DeScoreScorer.load(tmp_path / "judge", device="cpu").model
-    assert judge.template == DEFAULT_TEMPLATE
-    with safe_open(tmp_path / "judge/model.safetensors", framework="pt") as tensors:
+    assert "NOT" in printed
+    model = DeScoreScorer.load(tmp_path / "descore", device="cpu").model
+    assert model.template == DEFAULT_TEMPLATE
+    with safe_open(tmp_path / "descore/model.safetensors", framework="pt") as tensors:
         assert tensors.get_tensor("lm_head.weight").dtype == torch.bfloat16
 
 
-def test_what_is_in_the_way_is_refused(tmp_path, official, capsys):
-    (tmp_path / "judge").mkdir()
-    (tmp_path / "judge/mine.txt").touch()
-    assert "exists and is not an empty folder" in refused(
-        capsys, *words(tmp_path, "--allow-pickle")
-    )
-    (tmp_path / "judge/mine.txt").unlink()
-    assert "--no-lora is for checkpoints without it" in refused(
+def test_wrong_input_exits_2(tmp_path, official, capsys):
+    (tmp_path / "descore").mkdir()
+    (tmp_path / "descore/mine.txt").touch()
+    assert "descore" in refused(capsys, *words(tmp_path, "--allow-pickle"))
+    (tmp_path / "descore/mine.txt").unlink()
+    assert "--no-lora" in refused(
         capsys, *words(tmp_path, "--allow-pickle", "--no-lora")
     )
-    assert "no such file" in refused(
+    assert "x.pth" in refused(
         capsys, *words(tmp_path, "--head", str(tmp_path / "x.pth"))
     )
     (tmp_path / "video.json").write_text("{}")
-    assert "No such file" in refused(
+    assert "x.txt" in refused(
         capsys, *words(tmp_path, "--prompt", str(tmp_path / "x.txt"))
     )
 
 
-def test_help_loads_nothing_heavy():
+def test_help_imports_nothing_heavy():
     loaded, said = loaded_by_help(
         "convert_descore", "torch", "transformers", "peft", "safetensors"
     )

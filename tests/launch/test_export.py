@@ -1,4 +1,4 @@
-"""The exporter as a user runs it: what its cards say loads, with stock classes, and is what was trained."""
+"""launch/export.py: the cards' commands load the trained weights with stock classes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from tests.launch.release.test_hub import SECRET, Hub, online
 from tests.tiny import build_tiny_wan, tiny_config, tiny_generator
 from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
 
+ORACLE = "toy/oracle.py:ShapesOracle"
 PROMPTS, SEEDS = ["rain", "a red circle"], [3, 4]
 HUB_NAME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
@@ -47,7 +48,7 @@ def make_run(wan: Path, folder: Path, **changes: object) -> WanGenerator:
         steps=3,
         generator=tiny_config(wan, **changes),
         rewards={
-            "shapes": RewardConfig(weight=1.5),
+            "shapes": RewardConfig(weight=1.5, target=ORACLE),
             "brightness": RewardConfig(weight=0.0),
         },
         optimizer=OptimizerConfig(lr=3e-4),
@@ -94,14 +95,14 @@ def exported(
 
 
 def ended(capsys: pytest.CaptureFixture[str], code: int, *argv: str) -> str:
-    """What is said to stderr, one line."""
+    """Return the single line of stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         export.main(argv)
     assert stop.value.code == code
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
 
 
 def follow(card: Path, places: dict[str, Path], *, block: int = 0) -> dict[str, object]:
@@ -115,7 +116,7 @@ def follow(card: Path, places: dict[str, Path], *, block: int = 0) -> dict[str, 
 
 
 @pytest.mark.parametrize("form", export.FORMATS)
-def test_the_cards_command_loads_what_was_trained(
+def test_card_command_loads_the_trained_weights(
     wan: Path, grpo: WanGenerator, tmp_path: Path, form: str
 ) -> None:
     out = exported(tmp_path, form=form)
@@ -146,7 +147,7 @@ def test_the_cards_command_loads_what_was_trained(
         }
 
 
-def test_a_transformer_that_was_trained_whole(
+def test_export_fully_trained_transformer_keeps_weights(
     wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator = make_run(wan, tmp_path / "grpo", lora=None, dtype="bfloat16")
@@ -154,10 +155,11 @@ def test_a_transformer_that_was_trained_whole(
         generator.module.proj_out.weight.mul_(1.5)
     generator.save_trained(tmp_path / "grpo/final")
     out = exported(tmp_path)
-    # a block has 4 x 2 and 2 norms in each attention, 2 in its norm, 4 in its feed-forward and 1 of modulation; outside
-    # are 2 of patches, 4 + 2 of time, 4 of text, and 1 + 2 of the output
+    # A block has 4 x 2 weights and 2 norms in each attention, 2 in its norm, 4 in its
+    # feed-forward and 1 of modulation. Outside are 2 of patches, 4 + 2 of time, 4 of text and
+    # 1 + 2 of the output.
     assert (
-        f"all {2 * (2 * (4 * 2 + 2) + 2 + 4 + 1) + 2 + 4 + 2 + 4 + 1 + 2} weights trained"
+        f" {2 * (2 * (4 * 2 + 2) + 2 + 4 + 1) + 2 + 4 + 2 + 4 + 1 + 2} weights"
         in capsys.readouterr().out
     )
     pipeline = follow(
@@ -169,13 +171,13 @@ def test_a_transformer_that_was_trained_whole(
         str(wan) in (tmp_path / "grpo/final/transformer/config.json").read_text()
     )  # where it was loaded from
     assert str(wan) not in (out / "transformer/config.json").read_text()
-    assert "is for adapters" in ended(
+    assert "adapters" in ended(
         capsys, 2, str(tmp_path / "grpo/final"), "--format", "comfyui", "--out", "x"
     )
 
 
 @pytest.fixture
-def judge(tmp_path: Path) -> DeScore:
+def descore(tmp_path: Path) -> DeScore:
     model = DeScore(tiny_qwen(), tiny_tokenizer(), TEMPLATE, SETTINGS, 264).eval()
     torch.nn.init.normal_(model.head.weight)
     model.save(tmp_path / "stage2/final")
@@ -183,8 +185,8 @@ def judge(tmp_path: Path) -> DeScore:
 
 
 @torch.no_grad()
-def test_a_judge(
-    tmp_path: Path, judge: DeScore, capsys: pytest.CaptureFixture[str]
+def test_export_descore_keeps_rewards(
+    tmp_path: Path, descore: DeScore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Stage 2 started from stage 1's folder, which started from a hub name: that is the base."""
     dual = {
@@ -203,7 +205,7 @@ def test_a_judge(
         "transformers",
         "video-text-to-text",
     )
-    assert "trained by DeScore, stage 2" in card.text
+    assert "DeScore, stage 2" in card.text
     assert "| `dual_rl.group_size` | 8 |" in card.text
 
     code = re.findall(r"```python\n(.*?)```", card.text, re.S)[0]
@@ -214,22 +216,22 @@ def test_a_judge(
     video = [random_frames(1)]
     found, want = (
         s.score(video, ["a"], fps=4.0)
-        for s in (DeScoreScorer.load(out, chains=0), DeScoreScorer(judge, chains=0))
+        for s in (DeScoreScorer.load(out, chains=0), DeScoreScorer(descore, chains=0))
     )
     torch.testing.assert_close(found.value_B, want.value_B, atol=1e-5, rtol=0)
     model = follow(out / "README.md", {}, block=1)["model"]
-    assert torch.equal(model.get_input_embeddings().weight[264:265], judge.query)
-    assert "LoRA merged" in capsys.readouterr().out
+    assert torch.equal(model.get_input_embeddings().weight[264:265], descore.query)
+    assert "LoRA" in capsys.readouterr().out
     for words, options in (
-        ("is for adapters", ("--format", "diffusers")),
-        ("--base is for", ("--format", "merged", "--base", "x")),
+        ("adapters", ("--format", "diffusers")),
+        ("--base", ("--format", "merged", "--base", "x")),
     ):
         assert words in ended(
             capsys, 2, str(tmp_path / "stage2/final"), *options, "--out", "x"
         )
 
 
-def test_what_a_card_says_and_does_not_say(
+def test_card_has_settings_and_no_secret_or_path(
     wan: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -271,15 +273,15 @@ def test_what_a_card_says_and_does_not_say(
             word in file.read_bytes()
             for word in (str(tmp_path).encode(), str(wan).encode(), SECRET.encode())
         )
-    assert f"base_model {HUB_NAME}" in capsys.readouterr().out
+    assert HUB_NAME in capsys.readouterr().out
 
 
-def test_a_folder_without_a_run(
+def test_export_without_a_run_needs_base(
     wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_generator(wan).save_trained(tmp_path / "deep/er/lora")
     trained = str(tmp_path / "deep/er/lora")
-    assert "give --base" in ended(
+    assert "--base" in ended(
         capsys, 2, trained, "--format", "merged", "--out", str(tmp_path / "x")
     )
     assert not (tmp_path / "x").exists()
@@ -294,51 +296,44 @@ def test_a_folder_without_a_run(
     assert "## Training" not in card.text
 
 
-def test_wrong_input_is_one_line_and_code_2(
+def test_wrong_input_exits_2_with_one_line(
     wan: Path, grpo: WanGenerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     final, out = tmp_path / "grpo/final", tmp_path / "out"
 
-    def refused(trained: Path, *more: str, form: str = "merged") -> str:
+    def error_of(trained: Path, *more: str, form: str = "merged") -> str:
         return ended(
             capsys, 2, str(trained), "--format", form, "--out", str(out), *more
         )
 
-    assert f"is it {final}?" in refused(tmp_path / "grpo")
-    assert (
-        "holds none of pytorch_lora_weights.safetensors, transformer/config.json, descore.json"
-        in refused(wan / "vae")
-    )
-    assert "'a/b/c'" in refused(final, "--push", "a/b/c")
-    assert "must be OWNER/NAME" in refused(final, "--push", "name")
-    assert "there is no folder ./nowhere" in refused(final, "--base", "./nowhere")
-    assert "owner/name is not in the cache" in refused(final, "--base", "owner/name")
+    assert str(final) in error_of(tmp_path / "grpo")
+    assert "transformer/config.json" in error_of(wan / "vae")
+    assert "'a/b/c'" in error_of(final, "--push", "a/b/c")
+    assert "OWNER/NAME" in error_of(final, "--push", "name")
+    assert "./nowhere" in error_of(final, "--base", "./nowhere")
+    assert "owner/name" in error_of(final, "--base", "owner/name")
     other = build_tiny_wan(tmp_path / "other", layers=1)
     for form in export.FORMATS:
-        assert "does not fit the transformer (10 problems)" in refused(
-            final, "--base", str(other), form=form
-        )
+        assert "(10 problems)" in error_of(final, "--base", str(other), form=form)
     file = final / "pytorch_lora_weights.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    assert f"{file} is not a whole safetensors file" in refused(final)
+    assert str(file) in error_of(final)
     (tmp_path / "grpo/config.yaml").write_text("a: [")
-    assert "line 1" in refused(final)
+    assert "line 1" in error_of(final)
     (final / "descore.json").touch()
-    assert "holds both pytorch_lora_weights.safetensors and descore.json" in refused(
-        final
-    )
+    assert "descore.json" in error_of(final)
     assert not out.exists()
     out.mkdir()
     (out / "mine.txt").touch()
-    assert "exists and is not an empty folder" in refused(final)
+    assert str(out) in error_of(final)
     with pytest.raises(SystemExit) as stop:
         export.main([str(final), "--format", "merged", "--out", "x", "--public"])
     assert stop.value.code == 2
-    assert "--public goes with --push" in capsys.readouterr().err
+    assert "--push" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [(), ("--public",)])
-def test_a_push_is_private_unless_asked(
+def test_push_is_private_without_public(
     grpo: WanGenerator,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -359,7 +354,7 @@ def test_a_push_is_private_unless_asked(
     assert "pushed to https://huggingface.co/me/lora" in capsys.readouterr().out
 
 
-def test_a_push_that_fails_is_one_line_and_code_1(
+def test_failed_push_exits_1_with_one_line(
     grpo: WanGenerator,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -375,20 +370,23 @@ def test_a_push_that_fails_is_one_line_and_code_1(
             "me/lora",
         ]
         said = ended(capsys, 1, str(tmp_path / "grpo/final"), *argv)
-        assert f"{tmp_path / name} is written, but not pushed" in said
+        assert str(tmp_path / name) in said
         assert (tmp_path / name / "README.md").is_file()
         return said
 
-    assert "HF_HUB_OFFLINE is set" in failed("offline")
+    assert "HF_HUB_OFFLINE" in failed("offline")
     online(monkeypatch, token=None)
-    assert "there is no token" in failed("no_token")
+    assert "HF_TOKEN" in failed("no_token")
     online(monkeypatch)  # the hub's own client, and nobody at that address
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "ConnectError" in failed("no_network")
 
 
-def test_the_true_entry_point(wan: Path, grpo: WanGenerator, tmp_path: Path) -> None:
-    """Base and card from the run's folder; the push fails, offline as tests are, the export is there."""
+@pytest.mark.slow
+def test_entry_point_merges_lora_and_fails_to_push_offline(
+    wan: Path, grpo: WanGenerator, tmp_path: Path
+) -> None:
+    """The base comes from the run's config; the export exists although the push fails."""
     words = (
         str(tmp_path / "grpo/final"),
         "--format",
@@ -399,14 +397,10 @@ def test_the_true_entry_point(wan: Path, grpo: WanGenerator, tmp_path: Path) -> 
         "me/wan",
     )
     done = run(sys.executable, "launch/export.py", *words, expect=1)
-    assert done.stderr.splitlines()[-1].endswith(
-        "is written, but not pushed: HF_HUB_OFFLINE is set, so nothing is sent"
-    )
+    assert "HF_HUB_OFFLINE" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert (
-        "rank 4, alpha 8, merged in float32 and stored in the base's float32"
-        in done.stdout
-    )
+    assert "alpha 8" in done.stdout
+    assert "float32" in done.stdout
     name = "blocks.1.ffn.net.2"
     lora = load_file(tmp_path / "grpo/final/pytorch_lora_weights.safetensors")
     down, up = (
@@ -423,7 +417,7 @@ def test_the_true_entry_point(wan: Path, grpo: WanGenerator, tmp_path: Path) -> 
     )
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     heavy = (
         "torch",
         "transformers",

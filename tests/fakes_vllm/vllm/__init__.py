@@ -1,7 +1,7 @@
-"""Stands in for vLLM in the worker process: the calls that `rm/vllm/worker.py` makes, as vLLM documents them.
+"""A stand-in for vLLM with the calls that `rm/vllm/worker.py` makes, as vLLM documents them.
 
-The stock transformers Qwen3-VL of the folder, one full forward a token. Unknown arguments are errors. Caches are kept
-as vLLM keeps them, so that forgetting to reset one shows. The environment variable FAKE_VLLM breaks it on purpose.
+It runs the folder's stock Qwen3-VL with a full forward a token. Unknown arguments are errors. Its
+caches persist as in vLLM, so that a missing reset shows. The variable FAKE_VLLM breaks it.
 """
 
 from __future__ import annotations
@@ -56,9 +56,17 @@ class RequestOutput:
 
 class LLM:
     def __init__(
-        self, model: str, *, dtype: str, max_model_len: int, gpu_memory_utilization: float,
-        limit_mm_per_prompt: dict[str, int], enable_sleep_mode: bool, generation_config: str, seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        model: str,
+        *,
+        dtype: str,
+        max_model_len: int,
+        gpu_memory_utilization: float,
+        limit_mm_per_prompt: dict[str, int],
+        enable_sleep_mode: bool,
+        generation_config: str,
+        seed: int,
+    ) -> None:
         sys.stdout.write("INFO the engine talks on stdout while it starts\n")
         os.write(1, b"and so do its libraries\n")
         assert generation_config == "vllm"
@@ -210,12 +218,16 @@ class LLM:
             ids_1L, types_1L, video_grid_thw=grid
         )
         output = self.model(
-            input_ids=ids_1L, position_ids=positions, pixel_values_videos=patches, video_grid_thw=grid,
-            mm_token_type_ids=types_1L, use_cache=False,
-        )  # fmt: skip
+            input_ids=ids_1L,
+            position_ids=positions,
+            pixel_values_videos=patches,
+            video_grid_thw=grid,
+            mm_token_type_ids=types_1L,
+            use_cache=False,
+        )
         return output.logits[0, -1].float()
 
-    # -------------------------------------------------------------- what its Qwen3-VL processor does
+    # -------------------------------------------------------------- its Qwen3-VL processor
 
     def _patches(self, frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         own = self.processor
@@ -242,15 +254,20 @@ class LLM:
         return torch.from_numpy(np.stack(rows)), torch.tensor([[t, h, w]])
 
     def _expand(self, ids: list[int], metadata: dict, grid: torch.Tensor) -> list[int]:
-        """Each triple of ids becomes a time stamp, vision start, pads and vision end for every temporal patch."""
+        """Expand the placeholder to a time stamp, vision start, pads and vision end per patch."""
         start, pad, end = triple = self.tokenizer.convert_tokens_to_ids(list(TRIPLE))
         places = [i for i in range(len(ids) - 2) if ids[i : i + 3] == triple]
         assert len(places) == 1, (
             "Failed to apply prompt replacement for mm_items['video'][0]"
         )
         assert set(metadata) == {
-            "fps", "frames_indices", "total_num_frames", "duration", "video_backend", "do_sample_frames",
-        }  # fmt: skip
+            "fps",
+            "frames_indices",
+            "total_num_frames",
+            "duration",
+            "video_backend",
+            "do_sample_frames",
+        }
         assert metadata["do_sample_frames"] is False
         merge = self.processor["merge_size"]
         seconds = [index / metadata["fps"] for index in metadata["frames_indices"]]

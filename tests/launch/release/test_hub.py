@@ -1,4 +1,4 @@
-"""A push: private unless asked, never into a public repository by mistake, and an error is one line."""
+"""push(): private by default, never into a public repository by mistake, one-line errors."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ CREATED, UPLOADED = (
     ("there", "public"),
     [(None, False), (None, True), (True, False), (True, True), (False, True)],
 )
-def test_what_is_asked_of_the_hub(
+def test_push_creates_repository_and_uploads_all_files(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *, there: bool | None, public: bool
 ) -> None:
     online(monkeypatch, hub := Hub(there))
@@ -85,13 +85,11 @@ def test_what_is_asked_of_the_hub(
     assert hub.asked == [(*CREATED, not public), UPLOADED]
 
 
-def test_an_existing_public_repository_is_not_pushed_to_unasked(
+def test_push_to_existing_public_repository_needs_public(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     online(monkeypatch, hub := Hub(there=False))
-    with pytest.raises(
-        PushError, match="me/lora exists and is public; --public if that is meant"
-    ):
+    with pytest.raises(PushError, match="--public"):
         push(folder, "me/lora", public=False)
     assert hub.asked == [(*CREATED, True)]
 
@@ -112,7 +110,7 @@ class Refusing(BaseHTTPRequestHandler):
         pass
 
 
-def test_the_hubs_own_client_asks_for_a_private_repository(
+def test_hub_client_requests_a_private_repository(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = HTTPServer(("127.0.0.1", 0), Refusing)
@@ -134,7 +132,7 @@ def test_the_hubs_own_client_asks_for_a_private_repository(
     assert SECRET not in str(caught.value)
 
 
-def test_names_of_repositories() -> None:
+def test_check_repo_id_accepts_owner_and_name_only() -> None:
     check_repo_id("me/lora-1.3B")
     for name in ("lora", "a/b/c", "me/lo ra", "me/", "/tmp"):
         with pytest.raises(ValueError, match=r"me|lora|/"):

@@ -1,4 +1,4 @@
-"""What a run folder gives to a card: keys that runs have, means by hand, and names of the hub alone."""
+"""Provenance of a run: its settings, means by hand, and hub names only."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from common.schema_types import at
-from launch.release import provenance as origin
+from launch.release import provenance
 from launch.release.provenance import (
-    Change,
-    changes,
+    LoggedChange,
     is_hub_name,
-    origin_of,
+    logged_changes,
+    read_provenance,
     run_folder,
 )
 from launch.schemas.pairs import DpoRun
@@ -29,31 +29,31 @@ SCHEMAS = {
 
 
 @pytest.mark.parametrize("kind", SCHEMAS)
-def test_every_setting_is_one_of_the_runs(kind: str) -> None:
-    assert SCHEMAS.keys() == origin._SETTINGS.keys()
-    keys = origin._SETTINGS[kind]
+def test_settings_are_keys_of_the_schema(kind: str) -> None:
+    assert SCHEMAS.keys() == provenance.SETTINGS.keys()
+    keys = provenance.SETTINGS[kind]
     assert len(set(keys)) == len(keys)
     assert [
         key for key in keys if at(SCHEMAS[kind], tuple(key.split("."))) is None
     ] == []
 
 
-def test_means_at_both_ends_by_hand() -> None:
+def test_logged_changes_by_hand() -> None:
     rows = [
         {"step": i, "reward/a": float(i), "reward/a_std": 5.0, "seconds/step": 1.0}
         for i in range(20)
     ]
     rows[3]["eval/a"], rows[9]["eval/a"], rows[12]["eval/a"] = 0.5, math.nan, 0.75
     rows[5]["heldout/accuracy"] = 1.0
-    assert changes(rows) == [
-        Change("eval/a", 0.5, 0.75, 1),
-        Change("heldout/accuracy", 1.0, 1.0, 1),
-        Change("reward/a", 4.5, 14.5, 10),  # means of 0..9 and 10..19
+    assert logged_changes(rows) == [
+        LoggedChange("eval/a", 0.5, 0.75, 1),
+        LoggedChange("heldout/accuracy", 1.0, 1.0, 1),
+        LoggedChange("reward/a", 4.5, 14.5, 10),  # means of 0..9 and 10..19
     ]
-    assert [c.over for c in changes(rows[:19]) if c.name == "reward/a"] == [1]
+    assert [c.over for c in logged_changes(rows[:19]) if c.name == "reward/a"] == [1]
 
 
-def test_a_hub_name_is_no_folder_of_this_machine(
+def test_hub_name_is_not_a_local_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def test_a_hub_name_is_no_folder_of_this_machine(
     ] == []
 
 
-def test_the_run_of_a_folder(tmp_path: Path) -> None:
+def test_run_folder_is_found_above_trained_folders(tmp_path: Path) -> None:
     for name in ("final", "final_ema", "checkpoints/step-9/trained"):
         (tmp_path / "run" / name).mkdir(parents=True)
         assert run_folder(tmp_path / "run" / name) is None
@@ -75,17 +75,17 @@ def test_the_run_of_a_folder(tmp_path: Path) -> None:
         "dpo: {method: rwr}\ngenerator: {path: a/b}\n"
     )
     for name in ("final", "final_ema", "checkpoints/step-9/trained"):
-        found = origin_of(tmp_path / "run" / name)
+        found = read_provenance(tmp_path / "run" / name)
         assert (found.algorithm, found.base_model, found.steps) == (
             "Flow-RWR",
             "a/b",
             0,
         )
-    assert origin_of(tmp_path).algorithm is None
+    assert read_provenance(tmp_path).algorithm is None
 
 
-def test_steps_are_those_that_were_trained(tmp_path: Path) -> None:
-    """Three steps; a fourth line has the evaluation after them. A checkpoint after two knows two."""
+def test_steps_count_training_lines_before_the_checkpoint(tmp_path: Path) -> None:
+    """Three steps and a line with the last evaluation; a checkpoint after two steps has two."""
     run = tmp_path / "run"
     rows = [
         {"step": step, "train/loss": 1.0, "reward/a": float(step)} for step in range(3)
@@ -95,9 +95,12 @@ def test_steps_are_those_that_were_trained(tmp_path: Path) -> None:
         (run / name).mkdir(parents=True)
     (run / "config.yaml").write_text("grpo: {}\n")
     (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    assert origin_of(run / "final").steps == 3
-    early = origin_of(run / "checkpoints/step-000002/trained")
+    assert read_provenance(run / "final").steps == 3
+    early = read_provenance(run / "checkpoints/step-000002/trained")
     assert (early.steps, early.changes) == (
         2,
-        (Change("reward/a", 0.0, 1.0, 1), Change("train/loss", 1.0, 1.0, 1)),
+        (
+            LoggedChange("reward/a", 0.0, 1.0, 1),
+            LoggedChange("train/loss", 1.0, 1.0, 1),
+        ),
     )

@@ -1,4 +1,4 @@
-"""The reward server: who is let in, how much, what goes wrong. Its client is in test_remote.py."""
+"""The reward server: authorisation, limits, errors, batching. Its client is in test_remote.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from starlette.testclient import TestClient
 
 from alignment.config import RewardConfig
-from alignment.rewards import wire as wire
+from alignment.rewards import wire
 from alignment.rewards.brightness import Brightness
 from common.config import ConfigError, load
 from common.types import Score
@@ -48,7 +48,7 @@ class Picky(Brightness):
     ) -> Score:
         self.batches.append(len(prompts))
         if "bad" in prompts:
-            raise ValueError("a prompt that nobody can judge")
+            raise ValueError("bad prompt")
         return super().score(video_BTYXC, prompts, fps=fps)
 
 
@@ -79,7 +79,7 @@ def body(
 # ------------------------------------------------------------------ the server
 
 
-def test_scores_are_the_rewards_own() -> None:
+def test_served_scores_equal_direct_scores() -> None:
     with client_of(Brightness()) as client:
         assert client.get("/health").json() == {"status": "ok"}
         assert client.get("/v1/models").json() == {"models": ["bright"]}
@@ -88,7 +88,7 @@ def test_scores_are_the_rewards_own() -> None:
     assert torch.equal(got, Brightness().score(VIDEO, PROMPTS, fps=8.0).value_B)
 
 
-def test_an_item_that_cannot_be_judged_is_null_and_says_why() -> None:
+def test_bad_video_or_prompt_is_null_with_its_error() -> None:
     frames = {
         "frames": base64.b64encode(VIDEO[0].numpy().tobytes()).decode(),
         "shape": [2, 4, 6, 3],
@@ -107,12 +107,12 @@ def test_an_item_that_cannot_be_judged_is_null_and_says_why() -> None:
     )
     assert said["values"][1] is None
     assert said["errors"][0] is None
-    assert "cannot be decoded" in said["errors"][1]
+    assert "decoded" in said["errors"][1]
     assert refused["values"] == [None] * 3
-    assert refused["errors"] == ["a prompt that nobody can judge"] * 3
+    assert refused["errors"] == ["bad prompt"] * 3
 
 
-def test_who_is_let_in() -> None:
+def test_token_and_host_are_required() -> None:
     with client_of(Brightness(), token="secret") as client:
         assert client.get("/health").status_code == 200
         for path in ("/v1/models", "/metrics"):
@@ -136,8 +136,8 @@ def test_who_is_let_in() -> None:
             assert client.get(path).status_code == 404
 
 
-def test_no_address_and_no_path_is_ever_looked_at(tmp_path: Path) -> None:
-    """Whatever names one, in the request or inside a video, is a bad video; what exists reads like what does not."""
+def test_addresses_and_paths_in_requests_are_never_read(tmp_path: Path) -> None:
+    """An address or a path is a bad video; existing and missing files give equal errors."""
     canary = Scripted(200)
     there, not_there = tmp_path / "there.mp4", tmp_path / "not-there.mp4"
     write_mp4(there, VIDEO.repeat(1, 1, 4, 4, 1)[0], 8.0)
@@ -171,7 +171,7 @@ def test_no_address_and_no_path_is_ever_looked_at(tmp_path: Path) -> None:
     assert not any("there" in error or "127.0.0.1" in error for error in errors)
 
 
-def test_how_much_is_taken() -> None:
+def test_limits_of_body_frames_and_videos() -> None:
     with client_of(Brightness(), max_body_mb=1, max_frames=4, max_videos=4) as client:
         large = torch.zeros(1, 1, 700, 700, 3, dtype=torch.uint8)
         assert client.post("/v1/score", **body(large, ["a"])).status_code == 413
@@ -185,10 +185,8 @@ def test_how_much_is_taken() -> None:
             == 413
         )
         many = client.post("/v1/score", **body(VIDEO.repeat(1, 3, 1, 1, 1)))
-        assert (many.status_code, many.json()["error"]) == (
-            422,
-            "6 frames, at most 4 are allowed",
-        )
+        assert many.status_code == 422
+        assert "6" in many.json()["error"]
         assert (
             client.post(
                 "/v1/score", **body(VIDEO.repeat(2, 1, 1, 1, 1), PROMPTS * 2)
@@ -199,7 +197,7 @@ def test_how_much_is_taken() -> None:
         assert client.post("/v1/score", content=b"x").status_code == 422
 
 
-def test_what_the_metrics_say() -> None:
+def test_metrics_count_requests() -> None:
     with client_of(Picky()) as client:
         client.post("/v1/score", **body())
         client.post("/v1/score", **body(prompts=["bad"] * 3))
@@ -212,7 +210,7 @@ def test_what_the_metrics_say() -> None:
     assert float(found['reward_seconds{model="bright",quantile="0.95"}']) > 0
 
 
-def test_any_other_host_than_loopback_needs_a_token() -> None:
+def test_host_beyond_loopback_without_token_exits_2() -> None:
     words = [
         sys.executable,
         "launch/serve.py",
@@ -220,9 +218,9 @@ def test_any_other_host_than_loopback_needs_a_token() -> None:
         "host=0.0.0.0",
     ]
     done = run(*words, expect=2)
-    assert "set REWARD_SERVER_TOKEN to a token" in done.stderr
+    assert "REWARD_SERVER_TOKEN" in done.stderr
     assert "Traceback" not in done.stderr
-    with pytest.raises(ConfigError, match="max_frames must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="max_frames"):
         load(ServeRun, None, ["max_frames=0", "rewards.brightness.weight=1"])
 
 
@@ -253,7 +251,7 @@ def batched(
     return asyncio.run(all_of_them())
 
 
-def test_requests_that_fit_go_together_and_get_their_own_answers() -> None:
+def test_equal_requests_share_a_batch_and_keep_their_scores() -> None:
     reward = Picky()
     answers = batched(
         reward,
@@ -270,7 +268,7 @@ def test_requests_that_fit_go_together_and_get_their_own_answers() -> None:
     assert bool((answers[1].value_B < whole[:2]).all())
 
 
-def test_another_size_another_rate_or_too_many_go_alone() -> None:
+def test_requests_of_other_size_or_rate_are_separate_batches() -> None:
     reward = Picky()
     small = VIDEO[:, :, :2]
     batched(
@@ -288,7 +286,7 @@ def test_another_size_another_rate_or_too_many_go_alone() -> None:
     assert reward.batches == [6, 3]
 
 
-def test_one_bad_request_costs_no_other() -> None:
+def test_bad_request_fails_alone() -> None:
     reward = Picky()
     answers = batched(
         reward,
@@ -299,6 +297,6 @@ def test_one_bad_request_costs_no_other() -> None:
     assert [len(answers[i].value_B) for i in (0, 2)] == [3, 1]
 
 
-def test_a_full_queue_refuses_at_once() -> None:
+def test_full_queue_raises() -> None:
     answers = batched(Picky(), [(VIDEO, PROMPTS, 8.0)] * 5, max_waiting=2)
     assert sum(isinstance(answer, QueueFullError) for answer in answers) == 3
