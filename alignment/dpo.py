@@ -15,7 +15,13 @@ import torch
 
 from alignment.dpo_losses import beta_at, flow_dpo_terms, rwr_weights
 from common import faults
-from common.distributed import gather_rows, generator, own_batches, rank, world_size
+from common.distributed import (
+    gather_rows,
+    own_batches,
+    rank,
+    seeded_generator,
+    world_size,
+)
 from common.log import say
 from common.schedule import IndexSchedule
 
@@ -176,7 +182,9 @@ class DpoLoop:
         self, batch: PairBatch, name: str, step: int, places: Sequence[int]
     ) -> NoiseDraw:
         """sigma and eps of each place: winner and loser get the same (Flow-DPO, equation 6)."""
-        sources = [generator(self.seed, "dpo", name, step, place) for place in places]
+        sources = [
+            seeded_generator(self.seed, "dpo", name, step, place) for place in places
+        ]
         sigma_N = torch.tensor(
             [draw_sigma(self.cfg, source) for source in sources], dtype=torch.float32
         )

@@ -224,7 +224,7 @@ class TestSeeds:
 
     def test_generators_repeat_and_differ(self):
         def draw(*parts) -> torch.Tensor:
-            return torch.randn(1000, generator=distributed.generator(*parts))
+            return torch.randn(1000, generator=distributed.seeded_generator(*parts))
 
         assert torch.equal(draw(7, "noise"), draw(7, "noise"))
         # independent draws: correlation of 1,000 pairs has deviation 0.03

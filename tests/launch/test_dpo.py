@@ -16,7 +16,7 @@ from alignment.dpo import DpoLoop
 from alignment.pair_store import LatentPair, PairSet, write_pairs
 from common.checkpoint import load_tensors
 from common.config import load
-from common.distributed import generator as seeded
+from common.distributed import seeded_generator
 from common.log import read_metrics
 from launch.compose import build_generator
 from launch.dpo import misfit
@@ -78,7 +78,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def made(name: str, count: int):
         for i in range(count):
-            chosen, rejected = torch.randn((2, 16, 3, 2, 2), generator=seeded(name, i))
+            chosen, rejected = torch.randn(
+                (2, 16, 3, 2, 2), generator=seeded_generator(name, i)
+            )
             prompt = ["a red circle", "rain"][i % 2]
             yield LatentPair(
                 prompt,
