@@ -84,7 +84,7 @@ def _mean_square(a: Tensor, b: Tensor) -> Tensor:
     sizes = {len(a), len(b)}
     if a.shape[1:] != b.shape[1:] or (len(sizes) > 1 and 1 not in sizes):
         raise ValueError(
-            f"shapes {tuple(a.shape)} and {tuple(b.shape)} may differ only in a first dimension of 1"
+            f"shapes {tuple(a.shape)} and {tuple(b.shape)} may differ only in a first 1"
         )
     # widened before the subtraction: half precision would lose the difference of close latents
     return (widen(a) - widen(b)).square().flatten(1).mean(dim=1)

@@ -48,10 +48,9 @@ class BlockCache:
     """
 
     def __init__(self, transformer: WanTransformer3DModel) -> None:
-        if len(transformer.blocks) < 3:
-            raise ValueError(
-                f"feature caching needs at least 3 blocks, the transformer has {len(transformer.blocks)}"
-            )
+        number = len(transformer.blocks)
+        if number < 3:
+            raise ValueError(f"feature caching needs at least 3 blocks, got {number}")
         self.transformer = transformer
         first, *middle, last = transformer.blocks
         self.middle = Middle(middle)

@@ -106,7 +106,9 @@ def adams_bashforth_step(
 def effective_noise(
     sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None
 ) -> float:
-    """Diffusion coefficient after truncation: s = min(a sqrt(sigma / (1 - sigma)), tau / sqrt(delta)).
+    """Diffusion coefficient after truncation.
+
+        s = min(a sqrt(sigma / (1 - sigma)), tau / sqrt(delta))
 
     LongCat-Video 2510.22200, section 3.3.1: the standard deviation s sqrt(delta) of the step is
     limited to tau = ``max_std``, and the same s enters the drift.
@@ -125,7 +127,7 @@ def effective_noise(
     if max_std is None:
         if 1 - sigma < SINGULAR_GAP:
             raise ValueError(
-                f"noise is infinite at sigma={sigma}: set max_std, or start the stochastic step below 1"
+                f"noise is infinite at sigma={sigma}: set max_std, or start below 1"
             )
         return noise_level * math.sqrt(sigma / (1 - sigma))
     # compared by cross-multiplication, so that the result is finite at sigma = 1 too

@@ -186,7 +186,7 @@ class WanGenerator:
         self._require_vae()
         if len(prompts) != len(seeds):
             raise ValueError(
-                f"sample needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds"
+                f"sample got {len(prompts)} prompts and {len(seeds)} seeds"
             )
         if scheduler not in ("euler", "pipeline"):
             raise ValueError(
@@ -340,11 +340,11 @@ class WanGenerator:
     def given_prompts(
         self, embedding_LD: Mapping[str, Tensor]
     ) -> AbstractContextManager[None]:
-        """Use precomputed embeddings inside the block, see `generator.prompts.PromptCache.given`."""
+        """Use precomputed embeddings inside the block, see `PromptCache.given`."""
         return self.prompts.given(embedding_LD)
 
     def free_text_encoder(self) -> None:
-        """Drop the text encoder from memory; prompts that are not cached then raise RuntimeError."""
+        """Free the text encoder; prompts that are not cached then raise RuntimeError."""
         self.encode_prompts([])
         self.prompts.free_text_encoder()
 
