@@ -60,7 +60,7 @@ def low_ranks(
         if not complete or not layer["A"].shape[0] == layer["B"].shape[1] == rank:
             shapes = {side: tuple(tensor.shape) for side, tensor in layer.items()}
             raise ValueError(
-                f"{source}: {name} has {shapes}, r={rank} needs A (r, in) and B (out, r)"
+                f"{source}: {name} has {shapes}, r={rank} wants A (r, in) and B (out, r)"
             )
         pairs[name] = LowRank(layer["A"], layer["B"], alpha / rank)
     return pairs

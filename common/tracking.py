@@ -40,9 +40,12 @@ class WandbTracker:
 
     def start(self) -> None:
         """Open the run, with the resolved config; config.yaml has its secrets masked."""
+        # 1. The id: a resumed run is the same wandb run.
         identity = self.run_dir / IDENTITY
         if self.fresh or not identity.is_file():
             replace_text(identity, json.dumps({"id": secrets.token_hex(8)}) + "\n")
+
+        # 2. The config.
         settings = self.run_dir / SETTINGS
         config = None
         if settings.is_file():
@@ -61,6 +64,7 @@ class WandbTracker:
         self.wandb.log(dict(values), step=step)
 
     def videos(self, step: int, files: Sequence[Path], captions: Sequence[str]) -> None:
+        # one entry of the run with all videos of the step
         videos = []
         for file, caption in zip(files, captions, strict=True):
             video = self.wandb.Video(str(file), caption=caption, format="mp4")
@@ -83,7 +87,9 @@ class TensorboardTracker:
         self.module: Any = importlib.import_module("torch.utils.tensorboard")
 
     def start(self) -> None:
-        self.writer = self.module.SummaryWriter(str(self.folder), purge_step=self.step)
+        folder = str(self.folder)
+        # purge_step hides what a killed run wrote after its checkpoint
+        self.writer = self.module.SummaryWriter(folder, purge_step=self.step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

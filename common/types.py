@@ -100,6 +100,7 @@ class Group:
     def __post_init__(self) -> None:
         if not self.steps:
             raise ValueError("Group.steps is empty: a group needs a stochastic step")
+        # every step has all members
         want = tuple(self.clean_GCFHW.shape)
         for step in self.steps:
             if tuple(step.next_GCFHW.shape) != want:
@@ -168,6 +169,7 @@ class Score:
 
     def take(self, places: Sequence[int]) -> Score:
         """Select videos, in the given order."""
+        # places may be any sequence, tensors index by lists
         rows = list(places)
         texts = [self.texts[i] for i in rows] if self.texts else []
         parts = {name: part_B[rows] for name, part_B in self.parts.items()}

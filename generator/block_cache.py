@@ -30,8 +30,11 @@ class Middle(nn.Module):
         self.again = False
 
     def forward(self, hidden: Tensor, *conditions: Any) -> Tensor:
+        # 1. Reuse the latest change.
         if self.again and self.added is not None:
             return hidden + self.added
+
+        # 2. Compute it.
         out = hidden
         for block in self.blocks:
             out = block(out, *conditions)
@@ -59,6 +62,7 @@ class BlockCache:
     @contextmanager
     def call(self, *, again: bool) -> Iterator[None]:
         """Inside, the transformer runs with the cache; ``again`` skips its middle blocks."""
+        # the first and last block stay, those between are replaced
         all_blocks = self.transformer.blocks
         self.transformer.blocks = self.blocks
         self.middle.again = again

@@ -81,6 +81,7 @@ def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 
 def euler_step(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
     """Take one Euler step of the probability-flow ODE: x - delta v."""
+    # towards the video
     delta = _delta(sigma, sigma_next)
     return widen(x) - delta * widen(v)
 
@@ -175,7 +176,8 @@ def sde_gain(
 ) -> float:
     """Return -d mean / d v of `sde_transition`: delta (1 + s^2 (1 - sigma) / (2 sigma))."""
     s = effective_noise(sigma, sigma_next, noise_level=noise_level, max_std=max_std)
-    return _delta(sigma, sigma_next) * velocity_gain(sigma, s)
+    delta = _delta(sigma, sigma_next)
+    return delta * velocity_gain(sigma, s)
 
 
 def cps_transition(
@@ -202,7 +204,9 @@ def cps_transition(
     sigma_next = float(sigma_next)
     std = sigma_next * math.sin(noise_level * math.pi / 2)
     old_noise = math.sqrt(sigma_next**2 - std**2)
-    mean = (1 - sigma_next) * (x - sigma * v) + old_noise * (x + (1 - sigma) * v)
+    video = x - sigma * v
+    noise = x + (1 - sigma) * v
+    mean = (1 - sigma_next) * video + old_noise * noise
     return Gaussian(mean, std)
 
 

@@ -45,6 +45,7 @@ def save(
     from safetensors.torch import save_file
 
     target = Path(folder) / SUBFOLDER
+    # the folder is made with config.json
     transformer.save_config(target)
     state = transformer.state_dict() if state_dict is None else state_dict
     on_cpu = {
@@ -166,6 +167,7 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of a transformer with this config.json, without memory."""
     from diffusers import WanTransformer3DModel
 
+    # shapes only, no numbers
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(dict(config))
     return shapes(dict(model.named_parameters()))
@@ -195,6 +197,7 @@ def _require_same(
     wanted: Mapping[str, tuple[int, ...]],
     folder: Path,
 ) -> None:
+    # names first, then shapes
     problems = state_dict_problems(stored, wanted)
     raise_problems(problems, f"the transformer in {folder} is another model")
 
