@@ -1,11 +1,12 @@
-"""Checkpoints that are there or not, never half: written aside, verified by a manifest, renamed into place.
+"""Atomic checkpoints: written to a temporary folder, checksummed, then renamed.
 
-    root/tmp-step-12/        being written; a leftover of a killed run is removed by the next save
-    root/step-000012/        complete; what `write` put there, state.json, and
-        manifest.json        written last: size and SHA-256 of every other file
+    root/tmp-step-12/        being written; the next save removes what a killed run left
+    root/step-000012/        complete: the files of `write`, state.json, and
+        manifest.json        written last, with size and SHA-256 of every other file
 
-Tensors travel as safetensors and everything else as JSON: reading a checkpoint runs no code. One folder holds one
-line of history: saving step 12 removes later steps, which a resume from an earlier one has left behind.
+Tensors are stored as safetensors and everything else as JSON, so reading a checkpoint runs no
+code. A folder holds a single history: saving step 12 removes later steps, which a resume from an
+earlier step left behind.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ from common.log import say
 if TYPE_CHECKING:
     from torch import Tensor
 
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST = "manifest.json"
+STATE = "state.json"
 _STEP = re.compile(r"step-(\d{6,})")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class NoRoomError(OSError):
-    """The disk is full, read-only, or over its quota; the message says what there is and what is needed."""
+    """The disk is full, read-only, or over its quota; the message gives the free space."""
+
+
+# ---- saving ----
 
 
 def save(
@@ -43,15 +48,15 @@ def save(
     keep: int,
     state: Mapping[str, Any],
 ) -> Path:
-    """Save one step and return its folder. All ranks call it, with the same arguments.
+    """Save a step and return its folder; all ranks call it with the same arguments.
 
-    write  called on every rank with the same empty folder, where each puts its own files
-    state  what is not a tensor: step counters, sampler positions; anything JSON, kept from rank 0
-    keep   how many checkpoints remain, this one included
+    write  is called on every rank with the same empty folder, and puts that rank's files there
+    state  is anything JSON that is not a tensor, such as step counters; rank 0's is stored
+    keep   is the number of checkpoints that remain, this one included
 
-    A kill at any moment leaves the earlier checkpoints whole. Raises ValueError for keep < 1 or a negative step,
-    TypeError for a state that is not JSON, `NoRoomError` where the disk has none; when ``write`` fails on one rank,
-    RuntimeError on all the others.
+    A kill at any moment leaves the earlier checkpoints intact. Raises ValueError for keep < 1 or a
+    negative step, TypeError for a state that is not JSON, `NoRoomError` when the disk is full; when
+    ``write`` fails on a rank, the other ranks raise RuntimeError.
     """
     root = Path(root)
     if keep < 1 or step < 0:
@@ -60,136 +65,45 @@ def save(
         )
     state_text = json.dumps(dict(state), indent=2)
     distributed.raise_on_all(_too_full(root, step) if distributed.is_main() else None)
+    partial = root / f"tmp-step-{step}"
+    final = root / f"step-{step:06d}"
     try:
-        return _save(root, step, write, state_text, keep=keep)
+        # 1. An empty folder, which every rank fills.
+        if distributed.is_main():
+            for leftover in root.glob("tmp-*"):
+                shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+        distributed.barrier()
+        _write_on_all_ranks(write, partial)
+
+        # 2. Rank 0 seals and renames it.
+        if distributed.is_main():
+            (partial / STATE).write_text(state_text, encoding="utf-8")
+            _write_manifest(partial, step)
+            _rename(partial, final)
+            _prune(root, newest=step, keep=keep)
+        distributed.barrier()
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        shutil.rmtree(root / f"tmp-step-{step}", ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise NoRoomError(
-            f"step {step} cannot be saved in {root}: {error.strerror}; {_what_there_is(root)}"
+            f"step {step} cannot be saved in {root}: {error.strerror}; {_free_space(root)}"
         ) from error
-
-
-def _save(
-    root: Path, step: int, write: Callable[[Path], None], state_text: str, *, keep: int
-) -> Path:
-    partial, final = root / f"tmp-step-{step}", root / f"step-{step:06d}"
-    if distributed.is_main():
-        for leftover in root.glob("tmp-*"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    distributed.barrier()
-    _write_on_all_ranks(write, partial)
-    if distributed.is_main():
-        (partial / STATE).write_text(state_text, encoding="utf-8")
-        _seal(partial, step)
-        _rename(partial, final)
-        _prune(root, newest=step, keep=keep)
-    distributed.barrier()
     return final
 
 
-def verify(path: str | Path) -> list[str]:
-    """What is wrong with a checkpoint folder, one line each; empty when every file is as it was written."""
-    path = Path(path)
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = {
-            str(name): (int(entry["size"]), str(entry["sha256"]))
-            for name, entry in manifest["files"].items()
-        }
-        step = int(manifest["step"])
-    except OSError as error:
-        return [f"{MANIFEST}: {error.strerror}"]
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # damaged JSON, or JSON of another form
-        return [f"{MANIFEST}: damaged"]
-    named = _STEP.fullmatch(path.name)
-    problems = (
-        [f"{MANIFEST}: is of step {step}"] if named and int(named[1]) != step else []
-    )
-    for name, (size, digest) in files.items():
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{name}: missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{name}: {file.stat().st_size} bytes instead of {size}")
-        elif sha256(file) != digest:
-            problems.append(f"{name}: content changed (SHA-256 differs)")
-    return problems if files else [f"{MANIFEST}: names no files"]
-
-
-def latest(root: str | Path) -> Path | None:
-    """The newest checkpoint that verifies, None if there is none. Says which it skipped and why."""
-    for path in reversed(_steps(Path(root))):
-        problems = verify(path)
-        if not problems:
-            return path
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        say(
-            f"checkpoint {path.name} is damaged and skipped: {'; '.join(problems[:3])}{more}"
-        )
-    return None
-
-
-def resolve_resume(resume: str, root: str | Path) -> Path | None:
-    """Where to go on from: ``none`` -> None, ``auto`` -> `latest` of root, else a checkpoint or a folder of them.
-
-    Rank 0 looks and the others follow. Raises ValueError, on every rank, for a path without a whole checkpoint.
-    """
-    found, problem = distributed.from_main(
-        _look(resume, Path(root)) if distributed.is_main() else (None, None)
-    )
-    if problem:
-        raise ValueError(problem)
-    return found
-
-
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors (detached, on the CPU). Raises ValueError unless the name ends so."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path = _safetensors_path(path)
-    # the format has no views: two names of one storage (tied weights) are stored twice
-    whole = {
-        name: tensor.detach().cpu().clone().contiguous()
-        for name, tensor in tensors.items()
-    }
-    try:
-        save_file(whole, path)
-    except SafetensorError as error:
-        if (number := re.search(r"os error (\d+)", str(error))) is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-
-
-def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read what `save_tensors` wrote, on the CPU. Raises ValueError for other formats: a pickle can run code."""
-    from safetensors.torch import load_file
-
-    return load_file(_safetensors_path(path))
-
-
-def load_state(path: str | Path) -> dict[str, Any]:
-    """The ``state`` of a checkpoint folder."""
-    return json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
-
-
 def _too_full(root: Path, step: int) -> NoRoomError | None:
-    """Found out before anything is written: a checkpoint is about as large as the one before."""
+    """Check the space before writing: a checkpoint is about as large as the previous one."""
     root.mkdir(parents=True, exist_ok=True)
-    if not _steps(root) or _size(_steps(root)[-1]) <= shutil.disk_usage(root).free:
+    steps = _steps(root)
+    if not steps or _size(steps[-1]) <= shutil.disk_usage(root).free:
         return None
-    return NoRoomError(f"step {step} cannot be saved in {root}: {_what_there_is(root)}")
+    return NoRoomError(f"step {step} cannot be saved in {root}: {_free_space(root)}")
 
 
-def _what_there_is(root: Path) -> str:
+def _free_space(root: Path) -> str:
+    """Free space of the disk, and the size of the latest checkpoint, for a message."""
     steps = _steps(root)
     free = f"{shutil.disk_usage(root).free:,} bytes are free"
     if not steps:
@@ -202,36 +116,31 @@ def _size(folder: Path) -> int:
 
 
 def _write_on_all_ranks(write: Callable[[Path], None], folder: Path) -> None:
-    """Call ``write`` and learn how it went elsewhere; a rank that fails still takes part, or the others would hang."""
+    """Call ``write``, and raise RuntimeError if it failed on another rank."""
     done = False
     try:
         write(folder)
         done = True
     finally:
+        # a rank that fails takes part too, or the others would hang
         outcome = distributed.gather_objects(done)
-    if not all(outcome):
-        failed = [rank for rank, ok in enumerate(outcome) if not ok]
-        raise RuntimeError(
-            f"writing the checkpoint failed on rank {', '.join(map(str, failed))}"
-        )
+    failed = [str(rank) for rank, succeeded in enumerate(outcome) if not succeeded]
+    if failed:
+        raise RuntimeError(f"writing the checkpoint failed on rank {', '.join(failed)}")
 
 
-def _seal(folder: Path, step: int) -> None:
-    """Everything on disk first, then the manifest that vouches for it."""
+def _write_manifest(folder: Path, step: int) -> None:
+    """Flush all files to disk, then write the manifest with their checksums."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
+    entries = {}
     for file in files:
         _fsync(file)
-    entries = {
-        file.relative_to(folder).as_posix(): {
-            "size": file.stat().st_size,
-            "sha256": sha256(file),
-        }
-        for file in files
-    }
-    (folder / MANIFEST).write_text(
-        json.dumps({"step": step, "files": entries}, indent=2), encoding="utf-8"
-    )
+        name = file.relative_to(folder).as_posix()
+        entries[name] = {"size": file.stat().st_size, "sha256": sha256(file)}
+    text = json.dumps({"step": step, "files": entries}, indent=2)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
     _fsync(folder / MANIFEST)
+    # the names of files are on disk when their folder is
     for inner in folder.rglob("*"):
         if inner.is_dir():
             _fsync(inner)
@@ -239,7 +148,8 @@ def _seal(folder: Path, step: int) -> None:
 
 
 def _rename(partial: Path, final: Path) -> None:
-    if final.exists():  # the same step saved again, after a resume from an earlier one
+    if final.exists():
+        # the same step saved again, after a resume from an earlier step
         replaced = final.with_name(f"tmp-replaced-{final.name}")
         os.replace(final, replaced)
         os.replace(partial, final)
@@ -250,51 +160,116 @@ def _rename(partial: Path, final: Path) -> None:
 
 
 def _prune(root: Path, *, newest: int, keep: int) -> None:
+    """Remove checkpoints beyond the newest ``keep``, and those of an abandoned history."""
     steps = _steps(root)
     current = [path for path in steps if _number(path) <= newest]
     abandoned = [path for path in steps if _number(path) > newest]
     if abandoned:
-        say(
-            f"removing checkpoints of an abandoned history: {', '.join(path.name for path in abandoned)}"
-        )
+        names = ", ".join(path.name for path in abandoned)
+        say(f"removing checkpoints of an abandoned history: {names}")
     for path in [*current[:-keep], *abandoned]:
-        # renamed first: a kill in the middle of the removal must not leave half a step-* folder
+        # renamed first: a kill during the removal must not leave half a step-* folder
         doomed = path.with_name(f"tmp-removed-{path.name}")
         os.replace(path, doomed)
         shutil.rmtree(doomed)
 
 
-def _look(resume: str, root: Path) -> tuple[Path | None, str | None]:
-    """(checkpoint, problem): at most one of them."""
+# ---- finding and verifying ----
+
+
+def verify(path: str | Path) -> list[str]:
+    """List the problems of a checkpoint folder; empty when every file is as it was written."""
+    path = Path(path)
+    # 1. The manifest.
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        step = int(manifest["step"])
+        files = {
+            str(name): (int(entry["size"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        }
+    except OSError as error:
+        return [f"{MANIFEST}: {error.strerror}"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        # damaged JSON, or JSON of another form
+        return [f"{MANIFEST}: damaged"]
+    if not files:
+        return [f"{MANIFEST}: names no files"]
+    problems = []
+    if _STEP.fullmatch(path.name) and _number(path) != step:
+        problems.append(f"{MANIFEST}: is of step {step}")
+
+    # 2. Every file in it.
+    for name, (size, digest) in files.items():
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{name}: missing")
+        elif file.stat().st_size != size:
+            problems.append(f"{name}: {file.stat().st_size} bytes instead of {size}")
+        elif sha256(file) != digest:
+            problems.append(f"{name}: content changed (SHA-256 differs)")
+    return problems
+
+
+def latest(root: str | Path) -> Path | None:
+    """Find the newest intact checkpoint, and report the damaged ones that are skipped."""
+    for path in reversed(_steps(Path(root))):
+        problems = verify(path)
+        if not problems:
+            return path
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        shown = "; ".join(problems[:3])
+        say(f"checkpoint {path.name} is damaged and skipped: {shown}{more}")
+    return None
+
+
+def resolve_resume(resume: str, root: str | Path) -> Path | None:
+    """Find the checkpoint to resume from, the same on every rank.
+
+    ``none`` gives None, ``auto`` the `latest` in root, a path that checkpoint or the latest in
+    that folder. Raises ValueError, on every rank, for a path without an intact checkpoint.
+    """
+    # rank 0 looks, the others follow
+    path = None
+    problem = None
+    if distributed.is_main():
+        try:
+            path = _find(resume, Path(root))
+        except ValueError as error:
+            problem = error
+    distributed.raise_on_all(problem)
+    return distributed.from_main(path)
+
+
+def _find(resume: str, root: Path) -> Path | None:
     if resume == "none":
-        return None, None
+        return None
     if resume == "auto":
-        return latest(root), None
+        return latest(root)
     path = Path(resume)
     if not path.is_dir():
-        return None, f"--resume {resume}: there is no such folder"
+        raise ValueError(f"--resume {resume}: there is no such folder")
+    # a folder of checkpoints
     if _steps(path):
-        found = latest(path)
-        return (
-            found,
-            None if found else f"--resume {resume}: no checkpoint in it is whole",
-        )
+        newest = latest(path)
+        if newest is None:
+            raise ValueError(f"--resume {resume}: all its checkpoints are damaged")
+        return newest
+    # a checkpoint
     problems = verify(path)
-    return (
-        (None, f"--resume {resume}: {'; '.join(problems)}")
-        if problems
-        else (path, None)
-    )
+    if problems:
+        raise ValueError(f"--resume {resume}: {'; '.join(problems)}")
+    return path
 
 
 def _steps(root: Path) -> list[Path]:
-    """Checkpoint folders by number; leftovers (tmp-*) and foreign files are none."""
-    found = [
+    """Checkpoint folders by number, without leftovers (tmp-*) and other files."""
+    folders = [
         path
         for path in root.glob("step-*")
         if path.is_dir() and _STEP.fullmatch(path.name)
     ]
-    return sorted(found, key=_number)
+    return sorted(folders, key=_number)
 
 
 def _number(path: Path) -> int:
@@ -309,10 +284,47 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+# ---- tensors and state ----
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors; ValueError unless the name ends in .safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = _safetensors_path(path)
+    # cloned: the format has no views, so tied weights are stored twice
+    copies = {
+        name: tensor.detach().cpu().clone().contiguous()
+        for name, tensor in tensors.items()
+    }
+    try:
+        save_file(copies, path)
+    except SafetensorError as error:
+        # a system error, which the library reports as text
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read safetensors to the CPU; ValueError for other formats, since a pickle can run code."""
+    from safetensors.torch import load_file
+
+    return load_file(_safetensors_path(path))
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """Read the ``state`` of a checkpoint folder."""
+    return json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
+
+
 def _safetensors_path(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(
-            f"{path.name}: only .safetensors is read and written here, convert other formats first"
+            f"{path.name}: only .safetensors files are supported, convert other formats first"
         )
     return path

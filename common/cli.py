@@ -1,4 +1,4 @@
-"""How an entry point ends when the user can mend what is wrong."""
+"""How a command ends when the user can fix the problem: a one-line message and exit code 2."""
 
 from __future__ import annotations
 
@@ -11,38 +11,48 @@ from typing import NoReturn
 
 
 def check_new_folder(path: Path) -> None:
-    """ValueError unless there is nothing, or an empty folder, to write to."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    """Raise ValueError unless the path does not exist or is an empty folder."""
+    if not path.exists():
+        return
+    if not path.is_dir() or any(path.iterdir()):
         raise ValueError(f"--out {path} exists and is not an empty folder")
 
 
 def exit_with_error(message: str) -> NoReturn:
-    """Exit with code 2, without a traceback; rank 0 names the program and says ``message``."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    """Exit with code 2 and a message from rank 0, without a traceback."""
+    if _rank() == "0":
+        sys.stderr.write(f"{_program()}: {message}\n")
     sys.exit(2)
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Inside is read and built what the user named: a ValueError or an OSError there is a line and exit code 2.
+    """Turn a ValueError or OSError inside the block into a one-line message and exit code 2.
 
-    Every rank says what it met, for others may have met nothing. With TRACEBACK=1 in the environment the error travels
-    as it is.
+    Use it where files and settings of the user are read. Every rank prints its error, since other
+    ranks may have none. With TRACEBACK=1 in the environment the error is raised as it is.
     """
     try:
         yield
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f" (rank {rank})"
-        print(f"{Path(sys.argv[0]).name}{where}: {_said(error)}", file=sys.stderr)
+        # rank 0 needs no label: a command without ranks is rank 0
+        label = "" if _rank() == "0" else f" (rank {_rank()})"
+        sys.stderr.write(f"{_program()}{label}: {_describe(error)}\n")
         sys.exit(2)
 
 
-def _said(error: ValueError | OSError) -> str:
-    """Of an error of the system its reason and its file, of any other its own words."""
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
+def _program() -> str:
+    return Path(sys.argv[0]).name
+
+
+def _describe(error: ValueError | OSError) -> str:
+    """File and reason of a system error, or else the message of the error."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

@@ -1,7 +1,7 @@
-"""Ranks: who am I, gather rows, agree on numbers, and seeds that do not depend on who computes them.
+"""Ranks: join them, gather values, agree on numbers, and derive seeds from their purpose.
 
-Every collective here is called by all ranks, in the same order; with one rank they are identities and need no
-process group.
+Every collective here is called by all ranks, in the same order. With a single rank collectives
+return their input and need no process group.
 """
 
 from __future__ import annotations
@@ -28,42 +28,53 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+VARIABLE = "GLOO_SOCKET_IFNAME"
+# Linux: the request for the IPv4 address of an interface
+_SIOCGIFADDR = 0x8915
+
+
+# ---- joining and leaving ----
+
 
 def init_process_group(
     *, timeout_s: float = 1800.0, for_deepspeed: bool = True
 ) -> None:
-    """Join the other ranks: under the deepspeed launcher, under torchrun, or alone in a plain python process.
+    """Join the other ranks: under the deepspeed launcher, under torchrun, or alone.
 
-    CPU tensors travel over gloo; with CUDA, its tensors travel over NCCL and the local rank's device is selected.
-    ``for_deepspeed=False`` is for scripts that build no engine and need not wait for deepspeed's import (about 6 s).
-    A second call does nothing. Raises RuntimeError when a rank is missing after ``timeout_s``.
+    CPU tensors travel over gloo. With CUDA, GPU tensors travel over NCCL, and the device of the
+    local rank is selected. ``for_deepspeed=False`` is for scripts that build no engine and need
+    not import deepspeed (about 6 s). A second call does nothing. Raises RuntimeError when a rank
+    is missing after ``timeout_s``.
     """
     if dist.is_initialized():
         return
+    # 1. A plain python process is a world of its own.
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
-    on_cuda = torch.cuda.is_available()
-    if on_cuda:
+
+    # 2. Device, network interface, process group.
+    backend = "gloo"
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
     elif for_deepspeed:
         skip_cpu_op_build()
     choose_interface()
-    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
 
 
 def skip_cpu_op_build() -> None:
-    """Keep deepspeed from compiling its shared-memory all-reduce at the first start on a CPU (up to minutes).
+    """Keep deepspeed from compiling its shared-memory all-reduce at the first start on a CPU.
 
-    Plain gloo gives the same numbers. The switch is a private table of deepspeed, hence the guards: without it the
-    only loss is the wait.
+    The build takes up to minutes, and plain gloo gives the same numbers.
     """
     try:
         import deepspeed.ops as ops
     except ImportError:
         return
+    # a private table of deepspeed; without it the only loss is the wait
     table = getattr(ops, "__compatible_ops__", None)
     if isinstance(table, dict) and "deepspeed_shm_comm" in table:
         table["deepspeed_shm_comm"] = False
@@ -71,8 +82,10 @@ def skip_cpu_op_build() -> None:
 
 @contextmanager
 def joined(*, timeout_s: float = 1800.0, for_deepspeed: bool = True) -> Iterator[None]:
-    """`init_process_group`, and `shutdown` afterwards. An error on its way out, SystemExit too, leaves the group as it
-    is, for its ranks may be anywhere, and only waits for this process's threads.
+    """Join the ranks inside the block, and leave afterwards.
+
+    After an error, SystemExit included, the group stays as it is, since its ranks may be anywhere;
+    only the threads of this process are waited for.
     """
     init_process_group(timeout_s=timeout_s, for_deepspeed=for_deepspeed)
     try:
@@ -85,47 +98,56 @@ def joined(*, timeout_s: float = 1800.0, for_deepspeed: bool = True) -> Iterator
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        several = dist.get_world_size() > 1
-        dist.destroy_process_group()
-        if several:
-            _let_threads_finish()
+    if not dist.is_initialized():
+        return
+    several = dist.get_world_size() > 1
+    dist.destroy_process_group()
+    if several:
+        _let_threads_finish()
 
 
 def _let_threads_finish(patience_s: float = 10.0) -> None:
-    """Return when no other thread of this process has anything to do, on Linux as its system sees it.
+    """Wait until no other thread of this process has work to do, as Linux reports it.
 
-    A thread of gloo frees its collective's tensors after it has reported the result, and takes the interpreter's lock
-    for it; where it asks while the interpreter ends, it aborts the whole finished process (exit code 134, "terminate
-    called without an active exception"). Destroying the group would join those threads, if deepspeed did not keep a
-    reference to it. A sleeping main thread hands them the lock; then they run, or wait for a processor, as long as they
-    have something to free.
+    A thread of gloo frees the tensors of its collective after it has reported the result, and takes
+    the interpreter's lock for that. If it asks for the lock while the interpreter ends, it aborts
+    the finished process (exit code 134, "terminate called without an active exception").
+    Destroying the group would join those threads, if deepspeed held no reference to it. While the
+    main thread sleeps, they get the lock.
     """
-    end, quiet = time.monotonic() + patience_s, 0
+    end = time.monotonic() + patience_s
+    quiet = 0
+    # three looks in a row: a thread may wait for a processor in between
     while quiet < 3 and time.monotonic() < end:
         time.sleep(0.02)
         quiet = 0 if _busy_threads() else quiet + 1
 
 
 def _busy_threads() -> int:
-    """How many threads of this process run or could; the caller's is not counted. 0 where the system does not say."""
-    states = []
+    """Number of running threads besides the caller's; 0 where there is no /proc."""
+    busy = 0
     for stat in Path("/proc/self/task").glob("*/stat"):
-        if stat.parent.name != str(threading.get_native_id()):
-            with suppress(OSError):  # it ended meanwhile
-                states.append(stat.read_text().rpartition(")")[2].split()[0])
-    return states.count("R")
+        if stat.parent.name == str(threading.get_native_id()):
+            continue
+        # OSError: the thread has ended
+        with suppress(OSError):
+            state = stat.read_text().rpartition(")")[2].split()[0]
+            busy += int(state == "R")
+    return busy
+
+
+# ---- ranks ----
 
 
 def rank() -> int:
-    """This process's number, 0 when alone."""
-    return (
-        dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    )
+    """Number of this process, 0 when alone."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes take part, 1 when alone."""
+    """Number of processes, 1 when alone."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -137,21 +159,36 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
-        # an all-reduce of one number, because dist.barrier would claim a CUDA device where NCCL is around
+        # not dist.barrier, which would claim a CUDA device where NCCL is there
         dist.all_reduce(torch.zeros(1))
 
 
-def gather_rows(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order: (n, ...) on each -> (n * world, ...). Detached; x itself when alone.
+def own_batches(count: int, size: int) -> list[list[int]]:
+    """Batches of this rank's rows (rank, rank + world, ...), the same NUMBER on every rank.
 
-    Raises ValueError, on every rank, when the shapes or dtypes differ between ranks.
+    The last batch may be empty where another rank has a row more. A sharded model (ZeRO 3) must be
+    called for an empty batch too, on any input, since its weights are gathered from all ranks.
+    """
+    rows = range(rank(), count, world_size())
+    most = len(range(0, count, world_size()))
+    return [list(rows[start : start + size]) for start in range(0, most, size)]
+
+
+# ---- gathering ----
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Rows of all ranks in rank order: (n, ...) -> (n * world, ...), detached.
+
+    Returns x itself when alone. Raises ValueError, on every rank, when shapes or dtypes differ
+    between ranks.
     """
     if world_size() == 1:
         return x
     kinds = gather_objects((tuple(x.shape), str(x.dtype)))
     if len(set(kinds)) > 1:
         raise ValueError(
-            f"gather_rows needs one shape and dtype on all ranks, got {kinds}"
+            f"gather_rows needs the same shape and dtype on all ranks, got {kinds}"
         )
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in kinds]
     dist.all_gather(parts, x.detach().contiguous())
@@ -168,23 +205,26 @@ def gather_objects(value: T) -> list[T]:
 
 
 def from_main(value: T) -> T:
-    """Rank 0's small Python value, on every rank. What the other ranks pass is ignored."""
+    """Rank 0's small Python value, on every rank; values of other ranks are ignored."""
     return gather_objects(value if is_main() else None)[0]
 
 
 def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
-    """MEAN over the ranks that have a value: a rank without the key, or with NaN there, does not count.
+    """MEAN of every metric over the ranks that have it; NaN counts as not having it.
 
-    Keys come in order of first appearance over the ranks; a key that is NaN everywhere stays NaN.
+    Keys come in order of first appearance over the ranks. A key that is NaN everywhere stays NaN.
     """
-    gathered = gather_objects({key: float(value) for key, value in metrics.items()})
-    result = {}
-    for key in dict.fromkeys(key for one in gathered for key in one):
-        values = [
-            one[key] for one in gathered if key in one and not math.isnan(one[key])
-        ]
-        result[key] = sum(values) / len(values) if values else math.nan
-    return result
+    values: dict[str, list[float]] = {}
+    floats = {key: float(value) for key, value in metrics.items()}
+    for rank_metrics in gather_objects(floats):
+        for key, value in rank_metrics.items():
+            present = values.setdefault(key, [])
+            if not math.isnan(value):
+                present.append(value)
+    return {
+        key: sum(present) / len(present) if present else math.nan
+        for key, present in values.items()
+    }
 
 
 def max_over_ranks(x: float) -> float:
@@ -199,69 +239,71 @@ def sum_over_ranks(x: float) -> float:
 
 
 def any_rank(is_B: Tensor) -> bool:
-    """True where any of it is, on any rank: for loops that all ranks must leave at the same time."""
-    found = is_B.any().float().cpu()
+    """True if any element is true on any rank; lets all ranks leave a loop together."""
+    flag = is_B.any().float().cpu()
     if world_size() > 1:
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def differing_ranks(tensors: Mapping[str, Tensor]) -> list[int]:
-    """Ranks that do not hold rank 0's names and bits in tensors that all should hold alike. All ranks call it."""
+    """Ranks whose tensors differ from rank 0's in a name or a bit."""
     if world_size() == 1:
         return []
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    found = gather_objects(digest.hexdigest())
-    return [i for i, one in enumerate(found) if one != found[0]]
+    digests = gather_objects(digest.hexdigest())
+    return [number for number, text in enumerate(digests) if text != digests[0]]
 
 
 def raise_on_all(problem: Exception | None) -> None:
-    """Raise where any rank has a problem: its own there, one of the same kind that names the rank on the others.
+    """Raise on every rank if any rank has a problem.
 
-    All ranks call it after what may fail on one of them: where only one left, the others would wait for it.
+    A rank with a problem raises it; the others raise an error of the same type that names the
+    rank. All ranks call this after an operation that may fail on some of them: if a single rank
+    left, the others would wait for it.
     """
     if not any_rank(torch.tensor([problem is not None])):
         return
-    said = gather_objects(None if problem is None else (type(problem), str(problem)))
+    summary = None if problem is None else (type(problem), str(problem))
+    summaries = gather_objects(summary)
     if problem is not None:
         raise problem
-    place, (kind, text) = next(
-        (i, one) for i, one in enumerate(said) if one is not None
-    )
-    raise kind(f"on rank {place}: {text}")
+    for number, failed in enumerate(summaries):
+        if failed is not None:
+            kind, text = failed
+            raise kind(f"on rank {number}: {text}")
 
 
-def own_batches(count: int, size: int) -> list[list[int]]:
-    """Rows rank, rank + world, ... of ``count``, ``size`` at a time: the same NUMBER of batches on every rank.
-
-    The last may be empty where another rank has one more. Whoever calls a sharded model (ZeRO 3) for every batch calls
-    it for an empty one too, on anything, since its weights are gathered from all ranks.
-    """
-    own, most = range(rank(), count, world_size()), range(0, count, world_size())
-    return [list(own[start : start + size]) for start in range(0, len(most), size)]
+# ---- seeds ----
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2^63) from what it is for: ``derive_seed(seed, step, prompt_index, member, "noise")``.
+    """Derive a seed in [0, 2^63) from its purpose: ``derive_seed(seed, step, prompt, "noise")``.
 
-    SHA-256 over the type and text of every part, so it is the same on every rank, machine and Python version, and
-    (1, 23) is not (12, 3) or ("1", 23). Raises TypeError for anything but int and str.
+    SHA-256 over type and text of every part: the same on every rank, machine and Python version,
+    and (1, 23) differs from (12, 3) and from ("1", 23). Raises TypeError for a part that is
+    neither int nor str.
     """
+    text = ""
     for part in parts:
+        # not isinstance: bool is an int
         if type(part) not in (int, str):
             raise TypeError(
                 f"a seed is derived from int and str, got {part!r} ({type(part).__name__})"
             )
-    text = "".join(f"{type(part).__name__}:{len(str(part))}:{part};" for part in parts)
+        text += f"{type(part).__name__}:{len(str(part))}:{part};"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def generator(*parts: int | str) -> torch.Generator:
-    """A CPU random generator seeded by `derive_seed`; noise drawn on the CPU is the same on every kind of machine."""
+def seeded_generator(*parts: int | str) -> torch.Generator:
+    """CPU random generator seeded by `derive_seed`; CPU noise is the same on every machine."""
     return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+# ---- network ----
 
 
 def _free_port() -> int:
@@ -270,50 +312,46 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-VARIABLE = "GLOO_SOCKET_IFNAME"
-
-
-_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
-
-
 def choose_interface() -> None:
-    """Tell gloo the interface that leads to rank 0, unless the user has named one or rank 0 is on loopback.
+    """Tell gloo which network interface leads to rank 0, unless the user has named it.
 
-    Left alone, gloo listens on the address that this machine's own name stands for. Many systems put the name beside
-    127.0.0.1 or 127.0.1.1 in /etc/hosts, and then ranks of other nodes cannot connect. The name of the interface may
-    differ from node to node, so each finds its own.
+    By default gloo listens on the address of the machine's host name. Many systems map that name
+    to 127.0.0.1 or 127.0.1.1 in /etc/hosts, so that ranks of other nodes cannot connect. The name
+    of the interface may differ from node to node, so each node looks it up.
     """
-    if (
-        VARIABLE not in os.environ
-        and (name := interface_towards(os.environ.get("MASTER_ADDR", ""))) is not None
-    ):
+    if VARIABLE in os.environ:
+        return
+    name = interface_towards(os.environ.get("MASTER_ADDR", ""))
+    if name is not None:
         os.environ[VARIABLE] = name
 
 
 def interface_towards(host: str) -> str | None:
-    """The interface from which packets to ``host`` leave, or that has its address; None where it is the loopback, the
-    name stands for nothing or the address is not IPv4.
+    """Name of the network interface that packets to ``host`` leave from.
+
+    None where that is the loopback, the host is unknown, or its address is not IPv4.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # of a datagram socket: nothing is sent
-            own = probe.getsockname()[0]
+            # a datagram socket: nothing is sent
+            probe.connect((host, 9))
+            address = probe.getsockname()[0]
     except OSError:
         return None
-    if own.startswith("127."):
+    if address.startswith("127."):
         return None
-    return next(
-        (name for _, name in socket.if_nameindex() if _address_of(name) == own), None
-    )
+    for _, name in socket.if_nameindex():
+        if _address_of(name) == address:
+            return name
+    return None
 
 
 def _address_of(interface: str) -> str | None:
-    """Its first IPv4 address."""
+    """First IPv4 address of an interface, None if it has none."""
+    request = struct.pack("256s", interface.encode()[:15])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            reply = fcntl.ioctl(
-                probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15])
-            )
+            reply = fcntl.ioctl(probe, _SIOCGIFADDR, request)
         except OSError:
-            return None  # it has none
+            return None
     return socket.inet_ntoa(reply[20:24])

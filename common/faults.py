@@ -1,11 +1,12 @@
-"""Where a test may make a run fail. Nothing happens unless FAULT is set.
+"""Fault injection for tests, by the environment variable FAULT.
 
-    FAULT=backward:3     SIGKILL when the process comes to ``point("backward")`` for the third time
-    FAULT=backward:3@1   on rank 1 only
-    FAULT=memory:2       memory runs out whenever more than two items go through a model at once
+    FAULT=backward:3     SIGKILL when the process reaches ``point("backward")`` the third time
+    FAULT=backward:3@1   the same on rank 1 only
+    FAULT=memory:2       memory runs out whenever more than two items go through a model together
 
-Points: prefix, tail and reward of GRPO's rollouts, chains and reward of dual RL's, forward, backward, update (a
-gradient is there), step (a step is done), logged (and written down).
+Points are prefix, tail and reward in the rollouts of GRPO, chains and reward in those of dual RL,
+forward, backward, update (the gradient is complete), step (a step is done), and logged (the step
+is in metrics.jsonl).
 """
 
 from __future__ import annotations
@@ -14,27 +15,27 @@ import os
 import signal
 from collections import Counter
 
-_WANTED = os.environ.get("FAULT", "")
-_seen: Counter[str] = Counter()
+_FAULT = os.environ.get("FAULT", "")
+_visits: Counter[str] = Counter()
 
 
 def memory(items: int) -> None:
-    """Raise torch.OutOfMemoryError, if it was asked for and these are too many."""
-    limit = _WANTED.removeprefix("memory:")
-    if limit == _WANTED or items <= int(limit):
+    """Raise torch.OutOfMemoryError if FAULT limits memory to fewer items."""
+    kind, _, limit = _FAULT.partition(":")
+    if kind != "memory" or items <= int(limit):
         return
+    # not needed without a fault
     import torch
 
-    raise torch.OutOfMemoryError(
-        f"out of memory, as FAULT={_WANTED} asks: {items} items at once"
-    )
+    raise torch.OutOfMemoryError(f"out of memory by FAULT={_FAULT}: {items} items")
 
 
 def point(name: str) -> None:
-    """Kill this process here, if it was asked for."""
-    if not _WANTED:
+    """Kill this process here if FAULT names this point and visit."""
+    if not _FAULT:
         return
-    _seen[name] += 1
-    place, _, rank = _WANTED.partition("@")
-    if place == f"{name}:{_seen[name]}" and rank in ("", os.environ.get("RANK", "0")):
+    _visits[name] += 1
+    # counted on every rank, killed on the named rank
+    place, _, rank = _FAULT.partition("@")
+    if place == f"{name}:{_visits[name]}" and rank in ("", os.environ.get("RANK", "0")):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what is in them. No torch."""
+"""Atomic file writes, JSON-lines reading, SHA-256, and hub names; imports no torch."""
 
 from __future__ import annotations
 
@@ -8,60 +8,77 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Gives another name to write to; afterwards it is ``path``. A reader sees the old file or the new one."""
+    """Give another file name to write to, and rename that file to ``path`` afterwards.
+
+    A reader sees the old file or the new file, never a part of it.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     yield partial
+    # on the disk before the name
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, see `replaced`."""
+    """Write UTF-8 text atomically, see `replaced`."""
     with replaced(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
+def read_jsonl(path: str | Path) -> list[Any]:
+    """Read the complete lines of a JSON-lines file.
+
+    What follows the last newline is left out: a killed writer leaves a torn line.
+    """
+    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
 def sort_header(path: Path) -> None:
-    """Give a safetensors file the one order of its header. Its writer puts entries of the metadata in an order of
-    chance, so that equal weights would be unequal files.
+    """Sort the header of a safetensors file in place.
+
+    Its writer orders the metadata at random, so that equal weights would be unequal files.
     """
     with path.open("rb+") as file:
+        # 8 bytes of length, then the header as JSON
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        ordered = json.dumps(
+        text = json.dumps(
             header, sort_keys=True, separators=(",", ":"), ensure_ascii=False
-        ).encode()
+        )
+        ordered = text.encode()
         if len(ordered) > length:
-            raise ValueError(f"{path}: its header does not fit in its place")
+            raise ValueError(f"{path}: its sorted header needs more space")
         file.seek(8)
         file.write(ordered.ljust(length))
 
 
 def sha256(path: Path) -> str:
-    """Of the content, in hexadecimal."""
+    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_hub_name(path: str, file: str) -> None:
-    """FileNotFoundError for what is no folder and cannot be a hub name either (owner/name), or is one that is not in
-    the cache while HF_HUB_OFFLINE is set.
+    """Raise FileNotFoundError unless the path may be the hub name (owner/name) of a model.
 
-    file  one that every model of the kind has
+    With HF_HUB_OFFLINE set the model must be in the cache; ``file`` is a file that every model of
+    its kind has.
     """
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise FileNotFoundError(f"{path} does not exist")
+    # the import takes a second
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if constants.HF_HUB_OFFLINE and not isinstance(
-        try_to_load_from_cache(path, file), str
-    ):
+    cached = isinstance(try_to_load_from_cache(path, file), str)
+    if constants.HF_HUB_OFFLINE and not cached:
         raise FileNotFoundError(
-            f"{path} is no folder here, and as a hub name it is not in the cache {constants.HF_HUB_CACHE}; "
-            "HF_HUB_OFFLINE keeps it from being downloaded"
+            f"{path} is no folder here, and as a hub name it is not in the cache "
+            f"{constants.HF_HUB_CACHE}; HF_HUB_OFFLINE keeps it from being downloaded"
         )

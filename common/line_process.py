@@ -1,8 +1,9 @@
-"""A program beside ours that answers each line of JSON with one line of JSON, over its standard pipes.
+"""LineProcess: a program that answers each line of JSON with a line of JSON, over its pipes.
 
-Nothing else passes between the two: no pickle, which runs code when read, and no port that others could reach. What
-the program says on stderr goes into a file, whose end every error carries. It never outlives us: it is ended by `end`,
-when the object is collected and when the interpreter exits, and its stdin closes with ours if we are killed.
+Nothing else passes between the two: no pickle, which runs code when read, and no port that others
+could reach. The program's stderr goes to a file, and every error carries the end of it. The
+program never outlives this process: it is ended by `end`, when the object is collected and when
+the interpreter exits, and its stdin closes if this process is killed.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-MAX_LINE = 65_536  # bytes. A pipe holds as many, so sending a line to a program that waits for it never blocks
-_TAIL = 4_000  # characters of stderr in an error
+# bytes in a line: a pipe holds as many, so sending a line to a waiting program never blocks
+MAX_LINE = 65_536
+# characters of stderr in an error
+_TAIL = 4_000
 _TICK_S = 0.2
-_OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")  # of this environment
+# variables of this Python environment, and of this run's ranks
+_OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 _LAUNCHERS = (
     "RANK",
     "WORLD_SIZE",
@@ -32,36 +36,35 @@ _LAUNCHERS = (
     "ROLE_",
     "MASTER_",
     "TORCHELASTIC_",
-)  # of our ranks
+)
 
 
 def foreign_environment(gpu: int | None) -> dict[str, str]:
-    """Variables for a program of another Python environment: ours, less what is about our Python and our ranks.
+    """Environment variables for a program of another Python environment.
 
-    gpu  the one of those visible to us that is all the program sees; None leaves that as it is
+    They lack what describes our Python and our ranks. ``gpu`` is the index, among the GPUs visible
+    to us, of the only GPU that the program sees; None leaves that unchanged.
     """
-    inherited = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in _OURS and not k.startswith(_LAUNCHERS)
-    }
+    variables = {}
+    for name, value in os.environ.items():
+        if name not in _OURS and not name.startswith(_LAUNCHERS):
+            variables[name] = value
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        inherited["CUDA_VISIBLE_DEVICES"] = (
-            visible.split(",")[gpu] if visible else str(gpu)
-        )
-    return inherited
+        device = visible.split(",")[gpu] if visible else str(gpu)
+        variables["CUDA_VISIBLE_DEVICES"] = device
+    return variables
 
 
 class LineProcessError(RuntimeError):
-    """The program died, fell silent or said something else; the message ends with what it wrote to stderr."""
+    """The program died, timed out or gave a wrong answer; the message has the end of its stderr."""
 
 
 class LineProcess:
-    """One running program.
+    """A running program.
 
-    stderr   the file that its stderr goes to
-    grace_s  how long it may take to end by itself, once its stdin is closed
+    stderr   file for its stderr
+    grace_s  how long it may take to end after its stdin is closed
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class LineProcess:
         env: Mapping[str, str],
         grace_s: float = 10.0,
     ) -> None:
-        self.name, self.stderr, self.grace_s = Path(command[-1]).name, stderr, grace_s
+        self.name = Path(command[-1]).name
+        self.stderr = stderr
+        self.grace_s = grace_s
         with stderr.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -81,13 +86,18 @@ class LineProcess:
                 stderr=log,
                 env=dict(env),
                 bufsize=0,
-                start_new_session=True,  # its own children are in its group, and go with it
+                # its children are in its group, and end with it
+                start_new_session=True,
             )
         self._buffer = b""
         self._finalizer = weakref.finalize(self, _end, self.process, grace_s)
 
     def ask(self, message: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
-        """Send one object, return the one that comes back. LineProcessError, and the program is gone, if none does."""
+        """Send an object and return the answer.
+
+        Raises LineProcessError, after ending the program, if no answer comes.
+        """
+        # 1. Send.
         line = json.dumps(message).encode() + b"\n"
         if len(line) > MAX_LINE:
             raise ValueError(
@@ -95,11 +105,12 @@ class LineProcess:
             )
         if not self._finalizer.alive:
             raise LineProcessError(f"{self.name} has been ended")
-        with contextlib.suppress(
-            BrokenPipeError
-        ):  # it is dead: `_line` says so, and how it died
+        # a dead program is reported by `_read_line`, with its exit code
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(line)
-        line = self._line(time.monotonic() + timeout_s, timeout_s)
+
+        # 2. Receive.
+        line = self._read_line(timeout_s)
         try:
             reply = json.loads(line)
         except ValueError:
@@ -109,21 +120,24 @@ class LineProcess:
         return reply
 
     def end(self) -> None:
-        """Close its stdin, wait, and kill it with all its children if it does not end. Twice is once."""
+        """Close its stdin, wait, and kill it with its children if it does not end. Idempotent."""
         self._finalizer()
 
-    def _line(self, deadline: float, timeout_s: float) -> bytes:
+    def _read_line(self, timeout_s: float) -> bytes:
+        deadline = time.monotonic() + timeout_s
         while b"\n" not in self._buffer:
-            # looked at before the pipe: what it wrote last is there by then. The end of the pipe alone would not tell,
-            # its children may hold it open
+            # checked before the pipe, which then holds its last output; the end of the pipe alone
+            # would not tell, since its children may hold it open
             dead = _has_exited(self.process)
-            if select.select([self.process.stdout], [], [], 0.0 if dead else _TICK_S)[
-                0
-            ]:
+            wait_s = 0.0 if dead else _TICK_S
+            readable, _, _ = select.select([self.process.stdout], [], [], wait_s)
+            if readable:
                 part = os.read(self.process.stdout.fileno(), MAX_LINE)
                 self._buffer += part
                 dead = not part
             if dead:
+                # a pipe closes before its process is gone
+                _wait_until_exited(self.process, self.grace_s)
                 raise self._failed(None)
             if len(self._buffer) > MAX_LINE:
                 raise self._failed(
@@ -134,22 +148,18 @@ class LineProcess:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
-    def _failed(self, what: str | None) -> LineProcessError:
-        """Kill what is left of it; the error to raise. None: it died."""
-        if what is None:
-            _wait_until_exited(
-                self.process, self.grace_s
-            )  # a pipe closes before its process is gone
+    def _failed(self, problem: str | None) -> LineProcessError:
+        """Kill what is left of the program and return the error; None means that it died."""
         self._finalizer.detach()
         _kill(self.process)
-        what = what or f"died with exit code {self.process.returncode}"
-        said = (
-            self.stderr.read_text(encoding="utf-8", errors="replace")
-            if self.stderr.exists()
-            else ""
-        )
+        if problem is None:
+            problem = f"died with exit code {self.process.returncode}"
+        log = ""
+        if self.stderr.exists():
+            log = self.stderr.read_text(encoding="utf-8", errors="replace")
+        tail = log[-_TAIL:].strip() or "(nothing)"
         return LineProcessError(
-            f"{self.name} {what}; the end of its stderr:\n{said[-_TAIL:].strip() or '(nothing)'}"
+            f"{self.name} {problem}; the end of its stderr:\n{tail}"
         )
 
 
@@ -161,7 +171,8 @@ def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The whole group, then take the exit code: until it is taken, the number of the group cannot be anyone else's."""
+    """Kill the process group, then collect the exit code."""
+    # in this order: until the code is collected, no other group can have the number
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -178,10 +189,8 @@ def _wait_until_exited(process: subprocess.Popen[bytes], seconds: float) -> None
 
 
 def _has_exited(process: subprocess.Popen[bytes]) -> bool:
-    """Without taking its exit code."""
+    """True if the process has ended; does not collect its exit code."""
     if process.returncode is not None:
         return True
-    return (
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        is not None
-    )
+    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return os.waitid(os.P_PID, process.pid, flags) is not None

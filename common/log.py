@@ -1,6 +1,6 @@
-"""Where a run says what it does: metrics.jsonl always, one console line per step, a progress bar, wandb if asked.
+"""The log of a run: metrics.jsonl, a console line per step, a progress bar, trackers.
 
-Only rank 0 writes. Imports no torch, so that command-line tools may use it at once.
+Only rank 0 writes. Imports no torch, so that command-line tools start fast.
 """
 
 from __future__ import annotations
@@ -15,62 +15,61 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
+from common.files import read_jsonl, replace_text
 from common.tracking import TensorboardTracker, Tracker, Trackers, WandbTracker
 
 if TYPE_CHECKING:
     from common.config import WandbConfig
 
 T = TypeVar("T")
-WIDTH = 118  # of a console line
-MEASURED = (
-    "eval/",
-    "heldout/",
-)  # on held-out data, now and then: a console line of its own
+# columns of a console line
+WIDTH = 118
+# metrics of held-out data, measured now and then, get a console line of their own
+MEASURED = ("eval/", "heldout/")
 
 
 def say(message: str) -> None:
-    """One line on stdout, from rank 0, flushed, above any progress bar."""
+    """Print a line on stdout from rank 0, above any progress bar."""
     if _is_main():
         tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()  # behind a launcher's pipe an unflushed line looks like a hang
+        # behind a launcher's pipe an unflushed line looks like a hang
+        sys.stdout.flush()
 
 
 def progress(iterable: Iterable[T], total: int | None, label: str) -> Iterator[T]:
-    """Iterate with a progress bar on stderr, on rank 0; in a log file one line every ten seconds."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
+    """Iterate with a progress bar on stderr; in a log file, a line every ten seconds."""
     bar = tqdm(
         iterable,
         total=total,
         desc=label,
         disable=not _is_main(),
-        mininterval=interval,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
         dynamic_ncols=True,
     )
     yield from bar
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """Every complete line of a metrics.jsonl; null is NaN, a torn last line (a killed run) is left out."""
-    text = Path(path).read_text(encoding="utf-8")
-    lines = text.split("\n")[:-1]  # what follows the last newline is torn
-    return [
-        {
-            key: math.nan if value is None else value
-            for key, value in json.loads(line).items()
-        }
-        for line in lines
-    ]
+    """Read a metrics.jsonl; null becomes NaN, and a torn last line is left out."""
+    rows = []
+    for row in read_jsonl(path):
+        rows.append(
+            {name: math.nan if value is None else value for name, value in row.items()}
+        )
+    return rows
 
 
 class RunLog:
-    """The log of one run. Every rank may hold one and call it; only rank 0's writes.
+    """The log of a run; every rank may hold one, and only rank 0's writes.
 
-    run_dir      gets metrics.jsonl, one line a step: {"step": 3, "train/loss": 0.1, ...}; NaN and infinity are null
-    start        the first step to come: lines of it and later ones, which a resumed run writes again, are dropped
-    wandb        None or mode "disabled" for none; what fails there is said once and the run goes on
-    tensorboard  its files in run_dir/tensorboard as well
+    run_dir      gets metrics.jsonl, a line per step: {"step": 3, "train/loss": 0.1, ...}; NaN and
+                 infinity are null
+    start        the first step to come; lines of that step and later, which a resumed run writes
+                 again, are dropped
+    wandb        None or mode "disabled" for none
+    tensorboard  True writes to run_dir/tensorboard too
     total        number of steps, for the console line
-    quiet        no console line per step
+    quiet        True prints no line per step
     """
 
     def __init__(
@@ -84,13 +83,15 @@ class RunLog:
         quiet: bool = False,
     ) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
-        self.total, self.quiet = total, quiet
+        self.total = total
+        self.quiet = quiet
         self._trackers: Trackers | None = None
         if not _is_main():
             return
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
         self._truncate(start)
+        # a package that is not installed fails when its tracker is made
         makers: dict[str, Callable[[], Tracker]] = {}
         if wandb is not None and wandb.mode != "disabled":
             makers["wandb"] = lambda: WandbTracker(wandb, folder, fresh=start == 0)
@@ -99,63 +100,56 @@ class RunLog:
         self._trackers = Trackers(makers, say)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one step's metrics. Names are ``stage/name``, values floats."""
+        """Append the metrics of a step: floats by ``stage/name``."""
         if not _is_main():
             return
         values = {name: float(value) for name, value in metrics.items()}
-        row = {
-            "step": step,
-            **{
-                name: value if math.isfinite(value) else None
-                for name, value in values.items()
-            },
-        }
+
+        # 1. The file. JSON has no NaN.
+        row: dict[str, float | None] = {"step": step}
+        for name, value in values.items():
+            row[name] = value if math.isfinite(value) else None
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+        # 2. The console: training, then held-out data.
         if not self.quiet:
-            measured = {
-                name: value
-                for name, value in values.items()
-                if name.startswith(MEASURED)
-            }
-            trained = {
-                name: value for name, value in values.items() if name not in measured
-            }
-            for part in filter(None, (trained, measured)):
-                say(self._line(step, part))
+            for held_out in (False, True):
+                part = {
+                    name: value
+                    for name, value in values.items()
+                    if name.startswith(MEASURED) == held_out
+                }
+                if part:
+                    say(self._line(step, part))
+
+        # 3. The trackers.
         if self._trackers is not None:
-            self._trackers.log(step, values)
+            self._trackers.call("log", step, values)
 
     def videos(self, step: int, files: Sequence[Path], captions: Sequence[str]) -> None:
-        """Where runs are tracked, these mp4 files too."""
+        """Send mp4 files to the trackers."""
         if self._trackers is not None:
-            self._trackers.videos(step, files, captions)
+            self._trackers.call("videos", step, files, captions)
 
     def message(self, text: str) -> None:
-        """A line for people; not kept."""
+        """Print a line that is not stored."""
         say(text)
-
-    def _truncate(self, step: int) -> None:
-        """Drop the lines of ``step`` and later, and a torn last line."""
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        kept = [line for line in lines if json.loads(line)["step"] < step]
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
 
     def close(self) -> None:
         """End the tracking; metrics.jsonl is complete after every `log`."""
         if self._trackers is not None:
-            self._trackers.finish()
+            self._trackers.call("finish")
             self._trackers = None
 
+    def _truncate(self, step: int) -> None:
+        """Drop the lines of ``step`` and later, and a torn last line."""
+        if self.path.exists():
+            rows = [row for row in read_jsonl(self.path) if row["step"] < step]
+            replace_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
     def _line(self, step: int, values: Mapping[str, float]) -> str:
-        """Fixed columns, so that lines under each other can be compared; what does not fit is in metrics.jsonl."""
+        """Format a console line in fixed columns; metrics that do not fit are left out."""
         total = "" if self.total is None else f"/{self.total}"
         line = f"step {step:>{max(len(total) - 1, 4)}}{total}"
         for name, value in values.items():
@@ -167,6 +161,5 @@ class RunLog:
 
 
 def _is_main() -> bool:
-    return (
-        os.environ.get("RANK", "0") == "0"
-    )  # set by every launcher, and known before torch is imported
+    # set by every launcher, and known before torch is imported
+    return os.environ.get("RANK", "0") == "0"

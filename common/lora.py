@@ -1,4 +1,4 @@
-"""LoRA's two sides as files hold them, apart, put together again."""
+"""LoRA layers: pair the A and B matrices of a file, merge them, switch adapters off."""
 
 from __future__ import annotations
 
@@ -9,47 +9,76 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from torch import Tensor, nn
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
+LORA_NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+WRAPPERS = ("module.", "_fsdp_wrapped_module.", "base_model.model.")
 
 
-def both_sides(
-    found: Iterable[tuple[str, str, Tensor]], *, rank: int, source: Path
-) -> dict[str, dict[str, Tensor]]:
-    """(name of a linear, "A" or "B", tensor) in any order -> {"A": (rank, in), "B": (out, rank)} of each linear.
+@dataclass(frozen=True)
+class LowRank:
+    """The change that LoRA makes to a weight (O, I): scaling * B A."""
 
-    ValueError, naming ``source``, for no linear at all, a lone side, or another rank.
+    a_RI: Tensor
+    b_OR: Tensor
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I), the shape of the weight."""
+        return self.b_OR.shape[0], self.a_RI.shape[1]
+
+    def change(self) -> Tensor:
+        """scaling * B A in fp32, (O, I)."""
+        return self.scaling * (self.b_OR.float() @ self.a_RI.float())
+
+
+def low_ranks(
+    tensors: Mapping[str, Tensor], *, rank: int, alpha: float, source: Path
+) -> dict[str, LowRank]:
+    """Pair the A and B matrices of a file -> stock name of each weight and its change.
+
+    The scaling is alpha / rank. Raises ValueError, naming ``source``, for an empty file, a tensor
+    that is not the A or B of a linear layer, an A without B, or another rank.
     """
-    sides: dict[str, dict[str, Tensor]] = {}
-    for name, side, tensor in found:
-        sides.setdefault(name, {})[side] = tensor
-    if not sides:
+    # 1. Collect the two matrices of each layer.
+    if not tensors:
         raise ValueError(f"{source} is empty")
-    for name, own in sides.items():
-        if (
-            set(own) != {"A", "B"}
-            or own["A"].shape[0] != rank
-            or own["B"].shape[1] != rank
-        ):
-            shapes = {side: tuple(tensor.shape) for side, tensor in own.items()}
+    matrices: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = LORA_NAME.fullmatch(key)
+        if match is None or tensor.dim() != 2:
+            raise ValueError(f"{source}: {key} is not the A or B of a linear's LoRA")
+        matrices.setdefault(f"{stock_name(match[1])}.weight", {})[match[2]] = tensor
+
+    # 2. Check that they fit each other.
+    pairs = {}
+    for name, layer in matrices.items():
+        complete = set(layer) == {"A", "B"}
+        if not complete or not layer["A"].shape[0] == layer["B"].shape[1] == rank:
+            shapes = {side: tuple(tensor.shape) for side, tensor in layer.items()}
             raise ValueError(
                 f"{source}: {name} has {shapes}, r={rank} wants A (r, in) and B (out, r)"
             )
-    return sides
+        pairs[name] = LowRank(layer["A"], layer["B"], alpha / rank)
+    return pairs
+
+
+def stock_name(key: str) -> str:
+    """Remove from a weight's name what wrappers added: peft, DDP, FSDP."""
+    for prefix in WRAPPERS:
+        key = key.removeprefix(prefix)
+    return key.replace(".base_layer.", ".")
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model without its LoRA, inside the block. ValueError if it has none: it would be its own reference."""
+    """Switch the model's LoRA layers off inside the block.
+
+    Raises ValueError if it has none: the model would be its own reference.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [
@@ -59,92 +88,37 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             "the model has no adapter to switch off; give a frozen copy as the reference"
         )
-    for layer in layers:
-        layer.enable_adapters(enabled=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(enabled=True)
-
-
-def merged_backbone(
-    backbone: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The backbone's weights under their stock names, W + scaling B A computed in fp32 and stored in ``dtype``."""
-    merged = {}
-    for name, tensor in state.items():
-        if not name.startswith("backbone.") or ".lora_" in name:
-            continue
-        if ".base_layer." in name:
-            layer = name.partition(".base_layer.")[0]
-            a, b = (state.get(f"{layer}.lora_{side}.default.weight") for side in "AB")
-            if a is not None and name.endswith(".weight"):
-                scaling = backbone.get_submodule(
-                    layer.removeprefix("backbone.")
-                ).scaling["default"]
-                tensor = tensor.float() + scaling * (b.float() @ a.float())
-        merged[name.removeprefix("backbone.").replace(".base_layer.", ".")] = (
-            tensor.detach().to(dtype).cpu()
-        )
-    return merged
-
-
-@contextmanager
-def switched_off(model: PeftModel) -> Iterator[None]:
-    """Inside, the model is its base. peft's own `disable_adapter` also turns every weight's requires_grad off and on
-    again, which took a tenth of a small model's update.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [
-        module for module in model.modules() if isinstance(module, BaseTunerLayer)
-    ]
+    # peft's `disable_adapter` also toggles requires_grad of every weight, which took a tenth of
+    # a small model's update
     before = [layer.disable_adapters for layer in layers]
     try:
         for layer in layers:
             layer._disable_adapters = True
         yield
     finally:
-        for layer, off in zip(layers, before, strict=True):
-            layer._disable_adapters = off
+        for layer, was_off in zip(layers, before, strict=True):
+            layer._disable_adapters = was_off
 
 
-def stock_name(key: str) -> str:
-    """Without what wrappers put into a name: peft, DDP, FSDP."""
-    for prefix in ("module.", "_fsdp_wrapped_module.", "base_model.model."):
-        key = key.removeprefix(prefix)
-    return key.replace(".base_layer.", ".")
+def merged_backbone(
+    backbone: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Merge LoRA into a backbone's weights: W + scaling B A in fp32, stored in ``dtype``.
 
-
-LORA_NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What LoRA adds to a weight (O, I): scaling * B A."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-    scaling: float
-
-    def change(self) -> Tensor:
-        return self.scaling * (self.b_OR.float() @ self.a_RI.float())
-
-
-def low_ranks(
-    tensors: Mapping[str, Tensor], *, rank: int, alpha: float, source: Path
-) -> dict[str, LowRank]:
-    """Stock name of a weight -> what LoRA adds to it; the scaling is alpha / rank.
-
-    ValueError, naming ``source``, for a tensor that is no A or B of a linear, a lone side, or another rank.
+    ``state`` has the prefix "backbone."; the result has stock names.
     """
-    found = []
-    for key, tensor in tensors.items():
-        if (match := LORA_NAME.fullmatch(key)) is None:
-            raise ValueError(f"{source}: {key} is not the A or B of a linear's LoRA")
-        found.append((f"{stock_name(match[1])}.weight", match[2], tensor))
-    sides = both_sides(found, rank=rank, source=source)
-    return {
-        name: LowRank(own["A"], own["B"], alpha / rank) for name, own in sides.items()
-    }
+    merged = {}
+    for name, tensor in state.items():
+        if not name.startswith("backbone.") or ".lora_" in name:
+            continue
+        # only a weight has a low-rank change, a bias has none
+        layer, _, kind = name.rpartition(".base_layer.")
+        a_RI = state.get(f"{layer}.lora_A.default.weight")
+        if kind == "weight" and a_RI is not None:
+            b_OR = state[f"{layer}.lora_B.default.weight"]
+            module = backbone.get_submodule(layer.removeprefix("backbone."))
+            pair = LowRank(a_RI, b_OR, module.scaling["default"])
+            tensor = tensor.float() + pair.change()
+        stock = name.removeprefix("backbone.").replace(".base_layer.", ".")
+        merged[stock] = tensor.detach().to(dtype).cpu()
+    return merged

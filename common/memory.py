@@ -1,4 +1,4 @@
-"""How much of a batch goes through a model at once: as much as is asked for, or as fits; and what was held at most."""
+"""AdaptiveBatcher runs a function in chunks; peak_memory reports the memory used at most."""
 
 from __future__ import annotations
 
@@ -19,63 +19,69 @@ R = TypeVar("R")
 
 
 def peak_memory() -> dict[str, float]:
-    """The most that any rank has held so far, in GiB: tensors on its GPU, or the whole process where there is none. All
-    ranks call it.
+    """Peak memory in GiB, the maximum over ranks, all of which must call it.
+
+    It is that of tensors on the GPU, or of the process where there is no GPU.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:
+        # Linux counts in KiB
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"memory/peak_gb": max_over_ranks(peak)}
 
 
 class AdaptiveBatcher:
-    """Cuts a batch for a function that treats its items one by one, and cuts smaller when memory runs out.
+    """Runs a function in chunks and halves the chunk after an out-of-memory error.
 
-    size   items at once, None for all of them. Halved for good whenever `torch.OutOfMemoryError` is raised, so that a
-           run finds what fits in its first step; what is computed stays the same
-    what   is cut, for the message
-    fixed  never smaller: where all ranks must make equally many calls
+    size   items in a chunk, None for all. The halved size stays, so a run finds what fits in its
+           first step; the results do not change
+    what   name of the items, for the message
+    fixed  True forbids halving, where all ranks must make the same number of calls
     """
 
     def __init__(self, size: int | None, *, what: str) -> None:
         if size is not None and size < 1:
-            raise ValueError(f"a portion of {what} holds at least 1, got {size}")
-        self.size, self.what, self.fixed = size, what, False
+            raise ValueError(f"a chunk of {what} holds at least 1, got {size}")
+        self.size = size
+        self.what = what
+        self.fixed = False
 
     def over(self, function: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
-        """``function`` of all items, one portion after the other, put together along the first dimension. Errors as
-        `each`.
+        """Apply ``function`` to chunks of ``items`` and concatenate along the first dimension.
+
+        Raises torch.OutOfMemoryError as `each` does.
         """
         return torch.cat(self.each(lambda part: function(items[part]), len(items)))
 
     def each(self, function: Callable[[slice], R], count: int) -> list[R]:
-        """What ``function`` makes of one portion of ``count`` items after the other.
+        """Call ``function`` with slices that cover ``count`` items, and return its results.
 
-        Raises torch.OutOfMemoryError when not even one item fits, or when ``fixed``.
+        Raises torch.OutOfMemoryError when not even a single item fits, or when ``fixed``.
         """
-        done: list[R] = []
+        results: list[R] = []
         start = 0
         while start < count:
             size = min(self.size or count, count - start)
-            if self._attempt(function, slice(start, start + size), done):
+            if self._attempt(function, slice(start, start + size), results):
                 start += size
             else:
                 self._halve(size)
-        return done
+        return results
 
     def _attempt(
-        self, function: Callable[[slice], R], part: slice, done: list[R]
+        self, function: Callable[[slice], R], part: slice, results: list[R]
     ) -> bool:
-        """False when memory ran out. The error is let go of here: its traceback holds what filled the memory."""
+        """Append the result, or return False when memory ran out."""
         size = part.stop - part.start
         try:
             faults.memory(size)
-            done.append(function(part))
+            results.append(function(part))
         except torch.OutOfMemoryError:
             if self.fixed or size == 1:
                 raise
+            # the error ends with this function: its traceback holds what filled the memory
             return False
         return True
 

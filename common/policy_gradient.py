@@ -1,9 +1,10 @@
-"""Policy-gradient math shared by every loop: advantages, clipped surrogates, KL estimators, masked means.
+"""Policy-gradient losses shared by every loop: advantages, clipped surrogates, KL, masked means.
 
-Who divides. A loss is the MEAN over its own elements; the engine then divides by the number of micro-batches of a
-step, and data parallelism averages over ranks. With equal micro-batches that is the mean over everything. When they
-are unequal (ties, unjudged members, text tokens) the caller passes ``count``, and the loss is SUM / count. For the
-result to be the global mean, after the engine's and the ranks' divisions, the caller computes once per step
+Who divides. A loss is the MEAN over its own elements; the engine then divides by the number of
+micro-batches of a step, and data parallelism averages over ranks. With equal micro-batches that is
+the mean over everything. When they are unequal (ties, members without a score, text tokens) the
+caller passes ``count``, and the loss is SUM / count. For the result to be the global mean, after
+the engine's and the ranks' divisions, the caller computes once per step
 
     count = (elements summed over all ranks and micro-batches) / (ranks * micro-batches)
 
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from common.gaussian import widen
 from common.types import LossOutput
 
 if TYPE_CHECKING:
@@ -25,9 +27,10 @@ AdvantageScale = Literal["none", "group", "max_group", "batch"]
 
 
 def group_std(reward_PG: Tensor) -> Tensor:
-    """Spread of every group -> (P,), fp64: population std (ddof 0) over judged members, 0 with fewer than two.
+    """Standard deviation of every group -> (P,), fp64, ddof 0 over members with a finite reward.
 
-    A member is judged when its reward is finite. The maximum over all ranks of this is `group_advantages`' max_std.
+    It is 0 with fewer than two such members. Its maximum over all ranks is the max_std of
+    `group_advantages`.
     """
     return _centre(reward_PG).std_P
 
@@ -39,17 +42,19 @@ def group_advantages(
     eps: float = 1e-4,
     max_std: float | None = None,
 ) -> Tensor:
-    """Advantage of every member within its group -> (P, G), the dtype of the reward, fp32 at least.
+    """Advantage of every member within its group -> (P, G), the reward's dtype, fp32 at least.
 
-        none       A = R - mean_group                                 (Dr. GRPO 2503.20783)
-        group      A = (R - mean_group) / (std_group + eps)           (GRPO 2402.03300)
-        max_group  A = (R - mean_group) / (max_groups std + eps)      (LongCat-Video 2510.22200, equation 9)
-        batch      A = (R - mean_group) / (std of all R + eps)        (Flash-GRPO 2605.15980), of the rows given here
+        none       A = R - mean_group                              (Dr. GRPO 2503.20783)
+        group      A = (R - mean_group) / (std_group + eps)        (GRPO 2402.03300)
+        max_group  A = (R - mean_group) / (max_groups std + eps)   (LongCat 2510.22200, equation 9)
+        batch      A = (R - mean_group) / (std of all R + eps)     (Flash-GRPO 2605.15980), of the
+                                                                   rows given here
 
-    Mean and population std (ddof 0) go over judged members; NaN (or infinite) is unjudged and its advantage is 0. A
-    group with fewer than two judged members, or without any spread, is exactly 0. ``max_std`` is the maximum over
-    groups when they are spread over ranks; without it the maximum goes over the rows given here.
-    Raises ValueError for a reward that is not (P, G), eps < 0, or a max_std that the scale does not use.
+    Mean and population std (ddof 0) go over members with a finite reward; other members get 0. A
+    group with fewer than two finite rewards, or without any spread, is exactly 0. ``max_std`` is
+    the maximum over groups when they are spread over ranks; without it the maximum goes over the
+    rows given here. Raises ValueError for a reward that is not (P, G), eps < 0, or a max_std that
+    the scale does not use.
     """
     if eps < 0.0:
         raise ValueError(f"eps must be >= 0, got {eps}")
@@ -58,30 +63,29 @@ def group_advantages(
             f"max_std={max_std} is used by scale='max_group' only, got scale={scale!r}"
         )
     centred = _centre(reward_PG)
+    std_P1 = centred.std_P[:, None]
+
+    # 1. The divisor of every group.
     if scale == "none":
-        divisor_P1 = torch.ones_like(centred.std_P)[:, None]
+        divisor_P1 = torch.ones_like(std_P1)
     elif scale == "group":
-        divisor_P1 = centred.std_P[:, None] + eps
+        divisor_P1 = std_P1 + eps
     elif scale == "max_group":
-        top = (
-            centred.std_P.max()
-            if max_std is None
-            else centred.std_P.new_tensor(max_std)
-        )
-        divisor_P1 = (top + eps).expand(len(centred.std_P))[:, None]
+        top = std_P1.max() if max_std is None else std_P1.new_tensor(max_std)
+        divisor_P1 = (top + eps).expand_as(std_P1)
     elif scale == "batch":
-        judged = reward_PG[reward_PG.isfinite()].detach().double()
-        spread = judged.std(correction=0) if judged.numel() else judged.new_zeros(())
-        divisor_P1 = (spread + eps).expand(len(centred.std_P))[:, None]
+        finite = reward_PG[reward_PG.isfinite()].detach().double()
+        std = finite.std(correction=0) if finite.numel() else finite.new_zeros(())
+        divisor_P1 = (std + eps).expand_as(std_P1)
     else:
         raise ValueError(
             f"scale must be 'none', 'group', 'max_group' or 'batch', got {scale!r}"
         )
-    # a zero-spread row has a zero numerator; a divisor of 1 there keeps eps = 0 from making it 0 / 0
-    divisor_P1 = torch.where(centred.std_P[:, None] > 0.0, divisor_P1, 1.0)
-    return (centred.value_PG / divisor_P1).to(
-        torch.promote_types(reward_PG.dtype, torch.float32)
-    )
+
+    # 2. A row without spread has a zero numerator; a divisor of 1 keeps eps = 0 from making 0 / 0.
+    divisor_P1 = torch.where(std_P1 > 0.0, divisor_P1, 1.0)
+    advantage_PG = centred.value_PG / divisor_P1
+    return advantage_PG.to(torch.promote_types(reward_PG.dtype, torch.float32))
 
 
 def clipped_surrogate(
@@ -93,22 +97,22 @@ def clipped_surrogate(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> LossOutput:
-    """PPO's clipped objective, negated; MEAN over all elements. All three arguments have the same shape.
+    """PPO's clipped objective, negated; MEAN over all elements of three equal shapes.
 
         r = exp(log_prob - old_log_prob)
-        loss = -mean[ min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) ]        (PPO 1707.06347, equation 7)
+        loss = -mean[ min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) ]  (PPO 1707.06347, eq. 7)
 
-    ``dual_clip`` c > 1 bounds the term of a negative advantage by c A (dual-clip PPO 1912.09729, equation 5).
-    An infinite clip_low and clip_high switch the clip off. Gradient flows through ``log_prob`` only.
-    Metrics: ratio_mean, ratio_dev (the maximum of |r - 1|), clip_frac (elements where a clip binds), old_kl (k3).
-    Raises ValueError for unequal shapes or clips out of range.
+    ``dual_clip`` c > 1 bounds the term of a negative advantage by c A (dual-clip PPO 1912.09729,
+    equation 5). An infinite clip_low and clip_high switch the clip off. The gradient flows through
+    ``log_prob`` only. Metrics: ratio_mean, ratio_dev (the maximum of |r - 1|), clip_frac (elements
+    where a clip binds), old_kl (k3). Raises ValueError for unequal shapes or clips out of range.
     """
     if not log_prob.shape == old_log_prob.shape == advantage.shape:
         shapes = [tuple(t.shape) for t in (log_prob, old_log_prob, advantage)]
         raise ValueError(
-            f"log_prob, old_log_prob and advantage must have one shape, got {shapes}"
+            f"log_prob, old_log_prob and advantage must have equal shapes, got {shapes}"
         )
-    log_ratio = _widen(log_prob) - _widen(old_log_prob).detach()
+    log_ratio = widen(log_prob) - widen(old_log_prob).detach()
     terms = _surrogate_terms(
         log_ratio,
         advantage,
@@ -133,27 +137,27 @@ def token_surrogate(
     count: Tensor | float,
     dual_clip: float | None = None,
 ) -> LossOutput:
-    """`clipped_surrogate` over text tokens: SUM over the mask / count, so that every token weighs the same.
+    """`clipped_surrogate` over text tokens: SUM over the mask / count, equal weight per token.
 
-        loss = -sum_mask[ min(r A, clip(r) A) ] / count                         (DAPO 2503.14476, equation 8)
+        loss = -sum_mask[ min(r A, clip(r) A) ] / count                (DAPO 2503.14476, equation 8)
 
-    log-probs and mask are (B, L); the advantage is (B, 1) or (B, L). What lies outside the mask is never looked at.
-    ``count`` is the global number of tokens, see the head of this file. Metrics go over this call's mask.
-    Raises ValueError for unfit shapes, a count <= 0, or clips out of range.
+    Log-probs and mask are (B, L); the advantage is (B, 1) or (B, L). Values outside the mask are
+    ignored. ``count`` is the global number of tokens, see the head of this file. Metrics go over
+    the mask of this call. Raises ValueError for unfit shapes, a count <= 0, or clips out of range.
     """
     if not log_prob_BL.shape == old_log_prob_BL.shape == mask.shape:
         shapes = [tuple(t.shape) for t in (log_prob_BL, old_log_prob_BL, mask)]
         raise ValueError(
-            f"log_prob, old_log_prob and mask must have one shape, got {shapes}"
+            f"log_prob, old_log_prob and mask must have equal shapes, got {shapes}"
         )
     if advantage_B1.shape not in (log_prob_BL.shape, (*log_prob_BL.shape[:-1], 1)):
         raise ValueError(
             f"advantage {tuple(advantage_B1.shape)} must be (B, 1) or {tuple(log_prob_BL.shape)}"
         )
     mask = mask.bool()
-    # outside the mask both log-probs may be anything, NaN included: 0 keeps exp and its gradient finite there
+    # outside the mask log-probs may be NaN; 0 keeps exp and its gradient finite there
     log_ratio = torch.where(
-        mask, _widen(log_prob_BL) - _widen(old_log_prob_BL).detach(), 0.0
+        mask, widen(log_prob_BL) - widen(old_log_prob_BL).detach(), 0.0
     )
     advantage = torch.where(mask, advantage_B1, 0.0)
     terms = _surrogate_terms(
@@ -169,31 +173,27 @@ def token_surrogate(
     )
 
 
-def k1_kl(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
-    """log p - log ref, per element: the unbiased estimate of KL(p || ref) under samples of p. May be negative."""
-    return _widen(log_prob) - _widen(ref_log_prob)
-
-
 def k3_kl(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
-    """exp(d) - 1 - d with d = log ref - log p, per element: unbiased for KL(p || ref) under p and never negative.
+    """KL(p || ref) per element: exp(d) - 1 - d with d = log ref - log p.
 
-    Source: J. Schulman, Approximating KL divergence (2020); GRPO 2402.03300, equation 4.
+    It is unbiased under samples of p and never negative (J. Schulman, Approximating KL divergence,
+    2020; GRPO 2402.03300, equation 4).
     """
-    d = _widen(ref_log_prob) - _widen(log_prob)
+    d = widen(ref_log_prob) - widen(log_prob)
     return torch.expm1(d) - d
 
 
 def masked_mean(
     x: Tensor, mask: Tensor, *, count: Tensor | float | None = None
 ) -> Tensor:
-    """SUM of x over the mask / count -> scalar; without a count, the number of elements in the mask, 1 at least.
+    """SUM of x over the mask / count -> scalar; count defaults to the size of the mask, 1 at least.
 
-    x outside the mask is never looked at, so NaN may stand there. An empty mask gives 0 with a zero gradient.
-    Raises ValueError for unequal shapes or a count <= 0.
+    x outside the mask is ignored, so NaN may stand there. An empty mask gives 0 with a zero
+    gradient. Raises ValueError for unequal shapes or a count <= 0.
     """
     if x.shape != mask.shape:
         raise ValueError(
-            f"x {tuple(x.shape)} and mask {tuple(mask.shape)} must have one shape"
+            f"x {tuple(x.shape)} and mask {tuple(mask.shape)} must have equal shapes"
         )
     mask = mask.bool()
     if count is None:
@@ -204,32 +204,35 @@ def masked_mean(
 
 
 class _Centred(NamedTuple):
-    value_PG: Tensor  # R - mean over judged members, 0 where unjudged
+    # R - mean over members with a finite reward, 0 for the other members
+    value_PG: Tensor
     std_P: Tensor
 
 
 def _centre(reward_PG: Tensor) -> _Centred:
-    """Centre every row over its judged members, in fp64 so that equal rewards of any size have no spread."""
+    """Centre every row over its finite rewards, in fp64: equal rewards have no spread."""
     if reward_PG.dim() != 2:
         raise ValueError(f"reward must be (P, G), got shape {tuple(reward_PG.shape)}")
-    judged_PG = reward_PG.isfinite()
-    reward_PG = torch.where(judged_PG, reward_PG.detach().double(), 0.0)
-    count_P1 = judged_PG.sum(dim=1, keepdim=True)
+    finite_PG = reward_PG.isfinite()
+    reward_PG = torch.where(finite_PG, reward_PG.detach().double(), 0.0)
+    count_P1 = finite_PG.sum(dim=1, keepdim=True)
     mean_P1 = reward_PG.sum(dim=1, keepdim=True) / count_P1.clamp(min=1)
-    low_P1 = torch.where(judged_PG, reward_PG, torch.inf).amin(dim=1, keepdim=True)
-    high_P1 = torch.where(judged_PG, reward_PG, -torch.inf).amax(dim=1, keepdim=True)
-    # compared, not computed: the mean of three times 0.1 is not 0.1, and eps would blow the rounding up. A row with
-    # fewer than two judged members has no spread either
-    usable_PG = judged_PG & (high_P1 > low_P1)
+
+    # Spread is found by comparison: the mean of three times 0.1 is not 0.1, and eps would amplify
+    # the rounding. A row with fewer than two finite rewards has no spread either.
+    low_P1 = torch.where(finite_PG, reward_PG, torch.inf).amin(dim=1, keepdim=True)
+    high_P1 = torch.where(finite_PG, reward_PG, -torch.inf).amax(dim=1, keepdim=True)
+    usable_PG = finite_PG & (high_P1 > low_P1)
     value_PG = torch.where(usable_PG, reward_PG - mean_P1, 0.0)
     std_P = (value_PG.square().sum(dim=1) / count_P1.squeeze(1).clamp(min=1)).sqrt()
     return _Centred(value_PG, std_P)
 
 
 class _Terms(NamedTuple):
-    objective: Tensor  # to be maximised, per element
+    # per element: the objective to maximise, the ratio, and whether a clip decides
+    objective: Tensor
     ratio: Tensor
-    bound: Tensor  # bool, where a clip decides
+    bound: Tensor
 
 
 def _surrogate_terms(
@@ -248,28 +251,33 @@ def _surrogate_terms(
         raise ValueError(f"dual_clip must be > 1, got {dual_clip}")
     advantage = advantage.detach()
     ratio = log_ratio.exp()
+
+    # PPO's clip
     plain = ratio * advantage
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage
-    objective, bound = torch.minimum(plain, clipped), clipped < plain
+    objective = torch.minimum(plain, clipped)
+    bound = clipped < plain
+
+    # the second clip, for negative advantages
     if dual_clip is not None:
         floor = torch.where(advantage < 0.0, dual_clip * advantage, -torch.inf)
-        objective, bound = torch.maximum(objective, floor), bound | (floor > objective)
+        bound = bound | (floor > objective)
+        objective = torch.maximum(objective, floor)
     return _Terms(objective, ratio, bound)
 
 
 def _ratio_metrics(terms: _Terms, log_ratio: Tensor, mask: Tensor) -> dict[str, float]:
     """MEAN over the mask, except ratio_dev, which is the maximum."""
-    ratio, bound = terms.ratio.detach(), terms.bound.to(terms.ratio.dtype)
+    ratio = terms.ratio.detach()
+    bound = terms.bound.to(ratio.dtype)
     log_ratio = log_ratio.detach()
+    # an empty tensor has no maximum
+    deviation = 0.0
+    if mask.numel():
+        deviation = float(torch.where(mask, (ratio - 1.0).abs(), 0.0).max())
     return {
         "ratio_mean": float(masked_mean(ratio, mask)),
-        "ratio_dev": float(torch.where(mask, (ratio - 1.0).abs(), 0.0).max())
-        if mask.numel()
-        else 0.0,
+        "ratio_dev": deviation,
         "clip_frac": float(masked_mean(bound, mask)),
         "old_kl": float(masked_mean(torch.expm1(log_ratio) - log_ratio, mask)),
     }
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,7 @@
-"""What a run folder says about how it was made: the resolved config, versions, commit, command. Secrets are masked."""
+"""Record in the run folder how a run was made: config, versions, commit, command.
+
+Secrets are masked.
+"""
 
 from __future__ import annotations
 
@@ -31,24 +34,27 @@ _SECRET_WORDS = {
     "credentials",
 }
 _PACKAGES = (
-    *(
-        "torch",
-        "deepspeed",
-        "diffusers",
-        "transformers",
-        "peft",
-        "accelerate",
-        "safetensors",
-    ),
-    *("tokenizers", "omegaconf", "numpy", "decord2", "wandb"),
+    "torch",
+    "deepspeed",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "omegaconf",
+    "numpy",
+    "decord2",
+    "wandb",
 )
 
 
 def dump(cfg: Any, run_dir: str | Path) -> Path:
-    """Write ``config.yaml`` (resolved, `load` reads it back) and ``environment.json`` into the run folder.
+    """Write ``config.yaml`` (resolved, `load` reads it) and ``environment.json`` to the run folder.
 
-    Returns the path of config.yaml. A text whose name says key, token, secret or password, and the values of
-    environment variables named so, are written as ***. Raises TypeError unless cfg is a dataclass instance.
+    A text whose name says key, token, secret or password is written as ***, and so are the values
+    of environment variables with such names. Returns the path of config.yaml. Raises TypeError
+    unless cfg is a dataclass instance.
     """
     if not dataclasses.is_dataclass(cfg) or isinstance(cfg, type):
         raise TypeError(f"dump needs a dataclass instance, got {type(cfg).__name__}")
@@ -66,79 +72,77 @@ def dump(cfg: Any, run_dir: str | Path) -> Path:
     return folder / SETTINGS
 
 
+# ---- settings ----
+
+
 def write_settings(cfg: Any, file: Path) -> None:
-    """A config as YAML, without its secrets."""
-    replace_text(
-        file,
-        yaml.safe_dump(
-            _without_secrets(plain(cfg)), sort_keys=False, allow_unicode=True, width=120
-        ),
-    )
+    """Write a config as YAML, without its secrets."""
+    replace_text(file, _as_yaml(cfg))
 
 
 def changed_settings(file: Path, cfg: Any) -> list[str]:
-    """``a.b: 1 -> 2`` for what `write_settings` wrote and what is otherwise now."""
-    now = yaml.safe_dump(_without_secrets(plain(cfg)), allow_unicode=True)
-    return differences(parse(file.read_text(encoding="utf-8")).value, parse(now).value)
+    """Compare a config with the file of `write_settings`: ``a.b: 1 -> 2`` per difference."""
+    stored = parse(file.read_text(encoding="utf-8")).value
+    # through YAML, which changes some types
+    return differences(stored, parse(_as_yaml(cfg)).value)
+
+
+def _as_yaml(cfg: Any) -> str:
+    settings = _without_secrets(plain(cfg))
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """``a.b: 1 -> 2`` for every leaf that differs; what is missing is null."""
+    """List ``a.b: 1 -> 2`` for every leaf that differs; a missing leaf is null."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for name in dict.fromkeys([*old, *new])
-            for line in differences(
-                old.get(name), new.get(name), f"{where}.{name}" if where else str(name)
-            )
-        ]
-    return (
-        []
-        if old == new
-        else [f"{where}: {json.dumps(old)[:60]} -> {json.dumps(new)[:60]}"]
-    )
+        lines = []
+        for name in dict.fromkeys([*old, *new]):
+            path = f"{where}.{name}" if where else str(name)
+            lines += differences(old.get(name), new.get(name), path)
+        return lines
+    if old == new:
+        return []
+    return [f"{where}: {json.dumps(old)[:60]} -> {json.dumps(new)[:60]}"]
 
 
 def plain(value: Any, name: str = "") -> Any:
-    """Dataclasses as dicts, tuples as lists, texts with a secret's name as ***."""
+    """Turn dataclasses into dicts, tuples into lists, and texts with a secret's name into ***."""
     if dataclasses.is_dataclass(value):
-        return {
-            f.name: plain(getattr(value, f.name), f.name)
-            for f in dataclasses.fields(value)
-        }
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(key): plain(item, str(key)) for key, item in value.items()}
+    # the items of a list of secrets are secrets
     if isinstance(value, list | tuple):
         return [plain(item, name) for item in value]
-    return MASK if isinstance(value, str) and is_secret(name, value) else value
+    if isinstance(value, str) and is_secret(name, value):
+        return MASK
+    return value
 
 
-def versions() -> dict[str, str | None]:
-    """Of the packages that decide a run's numbers."""
-    return {name: _version(name) for name in _PACKAGES}
+# ---- secrets ----
 
 
 def is_secret(name: str, value: str) -> bool:
-    """True for a text under a name such as ``api_key`` or ``hf_token``; ``<Reward>`` is only a vocabulary token."""
+    """True for a text under a name such as ``api_key`` or ``hf_token``."""
+    # a value such as <Reward> is only a token of a vocabulary
+    if not value or value.startswith("<"):
+        return False
     words = re.split(r"[^a-z]+", name.lower())
-    return (
-        bool(value)
-        and not value.startswith("<")
-        and not _SECRET_WORDS.isdisjoint(words)
-    )
+    return not _SECRET_WORDS.isdisjoint(words)
 
 
 def hide_secrets(text: str) -> str:
-    """Replace the values of environment variables with a secret's name wherever they occur in a text."""
+    """Mask the values of environment variables with a secret's name wherever they occur."""
     for name, value in os.environ.items():
-        # short values (FOO_KEY=1) would eat innocent text and protect nothing
+        # a short value (FOO_KEY=1) would mask innocent text and protect nothing
         if len(value) >= 8 and is_secret(name, value):
             text = text.replace(value, MASK)
     return text
 
 
 def _without_secrets(value: Any) -> Any:
-    """`hide_secrets` in every text. Before it becomes YAML: there a bare *** would be an alias."""
+    """Apply `hide_secrets` to every text in nested dicts and lists."""
+    # before the text becomes YAML, where a bare *** would be an alias
     if isinstance(value, dict):
         return {
             _without_secrets(key): _without_secrets(item) for key, item in value.items()
@@ -149,36 +153,45 @@ def _without_secrets(value: Any) -> Any:
 
 
 def _mask_argument(word: str) -> str:
+    """Mask the value of ``name=value`` on a command line where the name is a secret's."""
     name, equals, value = word.partition("=")
     return f"{name}={MASK}" if equals and is_secret(name, value) else word
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+# ---- environment ----
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that affect a run's numbers; None where one is not installed."""
+    installed: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            installed[package] = None
+    return installed
 
 
 def _git_state(folder: Path) -> dict[str, Any]:
-    """Commit of the code and whether files differ from it; both None outside a repository or without git."""
-
-    def ask(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *words],
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=True,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    status = ask("status", "--porcelain")
+    """Commit of the code and whether files differ from it; None without a repository or git."""
+    status = _git(folder, "status", "--porcelain")
     return {
-        "commit": ask("rev-parse", "HEAD"),
+        "commit": _git(folder, "rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
     }
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """Output of a git command, None if it fails."""
+    try:
+        done = subprocess.run(
+            ["git", *words],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,4 +1,7 @@
-"""Which of many things a step draws: a function of seed and step, so resuming needs no state."""
+"""IndexSchedule: which items a step draws, as a function of seed and step.
+
+Resuming a run therefore needs no state.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,34 @@ from common.distributed import derive_seed
 
 
 class IndexSchedule:
-    """Step -> indices of ``count`` things: all of them in a new random order each epoch, none twice before all were.
+    """Maps a step to indices of ``count`` items, each epoch in a new random order.
 
-    The one at position q of the whole run is the (q mod count)-th of epoch q // count, whose order depends on the seed
-    and the epoch only. Neither the number of ranks nor where a run was resumed changes anything.
-
-    name  of what is drawn; schedules of other names have other orders
+    Position q of the run draws item q mod count of epoch q // count. An epoch's order depends on
+    the seed and the epoch only, not on the number of ranks or on where a run was resumed.
+    Schedules with another ``name`` have another order.
     """
 
     def __init__(self, count: int, *, seed: int, per_step: int, name: str) -> None:
-        self.count, self.seed, self.per_step, self.name = count, seed, per_step, name
-        self._epoch, self._order = -1, list[int]()
+        self.count = count
+        self.seed = seed
+        self.per_step = per_step
+        self.name = name
+        # the order of the latest epoch, computed once
+        self._epoch = -1
+        self._order: list[int] = []
 
     def at(self, step: int) -> tuple[int, ...]:
-        """All ranks' indices of one step, from 0."""
+        """Indices for all ranks at a step, which counts from 0."""
         first = step * self.per_step
-        return tuple(self._at_position(first + i) for i in range(self.per_step))
+        positions = range(first, first + self.per_step)
+        return tuple(self._item(position) for position in positions)
 
-    def _at_position(self, position: int) -> int:
+    def _item(self, position: int) -> int:
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, list(range(self.count))
-            random.Random(derive_seed(self.seed, self.name, epoch)).shuffle(self._order)
+            seed = derive_seed(self.seed, self.name, epoch)
+            order = list(range(self.count))
+            random.Random(seed).shuffle(order)
+            self._epoch = epoch
+            self._order = order
         return self._order[place]

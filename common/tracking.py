@@ -1,5 +1,7 @@
-"""A run's metrics and videos in wandb or TensorBoard, beside metrics.jsonl. What fails there is said once and ends it:
-a refused key, a dead network or a full disk must not stop training.
+"""Send a run's metrics and videos to wandb or TensorBoard.
+
+A tracker that fails is reported once and left out: a refused key, a dead network or a full disk
+must not stop training.
 """
 
 from __future__ import annotations
@@ -9,8 +11,7 @@ import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from common import safe_yaml
 from common.files import replace_text
@@ -22,103 +23,94 @@ if TYPE_CHECKING:
 IDENTITY = "wandb.json"
 
 
-class Tracker(Protocol):
-    """Where numbers and videos go; any of these may raise what ``errors`` names."""
-
-    name: str
-    errors: tuple[type[Exception], ...]
-
-    def start(self) -> None: ...
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
-    def videos(
-        self, step: int, files: Sequence[Path], captions: Sequence[str]
-    ) -> None: ...
-    def finish(self) -> None: ...
-
-
 class WandbTracker:
-    """One wandb run for one run folder, however often that is gone on with: its id is in wandb.json.
+    """A wandb run for a run folder; a resumed run goes on with the id in wandb.json.
 
-    fresh  the run starts from its first step, under a new id
+    ``fresh`` is for a run that starts from its first step, under a new id.
     """
 
     name = "wandb"
 
     def __init__(self, cfg: WandbConfig, run_dir: Path, *, fresh: bool) -> None:
-        self.cfg, self.run_dir, self.fresh = cfg, run_dir, fresh
-        self._wandb: ModuleType = importlib.import_module("wandb")
-        self.errors = (self._wandb.errors.Error, OSError, RuntimeError, ValueError)
+        self.cfg = cfg
+        self.run_dir = run_dir
+        self.fresh = fresh
+        self.wandb: Any = importlib.import_module("wandb")
+        self.errors = (self.wandb.errors.Error, OSError, RuntimeError, ValueError)
 
     def start(self) -> None:
-        """With the resolved config, secrets masked, as config.yaml has it."""
-        file, settings = self.run_dir / IDENTITY, self.run_dir / SETTINGS
-        if self.fresh or not file.is_file():
-            replace_text(file, json.dumps({"id": secrets.token_hex(8)}) + "\n")
-        about = (
-            safe_yaml.parse(settings.read_text(encoding="utf-8")).value
-            if settings.is_file()
-            else None
-        )
-        self._wandb.init(
+        """Open the run, with the resolved config; config.yaml has its secrets masked."""
+        # 1. The id: a resumed run is the same wandb run.
+        identity = self.run_dir / IDENTITY
+        if self.fresh or not identity.is_file():
+            replace_text(identity, json.dumps({"id": secrets.token_hex(8)}) + "\n")
+
+        # 2. The config.
+        settings = self.run_dir / SETTINGS
+        config = None
+        if settings.is_file():
+            config = safe_yaml.parse(settings.read_text(encoding="utf-8")).value
+        self.wandb.init(
             dir=str(self.run_dir),
             mode=self.cfg.mode,
             project=self.cfg.project,
             name=self.cfg.name,
-            id=json.loads(file.read_text(encoding="utf-8"))["id"],
+            id=json.loads(identity.read_text(encoding="utf-8"))["id"],
             resume="allow",
-            config=about,
+            config=config,
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._wandb.log(dict(values), step=step)
+        self.wandb.log(dict(values), step=step)
 
     def videos(self, step: int, files: Sequence[Path], captions: Sequence[str]) -> None:
-        shown = [
-            self._wandb.Video(str(file), caption=caption, format="mp4")
-            for file, caption in zip(files, captions, strict=True)
-        ]
-        self._wandb.log({"samples": shown}, step=step)
+        # one entry of the run with all videos of the step
+        videos = []
+        for file, caption in zip(files, captions, strict=True):
+            video = self.wandb.Video(str(file), caption=caption, format="mp4")
+            videos.append(video)
+        self.wandb.log({"samples": videos}, step=step)
 
     def finish(self) -> None:
-        self._wandb.finish()
+        self.wandb.finish()
 
 
 class TensorboardTracker:
-    """Scalars in run_dir/tensorboard; a run that is gone on with writes over what came after its checkpoint."""
+    """Scalars in run_dir/tensorboard; a resumed run overwrites what followed its checkpoint."""
 
     name = "tensorboard"
     errors = (OSError, RuntimeError, ValueError)
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
-        self.folder, self.step = run_dir / "tensorboard", step
-        self._module: Any = importlib.import_module("torch.utils.tensorboard")
-        self._writer: Any = None
+        self.folder = run_dir / "tensorboard"
+        self.step = step
+        self.module: Any = importlib.import_module("torch.utils.tensorboard")
 
     def start(self) -> None:
-        self._writer = self._module.SummaryWriter(
-            str(self.folder), purge_step=self.step
-        )
+        folder = str(self.folder)
+        # purge_step hides what a killed run wrote after its checkpoint
+        self.writer = self.module.SummaryWriter(folder, purge_step=self.step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self.writer.add_scalar(name, value, step)
 
     def videos(self, step: int, files: Sequence[Path], captions: Sequence[str]) -> None:
-        """As links: TensorBoard would want them decoded."""
-        lines = [
-            f"`{file.name}` {caption}"
-            for file, caption in zip(files, captions, strict=True)
-        ]
-        self._writer.add_text(
-            "samples", "\n\n".join([str(files[0].parent.name), *lines]), step
-        )
+        """Name the files in a text, since TensorBoard would need decoded videos."""
+        lines = [files[0].parent.name]
+        for file, caption in zip(files, captions, strict=True):
+            lines.append(f"`{file.name}` {caption}")
+        self.writer.add_text("samples", "\n\n".join(lines), step)
 
     def finish(self) -> None:
-        self._writer.close()
+        self.writer.close()
+
+
+Tracker = WandbTracker | TensorboardTracker
 
 
 class Trackers:
-    """Those that were asked for and are there. ``say`` tells people what went wrong."""
+    """The running trackers; ``say`` reports a tracker that fails or is not installed."""
 
     def __init__(
         self, makers: Mapping[str, Callable[[], Tracker]], say: Callable[[str], None]
@@ -130,24 +122,16 @@ class Trackers:
                 self.running.append(make())
             except ImportError as error:
                 say(f"{name} is not used, the run goes on without it: {error}")
-        self._all("start", lambda one: one.start())
+        self.call("start")
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._all("log", lambda one: one.log(step, values))
-
-    def videos(self, step: int, files: Sequence[Path], captions: Sequence[str]) -> None:
-        self._all("videos", lambda one: one.videos(step, files, captions))
-
-    def finish(self) -> None:
-        self._all("finish", lambda one: one.finish())
-        self.running = []
-
-    def _all(self, what: str, call: Callable[[Tracker], None]) -> None:
-        for one in list(self.running):
+    def call(self, action: str, *arguments: Any) -> None:
+        """Call the method ``action`` of every tracker; a tracker that fails is dropped."""
+        for tracker in list(self.running):
             try:
-                call(one)
-            except one.errors as error:
+                getattr(tracker, action)(*arguments)
+            except tracker.errors as error:
+                # the rest of the run goes on
                 self.say(
-                    f"{one.name} {what} failed, the run goes on without it: {error}"
+                    f"{tracker.name} {action} failed, the run goes on without it: {error}"
                 )
-                self.running.remove(one)
+                self.running.remove(tracker)

@@ -1,6 +1,6 @@
-"""The nouns that stages hand to each other, and the three Protocols that plug-ins fill.
+"""Records that stages exchange, and the Protocols Generator, RewardModel and Engine.
 
-Shape letters, one meaning everywhere, used as suffixes of tensor names::
+Shape letters have the same meaning everywhere, as suffixes of tensor names::
 
     P  prompts on this rank      G  members of a group       B = P * G  (group-major)
     K  reward heads              L  text tokens              N  preference pairs
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A scalar loss that carries grad, and detached float metrics about it (``name -> value``, no stage prefix)."""
+    """A scalar loss with gradient, and detached float metrics by name, without stage prefix."""
 
     loss: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
@@ -32,14 +32,15 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class Step:
-    """One stochastic step of a group: where each member came from and where it went.
+    """A stochastic step of a group: where each member came from and where it went.
 
-    latent_MCFHW  fp32, x at the start. M = 1 when all members share it, which LongCat-Video (2510.22200, section 3.3.1)
-                  arranges; else M = G
-    next_GCFHW    fp32, x at the end, one per member
-    sigma, sigma_next  noise level before and after, 1 >= sigma > sigma_next >= 0
-    log_prob_G    fp32, of each next under the policy that sampled it (see `common.gaussian.log_prob`)
-    std, gain     of the step: its noise, and how far its mean follows the velocity, d mean / d v = -gain
+    latent_MCFHW  fp32, x at the start; M = 1 when all members share it, as LongCat-Video
+                  (2510.22200, section 3.3.1) arranges, otherwise M = G
+    next_GCFHW    fp32, x at the end of every member
+    sigma, sigma_next  noise levels before and after, 1 >= sigma > sigma_next >= 0
+    log_prob_G    fp32, log-prob of each next under the policy that sampled it, see
+                  `common.gaussian.log_prob`
+    std, gain     the step's noise, and how far its mean follows the velocity: d mean / d v = -gain
     """
 
     latent_MCFHW: Tensor
@@ -51,19 +52,18 @@ class Step:
     gain: float
 
     def __post_init__(self) -> None:
-        if self.next_GCFHW.dim() != 5:
+        shape = tuple(self.next_GCFHW.shape)
+        if len(shape) != 5:
+            raise ValueError(f"Step.next_GCFHW must have 5 dimensions, got {shape}")
+        # shared by all members, or one latent per member
+        start = tuple(self.latent_MCFHW.shape)
+        if start not in ((1, *shape[1:]), shape):
             raise ValueError(
-                f"Step.next_GCFHW must have 5 dimensions, got {tuple(self.next_GCFHW.shape)}"
+                f"Step.latent_MCFHW must be {shape}, or 1 in front, got {start}"
             )
-        size, *latent = self.next_GCFHW.shape
-        got = tuple(self.latent_MCFHW.shape)
-        if got not in ((1, *latent), (size, *latent)):
+        if tuple(self.log_prob_G.shape) != shape[:1]:
             raise ValueError(
-                f"Step.latent_MCFHW must be (1 or {size}, {', '.join(map(str, latent))}), got {got}"
-            )
-        if tuple(self.log_prob_G.shape) != (size,):
-            raise ValueError(
-                f"Step.log_prob_G must be ({size},), got {tuple(self.log_prob_G.shape)}"
+                f"Step.log_prob_G must be ({shape[0]},), got {tuple(self.log_prob_G.shape)}"
             )
         if not 1.0 >= self.sigma > self.sigma_next >= 0.0:
             raise ValueError(
@@ -76,22 +76,21 @@ class Step:
         return self.next_GCFHW.shape[0]
 
     def start_of(self, member: int) -> Tensor:
-        """x of one member at the start, (1, C, F, H, W). IndexError if there is no such member."""
+        """x of a member at the start, (1, C, F, H, W); IndexError if there is no such member."""
         if not 0 <= member < self.size:
             raise IndexError(f"member must be in 0..{self.size - 1}, got {member}")
-        return (
-            self.latent_MCFHW
-            if len(self.latent_MCFHW) == 1
-            else self.latent_MCFHW[member : member + 1]
-        )
+        # all members share a single latent
+        if len(self.latent_MCFHW) == 1:
+            return self.latent_MCFHW
+        return self.latent_MCFHW[member : member + 1]
 
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt's rollouts.
+    """The rollouts of a prompt.
 
-    steps        the stochastic ones, in the order they were taken; what lies between is deterministic
-    clean_GCFHW  fp32, x at sigma = 0, what `Generator.decode` takes
+    steps        stochastic steps in order; all other steps are deterministic
+    clean_GCFHW  fp32, x at sigma = 0, the input of `Generator.decode`
     """
 
     prompt: str
@@ -100,9 +99,8 @@ class Group:
 
     def __post_init__(self) -> None:
         if not self.steps:
-            raise ValueError(
-                "Group.steps is empty: nothing would tell the members apart"
-            )
+            raise ValueError("Group.steps is empty: a group needs a stochastic step")
+        # every step has all members
         want = tuple(self.clean_GCFHW.shape)
         for step in self.steps:
             if tuple(step.next_GCFHW.shape) != want:
@@ -118,11 +116,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Score:
-    """What a reward model says of a batch of videos: higher is better, NaN means "could not judge", never 0.
+    """A reward model's scores of a batch of videos: higher is better, NaN means no score.
 
     value_B  fp32 (B,), on the CPU
-    parts    optional further (B,) tensors by name, logged beside the value (sub-dimensions, say)
-    texts    optional, one string per video (a chain of thought), shown in the report
+    parts    optional (B,) tensors by name, logged with the value (sub-dimensions, for example)
+    texts    optional, a string per video (a chain of thought), shown in the report
     """
 
     value_B: Tensor
@@ -147,72 +145,74 @@ class Score:
 
     @staticmethod
     def concat(scores: Sequence[Score]) -> Score:
-        """Of all their videos, in order. A part that some of them lack is NaN there, a text is empty."""
+        """Join scores in order; a part that a score lacks is NaN there, a text is empty."""
         import torch
 
-        names = dict.fromkeys(name for score in scores for name in score.parts)
-        parts = {
-            name: torch.cat(
-                [
-                    score.parts.get(name, torch.full_like(score.value_B, math.nan))
-                    for score in scores
-                ]
-            )
-            for name in names
-        }
+        # names in the order they appear
+        parts: dict[str, list[Tensor]] = {}
+        for score in scores:
+            parts |= {name: [] for name in score.parts if name not in parts}
+        for name, columns in parts.items():
+            for score in scores:
+                missing_B = torch.full_like(score.value_B, math.nan)
+                columns.append(score.parts.get(name, missing_B))
+
+        # texts, unless no score has them
         texts: list[str] = []
-        if any(score.texts for score in scores):
-            texts = [
-                text
-                for score in scores
-                for text in score.texts or [""] * len(score.value_B)
-            ]
-        return Score(torch.cat([score.value_B for score in scores]), parts, texts)
+        for score in scores:
+            texts += score.texts or [""] * len(score.value_B)
+        if not any(score.texts for score in scores):
+            texts = []
+        value_B = torch.cat([score.value_B for score in scores])
+        joined = {name: torch.cat(columns) for name, columns in parts.items()}
+        return Score(value_B, joined, texts)
 
     def take(self, places: Sequence[int]) -> Score:
-        """Of these videos, in this order."""
+        """Select videos, in the given order."""
+        # places may be any sequence, tensors index by lists
         rows = list(places)
         texts = [self.texts[i] for i in rows] if self.texts else []
-        return Score(
-            self.value_B[rows],
-            {name: part_B[rows] for name, part_B in self.parts.items()},
-            texts,
-        )
+        parts = {name: part_B[rows] for name, part_B in self.parts.items()}
+        return Score(self.value_B[rows], parts, texts)
 
     @staticmethod
     def placed(count: int, parts: Iterable[tuple[Sequence[int], Score]]) -> Score:
-        """Scores of some places each -> of all ``count``, NaN where nobody judged."""
+        """Put scores at their places among ``count`` videos, NaN at places without a score."""
         import torch
 
-        found = list(parts)
-        order = [i for places, _ in found for i in places]
+        order: list[int] = []
+        scores = []
+        for places, score in parts:
+            order += places
+            scores.append(score)
+        # the rest gets NaN
         missing = sorted(set(range(count)) - set(order))
-        nobody = Score(torch.full((len(missing),), math.nan))
-        whole = Score.concat(
-            [*(score for _, score in found), *([nobody] if missing else [])]
+        if missing:
+            scores.append(Score(torch.full((len(missing),), math.nan)))
+        return Score.concat(scores).take(
+            torch.tensor(order + missing).argsort().tolist()
         )
-        return whole.take(torch.tensor(order + missing).argsort().tolist())
 
 
 class RewardUnavailableError(RuntimeError):
-    """A reward cannot be asked for now, such as one whose server went away. Nothing is wrong with the run: it may stop
-    with a checkpoint and go on from there.
+    """A reward is not available now, for example because its server is down.
+
+    The run itself is in order: it may stop with a checkpoint and be resumed.
     """
 
 
 def json_number(value: Any) -> float | None:
-    """A score for JSON, which has no NaN: None where there is no finite number."""
+    """Convert a score for JSON, which has no NaN: None unless it is a finite number."""
     number = float(value)
     return number if math.isfinite(number) else None
 
 
 @runtime_checkable
 class Generator(Protocol):
-    """A video generator that can sample, say how likely a sample was, and how wrong its velocity is."""
+    """A video generator: samples, transition densities, and velocity errors."""
 
-    module: (
-        nn.Module
-    )  # what deepspeed wraps; its trainable parameters are what the optimizer sees
+    # deepspeed wraps this module, and the optimizer gets its trainable parameters
+    module: nn.Module
 
     def rollout(
         self,
@@ -223,20 +223,21 @@ class Generator(Protocol):
         iteration: int = 0,
         first_member: int = 0,
     ) -> list[Group]:
-        """One Group per prompt; ``seeds[p]`` decides everything random about it, ``iteration`` (the training step's
-        number) what a schedule moves. No grad.
+        """Sample one Group per prompt, without gradient.
 
-        first_member  number of the first, where other ranks hold the rest of these groups: member m of a seed is the
-                      same whoever computes it
+        ``seeds[p]`` decides all randomness of prompt p, ``iteration`` (the training step) what a
+        schedule moves. ``first_member`` is the number of the first member, where other ranks have
+        the rest of these groups: member m of a seed is the same on every rank.
         """
         ...
 
     def transition(
         self, prompt: str, step: Step, member: int | None = None
     ) -> Gaussian:
-        """Law of ``step.next`` given ``step.latent``: mean (M, C, F, H, W), ONE forward, grad through the mean.
+        """Distribution of ``step.next`` given ``step.latent``, ONE forward, with gradient.
 
-        member  of one member alone, by a forward of its own: mean (1, C, F, H, W)
+        Its mean is (M, C, F, H, W). With ``member`` it is that of this member, by a separate
+        forward: (1, C, F, H, W).
         """
         ...
 
@@ -247,27 +248,27 @@ class Generator(Protocol):
         sigma_B: Tensor,
         prompts: Sequence[str],
     ) -> Tensor:
-        """MEAN squared velocity error per element of the batch, (B,). Grad."""
+        """Squared velocity error, MEAN over latent elements -> (B,), with gradient."""
         ...
 
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
-        """uint8 video (B, T, Y, X, 3) on the CPU. No grad."""
+        """Decode to uint8 video (B, T, Y, X, 3) on the CPU, without gradient."""
         ...
 
     def given_prompts(
         self, embedding_LD: Mapping[str, Tensor]
     ) -> AbstractContextManager[None]:
-        """Inside, these prompts are known by embeddings computed elsewhere, (L, D) each without padding."""
+        """Inside, use these precomputed embeddings, (L, D) each, without padding."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside, the generator is the frozen reference (adapter off). Use under no_grad only."""
+        """Inside, the generator is the frozen reference policy; use it under no_grad only."""
         ...
 
 
 @runtime_checkable
 class RewardModel(Protocol):
-    """Anything that judges videos. Frames come as uint8 on the CPU, (B, T, Y, X, 3), at `fps` frames a second."""
+    """Scores videos: uint8 (B, T, Y, X, 3) on the CPU, at `fps` frames a second."""
 
     name: str
 
@@ -278,7 +279,7 @@ class RewardModel(Protocol):
 
 @runtime_checkable
 class Engine(Protocol):
-    """deepspeed's two calls; tests pass a ten-line stand-in. An update whose gradient is not finite is not made."""
+    """The two calls of a deepspeed engine; it skips an update with a non-finite gradient."""
 
     def backward(self, loss: Tensor) -> None: ...
 

@@ -1,4 +1,7 @@
-"""The low-rank adapter on the Wan transformer: attach, save, load. The maths is peft's, the file is diffusers'."""
+"""Attach, save and load the LoRA adapter of the Wan transformer.
+
+peft computes the adapter; the file has diffusers' format.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.files import sort_header
+from common.lora import stock_name
+from generator.weights import raise_problems, shapes, state_dict_problems
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -17,29 +22,32 @@ if TYPE_CHECKING:
 
     from generator.config import LoraConfig
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for in a folder
-_PREFIX = "transformer."  # the pipeline component that the weights belong to
+# the file that `load_lora_weights` looks for in a folder
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+# the component of the pipeline that the weights belong to
+PREFIX = "transformer."
 
 
 def attach(
     transformer: WanTransformer3DModel, lora: LoraConfig, *, seed: int
 ) -> PeftModel:
-    """Freeze `transformer` and put fp32 adapters on its linear layers. B is zero: the output does not change yet.
+    """Freeze the transformer and put fp32 LoRA adapters on its linear layers.
 
-    A is drawn from `seed`, so that all ranks start from the same adapter. Raises ValueError when a target names no
-    linear layer: peft passes over a misspelt one as long as another matches, and would train a part of the model.
+    B is zero, so the output does not change yet. A is drawn from ``seed``, so that all ranks start
+    from the same adapter. Raises ValueError when a target matches no linear layer.
     """
     import peft
 
+    # peft ignores a misspelt target as long as another matches, and would train a part of the model
     linears = [
-        name
+        f".{name}"
         for name, module in transformer.named_modules()
         if isinstance(module, torch.nn.Linear)
     ]
     unmatched = [
-        t
-        for t in lora.targets
-        if not any(name == t or name.endswith(f".{t}") for name in linears)
+        target
+        for target in lora.targets
+        if not any(name.endswith(f".{target}") for name in linears)
     ]
     if unmatched:
         raise ValueError(
@@ -49,104 +57,91 @@ def attach(
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=list(lora.targets),
-        lora_dropout=0.0,  # a dropped unit would make the replayed log-prob differ from the sampled one
+        # a dropped unit would make the replayed log-prob differ from the sampled one
+        lora_dropout=0.0,
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
     )
     transformer.requires_grad_(requires_grad=False)
+    # peft makes adapters over half-precision layers fp32
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = peft.get_peft_model(
-            transformer, config
-        )  # adapters over half-precision layers are made fp32
-    trainable = [
-        parameter for parameter in model.parameters() if parameter.requires_grad
-    ]
-    if not trainable or any(
-        parameter.dtype != torch.float32 for parameter in trainable
-    ):
-        raise RuntimeError(
-            f"expected fp32 adapter weights to train, got {sorted({str(p.dtype) for p in trainable})}"
-        )
+        model = peft.get_peft_model(transformer, config)
+    dtypes = {
+        parameter.dtype for parameter in model.parameters() if parameter.requires_grad
+    }
+    if dtypes != {torch.float32}:
+        raise RuntimeError(f"expected fp32 adapter weights to train, got {dtypes}")
     return model
 
 
 def save(
     model: PeftModel, folder: Path, state_dict: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """Write the adapter as one safetensors file that stock `WanPipeline.load_lora_weights(folder)` reads.
+    """Write the adapter as a file that stock `WanPipeline.load_lora_weights(folder)` reads.
 
-    The adapter's settings travel in the file's metadata: without them a reader takes alpha to be the rank, and the
-    output is scaled wrongly. Weights are stored in fp32. Returns the file's path.
-
-    state_dict  the model's, where its own weights are not whole; the adapter's are enough
+    The file's metadata holds rank and alpha: without them a reader takes alpha to be the rank, and
+    scales the output wrongly. Weights are stored in fp32. ``state_dict`` replaces the state of the
+    model (gathered from its shards); the adapter's entries suffice. Returns the file's path.
     """
     from diffusers import WanPipeline
     from peft import get_peft_model_state_dict
 
-    weights = get_peft_model_state_dict(
-        model, state_dict=None if state_dict is None else dict(state_dict)
-    )
-    settings = model.peft_config["default"].to_dict()
+    if state_dict is not None:
+        state_dict = dict(state_dict)
+    layers = {}
+    for name, weight in get_peft_model_state_dict(model, state_dict=state_dict).items():
+        layers[stock_name(name)] = weight.detach().float().cpu().contiguous()
+    config = model.peft_config["default"]
     WanPipeline.save_lora_weights(
         folder,
-        transformer_lora_layers={
-            _plain(name): w.detach().float().cpu().contiguous()
-            for name, w in weights.items()
-        },
+        transformer_lora_layers=layers,
         transformer_lora_adapter_metadata={
-            "r": settings["r"],
-            "lora_alpha": settings["lora_alpha"],
-            "target_modules": sorted(settings["target_modules"]),
+            "r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "target_modules": sorted(config.target_modules),
         },
     )
+    # equal adapters shall be equal files
     sort_header(Path(folder) / ADAPTER_FILE)
     return Path(folder) / ADAPTER_FILE
 
 
 def load(model: PeftModel, folder: Path) -> None:
-    """Copy a saved adapter's weights into the attached one, in place.
+    """Copy a saved adapter's weights into the attached adapter, in place.
 
-    Raises ValueError when names or shapes differ, or when the file's rank or alpha is not this adapter's: the same
-    weights would then mean another model. Call it before an optimizer takes its fp32 copies of the weights.
+    Call it before an optimizer takes its fp32 copies of the weights. Raises ValueError when names
+    or shapes differ, or when rank or alpha of the file differ from this adapter's: the same
+    weights would then mean another model.
     """
-    import json
-
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors import safe_open
 
-    own = {
-        _plain(name): (name, tuple(weight.shape))
-        for name, weight in get_peft_model_state_dict(model).items()
-    }
-    with safe_open(Path(folder) / ADAPTER_FILE, framework="pt") as file:
-        names = file.keys()
-        stored = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in names}
-        metadata = json.loads(
-            (file.metadata() or {}).get("lora_adapter_metadata", "{}")
-        )
+    stored, metadata = read_file(Path(folder) / ADAPTER_FILE)
+    stored = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
+    attached = get_peft_model_state_dict(model)
+
+    # rank and alpha, where the file has them
     problems = []
     config = model.peft_config["default"]
     for key, want in (("r", config.r), ("lora_alpha", config.lora_alpha)):
-        got = metadata.get(_PREFIX + key)
-        if got is not None and got != want:
-            problems.append(f"{key} is {got}, want {want}")
-    problems += [f"unexpected {name}" for name in sorted(stored.keys() - own.keys())]
-    problems += [f"missing {name}" for name in sorted(own.keys() - stored.keys())]
-    for name in sorted(own.keys() & stored.keys()):
-        if tuple(stored[name].shape) != own[name][1]:
-            problems.append(
-                f"{name} is {tuple(stored[name].shape)}, want {own[name][1]}"
-            )
-    if problems:
-        shown = "; ".join(problems[:5])
-        raise ValueError(
-            f"the adapter in {folder} does not fit this model ({len(problems)} problems): {shown}"
-        )
-    set_peft_model_state_dict(
-        model, {own[name][0]: weight for name, weight in stored.items()}
-    )
+        value = metadata.get(PREFIX + key)
+        if value is not None and value != want:
+            problems.append(f"{key} is {value}, want {want}")
+
+    # names and shapes
+    wanted = {stock_name(name): weight for name, weight in attached.items()}
+    problems += state_dict_problems(shapes(stored), shapes(wanted))
+    raise_problems(problems, f"the adapter in {folder} does not fit this model")
+    renamed = {name: stored[stock_name(name)] for name in attached}
+    set_peft_model_state_dict(model, renamed)
 
 
-def _plain(name: str) -> str:
-    """A weight's name inside the transformer, without peft's wrapping."""
-    return name.removeprefix("base_model.model.")
+def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Read an adapter file: its tensors and its LoRA settings, both under the file's names."""
+    import json
+
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        metadata = stored.metadata() or {}
+    return tensors, json.loads(metadata.get("lora_adapter_metadata", "{}"))

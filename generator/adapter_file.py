@@ -1,8 +1,7 @@
-"""A saved adapter without its model: read and checked, under ComfyUI's names, or merged into a transformer."""
+"""Read a saved adapter without its model, rename it for ComfyUI, or merge it into weights."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,23 +9,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.lora import both_sides
-from generator.adapter import ADAPTER_FILE
+from common.lora import LowRank, low_ranks
+from generator.adapter import ADAPTER_FILE, PREFIX, read_file
+from generator.weights import raise_problems, shapes, state_dict_problems
 
-_PREFIX = "transformer."  # the pipeline component that the weights belong to
 _OTHER_LORAS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
 
-# names of a linear in diffusers and in Wan's own code, which ComfyUI keeps, inside blocks.N and outside
+# diffusers' names of linear layers -> the names in Wan's original code, which ComfyUI uses
 _IN_BLOCK = {
-    f"{ours}.{linear}": f"{theirs}.{letter}"
-    for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-    for linear, letter in (
-        ("to_q", "q"),
-        ("to_k", "k"),
-        ("to_v", "v"),
-        ("to_out.0", "o"),
-    )
-} | {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
+    "attn1.to_q": "self_attn.q",
+    "attn1.to_k": "self_attn.k",
+    "attn1.to_v": "self_attn.v",
+    "attn1.to_out.0": "self_attn.o",
+    "attn2.to_q": "cross_attn.q",
+    "attn2.to_k": "cross_attn.k",
+    "attn2.to_v": "cross_attn.v",
+    "attn2.to_out.0": "cross_attn.o",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
 _OUTSIDE = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
@@ -38,36 +39,26 @@ _OUTSIDE = {
 
 
 @dataclass(frozen=True)
-class LoraMatrices:
-    """What LoRA adds to a weight (O, I), but for the scaling: B A."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.b_OR.shape[0], self.a_RI.shape[1]
-
-
-@dataclass(frozen=True)
 class StoredAdapter:
-    """W + (alpha / rank) B A for each linear of ``pairs``, by its name in diffusers' transformer."""
+    """A LoRA for each linear layer in ``pairs``, by its name in diffusers' transformer."""
 
     source: Path
     rank: int
     alpha: float
-    pairs: Mapping[str, LoraMatrices]
+    pairs: Mapping[str, LowRank]
 
     @property
     def scaling(self) -> float:
+        """alpha / rank."""
         return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
 class Merged:
-    """Weights with an adapter in them.
+    """Weights with an adapter merged into them.
 
-    lost  of the change, what the weights' dtype rounds away: |merged - (W + change)| / |change|, norms over all linears
+    lost  share of the change that rounding to the weights' dtype loses:
+          |merged - (W + change)| / |change|, norms over all linear layers
     """
 
     state: dict[str, Tensor]
@@ -75,114 +66,111 @@ class Merged:
 
 
 def read(folder: Path) -> StoredAdapter:
-    """What `generator.adapter.save` wrote. ValueError, naming the file and the key, for anything else: a lone A or B, a
-    rank that is not the file's own, or a file that does not say its alpha.
+    """Read the file that `generator.adapter.save` wrote.
+
+    Raises ValueError, naming the file and the key, for anything else: an A without B, a rank that
+    differs from the file's metadata, or a file without alpha.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     file = Path(folder) / ADAPTER_FILE
     try:
-        with safe_open(file, framework="pt") as stored:
-            names = stored.keys()
-            tensors = {name: stored.get_tensor(name) for name in names}
-            settings = json.loads(
-                (stored.metadata() or {}).get("lora_adapter_metadata", "{}")
-            )
+        tensors, settings = read_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-    rank, alpha = (settings.get(_PREFIX + key) for key in ("r", "lora_alpha"))
+        raise ValueError(
+            f"{file} is damaged or no safetensors file: {error}"
+        ) from error
+
+    # 1. Settings: plain LoRA with a known scaling.
+    rank = settings.get(PREFIX + "r")
+    alpha = settings.get(PREFIX + "lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise ValueError(
-            f"{file} says neither rank nor alpha in its metadata: nobody knows how to scale it"
+            f"{file} has no rank and alpha in its metadata, so its scaling is unknown"
         )
-    if other := [key for key in _OTHER_LORAS if settings.get(_PREFIX + key)]:
-        raise ValueError(f"{file}: {other[0]} is not of this project's LoRA")
-    found = []
-    for name, tensor in tensors.items():
-        linear, _, end = name.removeprefix(_PREFIX).rpartition(".lora_")
-        if (
-            not name.startswith(_PREFIX)
-            or end not in ("A.weight", "B.weight")
-            or tensor.dim() != 2
-        ):
+    for key in _OTHER_LORAS:
+        if settings.get(PREFIX + key):
+            raise ValueError(f"{file}: {key} is not supported by this project's LoRA")
+
+    # 2. Tensors: an A and a B for each linear layer.
+    for name in tensors:
+        if not name.startswith(PREFIX):
             raise ValueError(f"{file}: {name} is not the A or B of a linear's LoRA")
-        found.append((linear, end[0], tensor))
-    sides = both_sides(found, rank=rank, source=file)
-    pairs = {
-        linear: LoraMatrices(own["A"], own["B"])
-        for linear, own in sorted(sides.items())
+    inside = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    pairs = low_ranks(inside, rank=rank, alpha=alpha, source=file)
+    by_linear = {name.removesuffix(".weight"): pairs[name] for name in sorted(pairs)}
+    return StoredAdapter(file, rank, float(alpha), by_linear)
+
+
+def require_fit(
+    adapter: StoredAdapter, transformer_shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError unless every linear layer of the adapter is in the transformer."""
+    changed = {f"{linear}.weight": pair.shape for linear, pair in adapter.pairs.items()}
+    # weights without LoRA are not compared
+    wanted = {
+        name: shape for name, shape in transformer_shapes.items() if name in changed
     }
-    return StoredAdapter(file, rank, float(alpha), pairs)
-
-
-def require_fit(adapter: StoredAdapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError unless every linear of the adapter is one of the transformer, whose weights have these shapes."""
-    problems = []
-    for linear, pair in adapter.pairs.items():
-        want = shapes.get(f"{linear}.weight")
-        if want is None:
-            problems.append(f"there is no {linear}")
-        elif want != pair.shape:
-            problems.append(f"{linear} is {want}, its LoRA {pair.shape}")
-    if problems:
-        shown = "; ".join(problems[:5])
-        raise ValueError(
-            f"{adapter.source} does not fit the transformer ({len(problems)} problems): {shown}"
-        )
+    problems = state_dict_problems(changed, wanted)
+    raise_problems(problems, f"{adapter.source} does not fit the transformer")
 
 
 def comfyui(adapter: StoredAdapter) -> dict[str, Tensor]:
-    """The adapter under the names of Wan's own code: `diffusion_model.blocks.0.self_attn.q.lora_A.weight` and so on.
+    """Rename the adapter to `diffusion_model.blocks.0.self_attn.q.lora_A.weight` and so on.
 
-    Readers scale by alpha / rank where a linear has an `.alpha`, and by 1 where it has none. In the blocks it has one
-    and A and B are as trained. Outside them B is multiplied instead, since diffusers' reader of this layout refuses an
-    alpha there. The file must carry no metadata of an adapter: diffusers would scale a second time by it.
+    Readers scale by alpha / rank where a linear layer has an `.alpha`, and by 1 otherwise. Layers
+    in the blocks get an `.alpha`, and their A and B stay as trained. In other layers B is
+    multiplied instead, since diffusers' reader of this layout refuses an `.alpha` there. The file
+    must carry no metadata of an adapter: diffusers would scale a second time by it.
 
-    ValueError for a linear that has no name there.
+    Raises ValueError for a linear layer without a name in Wan's original code.
     """
     out = {}
     for linear, pair in adapter.pairs.items():
-        name, in_block = (
-            f"diffusion_model.{original_name(linear)}",
-            linear.startswith("blocks."),
-        )
-        out[f"{name}.lora_A.weight"] = pair.a_RI.contiguous()
-        out[f"{name}.lora_B.weight"] = (
-            pair.b_OR if in_block else pair.b_OR * adapter.scaling
-        ).contiguous()
-        if in_block:
+        name = f"diffusion_model.{original_name(linear)}"
+        b_OR = pair.b_OR
+        if linear.startswith("blocks."):
             out[f"{name}.alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
+        else:
+            b_OR = b_OR * adapter.scaling
+        out[f"{name}.lora_A.weight"] = pair.a_RI.contiguous()
+        out[f"{name}.lora_B.weight"] = b_OR.contiguous()
     return out
 
 
 def original_name(linear: str) -> str:
-    """The name in Wan's own code of a linear of diffusers' transformer. ValueError for one it does not have."""
-    if linear in _OUTSIDE:
-        return _OUTSIDE[linear]
+    """Translate a name of diffusers' transformer to Wan's original code.
+
+    Raises ValueError for a layer that the original code does not have.
+    """
+    name = _OUTSIDE.get(linear)
+    # blocks.N.LINEAR
     parts = linear.split(".", 2)
-    if (
-        len(parts) == 3
-        and parts[0] == "blocks"
-        and parts[1].isdigit()
-        and parts[2] in _IN_BLOCK
-    ):
-        return f"blocks.{parts[1]}.{_IN_BLOCK[parts[2]]}"
-    raise ValueError(f"{linear} has no name in Wan's own code")
+    if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit():
+        inner = _IN_BLOCK.get(parts[2])
+        if inner is not None:
+            name = f"blocks.{parts[1]}.{inner}"
+    if name is None:
+        raise ValueError(f"{linear} has no name in Wan's original code")
+    return name
 
 
 @torch.no_grad()
 def merge(base: Mapping[str, Tensor], adapter: StoredAdapter) -> Merged:
-    """W + (alpha / rank) B A, computed in fp32 and stored in W's dtype; other weights as they are.
+    """Merge: W + (alpha / rank) B A in fp32, stored in W's dtype; other weights stay as they are.
 
-    ValueError when the adapter is another model's.
+    Raises ValueError when the adapter belongs to another model.
     """
-    require_fit(adapter, {name: tuple(weight.shape) for name, weight in base.items()})
-    state, lost, change = dict(base), 0.0, 0.0
+    require_fit(adapter, shapes(base))
+    state = dict(base)
+    lost = 0.0
+    total = 0.0
     for linear, pair in adapter.pairs.items():
         name = f"{linear}.weight"
-        change_OI = adapter.scaling * (pair.b_OR.float() @ pair.a_RI.float())
-        want_OI = base[name].float() + change_OI
-        state[name] = want_OI.to(base[name].dtype)
-        lost += float((state[name].float() - want_OI).double().square().sum())
-        change += float(change_OI.double().square().sum())
-    return Merged(state, (lost / change) ** 0.5 if change else 0.0)
+        change_OI = pair.change()
+        exact_OI = base[name].float() + change_OI
+        state[name] = exact_OI.to(base[name].dtype)
+        # summed in fp64, over all layers
+        lost += float((state[name].float() - exact_OI).double().square().sum())
+        total += float(change_OI.double().square().sum())
+    return Merged(state, (lost / total) ** 0.5 if total else 0.0)

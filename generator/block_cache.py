@@ -1,8 +1,11 @@
-"""Feature caching: what a transformer's middle blocks add changes little between neighbouring steps of a walk."""
+"""Feature caching: reuse what the middle blocks of a transformer added at an earlier step.
+
+The difference that these blocks make changes little between neighbouring steps of a walk.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +17,10 @@ if TYPE_CHECKING:
 
 
 class Middle(nn.Module):
-    """All blocks but the first and the last, as one. ``added`` is what they added to their input at the last full call.
+    """All blocks but the first and the last, as a single block.
 
-    With ``again`` they are left out and ``added`` is added once more: h + added instead of blocks(h).
+    ``added`` is the change they made to their input at the last full call. With ``again`` the
+    blocks are skipped and that change is added: h + added instead of blocks(h).
     """
 
     def __init__(self, blocks: list[nn.Module]) -> None:
@@ -26,8 +30,11 @@ class Middle(nn.Module):
         self.again = False
 
     def forward(self, hidden: Tensor, *conditions: Any) -> Tensor:
+        # 1. Reuse the latest change.
         if self.again and self.added is not None:
             return hidden + self.added
+
+        # 2. Compute it.
         out = hidden
         for block in self.blocks:
             out = block(out, *conditions)
@@ -36,17 +43,17 @@ class Middle(nn.Module):
 
 
 class BlockCache:
-    """One walk's memory: every call in `call` is full, or uses again what the last full one kept.
+    """Feature cache of one walk: a call runs all blocks, or reuses the last full call.
 
-    A call that uses it again runs 2 of the transformer's blocks. Without gradient only. Never data-dependent, so a
-    latent does not depend on its neighbours in the batch. Raises ValueError for a transformer without middle blocks.
+    A call that reuses it runs 2 of the transformer's blocks. For sampling only, without gradient.
+    Which call is full never depends on the data, so a latent does not depend on its neighbours in
+    the batch. Raises ValueError for a transformer without middle blocks.
     """
 
     def __init__(self, transformer: WanTransformer3DModel) -> None:
-        if len(transformer.blocks) < 3:
-            raise ValueError(
-                f"feature caching needs at least 3 blocks, the transformer has {len(transformer.blocks)}"
-            )
+        number = len(transformer.blocks)
+        if number < 3:
+            raise ValueError(f"feature caching needs at least 3 blocks, got {number}")
         self.transformer = transformer
         first, *middle, last = transformer.blocks
         self.middle = Middle(middle)
@@ -54,10 +61,27 @@ class BlockCache:
 
     @contextmanager
     def call(self, *, again: bool) -> Iterator[None]:
-        """Inside, the transformer runs with the memory."""
-        whole, self.transformer.blocks = self.transformer.blocks, self.blocks
+        """Inside, the transformer runs with the cache; ``again`` skips its middle blocks."""
+        # the first and last block stay, those between are replaced
+        all_blocks = self.transformer.blocks
+        self.transformer.blocks = self.blocks
         self.middle.again = again
         try:
             yield
         finally:
-            self.transformer.blocks = whole
+            self.transformer.blocks = all_blocks
+
+    def wrap(
+        self, velocity: Callable[[Tensor, float], Tensor], *, every: int
+    ) -> Callable[[Tensor, float], Tensor]:
+        """Make every ``every``-th call of ``velocity`` full, and the calls between reuse it."""
+        calls = 0
+
+        def cached(x_BCFHW: Tensor, sigma: float) -> Tensor:
+            nonlocal calls
+            again = calls % every > 0
+            calls += 1
+            with self.call(again=again):
+                return velocity(x_BCFHW, sigma)
+
+        return cached

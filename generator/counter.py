@@ -1,4 +1,4 @@
-"""TODO."""
+"""ForwardCounter: how many samples went through the transformer."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ if TYPE_CHECKING:
 
 
 class ForwardCounter:
-    """Counts samples, not calls, by a hook on the module: under guidance one latent is two samples.
+    """Counts samples by a hook on the module; under guidance a latent is two samples.
 
     A block that gradient checkpointing computes again is not counted again.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.grad = self.no_grad = 0
+        self.grad = 0
+        self.no_grad = 0
         module.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        # Wan takes its latents by name, other modules by position
         samples = len(args[0] if args else kwargs["hidden_states"])
         if torch.is_grad_enabled():
             self.grad += samples
@@ -32,10 +34,12 @@ class ForwardCounter:
             self.no_grad += samples
 
     def take(self) -> dict[str, float]:
-        """SUM over ranks since the last call."""
+        """Counts since the last call, SUM over ranks."""
         counts = {
             "forwards/no_grad": sum_over_ranks(self.no_grad),
             "forwards/grad": sum_over_ranks(self.grad),
         }
-        self.grad = self.no_grad = 0
+        # the next step counts from 0
+        self.grad = 0
+        self.no_grad = 0
         return counts

@@ -1,12 +1,12 @@
-"""Rectified flow, and the one sign convention of this project:
+"""Rectified flow: steps of the sampler, and the sign convention of this project.
 
     x_sigma = (1 - sigma) x_0 + sigma eps      sigma = 1 is noise, sigma = 0 is video
-    v       = eps - x_0                        what the transformer predicts, from x_sigma and t = 1000 sigma
+    v       = eps - x_0                        what the transformer predicts, given t = 1000 sigma
     sampling walks sigma down                  delta = sigma - sigma_next > 0
 
-Wan, diffusers and Flow-GRPO use it too. LongCat-Video 2510.22200 states the opposite v in its equation 20 and this one
-in equation 23. Tensors keep their device; arithmetic is fp32 or better: halves are widened, fp64 stays fp64. Nothing
-here draws a random number.
+Wan, diffusers and Flow-GRPO use the same signs. LongCat-Video (2510.22200) states the opposite v
+in its equation 20 and this v in equation 23. Tensors keep their device. Arithmetic is fp32 or
+better: half precision is widened, fp64 stays fp64. Nothing in this file draws a random number.
 """
 
 from __future__ import annotations
@@ -15,21 +15,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from common.gaussian import Gaussian
+from common.gaussian import SINGULAR_GAP, Gaussian, widen
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Without a ceiling, s = a sqrt(sigma / (1 - sigma)) is refused closer to sigma = 1 than this. The gap is fp32's
-# resolution there, so 1.0 is caught after any round trip through fp32, and no test for equality is needed.
-SINGULAR_GAP = 1e-7
-
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a stochastic step is taken: `sde_transition`, or `cps_transition`, which has no ``max_std``."""
+    """The kind of a stochastic step: `sde_transition`, or `cps_transition` without ``max_std``."""
 
     name: Literal["sde", "cps"] = "sde"
     noise_level: float = 1.0
@@ -38,7 +32,7 @@ class Kernel:
     def transition(
         self, x: Tensor, v: Tensor, sigma: float, sigma_next: float
     ) -> Gaussian:
-        """Law of x at sigma_next."""
+        """Distribution of x at sigma_next."""
         if self.name == "cps":
             return cps_transition(x, v, sigma, sigma_next, noise_level=self.noise_level)
         return sde_transition(
@@ -46,7 +40,7 @@ class Kernel:
         )
 
     def gain(self, sigma: float, sigma_next: float) -> float:
-        """-d mean / d v."""
+        """Return -d mean / d v of the transition."""
         if self.name == "cps":
             return cps_gain(sigma, sigma_next, noise_level=self.noise_level)
         return sde_gain(
@@ -54,39 +48,40 @@ class Kernel:
         )
 
 
-def widen(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 if it already is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def per_sample(sigma_B: Tensor, like: Tensor) -> Tensor:
-    """sigma_B (B,) viewed as (B, 1, ...) so that it multiplies `like` (B, ...) sample by sample."""
-    return sigma_B.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
+# ---- training pairs, guidance ----
 
 
 def interpolate(clean: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
-    """x_sigma = (1 - sigma) x_0 + sigma eps, one sigma per sample. clean, noise (B, ...), sigma_B (B,) -> (B, ...)."""
-    clean, noise = widen(clean), widen(noise)
-    sigma = per_sample(sigma_B, clean)
+    """Noise clean latents: x_sigma = (1 - sigma) x_0 + sigma eps, one sigma per sample.
+
+    clean and noise are (B, ...), sigma_B is (B,) -> (B, ...).
+    """
+    clean = widen(clean)
+    noise = widen(noise)
+    ones = [1] * (clean.dim() - 1)
+    sigma = sigma_B.to(clean.device, clean.dtype).view(-1, *ones)
     return (1 - sigma) * clean + sigma * noise
 
 
 def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
-    """v = eps - x_0, what a perfect model predicts on average. Shapes as given."""
+    """Return v = eps - x_0, the mean prediction of a perfect model, in the shape of the inputs."""
     return widen(noise) - widen(clean)
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """u + scale (c - u): classifier-free guidance (2207.12598).
-
-    Both are widened BEFORE they are mixed: the difference is amplified `scale` times, and so is bf16 rounding.
-    """
-    cond, uncond = widen(cond), widen(uncond)
+    """Classifier-free guidance: u + scale (c - u) (2207.12598)."""
+    # widened BEFORE mixing: the difference is amplified `scale` times, and so is bf16 rounding
+    cond = widen(cond)
+    uncond = widen(uncond)
     return uncond + scale * (cond - uncond)
 
 
+# ---- deterministic steps ----
+
+
 def euler_step(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """x - delta v: one step of the probability-flow ODE."""
+    """Take one Euler step of the probability-flow ODE: x - delta v."""
+    # towards the video
     delta = _delta(sigma, sigma_next)
     return widen(x) - delta * widen(v)
 
@@ -94,9 +89,11 @@ def euler_step(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
 def adams_bashforth_step(
     x: Tensor, v: Tensor, v_before: Tensor, sigmas: tuple[float, float, float]
 ) -> Tensor:
-    """x - delta [(1 + r / 2) v - (r / 2) v_before], r = delta / delta_before: second order, one velocity a step.
+    """Take one second-order step with unequal step sizes, at one velocity a step.
 
-    sigmas  of v_before, of v, and after the step (two-step Adams-Bashforth with unequal steps)
+        x - delta [(1 + r / 2) v - (r / 2) v_before],   r = delta / delta_before
+
+    ``sigmas`` are the noise levels of v_before, of v, and after the step.
     """
     before, sigma, after = sigmas
     delta = _delta(sigma, after)
@@ -104,17 +101,21 @@ def adams_bashforth_step(
     return widen(x) - delta * ((1 + half) * widen(v) - half * widen(v_before))
 
 
+# ---- stochastic steps ----
+
+
 def effective_noise(
     sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None
 ) -> float:
-    """s = min(a sqrt(sigma / (1 - sigma)), tau / sqrt(delta)): the diffusion coefficient after truncation.
+    """Diffusion coefficient after truncation.
 
-    LongCat-Video 2510.22200, section 3.3.1: the step's spread s sqrt(delta) is held at tau = `max_std`, and the same
-    clipped s belongs into the drift. Which side is smaller is decided by cross-multiplication, so with a ceiling the
-    value is finite everywhere, sigma = 1 included.
+        s = min(a sqrt(sigma / (1 - sigma)), tau / sqrt(delta))
 
-    Raises ValueError unless 1 >= sigma > sigma_next >= 0; and when there is no ceiling, noise_level > 0 and
-    sigma > 1 - 1e-7, where s is infinite to fp32's resolution.
+    LongCat-Video 2510.22200, section 3.3.1: the standard deviation s sqrt(delta) of the step is
+    limited to tau = ``max_std``, and the same s enters the drift.
+
+    Raises ValueError unless 1 >= sigma > sigma_next >= 0; also when there is no ceiling,
+    noise_level > 0 and sigma > 1 - 1e-7, where s is infinite to the resolution of fp32.
     """
     delta = _delta(sigma, sigma_next)
     if noise_level < 0 or (max_std is not None and max_std <= 0):
@@ -124,19 +125,20 @@ def effective_noise(
     if noise_level == 0:
         return 0.0
     sigma = float(sigma)
-    if max_std is not None and noise_level * math.sqrt(
-        sigma * delta
-    ) >= max_std * math.sqrt(1 - sigma):
+    if max_std is None:
+        if 1 - sigma < SINGULAR_GAP:
+            raise ValueError(
+                f"noise is infinite at sigma={sigma}: set max_std, or start below 1"
+            )
+        return noise_level * math.sqrt(sigma / (1 - sigma))
+    # compared by cross-multiplication, so that the result is finite at sigma = 1 too
+    if noise_level * math.sqrt(sigma * delta) >= max_std * math.sqrt(1 - sigma):
         return max_std / math.sqrt(delta)
-    if max_std is None and 1 - sigma < SINGULAR_GAP:
-        raise ValueError(
-            f"noise is infinite at sigma={sigma}: give max_std, or start the stochastic step below 1"
-        )
     return noise_level * math.sqrt(sigma / (1 - sigma))
 
 
 def velocity_gain(sigma: float, noise: float) -> float:
-    """c~ = 1 + s^2 (1 - sigma) / (2 sigma): how much the drift correction of the SDE amplifies the velocity."""
+    """Factor of the SDE's drift correction on the velocity: 1 + s^2 (1 - sigma) / (2 sigma)."""
     return 1 + noise**2 * (1 - sigma) / (2 * sigma)
 
 
@@ -149,63 +151,77 @@ def sde_transition(
     noise_level: float,
     max_std: float | None,
 ) -> Gaussian:
-    """Law of x at sigma_next given x at sigma, one Euler-Maruyama step that keeps the flow's marginals.
+    """Distribution of x at sigma_next after one Euler-Maruyama step that keeps the marginals.
 
-        mean = x (1 - s^2 delta / (2 sigma)) - v delta (1 + s^2 (1 - sigma) / (2 sigma)),   std = s sqrt(delta)
+        mean = x (1 - s^2 delta / (2 sigma)) - v delta (1 + s^2 (1 - sigma) / (2 sigma))
+        std  = s sqrt(delta)
 
-    Flow-GRPO 2505.05470 and LongCat-Video 2510.22200 equation 23, the score being -(x + (1 - sigma) v) / sigma. ONE
-    clipped s (`effective_noise`) is used in the mean and in the std. noise_level 0 is `euler_step`, bit for bit.
+    Flow-GRPO 2505.05470 and LongCat-Video 2510.22200 equation 23; the score is
+    -(x + (1 - sigma) v) / sigma. The SAME clipped s (`effective_noise`) is in the mean and in the
+    std. A noise_level of 0 equals `euler_step` bit for bit.
 
-    x, v are (B, ...) or broadcast against each other -> Gaussian of that shape, fp32 or better, gradient through both.
-    Raises ValueError as `effective_noise` does.
+    x and v are (B, ...) or broadcast against each other -> Gaussian of that shape, fp32 or better,
+    with gradient through both. Raises ValueError as `effective_noise` does.
     """
     s = effective_noise(sigma, sigma_next, noise_level=noise_level, max_std=max_std)
-    sigma, delta = float(sigma), _delta(sigma, sigma_next)
-    keep = 1 - s**2 * delta / (2 * sigma)
-    return Gaussian(
-        keep * widen(x) - delta * velocity_gain(sigma, s) * widen(v),
-        s * math.sqrt(delta),
-    )
+    sigma = float(sigma)
+    delta = _delta(sigma, sigma_next)
+    decay = 1 - s**2 * delta / (2 * sigma)
+    mean = decay * widen(x) - delta * velocity_gain(sigma, s) * widen(v)
+    return Gaussian(mean, s * math.sqrt(delta))
+
+
+def sde_gain(
+    sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None
+) -> float:
+    """Return -d mean / d v of `sde_transition`: delta (1 + s^2 (1 - sigma) / (2 sigma))."""
+    s = effective_noise(sigma, sigma_next, noise_level=noise_level, max_std=max_std)
+    delta = _delta(sigma, sigma_next)
+    return delta * velocity_gain(sigma, s)
 
 
 def cps_transition(
     x: Tensor, v: Tensor, sigma: float, sigma_next: float, *, noise_level: float
 ) -> Gaussian:
-    """Coefficients-preserving sampling (Flow-CPS 2509.05952): noise is exchanged, not added, so x stays on the path.
+    """Coefficients-preserving sampling (Flow-CPS 2509.05952): exchanges noise instead of adding it.
 
-        std = sigma_next sin(noise_level pi / 2),   mean = (1 - sigma_next) x0 + sqrt(sigma_next^2 - std^2) x1
-        x0 = x - sigma v,  x1 = x + (1 - sigma) v   what v says is the video, and the noise
+        x0   = x - sigma v            the video that v implies
+        x1   = x + (1 - sigma) v      the noise that v implies
+        std  = sigma_next sin(noise_level pi / 2)
+        mean = (1 - sigma_next) x0 + sqrt(sigma_next^2 - std^2) x1
 
-    noise_level in [0, 1]; 0 is `euler_step` up to rounding. Shapes, gradient and errors as `sde_transition`.
+    noise_level is in [0, 1]; 0 equals `euler_step` up to rounding. Shapes, gradient and errors are
+    those of `sde_transition`.
     """
     _delta(sigma, sigma_next)
     if not 0 <= noise_level <= 1:
         raise ValueError(
             f"cps_transition needs noise_level in [0, 1], got {noise_level}"
         )
-    x, v, sigma, sigma_next = widen(x), widen(v), float(sigma), float(sigma_next)
+    x = widen(x)
+    v = widen(v)
+    sigma = float(sigma)
+    sigma_next = float(sigma_next)
     std = sigma_next * math.sin(noise_level * math.pi / 2)
-    kept = math.sqrt(sigma_next**2 - std**2)
-    return Gaussian(
-        (1 - sigma_next) * (x - sigma * v) + kept * (x + (1 - sigma) * v), std
-    )
+    old_noise = math.sqrt(sigma_next**2 - std**2)
+    video = x - sigma * v
+    noise = x + (1 - sigma) * v
+    mean = (1 - sigma_next) * video + old_noise * noise
+    return Gaussian(mean, std)
 
 
 def cps_gain(sigma: float, sigma_next: float, *, noise_level: float) -> float:
-    """-d mean / d v of `cps_transition`: sigma (1 - sigma_next) - (1 - sigma) sqrt(sigma_next^2 - std^2)."""
-    kept = sigma_next * math.cos(noise_level * math.pi / 2)
-    return sigma * (1 - sigma_next) - (1 - sigma) * kept
+    """Return -d mean / d v of `cps_transition`.
 
-
-def sde_gain(
-    sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None
-) -> float:
-    """-d mean / d v of `sde_transition`: delta c~."""
-    s = effective_noise(sigma, sigma_next, noise_level=noise_level, max_std=max_std)
-    return _delta(sigma, sigma_next) * velocity_gain(sigma, s)
+    sigma (1 - sigma_next) - (1 - sigma) sqrt(sigma_next^2 - std^2)
+    """
+    # sqrt(sigma_next^2 - std^2) is a cosine when std is the sine
+    old_noise = sigma_next * math.cos(noise_level * math.pi / 2)
+    return sigma * (1 - sigma_next) - (1 - sigma) * old_noise
 
 
 def _delta(sigma: float, sigma_next: float) -> float:
+    """Return the size of a step, after checking its direction."""
     if not 1 >= sigma > sigma_next >= 0:
         raise ValueError(
             f"a step needs 1 >= sigma > sigma_next >= 0, got {float(sigma)} and {float(sigma_next)}"

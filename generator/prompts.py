@@ -1,4 +1,4 @@
-"""Prompt embeddings exactly as `WanPipeline.encode_prompt` makes them, each computed once."""
+"""PromptCache: prompt embeddings as `WanPipeline.encode_prompt` makes them, each computed once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 class PromptCache:
-    """Prompt text -> embedding, kept on the CPU for the whole run.
+    """Maps a prompt to its embedding, on the CPU, for the length of a run.
 
-    The stock pipeline cleans the text, encodes it and sets everything after its last token to zero. Wan's
-    cross-attention has no mask, so these zeros are seen by the model: `get` returns the full padded length. Only the
-    rows before the padding are kept: for umt5-xxl some 0.4 MB a prompt instead of 4 MB.
+    The stock pipeline cleans the text, encodes it and sets everything after its last token to
+    zero. Wan's cross-attention has no mask, so the model sees these zeros: `get` returns the full
+    padded length. Only the rows before the padding are stored: for umt5-xxl some 0.4 MB a prompt
+    instead of 4 MB.
     """
 
     def __init__(self, pipeline: WanPipeline, *, max_length: int) -> None:
@@ -33,9 +34,9 @@ class PromptCache:
     def encode(self, prompts: Sequence[str]) -> None:
         """Encode the prompts that are not yet in the cache.
 
-        One at a time: an embedding must not depend, even in its last bit, on which prompts were encoded beside it.
         Raises RuntimeError for a new prompt when the text encoder has been freed.
         """
+        # each prompt alone: even its last bit must not depend on the rest of a batch
         for prompt in dict.fromkeys(prompts):
             if prompt in self._rows:
                 continue
@@ -54,18 +55,18 @@ class PromptCache:
     def get(
         self, prompts: Sequence[str], *, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """(B, max_length, D), one row block per prompt, zero after its last token. Encodes what is missing."""
+        """Embeddings (B, max_length, D), zero after the last token; encodes missing prompts."""
         self.encode(prompts)
         width = self._rows[prompts[0]].shape[1]
         embeds_BLD = torch.zeros(len(prompts), self._max_length, width, dtype=dtype)
-        for embed_LD, prompt in zip(embeds_BLD, prompts, strict=True):
+        for index, prompt in enumerate(prompts):
             rows = self._rows[prompt]
-            embed_LD[: len(rows)] = rows
+            embeds_BLD[index, : len(rows)] = rows
         return embeds_BLD.to(device)
 
     @contextmanager
     def given(self, embedding_LD: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, these prompts are in the cache, as `rows_of` gave them out; those it had already stay its own."""
+        """Inside, these embeddings (from `rows_of`) are in the cache, unless it had its own."""
         new = {
             prompt: rows
             for prompt, rows in embedding_LD.items()
@@ -75,14 +76,15 @@ class PromptCache:
         try:
             yield
         finally:
+            # embeddings that were cached before stay
             for prompt in new:
                 del self._rows[prompt]
 
     def rows_of(self, prompt: str) -> Tensor:
-        """(L, D), the prompt's embedding without its padding, on the CPU. Encodes it if it is new."""
+        """Embedding of a prompt without its padding, (L, D) on the CPU."""
         self.encode([prompt])
         return self._rows[prompt]
 
     def free_text_encoder(self) -> None:
-        """Let go of the text encoder (11 GB for umt5-xxl in bf16). Cached prompts keep working."""
+        """Free the text encoder (11 GB for umt5-xxl in bf16); cached prompts still work."""
         self._pipeline.text_encoder = None

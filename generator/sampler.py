@@ -1,70 +1,126 @@
-"""Walks down the sigma grid: the plain ODE, and the group rollout that shares everything but one noise.
+"""The group rollout: one shared ODE prefix, stochastic steps per member, a deterministic tail.
 
-Pure functions over a velocity `(x_BCFHW, sigma) -> v_BCFHW`; no model, no config, no progress. Noise is drawn on the
-CPU from seeds, so a latent does not depend on the device, the rank, the batch it was sampled in or its neighbours.
+Everything here is a function of a velocity `(x_BCFHW, sigma) -> v_BCFHW`, without model or config.
+Noise is drawn on the CPU from seeds, so a latent does not depend on the device, the rank, the
+batch it was sampled in or the other latents of that batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from common import faults
-from common.distributed import derive_seed
-from common.distributed import generator as seeded
+from common.distributed import derive_seed, seeded_generator
 from common.gaussian import log_prob
-from common.memory import AdaptiveBatcher
 from common.types import Group, Step
 from generator.flow import adams_bashforth_step, euler_step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from common.memory import AdaptiveBatcher
     from generator.flow import Kernel
 
 Velocity: TypeAlias = Callable[["Tensor", float], "Tensor"]
+Tail: TypeAlias = Callable[["Tensor", Sequence[float]], "Tensor"]
+
+
+@dataclass(frozen=True)
+class Members:
+    """The members of one prompt's group that a call computes.
+
+    seed   decides all noise of the group
+    size   G, the number of members
+    first  number of the first member, where other calls compute the rest of the group
+    """
+
+    prompt: str
+    seed: int
+    size: int
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"a group needs at least 1 member, got {self.size}")
+
+    @property
+    def numbers(self) -> range:
+        """Numbers of these members within their group; a member's noise depends on its number."""
+        return range(self.first, self.first + self.size)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How a group gets from noise to clean latents.
+
+    shape         (C, F, H, W) of one latent
+    sigmas        the T + 1 noise levels of the grid, descending
+    steps         consecutive indices of the stochastic steps
+    kernel        of the stochastic steps
+    shared_noise  False starts every member from its own noise, so that no prefix is shared
+    tail          deterministic walk to sigma = 0 from (x, remaining sigmas); None is Euler
+
+    Raises ValueError when the steps are empty, not consecutive, or not on the grid.
+    """
+
+    shape: Sequence[int]
+    sigmas: Sequence[float]
+    steps: Sequence[int]
+    kernel: Kernel
+    shared_noise: bool = True
+    tail: Tail | None = None
+
+    def __post_init__(self) -> None:
+        if not self.steps or len(self.sigmas) < self.steps[-1] + 2:
+            raise ValueError(
+                f"steps {list(self.steps)} must lie on the grid {self.sigmas}"
+            )
+        if list(self.steps) != list(range(self.steps[0], self.steps[-1] + 1)):
+            raise ValueError(
+                f"stochastic steps must be consecutive, got {list(self.steps)}"
+            )
 
 
 def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
-    """x at sigma = 1 for this seed, fp32 on the CPU, of shape `shape`. Rollouts and evaluation share it."""
-    return torch.randn(tuple(shape), generator=seeded(seed, "noise"))
+    """x at sigma = 1 for a seed, fp32 on the CPU; rollouts and evaluation share it."""
+    return torch.randn(tuple(shape), generator=seeded_generator(seed, "noise"))
 
 
 def member_noise(
     seed: int, member: int, shape: Sequence[int], *, number: int = 0
 ) -> Tensor:
-    """xi of one group member at the group's ``number``-th stochastic step, fp32 on the CPU, of shape `shape`."""
-    return torch.randn(
-        tuple(shape),
-        generator=seeded(seed, "member", member, *([number] if number else [])),
-    )
+    """Noise of one member at the group's ``number``-th stochastic step, fp32 on the CPU."""
+    purpose = ["member", member]
+    # the first step's seed has no number, so a group with a single step keeps its noise
+    if number > 0:
+        purpose.append(number)
+    return torch.randn(tuple(shape), generator=seeded_generator(seed, *purpose))
 
 
 def ode(velocity: Velocity, x_BCFHW: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Euler steps along `sigmas` (descending): len(sigmas) - 1 velocities, none for a single sigma. Shape as given."""
+    """Take Euler steps along descending ``sigmas``: one velocity a step, the shape of x."""
     for sigma, sigma_next in pairwise(sigmas):
         x_BCFHW = euler_step(x_BCFHW, velocity(x_BCFHW, sigma), sigma, sigma_next)
     return x_BCFHW
 
 
 def ode_ab2(velocity: Velocity, x_BCFHW: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """The same walk by two-step Adams-Bashforth: as many velocities as `ode`, an error of second order.
-
-    The first step is Euler's: there is nothing before it, a stochastic step having broken the path.
-    """
+    """Take two-step Adams-Bashforth steps along ``sigmas``: second order at the cost of `ode`."""
     before: tuple[float, Tensor] | None = None
     for sigma, sigma_next in pairwise(sigmas):
         v_BCFHW = velocity(x_BCFHW, sigma)
+        # the first step is Euler's: no velocity before it belongs to this path
         if before is None:
             x_BCFHW = euler_step(x_BCFHW, v_BCFHW, sigma, sigma_next)
         else:
-            x_BCFHW = adams_bashforth_step(
-                x_BCFHW, v_BCFHW, before[1], (before[0], sigma, sigma_next)
-            )
+            levels = (before[0], sigma, sigma_next)
+            x_BCFHW = adams_bashforth_step(x_BCFHW, v_BCFHW, before[1], levels)
         before = (sigma, v_BCFHW)
     return x_BCFHW
 
@@ -78,97 +134,92 @@ def velocity_calls(
     shared_noise: bool,
     tail_steps: int | None,
 ) -> int:
-    """How often `rollout_group` asks for a velocity: every step of the walk once for each batch of its latents."""
-    whole = -(-group_size // batch)
-    left = num_steps - 1 - steps[-1]
-    tail = left if tail_steps is None else min(left, tail_steps)
-    return (steps[0] + 1) * (1 if shared_noise else whole) + (
-        len(steps) - 1 + tail
-    ) * whole
+    """Number of velocity calls of `rollout_group`, at most ``batch`` latents in each."""
+    per_step = math.ceil(group_size / batch)
+    # prefix, and the velocity of the first stochastic step
+    prefix = steps[0] + 1
+    if not shared_noise:
+        prefix *= per_step
+    # further stochastic steps, and the tail
+    tail = num_steps - 1 - steps[-1]
+    if tail_steps is not None:
+        tail = min(tail, tail_steps)
+    return prefix + (len(steps) - 1 + tail) * per_step
 
 
 @torch.no_grad()
 def rollout_group(
     velocity: Velocity,
-    prompt: str,
+    members: Members,
+    walk: Walk,
     *,
-    seed: int,
-    group_size: int,
-    shape: Sequence[int],
-    sigmas: Sequence[float],
-    steps: Sequence[int],
-    kernel: Kernel,
-    shared_noise: bool = True,
-    tail: Callable[[Tensor, Sequence[float]], Tensor] | None = None,
-    first_member: int = 0,
-    batch: int | AdaptiveBatcher,
+    batch: AdaptiveBatcher,
     device: torch.device | str = "cpu",
 ) -> Group:
-    """G latents of one prompt. With shared noise they differ from the first stochastic step on only.
+    """Sample G latents of one prompt.
 
-    All members start from one noise and walk the same ODE to step k, so that walk and the velocity at step k are
-    computed ONCE, at batch 1 (LongCat-Video 2510.22200, section 3.3.1). There each member takes its own step, and then
-    the ODE to sigma = 0, `batch` members at a time: (k + 1) + G (T - k - 1) velocity samples instead of G T.
+    With shared noise all members walk the same ODE to the first stochastic step k, so that walk
+    and the velocity at step k are computed ONCE, at batch 1 (LongCat-Video 2510.22200, section
+    3.3.1). From there every member takes its own steps to sigma = 0, in batches: (k + 1) +
+    G (T - k - 1) velocity samples instead of G T.
 
-    seed decides everything: x_T ("noise"), xi_g ("member", g). shape is (C, F, H, W), sigmas the T + 1 values of the
-    grid, steps the consecutive stochastic ones (`generator.schedule.stochastic_steps`).
-    shared_noise  False starts every member from a noise of its own ("initial", g): nothing is shared then
-    tail          the deterministic walk to 0 from x and what is left of the grid; None is Euler along it
-    first_member  number of the first, where these are a part of a larger group: noise belongs to the number
-    log-probs are NaN when the kernel adds no noise: such a step has no density.
+    Log-probs are NaN when the kernel adds no noise: such a step has no density.
     """
-    steps, members = list(steps), range(first_member, first_member + group_size)
-    portions = (
-        batch
-        if isinstance(batch, AdaptiveBatcher)
-        else AdaptiveBatcher(batch, what="latents")
-    )
-    if group_size < 1 or not steps or len(sigmas) < steps[-1] + 2:
-        raise ValueError(
-            f"need group_size >= 1 and steps {steps} on the grid, got {group_size}, {sigmas}"
-        )
-    if steps != list(range(steps[0], steps[0] + len(steps))):
-        raise ValueError(f"stochastic steps must follow each other, got {steps}")
 
     def in_batches(x_BCFHW: Tensor, sigma: float) -> Tensor:
-        return portions.over(lambda part_BCFHW: velocity(part_BCFHW, sigma), x_BCFHW)
+        return batch.over(lambda part_BCFHW: velocity(part_BCFHW, sigma), x_BCFHW)
 
-    seeds = (
-        [seed]
-        if shared_noise
-        else [derive_seed(seed, "initial", member) for member in members]
-    )
-    x_MCFHW = torch.stack([initial_noise(own, shape) for own in seeds]).to(device)
+    # 1. Deterministic prefix, from one noise or from one per member.
+    if walk.shared_noise:
+        seeds = [members.seed]
+    else:
+        seeds = [derive_seed(members.seed, "initial", g) for g in members.numbers]
+    x_MCFHW = torch.stack([initial_noise(s, walk.shape) for s in seeds]).to(device)
     faults.point("prefix")
-    x_MCFHW = ode(in_batches, x_MCFHW, sigmas[: steps[0] + 1])
-    taken = []
-    for number, k in enumerate(steps):
-        sigma, sigma_next = sigmas[k], sigmas[k + 1]
-        law = kernel.transition(x_MCFHW, in_batches(x_MCFHW, sigma), sigma, sigma_next)
-        xi_GCFHW = torch.stack(
-            [member_noise(seed, g, shape, number=number) for g in members]
-        ).to(device)
-        next_GCFHW = law.mean + law.std * xi_GCFHW
-        log_prob_G = (
-            log_prob(law, next_GCFHW)
-            if law.std > 0
-            else next_GCFHW.new_full((group_size,), math.nan)
-        )
-        taken.append(
-            Step(
-                x_MCFHW,
-                next_GCFHW,
-                sigma,
-                sigma_next,
-                log_prob_G,
-                law.std,
-                kernel.gain(sigma, sigma_next),
-            )
-        )
-        x_MCFHW = next_GCFHW
+    x_MCFHW = ode(in_batches, x_MCFHW, walk.sigmas[: walk.steps[0] + 1])
 
+    # 2. Stochastic steps: every member draws its own noise.
+    taken = []
+    for number, k in enumerate(walk.steps):
+        v_MCFHW = in_batches(x_MCFHW, walk.sigmas[k])
+        xi = [
+            member_noise(members.seed, g, walk.shape, number=number)
+            for g in members.numbers
+        ]
+        step = _stochastic_step(walk, k, x_MCFHW, v_MCFHW, torch.stack(xi).to(device))
+        taken.append(step)
+        x_MCFHW = step.next_GCFHW
+
+    # 3. Deterministic tail.
     faults.point("tail")
-    after = sigmas[steps[-1] + 1 :]
-    finish = tail if tail is not None else lambda x, left: ode(velocity, x, left)
-    clean_GCFHW = portions.over(lambda part_BCFHW: finish(part_BCFHW, after), x_MCFHW)
-    return Group(prompt, tuple(taken), clean_GCFHW)
+    remaining = walk.sigmas[walk.steps[-1] + 1 :]
+
+    def finish(x_BCFHW: Tensor) -> Tensor:
+        if walk.tail is None:
+            return ode(velocity, x_BCFHW, remaining)
+        return walk.tail(x_BCFHW, remaining)
+
+    return Group(members.prompt, tuple(taken), batch.over(finish, x_MCFHW))
+
+
+def _stochastic_step(
+    walk: Walk, k: int, x_MCFHW: Tensor, v_MCFHW: Tensor, xi_GCFHW: Tensor
+) -> Step:
+    """Take step k of the grid for all members, and record the density of where they went."""
+    sigma = walk.sigmas[k]
+    sigma_next = walk.sigmas[k + 1]
+    transition = walk.kernel.transition(x_MCFHW, v_MCFHW, sigma, sigma_next)
+    next_GCFHW = transition.mean + transition.std * xi_GCFHW
+    if transition.std > 0:
+        log_prob_G = log_prob(transition, next_GCFHW)
+    else:
+        log_prob_G = next_GCFHW.new_full((len(next_GCFHW),), math.nan)
+    return Step(
+        x_MCFHW,
+        next_GCFHW,
+        sigma,
+        sigma_next,
+        log_prob_G,
+        transition.std,
+        walk.kernel.gain(sigma, sigma_next),
+    )

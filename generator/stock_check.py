@@ -1,4 +1,4 @@
-"""Is our noiseless walk the stock pipeline's? The same grid, the same noise, diffusers' own loop and scheduler."""
+"""Compare our ODE sampler with diffusers' WanPipeline, on the same grid and noise."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ if TYPE_CHECKING:
 
 
 class OwnGrid(FlowMatchEulerDiscreteScheduler):
-    """diffusers' Euler steps on `generator.schedule.sigma_grid`; its own grids differ between versions."""
+    """diffusers' Euler steps on our `sigma_grid`; its grids differ between versions."""
 
     def set_timesteps(
         self, num_inference_steps: int, device: torch.device | None = None
     ) -> None:
         super().set_timesteps(num_inference_steps, device=device)
-        self.sigmas = (
-            sigma_grid(num_inference_steps, shift=self.config.shift).float().to(device)
-        )
+        sigmas = sigma_grid(num_inference_steps, shift=self.config.shift)
+        self.sigmas = sigmas.float().to(device)
+        # t = 1000 sigma, not an integer
         self.timesteps = 1000 * self.sigmas[:-1]
 
 
 def stock_gap(
     generator: WanGenerator, prompt: str, *, seed: int = 0, num_steps: int = 2
 ) -> float:
-    """max |ours - stock| / max |stock| over one video's latents, after ``num_steps`` steps. No grad, no decoding."""
+    """max |ours - stock| / max |stock| over the latents of one video, after ``num_steps``."""
+    # 1. The stock pipeline, with our grid for the moment.
     pipeline = generator._pipeline
-    plain, pipeline.scheduler = (
-        pipeline.scheduler,
-        OwnGrid(shift=generator.cfg.sampler.shift),
-    )
+    scheduler = pipeline.scheduler
+    pipeline.scheduler = OwnGrid(shift=generator.cfg.sampler.shift)
     try:
         stock = generator.sample(
             [prompt], [seed], num_steps=num_steps, scheduler="pipeline"
         )
     finally:
-        pipeline.scheduler = plain
+        pipeline.scheduler = scheduler
+
+    # 2. Our sampler.
     ours = generator.sample([prompt], [seed], num_steps=num_steps)
     return float((ours - stock).abs().max() / stock.abs().max())

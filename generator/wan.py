@@ -1,9 +1,8 @@
-"""WanGenerator: a stock WanPipeline folder as a policy that samples, says how likely a sample was, and decodes."""
+"""WanGenerator: a policy over Wan 2.1 that samples, gives transition densities, and decodes."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,16 +11,24 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
 from common.distributed import max_over_ranks
-from common.gaussian import Gaussian
-from common.lora import switched_off
+from common.gaussian import Gaussian, widen
+from common.lora import adapters_off
 from common.memory import AdaptiveBatcher
 from common.types import Group, Step
 from generator import adapter, weights
 from generator.block_cache import BlockCache
-from generator.flow import Kernel, guide, interpolate, velocity_target, widen
+from generator.flow import Kernel, guide, interpolate, velocity_target
 from generator.latents import LatentCodec
 from generator.prompts import PromptCache
-from generator.sampler import initial_noise, ode, ode_ab2, rollout_group, velocity_calls
+from generator.sampler import (
+    Members,
+    Walk,
+    initial_noise,
+    ode,
+    ode_ab2,
+    rollout_group,
+    velocity_calls,
+)
 from generator.schedule import sigma_grid, stochastic_steps, tail_grid
 
 if TYPE_CHECKING:
@@ -33,13 +40,16 @@ if TYPE_CHECKING:
 class WanGenerator:
     """Implements `common.types.Generator` for Wan 2.1 text-to-video.
 
-    module        what deepspeed wraps: the transformer under peft's wrapper, or the bare transformer without LoRA
+    module        what deepspeed wraps: the transformer in peft's wrapper, or bare without LoRA
     latent_shape  (C, F, H, W) of one video
     codec         uint8 video <-> normalised latents
-    sharded       every rank holds a piece of the weights only (ZeRO 3): all must call the module equally often
+    portions      how many latents go through the transformer together
+    sharded       True when every rank holds a part of the weights only (ZeRO 3): then all ranks
+                  must call the module equally often
 
-    Latents, velocities and log-probs are fp32; the transformer runs in cfg.dtype. The module always runs in eval mode,
-    while sampling and while training: both must compute the same numbers for the first ratio to be 1.
+    Latents, velocities and log-probs are fp32; the transformer runs in cfg.dtype. The module runs
+    in eval mode while sampling and while training: both must compute the same numbers for the
+    first ratio to be 1.
     """
 
     sharded = False
@@ -51,7 +61,7 @@ class WanGenerator:
         module: nn.Module,
         device: torch.device,
     ) -> None:
-        """``pipeline`` may lack VAE and text encoder: then nothing is decoded or sampled, see `load`."""
+        """``pipeline`` may lack VAE and text encoder; then nothing can be decoded or sampled."""
         self.cfg = cfg
         self.kernel = Kernel(
             cfg.sampler.kernel, cfg.sampler.noise_level, cfg.sampler.max_std
@@ -84,52 +94,35 @@ class WanGenerator:
         seed: int = 0,
         transformer_only: bool = False,
     ) -> WanGenerator:
-        """Read the folder with stock `from_pretrained`, freeze what is not trained, attach the adapter.
+        """Read a WanPipeline folder, freeze what is not trained, and attach the adapter.
 
         device  where everything lives; by default the current CUDA device if there is one
         seed    of the adapter's initial weights, the same on all ranks
-        transformer_only  without VAE and text encoder, to train on latents and embeddings made before (`flow_error`)
-        Raises FileNotFoundError when cfg.path is no WanPipeline folder, ValueError when the video size does not fit the
-        VAE or a LoRA target matches nothing.
+        transformer_only  leaves VAE and text encoder out, to train on stored latents and
+                          embeddings (`flow_error`)
+
+        Raises FileNotFoundError when cfg.path is no WanPipeline folder, ValueError when the video
+        size does not fit the VAE or a LoRA target matches nothing.
         """
+        # 1. The stock pipeline, frozen, on its device.
         weights.require_folder(cfg.path)
-        if device is None:
-            device = (
-                torch.device("cuda", torch.cuda.current_device())
-                if torch.cuda.is_available()
-                else "cpu"
-            )
-        device = torch.device(device)
-        if transformer_only:
-            parts = {"vae": None, "text_encoder": None, "tokenizer": None}
-        else:
-            parts = {
-                "vae": AutoencoderKLWan.from_pretrained(
-                    cfg.path, subfolder="vae", dtype=torch.float32
-                )
-            }
-        pipeline = WanPipeline.from_pretrained(
-            cfg.path, **parts, dtype=getattr(torch, cfg.dtype)
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        for frozen in (pipeline.vae, pipeline.text_encoder):
-            if frozen is not None:
-                frozen.requires_grad_(requires_grad=False).eval()
-        pipeline.to(device)
+        device = _device(device)
+        pipeline = _load_pipeline(cfg, transformer_only=transformer_only).to(device)
+
+        # 2. What is trained: an adapter, or every weight of the transformer.
         transformer = pipeline.transformer
         if cfg.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if cfg.lora is None:
-            module = weights.of_one_dtype(transformer, cfg.dtype).requires_grad_(
-                requires_grad=True
-            )
+            module = weights.of_one_dtype(transformer, cfg.dtype)
+            module.requires_grad_(requires_grad=True)
         else:
             module = adapter.attach(transformer, cfg.lora, seed=seed)
         if cfg.compile:
             transformer.compile_repeated_blocks()
         return cls(cfg, pipeline, module.eval(), device)
 
-    # ---- sampling -------------------------------------------------------------------------------------------------
+    # ---- sampling, without gradient ----
 
     @torch.no_grad()
     def rollout(
@@ -141,45 +134,37 @@ class WanGenerator:
         iteration: int = 0,
         first_member: int = 0,
     ) -> list[Group]:
-        """One Group per prompt; see `generator.sampler.rollout_group`. A group depends on its prompt and seed alone,
-        and where a window moves, on ``iteration``. Member ``first_member`` + i is the same in a group of any size.
+        """Sample one Group per prompt; see `generator.sampler.rollout_group`.
 
-        DiT sample-forwards per group: c [(k + 1) + G (T - k - 1)], c = 2 under guidance and else 1. The calls differ
-        with k where G is more than ``rollout_batch``; when sharded, all ranks go on to the same number of them.
+        A group depends on its prompt and seed, and on ``iteration`` where a window of stochastic
+        steps moves. Member ``first_member`` + i is the same in a group of any size.
+
+        A group costs c [(k + 1) + G (T - k - 1)] DiT sample-forwards, with c = 2 under guidance
+        and else 1. The number of calls differs with k where G is more than ``rollout_batch``; when
+        sharded, every rank fills up to the largest number of calls.
         """
-        cfg = self.cfg.sampler
-        sigmas = sigma_grid(cfg.num_steps, shift=cfg.shift).tolist()
         self._require_vae()
         self.portions.fixed = self.sharded
-        idle = self._idle_calls(group_size, seeds, iteration) if self.sharded else 0
+        missing_calls = 0
+        if self.sharded:
+            # compared before sampling, while all ranks are at the same place
+            missing_calls = self._missing_calls(group_size, seeds, iteration)
 
-        def one(prompt: str, seed: int) -> Group:
-            steps = stochastic_steps(seed, cfg, iteration=iteration)
-            return rollout_group(
-                lambda x_BCFHW, sigma: self._guided(
-                    x_BCFHW, sigma, [prompt] * len(x_BCFHW)
-                ),
-                prompt,
-                seed=seed,
-                group_size=group_size,
-                shape=self.latent_shape,
-                sigmas=sigmas,
-                steps=steps,
-                kernel=self.kernel,
-                shared_noise=cfg.initial_noise == "shared",
-                tail=lambda x_BCFHW, left: self._tail(x_BCFHW, left, prompt),
-                first_member=first_member,
+        groups = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            group = rollout_group(
+                self._guided_velocity(prompt),
+                Members(prompt, seed, group_size, first_member),
+                self._walk(prompt, seed, iteration),
                 batch=self.portions,
                 device=self.device,
             )
+            groups.append(group)
 
-        groups = [
-            one(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        for _ in range(idle):  # on the smallest latent there is, for nothing
-            x_1CFHW = torch.zeros(
-                1, self.latent_shape[0], *self._active()[1].config.patch_size
-            )
+        # calls that only keep the ranks in step, on the smallest latent there is
+        for _ in range(missing_calls):
+            patch = self._active()[1].config.patch_size
+            x_1CFHW = torch.zeros(1, self.latent_shape[0], *patch)
             self.velocity(x_1CFHW, torch.ones(1), prompts[:1], guidance_scale=1.0)
         return groups
 
@@ -192,15 +177,16 @@ class WanGenerator:
         num_steps: int | None = None,
         scheduler: Literal["euler", "pipeline"] = "euler",
     ) -> Tensor:
-        """Clean latents (B, C, F, H, W) fp32, without any noise on the way: what evaluation and users see.
+        """Sample without noise on the way, for evaluation: clean latents (B, C, F, H, W) fp32.
 
-        Starts from the noise that `rollout` starts from for the same seed. "euler" walks the training grid; "pipeline"
-        is the stock WanPipeline with the scheduler of its folder (UniPC for the published Wan 2.1).
+        The initial noise of a seed is that of `rollout`. "euler" walks the training grid;
+        "pipeline" is the stock WanPipeline with the scheduler of its folder (UniPC for the
+        published Wan 2.1).
         """
         self._require_vae()
         if len(prompts) != len(seeds):
             raise ValueError(
-                f"sample needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds"
+                f"sample got {len(prompts)} prompts and {len(seeds)} seeds"
             )
         if scheduler not in ("euler", "pipeline"):
             raise ValueError(
@@ -210,45 +196,42 @@ class WanGenerator:
         steps = num_steps or cfg.num_steps
         sigmas = sigma_grid(steps, shift=cfg.shift).tolist()
 
-        def walk(row_B: Tensor) -> Tensor:
-            part = [prompts[row] for row in row_B.tolist()]
-            noises = [
-                initial_noise(seeds[row], self.latent_shape) for row in row_B.tolist()
-            ]
+        def sample_rows(row_B: Tensor) -> Tensor:
+            rows = row_B.tolist()
+            texts = [prompts[row] for row in rows]
+            noises = [initial_noise(seeds[row], self.latent_shape) for row in rows]
             x_BCFHW = torch.stack(noises).to(self.device)
             if scheduler == "pipeline":
-                return self._stock(x_BCFHW, part, steps)
-            return ode(lambda x, sigma: self._guided(x, sigma, part), x_BCFHW, sigmas)
+                return self._stock(x_BCFHW, texts, steps)
+            return ode(self._guided_velocity(*texts), x_BCFHW, sigmas)
 
         self.portions.fixed = self.sharded
-        return self.portions.over(walk, torch.arange(len(prompts)))
+        return self.portions.over(sample_rows, torch.arange(len(prompts)))
 
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
-        """uint8 video (B, T, Y, X, 3) on the CPU, byte for byte what WanPipeline makes of these latents. No grad."""
+        """Decode to uint8 video (B, T, Y, X, 3) on the CPU, byte for byte like WanPipeline."""
         return self.codec.decode(clean_BCFHW.to(self.device))
 
     def encode(self, video_BTYXC: Tensor) -> Tensor:
-        """uint8 video -> normalised latents (B, C, F, H, W) fp32, the posterior mean. No grad."""
+        """Encode uint8 video to normalised latents (B, C, F, H, W) fp32, the posterior mean."""
         return self.codec.encode(video_BTYXC, device=self.device)
 
-    # ---- likelihood and error, with grad --------------------------------------------------------------------------
+    # ---- likelihood and error, with gradient ----
 
     def transition(
         self, prompt: str, step: Step, member: int | None = None
     ) -> Gaussian:
-        """Law of `next` given the latent: mean (M, C, F, H, W), grad through the mean.
+        """Distribution of `next` given the latent: mean (M, C, F, H, W), gradient through it.
 
-        c' DiT sample-forwards for a latent that all members share, however many they are, c' G for their own; c' = c,
-        or 1 when guidance_in_update is off. ``member`` asks for one alone, by a forward of its own.
+        A latent that all members share costs c' DiT sample-forwards, separate latents cost c' G;
+        c' = c, or 1 when guidance_in_update is off. ``member`` restricts this to one member.
         """
         scale = self.cfg.sampler.guidance_scale if self.cfg.guidance_in_update else 1.0
-        x_MCFHW = (step.latent_MCFHW if member is None else step.start_of(member)).to(
-            self.device
-        )
+        x_MCFHW = step.latent_MCFHW if member is None else step.start_of(member)
+        x_MCFHW = x_MCFHW.to(self.device)
         sigma_M = torch.full((len(x_MCFHW),), step.sigma)
-        v_MCFHW = self.velocity(
-            x_MCFHW, sigma_M, [prompt] * len(x_MCFHW), guidance_scale=scale
-        )
+        texts = [prompt] * len(x_MCFHW)
+        v_MCFHW = self.velocity(x_MCFHW, sigma_M, texts, guidance_scale=scale)
         return self.kernel.transition(x_MCFHW, v_MCFHW, step.sigma, step.sigma_next)
 
     def flow_error(
@@ -258,22 +241,19 @@ class WanGenerator:
         sigma_B: Tensor,
         prompts: Sequence[str],
     ) -> Tensor:
-        """|v_theta(x_sigma) - (eps - x_0)|^2, MEAN over latent elements -> (B,) fp32, with grad. Without guidance.
+        """Squared velocity error, MEAN over latent elements -> (B,) fp32, with gradient.
 
-        The term of Flow-DPO (2501.13918, equation 6), where it is a sum: with the mean, beta does not depend on size.
+            |v_theta(x_sigma) - (eps - x_0)|^2                    without guidance
+
+        It is the term of Flow-DPO (2501.13918, equation 6), which takes the sum: with the mean,
+        beta does not depend on the size of the video.
         """
-        clean_BCFHW, noise_BCFHW = (
-            clean_BCFHW.to(self.device),
-            noise_BCFHW.to(self.device),
-        )
+        clean_BCFHW = clean_BCFHW.to(self.device)
+        noise_BCFHW = noise_BCFHW.to(self.device)
         x_BCFHW = interpolate(clean_BCFHW, noise_BCFHW, sigma_B)
         v_BCFHW = self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=1.0)
-        return (
-            (v_BCFHW - velocity_target(clean_BCFHW, noise_BCFHW))
-            .square()
-            .flatten(1)
-            .mean(dim=1)
-        )
+        error_BCFHW = v_BCFHW - velocity_target(clean_BCFHW, noise_BCFHW)
+        return error_BCFHW.square().flatten(1).mean(dim=1)
 
     def velocity(
         self,
@@ -283,52 +263,58 @@ class WanGenerator:
         *,
         guidance_scale: float,
     ) -> Tensor:
-        """v at (x, sigma) for one prompt per sample -> (B, C, F, H, W), fp32 (fp64 for an fp64 module).
+        """v at (x, sigma), one prompt per sample -> (B, C, F, H, W), fp32 (fp64 for fp64 weights).
 
-        Scale 1 is one forward of B samples; else the conditional and the unconditional branch go as one batch of 2 B.
-        The timestep is 1000 sigma as fp32, not an integer. Raises RuntimeError under `reference` with grad enabled.
+        A scale of 1 is one forward of B samples; otherwise the conditional and the unconditional
+        branch go through the module as one batch of 2 B. Raises RuntimeError under `reference`
+        with gradients enabled.
         """
+        # 1. Checks.
         if self._in_reference and torch.is_grad_enabled():
             raise RuntimeError(
-                "the reference runs under torch.no_grad() only: gradient checkpointing recomputes after `reference` "
-                "has closed, with the adapter on again"
+                "the reference runs under torch.no_grad() only: gradient checkpointing recomputes "
+                "after `reference` has closed, with the adapter on again"
             )
         texts = list(prompts)
         if not len(x_BCFHW) == len(sigma_B) == len(texts):
             raise ValueError(
                 f"velocity got {len(x_BCFHW)} latents, {len(sigma_B)} sigmas, {len(texts)} prompts"
             )
+
+        # 2. The unconditional branch is the second half of the batch.
         guided = guidance_scale != 1
         if guided:
             texts += [self.cfg.sampler.negative_prompt] * len(texts)
-            x_BCFHW, sigma_B = (
-                torch.cat([x_BCFHW, x_BCFHW]),
-                torch.cat([sigma_B, sigma_B]),
-            )
+            x_BCFHW = torch.cat([x_BCFHW, x_BCFHW])
+            sigma_B = torch.cat([sigma_B, sigma_B])
+
+        # 3. One forward of the transformer.
         module, transformer = self._active()
-        if module.training:  # asking costs nothing, telling every submodule cost a tenth of a tiny model's forward
+        # the check is free; eval() on every submodule was a tenth of a tiny model's forward
+        if module.training:
             module.eval()
         dtype = transformer.patch_embedding.weight.dtype
         out = module(
             hidden_states=x_BCFHW.to(self.device, dtype),
-            timestep=1000
-            * sigma_B.to(
-                self.device, torch.float32
-            ),  # rounded as diffusers' Euler scheduler rounds it
+            # not an integer, rounded as diffusers' Euler scheduler rounds it
+            timestep=1000 * sigma_B.to(self.device, torch.float32),
             encoder_hidden_states=self.prompts.get(
                 texts, device=self.device, dtype=dtype
             ),
             return_dict=False,
         )[0]
+
+        # 4. Guidance in fp32.
         v = widen(out)
         return guide(*v.chunk(2), guidance_scale) if guided else v
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the generator is the base model: the adapter is off, or (without LoRA) a frozen copy runs.
+        """Inside, the generator is the base model: adapter off, or without LoRA a frozen copy.
 
-        Under torch.no_grad() only, see `velocity`. The copy is read from cfg.path at the first use, so it is the base
-        model whatever has been trained or resumed since, and costs nothing where no KL is asked for. May be nested.
+        Use it under torch.no_grad() only, see `velocity`. The copy is read from cfg.path at the
+        first use, so it is the base model whatever has been trained or resumed since, and a run
+        without KL does not pay for it. May be nested.
         """
         if self._in_reference:
             yield
@@ -336,7 +322,7 @@ class WanGenerator:
         self._in_reference = True
         try:
             if self.cfg.lora is not None:
-                with switched_off(self.module):
+                with adapters_off(self.module):
                     yield
             else:
                 if self._frozen is None:
@@ -345,98 +331,105 @@ class WanGenerator:
         finally:
             self._in_reference = False
 
-    # ---- prompts and weights --------------------------------------------------------------------------------------
+    # ---- prompts and weights ----
 
     def encode_prompts(self, prompts: Sequence[str]) -> None:
-        """Put these prompts' embeddings, and the negative prompt's, into the cache."""
+        """Put the embeddings of these prompts and of the negative prompt into the cache."""
         self.prompts.encode([*prompts, self.cfg.sampler.negative_prompt])
 
     def given_prompts(
         self, embedding_LD: Mapping[str, Tensor]
     ) -> AbstractContextManager[None]:
-        """See `generator.prompts.PromptCache.given`."""
+        """Use precomputed embeddings inside the block, see `PromptCache.given`."""
         return self.prompts.given(embedding_LD)
 
     def free_text_encoder(self) -> None:
-        """Drop the text encoder from memory. Prompts encoded before go on working, new ones raise RuntimeError."""
+        """Free the text encoder; prompts that are not cached then raise RuntimeError."""
         self.encode_prompts([])
         self.prompts.free_text_encoder()
 
     def save_trained(
         self, folder: Path | str, state_dict: Mapping[str, Tensor] | None = None
     ) -> Path:
-        """Write what was trained; returns the file. One rank calls it.
+        """Write the trained weights and return their file; one rank calls it.
 
-        An adapter for stock `WanPipeline.load_lora_weights(folder)`; without LoRA the whole transformer, as
-        folder/transformer in diffusers' layout. ``state_dict`` replaces the module's own (gathered from its shards).
+        That is an adapter for stock `WanPipeline.load_lora_weights(folder)`; without LoRA it is the
+        complete transformer, as folder/transformer in diffusers' layout. ``state_dict`` replaces
+        the state of the module (gathered from its shards).
         """
         if self.cfg.lora is None:
             return weights.save(self.module, Path(folder), state_dict)
         return adapter.save(self.module, Path(folder), state_dict)
 
     def load_trained(self, folder: Path | str) -> None:
-        """Read what `save_trained` wrote, before an engine is built. A whole transformer replaces the base under an
-        adapter too. ValueError when it does not fit, or is an adapter and GeneratorConfig.lora is null;
-        FileNotFoundError when there is neither.
+        """Read what `save_trained` wrote, before an engine is built.
+
+        A complete transformer also replaces the base under an adapter. Raises ValueError when it
+        does not fit, or is an adapter and GeneratorConfig.lora is null; FileNotFoundError when the
+        folder holds neither.
         """
-        if weights.is_whole(Path(folder)):
-            weights.load(self._active()[1], Path(folder))
+        folder = Path(folder)
+        if weights.is_whole(folder):
+            weights.load(self._active()[1], folder)
         elif self.cfg.lora is None:
             raise ValueError(
-                f"GeneratorConfig.lora is null and {folder} holds no whole transformer"
+                f"GeneratorConfig.lora is null and {folder} holds no transformer folder"
             )
-        elif not (Path(folder) / adapter.ADAPTER_FILE).is_file():
+        elif not (folder / adapter.ADAPTER_FILE).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no {adapter.ADAPTER_FILE}; a run leaves its adapter in RUN/final"
             )
         else:
-            adapter.load(self.module, Path(folder))
+            adapter.load(self.module, folder)
 
-    def _require_vae(self) -> None:
-        if self._pipeline.vae is None:
-            raise RuntimeError(
-                "this generator was loaded without its VAE, to train on given latents: it cannot sample"
-            )
+    # ---- parts of a rollout ----
 
-    # ---- inside ---------------------------------------------------------------------------------------------------
+    def _walk(self, prompt: str, seed: int, iteration: int) -> Walk:
+        """Grid, stochastic steps, kernel and tail of one group."""
+        cfg = self.cfg.sampler
+        return Walk(
+            shape=self.latent_shape,
+            sigmas=sigma_grid(cfg.num_steps, shift=cfg.shift).tolist(),
+            steps=stochastic_steps(seed, cfg, iteration=iteration),
+            kernel=self.kernel,
+            shared_noise=cfg.initial_noise == "shared",
+            tail=lambda x_BCFHW, sigmas: self._tail(x_BCFHW, sigmas, prompt),
+        )
 
-    def _guided(
-        self,
-        x_BCFHW: Tensor,
-        sigma: float,
-        prompts: Sequence[str],
-        *,
-        scale: float | None = None,
-    ) -> Tensor:
-        sigma_B = torch.full((len(x_BCFHW),), sigma)
+    def _guided_velocity(
+        self, *prompts: str, scale: float | None = None
+    ) -> Callable[[Tensor, float], Tensor]:
+        """The velocity as a function of (x, sigma); a single prompt serves every sample."""
         guidance = self.cfg.sampler.guidance_scale if scale is None else scale
-        return self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=guidance)
+
+        def velocity(x_BCFHW: Tensor, sigma: float) -> Tensor:
+            texts = prompts if len(prompts) > 1 else prompts * len(x_BCFHW)
+            sigma_B = torch.full((len(x_BCFHW),), sigma)
+            return self.velocity(x_BCFHW, sigma_B, texts, guidance_scale=guidance)
+
+        return velocity
 
     def _tail(self, x_BCFHW: Tensor, sigmas: Sequence[float], prompt: str) -> Tensor:
-        """To the end of the grid, as the sampler's tail options say."""
-        cfg, texts = self.cfg.sampler, [prompt] * len(x_BCFHW)
+        """Walk to sigma = 0 with the sampler's tail options: grid, solver, guidance, cache."""
+        cfg = self.cfg.sampler
         if cfg.tail_steps is not None and cfg.tail_steps < len(sigmas) - 1:
             sigmas = tail_grid(sigmas[0], cfg.tail_steps, shift=cfg.shift).tolist()
-        walk = ode_ab2 if cfg.tail_solver == "ab2" else ode
-        if cfg.tail_cache == 1:
-            return walk(
-                lambda x, at: self._guided(x, at, texts, scale=cfg.tail_guidance),
-                x_BCFHW,
-                sigmas,
-            )
-        cache, calls = BlockCache(self._active()[1]), itertools.count()
+        solver = ode_ab2 if cfg.tail_solver == "ab2" else ode
+        velocity = self._guided_velocity(prompt, scale=cfg.tail_guidance)
+        if cfg.tail_cache > 1:
+            # every tail_cache-th call runs all blocks of the transformer
+            cache = BlockCache(self._active()[1])
+            velocity = cache.wrap(velocity, every=cfg.tail_cache)
+        return solver(velocity, x_BCFHW, sigmas)
 
-        def cached(x: Tensor, at: float) -> Tensor:
-            with cache.call(again=next(calls) % cfg.tail_cache > 0):
-                return self._guided(x, at, texts, scale=cfg.tail_guidance)
-
-        return walk(cached, x_BCFHW, sigmas)
-
-    def _idle_calls(self, group_size: int, seeds: Sequence[int], iteration: int) -> int:
-        """How many calls of a rollout this rank lacks to the rank with most. Ask before: then all are at one place."""
+    def _missing_calls(
+        self, group_size: int, seeds: Sequence[int], iteration: int
+    ) -> int:
+        """How many velocity calls a rollout has fewer here than on the rank with most calls."""
         cfg = self.cfg.sampler
-        own = sum(
-            velocity_calls(
+        calls = 0
+        for seed in seeds:
+            calls += velocity_calls(
                 stochastic_steps(seed, cfg, iteration=iteration),
                 cfg.num_steps,
                 group_size,
@@ -444,21 +437,19 @@ class WanGenerator:
                 shared_noise=cfg.initial_noise == "shared",
                 tail_steps=cfg.tail_steps,
             )
-            for seed in seeds
-        )
-        return int(max_over_ranks(own)) - own
+        return int(max_over_ranks(calls)) - calls
 
     def _stock(self, x_BCFHW: Tensor, prompts: Sequence[str], num_steps: int) -> Tensor:
+        """Sample with the stock pipeline's loop and scheduler."""
         _, transformer = self._active()
+        # the pipeline gets the policy, or the reference
         self._pipeline.transformer = transformer
-        where = {
-            "device": self.device,
-            "dtype": transformer.patch_embedding.weight.dtype,
-        }
+        dtype = transformer.patch_embedding.weight.dtype
+        negative = [self.cfg.sampler.negative_prompt] * len(prompts)
         return self._pipeline(
-            prompt_embeds=self.prompts.get(prompts, **where),
+            prompt_embeds=self.prompts.get(prompts, device=self.device, dtype=dtype),
             negative_prompt_embeds=self.prompts.get(
-                [self.cfg.sampler.negative_prompt] * len(prompts), **where
+                negative, device=self.device, dtype=dtype
             ),
             height=self.cfg.height,
             width=self.cfg.width,
@@ -469,22 +460,56 @@ class WanGenerator:
             output_type="latent",
         ).frames.float()
 
+    def _require_vae(self) -> None:
+        if self._pipeline.vae is None:
+            raise RuntimeError(
+                "this generator was loaded without its VAE, to train on stored latents; "
+                "it cannot sample"
+            )
+
+    # ---- the module in use ----
+
     def _active(self) -> tuple[nn.Module, WanTransformer3DModel]:
-        """(what to call, the transformer inside it) of the policy, or of the reference."""
+        """(module to call, transformer inside it) of the policy, or of the reference."""
         if self.cfg.lora is not None:
             return self.module, self.module.get_base_model()
-        if self._in_reference:
-            return self._frozen, self._frozen
-        return self.module, self.module
+        module = self._frozen if self._in_reference else self.module
+        return module, module
 
     def _load_frozen(self) -> WanTransformer3DModel:
+        """Read the base model once more, as the reference of a full fine-tuning."""
         dtype = getattr(torch, self.cfg.dtype)
         model = WanTransformer3DModel.from_pretrained(
             self.cfg.path, subfolder="transformer", dtype=dtype
         )
-        return (
-            weights.of_one_dtype(model, self.cfg.dtype)
-            .requires_grad_(requires_grad=False)
-            .eval()
-            .to(self.device)
+        model = weights.of_one_dtype(model, self.cfg.dtype)
+        return model.requires_grad_(requires_grad=False).eval().to(self.device)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """The given device, or else the current CUDA device, or else the CPU."""
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _load_pipeline(cfg: GeneratorConfig, *, transformer_only: bool) -> WanPipeline:
+    """Read the stock pipeline and freeze its VAE and text encoder."""
+    # None leaves a part out
+    if transformer_only:
+        parts = {"vae": None, "text_encoder": None, "tokenizer": None}
+    else:
+        vae = AutoencoderKLWan.from_pretrained(
+            cfg.path, subfolder="vae", dtype=torch.float32
         )
+        parts = {"vae": vae}
+    pipeline = WanPipeline.from_pretrained(
+        cfg.path, **parts, dtype=getattr(torch, cfg.dtype)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    for frozen in (pipeline.vae, pipeline.text_encoder):
+        if frozen is not None:
+            frozen.requires_grad_(requires_grad=False).eval()
+    return pipeline

@@ -1,9 +1,9 @@
-"""Weights in diffusers' layouts: the folder a generator comes from, and a transformer that was fine-tuned whole."""
+"""Transformer weights in diffusers' layout: save, load, check, and write in shards."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 SUBFOLDER = "transformer"
 FILE = "diffusion_pytorch_model.safetensors"
-INDEX, CONFIG = f"{FILE}.index.json", "config.json"
-MAX_SHARD = "10GB"  # diffusers' own limit: Wan 2.1 1.3B is one file, in fp32 too
+INDEX = f"{FILE}.index.json"
+CONFIG = "config.json"
+# diffusers' default: Wan 2.1 1.3B is a single file, in fp32 too
+MAX_SHARD = "10GB"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A transformer as files: its config.json, without the folder that it was once loaded from, and all its weights in
-    the dtypes they have there.
-    """
+    """A transformer as read from files: its config.json, and its weights in their stored dtypes."""
 
     config: dict[str, Any]
     state: dict[str, Tensor]
@@ -37,17 +37,21 @@ def save(
     folder: Path,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write folder/transformer for stock `WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")`.
+    """Write folder/transformer, for stock `from_pretrained(folder, subfolder="transformer")`.
 
-    state_dict  whole weights, where the module's own lie in pieces. Returns the weights' file.
+    ``state_dict`` replaces the state of the module (gathered from its shards). Returns the file of
+    the weights.
     """
     from safetensors.torch import save_file
 
     target = Path(folder) / SUBFOLDER
+    # the folder is made with config.json
     transformer.save_config(target)
     state = transformer.state_dict() if state_dict is None else state_dict
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(whole, target / FILE, metadata={"format": "pt"})
+    on_cpu = {
+        name: weight.detach().cpu().contiguous() for name, weight in state.items()
+    }
+    save_file(on_cpu, target / FILE, metadata={"format": "pt"})
     return target / FILE
 
 
@@ -65,63 +69,62 @@ def load(transformer: WanTransformer3DModel, folder: Path) -> None:
     from safetensors.torch import load_file
 
     stored = load_file(Path(folder) / SUBFOLDER / FILE)
-    own = {
-        name.replace(
-            ".base_layer.", "."
-        ): parameter  # peft's name for a linear under an adapter
-        for name, parameter in transformer.named_parameters()
-        if ".lora_" not in name
-    }
-    _require_same(shapes(stored), shapes(own), source=Path(folder))
+    parameters = {}
+    for name, parameter in transformer.named_parameters():
+        if ".lora_" not in name:
+            # peft's name for a linear layer under an adapter
+            parameters[name.replace(".base_layer.", ".")] = parameter
+    _require_same(shapes(stored), shapes(parameters), folder)
     for name, tensor in stored.items():
-        own[name].copy_(tensor)
+        parameters[name].copy_(tensor)
 
 
 def read(folder: Path) -> Stored:
-    """folder/transformer, in one file or in shards. FileNotFoundError names what is missing; ValueError when the
-    weights are not those that config.json asks for.
+    """Read folder/transformer, from a single file or from shards.
+
+    Raises FileNotFoundError, naming what is missing, and ValueError when the weights do not match
+    config.json.
     """
     from safetensors.torch import load_file
 
-    place, config = Path(folder) / SUBFOLDER, read_config(folder)
-    names = [FILE]
-    if not (place / FILE).is_file():
-        if not (place / INDEX).is_file():
-            raise FileNotFoundError(
-                f"{place} has no weights: it lacks {FILE} and {INDEX}"
-            )
-        names = sorted(
-            set(
-                json.loads((place / INDEX).read_text(encoding="utf-8"))[
-                    "weight_map"
-                ].values()
-            )
-        )
-    if missing := [name for name in names if not (place / name).is_file()]:
-        raise FileNotFoundError(
-            f"{place} lacks {', '.join(missing)}, which {INDEX} names"
-        )
-    state = {
-        name: tensor
-        for file in names
-        for name, tensor in load_file(place / file).items()
-    }
-    _require_same(shapes(state), shapes_of(config), source=Path(folder))
+    place = Path(folder) / SUBFOLDER
+    config = read_config(folder)
+    state = {}
+    for file in _weight_files(place):
+        state |= load_file(place / file)
+    _require_same(shapes(state), shapes_of(config), folder)
     return Stored(config, state)
 
 
+def _weight_files(place: Path) -> list[str]:
+    """Names of the files that hold the weights."""
+    if (place / FILE).is_file():
+        return [FILE]
+    if not (place / INDEX).is_file():
+        raise FileNotFoundError(f"{place} has no weights: it lacks {FILE} and {INDEX}")
+    # the index maps every weight to its shard
+    index = json.loads((place / INDEX).read_text(encoding="utf-8"))
+    files = sorted(set(index["weight_map"].values()))
+    missing = [file for file in files if not (place / file).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{place} lacks {', '.join(missing)}, which {INDEX} names"
+        )
+    return files
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config of `Stored`. FileNotFoundError, or ValueError for another model's."""
+    """Read a Wan transformer's config.json; FileNotFoundError, or ValueError for other models."""
     file = Path(folder) / SUBFOLDER / CONFIG
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file}: no such file; a folder with a Wan transformer has one"
+            f"{file}: no such file; a folder with a Wan transformer has it"
         )
     config = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("_class_name") != "WanTransformer3DModel":
-        raise ValueError(
-            f"{file} is of a {config.get('_class_name')}, not of a WanTransformer3DModel"
-        )
+    kind = config.get("_class_name")
+    if kind != "WanTransformer3DModel":
+        raise ValueError(f"{file} is of a {kind}, not of a WanTransformer3DModel")
+    # a path of the machine that saved it
     config.pop("_name_or_path", None)
     return config
 
@@ -129,16 +132,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 def write(
     transformer: Stored, folder: Path, *, max_shard: int | str = MAX_SHARD
 ) -> list[Path]:
-    """folder/transformer as `save` writes it, in shards of at most ``max_shard`` bytes. Returns the weights' files."""
+    """Write folder/transformer in shards of at most ``max_shard`` bytes; return their files."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     place = Path(folder) / SUBFOLDER
     place.mkdir(parents=True, exist_ok=True)
-    (place / CONFIG).write_text(
-        json.dumps(transformer.config, indent=2, sort_keys=True) + "\n",
-        encoding="utf-8",
-    )
+    _write_json(place / CONFIG, transformer.config)
     pattern = FILE.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(
         transformer.state, filename_pattern=pattern, max_shard_size=max_shard
@@ -146,53 +146,69 @@ def write(
     for file, names in split.filename_to_tensors.items():
         shard = {name: transformer.state[name].contiguous() for name in names}
         save_file(shard, place / file, metadata={"format": "pt"})
+    # a single file needs no index
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (place / INDEX).write_text(
-            json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        _write_json(place / INDEX, index)
     return [place / file for file in split.filename_to_tensors]
 
 
+def _write_json(file: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
 def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor."""
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights of a transformer with this config.json. Takes no memory."""
+    """Name -> shape of every weight of a transformer with this config.json, without memory."""
     from diffusers import WanTransformer3DModel
 
+    # shapes only, no numbers
     with torch.device("meta"):
-        return shapes(
-            dict(WanTransformer3DModel.from_config(dict(config)).named_parameters())
-        )
+        model = WanTransformer3DModel.from_config(dict(config))
+    return shapes(dict(model.named_parameters()))
+
+
+def state_dict_problems(
+    stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Compare names and shapes of two state dicts; each difference is a line."""
+    problems = [f"unexpected {name}" for name in sorted(stored.keys() - wanted.keys())]
+    problems += [f"missing {name}" for name in sorted(wanted.keys() - stored.keys())]
+    for name in sorted(wanted.keys() & stored.keys()):
+        if stored[name] != wanted[name]:
+            problems.append(f"{name} is {stored[name]}, want {wanted[name]}")
+    return problems
+
+
+def raise_problems(problems: Sequence[str], sentence: str) -> None:
+    """Raise ValueError with the sentence and the first five problems, if there are any."""
+    if problems:
+        shown = "; ".join(problems[:5])
+        raise ValueError(f"{sentence} ({len(problems)} problems): {shown}")
 
 
 def _require_same(
-    found: Mapping[str, tuple[int, ...]],
-    want: Mapping[str, tuple[int, ...]],
-    *,
-    source: Path,
+    stored: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    folder: Path,
 ) -> None:
-    problems = [f"unexpected {name}" for name in sorted(found.keys() - want.keys())]
-    problems += [f"missing {name}" for name in sorted(want.keys() - found.keys())]
-    problems += [
-        f"{name} is {found[name]}, want {want[name]}"
-        for name in sorted(want.keys() & found.keys())
-        if found[name] != want[name]
-    ]
-    if problems:
-        shown = "; ".join(problems[:5])
-        raise ValueError(
-            f"the transformer in {source} is another model ({len(problems)} problems): {shown}"
-        )
+    # names first, then shapes
+    problems = state_dict_problems(stored, wanted)
+    raise_problems(problems, f"the transformer in {folder} is another model")
 
 
 def of_one_dtype(
     transformer: WanTransformer3DModel, dtype: str
 ) -> WanTransformer3DModel:
-    """Norms and modulations, which diffusers keeps in fp32, in ``dtype`` as well: DeepSpeed trains one dtype. They go
-    on computing in fp32, and buffers stay as they are.
+    """Convert all weights to ``dtype``, since DeepSpeed trains a single dtype.
+
+    diffusers keeps norms and modulations in fp32. They go on computing in fp32, and buffers keep
+    their dtype.
     """
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
@@ -200,12 +216,14 @@ def of_one_dtype(
 
 
 def require_folder(path: str) -> None:
-    """Say plainly that a folder is missing: `from_pretrained` takes the path for a hub name and asks the network."""
+    """Raise FileNotFoundError unless the path is a WanPipeline folder or may be a hub name.
+
+    `from_pretrained` would take a missing folder for a hub name and ask the network.
+    """
     folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(
-                f"GeneratorConfig.path {path} is no WanPipeline folder: it has no model_index.json"
-            )
-    else:
+    if not folder.is_dir():
         require_hub_name(path, "model_index.json")
+    elif not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"GeneratorConfig.path {path} is no WanPipeline folder: it has no model_index.json"
+        )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common.distributed import any_rank, generator
+from common.distributed import any_rank, seeded_generator
 from rm.config import Generation
 from rm.model import Batch, DeScore
 
@@ -191,7 +191,7 @@ class _Chooser:
             draws = [
                 torch.rand(
                     how.max_new_tokens,
-                    generator=generator(s, "cot"),
+                    generator=seeded_generator(s, "cot"),
                     dtype=torch.float64,
                 )
                 for s in seeds

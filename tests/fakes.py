@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from common import gaussian
+from common.memory import AdaptiveBatcher
 from common.types import Group, Score, Step
 from generator import flow, schedule
 from generator.config import SamplerConfig
-from generator.sampler import rollout_group
+from generator.sampler import Members, Walk, rollout_group
 
 SHAPE = (3, 2, 4, 4)  # C F H W: a latent is a tiny RGB video
 
@@ -80,16 +81,17 @@ class FakeGenerator:
         return [
             rollout_group(
                 lambda x, sigma: self.module(x.to(self.dtype), sigma),
-                prompt,
-                seed=seed,
-                group_size=group_size,
-                shape=SHAPE,
-                sigmas=self.sigmas,
-                steps=schedule.stochastic_steps(seed, self.how, iteration=iteration),
-                kernel=self.kernel,
-                shared_noise=self.how.initial_noise == "shared",
-                first_member=first_member,
-                batch=group_size,
+                Members(prompt, seed, group_size, first_member),
+                Walk(
+                    shape=SHAPE,
+                    sigmas=self.sigmas,
+                    steps=schedule.stochastic_steps(
+                        seed, self.how, iteration=iteration
+                    ),
+                    kernel=self.kernel,
+                    shared_noise=self.how.initial_noise == "shared",
+                ),
+                batch=AdaptiveBatcher(None, what="latents"),
             )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]

@@ -14,7 +14,7 @@ from alignment import dpo
 from alignment.config import DpoConfig
 from alignment.dpo import DpoLoop, backwards_per_update, draw_sigma, steps_of, summarise
 from alignment.pair_store import LatentPair, PairSet, write_pairs
-from common.distributed import generator as seeded
+from common.distributed import seeded_generator
 from tests.fakes import SHAPE, FakeGenerator, PlainEngine
 
 PAIRS = 8
@@ -27,7 +27,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> PairSet:
 
     def made():
         for i in range(PAIRS):
-            draw = seeded("pair", i)
+            draw = seeded_generator("pair", i)
             noise = 0.3 * torch.randn((2, *SHAPE), generator=draw)
             yield LatentPair(
                 f"prompt {i % 3}",
@@ -94,7 +94,7 @@ def test_dpo_gradient_equals_the_formula(pairs: PairSet) -> None:
     total = 0.0
     for place, i in enumerate(loop.schedule.at(0)):
         batch = pairs.read([i])
-        source = seeded(3, "dpo", "step", 0, place)
+        source = seeded_generator(3, "dpo", "step", 0, place)
         sigma = float(torch.tensor(draw_sigma(loop.cfg, source), dtype=torch.float32))
         noise = torch.randn(SHAPE, generator=source).double()
         errors = []
@@ -265,7 +265,7 @@ def test_draw_sigma_has_the_distribution_of_the_config() -> None:
     def draws(**options: Any) -> torch.Tensor:
         cfg = DpoConfig(**options)
         return torch.tensor(
-            [draw_sigma(cfg, seeded("draw", i)) for i in range(4000)],
+            [draw_sigma(cfg, seeded_generator("draw", i)) for i in range(4000)],
             dtype=torch.float64,
         )
 

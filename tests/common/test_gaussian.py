@@ -92,9 +92,9 @@ def test_impossible_spreads_are_refused(std):
 
 def test_no_noise_no_density():
     still = Gaussian(torch.zeros(1, 2), 0.0)
-    with pytest.raises(ValueError, match="std > 0"):
+    with pytest.raises(ValueError, match="std"):
         log_prob(still, torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="std > 0"):
+    with pytest.raises(ValueError, match="std"):
         kl_same_std(still, still)
 
 

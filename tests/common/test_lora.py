@@ -1,4 +1,4 @@
-"""A and B of a LoRA, put together: what fits, and each thing that does not."""
+"""Pairing the A and B matrices of a LoRA file, and each way in which they may not fit."""
 
 from __future__ import annotations
 
@@ -7,43 +7,44 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.lora import both_sides
+from common.lora import low_ranks
 
-A, B = torch.zeros(2, 5), torch.zeros(3, 2)  # rank 2, from 5 to 3
+# rank 2, from 5 to 3
+A, B = torch.zeros(2, 5), torch.zeros(3, 2)
 
 
-def test_sides_find_each_other_in_any_order() -> None:
-    found = both_sides(
-        [("x", "A", A), ("y", "B", B), ("y", "A", A), ("x", "B", B)],
-        rank=2,
-        source=Path("f"),
-    )
-    assert {name: list(own) for name, own in found.items()} == {
-        "x": ["A", "B"],
-        "y": ["B", "A"],
-    }
-    assert found["x"]["A"] is found["y"]["A"] is A
+def named(*entries: tuple[str, str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{name}.lora_{side}.weight": tensor for name, side, tensor in entries}
+
+
+def test_low_ranks_pairs_matrices_in_any_order() -> None:
+    tensors = named(("x", "A", A), ("y", "B", B), ("y", "A", A), ("x", "B", B))
+    pairs = low_ranks(tensors, rank=2, alpha=3.0, source=Path("f"))
+    assert list(pairs) == ["x.weight", "y.weight"]
+    assert pairs["x.weight"].a_RI is pairs["y.weight"].a_RI is A
+    assert pairs["x.weight"].b_OR is B
+    assert pairs["x.weight"].scaling == 1.5
+    assert pairs["x.weight"].shape == (3, 5)
 
 
 @pytest.mark.parametrize(
-    ("found", "says"),
+    ("entries", "words"),
     [
         ([], "f is empty"),
-        (
-            [("x", "A", A)],
-            r"f: x has \{'A': \(2, 5\)\}, r=2 wants A \(r, in\) and B \(out, r\)",
-        ),
-        ([("x", "A", A), ("x", "B", B), ("y", "B", B)], "f: y has"),
+        ([("x", "A", A)], r"f: x.weight has \{'A': \(2, 5\)\}, r=2"),
+        ([("x", "A", A), ("x", "B", B), ("y", "B", B)], "f: y"),
         (
             [("x", "A", torch.zeros(4, 5)), ("x", "B", B)],
-            r"f: x has \{'A': \(4, 5\), 'B': \(3, 2\)\}",
+            r"\{'A': \(4, 5\), 'B': \(3, 2\)\}",
         ),
         (
             [("x", "A", A), ("x", "B", torch.zeros(3, 4))],
-            r"f: x has \{'A': \(2, 5\), 'B': \(3, 4\)\}",
+            r"\{'A': \(2, 5\), 'B': \(3, 4\)\}",
         ),
+        ([("x", "A", torch.zeros(2))], r"x\.lora_A"),
+        ([("x", "C", A)], r"x\.lora_C"),
     ],
 )
-def test_what_is_no_adapter_is_named(found: list, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        both_sides(found, rank=2, source=Path("f"))
+def test_low_ranks_names_what_does_not_fit(entries: list, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        low_ranks(named(*entries), rank=2, alpha=2.0, source=Path("f"))

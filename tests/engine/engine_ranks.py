@@ -43,7 +43,7 @@ def network(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 
 def loss(module: torch.nn.Module, step: int, i: int) -> torch.Tensor:
-    source = distributed.generator(step, i)
+    source = distributed.seeded_generator(step, i)
     dtype = next(module.parameters()).dtype
     x, y = torch.randn(5, 7, generator=source), torch.randn(5, 3, generator=source)
     return (module(x.to(dtype)).float() - y).square().mean()

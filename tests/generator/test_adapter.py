@@ -139,7 +139,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
     folder: Path, saved: Path, lora: LoraConfig, words: str
 ) -> None:
     generator = WanGenerator.load(tiny_config(folder, lora=lora), device="cpu")
-    with pytest.raises(ValueError, match="does not fit") as caught:
+    with pytest.raises(ValueError, match="problems") as caught:
         generator.load_trained(saved)
     assert words in str(caught.value)
 

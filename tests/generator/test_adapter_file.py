@@ -13,9 +13,10 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from common.lora import LowRank
 from generator import adapter, adapter_file, weights
 from generator.adapter import ADAPTER_FILE
-from generator.adapter_file import LoraMatrices, StoredAdapter
+from generator.adapter_file import StoredAdapter
 from generator.config import WAN_LINEARS, LoraConfig
 from generator.wan import WanGenerator
 from tests.generator.stock import (
@@ -179,7 +180,9 @@ def test_the_merged_transformer_is_the_adapted_one(
 
 def by_hand(alpha: float) -> StoredAdapter:
     """One linear, rank 1: B A = [[3, 6], [-1, -2]]."""
-    pair = LoraMatrices(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [-1.0]]))
+    pair = LowRank(
+        torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [-1.0]]), scaling=alpha
+    )
     return StoredAdapter(Path("adapter"), 1, alpha, {"proj_out": pair})
 
 
@@ -297,23 +300,23 @@ FIRST = "transformer.blocks.0.attn1.to_q.lora_A.weight"
 @pytest.mark.parametrize(
     ("settings", "tensors", "words"),
     [
-        (None, {}, "says neither rank nor alpha"),
-        ({"transformer.r": 5}, {}, "r=5 wants A"),
-        ({"transformer.use_dora": True}, {}, "use_dora is not of this project's LoRA"),
-        ({}, {FIRST: None}, r"blocks.0.attn1.to_q has {'B': \(24, 4\)}"),
+        (None, {}, "rank"),
+        ({"transformer.r": 5}, {}, "r=5"),
+        ({"transformer.use_dora": True}, {}, "use_dora"),
+        ({}, {FIRST: None}, r"to_q.*'B': \(24, 4\)"),
         (
             {},
             {"transformer.blocks.0.attn1.to_q.diff": torch.zeros(2, 2)},
-            "to_q.diff is not the A or B",
+            r"to_q\.diff",
         ),
         (
             {},
             {"text_encoder.q.lora_A.weight": torch.zeros(4, 2)},
-            "text_encoder.q.lora_A.weight is not the A or B",
+            r"text_encoder\.q\.lora_A",
         ),
     ],
 )
-def test_what_is_not_an_adapter_of_ours_is_refused(
+def test_read_names_what_does_not_fit(
     folder: Path, tmp_path: Path, settings: dict | None, tensors: dict, words: str
 ) -> None:
     tiny_generator(folder).save_trained(tmp_path)
@@ -324,16 +327,16 @@ def test_what_is_not_an_adapter_of_ours_is_refused(
     assert ADAPTER_FILE in str(caught.value)
 
 
-def test_another_models_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_merge_with_another_models_adapter_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
     own = stored(tiny_generator(folder), tmp_path)
     base = weights.read(folder).state
     pairs = {**own.pairs, "blocks.7.attn1.to_q": own.pairs["blocks.0.attn1.to_q"]}
-    pairs["proj_out"] = LoraMatrices(torch.zeros(4, 9), torch.zeros(64, 4))
+    pairs["proj_out"] = LowRank(torch.zeros(4, 9), torch.zeros(64, 4), scaling=1.0)
     with pytest.raises(
-        ValueError, match=r"2 problems.*no blocks.7.attn1.to_q.*proj_out is \(64, 24\)"
+        ValueError, match=r"2 problems.*blocks\.7\.attn1\.to_q.*proj_out.*\(64, 24\)"
     ):
         adapter_file.merge(base, replace(own, pairs=pairs))
-    with pytest.raises(
-        ValueError, match=r"attn1.add_k_proj has no name in Wan's own code"
-    ):
+    with pytest.raises(ValueError, match="add_k_proj"):
         adapter_file.original_name("blocks.0.attn1.add_k_proj")

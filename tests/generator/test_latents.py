@@ -99,7 +99,7 @@ def test_compression_is_read_from_the_vae(coarse: Path) -> None:
     video = generator.decode(latents)
     assert video.shape == (1, 5, 24, 16, 3)
     assert generator.encode(video).shape == (1, *generator.latent_shape)
-    with pytest.raises(ValueError, match=r"4 n \+ 1 frames, .* got 7"):
+    with pytest.raises(ValueError, match="7"):
         generator.encode(torch.zeros(1, 7, 24, 16, 3, dtype=torch.uint8))
 
 
@@ -129,9 +129,7 @@ def test_a_config_that_contradicts_the_layers_is_refused(tmp_path: Path) -> None
         "scale_factor_temporal": 4,
     }
     file.write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match=r"scale_factor_spatial=8.*compress by 4 and 2"
-    ):
+    with pytest.raises(ValueError, match="scale_factor_spatial=8.*4.*2"):
         WanGenerator.load(tiny_config(folder), device="cpu")
 
 

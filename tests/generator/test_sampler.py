@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from common.distributed import derive_seed
+from common.memory import AdaptiveBatcher
 from common.types import Group
 from generator.flow import Kernel
-from generator.sampler import initial_noise, ode, rollout_group
+from generator.sampler import Members, Walk, initial_noise, ode, rollout_group
 from generator.schedule import sigma_grid
 from tests.tiny import stochastic_step
 
@@ -26,21 +27,29 @@ def bend(x: Tensor, sigma: float) -> Tensor:
     return torch.tanh(x) * (1 + sigma) - 0.3
 
 
-def roll(velocity: Callable[[Tensor, float], Tensor], **changes: object) -> Group:
-    values = {
-        "seed": 11,
-        "group_size": 4,
-        "shape": SHAPE,
-        "sigmas": SIGMAS,
-        "stochastic_range": 3,
-        "batch": 4,
-    }
-    values |= {"kernel": Kernel("sde", 1.0, 0.45)} | changes
-    values["steps"] = values.get("steps") or [
-        stochastic_step(values["seed"], values["stochastic_range"])
-    ]
-    del values["stochastic_range"]
-    return rollout_group(velocity, "a prompt", **values)
+def sample_group(
+    velocity: Callable[[Tensor, float], Tensor], *, batch: int = 4, **changes: object
+) -> Group:
+    """rollout_group with this module's grid; changes are fields of Members or of Walk."""
+    values = {"seed": 11, "size": 4, "shape": SHAPE, "sigmas": SIGMAS} | changes
+    values.setdefault("kernel", Kernel("sde", 1.0, 0.45))
+    return rollout_group(
+        velocity,
+        Members("a prompt", values.pop("seed"), values.pop("size")),
+        Walk(**values),
+        batch=AdaptiveBatcher(batch, what="latents"),
+    )
+
+
+def roll(
+    velocity: Callable[[Tensor, float], Tensor],
+    *,
+    stochastic_range: int = 3,
+    **changes: object,
+) -> Group:
+    """`sample_group` whose stochastic step is drawn from the seed."""
+    step = stochastic_step(changes.get("seed", 11), stochastic_range)
+    return sample_group(velocity, steps=[step], **changes)
 
 
 def noise_of(*parts: int | str) -> Tensor:
@@ -83,7 +92,7 @@ def test_velocity_samples_are_counted(seed: int) -> None:
         seen.append(len(x))
         return bend(x, sigma)
 
-    roll(counted, seed=seed, group_size=5, batch=2)
+    roll(counted, seed=seed, size=5, batch=2)
     k = stochastic_step(seed, 3)
     assert sum(seen) == (k + 1) + 5 * (STEPS - k - 1)
     assert seen[: k + 1] == [1] * (k + 1)
@@ -129,9 +138,9 @@ def test_zero_noise_is_the_ode_and_has_no_density() -> None:
 
 
 def test_neither_batch_nor_group_size_changes_a_member() -> None:
-    whole = roll(bend, group_size=5, batch=5)
-    parts = roll(bend, group_size=5, batch=2)
-    fewer = roll(bend, group_size=2, batch=5)
+    whole = roll(bend, size=5, batch=5)
+    parts = roll(bend, size=5, batch=2)
+    fewer = roll(bend, size=2, batch=5)
     assert torch.allclose(whole.clean_GCFHW, parts.clean_GCFHW, atol=1e-6)
     assert torch.allclose(whole.clean_GCFHW[:2], fewer.clean_GCFHW, atol=1e-6)
     assert torch.equal(whole.steps[0].next_GCFHW[:2], fewer.steps[0].next_GCFHW)
@@ -150,7 +159,7 @@ def test_seeds_decide_everything() -> None:
     assert torch.equal(initial_noise(1, SHAPE), noise_of(1, "noise"))
 
 
-def test_refuses_a_grid_shorter_than_its_range() -> None:
+def test_walk_with_step_off_the_grid_is_refused() -> None:
     seed = next(seed for seed in range(60) if stochastic_step(seed, 6) == 5)
-    with pytest.raises(ValueError, match=r"steps \[5\] on the grid"):
+    with pytest.raises(ValueError, match=r"\[5\]"):
         roll(bend, seed=seed, stochastic_range=6, sigmas=[1.0, 0.5, 0.0])

@@ -139,7 +139,7 @@ def test_sample_is_the_stock_pipeline(folder: Path, kind: str) -> None:
 
 
 def test_sample_needs_one_seed_per_prompt(generator: WanGenerator) -> None:
-    with pytest.raises(ValueError, match="2 prompts and 1 seeds"):
+    with pytest.raises(ValueError, match=r"2.*1"):
         generator.sample(["a", "b"], [1])
     with pytest.raises(ValueError, match="'unipc'"):
         generator.sample(["a"], [1], scheduler="unipc")
@@ -431,7 +431,7 @@ def test_text_encoder_can_go(folder: Path) -> None:
     want = WanGenerator.load(generator.cfg, device="cpu").sample([PROMPT], [1])
     assert torch.equal(generator.sample([PROMPT], [1]), want)
     generator.sample([PROMPT], [1], scheduler="pipeline")
-    with pytest.raises(RuntimeError, match="text encoder has been freed"):
+    with pytest.raises(RuntimeError, match="freed"):
         generator.sample(["snow"], [1])
 
 

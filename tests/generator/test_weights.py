@@ -62,7 +62,7 @@ def test_another_model_is_named(tuned: WanGenerator, tmp_path: Path) -> None:
     state["proj_out.bias"] = state["proj_out.bias"][:-1].clone()
     state["proj_in.bias"] = state.pop("patch_embedding.bias")
     save_file(state, file)
-    with pytest.raises(ValueError, match=r"another model \(3 problems\)") as error:
+    with pytest.raises(ValueError, match="3") as error:
         tuned.load_trained(tmp_path)
     for words in (
         "unexpected proj_in.bias",
@@ -76,9 +76,7 @@ def test_an_adapter_needs_a_place(
     tuned: WanGenerator, folder: Path, tmp_path: Path
 ) -> None:
     tiny_generator(folder).save_trained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"lora is null and .* holds no whole transformer"
-    ):
+    with pytest.raises(ValueError, match="null"):
         tuned.load_trained(tmp_path)
 
 
@@ -146,16 +144,12 @@ def test_weights_that_do_not_fit_their_config_are_not_read(
         {name: tensor for name, tensor in state.items() if name != "proj_out.bias"},
         file,
     )
-    with pytest.raises(
-        ValueError, match=r"another model \(1 problems\): missing proj_out.bias"
-    ):
+    with pytest.raises(ValueError, match=r"missing proj_out\.bias"):
         weights.read(tmp_path)
     (file.parent / "config.json").write_text(
         '{"_class_name": "CogVideoXTransformer3DModel"}'
     )
-    with pytest.raises(ValueError, match="is of a CogVideoXTransformer3DModel"):
+    with pytest.raises(ValueError, match="CogVideoXTransformer3DModel"):
         weights.read(tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=r"transformer/config.json: no such file"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"transformer/config\.json"):
         weights.read(tmp_path / "none")

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from alignment.dpo import DpoLoop
 from alignment.pair_store import LatentPair, PairSet, write_pairs
 from common.checkpoint import load_tensors
 from common.config import load
+from common.distributed import seeded_generator
 from common.log import read_metrics
 from launch.compose import build_generator
 from launch.dpo import misfit
@@ -23,11 +25,12 @@ from launch.schemas.pairs import DpoRun
 from launch.schemas.training import SampleRun
 from tests.fakes import PlainEngine
 from tests.launch.processes import ROOT, ZERO_3, deepspeed, run
+from tests.launch.test_pairs import GENERATOR
 
 SCRIPT = str(ROOT / "launch" / "dpo.py")
 
 
-def test_misfit_names_settings_that_differ(tmp_path: Path) -> None:
+def test_pairs_of_another_size_are_refused(tmp_path: Path) -> None:
     cfg = load(
         DpoRun,
         None,
@@ -37,7 +40,7 @@ def test_misfit_names_settings_that_differ(tmp_path: Path) -> None:
         "p", torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.zeros(1, 2)
     )
     for about, want in [
-        ({}, ""),  # an earlier version recorded nothing
+        ({}, ""),  # a set that says nothing, of an earlier version or of somebody else
         (
             {
                 "identity": {
@@ -54,18 +57,64 @@ def test_misfit_names_settings_that_differ(tmp_path: Path) -> None:
         write_pairs(
             tmp_path, iter([pair]), per_shard=1, dtype=torch.float32, about=about
         )
-        problem = misfit(PairSet(tmp_path), cfg)
-        assert problem.endswith(want)
-        assert bool(problem) == bool(want)
+        found = misfit(PairSet(tmp_path), cfg)
+        assert found == (
+            want and f"{tmp_path} holds other videos than the generator makes: {want}"
+        )
 
 
 @pytest.fixture(scope="module")
-def whole(dpo_config: Path) -> Path:
-    """Three steps in one go on two ranks, with an average."""
-    folder = dpo_config.parent / "whole"
-    deepspeed(
-        2, SCRIPT, "--config", str(dpo_config), f"run_dir={folder}", "ema.decay=0.5"
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten random pairs, four a step, three steps."""
+    from tests.tiny import build_tiny_wan
+
+    root = tmp_path_factory.mktemp("dpo")
+    build_tiny_wan(root / "wan")
+    generator = build_generator(
+        load(
+            DpoRun, None, [f"generator.path={root / 'wan'}", "run_dir=x", "pairs=x"]
+        ).generator
     )
+
+    def made(name: str, count: int):
+        for i in range(count):
+            chosen, rejected = torch.randn(
+                (2, 16, 3, 2, 2), generator=seeded_generator(name, i)
+            )
+            prompt = ["a red circle", "rain"][i % 2]
+            yield LatentPair(
+                prompt,
+                chosen,
+                rejected,
+                generator.prompts.rows_of(prompt),
+                float(i),
+                -float(i),
+            )
+
+    for name, count in (("pairs", 10), ("heldout", 5)):
+        write_pairs(
+            root / name, made(name, count), per_shard=4, dtype=torch.float32, about={}
+        )
+    values = {
+        "run_dir": str(root / "run"),
+        "pairs": str(root / "pairs"),
+        "heldout": str(root / "heldout"),
+        "generator": {"path": str(root / "wan"), **GENERATOR},
+        "dpo": {"pairs_per_step": 4, "micro_batch": 2, "epochs": 1.3, "beta": 50.0},
+        "optimizer": {"lr": 1e-3},
+        "save_every": 1,
+        "keep": 3,
+        "heldout_pairs": 5,
+    }
+    (root / "dpo.yaml").write_text(yaml.safe_dump(values))
+    return root / "dpo.yaml"
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path) -> Path:
+    """Three steps in one go on two ranks, with an average."""
+    folder = config.parent / "whole"
+    deepspeed(2, SCRIPT, "--config", str(config), f"run_dir={folder}", "ema.decay=0.5")
     return folder
 
 
@@ -82,7 +131,7 @@ def adapter_of(folder: Path, part: str = "final") -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_dpo_run_metrics(whole: Path) -> None:
+def test_what_a_run_says(whole: Path) -> None:
     rows = numbers(whole)
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -91,8 +140,7 @@ def test_dpo_run_metrics(whole: Path) -> None:
     assert rows[2]["train/chosen_change"] != 0.0
     assert all(row["train/grad_norm"] > 0 for row in rows)
     assert any(key.startswith("train/loss_sigma_") for key in rows[0])
-    # chosen and rejected of 4 pairs, with gradient and for the reference; the evaluation
-    # of held-out pairs counts for no step
+    # winner and loser of 4 pairs, with gradient and for the reference: what held-out pairs cost is not a step's
     assert all(row["forwards/grad"] == row["forwards/no_grad"] == 8 for row in rows)
     assert all(
         row["memory/peak_gb"] > 0.1 for row in read_metrics(whole / "metrics.jsonl")
@@ -103,11 +151,11 @@ def test_dpo_run_metrics(whole: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_one_rank_and_zero_3_match_two_ranks(
-    dpo_config: Path, whole: Path, ranks: int
+def test_one_rank_and_zero_3_give_the_same(
+    config: Path, whole: Path, ranks: int
 ) -> None:
-    folder = dpo_config.parent / f"other-{ranks}"
-    words = [SCRIPT, "--config", str(dpo_config), f"run_dir={folder}"]
+    folder = config.parent / f"other-{ranks}"
+    words = [SCRIPT, "--config", str(config), f"run_dir={folder}"]
     run(sys.executable, *words, "zero_stage=0") if ranks == 1 else deepspeed(
         2, *words, *ZERO_3
     )
@@ -122,19 +170,17 @@ def test_one_rank_and_zero_3_match_two_ranks(
 
 
 @pytest.mark.slow
-def test_resumed_dpo_run_equals_an_uninterrupted_run(
-    dpo_config: Path, whole: Path
-) -> None:
-    folder = dpo_config.parent / "resumed"
+def test_stopped_and_resumed_is_the_run_in_one_go(config: Path, whole: Path) -> None:
+    folder = config.parent / "resumed"
     shutil.copytree(whole, folder)
     for step in (2, 3):
         shutil.rmtree(folder / "checkpoints" / f"step-00000{step}")
     for name in ("final", "final_ema"):
         shutil.rmtree(folder / name)
     done = deepspeed(
-        2, SCRIPT, "--config", str(dpo_config), f"run_dir={folder}", "ema.decay=0.5"
+        2, SCRIPT, "--config", str(config), f"run_dir={folder}", "ema.decay=0.5"
     )
-    assert "after 1 steps" in done.stdout
+    assert "going on after 1 steps" in done.stdout
     assert numbers(folder) == numbers(whole)
     for part in ("final", "final_ema"):
         ours, theirs = adapter_of(folder, part), adapter_of(whole, part)
@@ -142,14 +188,14 @@ def test_resumed_dpo_run_equals_an_uninterrupted_run(
 
 
 @pytest.mark.slow
-def test_sample_reads_the_dpo_adapter(dpo_config: Path, whole: Path) -> None:
-    (dpo_config.parent / "prompts.txt").write_text("rain\n")
-    cfg = load(DpoRun, dpo_config)
-    out = dpo_config.parent / "videos"
+def test_the_adapter_is_one_that_sampling_reads(config: Path, whole: Path) -> None:
+    (config.parent / "prompts.txt").write_text("rain\n")
+    cfg = load(DpoRun, config)
+    out = config.parent / "videos"
     sample(
         SampleRun(
             str(out),
-            str(dpo_config.parent / "prompts.txt"),
+            str(config.parent / "prompts.txt"),
             cfg.generator,
             adapter=str(whole / "final"),
         )
@@ -158,7 +204,7 @@ def test_sample_reads_the_dpo_adapter(dpo_config: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dpo_loads_neither_vae_nor_text_encoder(dpo_config: Path) -> None:
+def test_neither_vae_nor_text_encoder_is_in_memory(config: Path) -> None:
     """Looked for among all live objects, before and after a step."""
     from diffusers import AutoencoderKLWan
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -171,7 +217,7 @@ def test_dpo_loads_neither_vae_nor_text_encoder(dpo_config: Path) -> None:
         ]
 
     before = len(alive())
-    cfg = load(DpoRun, dpo_config)
+    cfg = load(DpoRun, config)
     generator = build_generator(cfg.generator, transformer_only=True)
     engine = PlainEngine(generator.module, accumulation=2)
     loop = DpoLoop(
@@ -182,25 +228,25 @@ def test_dpo_loads_neither_vae_nor_text_encoder(dpo_config: Path) -> None:
     assert generator._pipeline.vae is None
     assert generator._pipeline.text_encoder is None
     assert len(generator.prompts) == 0  # and embeddings of pairs do not pile up
-    with pytest.raises(RuntimeError, match="VAE"):
+    with pytest.raises(RuntimeError, match="loaded without its VAE"):
         generator.sample(["rain"], [1])
 
 
 @pytest.mark.slow
-def test_refresh_replaces_pairs_and_resumes(dpo_config: Path) -> None:
-    """Round 1 is made before step 2, and a run resumed at step 3 uses it."""
-    (dpo_config.parent / "prompts.txt").write_text("rain\nsnow\nfog\n")
-    folder = dpo_config.parent / "online"
+def test_online_pairs_replace_those_before(config: Path) -> None:
+    """Every two steps, from the policy: round 1 before step 2, and again the same after a stop at 3."""
+    (config.parent / "prompts.txt").write_text("rain\nsnow\nfog\n")
+    folder = config.parent / "online"
     words = [
         "--config",
-        str(dpo_config),
+        str(config),
         f"run_dir={folder}",
         "dpo.epochs=2",
         "heldout=null",
     ]
     words += [
         "refresh.every=2",
-        f"refresh.prompts={dpo_config.parent / 'prompts.txt'}",
+        f"refresh.prompts={config.parent / 'prompts.txt'}",
         "refresh.limit=2",
     ]
     words += ["refresh.rewards.brightness.weight=1", "refresh.pairs.candidates=2"]
@@ -221,11 +267,11 @@ def test_refresh_replaces_pairs_and_resumes(dpo_config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_missing_or_indivisible_pairs_exit_2(dpo_config: Path) -> None:
-    words = [sys.executable, SCRIPT, "--config", str(dpo_config)]
+def test_what_cannot_be_is_refused_without_a_traceback(config: Path) -> None:
+    words = [sys.executable, SCRIPT, "--config", str(config)]
     for overrides, message in (
-        (["pairs=nowhere"], "nowhere"),
-        (["dpo.micro_batch=3"], "dpo.micro_batch=3"),
+        (["pairs=nowhere"], "nowhere holds no whole set of pairs"),
+        (["dpo.micro_batch=3"], "must be a multiple of 1 ranks x dpo.micro_batch=3"),
     ):
         done = run(*words, *overrides, expect=2)
         assert message in done.stderr

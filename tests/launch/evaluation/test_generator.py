@@ -16,7 +16,7 @@ from torch import Tensor
 import launch.compose
 from common.config import load
 from common.distributed import derive_seed
-from common.distributed import generator as random_generator
+from common.distributed import seeded_generator
 from launch import evaluate
 from launch.evaluation.intervals import mean_ci95
 from launch.evaluation.results_table import (
@@ -332,7 +332,7 @@ def test_the_real_generator_is_sampled_as_the_stock_pipeline_does(
     pipeline.set_progress_bar_config(disable=True)
     for i, row in enumerate(read_rows(tmp_path / "eval" / "results.jsonl")):
         noise = torch.randn(
-            (1, 16, 3, 4, 4), generator=random_generator(row["seed"], "noise")
+            (1, 16, 3, 4, 4), generator=seeded_generator(row["seed"], "noise")
         )
         video = pipeline(
             PROMPTS[i], "", height=32, width=32, num_frames=9, num_inference_steps=4, guidance_scale=4.5,
