@@ -124,7 +124,7 @@ class ResultsTable:
             if earlier != self._identity and self._read():
                 changes = "; ".join(differences(earlier, self._identity)[:4])
                 return (
-                    f"{self.path} holds results of other settings ({changes}); name another "
+                    f"{self.path} holds other results ({changes}); name another "
                     "output, or use --resume none"
                 )
         text = json.dumps(self._identity, indent=1, ensure_ascii=False)

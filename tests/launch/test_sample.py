@@ -8,12 +8,21 @@ from typing import Any
 import pytest
 import yaml
 
+import launch.compose
 from common.distributed import derive_seed
 from launch import sample
 from launch.evaluation.results_table import read_rows
 from tests.launch.vbench_eval.test_sample import SeedGenerator
 
 PROMPTS = ["a red circle", "a blue square", "rain"]
+
+
+@pytest.fixture
+def grey(monkeypatch: pytest.MonkeyPatch) -> SeedGenerator:
+    """A generator whose videos are as grey as their seed."""
+    generator = SeedGenerator()
+    monkeypatch.setattr(launch.compose, "build_generator", lambda cfg: generator)
+    return generator
 
 
 @pytest.fixture
@@ -46,7 +55,7 @@ def videos(config: Path) -> dict[str, bytes]:
     }
 
 
-def test_every_video_has_its_name_and_seed(grey: SeedGenerator, config: Path) -> None:  # noqa: F811
+def test_every_video_has_its_name_and_seed(grey: SeedGenerator, config: Path) -> None:
     rows = sampled(config)
     assert (
         [row["file"] for row in rows]
@@ -66,7 +75,7 @@ def test_every_video_has_its_name_and_seed(grey: SeedGenerator, config: Path) ->
 
 def test_a_killed_run_makes_what_is_not_there_and_nothing_twice(
     grey: SeedGenerator, config: Path
-) -> None:  # noqa: F811
+) -> None:
     grey.fail_after = 3
     with pytest.raises(KeyboardInterrupt):
         sampled(config)
@@ -84,7 +93,7 @@ def test_a_killed_run_makes_what_is_not_there_and_nothing_twice(
 
 def test_a_larger_limit_goes_on_and_a_smaller_one_forgets_nothing(
     grey: SeedGenerator, config: Path
-) -> None:  # noqa: F811
+) -> None:
     assert [row["file"] for row in sampled(config, "limit=1")] == [
         "0000.mp4",
         "0001.mp4",
@@ -108,7 +117,7 @@ def test_a_larger_limit_goes_on_and_a_smaller_one_forgets_nothing(
     ],
 )
 def test_what_is_refused_has_exit_code_2_and_a_line(
-    grey: SeedGenerator,  # noqa: F811
+    grey: SeedGenerator,
     config: Path,
     capsys: pytest.CaptureFixture[str],
     words: list[str],
@@ -122,7 +131,7 @@ def test_what_is_refused_has_exit_code_2_and_a_line(
 
 
 def test_other_prompts_in_the_same_file_are_other_videos(
-    grey: SeedGenerator,  # noqa: F811
+    grey: SeedGenerator,
     config: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
