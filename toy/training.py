@@ -24,7 +24,7 @@ class Fit:
     steps  Number of optimizer steps.
     peak   Learning rate after the warm-up.
     every  Steps between two saved states; an evaluation follows each of them.
-    slow   Parameters with this in their name get a fifth of the rate: an earlier stage trained them.
+    slow   Parameters with this in their name were trained before and get a fifth of the rate.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""launch/sample.py: which videos are made under which names, what a killed run leaves, and what is refused."""
+"""launch/sample.py: names and seeds of videos, killed runs, refused folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preference data on disk: the columns users have, labels of the oracle, the same bytes whatever the workers."""
+"""Preference data on disk: CSV columns, oracle labels, bytes that ignore the workers."""
 
 from __future__ import annotations
 
