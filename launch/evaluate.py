@@ -1,12 +1,13 @@
-"""Measure a generator, or a reward model, on held-out data, with 95 % intervals.
+"""Measure a generator or a reward model on held-out data, with 95 % intervals.
 
-    python launch/evaluate.py generator --config configs/wan/evaluate.yaml adapter=runs/grpo/final out=runs/eval
-    deepspeed --num_accelerators 2 launch/evaluate.py rm --config configs/wan/evaluate_rm.yaml out=runs/eval_rm
-    python launch/evaluate.py vbench --config configs/wan/evaluate_vbench.yaml python=VBENCH_ENV/bin/python
+    python launch/evaluate.py generator --config configs/wan/evaluate.yaml adapter=FOLDER out=FOLDER
+    deepspeed launch/evaluate.py rm --config configs/wan/evaluate_rm.yaml out=runs/eval_rm
+    python launch/evaluate.py vbench --config configs/wan/evaluate_vbench.yaml python=PYTHON
 
-The first two write config.yaml, results.jsonl (a row for every video or pair) and summary.json, {name: {mean, ci95, n,
-...}}; VBench's table has a docstring of its own, in `launch.vbench_eval.evaluate`.
-Ranks share the rows. A killed evaluation goes on where it was; another configuration in the same folder is refused.
+``generator`` and ``rm`` write config.yaml, results.jsonl (a row for every video or pair) and
+summary.json, {name: {mean, ci95, n, ...}}. `launch.vbench_eval.evaluate` describes what ``vbench``
+writes. Ranks share the rows. A killed evaluation continues when it is started again; a folder with
+results of other settings is refused.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 from common.config import dump
 from launch.command import read_command, take_kind
-from launch.evaluation.generator import judge_samples, summarise
+from launch.evaluation.generator import score_samples, summarise
 from launch.schemas.evaluation import GeneratorEvaluation, RewardEvaluation
 from launch.schemas.vbench import VbenchEvaluation
 
 if TYPE_CHECKING:
     from launch.evaluation.results_table import ResultsTable
 
-NOT_IN_A_ROW = ("out", "batch", "limit", "resamples")  # settings that change no row
+# Settings that change no row.
+NOT_IN_A_ROW = ("out", "batch", "limit", "resamples")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the evaluation that the first word of the command line names."""
     kinds = {
         "generator": (GeneratorEvaluation, evaluate_generator),
         "rm": (RewardEvaluation, evaluate_rm),
@@ -37,19 +40,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     kind = take_kind(words, kinds)
     if kind is None:
-        asked_for_help = bool({"-h", "--help"}.intersection(words))
-        print(__doc__, file=sys.stdout if asked_for_help else sys.stderr)
-        sys.exit(0 if asked_for_help else 2)
+        wants_help = "-h" in words or "--help" in words
+        print(__doc__, file=sys.stdout if wants_help else sys.stderr)
+        sys.exit(0 if wants_help else 2)
     schema, evaluate = kinds[kind]
     command = read_command(schema, words, description=schema.__doc__.splitlines()[0])
     evaluate(command.cfg, resume=command.resume)
 
 
-# ------------------------------------------------------------------ generator
-
-
 def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> None:
-    """The rows of this rank, then the summary on rank 0."""
+    """Sample the held-out prompts, score the videos and summarise the scores."""
     from common.cli import exit_with_error, user_errors
     from launch.evaluation.results_table import all_ranks
 
@@ -59,34 +59,25 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
         from alignment.prompts import read_prompts
         from common.distributed import derive_seed
 
+        inputs = [cfg.prompts, cfg.generator.path, cfg.adapter]
+        inputs += [reward.checkpoint for reward in cfg.rewards.values()]
         with user_errors():
             prompts = read_prompts(cfg.prompts)[: cfg.limit]
-            inputs = [
-                cfg.prompts,
-                cfg.generator.path,
-                cfg.adapter,
-                *(r.checkpoint for r in cfg.rewards.values()),
-            ]
             table = open_table(cfg, inputs, resume)
-        own = [
-            {
-                "index": i,
-                "prompt": prompts[i],
-                "seed": derive_seed(cfg.seed, "evaluate", i),
-            }
-            for i in begin(cfg, table, len(prompts))
-        ]
-        if own:
-            judge_samples(cfg, own, table)
+
+        # This rank's missing rows, then the rows of all ranks.
+        rows = []
+        for i in begin(cfg, table, len(prompts)):
+            seed = derive_seed(cfg.seed, "evaluate", i)
+            rows.append({"index": i, "prompt": prompts[i], "seed": seed})
+        if rows:
+            score_samples(cfg, rows, table)
         rows = table.finish([(i,) for i in range(len(prompts))])
         conclude(cfg.out, summarise(rows, seed=cfg.seed, resamples=cfg.resamples))
 
 
-# ------------------------------------------------------------------ reward model
-
-
 def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
-    """The pairs of this rank, then the summary on rank 0."""
+    """Score both videos of held-out pairs and summarise the agreement with people."""
     from common.cli import exit_with_error, user_errors
     from launch.evaluation.results_table import all_ranks
 
@@ -94,78 +85,75 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
         exit_with_error(f"checkpoint: there is no folder {cfg.checkpoint}")
     with all_ranks():
         from common.log import say
-        from launch.evaluation.preference import judge_pairs, summarise_pairs
+        from launch.evaluation.preference import score_pairs, summarise_pairs
         from rm.benchmarks import read_benchmark
         from rm.model import DeScore
 
         with user_errors():
-            own = DeScore.dimensions_in(cfg.checkpoint)
-            found = read_benchmark(
+            dimensions = DeScore.dimensions_in(cfg.checkpoint)
+            benchmark = read_benchmark(
                 cfg.pairs,
                 cfg.layout,
                 dimension=cfg.dimension,
                 videos=cfg.videos,
-                dimensions=own if len(own) > 1 else (),
+                dimensions=dimensions if len(dimensions) > 1 else (),
             )
-            table = open_table(cfg, [str(found.path), cfg.checkpoint], resume)
-        say(found.report())
-        pairs = found.pairs[: cfg.limit]
-        own = begin(cfg, table, len(pairs))
-        if own:
-            judge_pairs(cfg, pairs, own, table)
+            table = open_table(cfg, [str(benchmark.path), cfg.checkpoint], resume)
+        say(benchmark.report())
+
+        # This rank's missing pairs, then the rows of all ranks.
+        pairs = benchmark.pairs[: cfg.limit]
+        missing = begin(cfg, table, len(pairs))
+        if missing:
+            score_pairs(cfg, pairs, missing, table)
         rows = table.finish([(i,) for i in range(len(pairs))])
         conclude(cfg.out, summarise_pairs(rows, seed=cfg.seed, resamples=cfg.resamples))
 
 
-# ------------------------------------------------------------------ VBench
-
-
 def evaluate_vbench(cfg: VbenchEvaluation, *, resume: str = "auto") -> None:
-    """Here for its name only: it shares no row and no reward with the others."""
+    """Run VBench; its rows and its summary are of another kind."""
     from launch.vbench_eval import evaluate as vbench_evaluation
 
     vbench_evaluation.evaluate_vbench(cfg, resume=resume)
 
 
-# ------------------------------------------------------------------ both
-
-
 def open_table(cfg: Any, inputs: Iterable[str | None], resume: str) -> ResultsTable:
-    """The results of this configuration on these files. Raises ValueError where there are results of another."""
+    """Open the results of this configuration on these input files.
+
+    Raises ValueError where the folder holds results of other settings.
+    """
     from common.run_record import plain
     from launch.evaluation.results_table import ResultsTable, fingerprint
 
-    settings = {
-        name: value for name, value in plain(cfg).items() if name not in NOT_IN_A_ROW
-    }
-    files = {file: fingerprint(file) for file in inputs if file}
-    return ResultsTable(
-        Path(cfg.out) / "results.jsonl",
-        identity={**settings, "files": files},
-        resume=resume,
-    )
+    identity = plain(cfg)
+    for name in NOT_IN_A_ROW:
+        identity.pop(name, None)
+    identity["files"] = {file: fingerprint(file) for file in inputs if file}
+    path = Path(cfg.out) / "results.jsonl"
+    return ResultsTable(path, identity=identity, resume=resume)
 
 
 def begin(cfg: Any, table: ResultsTable, count: int) -> list[int]:
-    """Say how much there is to do; the indices that are left to this rank."""
+    """Write config.yaml, report the number of missing rows and return this rank's indices."""
     from common.distributed import is_main
     from common.log import say
 
     keys = [(index,) for index in range(count)]
-    left = sum(key not in table.done for key in keys)
+    missing = [key for key in keys if key not in table.done]
     if is_main():
         dump(cfg, cfg.out)
-        if left:
+        # A summary of fewer rows would be out of date.
+        if missing:
             (Path(cfg.out) / "summary.json").unlink(missing_ok=True)
-    say(
-        f"{left} of {count} to do"
-        + (f", {count - left} are in {table.path}" if left < count else "")
-    )
+    line = f"{len(missing)} of {count} to do"
+    if len(missing) < count:
+        line += f", {count - len(missing)} are in {table.path}"
+    say(line)
     return [index for (index,) in table.share(keys)]
 
 
 def conclude(out: str, summary: dict[str, Any]) -> None:
-    """Write summary.json and show it."""
+    """Write summary.json and print it, on rank 0."""
     from common.distributed import is_main
     from common.log import say
     from launch.evaluation.results_table import write_json
@@ -174,15 +162,21 @@ def conclude(out: str, summary: dict[str, Any]) -> None:
         return
     write_json(Path(out) / "summary.json", summary)
     for name, value in summary.items():
-        if isinstance(value, dict) and value["mean"] is not None:
-            low, high = value["ci95"]
-            missing = f", {value['missing']} unjudged" if value["missing"] else ""
-            say(
-                f"{name:>24}  {value['mean']:8.4f}  95 % [{low:.4f}, {high:.4f}]  n = {value['n']}{missing}"
-            )
-        else:
-            say(f"{name:>24}  {'not judged' if isinstance(value, dict) else value}")
+        text = str(value)
+        if isinstance(value, dict):
+            text = _format_interval(value)
+        say(f"{name:>24}  {text}")
     say(f"results are in {out}")
+
+
+def _format_interval(value: dict[str, Any]) -> str:
+    if value["mean"] is None:
+        return "could not be scored"
+    low, high = value["ci95"]
+    text = f"{value['mean']:8.4f}  95 % [{low:.4f}, {high:.4f}]  n = {value['n']}"
+    if value["missing"]:
+        text += f", {value['missing']} could not be scored"
+    return text
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Sample videos for a list of prompts, from a generator with or without a trained adapter.
 
-    python launch/sample.py --config configs/wan/sample.yaml adapter=runs/grpo/final prompts=prompts.txt out=videos
-    deepspeed launch/sample.py vbench --config configs/wan/vbench.yaml adapter=runs/grpo/final out=runs/vbench/tuned
+    python launch/sample.py --config configs/wan/sample.yaml prompts=prompts.txt out=videos
+    deepspeed launch/sample.py vbench --config configs/wan/vbench.yaml out=runs/vbench/base
 
-Writes mp4 files and samples.jsonl; a killed run goes on, and ranks share the videos. The same seeds with and without
-``adapter`` give videos to compare side by side. ``vbench`` films VBench's standard prompts instead, for
-`launch/evaluate.py vbench`: see docs/vbench.md.
+Writes mp4 files and samples.jsonl. A killed run continues when it is started again, and ranks share
+the videos. The same seeds with and without ``adapter=FOLDER`` give videos to compare in pairs.
+``vbench`` samples VBench's standard prompts for `launch/evaluate.py vbench`, see docs/vbench.md.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.command import read_command, take_kind
 from launch.schemas.training import SampleRun
 
-NOT_IN_A_VIDEO = ("out", "limit")  # settings that change no video
+if TYPE_CHECKING:
+    from launch.evaluation.sampling import SampleRequest
+
+# Settings that change no video.
+NOT_IN_A_VIDEO = ("out", "limit")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Sample the prompts of a file or, with the word ``vbench``, those of VBench."""
     words = list(sys.argv[1:] if argv is None else argv)
     if take_kind(words, ["vbench"]) is None:
         command = read_command(SampleRun, words, description=__doc__.splitlines()[0])
@@ -29,15 +35,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from launch.schemas.vbench import VbenchSampleRun
     from launch.vbench_eval.sample import sample_vbench
 
-    vbench = read_command(
-        VbenchSampleRun, words, description=VbenchSampleRun.__doc__.splitlines()[0]
-    )
+    description = VbenchSampleRun.__doc__.splitlines()[0]
+    vbench = read_command(VbenchSampleRun, words, description=description)
     sample_vbench(vbench.cfg, resume=vbench.resume)
 
 
 def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
-    """out/0000.mp4, 0001.mp4, ... prompt by prompt, and config.yaml; exit with code 2 where something cannot be read or
-    the folder holds other videos.
+    """Sample out/0000.mp4, 0001.mp4, ... prompt by prompt, and write config.yaml.
+
+    Exits with code 2 where a file cannot be read or the folder holds other videos.
     """
     from common.cli import user_errors
     from launch.evaluation.results_table import all_ranks
@@ -45,34 +51,41 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
     with all_ranks():
         from alignment.prompts import read_prompts
         from common.config import dump
-        from common.distributed import derive_seed, is_main
+        from common.distributed import is_main
         from common.log import say
-        from launch.evaluation.sampling import SampleRequest, open_table, sample_videos
+        from launch.evaluation.sampling import (
+            keep_earlier,
+            open_table,
+            sample_videos,
+        )
 
         with user_errors():
             prompts = read_prompts(cfg.prompts)
-            table = open_table(
-                cfg, {"prompts": cfg.prompts}, without=NOT_IN_A_VIDEO, resume=resume
-            )
+            inputs = {"prompts": cfg.prompts}
+            table = open_table(cfg, inputs, without=NOT_IN_A_VIDEO, resume=resume)
         if is_main():
             dump(cfg, cfg.out)
-        every = [
-            SampleRequest(
-                f"{i * cfg.seeds + k:04d}.mp4",
-                prompt,
-                derive_seed(cfg.seed, "sample", i, k),
-                {"prompt": prompt},
-            )
-            for i, prompt in enumerate(prompts)
-            for k in range(cfg.seeds)
-        ]
-        shots = every[: None if cfg.limit is None else cfg.limit * cfg.seeds]
-        sample_videos(cfg, shots, Path(cfg.out), table)
-        made = table.done | {(shot.file,) for shot in shots}
-        table.finish(
-            [key for shot in every if (key := (shot.file,)) in made]
-        )  # with what a larger limit made
-        say(f"{len(shots)} videos in {cfg.out}")
+        requests = list_requests(cfg, prompts)
+        wanted = requests
+        if cfg.limit is not None:
+            wanted = requests[: cfg.limit * cfg.seeds]
+        sample_videos(cfg, wanted, Path(cfg.out), table)
+        keep_earlier(table, requests, wanted)
+        say(f"{len(wanted)} videos in {cfg.out}")
+
+
+def list_requests(cfg: SampleRun, prompts: Sequence[str]) -> list[SampleRequest]:
+    """Name the videos of all prompts, ``seeds`` of each, and derive their seeds."""
+    from common.distributed import derive_seed
+    from launch.evaluation.sampling import SampleRequest
+
+    requests = []
+    for i, prompt in enumerate(prompts):
+        for k in range(cfg.seeds):
+            file = f"{len(requests):04d}.mp4"
+            seed = derive_seed(cfg.seed, "sample", i, k)
+            requests.append(SampleRequest(file, prompt, seed, {"prompt": prompt}))
+    return requests
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""The tiny Qwen3-VL: it learns from nothing to see the shapes world and to write a judgement in the official format.
+"""Train the tiny Qwen3-VL to see the shapes world and to write chains of thought about it.
 
-First renders, clean and degraded, then also videos of the tiny Wan, which is what it will be asked about.
-Language-model loss on the chain of thought only. Prompt and video are drawn apart (each attribute agrees by chance or
-with probability `AGREE`), since a model whose prompts always match copies the prompt and never looks.
+It first learns from renders, clean and degraded, then also from videos of the tiny Wan, which it
+will score in the end. The language-model loss covers the chain of thought only. Prompt and video
+are drawn apart (each attribute agrees by chance or with probability `AGREE`), because a model
+whose prompts always match copies the prompt and never looks at the video.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,20 +19,23 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from common.config import load
-from generator.config import GeneratorConfig
 from generator.wan import WanGenerator
 from launch.compose import build_generator
 from launch.schemas.training import SampleRun
-from rm.config import Generation
-from rm.generate import generate
 from rm.model import DeScore
 from rm.prompt import CONTROL_TOKENS, IM_END, PromptTemplate, parse_answer
 from rm.video import VideoSettings, prepare
-from toy.make_pairs import spoilt
+from toy.make_pairs import spoilt, write_cots
+from toy.measure import compare, observe
 from toy.tokenizer import train_tokenizer
-from toy.training import fit
+from toy.training import Fit, fit
 from toy.world import (
     SUB_DIMENSIONS,
     VALUES,
@@ -40,8 +43,7 @@ from toy.world import (
     all_attributes,
     caption,
     captions,
-    compare,
-    observe,
+    mix_attributes,
     random_attributes,
     random_scene,
     render,
@@ -52,13 +54,26 @@ TEMPLATE = PromptTemplate(before="prompt: {prompt}\nvideo:", after="\njudge:")
 SETTINGS = VideoSettings(
     fps=8.0, min_frames=4, max_frames=8, min_pixels=256, max_pixels=1024, patch_size=4
 )
-UNCLEAR = "unclear"
-BATCH, STEPS, PEAK = 32, 1200, 2e-3
-WAN_VIDEOS, WAN_HELDOUT, WAN_STEPS, WAN_PEAK, CHUNK = 4000, 512, 1400, 1e-3, 40
 SAMPLE_CONFIG = Path("configs/shapes/sample.yaml")
-EYE_BATCH, EYE_STEPS, EYE_PEAK = 48, 1000, 2e-3
+UNCLEAR = "unclear"
+# Probability with which an attribute of a prompt is that of its video.
 AGREE = 0.35
-SEEN_WEIGHT = 3.0  # of the tokens that say what is seen: a sixth of the text, nearly all of its information
+# Weight of the tokens that name what is seen: a sixth of the text, nearly all its information.
+SEEN_WEIGHT = 3.0
+
+# The three stages: the vision tower, renders, videos of the tiny Wan.
+EYE_BATCH = 48
+EYE_STEPS = 1000
+EYE_PEAK = 2e-3
+BATCH = 32
+STEPS = 1200
+PEAK = 2e-3
+WAN_VIDEOS = 4000
+WAN_HELDOUT = 512
+WAN_STEPS = 1400
+WAN_PEAK = 1e-3
+# Videos of the tiny Wan that are sampled together, with one guidance scale.
+CHUNK = 40
 
 _ASPECTS = {
     "subject": ("color", "shape"),
@@ -76,30 +91,34 @@ _PIECES = [
 
 
 def chain_of_thought(wish: Attributes, seen: Attributes) -> str:
-    """Wanted beside seen, line by line, then the scores: comparing is easy once both stand in the text."""
-
-    def words(attributes: Attributes, names: Sequence[str]) -> str:
-        return " ".join(getattr(attributes, name) or UNCLEAR for name in names)
-
-    lines = [
-        f"{d} asked {words(wish, names)} seen {words(seen, names)}\n"
-        for d, names in _ASPECTS.items()
-    ]
-    verdict = compare(wish, seen)
-    digits = [str(verdict.scores[name]) for name in SUB_DIMENSIONS]
-    overall = f"{1 + 4 * verdict.total:.2f}"
-    return "".join(lines) + "".join(
-        p + v for p, v in zip(_PIECES, [*digits, overall, ""], strict=True)
-    )
+    """Write the wanted and the seen attributes line by line, then the scores."""
+    text = ""
+    for dimension, names in _ASPECTS.items():
+        wanted = " ".join(_word(wish, name) for name in names)
+        shown = " ".join(_word(seen, name) for name in names)
+        text += f"{dimension} asked {wanted} seen {shown}\n"
+    score = compare(wish, seen)
+    digits = [str(score.scores[name]) for name in SUB_DIMENSIONS]
+    overall = f"{1 + 4 * score.total:.2f}"
+    for piece, value in zip(_PIECES, [*digits, overall, ""], strict=True):
+        text += piece + value
+    return text
 
 
-def build_tokenizer() -> object:
+def _word(attributes: Attributes, name: str) -> str:
+    return getattr(attributes, name) or UNCLEAR
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Train the tokenizer on all captions, 864 chains of thought and the fixed text."""
     rng = random.Random("qwen tokenizer")
-    thoughts = [chain_of_thought(a, random_attributes(rng)) for a in all_attributes()]
-    fixed = f"{TEMPLATE.before}{TEMPLATE.after}user\nassistant\n 1.5 seconds> {UNCLEAR} {' '.join(SUB_DIMENSIONS)}"
-    texts = [*captions(all_attributes()), *thoughts, *[fixed] * 400]
+    cots = [chain_of_thought(a, random_attributes(rng)) for a in all_attributes()]
+    fixed = (
+        f"{TEMPLATE.before}{TEMPLATE.after}user\nassistant\n 1.5 seconds> {UNCLEAR} "
+        + " ".join(SUB_DIMENSIONS)
+    )
     return train_tokenizer(
-        texts,
+        [*captions(all_attributes()), *cots, *[fixed] * 400],
         size=490,
         special=CONTROL_TOKENS,
         words=_PIECES,
@@ -109,37 +128,59 @@ def build_tokenizer() -> object:
     )
 
 
-def new_judge() -> DeScore:
-    """1.3 million random parameters in the stock classes; 512 rows, the last ones free."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+def new_model() -> DeScore:
+    """Build 1.3 million random parameters in the stock classes.
 
+    The vocabulary has 512 rows, of which the last ones are free.
+    """
     tokenizer = build_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in CONTROL_TOKENS}
+    vision_config = {
+        "depth": 3,
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_heads": 4,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 128,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [1],
+    }
+    text_config = {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+        },
+        "pad_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids[IM_END],
+        "tie_word_embeddings": True,
+    }
     config = Qwen3VLConfig(
-        vision_config={
-            "depth": 3, "hidden_size": 96, "intermediate_size": 256, "num_heads": 4, "patch_size": 4,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 128,
-            "num_position_embeddings": 64, "deepstack_visual_indexes": [1],
-        },
-        text_config={
-            "vocab_size": 512, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True,
-            },
-            "pad_token_id": ids["<|endoftext|>"], "eos_token_id": ids[IM_END], "tie_word_embeddings": True,
-        },
+        vision_config=vision_config,
+        text_config=text_config,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     backbone = Qwen3VLForConditionalGeneration(config)
-    # Half of the patch filters start as differences of a patch's two frames: the camera moves stripes of low contrast
-    # by a pixel or two, which is lost beside the brightness of the room otherwise.
-    filters = backbone.model.visual.patch_embed.proj.weight.data  # (out, RGB, 2, 4, 4)
+    # Half of the patch filters (out, RGB, 2, 4, 4) start as differences of a patch's two frames.
+    # The camera moves stripes of low contrast by a pixel or two; without this start the
+    # brightness of the room hides them.
+    filters = backbone.model.visual.patch_embed.proj.weight.data
     filters[::2, :, 1] = -filters[::2, :, 0]
     filters[::2] *= 4.0
     query_id = max(tokenizer.get_vocab().values()) + 1
@@ -147,7 +188,7 @@ def new_judge() -> DeScore:
 
 
 def degrade(video_BTYXC: Tensor, rng: random.Random) -> Tensor:
-    """Blur, noise, a frozen clip, an empty room: what generators do wrong, so that the judge has seen it."""
+    """Spoil a third of the videos as generators do: blur, noise, a still, no colour, a ghost."""
     out = video_BTYXC.clone()
     for i in range(len(out)):
         kind = rng.random()
@@ -156,71 +197,53 @@ def degrade(video_BTYXC: Tensor, rng: random.Random) -> Tensor:
             if rng.random() < 0.6:
                 x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
             x = x + rng.uniform(0, 14) * torch.randn(x.shape)
-            out[i] = x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+            out[i] = x.round().clamp(0, 255).permute(0, 2, 3, 1)
         elif kind < 0.23:
             out[i] = out[i, rng.randrange(out.shape[1])]
         elif kind < 0.26:
-            out[i] = out[i].float().mean(-1, keepdim=True).round().to(torch.uint8)
-        elif kind < 0.30:  # a ghost: two videos laid over each other
-            out[i] = (
-                (out[i].float() * 0.5 + out[rng.randrange(len(out))].float() * 0.5)
-                .round()
-                .to(torch.uint8)
-            )
+            out[i] = out[i].float().mean(-1, keepdim=True).round()
+        elif kind < 0.30:
+            # A ghost: two videos laid over each other.
+            other = out[rng.randrange(len(out))]
+            out[i] = (out[i].float() * 0.5 + other.float() * 0.5).round()
     return out
 
 
 def agreeing(
     attributes: Attributes, rng: random.Random, probability: float
 ) -> Attributes:
-    """The same with each attribute kept with a probability, drawn anew otherwise."""
-    other = random_attributes(rng)
-    return Attributes(
-        **{
-            k: getattr(attributes if rng.random() < probability else other, k)
-            for k in VALUES
-        }
-    )
+    """Keep each attribute with a probability and draw it anew otherwise."""
+    return mix_attributes(random_attributes(rng), attributes, rng, share=probability)
 
 
 def examples(
     count: int, rng: random.Random, *, clean: bool
 ) -> tuple[Tensor, list[Attributes]]:
-    """Videos and what each was asked to show; a wish agrees with its scene in about half of the attributes."""
+    """Render videos and draw prompts that agree with them in about half of the attributes."""
     scenes = [random_scene(random_attributes(rng), rng) for _ in range(count)]
-    wishes = []
-    for scene in scenes:
-        wishes.append(agreeing(scene.attributes, rng, AGREE))
+    wishes = [agreeing(scene.attributes, rng, AGREE) for scene in scenes]
     video = render(scenes)
     return (video if clean else degrade(video, rng)), wishes
 
 
-def generated(wan: Path, cache: Path, *, count: int) -> tuple[Tensor, list[Attributes]]:
-    """Videos of the tiny Wan and what they were asked to show: weak to strong guidance, some with spoilt latents.
+def generated(wan: Path, cache: Path) -> tuple[Tensor, list[Attributes]]:
+    """Sample `WAN_VIDEOS` videos of the tiny Wan and return them with their prompts' attributes.
 
-    What a judge must read in the end is not rendered. Training combinations only; sampled once, kept in ``cache``.
+    Guidance goes from weak to strong, and every sixth video has spoilt latents. Prompts are of
+    training combinations only. The videos are sampled once and read from ``cache`` afterwards.
     """
     rng = random.Random("wan videos")
     train, _ = split_attributes()
-    wishes = [rng.choice(train) for _ in range(count)]
+    wishes = [rng.choice(train) for _ in range(WAN_VIDEOS)]
     if not cache.exists():
         chunks = []
-        for start in tqdm(range(0, count, CHUNK), desc="sampling", mininterval=5):
-            guidance = (1.0, 1.5, 3.0)[start // CHUNK % 3]
-            config = load(
-                SampleRun,
-                SAMPLE_CONFIG,
-                ["out=unused", "prompts=unused", f"generator.path={wan}"],
-            ).generator
-            sampler = dataclasses.replace(config.sampler, guidance_scale=guidance)
-            generator = generator_at(dataclasses.replace(config, sampler=sampler))
-            prompts = [
-                caption(wish, wording=rng.randrange(4))
-                for wish in wishes[start : start + CHUNK]
-            ]
-            clean = generator.sample(
-                prompts, seeds=[rng.getrandbits(62) for _ in prompts]
-            )
+        starts = range(0, WAN_VIDEOS, CHUNK)
+        for number, start in enumerate(tqdm(starts, desc="sampling", mininterval=5)):
+            generator = generator_at(wan, (1.0, 1.5, 3.0)[number % 3])
+            part = wishes[start : start + CHUNK]
+            prompts = [caption(wish, wording=rng.randrange(4)) for wish in part]
+            seeds = [rng.getrandbits(62) for _ in prompts]
+            clean = generator.sample(prompts, seeds=seeds)
             for row in range(0, len(clean), 6):
                 clean[row] = spoilt(clean[row], rng)
             chunks.append(generator.decode(clean))
@@ -229,84 +252,53 @@ def generated(wan: Path, cache: Path, *, count: int) -> tuple[Tensor, list[Attri
 
 
 @lru_cache(maxsize=3)
-def generator_at(config: GeneratorConfig) -> WanGenerator:
-    return build_generator(config)
-
-
-def think_loss(
-    judge: DeScore, videos: Tensor, wishes: Sequence[Attributes], rng: random.Random
-) -> Tensor:
-    """Cross entropy of the right chain of thought and its end token, weighted MEAN over their tokens."""
-    prepared = [prepare(video, SETTINGS, fps=8.0) for video in videos]
-    encoded, targets, weights = [], [], []
-    for video, ready, wish in zip(videos, prepared, wishes, strict=True):
-        seen = observe(video).attributes
-        item = judge.encode(
-            caption(wish, wording=rng.randrange(4)), ready, chain_of_thought(wish, seen)
-        )
-        encoded.append(item)
-        targets.append(torch.tensor([*item.cot_ids, judge.tokenizer.eos_token_id]))
-        weights.append(torch.tensor(_weights(judge, item.cot_ids)))
-    batch = judge.batch(encoded, prepared, query=False)
-    hidden_BLD = judge.hidden(batch)
-    rows = [
-        hidden_BLD[i, len(e.prompt_ids) - 1 : len(e.ids)] for i, e in enumerate(encoded)
+def generator_at(wan: Path, guidance: float) -> WanGenerator:
+    """Load the tiny Wan with a guidance scale."""
+    overrides = [
+        "out=unused",
+        "prompts=unused",
+        f"generator.path={wan}",
+        f"generator.sampler.guidance_scale={guidance}",
     ]
-    logits = judge.backbone.lm_head(torch.cat(rows))
-    weight = torch.cat(weights)
-    return (
-        F.cross_entropy(logits, torch.cat(targets), reduction="none") * weight
-    ).sum() / weight.sum()
+    return build_generator(load(SampleRun, SAMPLE_CONFIG, overrides).generator)
 
 
-class Eye(nn.Module):
-    """The vision tower with a small classifier on all its output tokens: it learns to see before it learns to talk.
+def cot_loss(
+    model: DeScore, videos: Tensor, wishes: Sequence[Attributes], rng: random.Random
+) -> Tensor:
+    """Cross entropy of the right chain of thought and its end token.
 
-    Without this, words come first and the language model settles on guessing what is hard to see (direction, camera).
+    Weighted MEAN over the tokens of all videos.
     """
+    prepared = [prepare(video, SETTINGS, fps=8.0) for video in videos]
+    encoded = []
+    targets = []
+    weights = []
+    for video, inputs, wish in zip(videos, prepared, wishes, strict=True):
+        cot = chain_of_thought(wish, observe(video).attributes)
+        prompt = caption(wish, wording=rng.randrange(4))
+        item = model.encode(prompt, inputs, cot)
+        encoded.append(item)
+        targets += [*item.cot_ids, model.tokenizer.eos_token_id]
+        weights += _token_weights(model, item.cot_ids)
 
-    def __init__(self, judge: DeScore) -> None:
-        super().__init__()
-        self.tower = judge.backbone.model.visual
-        classes = sum(len(values) for values in VALUES.values())
-        self.right: dict[
-            str, float
-        ] = {}  # accuracy of the last batch by attribute, at the deeper depth
-        width = (
-            32 * 128
-        )  # 32 merged tokens a video, at each of the two depths the language model gets
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, classes))
-            for _ in range(2)
-        )
-
-    def loss(self, videos: Tensor, truths: Sequence[Attributes]) -> Tensor:
-        """Cross entropy, MEAN over videos, attributes and depths."""
-        prepared = [prepare(video, SETTINGS, fps=8.0) for video in videos]
-        patches, grid = (
-            torch.cat([p.patches for p in prepared]),
-            torch.tensor([p.grid for p in prepared]),
-        )
-        output = self.tower(patches, grid_thw=grid)
-        losses, self.right = [], {}
-        for head, features in zip(
-            self.heads, (output.pooler_output, *output.deepstack_features), strict=True
-        ):
-            logits, start = head(features.reshape(len(prepared), -1)), 0
-            for name, values in VALUES.items():
-                target = torch.tensor(
-                    [values.index(getattr(truth, name)) for truth in truths]
-                )
-                part = logits[:, start : start + len(values)]
-                losses.append(F.cross_entropy(part, target))
-                self.right[name] = (part.argmax(-1) == target).float().mean().item()
-                start += len(values)
-        return torch.stack(losses).mean()
+    # Position i predicts token i + 1.
+    hidden_BLD = model.hidden(model.batch(encoded, prepared, query=False))
+    rows = []
+    for i, item in enumerate(encoded):
+        rows.append(hidden_BLD[i, len(item.prompt_ids) - 1 : len(item.ids)])
+    logits = model.backbone.lm_head(torch.cat(rows))
+    loss = F.cross_entropy(logits, torch.tensor(targets), reduction="none")
+    weight = torch.tensor(weights)
+    return (loss * weight).sum() / weight.sum()
 
 
-def _weights(judge: DeScore, cot_ids: Sequence[int]) -> list[float]:
-    newline, seen = judge.tokenizer.encode("\n")[0], judge.tokenizer.encode(" seen")[0]
-    weights, inside = [], False
+def _token_weights(model: DeScore, cot_ids: Sequence[int]) -> list[float]:
+    """Weight the tokens between " seen" and the end of its line by `SEEN_WEIGHT`."""
+    newline = model.tokenizer.encode("\n")[0]
+    seen = model.tokenizer.encode(" seen")[0]
+    weights = []
+    inside = False
     for token in cot_ids:
         inside = inside and token != newline
         weights.append(SEEN_WEIGHT if inside else 1.0)
@@ -314,126 +306,153 @@ def _weights(judge: DeScore, cot_ids: Sequence[int]) -> list[float]:
     return [*weights, 1.0]
 
 
+class Eye(nn.Module):
+    """The vision tower with small classifiers on its output tokens.
+
+    It learns to see before it learns to write. Without this stage the words come first, and the
+    language model settles on guessing what is hard to see (direction, camera). ``accuracy`` is
+    that of the last batch by attribute, at the last of the two depths.
+    """
+
+    def __init__(self, model: DeScore) -> None:
+        super().__init__()
+        self.tower = model.backbone.model.visual
+        self.accuracy: dict[str, float] = {}
+        classes = sum(len(values) for values in VALUES.values())
+        # 32 merged tokens a video, at each of the two depths that the language model reads.
+        width = 32 * 128
+        heads = []
+        for _ in range(2):
+            layers = (nn.Linear(width, 128), nn.GELU(), nn.Linear(128, classes))
+            heads.append(nn.Sequential(*layers))
+        self.heads = nn.ModuleList(heads)
+
+    def loss(self, videos: Tensor, truths: Sequence[Attributes]) -> Tensor:
+        """Cross entropy, MEAN over videos, attributes and depths."""
+        prepared = [prepare(video, SETTINGS, fps=8.0) for video in videos]
+        patches = torch.cat([inputs.patches for inputs in prepared])
+        grid = torch.tensor([inputs.grid for inputs in prepared])
+        output = self.tower(patches, grid_thw=grid)
+        depths = (output.pooler_output, *output.deepstack_features)
+        losses = []
+        for head, features in zip(self.heads, depths, strict=True):
+            logits = head(features.reshape(len(prepared), -1))
+            start = 0
+            for name, values in VALUES.items():
+                labels = [values.index(getattr(truth, name)) for truth in truths]
+                target = torch.tensor(labels)
+                part = logits[:, start : start + len(values)]
+                losses.append(F.cross_entropy(part, target))
+                right = part.argmax(-1) == target
+                self.accuracy[name] = right.float().mean().item()
+                start += len(values)
+        return torch.stack(losses).mean()
+
+
 @torch.no_grad()
 def evaluate(
-    judge: DeScore, videos: Tensor, wishes: Sequence[Attributes], *, seed: int
+    model: DeScore, videos: Tensor, wishes: Sequence[Attributes], *, seed: int
 ) -> dict[str, float]:
-    """Greedy chains of thought on held-out videos: per attribute the share read as the oracle reads it, and parsed."""
+    """Compare greedy chains of thought with the oracle on held-out videos.
+
+    Returns shares of the videos: by attribute, read as the oracle reads it; ``parsed``, answers
+    in the right format; ``scores``, answers with all scores right.
+    """
     rng = random.Random(seed)
-    judge.eval()
+    model.eval()
     counts = dict.fromkeys([*VALUES, "parsed", "scores"], 0)
     for start in range(0, len(videos), 64):
-        part, asked = videos[start : start + 64], wishes[start : start + 64]
+        part = videos[start : start + 64]
+        part_wishes = wishes[start : start + 64]
         prepared = [prepare(video, SETTINGS, fps=8.0) for video in part]
-        encoded = [
-            judge.encode(caption(w, wording=rng.randrange(4)), ready)
-            for w, ready in zip(asked, prepared, strict=True)
-        ]
-        written = generate(
-            judge,
-            judge.batch(encoded, prepared, query=False),
-            Generation(max_new_tokens=96, repetition_penalty=1.0),
-        )
-        for row, (video, wish) in enumerate(zip(part, asked, strict=True)):
-            text = judge.tokenizer.decode(written.ids(row))
+        prompts = [caption(wish, wording=rng.randrange(4)) for wish in part_wishes]
+        cots = write_cots(model, prompts, prepared)
+        for cot, video, wish in zip(cots, part, part_wishes, strict=True):
             truth = observe(video).attributes
-            answer = parse_answer(text)
-            lines = {
-                line.split()[0]: line.split()
-                for line in text.splitlines()
-                if " seen " in line
-            }
-            for dimension, names in _ASPECTS.items():
-                words = lines.get(dimension, [])
-                said = words[words.index("seen") + 1 :] if "seen" in words else []
-                for name, word in zip(names, [*said, "", ""], strict=False):
-                    counts[name] += word == (getattr(truth, name) or UNCLEAR)
-            counts["parsed"] += answer is not None
-            counts["scores"] += (
-                answer is not None
-                and dict(answer.scores) == compare(wish, truth).scores
-            )
+            for name, word in _seen_words(cot).items():
+                counts[name] += int(word == _word(truth, name))
+            answer = parse_answer(cot)
+            if answer is not None:
+                counts["parsed"] += 1
+                right = dict(answer.scores) == compare(wish, truth).scores
+                counts["scores"] += int(right)
     return {name: count / len(videos) for name, count in counts.items()}
 
 
+def _seen_words(cot: str) -> dict[str, str]:
+    """Words that a chain of thought writes for the attributes it saw; of two lines the last."""
+    lines = {}
+    for line in cot.splitlines():
+        if " seen " in line:
+            words = line.split()
+            lines[words[0]] = words
+    seen = {}
+    for dimension, names in _ASPECTS.items():
+        words = lines.get(dimension, [])
+        if "seen" in words:
+            after = words[words.index("seen") + 1 :]
+            seen.update(zip(names, after, strict=False))
+    return seen
+
+
 def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
-    """Train on renders, measure on 512 held-out ones, save to ``out/qwen``."""
-    judge = new_judge()
-    judge.query.requires_grad_(requires_grad=False)
-    judge.head.requires_grad_(requires_grad=False)
+    """Train in three stages, save to ``out/qwen`` and measure on 512 held-out videos."""
+    model = new_model()
+    model.query.requires_grad_(requires_grad=False)
+    model.head.requires_grad_(requires_grad=False)
+    train_eye(model, work, steps=steps or EYE_STEPS)
 
-    eye = Eye(judge)
-
-    def eye_loss_at(step: int) -> Tensor:
-        rng = random.Random(f"eye-{step}")
-        scenes = [random_scene(random_attributes(rng), rng) for _ in range(EYE_BATCH)]
-        return eye.loss(render(scenes), [scene.attributes for scene in scenes])
-
-    fit(
-        "eye",
-        eye,
-        eye_loss_at,
-        steps=steps or EYE_STEPS,
-        peak=EYE_PEAK,
-        work=work,
-        evaluate=lambda: eye.right,
-    )
-
+    # Renders.
     def loss_at(step: int) -> Tensor:
         rng = random.Random(f"qwen-{step}")
         videos, wishes = examples(BATCH, rng, clean=False)
-        return think_loss(judge, videos, wishes, rng)
+        return cot_loss(model, videos, wishes, rng)
 
     def check(count: int, seed: int) -> dict[str, float]:
         videos, wishes = examples(count, random.Random(seed), clean=True)
-        return evaluate(judge, videos, wishes, seed=seed)
+        return evaluate(model, videos, wishes, seed=seed)
 
-    fit(
-        "qwen",
-        judge,
-        loss_at,
-        steps=steps or STEPS,
-        peak=PEAK,
-        work=work,
-        evaluate=lambda: check(64, 1),
-        slow=".visual.",
-    )
+    settings = Fit("qwen", steps or STEPS, PEAK, work, slow=".visual.")
+    fit(settings, model, loss_at, lambda: check(64, 1))
 
-    videos, asked = generated(
-        out / "wan", work / "wan_videos.safetensors", count=WAN_VIDEOS
-    )
-    unseen, unseen_asked = videos[-WAN_HELDOUT:], asked[-WAN_HELDOUT:]
+    # Renders and videos of the tiny Wan, half and half.
+    videos, wishes = generated(out / "wan", work / "wan_videos.safetensors")
+    unseen = videos[-WAN_HELDOUT:]
+    unseen_wishes = wishes[-WAN_HELDOUT:]
 
     def wan_loss_at(step: int) -> Tensor:
         rng = random.Random(f"qwen_wan-{step}")
         rows = [rng.randrange(WAN_VIDEOS - WAN_HELDOUT) for _ in range(BATCH // 2)]
-        rendered, wishes = examples(BATCH - len(rows), rng, clean=False)
-        wishes += [agreeing(asked[row], rng, 0.7) for row in rows]
-        return think_loss(judge, torch.cat([rendered, videos[rows]]), wishes, rng)
+        rendered, mixed = examples(BATCH - len(rows), rng, clean=False)
+        mixed += [agreeing(wishes[row], rng, 0.7) for row in rows]
+        return cot_loss(model, torch.cat([rendered, videos[rows]]), mixed, rng)
 
     def check_both(count: int) -> dict[str, float]:
-        on_wan = evaluate(judge, unseen[:count], unseen_asked[:count], seed=3)
-        return check(count, 2) | {
-            f"wan_{name}": value for name, value in on_wan.items()
-        }
+        on_wan = evaluate(model, unseen[:count], unseen_wishes[:count], seed=3)
+        measured = check(count, 2)
+        return measured | {f"wan_{name}": value for name, value in on_wan.items()}
 
-    fit(
-        "qwen_wan",
-        judge,
-        wan_loss_at,
-        steps=steps or WAN_STEPS,
-        peak=WAN_PEAK,
-        work=work,
-        evaluate=lambda: check_both(64),
-        slow=".visual.",
-    )
-    save(judge, out / "qwen")
+    settings = Fit("qwen_wan", steps or WAN_STEPS, WAN_PEAK, work, slow=".visual.")
+    fit(settings, model, wan_loss_at, lambda: check_both(64))
+    save(model, out / "qwen")
     return check_both(512)
 
 
-def save(judge: DeScore, path: Path) -> None:
-    """A stock Qwen3-VL folder, in fp16 for its size, with the judge's template and video settings beside it."""
-    copy.deepcopy(judge.backbone).half().save_pretrained(path)
-    judge.tokenizer.save_pretrained(path)
-    judge.template.save(path / "prompt.json")
-    judge.settings.save(path / "video.json")
+def train_eye(model: DeScore, work: Path, *, steps: int) -> None:
+    """Train the vision tower on clean renders."""
+    eye = Eye(model)
+
+    def loss_at(step: int) -> Tensor:
+        rng = random.Random(f"eye-{step}")
+        scenes = [random_scene(random_attributes(rng), rng) for _ in range(EYE_BATCH)]
+        return eye.loss(render(scenes), [scene.attributes for scene in scenes])
+
+    fit(Fit("eye", steps, EYE_PEAK, work), eye, loss_at, lambda: eye.accuracy)
+
+
+def save(model: DeScore, path: Path) -> None:
+    """Save a stock Qwen3-VL folder in fp16, with the prompt template and the video settings."""
+    copy.deepcopy(model.backbone).half().save_pretrained(path)
+    model.tokenizer.save_pretrained(path)
+    model.template.save(path / "prompt.json")
+    model.settings.save(path / "video.json")

@@ -1,7 +1,8 @@
-"""The tiny Wan: WanTransformer3DModel and UMT5 trained by flow matching on captions that are sometimes wrong.
+"""Train the tiny Wan (WanTransformer3DModel and UMT5) by flow matching on noisy captions.
 
-Real captions are noisy; here every attribute of a caption is redrawn with some probability, more often towards the end
-(`PHASES`). So the base knows what every word looks like but does not obey it reliably: alignment has something to do.
+Real captions are noisy; here every attribute of a caption is redrawn with some probability, more
+often towards the end (`PHASES`). The base model therefore knows every word but does not follow it
+reliably, which leaves room for alignment.
 """
 
 from __future__ import annotations
@@ -25,60 +26,76 @@ from tqdm import tqdm
 from transformers import UMT5Config, UMT5EncoderModel
 
 from generator.schedule import sigma_grid
+from toy.measure import measure
 from toy.pixels import to_bytes, to_unit
 from toy.tokenizer import train_tokenizer
-from toy.training import fit
+from toy.training import Fit, fit
 from toy.world import (
-    VALUES,
     Attributes,
     all_attributes,
     caption,
     captions,
-    measure,
+    mix_attributes,
     random_attributes,
     random_scene,
     render,
     split_attributes,
 )
 
-BATCH, STEPS, PEAK = 32, 8000, 2e-3
-CLIPS, TOKENS, SHIFT = 8000, 32, 3.0
+BATCH = 32
+CLIPS = 8000
+TOKENS = 32
+SHIFT = 3.0
 PROMPT_DROP = 0.1
-# (name, steps, peak rate, caption noise): first the world, then what web-scale captions do to obedience
-PHASES = (("wan", STEPS, PEAK, 0.1), ("wan_noisy", 900, 6e-4, 0.55))
+# (name, steps, peak rate, caption noise): clean captions first, then web-scale noise.
+PHASES = (("wan", 8000, 2e-3, 0.1), ("wan_noisy", 900, 6e-4, 0.55))
 
 
 class Base(nn.Module):
-    """What is trained together: the text encoder and the transformer. The VAE is frozen beside them."""
+    """The prompt encoder and the transformer, which train together."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        texts = captions(all_attributes()) * 3
         self.tokenizer = train_tokenizer(
-            texts,
+            captions(all_attributes()) * 3,
             size=340,
             special=["<pad>", "</s>"],
             pad="<pad>",
             eos="</s>",
             end_with_eos=True,
         )
-        self.text_encoder = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=len(self.tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-                dropout_rate=0.0, pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.tokenizer.eos_token_id,
-            )
-        )  # fmt: skip
+        text_config = UMT5Config(
+            vocab_size=len(self.tokenizer),
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+        self.text_encoder = UMT5EncoderModel(text_config)
         self.transformer = WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=16,
-            text_dim=64, freq_dim=64, ffn_dim=320, num_layers=4, cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
-        )  # fmt: skip
-        # zero velocity at first, as diffusion transformers are usually started
+            patch_size=(1, 2, 2),
+            num_attention_heads=4,
+            attention_head_dim=32,
+            in_channels=16,
+            out_channels=16,
+            text_dim=64,
+            freq_dim=64,
+            ffn_dim=320,
+            num_layers=4,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            rope_max_seq_len=64,
+        )
+        # Zero velocity at first, as diffusion transformers usually start.
         nn.init.zeros_(self.transformer.proj_out.weight)
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """As WanPipeline does it: padded to `TOKENS`, zero after the text's end."""
+        """Embed prompts as WanPipeline does: padded to `TOKENS`, zero after the text."""
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
@@ -86,45 +103,54 @@ class Base(nn.Module):
             truncation=True,
             return_tensors="pt",
         )
-        hidden = self.text_encoder(
-            tokens.input_ids, tokens.attention_mask
-        ).last_hidden_state
-        return hidden * tokens.attention_mask[..., None]
+        mask = tokens.attention_mask
+        hidden = self.text_encoder(tokens.input_ids, mask).last_hidden_state
+        return hidden * mask[..., None]
 
     def velocity(self, x: Tensor, sigma_B: Tensor, embedding: Tensor) -> Tensor:
+        """Predict eps - x_0 at noise level sigma."""
         return self.transformer(x, 1000 * sigma_B, embedding, return_dict=False)[0]
 
 
 def training_clips(
     vae: AutoencoderKLWan, cache: Path
 ) -> tuple[Tensor, list[Attributes]]:
-    """`CLIPS` normalised latents of random scenes over the training combinations, encoded once."""
+    """Encode `CLIPS` random scenes over the training combinations; cached in a file.
+
+    Returns normalised latents and the attributes of each.
+    """
     rng = random.Random("wan clips")
     train, _ = split_attributes()
     scenes = [random_scene(rng.choice(train), rng) for _ in range(CLIPS)]
     if not cache.exists():
-        mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-        std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+        mean, std = latent_statistics(vae)
         chunks = []
         with torch.no_grad():
             for start in tqdm(range(0, CLIPS, 50), desc="encoding", mininterval=5):
-                latent = vae.encode(
-                    to_unit(render(scenes[start : start + 50]))
-                ).latent_dist.mode()
+                unit = to_unit(render(scenes[start : start + 50]))
+                latent = vae.encode(unit).latent_dist.mode()
                 chunks.append((latent - mean) / std)
         save_file({"latent": torch.cat(chunks)}, cache)
     return load_file(cache)["latent"], [scene.attributes for scene in scenes]
 
 
+def latent_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents, (1, C, 1, 1, 1) each."""
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    return mean, std
+
+
 def noisy_caption(attributes: Attributes, rng: random.Random, *, wrong: float) -> str:
-    """A caption in a random wording, each attribute redrawn with probability ``wrong``; sometimes none at all."""
+    """Write a caption whose attributes are redrawn with probability ``wrong`` each.
+
+    With probability `PROMPT_DROP` it is empty, for classifier-free guidance.
+    """
     if rng.random() < PROMPT_DROP:
         return ""
     other = random_attributes(rng)
-    mixed = {
-        k: getattr(other if rng.random() < wrong else attributes, k) for k in VALUES
-    }
-    return caption(Attributes(**mixed), wording=rng.randrange(4))
+    mixed = mix_attributes(attributes, other, rng, share=wrong)
+    return caption(mixed, wording=rng.randrange(4))
 
 
 @torch.no_grad()
@@ -134,60 +160,65 @@ def sample(
     prompts: Sequence[str],
     *,
     seed: int,
-    steps: int,
     guidance: float,
 ) -> Tensor:
-    """Euler ODE on our grid with classifier-free guidance -> uint8 (B, T, Y, X, 3)."""
+    """Sample by the Euler ODE in 10 steps with guidance; returns uint8 (B, T, Y, X, 3)."""
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn((len(prompts), 16, 3, 8, 8), generator=draw)
     embedding = base.embed([*prompts, *[""] * len(prompts)])
-    grid = [float(s) for s in sigma_grid(steps, shift=SHIFT)]
+    grid = [float(s) for s in sigma_grid(10, shift=SHIFT)]
     for sigma, after in itertools.pairwise(grid):
-        both = base.velocity(
-            torch.cat([x, x]), torch.full((2 * len(x),), sigma), embedding
-        )
-        conditional, unconditional = both.chunk(2)
-        x = x + (after - sigma) * (
-            unconditional + guidance * (conditional - unconditional)
-        )
-    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+        sigma_B = torch.full((2 * len(x),), sigma)
+        velocity = base.velocity(torch.cat([x, x]), sigma_B, embedding)
+        conditional, unconditional = velocity.chunk(2)
+        guided = unconditional + guidance * (conditional - unconditional)
+        x = x + (after - sigma) * guided
+    mean, std = latent_statistics(vae)
     return to_bytes(vae.decode(x * std + mean, return_dict=False)[0])
 
 
 def evaluate(
+    base: Base, vae: AutoencoderKLWan, *, count: int, seed: int
+) -> dict[str, float]:
+    """Measure oracle scores without guidance and with scale 3: MEAN over held-out prompts."""
+    measured = {}
+    for guidance in (1.0, 3.0):
+        scores = oracle_scores(base, vae, count=count, seed=seed, guidance=guidance)
+        for name, value in scores.items():
+            measured[f"{name}_cfg{guidance:g}"] = value
+        measured["n"] = count
+    return measured
+
+
+def oracle_scores(
     base: Base, vae: AutoencoderKLWan, *, count: int, seed: int, guidance: float
 ) -> dict[str, float]:
-    """Oracle MEAN over held-out prompts, total and per sub-dimension (in [0, 1])."""
+    """Average the total and the sub-dimension scores, each in [0, 1], over held-out prompts."""
     rng = random.Random(seed)
     _, heldout = split_attributes()
-    prompts = [
-        caption(rng.choice(heldout), wording=rng.randrange(4)) for _ in range(count)
-    ]
-    sums: dict[str, float] = {"oracle": 0.0}
+    prompts = []
+    for _ in range(count):
+        prompts.append(caption(rng.choice(heldout), wording=rng.randrange(4)))
+    sums = {"oracle": 0.0}
     for start in range(0, count, 32):
         part = prompts[start : start + 32]
-        for video, prompt in zip(
-            sample(base, vae, part, seed=seed + start, steps=10, guidance=guidance),
-            part,
-            strict=True,
-        ):
-            verdict = measure(video, prompt)
-            sums["oracle"] += verdict.total
-            for name, score in verdict.scores.items():
-                sums[name] = sums.get(name, 0.0) + score / 2
-    return {
-        f"{name}_cfg{guidance:g}": value / count for name, value in sums.items()
-    } | {"n": count}
+        videos = sample(base, vae, part, seed=seed + start, guidance=guidance)
+        for video, prompt in zip(videos, part, strict=True):
+            score = measure(video, prompt)
+            sums["oracle"] += score.total
+            for name, value in score.scores.items():
+                sums[name] = sums.get(name, 0.0) + value / 2
+    return {name: value / count for name, value in sums.items()}
 
 
 def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
-    """Train, measure on held-out prompts, save a WanPipeline folder to ``out/wan``."""
+    """Train, save a WanPipeline folder to ``out/wan`` and measure on held-out prompts."""
     vae = AutoencoderKLWan.from_pretrained(out / "wan" / "vae").float().eval()
     latents, attributes = training_clips(vae, work / "wan_clips.safetensors")
     base = Base()
 
     def loss_at(step: int, *, name: str, wrong: float) -> Tensor:
+        """Flow matching: MEAN of (v - (eps - x_0))^2 over clips and latent elements."""
         rng = random.Random(f"{name}-{step}")
         rows = [rng.randrange(CLIPS) for _ in range(BATCH)]
         clean = latents[rows]
@@ -195,29 +226,24 @@ def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
         sigma_B = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
         noise = torch.randn_like(clean)
         mix = sigma_B.view(-1, 1, 1, 1, 1)
-        embedding = base.embed(
-            [noisy_caption(attributes[row], rng, wrong=wrong) for row in rows]
-        )
+        texts = [noisy_caption(attributes[row], rng, wrong=wrong) for row in rows]
+        embedding = base.embed(texts)
         velocity = base.velocity((1 - mix) * clean + mix * noise, sigma_B, embedding)
         return ((velocity - (noise - clean)) ** 2).mean()
 
-    def check() -> dict[str, float]:
-        return evaluate(base, vae, count=64, seed=1, guidance=1.0) | evaluate(
-            base, vae, count=64, seed=1, guidance=3.0
-        )
-
     for name, count, peak, wrong in PHASES:
-        loss = partial(loss_at, name=name, wrong=wrong)
         fit(
-            name,
+            Fit(name, steps or count, peak, work, every=750),
             base,
-            loss,
-            steps=steps or count,
-            peak=peak,
-            work=work,
-            evaluate=check,
-            every=750,
+            partial(loss_at, name=name, wrong=wrong),
+            lambda: evaluate(base, vae, count=64, seed=1),
         )
+    _save(base, vae, out / "wan")
+    return evaluate(base, vae, count=256, seed=2)
+
+
+def _save(base: Base, vae: AutoencoderKLWan, folder: Path) -> None:
+    """Save the pipeline, its VAE in fp16; all modules are in fp32 afterwards."""
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
@@ -232,7 +258,5 @@ def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
         scheduler=scheduler,
     )
     vae.half()
-    pipeline.save_pretrained(out / "wan")
+    pipeline.save_pretrained(folder)
     vae.float()
-    measured = evaluate(base, vae, count=256, seed=2, guidance=1.0)
-    return measured | evaluate(base, vae, count=256, seed=2, guidance=3.0)

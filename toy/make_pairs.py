@@ -1,10 +1,11 @@
 """Write preference data of the embedded world: mp4 files and the CSV columns that users have.
 
-`python toy/make_pairs.py --out runs/data` writes ``train.csv`` and ``heldout.csv`` (disjoint combinations of
-attributes) with ``videos/``; ``--pairs`` names other `SPLITS`. The two videos of a pair come from the renderer, some
-attributes changed, or from the tiny Wan, as it is or spoilt, the videos a reward model will meet. The oracle labels
-them as people would; the base Qwen3-VL writes the chains of thought. A pure function of the seed, whatever the number
-of workers and the other splits.
+`python toy/make_pairs.py --out runs/data` writes ``train.csv`` and ``heldout.csv`` (disjoint
+combinations of attributes) with ``videos/``; ``--pairs`` names other `SPLITS`. The two videos of a
+pair come from the renderer, with some attributes changed, or from the tiny Wan, with or without
+spoilt latents: the kinds of videos that a reward model will meet. The oracle labels them as people
+would, and the base Qwen3-VL writes the chains of thought. The data is a pure function of the seed;
+the number of workers and the other splits change no byte.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import csv
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -26,25 +28,25 @@ if TYPE_CHECKING:
 
     from generator.wan import WanGenerator
     from rm.model import DeScore
+    from rm.video import PreparedVideo
+    from toy.measure import OracleScore
     from toy.world import Attributes
 
-COLUMNS = (
-    "videos", "problem", "durations", "prompt", "CoT_A", "CoT_B", "GSB", "answer", "oracle_A", "oracle_B", "sources"
-)  # fmt: skip
 SOURCES = ("render", "render", "wan", "wan", "wan", "wan", "wan", "spoilt")
-CHUNK = 16  # pairs per task of a worker
+# Pairs per task of a worker.
+CHUNK = 16
 
 
 @dataclass(frozen=True)
 class Split:
     """Where the pairs of a table come from.
 
-    sources    of a video, drawn with equal odds
-    shares     of attributes that a render redraws, by chance; a video draws one of them
-    look       fields of `toy.world.Look` for renders; {} is what the base models have seen
-    grain      greatest standard deviation of film grain on renders, of 255; each video draws its own
-    accidents  share of renders that stand still or have lost their colour
-    heldout    combinations of attributes that no training split holds
+    sources    Sources of a video, drawn with equal odds.
+    shares     Shares of attributes that a render redraws by chance; each video draws one of them.
+    look       Fields of `toy.world.Look` for renders; {} is what the base models have seen.
+    grain      Greatest standard deviation of film grain, of 255; each video draws a smaller one.
+    accidents  Share of renders that stand still or have lost their colour.
+    heldout    Use combinations of attributes that no training split has.
     """
 
     sources: tuple[str, ...] = SOURCES
@@ -55,16 +57,22 @@ class Split:
     heldout: bool = False
 
 
-# good and bad alike, a reward learns nothing about what it never saw; smaller, slower and grainier than anything the
-# base Qwen3-VL was trained to describe
+# Good and bad alike: a reward model learns nothing about what it never saw.
 ANYTHING: dict[str, Any] = {
     "sources": ("render",),
     "shares": (0.0, 0.25, 0.5, 0.75, 1.0),
     "accidents": 0.15,
 }
+# Smaller, slower and grainier than anything the base Qwen3-VL was trained to describe.
 FILMED = ANYTHING | {
-    "look": {"scale": (0.13, 0.18), "travel": (0.2, 0.3), "pan": (0.025, 0.045), "light": 20.0}, "grain": 8.0
-}  # fmt: skip
+    "look": {
+        "scale": (0.13, 0.18),
+        "travel": (0.2, 0.3),
+        "pan": (0.025, 0.045),
+        "light": 20.0,
+    },
+    "grain": 8.0,
+}
 OTHER_LOOK = {
     "scale": (0.22, 0.28),
     "travel": (0.12, 0.2),
@@ -74,7 +82,8 @@ OTHER_LOOK = {
 SPLITS = {
     "train": Split(),
     "heldout": Split(heldout=True),
-    # for `make reproduce-rm`: one domain to train on and be tested in, and four that differ from it in one thing each
+    # `make reproduce-rm` trains and tests in the first domain and tests in four others, each of
+    # which differs from it in a single respect.
     "filmed": Split(**FILMED),
     "indomain": Split(**FILMED),
     "combinations": Split(**FILMED, heldout=True),
@@ -85,16 +94,8 @@ SPLITS = {
 
 
 @dataclass(frozen=True)
-class Draws:
-    """uint8 videos (B, T, Y, X, 3) and where each came from."""
-
-    video_BTYXC: Tensor
-    sources: list[str]
-
-
-@dataclass(frozen=True)
 class VideoJob:
-    """``count`` consecutive pairs of one split."""
+    """``count`` consecutive pairs of a split, and the files that a worker needs for them."""
 
     out: Path
     split: str
@@ -102,118 +103,150 @@ class VideoJob:
     count: int
     seed: int
     config: Path
-    judge: Path
+    base_model: Path
 
 
-def changed(
-    attributes: Attributes, rng: random.Random, shares: Sequence[float]
-) -> Attributes:
-    """The same with each attribute redrawn with a probability that itself varies from video to video."""
-    from toy.world import VALUES, random_attributes
+@dataclass(frozen=True)
+class Side:
+    """A video of a pair before it is drawn: file name, attributes, prompt, random stream."""
 
-    share = rng.choice(shares)
-    other = random_attributes(rng)
-    return type(attributes)(
-        **{k: getattr(other if rng.random() < share else attributes, k) for k in VALUES}
-    )
+    name: str
+    wish: Attributes
+    prompt: str
+    rng: random.Random
 
 
 @lru_cache(maxsize=1)
-def generator_of(config: Path) -> WanGenerator:
-    """The generator that a `launch/sample.py` config names; loaded once in each worker."""
+def load_generator(config: Path) -> WanGenerator:
+    """Load the generator of a `launch/sample.py` config, once in each worker."""
     from common.config import load
     from launch.compose import build_generator
     from launch.schemas.training import SampleRun
 
-    return build_generator(
-        load(SampleRun, config, ["out=unused", "prompts=unused"]).generator
-    )
+    overrides = ["out=unused", "prompts=unused"]
+    return build_generator(load(SampleRun, config, overrides).generator)
 
 
 @lru_cache(maxsize=1)
-def judge_of(path: Path) -> DeScore:
-    """The base Qwen3-VL with its template; loaded once in each worker."""
+def load_base_model(path: Path) -> DeScore:
+    """Load the base Qwen3-VL with its template, once in each worker."""
     from rm.model import DeScore
 
     return DeScore.from_base(path).eval()
 
 
-def draw(
-    job: VideoJob,
-    wishes: list[Attributes],
-    prompts: list[str],
-    sides: list[random.Random],
-) -> Draws:
-    """One video per side."""
+def make(job: VideoJob) -> list[dict[str, object]]:
+    """Write the mp4 files of a job and return its CSV rows."""
     import torch
 
-    from toy.world import Look, random_scene, render
+    from common.video_io import write_mp4
+    from rm.video import prepare
+    from toy.measure import measure
+    from toy.world import FPS
+
+    torch.set_num_threads(1)
+    sides = list_sides(job)
+    videos, sources = draw_videos(job, sides)
+    scores = []
+    for side, video in zip(sides, videos, strict=True):
+        write_mp4(job.out / side.name, video, FPS)
+        scores.append(measure(video, side.prompt))
+
+    # The chains of thought are about the files, as a training run reads them.
+    model = load_base_model(job.base_model)
+    prepared = [prepare(job.out / side.name, model.settings) for side in sides]
+    cots = write_cots(model, [side.prompt for side in sides], prepared)
+    rows = []
+    for a in range(0, len(sides), 2):
+        pair = slice(a, a + 2)
+        rows.append(csv_row(sides[pair], scores[pair], cots[pair], sources[pair]))
+    return rows
+
+
+def list_sides(job: VideoJob) -> list[Side]:
+    """Draw the prompts of a job; A and B of a pair share theirs and follow each other."""
+    from common.distributed import derive_seed
+    from toy.world import caption, split_attributes
+
+    train, heldout = split_attributes()
+    combinations = heldout if SPLITS[job.split].heldout else train
+    sides = []
+    for row in range(job.start, job.start + job.count):
+        rng = random.Random(derive_seed(job.seed, job.split, row))
+        wish = rng.choice(combinations)
+        prompt = caption(wish, wording=rng.randrange(4))
+        for letter in "AB":
+            name = f"videos/{job.split}_{row:05d}_{letter}.mp4"
+            rng = random.Random(derive_seed(job.seed, job.split, row, letter))
+            sides.append(Side(name, wish, prompt, rng))
+    return sides
+
+
+def draw_videos(job: VideoJob, sides: Sequence[Side]) -> tuple[Tensor, list[str]]:
+    """Draw a video per side: uint8 (B, T, Y, X, 3), and the source of each."""
+    import torch
+
+    from toy.world import (
+        Look,
+        mix_attributes,
+        random_attributes,
+        random_scene,
+        render,
+    )
 
     split = SPLITS[job.split]
-    sources, look = [rng.choice(split.sources) for rng in sides], Look(**split.look)
-    both = list(zip(wishes, sides, strict=True))
-    videos = render(
-        [
-            random_scene(changed(wish, rng, split.shares), rng, look)
-            for wish, rng in both
-        ]
-    )
-    if split.accidents:
-        videos = torch.stack(
-            [
-                hurt(video, split.accidents, rng)
-                for video, rng in zip(videos, sides, strict=True)
-            ]
-        )
-    if split.grain:
-        videos = torch.stack(
-            [
-                grainy(video, split.grain, rng)
-                for video, rng in zip(videos, sides, strict=True)
-            ]
-        )
+    sources = [side.rng.choice(split.sources) for side in sides]
+
+    # Renders, some attributes changed; the share of changes varies from video to video.
+    look = Look(**split.look)
+    scenes = []
+    for side in sides:
+        share = side.rng.choice(split.shares)
+        other = random_attributes(side.rng)
+        shown = mix_attributes(side.wish, other, side.rng, share=share)
+        scenes.append(random_scene(shown, side.rng, look))
+    videos = render(scenes)
+    for i, side in enumerate(sides):
+        if split.accidents:
+            videos[i] = hurt(videos[i], split.accidents, side.rng)
+        if split.grain:
+            videos[i] = grainy(videos[i], split.grain, side.rng)
+
+    # Videos of the generator take the places of the other renders.
     sampled = [i for i, source in enumerate(sources) if source != "render"]
     if sampled:
-        generator = generator_of(job.config)
-        clean = generator.sample(
-            [prompts[i] for i in sampled],
-            seeds=[sides[i].getrandbits(62) for i in sampled],
-        )
+        generator = load_generator(job.config)
+        prompts = [sides[i].prompt for i in sampled]
+        seeds = [sides[i].rng.getrandbits(62) for i in sampled]
+        clean = generator.sample(prompts, seeds=seeds)
         for row, i in enumerate(sampled):
             if sources[i] == "spoilt":
-                clean[row] = spoilt(clean[row], sides[i])
+                clean[row] = spoilt(clean[row], sides[i].rng)
         videos[torch.tensor(sampled)] = generator.decode(clean)
-    return Draws(videos, sources)
+    return videos, sources
 
 
 def hurt(video_TYXC: Tensor, share: float, rng: random.Random) -> Tensor:
-    """The video, or with probability ``share`` a still of it, or a grey copy in which no shape can be told."""
+    """With probability ``share`` return a still of the video or a copy without colour."""
     if rng.random() >= share:
         return video_TYXC
     if rng.random() < 0.5:
-        return video_TYXC[:1].expand_as(video_TYXC)
-    return (
-        video_TYXC.float()
-        .mean(-1, keepdim=True)
-        .round()
-        .to(video_TYXC.dtype)
-        .expand_as(video_TYXC)
-    )
+        return video_TYXC[:1].clone()
+    return video_TYXC.float().mean(-1, keepdim=True).round()
 
 
 def grainy(video_TYXC: Tensor, most: float, rng: random.Random) -> Tensor:
-    """Film grain: normal noise of luminance alone, of a standard deviation up to ``most``."""
+    """Add film grain: normal noise of luminance with a standard deviation up to ``most``."""
     import torch
 
     draw = torch.Generator().manual_seed(rng.getrandbits(62))
-    noise = rng.uniform(0.0, most) * torch.randn(
-        (*video_TYXC.shape[:-1], 1), generator=draw
-    )
-    return (video_TYXC.float() + noise).round().clamp(0, 255).to(torch.uint8)
+    deviation = rng.uniform(0.0, most)
+    noise = torch.randn((*video_TYXC.shape[:-1], 1), generator=draw)
+    return (video_TYXC.float() + deviation * noise).round().clamp(0, 255)
 
 
 def spoilt(clean_CFHW: Tensor, rng: random.Random) -> Tensor:
-    """Latents off the generator's path, scaled and noisy: where an optimizer goes that nobody told they are bad."""
+    """Scale latents and add noise, as an optimizer does that exploits a reward model."""
     import torch
 
     draw = torch.Generator().manual_seed(rng.getrandbits(62))
@@ -221,100 +254,67 @@ def spoilt(clean_CFHW: Tensor, rng: random.Random) -> Tensor:
     return rng.uniform(0.4, 1.8) * clean_CFHW + rng.uniform(0.0, 1.2) * noise
 
 
-def think(judge: Path, prompts: list[str], paths: list[Path]) -> list[str]:
-    """Chains of thought of the base Qwen3-VL about the files, greedy."""
+def write_cots(
+    model: DeScore, prompts: Sequence[str], prepared: Sequence[PreparedVideo]
+) -> list[str]:
+    """Write greedy chains of thought about prepared videos."""
     from rm.config import Generation
     from rm.generate import generate
-    from rm.video import prepare
 
-    model = judge_of(judge)
-    prepared = [prepare(path, model.settings) for path in paths]
-    encoded = [
-        model.encode(prompt, video)
-        for prompt, video in zip(prompts, prepared, strict=True)
-    ]
-    chains = generate(
+    encoded = []
+    for prompt, video in zip(prompts, prepared, strict=True):
+        encoded.append(model.encode(prompt, video))
+    written = generate(
         model,
         model.batch(encoded, prepared, query=False),
         Generation(max_new_tokens=96, repetition_penalty=1.0),
     )
-    return [model.tokenizer.decode(chains.ids(row)) for row in range(len(paths))]
+    return [model.tokenizer.decode(written.ids(row)) for row in range(len(prompts))]
 
 
-def answer(label: str, scores_A: Mapping[str, int], scores_B: Mapping[str, int]) -> str:
-    """What stage 2 is told: the preference, and the right sub-dimension scores of both videos."""
-    named = {"A": "Video 1 is better", "B": "Video 2 is better", "same": "same"}
-    truth = {
-        "gsb_result": named[label],
-        "video_1_scores": scores_A,
-        "video_2_scores": scores_B,
+def csv_row(
+    sides: Sequence[Side],
+    scores: Sequence[OracleScore],
+    cots: Sequence[str],
+    sources: Sequence[str],
+) -> dict[str, object]:
+    """Build the row of a pair; the oracle's totals decide its label."""
+    from toy.world import FPS, FRAMES
+
+    total_A, total_B = (score.total for score in scores)
+    if total_A > total_B:
+        label = "A"
+        preference = "Video 1 is better"
+    elif total_A < total_B:
+        label = "B"
+        preference = "Video 2 is better"
+    else:
+        label = "same"
+        preference = "same"
+    # Stage 2 learns from the preference and from the sub-dimension scores of both videos.
+    answer = {
+        "gsb_result": preference,
+        "video_1_scores": scores[0].scores,
+        "video_2_scores": scores[1].scores,
     }
-    return f"<answer>{json.dumps(truth)}</answer>"
-
-
-def make(job: VideoJob) -> list[dict[str, object]]:
-    """The CSV rows of a job; its mp4 files are on disk afterwards."""
-    import torch
-
-    from common.distributed import derive_seed
-    from common.video_io import write_mp4
-    from toy.world import FPS, FRAMES, caption, measure, split_attributes
-
-    torch.set_num_threads(1)
-    train, heldout = split_attributes()
-    combinations = heldout if SPLITS[job.split].heldout else train
-    rows = range(job.start, job.start + job.count)
-    rngs = [random.Random(derive_seed(job.seed, job.split, row)) for row in rows]
-    wishes = [rng.choice(combinations) for rng in rngs]
-    prompts = [
-        caption(wish, wording=rng.randrange(4))
-        for wish, rng in zip(wishes, rngs, strict=True)
-    ]
-    sides = [
-        random.Random(derive_seed(job.seed, job.split, row, side))
-        for row in rows
-        for side in "AB"
-    ]
-    both = [prompt for prompt in prompts for _ in "AB"]
-    drawn = draw(job, [wish for wish in wishes for _ in "AB"], both, sides)
-    names = [
-        f"videos/{job.split}_{row:05d}_{side}.mp4" for row in rows for side in "AB"
-    ]
-    for name, video in zip(names, drawn.video_BTYXC, strict=True):
-        write_mp4(job.out / name, video, FPS)
-    verdicts = [
-        measure(video, prompt)
-        for video, prompt in zip(drawn.video_BTYXC, both, strict=True)
-    ]
-    totals = [verdict.total for verdict in verdicts]
-    thoughts = think(job.judge, both, [job.out / name for name in names])
-
-    table = []
-    for i, prompt in enumerate(prompts):
-        a, b = 2 * i, 2 * i + 1
-        label = (
-            "A" if totals[a] > totals[b] else "B" if totals[a] < totals[b] else "same"
-        )
-        table.append(
-            {
-                "videos": repr([names[a], names[b]]),
-                "problem": f"<video>\nHow well does the video show: {prompt}?",
-                "durations": repr([FRAMES / FPS] * 2),
-                "prompt": prompt,
-                "CoT_A": thoughts[a],
-                "CoT_B": thoughts[b],
-                "GSB": label,
-                "answer": answer(label, verdicts[a].scores, verdicts[b].scores),
-                "oracle_A": totals[a],
-                "oracle_B": totals[b],
-                "sources": f"{drawn.sources[a]} {drawn.sources[b]}",
-            }
-        )
-    return table
+    prompt = sides[0].prompt
+    return {
+        "videos": repr([side.name for side in sides]),
+        "problem": f"<video>\nHow well does the video show: {prompt}?",
+        "durations": repr([FRAMES / FPS] * 2),
+        "prompt": prompt,
+        "CoT_A": cots[0],
+        "CoT_B": cots[1],
+        "GSB": label,
+        "answer": f"<answer>{json.dumps(answer)}</answer>",
+        "oracle_A": total_A,
+        "oracle_B": total_B,
+        "sources": " ".join(sources),
+    }
 
 
 def split_size(word: str) -> tuple[str, int]:
-    """``train=2000``."""
+    """Parse ``train=2000``."""
     name, _, count = word.partition("=")
     if name not in SPLITS or not count.isdecimal() or not int(count):
         raise argparse.ArgumentTypeError(
@@ -323,88 +323,101 @@ def split_size(word: str) -> tuple[str, int]:
     return name, int(count)
 
 
-def main() -> None:
-    default, names = {"train": 2000, "heldout": 700}, ", ".join(SPLITS)
-    sizes = " ".join(f"{name}={count}" for name, count in default.items())
-    config, judge = Path("configs/shapes/sample.yaml"), Path("assets/shapes/qwen")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add(
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         required=True,
         help="folder for SPLIT.csv of each split, videos/ and done.json",
     )
-    add("--pairs", type=split_size, nargs="+", default=[*default.items()], metavar="SPLIT=COUNT",
-        help=f"tables and how many pairs each has, of {names} (default: {sizes})")  # fmt: skip
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="what decides every video, label and chain (default: %(default)s)",
+    parser.add_argument(
+        "--pairs",
+        type=split_size,
+        nargs="+",
+        default=[("train", 2000), ("heldout", 700)],
+        metavar="SPLIT=COUNT",
+        help=f"tables and their numbers of pairs; the splits are {', '.join(SPLITS)}",
     )
-    add(
-        "--workers",
-        type=int,
-        default=2,
-        help="processes; they change no byte (default: %(default)s)",
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of all videos and labels"
     )
-    add(
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes; they change no byte"
+    )
+    parser.add_argument(
         "--config",
         type=Path,
-        default=config,
-        help="launch/sample.py's, of the generator (default: %(default)s)",
+        default=Path("configs/shapes/sample.yaml"),
+        help="config of launch/sample.py with the generator",
     )
-    add(
+    parser.add_argument(
         "--judge",
         type=Path,
-        default=judge,
-        help="Qwen3-VL that writes the chains (default: %(default)s)",
+        default=Path("assets/shapes/qwen"),
+        help="Qwen3-VL that writes the chains of thought",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def list_jobs(args: argparse.Namespace) -> list[VideoJob]:
+    """Cut every split into jobs of at most `CHUNK` pairs."""
+    jobs = []
+    for split, count in args.pairs:
+        for start in range(0, count, CHUNK):
+            size = min(CHUNK, count - start)
+            job = VideoJob(
+                args.out, split, start, size, args.seed, args.config, args.judge
+            )
+            jobs.append(job)
+    return jobs
+
+
+def main() -> None:
+    """Make all pairs in parallel, then write a table per split and done.json."""
+    args = parse_arguments()
 
     from tqdm import tqdm
 
     (args.out / "videos").mkdir(parents=True, exist_ok=True)
-    jobs = [
-        VideoJob(
-            args.out,
-            split,
-            start,
-            min(CHUNK, count - start),
-            args.seed,
-            args.config,
-            args.judge,
-        )
-        for split, count in args.pairs
-        for start in range(0, count, CHUNK)
-    ]
-    tables: dict[tuple[str, int], list[dict[str, object]]] = {}
-    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+    jobs = list_jobs(args)
+    pairs = sum(job.count for job in jobs)
+    rows: dict[VideoJob, list[dict[str, object]]] = {}
+    with (
+        ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool,
+        tqdm(total=pairs, desc="pairs", unit="pair") as bar,
+    ):
         running = {pool.submit(make, job): job for job in jobs}
-        with tqdm(
-            total=sum(job.count for job in jobs), desc="pairs", unit="pair"
-        ) as bar:
-            for done in as_completed(running):
-                job = running[done]
-                tables[job.split, job.start] = done.result()
-                bar.update(job.count)
+        for done in as_completed(running):
+            job = running[done]
+            rows[job] = done.result()
+            bar.update(job.count)
 
-    counts: dict[str, dict[str, int]] = {}
+    # The order of the rows is that of the jobs, whoever finished first.
+    counts = {}
     for split, _ in args.pairs:
-        rows = [row for key in sorted(tables) if key[0] == split for row in tables[key]]
-        with open(args.out / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        counts[split] = {
-            label: sum(row["GSB"] == label for row in rows)
-            for label in ("A", "B", "same")
-        }
-    (args.out / "done.json").write_text(
-        json.dumps(counts, indent=1) + "\n", encoding="utf-8"
-    )
+        table = []
+        for job in jobs:
+            if job.split == split:
+                table += rows[job]
+        write_csv(args.out / f"{split}.csv", table)
+        labels = Counter(row["GSB"] for row in table)
+        counts[split] = {label: labels[label] for label in ("A", "B", "same")}
+    text = json.dumps(counts, indent=1) + "\n"
+    (args.out / "done.json").write_text(text, encoding="utf-8")
     print(json.dumps(counts))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows with their keys as the header."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

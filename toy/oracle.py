@@ -1,35 +1,34 @@
-"""The embedded world's exact oracle as a reward: the truth that a learned reward is held against."""
+"""The exact oracle of the embedded world as a reward."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from common.types import Score
-from toy.world import SUB_DIMENSIONS, measure
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from toy.measure import measure
+from toy.world import SUB_DIMENSIONS
 
 
 class ShapesOracle:
-    """`toy.world.measure`: the total in [0, 1], its sub-dimensions (0, 1 or 2) as parts. Raises as it does."""
+    """`toy.measure.measure` as a reward: totals in [0, 1], sub-dimensions (0, 1 or 2) as parts.
+
+    Raises ValueError for a video or a prompt that is not of this world.
+    """
 
     name = "shapes"
 
     def score(
         self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
     ) -> Score:
-        verdicts = [
-            measure(video_TYXC, prompt)
-            for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True)
-        ]
-        parts = {
-            key: torch.tensor([float(v.scores[key]) for v in verdicts])
-            for key in SUB_DIMENSIONS
-        }
-        return Score(
-            value_B=torch.tensor([float(v.total) for v in verdicts]), parts=parts
-        )
+        results = []
+        for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True):
+            results.append(measure(video_TYXC, prompt))
+        parts = {}
+        for name in SUB_DIMENSIONS:
+            values = [float(result.scores[name]) for result in results]
+            parts[name] = torch.tensor(values)
+        totals = torch.tensor([result.total for result in results])
+        return Score(value_B=totals, parts=parts)

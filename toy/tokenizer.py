@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers for the embedded world: any text has ids, the world's own words are one token each."""
+"""Train byte-level BPE tokenizers for the embedded world; any text has ids."""
 
 from __future__ import annotations
 
@@ -29,36 +29,32 @@ def train_tokenizer(
     eos: str,
     end_with_eos: bool,
 ) -> PreTrainedTokenizerFast:
-    """BPE over bytes with at most ``size`` entries before the added ones.
+    """Train BPE over bytes with at most ``size`` entries before the added ones.
 
-    special       control tokens, never split, never produced from ordinary text by the caller's care
-    words         ordinary strings that are one token each (fixed pieces of the judge's answer)
-    end_with_eos  every encoded text ends in ``eos``, as T5's do
+    special       Control tokens, which are never split.
+    words         Ordinary strings of one token each (fixed pieces of the answer).
+    end_with_eos  Every encoded text ends in ``eos``, as T5's do.
     """
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORD), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    splitters = [
+        pre_tokenizers.Split(Regex(_WORD), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    core.pre_tokenizer = pre_tokenizers.Sequence(splitters)
     core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=size,
-            initial_alphabet=alphabet,
-            show_progress=False,
-            min_frequency=2,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        min_frequency=2,
     )
-    core.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in special]
-    )
-    core.add_tokens(
-        [AddedToken(word, special=False, normalized=False) for word in words]
-    )
+    core.train_from_iterator(texts, trainer)
+
+    # The added tokens get the ids after the trained ones.
+    controls = [AddedToken(token, special=True, normalized=False) for token in special]
+    core.add_special_tokens(controls)
+    pieces = [AddedToken(word, special=False, normalized=False) for word in words]
+    core.add_tokens(pieces)
     if end_with_eos:
         core.post_processor = processors.TemplateProcessing(
             single=f"$A {eos}", special_tokens=[(eos, core.token_to_id(eos))]

@@ -1,97 +1,131 @@
-"""TODO."""
+"""Train a tiny model of the embedded world with resumable AdamW."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+_WARM_UP = 0.05
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings of a training stage.
+
+    name   Name of the stage and of its state file in ``work``.
+    steps  Number of optimizer steps.
+    peak   Learning rate after the warm-up.
+    every  Steps between two saved states; an evaluation follows each of them.
+    slow   Parameters with this in their name were trained before and get a fifth of the rate.
+    """
+
+    name: str
+    steps: int
+    peak: float
+    work: Path
+    every: int = 200
+    slow: str | None = None
 
 
 def fit(
-    name: str,
+    settings: Fit,
     module: nn.Module,
     loss_at: Callable[[int], Tensor],
-    *,
-    steps: int,
-    peak: float,
-    work: Path,
     evaluate: Callable[[], dict[str, float]],
-    every: int = 200,
-    slow: str | None = None,
-) -> dict[str, float]:
-    """AdamW with a linear warm-up of 5 % and a cosine to zero; ``loss_at(step)`` draws its own data from the step.
+) -> None:
+    """Train with a linear warm-up over 5 % of the steps and a cosine decay to zero.
 
-    The whole state (weights, both Adam moments) is one safetensors file, written every ``every`` steps, so that a
-    stopped stage goes on where it was. Parameters with ``slow`` in their name, trained by an earlier stage, take a
-    fifth of the rate. Returns the last evaluation.
+    ``loss_at(step)`` draws its data from the step alone. The state (weights and both Adam moments)
+    is one safetensors file, so that an interrupted stage continues from its last saved state.
     """
-    import math
-
-    import torch
-    from safetensors.torch import load_file, save_file
-    from tqdm import tqdm
-
     parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
-    late = [p for k, p in parameters.items() if slow is not None and slow in k]
-    new = [p for k, p in parameters.items() if slow is None or slow not in k]
-    groups = [{"params": new, "scale": 1.0}, {"params": late, "scale": 0.2}]
-    optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=peak,
-        betas=(0.9, 0.98),
-        weight_decay=1e-3,
-    )
-    state_file = work / f"{name}.safetensors"
-    start = 0
-    if state_file.exists():
-        saved = load_file(state_file)
-        start = int(saved.pop("step"))
-        for key, parameter in parameters.items():
-            parameter.data.copy_(saved[f"weight.{key}"])
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(start)),
-                "exp_avg": saved[f"first.{key}"],
-                "exp_avg_sq": saved[f"second.{key}"],
-            }
-    measured: dict[str, float] = {}
+    optimizer = _build_optimizer(settings, parameters)
+    state_file = settings.work / f"{settings.name}.safetensors"
+    start = _load_state(state_file, parameters, optimizer)
     began = time.time()
+    steps = range(start, settings.steps)
     for step in tqdm(
-        range(start, steps), desc=name, initial=start, total=steps, mininterval=5
+        steps, settings.name, initial=start, total=settings.steps, mininterval=5
     ):
-        warm, done = min(1.0, (step + 1) / (0.05 * steps)), step / steps
+        # 1. Set the rate: warm-up times cosine.
+        warm = min(1.0, (step + 1) / (_WARM_UP * settings.steps))
+        cosine = 1 + math.cos(math.pi * (step / settings.steps))
         for group in optimizer.param_groups:
-            group["lr"] = (
-                group["scale"] * peak * warm * 0.5 * (1 + math.cos(math.pi * done))
-            )
+            group["lr"] = group["scale"] * settings.peak * warm * 0.5 * cosine
+
+        # 2. Step.
         torch.manual_seed(step)
         loss = loss_at(step)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
-        if (step + 1) % every == 0 or step + 1 == steps:
-            tensors = {"step": torch.tensor(step + 1)}
-            for key, parameter in parameters.items():
-                tensors[f"weight.{key}"] = parameter.data.contiguous()
-                tensors[f"first.{key}"] = optimizer.state[parameter][
-                    "exp_avg"
-                ].contiguous()
-                tensors[f"second.{key}"] = optimizer.state[parameter][
-                    "exp_avg_sq"
-                ].contiguous()
-            partial = state_file.with_suffix(".partial")
-            save_file(tensors, partial)
-            partial.replace(state_file)
-            measured = {
-                "step": step + 1,
-                "loss": loss.item(),
-                "grad_norm": norm.item(),
-                **evaluate(),
-            }
+
+        # 3. Save and evaluate.
+        if (step + 1) % settings.every == 0 or step + 1 == settings.steps:
+            _save_state(state_file, step + 1, parameters, optimizer)
+            measured = {"step": step + 1, "loss": loss.item(), "grad_norm": norm.item()}
+            measured |= evaluate()
             line = "  ".join(f"{k} {v:.4g}" for k, v in measured.items())
-            tqdm.write(f"{name}  {line}  {time.time() - began:.0f} s")
-    return measured or evaluate()
+            tqdm.write(f"{settings.name}  {line}  {time.time() - began:.0f} s")
+
+
+def _build_optimizer(
+    settings: Fit, parameters: Mapping[str, nn.Parameter]
+) -> torch.optim.AdamW:
+    slow = []
+    normal = []
+    for name, parameter in parameters.items():
+        is_slow = settings.slow is not None and settings.slow in name
+        (slow if is_slow else normal).append(parameter)
+    groups = [{"params": normal, "scale": 1.0}]
+    if slow:
+        groups.append({"params": slow, "scale": 0.2})
+    return torch.optim.AdamW(
+        groups, lr=settings.peak, betas=(0.9, 0.98), weight_decay=1e-3
+    )
+
+
+def _load_state(
+    file: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+) -> int:
+    """Restore weights and moments from the file, if it exists, and return the next step."""
+    if not file.exists():
+        return 0
+    saved = load_file(file)
+    step = int(saved["step"])
+    for key, parameter in parameters.items():
+        parameter.data.copy_(saved[f"weight.{key}"])
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": saved[f"first.{key}"],
+            "exp_avg_sq": saved[f"second.{key}"],
+        }
+    return step
+
+
+def _save_state(
+    file: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+) -> None:
+    tensors = {"step": torch.tensor(step)}
+    for key, parameter in parameters.items():
+        moments = optimizer.state[parameter]
+        tensors[f"weight.{key}"] = parameter.data.contiguous()
+        tensors[f"first.{key}"] = moments["exp_avg"].contiguous()
+        tensors[f"second.{key}"] = moments["exp_avg_sq"].contiguous()
+    partial = file.with_suffix(".partial")
+    save_file(tensors, partial)
+    partial.replace(file)

@@ -1,8 +1,8 @@
-"""TODO."""
+"""Sample and score the rows of `launch/evaluate.py generator`, and summarise them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,68 +12,65 @@ if TYPE_CHECKING:
     from launch.evaluation.results_table import ResultsTable, Row
 
 
-def judge_samples(
-    cfg: GeneratorEvaluation, own: list[Row], table: ResultsTable
+def score_samples(
+    cfg: GeneratorEvaluation, rows: list[Row], table: ResultsTable
 ) -> None:
-    """Sample, judge and write down this rank's rows, batch by batch."""
+    """Sample and score this rank's rows, batch by batch, and add them to the table."""
     from common.cli import user_errors
-    from common.log import progress, say
+    from common.log import say
     from launch.compose import build_rewards, quiet, trained_generator
     from launch.evaluation.results_table import batches, score_fields
 
     quiet()
     from common.video_io import write_mp4
 
-    say(
-        f"loading the generator {cfg.generator.path} and the rewards {', '.join(cfg.rewards)}"
-    )
+    names = ", ".join(cfg.rewards)
+    say(f"loading the generator {cfg.generator.path} and the rewards {names}")
     with user_errors():
         generator = trained_generator(cfg.generator, cfg.adapter)
         rewards = build_rewards(cfg.rewards)
-    folder, fps = Path(cfg.out) / "videos", cfg.generator.fps
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in progress(
-        batches(own, cfg.batch), -(-len(own) // cfg.batch), "evaluate"
-    ):
-        prompts = [row["prompt"] for row in part]
-        clean = generator.sample(
-            prompts, seeds=[row["seed"] for row in part], scheduler=cfg.scheduler
-        )
+    out = Path(cfg.out)
+    fps = cfg.generator.fps
+    (out / "videos").mkdir(parents=True, exist_ok=True)
+    for batch in batches(rows, cfg.batch, "evaluate"):
+        # Sample the batch and score it with every reward.
+        prompts = [row["prompt"] for row in batch]
+        seeds = [row["seed"] for row in batch]
+        clean = generator.sample(prompts, seeds=seeds, scheduler=cfg.scheduler)
         video_BTYXC = generator.decode(clean)
-        scores = {
-            name: reward.score(video_BTYXC, prompts, fps=fps)
-            for name, reward in rewards.items()
-        }
-        for b, row in enumerate(part):
-            row |= score_fields(scores, b) | {"video": None}
+        scores = {}
+        for name, reward in rewards.items():
+            scores[name] = reward.score(video_BTYXC, prompts, fps=fps)
+
+        # Keep the first videos of the run, then the rows.
+        for b, row in enumerate(batch):
+            row |= score_fields(scores, b)
+            row["video"] = None
             if row["index"] < cfg.keep_videos:
                 row["video"] = f"videos/{row['index']:04d}.mp4"
-                write_mp4(
-                    Path(cfg.out) / row["video"], video_BTYXC[b], fps, crf=cfg.crf
-                )
-        table.add(part)
+                write_mp4(out / row["video"], video_BTYXC[b], fps, crf=cfg.crf)
+        table.add(batch)
 
 
 def summarise(rows: Sequence[Row], *, seed: int, resamples: int) -> dict[str, Any]:
-    """{reward: interval, "reward.part": interval}: MEAN and bootstrap over prompts, unjudged ones counted."""
+    """{reward: interval, "reward.part": interval}: MEAN over prompts with its bootstrap.
+
+    Videos that could not be scored are counted as missing.
+    """
     from launch.evaluation.intervals import mean_ci95
 
-    columns = {
-        name: [row["rewards"].get(name) for row in rows]
-        for name in _names(row["rewards"] for row in rows)
-    }
-    for name in _names(row["parts"] for row in rows):
-        found = [row["parts"].get(name, {}) for row in rows]
-        columns |= {
-            f"{name}.{part}": [parts.get(part) for parts in found]
-            for part in _names(found)
-        }
-    return {
-        name: mean_ci95(values, seed=seed, resamples=resamples).as_dict()
-        for name, values in columns.items()
-    }
+    flat_rows = [flatten_scores(row) for row in rows]
+    summary = {}
+    for name in dict.fromkeys(name for flat in flat_rows for name in flat):
+        values = [flat.get(name) for flat in flat_rows]
+        summary[name] = mean_ci95(values, seed=seed, resamples=resamples).as_dict()
+    return summary
 
 
-def _names(dicts: Iterable[dict[str, Any]]) -> list[str]:
-    """All keys, in order of first appearance."""
-    return list(dict.fromkeys(name for one in dicts for name in one))
+def flatten_scores(row: Row) -> Row:
+    """{reward: value, "reward.part": value} of a row with `score_fields`."""
+    flat = dict(row["rewards"])
+    for name, parts in row["parts"].items():
+        for part, value in parts.items():
+            flat[f"{name}.{part}"] = value
+    return flat

@@ -1,9 +1,10 @@
-"""The same held-out prompts and seeds again and again while a run trains: does the generator get better?"""
+"""Measure a generator on held-out prompts while a run trains, always with the same seeds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from common.distributed import (
     raise_on_all,
 )
 from common.types import RewardUnavailableError
+from launch.evaluation.generator import flatten_scores
 from launch.evaluation.results_table import score_fields
 from launch.evaluation.samples import SampleWriter
 
@@ -23,8 +25,18 @@ if TYPE_CHECKING:
     from generator.wan import WanGenerator
     from launch.evaluation.results_table import Row
 
-BATCH = 8  # where the generator sets no limit of its own
-SCHEDULERS = {"eval": "euler", "eval_stock": "pipeline"}
+# Videos per batch where the generator sets no limit.
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class HeldoutSet:
+    """The prompts of a measurement and the models that it needs."""
+
+    generator: WanGenerator
+    rewards: Mapping[str, RewardModel]
+    prompts: Sequence[str]
+    seed: int
 
 
 def measure(
@@ -37,89 +49,73 @@ def measure(
     folder: Path,
     videos: int,
 ) -> dict[str, float]:
-    """MEAN of every reward and its parts over the prompts, ``eval/<reward>``; what could not be judged does not count.
+    """MEAN of every reward and its parts over the prompts; values that are missing do not count.
 
-    Sampled along the grid of training, and with ``stock`` once more by the stock pipeline's scheduler, which people
-    will sample with: ``eval_stock/<reward>``. Prompt i always has the noise of derive_seed(seed, "evaluate", i), as in
-    launch/evaluate.py. The first ``videos`` of the grid's go to ``folder``. Ranks share the prompts; all call it.
+    ``eval/<reward>`` is sampled along the grid of training; with ``stock``, ``eval_stock/<reward>``
+    is sampled by the stock pipeline's scheduler, which users sample with. Prompt i always has the
+    noise of derive_seed(seed, "evaluate", i), as in launch/evaluate.py. The first ``videos`` of the
+    training grid go to ``folder``. Ranks share the prompts, and all of them call this function.
     """
+    heldout = HeldoutSet(generator, rewards, prompts, seed)
+    writer = None
+    if videos and is_main():
+        writer = SampleWriter(folder, fps=generator.cfg.fps)
+    rows = {"eval": _score_prompts(heldout, "euler", writer, videos)}
+    if stock:
+        rows["eval_stock"] = _score_prompts(heldout, "pipeline", None, 0)
+
     metrics = {}
-    for prefix in SCHEDULERS if stock else ("eval",):
-        rows = _rows(
-            generator,
-            rewards,
-            prompts,
-            seed=seed,
-            prefix=prefix,
-            folder=folder,
-            videos=videos,
-        )
-        for column in dict.fromkeys(name for row in rows for name in row):
-            judged = [row[column] for row in rows if row.get(column) is not None]
-            metrics[f"{prefix}/{column}"] = (
-                math.fsum(judged) / len(judged) if judged else math.nan
-            )
+    for prefix, flat_rows in rows.items():
+        for column in dict.fromkeys(name for flat in flat_rows for name in flat):
+            values = [flat.get(column) for flat in flat_rows]
+            scored = [value for value in values if value is not None]
+            mean = math.fsum(scored) / len(scored) if scored else math.nan
+            metrics[f"{prefix}/{column}"] = mean
     return metrics
 
 
-def _rows(
-    generator: WanGenerator,
-    rewards: Mapping[str, RewardModel],
-    prompts: Sequence[str],
-    *,
-    seed: int,
-    prefix: str,
-    folder: Path,
-    videos: int,
+def _score_prompts(
+    heldout: HeldoutSet, scheduler: str, writer: SampleWriter | None, videos: int
 ) -> list[Row]:
-    """{reward or reward.part: value} of all prompts, in order."""
-    found: dict[int, Row] = {}
+    """{reward or reward.part: value} of all prompts, in order, on every rank."""
+    generator = heldout.generator
+    rows: dict[int, Row] = {}
     problem: RewardUnavailableError | None = None
-    writer = (
-        SampleWriter(folder, fps=generator.cfg.fps)
-        if prefix == "eval" and videos and is_main()
-        else None
-    )
-    for own in own_batches(len(prompts), generator.portions.size or BATCH):
-        part = (
-            own or [0] * generator.sharded
-        )  # a sharded module is called by all ranks or by none
-        if not part:
+    for places in own_batches(len(heldout.prompts), generator.portions.size or BATCH):
+        # A sharded module must run on all ranks or on none: without prompts, repeat the first.
+        batch = places
+        if not batch and generator.sharded:
+            batch = [0]
+        if not batch:
             continue
-        texts, seeds = (
-            [prompts[i] for i in part],
-            [derive_seed(seed, "evaluate", i) for i in part],
-        )
-        clean = generator.sample(texts, seeds, scheduler=SCHEDULERS[prefix])
-        if not own:
+        prompts = [heldout.prompts[i] for i in batch]
+        seeds = [derive_seed(heldout.seed, "evaluate", i) for i in batch]
+        clean = generator.sample(prompts, seeds, scheduler=scheduler)
+        if not places:
             continue
+
+        # After a failed reward the sampling continues, because other ranks may be waiting.
         video_BTYXC = generator.decode(clean)
         try:
-            scores = {
-                name: one.score(video_BTYXC, texts, fps=generator.cfg.fps)
-                for name, one in rewards.items()
-            }
+            scores = {}
+            for name, reward in heldout.rewards.items():
+                scores[name] = reward.score(video_BTYXC, prompts, fps=generator.cfg.fps)
         except RewardUnavailableError as error:
-            problem = (
-                error  # and go on sampling: other ranks may be waiting for this one
-            )
+            problem = error
             continue
-        rows = [
-            {"prompt": texts[b], "seed": seeds[b]} | score_fields(scores, b)
-            for b in range(len(own))
-        ]
-        found |= dict(zip(own, map(_columns, rows), strict=True))
-        if writer is not None and (room := videos - writer.count) > 0:
-            writer.add(video_BTYXC[:room], rows[:room])
+
+        # Write the first videos, and remember the scores by the prompt's index.
+        described = []
+        for b, i in enumerate(places):
+            fields = score_fields(scores, b)
+            rows[i] = flatten_scores(fields)
+            described.append({"prompt": prompts[b], "seed": seeds[b], **fields})
+        if writer is not None and writer.count < videos:
+            room = videos - writer.count
+            writer.add(video_BTYXC[:room], described[:room])
     raise_on_all(problem)
-    everything = {i: row for one in gather_objects(found) for i, row in one.items()}
+
+    everything: dict[int, Row] = {}
+    for part in gather_objects(rows):
+        everything |= part
     return [everything[i] for i in sorted(everything)]
-
-
-def _columns(row: Row) -> Row:
-    parts = {
-        f"{name}.{part}": value
-        for name, found in row["parts"].items()
-        for part, value in found.items()
-    }
-    return {**row["rewards"], **parts}

@@ -1,6 +1,8 @@
-"""Error bars by the percentile bootstrap (Efron 1979): resample what was measured, look at how the result spreads.
+"""Confidence intervals by the percentile bootstrap (Efron 1979).
 
-Everything is a function of the values and the seed, so a report can be made again. No torch.
+Every interval is a function of the values and the seed, so that a report can be repeated exactly.
+scipy.stats.bootstrap draws its resamples in another order; its ends would differ from results that
+are published already. No torch.
 """
 
 from __future__ import annotations
@@ -13,14 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_CHUNK = 1 << 22  # resampled values held at once, 32 MB
+# Resampled values that are held in memory together, 32 MB.
+_CHUNK = 1 << 22
+
+# runs[r][t] are the values of table t of run r.
+Runs = Sequence[Sequence[Sequence[float]]]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A result with its 95 % interval [low, high], from ``n`` values; ``missing`` more could not be judged.
+    """A result with its 95 % interval [low, high].
 
-    Without values, mean, low and high are NaN. One value has an interval of width 0, which says nothing.
+    It comes from ``n`` values; ``missing`` more could not be scored. Without values, mean, low and
+    high are NaN. A single value has an interval of width 0, which carries no information.
     """
 
     mean: float
@@ -30,105 +37,48 @@ class Interval:
     missing: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN: {"mean": 0.5, "ci95": [0.4, 0.6], "n": 100, "missing": 0}."""
-        mean, low, high = (
-            v if math.isfinite(v) else None for v in (self.mean, self.low, self.high)
-        )
-        return {"mean": mean, "ci95": [low, high], "n": self.n, "missing": self.missing}
+        """Convert to JSON: {"mean": 0.5, "ci95": [0.4, 0.6], "n": 100, "missing": 0}.
+
+        NaN becomes null.
+        """
+        return {
+            "mean": _finite(self.mean),
+            "ci95": [_finite(self.low), _finite(self.high)],
+            "n": self.n,
+            "missing": self.missing,
+        }
 
 
 def mean_ci95(
     values: Iterable[float | None], *, seed: int, resamples: int = 10_000
 ) -> Interval:
-    """MEAN over the values that are there, and the 2.5 and 97.5 percentiles of the mean over resamples.
+    """MEAN over the values, with the 2.5 and 97.5 percentiles of the mean over resamples.
 
         mean*_r = 1/n sum_i x_{I_ri},   I_ri uniform on 1..n
 
-    NaN and None are "not judged": left out and counted, never 0. Raises ValueError for an infinite value or no
-    resamples.
+    NaN and None mean "could not be scored"; they are left out and counted, never replaced by 0.
+    Raises ValueError for an infinite value or without resamples.
     """
-    given = np.array(
-        [math.nan if value is None else value for value in values], dtype=np.float64
-    )
-    judged = given[~np.isnan(given)]
-    if np.isinf(judged).any():
-        raise ValueError("mean_ci95: the mean of an infinite value has no interval")
+    numbers = [math.nan if value is None else value for value in values]
+    given = np.array(numbers, dtype=np.float64)
+    scored = given[~np.isnan(given)]
+    if np.isinf(scored).any():
+        raise ValueError("the mean of an infinite value has no interval")
     _check(resamples)
-    n, missing = len(judged), len(given) - len(judged)
+    n = len(scored)
+    missing = len(given) - n
     if n == 0:
         return Interval(math.nan, math.nan, math.nan, 0, missing)
+
+    # Resample in chunks of rows that fit in memory.
     random = np.random.default_rng(seed)
     rows = max(1, _CHUNK // n)
-    sizes = [min(rows, resamples - first) for first in range(0, resamples, rows)]
-    means = np.concatenate(
-        [judged[random.integers(0, n, size=(size, n))].mean(axis=1) for size in sizes]
-    )
-    low, high = _percentiles(means)
-    return Interval(float(judged.mean()), low, high, n, missing)
-
-
-def runs_ci95(
-    runs: Sequence[Sequence[Sequence[float]]], *, seed: int, resamples: int = 2_000
-) -> Interval:
-    """MEAN over runs, of the MEAN over a run's tables, of the MEAN of a table's values; resampled in two stages.
-
-    First whole runs are drawn with replacement (the spread of training), then the values of each of their tables (the
-    spread of testing), as Davison and Hinkley 1997, 3.8. ``n`` counts all values. One run leaves the second stage only.
-    Raises ValueError without runs, tables or values, or for runs with unequal numbers of tables.
-    """
-    if (
-        not runs
-        or not runs[0]
-        or len({len(run) for run in runs}) > 1
-        or not all(len(t) for run in runs for t in run)
-    ):
-        raise ValueError(
-            f"runs_ci95: runs of equally many tables with values, got {[[*map(len, r)] for r in runs]}"
-        )
-    _check(resamples)
-    random = np.random.default_rng(seed)
-    tables = [[np.asarray(table, dtype=np.float64) for table in run] for run in runs]
-    slots = len(runs)
-    drawn = np.empty(
-        (slots, slots, resamples)
-    )  # [run, slot]: the run's mean in a resample, anew for every slot
-    for r, run in enumerate(tables):
-        for slot in range(slots):
-            drawn[r, slot] = np.mean(
-                [
-                    t[random.integers(0, len(t), size=(resamples, len(t)))].mean(axis=1)
-                    for t in run
-                ],
-                axis=0,
-            )
-    chosen = random.integers(0, slots, size=(slots, resamples))
-    means = drawn[chosen, np.arange(slots)[:, None], np.arange(resamples)].mean(axis=0)
-    low, high = _percentiles(means)
-    mean = float(np.mean([[t.mean() for t in run] for run in tables]))
-    return Interval(mean, low, high, sum(len(t) for run in tables for t in run))
-
-
-def difference_ci95(
-    runs: Sequence[Sequence[Sequence[float]]],
-    others: Sequence[Sequence[Sequence[float]]],
-    *,
-    seed: int,
-) -> Interval:
-    """`runs_ci95` of ``runs`` minus ``others``, value by value: the same seeds, the same things measured.
-
-    Raises ValueError where there are not equally many.
-    """
-    pairs = [
-        list(zip(run, other, strict=True))
-        for run, other in zip(runs, others, strict=True)
-    ]
-    return runs_ci95(
-        [
-            [[a - b for a, b in zip(*both, strict=True)] for both in run]
-            for run in pairs
-        ],
-        seed=seed,
-    )
+    means = []
+    for first in range(0, resamples, rows):
+        size = (min(rows, resamples - first), n)
+        means.append(scored[random.integers(0, n, size=size)].mean(axis=1))
+    low, high = _percentiles(np.concatenate(means))
+    return Interval(float(scored.mean()), low, high, n, missing)
 
 
 def statistic_ci95(
@@ -138,20 +88,80 @@ def statistic_ci95(
     seed: int,
     resamples: int = 2_000,
 ) -> Interval:
-    """The same for any statistic of ``count`` items: it is called with the indices of the items to look at.
+    """Bootstrap any statistic of ``count`` items, which gets the indices of the items it reads.
 
-    The mean is the statistic of all of them, in order; resamples in which it is NaN are left out. For what is no mean
-    of per-item values, such as an accuracy whose threshold is calibrated on the very items.
+    It serves statistics that are no mean of per-item values, such as an accuracy whose threshold is
+    calibrated on the same items. ``mean`` is the statistic of all items in order. Resamples in
+    which the statistic is NaN are left out.
     """
     _check(resamples)
     if count == 0:
         return Interval(math.nan, math.nan, math.nan, 0)
     random = np.random.default_rng(seed)
-    draws = np.array(
-        [statistic(random.integers(0, count, size=count)) for _ in range(resamples)]
-    )
-    low, high = _percentiles(draws[~np.isnan(draws)])
+    draws = []
+    for _ in range(resamples):
+        draws.append(statistic(random.integers(0, count, size=count)))
+    draw_R = np.array(draws)
+    low, high = _percentiles(draw_R[~np.isnan(draw_R)])
     return Interval(float(statistic(np.arange(count))), low, high, count)
+
+
+def runs_ci95(runs: Runs, *, seed: int, resamples: int = 2_000) -> Interval:
+    """MEAN over runs, of the MEAN over a run's tables, of the MEAN of a table's values.
+
+    The bootstrap has two stages (Davison and Hinkley 1997, section 3.8): it draws whole runs with
+    replacement (the spread of training), then the values of each of their tables (the spread of
+    testing). ``n`` counts all values. With a single run only the second stage is left. Raises
+    ValueError without runs, tables or values, or for runs with unequal numbers of tables.
+    """
+    sizes = [[len(table) for table in run] for run in runs]
+    lengths = {len(run) for run in sizes}
+    if len(lengths) != 1 or 0 in lengths or any(0 in run for run in sizes):
+        raise ValueError(
+            f"runs need equal numbers of tables with values, got tables of {sizes} values"
+        )
+    _check(resamples)
+    random = np.random.default_rng(seed)
+    tables = [[np.asarray(table, dtype=np.float64) for table in run] for run in runs]
+
+    # drawn[run, slot] holds the run's mean in each resample, drawn anew for every slot.
+    slots = len(runs)
+    drawn = np.empty((slots, slots, resamples))
+    for r, run in enumerate(tables):
+        for slot in range(slots):
+            means = []
+            for table in run:
+                size = (resamples, len(table))
+                means.append(
+                    table[random.integers(0, len(table), size=size)].mean(axis=1)
+                )
+            drawn[r, slot] = np.mean(means, axis=0)
+
+    # Each slot of a resample takes a run by chance.
+    chosen = random.integers(0, slots, size=(slots, resamples))
+    means = drawn[chosen, np.arange(slots)[:, None], np.arange(resamples)].mean(axis=0)
+    low, high = _percentiles(means)
+    mean = float(np.mean([[table.mean() for table in run] for run in tables]))
+    return Interval(mean, low, high, sum(sum(run) for run in sizes))
+
+
+def difference_ci95(runs: Runs, others: Runs, *, seed: int) -> Interval:
+    """`runs_ci95` of ``runs`` minus ``others``, value by value.
+
+    Both have measured the same things with the same seeds. Raises ValueError where the numbers of
+    runs, tables or values differ.
+    """
+    differences = []
+    for run, other_run in zip(runs, others, strict=True):
+        tables = []
+        for table, other in zip(run, other_run, strict=True):
+            tables.append([a - b for a, b in zip(table, other, strict=True)])
+        differences.append(tables)
+    return runs_ci95(differences, seed=seed)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _check(resamples: int) -> None:

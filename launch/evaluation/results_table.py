@@ -1,8 +1,11 @@
-"""A long table of results as jsonl: written row by row by every rank, gone on with after a kill, merged at the end.
+"""Resumable tables of results as jsonl.
 
-results.jsonl            rows in their final order; {"index": 0, "prompt": ..., "rewards": {"shapes": 0.8}, ...}
-results.identity.json    what the rows depend on; another identity is refused, not mixed in
-results.rank-0.jsonl     rows not merged yet, one file per rank
+Every rank appends its rows as they are finished. A killed run continues with the missing rows, and
+the end merges the files of all ranks:
+
+    results.jsonl          rows in their final order: {"index": 0, "rewards": {"shapes": 0.8}, ...}
+    results.identity.json  settings the rows depend on; a run with other settings is refused
+    results.rank-0.jsonl   rows that are not merged yet, a file per rank
 """
 
 from __future__ import annotations
@@ -28,21 +31,23 @@ Row = dict[str, Any]
 Key = tuple[Any, ...]
 T = TypeVar("T")
 
-_HASHED_BYTES = (
-    1 << 26
-)  # larger files are known by size and time: hashing 10 GB of weights takes a minute
+# Larger files are known by size and time: hashing 10 GB of weights takes a minute.
+_HASHED_BYTES = 1 << 26
 
 
 class ResultsTable:
-    """The table at ``path``. All ranks build one, with the same arguments, and each adds its own rows.
+    """A table of results that all ranks fill together.
 
-    identity  JSON: everything that decides a row beside its key
-    key       names of the fields that say which row it is
-    resume    "auto" keeps the rows that are there, "none" starts anew
-    retry     name of a field; finished rows that carry it are made again
+    All ranks build it with the same arguments, and each adds its rows. ``done`` holds the keys of
+    the rows that are finished.
 
-    Raises ValueError, on every rank, when the file holds rows of another identity or was not written by this class, or
-    when the ranks do not share its folder.
+    identity  Settings, as JSON, that decide a row beyond its key.
+    key       Names of the fields that identify a row.
+    resume    "auto" keeps existing rows, "none" deletes them.
+    retry     Name of a field; finished rows that have it are computed again.
+
+    Raises ValueError on every rank when the file holds rows of another identity, was not written by
+    this class, or when the ranks do not share its folder.
     """
 
     def __init__(
@@ -54,22 +59,22 @@ class ResultsTable:
         resume: str = "auto",
         retry: str | None = None,
     ) -> None:
-        self.path, self.key, self.retry = Path(path), tuple(key), retry
+        self.path = Path(path)
+        self.key = tuple(key)
         self._identity_path = self.path.with_suffix(".identity.json")
         self._identity = json.loads(json.dumps(dict(identity)))
-        self._added = ""  # name of the file with this rank's rows
+        # Name of the file with this rank's rows, once there are any.
+        self._added = ""
+
+        # Only rank 0 reads, because it merges files while the other ranks are waiting.
         problem = guard.folder_problem(self.path.parent)
+        done = []
         if not problem and distributed.is_main():
             problem = self._open(resume)
-        done = []
-        if (
-            not problem and distributed.is_main()
-        ):  # who alone has changed the files, and may be doing so still
-            done = [
-                key
-                for key, row in self._read().items()
-                if retry is None or retry not in row
-            ]
+        if not problem and distributed.is_main():
+            for row_key, row in self._read().items():
+                if retry is None or retry not in row:
+                    done.append(row_key)
         problem, done = distributed.from_main((problem, done))
         if problem:
             raise ValueError(problem)
@@ -80,21 +85,21 @@ class ResultsTable:
         return tuple(row[name] for name in self.key)
 
     def share(self, keys: Iterable[Key]) -> list[Key]:
-        """The keys not done yet that are this rank's: every world-size-th of them."""
-        open_keys = [key for key in keys if key not in self.done]
-        return open_keys[distributed.rank() :: distributed.world_size()]
+        """List this rank's share of the keys that are not done."""
+        missing = [key for key in keys if key not in self.done]
+        return missing[distributed.rank() :: distributed.world_size()]
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Append finished rows; what was added survives a kill. Raises ValueError for NaN, which is no JSON."""
+        """Append finished rows, which then survive a kill. Raises ValueError for NaN."""
         file = self.path.with_suffix(f".rank-{distributed.rank()}.jsonl")
         with file.open("a", encoding="utf-8") as lines:
             lines.writelines(_line(row) for row in rows)
         self._added = file.name
 
     def finish(self, keys: Sequence[Key]) -> list[Row]:
-        """Wait for all ranks, leave exactly these rows in ``path``, in this order, and return them (on every rank).
+        """Wait for all ranks, then leave exactly these rows in ``path``, in this order.
 
-        Raises KeyError when one of them was never added.
+        Returns the rows on every rank. Raises KeyError when a row was never added.
         """
         added = [name for name in distributed.gather_objects(self._added) if name]
         if distributed.is_main():
@@ -104,50 +109,64 @@ class ResultsTable:
         return read_rows(self.path)
 
     def _open(self, resume: str) -> str | None:
-        """Check what is there and merge it; a problem, or None."""
+        """Check the existing files and merge them; returns a problem or None."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume not in ("auto", "none"):
             return f"--resume must be auto or none here, got {resume!r}"
-        exists = self.path.exists()
-        if exists and not self._identity_path.exists():
-            return f"{self.path} is there and was not written by this program; name another output"
+        if self.path.exists() and not self._identity_path.exists():
+            return f"{self.path} was not written by this program; name another output"
         if resume == "none":
             self.path.unlink(missing_ok=True)
             for part in self._parts():
                 part.unlink()
         elif self._identity_path.exists():
-            found = json.loads(self._identity_path.read_text(encoding="utf-8"))
-            if found != self._identity and self._read():
-                changes = "; ".join(differences(found, self._identity)[:4])
-                return f"{self.path} holds other results ({changes}); name another output, or use --resume none"
-        replace_text(
-            self._identity_path,
-            json.dumps(self._identity, indent=1, ensure_ascii=False) + "\n",
-        )
+            earlier = json.loads(self._identity_path.read_text(encoding="utf-8"))
+            if earlier != self._identity and self._read():
+                changes = "; ".join(differences(earlier, self._identity)[:4])
+                return (
+                    f"{self.path} holds other results ({changes}); name another "
+                    "output, or use --resume none"
+                )
+        text = json.dumps(self._identity, indent=1, ensure_ascii=False)
+        replace_text(self._identity_path, text + "\n")
         self._write(list(self._read().values()))
         return None
 
     def _read(self, added: Sequence[str] = ()) -> dict[Key, Row]:
-        """All rows by key, merged or not; of two with one key the one not merged yet, which is newer.
+        """Read all rows by key; a row that is not merged yet is newer and wins.
 
-        added  files that are there by what their ranks say: the list that a network file system gives may be older
+        ``added`` names files that their ranks have written. A network file system may not list
+        them yet.
         """
-        parts = sorted({*self._parts(), *(self.path.with_name(name) for name in added)})
-        files = [*([self.path] if self.path.exists() else []), *parts]
-        return {self.key_of(row): row for file in files for row in read_rows(file)}
+        parts = {*self._parts(), *(self.path.with_name(name) for name in added)}
+        files = sorted(parts)
+        if self.path.exists():
+            files.insert(0, self.path)
+        rows = {}
+        for file in files:
+            for row in read_rows(file):
+                rows[self.key_of(row)] = row
+        return rows
 
     def _parts(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{self.path.stem}.rank-*.jsonl"))
 
     def _write(self, rows: Sequence[Row]) -> None:
-        """One merged file instead of the parts; a kill in between leaves rows twice, which reading mends."""
+        """Replace the parts by a merged file.
+
+        A kill between the two steps leaves rows twice, which `_read` resolves.
+        """
         replace_text(self.path, "".join(_line(row) for row in rows))
         for part in self._parts():
             part.unlink()
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Every complete line of a jsonl file; a torn last one (a killed run) is left out. ValueError names a bad line."""
+    """Read every complete line of a jsonl file.
+
+    A last line without its end, which a killed run leaves behind, is skipped. Raises ValueError
+    with the line number for a line that is not JSON.
+    """
     lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -159,50 +178,56 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def score_fields(scores: Mapping[str, Score], index: int) -> Row:
-    """What all rewards say of one video: {"rewards": {name: value}, "parts": {name: {part: value}}, "texts": {...}}.
+    """The fields of a row that hold the scores of a single video.
 
-    A value that is NaN, "could not judge", is null.
+    {"rewards": {name: value}, "parts": {name: {part: value}}, "texts": {name: text}}; a value that
+    is NaN ("could not be scored") becomes null.
     """
-    return {
-        "rewards": {
-            name: json_number(score.value_B[index]) for name, score in scores.items()
-        },
-        "parts": {
-            name: {
-                part: json_number(value_B[index])
-                for part, value_B in score.parts.items()
-            }
-            for name, score in scores.items()
-            if score.parts
-        },
-        "texts": {
-            name: score.texts[index] for name, score in scores.items() if score.texts
-        },
-    }
+    fields: Row = {"rewards": {}, "parts": {}, "texts": {}}
+    for name, score in scores.items():
+        fields["rewards"][name] = json_number(score.value_B[index])
+        if score.parts:
+            parts = {key: json_number(x_B[index]) for key, x_B in score.parts.items()}
+            fields["parts"][name] = parts
+        if score.texts:
+            fields["texts"][name] = score.texts[index]
+    return fields
 
 
-def attempt(judge: Callable[[Sequence[T]], list[Row]], items: Sequence[T]) -> list[Row]:
-    """``judge(items)``; when the batch fails with a ValueError (a broken file, a prompt nobody can judge), each alone.
+def attempt(
+    function: Callable[[Sequence[T]], list[Row]], items: Sequence[T]
+) -> list[Row]:
+    """Call ``function(items)``; if that raises ValueError, call it for each item alone.
 
-    What fails alone becomes {"error": reason}, so that one bad item costs one row. Other exceptions travel.
+    A broken file or a prompt that cannot be scored then costs a single row, which becomes
+    {"error": reason}. Other exceptions travel.
     """
     try:
-        return judge(items)
+        return function(items)
     except ValueError as error:
         if len(items) == 1:
             return [{"error": str(error)}]
-    return [row for item in items for row in attempt(judge, [item])]
+    rows = []
+    for item in items:
+        rows += attempt(function, [item])
+    return rows
 
 
-def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
-    """Consecutive parts; the last one may be shorter."""
-    for first in range(0, len(items), size):
+def batches(items: Sequence[T], size: int, label: str) -> Iterator[list[T]]:
+    """Cut items into batches, the last of which may be smaller, under a progress bar."""
+    from common.log import progress
+
+    starts = range(0, len(items), size)
+    for first in progress(starts, len(starts), label):
         yield list(items[first : first + size])
 
 
 @contextmanager
 def all_ranks(*, hours: float = 4.0) -> Iterator[None]:
-    """Inside, the processes of a launcher are joined; alone, nothing is. ``hours`` allow for unequal shares."""
+    """Join the processes of a launcher; without a launcher do nothing.
+
+    ``hours`` is how long ranks wait for each other, because their shares take unequal times.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         with distributed.joined(timeout_s=hours * 3600, for_deepspeed=False):
             yield
@@ -211,16 +236,21 @@ def all_ranks(*, hours: float = 4.0) -> Iterator[None]:
 
 
 def fingerprint(path: str | Path) -> Any:
-    """What is in a file or folder: SHA-256 of small files, size and time of large ones. None for what is not there."""
+    """Identify the content of a file or folder.
+
+    SHA-256 of small files and folders, size and time of large files, None if nothing is there
+    (a name on the hub, for example).
+    """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        text = "".join(
-            f"{file.relative_to(path)} {fingerprint(file)}\n" for file in files
-        )
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                line = f"{file.relative_to(path)} {fingerprint(file)}\n"
+                digest.update(line.encode())
+        return digest.hexdigest()
     if not path.is_file():
-        return None  # a hub name, say
+        return None
     state = path.stat()
     if state.st_size > _HASHED_BYTES:
         return f"{state.st_size} bytes of {state.st_mtime_ns}"
@@ -228,11 +258,9 @@ def fingerprint(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Indented JSON; a reader sees the old file or the new one. ValueError for NaN."""
-    replace_text(
-        Path(path),
-        json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-    )
+    """Replace a file by indented JSON, atomically. Raises ValueError for NaN."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    replace_text(Path(path), text + "\n")
 
 
 def _line(row: Row) -> str:

@@ -1,7 +1,7 @@
-"""A list of videos to make, made once: a killed run goes on, and ranks share what is left.
+"""Resumable sampling of a list of videos; ranks share the missing ones.
 
-One video is sampled at a time. In a batch its rounding would depend on its neighbours, and those on how many ranks
-there are and where an earlier run was killed; alone, a video has the same bits always.
+Videos are sampled in batches of size 1. In a larger batch the rounding of a video would depend on
+its neighbours, and those on the number of ranks and on where an earlier run was killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A video: the name of its file, what the generator reads, its seed, and what else its row says."""
+    """A video to sample: file name, prompt text, seed, and further fields of its row."""
 
     file: str
     text: str
@@ -35,11 +35,10 @@ def open_table(
     without: Iterable[str],
     resume: str,
 ) -> ResultsTable:
-    """The videos of this configuration, whose files are known by what is in them.
+    """Open the table of the videos of this configuration, and identify its input files.
 
-    without  settings that change no video, so that a run with others goes on
-
-    Raises ValueError where the folder holds videos of another configuration, or the adapter is no folder.
+    ``without`` names settings that change no video; a run with other values of them continues.
+    Raises ValueError where the folder holds videos of other settings, or the adapter is no folder.
     """
     from common.run_record import plain
     from launch.evaluation.results_table import ResultsTable, fingerprint
@@ -47,50 +46,67 @@ def open_table(
 
     if cfg.adapter is not None and not Path(cfg.adapter).is_dir():
         raise ValueError(f"adapter: there is no folder {cfg.adapter}")
-    skipped = set(without)
-    settings = {
-        name: value for name, value in plain(cfg).items() if name not in skipped
+    identity = plain(cfg)
+    for name in without:
+        identity.pop(name, None)
+    files = {**inputs, "generator": cfg.generator.path, "adapter": cfg.adapter}
+    identity["files"] = {
+        name: fingerprint(path) for name, path in files.items() if path is not None
     }
-    inputs = {**inputs, "generator": cfg.generator.path, "adapter": cfg.adapter}
-    files = {
-        name: fingerprint(path) for name, path in inputs.items() if path is not None
-    }
-    return ResultsTable(
-        Path(cfg.out) / FILE,
-        identity={**settings, "files": files},
-        key=("file",),
-        resume=resume,
-    )
+    path = Path(cfg.out) / FILE
+    return ResultsTable(path, identity=identity, key=("file",), resume=resume)
 
 
 def sample_videos(
     cfg: SampleRun | VbenchSampleRun,
-    shots: Sequence[SampleRequest],
+    requests: Sequence[SampleRequest],
     folder: Path,
     table: ResultsTable,
     *,
     what: str = "",
 ) -> None:
-    """Make those that are not in ``folder`` yet, on all ranks together, and say how many (``what`` goes before)."""
+    """Sample the videos that ``folder`` lacks, on all ranks together.
+
+    The console line with their number starts with ``what``.
+    """
     from common.distributed import from_main, rank, world_size
     from common.log import say
 
-    # rank 0 looks, for all: another rank might see what the first ones have already written
-    places = from_main(
-        [i for i, shot in enumerate(shots) if not _is_there(shot, folder, table)]
-    )
-    say(f"{what}{len(shots)} videos, {len(places)} to make")
-    if own := [shots[i] for i in places[rank() :: world_size()]]:
-        _film(cfg, own, folder, table)
+    # A file without a row may come from other settings whose table was deleted: sample it again.
+    # Rank 0 decides for all ranks, because another rank could see files that are just written.
+    missing = []
+    for i, request in enumerate(requests):
+        known = (request.file,) in table.done
+        if not known or not (folder / request.file).is_file():
+            missing.append(i)
+    missing = from_main(missing)
+    say(f"{what}{len(requests)} videos, {len(missing)} to make")
+    share = [requests[i] for i in missing[rank() :: world_size()]]
+    if share:
+        _sample_share(cfg, share, folder, table)
 
 
-def _film(
+def keep_earlier(
+    table: ResultsTable,
+    every: Sequence[SampleRequest],
+    wanted: Sequence[SampleRequest],
+) -> None:
+    """Finish the table with the wanted videos and those that earlier runs have sampled.
+
+    The rows are in the order of ``every``.
+    """
+    made = table.done | {(request.file,) for request in wanted}
+    keys = [(request.file,) for request in every]
+    table.finish([key for key in keys if key in made])
+
+
+def _sample_share(
     cfg: SampleRun | VbenchSampleRun,
-    own: Sequence[SampleRequest],
+    requests: Sequence[SampleRequest],
     folder: Path,
     table: ResultsTable,
 ) -> None:
-    """Make this rank's videos, one by one: whole files only, then their rows."""
+    """Sample this rank's videos; each file is complete before it gets its name and its row."""
     from common.cli import user_errors
     from common.distributed import rank
     from common.log import progress
@@ -100,22 +116,16 @@ def _film(
     quiet()
     with user_errors():
         generator = trained_generator(cfg.generator, cfg.adapter)
-    partial = (
-        Path(cfg.out) / f".partial.rank-{rank()}.mp4"
-    )  # a killed run leaves it behind
-    for shot in progress(own, len(own), "sample"):
+    # A killed run leaves this file behind; it lies outside ``folder``.
+    partial = Path(cfg.out) / f".partial.rank-{rank()}.mp4"
+    for request in progress(requests, len(requests), "sample"):
         clean = generator.sample(
-            [shot.text], seeds=[shot.seed], scheduler=cfg.scheduler
+            [request.text], seeds=[request.seed], scheduler=cfg.scheduler
         )
         write_mp4(partial, generator.decode(clean)[0], cfg.generator.fps, crf=cfg.crf)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        partial.replace(folder / shot.file)
-        table.add(
-            [{"file": shot.file, **shot.row, "seed": shot.seed, "adapter": cfg.adapter}]
-        )
-
-
-def _is_there(shot: SampleRequest, folder: Path, table: ResultsTable) -> bool:
-    """A file without a row may be of another configuration, whose table was left behind; it is made again."""
-    return (shot.file,) in table.done and (folder / shot.file).is_file()
+        partial.replace(folder / request.file)
+        row = {"file": request.file, **request.row}
+        row |= {"seed": request.seed, "adapter": cfg.adapter}
+        table.add([row])

@@ -28,7 +28,7 @@ from launch.schemas.vbench import VbenchEvaluation
 from launch.vbench_eval.scores import markdown, normalised, totals
 from launch.vbench_eval.suite import FLICKERING, INDICES, Suite, read_suite, strangers
 
-SCRIPT = Path(__file__).with_name("vbench_worker.py")
+SCRIPT = Path(__file__).with_name("worker.py")
 INSTALL = (
     "VBench needs an environment of its own: python3.10 -m venv VBENCH_ENV && VBENCH_ENV/bin/pip install torch "
     "torchvision vbench==0.1.5 (and detectron2 for object_class, multiple_objects, color and spatial_relationship), "

@@ -1,4 +1,4 @@
-"""launch/sample.py: which videos are made under which names, what a killed run leaves, and what is refused."""
+"""launch/sample.py: names and seeds of videos, killed runs, refused folders."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ from typing import Any
 import pytest
 import yaml
 
+import launch.compose
 from common.distributed import derive_seed
 from launch import sample
 from launch.evaluation.results_table import read_rows
 from tests.launch.vbench_eval.test_sample import SeedGenerator
 
 PROMPTS = ["a red circle", "a blue square", "rain"]
+
+
+@pytest.fixture
+def grey(monkeypatch: pytest.MonkeyPatch) -> SeedGenerator:
+    """A generator whose videos are as grey as their seed."""
+    generator = SeedGenerator()
+    monkeypatch.setattr(launch.compose, "build_generator", lambda cfg: generator)
+    return generator
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Preference data on disk: the columns users have, labels of the oracle, the same bytes whatever the workers."""
+"""Preference data on disk: CSV columns, oracle labels, bytes that ignore the workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rm.data import read_pairs
 from rm.prompt import parse_answer
 from rm.video import VideoSettings, read_video
 from tests.launch.processes import run
-from toy.world import measure, parse, split_attributes
+from toy.measure import measure
+from toy.world import parse, split_attributes
 
 SETTINGS = VideoSettings(
     fps=8.0, min_frames=5, max_frames=5, min_pixels=256, max_pixels=1024, patch_size=4

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from common.video_io import write_mp4
+from toy.measure import compare, measure, observe
 from toy.world import (
     FPS,
     SUB_DIMENSIONS,
@@ -19,9 +20,6 @@ from toy.world import (
     Scene,
     all_attributes,
     caption,
-    compare,
-    measure,
-    observe,
     parse,
     random_attributes,
     random_scene,
