@@ -271,11 +271,11 @@ class MetaRewardModel:
         )
 
         def hidden_states() -> Tensor:
-            # The vision tower turns patches into tokens of the language model.
-            video = backbone.visual(
-                _meta(num_patches, patch_values, dtype=self.dtype),
-                grid_thw=torch.tensor([lengths.grid] * rows),
-            ).pooler_output
+            # The vision tower turns patches into tokens of the language model. The
+            # patches stay alive, as the batch of a run does.
+            patches = _meta(num_patches, patch_values, dtype=self.dtype)
+            grids = torch.tensor([lengths.grid] * rows)
+            video = backbone.visual(patches, grid_thw=grids).pooler_output
             if not isinstance(video, torch.Tensor):
                 video = torch.cat(list(video))
             video = video.view(rows, lengths.video, width)
