@@ -1,71 +1,60 @@
-"""What makes the parts of a plan smaller: settings of that very run which are not set yet and help on so many ranks.
+"""Settings that make the parts of a plan smaller.
 
-Every one is tried on the run's schema, so that what is advised can be typed as it stands.
+Every setting is tried on the run's schema, so that a user can type it as printed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from common.config import ConfigError, load
 from common.run_record import plain
+from generator.config import GeneratorConfig
 from launch.planning.known_models import QWEN3_VL
-from launch.planning.runs import is_descore, judged_at_once
+from launch.planning.runs import is_descore
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
 
-if TYPE_CHECKING:
-    from generator.config import GeneratorConfig
-
-SMALL_FRAMES, SMALL_SIZE = 33, (240, 416)  # of configs/sizes/240x416x33.yaml
-SMALL_JUDGE = "Qwen/Qwen3-VL-2B-Instruct"
 SERVER = "http://HOST:8900"
+# configs/sizes/240x416x33.yaml
+SMALL_FRAMES = 33
+SMALL_HEIGHT = 240
+SMALL_WIDTH = 416
+
+Advice = dict[str, Sequence[str]]
 
 
-@dataclass(frozen=True)
-class Less:
-    """``settings``: one or several words ``a.b=c`` each, any of which helps. ``hint``: what no setting does."""
+def advice(cfg: Any, ranks: int) -> Advice:
+    """List by part what makes it smaller: ``a.b=c`` settings, and phrases without "=".
 
-    settings: tuple[str, ...] = ()
-    hint: str = ""
-
-    def __str__(self) -> str:
-        return "; ".join(filter(None, [", or ".join(self.settings), self.hint]))
-
-
-def advice(cfg: Any, ranks: int) -> dict[str, Less]:
-    """By the names that `launch.planning.runs` gives its parts; a part without advice is not there."""
+    The keys are the names of the parts in `launch.planning.runs`. Settings that the schema refuses
+    or that are set already are left out, and so are parts without advice.
+    """
     if isinstance(cfg, GrpoRun):
-        found = _grpo(cfg, ranks)
+        candidates = _grpo(cfg, ranks)
     elif isinstance(cfg, DpoRun):
-        found = _dpo(cfg, ranks)
+        candidates = _dpo(cfg, ranks)
     elif isinstance(cfg, PairsRun):
-        found = _pairs(cfg)
+        candidates = _sampling("sampling", cfg.generator) | _rewards(cfg.rewards)
     else:
-        found = _judge(cfg, ranks)
-    tried = {part: _tried(cfg, less) for part, less in found.items()}
-    return {part: less for part, less in tried.items() if less.settings or less.hint}
+        candidates = _reward_model(cfg, ranks)
 
-
-def _tried(cfg: Any, less: Less) -> Less:
-    """Without what the schema refuses, in the hint too."""
-    refused = any("=" in word and not is_new(cfg, word) for word in less.hint.split())
-    return Less(
-        tuple(words for words in less.settings if is_new(cfg, words)),
-        "" if refused else less.hint,
-    )
+    usable = {}
+    for part, proposals in candidates.items():
+        kept = [words for words in proposals if "=" not in words or is_new(cfg, words)]
+        if kept:
+            usable[part] = tuple(kept)
+    return usable
 
 
 def is_new(cfg: Any, words: str) -> bool:
-    """Whether the schema takes ``a.b=c d=e`` over this config, and it is another config then."""
-    settings = {name: value for name, value in plain(cfg).items() if value != {}}
-    given = [
-        f"{name}={json.dumps(value).replace('Infinity', '.inf')}"
-        for name, value in settings.items()
-    ]
+    """Whether the schema accepts the settings ``a.b=c d=e``, and they change this config."""
+    given = []
+    for name, value in plain(cfg).items():
+        if value != {}:
+            given.append(f"{name}={json.dumps(value).replace('Infinity', '.inf')}")
     try:
         changed = load(type(cfg), None, [*given, *words.split()])
     except ConfigError:
@@ -73,156 +62,108 @@ def is_new(cfg: Any, words: str) -> bool:
     return bool(plain(changed) != plain(cfg))
 
 
-def _training(
-    name: str, zero_stage: int, ranks: int, *, whole: str = ""
-) -> dict[str, Less]:
-    """Of `launch.planning.runs.training_parts`. ``whole`` trains an adapter instead of all weights; empty if one is."""
+def _grpo(cfg: GrpoRun, ranks: int) -> Advice:
+    adapter = [] if cfg.generator.lora else ["generator.lora.rank=128"]
+    checkpointing = "generator.gradient_checkpointing=true"
+    return {
+        **_training("transformer", cfg.zero_stage, ranks, adapter),
+        **_sampling("rollout", cfg.generator),
+        "text encoder: weights": ["cache_prompts=true"],
+        "average of the trained weights": ["ema=null"],
+        "frozen copy for KL": ["grpo.kl_weight=0", *adapter],
+        "update: activations": [checkpointing, *_smaller_videos(cfg.generator)],
+        **_rewards(cfg.rewards),
+    }
 
-    def split(stage: int, *words: str) -> Less:
-        own = [f"zero_stage={stage}"] if ranks > 1 and zero_stage < stage else []
-        shared = zero_stage >= stage or bool(own)
-        return Less(
-            (*own, *filter(None, words)),
-            "more ranks" if shared else f"more ranks, with zero_stage={stage}",
-        )
+
+def _dpo(cfg: DpoRun, ranks: int) -> Advice:
+    adapter = [] if cfg.generator.lora else ["generator.lora.rank=128"]
+    return {
+        **_training("transformer", cfg.zero_stage, ranks, adapter),
+        "update: activations": [
+            "dpo.micro_batch=1",
+            "generator.gradient_checkpointing=true",
+            "pairs of smaller videos",
+        ],
+    }
+
+
+def _reward_model(cfg: ColdStartRun | DualRlRun, ranks: int) -> Advice:
+    # Dual RL refuses dropout.
+    adapter = [] if cfg.lora else ["lora.rank=64 lora.dropout=0"]
+    parts = _training("reward model", cfg.zero_stage, ranks, adapter)
+    if isinstance(cfg, DualRlRun):
+        group_size = cfg.dual_rl.group_size
+        parts["frozen copy for KL"] = ["dual_rl.kl_weight=0", *adapter]
+        parts["chains of thought: keys and values"] = [
+            f"dual_rl.group_size={group_size // 2}"
+        ]
+        parts["update: activations"] = [
+            "gradient_checkpointing=true",
+            "dual_rl.micro_batch=1",
+            "dual_rl.cots_per_row=1",
+        ]
+        return parts
+
+    if cfg.base in QWEN3_VL:
+        smaller = "base=Qwen/Qwen3-VL-2B-Instruct"
+        parts["reward model: weights"] = [*parts["reward model: weights"], smaller]
+    parts["update: activations"] = [
+        "gradient_checkpointing=true",
+        "cold_start.micro_batch=1",
+    ]
+    if cfg.video is not None:
+        pixels = f"video.max_pixels={cfg.video.max_pixels // 2}"
+        parts["update: activations"] = [*parts["update: activations"], pixels]
+    return parts
+
+
+def _training(name: str, zero_stage: int, ranks: int, adapter: Sequence[str]) -> Advice:
+    """Advise on `launch.planning.plan.training_parts`: split over ranks, or train an adapter."""
+
+    def split(stage: int) -> list[str]:
+        zero = [f"zero_stage={stage}"] if zero_stage < stage else []
+        return zero if zero and ranks > 1 else ["more ranks"]
 
     return {
         f"{name}: weights": split(3),
-        f"{name}: gradients": split(2, whole),
-        f"{name}: optimizer": split(1, whole),
-        f"{name}: optimizer's step": split(1, whole),
+        f"{name}: gradients": [*split(2), *adapter],
+        f"{name}: optimizer": [*split(1), *adapter],
+        f"{name}: optimizer's step": [*split(1), *adapter],
     }
 
 
-def _grpo(cfg: GrpoRun, ranks: int) -> dict[str, Less]:
-    own = cfg.grpo.group_size // cfg.grpo.ranks_per_group
-    whole = "generator.lora.rank=128" if cfg.generator.lora is None else ""
-    found = _training("transformer", cfg.zero_stage, ranks, whole=whole)
-    found |= _sampling("rollout", cfg.generator, own)
-    found["text encoder: weights"] = Less(("cache_prompts=true",))
-    found["average of the trained weights"] = Less(("ema=null",))
-    found["frozen copy for KL"] = Less(
-        ("grpo.kl_weight=0", whole or "generator.lora.rank=128")
-    )
-    found["update: activations"] = _activations(cfg.generator)
-    return found | _rewards(cfg.rewards, own)
-
-
-def _dpo(cfg: DpoRun, ranks: int) -> dict[str, Less]:
-    whole = "generator.lora.rank=128" if cfg.generator.lora is None else ""
-    own = ["dpo.micro_batch=1"] if cfg.dpo.micro_batch > 1 else []
-    own += (
-        []
-        if cfg.generator.gradient_checkpointing
-        else ["generator.gradient_checkpointing=true"]
-    )
-    # the videos' size is that of the pairs
-    update = Less(tuple(own), "" if own else "pairs of smaller videos")
+def _sampling(name: str, cfg: GeneratorConfig) -> Advice:
+    smaller = _smaller_videos(cfg)
     return {
-        **_training("transformer", cfg.zero_stage, ranks, whole=whole),
-        "update: activations": update,
+        f"{name}: activations": ["generator.rollout_batch=1", *smaller],
+        "decoding: activations": ["generator.decode_batch=1", *smaller],
     }
 
 
-def _pairs(cfg: PairsRun) -> dict[str, Less]:
-    count = cfg.pairs.candidates
-    return {
-        **_sampling("sampling", cfg.generator, count),
-        **_rewards(cfg.rewards, count),
-    }
-
-
-def _judge(cfg: ColdStartRun | DualRlRun, ranks: int) -> dict[str, Less]:
-    checkpointing = (
-        [] if cfg.gradient_checkpointing else ["gradient_checkpointing=true"]
-    )
-    # without dropout, which dual RL refuses; its rates are in configs/gpus/dual_rl_1.yaml
-    whole = "lora.rank=64 lora.dropout=0" if cfg.lora is None else ""
-    found = _training("judge", cfg.zero_stage, ranks, whole=whole)
-    if isinstance(cfg, ColdStartRun):
-        batch = ["cold_start.micro_batch=1"] if cfg.cold_start.micro_batch > 1 else []
-        weights = found["judge: weights"]
-        if cfg.base in QWEN3_VL:
-            found["judge: weights"] = Less(
-                (*weights.settings, f"base={SMALL_JUDGE}"), weights.hint
-            )
-        pixels = (
-            [f"video.max_pixels={cfg.video.max_pixels // 2}"]
-            if cfg.video is not None
-            else []
+def _smaller_videos(cfg: GeneratorConfig) -> list[str]:
+    settings = []
+    if cfg.num_frames > SMALL_FRAMES:
+        settings.append(f"generator.num_frames={SMALL_FRAMES}")
+    if cfg.height * cfg.width > SMALL_HEIGHT * SMALL_WIDTH:
+        settings.append(
+            f"generator.height={SMALL_HEIGHT} generator.width={SMALL_WIDTH}"
         )
-        return found | {
-            "update: activations": Less(tuple([*checkpointing, *batch] or pixels))
-        }
-    how = cfg.dual_rl
-    rows = ["dual_rl.micro_batch=1"] if how.micro_batch > 1 else []
-    rows += (
-        ["dual_rl.cots_per_row=1"] if (how.cots_per_row or how.group_size) > 1 else []
-    )
-    split = ["zero_stage=3"] if ranks > 1 and cfg.zero_stage < 3 else []
-    found["frozen copy for KL"] = Less((*split, "dual_rl.kl_weight=0", whole))
-    found["chains: keys and values"] = Less(
-        (f"dual_rl.group_size={how.group_size // 2}",)
-    )
-    found["update: activations"] = Less((*checkpointing, *rows))
-    return found
+    return settings
 
 
-def _sampling(name: str, cfg: GeneratorConfig, videos: int) -> dict[str, Less]:
-    """Fewer at once; where it is one already, smaller videos."""
-    rollout = min(cfg.rollout_batch or videos, videos) > 1
-    decoding = min(cfg.decode_batch or videos, videos) > 1
-    return {
-        f"{name}: activations": Less(
-            ("generator.rollout_batch=1",) if rollout else _smaller_videos(cfg)
-        ),
-        "decoding: activations": Less(
-            ("generator.decode_batch=1",) if decoding else _smaller_videos(cfg)
-        ),
-    }
-
-
-def _activations(cfg: GeneratorConfig) -> Less:
-    return Less(
-        _smaller_videos(cfg)
-        if cfg.gradient_checkpointing
-        else ("generator.gradient_checkpointing=true",)
-    )
-
-
-def _smaller_videos(cfg: GeneratorConfig) -> tuple[str, ...]:
-    height, width = SMALL_SIZE
-    frames = (
-        [f"generator.num_frames={SMALL_FRAMES}"]
-        if cfg.num_frames > SMALL_FRAMES
-        else []
-    )
-    smaller = cfg.height * cfg.width > height * width
-    return (
-        *frames,
-        *([f"generator.height={height} generator.width={width}"] if smaller else []),
-    )
-
-
-def _rewards(rewards: Mapping[str, Any], videos: int) -> dict[str, Less]:
-    """A DeScore of its own process, on another GPU; a smaller batch."""
-    found = {}
+def _rewards(rewards: Mapping[str, Any]) -> Advice:
+    """Advise to move a DeScore to a server, or to score fewer videos together."""
+    parts: Advice = {}
     for name, reward in rewards.items():
         if not is_descore(name, reward):
             continue
         key = f"rewards.{name}"
-        url = f"{key}.url={SERVER}" + (
-            f" {key}.kind=remote" if reward.kind is not None else ""
-        )
-        # options are those of a DeScore, which a remote reward would refuse, and no word can take them away
-        served = (
-            Less((url,))
-            if not reward.options
-            else Less((), f"{key} in a yaml of its own: url: {SERVER}")
-        )
-        found[f"reward {name}: weights"] = served
-        if judged_at_once(reward, videos) > 1:
-            found[f"reward {name}: activations, cache"] = Less(
-                (f"{key}.options.batch=1",), "not beside a url"
-            )
-    return found
+        if reward.kind is None and not reward.options:
+            served = f"{key}.url={SERVER}"
+        else:
+            # A remote reward refuses the kind and the options of a DeScore.
+            served = "a reward server (launch/serve.py) on another GPU"
+        parts[f"reward {name}: weights"] = [served]
+        parts[f"reward {name}: activations, cache"] = [f"{key}.options.batch=1"]
+    return parts

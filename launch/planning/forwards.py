@@ -1,4 +1,4 @@
-"""What a step costs: how many samples went through the denoiser, with and without gradient."""
+"""Number of samples that pass through the denoiser in one GRPO step, with and without gradient."""
 
 from __future__ import annotations
 
@@ -11,20 +11,34 @@ if TYPE_CHECKING:
 
 
 def samples_per_rollout(how: SamplerConfig, members: int) -> float:
-    """DiT samples of one group's rollout, MEAN over where its stochastic steps may lie (`rollout_group`)."""
+    """Count the denoiser's samples for the rollout of one group of ``members`` videos.
+
+    MEAN over the places where the stochastic steps may begin. Guidance doubles the count.
+    """
     size = how.steps_per_group
     costs = []
     for first in range(how.stochastic_first, how.stochastic_range - size + 1):
-        left = how.num_steps - first - size
-        tail = left if how.tail_steps is None else min(left, how.tail_steps)
-        start = (first + 1) * (1 if how.initial_noise == "shared" else members)
+        # The prefix and the first stochastic step; shared noise denoises it once for the group.
+        start = first + 1
+        if how.initial_noise != "shared":
+            start *= members
+
+        # The other stochastic steps and the deterministic tail are each member's.
+        tail = how.num_steps - first - size
+        if how.tail_steps is not None:
+            tail = min(tail, how.tail_steps)
         costs.append(start + (size - 1 + tail) * members)
-    return fmean(costs) * (1 if how.guidance_scale == 1 else 2)
+    branches = 1 if how.guidance_scale == 1 else 2
+    return fmean(costs) * branches
 
 
 def samples_per_update(cfg: GrpoRun) -> int:
-    """Latents along which one group's loss is computed: what its members share goes through the denoiser once."""
-    how, members = cfg.generator.sampler, cfg.grpo.group_size
+    """Count the latents of one group that enter the loss in one pass.
+
+    The collapsed update sends the latent that all members share through the denoiser once.
+    """
+    how = cfg.generator.sampler
+    members = cfg.grpo.group_size
     if how.initial_noise == "shared" and cfg.grpo.update == "collapsed":
         return 1 + (how.steps_per_group - 1) * members
     return how.steps_per_group * members

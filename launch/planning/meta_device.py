@@ -1,14 +1,13 @@
-"""What a module costs, found out by running it on the meta device: shapes without numbers, nothing is computed.
+"""Measure FLOPs and memory of a module on the meta device: tensors have shapes but no numbers.
 
-So FLOPs are those of the code that will run, recomputed blocks and a LoRA's missing weight gradients included, and the
-peak of memory is that of the tensors which are alive at one time.
+The FLOPs are those of the code that will run, with recomputed blocks and without the weight
+gradients that a LoRA saves. The peak of memory is that of the tensors alive at the same time.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -24,18 +23,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs (a multiplication and an addition are two) and the peak of bytes over what was there before."""
+    """FLOPs (a multiplication and an addition are two) and the peak of newly allocated bytes."""
 
     flops: float
     peak: float
 
 
 def cost_of(run: Callable[[], Any]) -> Cost:
-    """Of ``run``, which works on meta tensors and is called twice: the counter of FLOPs keeps tensors alive.
+    """Measure ``run``, which works on meta tensors and is called twice.
 
-    Gradients that ``run`` leaves count as alive. Attention counts as a fused kernel, which never holds all its scores.
+    Gradients that ``run`` leaves count as alive. Attention counts as a fused kernel, which never
+    holds all scores.
     """
-    with _fused_attention():
+    # The meta device would split attention into two products and L x L scores between them.
+    fused = mock.patch.object(
+        torch.nn.functional, "scaled_dot_product_attention", _fused_attention
+    )
+    # Two passes, because the counter of FLOPs keeps tensors alive.
+    with fused:
         with FlopCounterMode(display=False) as counter, ToMeta():
             run()
         with LiveMemory() as memory, ToMeta():
@@ -44,7 +49,10 @@ def cost_of(run: Callable[[], Any]) -> Cost:
 
 
 class ToMeta(TorchDispatchMode):
-    """Tensors of the CPU that meet one of the meta device go there: a model may read sizes off small real ones."""
+    """Move CPU tensors to the meta device where they meet a meta tensor.
+
+    A model may read sizes from small real tensors.
+    """
 
     def __torch_dispatch__(
         self,
@@ -54,23 +62,21 @@ class ToMeta(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if any(
-            isinstance(x, torch.Tensor) and x.is_meta
-            for x in tree_leaves((args, kwargs))
-        ):
+        if any(tensor.is_meta for tensor in _tensors((args, kwargs))):
             args, kwargs = tree_map_only(
-                torch.Tensor, lambda x: x.to("meta"), (args, kwargs)
+                torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs)
             )
         return func(*args, **kwargs)
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of the storages made inside and still alive: ``live`` now, ``peak`` at the most."""
+    """Count the bytes of storages made inside and still alive: ``live`` now, ``peak`` at most."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
+        self.live = 0
+        self.peak = 0
+        self._counted: set[int] = set()
 
     def __torch_dispatch__(
         self,
@@ -79,41 +85,34 @@ class LiveMemory(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        given = {
-            _key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
-        }
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and (key := _key(tensor)) not in given | self._known
-            ):
-                storage = tensor.untyped_storage()
-                self._known.add(key)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        # A view and an operation in place return a storage that was there before.
+        before = {_key(tensor) for tensor in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            key = _key(tensor)
+            if key in before or key in self._counted:
+                continue
+            storage = tensor.untyped_storage()
+            self._counted.add(key)
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._free, key, storage.nbytes())
         self.peak = max(self.peak, self.live)
-        return made
+        return result
 
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
+    def _free(self, key: int, size: int) -> None:
+        self._counted.discard(key)
         self.live -= size
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """The meta device would take attention apart into two products and L x L scores between them."""
-    with mock.patch.object(
-        torch.nn.functional, "scaled_dot_product_attention", _attention
-    ):
-        yield
-
-
-def _attention(
+def _fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -124,8 +123,9 @@ def _attention(
     enable_gqa: bool = False,  # noqa: FBT001, FBT002
 ) -> Tensor:
     if enable_gqa and query.shape[1] != key.shape[1]:
-        times = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+        copies = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(copies, 1)
+        value = value.repeat_interleave(copies, 1)
     return torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, 0.0, is_causal, scale=scale
     )[0]

@@ -1,8 +1,9 @@
-"""The models of a plan: built on the meta device from their configs, what they weigh and what a call of them costs."""
+"""Build the models of a plan on the meta device, and measure their sizes and the cost of a call."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,28 +15,27 @@ from launch.planning import known_models
 from launch.planning.meta_device import Cost, cost_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from torch import Tensor, nn
 
     from generator.config import GeneratorConfig
     from rm.config import BackboneLora, LearningRates, VideoSettings
+    from rm.model import DeScore
 
-PROMPT_TOKENS = 500  # of DeScore's instruction with its prompt; and of a chain of thought: counts of the released runs
-CHAIN_TOKENS = 800
-_TOKENIZER = (
-    Path(__file__).resolve().parents[2] / "assets" / "shapes" / "qwen"
-)  # any will do: no text is read
+# token counts of the released runs: DeScore's instruction with its prompt, a chain of thought
+PROMPT_TOKENS = 500
+COT_TOKENS = 800
+# no text is read, so that any tokenizer serves
+_TOKENIZER = Path(__file__).resolve().parents[2] / "assets" / "shapes" / "qwen"
 
 
 class UnknownModelError(ValueError):
-    """A model whose size is neither known here nor readable from a folder."""
+    """A model whose size is neither in known_models.py nor in a folder."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a module, and bytes of its weights as they are held."""
+    """Parameters of a module, and the bytes of its weights in their data types."""
 
     parameters: int
     trained: int
@@ -44,49 +44,49 @@ class Sizes:
 
 
 def sizes_of(module: nn.Module) -> Sizes:
-    every = list(module.parameters())
-    trained = [p for p in every if p.requires_grad]
-    return Sizes(_count(every), _count(trained), _bytes(every), _bytes(trained))
+    """Count parameters and bytes, SUM over all parameters and over those with a gradient."""
+    parameters = list(module.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return Sizes(
+        sum(parameter.numel() for parameter in parameters),
+        sum(parameter.numel() for parameter in trained),
+        sum(parameter.nbytes for parameter in parameters),
+        sum(parameter.nbytes for parameter in trained),
+    )
 
 
-class WanOnMeta:
-    """Transformer, VAE and text encoder of a `GeneratorConfig`."""
+class MetaWan:
+    """Transformer, VAE and text encoder of a `GeneratorConfig` on the meta device."""
 
     def __init__(self, cfg: GeneratorConfig) -> None:
         self.cfg = cfg
+        self.dtype = getattr(torch, cfg.dtype)
+        self._published = cfg.path in known_models.WAN
 
     @cached_property
     def transformer(self) -> WanTransformer3DModel:
+        """The transformer without adapter, in the data types of a run."""
         from diffusers import WanTransformer3DModel
 
-        from generator import weights
-
-        config = _config_of(
-            self.cfg.path, "transformer", known_models.WAN.get(self.cfg.path)
-        )
+        known = known_models.WAN.get(self.cfg.path)
+        config = _config_of(self.cfg.path, "transformer", known)
         with torch.device("meta"):
             module = WanTransformer3DModel.from_config(config)
-        kept = (
-            tuple(module._keep_in_fp32_modules or ())
-            if self.cfg.lora is not None
-            else ()
-        )
-        for name, parameter in module.named_parameters():
-            wide = any(part in name.split(".") for part in kept)
-            parameter.data = parameter.data.to(
-                torch.float32 if wide else getattr(torch, self.cfg.dtype)
-            )
         if self.cfg.gradient_checkpointing:
             module.enable_gradient_checkpointing()
-        return (
-            weights.of_one_dtype(module, self.cfg.dtype)
-            if self.cfg.lora is None
-            else module
-        )
+
+        # diffusers loads some modules in fp32; a run that trains all weights holds one dtype.
+        in_fp32: set[str] = set()
+        if self.cfg.lora is not None:
+            in_fp32.update(module._keep_in_fp32_modules or ())
+        for name, parameter in module.named_parameters():
+            wide = not in_fp32.isdisjoint(name.split("."))
+            parameter.data = parameter.data.to(torch.float32 if wide else self.dtype)
+        return module
 
     @cached_property
     def module(self) -> nn.Module:
-        """With its adapter, as a run trains it."""
+        """The transformer as a run trains it: with its adapter, or all of it."""
         from generator import adapter
 
         if self.cfg.lora is None:
@@ -96,54 +96,64 @@ class WanOnMeta:
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
+        """The VAE, in fp32."""
         from diffusers import AutoencoderKLWan
 
-        known = known_models.WAN_VAE if self.cfg.path in known_models.WAN else None
+        known = known_models.WAN_VAE if self._published else None
+        config = _config_of(self.cfg.path, "vae", known)
         with torch.device("meta"):
-            return AutoencoderKLWan.from_config(
-                _config_of(self.cfg.path, "vae", known)
-            ).eval()
+            return AutoencoderKLWan.from_config(config).eval()
 
     @cached_property
     def text_encoder(self) -> nn.Module:
+        """The text encoder, UMT5."""
         from transformers import UMT5Config, UMT5EncoderModel
 
-        known = known_models.UMT5_XXL if self.cfg.path in known_models.WAN else None
+        known = known_models.UMT5_XXL if self._published else None
+        config = UMT5Config(**_config_of(self.cfg.path, "text_encoder", known))
         with torch.device("meta"):
-            module = UMT5EncoderModel(
-                UMT5Config(**_config_of(self.cfg.path, "text_encoder", known))
-            )
-        return module.to(getattr(torch, self.cfg.dtype)).eval()
+            return UMT5EncoderModel(config).to(self.dtype)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(C, F, H, W) of one video."""
+        """(C, F, H, W) of the latent of a video."""
         from generator.latents import LatentCodec
 
-        how, patch = self.cfg, self.transformer.config.patch_size
-        codec = LatentCodec(self.vae, batch=1)
-        return codec.latent_shape(
-            height=how.height, width=how.width, num_frames=how.num_frames, patch=patch
+        return LatentCodec(self.vae, batch=1).latent_shape(
+            height=self.cfg.height,
+            width=self.cfg.width,
+            num_frames=self.cfg.num_frames,
+            patch=self.transformer.config.patch_size,
         )
 
     @property
     def tokens(self) -> int:
-        """Of a video in the transformer."""
+        """Tokens of a video in the transformer."""
         _, frames, height, width = self.latent_shape
         t, y, x = self.transformer.config.patch_size
         return (frames // t) * (height // y) * (width // x)
 
     def forward(self, samples: int, *, grad: bool) -> Cost:
-        """Of the transformer on so many samples: without gradient, or with, backward included."""
-        return _cost_of_pass(
-            self.module,
-            lambda: self.module(**self._inputs(samples), return_dict=False)[0],
-            grad=grad,
+        """Measure the transformer on ``samples`` latents; ``grad`` includes the backward."""
+        text_shape = (
+            samples,
+            self.cfg.max_sequence_length,
+            self.transformer.config.text_dim,
         )
 
+        def velocity() -> Tensor:
+            return self.module(
+                hidden_states=_meta(samples, *self.latent_shape, dtype=self.dtype),
+                timestep=_meta(samples),
+                encoder_hidden_states=_meta(*text_shape, dtype=self.dtype),
+                return_dict=False,
+            )[0]
+
+        return _cost_of_pass(self.module, velocity, grad=grad)
+
     def decode(self, videos: int) -> Cost:
-        """Of the VAE, from latents to pixels."""
-        latent_BCFHW = torch.empty(videos, *self.latent_shape, device="meta")
+        """Measure the VAE from the latents of ``videos`` to pixels."""
+        latent_BCFHW = _meta(videos, *self.latent_shape)
 
         def run() -> None:
             with torch.no_grad():
@@ -151,62 +161,52 @@ class WanOnMeta:
 
         return cost_of(run)
 
-    def encode_text(self) -> Cost:
-        """Of one prompt."""
-
-        def run() -> None:
-            with torch.no_grad():
-                self.text_encoder(
-                    torch.zeros(
-                        1, self.cfg.max_sequence_length, dtype=torch.long, device="meta"
-                    )
-                )
-
-        return cost_of(run)
-
-    def _inputs(self, samples: int) -> dict[str, Tensor]:
-        config, dtype = self.transformer.config, getattr(torch, self.cfg.dtype)
-        text = (samples, self.cfg.max_sequence_length, config.text_dim)
-        return {
-            "hidden_states": torch.empty(
-                samples, *self.latent_shape, device="meta", dtype=dtype
-            ),
-            "timestep": torch.empty(samples, device="meta"),
-            "encoder_hidden_states": torch.empty(*text, device="meta", dtype=dtype),
-        }
-
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of one judged video: patches before merging as (t, h, w), places in the language model, and its texts."""
+    """Token counts of a scored video and its texts.
+
+    grid    Patches of the video before merging, as (t, h, w).
+    video   Tokens of the video in the language model.
+    prompt  Tokens of the instruction with the prompt.
+    chain   Tokens of a chain of thought.
+    """
 
     grid: tuple[int, int, int]
     video: int
     prompt: int = PROMPT_TOKENS
-    chain: int = CHAIN_TOKENS
+    chain: int = COT_TOKENS
 
     @property
-    def whole(self) -> int:
-        return self.video + self.prompt + self.chain
+    def prefix(self) -> int:
+        """Tokens before the chain of thought."""
+        return self.video + self.prompt
+
+    @property
+    def total(self) -> int:
+        """Tokens of the sequence with a chain of thought."""
+        return self.prefix + self.chain
 
 
 def lengths_of(
     settings: VideoSettings, *, frames: int, fps: float, height: int, width: int
 ) -> Lengths:
-    """Of a video as `rm.video.prepare` reads it."""
+    """Count the tokens of a video as `rm.video.prepare` reads it."""
     from rm.video import frame_indices, smart_resize
 
-    seen = len(frame_indices(frames, fps, settings))
-    y, x = smart_resize(seen, height, width, settings)
-    t = -(-seen // settings.temporal_patch_size)
+    num_read = len(frame_indices(frames, fps, settings))
+    y, x = smart_resize(num_read, height, width, settings)
+    t = -(-num_read // settings.temporal_patch_size)
     grid = (t, y // settings.patch_size, x // settings.patch_size)
     return Lengths(grid, t * grid[1] * grid[2] // settings.merge_size**2)
 
 
-class RewardModelOnMeta:
-    """A DeScore on a Qwen3-VL.
+class MetaRewardModel:
+    """A DeScore on a Qwen3-VL, on the meta device.
 
-    name  folder of one, of a plain Qwen3-VL, or a hub name; where there is no such folder, `known_models.judge_like` it
+    name      A folder of a DeScore or of a Qwen3-VL, or a hub name. Where the folder does not
+              exist, `known_models.closest_qwen3_vl` replaces it.
+    settings  How it reads videos; None takes the folder's video.json, or the defaults.
     """
 
     def __init__(
@@ -214,18 +214,19 @@ class RewardModelOnMeta:
     ) -> None:
         from rm.config import VideoSettings
 
-        self.name = (
-            name if name and Path(name).is_dir() else known_models.judge_like(name)
-        )
-        self.dtype, self.checkpointing = dtype, False
+        there = name and Path(name).is_dir()
+        self.name = name if there else known_models.closest_qwen3_vl(name)
+        self.dtype = getattr(torch, dtype)
+        self.checkpointing = False
+
         file = Path(self.name, "video.json")
-        self.settings = settings or (
-            VideoSettings.load(file) if file.is_file() else VideoSettings()
-        )
+        if settings is None:
+            settings = VideoSettings.load(file) if file.is_file() else VideoSettings()
+        self.settings = settings
 
     @cached_property
-    def model(self) -> Any:
-        """`rm.model.DeScore`."""
+    def model(self) -> DeScore:
+        """The reward model with its head."""
         from transformers import (
             AutoTokenizer,
             Qwen3VLConfig,
@@ -236,13 +237,12 @@ class RewardModelOnMeta:
         from rm.prompt import DEFAULT_TEMPLATE
 
         config = _config_of(self.name, "", known_models.QWEN3_VL.get(self.name))
-        vision = config["vision_config"]
-        self.settings = replace(self.settings, patch_size=vision["patch_size"])
+        patch_size = config["vision_config"]["patch_size"]
+        self.settings = replace(self.settings, patch_size=patch_size)
         tokenizer = AutoTokenizer.from_pretrained(_TOKENIZER.as_posix())
         with torch.device("meta"):
-            backbone = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config)).to(
-                getattr(torch, self.dtype)
-            )
+            backbone = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
+            backbone = backbone.to(self.dtype)
             return DeScore(
                 backbone, tokenizer, DEFAULT_TEMPLATE, self.settings, 0, None
             )
@@ -250,7 +250,7 @@ class RewardModelOnMeta:
     def train(
         self, lr: LearningRates, lora: BackboneLora | None, *, checkpointing: bool
     ) -> None:
-        """Free what a stage trains."""
+        """Attach the adapter and set which parameters a stage trains."""
         with torch.device("meta"):
             self.model.param_groups(lr, lora=lora, weight_decay=0.0)
         self.checkpointing = checkpointing
@@ -258,90 +258,95 @@ class RewardModelOnMeta:
             self.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
     def read(self, rows: int, lengths: Lengths, *, places: int, grad: bool) -> Cost:
-        """Of ``rows`` videos, each with its own, through the tower and ``places`` of the language model."""
-        inner, dtype = self.model.backbone.model, getattr(torch, self.dtype)
-        self.model.train(self.checkpointing and grad)
-        width, patch = self.model.head.weight.shape[1], self.settings.patch_size
-        each = self.settings.temporal_patch_size * 3 * patch**2
-        t, y, x = lengths.grid
-        position = torch.zeros(3, rows, places, dtype=torch.long, device="meta")
+        """Measure ``rows`` sequences of ``places`` tokens, each with its video.
 
-        def hidden() -> Tensor:
-            patches = torch.empty(rows * t * y * x, each, device="meta", dtype=dtype)
-            seen = inner.visual(
-                patches, grid_thw=torch.tensor([lengths.grid] * rows)
-            ).pooler_output
-            seen = seen if isinstance(seen, torch.Tensor) else torch.cat(list(seen))
-            text = torch.empty(
-                rows, places - lengths.video, width, device="meta", dtype=dtype
-            )
-            embedded = torch.cat([seen.view(rows, lengths.video, width), text], dim=1)
+        The cost is that of the vision tower and the language model; ``grad`` includes the backward.
+        """
+        backbone = self.model.backbone.model
+        self.model.train(self.checkpointing and grad)
+        width = self.model.head.weight.shape[1]
+        num_patches = rows * lengths.grid[0] * lengths.grid[1] * lengths.grid[2]
+        patch_values = (
+            self.settings.temporal_patch_size * 3 * self.settings.patch_size**2
+        )
+
+        def hidden_states() -> Tensor:
+            # The vision tower turns patches into tokens of the language model. The
+            # patches stay alive, as the batch of a run does.
+            patches = _meta(num_patches, patch_values, dtype=self.dtype)
+            grids = torch.tensor([lengths.grid] * rows)
+            video = backbone.visual(patches, grid_thw=grids).pooler_output
+            if not isinstance(video, torch.Tensor):
+                video = torch.cat(list(video))
+            video = video.view(rows, lengths.video, width)
+
+            # The language model reads them together with the texts.
+            text = _meta(rows, places - lengths.video, width, dtype=self.dtype)
+            embedded = torch.cat([video, text], dim=1)
             if grad and not embedded.requires_grad:
                 embedded.requires_grad_()
-            return inner.language_model(
+            return backbone.language_model(
                 inputs_embeds=embedded, position_ids=position, use_cache=False
             )[0]
 
-        return _cost_of_pass(self.model, hidden, grad=grad)
+        position = torch.zeros(3, rows, places, dtype=torch.long, device="meta")
+        return _cost_of_pass(self.model, hidden_states, grad=grad)
 
     def cache_bytes(self, places: int) -> float:
-        """Keys and values of one sequence."""
+        """Bytes of the keys and values of a sequence of ``places`` tokens."""
         text = self.model.backbone.config.text_config
         width = text.num_key_value_heads * text.head_dim
-        return (
-            2.0
-            * text.num_hidden_layers
-            * width
-            * places
-            * getattr(torch, self.dtype).itemsize
-        )
+        values = 2.0 * text.num_hidden_layers * width * places
+        return values * self.dtype.itemsize
 
-    @property
-    def language(self) -> Sizes:
-        """What one written token has to pass: the language model and the vocabulary's matrix."""
+    @cached_property
+    def decoder(self) -> Sizes:
+        """Sizes of what every written token passes: the language model and the output matrix.
+
+        The embedding does not count, because its rows are read and not multiplied.
+        """
         backbone = self.model.backbone
-        own, last = sizes_of(backbone.model.language_model), sizes_of(backbone.lm_head)
-        table = sizes_of(backbone.get_input_embeddings())  # looked up, not multiplied
+        language = sizes_of(backbone.model.language_model)
+        output = sizes_of(backbone.lm_head)
+        table = sizes_of(backbone.get_input_embeddings())
         return Sizes(
-            own.parameters + last.parameters - table.parameters,
-            0,
-            own.bytes + last.bytes - table.bytes,
-            0,
+            parameters=language.parameters + output.parameters - table.parameters,
+            trained=0,
+            bytes=language.bytes + output.bytes - table.bytes,
+            trained_bytes=0,
         )
 
 
 def _cost_of_pass(
     module: nn.Module, output: Callable[[], Tensor], *, grad: bool
 ) -> Cost:
-    """Of what makes ``output``, and with ``grad`` of a backward from it too, whose gradients the module lets go."""
+    """Measure ``output``, and with ``grad`` a backward from it; gradients are freed afterwards."""
 
     def run() -> None:
         with torch.set_grad_enabled(grad):
-            out = output()
+            result = output()
             if grad:
-                out.float().square().mean().backward()
-        for parameter in module.parameters():
-            parameter.grad = None
+                result.float().square().mean().backward()
+        module.zero_grad(set_to_none=True)
 
     return cost_of(run)
 
 
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, device="meta", dtype=dtype)
+
+
 def _config_of(path: str, part: str, known: dict[str, Any] | None) -> dict[str, Any]:
-    """A component's config: from a folder, or one that is known."""
+    """Read the config of a component from its folder, or take the published ``known``.
+
+    Raises UnknownModelError where there is neither.
+    """
     file = Path(path, part, "config.json")
     if file.is_file():
         return dict(json.loads(file.read_text(encoding="utf-8")))
     if known is None:
         names = ", ".join([*known_models.WAN, *known_models.QWEN3_VL])
         raise UnknownModelError(
-            f"{path}: neither a folder with {Path(part, 'config.json')} nor one of {names}"
+            f"{path}: no folder with {Path(part, 'config.json')}, and none of {names}"
         )
     return dict(known)
-
-
-def _count(parameters: Iterable[Tensor]) -> int:
-    return sum(p.numel() for p in parameters)
-
-
-def _bytes(parameters: Iterable[Tensor]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)

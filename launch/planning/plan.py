@@ -1,0 +1,143 @@
+"""A plan: memory of a rank by part, FLOPs and seconds by phase, disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launch.planning.models import Sizes
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator.
+
+    memory      Bytes that a process can allocate.
+    flops       Dense FLOP/s in bfloat16.
+    flops_fp32  FLOP/s of fp32 convolutions.
+    bandwidth   Bytes a second from its memory.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    flops_fp32: float
+    bandwidth: float
+
+
+# data sheets of the makers: dense, without sparsity
+DEVICES = {
+    "h100": Device("H100 SXM 80 GB", 79.6 * GIB, 989e12, 494e12, 3.35e12),
+    "h200": Device("H200 SXM 141 GB", 140.4 * GIB, 989e12, 494e12, 4.8e12),
+    "a100": Device("A100 SXM 80 GB", 79.3 * GIB, 312e12, 156e12, 2.04e12),
+    "4090": Device("RTX 4090 24 GB", 23.6 * GIB, 165e12, 83e12, 1.01e12),
+}
+# an estimate for the driver, the communication library and gaps between allocated blocks
+RESERVE = 4 * GIB
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes on a rank; of the parts that are only ``temporary`` the largest counts."""
+
+    name: str
+    bytes: float
+    temporary: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """FLOPs and seconds on a rank."""
+
+    name: str
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Where:
+    """Ranks and their device; ``utilisation`` is the share of its peak that is reached."""
+
+    device: Device
+    ranks: int = 1
+    utilisation: float = 0.5
+
+    def phase(
+        self,
+        name: str,
+        flops: float,
+        *,
+        read_bytes: float = 0.0,
+        peak: float | None = None,
+    ) -> Phase:
+        """Predict the seconds of a phase: those of its FLOPs or of its reads, the longer.
+
+        read_bytes  Weights that are read again for every written token.
+        peak        FLOP/s of the device; None for those in bfloat16.
+        """
+        seconds = flops / (self.utilisation * (peak or self.device.flops))
+        return Phase(name, flops, max(seconds, read_bytes / self.device.bandwidth))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Needs of a run on a rank.
+
+    facts     Lines about the models and the batch.
+    unit      The phases are those of a unit: update, step or prompt.
+    count     Number of units that a rank does, 0 where it is not known.
+    disk      Bytes of what the run saves.
+    problems  Why the ranks cannot share the batch.
+    assumed   Which models do not exist, and which are planned instead.
+    """
+
+    facts: list[str]
+    parts: list[Part]
+    phases: list[Phase]
+    unit: str
+    count: int
+    disk: float
+    problems: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+
+    @property
+    def permanent(self) -> float:
+        """Bytes of the permanent parts and the reserve."""
+        return sum(part.bytes for part in self.parts if not part.temporary) + RESERVE
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the permanent parts, the reserve, and the largest temporary part."""
+        temporary = [part.bytes for part in self.parts if part.temporary]
+        return self.permanent + max(temporary, default=0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a unit, SUM over its phases."""
+        return sum(phase.seconds for phase in self.phases)
+
+
+def training_parts(
+    name: str, sizes: Sizes, *, zero_stage: int, ranks: int
+) -> list[Part]:
+    """List the memory of a trained model under ZeRO (Rajbhandari et al. 2020, section 5).
+
+    The fp32 master, exp_avg and exp_avg_sq take 12 bytes a trained parameter, and 8 in ZeRO 0,
+    whose masters are the weights. Stage 1 splits them over ranks, stage 2 the gradients too, and
+    stage 3 the weights too. A step of the optimizer takes an fp32 gradient and two more copies.
+    """
+
+    def share(stage: int) -> int:
+        return ranks if zero_stage >= stage else 1
+
+    state = (12.0 if zero_stage else 8.0) * sizes.trained
+    step = 12.0 * sizes.trained
+    return [
+        Part(f"{name}: weights", sizes.bytes / share(3)),
+        Part(f"{name}: gradients", sizes.trained_bytes / share(2)),
+        Part(f"{name}: optimizer", state / share(1)),
+        Part(f"{name}: optimizer's step", step / share(1), temporary=True),
+    ]
