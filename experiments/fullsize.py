@@ -146,7 +146,6 @@ def grpo(folder: Path) -> FullSizeResult:
         f"run_dir={folder}",
         "prompts_per_step=1",
         "grpo.group_size=2",
-        "grpo.update=collapsed",
     ]
     words += ["generator.sampler.num_steps=3", "generator.sampler.stochastic_range=1"]
     words += ["rewards.descore.weight=0", "rewards.brightness.weight=1"]
