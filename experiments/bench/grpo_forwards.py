@@ -2,8 +2,9 @@
 
     python experiments/bench/grpo_forwards.py
 
-The tiny Wan, T = 16 and T' = 6, four members, guidance, KL; the stochastic step is the third (k = 2). Samples through
-the transformer are counted by a hook and must equal the formulas of `GrpoLoop`'s cost
+The tiny Wan, T = 16 and T' = 6, four members, guidance, KL; the stochastic step is the third (k =
+2). Samples through the transformer are counted by a hook and must equal the formulas of
+`GrpoLoop`'s cost
 
     without gradient  c [(k + 1) + G (T - k - 1)] with a shared prefix, else c G T
     with gradient     c K M, and as many again for the reference; K stochastic steps, M latents to start them from
