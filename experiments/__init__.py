@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-# `python experiments/reproduce_rm.py` puts this folder first on sys.path, where our file names would
-# hide other packages: `experiments/runner.py` and others.
+# `python experiments/reproduce_rm.py` puts this folder first on sys.path, where our
+# file names (`experiments/runner.py` and others) would hide other packages.
 _HERE = Path(__file__).resolve().parent
 sys.path[:] = [
     entry for entry in sys.path if not entry or Path(entry).resolve() != _HERE

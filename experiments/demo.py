@@ -1,8 +1,8 @@
-"""`make demo`: the whole way on a CPU, from preference data to a tuned generator and a report.
+"""Run the whole way on a CPU, from preference data to a tuned generator: `make demo`.
 
-Every step is the ordinary entry point a user would call, in a process of its own, and its command is printed; a step
-that has finished is not repeated when the demo is started again. Results: ``report.html`` and ``summary.json`` in the
-run folder. At most 12 minutes on two idle cores.
+Every step is the command a user would type, and is printed. A step that has finished is not
+repeated when the demo is started again. Results: ``report.html`` and ``summary.json`` in the run
+folder. At most 12 minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def plan(run: Path, seed: int) -> list[CommandStep]:
 
     return [
         CommandStep(
-            "preference data: two videos a prompt, labelled by the oracle as people would, reasoned about by Qwen3-VL",
-            "make_shapes.py",
+            "preference data: two videos a prompt, a preference and chains of thought",
+            "toy/make_pairs.py",
             ["--out", str(data), "--seed", str(seed)],
             data / "done.json",
             launcher=False,
         ),
         CommandStep(
             "DeScore, stage 1: cold start",
-            "cold_start.py",
+            "launch/cold_start.py",
             of(
                 "cold_start",
                 f"run_dir={judge}",
@@ -62,7 +62,7 @@ def plan(run: Path, seed: int) -> list[CommandStep]:
         ),
         CommandStep(
             "DeScore on pairs it has never seen",
-            "evaluate.py",
+            "launch/evaluate.py",
             [
                 "rm",
                 *of(
@@ -76,13 +76,13 @@ def plan(run: Path, seed: int) -> list[CommandStep]:
         ),
         CommandStep(
             "Longcat-GRPO: Wan learns from DeScore alone; the oracle watches with weight 0",
-            "grpo.py",
+            "launch/grpo.py",
             of("grpo", f"run_dir={grpo}", f"seed={seed}", judged),
             grpo / adapter,
         ),
         CommandStep(
             "pairs: eight videos a prompt, judged by DeScore; the best and the worst of each",
-            "pairs.py",
+            "launch/pairs.py",
             of(
                 "pairs", f"out={pairs}", f"seed={seed}", f"limit={PAIR_PROMPTS}", judged
             ),
@@ -90,7 +90,7 @@ def plan(run: Path, seed: int) -> list[CommandStep]:
         ),
         CommandStep(
             "Flow-DPO: Wan learns from these pairs alone",
-            "dpo.py",
+            "launch/dpo.py",
             of(
                 "dpo",
                 f"run_dir={dpo}",
@@ -103,7 +103,7 @@ def plan(run: Path, seed: int) -> list[CommandStep]:
         *(
             CommandStep(
                 title,
-                "evaluate.py",
+                "launch/evaluate.py",
                 evaluated(name, *words),
                 run / name / "summary.json",
             )
@@ -192,14 +192,15 @@ def main() -> None:
         if (ROOT / step.done).exists():
             print(f"   done before ({step.done})", flush=True)
             continue
+        name = f"{number} {Path(step.script).name}"
         try:
-            seconds[f"{number} {step.script}"] = run_step(step, args.ranks, memory)
+            seconds[name] = run_step(step, args.ranks, memory=memory)
         except RuntimeError as error:
             sys.exit(f"demo: {error}\nfix it and start the demo again, it goes on here")
         timings.write_text(
             json.dumps({**seconds, "peak_bytes": memory.peak}) + "\n", encoding="utf-8"
         )
-        print(f"   {seconds[f'{number} {step.script}']:.0f} s", flush=True)
+        print(f"   {seconds[f'{number} {Path(step.script).name}']:.0f} s", flush=True)
 
     summary = summarise(args.run_dir, seconds, memory.peak)
     summary["seconds"]["all"] = round(sum(seconds.values()), 1)

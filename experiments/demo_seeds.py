@@ -1,7 +1,7 @@
 """The demo under several seeds: `python experiments/demo_seeds.py`. Writes docs/results/demo.json and the README's table.
 
-Each seed is a whole demo in a folder of its own (other data, another head, another adapter, other noises); one that
-has finished is not run again.
+Each seed is a whole demo in a folder of its own (other data, another head, another adapter, other
+noises); one that has finished is not run again.
 """
 
 from __future__ import annotations

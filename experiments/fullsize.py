@@ -1,10 +1,11 @@
 """Everything at its true size that a CPU with 24 GiB can do: `make fullsize`, or `python experiments/fullsize.py`.
 
-Wan 2.1 1.3B and Qwen3-VL 2B with their published configs and random weights, computing in fp32 (bfloat16 is emulated on
-most CPUs). With the ordinary recipes, loops and engines: a GRPO update and a DPO step of the transformer with its
-adapter under gradient checkpointing, a video judged and a cold-start step of the judge. Each runs in a process of its
-own, whose peak of memory is held against what ``--dry-run`` predicts. The text encoder (22.7 GB in fp32) is not there:
-embeddings of the prompt are random. Results: docs/results/fullsize.json.
+Wan 2.1 1.3B and Qwen3-VL 2B with their published configs and random weights, computing in fp32
+(bfloat16 is emulated on most CPUs). With the ordinary recipes, loops and engines: a GRPO update and
+a DPO step of the transformer with its adapter under gradient checkpointing, a video judged and a
+cold-start step of the judge. Each runs in a process of its own, whose peak of memory is held
+against what ``--dry-run`` predicts. The text encoder (22.7 GB in fp32) is not there: embeddings of
+the prompt are random. Results: docs/results/fullsize.json.
 """
 
 from __future__ import annotations
@@ -146,7 +147,6 @@ def grpo(folder: Path) -> FullSizeResult:
         f"run_dir={folder}",
         "prompts_per_step=1",
         "grpo.group_size=2",
-        "grpo.update=collapsed",
     ]
     words += ["generator.sampler.num_steps=3", "generator.sampler.stochastic_range=1"]
     words += ["rewards.descore.weight=0", "rewards.brightness.weight=1"]

@@ -1,75 +1,317 @@
-"""Learning from pairs against learning online: `python experiments/reproduce_dpo.py`.
+"""Compare learning from pairs with online learning: `python experiments/reproduce_dpo.py`.
 
-In the embedded world, with the ordinary entry points and under three seeds: DeScore is trained on preferences, judges
-eight videos a prompt of the tiny Wan, and the best and the worst of each make a pair. On these pairs learn plain
-fine-tuning, Flow-RWR, and Flow-DPO with both of its schedules of beta; beside them Longcat-GRPO with the same DeScore,
-for as many DiT forwards as the pairs and Flow-DPO took together (a backward counts two). The oracle, on which nobody
-was trained, judges held-out prompts.
-
-Every run has a folder of its own under ``--run-dir``; one that has finished is not run again. Two run at a time.
-Results: docs/results/reproduce_dpo.{json,md}.
+DeScore is trained on preferences and scores eight videos a prompt of the tiny Wan; the best and the
+worst make a pair. Plain fine-tuning, Flow-RWR and Flow-DPO (two schedules of beta) learn from these
+pairs. Longcat-GRPO learns from the same DeScore, for as many DiT forwards as the pairs and Flow-DPO
+took together. The oracle, which trains nobody, scores held-out prompts. Results: a JSON and a page.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-from experiments.dpo_arms import ARMS, Size, learn, prepare
-from experiments.runner import ROOT, commit, run_jobs
+from common.config import load
+from common.log import read_metrics
+from experiments import tables
+from experiments.reproduce_grpo import CONFIGS, cost_of_update
+from experiments.runner import (
+    ROOT,
+    CommandStep,
+    Job,
+    RecipeTimer,
+    commit,
+    comparison_parser,
+    run_jobs,
+    write_json,
+)
+from launch.evaluation.intervals import Interval
+from launch.schemas.pairs import DpoRun, PairsRun
+from launch.schemas.training import GrpoRun
+from rm.prompt import DIMENSIONS
+
+COMMAND = "python experiments/reproduce_dpo.py"
+TOTAL = "shapes"
+# overrides of configs/shapes/dpo.yaml
+ARMS = {
+    "sft": ("dpo.method=sft",),
+    "rwr": ("dpo.method=rwr",),
+    "dpo": (),
+    "dpo_quadratic": ("dpo.beta_schedule=quadratic",),
+}
+TITLES = {
+    "base": "the generator as it is",
+    "sft": "fine-tuning on the winners",
+    "rwr": "Flow-RWR",
+    "dpo": "Flow-DPO, constant beta",
+    "dpo_quadratic": "Flow-DPO, beta (1 - t)^2",
+    "grpo": "Longcat-GRPO",
+}
+# arm -> seed -> column -> value of every prompt
+Scores = dict[str, dict[int, dict[str, list[float]]]]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/reproduce_dpo"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--judge-pairs",
-        type=int,
-        default=2000,
-        help="preference pairs that DeScore learns from",
-    )
-    parser.add_argument(
-        "--prompts", type=int, default=691, help="that eight videos each are made of"
-    )
-    parser.add_argument(
-        "--epochs",
-        type=float,
-        default=1.0,
-        help="times those of configs/shapes/dpo.yaml",
-    )
-    parser.add_argument(
-        "--heldout", type=int, default=240, help="prompts that the oracle judges"
-    )
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
-    args = parser.parse_args(argv)
-    from experiments.dpo_table import write_results
+@dataclass(frozen=True)
+class Size:
+    """Size of the comparison.
 
-    root, size = (
-        args.run_dir,
-        Size(args.judge_pairs, args.prompts, args.epochs, args.heldout),
+    judge_pairs  Preference pairs that train DeScore.
+    prompts      Prompts of the pairs, eight videos each.
+    epochs       Epochs on the pairs, in multiples of configs/shapes/dpo.yaml.
+    heldout      Prompts that the oracle scores.
+    """
+
+    judge_pairs: int
+    prompts: int
+    epochs: float
+    heldout: int
+
+
+def forwards_of_pairs(size: Size) -> float:
+    """DiT samples of sampling all candidates."""
+    pairs = load(PairsRun, CONFIGS / "pairs.yaml")
+    sampler = pairs.generator.sampler
+    guidance = 1 if sampler.guidance_scale == 1 else 2
+    return size.prompts * pairs.pairs.candidates * sampler.num_steps * guidance
+
+
+def epochs_of(size: Size) -> float:
+    """Epochs of training on the pairs."""
+    return load(DpoRun, CONFIGS / "dpo.yaml").dpo.epochs * size.epochs
+
+
+def updates_of_grpo(size: Size) -> int:
+    """GRPO updates that cost as much as the pairs and Flow-DPO on them, at least 1.
+
+    Counts every prompt as a pair: chosen and rejected, 3 with gradient and 1 for the reference.
+    """
+    everything = forwards_of_pairs(size) + size.prompts * epochs_of(size) * 2 * (3 + 1)
+    update = cost_of_update(load(GrpoRun, CONFIGS / "grpo.yaml"))
+    return max(1, round(everything / update))
+
+
+def _config(name: str, *words: str) -> list[str]:
+    return ["--config", str(CONFIGS / f"{name}.yaml"), *words]
+
+
+def prepare(seed: int, root: Path, size: Size) -> Job:
+    """Train DeScore and make the pairs."""
+    folder = root / f"seed{seed}"
+    data = folder / "data"
+    descore = folder / "descore"
+    pairs = folder / "pairs"
+    split = ["--pairs", f"train={size.judge_pairs}", "heldout=8", "--workers", "1"]
+    make = ["--out", str(data), "--seed", str(seed), *split]
+    train = _config(
+        "cold_start",
+        f"run_dir={descore}",
+        f"seed={seed}",
+        "eval_every=0",
+        f"data.train={data / 'train.csv'}",
+        "data.heldout=null",
     )
-    ready = [[prepare(seed, root, size)] for seed in args.seeds]
-    run_jobs(ready, root, workers=args.workers, program="reproduce_dpo")
-    # the longest first, so that no worker is idle at the end
+    sample = _config(
+        "pairs",
+        f"out={pairs}",
+        f"seed={seed}",
+        f"limit={size.prompts}",
+        f"rewards.descore.checkpoint={descore / 'final'}",
+    )
+    trained = descore / "final" / "descore.json"
+    steps = [
+        CommandStep("data", "toy/make_pairs.py", make, data / "done.json"),
+        CommandStep("descore", "launch/cold_start.py", train, trained),
+        CommandStep("pairs", "launch/pairs.py", sample, pairs / "manifest.json"),
+    ]
+    return Job(folder, steps)
+
+
+def learn(seed: int, arm: str, root: Path, size: Size) -> Job:
+    """Train an arm under a seed, then evaluate it with the oracle."""
+    prepared = root / f"seed{seed}"
+    folder = prepared / arm
+    final = folder / "final"
+    adapter = final / "pytorch_lora_weights.safetensors"
+    common = (f"run_dir={folder}", f"seed={seed}")
+    evaluation = _config(
+        "evaluate_oracle",
+        f"out={folder / 'eval'}",
+        f"seed={seed}",
+        f"limit={size.heldout}",
+    )
+    steps = []
+    if arm in ARMS:
+        epochs = f"dpo.epochs={epochs_of(size):g}"
+        pairs = f"pairs={prepared / 'pairs'}"
+        words = _config("dpo", *common, epochs, pairs, *ARMS[arm])
+        steps.append(CommandStep(f"train {arm}", "launch/dpo.py", words, adapter))
+    elif arm == "grpo":
+        words = _config(
+            "grpo",
+            *common,
+            "video_every=0",
+            f"rewards.descore.checkpoint={prepared / 'descore' / 'final'}",
+            f"steps={updates_of_grpo(size)}",
+        )
+        steps.append(CommandStep("train grpo", "launch/grpo.py", words, adapter))
+    if steps:
+        evaluation.append(f"adapter={final}")
+    words = ["generator", *evaluation]
+    done = folder / "eval" / "summary.json"
+    steps.append(CommandStep("judge", "launch/evaluate.py", words, done))
+    return Job(folder, steps)
+
+
+def read_scores(root: Path, seeds: Sequence[int]) -> Scores:
+    """Read the oracle's total in [0, 1] and its sub-dimensions (0 to 2) of every video."""
+    scores: Scores = {}
+    for arm in TITLES:
+        scores[arm] = {}
+        for seed in seeds:
+            rows = tables.read_results(root / f"seed{seed}" / arm / "eval")
+            columns = {TOTAL: [row["rewards"][TOTAL] for row in rows]}
+            for name in DIMENSIONS:
+                columns[name] = [row["parts"][TOTAL][name] for row in rows]
+            scores[arm][seed] = columns
+    return scores
+
+
+def oracle_of(
+    scores: Scores, arm: str, column: str, *, minus: str | None = None
+) -> Interval:
+    """MEAN of a column over seeds and prompts, or its difference to another arm."""
+
+    def runs(name: str) -> dict[int, tables.Tables]:
+        return {seed: [columns[column]] for seed, columns in scores[name].items()}
+
+    return tables.over_seeds(runs(arm), None if minus is None else runs(minus))
+
+
+def _record_of(scores: Scores, arm: str) -> dict[str, Any]:
+    by_seed = scores[arm].items()
+    return {
+        "oracle": oracle_of(scores, arm, TOTAL).as_dict(),
+        "gain": oracle_of(scores, arm, TOTAL, minus="base").as_dict(),
+        "seeds": {seed: round(fmean(columns[TOTAL]), 4) for seed, columns in by_seed},
+        "sub_dimensions": {
+            name: oracle_of(scores, arm, name).as_dict() for name in DIMENSIONS
+        },
+    }
+
+
+def _forwards(root: Path, seeds: Sequence[int], arm: str, size: Size) -> int:
+    """MEAN over seeds of an arm's DiT samples, with those of its pairs."""
+    spent = []
+    for seed in seeds:
+        rows = read_metrics(root / f"seed{seed}" / arm / "metrics.jsonl")
+        steps = [row for row in rows if "forwards/grad" in row]
+        spent.append(sum(tables.training_forwards(row) for row in steps))
+    return round(fmean(spent) + (forwards_of_pairs(size) if arm in ARMS else 0.0))
+
+
+def page_of(
+    scores: Scores, record: dict[str, Any], last: dict[str, list[dict[str, float]]]
+) -> list[str]:
+    """Lines of the page; ``last`` holds each arm's last row of metrics.jsonl by seed."""
+    by_seed = scores["base"]
+    count = len(next(iter(by_seed.values()))[TOTAL])
+    pairs = [
+        f"{found['pairs']} of {found['prompts']} prompts" for found in record["pairs"]
+    ]
+    lines = [
+        "# Learning from pairs against learning online, in miniature",
+        "",
+        f"Made by `{COMMAND}` at commit {record['commit']} in {record['minutes']:.0f} minutes. "
+        "DeScore judged eight videos of each prompt; the best and the worst made a pair "
+        f"({', '.join(pairs)}; the rest were too close). The tables "
+        f"have the oracle, on which nobody was trained, on {count} held-out prompts over the seeds "
+        f"{', '.join(map(str, by_seed))}, with the 95 % interval of a bootstrap that draws seeds, "
+        "then prompts; gains are taken prompt by prompt. DiT forwards count a backward as two, and "
+        "the making of the pairs.",
+        "",
+    ]
+    rows = []
+    for arm, title in TITLES.items():
+        gain = None if arm == "base" else oracle_of(scores, arm, TOTAL, minus="base")
+        forwards = str(record["arms"][arm].get("forwards", ""))
+        oracle = tables.show(oracle_of(scores, arm, TOTAL))
+        rows.append([title, forwards, oracle, tables.show(gain)])
+    head = ["trained by", "DiT forwards", "oracle, 0 to 1", "gain on the base"]
+    lines += tables.markdown_table(head, rows)
+
+    # Sub-dimensions.
+    rows = []
+    for arm, title in TITLES.items():
+        cells = [tables.show(oracle_of(scores, arm, name)) for name in DIMENSIONS]
+        rows.append([title, *cells])
+    lines += ["", "## By sub-dimension, 0 to 2", ""]
+    lines += tables.markdown_table(["trained by", *DIMENSIONS], rows)
+
+    # Training metrics; fine-tuning has only some of them.
+    names = ["loss", "accuracy", "chosen_change", "rejected_change", "push"]
+    names.append("grad_norm")
+    rows = []
+    for arm, steps in last.items():
+        cells = [TITLES[arm]]
+        for name in names:
+            key = f"train/{name}"
+            known = key in steps[0]
+            cells.append(f"{fmean(row[key] for row in steps):.4f}" if known else "")
+        rows.append(cells)
+    lines += ["", "## The last training step, mean over seeds", ""]
+    return lines + tables.markdown_table(["trained by", *names], rows)
+
+
+def write_results(
+    root: Path, out: Path, seeds: Sequence[int], size: Size, *, minutes: float
+) -> None:
+    """Write the JSON and the page."""
+    from alignment.pair_store import PairSet
+
+    scores = read_scores(root, seeds)
+    pair_sets = [PairSet(root / f"seed{seed}" / "pairs") for seed in seeds]
+    record: dict[str, Any] = {
+        "command": COMMAND,
+        "commit": commit(),
+        "minutes": round(minutes, 1),
+        "pairs": [pairs.about["counts"] for pairs in pair_sets],
+        "arms": {arm: _record_of(scores, arm) for arm in TITLES},
+    }
+    for arm in TITLES:
+        if arm != "base":
+            record["arms"][arm]["forwards"] = _forwards(root, seeds, arm, size)
+    write_json(out / "reproduce_dpo.json", record)
+    last = {}
+    for arm in ARMS:
+        logs = [root / f"seed{seed}" / arm / "metrics.jsonl" for seed in seeds]
+        last[arm] = [read_metrics(log)[-1] for log in logs]
+    tables.write_page(out / "reproduce_dpo.md", page_of(scores, record, last))
+
+
+def main() -> None:
+    """Prepare DeScore and pairs, run all arms under all seeds, then write the results."""
+    parser = comparison_parser(__doc__, "reproduce_dpo")
+    parser.add_argument("--judge-pairs", type=int, default=2000)
+    parser.add_argument("--prompts", type=int, default=691, help="of the pairs")
+    parser.add_argument("--epochs", type=float, default=1.0, help="times dpo.yaml's")
+    parser.add_argument("--heldout", type=int, default=240, help="held-out prompts")
+    args = parser.parse_args()
+
+    root = args.run_dir
+    timer = RecipeTimer(ROOT / root / "seconds.json")
+    size = Size(args.judge_pairs, args.prompts, args.epochs, args.heldout)
+    prepared = [[prepare(seed, root, size)] for seed in args.seeds]
+    run_jobs(prepared, root, timer, workers=args.workers)
+
+    # The longest first, so that no worker is idle at the end.
     arms = ["grpo", *ARMS, "base"]
     jobs = [[learn(seed, arm, root, size)] for arm in arms for seed in args.seeds]
-    minutes = (
-        run_jobs(jobs, root, workers=args.workers, program="reproduce_dpo")["wall"] / 60
-    )
-    print(
-        write_results(
-            ROOT / root,
-            ROOT / args.out,
-            args.seeds,
-            size,
-            commit=commit(),
-            minutes=minutes,
-        )
-    )
+    run_jobs(jobs, root, timer, workers=args.workers)
+    out = ROOT / args.out
+    write_results(ROOT / root, out, args.seeds, size, minutes=timer.minutes)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,208 @@
-"""DeScore's claims in miniature: `make reproduce-rm`, `python experiments/reproduce_rm.py`.
+"""Compare ways to train a reward model in miniature: `make reproduce-rm`.
 
-The paper's comparison (2605.05922, Figure 1) in the embedded world, with the ordinary entry points: a discriminative
-and a generative reward model, DeScore's first stage without and with masking, and both stages, on three sizes of
-training data under three seeds. Judged on pairs of the training domain and of four others (`toy.make_pairs`).
-
-Every cell is a few commands with a folder of its own under ``--run-dir``; one that has finished is not run again. Two
-run at a time. Results: docs/results/reproduce_rm.{json,md} and two plots.
+The paper's comparison (2605.05922, Figure 1) in the embedded world: a discriminative and a
+generative reward model, DeScore's first stage without and with masking, and both stages, on three
+sizes of training data under three seeds. They are tested on pairs of the training domain and of
+four others (`toy.make_pairs`). Results: docs/results/reproduce_rm.{json,md} and two plots.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import os
-import time
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from experiments.rm_arms import TESTS, chains, steps_of
-from experiments.runner import ROOT, CommandStep, Job, commit, run_jobs, run_step
+from common.log import read_metrics
+from experiments import tables
+from experiments.runner import (
+    ROOT,
+    CommandStep,
+    Job,
+    RecipeTimer,
+    commit,
+    comparison_parser,
+    run_jobs,
+    run_step,
+    write_json,
+)
+from launch.evaluation.intervals import Interval, mean_ci95
+from rm.prompt import DIMENSIONS
+
+CONFIGS = Path("configs/shapes")
+COMMAND = "python experiments/reproduce_rm.py"
+TESTS = ("indomain", "combinations", "renderer", "wan", "spoilt")
+OUTSIDE = TESTS[1:]
+GROUPS = {"in domain": TESTS[:1], "out of domain": OUTSIDE}
+# metric of the training log: how often the preference was met
+CURVES = {
+    "discriminative": "train/accuracy",
+    "generative": "reward/preference",
+    "stage1": "train/accuracy",
+    "descore": "train/accuracy",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make a reward model.
+
+    script   Training command; None uses the model of ``after``, or the base Qwen3-VL, as it is.
+    config   Its yaml.
+    after    Method whose model training starts from, on the same data.
+    extra    Overrides of the yaml.
+    judging  Keyword arguments of `rm.scorer.DeScoreScorer.load`.
+    """
+
+    title: str
+    script: str | None = None
+    config: str = ""
+    after: str | None = None
+    extra: tuple[str, ...] = ()
+    judging: str = "{}"
+
+
+NO_COT = "{chains: 0}"
+STATED = "{value: overall}"
+COLD_START = "launch/cold_start.py"
+DUAL_RL = "launch/dual_rl.py"
+PASSES = (
+    "cold_start.epochs=4",
+    "cold_start.pairs_per_step=16",
+    "cold_start.micro_batch=16",
+)
+# Half the demo's rates: nothing in stage 1 holds the chains of thought in place.
+STAGE1 = (*PASSES, "lr.llm=2e-4", "lr.vision=3e-5", "lr.merger=3e-5")
+UNMASKED = (*STAGE1, "cold_start.masking.probability=0.0")
+MASKED = (*STAGE1, "cold_start.masking.probability=0.5")
+RL = ("dual_rl.pairs_per_step=16", "dual_rl.pairs_per_update=16")
+METHODS = {
+    "base": Method("Qwen3-VL as it is, its stated score", judging=STATED),
+    "discriminative": Method(
+        "discriminative (always masked)",
+        COLD_START,
+        "discriminative.yaml",
+        extra=PASSES,
+        judging=NO_COT,
+    ),
+    "generative": Method(
+        "generative (GRPO on the stated score)",
+        DUAL_RL,
+        "generative.yaml",
+        extra=RL,
+        judging=STATED,
+    ),
+    "stage1_p0": Method(
+        "DeScore stage 1, p = 0", COLD_START, "cold_start.yaml", extra=UNMASKED
+    ),
+    "stage1": Method(
+        "DeScore stage 1, p = 0.5", COLD_START, "cold_start.yaml", extra=MASKED
+    ),
+    "stage1_at_once": Method(
+        "... the same, scoring at once", after="stage1", judging=NO_COT
+    ),
+    "descore": Method(
+        "DeScore, both stages, p = 0.5", DUAL_RL, "dual_rl.yaml", "stage1", RL
+    ),
+    "descore_p0": Method(
+        "DeScore, both stages, p = 0", DUAL_RL, "dual_rl.yaml", "stage1_p0", RL
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method under a seed on the first ``size`` training pairs. The base has size 0."""
+
+    seed: int
+    size: int
+    method: str
+
+    def folder(self, run: Path) -> Path:
+        """Run folder."""
+        return run / f"seed{self.seed}" / f"{self.size}_{self.method}"
+
+    def checkpoint(self, run: Path) -> Path:
+        """Folder of its weights."""
+        method = METHODS[self.method]
+        if method.script is not None:
+            return self.folder(run) / "final"
+        if method.after is not None:
+            return Cell(self.seed, self.size, method.after).checkpoint(run)
+        return run / "base"
+
+
+def sequences_of(seed: int, sizes: Sequence[int]) -> list[list[Cell]]:
+    """Cells in sequences, in which a cell may start from an earlier one."""
+    sequences = [[Cell(seed, 0, "base")]]
+    for size in sizes:
+        for names in (
+            ("stage1", "descore", "stage1_at_once"),
+            ("stage1_p0", "descore_p0"),
+            ("generative",),
+            ("discriminative",),
+        ):
+            sequences.append([Cell(seed, size, name) for name in names])
+    return sequences
+
+
+def steps_of(
+    cell: Cell, run: Path, *, rl_steps: int, more: Sequence[str] = ()
+) -> list[CommandStep]:
+    """Commands that train a cell's model and evaluate it on all tests."""
+    method = METHODS[cell.method]
+    folder = cell.folder(run)
+    data = run / f"seed{cell.seed}" / "data"
+    steps = []
+    if method.script is not None:
+        words = [
+            "--config",
+            str(CONFIGS / method.config),
+            f"run_dir={folder}",
+            f"seed={cell.seed}",
+            f"data.train={data / 'filmed.csv'}",
+            "data.heldout=null",
+            f"data.limit={cell.size}",
+            "eval_every=0",
+        ]
+        if method.script == DUAL_RL:
+            words.append(f"dual_rl.steps={rl_steps}")
+        if method.after is not None:
+            before = Cell(cell.seed, cell.size, method.after)
+            words.append(f"checkpoint={before.checkpoint(run)}")
+        words += [*method.extra, *more]
+        done = folder / "final" / "descore.json"
+        steps.append(CommandStep(f"train {cell}", method.script, words, done))
+    out = folder / "tests"
+    words = [
+        "rm",
+        "--config",
+        str(CONFIGS / "evaluate_rm.yaml"),
+        f"checkpoint={cell.checkpoint(run)}",
+        f"pairs={data / 'tests.csv'}",
+        f"out={out}",
+        f"options={method.judging}",
+        "batch=32",
+        "resamples=200",
+    ]
+    done = out / "summary.json"
+    steps.append(CommandStep(f"judge {cell}", "launch/evaluate.py", words, done))
+    return steps
 
 
 def make_data(run: Path, seed: int, *, train: int, tests: int) -> None:
-    """Pairs to train on in filmed.csv, all test pairs in tests.csv."""
+    """Make the training pairs (filmed.csv) and all test pairs (tests.csv) of a seed."""
     data = run / f"seed{seed}" / "data"
     if (ROOT / data / "tests.csv").exists():
         return
     counts = [f"filmed={train}", *(f"{name}={tests}" for name in TESTS)]
     words = ["--out", str(data), "--seed", str(seed), "--pairs", *counts]
-    run_step(
-        CommandStep("preference data", "make_shapes.py", words, data / "done.json"), 1
-    )
+    done = data / "done.json"
+    run_step(CommandStep("preference data", "toy/make_pairs.py", words, done))
+
+    # Join the tests in a single file, renamed last so that it is never seen half written.
     rows: list[dict[str, str]] = []
     for name in TESTS:
         with open(ROOT / data / f"{name}.csv", encoding="utf-8", newline="") as file:
@@ -43,71 +216,350 @@ def make_data(run: Path, seed: int, *, train: int, tests: int) -> None:
 
 
 def make_base(run: Path) -> None:
-    """The base Qwen3-VL as a judge with an untrained head, which its stated score does not use."""
-    if (ROOT / run / "base" / "descore.json").exists():
+    """Save the base Qwen3-VL as a reward model with an untrained head, which is not used."""
+    folder = ROOT / run / "base"
+    if (folder / "descore.json").exists():
         return
     from rm.config import Generation
     from rm.model import DeScore
 
-    how = Generation(max_new_tokens=96, repetition_penalty=1.0)
-    DeScore.from_base(ROOT / "assets/shapes/qwen", generation=how).save(
-        ROOT / run / "base"
+    generation = Generation(max_new_tokens=96, repetition_penalty=1.0)
+    qwen = ROOT / "assets/shapes/qwen"
+    DeScore.from_base(qwen, generation=generation).save(folder)
+
+
+@dataclass(frozen=True)
+class RmOutcome:
+    """Results of a reward model on a test, in the order of its pairs.
+
+    right    Per pair without a tie, 1 if the order was right.
+    stated   Per pair without a tie, the order of the sums of the five scores in the chains of
+             thought: 1 right, 0 equal sums, -1 wrong, NaN where a score is missing.
+    thought  Per pair, the share of right sub-dimension scores; empty without chains of thought.
+    """
+
+    right: tuple[float, ...]
+    stated: tuple[float, ...] = ()
+    thought: tuple[float, ...] = ()
+
+
+Outcomes = dict[Cell, dict[str, RmOutcome]]
+
+
+def read_outcomes(run: Path, cells: Sequence[Cell]) -> Outcomes:
+    """Read the results of all cells, by cell and test."""
+    outcomes: Outcomes = {}
+    for cell in cells:
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TESTS}
+        for row in tables.read_results(cell.folder(run) / "tests"):
+            rows[Path(row["video_A"]).name.split("_")[0]].append(row)
+        outcomes[cell] = {name: _outcome(part) for name, part in rows.items()}
+    return outcomes
+
+
+def _outcome(rows: Sequence[dict[str, Any]]) -> RmOutcome:
+    decided = [row for row in rows if row["label"] != 0]
+    with_cot = [row for row in rows if row.get("cot_A") or row.get("cot_B")]
+    return RmOutcome(
+        tuple(_right(row) for row in decided),
+        tuple(stated_order(row) for row in decided),
+        tuple(
+            (row.get("quality_A", 0.0) + row.get("quality_B", 0.0)) / 2
+            for row in with_cot
+        ),
     )
+
+
+def _right(row: dict[str, Any]) -> float:
+    reward_a = row["reward_A"]
+    reward_b = row["reward_B"]
+    # a pair with a missing score is wrong
+    if reward_a is None or reward_b is None:
+        return 0.0
+    return float((reward_a - reward_b) * row["label"] > 0)
+
+
+def stated_order(row: dict[str, Any]) -> float:
+    """`RmOutcome.stated` of a row."""
+    sums = []
+    for side in "AB":
+        parts = row.get(f"parts_{side}") or {}
+        scores = [parts.get(name) for name in DIMENSIONS]
+        if None in scores:
+            return math.nan
+        sums.append(sum(scores))
+    lead = (sums[0] - sums[1]) * row["label"]
+    return math.copysign(1.0, lead) if lead else 0.0
+
+
+def _runs(
+    outcomes: Outcomes, size: int, method: str, tests: Sequence[str], field: str
+) -> dict[int, tables.Tables]:
+    """Values of a method, by seed and test."""
+    return {
+        cell.seed: [getattr(by_test[test], field) for test in tests]
+        for cell, by_test in outcomes.items()
+        if (cell.size, cell.method) == (size if method != "base" else 0, method)
+    }
+
+
+def mean_of(
+    outcomes: Outcomes, size: int, method: str, tests: Sequence[str], field: str
+) -> Interval | None:
+    """MEAN of a field over seeds and tests; None where there are no values."""
+    runs = _runs(outcomes, size, method, tests, field)
+    complete = all(len(values) for run in runs.values() for values in run)
+    return tables.over_seeds(runs) if runs and complete else None
+
+
+def difference(
+    outcomes: Outcomes,
+    size: int,
+    method: str,
+    other: str,
+    tests: Sequence[str],
+    field: str,
+) -> Interval:
+    """``method`` minus ``other``, pair by pair of the same seed."""
+    minus = _runs(outcomes, size, other, tests, field)
+    return tables.over_seeds(_runs(outcomes, size, method, tests, field), minus)
+
+
+def _record_of(cell: Cell, by_test: Mapping[str, RmOutcome]) -> dict[str, Any]:
+    def interval(values: Sequence[float]) -> dict[str, Any]:
+        return mean_ci95(values, seed=0, resamples=2_000).as_dict()
+
+    results = {}
+    for name, outcome in by_test.items():
+        results[name] = {"accuracy": interval(outcome.right)}
+        if outcome.thought:
+            results[name]["sub_dimensions"] = interval(outcome.thought)
+    cell_name = {"seed": cell.seed, "size": cell.size, "method": cell.method}
+    return {**cell_name, "tests": results}
+
+
+def page_of(
+    outcomes: Outcomes, sizes: Sequence[int], record: dict[str, Any], workers: int
+) -> list[str]:
+    """Lines of the page."""
+    seeds = sorted({cell.seed for cell in outcomes})
+    largest = sizes[-1]
+    seconds = record["seconds"]
+    tests = {name: (name,) for name in TESTS} | {"mean of the four": OUTSIDE}
+    lines = [
+        "# DeScore's claims in miniature",
+        "",
+        f"Made by `{COMMAND}` at commit {record['commit']}: {len(outcomes)} judges, "
+        f"{seconds['wall'] / 60:.0f} minutes with {workers} processes, "
+        f"{seconds['cpu'] / 60:.0f} minutes of one core. "
+        f"Mean over the seeds {', '.join(map(str, seeds))} and 95 % interval of a bootstrap that "
+        "draws seeds, then pairs. Accuracy is over pairs that are no ties; equal scores are wrong.",
+        "",
+        f"## Accuracy on {largest} training pairs",
+        "",
+        *_table(tests, METHODS, lambda m, t: mean_of(outcomes, largest, m, t, "right")),
+        "",
+        "## Accuracy against training pairs",
+        "",
+    ]
+
+    # A table over sizes in the training domain, and another outside of it.
+    trained = [name for name in METHODS if name != "base"]
+    for group, members in GROUPS.items():
+        columns = {f"{group}, {size}": (size, members) for size in sizes}
+        lines += _table(
+            columns, trained, lambda m, c: mean_of(outcomes, c[0], m, c[1], "right")
+        )
+        lines.append("")
+
+    thinking = [name for name, method in METHODS.items() if method.judging != NO_COT]
+    return [
+        *lines,
+        f"## Right sub-dimension scores in the chains of thought, {largest} training pairs",
+        "",
+        *_table(
+            tests, thinking, lambda m, t: mean_of(outcomes, largest, m, t, "thought")
+        ),
+        "",
+        f"## What the score adds to what the chains state, {largest} training pairs",
+        "",
+        "The preference is the order of two sums of five scores, and a chain states five scores. "
+        "Where their sums are in the right order, the same, or in the wrong order: the share of "
+        "pairs, and how often the judge's own score is right there. All seeds together.",
+        "",
+        *stated_table(outcomes, largest),
+        "",
+        f"## Differences on the same pairs, {largest} training pairs",
+        "",
+        *_differences(outcomes, largest),
+        "",
+        "![accuracy against training pairs](reproduce_rm_size.svg)",
+        "",
+        "![accuracy in training](reproduce_rm_training.svg)",
+    ]
+
+
+def _table(
+    columns: Mapping[str, Any],
+    methods: Sequence[str] | Mapping[str, Method],
+    value: Callable[[str, Any], Interval | None],
+) -> list[str]:
+    rows = []
+    for name in methods:
+        cells = [tables.show(value(name, column)) for column in columns.values()]
+        rows.append([METHODS[name].title, *cells])
+    return tables.markdown_table(["judge", *columns], rows)
+
+
+def stated_table(outcomes: Outcomes, size: int) -> list[str]:
+    """Share of pairs and accuracy by the order that the chains of thought state."""
+    rows = []
+    for name in ("generative", "stage1", "descore", "stage1_p0", "descore_p0"):
+        for group, tests in GROUPS.items():
+            # Accuracy of the pairs in each case, from all seeds.
+            right: dict[float, list[float]] = {1.0: [], 0.0: [], -1.0: []}
+            for cell, by_test in outcomes.items():
+                if (cell.size, cell.method) != (size, name):
+                    continue
+                for test in tests:
+                    outcome = by_test[test]
+                    for is_right, order in zip(
+                        outcome.right, outcome.stated, strict=True
+                    ):
+                        if not math.isnan(order):
+                            right[order].append(is_right)
+            total = max(1, sum(map(len, right.values())))
+            cells = []
+            for values in right.values():
+                mean = f"{sum(values) / len(values):.3f}" if values else "none"
+                cells.append(f"{len(values) / total:.3f}: {mean}")
+            rows.append([METHODS[name].title, group, *cells])
+    cases = [f"stated {case}" for case in ("right", "the same", "wrong")]
+    return tables.markdown_table(["judge", "tests", *cases], rows)
+
+
+def _differences(outcomes: Outcomes, size: int) -> list[str]:
+    compared = [
+        ("descore", "stage1", "thought"),
+        ("descore_p0", "stage1_p0", "thought"),
+        ("descore", "stage1", "right"),
+        ("descore", "generative", "right"),
+        ("descore", "discriminative", "right"),
+        ("descore_p0", "stage1_p0", "right"),
+        ("descore_p0", "generative", "right"),
+        ("descore_p0", "discriminative", "right"),
+        ("descore", "descore_p0", "right"),
+        ("stage1", "discriminative", "right"),
+    ]
+    labels = {"right": "accuracy", "thought": "right sub-dimension scores"}
+    rows = []
+    for method, other, field in compared:
+        row = [f"{labels[field]}: {METHODS[method].title} - {METHODS[other].title}"]
+        for tests in GROUPS.values():
+            gap = difference(outcomes, size, method, other, tests, field)
+            row.append(tables.show(gap))
+        rows.append(row)
+    return tables.markdown_table(["difference", *GROUPS], rows)
+
+
+def plot_sizes(outcomes: Outcomes, sizes: Sequence[int], path: Path) -> None:
+    """Plot accuracy against the number of training pairs, in and out of domain."""
+    figure, axes = tables.new_figure(len(GROUPS))
+    for axis, (group, tests) in zip(axes, GROUPS.items(), strict=True):
+        for place, (name, method) in enumerate(METHODS.items()):
+            if name == "base":
+                continue
+            values = [mean_of(outcomes, size, name, tests, "right") for size in sizes]
+            mean = [value.mean for value in values]
+            below = [value.mean - value.low for value in values]
+            above = [value.high - value.mean for value in values]
+            axis.errorbar(
+                # shifted, so that the bars stand side by side
+                [size * (1 + 0.012 * (place - 3)) for size in sizes],
+                mean,
+                yerr=[below, above],
+                marker="o",
+                markersize=3,
+                capsize=2,
+                label=method.title,
+            )
+        axis.set(title=group, xlabel="training pairs", ylabel="accuracy", xscale="log")
+        axis.set_xticks(sizes, labels=map(str, sizes), minor=False)
+        axis.minorticks_off()
+    tables.save_figure(figure, path, legend_of=axes[0], bottom=0.12)
+
+
+def plot_training(run: Path, cells: Sequence[Cell], path: Path) -> None:
+    """Plot how often the preference was met in training, a line per seed."""
+    figure, axes = tables.new_figure(len(CURVES))
+    for axis, (name, metric) in zip(axes, CURVES.items(), strict=True):
+        for cell in cells:
+            if cell.method != name:
+                continue
+            rows = read_metrics(cell.folder(run) / "metrics.jsonl")
+            steps = [row["step"] for row in rows]
+            values = [row[metric] for row in rows]
+            axis.plot(steps, values, label=f"seed {cell.seed}", lw=1)
+        title = METHODS[name].title
+        axis.set(title=title, xlabel="step", ylabel=metric, ylim=(0.3, 1.0))
+    tables.save_figure(figure, path, legend_of=axes[0], bottom=0.12)
+
+
+def write_results(
+    run: Path,
+    out: Path,
+    cells: Sequence[Cell],
+    *,
+    seconds: dict[str, float],
+    workers: int,
+) -> None:
+    """Write the JSON, two plots and the page."""
+    outcomes = read_outcomes(run, cells)
+    sizes = sorted({cell.size for cell in cells if cell.size})
+    record = {
+        "command": COMMAND,
+        "commit": commit(),
+        "seconds": seconds,
+        "judges": [_record_of(cell, by_test) for cell, by_test in outcomes.items()],
+    }
+    write_json(out / "reproduce_rm.json", record)
+    plot_sizes(outcomes, sizes, out / "reproduce_rm_size.svg")
+    largest = [cell for cell in cells if cell.size == sizes[-1]]
+    plot_training(run, largest, out / "reproduce_rm_training.svg")
+    page = page_of(outcomes, sizes, record, workers)
+    tables.write_page(out / "reproduce_rm.md", page)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/reproduce_rm"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--sizes",
-        type=int,
-        nargs="+",
-        default=[500, 1000, 2000],
-        help="pairs to train on",
-    )
+    """Make data, train and evaluate all cells, then write the results."""
+    parser = comparison_parser(__doc__, "reproduce_rm")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[500, 1000, 2000])
     parser.add_argument("--tests", type=int, default=300, help="pairs of each test")
     parser.add_argument("--rl-steps", type=int, default=30, help="of 16 pairs each")
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("more", nargs="*", help="overrides a.b=c of every training run")
     args = parser.parse_args()
 
-    from experiments.rm_table import write_results
-
     run: Path = args.run_dir
-    began = time.time()
+    timer = RecipeTimer(ROOT / run / "seconds.json")
     make_base(run)
     for seed in args.seeds:
         make_data(run, seed, train=max(args.sizes), tests=args.tests)
-    todo = [cells for seed in args.seeds for cells in chains(seed, args.sizes)]
-    todo.sort(
-        key=lambda cells: -cells[0].size
-    )  # the longest first, so that no worker is idle at the end
-    jobs = [
-        [
-            Job(
-                cell.folder(run),
-                steps_of(cell, run, rl_steps=args.rl_steps, more=args.more),
-            )
-            for cell in cells
-        ]
-        for cells in todo
-    ]
-    run_jobs(
-        jobs,
-        run,
-        workers=args.workers,
-        program="reproduce_rm",
-        since=began,
-        unit="judge",
-    )
-    cells = [cell for chain in todo for cell in chain]
-    print(
-        write_results(
-            ROOT / run, ROOT / args.out, cells, commit=commit(), workers=args.workers
-        )
-    )
+
+    # The longest first, so that no worker is idle at the end.
+    sequences = [c for seed in args.seeds for c in sequences_of(seed, args.sizes)]
+    sequences.sort(key=lambda cells: -cells[0].size)
+    cells = [cell for sequence in sequences for cell in sequence]
+    jobs = []
+    for sequence in sequences:
+        jobs.append([])
+        for cell in sequence:
+            steps = steps_of(cell, run, rl_steps=args.rl_steps, more=args.more)
+            jobs[-1].append(Job(cell.folder(run), steps))
+    run_jobs(jobs, run, timer, workers=args.workers)
+
+    out = ROOT / args.out
+    seconds = timer.seconds
+    write_results(ROOT / run, out, cells, seconds=seconds, workers=args.workers)
 
 
 if __name__ == "__main__":

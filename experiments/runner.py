@@ -1,10 +1,12 @@
-"""Long recipes made of the ordinary entry points: each step is a command a user would type, in a process of its own.
+"""Run recipes that are made of the ordinary commands, each in a process of its own.
 
-A step that has left its file is not repeated, so a recipe that was stopped goes on where it was.
+A step is done when its output file exists, and a done step is not run again. So a recipe that was
+stopped continues where it was.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class CommandStep:
-    """One command. ``launcher`` runs it on several ranks under deepspeed; ``done`` is the file it leaves."""
+    """A command with the file that it writes last.
+
+    title      Text for the terminal; its first word names the step's log and its time.
+    script     Program, relative to the repository.
+    arguments  Its command line.
+    done       File that exists once the step has finished, relative to the repository.
+    launcher   Whether deepspeed starts it on several ranks where there are several.
+    """
 
     title: str
     script: str
@@ -32,172 +41,210 @@ class CommandStep:
     done: Path
     launcher: bool = True
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the step has left its file."""
+        return (ROOT / self.done).exists()
 
-def command(step: CommandStep, ranks: int) -> list[str]:
-    """What is run."""
-    script = f"launch/{step.script}"
-    if step.launcher and ranks > 1:
-        launcher = str(Path(sys.executable).with_name("deepspeed"))
-        return [launcher, "--num_accelerators", str(ranks), script, *step.arguments]
-    return [sys.executable, script, *step.arguments]
+    @property
+    def kind(self) -> str:
+        """First word of the title."""
+        return self.title.split()[0]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Steps that follow each other, with a folder for their logs (``KIND.log``)."""
+
+    folder: Path
+    steps: Sequence[CommandStep]
 
 
 class PeakMemory:
-    """Highest SUM of resident bytes over a process and its descendants, sampled twice a second."""
+    """Highest SUM of resident bytes over a process and its descendants."""
 
     def __init__(self) -> None:
         self.peak = 0
 
-    def watch(self, pid: int, finished: Callable[[], bool]) -> None:
+    def watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Sample twice a second until the process has ended."""
         import psutil
 
-        while not finished():
+        while process.poll() is None:
             total = 0
             try:
-                root = psutil.Process(pid)
+                root = psutil.Process(process.pid)
                 family = [root, *root.children(recursive=True)]
             except psutil.NoSuchProcess:
                 return
-            for process in family:
+            for member in family:
                 try:
-                    total += process.memory_info().rss
+                    total += member.memory_info().rss
                 except psutil.NoSuchProcess:
                     continue  # it ended between the two calls
             self.peak = max(self.peak, total)
             time.sleep(0.5)
 
 
+class RecipeTimer:
+    """Seconds of every step of a recipe, in a JSON file that survives restarts.
+
+    "wall" and "cpu" are those of all starts of the recipe together. The two tell a busy machine
+    from a slow recipe.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.seconds: dict[str, float] = {}
+        if path.exists():
+            self.seconds = json.loads(path.read_text(encoding="utf-8"))
+        self.wall_before = self.seconds.get("wall", 0.0) - time.time()
+        self.cpu_before = self.seconds.get("cpu", 0.0) - _cpu_seconds()
+
+    def add(self, steps: dict[str, float]) -> None:
+        """Record these steps and write the file."""
+        self.seconds |= steps
+        self.seconds["wall"] = round(self.wall_before + time.time(), 1)
+        self.seconds["cpu"] = round(self.cpu_before + _cpu_seconds(), 1)
+        write_json(self.path, self.seconds)
+
+    @property
+    def minutes(self) -> float:
+        """Wall time of all starts so far."""
+        return self.seconds["wall"] / 60
+
+
+def comparison_parser(doc: str, name: str) -> argparse.ArgumentParser:
+    """Command line that the comparisons share."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, default=Path("runs", name))
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    return parser
+
+
 def run_step(
     step: CommandStep,
-    ranks: int,
+    ranks: int = 1,
+    *,
     memory: PeakMemory | None = None,
     log: Path | None = None,
 ) -> float:
-    """Run to the end, with its output in ``log`` or on this terminal; the seconds it took. RuntimeError if it fails."""
+    """Run a step to its end and return the seconds it took.
+
+    Its output goes to ``log``, or to this terminal without one. Raises RuntimeError if it fails.
+    """
     began = time.time()
-    words = command(step, ranks)
+    words = _command(step, ranks)
+    spelled = shlex.join(_short(word) for word in words)
     if log is None:
-        print(f"$ {spelled(words)}", flush=True)
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        **os.environ,
-    }
-    environment["PATH"] = (
-        f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    )
+        print(f"$ {spelled}", flush=True)
+
+    # Start the process, and a thread that watches its memory.
     with nullcontext() if log is None else log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             words,
             cwd=ROOT,
-            env=environment,
+            env=_environment(),
             stdout=file,
             stderr=file and subprocess.STDOUT,
         )
         if memory is not None:
-            watch = (process.pid, lambda: process.poll() is not None)
-            threading.Thread(target=memory.watch, args=watch, daemon=True).start()
+            threading.Thread(target=memory.watch, args=(process,), daemon=True).start()
         code = process.wait()
+
     if code != 0:
         where = "" if log is None else f"; its output is in {log}"
         raise RuntimeError(
-            f"'{step.title}' failed with exit code {code}: {spelled(words)}{where}"
+            f"'{step.title}' failed with exit code {code}: {spelled}{where}"
         )
-    if not (ROOT / step.done).exists():
+    if not step.is_done:
         raise RuntimeError(f"'{step.title}' ended without writing {step.done}")
     return time.time() - began
 
 
-@dataclass(frozen=True)
-class Job:
-    """Steps that follow each other, with a folder for their logs (``kind.log``, the kind is a title's first word)."""
-
-    folder: Path
-    steps: Sequence[CommandStep]
-
-
 def run_jobs(
-    chains: Sequence[Sequence[Job]],
-    root: Path,
-    *,
-    workers: int,
-    program: str,
-    since: float | None = None,
-    unit: str = "run",
-) -> dict[str, float]:
-    """All jobs, those of a chain one after the other, ``workers`` chains at a time, with a progress bar.
+    sequences: Sequence[Sequence[Job]], root: Path, timer: RecipeTimer, *, workers: int
+) -> None:
+    """Run all jobs, ``workers`` sequences at a time, with a progress bar.
 
-    Seconds of every step that had to be run are kept in root/seconds.json and returned, with those of all starts of
-    the recipe together: "wall", counted from ``since`` (a `time.time`, now by default), and "cpu", so that a busy
-    machine can be told from a slow recipe. Exits when one fails.
+    Jobs of a sequence run in order. ``timer`` records every step that had to be run. Exits with a
+    message when a step fails.
     """
     from tqdm import tqdm
 
-    timings, began = (
-        ROOT / root / "seconds.json",
-        time.time() if since is None else since,
-    )
-    timings.parent.mkdir(parents=True, exist_ok=True)
-    seconds: dict[str, float] = (
-        json.loads(timings.read_text(encoding="utf-8")) if timings.exists() else {}
-    )
-    before = {name: seconds.get(name, 0.0) for name in ("wall", "cpu")}
-    used = (
-        _cpu_seconds() if since is None else 0.0
-    )  # by commands before this call: its recipe's own with ``since``
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=sum(map(len, chains)), desc=f"{unit}s", unit=unit) as bar,
-    ):
-        running = {pool.submit(_run_chain, chain, root): chain for chain in chains}
-        for done in as_completed(running):
-            try:
-                seconds |= done.result()
-            except RuntimeError as error:
-                pool.shutdown(cancel_futures=True)
-                sys.exit(f"{program}: {error}\nstarted again, it goes on here")
-            seconds["wall"] = round(before["wall"] + time.time() - began, 1)
-            seconds["cpu"] = round(before["cpu"] + _cpu_seconds() - used, 1)
-            timings.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
-            bar.update(len(running[done]))
-    return seconds
+    with ThreadPoolExecutor(workers) as pool:
+        running = {pool.submit(_run_sequence, jobs, root): jobs for jobs in sequences}
+        with tqdm(total=sum(map(len, sequences)), desc="runs", unit="run") as bar:
+            for future in as_completed(running):
+                try:
+                    timer.add(future.result())
+                except RuntimeError as error:
+                    pool.shutdown(cancel_futures=True)
+                    program = Path(sys.argv[0]).stem
+                    sys.exit(f"{program}: {error}\nstart it again to continue here")
+                bar.update(len(running[future]))
 
 
-def _run_chain(chain: Sequence[Job], root: Path) -> dict[str, float]:
+def _run_sequence(jobs: Sequence[Job], root: Path) -> dict[str, float]:
     seconds = {}
-    for job in chain:
+    for job in jobs:
         for step in job.steps:
-            if not (ROOT / step.done).exists():
-                (ROOT / job.folder).mkdir(parents=True, exist_ok=True)
-                kind = step.title.split()[0]
-                took = run_step(step, 1, log=ROOT / job.folder / f"{kind}.log")
-                seconds[f"{kind} {job.folder.relative_to(root)}"] = round(took, 1)
+            if step.is_done:
+                continue
+            (ROOT / job.folder).mkdir(parents=True, exist_ok=True)
+            took = run_step(step, log=ROOT / job.folder / f"{step.kind}.log")
+            seconds[f"{step.kind} {job.folder.relative_to(root)}"] = round(took, 1)
     return seconds
+
+
+def _command(step: CommandStep, ranks: int) -> list[str]:
+    if step.launcher and ranks > 1:
+        launcher = str(Path(sys.executable).with_name("deepspeed"))
+        return [
+            launcher,
+            "--num_accelerators",
+            str(ranks),
+            step.script,
+            *step.arguments,
+        ]
+    return [sys.executable, step.script, *step.arguments]
+
+
+def _short(word: str) -> str:
+    """Spell a program as a user would type it."""
+    if word.endswith("/deepspeed"):
+        return "deepspeed"
+    return "python" if word == sys.executable else word
+
+
+def _environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **os.environ,
+        "PATH": path,
+    }
 
 
 def _cpu_seconds() -> float:
-    """Of all commands that have ended."""
+    """Processor time of all commands that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def commit() -> str:
-    """Of the checkout, short; empty where there is none."""
+    """Short commit of the checkout; empty where there is none."""
     git = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(
-        git, cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    found = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
 
 
-def spelled(words: list[str]) -> str:
-    """The command as a user would type it."""
-    short = [
-        "deepspeed"
-        if w.endswith("/deepspeed")
-        else "python"
-        if w == sys.executable
-        else w
-        for w in words
-    ]
-    return shlex.join(short)
+def write_json(path: Path, record: object) -> None:
+    """Write a record as indented JSON, with the folders that it needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

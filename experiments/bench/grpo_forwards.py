@@ -2,8 +2,9 @@
 
     python experiments/bench/grpo_forwards.py
 
-The tiny Wan, T = 16 and T' = 6, four members, guidance, KL; the stochastic step is the third (k = 2). Samples through
-the transformer are counted by a hook and must equal the formulas of `GrpoLoop`'s cost
+The tiny Wan, T = 16 and T' = 6, four members, guidance, KL; the stochastic step is the third (k =
+2). Samples through the transformer are counted by a hook and must equal the formulas of
+`GrpoLoop`'s cost
 
     without gradient  c [(k + 1) + G (T - k - 1)] with a shared prefix, else c G T
     with gradient     c K M, and as many again for the reference; K stochastic steps, M latents to start them from
@@ -90,9 +91,7 @@ class Red:
 class CountedArm:
     """A loop of one group a step, and what went through its transformer."""
 
-    def __init__(
-        self, name: str, *, size: int, frames: int, update: str = "collapsed"
-    ) -> None:
+    def __init__(self, name: str, *, size: int, frames: int) -> None:
         run = load(GrpoRun, "configs/shapes/grpo.yaml")
         sampler = replace(
             run.generator.sampler,
@@ -110,7 +109,7 @@ class CountedArm:
                 parameter.data = 0.02 * torch.randn(
                     parameter.shape, generator=draw
                 )  # policy and reference differ
-        cfg = GrpoConfig(group_size=MEMBERS, kl_weight=1e-3, update=update)
+        cfg = GrpoConfig(group_size=MEMBERS, kl_weight=1e-3)
         self.engine = CountingEngine(self.generator.module)
         self.loop = GrpoLoop(
             cfg,
@@ -141,6 +140,37 @@ class CountedArm:
         self.counts = dict.fromkeys(self.counts, 0)
         result = self.loop.step(0)
         return self.engine.gradients(), self.counts, result.metrics
+
+
+def per_member_gradient(arm: CountedArm) -> Tensor:
+    """Gradient of the update with a forward and a backward for each member, MEAN over members."""
+    generator = arm.generator
+
+    # The loop asks for one transition of the whole group. Detached copies of its mean collect the
+    # gradient of the loss; each member then carries its share through a forward of its own.
+    transition = generator.transition
+    backward = arm.engine.backward
+    asked: list[tuple[str, object, Tensor]] = []
+
+    def record(prompt: str, step: object, member: int | None = None) -> object:
+        found = transition(prompt, step, member)
+        if not torch.is_grad_enabled():
+            return found
+        mean = found.mean.detach().expand(step.next_GCFHW.shape).clone()
+        mean.requires_grad_()
+        asked.append((prompt, step, mean))
+        return replace(found, mean=mean)
+
+    def backward_by_member(loss: Tensor) -> None:
+        backward(loss)
+        prompt, step, mean = asked.pop()
+        for member in range(step.size):
+            own_mean = transition(prompt, step, member).mean
+            own_mean.backward(mean.grad[member : member + 1])
+
+    generator.transition = record
+    arm.engine.backward = backward_by_member
+    return arm.step()[0]
 
 
 def peak_memory(name: str, size: int, frames: int) -> float:
@@ -195,8 +225,7 @@ def main() -> None:
                 f"{name}: counted {counts[name]}, the formula says {want}"
             )
     one, each = (
-        CountedArm("shared", **size, update=update).step()[0]
-        for update in ("collapsed", "per_member")
+        CountedArm("shared", **size).step()[0] for update in ("collapsed", "per_member")
     )
     # the engine averages over backwards, of which there are G here and 1 there
     error = float((one - each / MEMBERS).norm() / one.norm())

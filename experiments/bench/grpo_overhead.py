@@ -2,9 +2,10 @@
 
     python experiments/bench/grpo_overhead.py
 
-The demo's size on one process, under DeepSpeed as in training: 16 prompts x 8 members of the tiny Wan, the oracle as
-the reward. "loop" is everything that is none of the others: noise, kernels of the sampler, log-probs and losses,
-advantages, gathering, metrics. The optimizer's step and the reward are parts of their own.
+The demo's size on one process, under DeepSpeed as in training: 16 prompts x 8 members of the tiny
+Wan, the oracle as the reward. "loop" is everything that is none of the others: noise, kernels of
+the sampler, log-probs and losses, advantages, gathering, metrics. The optimizer's step and the
+reward are parts of their own.
 """
 
 from __future__ import annotations

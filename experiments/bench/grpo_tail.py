@@ -2,10 +2,10 @@
 
     python experiments/bench/grpo_tail.py
 
-The tiny Wan of assets/shapes at the paper's T = 16 and T' = 6 with guidance 4.5, four members, a prompt at a time; the
-same prompts and seeds for all, so that the stochastic step is the same latent. Wall time is the median of alternating
-rounds, relative to a tail without options; the difference is of the clean latents, relative to theirs; the oracle is
-its MEAN over all videos.
+The tiny Wan of assets/shapes at the paper's T = 16 and T' = 6 with guidance 4.5, four members, a
+prompt at a time; the same prompts and seeds for all, so that the stochastic step is the same
+latent. Wall time is the median of alternating rounds, relative to a tail without options; the
+difference is of the clean latents, relative to theirs; the oracle is its MEAN over all videos.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python experiments/bench/serve_load.py --checkpoint runs/demo/descore/final
 
-Every client asks for one video after the other and compares each answer with the reward's own in this process: nothing
-may be lost, and nothing may reach another client. Both servers run after each other with the same clients.
+Every client asks for one video after the other and compares each answer with the reward's own in
+this process: nothing may be lost, and nothing may reach another client. Both servers run after each
+other with the same clients.
 """
 
 from __future__ import annotations

@@ -12,17 +12,17 @@ import pytest
 from experiments import demo
 
 LESS = {
-    "make_shapes.py": ["--pairs", "train=32", "heldout=16"],
-    "cold_start.py": ["cold_start.epochs=1", "heldout_pairs=8"],
-    "grpo.py": ["steps=1", "prompts_per_step=2"],
-    "pairs.py": ["limit=6", "pairs.min_margin=0"],
-    "dpo.py": ["dpo.epochs=1", "dpo.pairs_per_step=2", "dpo.micro_batch=1"],
+    "toy/make_pairs.py": ["--pairs", "train=32", "heldout=16"],
+    "launch/cold_start.py": ["cold_start.epochs=1", "heldout_pairs=8"],
+    "launch/grpo.py": ["steps=1", "prompts_per_step=2"],
+    "launch/pairs.py": ["limit=6", "pairs.min_margin=0"],
+    "launch/dpo.py": ["dpo.epochs=1", "dpo.pairs_per_step=2", "dpo.micro_batch=1"],
 }
 
 
 def less(script: str, words: list[str]) -> list[str]:
     """The last of two values of a key counts."""
-    if script == "evaluate.py":
+    if script == "launch/evaluate.py":
         return [*words, "limit=8"]
     return [*words, *LESS[script]]
 
@@ -33,7 +33,7 @@ def test_its_steps_follow_each_other_and_end_in_a_report(
 ) -> None:
     whole = demo.plan
 
-    def shorter(run: Path, seed: int) -> list[demo.Step]:
+    def shorter(run: Path, seed: int) -> list[demo.CommandStep]:
         return [
             dataclasses.replace(step, arguments=less(step.script, step.arguments))
             for step in whole(run, seed)

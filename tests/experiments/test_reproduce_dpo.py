@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments.dpo_arms import (
-    ARMS,
+from experiments.reproduce_dpo import (
     TITLES,
     Size,
     epochs_of,
     forwards_of_pairs,
+    oracle_of,
     updates_of_grpo,
 )
-from experiments.dpo_table import over_seeds
 from tests.launch.processes import run
 
 
@@ -38,9 +37,9 @@ def test_gains_are_taken_seed_by_seed() -> None:
         seed: {"shapes": [v + 0.125 for v in one["shapes"]]}
         for seed, one in scores["base"].items()
     }
-    gain = over_seeds(scores, "dpo", "shapes", minus="base")
+    gain = oracle_of(scores, "dpo", "shapes", minus="base")
     assert (gain.mean, gain.low, gain.high) == pytest.approx((0.125, 0.125, 0.125))
-    assert over_seeds(scores, "base", "shapes").mean == pytest.approx(0.45)
+    assert oracle_of(scores, "base", "shapes").mean == pytest.approx(0.45)
 
 
 @pytest.mark.long
@@ -87,4 +86,4 @@ def test_the_smallest_comparison(tmp_path: Path) -> None:
     assert record["arms"]["rwr"]["forwards"] == filmed + 64 * 3
     assert record["arms"]["dpo"]["forwards"] == filmed + 64 * 4
     page = (tmp_path / "reproduce_dpo.md").read_text(encoding="utf-8")
-    assert all(arm.title in page for arm in ARMS.values())
+    assert all(title in page for title in TITLES.values())

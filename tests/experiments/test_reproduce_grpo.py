@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 
 from common.config import load
-from experiments.grpo_arms import (
+from experiments.reproduce_grpo import (
     ARMS,
     BASE,
     GrpoArmRun,
+    GrpoOutcome,
     configs_of,
     cost_of_update,
+    groups_of,
+    oracle_of,
+    read_outcome,
     updates_of,
 )
-from experiments.grpo_table import GROUPS, GrpoOutcome, over_seeds, read_outcome
 from generator.config import SamplerConfig
 from launch.planning.forwards import samples_per_rollout
 from launch.schemas.training import GrpoRun
@@ -54,9 +57,11 @@ def test_samples_of_a_rollout_by_hand() -> None:
 
 def test_every_arm_is_a_run_of_its_own_that_costs_what_the_recipe_costs() -> None:
     runs = {
-        name: load(GrpoRun, configs_of(arm), arm.extra) for name, arm in ARMS.items()
+        name: load(GrpoRun, configs_of(name), arm.extra) for name, arm in ARMS.items()
     }
-    assert {arm for members in GROUPS.values() for arm in members} == set(ARMS)
+    assert {
+        arm for members in groups_of(list(ARMS)).values() for arm in members
+    } == set(ARMS)
     recipe = runs[BASE]
     assert cost_of_update(recipe) == 16 * (46.5 + 3 + 1)
     for name, cfg in runs.items():
@@ -70,11 +75,11 @@ def test_every_arm_is_a_run_of_its_own_that_costs_what_the_recipe_costs() -> Non
         assert cfg.prompts_per_step * cfg.grpo.group_size == 128, (
             name
         )  # the same videos an update
-        if not ARMS[name].updates:
-            assert updates_of(ARMS[name], 400) * cost_of_update(cfg) == pytest.approx(
+        if ARMS[name].group != "tail":
+            assert updates_of(name, 400) * cost_of_update(cfg) == pytest.approx(
                 400 * cost_of_update(recipe), rel=0.01
             )
-    assert updates_of(ARMS["tail_ab2"], 400) == 400
+    assert updates_of("tail_ab2", 400) == 400
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
@@ -88,9 +93,9 @@ def test_differences_are_taken_seed_by_seed() -> None:
         )
         for seed in (0, 1)
     }
-    found = over_seeds(outcomes, "no_kl", minus=BASE)
+    found = oracle_of(outcomes, "no_kl", minus=BASE)
     assert (found.mean, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
-    assert over_seeds(outcomes, BASE).mean == pytest.approx(0.35)
+    assert oracle_of(outcomes, BASE).mean == pytest.approx(0.35)
 
 
 @pytest.mark.long
@@ -113,7 +118,7 @@ def test_the_smallest_table(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "reproduce_grpo.json").read_text(encoding="utf-8"))
     assert list(record["arms"]) == ["base", BASE, "flow_grpo"]
     flow = read_outcome(tmp_path / "run", GrpoArmRun(0, "flow_grpo"))
-    cfg = load(GrpoRun, configs_of(ARMS["flow_grpo"]), ARMS["flow_grpo"].extra)
+    cfg = load(GrpoRun, configs_of("flow_grpo"), ARMS["flow_grpo"].extra)
     assert (
         flow.forwards == cost_of_update(cfg) == 16 * (64 + 64 * 4)
     )  # as counted by a hook, as computed, by hand

@@ -10,14 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.rm_arms import METHODS, TESTS, Cell, chains, steps_of
-from experiments.rm_table import (
+from experiments.reproduce_rm import (
+    METHODS,
+    TESTS,
+    Cell,
     RmOutcome,
-    _against_statement,
-    _stated,
     difference,
-    over_seeds,
+    mean_of,
     read_outcomes,
+    sequences_of,
+    stated_order,
+    stated_table,
+    steps_of,
 )
 from launch.evaluation.intervals import runs_ci95
 from rm.prompt import DIMENSIONS
@@ -86,7 +90,7 @@ def test_the_smallest_comparison(made: Path) -> None:
 
 @pytest.mark.long
 def test_each_judge_is_its_own(made: Path) -> None:
-    cells = [cell for chain in chains(0, [48]) for cell in chain]
+    cells = [cell for chain in sequences_of(0, [48]) for cell in chain]
     rewards = {}
     for cell in cells:
         rows = (
@@ -118,7 +122,7 @@ def test_what_a_judge_starts_from() -> None:
         "options={chains: 0}",
     } <= set(at_once.arguments)
     # what is trained comes before what starts from it
-    order = [cell.method for chain in chains(0, [500]) for cell in chain]
+    order = [cell.method for chain in sequences_of(0, [500]) for cell in chain]
     assert order.index("stage1") < order.index("stage1_at_once")
     assert order.index("stage1") < order.index("descore")
     assert order.index("stage1_p0") < order.index("descore_p0")
@@ -133,9 +137,9 @@ def test_what_chains_state_by_hand() -> None:
         ]
         return {"parts_A": parts[0], "parts_B": parts[1], "label": label}
 
-    assert [_stated(row(2.0, 0.0, label)) for label in (1, -1)] == [1.0, -1.0]
-    assert _stated(row(1.0, 1.0, -1)) == 0.0
-    assert math.isnan(_stated(row(None, 1.0, 1)))
+    assert [stated_order(row(2.0, 0.0, label)) for label in (1, -1)] == [1.0, -1.0]
+    assert stated_order(row(1.0, 1.0, -1)) == 0.0
+    assert math.isnan(stated_order(row(None, 1.0, 1)))
     sure, unsure = (
         RmOutcome((1.0, 0.0, 1.0, 0.0), (1.0, 0.0, 0.0, -1.0)),
         RmOutcome((0.0,), (1.0,)),
@@ -145,7 +149,7 @@ def test_what_chains_state_by_hand() -> None:
         for seed in (0, 1)
     }
     line = next(
-        x for x in _against_statement(outcomes, 10) if "both stages, p = 0.5 | out" in x
+        x for x in stated_table(outcomes, 10) if "both stages, p = 0.5 | out" in x
     )
     # a seed has four pairs of wan and one of each of three others; five of seven state the right order or a wrong one
     assert line.endswith("| 0.571: 0.250 | 0.286: 0.500 | 0.143: 0.000 |")
@@ -161,10 +165,10 @@ def test_over_seeds_and_differences_by_hand() -> None:
         Cell(1, 10, "descore"): outcome(1.0, 0.0, 0.0, 0.0),
         Cell(1, 10, "stage1"): outcome(1.0, 0.0, 0.0, 0.0),
     }
-    assert over_seeds(
-        outcomes, 10, "descore", TESTS[:1], "right"
-    ).mean == pytest.approx(0.5)
-    assert over_seeds(outcomes, 10, "descore", TESTS[:1], "thought") is None
+    assert mean_of(outcomes, 10, "descore", TESTS[:1], "right").mean == pytest.approx(
+        0.5
+    )
+    assert mean_of(outcomes, 10, "descore", TESTS[:1], "thought") is None
     found = difference(outcomes, 10, "descore", "stage1", TESTS, "right")
     assert found.mean == pytest.approx((0.25 + 0.0) / 2)
     assert found.low == 0.0

@@ -1,0 +1,93 @@
+"""Read the results of many runs, average them over seeds, and write tables and plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.evaluation.intervals import Interval, difference_ci95, runs_ci95
+
+# Value lists of a training run, for example the scores on each of its test sets.
+Tables = Sequence[Sequence[float]]
+# A backward costs two forwards, so a forward with gradient counts as three.
+GRAD_COST = 3
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Read the rows that launch/evaluate.py wrote into a folder, in the order of its inputs."""
+    text = (folder / "results.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return sorted(rows, key=lambda row: row["index"])
+
+
+def over_seeds(
+    runs: Mapping[int, Tables], minus: Mapping[int, Tables] | None = None
+) -> Interval:
+    """MEAN over seeds, tables and values with its 95 % interval, from tables by seed.
+
+    ``minus`` gives the mean difference to other runs, value by value at the same seeds.
+    """
+    seeds = sorted(runs)
+    values = [runs[seed] for seed in seeds]
+    if minus is None:
+        return runs_ci95(values, seed=0)
+    return difference_ci95(values, [minus[seed] for seed in seeds], seed=0)
+
+
+def training_forwards(row: Mapping[str, float]) -> float:
+    """DiT samples of a training step, from its row of metrics.jsonl."""
+    return row["forwards/no_grad"] + GRAD_COST * row["forwards/grad"]
+
+
+def show(value: Interval | None) -> str:
+    """Format a mean with its interval; empty for None."""
+    if value is None:
+        return ""
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a markdown table."""
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return lines
+
+
+def write_page(path: Path, lines: Sequence[str]) -> None:
+    """Write a page of markdown and print it."""
+    page = "\n".join(lines) + "\n"
+    path.write_text(page, encoding="utf-8")
+    print(page)
+
+
+def new_figure(count: int) -> tuple[Any, Any]:
+    """Make a matplotlib figure with ``count`` panels in a row, and return it with its axes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams |= {
+        # a fixed salt gives equal runs equal bytes
+        "svg.hashsalt": "reproduce_rm",
+        "font.size": 8,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+    }
+    return pyplot.subplots(1, count, figsize=(4.2 * count, 3.4), sharey=True)
+
+
+def save_figure(
+    figure: Any, path: Path, *, legend_of: Any = None, bottom: float = 0.0
+) -> None:
+    """Save a figure as SVG, with the legend of a panel below all of them if given.
+
+    ``bottom`` is the share of the height that stays free for the legend.
+    """
+    if legend_of is not None:
+        names = legend_of.get_legend_handles_labels()
+        figure.legend(*names, loc="outside lower center", ncols=4)
+    figure.tight_layout(rect=(0, bottom, 1, 1))
+    figure.savefig(path, metadata={"Date": None})
