@@ -294,7 +294,9 @@ def _parts(texts: Sequence[str]) -> dict[str, Tensor]:
     answers = [parse_answer(text) for text in texts]
     parts = {}
     for name in DIMENSIONS:
-        parts[name] = _floats([answer and answer.scores.get(name) for answer in answers])
+        parts[name] = _floats(
+            [answer and answer.scores.get(name) for answer in answers]
+        )
     return parts
 
 
