@@ -222,7 +222,7 @@ class DpoLoop:
         sigmas = []
         noises = []
         for place in places:
-            source = generator(self.seed, "dpo", name, step, place)
+            source = seeded_generator(self.seed, "dpo", name, step, place)
             sigmas.append(draw_sigma(self.cfg, source))
             noises.append(torch.randn(shape, generator=source))
         sigma_N = torch.tensor(sigmas, dtype=torch.float32)

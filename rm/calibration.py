@@ -1,7 +1,8 @@
-"""A reward's zero and unit: the mean and spread it has on validation videos, so that rewards can be added up.
+"""Calibration of a reward: its mean and std on validation videos.
 
-Bradley-Terry sees differences only, so a trained reward has an arbitrary offset and scale. VideoAlign (2501.13918,
-appendix H.2) reports z = (r - mean) / std, each dimension by itself, before it adds dimensions up.
+Bradley-Terry sees differences only, so a trained reward has an arbitrary offset and scale.
+VideoAlign (arXiv 2501.13918, appendix H.2) reports z = (r - mean) / std of each dimension
+before it adds dimensions up.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ CALIBRATION_FILE = "calibration.json"
 
 @dataclass(frozen=True)
 class Calibration:
-    """mean, std by dimension (POPULATION std), over ``videos`` videos judged with ``chains`` chains of thought each."""
+    """Mean and POPULATION std of the rewards by dimension.
+
+    ``videos`` is the number of validation videos, ``chains`` the number of chains of thought
+    that each was scored with.
+    """
 
     mean: Mapping[str, float]
     std: Mapping[str, float]
@@ -28,41 +33,49 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.mean.keys() != self.std.keys() or not self.mean:
             raise ValueError(
-                f"mean and std must name the same dimensions, got {list(self.mean)} and {list(self.std)}"
+                "mean and std must name the same dimensions, "
+                f"got {list(self.mean)} and {list(self.std)}"
             )
         for name, std in self.std.items():
-            if not (math.isfinite(self.mean[name]) and math.isfinite(std) and std > 0):
+            mean = self.mean[name]
+            if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
                 raise ValueError(
-                    f"{name!r} has mean {self.mean[name]} and std {std}: no scale to measure by"
+                    f"{name!r} has mean {mean} and std {std}; std must be above 0"
                 )
 
     @classmethod
     def of(
         cls, rewards: Mapping[str, Sequence[float | None]], *, chains: int
     ) -> Calibration:
-        """Of validation rewards by dimension; None and NaN (unjudged) are left out. ValueError if nothing is left."""
-        judged = {
-            n: [r for r in values if r is not None and not math.isnan(r)]
-            for n, values in rewards.items()
-        }
-        if empty := [name for name, values in judged.items() if not values]:
-            raise ValueError(f"no video was judged in {', '.join(empty)}")
-        return cls(
-            {name: fmean(values) for name, values in judged.items()},
-            {name: pstdev(values) for name, values in judged.items()},
-            videos=min(map(len, judged.values())),
-            chains=chains,
-        )
+        """Compute the calibration of validation rewards by dimension.
+
+        None and NaN (not scored) are left out. Raises ValueError if nothing is left.
+        """
+        mean = {}
+        std = {}
+        counts = []
+        for name, values in rewards.items():
+            scored = [r for r in values if r is not None and not math.isnan(r)]
+            if not scored:
+                raise ValueError(f"no video was scored in {name}")
+            mean[name] = fmean(scored)
+            std[name] = pstdev(scored)
+            counts.append(len(scored))
+        return cls(mean, std, videos=min(counts), chains=chains)
 
     def save(self, folder: str | Path) -> Path:
-        """Write it beside the weights."""
+        """Write the calibration into a checkpoint folder."""
         path = Path(folder) / CALIBRATION_FILE
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
         return path
 
     @classmethod
     def load(cls, folder: str | Path) -> Calibration:
-        """FileNotFoundError that says how to make one; ValueError, naming the file, for one that is not."""
+        """Read the calibration of a checkpoint folder.
+
+        Raises FileNotFoundError if there is none, and ValueError, naming the file, if it is
+        not valid.
+        """
         path = Path(folder) / CALIBRATION_FILE
         if not path.is_file():
             raise FileNotFoundError(

@@ -1,11 +1,12 @@
-"""Who writes the chains of thought of stage 2: one interface, and the engine that is always there.
+"""Generation backends for the chains of thought (CoTs) of stage 2; `HfBackend` is the default.
 
-An engine only chooses tokens. Stage 2 takes every probability from the model it trains (`rm.packed.packed_forward`), those "when
-sampled" too: another engine's kernels, rounding and batching give slightly other numbers, and a ratio of the two would
-measure the engines apart instead of the policies. The official release recomputes them likewise.
+A backend only chooses tokens. Stage 2 takes every log-probability, the old policy's too, from
+the model it trains (`rm.packed.packed_forward`). The kernels, rounding and batching of another
+engine give slightly different numbers, and a ratio of the two would measure the difference
+between engines instead of between policies. DeScore's official release recomputes them too.
 
-Where a reward is wanted (`rm.scorer`, `DualRl.evaluate`), `rm.generate` is called itself: it reads the reward off the
-KV cache that the chain was written with, and no other engine hands that over.
+`rm.scorer` and `DualRl.evaluate` need a reward and call `rm.generate` directly: it reads the
+reward off the KV cache that the CoT was written with, which other engines do not expose.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from rm.video import PreparedVideo
 
 
 class CotBackend(Protocol):
-    """Each rank has its own.
+    """Writes CoTs; every rank has a backend of its own.
 
-    version  of weights: any number that changes when they do. Writing with others than asked for is an error
+    A ``version`` of the weights is any number that changes when they do. Writing with
+    another version than the synchronised one is an error.
     """
 
     def sync(self, version: int) -> None:
-        """From now on write with the weights the model has at this moment; they are called ``version``."""
+        """Take over the weights that the model has now, and call them ``version``."""
         ...
 
     def write(
@@ -41,26 +43,32 @@ class CotBackend(Protocol):
         seeds: Sequence[int] | None = None,
         copies: int = 1,
     ) -> list[list[PackedCot]]:
-        """[sequence][copy]. ``seeds`` go with a temperature above 0, in the order (sequence, copy)."""
+        """Write ``copies`` CoTs for every prompt and video, [sequence][copy].
+
+        A temperature above 0 needs ``seeds``, in the order (sequence, copy).
+        """
         ...
 
     def rest(self) -> None:
-        """Nothing is written until the next `sync`: give memory back to training."""
+        """Free memory for training; nothing is written until the next `sync`."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the backend."""
+        ...
 
 
 class HfBackend:
-    """The trained model itself, with `rm.generate`: nothing to sync, and its weights are never stale.
+    """Writes with the trained model itself, so its weights are never stale.
 
-    batch  sequences in one forward, times the copies of each
+    ``batch`` is the number of sequences in a forward; each counts ``copies`` times.
     """
 
     def __init__(self, model: DeScore, *, batch: int) -> None:
         if batch < 1:
             raise ValueError(f"batch={batch} must be at least 1")
-        self.model, self.batch = model, batch
+        self.model = model
+        self.batch = batch
 
     def sync(self, version: int) -> None: ...
 
@@ -74,20 +82,21 @@ class HfBackend:
         seeds: Sequence[int] | None = None,
         copies: int = 1,
     ) -> list[list[PackedCot]]:
-        found: list[list[PackedCot]] = []
+        """Write CoTs with `rm.generate.generate`, ``batch`` sequences at a time."""
+        groups: list[list[PackedCot]] = []
         for first in range(0, len(encoded), self.batch):
             last = min(first + self.batch, len(encoded))
             batch = self.model.batch(
                 encoded[first:last], videos[first:last], query=False
             )
-            own = seeds[first * copies : last * copies] if seeds is not None else None
-            written = generate(self.model, batch, how, seeds=own, copies=copies)
-            flat = [
-                PackedCot(tuple(written.ids(i)), bool(written.finished_B[i]))
-                for i in range((last - first) * copies)
-            ]
-            found += [flat[i : i + copies] for i in range(0, len(flat), copies)]
-        return found
+            batch_seeds = None
+            if seeds is not None:
+                batch_seeds = seeds[first * copies : last * copies]
+            written = generate(self.model, batch, how, seeds=batch_seeds, copies=copies)
+            # Rows of the result are in the order (sequence, copy).
+            for row in range(0, (last - first) * copies, copies):
+                groups.append([written.cot(row + copy) for copy in range(copies)])
+        return groups
 
     def rest(self) -> None: ...
 

@@ -1,8 +1,9 @@
-"""The other side of `rm.video_check`: decodes the files it is told, one line of JSON each, and may die of it.
+"""Worker process of `rm.video_check`: decodes files, and may die of it.
 
-    {"path": FILE, "frames": at most so many} -> {"frames": in the file, "problem": "" or what is wrong}
+    {"path": FILE, "frames": N} -> {"frames": in the file, "problem": "" or a description}
 
-Imports nothing of this project and no torch, so that it starts at once.
+Requests and answers are a line of JSON each. The worker imports nothing of this project and
+no torch, so that it starts quickly.
 """
 
 from __future__ import annotations
@@ -10,21 +11,26 @@ from __future__ import annotations
 import json
 import sys
 
-MAX_SIDE = 16_384  # pixels; a header may claim anything, and a frame of what it claims is allocated
+# Pixels. A header may claim any size, and a frame of that size is allocated.
+MAX_SIDE = 16_384
 
 
-def look(path: str, frames: int) -> tuple[int, str]:
-    """(frames in the file, problem): decode up to ``frames`` of them, evenly spaced, first and last included."""
+def check_video(path: str, frames: int) -> tuple[int, str]:
+    """Decode up to ``frames`` evenly spaced frames; (frames in the file, problem)."""
     import decord
 
     try:
         reader = decord.VideoReader(path, num_threads=1)
-        count, fps = len(reader), float(reader.get_avg_fps())
+        count = len(reader)
+        fps = float(reader.get_avg_fps())
         if count < 1 or not fps > 0:
             return count, f"{count} frames at {fps} fps"
+
+        # The first and the last frame are included.
         steps = max(1, min(frames, count) - 1)
-        for i in sorted({round(k * (count - 1) / steps) for k in range(steps + 1)}):
-            height, width = reader[i].shape[:2]
+        indices = {round(k * (count - 1) / steps) for k in range(steps + 1)}
+        for index in sorted(indices):
+            height, width = reader[index].shape[:2]
             if max(height, width) > MAX_SIDE:
                 return count, f"frames of {height} x {width} pixels"
     except (
@@ -41,8 +47,8 @@ def look(path: str, frames: int) -> tuple[int, str]:
 
 def main() -> None:
     for line in sys.stdin:
-        asked = json.loads(line)
-        count, problem = look(asked["path"], asked["frames"])
+        request = json.loads(line)
+        count, problem = check_video(request["path"], request["frames"])
         sys.stdout.write(json.dumps({"frames": count, "problem": problem}) + "\n")
         sys.stdout.flush()
 

@@ -1,13 +1,14 @@
-"""DeScore, stage 2: dual-objective RL (2605.05922, Eq. 7 and 10; spec section 3).
+"""Stage 2 of DeScore: dual-objective reinforcement learning.
 
-G chains of thought are sampled for each video of a preference pair and judged by rules. Then one forward of
-``[prompt, video][CoT_1 <Reward>] ... [CoT_G <Reward>]`` per video gives both objectives:
+DeScore (arXiv 2605.05922), equations 7 and 10. The model samples G chains of thought (CoTs)
+for each video of a preference pair, and rules reward them (`rm.text_rewards`). One forward
+of ``[prompt, video][CoT_1 <Reward>] ... [CoT_G <Reward>]`` per video gives both objectives:
 
     L = SUM_tokens [ -min(r A, clip(r) A) + kl_weight k3 ] / tokens
-      + bt_weight SUM_decided [ -log sig(r_win - r_lose) ] / decided
+      + bt_weight SUM_decided [ -log sig(r_chosen - r_rejected) ] / decided
 
-with tokens and decided (pair, rollout) counted over the WHOLE update, all ranks and micro-batches. Bradley-Terry
-compares rollout i of A with rollout i of B. Every array is indexed (pair, side, rollout): N, 2, G.
+with tokens and decided (pair, rollout) counted over ALL ranks and micro-batches of an update.
+Bradley-Terry compares rollout i of video A with rollout i of video B.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,18 +36,19 @@ from common.lora import adapters_off
 from common.policy_gradient import group_advantages, k3_kl, masked_mean, token_surrogate
 from rm.config import Generation
 from rm.cot_backend import HfBackend
-from rm.data import label_of_total, label_rows
+from rm.cot_rollout import (
+    Rollouts,
+    SampledPair,
+    encode_pairs,
+    pack_pairs,
+    reward_cot,
+    reward_pair,
+)
+from rm.data import label_rows
 from rm.generate import generate, rewards_from_cache
 from rm.losses import counted, preference_loss
-from rm.metrics import accuracy_by_dimension, preference_accuracy
-from rm.packed import Packed, PackedCot, pack, packed_forward
-from rm.text_rewards import (
-    RuleReward,
-    RuleRewardConfig,
-    preference_rewards,
-    rule_reward,
-)
-from rm.video import prepare
+from rm.metrics import heldout_metrics
+from rm.packed import Packed, PackedCot, packed_forward
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,73 +58,42 @@ if TYPE_CHECKING:
     from rm.cot_backend import CotBackend
     from rm.data import Pair, PairSchedule
     from rm.model import DeScore
-    from rm.prompt import Encoded
-    from rm.video import PreparedVideo
+    from rm.text_rewards import RuleRewardConfig
 
-EPS = 1e-6  # beside the spread of a group
+EPS = 1e-6  # added to the standard deviation of a group
+REWARD_PARTS = ("total", "quality", "format", "length", "preference")
 
 
 def backwards_per_update(cfg: DualRlConfig, ranks: int) -> int:
-    """The engine's gradient accumulation. ValueError when ranks and micro-batches do not divide an update evenly."""
-    if cfg.pairs_per_update % (ranks * cfg.micro_batch):
-        raise ValueError(
-            f"dual_rl.pairs_per_update={cfg.pairs_per_update} must be a multiple of ranks x micro_batch = "
-            f"{ranks} x {cfg.micro_batch}"
-        )
-    return cfg.pairs_per_update // (ranks * cfg.micro_batch)
+    """Compute the engine's gradient accumulation.
 
-
-@dataclass(frozen=True)
-class Sampled:
-    """A pair and what was written about it: ``videos`` and ``encoded`` by side, ``chains`` by side and rollout."""
-
-    row: int
-    videos: Sequence[PreparedVideo]
-    encoded: Sequence[Encoded]
-    chains: Sequence[Sequence[PackedCot]]
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """One micro-batch of N pairs, sampled and judged; chains of ``packed`` are in the order (pair, side, rollout).
-
-    label_NK; advantage_N2G; rules[pair][side][rollout]; finished_N2G bool
-    old_BGT, reference_BGT  log-probs when sampled, of the trained model whoever chose the tokens (`rm.cot_backend`),
-                            and of the frozen stage-1 model; None: not needed
+    Raises ValueError if ranks and micro-batches do not divide an update evenly.
     """
-
-    packed: Packed
-    label_NK: Tensor
-    advantage_N2G: Tensor
-    rules: Sequence[Sequence[Sequence[RuleReward]]]
-    finished_N2G: Tensor
-    old_BGT: Tensor | None = None
-    reference_BGT: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        shape = (
-            len(self.label_NK),
-            2,
-            self.packed.query_BG.numel() // (2 * len(self.label_NK)),
+    pairs_per_backward = ranks * cfg.micro_batch
+    if cfg.pairs_per_update % pairs_per_backward:
+        raise ValueError(
+            f"dual_rl.pairs_per_update={cfg.pairs_per_update} must be a multiple of "
+            f"ranks x micro_batch = {ranks} x {cfg.micro_batch}"
         )
-        if self.advantage_N2G.shape != shape or self.finished_N2G.shape != shape:
-            got = tuple(self.advantage_N2G.shape), tuple(self.finished_N2G.shape)
-            raise ValueError(
-                f"Rollouts: advantages and finished {got}, (pair, side, rollout) is {shape}"
-            )
+    return cfg.pairs_per_update // pairs_per_backward
 
-    @property
-    def tokens(self) -> int:
-        return int(self.packed.token_BGT.sum())
+
+@dataclass(frozen=True)
+class DualLoss:
+    """The loss of a micro-batch, and its SUMS for metrics by name."""
+
+    loss: Tensor
+    sums: dict[str, float]
 
 
 class DualRl:
-    """The state of a run is the model's weights and the engine's; a step is a function of its number.
+    """The training loop of stage 2; its only state is the weights and the engine.
 
-    engine      must accumulate `backwards_per_update` gradients before it takes a step
-    reference   the frozen stage-1 model; None: ``model`` with its adapters switched off
-    writer      of the chains; None: ``model`` itself, a micro-batch at a time
-    grad_norms  asked after each optimizer step, if given: norms before clipping, by part of the model
+    engine      The engine; it accumulates `backwards_per_update` gradients per optimizer step.
+    reference   The frozen stage-1 model. None: ``model`` with its adapters switched off.
+    writer      The backend that samples CoTs. None: ``model`` itself, by micro-batches.
+    grad_norms  Returns gradient norms before clipping by part of the model; called after
+                each optimizer step.
     """
 
     def __init__(
@@ -140,95 +110,100 @@ class DualRl:
         writer: CotBackend | None = None,
         grad_norms: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
-        self.cfg, self.rules, self.model, self.engine, self.pairs = (
-            cfg,
-            rules,
-            model,
-            engine,
-            pairs,
-        )
-        self.schedule, self.seed, self.reference, self.grad_norms = (
-            schedule,
-            seed,
-            reference,
-            grad_norms,
-        )
+        self.cfg = cfg
+        self.rules = rules
+        self.model = model
+        self.engine = engine
+        self.pairs = pairs
+        self.schedule = schedule
+        self.seed = seed
+        self.reference = reference
+        if writer is None:
+            writer = HfBackend(model, batch=2 * cfg.micro_batch)
+        self.writer = writer
+        self.grad_norms = grad_norms
         self.accumulation = backwards_per_update(cfg, world_size())
-        self.writer = (
-            HfBackend(model, batch=2 * cfg.micro_batch) if writer is None else writer
-        )
-        self.version = 0  # of the weights: updates made by this process
+        self.version = 0  # of the weights: the number of updates made by this process
 
     def step(self, step: int) -> dict[str, float]:
-        """Sample and judge ``pairs_per_step`` pairs, then make all updates on them. Step numbers start at 0."""
+        """Sample and reward ``pairs_per_step`` pairs, then make all updates on them."""
         start = time.perf_counter()
-        updates = self.own_updates(step)
-        self.writer.sync(self.version)
-        pairs = iter(
-            self.sample(
-                [row for parts in updates for rows in parts for row in rows], step
-            )
-        )
-        self.writer.rest()
-        faults.point("reward")
-        rollouts = [
-            [self.rollouts([next(pairs) for _ in rows]) for rows in parts]
-            for parts in updates
-        ]
-        sampled = time.perf_counter()
-        metrics: list[dict[str, float]] = [self.update(parts) for parts in rollouts]
-        done = time.perf_counter()
-        seconds = {
-            "seconds/rollout": sampled - start,
-            "seconds/update": done - sampled,
-            "seconds/step": done - start,
-        }
-        mean = {
-            name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]
-        }
-        return {
-            **self.describe([part for parts in rollouts for part in parts]),
-            **mean,
-            **mean_over_ranks(seconds),
-        }
+        updates = self.micro_batches(step)
 
-    def own_updates(self, step: int) -> list[list[list[int]]]:
-        """[update][micro-batch] -> rows of the table that are this rank's. An update's pairs do not depend on ranks."""
+        # 1. Sample G CoTs for both videos of every pair, with the current policy.
+        rows = [row for update in updates for batch in update for row in batch]
+        self.writer.sync(self.version)
+        sampled = self.sample(rows, step)
+        self.writer.rest()
+
+        # 2. Reward the CoTs and normalise the rewards within each group.
+        faults.point("reward")
+        remaining = iter(sampled)
+        rollouts = []
+        for update in updates:
+            batches = [[next(remaining) for _ in batch] for batch in update]
+            rollouts.append([self.rollouts(batch) for batch in batches])
+        sampling_done = time.perf_counter()
+
+        # 3. One optimizer step per update: GRPO on the CoTs, Bradley-Terry on the rewards.
+        update_metrics = [self.update(parts) for parts in rollouts]
+        update_done = time.perf_counter()
+
+        # 4. Metrics: MEANS over the CoTs of the step, and over its updates.
+        metrics = self.rollout_metrics([part for parts in rollouts for part in parts])
+        for name in update_metrics[0]:
+            total = sum(values[name] for values in update_metrics)
+            metrics[name] = total / len(update_metrics)
+        seconds = {
+            "seconds/rollout": sampling_done - start,
+            "seconds/update": update_done - sampling_done,
+            "seconds/step": update_done - start,
+        }
+        return {**metrics, **mean_over_ranks(seconds)}
+
+    def micro_batches(self, step: int) -> list[list[list[int]]]:
+        """Rows of the table for this rank, [update][micro-batch].
+
+        The pairs of an update do not depend on the number of ranks.
+        """
         rows = [draw.row for draw in self.schedule.at(step)]
-        size, share, micro = (
-            self.cfg.pairs_per_update,
-            self.cfg.pairs_per_update // world_size(),
-            self.cfg.micro_batch,
-        )
+        share = self.cfg.pairs_per_update // world_size()
+        size = self.cfg.micro_batch
         updates = []
-        for first in range(0, len(rows), size):
-            own = rows[first + rank() * share : first + (rank() + 1) * share]
-            updates.append([own[i : i + micro] for i in range(0, share, micro)])
+        for update_start in range(0, len(rows), self.cfg.pairs_per_update):
+            first = update_start + rank() * share
+            rank_rows = rows[first : first + share]
+            updates.append([rank_rows[i : i + size] for i in range(0, share, size)])
         return updates
 
     def collect(self, rows: Sequence[int], step: int) -> Rollouts:
-        """Write about some pairs and judge it, without any other pair."""
+        """Sample and reward some pairs without any other pair."""
         return self.rollouts(self.sample(rows, step))
 
+    # ------------------------------------------------------------------ sampling and rewards
+
     @torch.no_grad()
-    def sample(self, rows: Sequence[int], step: int) -> list[Sampled]:
-        """Write G chains about both videos of every pair: all at once, how many go together is the writer's affair."""
+    def sample(self, rows: Sequence[int], step: int) -> list[SampledPair]:
+        """Sample G CoTs for both videos of every pair; the backend decides on batches."""
         self.model.eval()
         cfg = self.cfg
-        videos, encoded = self.inputs([self.pairs[row] for row in rows])
+        pairs = [self.pairs[row] for row in rows]
+        videos, encoded = encode_pairs(self.model, pairs)
+
+        # A seed depends on the row of the table, not on batches or ranks.
+        seeds = []
+        for row in rows:
+            for side in range(2):
+                for i in range(cfg.group_size):
+                    seeds.append(derive_seed(self.seed, "rollout", step, row, side, i))
+
+        faults.point("chains")
         how = Generation(
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
             repetition_penalty=1.0,
         )
-        seeds = [
-            derive_seed(self.seed, "rollout", step, row, side, i)
-            for row in rows
-            for side in range(2)
-            for i in range(cfg.group_size)
-        ]
-        faults.point("chains")
-        chains = self.writer.write(
+        cots = self.writer.write(
             encoded,
             videos,
             how,
@@ -236,298 +211,232 @@ class DualRl:
             seeds=seeds,
             copies=cfg.group_size,
         )
-        both = [slice(2 * n, 2 * n + 2) for n in range(len(rows))]
-        return [
-            Sampled(row, videos[of], encoded[of], chains[of])
-            for row, of in zip(rows, both, strict=True)
-        ]
+        sampled = []
+        for n, pair in enumerate(pairs):
+            sides = slice(2 * n, 2 * n + 2)
+            sampled.append(
+                SampledPair(pair, videos[sides], encoded[sides], cots[sides])
+            )
+        return sampled
 
     @torch.no_grad()
-    def rollouts(self, sampled: Sequence[Sampled]) -> Rollouts:
-        """Reward the chains of a micro-batch, and note how likely they were."""
+    def rollouts(self, sampled: Sequence[SampledPair]) -> Rollouts:
+        """Reward the CoTs of a micro-batch, and compute the log-probabilities GRPO needs."""
         self.model.eval()
         cfg = self.cfg
-        rows = [pair.row for pair in sampled]
-        videos, encoded = (
-            [x for pair in sampled for x in getattr(pair, name)]
-            for name in ("videos", "encoded")
-        )
-        chains = [group for pair in sampled for group in pair.chains]
-        rules = [
-            [
-                self.rewards(group, self.truth(pair.row, side))
-                for side, group in enumerate(pair.chains)
-            ]
-            for pair in sampled
-        ]
-        if self.rules.preference > 0:
-            rules = [
-                self.with_preference(*both, self.pairs[row].label)
-                for both, row in zip(rules, rows, strict=True)
-            ]
-        reward_N2G = torch.tensor(
-            [[[r.total for r in group] for group in pair] for pair in rules]
-        )
+        device = self.model.device
+
+        # Rule rewards, and advantages relative to the G CoTs of the same video.
+        rules = [reward_pair(self.model, item, self.rules) for item in sampled]
+        totals = [[[rule.total for rule in group] for group in pair] for pair in rules]
+        reward_N2G = torch.tensor(totals)
         advantage_VG = group_advantages(
             reward_N2G.flatten(0, 1), scale="group", eps=EPS
         )
+
+        # With several updates per step, the weights move away from those that sampled.
+        packed = pack_pairs(self.model, sampled, cfg.cots_per_row).to(device)
+        several_updates = cfg.pairs_per_step > cfg.pairs_per_update
+        old_BGT = self.log_probs(self.model, packed) if several_updates else None
+        reference_BGT = self.reference_log_probs(packed) if cfg.kl_weight > 0 else None
+
+        labels = label_rows([item.pair for item in sampled], self.model.dimensions)
         finished = [
-            [[chain.finished for chain in group] for group in pair.chains]
-            for pair in sampled
+            [[cot.finished for cot in group] for group in item.cots] for item in sampled
         ]
-        packed = self.packed(encoded, videos, chains).to(self.model.device)
-        names = self.model.dimensions
-        several = (
-            cfg.pairs_per_step > cfg.pairs_per_update
-        )  # then the weights move away from those that sampled
         return Rollouts(
             packed=packed,
-            label_NK=torch.tensor(
-                label_rows([self.pairs[row] for row in rows], names),
-                device=self.model.device,
-            ),
-            advantage_N2G=advantage_VG.view_as(reward_N2G).to(self.model.device),
+            label_NK=torch.tensor(labels, device=device),
+            advantage_N2G=advantage_VG.view_as(reward_N2G).to(device),
             rules=rules,
             finished_N2G=torch.tensor(finished),
-            old_BGT=self.log_probs(self.model, packed) if several else None,
-            reference_BGT=self.reference_log_probs(packed)
-            if cfg.kl_weight > 0
-            else None,
+            old_BGT=old_BGT,
+            reference_BGT=reference_BGT,
         )
-
-    def packed(
-        self,
-        encoded: Sequence[Encoded],
-        videos: Sequence[PreparedVideo],
-        chains: Sequence[Sequence[PackedCot]],
-    ) -> Packed:
-        """Rows in the order (pair, side), or (pair, side, part of the group)."""
-        size = self.cfg.cots_per_row or self.cfg.group_size
-        starts = range(0, self.cfg.group_size, size)
-        return pack(
-            self.model,
-            [item for item in encoded for _ in starts],
-            [video for video in videos for _ in starts],
-            [group[i : i + size] for group in chains for i in starts],
-        )
-
-    def update(self, parts: Sequence[Rollouts]) -> dict[str, float]:
-        """One optimizer step on this rank's micro-batches of an update."""
-        cfg = self.cfg
-        tokens = sum_over_ranks(float(sum(part.tokens for part in parts)))
-        found_K = (
-            sum(counted(part.label_NK, theta=cfg.theta) for part in parts)
-            * cfg.group_size
-        )
-        count_K = [max(1.0, sum_over_ranks(float(found))) for found in found_K]
-        self.model.train()
-        sums = dict.fromkeys(
-            ("loss", "policy", "kl", "bt", "right", "decided", "ratio", "clipped"), 0.0
-        )
-        for part in parts:
-            judged = packed_forward(
-                self.model, part.packed, temperature=cfg.temperature
-            )
-            mask = part.packed.token_BGT.flatten(0, 1)
-            log_prob = judged.log_prob_BGT.flatten(0, 1)
-            old = (
-                log_prob.detach()
-                if part.old_BGT is None
-                else part.old_BGT.flatten(0, 1)
-            )
-            policy = token_surrogate(
-                log_prob, old, part.advantage_N2G.flatten().unsqueeze(-1), mask=mask, count=max(1.0, tokens),
-                clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
-            )  # fmt: skip
-            kl = torch.zeros((), device=log_prob.device)
-            if part.reference_BGT is not None:
-                kl = masked_mean(
-                    k3_kl(log_prob, part.reference_BGT.flatten(0, 1)),
-                    mask,
-                    count=max(1.0, tokens),
-                )
-            # (pair, side, rollout) -> rollout i of A against rollout i of B
-            reward_N2GK = judged.reward_BGK.reshape(
-                len(part.label_NK), 2, cfg.group_size, -1
-            )
-            reward_M2K = reward_N2GK.transpose(1, 2).flatten(0, 1)
-            label_MK = part.label_NK.repeat_interleave(cfg.group_size, 0)
-            bt = preference_loss(
-                reward_M2K,
-                label_MK,
-                weight_K=self.model.loss_weight_K,
-                theta=cfg.theta,
-                count_K=count_K,
-            )
-            loss = policy.loss + cfg.kl_weight * kl + cfg.bt_weight * bt
-            if not math.isfinite(loss.item()):
-                terms = f"policy {policy.loss.item()}, kl {kl.item()}, bt {bt.item()}"
-                say(f"the loss is {loss.item()}: {terms}")
-            # SUM / global count; the engine divides by accumulation and averages over ranks
-            faults.point("backward")
-            self.engine.backward(loss * (self.accumulation * world_size()))
-            faults.point("update")
-            self.engine.step()
-            margin_MK = (reward_M2K[:, 0] - reward_M2K[:, 1]).detach() * label_MK
-            # over dimensions too, each (pair, rollout) with a label there
-            found = (
-                loss,
-                policy.loss,
-                kl,
-                bt,
-                (margin_MK > 0).sum(),
-                (margin_MK.isfinite() & (label_MK != 0)).sum(),
-            )
-            for name, value in zip(
-                ("loss", "policy", "kl", "bt", "right", "decided"), found, strict=True
-            ):
-                sums[name] += value.item()
-            sums["ratio"] += policy.metrics["ratio_mean"] * part.tokens
-            sums["clipped"] += policy.metrics["clip_frac"] * part.tokens
-        self.version += 1
-        total = {name: sum_over_ranks(value) for name, value in sums.items()}
-        norms = self.grad_norms() if self.grad_norms is not None else {}
-        return {
-            **{f"train/{name}": total[name] for name in ("loss", "policy", "kl", "bt")},
-            "train/accuracy": total["right"] / max(1.0, total["decided"]),
-            "train/ratio_mean": total["ratio"] / max(1.0, tokens),
-            "train/clip_frac": total["clipped"] / max(1.0, tokens),
-            **{f"train/grad_norm/{name}": value for name, value in norms.items()},
-        }
-
-    def describe(self, parts: Sequence[Rollouts]) -> dict[str, float]:
-        """MEANS over all chains of the step: rule rewards and their parts, length, share that ended by themselves."""
-        flat = [
-            rule
-            for part in parts
-            for pair in part.rules
-            for group in pair
-            for rule in group
-        ]
-        names = ("total", "quality", "format", "length", "preference")
-        own = {
-            f"reward/{name}": sum(getattr(rule, name) for rule in flat)
-            for name in names
-        }
-        own["cot/tokens"] = float(sum(part.tokens for part in parts))
-        own["cot/finished"] = float(sum(int(part.finished_N2G.sum()) for part in parts))
-        own["reward/zero_spread"] = self.cfg.group_size * float(
-            sum(int((part.advantage_N2G == 0).all(-1).sum()) for part in parts)
-        )
-        count = self.cfg.pairs_per_step * 2 * self.cfg.group_size
-        return {name: sum_over_ranks(value) / count for name, value in own.items()}
-
-    def reference_log_probs(self, packed: Packed) -> Tensor:
-        """(B, G, T) of the frozen stage-1 model."""
-        model = self.model if self.reference is None else self.reference
-        with adapters_off(model) if self.reference is None else nullcontext():
-            return self.log_probs(model, packed)
 
     def log_probs(self, model: DeScore, packed: Packed) -> Tensor:
-        return packed_forward(
+        """Log-probabilities (B, G, T) of the CoTs under a model."""
+        output = packed_forward(
             model, packed, temperature=self.cfg.temperature, score=False
-        ).log_prob_BGT
+        )
+        return output.log_prob_BGT
 
-    def inputs(
-        self, pairs: Sequence[Pair]
-    ) -> tuple[list[PreparedVideo], list[Encoded]]:
-        """Both videos of every pair, in the order (pair, side)."""
-        videos = [
-            prepare(path, self.model.settings)
-            for pair in pairs
-            for path in (pair.video_A, pair.video_B)
-        ]
-        prompts = [pair.prompt for pair in pairs for _ in range(2)]
-        return videos, [
-            self.model.encode(prompt, video)
-            for prompt, video in zip(prompts, videos, strict=True)
-        ]
+    def reference_log_probs(self, packed: Packed) -> Tensor:
+        """Log-probabilities (B, G, T) of the CoTs under the frozen stage-1 model."""
+        if self.reference is not None:
+            return self.log_probs(self.reference, packed)
+        with adapters_off(self.model):
+            return self.log_probs(self.model, packed)
 
-    def truth(self, row: int, side: int) -> Mapping[str, int | None]:
-        pair = self.pairs[row]
-        scores = (pair.scores_A, pair.scores_B)[side]
-        if scores is None:
-            raise ValueError(
-                f"the pair {pair.video_A} has no right scores: read it with require_scores=True"
-            )
-        return scores
+    # ------------------------------------------------------------------ the update
 
-    def rewards(
-        self, chains: Sequence[PackedCot], truth: Mapping[str, int | None]
-    ) -> list[RuleReward]:
-        decode = self.model.tokenizer.decode
-        return [
-            rule_reward(decode(list(c.ids)), truth, tokens=len(c.ids), how=self.rules)
-            for c in chains
-        ]
+    def update(self, parts: Sequence[Rollouts]) -> dict[str, float]:
+        """Take one optimizer step on this rank's micro-batches of an update."""
+        # 1. Count tokens and decided (pair, rollout) over all ranks: the divisors of the loss.
+        tokens = max(1.0, sum_over_ranks(float(sum(part.tokens for part in parts))))
+        counted_K = sum(counted(part.label_NK, theta=self.cfg.theta) for part in parts)
+        count_K = []
+        for count in counted_K * self.cfg.group_size:
+            count_K.append(max(1.0, sum_over_ranks(float(count))))
 
-    def with_preference(
-        self, of_A: list[RuleReward], of_B: list[RuleReward], label: int
-    ) -> list[list[RuleReward]]:
-        """The generative baseline's term added to both groups of a pair."""
-        overall = [[rule.overall for rule in group] for group in (of_A, of_B)]
-        found = preference_rewards(*overall, label)
-        weight = self.rules.preference
-        return [
-            [
-                replace(r, preference=x, total=r.total + weight * x)
-                for r, x in zip(group, terms, strict=True)
-            ]
-            for group, terms in zip((of_A, of_B), found, strict=True)
-        ]
+        # 2. One packed forward and one backward per micro-batch.
+        self.model.train()
+        names = ("loss", "policy", "kl", "bt", "correct", "decided", "ratio", "clipped")
+        sums = dict.fromkeys(names, 0.0)
+        for part in parts:
+            result = self.loss(part, tokens, count_K)
+            self.backward(result)
+            for name, value in result.sums.items():
+                sums[name] += value
+        self.version += 1
+
+        # 3. Metrics over all ranks.
+        total = {name: sum_over_ranks(value) for name, value in sums.items()}
+        metrics = {
+            f"train/{name}": total[name] for name in ("loss", "policy", "kl", "bt")
+        }
+        metrics["train/accuracy"] = total["correct"] / max(1.0, total["decided"])
+        metrics["train/ratio_mean"] = total["ratio"] / tokens
+        metrics["train/clip_frac"] = total["clipped"] / tokens
+        if self.grad_norms is not None:
+            for name, norm in self.grad_norms().items():
+                metrics[f"train/grad_norm/{name}"] = norm
+        return metrics
+
+    def loss(self, part: Rollouts, tokens: float, count_K: Sequence[float]) -> DualLoss:
+        """Compute both objectives of a micro-batch from one packed forward.
+
+        tokens   The divisor of the policy and KL terms.
+        count_K  The divisor of the Bradley-Terry term in each dimension.
+        """
+        cfg = self.cfg
+        output = packed_forward(self.model, part.packed, temperature=cfg.temperature)
+
+        # GRPO with a clipped token surrogate: SUM over tokens / tokens of the update.
+        mask = part.packed.token_BGT.flatten(0, 1)
+        log_prob = output.log_prob_BGT.flatten(0, 1)
+        old = log_prob.detach() if part.old_BGT is None else part.old_BGT.flatten(0, 1)
+        policy = token_surrogate(
+            log_prob,
+            old,
+            part.advantage_N2G.flatten().unsqueeze(-1),
+            mask=mask,
+            count=tokens,
+            clip_low=cfg.clip_low,
+            clip_high=cfg.clip_high,
+            dual_clip=cfg.dual_clip,
+        )
+
+        # KL to the frozen stage-1 model.
+        kl = torch.zeros((), device=log_prob.device)
+        if part.reference_BGT is not None:
+            kl_terms = k3_kl(log_prob, part.reference_BGT.flatten(0, 1))
+            kl = masked_mean(kl_terms, mask, count=tokens)
+
+        # Bradley-Terry between rollout i of A and rollout i of B: M = (pair, rollout).
+        group_shape = (len(part.label_NK), 2, cfg.group_size, -1)
+        reward_N2GK = output.reward_BGK.reshape(group_shape)
+        reward_M2K = reward_N2GK.transpose(1, 2).flatten(0, 1)
+        label_MK = part.label_NK.repeat_interleave(cfg.group_size, 0)
+        bt = preference_loss(
+            reward_M2K,
+            label_MK,
+            weight_K=self.model.loss_weight_K,
+            theta=cfg.theta,
+            count_K=count_K,
+        )
+
+        # Count (pair, rollout, dimension) with a label of 1 or -1, and those with its sign.
+        margin_MK = (reward_M2K[:, 0] - reward_M2K[:, 1]).detach() * label_MK
+        is_decided_MK = margin_MK.isfinite() & (label_MK != 0)
+        loss = policy.loss + cfg.kl_weight * kl + cfg.bt_weight * bt
+        sums = {
+            "loss": loss.item(),
+            "policy": policy.loss.item(),
+            "kl": kl.item(),
+            "bt": bt.item(),
+            "correct": (margin_MK > 0).sum().item(),
+            "decided": is_decided_MK.sum().item(),
+            "ratio": policy.metrics["ratio_mean"] * part.tokens,
+            "clipped": policy.metrics["clip_frac"] * part.tokens,
+        }
+        return DualLoss(loss, sums)
+
+    def backward(self, result: DualLoss) -> None:
+        """Run backward; the engine takes the optimizer step on the last one of an update."""
+        if not math.isfinite(result.sums["loss"]):
+            terms = [f"{name} {result.sums[name]}" for name in ("policy", "kl", "bt")]
+            say(f"the loss is {result.sums['loss']}: {', '.join(terms)}")
+        # The engine divides by its accumulation and averages over ranks; undo both.
+        faults.point("backward")
+        self.engine.backward(result.loss * (self.accumulation * world_size()))
+        faults.point("update")
+        self.engine.step()
+
+    def rollout_metrics(self, parts: Sequence[Rollouts]) -> dict[str, float]:
+        """MEANS over all CoTs of the step, over all ranks: rewards, lengths, finished share."""
+        rules = []
+        for part in parts:
+            for pair in part.rules:
+                for group in pair:
+                    rules += group
+        sums = {}
+        for name in REWARD_PARTS:
+            sums[f"reward/{name}"] = sum(getattr(rule, name) for rule in rules)
+        finished = sum(int(part.finished_N2G.sum()) for part in parts)
+        sums["cot/tokens"] = float(sum(part.tokens for part in parts))
+        sums["cot/finished"] = float(finished)
+        # Groups whose rewards are all equal teach nothing.
+        zero_spread = 0
+        for part in parts:
+            zero_spread += int((part.advantage_N2G == 0).all(-1).sum())
+        sums["reward/zero_spread"] = self.cfg.group_size * float(zero_spread)
+        count = self.cfg.pairs_per_step * 2 * self.cfg.group_size
+        return {name: sum_over_ranks(value) / count for name, value in sums.items()}
+
+    # ------------------------------------------------------------------ evaluation
 
     @torch.no_grad()
     def evaluate(self, pairs: Sequence[Pair], how: Generation) -> dict[str, float]:
-        """On pairs not trained on, with one chain of the judge's own, greedy: preference accuracy, share of right
-        sub-dimension scores, share of finished chains. Ranks share the pairs. The reward is read off the KV cache that
-        wrote the chain, so no other writer is asked.
+        """Evaluate held-out pairs with one CoT per video, written by the model itself.
+
+        Metrics: preference accuracy, share of correct sub-dimension scores, share of finished
+        CoTs. The ranks share the pairs. The reward is read off the KV cache that the CoT was
+        written with, so no other backend is used.
         """
         self.model.eval()
-        found: list[tuple[int, list[float], float, float]] = []
+        results: list[tuple[int, list[float], float, float]] = []
         for rows in own_batches(len(pairs), self.cfg.micro_batch * self.cfg.group_size):
-            videos, encoded = self.inputs([pairs[i] for i in rows or [0]])
-            written = generate(
-                self.model, self.model.batch(encoded, videos, query=False), how
-            )
+            # A sharded model needs equally many forwards on every rank: pad an empty batch.
+            batch_pairs = [pairs[i] for i in rows or [0]]
+            videos, encoded = encode_pairs(self.model, batch_pairs)
+            batch = self.model.batch(encoded, videos, query=False)
+            written = generate(self.model, batch, how)
             reward_BK = rewards_from_cache(self.model, written)
-            for n, pair in enumerate(pairs[i] for i in rows):
-                chains = [
-                    PackedCot(tuple(written.ids(i)), bool(written.finished_B[i]))
-                    for i in (2 * n, 2 * n + 1)
-                ]
-                judged = zip(
-                    chains, (pair.scores_A or {}, pair.scores_B or {}), strict=True
-                )
-                quality = (
-                    sum(
-                        self.rewards([chain], truth)[0].quality
-                        for chain, truth in judged
-                    )
-                    / 2
-                )
+            for n, row in enumerate(rows):
+                cots = [written.cot(2 * n), written.cot(2 * n + 1)]
                 margin_K = (reward_BK[2 * n] - reward_BK[2 * n + 1]).tolist()
-                found.append(
-                    (
-                        rows[n],
-                        margin_K,
-                        quality,
-                        sum(chain.finished for chain in chains) / 2,
-                    )
-                )
-        measured = sorted(
-            row for rank_rows in gather_objects(found) for row in rank_rows
+                quality = self.heldout_quality(pairs[row], cots)
+                finished = sum(cot.finished for cot in cots) / 2
+                results.append((row, margin_K, quality, finished))
+
+        # Put the results of all ranks into the order of the pairs.
+        gathered = []
+        for rank_results in gather_objects(results):
+            gathered += rank_results
+        gathered.sort()
+        margin_NK = torch.tensor([margin_K for _, margin_K, _, _ in gathered])
+        metrics = heldout_metrics(self.model, margin_NK, pairs, with_ties=False)
+        count = len(gathered)
+        metrics["heldout/quality"] = (
+            sum(quality for _, _, quality, _ in gathered) / count
         )
-        margin_NK, names = (
-            torch.tensor([row[1] for row in measured]),
-            list(self.model.dimensions),
-        )
-        label_N = torch.tensor([label_of_total(pair, names) for pair in pairs])
-        accuracy = preference_accuracy(self.model.total(margin_NK), label_N)
-        return {
-            "heldout/accuracy": accuracy.without_ties,
-            **accuracy_by_dimension(
-                margin_NK, torch.tensor(label_rows(pairs, names)), names
-            ),
-            "heldout/quality": sum(row[2] for row in measured) / len(measured),
-            "heldout/finished": sum(row[3] for row in measured) / len(measured),
-        }
+        metrics["heldout/finished"] = sum(share for _, _, _, share in gathered) / count
+        return metrics
+
+    def heldout_quality(self, pair: Pair, cots: Sequence[PackedCot]) -> float:
+        """MEAN share of correct sub-dimension scores of both CoTs; 0 for unknown scores."""
+        total = 0
+        for cot, truth in zip(cots, (pair.scores_A, pair.scores_B), strict=True):
+            total += reward_cot(self.model, cot, truth or {}, self.rules).quality
+        return total / 2

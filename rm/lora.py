@@ -1,4 +1,4 @@
-"""LoRA on the language model of a judge: put on in place, switched off for a reference, merged for saving."""
+"""LoRA adapters on the language model of the reward model's backbone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _LLM_LINEARS = (
 
 
 def add_lora(backbone: nn.Module, lora: BackboneLora) -> None:
-    """Put LoRA adapters on q, k, v, o, gate, up, down of every language layer, in place (module paths stay)."""
+    """Add LoRA to q, k, v, o, gate, up, down of every language layer, in place.
+
+    The paths of the modules stay the same.
+    """
     import peft
 
     config = peft.LoraConfig(

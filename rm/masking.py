@@ -1,7 +1,8 @@
-"""Random masking of the chain of thought in stage 1: the score must lean on the video and on the thought (spec 2.3).
+"""Random masking of the chain of thought (CoT) in stage 1 of DeScore (arXiv 2605.05922).
 
-Masking removes text; its tokens are absent and positions close up, so a masked chain is a chain never written. What is
-dropped is a function of the seed, the epoch and the row, whatever the ranks. Evaluation never masks.
+Masking makes the reward lean on the video as well as on the CoT. It removes text before
+tokenising, so positions close up and a masked CoT equals a CoT that was never written. The
+draws depend on the seed, the epoch and the row only, not on the ranks. Evaluation never masks.
 """
 
 from __future__ import annotations
@@ -12,58 +13,59 @@ from common.distributed import derive_seed
 from rm.config import Masking
 
 _ANSWER = re.compile(r"(<answer>.*?</answer>)", re.DOTALL)
-_CUT = {
-    "section": re.compile(r"(?<=\n)(?=\S)"),  # a line that follows another, see `units`
-    "paragraph": re.compile(r"(?<=\n\n)(?=\S)"),
-    "sentence": re.compile(r"(?<=[.!?])(?=\s+\S)|(?<=[^.!?\s]\n)(?=\S)"),
-}
+_LINE_START = re.compile(r"(?<=\n)(?=\S)")
+_PARAGRAPH_START = re.compile(r"(?<=\n\n)(?=\S)")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s+\S)|(?<=[^.!?\s]\n)(?=\S)")
 
 
 def mask(
-    chains: tuple[str, str], how: Masking, *, seed: int, epoch: int, row: int
+    cots: tuple[str, str], how: Masking, *, seed: int, epoch: int, row: int
 ) -> tuple[str, str]:
-    """Both chains of a pair with their masked units removed, each with probability ``how.probability``.
+    """Drop each unit of both CoTs of a pair with probability ``how.probability``.
 
-    "pair": unit i of both chains is dropped or kept together; "video": each for itself.
+    With ``how.per == "pair"`` unit i of both CoTs shares a draw; with "video" each has a
+    draw of its own.
     """
-    kept = []
-    for side, chain in zip("AB", chains, strict=True):
-        who = () if how.per == "pair" else (side,)
-        parts = units(chain, how.unit)
-        # the whole chain has no number, so that a seed masks what it masked before there were units
-        numbers = [()] if how.unit == "cot" else [(i,) for i in range(len(parts))]
-        drawn = [
-            derive_seed(seed, "mask", epoch, row, *who, *number) / 2**63
-            for number in numbers
-        ]
-        kept.append(
-            "".join(
-                part
-                for part, u in zip(parts, drawn, strict=False)
-                if u >= how.probability
-            )
-        )
-    return kept[0], kept[1]
+    masked = []
+    for side, cot in zip("AB", cots, strict=True):
+        side_key = () if how.per == "pair" else (side,)
+        rest = ""
+        for i, text in enumerate(units(cot, how.unit)):
+            # The unit "cot" has no number in its seed.
+            unit_key = () if how.unit == "cot" else (i,)
+            drawn = derive_seed(seed, "mask", epoch, row, *side_key, *unit_key)
+            if drawn / 2**63 >= how.probability:
+                rest += text
+        masked.append(rest)
+    return masked[0], masked[1]
 
 
-def units(chain: str, unit: str) -> list[str]:
-    """What is dropped or kept as one; joined they are the chain.
+def units(cot: str, unit: str) -> list[str]:
+    """Cut a CoT into the units that are dropped or kept; joined they give the CoT again.
 
-    "cot"     the whole text
-    "section"   paragraphs, or lines where there is no empty line
-    "sentence"  up to ``.``, ``!``, ``?`` or the end of a line
+    "cot"       The unit is the full text.
+    "section"   The units are paragraphs, or lines if the text has no empty line.
+    "sentence"  The units end at ``.``, ``!``, ``?`` or the end of a line.
 
-    An answer block is one unit, whatever stands in it.
+    An answer block is always a single unit.
     """
     if unit == "cot":
-        return [chain]
-    rule = _CUT["paragraph" if unit == "section" and "\n\n" in chain else unit]
+        return [cot]
+    if unit == "sentence":
+        boundary = _SENTENCE_END
+    else:
+        boundary = _PARAGRAPH_START if "\n\n" in cot else _LINE_START
     parts: list[str] = []
-    for piece in _ANSWER.split(chain):
-        parts += [piece] if piece.startswith("<answer>") else rule.split(piece)
+    for piece in _ANSWER.split(cot):
+        if piece.startswith("<answer>"):
+            parts.append(piece)
+        else:
+            parts += boundary.split(piece)
     return [part for part in parts if part]
 
 
-def dropped_share(chain: str, kept: str) -> float:
-    """Of the characters; 0 for an empty chain."""
-    return 1.0 - len(kept) / len(chain) if chain else 0.0
+def dropped_share(cot: str, rest: str) -> float:
+    """Share of a CoT's characters that masking removed; 0 for an empty CoT."""
+    if not cot:
+        return 0.0
+    return 1.0 - len(rest) / len(cot)

@@ -1,12 +1,17 @@
-"""DeScore: a Qwen3-VL, one `<Reward>` query token, and a linear head on that token's last hidden state.
+"""DeScore, a video reward model that thinks before it scores (arXiv 2605.05922).
 
-    r = w . h,   h = hidden state of `<Reward>` after the final norm, in [chat, video, CoT, <Reward>]
+A Qwen3-VL reads the chat, the video and a chain of thought (CoT). The query token `<Reward>`
+follows, and a linear head on its last hidden state gives the reward:
 
-Attention is plain causal, so the query sees everything before it. `<Reward>` is an id without a string: a free row of
-the embedding matrix whose value is a 1 x d parameter of its own, put in place by a hook. No text can spell it, the
-vocabulary is never trained for it, and its optimizer state is one vector (2605.05922; spec sections 1 and 10).
+    [prompt, video, CoT, <Reward>]  ->  h = hidden state of <Reward>  ->  r = w . h
 
-A judge of K dimensions has K such tokens one after the other and a K x d head, r_k = w_k . h_k; DeScore has K = 1.
+Attention is causal, so the query sees everything before it. `<Reward>` is an id without a
+string: an unused row of the embedding matrix, whose value is a (1, D) parameter that a hook
+puts in place. So no text can spell it, the vocabulary is never trained for it, and its
+optimizer state is a single vector.
+
+A reward model of K dimensions has K query tokens in a row and a (K, D) head with
+r_k = w_k . h_k. DeScore has K = 1. The forward is `DeScore.forward`.
 """
 
 from __future__ import annotations
@@ -46,24 +51,25 @@ from rm.video import PreparedVideo
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
-PROMPT_FILE, VIDEO_FILE, DESCORE_FILE, HEAD_FILE = (
-    "prompt.json",
-    "video.json",
-    "descore.json",
-    "descore.safetensors",
-)
+# The files of a checkpoint, beside those of a stock Qwen3-VL.
+PROMPT_FILE = "prompt.json"
+VIDEO_FILE = "video.json"
+DESCORE_FILE = "descore.json"
+HEAD_FILE = "descore.safetensors"
 HEAD_INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences with their videos.
+    """Right-padded sequences with a video each.
 
-    ids_BL, mask_BL  long; the mask is 1 on real tokens, or bool (B, 1, L, L): which place sees which (`rm.packed`)
-    position_3BL     long, M-RoPE rows (time, height, width), given explicitly: the backbone keeps position state
-                     between calls otherwise
-    last_B           index of each row's last real token
-    patches          (n, C*tp*p*p) fp32, all videos one after the other; grid_B3 long
+    ids_BL        Token ids, long.
+    mask_BL       long, 1 on real tokens; or bool (B, 1, L, L), True where a query sees a key.
+    position_3BL  M-RoPE positions (time, height, width), long. They are given explicitly
+                  because the backbone otherwise keeps position state between calls.
+    last_B        The index of each row's last real token.
+    patches       The patches (n, C*tp*p*p) of all videos, concatenated, fp32.
+    grid_B3       The patch grid (t, h, w) of each video, long.
     """
 
     ids_BL: Tensor
@@ -74,26 +80,29 @@ class Batch:
     grid_B3: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        return replace(
-            self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)}
-        )
+        """Move every tensor to a device."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
+        return replace(self, **moved)
 
 
 class Head(nn.Linear):
-    """w_k . h_k in fp32, whatever the dtype of w and of the backbone: (..., K, D) -> (..., K)."""
+    """Row-wise linear head r_k = w_k . h_k in fp32: (..., K, D) -> (..., K)."""
 
     def forward(self, hidden_BKD: Tensor) -> Tensor:
         return (hidden_BKD.float() * self.weight.float()).sum(-1)
 
 
 class DeScore(nn.Module):
-    """The module deepspeed wraps. Beside its weights it holds all that belongs to the checkpoint.
+    """The reward model: a Qwen3-VL backbone, K query tokens and a linear head.
 
-    tokenizer, template, settings  how prompts and videos become a Batch
-    query_id                       the id of `<Reward>`; of several, the first
-    dimensions                     what each query token rewards, in their order
-    generation                     how its chains of thought are meant to be written
-    sharded                        every rank holds a piece of the weights only (ZeRO 3): all must call equally often
+    It also holds everything else that belongs to a checkpoint.
+
+    tokenizer, template, settings  They turn prompts and videos into a `Batch`.
+    query_id    The id of `<Reward>`; of several query tokens, the first.
+    dimensions  The meaning of each query token, in their order.
+    generation  How the model's CoTs are meant to be generated.
+    sharded     True if every rank holds only a piece of the weights (ZeRO 3); then all ranks
+                must call the model equally often.
     """
 
     sharded = False
@@ -109,81 +118,85 @@ class DeScore(nn.Module):
         dimensions: Mapping[str, RewardDimension] | None = None,
     ) -> None:
         super().__init__()
-        self.dimensions = dict(dimensions or one_reward())
-        vision = backbone.config.vision_config
-        for ours in ("patch_size", "merge_size", "temporal_patch_size"):
-            theirs = "spatial_merge_size" if ours == "merge_size" else ours
-            if getattr(settings, ours) != getattr(vision, theirs):
-                got, want = getattr(settings, ours), getattr(vision, theirs)
-                raise ValueError(
-                    f"VideoSettings.{ours}={got}, but the vision tower's is {want}"
-                )
+        _require_same_patches(settings, backbone.config.vision_config)
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no padding token")
         self.backbone = backbone
-        self.tokenizer, self.template, self.settings, self.query_id = (
-            tokenizer,
-            template,
-            settings,
-            query_id,
-        )
+        self.tokenizer = tokenizer
+        self.template = template
+        self.settings = settings
+        self.query_id = query_id
         self.generation = generation or Generation()
-        self.pad_id = _pad_id(tokenizer)
-        self.video_pad_id, self.end_id = (
-            token_id(tokenizer, VIDEO_PAD),
-            token_id(tokenizer, IM_END),
-        )
-        rows = backbone.get_input_embeddings().weight
+        self.dimensions = dict(dimensions or one_reward())
+        self.pad_id = tokenizer.pad_token_id
+        self.video_pad_id = token_id(tokenizer, VIDEO_PAD)
+        self.end_id = token_id(tokenizer, IM_END)
+
+        # The query starts at the mean embedding, the head at small random numbers.
+        embeddings = backbone.get_input_embeddings()
+        rows = embeddings.weight
         width = rows.shape[1]
         count = len(self.dimensions)
-        self.query = nn.Parameter(
-            rows[:query_id].detach().float().mean(0, keepdim=True).repeat(count, 1)
-        )
+        mean = rows[:query_id].detach().float().mean(0, keepdim=True)
+        self.query = nn.Parameter(mean.repeat(count, 1))
         self.head = Head(width, count, bias=False, device=rows.device)
         nn.init.normal_(self.head.weight, std=HEAD_INIT_STD)
-        backbone.get_input_embeddings().register_forward_hook(self._place_query)
+        embeddings.register_forward_hook(self._place_query)
 
-    def _place_query(
-        self, module: nn.Module, args: tuple[Tensor, ...], embedded: Tensor
-    ) -> Tensor:
-        which_BLK = args[0].unsqueeze(-1) == torch.tensor(
-            self.query_ids, device=embedded.device
-        )
-        own_BLD = which_BLK.to(embedded.dtype) @ self.query.to(embedded.dtype)
-        return torch.where(which_BLK.any(-1, keepdim=True), own_BLD, embedded)
-
-    # ------------------------------------------------------------------ the reward
+    # ------------------------------------------------------------------ the forward
 
     def forward(self, batch: Batch) -> Tensor:
-        """Rewards (B, K), fp32, of sequences that end in the query tokens. No vocabulary logits are computed."""
+        """Compute rewards (B, K) in fp32 of sequences that end in the query tokens.
+
+        [prompt, video, CoT, <Reward>] -> hidden state of <Reward> -> linear head -> reward.
+        No vocabulary logits are computed.
+        """
+        # 1. One causal forward: ids (B, L) and patches -> last hidden states (B, L, D).
         hidden_BLD = self.hidden(batch)
+
+        # 2. Take the hidden states of the K query tokens, the last K tokens of each row.
         row_B1 = torch.arange(len(hidden_BLD), device=hidden_BLD.device).unsqueeze(1)
-        return self.read_reward(
-            hidden_BLD[row_B1, batch.last_B.unsqueeze(1) - self.steps_back]
-        )
+        query_BK = batch.last_B.unsqueeze(1) - self.query_offset_K
+        hidden_BKD = hidden_BLD[row_B1, query_BK]
+
+        # 3. Linear head: r_k = w_k . h_k.
+        return self.reward_from_hidden(hidden_BKD)
 
     def hidden(self, batch: Batch, **options: Any) -> Tensor:
-        """Last hidden state (B, L, D) after the final norm; ``options`` go to the backbone (a KV cache, say)."""
+        """Compute last hidden states (B, L, D) after the final norm.
+
+        ``options`` go to the backbone, for example a KV cache.
+        """
+        is_video_BL = batch.ids_BL == self.video_pad_id
         output = self.backbone.model(
             input_ids=batch.ids_BL,
             attention_mask=batch.mask_BL,
             position_ids=batch.position_3BL,
             pixel_values_videos=batch.patches,
             video_grid_thw=batch.grid_B3,
-            mm_token_type_ids=(batch.ids_BL == self.video_pad_id).int()
-            * 2,  # 0 text, 2 video
+            mm_token_type_ids=is_video_BL.int() * 2,  # 0 is text, 2 is video
             **options,
         )
         return output.last_hidden_state
 
-    def read_reward(self, hidden_BKD: Tensor) -> Tensor:
-        """r_k = w_k . h_k in fp32, whatever the backbone's dtype: (..., K, D) -> (..., K)."""
+    def _place_query(
+        self, module: nn.Module, args: tuple[Tensor, ...], embedded: Tensor
+    ) -> Tensor:
+        """Embedding hook: replace the embeddings of the query tokens by the trained ones."""
+        query_ids_K = torch.tensor(self.query_ids, device=embedded.device)
+        is_query_BLK = args[0].unsqueeze(-1) == query_ids_K
+        query_BLD = is_query_BLK.to(embedded.dtype) @ self.query.to(embedded.dtype)
+        return torch.where(is_query_BLK.any(-1, keepdim=True), query_BLD, embedded)
+
+    def reward_from_hidden(self, hidden_BKD: Tensor) -> Tensor:
+        """Linear head r_k = w_k . h_k in fp32: (..., K, D) -> (..., K)."""
         return self.head(hidden_BKD)
 
     def total(self, reward_BK: Tensor) -> Tensor:
-        """The reward: SUM over dimensions of weight x reward, (..., K) -> (...)."""
+        """SUM over dimensions of weight x reward: (..., K) -> (...)."""
         weights = [dimension.weight for dimension in self.dimensions.values()]
-        return reward_BK @ torch.tensor(
-            weights, dtype=reward_BK.dtype, device=reward_BK.device
-        )
+        weight_K = torch.tensor(weights, dtype=reward_BK.dtype, device=reward_BK.device)
+        return reward_BK @ weight_K
 
     @property
     def loss_weight_K(self) -> list[float]:
@@ -194,16 +207,20 @@ class DeScore(nn.Module):
         return tuple(range(self.query_id, self.query_id + len(self.dimensions)))
 
     @property
-    def steps_back(self) -> Tensor:
-        """(K,) how far each query stands before the last one."""
+    def query_offset_K(self) -> Tensor:
+        """How many tokens each query stands before the last one, (K,)."""
         return torch.arange(len(self.dimensions) - 1, -1, -1, device=self.device)
 
-    # ------------------------------------------------------------------ from texts and videos to a Batch
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    # ------------------------------------------------------------------ inputs
 
     def encode(
         self, prompt: str, video: PreparedVideo, cot: str | None = None
     ) -> Encoded:
-        """Token ids of one judged video in this checkpoint's template."""
+        """Token ids of a prompt, a video and a CoT in this checkpoint's template."""
         return encode(
             self.tokenizer,
             self.template,
@@ -221,7 +238,10 @@ class DeScore(nn.Module):
         *,
         query: bool = True,
     ) -> Batch:
-        """Pad on the right; ``query`` appends the query tokens to every sequence (off for generation). On the CPU."""
+        """Pad sequences on the right and append the query tokens to each, on the CPU.
+
+        ``query=False`` leaves out the query tokens, for generation.
+        """
         if len(encoded) != len(videos) or not encoded:
             raise ValueError(
                 f"DeScore.batch: {len(encoded)} sequences for {len(videos)} videos"
@@ -232,33 +252,31 @@ class DeScore(nn.Module):
         ids_BL = nn.utils.rnn.pad_sequence(
             sequences, batch_first=True, padding_value=self.pad_id
         )
+        is_token_BL = torch.arange(ids_BL.shape[1]) < lengths_B.unsqueeze(1)
         grid_B3 = torch.tensor([video.grid for video in videos])
+        is_video_BL = ids_BL == self.video_pad_id
         return Batch(
             ids_BL=ids_BL,
-            mask_BL=(torch.arange(ids_BL.shape[1]) < lengths_B.unsqueeze(1)).long(),
-            position_3BL=rope_positions(
-                ids_BL == self.video_pad_id, grid_B3, self.settings.merge_size
-            ),
+            mask_BL=is_token_BL.long(),
+            position_3BL=rope_positions(is_video_BL, grid_B3, self.settings.merge_size),
             last_B=lengths_B - 1,
             patches=torch.cat([video.patches for video in videos]),
             grid_B3=grid_B3,
         )
 
     def banned_ids(self) -> Tensor:
-        """Bool (V,): ids that must not be sampled - `<Reward>`, the untrained free rows, and visual placeholders."""
-        banned_V = torch.zeros(
-            self.backbone.get_output_embeddings().out_features, dtype=torch.bool
-        )
-        banned_V[_first_free_id(self.tokenizer) :] = True
+        """Mask (V,), True for ids that must never be sampled.
+
+        They are `<Reward>`, the untrained rows of the vocabulary, and visual placeholders.
+        """
+        vocabulary = self.backbone.get_output_embeddings().out_features
         config = self.backbone.config
+        banned_V = torch.zeros(vocabulary, dtype=torch.bool)
+        banned_V[_first_free_id(self.tokenizer) :] = True
         banned_V[[*self.query_ids, config.video_token_id, config.image_token_id]] = True
         return banned_V
 
-    @property
-    def device(self) -> torch.device:
-        return self.query.device
-
-    # ------------------------------------------------------------------ folders
+    # ------------------------------------------------------------------ checkpoints
 
     @classmethod
     def from_base(
@@ -272,31 +290,30 @@ class DeScore(nn.Module):
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> DeScore:
-        """A new judge on a Qwen3-VL, a folder or a hub name. ``seed`` decides the head's weights.
+        """Make an untrained reward model from a Qwen3-VL, a folder or a hub name.
 
-        Template and settings: what is given, else ``prompt.json`` and ``video.json`` in the folder, else the defaults.
+        Template and settings default to ``prompt.json`` and ``video.json`` in the folder, and
+        without these files to DeScore's. ``seed`` decides the first weights of the head.
         """
         path = Path(path)
         backbone, tokenizer = _load_backbone(path, dtype)
         if template is None:
-            template = (
-                PromptTemplate.load(path / PROMPT_FILE)
-                if (path / PROMPT_FILE).is_file()
-                else DEFAULT_TEMPLATE
-            )
+            template = DEFAULT_TEMPLATE
+            if (path / PROMPT_FILE).is_file():
+                template = PromptTemplate.load(path / PROMPT_FILE)
         if settings is None:
-            settings = (
-                VideoSettings.load(path / VIDEO_FILE)
-                if (path / VIDEO_FILE).is_file()
-                else VideoSettings()
-            )
+            settings = VideoSettings()
+            if (path / VIDEO_FILE).is_file():
+                settings = VideoSettings.load(path / VIDEO_FILE)
+
+        # Too few free rows: grow to a multiple of 64, odd sizes are slow and fragile on GPUs.
         query_id = _first_free_id(tokenizer)
         needed = query_id + len(dimensions or one_reward())
         if needed > backbone.get_input_embeddings().weight.shape[0]:
-            # too few free rows: grow to the next multiple of 64, odd sizes are slow and fragile on GPUs
             backbone.resize_token_embeddings(
                 needed, pad_to_multiple_of=64, mean_resizing=False
             )
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(
@@ -312,51 +329,51 @@ class DeScore(nn.Module):
     def save(
         self, path: str | Path, state_dict: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Write the whole judge; `load` needs nothing else. LoRA is merged: the folder is a stock Qwen3-VL as well.
+        """Write a checkpoint that `load` reads; nothing else is needed.
 
-        ``state_dict`` replaces this module's own (weights gathered by ZeRO-3, or fp32 masters).
+        LoRA is merged, so the folder is a stock Qwen3-VL as well. ``state_dict`` replaces this
+        module's weights, for example by weights gathered by ZeRO 3 or fp32 masters.
         """
         from safetensors.torch import save_file
 
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         state = dict(self.state_dict() if state_dict is None else state_dict)
+
+        # The stock part: backbone, tokenizer, prompt, video settings.
         dtype = self.backbone.get_input_embeddings().weight.dtype
-        self.backbone.save_pretrained(
-            path, state_dict=merged_backbone(self.backbone, state, dtype)
-        )
+        merged = merged_backbone(self.backbone, state, dtype)
+        self.backbone.save_pretrained(path, state_dict=merged)
         self.tokenizer.save_pretrained(path)
         self.template.save(path / PROMPT_FILE)
         self.settings.save(path / VIDEO_FILE)
-        own = {"query": state["query"], "head": state["head.weight"]}
-        save_file(
-            {
-                name: tensor.detach().float().cpu().contiguous()
-                for name, tensor in own.items()
-            },
-            path / HEAD_FILE,
-        )
-        dimensions = {
-            name: asdict(dimension) for name, dimension in self.dimensions.items()
-        }
+
+        # Query and head, in fp32.
+        tensors = {}
+        for name, key in (("query", "query"), ("head", "head.weight")):
+            tensors[name] = state[key].detach().float().cpu().contiguous()
+        save_file(tensors, path / HEAD_FILE)
         record = {
-            "format": 1, "query_id": self.query_id, "generation": asdict(self.generation), "dimensions": dimensions
-        }  # fmt: skip
-        (path / DESCORE_FILE).write_text(
-            json.dumps(record, indent=1) + "\n", encoding="utf-8"
-        )
+            "format": 1,
+            "query_id": self.query_id,
+            "generation": asdict(self.generation),
+            "dimensions": {name: asdict(d) for name, d in self.dimensions.items()},
+        }
+        text = json.dumps(record, indent=1) + "\n"
+        (path / DESCORE_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> DeScore:
-        """Read what `save` wrote, in eval mode. FileNotFoundError or ValueError name what is missing."""
+        """Read a checkpoint that `save` wrote, in eval mode.
+
+        Raises FileNotFoundError, naming the files, if some are missing, and ValueError for
+        another format.
+        """
         from safetensors.torch import load_file
 
         path = Path(path)
-        missing = [
-            n
-            for n in (DESCORE_FILE, HEAD_FILE, PROMPT_FILE, VIDEO_FILE)
-            if not (path / n).is_file()
-        ]
+        required = (DESCORE_FILE, HEAD_FILE, PROMPT_FILE, VIDEO_FILE)
+        missing = [name for name in required if not (path / name).is_file()]
         if missing:
             raise FileNotFoundError(
                 f"{path} is not a DeScore checkpoint: it lacks {', '.join(missing)}"
@@ -367,40 +384,39 @@ class DeScore(nn.Module):
                 f"{path / DESCORE_FILE}: format {record.get('format')!r}, this version reads 1"
             )
         backbone, tokenizer = _load_backbone(path, dtype)
-        template, settings = (
+        dimensions = {}
+        for name, values in record.get("dimensions", {}).items():
+            dimensions[name] = RewardDimension(**values)
+        model = cls(
+            backbone,
+            tokenizer,
             PromptTemplate.load(path / PROMPT_FILE),
             VideoSettings.load(path / VIDEO_FILE),
+            record["query_id"],
+            Generation(**record["generation"]),
+            dimensions,
         )
-        dimensions = {
-            name: RewardDimension(**given)
-            for name, given in record.get("dimensions", {}).items()
-        }
-        how = Generation(**record["generation"])
-        model = cls(
-            backbone, tokenizer, template, settings, record["query_id"], how, dimensions
-        )
-        own = load_file(path / HEAD_FILE)
-        model.load_state_dict(
-            {"query": own["query"], "head.weight": own["head"]}, strict=False
-        )
+        tensors = load_file(path / HEAD_FILE)
+        weights = {"query": tensors["query"], "head.weight": tensors["head"]}
+        model.load_state_dict(weights, strict=False)
         return model.eval()
 
     @staticmethod
     def dimensions_in(path: str | Path) -> list[str]:
-        """The dimensions of a folder's checkpoint, which is not loaded. ValueError, naming the file, if unreadable."""
+        """Names of the dimensions of a checkpoint, without loading it.
+
+        Raises ValueError, naming the file, if it cannot be read.
+        """
         file = Path(path) / DESCORE_FILE
         try:
-            return list(
-                json.loads(file.read_text(encoding="utf-8")).get(
-                    "dimensions", one_reward()
-                )
-            )
+            record = json.loads(file.read_text(encoding="utf-8"))
+            return list(record.get("dimensions", one_reward()))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{file} is not the record of a DeScore ({error})"
             ) from error
 
-    # ------------------------------------------------------------------ what is trained
+    # ------------------------------------------------------------------ training
 
     def param_groups(
         self,
@@ -410,11 +426,13 @@ class DeScore(nn.Module):
         weight_decay: float,
         seed: int = 0,
     ) -> list[dict[str, Any]]:
-        """Freeze everything, then free and group what has a learning rate; groups carry ``name``.
+        """Freeze everything, then free and group the parts that have a learning rate.
 
-        lora  adapters on the language model's linears (added here, once); None trains those layers whole. The
-              vocabulary matrices stay frozen either way. A rate of 0 freezes the part.
-        seed  decides the adapters' first values
+        lora  Adds adapters to the language model's linears; call it once. None trains these
+              layers in full. The vocabulary matrices stay frozen in any case.
+        seed  Decides the adapters' first values.
+
+        A rate of 0 freezes the part. Every group carries the part's name as ``name``.
         """
         if lora is not None:
             with torch.random.fork_rng(devices=[]):
@@ -426,38 +444,46 @@ class DeScore(nn.Module):
             parameter.requires_grad_(part is not None and getattr(lr, part) > 0)
             if parameter.requires_grad:
                 parts[part].append(parameter)
-        return [
-            {
-                "name": part,
-                "params": parameters,
-                "lr": getattr(lr, part),
-                "weight_decay": _decay(part, weight_decay),
-            }
-            for part, parameters in parts.items()
-            if parameters
-        ]
+
+        groups = []
+        for part, parameters in parts.items():
+            if parameters:
+                # Decay would pull the query off the scale of the embeddings.
+                decay = 0.0 if part == "query" else weight_decay
+                group = {"name": part, "params": parameters, "lr": getattr(lr, part)}
+                groups.append({**group, "weight_decay": decay})
+        return groups
 
 
 def rope_positions(is_video_BL: Tensor, grid_B3: Tensor, merge_size: int) -> Tensor:
-    """M-RoPE positions (3, B, L) of sequences with one video each, equal to Qwen3-VL's ``get_rope_index``.
+    """M-RoPE positions (3, B, L) of sequences with a video each.
 
-    Text advances all three rows by one. The pads of one temporal patch, placed at s, get (s, s + row, s + column),
-    and what follows goes on at s + max(rows, columns): frames are told apart by their timestamps, not by position.
+    Equal to ``get_rope_index`` of Qwen3-VL. Text advances all three rows by 1. The pads of a
+    temporal patch that starts at position s get (s, s + row, s + column), and the next token
+    s + max(rows, columns). Timestamps tell frames apart, not positions.
     """
     rows_B1, columns_B1 = (grid_B3[:, 1:] // merge_size).unsqueeze(-1).unbind(1)
     is_video = is_video_BL.long()
-    first = is_video * (1 - F.pad(is_video, (1, -1)))
-    frame_BL = first.cumsum(1)
-    text_BL = (1 - is_video).cumsum(1) - (1 - is_video)  # text tokens before this one
+    is_text = 1 - is_video
+
+    # Start of the frame a token belongs to: text tokens and frames before it.
+    is_first = is_video * (1 - F.pad(is_video, (1, -1)))
+    frame_BL = is_first.cumsum(1)
+    text_before_BL = is_text.cumsum(1) - is_text
     span_B1 = torch.maximum(rows_B1, columns_B1)
-    start_BL = text_BL + span_B1 * (frame_BL - is_video)
+    start_BL = text_before_BL + span_B1 * (frame_BL - is_video)
+
+    # Row and column of a pad within its frame.
     pad_BL = (is_video.cumsum(1) - 1) % (rows_B1 * columns_B1)
     offsets = (torch.zeros_like(pad_BL), pad_BL // columns_B1, pad_BL % columns_B1)
     return torch.stack([start_BL + is_video * offset for offset in offsets])
 
 
 def _part_of(name: str, *, with_lora: bool) -> str | None:
-    """Which learning rate a parameter has; None for the vocabulary matrices and the layers under LoRA."""
+    """The learning rate of a parameter; None if it is never trained.
+
+    Those are the vocabulary matrices and, with LoRA, the layers under it.
+    """
     if name == "query":
         return "query"
     if name.startswith("head."):
@@ -469,10 +495,19 @@ def _part_of(name: str, *, with_lora: bool) -> str | None:
     return "llm" if ("lora_" in name) == with_lora else None
 
 
-def _decay(part: str, weight_decay: float) -> float:
-    return (
-        0.0 if part == "query" else weight_decay
-    )  # decay would pull the query off the embeddings' scale
+def _require_same_patches(settings: VideoSettings, vision_config: Any) -> None:
+    """Raise ValueError if videos are cut differently from what the vision tower reads."""
+    expected = {
+        "patch_size": vision_config.patch_size,
+        "merge_size": vision_config.spatial_merge_size,
+        "temporal_patch_size": vision_config.temporal_patch_size,
+    }
+    for name, value in expected.items():
+        if getattr(settings, name) != value:
+            raise ValueError(
+                f"VideoSettings.{name}={getattr(settings, name)}, "
+                f"but the vision tower has {value}"
+            )
 
 
 def _load_backbone(
@@ -484,17 +519,10 @@ def _load_backbone(
         require_hub_name(path.as_posix(), "config.json")
     elif not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} is not a model folder: it lacks config.json")
-    backbone = Qwen3VLForConditionalGeneration.from_pretrained(
-        path.as_posix(), dtype=dtype
-    )
-    return backbone, AutoTokenizer.from_pretrained(path.as_posix())
+    name = path.as_posix()
+    backbone = Qwen3VLForConditionalGeneration.from_pretrained(name, dtype=dtype)
+    return backbone, AutoTokenizer.from_pretrained(name)
 
 
 def _first_free_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.pad_token_id is None:
-        raise ValueError("the tokenizer has no padding token")
-    return tokenizer.pad_token_id

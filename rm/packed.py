@@ -1,18 +1,21 @@
-"""Several chains of thought about one video in one sequence: the prompt and the video are computed once.
+"""The forward of stage 2: several chains of thought (CoTs) about a video in one sequence.
 
-A row is ``[chat, video][CoT_1 <Reward>][CoT_2 <Reward>] ... [CoT_G <Reward>]`` under a mask that lets a chain see the
-prompt and itself only, with M-RoPE positions that go on after the prompt in every chain. So each chain gets what it
-would get alone, hidden states and gradients (tests/rm/test_packed.py), and one forward serves both objectives: the
-log-probabilities of its tokens, and the reward at its query. Causal attention makes the two independent: the query is
-last and changes no hidden state before it.
+A row is ``[chat, video][CoT_1 <Reward>][CoT_2 <Reward>] ... [CoT_G <Reward>]``. The attention
+mask lets a CoT see the prompt and itself only, and the M-RoPE positions of every CoT continue
+after the prompt. So each CoT gets the hidden states and gradients of a sequence of its own,
+while prompt and video are computed once. The same forward gives the log-probabilities of the
+CoT's tokens and the reward at its query: the query is last, so causal attention keeps it from
+changing any hidden state before it.
 
-The mask is four-dimensional, which torch's own attention ("sdpa", "eager") takes and FlashAttention does not.
+The mask is four-dimensional; torch's attention ("sdpa", "eager") takes it, FlashAttention
+does not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +27,13 @@ from rm.model import Batch, DeScore, rope_positions
 from rm.prompt import Encoded
 from rm.video import PreparedVideo
 
-_TOKENS_AT_ONCE = 1024  # logits of a large vocabulary are the largest tensors of a step
+# The logits of a large vocabulary are the largest tensors of a step: compute so many at a time.
+_TOKENS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class PackedCot:
-    """A sampled chain of thought: token ids without end-of-turn, and whether it ended by itself."""
+    """A sampled CoT: its token ids without end-of-turn, and whether it ended by itself."""
 
     ids: tuple[int, ...]
     finished: bool
@@ -37,13 +41,13 @@ class PackedCot:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of equally many chains. T is the longest chain and its end token, padded.
+    """Rows of G CoTs each. T is the longest CoT with its end token; shorter ones are padded.
 
-    batch        as `DeScore.hidden` takes it; ``mask_BL`` is bool (B, 1, L, L)
-    before_BGT   the place whose hidden state predicts token t (of the first: the prompt's last place)
-    target_BGT   the tokens, the end-of-turn token last if the chain finished
-    token_BGT    bool, which of them exist
-    query_BG     the place of each chain's last query token
+    batch       The input of `DeScore.hidden`; its ``mask_BL`` is bool (B, 1, L, L).
+    before_BGT  The index of the hidden state that predicts token t.
+    target_BGT  The token ids, with the end-of-turn token last if the CoT finished.
+    token_BGT   bool, True where there is a token.
+    query_BG    The index of the last query token of each CoT.
     """
 
     batch: Batch
@@ -53,52 +57,118 @@ class Packed:
     query_BG: Tensor
 
     def to(self, device: torch.device | str) -> Packed:
-        return replace(
-            self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)}
-        )
+        """Move every tensor to a device."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
 class PackedOutput:
-    """log_prob_BGT  of every token, 0 where there is none; reward_BGK."""
+    """Log-probabilities (B, G, T), 0 where there is no token, and rewards (B, G, K)."""
 
     log_prob_BGT: Tensor
     reward_BGK: Tensor
+
+
+def packed_forward(
+    model: DeScore, packed: Packed, *, temperature: float, score: bool = True
+) -> PackedOutput:
+    """Compute log-probabilities and rewards of all CoTs in one forward of the backbone.
+
+        log_prob_t = log softmax(logits_t / temperature)[token_t]
+
+    over the ids that may be sampled. ``score=False`` leaves the rewards at 0, which is all
+    that the reference policy of the KL term needs.
+    """
+    hidden_BLD = model.hidden(packed.batch)
+    device = hidden_BLD.device
+    row_B1 = torch.arange(len(hidden_BLD), device=device).view(-1, 1)
+    row_B11 = row_B1.unsqueeze(-1)
+
+    # Log-probabilities: gather the N hidden states that predict a token.
+    token_BGT = packed.token_BGT
+    row_N = row_B11.expand_as(token_BGT)[token_BGT]
+    hidden_ND = hidden_BLD[row_N, packed.before_BGT[token_BGT]]
+    target_N = packed.target_BGT[token_BGT]
+    log_prob_N = token_log_probs(model, hidden_ND, target_N, temperature=temperature)
+    zero_BGT = torch.zeros(token_BGT.shape, device=device)
+    log_prob_BGT = zero_BGT.masked_scatter(token_BGT, log_prob_N)
+
+    # Rewards: the linear head on the hidden states of the query tokens.
+    query_BGK = packed.query_BG.unsqueeze(-1) - model.query_offset_K
+    if not score:
+        return PackedOutput(log_prob_BGT, torch.zeros(query_BGK.shape, device=device))
+    reward_BGK = model.reward_from_hidden(hidden_BLD[row_B11, query_BGK])
+    return PackedOutput(log_prob_BGT, reward_BGK)
+
+
+def token_log_probs(
+    model: DeScore, hidden_ND: Tensor, target_N: Tensor, *, temperature: float
+) -> Tensor:
+    """Log-probabilities (N,) of tokens in fp32, with logits computed a part at a time.
+
+    The backward computes the logits again. With a sharded model every rank makes equally
+    many calls, some on empty parts, since each call gathers the vocabulary head.
+    """
+    banned_V = model.banned_ids().to(hidden_ND.device)
+
+    def log_probs(hidden: Tensor, target: Tensor) -> Tensor:
+        logits = model.backbone.lm_head(hidden).float()
+        logits = logits.masked_fill(banned_V, -torch.inf) / temperature
+        return -F.cross_entropy(logits, target, reduction="none")
+
+    count = max(1, math.ceil(len(hidden_ND) / _TOKENS_AT_ONCE))
+    if model.sharded:
+        count = int(max_over_ranks(count))
+    keep_logits = not torch.is_grad_enabled() or count == 1
+    parts = []
+    for i in range(count):
+        part = slice(i * _TOKENS_AT_ONCE, (i + 1) * _TOKENS_AT_ONCE)
+        inputs = (hidden_ND[part], target_N[part])
+        if keep_logits:
+            parts.append(log_probs(*inputs))
+        else:
+            parts.append(checkpoint(log_probs, *inputs, use_reentrant=False))
+    return torch.cat(parts)
 
 
 def pack(
     model: DeScore,
     encoded: Sequence[Encoded],
     videos: Sequence[PreparedVideo],
-    chains: Sequence[Sequence[PackedCot]],
+    cots: Sequence[Sequence[PackedCot]],
 ) -> Packed:
-    """One row a video; ``chains[b]`` are the G chains of video b, whose prompt is ``encoded[b].prompt_ids``.
+    """Pack the G CoTs ``cots[b]`` behind the prompt ``encoded[b].prompt_ids``, for every row b.
 
-    Raises ValueError when rows have unequal numbers of chains.
+    Raises ValueError if rows have unequal numbers of CoTs.
     """
-    size = len(chains[0]) if chains else 0
-    if (
-        not size
-        or any(len(row) != size for row in chains)
-        or not len(encoded) == len(videos) == len(chains)
-    ):
+    sizes = [len(group) for group in cots]
+    same_length = len(encoded) == len(videos) == len(cots)
+    if not same_length or len(set(sizes)) != 1 or sizes[0] == 0:
         raise ValueError(
-            f"pack: {len(encoded)} prompts, {len(videos)} videos, chains {[len(row) for row in chains]}"
+            f"pack: {len(encoded)} prompts, {len(videos)} videos, CoTs {sizes}"
         )
-    rows = [_row(model, item, own) for item, own in zip(encoded, chains, strict=True)]
+    rows = [
+        _pack_row(model, item.prompt_ids, group)
+        for item, group in zip(encoded, cots, strict=True)
+    ]
     ids_BL = _padded([row.ids for row in rows], model.pad_id)
-    part_BL = _padded([row.part for row in rows], -1)
-    shift_BL = _padded([row.shift for row in rows], 0)
-    length = ids_BL.shape[1]
-    place_L = torch.arange(length)
-    same_BLL = part_BL[:, :, None] == part_BL[:, None, :]
-    visible_BLL = (same_BLL | (part_BL[:, None, :] == 0)) & (
-        place_L[:, None] >= place_L[None, :]
-    )
+
+    # A token sees its own CoT and the prompt (segment 0), causally.
+    segment_BL = _padded([row.segment for row in rows], -1)
+    index_L = torch.arange(ids_BL.shape[1])
+    causal_LL = index_L[:, None] >= index_L[None, :]
+    same_BLL = segment_BL[:, :, None] == segment_BL[:, None, :]
+    prompt_BLL = segment_BL[:, None, :] == 0
+    visible_BLL = (same_BLL | prompt_BLL) & causal_LL
+
+    # Every CoT continues at the position after the prompt.
     grid_B3 = torch.tensor([video.grid for video in videos])
     position_3BL = rope_positions(
         ids_BL == model.video_pad_id, grid_B3, model.settings.merge_size
     )
+    shift_BL = _padded([row.shift for row in rows], 0)
+
     batch = Batch(
         ids_BL=ids_BL,
         mask_BL=visible_BLL.unsqueeze(1),
@@ -108,107 +178,61 @@ def pack(
         grid_B3=grid_B3,
     )
     longest = max(len(target) for row in rows for target in row.targets)
+    exists = [[[1] * len(target) for target in row.targets] for row in rows]
     return Packed(
         batch=batch,
         before_BGT=torch.stack([_padded(row.before, 0, longest) for row in rows]),
         target_BGT=torch.stack([_padded(row.targets, 0, longest) for row in rows]),
-        token_BGT=torch.stack(
-            [_padded([[1] * len(t) for t in row.targets], 0, longest) for row in rows]
-        ).bool(),
+        token_BGT=torch.stack([_padded(row, 0, longest) for row in exists]).bool(),
         query_BG=torch.tensor([row.queries for row in rows]),
     )
 
 
-def packed_forward(
-    model: DeScore, packed: Packed, *, temperature: float, score: bool = True
-) -> PackedOutput:
-    """Log-probabilities under the sampler's distribution, and rewards; ONE forward of the backbone.
+@dataclass
+class _PackedRow:
+    """A row under construction.
 
-        log_prob_t = log softmax(logits_t / temperature)[token_t],   over the ids that may be sampled
-
-    ``score=False`` leaves the rewards at 0: the reference of the KL has none.
+    ids, segment, shift       By token: its id, the CoT it belongs to (0 is the prompt), and
+                              by how much its index exceeds that in a sequence of its own.
+    before, targets, queries  By CoT, see `Packed`.
     """
-    hidden_BLD = model.hidden(packed.batch)
-    row_B1 = torch.arange(len(hidden_BLD), device=hidden_BLD.device).view(-1, 1)
-    where = packed.token_BGT
-    row_BGT = row_B1.unsqueeze(-1).expand_as(where)
-    hidden_ND = hidden_BLD[row_BGT[where], packed.before_BGT[where]]
-    log_prob_N = token_log_probs(
-        model, hidden_ND, packed.target_BGT[where], temperature=temperature
-    )
-    log_prob_BGT = torch.zeros(where.shape, device=hidden_BLD.device).masked_scatter(
-        where, log_prob_N
-    )
-    query_BGK = packed.query_BG.unsqueeze(-1) - model.steps_back
-    if not score:
-        return PackedOutput(
-            log_prob_BGT, torch.zeros(query_BGK.shape, device=hidden_BLD.device)
-        )
-    return PackedOutput(
-        log_prob_BGT, model.read_reward(hidden_BLD[row_B1.unsqueeze(-1), query_BGK])
-    )
 
-
-def token_log_probs(
-    model: DeScore, hidden_ND: Tensor, target_N: Tensor, *, temperature: float
-) -> Tensor:
-    """(N,) fp32. Logits are made for a part of the tokens at a time, and again in the backward.
-
-    Of a sharded model in equally many parts on every rank, empty ones too: each gathers the vocabulary head.
-    """
-    banned_V = model.banned_ids().to(hidden_ND.device)
-
-    def part(hidden: Tensor, target: Tensor) -> Tensor:
-        logits = (
-            model.backbone.lm_head(hidden).float().masked_fill(banned_V, -torch.inf)
-            / temperature
-        )
-        return -F.cross_entropy(logits, target, reduction="none")
-
-    count = max(1, -(-len(hidden_ND) // _TOKENS_AT_ONCE))
-    if model.sharded:
-        count = int(max_over_ranks(count))
-    parts = [
-        slice(i * _TOKENS_AT_ONCE, (i + 1) * _TOKENS_AT_ONCE) for i in range(count)
-    ]
-    if not torch.is_grad_enabled() or count == 1:
-        return torch.cat([part(hidden_ND[i], target_N[i]) for i in parts])
-    return torch.cat(
-        [
-            checkpoint(part, hidden_ND[i], target_N[i], use_reentrant=False)
-            for i in parts
-        ]
-    )
-
-
-@dataclass(frozen=True)
-class _Row:
     ids: list[int]
-    part: list[int]  # 0 the prompt, g the g-th chain
-    shift: list[int]  # how far the place is ahead of the place it would have alone
-    before: list[list[int]]
-    targets: list[list[int]]
-    queries: list[int]
+    segment: list[int]
+    shift: list[int]
+    before: list[list[int]] = field(default_factory=list)
+    targets: list[list[int]] = field(default_factory=list)
+    queries: list[int] = field(default_factory=list)
 
 
-def _row(model: DeScore, encoded: Encoded, chains: Sequence[PackedCot]) -> _Row:
-    start = len(encoded.prompt_ids)
-    row = _Row(list(encoded.prompt_ids), [0] * start, [0] * start, [], [], [])
-    for number, chain in enumerate(chains, 1):
-        first, size = len(row.ids), len(chain.ids)
-        row.ids.extend((*chain.ids, *model.query_ids))
-        row.part.extend([number] * (len(row.ids) - first))
-        row.shift.extend([first - start] * (len(row.ids) - first))
-        targets = [*chain.ids, *([model.end_id] if chain.finished else [])]
-        row.targets.append(targets)
-        row.before.append([start - 1, *range(first, first + size)][: len(targets)])
+def _pack_row(
+    model: DeScore, prompt_ids: Sequence[int], cots: Sequence[PackedCot]
+) -> _PackedRow:
+    prompt_length = len(prompt_ids)
+    row = _PackedRow(list(prompt_ids), [0] * prompt_length, [0] * prompt_length)
+    for number, cot in enumerate(cots, 1):
+        first = len(row.ids)
+        length = len(cot.ids) + len(model.query_ids)
+        row.ids += [*cot.ids, *model.query_ids]
+        row.segment += [number] * length
+        row.shift += [first - prompt_length] * length
         row.queries.append(len(row.ids) - 1)
+
+        # The prompt's last token predicts the first token of every CoT.
+        targets = list(cot.ids)
+        if cot.finished:
+            targets.append(model.end_id)
+        before = [prompt_length - 1, *range(first, first + len(cot.ids))]
+        row.targets.append(targets)
+        row.before.append(before[: len(targets)])
     return row
 
 
 def _padded(
     rows: Sequence[Sequence[int]], value: int, length: int | None = None
 ) -> Tensor:
-    """long (rows, the longest), padded on the right."""
-    width = max(map(len, rows)) if length is None else length
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+    """Long tensor (rows, length) padded on the right; by default to the longest row."""
+    if length is None:
+        length = max(len(row) for row in rows)
+    padded = [[*row, *[value] * (length - len(row))] for row in rows]
+    return torch.tensor(padded)

@@ -1,4 +1,7 @@
-"""A trained DeScore as a reward model: think, then score, on one copy of the weights and one prefill."""
+"""A trained DeScore as a reward model: write a chain of thought (CoT), then score.
+
+Both steps use the same weights and the same prefill of prompt and video.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from common.distributed import derive_seed
 from common.memory import AdaptiveBatcher
 from common.types import Score
 from rm.calibration import Calibration
+from rm.config import Generation
 from rm.generate import generate, rewards_from_cache
 from rm.model import DeScore
 from rm.prompt import DIMENSIONS, parse_answer
@@ -23,16 +27,18 @@ from rm.video import PreparedVideo, prepare
 
 
 class DeScoreScorer:
-    """The Protocol `common.types.RewardModel`: chains of thought about a video, then the head.
+    """DeScore behind the Protocol `common.types.RewardModel`.
 
-    It writes with `rm.generate` itself, never with a `rm.cot_backend`: the reward is one token more on that KV cache.
+    It generates with `rm.generate`, not with an `rm.cot_backend`, because the reward is one
+    more token on the KV cache of the CoT.
 
-    batch   videos judged at once; halved for good when memory runs out
-    chains  chains of thought of each video. 1: one, as the checkpoint's generation says (greedy, unless it was saved
-            otherwise). N > 1: sampled, at temperature 1 if the checkpoint's is 0, and the reward is their MEAN; prompt
-            and video are read once. 0: score at once, which random masking in stage 1 trains too
-    value   "head"; or "overall": the overall score the chain states (the coupled generative baseline), NaN without one
-    calibration  rewards become (r - mean) / std of validation videos, each dimension by itself; None leaves them raw
+    batch   Videos per forward; halved for good when memory runs out.
+    chains  CoTs per video. 0 scores without a CoT, which random masking in stage 1 trains.
+            1 generates as the checkpoint says, by default greedily. N > 1 samples, at
+            temperature 1 if the checkpoint's is 0, and the reward is the MEAN over CoTs.
+    value   "head" is the reward of the linear head. "overall" is the overall score that the
+            CoT states (the coupled generative baseline), NaN if it states none.
+    calibration  Turns rewards into (r - mean) / std of validation videos, by dimension.
     """
 
     name = "descore"
@@ -54,25 +60,16 @@ class DeScoreScorer:
             raise ValueError(f"value={value!r} must be 'head' or 'overall'")
         if value == "overall" and (chains == 0 or calibration is not None):
             raise ValueError(
-                "value='overall' reads the chain of thought: chains must be at least 1, and uncalibrated"
+                "value='overall' reads the chain of thought: chains must be at least 1, "
+                "without calibration"
             )
-        if (
-            calibration is not None
-            and calibration.mean.keys() != model.dimensions.keys()
-        ):
-            raise ValueError(
-                f"a calibration of {list(calibration.mean)} for a judge of {list(model.dimensions)}"
-            )
-        if calibration is not None and calibration.chains != chains:
-            raise ValueError(
-                f"calibrated with chains={calibration.chains}, which are other rewards than chains={chains}"
-            )
-        self.value, self.calibration = value, calibration
-        self.model, self.chains = (
-            model.eval().requires_grad_(requires_grad=False),
-            chains,
-        )
-        self.portions = AdaptiveBatcher(batch, what="videos before the judge")
+        if calibration is not None:
+            _require_fit(calibration, model, chains)
+        self.model = model.eval().requires_grad_(requires_grad=False)
+        self.chains = chains
+        self.value = value
+        self.calibration = calibration
+        self.portions = AdaptiveBatcher(batch, what="videos in the reward model")
 
     @classmethod
     def load(
@@ -84,26 +81,25 @@ class DeScoreScorer:
         calibrated: bool = False,
         **options: Any,
     ) -> DeScoreScorer:
-        """Read a folder that `DeScore.save` wrote; nothing else is needed. Errors as `DeScore.load`.
+        """Load a checkpoint folder that `DeScore.save` wrote; errors as `DeScore.load`.
 
-        device      None is this rank's GPU, or the CPU
-        dtype       of the backbone (query and head stay fp32); None is bfloat16 on a GPU and float32 on a CPU
-        calibrated  by the folder's calibration.json; FileNotFoundError if launch/calibrate.py has not made it
-        options     as above
+        device      None is this rank's GPU, or the CPU if there is none.
+        dtype       Of the backbone; query and head stay fp32. None is bfloat16 on a GPU and
+                    float32 on a CPU.
+        calibrated  Uses the folder's calibration.json. Raises FileNotFoundError if
+                    launch/calibrate.py has not written it.
+        options     Further arguments of the class.
         """
         if device is None:
-            device = (
-                torch.device("cuda", torch.cuda.current_device())
-                if torch.cuda.is_available()
-                else "cpu"
-            )
+            device = "cpu"
+            if torch.cuda.is_available():
+                device = torch.device("cuda", torch.cuda.current_device())
         if dtype is None:
             dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
         if calibrated:
             options["calibration"] = Calibration.load(path)
-        return cls(
-            DeScore.load(path, dtype=getattr(torch, dtype)).to(device), **options
-        )
+        model = DeScore.load(path, dtype=getattr(torch, dtype)).to(device)
+        return cls(model, **options)
 
     @torch.no_grad()
     def score(
@@ -113,158 +109,171 @@ class DeScoreScorer:
         *,
         fps: float | None = None,
     ) -> Score:
-        """Rewards (B,): raw logits unless calibrated, so that only their order and differences mean something.
+        """Compute rewards (B,); only their order and differences mean something.
 
-        videos  uint8 (B, T, Y, X, 3), or a sequence of uint8 (T, Y, X, 3) and of files; frames need ``fps``. Equal ones
-                under equal prompts are judged once, and a permuted batch has permuted scores to the bit
+        videos  uint8 (B, T, Y, X, 3), or a sequence of uint8 (T, Y, X, 3) and of files.
+                Frames need ``fps``. Equal videos with equal prompts are scored once, and a
+                permuted batch has permuted scores to the bit.
 
-        parts   the five sub-dimension scores the chain of thought states, NaN where it states none or N/A; of several
-                chains their MEAN over those that state one, and "spread", the population std of the rewards.
-                "reward.NAME" for each dimension of a judge that has several
-        texts   the chains of thought, of several the first ("" without any)
+        The parts of the result are the five sub-dimension scores that the CoT states, NaN
+        where it states none or N/A; with several CoTs their MEAN, and "spread", the population
+        std of the rewards; with several dimensions, "reward.NAME" of each. The texts are the
+        CoTs, of several the first.
 
-        A chain that is not finished within the checkpoint's token limit is written once more with twice the limit;
-        if that is not enough either, it does not count, and a video without any that counts is not judged: NaN.
-        Raises VideoError naming a file it cannot read.
+        A CoT that does not finish within the checkpoint's token limit is written again with
+        twice the limit. If it still does not finish, it does not count; a video without any
+        finished CoT gets NaN.
+
+        Raises VideoError, naming the file, for a file that cannot be read.
         """
         if len(videos) != len(prompts):
             raise ValueError(f"score: {len(videos)} videos for {len(prompts)} prompts")
         if not len(prompts):
             return Score(torch.zeros(0))
-        # sums of floats depend on a row's place in a batch: places are given by what the rows are, each is judged once
+
+        # Sums of floats depend on the place in a batch, so sort the rows by their content.
         keys = [
             _identity(video, prompt)
             for video, prompt in zip(videos, prompts, strict=True)
         ]
-        order = sorted(set(keys))
-        rows = [keys.index(key) for key in order]
-        found = self._score(
-            [videos[i] for i in rows], [prompts[i] for i in rows], fps=fps
-        )
-        place = {key: k for k, key in enumerate(order)}
-        return found.take([place[key] for key in keys])
+        unique_keys = sorted(set(keys))
+        rows = [keys.index(key) for key in unique_keys]
+        unique_videos = [videos[row] for row in rows]
+        unique_prompts = [prompts[row] for row in rows]
+        score = self._score_unique(unique_videos, unique_prompts, fps=fps)
+        place = {key: i for i, key in enumerate(unique_keys)}
+        return score.take([place[key] for key in keys])
 
-    def _score(
+    def _score_unique(
         self,
         videos: Sequence[Tensor | str | Path],
         prompts: Sequence[str],
         *,
         fps: float | None,
     ) -> Score:
-        def judge(part: slice) -> _Judged:
-            return self._judge(
-                prompts[part],
-                [
-                    prepare(video, self.model.settings, fps=fps)
-                    for video in videos[part]
-                ],
-            )
+        def score_part(part: slice) -> _CotRewards:
+            settings = self.model.settings
+            prepared = [prepare(video, settings, fps=fps) for video in videos[part]]
+            return self._cot_rewards(prompts[part], prepared)
 
-        judged = self.portions.each(judge, len(prompts))
-        reward_BNK = self._calibrated(torch.cat([part.reward_BNK for part in judged]))
-        texts = [own for part in judged for own in part.texts]
-        if self.value == "overall":  # of chains that count, which have a reward
-            stated_BN = _overall([text for own in texts for text in own]).view(
-                -1, self.chains
-            )
+        results = self.portions.each(score_part, len(prompts))
+        reward_BNK = torch.cat([result.reward_BNK for result in results])
+        reward_BNK = self._calibrated(reward_BNK)
+        texts = [cot_texts for result in results for cot_texts in result.texts]
+        flat_texts = [text for cot_texts in texts for text in cot_texts]
+
+        # The reward: MEAN over finished CoTs of the head's reward or of the stated score.
+        if self.value == "overall":
+            stated_BN = _overall(flat_texts).view(-1, self.chains)
             reward_BN = stated_BN.masked_fill(reward_BNK[..., 0].isnan(), math.nan)
         else:
             reward_BN = self.model.total(reward_BNK)
-        value_B = _mean_of_judged(reward_BN)
+        value_B = reward_BN.nanmean(1)
+
+        # The parts, for logs and tables.
         parts = {}
         if len(self.model.dimensions) > 1:
-            names = self.model.dimensions
-            parts |= {
-                f"reward.{name}": _mean_of_judged(reward_BNK[..., k])
-                for k, name in enumerate(names)
-            }
+            for k, name in enumerate(self.model.dimensions):
+                parts[f"reward.{name}"] = reward_BNK[..., k].nanmean(1)
         if self.chains == 0:
             return Score(value_B, parts, [""] * len(prompts))
-        stated = _parts([text for own in texts for text in own])
-        parts |= {
-            name: _mean_of_judged(part.view(-1, self.chains))
-            for name, part in stated.items()
-        }
+        for name, stated in _parts(flat_texts).items():
+            parts[name] = stated.view(-1, self.chains).nanmean(1)
         if self.chains > 1:
-            parts["spread"] = _mean_of_judged(
-                (reward_BN - value_B.unsqueeze(1)).square()
-            ).sqrt()
-        return Score(value_B, parts, [own[0] for own in texts])
+            variance_B = (reward_BN - value_B.unsqueeze(1)).square().nanmean(1)
+            parts["spread"] = variance_B.sqrt()
+        return Score(value_B, parts, [cot_texts[0] for cot_texts in texts])
 
     def _calibrated(self, reward_BNK: Tensor) -> Tensor:
         if self.calibration is None:
             return reward_BNK
         names = list(self.model.dimensions)
-        mean_K, std_K = (
-            torch.tensor([by[n] for n in names])
-            for by in (self.calibration.mean, self.calibration.std)
-        )
+        mean_K = torch.tensor([self.calibration.mean[name] for name in names])
+        std_K = torch.tensor([self.calibration.std[name] for name in names])
         return (reward_BNK - mean_K) / std_K
 
-    def _judge(
+    def _cot_rewards(
         self, prompts: Sequence[str], videos: Sequence[PreparedVideo]
-    ) -> _Judged:
+    ) -> _CotRewards:
+        """Write N CoTs for every video and compute their rewards; the second try is longer."""
+        model = self.model
         encoded = [
-            self.model.encode(prompt, video)
+            model.encode(prompt, video)
             for prompt, video in zip(prompts, videos, strict=True)
         ]
         if self.chains == 0:
-            batch = self.model.batch(encoded, videos).to(self.model.device)
-            return _Judged(self.model(batch).cpu().unsqueeze(1), [[""]] * len(prompts))
+            batch = model.batch(encoded, videos).to(model.device)
+            return _CotRewards(model(batch).cpu().unsqueeze(1), [[""]] * len(prompts))
+
         count = self.chains
-        reward_BNK = torch.full(
-            (len(prompts), count, len(self.model.dimensions)), math.nan
-        )
+        shape = (len(prompts), count, len(model.dimensions))
+        reward_BNK = torch.full(shape, math.nan)
         texts = [[""] * count for _ in prompts]
+        how = self._generation()
         waiting = list(range(len(prompts)))
-        how = self.model.generation
-        if count > 1 and how.temperature == 0:
-            how = replace(how, temperature=1.0)
         for limit in (how.max_new_tokens, 2 * how.max_new_tokens):
-            batch = self.model.batch(
+            batch = model.batch(
                 [encoded[i] for i in waiting], [videos[i] for i in waiting], query=False
             )
             seeds = self._seeds(prompts, waiting) if how.temperature > 0 else None
-            written = generate(
-                self.model,
-                batch,
-                replace(how, max_new_tokens=limit),
-                seeds=seeds,
-                copies=count,
-            )
-            reward_WNK = (
-                rewards_from_cache(self.model, written)
-                .float()
-                .cpu()
-                .unflatten(0, (-1, count))
-            )
-            finished_WN = written.finished_B.cpu().view(-1, count)
-            reward_BNK[waiting] = reward_WNK.masked_fill(
-                ~finished_WN.unsqueeze(-1), math.nan
-            )
+            longer = replace(how, max_new_tokens=limit)
+            written = generate(model, batch, longer, seeds=seeds, copies=count)
+            reward_RK = rewards_from_cache(model, written).float().cpu()
+            reward_WNK = reward_RK.unflatten(0, (-1, count))
+            unfinished_WN = ~written.finished_B.cpu().view(-1, count)
+            reward_WNK = reward_WNK.masked_fill(unfinished_WN.unsqueeze(-1), math.nan)
+            reward_BNK[waiting] = reward_WNK
             for row, i in enumerate(waiting):
-                texts[i] = [
-                    self.model.tokenizer.decode(written.ids(row * count + n))
-                    for n in range(count)
-                ]
-            # the same seeds write the same chains: those that were finished come out again
-            waiting = [i for row, i in enumerate(waiting) if not finished_WN[row].all()]
+                cots = [written.ids(row * count + n) for n in range(count)]
+                texts[i] = [model.tokenizer.decode(ids) for ids in cots]
+
+            # Equal seeds write equal CoTs: the finished ones of a video come out again.
+            unfinished = unfinished_WN.any(1).tolist()
+            waiting = [i for row, i in enumerate(waiting) if unfinished[row]]
             if not waiting:
                 break
-        return _Judged(reward_BNK, texts)
+        return _CotRewards(reward_BNK, texts)
+
+    def _generation(self) -> Generation:
+        """The checkpoint's settings; several CoTs need a temperature."""
+        how = self.model.generation
+        if self.chains > 1 and how.temperature == 0:
+            return replace(how, temperature=1.0)
+        return how
 
     def _seeds(self, prompts: Sequence[str], rows: Sequence[int]) -> list[int]:
-        """By prompt, so that no score depends on a place in the batch."""
-        first = [derive_seed("score", prompts[i]) for i in rows]
-        return [
-            derive_seed(seed, n) if n else seed
-            for seed in first
-            for n in range(self.chains)
-        ]
+        """Seeds by prompt, so that no score depends on a place in the batch."""
+        seeds = []
+        for row in rows:
+            first = derive_seed("score", prompts[row])
+            seeds.append(first)
+            seeds += [derive_seed(first, n) for n in range(1, self.chains)]
+        return seeds
+
+
+@dataclass(frozen=True)
+class _CotRewards:
+    """Rewards (B, N, K), NaN for a CoT that never finished, and the N texts of each video."""
+
+    reward_BNK: Tensor
+    texts: list[list[str]]
+
+
+def _require_fit(calibration: Calibration, model: DeScore, chains: int) -> None:
+    """Raise ValueError if a calibration was made for other rewards."""
+    if calibration.mean.keys() != model.dimensions.keys():
+        raise ValueError(
+            f"a calibration of {list(calibration.mean)} "
+            f"for a reward model of {list(model.dimensions)}"
+        )
+    if calibration.chains != chains:
+        raise ValueError(
+            f"the calibration was made with chains={calibration.chains}, not chains={chains}"
+        )
 
 
 def _identity(video: Tensor | str | Path, prompt: str) -> bytes:
-    """Equal for equal videos, or equal paths, under equal prompts."""
+    """A key that is equal for equal videos, or equal paths, with equal prompts."""
     digest = hashlib.blake2b(prompt.encode(), digest_size=16)
     if isinstance(video, Tensor):
         digest.update(str(tuple(video.shape)).encode())
@@ -274,36 +283,24 @@ def _identity(video: Tensor | str | Path, prompt: str) -> bytes:
     return digest.digest()
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """Rewards (B, N, K), NaN for a chain that never finished, and the N texts of each video."""
-
-    reward_BNK: Tensor
-    texts: list[list[str]]
-
-
-def _mean_of_judged(x_BN: Tensor) -> Tensor:
-    """MEAN over N without NaN; NaN where there is nothing else."""
-    return x_BN.nanmean(1)
-
-
 def _overall(texts: Sequence[str]) -> Tensor:
+    """The overall score that each CoT states, NaN if none."""
     answers = [parse_answer(text) for text in texts]
-    return _floats([None if answer is None else answer.overall for answer in answers])
+    return _floats([answer and answer.overall for answer in answers])
 
 
 def _parts(texts: Sequence[str]) -> dict[str, Tensor]:
+    """The sub-dimension scores that each CoT states, NaN if none."""
     answers = [parse_answer(text) for text in texts]
-    return {
-        name: _floats(
-            [None if answer is None else answer.scores.get(name) for answer in answers]
+    parts = {}
+    for name in DIMENSIONS:
+        parts[name] = _floats(
+            [answer and answer.scores.get(name) for answer in answers]
         )
-        for name in DIMENSIONS
-    }
+    return parts
 
 
 def _floats(values: Sequence[float | None]) -> Tensor:
-    """fp32, NaN for None; whole numbers alone would make an integer tensor, which cannot hold a NaN."""
-    return torch.tensor(
-        [math.nan if value is None else value for value in values], dtype=torch.float32
-    )
+    """An fp32 tensor with NaN for None."""
+    numbers = [math.nan if value is None else value for value in values]
+    return torch.tensor(numbers, dtype=torch.float32)

@@ -1,4 +1,7 @@
-"""Which videos can be decoded, found out beside this process: what kills a decoder costs its row, not the run."""
+"""Check which videos can be decoded, in a separate process.
+
+A file that kills or hangs the decoder costs its row of the table, not the run.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,15 @@ WORKER = Path(__file__).with_name("decode_worker.py")
 
 
 class VideoChecker:
-    """One decoder in a process of its own, started again when a file has killed it. It ends with its context.
+    """A decoder process, started again after a file has killed it; a context manager.
 
-    deadline_s  for one file
-    frames      of a file that are decoded, evenly spaced, first and last included
+    deadline_s  The time limit for a file.
+    frames      How many frames of a file are decoded, evenly spaced from first to last.
     """
 
     def __init__(self, *, deadline_s: float = 60.0, frames: int = 64) -> None:
-        self.deadline_s, self.frames = deadline_s, frames
+        self.deadline_s = deadline_s
+        self.frames = frames
         self._folder = tempfile.TemporaryDirectory()
         self._process: LineProcess | None = None
 
@@ -44,70 +48,82 @@ class VideoChecker:
         self._folder.cleanup()
 
     def require(self, *files: Path) -> None:
-        """Before this process decodes them. Raises `VideoError`, naming the first that is not sound."""
+        """Raise VideoError, naming the first file that cannot be decoded."""
         for file in files:
-            if problem := self.problem(file):
+            problem = self.problem(file)
+            if problem:
                 raise VideoError(f"{file}: {problem}")
 
     def problem(self, path: Path) -> str:
-        """What is wrong with it, or nothing."""
+        """Describe the problem of a file; "" if it can be decoded."""
         if not path.is_file():
             return "no such file"
         if path.stat().st_size == 0:
             return "0 bytes"
         if self._process is None:
             log = Path(self._folder.name) / "stderr.txt"
+            command = [sys.executable, str(WORKER)]
             self._process = LineProcess(
-                [sys.executable, str(WORKER)], stderr=log, env=os.environ, grace_s=1.0
+                command, stderr=log, env=os.environ, grace_s=1.0
             )
+        request = {"path": str(path), "frames": self.frames}
         try:
-            asked = {"path": str(path), "frames": self.frames}
-            return str(self._process.ask(asked, timeout_s=self.deadline_s)["problem"])
+            answer = self._process.ask(request, timeout_s=self.deadline_s)
         except LineProcessError as error:
+            # The process is gone; the next file starts another.
             self._process = None
-            return f"the decoder {str(error).splitlines()[0].split(' ', 1)[-1]:.120}"
+            reason = str(error).splitlines()[0].split(" ", 1)[-1]
+            return f"the decoder {reason:.120}"
+        return str(answer["problem"])
 
 
 def bad_videos(
     files: Iterable[Path], *, workers: int = 4, deadline_s: float = 60.0
 ) -> dict[Path, str]:
-    """Of these files the ones that cannot be decoded, and why."""
-    todo = sorted(set(files))
-    size = max(1, min(workers, os.cpu_count() or 1, len(todo)))
+    """Find the files that cannot be decoded; their problems by file."""
+    unique = sorted(set(files))
+    size = max(1, min(workers, os.cpu_count() or 1, len(unique)))
 
-    def some(own: Sequence[Path]) -> dict[Path, str]:
+    def check(part: Sequence[Path]) -> dict[Path, str]:
         with VideoChecker(deadline_s=deadline_s) as checker:
-            return {file: problem for file in own if (problem := checker.problem(file))}
+            return {file: checker.problem(file) for file in part}
 
+    # Every thread waits for a decoder process of its own.
+    bad = {}
     with ThreadPoolExecutor(size) as pool:
-        parts = pool.map(some, [todo[i::size] for i in range(size)])
-        return {file: why for part in parts for file, why in part.items()}
+        parts = [unique[i::size] for i in range(size)]
+        for problems in pool.map(check, parts):
+            for file, problem in problems.items():
+                if problem:
+                    bad[file] = problem
+    return bad
 
 
 def stamp(files: Iterable[Path]) -> str:
-    """Changes with the names, sizes and times of these files."""
+    """A digest that changes with the names, sizes and times of the files."""
     digest = hashlib.sha256()
     for file in files:
-        found = file.stat() if file.is_file() else None
-        digest.update(
-            repr((str(file), found and (found.st_size, found.st_mtime_ns))).encode()
-        )
+        state = None
+        if file.is_file():
+            status = file.stat()
+            state = (status.st_size, status.st_mtime_ns)
+        digest.update(repr((str(file), state)).encode())
     return digest.hexdigest()
 
 
 def split_pairs(
     pairs: Sequence[Pair], bad: dict[Path, str]
 ) -> tuple[list[Pair], list[dict[str, object]]]:
-    """(pairs whose videos are sound, one record for every pair that has a bad one)."""
-    sound, records = [], []
+    """Split pairs into those with two good videos, and a record of each other pair."""
+    good = []
+    records = []
     for pair in pairs:
-        wrong = {
-            str(file): bad[file] for file in (pair.video_A, pair.video_B) if file in bad
-        }
-        if wrong:
+        files = (pair.video_A, pair.video_B)
+        problems = {str(file): bad[file] for file in files if file in bad}
+        if problems:
             records.append(
-                {"line": pair.line, "prompt": pair.prompt, "problems": wrong}
+                {"line": pair.line, "prompt": pair.prompt, "problems": problems}
             )
         else:
-            sound.append(pair)
-    return sound, records
+            good.append(pair)
+    return good, records

@@ -284,7 +284,7 @@ def test_ranks_and_micro_batches_must_divide_a_step():
     assert backwards_per_step(cfg, 3) == 2
     with pytest.raises(
         ValueError,
-        match="pairs_per_step=12 must be a multiple of ranks x micro_batch = 4 x 2",
+        match="pairs_per_step=12",
     ):
         backwards_per_step(cfg, 4)
 

@@ -11,6 +11,7 @@ from common.config import ConfigError, load
 from launch.schemas.training import DualRlRun
 from rm.config import Generation
 from rm.cot_backend import HfBackend
+from rm.cot_rollout import encode_pairs
 from rm.generate import generate
 from tests.rm.test_dual_rl import G, build, pairs
 from tests.tiny_qwen import SETTINGS
@@ -50,7 +51,7 @@ class Diary(HfBackend):
 def test_chains_are_those_of_generate_however_many_go_together(pairs):
     model = build(pairs).model
     loop = build(pairs)
-    videos, encoded = loop.inputs(pairs)
+    videos, encoded = encode_pairs(loop.model, pairs)
     written = generate(
         model,
         model.batch(encoded, videos, query=False),

@@ -301,7 +301,7 @@ def test_a_folder_from_before_there_were_dimensions_is_one_overall_reward(
 
 
 def test_an_unreadable_record_is_named(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"descore\.json is not the record"):
+    with pytest.raises(ValueError, match=r"descore\.json"):
         DeScore.dimensions_in(tmp_path)
 
 
@@ -332,9 +332,9 @@ def test_the_score_is_the_weighted_sum_and_calibration_comes_first() -> None:
     torch.testing.assert_close(
         ready.value_B, z[:, 0] - 0.5 * z[:, 1] + 2.0 * z[:, 2], atol=1e-5, rtol=0
     )
-    with pytest.raises(ValueError, match="which are other rewards"):
+    with pytest.raises(ValueError, match="chains=0"):
         DeScoreScorer(model, chains=0, calibration=found)
-    with pytest.raises(ValueError, match="for a judge of"):
+    with pytest.raises(ValueError, match="VQ"):
         DeScoreScorer(judge_of(), calibration=found)
 
 
@@ -344,9 +344,9 @@ def test_calibration_by_hand(tmp_path) -> None:
     assert found.std["overall"] == pytest.approx(math.sqrt((9 + 1 + 16) / 3))
     found.save(tmp_path)
     assert Calibration.load(tmp_path) == found
-    with pytest.raises(ValueError, match="no video was judged in overall"):
+    with pytest.raises(ValueError, match="overall"):
         Calibration.of({"overall": [None]}, chains=1)
-    with pytest.raises(ValueError, match="no scale"):
+    with pytest.raises(ValueError, match="std"):
         Calibration.of({"overall": [2.0, 2.0]}, chains=1)
     with pytest.raises(FileNotFoundError, match=r"launch/calibrate\.py"):
         Calibration.load(tmp_path / "nothing")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+import rm.cot_rollout
 import rm.dual_rl
 from common.lora import adapters_off
 from common.video_io import write_mp4
@@ -75,7 +76,7 @@ def build(pairs, *, lora=True, rates=RATES, **changes) -> DualRl:
     )
 
 
-def chains_of(rollouts: rm.dual_rl.Rollouts) -> list[list[list[list[int]]]]:
+def chains_of(rollouts: rm.cot_rollout.Rollouts) -> list[list[list[list[int]]]]:
     """[pair][side][rollout] -> tokens, end included, as the packed sequences hold them."""
     packed = rollouts.packed
     flat = [
@@ -92,7 +93,7 @@ def test_defect_1_every_sequence_gets_its_own_reward(pairs, monkeypatch) -> None
         value = float(sum((ord(c) * (i + 1)) % 17 for i, c in enumerate(text)))
         return RuleReward(value, 0.0, 0.0, 0.0)
 
-    monkeypatch.setattr(rm.dual_rl, "rule_reward", letters)
+    monkeypatch.setattr(rm.cot_rollout, "rule_reward", letters)
     loop = build(pairs)
     rollouts = loop.collect([2, 0, 3], step=5)
     decode = loop.model.tokenizer.decode
@@ -122,7 +123,7 @@ def test_a_group_holds_chains_of_one_video_and_its_own_truth(
         seen.append(truth["subject"])
         return RuleReward(0.0, 0.0, 0.0, 0.0)
 
-    monkeypatch.setattr(rm.dual_rl, "rule_reward", note)
+    monkeypatch.setattr(rm.cot_rollout, "rule_reward", note)
     told = [
         replace(p, scores_A={"subject": 2 * i}, scores_B={"subject": 2 * i + 1})
         for i, p in enumerate(pairs)
@@ -137,7 +138,7 @@ def test_the_generative_baseline_is_rewarded_by_the_preference_alone(
     def said(text: str, truth, *, tokens: int, how) -> RuleReward:
         return RuleReward(0.0, 0.0, 0.0, 0.0, overall=float(len(text)))
 
-    monkeypatch.setattr(rm.dual_rl, "rule_reward", said)
+    monkeypatch.setattr(rm.cot_rollout, "rule_reward", said)
     loop = build(pairs, bt_weight=0.0)
     loop.rules = RuleRewardConfig(quality=0.0, format=0.0, length=0.0, preference=2.0)
     rollouts = loop.collect([0, 1], step=0)
@@ -278,7 +279,7 @@ def test_several_updates_on_the_same_chains_use_the_log_probs_of_sampling(
         pairs, pairs_per_update=2, micro_batch=2, rates=replace(RATES, llm=3e-2)
     )
     updates = [
-        [loop.collect(rows, 0) for rows in parts] for parts in loop.own_updates(0)
+        [loop.collect(rows, 0) for rows in parts] for parts in loop.micro_batches(0)
     ]
     sampled = [part.old_BGT.clone() for parts in updates for part in parts]
     first, second = (loop.update(parts) for parts in updates)

@@ -9,7 +9,7 @@ import torch
 
 from common.distributed import derive_seed
 from rm.config import Generation
-from rm.generate import _Chooser, generate, rewards_from_cache
+from rm.generate import _TokenSampler, generate, rewards_from_cache
 from rm.model import DeScore
 from rm.prompt import Encoded
 from rm.video import prepare
@@ -218,7 +218,7 @@ def choose(
     rows = 1 if seeds is None else len(seeds)
     logits = torch.full((rows, 320), -50.0)
     logits[:, : len(logits_V)] = torch.tensor(logits_V)
-    return _Chooser(model, torch.tensor([prompt] * rows), how, seeds)(logits, 0)
+    return _TokenSampler(model, torch.tensor([prompt] * rows), how, seeds)(logits, 0)
 
 
 def test_sampling_follows_the_softmax(model):
@@ -239,7 +239,7 @@ def test_sampling_follows_the_softmax(model):
 
 def test_a_draw_of_zero_skips_ids_without_probability(model):
     how = Generation(max_new_tokens=1, temperature=1.0, repetition_penalty=1.0)
-    chooser = _Chooser(model, torch.tensor([[9]]), how, [0])
+    chooser = _TokenSampler(model, torch.tensor([[9]]), how, [0])
     chooser.uniform_BS.zero_()
     logits = torch.zeros(1, 320)
     logits[0, :3] = -math.inf
@@ -275,7 +275,7 @@ def test_repetition_penalty_by_hand(model, logits, prompt, want):
 
 
 def test_what_was_just_written_counts_as_seen(model):
-    chooser = _Chooser(
+    chooser = _TokenSampler(
         model,
         torch.tensor([[9]]),
         Generation(max_new_tokens=2, repetition_penalty=1.1),

@@ -285,7 +285,7 @@ def test_a_new_judge_on_a_base(tmp_path):
     assert torch.equal(plain.head.weight, again.head.weight)
     other = DeScore.from_base(base, template=TEMPLATE, settings=SETTINGS, seed=6)
     assert not torch.equal(plain.head.weight, other.head.weight)
-    with pytest.raises(ValueError, match="patch_size=16, but the vision tower's is 8"):
+    with pytest.raises(ValueError, match="patch_size=16"):
         DeScore.from_base(base)  # the full-size defaults
     SETTINGS.save(base / "video.json")
     assert DeScore.from_base(base).template == DEFAULT_TEMPLATE
@@ -307,9 +307,9 @@ def test_a_vocabulary_without_free_rows_grows_to_a_multiple_of_64(tmp_path, vide
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"lacks descore\.json"):
+    with pytest.raises(FileNotFoundError, match=r"descore\.json"):
         DeScore.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"lacks config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         DeScore.from_base(tmp_path)
     judge().save(tmp_path)
     (tmp_path / DESCORE_FILE).write_text(json.dumps({"format": 2}))

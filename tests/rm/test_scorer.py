@@ -105,10 +105,10 @@ def test_batches_are_the_same_whatever_the_order_and_equal_videos_are_judged_onc
 ):
     scorer = DeScoreScorer.load(folder, chains=0, batch=3)
     asked: list[list[str]] = []
-    judge = scorer._judge
+    judge = scorer._cot_rewards
     monkeypatch.setattr(
         scorer,
-        "_judge",
+        "_cot_rewards",
         lambda prompts, videos: asked.append(list(prompts)) or judge(prompts, videos),
     )
     order = [3, 1, 7, 0, 2, 6, 5, 4]
@@ -223,10 +223,10 @@ def test_a_chain_that_does_not_finish_leaves_the_mean_to_the_others(
 ):
     many = speaking(folder, chains=3)
     ready = [prepare(video, SETTINGS, fps=4.0) for video in video_BTYXC]
-    whole_BN = many._judge(PROMPTS, ready).reward_BNK.squeeze(-1)
+    whole_BN = many._cot_rewards(PROMPTS, ready).reward_BNK.squeeze(-1)
     many.model.generation = replace(many.model.generation, max_new_tokens=4)
     found = many.score(video_BTYXC, PROMPTS, fps=4.0)
-    short_BN = many._judge(PROMPTS, ready).reward_BNK.squeeze(-1)
+    short_BN = many._cot_rewards(PROMPTS, ready).reward_BNK.squeeze(-1)
     done_BN = short_BN.isfinite()
     assert {1, 2} & set(done_BN.sum(1).tolist())  # some videos have both kinds
     torch.testing.assert_close(short_BN[done_BN], whole_BN[done_BN], atol=1e-5, rtol=0)
@@ -266,8 +266,8 @@ def test_decodes_prefills_vision_and_heads_per_scored_video(
     )
     monkeypatch.setattr(
         model,
-        "read_reward",
-        lambda h, plain=model.read_reward: count("heads") or plain(h),
+        "reward_from_hidden",
+        lambda h, plain=model.reward_from_hidden: count("heads") or plain(h),
     )
     gc.collect()
     before = sum(
@@ -336,7 +336,7 @@ def test_the_overall_score_may_be_the_value(folder, video_BTYXC, monkeypatch):
     want = [4.2 if text == said[0] else math.nan for text in found.texts]
     assert found.value_B.tolist() == pytest.approx(want, nan_ok=True)
     assert {4.2} < {*want}
-    with pytest.raises(ValueError, match="chains must be at least 1"):
+    with pytest.raises(ValueError, match="chains"):
         DeScoreScorer.load(folder, value="overall", chains=0)
 
 
@@ -365,7 +365,7 @@ def test_parts_of_complete_answers(folder, video_BTYXC, monkeypatch, chains):
 
 
 def test_errors(scorer, folder, video_BTYXC, tmp_path):
-    with pytest.raises(ValueError, match="2 videos for 1 prompts"):
+    with pytest.raises(ValueError, match="2 videos"):
         scorer.score(video_BTYXC[:2], PROMPTS[:1], fps=4.0)
     with pytest.raises(ValueError, match="fps"):
         scorer.score(video_BTYXC[:1], PROMPTS[:1])
