@@ -16,7 +16,13 @@ import torch
 
 from alignment.dpo_losses import DpoTerms, beta_at, flow_dpo_terms, rwr_weights
 from common import faults
-from common.distributed import gather_rows, own_batches, rank, seeded_generator, world_size
+from common.distributed import (
+    gather_rows,
+    own_batches,
+    rank,
+    seeded_generator,
+    world_size,
+)
 from common.log import say
 from common.schedule import IndexSchedule
 

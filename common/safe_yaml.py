@@ -34,7 +34,7 @@ class Document:
 class _CoreLoader(yaml.SafeLoader):
     """SafeLoader with the implicit types of YAML 1.2 core and no others."""
 
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  PyYAML's own class attribute
+    yaml_implicit_resolvers: dict = {}
 
 
 _INT = r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+"

@@ -109,7 +109,7 @@ def test_page_command_without_config_parses(
         program.main()
 
 
-class Understood(Exception):  # noqa: N818 - no error
+class Understood(Exception):
     """The command line was read."""
 
 

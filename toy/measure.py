@@ -117,7 +117,7 @@ def compare(wish: Attributes, seen: Attributes) -> OracleScore:
     return OracleScore(scores, sum(scores.values()) / (2 * len(scores)))
 
 
-def _grade(full: bool, partial: bool) -> int:  # noqa: FBT001
+def _grade(full: bool, partial: bool) -> int:
     if full:
         return 2
     return 1 if partial else 0

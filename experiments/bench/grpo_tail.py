@@ -25,7 +25,7 @@ from common.distributed import derive_seed
 from common.log import say
 from launch.compose import build_generator, quiet
 from launch.schemas.training import GrpoRun
-from toy.world import measure
+from toy.measure import measure
 
 STEPS, RANGE, MEMBERS = 16, 6, 4
 OPTIONS = {

@@ -118,9 +118,9 @@ def _fused_attention(
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    is_causal: bool = False,  # noqa: FBT001, FBT002 - torch's own signature
+    is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,  # noqa: FBT001, FBT002
+    enable_gqa: bool = False,
 ) -> Tensor:
     if enable_gqa and query.shape[1] != key.shape[1]:
         copies = query.shape[1] // key.shape[1]

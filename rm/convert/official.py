@@ -233,7 +233,7 @@ def index_weights(path: Path) -> dict[str, StoredTensor]:
     # Wrapped and plain names of a weight are the same weight.
     for file in _weight_files(path):
         with open_safetensors(file) as tensors:
-            for key in tensors.keys():  # noqa: SIM118, not a mapping
+            for key in tensors.keys():
                 name = stock_name(key)
                 if name in index:
                     raise ValueError(

@@ -119,7 +119,7 @@ def test_shared_noise_is_shared_until_the_first_stochastic_step() -> None:
     ("shared", "steps"),
     [(True, (1,)), (True, (1, 2, 3)), (False, (2,)), (False, tuple(range(6)))],
 )
-def test_velocity_samples_are_counted(shared: bool, steps: tuple[int, ...]) -> None:  # noqa: FBT001 - parametrized
+def test_velocity_samples_are_counted(shared: bool, steps: tuple[int, ...]) -> None:
     seen: list[int] = []
 
     def counted(x: Tensor, sigma: float) -> Tensor:

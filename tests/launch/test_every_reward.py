@@ -17,8 +17,7 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from alignment.config import RewardConfig
-from alignment.rewards import REWARDS, build_rewards
-from alignment.rewards import wire
+from alignment.rewards import REWARDS, build_rewards, wire
 from alignment.rewards.brightness import Brightness
 from common.run_record import plain
 from common.types import RewardModel

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from alignment.config import RewardConfig
-from alignment.rewards import build_rewards, factory_of
-from alignment.rewards import plugin
+from alignment.rewards import build_rewards, factory_of, plugin
 from alignment.rewards.brightness import Brightness
 from common.types import RewardModel, Score
 from tests.alignment.test_grpo import loop_of

@@ -12,7 +12,6 @@ from alignment.rewards import REWARDS, build_rewards, factory_of
 from common.types import RewardModel, Score
 from toy import world as shapes
 
-
 ORACLE = "toy/oracle.py:ShapesOracle"
 
 

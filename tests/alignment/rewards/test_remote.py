@@ -20,8 +20,7 @@ import pytest
 import torch
 
 from alignment.config import RewardConfig
-from alignment.rewards import build_rewards
-from alignment.rewards import wire
+from alignment.rewards import build_rewards, wire
 from alignment.rewards.brightness import Brightness
 from alignment.rewards.remote import RemoteError, RemoteReward
 from common.log import read_metrics

@@ -25,7 +25,7 @@ def init_submodules(
 ) -> None:
     """What VBench would download now."""
     fetched.extend(dimension_list)
-    print(f"fetched {list(dimension_list)}")  # noqa: T201
+    print(f"fetched {list(dimension_list)}")
 
 
 class VBench:
@@ -50,7 +50,7 @@ class VBench:
                 continue
             names = [f"{entry['prompt_en']}-{i}{ending}" for i in range(5)]
             for missing in set(names) - set(listing):
-                print(f"WARNING the video {missing} is not found")  # noqa: T201
+                print(f"WARNING the video {missing} is not found")
             entry["video_list"] = [
                 f"{videos_path}/{one}" for one in names if one in listing
             ]

@@ -15,8 +15,7 @@ from torch import Tensor
 
 import launch.compose
 from common.config import load
-from common.distributed import derive_seed
-from common.distributed import seeded_generator
+from common.distributed import derive_seed, seeded_generator
 from launch import evaluate
 from launch.evaluation.intervals import mean_ci95
 from launch.evaluation.results_table import (

@@ -94,7 +94,7 @@ def assert_same(run: Path, other: Path) -> None:
     ours, theirs = adapter_of(run), adapter_of(other)
     assert ours.keys() == theirs.keys()
     apart = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
-    print(f"\nlargest difference of {run.name} from {other.name}: {apart:g}")  # noqa: T201 - with pytest -s
+    print(f"\nlargest difference of {run.name} from {other.name}: {apart:g}")
     assert apart < 1e-6
     assert (
         max(float(ours[name].abs().max()) for name in ours if "lora_B" in name) > 1e-4
@@ -195,7 +195,7 @@ def test_a_node_that_falls_off_the_network_ends_both(
     nodes.link("b", "down")
     cut = time.monotonic()
     assert codes(both, timeout=60) == [STUCK, STUCK], nodes.said("a") + nodes.said("b")
-    print(f"\nboth ended {time.monotonic() - cut:.1f} s later")  # noqa: T201
+    print(f"\nboth ended {time.monotonic() - cut:.1f} s later")
     assert {path.name for path in run.glob("stacks-rank-*.txt")} == {
         "stacks-rank-0.txt",
         "stacks-rank-1.txt",

@@ -97,7 +97,7 @@ def test_push_to_existing_public_repository_needs_public(
 class Refusing(BaseHTTPRequestHandler):
     """A hub that lets nobody create anything, and remembers who asked for what."""
 
-    asked: list = []  # noqa: RUF012, of the class, which the server makes objects of
+    asked: list = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
