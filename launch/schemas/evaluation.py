@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from common.schema import NonNegativeInt, PositiveInt, run_config
+from common.schema import NonNegativeInt, PositiveInt, config
 from generator.config import GeneratorConfig
 from launch.schemas.pairs import RewardDimensionName
 from launch.schemas.rewards import ScoringRewards
 from launch.schemas.training import Crf, Scheduler, TableLayout
 
 
-@run_config
+@config
 class GeneratorEvaluation:
     """Scores of a generator's videos by every reward, sampled without noise.
 
@@ -43,7 +43,7 @@ class GeneratorEvaluation:
     resamples: PositiveInt = 10_000
 
 
-@run_config
+@config
 class RewardEvaluation:
     """Accuracy of a DeScore on pairs that people compared; it writes CoTs of its own.
 
@@ -71,7 +71,7 @@ class RewardEvaluation:
     resamples: PositiveInt = 2_000
 
 
-@run_config
+@config
 class ScoreRun:
     """Scores of existing video files.
 

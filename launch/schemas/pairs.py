@@ -28,7 +28,7 @@ class PairTableConfig:
     videos: str | None = None
 
 
-@run_config
+@config
 class PairsRun:
     """Pairs for `DpoRun`: sampled and scored, or read from a table.
 

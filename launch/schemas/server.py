@@ -6,13 +6,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from common.schema import NonNegativeFloat, PositiveInt, run_config
+from common.schema import NonNegativeFloat, PositiveInt, config
 from launch.schemas.rewards import ScoringRewards
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-@run_config
+@config
 class ServeRun:
     """A reward server.
 

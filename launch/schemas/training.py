@@ -227,7 +227,7 @@ class DualRlRun(RewardModelRun):
             )
 
 
-@run_config
+@config
 class SampleRun:
     """Videos of a generator; a seed depends only on the prompt's place in the file.
 
