@@ -81,7 +81,11 @@ def save(
             (partial / STATE).write_text(state_text, encoding="utf-8")
             _write_manifest(partial, step)
             _rename(partial, final)
-            _prune(root, newest=step, keep=keep)
+            _prune(
+                root,
+                newest=step,
+                keep=keep,
+            )
         distributed.barrier()
     except OSError as error:
         if error.errno not in _NO_ROOM:
@@ -159,7 +163,12 @@ def _rename(partial: Path, final: Path) -> None:
     _fsync(final.parent)
 
 
-def _prune(root: Path, *, newest: int, keep: int) -> None:
+def _prune(
+    root: Path,
+    *,
+    newest: int,
+    keep: int,
+) -> None:
     """Remove checkpoints beyond the newest ``keep``, and those of an abandoned history."""
     steps = _steps(root)
     current = [path for path in steps if _number(path) <= newest]

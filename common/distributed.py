@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-VARIABLE = "GLOO_SOCKET_IFNAME"
+INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 # Linux: the request for the IPv4 address of an interface
 _SIOCGIFADDR = 0x8915
 
@@ -50,7 +50,11 @@ def init_process_group(
         return
     # 1. A plain python process is a world of its own.
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+        )
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
 
@@ -163,7 +167,7 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-def own_batches(count: int, size: int) -> list[list[int]]:
+def rank_batches(count: int, size: int) -> list[list[int]]:
     """Batches of this rank's rows (rank, rank + world, ...), the same NUMBER on every rank.
 
     The last batch may be empty where another rank has a row more. A sharded model (ZeRO 3) must be
@@ -319,11 +323,11 @@ def choose_interface() -> None:
     to 127.0.0.1 or 127.0.1.1 in /etc/hosts, so that ranks of other nodes cannot connect. The name
     of the interface may differ from node to node, so each node looks it up.
     """
-    if VARIABLE in os.environ:
+    if INTERFACE_VARIABLE in os.environ:
         return
     name = interface_towards(os.environ.get("MASTER_ADDR", ""))
     if name is not None:
-        os.environ[VARIABLE] = name
+        os.environ[INTERFACE_VARIABLE] = name
 
 
 def interface_towards(host: str) -> str | None:

@@ -50,7 +50,10 @@ def sort_header(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         text = json.dumps(
-            header, sort_keys=True, separators=(",", ":"), ensure_ascii=False
+            header,
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=False,
         )
         ordered = text.encode()
         if len(ordered) > length:

@@ -36,7 +36,11 @@ def say(message: str) -> None:
         sys.stdout.flush()
 
 
-def progress(iterable: Iterable[T], total: int | None, label: str) -> Iterator[T]:
+def progress(
+    iterable: Iterable[T],
+    total: int | None,
+    label: str,
+) -> Iterator[T]:
     """Iterate with a progress bar on stderr; in a log file, a line every ten seconds."""
     bar = tqdm(
         iterable,
@@ -127,7 +131,12 @@ class RunLog:
         if self._trackers is not None:
             self._trackers.call("log", step, values)
 
-    def videos(self, step: int, files: Sequence[Path], captions: Sequence[str]) -> None:
+    def videos(
+        self,
+        step: int,
+        files: Sequence[Path],
+        captions: Sequence[str],
+    ) -> None:
         """Send mp4 files to the trackers."""
         if self._trackers is not None:
             self._trackers.call("videos", step, files, captions)

@@ -36,7 +36,11 @@ class LowRank:
 
 
 def low_ranks(
-    tensors: Mapping[str, Tensor], *, rank: int, alpha: float, source: Path
+    tensors: Mapping[str, Tensor],
+    *,
+    rank: int,
+    alpha: float,
+    source: Path,
 ) -> dict[str, LowRank]:
     """Pair the A and B matrices of a file -> stock name of each weight and its change.
 
@@ -101,7 +105,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged_backbone(
-    backbone: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype
+    backbone: nn.Module,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Merge LoRA into a backbone's weights: W + scaling B A in fp32, stored in ``dtype``.
 

@@ -71,7 +71,10 @@ class AdaptiveBatcher:
         return results
 
     def _attempt(
-        self, function: Callable[[slice], R], part: slice, results: list[R]
+        self,
+        function: Callable[[slice], R],
+        part: slice,
+        results: list[R],
     ) -> bool:
         """Append the result, or return False when memory ran out."""
         size = part.stop - part.start

@@ -184,7 +184,10 @@ def k3_kl(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
 
 
 def masked_mean(
-    x: Tensor, mask: Tensor, *, count: Tensor | float | None = None
+    x: Tensor,
+    mask: Tensor,
+    *,
+    count: Tensor | float | None = None,
 ) -> Tensor:
     """SUM of x over the mask / count -> scalar; count defaults to the size of the mask, 1 at least.
 
@@ -266,7 +269,11 @@ def _surrogate_terms(
     return _Terms(objective, ratio, bound)
 
 
-def _ratio_metrics(terms: _Terms, log_ratio: Tensor, mask: Tensor) -> dict[str, float]:
+def _ratio_metrics(
+    terms: _Terms,
+    log_ratio: Tensor,
+    mask: Tensor,
+) -> dict[str, float]:
     """MEAN over the mask, except ratio_dev, which is the maximum."""
     ratio = terms.ratio.detach()
     bound = terms.bound.to(ratio.dtype)

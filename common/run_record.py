@@ -89,10 +89,19 @@ def changed_settings(file: Path, cfg: Any) -> list[str]:
 
 def _as_yaml(cfg: Any) -> str:
     settings = _without_secrets(plain(cfg))
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(
+        settings,
+        sort_keys=False,
+        allow_unicode=True,
+        width=120,
+    )
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
+def differences(
+    old: Any,
+    new: Any,
+    where: str = "",
+) -> list[str]:
     """List ``a.b: 1 -> 2`` for every leaf that differs; a missing leaf is null."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []

@@ -18,7 +18,14 @@ class IndexSchedule:
     Schedules with another ``name`` have another order.
     """
 
-    def __init__(self, count: int, *, seed: int, per_step: int, name: str) -> None:
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int,
+        per_step: int,
+        name: str,
+    ) -> None:
         self.count = count
         self.seed = seed
         self.per_step = per_step

@@ -31,7 +31,13 @@ class WandbTracker:
 
     name = "wandb"
 
-    def __init__(self, cfg: WandbConfig, run_dir: Path, *, fresh: bool) -> None:
+    def __init__(
+        self,
+        cfg: WandbConfig,
+        run_dir: Path,
+        *,
+        fresh: bool,
+    ) -> None:
         self.cfg = cfg
         self.run_dir = run_dir
         self.fresh = fresh
@@ -63,11 +69,20 @@ class WandbTracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.wandb.log(dict(values), step=step)
 
-    def videos(self, step: int, files: Sequence[Path], captions: Sequence[str]) -> None:
+    def videos(
+        self,
+        step: int,
+        files: Sequence[Path],
+        captions: Sequence[str],
+    ) -> None:
         # one entry of the run with all videos of the step
         videos = []
         for file, caption in zip(files, captions, strict=True):
-            video = self.wandb.Video(str(file), caption=caption, format="mp4")
+            video = self.wandb.Video(
+                str(file),
+                caption=caption,
+                format="mp4",
+            )
             videos.append(video)
         self.wandb.log({"samples": videos}, step=step)
 
@@ -95,7 +110,12 @@ class TensorboardTracker:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def videos(self, step: int, files: Sequence[Path], captions: Sequence[str]) -> None:
+    def videos(
+        self,
+        step: int,
+        files: Sequence[Path],
+        captions: Sequence[str],
+    ) -> None:
         """Name the files in a text, since TensorBoard would need decoded videos."""
         lines = [files[0].parent.name]
         for file, caption in zip(files, captions, strict=True):

@@ -232,7 +232,10 @@ class Generator(Protocol):
         ...
 
     def transition(
-        self, prompt: str, step: Step, member: int | None = None
+        self,
+        prompt: str,
+        step: Step,
+        member: int | None = None,
     ) -> Gaussian:
         """Distribution of ``step.next`` given ``step.latent``, ONE forward, with gradient.
 
@@ -273,7 +276,11 @@ class RewardModel(Protocol):
     name: str
 
     def score(
-        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+        self,
+        video_BTYXC: Tensor,
+        prompts: Sequence[str],
+        *,
+        fps: float,
     ) -> Score: ...
 
 

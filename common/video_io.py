@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def write_mp4(
-    path: str | Path, video_TYXC: Tensor, fps: float, *, crf: int = 12
+    path: str | Path,
+    video_TYXC: Tensor,
+    fps: float,
+    *,
+    crf: int = 12,
 ) -> None:
     """Write uint8 RGB frames (T, Y, X, 3) as H.264, yuv420p, which every browser plays.
 
@@ -47,9 +51,17 @@ def write_mp4(
         "threads": "1" if height * width < 128 * 128 else "0",
         "x264-params": "mbtree=0",
     }
-    with av.open(str(path), mode="w", options={"movflags": "+faststart"}) as container:
+    with av.open(
+        str(path),
+        mode="w",
+        options={"movflags": "+faststart"},
+    ) as container:
         rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream = container.add_stream(
+            "libx264",
+            rate=rate,
+            options=options,
+        )
         stream.height = height
         stream.width = width
         stream.pix_fmt = "yuv420p"
@@ -60,7 +72,12 @@ def write_mp4(
 
 
 def read_frames(
-    path: str | Path, *, num_frames: int, fps: float, height: int, width: int
+    path: str | Path,
+    *,
+    num_frames: int,
+    fps: float,
+    height: int,
+    width: int,
 ) -> Tensor:
     """Read the first ``num_frames`` frames at ``fps``, scaled and cropped: uint8 (T, Y, X, 3).
 
@@ -84,7 +101,11 @@ def read_frames(
     return pixels.permute(0, 2, 3, 1).contiguous()
 
 
-def _decode_frames(path: str | Path, num_frames: int, fps: float) -> list[Tensor]:
+def _decode_frames(
+    path: str | Path,
+    num_frames: int,
+    fps: float,
+) -> list[Tensor]:
     """Frames (Y, X, 3) shown at 0, 1 / fps, 2 / fps, ..., at most ``num_frames``."""
     import av
     import torch
@@ -118,7 +139,11 @@ def _decode_frames(path: str | Path, num_frames: int, fps: float) -> list[Tensor
     return frames
 
 
-def _fill(pixels_TCYX: Tensor, height: int, width: int) -> Tensor:
+def _fill(
+    pixels_TCYX: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
     """Scale frames until they cover height x width, and crop the centre."""
     import torch
     import torch.nn.functional as F

@@ -157,7 +157,10 @@ def _gather(engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str) -> Tens
 
 
 def _scatter(
-    engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str, value: Tensor
+    engine: DeepSpeedEngine,
+    parameter: nn.Parameter,
+    kind: str,
+    value: Tensor,
 ) -> None:
     """Set a parameter's weight or moment to a whole tensor that every rank has."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state

@@ -103,7 +103,12 @@ def run_training(
         _train(run, task, guard, resume)
 
 
-def _train(run: TrainingRun, task: TrainingTask, guard: Guard, resume: str) -> None:
+def _train(
+    run: TrainingRun,
+    task: TrainingTask,
+    guard: Guard,
+    resume: str,
+) -> None:
     """Train from the checkpoint to resume from to the last step, then export."""
     # 1. Resume. Forwards of the preparation count for no step.
     start = _begin(run, task, resume)
@@ -234,7 +239,11 @@ def _is_due(steps_done: int, every: int) -> bool:
 
 @contextmanager
 def _stopping_if_unavailable(
-    run: TrainingRun, task: TrainingTask, log: RunLog, step: int, saved: int
+    run: TrainingRun,
+    task: TrainingTask,
+    log: RunLog,
+    step: int,
+    saved: int,
 ) -> Iterator[None]:
     """Save and exit with code 1, on all ranks, if a reward cannot be had inside.
 

@@ -29,7 +29,10 @@ PREFIX = "transformer."
 
 
 def attach(
-    transformer: WanTransformer3DModel, lora: LoraConfig, *, seed: int
+    transformer: WanTransformer3DModel,
+    lora: LoraConfig,
+    *,
+    seed: int,
 ) -> PeftModel:
     """Freeze the transformer and put fp32 LoRA adapters on its linear layers.
 
@@ -75,7 +78,9 @@ def attach(
 
 
 def save(
-    model: PeftModel, folder: Path, state_dict: Mapping[str, Tensor] | None = None
+    model: PeftModel,
+    folder: Path,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the adapter as a file that stock `WanPipeline.load_lora_weights(folder)` reads.
 

@@ -97,7 +97,12 @@ def read(folder: Path) -> StoredAdapter:
         if not name.startswith(PREFIX):
             raise ValueError(f"{file}: {name} is not the A or B of a linear's LoRA")
     inside = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    pairs = low_ranks(inside, rank=rank, alpha=alpha, source=file)
+    pairs = low_ranks(
+        inside,
+        rank=rank,
+        alpha=alpha,
+        source=file,
+    )
     by_linear = {name.removesuffix(".weight"): pairs[name] for name in sorted(pairs)}
     return StoredAdapter(file, rank, float(alpha), by_linear)
 

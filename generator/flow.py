@@ -30,13 +30,22 @@ class Kernel:
     max_std: float | None = None
 
     def transition(
-        self, x: Tensor, v: Tensor, sigma: float, sigma_next: float
+        self,
+        x: Tensor,
+        v: Tensor,
+        sigma: float,
+        sigma_next: float,
     ) -> Gaussian:
         """Distribution of x at sigma_next."""
         if self.name == "cps":
             return cps_transition(x, v, sigma, sigma_next, noise_level=self.noise_level)
         return sde_transition(
-            x, v, sigma, sigma_next, noise_level=self.noise_level, max_std=self.max_std
+            x,
+            v,
+            sigma,
+            sigma_next,
+            noise_level=self.noise_level,
+            max_std=self.max_std,
         )
 
     def gain(self, sigma: float, sigma_next: float) -> float:
@@ -44,14 +53,21 @@ class Kernel:
         if self.name == "cps":
             return cps_gain(sigma, sigma_next, noise_level=self.noise_level)
         return sde_gain(
-            sigma, sigma_next, noise_level=self.noise_level, max_std=self.max_std
+            sigma,
+            sigma_next,
+            noise_level=self.noise_level,
+            max_std=self.max_std,
         )
 
 
 # ---- training pairs, guidance ----
 
 
-def interpolate(clean: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
+def interpolate(
+    clean: Tensor,
+    noise: Tensor,
+    sigma_B: Tensor,
+) -> Tensor:
     """Noise clean latents: x_sigma = (1 - sigma) x_0 + sigma eps, one sigma per sample.
 
     clean and noise are (B, ...), sigma_B is (B,) -> (B, ...).
@@ -68,7 +84,11 @@ def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
     return widen(noise) - widen(clean)
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+def guide(
+    cond: Tensor,
+    uncond: Tensor,
+    scale: float,
+) -> Tensor:
     """Classifier-free guidance: u + scale (c - u) (2207.12598)."""
     # widened BEFORE mixing: the difference is amplified `scale` times, and so is bf16 rounding
     cond = widen(cond)
@@ -79,7 +99,12 @@ def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 # ---- deterministic steps ----
 
 
-def euler_step(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
+def euler_step(
+    x: Tensor,
+    v: Tensor,
+    sigma: float,
+    sigma_next: float,
+) -> Tensor:
     """Take one Euler step of the probability-flow ODE: x - delta v."""
     # towards the video
     delta = _delta(sigma, sigma_next)
@@ -87,7 +112,10 @@ def euler_step(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
 
 
 def adams_bashforth_step(
-    x: Tensor, v: Tensor, v_before: Tensor, sigmas: tuple[float, float, float]
+    x: Tensor,
+    v: Tensor,
+    v_before: Tensor,
+    sigmas: tuple[float, float, float],
 ) -> Tensor:
     """Take one second-order step with unequal step sizes, at one velocity a step.
 
@@ -105,7 +133,11 @@ def adams_bashforth_step(
 
 
 def effective_noise(
-    sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None
+    sigma: float,
+    sigma_next: float,
+    *,
+    noise_level: float,
+    max_std: float | None,
 ) -> float:
     """Diffusion coefficient after truncation.
 
@@ -163,7 +195,12 @@ def sde_transition(
     x and v are (B, ...) or broadcast against each other -> Gaussian of that shape, fp32 or better,
     with gradient through both. Raises ValueError as `effective_noise` does.
     """
-    s = effective_noise(sigma, sigma_next, noise_level=noise_level, max_std=max_std)
+    s = effective_noise(
+        sigma,
+        sigma_next,
+        noise_level=noise_level,
+        max_std=max_std,
+    )
     sigma = float(sigma)
     delta = _delta(sigma, sigma_next)
     decay = 1 - s**2 * delta / (2 * sigma)
@@ -172,16 +209,30 @@ def sde_transition(
 
 
 def sde_gain(
-    sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None
+    sigma: float,
+    sigma_next: float,
+    *,
+    noise_level: float,
+    max_std: float | None,
 ) -> float:
     """Return -d mean / d v of `sde_transition`: delta (1 + s^2 (1 - sigma) / (2 sigma))."""
-    s = effective_noise(sigma, sigma_next, noise_level=noise_level, max_std=max_std)
+    s = effective_noise(
+        sigma,
+        sigma_next,
+        noise_level=noise_level,
+        max_std=max_std,
+    )
     delta = _delta(sigma, sigma_next)
     return delta * velocity_gain(sigma, s)
 
 
 def cps_transition(
-    x: Tensor, v: Tensor, sigma: float, sigma_next: float, *, noise_level: float
+    x: Tensor,
+    v: Tensor,
+    sigma: float,
+    sigma_next: float,
+    *,
+    noise_level: float,
 ) -> Gaussian:
     """Coefficients-preserving sampling (Flow-CPS 2509.05952): exchanges noise instead of adding it.
 
@@ -210,7 +261,12 @@ def cps_transition(
     return Gaussian(mean, std)
 
 
-def cps_gain(sigma: float, sigma_next: float, *, noise_level: float) -> float:
+def cps_gain(
+    sigma: float,
+    sigma_next: float,
+    *,
+    noise_level: float,
+) -> float:
     """Return -d mean / d v of `cps_transition`.
 
     sigma (1 - sigma_next) - (1 - sigma) sqrt(sigma_next^2 - std^2)

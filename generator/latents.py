@@ -41,7 +41,12 @@ class LatentCodec:
             )
 
     def latent_shape(
-        self, *, height: int, width: int, num_frames: int, patch: Sequence[int]
+        self,
+        *,
+        height: int,
+        width: int,
+        num_frames: int,
+        patch: Sequence[int],
     ) -> tuple[int, ...]:
         """(C, F, H, W) of a video of this size.
 

@@ -53,7 +53,11 @@ class PromptCache:
             self._rows[prompt] = padded_1LD[0, :used].cpu().clone()
 
     def get(
-        self, prompts: Sequence[str], *, device: torch.device, dtype: torch.dtype
+        self,
+        prompts: Sequence[str],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> Tensor:
         """Embeddings (B, max_length, D), zero after the last token; encodes missing prompts."""
         self.encode(prompts)

@@ -93,7 +93,11 @@ def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
 
 
 def member_noise(
-    seed: int, member: int, shape: Sequence[int], *, number: int = 0
+    seed: int,
+    member: int,
+    shape: Sequence[int],
+    *,
+    number: int = 0,
 ) -> Tensor:
     """Noise of one member at the group's ``number``-th stochastic step, fp32 on the CPU."""
     purpose = ["member", member]
@@ -103,14 +107,22 @@ def member_noise(
     return torch.randn(tuple(shape), generator=seeded_generator(seed, *purpose))
 
 
-def ode(velocity: Velocity, x_BCFHW: Tensor, sigmas: Sequence[float]) -> Tensor:
+def ode(
+    velocity: Velocity,
+    x_BCFHW: Tensor,
+    sigmas: Sequence[float],
+) -> Tensor:
     """Take Euler steps along descending ``sigmas``: one velocity a step, the shape of x."""
     for sigma, sigma_next in pairwise(sigmas):
         x_BCFHW = euler_step(x_BCFHW, velocity(x_BCFHW, sigma), sigma, sigma_next)
     return x_BCFHW
 
 
-def ode_ab2(velocity: Velocity, x_BCFHW: Tensor, sigmas: Sequence[float]) -> Tensor:
+def ode_ab2(
+    velocity: Velocity,
+    x_BCFHW: Tensor,
+    sigmas: Sequence[float],
+) -> Tensor:
     """Take two-step Adams-Bashforth steps along ``sigmas``: second order at the cost of `ode`."""
     before: tuple[float, Tensor] | None = None
     for sigma, sigma_next in pairwise(sigmas):
@@ -203,7 +215,11 @@ def rollout_group(
 
 
 def _stochastic_step(
-    walk: Walk, k: int, x_MCFHW: Tensor, v_MCFHW: Tensor, xi_GCFHW: Tensor
+    walk: Walk,
+    k: int,
+    x_MCFHW: Tensor,
+    v_MCFHW: Tensor,
+    xi_GCFHW: Tensor,
 ) -> Step:
     """Take step k of the grid for all members, and record the density of where they went."""
     sigma = walk.sigmas[k]

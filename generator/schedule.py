@@ -38,7 +38,12 @@ def sigma_grid(num_steps: int, *, shift: float) -> Tensor:
     return sigmas
 
 
-def tail_grid(sigma: float, num_steps: int, *, shift: float) -> Tensor:
+def tail_grid(
+    sigma: float,
+    num_steps: int,
+    *,
+    shift: float,
+) -> Tensor:
     """`sigma_grid` from ``sigma`` down to 0 in ``num_steps`` steps, equal in u: (N + 1,) fp64."""
     if not 0 < sigma <= 1 or num_steps < 1:
         raise ValueError(
@@ -54,7 +59,10 @@ def tail_grid(sigma: float, num_steps: int, *, shift: float) -> Tensor:
 
 
 def stochastic_steps(
-    seed: int, how: SamplerConfig, *, iteration: int = 0
+    seed: int,
+    how: SamplerConfig,
+    *,
+    iteration: int = 0,
 ) -> tuple[int, ...]:
     """Indices of the stochastic steps, in order, the same for every member of a group.
 

@@ -27,7 +27,11 @@ class OwnGrid(FlowMatchEulerDiscreteScheduler):
 
 
 def stock_gap(
-    generator: WanGenerator, prompt: str, *, seed: int = 0, num_steps: int = 2
+    generator: WanGenerator,
+    prompt: str,
+    *,
+    seed: int = 0,
+    num_steps: int = 2,
 ) -> float:
     """max |ours - stock| / max |stock| over the latents of one video, after ``num_steps``."""
     # 1. The stock pipeline, with our grid for the moment.
@@ -36,7 +40,10 @@ def stock_gap(
     pipeline.scheduler = OwnGrid(shift=generator.cfg.sampler.shift)
     try:
         stock = generator.sample(
-            [prompt], [seed], num_steps=num_steps, scheduler="pipeline"
+            [prompt],
+            [seed],
+            num_steps=num_steps,
+            scheduler="pipeline",
         )
     finally:
         pipeline.scheduler = scheduler

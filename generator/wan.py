@@ -219,7 +219,10 @@ class WanGenerator:
     # ---- likelihood and error, with gradient ----
 
     def transition(
-        self, prompt: str, step: Step, member: int | None = None
+        self,
+        prompt: str,
+        step: Step,
+        member: int | None = None,
     ) -> Gaussian:
         """Distribution of `next` given the latent: mean (M, C, F, H, W), gradient through it.
 
@@ -299,7 +302,9 @@ class WanGenerator:
             # not an integer, rounded as diffusers' Euler scheduler rounds it
             timestep=1000 * sigma_B.to(self.device, torch.float32),
             encoder_hidden_states=self.prompts.get(
-                texts, device=self.device, dtype=dtype
+                texts,
+                device=self.device,
+                dtype=dtype,
             ),
             return_dict=False,
         )[0]
@@ -384,7 +389,12 @@ class WanGenerator:
 
     # ---- parts of a rollout ----
 
-    def _walk(self, prompt: str, seed: int, iteration: int) -> Walk:
+    def _walk(
+        self,
+        prompt: str,
+        seed: int,
+        iteration: int,
+    ) -> Walk:
         """Grid, stochastic steps, kernel and tail of one group."""
         cfg = self.cfg.sampler
         return Walk(
@@ -409,7 +419,12 @@ class WanGenerator:
 
         return velocity
 
-    def _tail(self, x_BCFHW: Tensor, sigmas: Sequence[float], prompt: str) -> Tensor:
+    def _tail(
+        self,
+        x_BCFHW: Tensor,
+        sigmas: Sequence[float],
+        prompt: str,
+    ) -> Tensor:
         """Walk to sigma = 0 with the sampler's tail options: grid, solver, guidance, cache."""
         cfg = self.cfg.sampler
         if cfg.tail_steps is not None and cfg.tail_steps < len(sigmas) - 1:
@@ -423,7 +438,10 @@ class WanGenerator:
         return solver(velocity, x_BCFHW, sigmas)
 
     def _missing_calls(
-        self, group_size: int, seeds: Sequence[int], iteration: int
+        self,
+        group_size: int,
+        seeds: Sequence[int],
+        iteration: int,
     ) -> int:
         """How many velocity calls a rollout has fewer here than on the rank with most calls."""
         cfg = self.cfg.sampler
@@ -439,7 +457,12 @@ class WanGenerator:
             )
         return int(max_over_ranks(calls)) - calls
 
-    def _stock(self, x_BCFHW: Tensor, prompts: Sequence[str], num_steps: int) -> Tensor:
+    def _stock(
+        self,
+        x_BCFHW: Tensor,
+        prompts: Sequence[str],
+        num_steps: int,
+    ) -> Tensor:
         """Sample with the stock pipeline's loop and scheduler."""
         _, transformer = self._active()
         # the pipeline gets the policy, or the reference
@@ -447,9 +470,15 @@ class WanGenerator:
         dtype = transformer.patch_embedding.weight.dtype
         negative = [self.cfg.sampler.negative_prompt] * len(prompts)
         return self._pipeline(
-            prompt_embeds=self.prompts.get(prompts, device=self.device, dtype=dtype),
+            prompt_embeds=self.prompts.get(
+                prompts,
+                device=self.device,
+                dtype=dtype,
+            ),
             negative_prompt_embeds=self.prompts.get(
-                negative, device=self.device, dtype=dtype
+                negative,
+                device=self.device,
+                dtype=dtype,
             ),
             height=self.cfg.height,
             width=self.cfg.width,
@@ -480,7 +509,9 @@ class WanGenerator:
         """Read the base model once more, as the reference of a full fine-tuning."""
         dtype = getattr(torch, self.cfg.dtype)
         model = WanTransformer3DModel.from_pretrained(
-            self.cfg.path, subfolder="transformer", dtype=dtype
+            self.cfg.path,
+            subfolder="transformer",
+            dtype=dtype,
         )
         model = weights.of_one_dtype(model, self.cfg.dtype)
         return model.requires_grad_(requires_grad=False).eval().to(self.device)
@@ -502,11 +533,15 @@ def _load_pipeline(cfg: GeneratorConfig, *, transformer_only: bool) -> WanPipeli
         parts = {"vae": None, "text_encoder": None, "tokenizer": None}
     else:
         vae = AutoencoderKLWan.from_pretrained(
-            cfg.path, subfolder="vae", dtype=torch.float32
+            cfg.path,
+            subfolder="vae",
+            dtype=torch.float32,
         )
         parts = {"vae": vae}
     pipeline = WanPipeline.from_pretrained(
-        cfg.path, **parts, dtype=getattr(torch, cfg.dtype)
+        cfg.path,
+        **parts,
+        dtype=getattr(torch, cfg.dtype),
     )
     pipeline.set_progress_bar_config(disable=True)
     for frozen in (pipeline.vae, pipeline.text_encoder):

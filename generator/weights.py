@@ -130,7 +130,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def write(
-    transformer: Stored, folder: Path, *, max_shard: int | str = MAX_SHARD
+    transformer: Stored,
+    folder: Path,
+    *,
+    max_shard: int | str = MAX_SHARD,
 ) -> list[Path]:
     """Write folder/transformer in shards of at most ``max_shard`` bytes; return their files."""
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -141,7 +144,9 @@ def write(
     _write_json(place / CONFIG, transformer.config)
     pattern = FILE.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(
-        transformer.state, filename_pattern=pattern, max_shard_size=max_shard
+        transformer.state,
+        filename_pattern=pattern,
+        max_shard_size=max_shard,
     )
     for file, names in split.filename_to_tensors.items():
         shard = {name: transformer.state[name].contiguous() for name in names}
@@ -154,7 +159,11 @@ def write(
 
 
 def _write_json(file: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True)
+    text = json.dumps(
+        value,
+        indent=2,
+        sort_keys=True,
+    )
     file.write_text(text + "\n", encoding="utf-8")
 
 

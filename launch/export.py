@@ -40,9 +40,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__.splitlines()[0], allow_abbrev=False
     )
     add = parser.add_argument
-    add("trained", type=Path, metavar="DIR", help="final/ or final_ema/ of a run")
+    add(
+        "trained",
+        type=Path,
+        metavar="DIR",
+        help="final/ or final_ema/ of a run",
+    )
     add("--format", required=True, choices=FORMATS)
-    add("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    add(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a new or empty folder",
+    )
     add("--base", metavar="PATH", help="the Wan that was trained; default: the run's")
     add("--base-model", metavar="OWNER/NAME", help="its hub name, for the card")
     add("--push", metavar="OWNER/NAME", help="upload to this repository, as private")
@@ -117,7 +128,12 @@ def export_folder(args: argparse.Namespace) -> None:
     base_model = args.base_model or run.base_model
     if not args.base_model and is_hub_name(args.base):
         base_model = args.base
-    text = model_card(exported, run, base_model=base_model, repo_id=args.push)
+    text = model_card(
+        exported,
+        run,
+        base_model=base_model,
+        repo_id=args.push,
+    )
     (args.out / "README.md").write_text(text, encoding="utf-8")
     for fact in exported.facts:
         print(f"{args.out}: {fact}")
@@ -142,7 +158,11 @@ def trained_kind(trained: Path) -> str:
 
 
 def export_adapter(
-    adapter: StoredAdapter, base: str | None, out: Path, *, format: str
+    adapter: StoredAdapter,
+    base: str | None,
+    out: Path,
+    *,
+    format: str,
 ) -> ExportedFiles:
     """Write an adapter apart from its base, which is only checked, if it is on this machine."""
     from generator import adapter_file, weights
@@ -224,7 +244,12 @@ def export_descore(trained: Path, out: Path) -> ExportedFiles:
         f"sees {video.fps:g} frames a second, at most {video.max_pixels} pixels a {video.budget}",
     ]
     rewards = len(folder.dimensions)
-    return ExportedFiles("descore", facts, query_id=folder.query_id, rewards=rewards)
+    return ExportedFiles(
+        "descore",
+        facts,
+        query_id=folder.query_id,
+        rewards=rewards,
+    )
 
 
 def local_base(base: str) -> Path:

@@ -61,7 +61,12 @@ def create_app(
         executor.shutdown(wait=False, cancel_futures=True)
 
     # There are neither an interactive page nor a schema: only these four addresses.
-    app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        lifespan=running,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
 
     # Otherwise a web page could make a browser request it under another host name.
     if cfg.host in LOOPBACK:

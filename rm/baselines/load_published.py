@@ -211,7 +211,10 @@ def _newest_weights(path: Path) -> Path:
 
 
 def _build(
-    weights: PublishedWeights, base: str | Path, layout: Layout, dtype: str
+    weights: PublishedWeights,
+    base: str | Path,
+    layout: Layout,
+    dtype: str,
 ) -> LoadedModel:
     """Merge LoRA, split off the head and add the tokens; every tensor must be used."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
@@ -234,7 +237,10 @@ def _build(
     lora = {}
     if lora_state:
         lora = low_ranks(
-            lora_state, rank=weights.rank, alpha=weights.alpha, source=file
+            lora_state,
+            rank=weights.rank,
+            alpha=weights.alpha,
+            source=file,
         )
     merge_lora(plain, lora, source=file)
 
@@ -265,7 +271,11 @@ def _build(
         temporal_patch_size=config.vision_config.temporal_patch_size,
     )
     backbone = build_model(
-        Qwen2VLModel, config, backbone_state, dtype=dtype, source=file
+        Qwen2VLModel,
+        config,
+        backbone_state,
+        dtype=dtype,
+        source=file,
     )
     layout = replace(layout, settings=settings)
     model = Qwen2VLRewardModel(backbone, head, tokenizer, layout)

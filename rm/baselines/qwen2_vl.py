@@ -150,7 +150,13 @@ class Qwen2VLRewardModel(nn.Module):
         state = load_safetensors(folder / WEIGHTS_FILE)
         head = take_head(state)
         config = Qwen2VLConfig.from_pretrained(folder.as_posix())
-        backbone = build_model(Qwen2VLModel, config, state, dtype=dtype, source=folder)
+        backbone = build_model(
+            Qwen2VLModel,
+            config,
+            state,
+            dtype=dtype,
+            source=folder,
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder.as_posix())
 
         # A reward model is never trained here.
@@ -212,7 +218,10 @@ class Qwen2VLRewardModel(nn.Module):
         else:
             media = {"pixel_values": patches, "image_grid_thw": grids_N3}
         out = self.backbone(
-            input_ids=ids_NL, position_ids=positions_3NL, use_cache=False, **media
+            input_ids=ids_NL,
+            position_ids=positions_3NL,
+            use_cache=False,
+            **media,
         )
 
         # The head reads the S reward tokens, in the order of the layout.

@@ -195,7 +195,11 @@ def convert_checkpoint(
         temporal_patch_size=vision.temporal_patch_size,
     )
     backbone = build_model(
-        Qwen3VLForConditionalGeneration, config, state, dtype=dtype, source=path
+        Qwen3VLForConditionalGeneration,
+        config,
+        state,
+        dtype=dtype,
+        source=path,
     )
     model = DeScore(backbone, tokenizer, template, settings, query_id)
     model.load_state_dict(
@@ -273,7 +277,12 @@ def read_adapter(folder: Path, *, alpha: float | None = None) -> dict[str, LowRa
         raise ValueError(
             f"{config_file}: lora_alpha={alpha!r} must be a number, r={rank!r} an integer above 0"
         )
-    return low_ranks(load_safetensors(file), rank=rank, alpha=alpha, source=file)
+    return low_ranks(
+        load_safetensors(file),
+        rank=rank,
+        alpha=alpha,
+        source=file,
+    )
 
 
 def _find_lora(checkpoint: OfficialCheckpoint) -> dict[str, LowRank]:

@@ -81,7 +81,10 @@ def merge_lora(
 
 
 def require_weights(
-    shapes: Mapping[str, tuple[int, ...]], model_class: Any, config: Any, source: Path
+    shapes: Mapping[str, tuple[int, ...]],
+    model_class: Any,
+    config: Any,
+    source: Path,
 ) -> None:
     """Check that weights have exactly the names and shapes of a transformers model, or ValueError.
 
@@ -110,12 +113,20 @@ def require_weights(
 
 
 def build_model(
-    model_class: Any, config: Any, state: dict[str, Tensor], *, dtype: str, source: Path
+    model_class: Any,
+    config: Any,
+    state: dict[str, Tensor],
+    *,
+    dtype: str,
+    source: Path,
 ) -> Any:
     """Build a transformers model with exactly these weights. Errors as in `require_weights`."""
     # transformers only warns about missing weights, and draws them at random.
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     require_weights(shapes, model_class, config, source)
     return model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=getattr(torch, dtype)
+        None,
+        config=config,
+        state_dict=state,
+        dtype=getattr(torch, dtype),
     )
