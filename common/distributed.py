@@ -104,6 +104,7 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     if not dist.is_initialized():
         return
+    # Alone there are no threads of gloo.
     several = dist.get_world_size() > 1
     dist.destroy_process_group()
     if several:
@@ -119,6 +120,7 @@ def _let_threads_finish(patience_s: float = 10.0) -> None:
     Destroying the group would join those threads, if deepspeed held no reference to it. While the
     main thread sleeps, they get the lock.
     """
+    # Give up after a while: a busy thread may be somebody else's.
     end = time.monotonic() + patience_s
     quiet = 0
     # three looks in a row: a thread may wait for a processor in between
@@ -173,6 +175,7 @@ def rank_batches(count: int, size: int) -> list[list[int]]:
     The last batch may be empty where another rank has a row more. A sharded model (ZeRO 3) must be
     called for an empty batch too, on any input, since its weights are gathered from all ranks.
     """
+    # Rank 0 has most rows, and every rank makes as many batches.
     rows = range(rank(), count, world_size())
     most = len(range(0, count, world_size()))
     return [list(rows[start : start + size]) for start in range(0, most, size)]
@@ -189,6 +192,7 @@ def gather_rows(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
+    # Unequal shapes would hang or corrupt the collective.
     kinds = gather_objects((tuple(x.shape), str(x.dtype)))
     if len(set(kinds)) > 1:
         raise ValueError(
@@ -218,6 +222,7 @@ def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
 
     Keys come in order of first appearance over the ranks. A key that is NaN everywhere stays NaN.
     """
+    # A rank may lack a metric.
     values: dict[str, list[float]] = {}
     floats = {key: float(value) for key, value in metrics.items()}
     for rank_metrics in gather_objects(floats):
@@ -254,6 +259,7 @@ def differing_ranks(tensors: Mapping[str, Tensor]) -> list[int]:
     """Ranks whose tensors differ from rank 0's in a name or a bit."""
     if world_size() == 1:
         return []
+    # A digest travels faster than the tensors.
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
@@ -271,6 +277,7 @@ def raise_on_all(problem: Exception | None) -> None:
     """
     if not any_rank(torch.tensor([problem is not None])):
         return
+    # The errors of all ranks, by type and text.
     summary = None if problem is None else (type(problem), str(problem))
     summaries = gather_objects(summary)
     if problem is not None:
@@ -325,6 +332,7 @@ def choose_interface() -> None:
     """
     if INTERFACE_VARIABLE in os.environ:
         return
+    # Otherwise gloo's default stays.
     name = interface_towards(os.environ.get("MASTER_ADDR", ""))
     if name is not None:
         os.environ[INTERFACE_VARIABLE] = name
@@ -358,4 +366,5 @@ def _address_of(interface: str) -> str | None:
             reply = fcntl.ioctl(probe, _SIOCGIFADDR, request)
         except OSError:
             return None
+    # The address is in the second half of the reply.
     return socket.inet_ntoa(reply[20:24])

@@ -36,6 +36,7 @@ def read_jsonl(path: str | Path) -> list[Any]:
 
     What follows the last newline is left out: a killed writer leaves a torn line.
     """
+    # The last piece is empty, or a torn line.
     lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
@@ -79,6 +80,7 @@ def require_hub_name(path: str, file: str) -> None:
     # the import takes a second
     from huggingface_hub import constants, try_to_load_from_cache
 
+    # The library returns the path of a cached file.
     cached = isinstance(try_to_load_from_cache(path, file), str)
     if constants.HF_HUB_OFFLINE and not cached:
         raise FileNotFoundError(

@@ -72,6 +72,7 @@ def low_ranks(
 
 def stock_name(key: str) -> str:
     """Remove from a weight's name what wrappers added: peft, DDP, FSDP."""
+    # Wrappers may be nested, in this order.
     for prefix in WRAPPERS:
         key = key.removeprefix(prefix)
     return key.replace(".base_layer.", ".")
@@ -113,6 +114,7 @@ def merged_backbone(
 
     ``state`` has the prefix "backbone."; the result has stock names.
     """
+    # Everything of the backbone but the LoRA matrices.
     merged = {}
     for name, tensor in state.items():
         if not name.startswith("backbone.") or ".lora_" in name:
@@ -125,6 +127,7 @@ def merged_backbone(
             module = backbone.get_submodule(layer.removeprefix("backbone."))
             pair = LowRank(a_RI, b_OR, module.scaling["default"])
             tensor = tensor.float() + pair.change()
+        # The name without wrapper.
         stock = name.removeprefix("backbone.").replace(".base_layer.", ".")
         merged[stock] = tensor.detach().to(dtype).cpu()
     return merged

@@ -24,6 +24,7 @@ def peak_memory() -> dict[str, float]:
     It is that of tensors on the GPU, or of the process where there is no GPU.
     """
     if torch.cuda.is_available():
+        # Kernels that still run may allocate.
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:
@@ -60,6 +61,7 @@ class AdaptiveBatcher:
 
         Raises torch.OutOfMemoryError when not even a single item fits, or when ``fixed``.
         """
+        # The chunk may shrink on the way.
         results: list[R] = []
         start = 0
         while start < count:
@@ -89,6 +91,7 @@ class AdaptiveBatcher:
         return True
 
     def _halve(self, size: int) -> None:
+        # Smaller chunks from here on, in the memory that is free again.
         self.size = size // 2
         say(f"memory ran out with {size} {self.what} at once; from now on {self.size}")
         if torch.cuda.is_available():

@@ -56,6 +56,7 @@ def write_mp4(
         mode="w",
         options={"movflags": "+faststart"},
     ) as container:
+        # H.264 stores a rate as a fraction.
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream(
             "libx264",
@@ -95,6 +96,7 @@ def read_frames(
         raise ValueError(
             f"{path}: {len(frames)} frames at {fps:g} a second, {num_frames} are needed"
         )
+    # Interpolation wants channels first.
     pixels = torch.stack(frames).permute(0, 3, 1, 2)
     if pixels.shape[2:] != (height, width):
         pixels = _fill(pixels, height, width)
@@ -110,6 +112,7 @@ def _decode_frames(
     import av
     import torch
 
+    # Walk through the file, and repeat each frame while it is on the screen.
     frames: list[Tensor] = []
     shown: Tensor | None = None
 
@@ -125,6 +128,7 @@ def _decode_frames(
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise ValueError(f"{path}: has no video stream")
+        # A file may have no time stamps: frames then follow each other.
         stream = container.streams.video[0]
         end = 0.0
         for frame in container.decode(stream):
@@ -148,6 +152,7 @@ def _fill(
     import torch
     import torch.nn.functional as F
 
+    # The larger scale covers both sides.
     rows, columns = pixels_TCYX.shape[2:]
     scale = max(height / rows, width / columns)
     # rounded up, less an allowance for the rounding of the scale
@@ -160,6 +165,7 @@ def _fill(
         antialias=True,
     )
     pixels_TCYX = pixels_TCYX.round().clamp(0, 255)
+    # Crop what juts out, equally on both sides.
     top = (new_rows - height) // 2
     left = (new_columns - width) // 2
     cropped = pixels_TCYX[:, :, top : top + height, left : left + width]

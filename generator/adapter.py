@@ -56,6 +56,7 @@ def attach(
         raise ValueError(
             f"LoraConfig.targets {unmatched} match no linear layer of the transformer"
         )
+    # The adapter's settings.
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -69,6 +70,7 @@ def attach(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = peft.get_peft_model(transformer, config)
+    # Training in half precision would lose small updates.
     dtypes = {
         parameter.dtype for parameter in model.parameters() if parameter.requires_grad
     }
@@ -93,6 +95,7 @@ def save(
 
     if state_dict is not None:
         state_dict = dict(state_dict)
+    # diffusers' names, in fp32.
     layers = {}
     for name, weight in get_peft_model_state_dict(model, state_dict=state_dict).items():
         layers[stock_name(name)] = weight.detach().float().cpu().contiguous()

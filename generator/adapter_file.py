@@ -152,6 +152,7 @@ def original_name(linear: str) -> str:
     # blocks.N.LINEAR
     parts = linear.split(".", 2)
     if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit():
+        # All blocks have the same linear layers.
         inner = _IN_BLOCK.get(parts[2])
         if inner is not None:
             name = f"blocks.{parts[1]}.{inner}"
@@ -167,6 +168,7 @@ def merge(base: Mapping[str, Tensor], adapter: StoredAdapter) -> Merged:
     Raises ValueError when the adapter belongs to another model.
     """
     require_fit(adapter, shapes(base))
+    # Weights without an adapter are not copied.
     state = dict(base)
     lost = 0.0
     total = 0.0

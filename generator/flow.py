@@ -74,6 +74,7 @@ def interpolate(
     """
     clean = widen(clean)
     noise = widen(noise)
+    # A sigma holds for all elements of its sample.
     ones = [1] * (clean.dim() - 1)
     sigma = sigma_B.to(clean.device, clean.dtype).view(-1, *ones)
     return (1 - sigma) * clean + sigma * noise
@@ -123,6 +124,7 @@ def adams_bashforth_step(
 
     ``sigmas`` are the noise levels of v_before, of v, and after the step.
     """
+    # The two last velocities extrapolate to the middle of the step.
     before, sigma, after = sigmas
     delta = _delta(sigma, after)
     half = delta / _delta(before, sigma) / 2
@@ -202,6 +204,7 @@ def sde_transition(
         max_std=max_std,
     )
     sigma = float(sigma)
+    # The same clipped s is in the drift and in the std.
     delta = _delta(sigma, sigma_next)
     decay = 1 - s**2 * delta / (2 * sigma)
     mean = decay * widen(x) - delta * velocity_gain(sigma, s) * widen(v)
@@ -253,8 +256,10 @@ def cps_transition(
     v = widen(v)
     sigma = float(sigma)
     sigma_next = float(sigma_next)
+    # Split the new noise level into old and fresh noise.
     std = sigma_next * math.sin(noise_level * math.pi / 2)
     old_noise = math.sqrt(sigma_next**2 - std**2)
+    # Mix the video and the old noise; fresh noise is the Gaussian's std.
     video = x - sigma * v
     noise = x + (1 - sigma) * v
     mean = (1 - sigma_next) * video + old_noise * noise

@@ -30,6 +30,7 @@ def sigma_grid(num_steps: int, *, shift: float) -> Tensor:
         raise ValueError(
             f"sigma_grid needs num_steps >= 1 and shift > 0, got {num_steps} and {shift}"
         )
+    # Equal steps in u, then the time shift.
     u = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     sigmas = shift * u / (1 + (shift - 1) * u)
     # exact by definition, whatever shift / (1 + (shift - 1)) rounds to
@@ -72,6 +73,7 @@ def stochastic_steps(
     "window"  takes ``window_size`` neighbours, which move one step towards sigma = 0 every
               ``window_every`` training steps and stay at the end (MixGRPO 2507.21802).
     """
+    # The range that the config allows.
     first = how.stochastic_first
     end = how.stochastic_range
     if how.stochastic == "one":

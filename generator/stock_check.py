@@ -21,6 +21,7 @@ class OwnGrid(FlowMatchEulerDiscreteScheduler):
     ) -> None:
         super().set_timesteps(num_inference_steps, device=device)
         sigmas = sigma_grid(num_inference_steps, shift=self.config.shift)
+        # The scheduler's values, replaced by ours.
         self.sigmas = sigmas.float().to(device)
         # t = 1000 sigma, not an integer
         self.timesteps = 1000 * self.sigmas[:-1]

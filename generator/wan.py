@@ -69,6 +69,7 @@ class WanGenerator:
         self.module = module
         self.device = device
         self.latent_shape: tuple[int, ...] = ()
+        # Without a VAE no video size is known: it is for training on stored latents.
         if pipeline.vae is not None:
             self.codec = LatentCodec(pipeline.vae, batch=cfg.decode_batch)
             self.latent_shape = self.codec.latent_shape(
@@ -77,11 +78,13 @@ class WanGenerator:
                 num_frames=cfg.num_frames,
                 patch=pipeline.transformer.config.patch_size,
             )
+        # Latents go through the transformer a few together.
         self.portions = AdaptiveBatcher(
             cfg.rollout_batch, what="latents in the transformer"
         )
         self.prompts = PromptCache(pipeline, max_length=cfg.max_sequence_length)
         self._pipeline = pipeline
+        # The reference of full fine-tuning is read when it is first needed.
         self._in_reference = False
         self._frozen: WanTransformer3DModel | None = None
 
@@ -144,12 +147,14 @@ class WanGenerator:
         sharded, every rank fills up to the largest number of calls.
         """
         self._require_vae()
+        # 1. Compare the number of calls with other ranks'.
         self.portions.fixed = self.sharded
         missing_calls = 0
         if self.sharded:
             # compared before sampling, while all ranks are at the same place
             missing_calls = self._missing_calls(group_size, seeds, iteration)
 
+        # 2. Sample group after group.
         groups = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             group = rollout_group(
@@ -192,6 +197,7 @@ class WanGenerator:
             raise ValueError(
                 f"scheduler must be 'euler' or 'pipeline', got {scheduler!r}"
             )
+        # Grid and noise are those of a rollout.
         cfg = self.cfg.sampler
         steps = num_steps or cfg.num_steps
         sigmas = sigma_grid(steps, shift=cfg.shift).tolist()
@@ -205,6 +211,7 @@ class WanGenerator:
                 return self._stock(x_BCFHW, texts, steps)
             return ode(self._guided_velocity(*texts), x_BCFHW, sigmas)
 
+        # In batches, as many videos as fit.
         self.portions.fixed = self.sharded
         return self.portions.over(sample_rows, torch.arange(len(prompts)))
 
@@ -229,8 +236,10 @@ class WanGenerator:
         A latent that all members share costs c' DiT sample-forwards, separate latents cost c' G;
         c' = c, or 1 when guidance_in_update is off. ``member`` restricts this to one member.
         """
+        # Without guidance an update costs half as much.
         scale = self.cfg.sampler.guidance_scale if self.cfg.guidance_in_update else 1.0
         x_MCFHW = step.latent_MCFHW if member is None else step.start_of(member)
+        # All members are at the same noise level and have the same prompt.
         x_MCFHW = x_MCFHW.to(self.device)
         sigma_M = torch.full((len(x_MCFHW),), step.sigma)
         texts = [prompt] * len(x_MCFHW)
@@ -251,9 +260,11 @@ class WanGenerator:
         It is the term of Flow-DPO (2501.13918, equation 6), which takes the sum: with the mean,
         beta does not depend on the size of the video.
         """
+        # Noise the latents.
         clean_BCFHW = clean_BCFHW.to(self.device)
         noise_BCFHW = noise_BCFHW.to(self.device)
         x_BCFHW = interpolate(clean_BCFHW, noise_BCFHW, sigma_B)
+        # Compare the predicted velocity with the true one.
         v_BCFHW = self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=1.0)
         error_BCFHW = v_BCFHW - velocity_target(clean_BCFHW, noise_BCFHW)
         return error_BCFHW.square().flatten(1).mean(dim=1)
@@ -321,11 +332,13 @@ class WanGenerator:
         first use, so it is the base model whatever has been trained or resumed since, and a run
         without KL does not pay for it. May be nested.
         """
+        # A nested block changes nothing.
         if self._in_reference:
             yield
             return
         self._in_reference = True
         try:
+            # An adapter is switched off; without one a frozen copy is used, see `_active`.
             if self.cfg.lora is not None:
                 with adapters_off(self.module):
                     yield
@@ -374,6 +387,7 @@ class WanGenerator:
         folder holds neither.
         """
         folder = Path(folder)
+        # The folder's files decide what is loaded.
         if weights.is_whole(folder):
             weights.load(self._active()[1], folder)
         elif self.cfg.lora is None:
@@ -427,8 +441,10 @@ class WanGenerator:
     ) -> Tensor:
         """Walk to sigma = 0 with the sampler's tail options: grid, solver, guidance, cache."""
         cfg = self.cfg.sampler
+        # Grid: fewer steps than the training grid has left.
         if cfg.tail_steps is not None and cfg.tail_steps < len(sigmas) - 1:
             sigmas = tail_grid(sigmas[0], cfg.tail_steps, shift=cfg.shift).tolist()
+        # Solver and guidance.
         solver = ode_ab2 if cfg.tail_solver == "ab2" else ode
         velocity = self._guided_velocity(prompt, scale=cfg.tail_guidance)
         if cfg.tail_cache > 1:
@@ -445,6 +461,7 @@ class WanGenerator:
     ) -> int:
         """How many velocity calls a rollout has fewer here than on the rank with most calls."""
         cfg = self.cfg.sampler
+        # Which steps are stochastic depends on the seeds, which differ between ranks.
         calls = 0
         for seed in seeds:
             calls += velocity_calls(
@@ -468,6 +485,7 @@ class WanGenerator:
         # the pipeline gets the policy, or the reference
         self._pipeline.transformer = transformer
         dtype = transformer.patch_embedding.weight.dtype
+        # Embeddings come from the cache: the text encoder may have been freed.
         negative = [self.cfg.sampler.negative_prompt] * len(prompts)
         return self._pipeline(
             prompt_embeds=self.prompts.get(
@@ -507,6 +525,7 @@ class WanGenerator:
 
     def _load_frozen(self) -> WanTransformer3DModel:
         """Read the base model once more, as the reference of a full fine-tuning."""
+        # Read again, since the module in use may have been trained or resumed.
         dtype = getattr(torch, self.cfg.dtype)
         model = WanTransformer3DModel.from_pretrained(
             self.cfg.path,
@@ -532,6 +551,7 @@ def _load_pipeline(cfg: GeneratorConfig, *, transformer_only: bool) -> WanPipeli
     if transformer_only:
         parts = {"vae": None, "text_encoder": None, "tokenizer": None}
     else:
+        # The VAE computes in fp32, whatever the transformer's dtype is.
         vae = AutoencoderKLWan.from_pretrained(
             cfg.path,
             subfolder="vae",
@@ -544,6 +564,7 @@ def _load_pipeline(cfg: GeneratorConfig, *, transformer_only: bool) -> WanPipeli
         dtype=getattr(torch, cfg.dtype),
     )
     pipeline.set_progress_bar_config(disable=True)
+    # Only the transformer is trained.
     for frozen in (pipeline.vae, pipeline.text_encoder):
         if frozen is not None:
             frozen.requires_grad_(requires_grad=False).eval()

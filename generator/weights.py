@@ -48,6 +48,7 @@ def save(
     # the folder is made with config.json
     transformer.save_config(target)
     state = transformer.state_dict() if state_dict is None else state_dict
+    # Tied or strided tensors are written as they are seen.
     on_cpu = {
         name: weight.detach().cpu().contiguous() for name, weight in state.items()
     }
@@ -74,6 +75,7 @@ def load(transformer: WanTransformer3DModel, folder: Path) -> None:
         if ".lora_" not in name:
             # peft's name for a linear layer under an adapter
             parameters[name.replace(".base_layer.", ".")] = parameter
+    # Check all before anything is overwritten.
     _require_same(shapes(stored), shapes(parameters), folder)
     for name, tensor in stored.items():
         parameters[name].copy_(tensor)
@@ -89,6 +91,7 @@ def read(folder: Path) -> Stored:
 
     place = Path(folder) / SUBFOLDER
     config = read_config(folder)
+    # Every shard holds other weights.
     state = {}
     for file in _weight_files(place):
         state |= load_file(place / file)
@@ -98,6 +101,7 @@ def read(folder: Path) -> Stored:
 
 def _weight_files(place: Path) -> list[str]:
     """Names of the files that hold the weights."""
+    # A single file, or shards with an index.
     if (place / FILE).is_file():
         return [FILE]
     if not (place / INDEX).is_file():
@@ -121,6 +125,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{file}: no such file; a folder with a Wan transformer has it"
         )
     config = json.loads(file.read_text(encoding="utf-8"))
+    # Wan's other transformers have the same layout of files.
     kind = config.get("_class_name")
     if kind != "WanTransformer3DModel":
         raise ValueError(f"{file} is of a {kind}, not of a WanTransformer3DModel")
@@ -142,6 +147,7 @@ def write(
     place = Path(folder) / SUBFOLDER
     place.mkdir(parents=True, exist_ok=True)
     _write_json(place / CONFIG, transformer.config)
+    # The hub's library decides which weights share a file.
     pattern = FILE.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(
         transformer.state,
@@ -186,8 +192,10 @@ def state_dict_problems(
     stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
     """Compare names and shapes of two state dicts; each difference is a line."""
+    # Names.
     problems = [f"unexpected {name}" for name in sorted(stored.keys() - wanted.keys())]
     problems += [f"missing {name}" for name in sorted(wanted.keys() - stored.keys())]
+    # Shapes.
     for name in sorted(wanted.keys() & stored.keys()):
         if stored[name] != wanted[name]:
             problems.append(f"{name} is {stored[name]}, want {wanted[name]}")
@@ -219,6 +227,7 @@ def of_one_dtype(
     diffusers keeps norms and modulations in fp32. They go on computing in fp32, and buffers keep
     their dtype.
     """
+    # Only storage is converted; the modules stay the same.
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
     return transformer
