@@ -106,6 +106,7 @@ def _check_same_parameters(
     # Names.
     unmatched = sorted(trained.keys() ^ saved.keys())
     if unmatched:
+        # A few names show which adapter or model was saved.
         names = ", ".join(unmatched[:10])
         raise ValueError(
             f"the checkpoint holds other trained parameters than this run has: {names}"
@@ -132,6 +133,7 @@ def _kinds(steps: int) -> tuple[str, ...]:
 
 
 def _steps_done(engine: DeepSpeedEngine) -> int:
+    # All parameters have the same count, or none before the first step.
     states = engine.client_optimizer.state.values()
     return int(max((float(s["step"]) for s in states if "step" in s), default=0))
 

@@ -130,6 +130,7 @@ def _train(
         with _stopping_if_unavailable(run, task, log, step, saved):
             measured = _measure_before(task, step)
             report = task.step(step)
+        # The average follows every step, skipped ones included.
         if task.ema is not None:
             task.ema.update()
         faults.point("step")
@@ -176,6 +177,7 @@ def _begin(run: TrainingRun, task: TrainingTask, resume: str) -> int:
     previous run stays.
     """
     with user_errors():
+        # A mistake of the user's, such as another adapter rank, ends the run here.
         done = _resume(run, task, resume)
     if is_main():
         dump(run, run.run_dir)
@@ -216,6 +218,7 @@ def _save(run: TrainingRun, task: TrainingTask, steps_done: int) -> None:
         if is_main():
             write_settings(run, folder / SETTINGS)
 
+    # The number of steps lies next to the state of the task.
     checkpoint.save(
         Path(run.run_dir) / "checkpoints",
         steps_done,

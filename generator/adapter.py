@@ -150,6 +150,7 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        names = stored.keys()
+        tensors = {name: stored.get_tensor(name) for name in names}
         metadata = stored.metadata() or {}
     return tensors, json.loads(metadata.get("lora_adapter_metadata", "{}"))

@@ -36,6 +36,7 @@ FORMATS = ("diffusers", "comfyui", "merged")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    # Options.
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], allow_abbrev=False
     )
@@ -168,6 +169,7 @@ def export_adapter(
     from generator import adapter_file, weights
     from launch.release.model_card import ExportedFiles
 
+    # The adapter must fit its base.
     if base and Path(base).is_dir():
         shapes = weights.shapes_of(weights.read_config(Path(base)))
         adapter_file.require_fit(adapter, shapes)
@@ -221,6 +223,7 @@ def export_transformer(trained: Path, out: Path) -> ExportedFiles:
     from generator import weights
     from launch.release.model_card import ExportedFiles
 
+    # Read, check and write in shards.
     stored = weights.read(trained)
     weights.write(stored, out)
     fact = f"all {len(stored.state)} weights trained, {dtypes_of(stored.state)}"
@@ -256,6 +259,7 @@ def local_base(base: str) -> Path:
     """Return a folder with transformer/: a local one, or a hub name's from the cache or the hub."""
     from launch.release.provenance import is_hub_name
 
+    # A local folder, or a name on the hub.
     if Path(base).is_dir():
         return Path(base)
     if not is_hub_name(base):
@@ -273,6 +277,7 @@ def local_base(base: str) -> Path:
 
 
 def describe_adapter(adapter: StoredAdapter) -> str:
+    # "LoRA of 240 linears, rank 32, alpha 64".
     linears = f"LoRA of {len(adapter.pairs)} linears"
     return f"{linears}, rank {adapter.rank}, alpha {adapter.alpha:g}"
 

@@ -173,6 +173,7 @@ class GenerativeRewardModel:
         self, frames_TYXC: Tensor, prompt: str, *, fps: float
     ) -> dict[str, Tensor]:
         """Return the model's inputs: ids, patches, and the patches' places in space and time."""
+        # The frames that the published model would read.
         settings = self.settings
         seen = frame_indices_qwen_utils(len(frames_TYXC), fps, settings)
         pixels = preprocess(frames_TYXC[seen], settings)
@@ -199,6 +200,7 @@ class GenerativeRewardModel:
     @torch.no_grad()
     def judge(self, frames_TYXC: Tensor, prompt: str, *, fps: float) -> ParsedAnswer:
         """Generate the answer for a video greedily, and read its scores."""
+        # Greedy, so that a video always gets the same answer.
         inputs = self.inputs(frames_TYXC, prompt, fps=fps)
         out = self.model.generate(
             **inputs,
@@ -214,6 +216,7 @@ class GenerativeRewardModel:
 
     def parse(self, ids: list[int], logits: list[Tensor]) -> ParsedAnswer:
         """Read the scores of an answer. ``logits`` (V,) of each token are for ``expected``."""
+        # Read each field of the answer's form.
         answer = self.tokenizer.decode(ids, skip_special_tokens=True)
         scores = {}
         for name, label in self.form.labels.items():

@@ -101,6 +101,7 @@ def read_videoreward(
     FileNotFoundError or ValueError name the file, and the option that would help.
     """
     config_file = Path(path) / "model_config.json"
+    # The file is checked before gigabytes are read.
     if not config_file.is_file():
         raise FileNotFoundError(
             f"{config_file}: no such file; it belongs to VideoReward's folder"
@@ -189,6 +190,7 @@ def read_instruction(path: str | Path) -> str:
 
 
 def _layout(instruction: str | Path, **fields: Any) -> Layout:
+    # An error of the text is an error of its file.
     text = read_instruction(instruction)
     try:
         return Layout(text, **fields)
@@ -219,6 +221,7 @@ def _build(
     """Merge LoRA, split off the head and add the tokens; every tensor must be used."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
+    # A pickle may hold anything.
     file = weights.file
     state = weights.state
     if not isinstance(state, dict) or not all(
@@ -234,6 +237,7 @@ def _build(
             lora_state[name] = value
         else:
             plain[stock_name(name)] = value
+    # HPSv3 was trained without LoRA.
     lora = {}
     if lora_state:
         lora = low_ranks(
@@ -262,6 +266,7 @@ def _build(
             f"{base}: the tokenizer with the reward tokens has {len(tokenizer)} entries, "
             f"but {file} has {rows} rows"
         )
+    # The base's config, with the sizes that the weights have.
     config = Qwen2VLConfig.from_pretrained(Path(base).as_posix())
     config.text_config.vocab_size = rows
     settings = replace(
@@ -295,6 +300,7 @@ def _tokenizer(base: str | Path, tokens: tuple[str, ...]) -> PreTrainedTokenizer
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
+    # The base's tokenizer knows no reward tokens.
     tokenizer = AutoTokenizer.from_pretrained(Path(base).as_posix())
     # The ids follow from the order of the tokens.
     added = [AddedToken(token, special=True, normalized=False) for token in tokens]

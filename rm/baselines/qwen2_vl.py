@@ -97,6 +97,7 @@ class Layout:
                 raise ValueError(f"normal.{name}: std={std} must be above 0")
 
     def save(self, path: Path) -> None:
+        # Readable, and with the instruction's characters as they are.
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
 
@@ -169,6 +170,7 @@ class Qwen2VLRewardModel(nn.Module):
         """Write config.json, the tokenizer, judge.json and, last, model.safetensors."""
         from safetensors.torch import save_file
 
+        # Config and tokenizer, then the weights of backbone and head.
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone.config.save_pretrained(folder)
@@ -183,6 +185,7 @@ class Qwen2VLRewardModel(nn.Module):
 
     def encode(self, prompt: str, grid: Sequence[int]) -> list[int]:
         """Return the ids of the sequence for a picture of (t, h, w) patches."""
+        # The picture's place is held by a pad for each merged patch.
         layout = self.layout
         pads = math.prod(grid) // layout.settings.merge_size**2
         pad_id = token_id(self.tokenizer, PADS[layout.media])
@@ -258,6 +261,7 @@ class Qwen2VLRewardModel(nn.Module):
 
     def read_video(self, frames_TYXC: Tensor, prompt: str, *, fps: float) -> Tensor:
         """Return the rewards (K,) of a video, given its frames at their true rate."""
+        # Frames at the rate that the model was trained with.
         settings = self.layout.settings
         seen = frame_indices_qwen_utils(len(frames_TYXC), fps, settings)
         return self.read([preprocess(frames_TYXC[seen], settings)], prompt)[0]
@@ -266,6 +270,7 @@ class Qwen2VLRewardModel(nn.Module):
         self, frames_NYXC: Tensor, prompt: str, *, portions: AdaptiveBatcher
     ) -> Tensor:
         """Return the rewards (N, K) of frames that are images each, in batches of ``portions``."""
+        # Every frame is a separate picture.
         pictures = [
             preprocess(frame_YXC[None], self.layout.settings)
             for frame_YXC in frames_NYXC
@@ -289,6 +294,7 @@ def chat_ids(
     Control tokens and the instruction's ``tokens`` are placed by id. The prompt is encoded as
     text, so it cannot spell any of them.
     """
+    # Parts of the sequence.
     text = functools.partial(encode_text, tokenizer)
     start = token_id(tokenizer, IM_START)
     end = token_id(tokenizer, IM_END)
@@ -335,6 +341,7 @@ frame_indices = frame_indices_qwen_utils  # the name that alignment.rewards impo
 
 def take_head(state: dict[str, Tensor]) -> nn.Module:
     """Take the head's weights out of ``state`` and build the head from them."""
+    # What is left is the backbone's.
     names = [name for name in state if name.startswith(HEAD_PREFIX)]
     return reward_head({n.removeprefix(HEAD_PREFIX): state.pop(n) for n in names})
 
@@ -344,8 +351,10 @@ def reward_head(state: Mapping[str, Tensor]) -> nn.Module:
 
     Dropout layers, which the published numbering counts, are left out. ValueError for other names.
     """
+    # A single linear.
     if set(state) in ({"weight"}, {"weight", "bias"}):
         return _linear(state, "")
+    # Several linears, in the order of their numbers.
     numbers = sorted({int(n.split(".")[0]) for n in state if re.match(r"\d+\.", n)})
     expected = {f"{n}.{part}" for n in numbers for part in ("weight", "bias")}
     if not numbers or not expected <= set(state):
@@ -362,6 +371,7 @@ def reward_head(state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _linear(state: Mapping[str, Tensor], prefix: str) -> nn.Linear:
+    # Sizes follow from the weights.
     weight = state[prefix + "weight"]
     bias = state.get(prefix + "bias")
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)

@@ -215,6 +215,7 @@ def read_template(path: str | Path) -> PromptTemplate:
     names the file.
     """
     path = Path(path)
+    # Ours.
     if path.suffix == ".json":
         return PromptTemplate.load(path)
     # Every byte around the marks belongs to the prompt.
@@ -286,6 +287,7 @@ def read_adapter(folder: Path, *, alpha: float | None = None) -> dict[str, LowRa
 
 
 def _find_lora(checkpoint: OfficialCheckpoint) -> dict[str, LowRank]:
+    # Neither option may silently leave a trained LoRA out.
     folder = checkpoint.path / ADAPTER
     if checkpoint.lora:
         return read_adapter(folder, alpha=checkpoint.alpha)
@@ -322,6 +324,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _read_tensors(index: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    # A file is opened once for each weight, which costs little.
     state = {}
     for name, stored in index.items():
         with open_safetensors(stored.file) as tensors:
@@ -331,6 +334,7 @@ def _read_tensors(index: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
 
 def _pad_rows(weight_VD: Tensor) -> Tensor:
     """Add rows up to the next multiple of 64: odd sizes are slow and fragile on GPUs."""
+    # The new rows are like an average token.
     missing = -len(weight_VD) % 64
     mean_1D = weight_VD.float().mean(0, keepdim=True).to(weight_VD.dtype)
     return torch.cat([weight_VD, mean_1D.expand(missing, -1)])
@@ -343,6 +347,7 @@ def _find_head(
     checkpoint: OfficialCheckpoint, stored: StoredTensor | None
 ) -> LoadedHead:
     """Read the head from the file that the user names, the weights, or a file beside them."""
+    # The user's choice comes first.
     path, file = checkpoint.path, checkpoint.head
     if file is None and stored is not None:
         return LoadedHead(_read_tensors({HEAD: stored})[HEAD], stored.file)
@@ -365,6 +370,7 @@ def read_head(path: Path, *, allow_pickle: bool) -> Tensor:
         content = content.get("model", content)
     names = list(content) if isinstance(content, dict) else [type(content).__name__]
     if len(names) == 1 and stock_name(names[0]) in (HEAD, "weight"):
+        # A head is a single matrix.
         weight = content[names[0]]
         if isinstance(weight, Tensor):
             return weight
@@ -381,6 +387,7 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase, int]:
     """
     from transformers import AutoTokenizer
 
+    # Find the id of the reward token.
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise FileNotFoundError(f"{path} has no tokenizer: it lacks tokenizer.json")
     official = AutoTokenizer.from_pretrained(path.as_posix())
@@ -415,6 +422,7 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase, int]:
 
 def _without(token: str, value: Any) -> Any:
     """Remove a token from a tokenizer's JSON, where it is a key, a text or an object's content."""
+    # As a key, and as a value.
     if isinstance(value, dict):
         return {
             key: _without(token, item)

@@ -120,6 +120,7 @@ def copy_release(folder: RewardModelFolder, out: Path) -> None:
 
 
 def _shapes(index: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
+    # Headers only: the weights are not read.
     shapes = {}
     for name, stored in index.items():
         with open_safetensors(stored.file) as tensors:
@@ -128,6 +129,7 @@ def _shapes(index: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _without_local_keys(value: Any) -> Any:
+    # Configs are nested.
     if isinstance(value, dict):
         return {
             key: _without_local_keys(item)

@@ -16,6 +16,7 @@ def open_safetensors(file: Path) -> Any:
     """Open a safetensors file. ValueError, with its name, if it is cut short or another format."""
     from safetensors import SafetensorError, safe_open
 
+    # The library's error does not name the file.
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
@@ -71,6 +72,7 @@ def merge_lora(
             f"{source}: {len(missing)} LoRA layers have no weight, such as {missing[0]}"
         )
     for name, low_rank in lora.items():
+        # Added in fp32, whatever the weight's dtype is.
         change = low_rank.change()
         if change.shape != state[name].shape:
             raise ValueError(
@@ -90,6 +92,7 @@ def require_weights(
 
     Takes no memory for the model. ``lm_head.weight`` may be missing where the config ties it.
     """
+    # Shapes without numbers.
     with torch.device("meta"):
         stock = model_class(config).state_dict()
 
