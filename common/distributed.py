@@ -7,12 +7,10 @@ return their input and need no process group.
 from __future__ import annotations
 
 import datetime
-import fcntl
 import hashlib
 import math
 import os
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
-# Linux: the request for the IPv4 address of an interface
-_SIOCGIFADDR = 0x8915
 
 
 # ---- joining and leaving ----
@@ -343,6 +339,9 @@ def interface_towards(host: str) -> str | None:
 
     None where that is the loopback, the host is unknown, or its address is not IPv4.
     """
+    # deepspeed brings this package
+    import psutil
+
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             # a datagram socket: nothing is sent
@@ -352,19 +351,7 @@ def interface_towards(host: str) -> str | None:
         return None
     if address.startswith("127."):
         return None
-    for _, name in socket.if_nameindex():
-        if _address_of(name) == address:
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
             return name
     return None
-
-
-def _address_of(interface: str) -> str | None:
-    """First IPv4 address of an interface, None if it has none."""
-    request = struct.pack("256s", interface.encode()[:15])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            reply = fcntl.ioctl(probe, _SIOCGIFADDR, request)
-        except OSError:
-            return None
-    # The address is in the second half of the reply.
-    return socket.inet_ntoa(reply[20:24])

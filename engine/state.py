@@ -14,6 +14,7 @@ import torch
 
 from common.checkpoint import load_tensors, save_tensors
 from common.distributed import differing_ranks, is_main, rank, world_size
+from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 from engine.optimizer import rewind_schedule
 from engine.zero3 import is_split
 
@@ -103,24 +104,13 @@ def _check_ranks_agree(trained: dict[str, nn.Parameter]) -> None:
 def _check_same_parameters(
     trained: dict[str, nn.Parameter], saved: dict[str, Tensor]
 ) -> None:
-    # Names.
-    unmatched = sorted(trained.keys() ^ saved.keys())
-    if unmatched:
-        # A few names show which adapter or model was saved.
-        names = ", ".join(unmatched[:10])
-        raise ValueError(
-            f"the checkpoint holds other trained parameters than this run has: {names}"
-        )
-    # Shapes. Under ZeRO 3 a parameter's own shape is that of its slice.
-    problems = []
+    # Under ZeRO 3 a parameter's shape is that of its slice.
+    wanted = {}
     for name, parameter in trained.items():
         shape = parameter.ds_shape if is_split(parameter) else parameter.shape
-        if tuple(shape) != tuple(saved[name].shape):
-            problems.append(f"{name} {tuple(saved[name].shape)} for {tuple(shape)}")
-    if problems:
-        raise ValueError(
-            f"the checkpoint's parameters have other shapes: {'; '.join(problems[:10])}"
-        )
+        wanted[name] = tuple(shape)
+    problems = state_dict_problems(shapes_in(saved), wanted)
+    raise_problems(problems, "the checkpoint is of other trained parameters")
 
 
 def _trained_parameters(engine: DeepSpeedEngine) -> dict[str, nn.Parameter]:

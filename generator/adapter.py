@@ -13,7 +13,7 @@ import torch
 
 from common.files import sort_header
 from common.lora import stock_name
-from generator.weights import raise_problems, shapes, state_dict_problems
+from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -137,7 +137,7 @@ def load(model: PeftModel, folder: Path) -> None:
 
     # names and shapes
     wanted = {stock_name(name): weight for name, weight in attached.items()}
-    problems += state_dict_problems(shapes(stored), shapes(wanted))
+    problems += state_dict_problems(shapes_in(stored), shapes_in(wanted))
     raise_problems(problems, f"the adapter in {folder} does not fit this model")
     renamed = {name: stored[stock_name(name)] for name in attached}
     set_peft_model_state_dict(model, renamed)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from common.lora import LowRank, low_ranks
+from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 from generator.adapter import ADAPTER_FILE, PREFIX, read_file
-from generator.weights import raise_problems, shapes, state_dict_problems
 
 _OTHER_LORAS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
 
@@ -167,7 +167,7 @@ def merge(base: Mapping[str, Tensor], adapter: StoredAdapter) -> Merged:
 
     Raises ValueError when the adapter belongs to another model.
     """
-    require_fit(adapter, shapes(base))
+    require_fit(adapter, shapes_in(base))
     # Weights without an adapter are not copied.
     state = dict(base)
     lost = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.files import require_hub_name
+from common.state_dicts import (
+    Shapes,
+    raise_problems,
+    shapes_in,
+    state_dict_problems,
+)
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -76,7 +82,7 @@ def load(transformer: WanTransformer3DModel, folder: Path) -> None:
             # peft's name for a linear layer under an adapter
             parameters[name.replace(".base_layer.", ".")] = parameter
     # Check all before anything is overwritten.
-    _require_same(shapes(stored), shapes(parameters), folder)
+    _require_same(shapes_in(stored), shapes_in(parameters), folder)
     for name, tensor in stored.items():
         parameters[name].copy_(tensor)
 
@@ -95,7 +101,7 @@ def read(folder: Path) -> Stored:
     state = {}
     for file in _weight_files(place):
         state |= load_file(place / file)
-    _require_same(shapes(state), shapes_of(config), folder)
+    _require_same(shapes_in(state), shapes_of(config), folder)
     return Stored(config, state)
 
 
@@ -173,11 +179,6 @@ def _write_json(file: Path, value: Any) -> None:
     file.write_text(text + "\n", encoding="utf-8")
 
 
-def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor."""
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of a transformer with this config.json, without memory."""
     from diffusers import WanTransformer3DModel
@@ -185,36 +186,10 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     # shapes only, no numbers
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(dict(config))
-    return shapes(dict(model.named_parameters()))
+    return shapes_in(dict(model.named_parameters()))
 
 
-def state_dict_problems(
-    stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    """Compare names and shapes of two state dicts; each difference is a line."""
-    # Names.
-    problems = [f"unexpected {name}" for name in sorted(stored.keys() - wanted.keys())]
-    problems += [f"missing {name}" for name in sorted(wanted.keys() - stored.keys())]
-    # Shapes.
-    for name in sorted(wanted.keys() & stored.keys()):
-        if stored[name] != wanted[name]:
-            problems.append(f"{name} is {stored[name]}, want {wanted[name]}")
-    return problems
-
-
-def raise_problems(problems: Sequence[str], sentence: str) -> None:
-    """Raise ValueError with the sentence and the first five problems, if there are any."""
-    if problems:
-        shown = "; ".join(problems[:5])
-        raise ValueError(f"{sentence} ({len(problems)} problems): {shown}")
-
-
-def _require_same(
-    stored: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, tuple[int, ...]],
-    folder: Path,
-) -> None:
-    # names first, then shapes
+def _require_same(stored: Shapes, wanted: Shapes, folder: Path) -> None:
     problems = state_dict_problems(stored, wanted)
     raise_problems(problems, f"the transformer in {folder} is another model")
 

@@ -238,7 +238,8 @@ def index_weights(path: Path) -> dict[str, StoredTensor]:
     # Wrapped and plain names of a weight are the same weight.
     for file in _weight_files(path):
         with open_safetensors(file) as tensors:
-            for key in tensors.keys():
+            names = tensors.keys()
+            for key in names:
                 name = stock_name(key)
                 if name in index:
                     raise ValueError(

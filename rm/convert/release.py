@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.state_dicts import shapes_in
 from rm.calibration import CALIBRATION_FILE
 from rm.config import VideoSettings
 from rm.convert.official import (
@@ -81,8 +82,7 @@ def inspect(path: str | Path) -> RewardModelFolder:
     # The query and the head have a row for each reward.
     dimensions = DeScore.dimensions_in(path)
     expected = (len(dimensions), config.text_config.hidden_size)
-    stored = load_safetensors(path / HEAD_FILE)
-    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    shapes = shapes_in(load_safetensors(path / HEAD_FILE))
     if shapes != {"query": expected, "head": expected}:
         raise ValueError(
             f"{path / HEAD_FILE} holds {shapes}, but query and head must be {expected}"

@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 from common.lora import LowRank
+from common.state_dicts import (
+    Shapes,
+    raise_problems,
+    shapes_in,
+    state_dict_problems,
+)
 
 
 def open_safetensors(file: Path) -> Any:
@@ -83,7 +89,7 @@ def merge_lora(
 
 
 def require_weights(
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
     model_class: Any,
     config: Any,
     source: Path,
@@ -94,25 +100,13 @@ def require_weights(
     """
     # Shapes without numbers.
     with torch.device("meta"):
-        stock = model_class(config).state_dict()
+        wanted = shapes_in(model_class(config).state_dict())
 
-    # Compare names and shapes.
-    problems = []
-    for name in sorted(stock.keys() | shapes.keys()):
-        if name not in stock:
-            problems.append(f"unexpected {name}")
-        elif name in shapes:
-            expected = tuple(stock[name].shape)
-            if shapes[name] != expected:
-                problems.append(f"{name} is {shapes[name]}, expected {expected}")
-        elif name != "lm_head.weight" or not config.tie_word_embeddings:
-            problems.append(f"missing {name}")
-    # Many problems usually have the same cause.
-    if problems:
-        raise ValueError(
-            f"{source}: {len(problems)} weights do not fit config.json: "
-            + "; ".join(problems[:5])
-        )
+    # A tied head may be left out.
+    if config.tie_word_embeddings and "lm_head.weight" not in shapes:
+        wanted.pop("lm_head.weight", None)
+    problems = state_dict_problems(shapes, wanted)
+    raise_problems(problems, f"{source}: the weights do not fit config.json")
 
 
 def build_model(
@@ -125,8 +119,7 @@ def build_model(
 ) -> Any:
     """Build a transformers model with exactly these weights. Errors as in `require_weights`."""
     # transformers only warns about missing weights, and draws them at random.
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    require_weights(shapes, model_class, config, source)
+    require_weights(shapes_in(state), model_class, config, source)
     return model_class.from_pretrained(
         None,
         config=config,
