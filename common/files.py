@@ -69,6 +69,31 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """List the files of a model's weights: ``name``, or the shards in ``name``.index.json.
+
+    Raises FileNotFoundError, naming what is missing.
+    """
+    # A single file.
+    if (folder / name).is_file():
+        return [folder / name]
+    index_file = folder / f"{name}.index.json"
+    if not index_file.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no weights: it lacks {name} and {index_file.name}"
+        )
+
+    # The index maps every weight to its shard.
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    shards = sorted(set(index["weight_map"].values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(missing)}, which {index_file.name} names"
+        )
+    return [folder / shard for shard in shards]
+
+
 def require_hub_name(path: str, file: str) -> None:
     """Raise FileNotFoundError unless the path may be the hub name (owner/name) of a model.
 

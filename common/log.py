@@ -141,10 +141,6 @@ class RunLog:
         if self._trackers is not None:
             self._trackers.call("videos", step, files, captions)
 
-    def message(self, text: str) -> None:
-        """Print a line that is not stored."""
-        say(text)
-
     def close(self) -> None:
         """End the tracking; metrics.jsonl is complete after every `log`."""
         if self._trackers is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.files import require_hub_name
+from common.files import require_hub_name, weight_files
 from common.state_dicts import (
     Shapes,
     raise_problems,
@@ -99,28 +99,10 @@ def read(folder: Path) -> Stored:
     config = read_config(folder)
     # Every shard holds other weights.
     state = {}
-    for file in _weight_files(place):
-        state |= load_file(place / file)
+    for file in weight_files(place, FILE):
+        state |= load_file(file)
     _require_same(shapes_in(state), shapes_of(config), folder)
     return Stored(config, state)
-
-
-def _weight_files(place: Path) -> list[str]:
-    """Names of the files that hold the weights."""
-    # A single file, or shards with an index.
-    if (place / FILE).is_file():
-        return [FILE]
-    if not (place / INDEX).is_file():
-        raise FileNotFoundError(f"{place} has no weights: it lacks {FILE} and {INDEX}")
-    # the index maps every weight to its shard
-    index = json.loads((place / INDEX).read_text(encoding="utf-8"))
-    files = sorted(set(index["weight_map"].values()))
-    missing = [file for file in files if not (place / file).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{place} lacks {', '.join(missing)}, which {INDEX} names"
-        )
-    return files
 
 
 def read_config(folder: Path) -> dict[str, Any]:

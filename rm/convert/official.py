@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from common.files import weight_files
 from common.lora import LowRank, low_ranks, stock_name
 from rm.config import VideoSettings
 from rm.convert.weights import (
@@ -298,30 +299,22 @@ def _find_lora(checkpoint: OfficialCheckpoint) -> dict[str, LowRank]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    # A single file, or shards with an index.
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
-    if (path / INDEX).is_file():
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index.get("weight_map", {}).values()))
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{path} lacks {', '.join(missing)}, which {INDEX} names"
-            )
-        return [path / name for name in names]
-
-    # There is nothing to read: name the mistakes that people make.
-    shards = sorted(path.rglob("model_world_size_*_rank_*.pt"))
-    if shards:
-        raise ValueError(
-            f"{shards[0]} is an FSDP shard of stage 2: merge the shards into {WEIGHTS} "
-            "with EasyR1's tools"
-        )
-    pickled = sorted(path.glob("*.bin"))
-    if pickled:
-        raise ValueError(f"{pickled[0]} is a pickle: save the weights as {WEIGHTS}")
-    raise FileNotFoundError(f"{path} has no weights: it lacks {WEIGHTS} and {INDEX}")
+    try:
+        return weight_files(path, WEIGHTS)
+    except FileNotFoundError:
+        # Name the mistakes that people make.
+        shards = sorted(path.rglob("model_world_size_*_rank_*.pt"))
+        if shards:
+            raise ValueError(
+                f"{shards[0]} is an FSDP shard of stage 2: merge the shards into {WEIGHTS} "
+                "with EasyR1's tools"
+            ) from None
+        pickled = sorted(path.glob("*.bin"))
+        if pickled:
+            raise ValueError(
+                f"{pickled[0]} is a pickle: save the weights as {WEIGHTS}"
+            ) from None
+        raise
 
 
 def _read_tensors(index: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
