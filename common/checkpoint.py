@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import distributed
-from common.files import sha256
+from common.files import read_json, sha256
 from common.log import say
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def verify(path: str | Path) -> list[str]:
     path = Path(path)
     # 1. The manifest.
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
         step = int(manifest["step"])
         files = {
             str(name): (int(entry["size"]), str(entry["sha256"]))
@@ -327,7 +327,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
 def load_state(path: str | Path) -> dict[str, Any]:
     """Read the ``state`` of a checkpoint folder."""
-    return json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
+    return read_json(Path(path) / STATE)
 
 
 def _safetensors_path(path: str | Path) -> Path:

@@ -41,6 +41,11 @@ def read_jsonl(path: str | Path) -> list[Any]:
     return [json.loads(line) for line in lines]
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file; OSError or ValueError if that is impossible."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def sort_header(path: Path) -> None:
     """Sort the header of a safetensors file in place.
 
@@ -84,7 +89,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         )
 
     # The index maps every weight to its shard.
-    index = json.loads(index_file.read_text(encoding="utf-8"))
+    index = read_json(index_file)
     shards = sorted(set(index["weight_map"].values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:

@@ -33,6 +33,13 @@ def peak_memory() -> dict[str, float]:
     return {"memory/peak_gb": max_over_ranks(peak)}
 
 
+def default_device() -> torch.device:
+    """Return the current CUDA device, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 class AdaptiveBatcher:
     """Runs a function in chunks and halves the chunk after an out-of-memory error.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import safe_yaml
-from common.files import replace_text
+from common.files import read_json, replace_text
 from common.run_record import SETTINGS
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class WandbTracker:
             name=cfg.name,
             resume="allow",
             config=config,
-            **json.loads(id_file.read_text(encoding="utf-8")),
+            **read_json(id_file),
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

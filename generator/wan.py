@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from common.distributed import max_over_ranks
 from common.gaussian import Gaussian, widen
 from common.lora import adapters_off
-from common.memory import AdaptiveBatcher
+from common.memory import AdaptiveBatcher, default_device
 from common.types import Group, Step
 from generator import adapter, weights
 from generator.block_cache import BlockCache
@@ -109,7 +109,7 @@ class WanGenerator:
         """
         # 1. The stock pipeline, frozen, on its device.
         weights.require_folder(cfg.path)
-        device = _device(device)
+        device = torch.device(device or default_device())
         pipeline = _load_pipeline(cfg, transformer_only=transformer_only).to(device)
 
         # 2. What is trained: an adapter, or every weight of the transformer.
@@ -534,15 +534,6 @@ class WanGenerator:
         )
         model = weights.of_one_dtype(model, self.cfg.dtype)
         return model.requires_grad_(requires_grad=False).eval().to(self.device)
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    """The given device, or else the current CUDA device, or else the CPU."""
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _load_pipeline(cfg: GeneratorConfig, *, transformer_only: bool) -> WanPipeline:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.files import require_hub_name, weight_files
+from common.files import read_json, require_hub_name, weight_files
 from common.state_dicts import (
     Shapes,
     raise_problems,
@@ -112,7 +112,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{file}: no such file; a folder with a Wan transformer has it"
         )
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     # Wan's other transformers have the same layout of files.
     kind = config.get("_class_name")
     if kind != "WanTransformer3DModel":

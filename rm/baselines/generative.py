@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from common.memory import default_device
 from rm.baselines.load_published import CLIP_COLOURS, VIDEO_MIN_PIXELS, read_instruction
 from rm.baselines.qwen2_vl import PADS, chat_ids, frame_indices_qwen_utils
 from rm.config import VideoSettings
@@ -154,8 +155,7 @@ class GenerativeRewardModel:
             checkpoint, dtype=getattr(torch, dtype)
         )
         model.requires_grad_(requires_grad=False)
-        default_device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model.eval().to(device or default_device)
+        self.model = model.eval().to(device or default_device())
 
         # Frames are cut into patches as the vision tower expects.
         vision = config.vision_config

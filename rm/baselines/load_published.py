@@ -22,7 +22,6 @@ included: for VideoReward `DETAILED_PROMPT_WITH_SPECIAL_TOKEN` of prompt_templat
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from common.files import read_json
 from common.lora import LORA_NAME, low_ranks, stock_name
 from rm.baselines.qwen2_vl import Layout, Qwen2VLRewardModel, take_head
 from rm.config import VideoSettings
@@ -107,7 +107,7 @@ def read_videoreward(
             f"{config_file}: no such file; it belongs to VideoReward's folder"
         )
     # Read the numbers that the weights were trained with.
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json(config_file)
     try:
         data = config["data_config"]
         lora = config["peft_lora_config"]

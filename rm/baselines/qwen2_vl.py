@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from common.memory import AdaptiveBatcher
+from common.files import read_json
+from common.memory import AdaptiveBatcher, default_device
 from rm.config import VideoSettings
 from rm.convert.weights import build_model, load_safetensors
 from rm.prompt import (
@@ -109,7 +110,7 @@ class Layout:
                 f"{path}: no such file; launch/convert_reward.py writes such a folder"
             )
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path)
             # JSON has neither dataclasses nor tuples.
             raw["settings"] = VideoSettings(**raw["settings"])
             raw["normal"] = {name: tuple(pair) for name, pair in raw["normal"].items()}
@@ -163,8 +164,7 @@ class Qwen2VLRewardModel(nn.Module):
         # A reward model is never trained here.
         model = cls(backbone, head, tokenizer, layout)
         model.requires_grad_(requires_grad=False)
-        default_device = "cuda" if torch.cuda.is_available() else "cpu"
-        return model.eval().to(device or default_device)
+        return model.eval().to(device or default_device())
 
     def save(self, folder: str | Path) -> None:
         """Write config.json, the tokenizer, judge.json and, last, model.safetensors."""

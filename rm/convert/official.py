@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common.files import weight_files
+from common.files import read_json, weight_files
 from common.lora import LowRank, low_ranks, stock_name
 from rm.config import VideoSettings
 from rm.convert.weights import (
@@ -264,7 +264,7 @@ def read_adapter(folder: Path, *, alpha: float | None = None) -> dict[str, LowRa
             f"{folder} lacks {' and '.join(missing)}. Stage 1 saves LoRA apart from the weights; "
             "give --no-lora if there was none or it is merged already"
         )
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json(config_file)
 
     # Another kind of LoRA would be merged wrongly.
     for key in UNSUPPORTED_LORA:
@@ -398,7 +398,7 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase, int]:
             if not file.is_file():
                 continue
             if name in TOKEN_FILES:
-                content = json.loads(file.read_text(encoding="utf-8"))
+                content = read_json(file)
                 text = json.dumps(_without(REWARD, content), ensure_ascii=False)
                 Path(folder, name).write_text(text, encoding="utf-8")
             else:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import read_json
 from common.state_dicts import shapes_in
 from rm.calibration import CALIBRATION_FILE
 from rm.config import VideoSettings
@@ -89,7 +90,7 @@ def inspect(path: str | Path) -> RewardModelFolder:
         )
 
     # Collect the facts for the model card.
-    record = json.loads((path / DESCORE_FILE).read_text(encoding="utf-8"))
+    record = read_json(path / DESCORE_FILE)
     return RewardModelFolder(
         path,
         weights=tuple(sorted({stored.file for stored in index.values()})),
