@@ -91,6 +91,7 @@ class TensorboardTracker:
         self.writer = module.SummaryWriter(folder, purge_step=start)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        # TensorBoard takes a number at a time.
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 

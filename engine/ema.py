@@ -121,5 +121,7 @@ def _gathered(
     from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(
-        [parameter], modifier_rank=modifier_rank, enabled=is_split(parameter)
+        [parameter],
+        modifier_rank=modifier_rank,
+        enabled=is_split(parameter),
     )

@@ -91,6 +91,7 @@ def load_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def _check_ranks_agree(trained: dict[str, nn.Parameter]) -> None:
+    # Under ZeRO 3 ranks hold different slices.
     whole = {name: p for name, p in trained.items() if not is_split(p)}
     ranks = differing_ranks(whole)
     if ranks:
@@ -133,7 +134,11 @@ def _has_fp32_copy(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "_hp_mapping") or is_split(parameter)
 
 
-def _gather(engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str) -> Tensor:
+def _gather(
+    engine: DeepSpeedEngine,
+    parameter: nn.Parameter,
+    kind: str,
+) -> Tensor:
     """Return a parameter's whole fp32 weight or moment."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -169,7 +174,11 @@ def _scatter(
         engine.client_optimizer.state[parameter][kind].copy_(value)
 
 
-def _scatter_zero3(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+def _scatter_zero3(
+    parameter: nn.Parameter,
+    kind: str,
+    value: Tensor,
+) -> None:
     """Set this rank's slice of a weight or moment under ZeRO 3.
 
     Slices have equal lengths, so the last may end in padding, which DeepSpeed's own setter

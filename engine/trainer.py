@@ -179,6 +179,7 @@ def _begin(run: TrainingRun, task: TrainingTask, resume: str) -> int:
     with user_errors():
         # A mistake of the user's, such as another adapter rank, ends the run here.
         done = _resume(run, task, resume)
+    # Rank 0 records the run once nothing can fail any more.
     if is_main():
         dump(run, run.run_dir)
     return done

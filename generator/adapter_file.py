@@ -13,6 +13,7 @@ from common.lora import LowRank, low_ranks
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 from generator.adapter import ADAPTER_FILE, PREFIX, read_file
 
+# Settings of peft under which W + (alpha / r) B A would be wrong.
 _OTHER_LORAS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
 
 # diffusers' names of linear layers -> the names in Wan's original code, which ComfyUI uses
@@ -130,6 +131,7 @@ def comfyui(adapter: StoredAdapter) -> dict[str, Tensor]:
 
     Raises ValueError for a linear layer without a name in Wan's original code.
     """
+    # Rename, with alpha where its readers know it.
     out = {}
     for linear, pair in adapter.pairs.items():
         name = f"diffusion_model.{original_name(linear)}"

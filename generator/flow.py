@@ -37,6 +37,7 @@ class Kernel:
         sigma_next: float,
     ) -> Gaussian:
         """Distribution of x at sigma_next."""
+        # Coefficients-preserving steps have no ceiling on their std.
         if self.name == "cps":
             return cps_transition(x, v, sigma, sigma_next, noise_level=self.noise_level)
         return sde_transition(

@@ -170,7 +170,11 @@ class GenerativeRewardModel:
         )
 
     def inputs(
-        self, frames_TYXC: Tensor, prompt: str, *, fps: float
+        self,
+        frames_TYXC: Tensor,
+        prompt: str,
+        *,
+        fps: float,
     ) -> dict[str, Tensor]:
         """Return the model's inputs: ids, patches, and the patches' places in space and time."""
         # The frames that the published model would read.
@@ -198,7 +202,13 @@ class GenerativeRewardModel:
         return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     @torch.no_grad()
-    def judge(self, frames_TYXC: Tensor, prompt: str, *, fps: float) -> ParsedAnswer:
+    def judge(
+        self,
+        frames_TYXC: Tensor,
+        prompt: str,
+        *,
+        fps: float,
+    ) -> ParsedAnswer:
         """Generate the answer for a video greedily, and read its scores."""
         # Greedy, so that a video always gets the same answer.
         inputs = self.inputs(frames_TYXC, prompt, fps=fps)

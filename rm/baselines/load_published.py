@@ -168,7 +168,9 @@ def read_hpsv3(
         outputs=HPSV3_OUTPUTS,
         media="image",
         settings=VideoSettings(
-            min_pixels=IMAGE_PIXELS, max_pixels=IMAGE_PIXELS, **CLIP_COLOURS
+            min_pixels=IMAGE_PIXELS,
+            max_pixels=IMAGE_PIXELS,
+            **CLIP_COLOURS,
         ),
     )
     return _build(PublishedWeights(file, state), base, layout, dtype)
@@ -303,6 +305,13 @@ def _tokenizer(base: str | Path, tokens: tuple[str, ...]) -> PreTrainedTokenizer
     # The base's tokenizer knows no reward tokens.
     tokenizer = AutoTokenizer.from_pretrained(Path(base).as_posix())
     # The ids follow from the order of the tokens.
-    added = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    added = [
+        AddedToken(
+            token,
+            special=True,
+            normalized=False,
+        )
+        for token in tokens
+    ]
     tokenizer.add_tokens(added, special_tokens=True)
     return tokenizer

@@ -99,7 +99,11 @@ class Layout:
 
     def save(self, path: Path) -> None:
         # Readable, and with the instruction's characters as they are.
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        text = json.dumps(
+            asdict(self),
+            indent=1,
+            ensure_ascii=False,
+        )
         path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -141,7 +145,11 @@ class Qwen2VLRewardModel(nn.Module):
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, device: str | None = None, dtype: str = "float32"
+        cls,
+        folder: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str = "float32",
     ) -> Qwen2VLRewardModel:
         """Load a folder that `save` wrote. FileNotFoundError or ValueError name the file."""
         from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
@@ -259,7 +267,13 @@ class Qwen2VLRewardModel(nn.Module):
         mean_K, std_K = torch.tensor(normal).T
         return (rewards_NK - mean_K) / std_K
 
-    def read_video(self, frames_TYXC: Tensor, prompt: str, *, fps: float) -> Tensor:
+    def read_video(
+        self,
+        frames_TYXC: Tensor,
+        prompt: str,
+        *,
+        fps: float,
+    ) -> Tensor:
         """Return the rewards (K,) of a video, given its frames at their true rate."""
         # Frames at the rate that the model was trained with.
         settings = self.layout.settings
@@ -267,7 +281,11 @@ class Qwen2VLRewardModel(nn.Module):
         return self.read([preprocess(frames_TYXC[seen], settings)], prompt)[0]
 
     def read_images(
-        self, frames_NYXC: Tensor, prompt: str, *, portions: AdaptiveBatcher
+        self,
+        frames_NYXC: Tensor,
+        prompt: str,
+        *,
+        portions: AdaptiveBatcher,
     ) -> Tensor:
         """Return the rewards (N, K) of frames that are images each, in batches of ``portions``."""
         # Every frame is a separate picture.
@@ -319,7 +337,9 @@ def chat_ids(
 
 
 def frame_indices_qwen_utils(
-    count: int, fps: float, settings: VideoSettings
+    count: int,
+    fps: float,
+    settings: VideoSettings,
 ) -> list[int]:
     """Choose which of ``count`` frames at ``fps`` are seen, as qwen-vl-utils did for VideoReward.
 
@@ -380,6 +400,14 @@ def _linear(state: Mapping[str, Tensor], prefix: str) -> nn.Linear:
 
 
 @functools.lru_cache
-def shared(folder: str, device: str | None, dtype: str) -> Qwen2VLRewardModel:
+def shared(
+    folder: str,
+    device: str | None,
+    dtype: str,
+) -> Qwen2VLRewardModel:
     """Load a folder once for all rewards of this process that name it."""
-    return Qwen2VLRewardModel.load(folder, device=device, dtype=dtype)
+    return Qwen2VLRewardModel.load(
+        folder,
+        device=device,
+        dtype=dtype,
+    )
