@@ -18,7 +18,7 @@ from alignment.dpo_losses import DpoTerms, beta_at, flow_dpo_terms, rwr_weights
 from common import faults
 from common.distributed import (
     gather_rows,
-    own_batches,
+    rank_batches,
     rank,
     seeded_generator,
     world_size,
@@ -187,7 +187,7 @@ class DpoLoop:
         The noise is the same in every evaluation. All methods are measured by the DPO loss.
         """
         rows = []
-        for indices in own_batches(min(limit, len(pairs)), self.cfg.micro_batch):
+        for indices in rank_batches(min(limit, len(pairs)), self.cfg.micro_batch):
             # all ranks must call a sharded module equally often: without a pair, on the first
             places = indices or [0]
             batch = pairs.read(places)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import distributed
-from common.files import sha256
+from common.files import read_json, sha256
 from common.log import say
 
 if TYPE_CHECKING:
@@ -81,7 +81,11 @@ def save(
             (partial / STATE).write_text(state_text, encoding="utf-8")
             _write_manifest(partial, step)
             _rename(partial, final)
-            _prune(root, newest=step, keep=keep)
+            _prune(
+                root,
+                newest=step,
+                keep=keep,
+            )
         distributed.barrier()
     except OSError as error:
         if error.errno not in _NO_ROOM:
@@ -159,7 +163,12 @@ def _rename(partial: Path, final: Path) -> None:
     _fsync(final.parent)
 
 
-def _prune(root: Path, *, newest: int, keep: int) -> None:
+def _prune(
+    root: Path,
+    *,
+    newest: int,
+    keep: int,
+) -> None:
     """Remove checkpoints beyond the newest ``keep``, and those of an abandoned history."""
     steps = _steps(root)
     current = [path for path in steps if _number(path) <= newest]
@@ -182,7 +191,7 @@ def verify(path: str | Path) -> list[str]:
     path = Path(path)
     # 1. The manifest.
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
         step = int(manifest["step"])
         files = {
             str(name): (int(entry["size"]), str(entry["sha256"]))
@@ -318,7 +327,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
 def load_state(path: str | Path) -> dict[str, Any]:
     """Read the ``state`` of a checkpoint folder."""
-    return json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
+    return read_json(Path(path) / STATE)
 
 
 def _safetensors_path(path: str | Path) -> Path:

@@ -14,6 +14,7 @@ def check_new_folder(path: Path) -> None:
     """Raise ValueError unless the path does not exist or is an empty folder."""
     if not path.exists():
         return
+    # Nothing of the user's is overwritten.
     if not path.is_dir() or any(path.iterdir()):
         raise ValueError(f"--out {path} exists and is not an empty folder")
 
@@ -21,6 +22,7 @@ def check_new_folder(path: Path) -> None:
 def exit_with_error(message: str) -> NoReturn:
     """Exit with code 2 and a message from rank 0, without a traceback."""
     if _rank() == "0":
+        # All ranks have this error: a single line is enough.
         sys.stderr.write(f"{_program()}: {message}\n")
     sys.exit(2)
 
@@ -53,6 +55,7 @@ def _program() -> str:
 
 def _describe(error: ValueError | OSError) -> str:
     """File and reason of a system error, or else the message of the error."""
+    # Python's own text adds the error's number.
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

@@ -7,12 +7,10 @@ return their input and need no process group.
 from __future__ import annotations
 
 import datetime
-import fcntl
 import hashlib
 import math
 import os
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -28,9 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-VARIABLE = "GLOO_SOCKET_IFNAME"
-# Linux: the request for the IPv4 address of an interface
-_SIOCGIFADDR = 0x8915
+INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 
 
 # ---- joining and leaving ----
@@ -50,7 +46,11 @@ def init_process_group(
         return
     # 1. A plain python process is a world of its own.
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+        )
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
 
@@ -100,6 +100,7 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     if not dist.is_initialized():
         return
+    # Alone there are no threads of gloo.
     several = dist.get_world_size() > 1
     dist.destroy_process_group()
     if several:
@@ -115,6 +116,7 @@ def _let_threads_finish(patience_s: float = 10.0) -> None:
     Destroying the group would join those threads, if deepspeed held no reference to it. While the
     main thread sleeps, they get the lock.
     """
+    # Give up after a while: a busy thread may be somebody else's.
     end = time.monotonic() + patience_s
     quiet = 0
     # three looks in a row: a thread may wait for a processor in between
@@ -163,12 +165,13 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-def own_batches(count: int, size: int) -> list[list[int]]:
+def rank_batches(count: int, size: int) -> list[list[int]]:
     """Batches of this rank's rows (rank, rank + world, ...), the same NUMBER on every rank.
 
     The last batch may be empty where another rank has a row more. A sharded model (ZeRO 3) must be
     called for an empty batch too, on any input, since its weights are gathered from all ranks.
     """
+    # Rank 0 has most rows, and every rank makes as many batches.
     rows = range(rank(), count, world_size())
     most = len(range(0, count, world_size()))
     return [list(rows[start : start + size]) for start in range(0, most, size)]
@@ -185,6 +188,7 @@ def gather_rows(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
+    # Unequal shapes would hang or corrupt the collective.
     kinds = gather_objects((tuple(x.shape), str(x.dtype)))
     if len(set(kinds)) > 1:
         raise ValueError(
@@ -214,6 +218,7 @@ def mean_over_ranks(metrics: dict[str, float]) -> dict[str, float]:
 
     Keys come in order of first appearance over the ranks. A key that is NaN everywhere stays NaN.
     """
+    # A rank may lack a metric.
     values: dict[str, list[float]] = {}
     floats = {key: float(value) for key, value in metrics.items()}
     for rank_metrics in gather_objects(floats):
@@ -250,6 +255,7 @@ def differing_ranks(tensors: Mapping[str, Tensor]) -> list[int]:
     """Ranks whose tensors differ from rank 0's in a name or a bit."""
     if world_size() == 1:
         return []
+    # A digest travels faster than the tensors.
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
@@ -267,6 +273,7 @@ def raise_on_all(problem: Exception | None) -> None:
     """
     if not any_rank(torch.tensor([problem is not None])):
         return
+    # The errors of all ranks, by type and text.
     summary = None if problem is None else (type(problem), str(problem))
     summaries = gather_objects(summary)
     if problem is not None:
@@ -319,11 +326,12 @@ def choose_interface() -> None:
     to 127.0.0.1 or 127.0.1.1 in /etc/hosts, so that ranks of other nodes cannot connect. The name
     of the interface may differ from node to node, so each node looks it up.
     """
-    if VARIABLE in os.environ:
+    if INTERFACE_VARIABLE in os.environ:
         return
+    # Otherwise gloo's default stays.
     name = interface_towards(os.environ.get("MASTER_ADDR", ""))
     if name is not None:
-        os.environ[VARIABLE] = name
+        os.environ[INTERFACE_VARIABLE] = name
 
 
 def interface_towards(host: str) -> str | None:
@@ -331,6 +339,9 @@ def interface_towards(host: str) -> str | None:
 
     None where that is the loopback, the host is unknown, or its address is not IPv4.
     """
+    # deepspeed brings this package
+    import psutil
+
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             # a datagram socket: nothing is sent
@@ -340,18 +351,7 @@ def interface_towards(host: str) -> str | None:
         return None
     if address.startswith("127."):
         return None
-    for _, name in socket.if_nameindex():
-        if _address_of(name) == address:
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
             return name
     return None
-
-
-def _address_of(interface: str) -> str | None:
-    """First IPv4 address of an interface, None if it has none."""
-    request = struct.pack("256s", interface.encode()[:15])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            reply = fcntl.ioctl(probe, _SIOCGIFADDR, request)
-        except OSError:
-            return None
-    return socket.inet_ntoa(reply[20:24])

@@ -36,8 +36,14 @@ def read_jsonl(path: str | Path) -> list[Any]:
 
     What follows the last newline is left out: a killed writer leaves a torn line.
     """
+    # The last piece is empty, or a torn line.
     lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; OSError or ValueError if that is impossible."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def sort_header(path: Path) -> None:
@@ -50,7 +56,10 @@ def sort_header(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         text = json.dumps(
-            header, sort_keys=True, separators=(",", ":"), ensure_ascii=False
+            header,
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=False,
         )
         ordered = text.encode()
         if len(ordered) > length:
@@ -65,6 +74,31 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """List the files of a model's weights: ``name``, or the shards in ``name``.index.json.
+
+    Raises FileNotFoundError, naming what is missing.
+    """
+    # A single file.
+    if (folder / name).is_file():
+        return [folder / name]
+    index_file = folder / f"{name}.index.json"
+    if not index_file.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no weights: it lacks {name} and {index_file.name}"
+        )
+
+    # The index maps every weight to its shard.
+    index = read_json(index_file)
+    shards = sorted(set(index["weight_map"].values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(missing)}, which {index_file.name} names"
+        )
+    return [folder / shard for shard in shards]
+
+
 def require_hub_name(path: str, file: str) -> None:
     """Raise FileNotFoundError unless the path may be the hub name (owner/name) of a model.
 
@@ -76,6 +110,7 @@ def require_hub_name(path: str, file: str) -> None:
     # the import takes a second
     from huggingface_hub import constants, try_to_load_from_cache
 
+    # The library returns the path of a cached file.
     cached = isinstance(try_to_load_from_cache(path, file), str)
     if constants.HF_HUB_OFFLINE and not cached:
         raise FileNotFoundError(

@@ -81,6 +81,7 @@ def kl_same_std(p: Gaussian, q: Gaussian) -> Tensor:
 
 def _mean_square(a: Tensor, b: Tensor) -> Tensor:
     """MEAN of (a - b)^2 over all but the first dimension -> (B,); only a first 1 is broadcast."""
+    # A first dimension of 1 is shared by all samples.
     sizes = {len(a), len(b)}
     if a.shape[1:] != b.shape[1:] or (len(sizes) > 1 and 1 not in sizes):
         raise ValueError(

@@ -45,6 +45,7 @@ def foreign_environment(gpu: int | None) -> dict[str, str]:
     They lack what describes our Python and our ranks. ``gpu`` is the index, among the GPUs visible
     to us, of the only GPU that the program sees; None leaves that unchanged.
     """
+    # Ours would lead the program to our packages and ports.
     variables = {}
     for name, value in os.environ.items():
         if name not in _OURS and not name.startswith(_LAUNCHERS):
@@ -75,6 +76,7 @@ class LineProcess:
         env: Mapping[str, str],
         grace_s: float = 10.0,
     ) -> None:
+        # A file cannot fill up and block the program, as a pipe would.
         self.name = Path(command[-1]).name
         self.stderr = stderr
         self.grace_s = grace_s
@@ -130,6 +132,7 @@ class LineProcess:
             # would not tell, since its children may hold it open
             dead = _has_exited(self.process)
             wait_s = 0.0 if dead else _TICK_S
+            # Short waits, so that a dead program is noticed.
             readable, _, _ = select.select([self.process.stdout], [], [], wait_s)
             if readable:
                 part = os.read(self.process.stdout.fileno(), MAX_LINE)
@@ -150,8 +153,10 @@ class LineProcess:
 
     def _failed(self, problem: str | None) -> LineProcessError:
         """Kill what is left of the program and return the error; None means that it died."""
+        # Nothing is left to end later.
         self._finalizer.detach()
         _kill(self.process)
+        # The message carries the end of the log.
         if problem is None:
             problem = f"died with exit code {self.process.returncode}"
         log = ""

@@ -9,14 +9,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
 from common.files import read_jsonl, replace_text
-from common.tracking import TensorboardTracker, Tracker, Trackers, WandbTracker
+from common.tracking import TensorboardTracker, Trackers, WandbTracker
 
 if TYPE_CHECKING:
     from common.config import WandbConfig
@@ -36,7 +36,11 @@ def say(message: str) -> None:
         sys.stdout.flush()
 
 
-def progress(iterable: Iterable[T], total: int | None, label: str) -> Iterator[T]:
+def progress(
+    iterable: Iterable[T],
+    total: int | None,
+    label: str,
+) -> Iterator[T]:
     """Iterate with a progress bar on stderr; in a log file, a line every ten seconds."""
     bar = tqdm(
         iterable,
@@ -91,18 +95,18 @@ class RunLog:
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
         self._truncate(start)
-        # a package that is not installed fails when its tracker is made
-        makers: dict[str, Callable[[], Tracker]] = {}
+        # Trackers read config.yaml, so the folder comes first.
+        self._trackers = Trackers(say)
         if wandb is not None and wandb.mode != "disabled":
-            makers["wandb"] = lambda: WandbTracker(wandb, folder, fresh=start == 0)
+            self._trackers.start("wandb", WandbTracker, folder, start, wandb)
         if tensorboard:
-            makers["tensorboard"] = lambda: TensorboardTracker(folder, step=start)
-        self._trackers = Trackers(makers, say)
+            self._trackers.start("tensorboard", TensorboardTracker, folder, start)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of a step: floats by ``stage/name``."""
         if not _is_main():
             return
+        # Tensors and numpy numbers become floats.
         values = {name: float(value) for name, value in metrics.items()}
 
         # 1. The file. JSON has no NaN.
@@ -127,19 +131,20 @@ class RunLog:
         if self._trackers is not None:
             self._trackers.call("log", step, values)
 
-    def videos(self, step: int, files: Sequence[Path], captions: Sequence[str]) -> None:
+    def videos(
+        self,
+        step: int,
+        files: Sequence[Path],
+        captions: Sequence[str],
+    ) -> None:
         """Send mp4 files to the trackers."""
         if self._trackers is not None:
             self._trackers.call("videos", step, files, captions)
 
-    def message(self, text: str) -> None:
-        """Print a line that is not stored."""
-        say(text)
-
     def close(self) -> None:
         """End the tracking; metrics.jsonl is complete after every `log`."""
         if self._trackers is not None:
-            self._trackers.call("finish")
+            self._trackers.call("close")
             self._trackers = None
 
     def _truncate(self, step: int) -> None:
@@ -150,6 +155,7 @@ class RunLog:
 
     def _line(self, step: int, values: Mapping[str, float]) -> str:
         """Format a console line in fixed columns; metrics that do not fit are left out."""
+        # Fixed columns: lines below each other compare easily.
         total = "" if self.total is None else f"/{self.total}"
         line = f"step {step:>{max(len(total) - 1, 4)}}{total}"
         for name, value in values.items():

@@ -36,7 +36,11 @@ class LowRank:
 
 
 def low_ranks(
-    tensors: Mapping[str, Tensor], *, rank: int, alpha: float, source: Path
+    tensors: Mapping[str, Tensor],
+    *,
+    rank: int,
+    alpha: float,
+    source: Path,
 ) -> dict[str, LowRank]:
     """Pair the A and B matrices of a file -> stock name of each weight and its change.
 
@@ -68,6 +72,7 @@ def low_ranks(
 
 def stock_name(key: str) -> str:
     """Remove from a weight's name what wrappers added: peft, DDP, FSDP."""
+    # Wrappers may be nested, in this order.
     for prefix in WRAPPERS:
         key = key.removeprefix(prefix)
     return key.replace(".base_layer.", ".")
@@ -101,12 +106,15 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged_backbone(
-    backbone: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype
+    backbone: nn.Module,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Merge LoRA into a backbone's weights: W + scaling B A in fp32, stored in ``dtype``.
 
     ``state`` has the prefix "backbone."; the result has stock names.
     """
+    # Everything of the backbone but the LoRA matrices.
     merged = {}
     for name, tensor in state.items():
         if not name.startswith("backbone.") or ".lora_" in name:
@@ -119,6 +127,7 @@ def merged_backbone(
             module = backbone.get_submodule(layer.removeprefix("backbone."))
             pair = LowRank(a_RI, b_OR, module.scaling["default"])
             tensor = tensor.float() + pair.change()
+        # The name without wrapper.
         stock = name.removeprefix("backbone.").replace(".base_layer.", ".")
         merged[stock] = tensor.detach().to(dtype).cpu()
     return merged

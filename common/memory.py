@@ -24,12 +24,20 @@ def peak_memory() -> dict[str, float]:
     It is that of tensors on the GPU, or of the process where there is no GPU.
     """
     if torch.cuda.is_available():
+        # Kernels that still run may allocate.
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:
         # Linux counts in KiB
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"memory/peak_gb": max_over_ranks(peak)}
+
+
+def default_device() -> torch.device:
+    """Return the current CUDA device, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 class AdaptiveBatcher:
@@ -60,6 +68,7 @@ class AdaptiveBatcher:
 
         Raises torch.OutOfMemoryError when not even a single item fits, or when ``fixed``.
         """
+        # The chunk may shrink on the way.
         results: list[R] = []
         start = 0
         while start < count:
@@ -71,7 +80,10 @@ class AdaptiveBatcher:
         return results
 
     def _attempt(
-        self, function: Callable[[slice], R], part: slice, results: list[R]
+        self,
+        function: Callable[[slice], R],
+        part: slice,
+        results: list[R],
     ) -> bool:
         """Append the result, or return False when memory ran out."""
         size = part.stop - part.start
@@ -86,6 +98,7 @@ class AdaptiveBatcher:
         return True
 
     def _halve(self, size: int) -> None:
+        # Smaller chunks from here on, in the memory that is free again.
         self.size = size // 2
         say(f"memory ran out with {size} {self.what} at once; from now on {self.size}")
         if torch.cuda.is_available():

@@ -56,6 +56,7 @@ def group_advantages(
     rows given here. Raises ValueError for a reward that is not (P, G), eps < 0, or a max_std that
     the scale does not use.
     """
+    # Checks.
     if eps < 0.0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     if max_std is not None and scale != "max_group":
@@ -112,6 +113,7 @@ def clipped_surrogate(
         raise ValueError(
             f"log_prob, old_log_prob and advantage must have equal shapes, got {shapes}"
         )
+    # The old policy is a constant.
     log_ratio = widen(log_prob) - widen(old_log_prob).detach()
     terms = _surrogate_terms(
         log_ratio,
@@ -179,12 +181,16 @@ def k3_kl(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
     It is unbiased under samples of p and never negative (J. Schulman, Approximating KL divergence,
     2020; GRPO 2402.03300, equation 4).
     """
+    # expm1 keeps the digits of a small d.
     d = widen(ref_log_prob) - widen(log_prob)
     return torch.expm1(d) - d
 
 
 def masked_mean(
-    x: Tensor, mask: Tensor, *, count: Tensor | float | None = None
+    x: Tensor,
+    mask: Tensor,
+    *,
+    count: Tensor | float | None = None,
 ) -> Tensor:
     """SUM of x over the mask / count -> scalar; count defaults to the size of the mask, 1 at least.
 
@@ -195,6 +201,7 @@ def masked_mean(
         raise ValueError(
             f"x {tuple(x.shape)} and mask {tuple(mask.shape)} must have equal shapes"
         )
+    # Divide by the given count, or by the mask's size.
     mask = mask.bool()
     if count is None:
         count = mask.sum().clamp(min=1)
@@ -213,8 +220,10 @@ def _centre(reward_PG: Tensor) -> _Centred:
     """Centre every row over its finite rewards, in fp64: equal rewards have no spread."""
     if reward_PG.dim() != 2:
         raise ValueError(f"reward must be (P, G), got shape {tuple(reward_PG.shape)}")
+    # Mean over the members that have a reward.
     finite_PG = reward_PG.isfinite()
     reward_PG = torch.where(finite_PG, reward_PG.detach().double(), 0.0)
+    # A row without any finite reward has mean 0.
     count_P1 = finite_PG.sum(dim=1, keepdim=True)
     mean_P1 = reward_PG.sum(dim=1, keepdim=True) / count_P1.clamp(min=1)
 
@@ -243,6 +252,7 @@ def _surrogate_terms(
     clip_high: float,
     dual_clip: float | None,
 ) -> _Terms:
+    # Checks.
     if clip_low < 0.0 or clip_high < 0.0:
         raise ValueError(
             f"clip_low and clip_high must be >= 0, got {clip_low} and {clip_high}"
@@ -266,8 +276,13 @@ def _surrogate_terms(
     return _Terms(objective, ratio, bound)
 
 
-def _ratio_metrics(terms: _Terms, log_ratio: Tensor, mask: Tensor) -> dict[str, float]:
+def _ratio_metrics(
+    terms: _Terms,
+    log_ratio: Tensor,
+    mask: Tensor,
+) -> dict[str, float]:
     """MEAN over the mask, except ratio_dev, which is the maximum."""
+    # Metrics carry no gradient.
     ratio = terms.ratio.detach()
     bound = terms.bound.to(ratio.dtype)
     log_ratio = log_ratio.detach()

@@ -23,6 +23,7 @@ from common.safe_yaml import parse
 
 MASK = "***"
 SETTINGS = "config.yaml"
+# A name with one of these words belongs to a secret.
 _SECRET_WORDS = {
     "key",
     "apikey",
@@ -33,6 +34,7 @@ _SECRET_WORDS = {
     "credential",
     "credentials",
 }
+# Packages that affect a run's numbers.
 _PACKAGES = (
     "torch",
     "deepspeed",
@@ -58,6 +60,7 @@ def dump(cfg: Any, run_dir: str | Path) -> Path:
     """
     if not dataclasses.is_dataclass(cfg) or isinstance(cfg, type):
         raise TypeError(f"dump needs a dataclass instance, got {type(cfg).__name__}")
+    # The settings, and the environment that they ran in.
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_settings(cfg, folder / SETTINGS)
@@ -89,11 +92,21 @@ def changed_settings(file: Path, cfg: Any) -> list[str]:
 
 def _as_yaml(cfg: Any) -> str:
     settings = _without_secrets(plain(cfg))
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(
+        settings,
+        sort_keys=False,
+        allow_unicode=True,
+        width=120,
+    )
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
+def differences(
+    old: Any,
+    new: Any,
+    where: str = "",
+) -> list[str]:
     """List ``a.b: 1 -> 2`` for every leaf that differs; a missing leaf is null."""
+    # Go down to the leaves.
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for name in dict.fromkeys([*old, *new]):
@@ -109,6 +122,7 @@ def plain(value: Any, name: str = "") -> Any:
     """Turn dataclasses into dicts, tuples into lists, and texts with a secret's name into ***."""
     if dataclasses.is_dataclass(value):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    # Names decide what is secret.
     if isinstance(value, dict):
         return {str(key): plain(item, str(key)) for key, item in value.items()}
     # the items of a list of secrets are secrets
@@ -127,6 +141,7 @@ def is_secret(name: str, value: str) -> bool:
     # a value such as <Reward> is only a token of a vocabulary
     if not value or value.startswith("<"):
         return False
+    # hf_token and HF-TOKEN have the same words.
     words = re.split(r"[^a-z]+", name.lower())
     return not _SECRET_WORDS.isdisjoint(words)
 
@@ -174,6 +189,7 @@ def versions() -> dict[str, str | None]:
 
 def _git_state(folder: Path) -> dict[str, Any]:
     """Commit of the code and whether files differ from it; None without a repository or git."""
+    # Without a repository there is neither commit nor status.
     status = _git(folder, "status", "--porcelain")
     return {
         "commit": _git(folder, "rev-parse", "HEAD"),

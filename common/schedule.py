@@ -18,7 +18,14 @@ class IndexSchedule:
     Schedules with another ``name`` have another order.
     """
 
-    def __init__(self, count: int, *, seed: int, per_step: int, name: str) -> None:
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int,
+        per_step: int,
+        name: str,
+    ) -> None:
         self.count = count
         self.seed = seed
         self.per_step = per_step
@@ -29,11 +36,13 @@ class IndexSchedule:
 
     def at(self, step: int) -> tuple[int, ...]:
         """Indices for all ranks at a step, which counts from 0."""
+        # Positions of this step.
         first = step * self.per_step
         positions = range(first, first + self.per_step)
         return tuple(self._item(position) for position in positions)
 
     def _item(self, position: int) -> int:
+        # A step may reach into the next epoch.
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
             seed = derive_seed(self.seed, self.name, epoch)

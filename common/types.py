@@ -52,6 +52,7 @@ class Step:
     gain: float
 
     def __post_init__(self) -> None:
+        # The end of the step sets the shape of all.
         shape = tuple(self.next_GCFHW.shape)
         if len(shape) != 5:
             raise ValueError(f"Step.next_GCFHW must have 5 dimensions, got {shape}")
@@ -98,6 +99,7 @@ class Group:
     clean_GCFHW: Tensor
 
     def __post_init__(self) -> None:
+        # Some step must have a density.
         if not self.steps:
             raise ValueError("Group.steps is empty: a group needs a stochastic step")
         # every step has all members
@@ -163,6 +165,7 @@ class Score:
             texts += score.texts or [""] * len(score.value_B)
         if not any(score.texts for score in scores):
             texts = []
+        # Join all columns.
         value_B = torch.cat([score.value_B for score in scores])
         joined = {name: torch.cat(columns) for name, columns in parts.items()}
         return Score(value_B, joined, texts)
@@ -180,6 +183,7 @@ class Score:
         """Put scores at their places among ``count`` videos, NaN at places without a score."""
         import torch
 
+        # Scores in the order they come, and the places they belong to.
         order: list[int] = []
         scores = []
         for places, score in parts:
@@ -203,6 +207,7 @@ class RewardUnavailableError(RuntimeError):
 
 def json_number(value: Any) -> float | None:
     """Convert a score for JSON, which has no NaN: None unless it is a finite number."""
+    # Tensors and numpy numbers have no JSON form.
     number = float(value)
     return number if math.isfinite(number) else None
 
@@ -232,7 +237,10 @@ class Generator(Protocol):
         ...
 
     def transition(
-        self, prompt: str, step: Step, member: int | None = None
+        self,
+        prompt: str,
+        step: Step,
+        member: int | None = None,
     ) -> Gaussian:
         """Distribution of ``step.next`` given ``step.latent``, ONE forward, with gradient.
 
@@ -273,7 +281,11 @@ class RewardModel(Protocol):
     name: str
 
     def score(
-        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+        self,
+        video_BTYXC: Tensor,
+        prompts: Sequence[str],
+        *,
+        fps: float,
     ) -> Score: ...
 
 

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def write_mp4(
-    path: str | Path, video_TYXC: Tensor, fps: float, *, crf: int = 12
+    path: str | Path,
+    video_TYXC: Tensor,
+    fps: float,
+    *,
+    crf: int = 12,
 ) -> None:
     """Write uint8 RGB frames (T, Y, X, 3) as H.264, yuv420p, which every browser plays.
 
@@ -47,9 +51,18 @@ def write_mp4(
         "threads": "1" if height * width < 128 * 128 else "0",
         "x264-params": "mbtree=0",
     }
-    with av.open(str(path), mode="w", options={"movflags": "+faststart"}) as container:
+    with av.open(
+        str(path),
+        mode="w",
+        options={"movflags": "+faststart"},
+    ) as container:
+        # H.264 stores a rate as a fraction.
         rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream = container.add_stream(
+            "libx264",
+            rate=rate,
+            options=options,
+        )
         stream.height = height
         stream.width = width
         stream.pix_fmt = "yuv420p"
@@ -60,7 +73,12 @@ def write_mp4(
 
 
 def read_frames(
-    path: str | Path, *, num_frames: int, fps: float, height: int, width: int
+    path: str | Path,
+    *,
+    num_frames: int,
+    fps: float,
+    height: int,
+    width: int,
 ) -> Tensor:
     """Read the first ``num_frames`` frames at ``fps``, scaled and cropped: uint8 (T, Y, X, 3).
 
@@ -78,17 +96,23 @@ def read_frames(
         raise ValueError(
             f"{path}: {len(frames)} frames at {fps:g} a second, {num_frames} are needed"
         )
+    # Interpolation wants channels first.
     pixels = torch.stack(frames).permute(0, 3, 1, 2)
     if pixels.shape[2:] != (height, width):
         pixels = _fill(pixels, height, width)
     return pixels.permute(0, 2, 3, 1).contiguous()
 
 
-def _decode_frames(path: str | Path, num_frames: int, fps: float) -> list[Tensor]:
+def _decode_frames(
+    path: str | Path,
+    num_frames: int,
+    fps: float,
+) -> list[Tensor]:
     """Frames (Y, X, 3) shown at 0, 1 / fps, 2 / fps, ..., at most ``num_frames``."""
     import av
     import torch
 
+    # Walk through the file, and repeat each frame while it is on the screen.
     frames: list[Tensor] = []
     shown: Tensor | None = None
 
@@ -104,6 +128,7 @@ def _decode_frames(path: str | Path, num_frames: int, fps: float) -> list[Tensor
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise ValueError(f"{path}: has no video stream")
+        # A file may have no time stamps: frames then follow each other.
         stream = container.streams.video[0]
         end = 0.0
         for frame in container.decode(stream):
@@ -118,11 +143,16 @@ def _decode_frames(path: str | Path, num_frames: int, fps: float) -> list[Tensor
     return frames
 
 
-def _fill(pixels_TCYX: Tensor, height: int, width: int) -> Tensor:
+def _fill(
+    pixels_TCYX: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
     """Scale frames until they cover height x width, and crop the centre."""
     import torch
     import torch.nn.functional as F
 
+    # The larger scale covers both sides.
     rows, columns = pixels_TCYX.shape[2:]
     scale = max(height / rows, width / columns)
     # rounded up, less an allowance for the rounding of the scale
@@ -135,6 +165,7 @@ def _fill(pixels_TCYX: Tensor, height: int, width: int) -> Tensor:
         antialias=True,
     )
     pixels_TCYX = pixels_TCYX.round().clamp(0, 255)
+    # Crop what juts out, equally on both sides.
     top = (new_rows - height) // 2
     left = (new_columns - width) // 2
     cropped = pixels_TCYX[:, :, top : top + height, left : left + width]

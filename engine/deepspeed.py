@@ -181,7 +181,10 @@ def build_engine(
     # Settings. DeepSpeed must not clip again what the optimizer clips by group.
     groups = parameter_groups(module, params)
     adamw = _build_adamw(
-        groups, optimizer, clip_per_group=clip_per_group, sliced=zero_stage > 0
+        groups,
+        optimizer,
+        clip_per_group=clip_per_group,
+        sliced=zero_stage > 0,
     )
     if clip_per_group:
         optimizer = replace(optimizer, max_grad_norm=0.0)
@@ -258,7 +261,10 @@ def _build_adamw(
     if not clip_per_group:
         return AdamW(groups, **options)
     return PerGroupClippedAdamW(
-        groups, max_norm=optimizer.max_grad_norm, sliced=sliced, **options
+        groups,
+        max_norm=optimizer.max_grad_norm,
+        sliced=sliced,
+        **options,
     )
 
 

@@ -50,6 +50,7 @@ class Ema:
     def update(self) -> None:
         """Take the weights of one more optimizer step into the average."""
         self.updates += 1
+        # Early on, a short memory: the first weights are far from the last.
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         # Weight by weight: under ZeRO 3 the whole model may not fit.
         for name, parameter in self.trained.items():
@@ -120,5 +121,7 @@ def _gathered(
     from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(
-        [parameter], modifier_rank=modifier_rank, enabled=is_split(parameter)
+        [parameter],
+        modifier_rank=modifier_rank,
+        enabled=is_split(parameter),
     )

@@ -56,6 +56,7 @@ def guarded(run: TrainingRun) -> Iterator[Guard]:
         difference = difference_between_ranks(run)
         if difference:
             exit_with_error(difference)
+        # A folder belongs to a single kind of run, such as GrpoRun.
         kind = type(run).__name__
         with Guard(Path(run.run_dir), kind=kind, watchdog_s=run.watchdog_s) as guard:
             try:
@@ -118,6 +119,7 @@ class Guard:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # In the reverse order of `__enter__`.
         self.watchdog.stop()
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
@@ -204,6 +206,7 @@ class RunLock:
 
     def _lock(self, file: IO[str]) -> str:
         try:
+            # Refused without waiting if another process holds the lock.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
@@ -263,6 +266,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(1.0, self.limit_s / 4)):
+            # Reset after every step.
             waited = time.monotonic() - self._last_reset
             if waited >= self.limit_s:
                 self._end_process(waited)

@@ -14,6 +14,7 @@ import torch
 
 from common.checkpoint import load_tensors, save_tensors
 from common.distributed import differing_ranks, is_main, rank, world_size
+from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 from engine.optimizer import rewind_schedule
 from engine.zero3 import is_split
 
@@ -90,6 +91,7 @@ def load_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def _check_ranks_agree(trained: dict[str, nn.Parameter]) -> None:
+    # Under ZeRO 3 ranks hold different slices.
     whole = {name: p for name, p in trained.items() if not is_split(p)}
     ranks = differing_ranks(whole)
     if ranks:
@@ -103,23 +105,13 @@ def _check_ranks_agree(trained: dict[str, nn.Parameter]) -> None:
 def _check_same_parameters(
     trained: dict[str, nn.Parameter], saved: dict[str, Tensor]
 ) -> None:
-    # Names.
-    unmatched = sorted(trained.keys() ^ saved.keys())
-    if unmatched:
-        names = ", ".join(unmatched[:10])
-        raise ValueError(
-            f"the checkpoint holds other trained parameters than this run has: {names}"
-        )
-    # Shapes. Under ZeRO 3 a parameter's own shape is that of its slice.
-    problems = []
+    # Under ZeRO 3 a parameter's shape is that of its slice.
+    wanted = {}
     for name, parameter in trained.items():
         shape = parameter.ds_shape if is_split(parameter) else parameter.shape
-        if tuple(shape) != tuple(saved[name].shape):
-            problems.append(f"{name} {tuple(saved[name].shape)} for {tuple(shape)}")
-    if problems:
-        raise ValueError(
-            f"the checkpoint's parameters have other shapes: {'; '.join(problems[:10])}"
-        )
+        wanted[name] = tuple(shape)
+    problems = state_dict_problems(shapes_in(saved), wanted)
+    raise_problems(problems, "the checkpoint is of other trained parameters")
 
 
 def _trained_parameters(engine: DeepSpeedEngine) -> dict[str, nn.Parameter]:
@@ -132,6 +124,7 @@ def _kinds(steps: int) -> tuple[str, ...]:
 
 
 def _steps_done(engine: DeepSpeedEngine) -> int:
+    # All parameters have the same count, or none before the first step.
     states = engine.client_optimizer.state.values()
     return int(max((float(s["step"]) for s in states if "step" in s), default=0))
 
@@ -141,7 +134,11 @@ def _has_fp32_copy(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "_hp_mapping") or is_split(parameter)
 
 
-def _gather(engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str) -> Tensor:
+def _gather(
+    engine: DeepSpeedEngine,
+    parameter: nn.Parameter,
+    kind: str,
+) -> Tensor:
     """Return a parameter's whole fp32 weight or moment."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -157,7 +154,10 @@ def _gather(engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str) -> Tens
 
 
 def _scatter(
-    engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str, value: Tensor
+    engine: DeepSpeedEngine,
+    parameter: nn.Parameter,
+    kind: str,
+    value: Tensor,
 ) -> None:
     """Set a parameter's weight or moment to a whole tensor that every rank has."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -174,7 +174,11 @@ def _scatter(
         engine.client_optimizer.state[parameter][kind].copy_(value)
 
 
-def _scatter_zero3(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+def _scatter_zero3(
+    parameter: nn.Parameter,
+    kind: str,
+    value: Tensor,
+) -> None:
     """Set this rank's slice of a weight or moment under ZeRO 3.
 
     Slices have equal lengths, so the last may end in padding, which DeepSpeed's own setter

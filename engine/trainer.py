@@ -103,7 +103,12 @@ def run_training(
         _train(run, task, guard, resume)
 
 
-def _train(run: TrainingRun, task: TrainingTask, guard: Guard, resume: str) -> None:
+def _train(
+    run: TrainingRun,
+    task: TrainingTask,
+    guard: Guard,
+    resume: str,
+) -> None:
     """Train from the checkpoint to resume from to the last step, then export."""
     # 1. Resume. Forwards of the preparation count for no step.
     start = _begin(run, task, resume)
@@ -125,6 +130,7 @@ def _train(run: TrainingRun, task: TrainingTask, guard: Guard, resume: str) -> N
         with _stopping_if_unavailable(run, task, log, step, saved):
             measured = _measure_before(task, step)
             report = task.step(step)
+        # The average follows every step, skipped ones included.
         if task.ema is not None:
             task.ema.update()
         faults.point("step")
@@ -171,7 +177,9 @@ def _begin(run: TrainingRun, task: TrainingTask, resume: str) -> int:
     previous run stays.
     """
     with user_errors():
+        # A mistake of the user's, such as another adapter rank, ends the run here.
         done = _resume(run, task, resume)
+    # Rank 0 records the run once nothing can fail any more.
     if is_main():
         dump(run, run.run_dir)
     return done
@@ -211,6 +219,7 @@ def _save(run: TrainingRun, task: TrainingTask, steps_done: int) -> None:
         if is_main():
             write_settings(run, folder / SETTINGS)
 
+    # The number of steps lies next to the state of the task.
     checkpoint.save(
         Path(run.run_dir) / "checkpoints",
         steps_done,
@@ -234,7 +243,11 @@ def _is_due(steps_done: int, every: int) -> bool:
 
 @contextmanager
 def _stopping_if_unavailable(
-    run: TrainingRun, task: TrainingTask, log: RunLog, step: int, saved: int
+    run: TrainingRun,
+    task: TrainingTask,
+    log: RunLog,
+    step: int,
+    saved: int,
 ) -> Iterator[None]:
     """Save and exit with code 1, on all ranks, if a reward cannot be had inside.
 

@@ -28,6 +28,7 @@ def sum_gradients(engine: DeepSpeedEngine) -> None:
     DeepSpeed starts a micro-batch in ``engine.forward``; until then it overwrites the
     gradients of the previous one. Our loops call the module itself.
     """
+    # Wrapped: DeepSpeed keeps all but the flag of the previous backward.
     plain_backward = engine.backward
 
     def backward(loss: Tensor, **options: Any) -> Tensor:
@@ -59,4 +60,7 @@ def whole_state(module: nn.Module, *, trained_only: bool = False) -> dict[str, T
 
 def elements(parameters: Iterable[nn.Parameter]) -> int:
     """Return the number of elements, including those that other ranks hold."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    total = 0
+    for parameter in parameters:
+        total += getattr(parameter, "ds_numel", parameter.numel())
+    return total

@@ -13,7 +13,7 @@ import torch
 
 from common.files import sort_header
 from common.lora import stock_name
-from generator.weights import raise_problems, shapes, state_dict_problems
+from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -29,7 +29,10 @@ PREFIX = "transformer."
 
 
 def attach(
-    transformer: WanTransformer3DModel, lora: LoraConfig, *, seed: int
+    transformer: WanTransformer3DModel,
+    lora: LoraConfig,
+    *,
+    seed: int,
 ) -> PeftModel:
     """Freeze the transformer and put fp32 LoRA adapters on its linear layers.
 
@@ -53,6 +56,7 @@ def attach(
         raise ValueError(
             f"LoraConfig.targets {unmatched} match no linear layer of the transformer"
         )
+    # The adapter's settings.
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -66,6 +70,7 @@ def attach(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = peft.get_peft_model(transformer, config)
+    # Training in half precision would lose small updates.
     dtypes = {
         parameter.dtype for parameter in model.parameters() if parameter.requires_grad
     }
@@ -75,7 +80,9 @@ def attach(
 
 
 def save(
-    model: PeftModel, folder: Path, state_dict: Mapping[str, Tensor] | None = None
+    model: PeftModel,
+    folder: Path,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the adapter as a file that stock `WanPipeline.load_lora_weights(folder)` reads.
 
@@ -88,6 +95,7 @@ def save(
 
     if state_dict is not None:
         state_dict = dict(state_dict)
+    # diffusers' names, in fp32.
     layers = {}
     for name, weight in get_peft_model_state_dict(model, state_dict=state_dict).items():
         layers[stock_name(name)] = weight.detach().float().cpu().contiguous()
@@ -129,7 +137,7 @@ def load(model: PeftModel, folder: Path) -> None:
 
     # names and shapes
     wanted = {stock_name(name): weight for name, weight in attached.items()}
-    problems += state_dict_problems(shapes(stored), shapes(wanted))
+    problems += state_dict_problems(shapes_in(stored), shapes_in(wanted))
     raise_problems(problems, f"the adapter in {folder} does not fit this model")
     renamed = {name: stored[stock_name(name)] for name in attached}
     set_peft_model_state_dict(model, renamed)
@@ -142,6 +150,7 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        names = stored.keys()
+        tensors = {name: stored.get_tensor(name) for name in names}
         metadata = stored.metadata() or {}
     return tensors, json.loads(metadata.get("lora_adapter_metadata", "{}"))

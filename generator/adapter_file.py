@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from common.lora import LowRank, low_ranks
+from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 from generator.adapter import ADAPTER_FILE, PREFIX, read_file
-from generator.weights import raise_problems, shapes, state_dict_problems
 
+# Settings of peft under which W + (alpha / r) B A would be wrong.
 _OTHER_LORAS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
 
 # diffusers' names of linear layers -> the names in Wan's original code, which ComfyUI uses
@@ -97,7 +98,12 @@ def read(folder: Path) -> StoredAdapter:
         if not name.startswith(PREFIX):
             raise ValueError(f"{file}: {name} is not the A or B of a linear's LoRA")
     inside = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    pairs = low_ranks(inside, rank=rank, alpha=alpha, source=file)
+    pairs = low_ranks(
+        inside,
+        rank=rank,
+        alpha=alpha,
+        source=file,
+    )
     by_linear = {name.removesuffix(".weight"): pairs[name] for name in sorted(pairs)}
     return StoredAdapter(file, rank, float(alpha), by_linear)
 
@@ -125,6 +131,7 @@ def comfyui(adapter: StoredAdapter) -> dict[str, Tensor]:
 
     Raises ValueError for a linear layer without a name in Wan's original code.
     """
+    # Rename, with alpha where its readers know it.
     out = {}
     for linear, pair in adapter.pairs.items():
         name = f"diffusion_model.{original_name(linear)}"
@@ -147,6 +154,7 @@ def original_name(linear: str) -> str:
     # blocks.N.LINEAR
     parts = linear.split(".", 2)
     if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit():
+        # All blocks have the same linear layers.
         inner = _IN_BLOCK.get(parts[2])
         if inner is not None:
             name = f"blocks.{parts[1]}.{inner}"
@@ -161,7 +169,8 @@ def merge(base: Mapping[str, Tensor], adapter: StoredAdapter) -> Merged:
 
     Raises ValueError when the adapter belongs to another model.
     """
-    require_fit(adapter, shapes(base))
+    require_fit(adapter, shapes_in(base))
+    # Weights without an adapter are not copied.
     state = dict(base)
     lost = 0.0
     total = 0.0

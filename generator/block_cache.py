@@ -55,6 +55,7 @@ class BlockCache:
         if number < 3:
             raise ValueError(f"feature caching needs at least 3 blocks, got {number}")
         self.transformer = transformer
+        # The outer blocks always run.
         first, *middle, last = transformer.blocks
         self.middle = Middle(middle)
         self.blocks = nn.ModuleList([first, self.middle, last])
@@ -75,6 +76,7 @@ class BlockCache:
         self, velocity: Callable[[Tensor, float], Tensor], *, every: int
     ) -> Callable[[Tensor, float], Tensor]:
         """Make every ``every``-th call of ``velocity`` full, and the calls between reuse it."""
+        # Counted over the walk, not over its batches' data.
         calls = 0
 
         def cached(x_BCFHW: Tensor, sigma: float) -> Tensor:

@@ -24,7 +24,10 @@ class ForwardCounter:
         module.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        _: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         # Wan takes its latents by name, other modules by position
         samples = len(args[0] if args else kwargs["hidden_states"])

@@ -30,13 +30,23 @@ class Kernel:
     max_std: float | None = None
 
     def transition(
-        self, x: Tensor, v: Tensor, sigma: float, sigma_next: float
+        self,
+        x: Tensor,
+        v: Tensor,
+        sigma: float,
+        sigma_next: float,
     ) -> Gaussian:
         """Distribution of x at sigma_next."""
+        # Coefficients-preserving steps have no ceiling on their std.
         if self.name == "cps":
             return cps_transition(x, v, sigma, sigma_next, noise_level=self.noise_level)
         return sde_transition(
-            x, v, sigma, sigma_next, noise_level=self.noise_level, max_std=self.max_std
+            x,
+            v,
+            sigma,
+            sigma_next,
+            noise_level=self.noise_level,
+            max_std=self.max_std,
         )
 
     def gain(self, sigma: float, sigma_next: float) -> float:
@@ -44,20 +54,28 @@ class Kernel:
         if self.name == "cps":
             return cps_gain(sigma, sigma_next, noise_level=self.noise_level)
         return sde_gain(
-            sigma, sigma_next, noise_level=self.noise_level, max_std=self.max_std
+            sigma,
+            sigma_next,
+            noise_level=self.noise_level,
+            max_std=self.max_std,
         )
 
 
 # ---- training pairs, guidance ----
 
 
-def interpolate(clean: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
+def interpolate(
+    clean: Tensor,
+    noise: Tensor,
+    sigma_B: Tensor,
+) -> Tensor:
     """Noise clean latents: x_sigma = (1 - sigma) x_0 + sigma eps, one sigma per sample.
 
     clean and noise are (B, ...), sigma_B is (B,) -> (B, ...).
     """
     clean = widen(clean)
     noise = widen(noise)
+    # A sigma holds for all elements of its sample.
     ones = [1] * (clean.dim() - 1)
     sigma = sigma_B.to(clean.device, clean.dtype).view(-1, *ones)
     return (1 - sigma) * clean + sigma * noise
@@ -68,7 +86,11 @@ def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
     return widen(noise) - widen(clean)
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+def guide(
+    cond: Tensor,
+    uncond: Tensor,
+    scale: float,
+) -> Tensor:
     """Classifier-free guidance: u + scale (c - u) (2207.12598)."""
     # widened BEFORE mixing: the difference is amplified `scale` times, and so is bf16 rounding
     cond = widen(cond)
@@ -79,7 +101,12 @@ def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 # ---- deterministic steps ----
 
 
-def euler_step(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
+def euler_step(
+    x: Tensor,
+    v: Tensor,
+    sigma: float,
+    sigma_next: float,
+) -> Tensor:
     """Take one Euler step of the probability-flow ODE: x - delta v."""
     # towards the video
     delta = _delta(sigma, sigma_next)
@@ -87,7 +114,10 @@ def euler_step(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
 
 
 def adams_bashforth_step(
-    x: Tensor, v: Tensor, v_before: Tensor, sigmas: tuple[float, float, float]
+    x: Tensor,
+    v: Tensor,
+    v_before: Tensor,
+    sigmas: tuple[float, float, float],
 ) -> Tensor:
     """Take one second-order step with unequal step sizes, at one velocity a step.
 
@@ -95,6 +125,7 @@ def adams_bashforth_step(
 
     ``sigmas`` are the noise levels of v_before, of v, and after the step.
     """
+    # The two last velocities extrapolate to the middle of the step.
     before, sigma, after = sigmas
     delta = _delta(sigma, after)
     half = delta / _delta(before, sigma) / 2
@@ -105,7 +136,11 @@ def adams_bashforth_step(
 
 
 def effective_noise(
-    sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None
+    sigma: float,
+    sigma_next: float,
+    *,
+    noise_level: float,
+    max_std: float | None,
 ) -> float:
     """Diffusion coefficient after truncation.
 
@@ -163,8 +198,14 @@ def sde_transition(
     x and v are (B, ...) or broadcast against each other -> Gaussian of that shape, fp32 or better,
     with gradient through both. Raises ValueError as `effective_noise` does.
     """
-    s = effective_noise(sigma, sigma_next, noise_level=noise_level, max_std=max_std)
+    s = effective_noise(
+        sigma,
+        sigma_next,
+        noise_level=noise_level,
+        max_std=max_std,
+    )
     sigma = float(sigma)
+    # The same clipped s is in the drift and in the std.
     delta = _delta(sigma, sigma_next)
     decay = 1 - s**2 * delta / (2 * sigma)
     mean = decay * widen(x) - delta * velocity_gain(sigma, s) * widen(v)
@@ -172,16 +213,30 @@ def sde_transition(
 
 
 def sde_gain(
-    sigma: float, sigma_next: float, *, noise_level: float, max_std: float | None
+    sigma: float,
+    sigma_next: float,
+    *,
+    noise_level: float,
+    max_std: float | None,
 ) -> float:
     """Return -d mean / d v of `sde_transition`: delta (1 + s^2 (1 - sigma) / (2 sigma))."""
-    s = effective_noise(sigma, sigma_next, noise_level=noise_level, max_std=max_std)
+    s = effective_noise(
+        sigma,
+        sigma_next,
+        noise_level=noise_level,
+        max_std=max_std,
+    )
     delta = _delta(sigma, sigma_next)
     return delta * velocity_gain(sigma, s)
 
 
 def cps_transition(
-    x: Tensor, v: Tensor, sigma: float, sigma_next: float, *, noise_level: float
+    x: Tensor,
+    v: Tensor,
+    sigma: float,
+    sigma_next: float,
+    *,
+    noise_level: float,
 ) -> Gaussian:
     """Coefficients-preserving sampling (Flow-CPS 2509.05952): exchanges noise instead of adding it.
 
@@ -202,15 +257,22 @@ def cps_transition(
     v = widen(v)
     sigma = float(sigma)
     sigma_next = float(sigma_next)
+    # Split the new noise level into old and fresh noise.
     std = sigma_next * math.sin(noise_level * math.pi / 2)
     old_noise = math.sqrt(sigma_next**2 - std**2)
+    # Mix the video and the old noise; fresh noise is the Gaussian's std.
     video = x - sigma * v
     noise = x + (1 - sigma) * v
     mean = (1 - sigma_next) * video + old_noise * noise
     return Gaussian(mean, std)
 
 
-def cps_gain(sigma: float, sigma_next: float, *, noise_level: float) -> float:
+def cps_gain(
+    sigma: float,
+    sigma_next: float,
+    *,
+    noise_level: float,
+) -> float:
     """Return -d mean / d v of `cps_transition`.
 
     sigma (1 - sigma_next) - (1 - sigma) sqrt(sigma_next^2 - std^2)

@@ -25,6 +25,7 @@ class LatentCodec:
     """
 
     def __init__(self, vae: AutoencoderKLWan, *, batch: int | None) -> None:
+        # Sizes as the config gives them.
         self.vae = vae
         self.portions = AdaptiveBatcher(batch, what="videos in the VAE")
         config = vae.config
@@ -41,7 +42,12 @@ class LatentCodec:
             )
 
     def latent_shape(
-        self, *, height: int, width: int, num_frames: int, patch: Sequence[int]
+        self,
+        *,
+        height: int,
+        width: int,
+        num_frames: int,
+        patch: Sequence[int],
     ) -> tuple[int, ...]:
         """(C, F, H, W) of a video of this size.
 
@@ -77,6 +83,7 @@ class LatentCodec:
             raise ValueError(
                 "GeneratorConfig does not fit this VAE: " + "; ".join(problems)
             )
+        # Sizes that fit.
         channels = self.vae.config.z_dim
         return channels, frames, height // self.spatial, width // self.spatial
 
@@ -105,6 +112,7 @@ class LatentCodec:
         and when diffusers' encoder, which reads one frame and then four at a time, would drop
         frames.
         """
+        # Checks.
         shape = tuple(video_BTYXC.shape)
         if video_BTYXC.dtype != torch.uint8 or len(shape) != 5 or shape[-1] != 3:
             raise ValueError(
@@ -126,6 +134,7 @@ class LatentCodec:
 
     def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(mean, std) per channel, shaped (1, C, 1, 1, 1)."""
+        # A number per latent channel, broadcast over frames and pixels.
         mean = torch.tensor(self.vae.config.latents_mean, device=device)
         std = torch.tensor(self.vae.config.latents_std, device=device)
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)

@@ -44,19 +44,26 @@ class PromptCache:
                 raise RuntimeError(
                     f"the text encoder has been freed and this prompt was never encoded: {prompt!r}"
                 )
+            # The stock function cleans the text and zeroes the padding.
             padded_1LD, _ = self._pipeline.encode_prompt(
                 prompt,
                 do_classifier_free_guidance=False,
                 max_sequence_length=self._max_length,
             )
+            # Store the rows up to the last that is not zero.
             used = int(padded_1LD[0].any(dim=1).nonzero().max()) + 1
             self._rows[prompt] = padded_1LD[0, :used].cpu().clone()
 
     def get(
-        self, prompts: Sequence[str], *, device: torch.device, dtype: torch.dtype
+        self,
+        prompts: Sequence[str],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> Tensor:
         """Embeddings (B, max_length, D), zero after the last token; encodes missing prompts."""
         self.encode(prompts)
+        # Pad to the full length again.
         width = self._rows[prompts[0]].shape[1]
         embeds_BLD = torch.zeros(len(prompts), self._max_length, width, dtype=dtype)
         for index, prompt in enumerate(prompts):
@@ -67,6 +74,7 @@ class PromptCache:
     @contextmanager
     def given(self, embedding_LD: Mapping[str, Tensor]) -> Iterator[None]:
         """Inside, these embeddings (from `rows_of`) are in the cache, unless it had its own."""
+        # Embeddings that were encoded here take precedence.
         new = {
             prompt: rows
             for prompt, rows in embedding_LD.items()

@@ -77,10 +77,12 @@ class Walk:
     tail: Tail | None = None
 
     def __post_init__(self) -> None:
+        # A step has a noise level before and after it.
         if not self.steps or len(self.sigmas) < self.steps[-1] + 2:
             raise ValueError(
                 f"steps {list(self.steps)} must lie on the grid {self.sigmas}"
             )
+        # Between stochastic steps there is no deterministic step.
         if list(self.steps) != list(range(self.steps[0], self.steps[-1] + 1)):
             raise ValueError(
                 f"stochastic steps must be consecutive, got {list(self.steps)}"
@@ -93,7 +95,11 @@ def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
 
 
 def member_noise(
-    seed: int, member: int, shape: Sequence[int], *, number: int = 0
+    seed: int,
+    member: int,
+    shape: Sequence[int],
+    *,
+    number: int = 0,
 ) -> Tensor:
     """Noise of one member at the group's ``number``-th stochastic step, fp32 on the CPU."""
     purpose = ["member", member]
@@ -103,14 +109,23 @@ def member_noise(
     return torch.randn(tuple(shape), generator=seeded_generator(seed, *purpose))
 
 
-def ode(velocity: Velocity, x_BCFHW: Tensor, sigmas: Sequence[float]) -> Tensor:
+def ode(
+    velocity: Velocity,
+    x_BCFHW: Tensor,
+    sigmas: Sequence[float],
+) -> Tensor:
     """Take Euler steps along descending ``sigmas``: one velocity a step, the shape of x."""
+    # From noise towards the video.
     for sigma, sigma_next in pairwise(sigmas):
         x_BCFHW = euler_step(x_BCFHW, velocity(x_BCFHW, sigma), sigma, sigma_next)
     return x_BCFHW
 
 
-def ode_ab2(velocity: Velocity, x_BCFHW: Tensor, sigmas: Sequence[float]) -> Tensor:
+def ode_ab2(
+    velocity: Velocity,
+    x_BCFHW: Tensor,
+    sigmas: Sequence[float],
+) -> Tensor:
     """Take two-step Adams-Bashforth steps along ``sigmas``: second order at the cost of `ode`."""
     before: tuple[float, Tensor] | None = None
     for sigma, sigma_next in pairwise(sigmas):
@@ -135,6 +150,7 @@ def velocity_calls(
     tail_steps: int | None,
 ) -> int:
     """Number of velocity calls of `rollout_group`, at most ``batch`` latents in each."""
+    # A step of all members takes this many calls.
     per_step = math.ceil(group_size / batch)
     # prefix, and the velocity of the first stochastic step
     prefix = steps[0] + 1
@@ -203,13 +219,19 @@ def rollout_group(
 
 
 def _stochastic_step(
-    walk: Walk, k: int, x_MCFHW: Tensor, v_MCFHW: Tensor, xi_GCFHW: Tensor
+    walk: Walk,
+    k: int,
+    x_MCFHW: Tensor,
+    v_MCFHW: Tensor,
+    xi_GCFHW: Tensor,
 ) -> Step:
     """Take step k of the grid for all members, and record the density of where they went."""
+    # Move every member by its noise.
     sigma = walk.sigmas[k]
     sigma_next = walk.sigmas[k + 1]
     transition = walk.kernel.transition(x_MCFHW, v_MCFHW, sigma, sigma_next)
     next_GCFHW = transition.mean + transition.std * xi_GCFHW
+    # A step without noise has no density.
     if transition.std > 0:
         log_prob_G = log_prob(transition, next_GCFHW)
     else:

@@ -30,6 +30,7 @@ def sigma_grid(num_steps: int, *, shift: float) -> Tensor:
         raise ValueError(
             f"sigma_grid needs num_steps >= 1 and shift > 0, got {num_steps} and {shift}"
         )
+    # Equal steps in u, then the time shift.
     u = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     sigmas = shift * u / (1 + (shift - 1) * u)
     # exact by definition, whatever shift / (1 + (shift - 1)) rounds to
@@ -38,7 +39,12 @@ def sigma_grid(num_steps: int, *, shift: float) -> Tensor:
     return sigmas
 
 
-def tail_grid(sigma: float, num_steps: int, *, shift: float) -> Tensor:
+def tail_grid(
+    sigma: float,
+    num_steps: int,
+    *,
+    shift: float,
+) -> Tensor:
     """`sigma_grid` from ``sigma`` down to 0 in ``num_steps`` steps, equal in u: (N + 1,) fp64."""
     if not 0 < sigma <= 1 or num_steps < 1:
         raise ValueError(
@@ -54,7 +60,10 @@ def tail_grid(sigma: float, num_steps: int, *, shift: float) -> Tensor:
 
 
 def stochastic_steps(
-    seed: int, how: SamplerConfig, *, iteration: int = 0
+    seed: int,
+    how: SamplerConfig,
+    *,
+    iteration: int = 0,
 ) -> tuple[int, ...]:
     """Indices of the stochastic steps, in order, the same for every member of a group.
 
@@ -64,6 +73,7 @@ def stochastic_steps(
     "window"  takes ``window_size`` neighbours, which move one step towards sigma = 0 every
               ``window_every`` training steps and stay at the end (MixGRPO 2507.21802).
     """
+    # The range that the config allows.
     first = how.stochastic_first
     end = how.stochastic_range
     if how.stochastic == "one":

@@ -21,13 +21,18 @@ class OwnGrid(FlowMatchEulerDiscreteScheduler):
     ) -> None:
         super().set_timesteps(num_inference_steps, device=device)
         sigmas = sigma_grid(num_inference_steps, shift=self.config.shift)
+        # The scheduler's values, replaced by ours.
         self.sigmas = sigmas.float().to(device)
         # t = 1000 sigma, not an integer
         self.timesteps = 1000 * self.sigmas[:-1]
 
 
 def stock_gap(
-    generator: WanGenerator, prompt: str, *, seed: int = 0, num_steps: int = 2
+    generator: WanGenerator,
+    prompt: str,
+    *,
+    seed: int = 0,
+    num_steps: int = 2,
 ) -> float:
     """max |ours - stock| / max |stock| over the latents of one video, after ``num_steps``."""
     # 1. The stock pipeline, with our grid for the moment.
@@ -36,7 +41,10 @@ def stock_gap(
     pipeline.scheduler = OwnGrid(shift=generator.cfg.sampler.shift)
     try:
         stock = generator.sample(
-            [prompt], [seed], num_steps=num_steps, scheduler="pipeline"
+            [prompt],
+            [seed],
+            num_steps=num_steps,
+            scheduler="pipeline",
         )
     finally:
         pipeline.scheduler = scheduler

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from common.distributed import max_over_ranks
 from common.gaussian import Gaussian, widen
 from common.lora import adapters_off
-from common.memory import AdaptiveBatcher
+from common.memory import AdaptiveBatcher, default_device
 from common.types import Group, Step
 from generator import adapter, weights
 from generator.block_cache import BlockCache
@@ -69,6 +69,7 @@ class WanGenerator:
         self.module = module
         self.device = device
         self.latent_shape: tuple[int, ...] = ()
+        # Without a VAE no video size is known: it is for training on stored latents.
         if pipeline.vae is not None:
             self.codec = LatentCodec(pipeline.vae, batch=cfg.decode_batch)
             self.latent_shape = self.codec.latent_shape(
@@ -77,11 +78,13 @@ class WanGenerator:
                 num_frames=cfg.num_frames,
                 patch=pipeline.transformer.config.patch_size,
             )
+        # Latents go through the transformer a few together.
         self.portions = AdaptiveBatcher(
             cfg.rollout_batch, what="latents in the transformer"
         )
         self.prompts = PromptCache(pipeline, max_length=cfg.max_sequence_length)
         self._pipeline = pipeline
+        # The reference of full fine-tuning is read when it is first needed.
         self._in_reference = False
         self._frozen: WanTransformer3DModel | None = None
 
@@ -106,7 +109,7 @@ class WanGenerator:
         """
         # 1. The stock pipeline, frozen, on its device.
         weights.require_folder(cfg.path)
-        device = _device(device)
+        device = torch.device(device or default_device())
         pipeline = _load_pipeline(cfg, transformer_only=transformer_only).to(device)
 
         # 2. What is trained: an adapter, or every weight of the transformer.
@@ -144,12 +147,14 @@ class WanGenerator:
         sharded, every rank fills up to the largest number of calls.
         """
         self._require_vae()
+        # 1. Compare the number of calls with other ranks'.
         self.portions.fixed = self.sharded
         missing_calls = 0
         if self.sharded:
             # compared before sampling, while all ranks are at the same place
             missing_calls = self._missing_calls(group_size, seeds, iteration)
 
+        # 2. Sample group after group.
         groups = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             group = rollout_group(
@@ -192,6 +197,7 @@ class WanGenerator:
             raise ValueError(
                 f"scheduler must be 'euler' or 'pipeline', got {scheduler!r}"
             )
+        # Grid and noise are those of a rollout.
         cfg = self.cfg.sampler
         steps = num_steps or cfg.num_steps
         sigmas = sigma_grid(steps, shift=cfg.shift).tolist()
@@ -205,6 +211,7 @@ class WanGenerator:
                 return self._stock(x_BCFHW, texts, steps)
             return ode(self._guided_velocity(*texts), x_BCFHW, sigmas)
 
+        # In batches, as many videos as fit.
         self.portions.fixed = self.sharded
         return self.portions.over(sample_rows, torch.arange(len(prompts)))
 
@@ -219,15 +226,20 @@ class WanGenerator:
     # ---- likelihood and error, with gradient ----
 
     def transition(
-        self, prompt: str, step: Step, member: int | None = None
+        self,
+        prompt: str,
+        step: Step,
+        member: int | None = None,
     ) -> Gaussian:
         """Distribution of `next` given the latent: mean (M, C, F, H, W), gradient through it.
 
         A latent that all members share costs c' DiT sample-forwards, separate latents cost c' G;
         c' = c, or 1 when guidance_in_update is off. ``member`` restricts this to one member.
         """
+        # Without guidance an update costs half as much.
         scale = self.cfg.sampler.guidance_scale if self.cfg.guidance_in_update else 1.0
         x_MCFHW = step.latent_MCFHW if member is None else step.start_of(member)
+        # All members are at the same noise level and have the same prompt.
         x_MCFHW = x_MCFHW.to(self.device)
         sigma_M = torch.full((len(x_MCFHW),), step.sigma)
         texts = [prompt] * len(x_MCFHW)
@@ -248,9 +260,11 @@ class WanGenerator:
         It is the term of Flow-DPO (2501.13918, equation 6), which takes the sum: with the mean,
         beta does not depend on the size of the video.
         """
+        # Noise the latents.
         clean_BCFHW = clean_BCFHW.to(self.device)
         noise_BCFHW = noise_BCFHW.to(self.device)
         x_BCFHW = interpolate(clean_BCFHW, noise_BCFHW, sigma_B)
+        # Compare the predicted velocity with the true one.
         v_BCFHW = self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=1.0)
         error_BCFHW = v_BCFHW - velocity_target(clean_BCFHW, noise_BCFHW)
         return error_BCFHW.square().flatten(1).mean(dim=1)
@@ -299,7 +313,9 @@ class WanGenerator:
             # not an integer, rounded as diffusers' Euler scheduler rounds it
             timestep=1000 * sigma_B.to(self.device, torch.float32),
             encoder_hidden_states=self.prompts.get(
-                texts, device=self.device, dtype=dtype
+                texts,
+                device=self.device,
+                dtype=dtype,
             ),
             return_dict=False,
         )[0]
@@ -316,11 +332,13 @@ class WanGenerator:
         first use, so it is the base model whatever has been trained or resumed since, and a run
         without KL does not pay for it. May be nested.
         """
+        # A nested block changes nothing.
         if self._in_reference:
             yield
             return
         self._in_reference = True
         try:
+            # An adapter is switched off; without one a frozen copy is used, see `_active`.
             if self.cfg.lora is not None:
                 with adapters_off(self.module):
                     yield
@@ -369,6 +387,7 @@ class WanGenerator:
         folder holds neither.
         """
         folder = Path(folder)
+        # The folder's files decide what is loaded.
         if weights.is_whole(folder):
             weights.load(self._active()[1], folder)
         elif self.cfg.lora is None:
@@ -384,7 +403,12 @@ class WanGenerator:
 
     # ---- parts of a rollout ----
 
-    def _walk(self, prompt: str, seed: int, iteration: int) -> Walk:
+    def _walk(
+        self,
+        prompt: str,
+        seed: int,
+        iteration: int,
+    ) -> Walk:
         """Grid, stochastic steps, kernel and tail of one group."""
         cfg = self.cfg.sampler
         return Walk(
@@ -409,11 +433,18 @@ class WanGenerator:
 
         return velocity
 
-    def _tail(self, x_BCFHW: Tensor, sigmas: Sequence[float], prompt: str) -> Tensor:
+    def _tail(
+        self,
+        x_BCFHW: Tensor,
+        sigmas: Sequence[float],
+        prompt: str,
+    ) -> Tensor:
         """Walk to sigma = 0 with the sampler's tail options: grid, solver, guidance, cache."""
         cfg = self.cfg.sampler
+        # Grid: fewer steps than the training grid has left.
         if cfg.tail_steps is not None and cfg.tail_steps < len(sigmas) - 1:
             sigmas = tail_grid(sigmas[0], cfg.tail_steps, shift=cfg.shift).tolist()
+        # Solver and guidance.
         solver = ode_ab2 if cfg.tail_solver == "ab2" else ode
         velocity = self._guided_velocity(prompt, scale=cfg.tail_guidance)
         if cfg.tail_cache > 1:
@@ -423,10 +454,14 @@ class WanGenerator:
         return solver(velocity, x_BCFHW, sigmas)
 
     def _missing_calls(
-        self, group_size: int, seeds: Sequence[int], iteration: int
+        self,
+        group_size: int,
+        seeds: Sequence[int],
+        iteration: int,
     ) -> int:
         """How many velocity calls a rollout has fewer here than on the rank with most calls."""
         cfg = self.cfg.sampler
+        # Which steps are stochastic depends on the seeds, which differ between ranks.
         calls = 0
         for seed in seeds:
             calls += velocity_calls(
@@ -439,17 +474,29 @@ class WanGenerator:
             )
         return int(max_over_ranks(calls)) - calls
 
-    def _stock(self, x_BCFHW: Tensor, prompts: Sequence[str], num_steps: int) -> Tensor:
+    def _stock(
+        self,
+        x_BCFHW: Tensor,
+        prompts: Sequence[str],
+        num_steps: int,
+    ) -> Tensor:
         """Sample with the stock pipeline's loop and scheduler."""
         _, transformer = self._active()
         # the pipeline gets the policy, or the reference
         self._pipeline.transformer = transformer
         dtype = transformer.patch_embedding.weight.dtype
+        # Embeddings come from the cache: the text encoder may have been freed.
         negative = [self.cfg.sampler.negative_prompt] * len(prompts)
         return self._pipeline(
-            prompt_embeds=self.prompts.get(prompts, device=self.device, dtype=dtype),
+            prompt_embeds=self.prompts.get(
+                prompts,
+                device=self.device,
+                dtype=dtype,
+            ),
             negative_prompt_embeds=self.prompts.get(
-                negative, device=self.device, dtype=dtype
+                negative,
+                device=self.device,
+                dtype=dtype,
             ),
             height=self.cfg.height,
             width=self.cfg.width,
@@ -478,21 +525,15 @@ class WanGenerator:
 
     def _load_frozen(self) -> WanTransformer3DModel:
         """Read the base model once more, as the reference of a full fine-tuning."""
+        # Read again, since the module in use may have been trained or resumed.
         dtype = getattr(torch, self.cfg.dtype)
         model = WanTransformer3DModel.from_pretrained(
-            self.cfg.path, subfolder="transformer", dtype=dtype
+            self.cfg.path,
+            subfolder="transformer",
+            dtype=dtype,
         )
         model = weights.of_one_dtype(model, self.cfg.dtype)
         return model.requires_grad_(requires_grad=False).eval().to(self.device)
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    """The given device, or else the current CUDA device, or else the CPU."""
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _load_pipeline(cfg: GeneratorConfig, *, transformer_only: bool) -> WanPipeline:
@@ -501,14 +542,20 @@ def _load_pipeline(cfg: GeneratorConfig, *, transformer_only: bool) -> WanPipeli
     if transformer_only:
         parts = {"vae": None, "text_encoder": None, "tokenizer": None}
     else:
+        # The VAE computes in fp32, whatever the transformer's dtype is.
         vae = AutoencoderKLWan.from_pretrained(
-            cfg.path, subfolder="vae", dtype=torch.float32
+            cfg.path,
+            subfolder="vae",
+            dtype=torch.float32,
         )
         parts = {"vae": vae}
     pipeline = WanPipeline.from_pretrained(
-        cfg.path, **parts, dtype=getattr(torch, cfg.dtype)
+        cfg.path,
+        **parts,
+        dtype=getattr(torch, cfg.dtype),
     )
     pipeline.set_progress_bar_config(disable=True)
+    # Only the transformer is trained.
     for frozen in (pipeline.vae, pipeline.text_encoder):
         if frozen is not None:
             frozen.requires_grad_(requires_grad=False).eval()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.files import require_hub_name
+from common.files import read_json, require_hub_name, weight_files
+from common.state_dicts import (
+    Shapes,
+    raise_problems,
+    shapes_in,
+    state_dict_problems,
+)
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -48,6 +54,7 @@ def save(
     # the folder is made with config.json
     transformer.save_config(target)
     state = transformer.state_dict() if state_dict is None else state_dict
+    # Tied or strided tensors are written as they are seen.
     on_cpu = {
         name: weight.detach().cpu().contiguous() for name, weight in state.items()
     }
@@ -74,7 +81,8 @@ def load(transformer: WanTransformer3DModel, folder: Path) -> None:
         if ".lora_" not in name:
             # peft's name for a linear layer under an adapter
             parameters[name.replace(".base_layer.", ".")] = parameter
-    _require_same(shapes(stored), shapes(parameters), folder)
+    # Check all before anything is overwritten.
+    _require_same(shapes_in(stored), shapes_in(parameters), folder)
     for name, tensor in stored.items():
         parameters[name].copy_(tensor)
 
@@ -89,28 +97,12 @@ def read(folder: Path) -> Stored:
 
     place = Path(folder) / SUBFOLDER
     config = read_config(folder)
+    # Every shard holds other weights.
     state = {}
-    for file in _weight_files(place):
-        state |= load_file(place / file)
-    _require_same(shapes(state), shapes_of(config), folder)
+    for file in weight_files(place, FILE):
+        state |= load_file(file)
+    _require_same(shapes_in(state), shapes_of(config), folder)
     return Stored(config, state)
-
-
-def _weight_files(place: Path) -> list[str]:
-    """Names of the files that hold the weights."""
-    if (place / FILE).is_file():
-        return [FILE]
-    if not (place / INDEX).is_file():
-        raise FileNotFoundError(f"{place} has no weights: it lacks {FILE} and {INDEX}")
-    # the index maps every weight to its shard
-    index = json.loads((place / INDEX).read_text(encoding="utf-8"))
-    files = sorted(set(index["weight_map"].values()))
-    missing = [file for file in files if not (place / file).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{place} lacks {', '.join(missing)}, which {INDEX} names"
-        )
-    return files
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -120,7 +112,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{file}: no such file; a folder with a Wan transformer has it"
         )
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
+    # Wan's other transformers have the same layout of files.
     kind = config.get("_class_name")
     if kind != "WanTransformer3DModel":
         raise ValueError(f"{file} is of a {kind}, not of a WanTransformer3DModel")
@@ -130,7 +123,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def write(
-    transformer: Stored, folder: Path, *, max_shard: int | str = MAX_SHARD
+    transformer: Stored,
+    folder: Path,
+    *,
+    max_shard: int | str = MAX_SHARD,
 ) -> list[Path]:
     """Write folder/transformer in shards of at most ``max_shard`` bytes; return their files."""
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -139,9 +135,12 @@ def write(
     place = Path(folder) / SUBFOLDER
     place.mkdir(parents=True, exist_ok=True)
     _write_json(place / CONFIG, transformer.config)
+    # The hub's library decides which weights share a file.
     pattern = FILE.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(
-        transformer.state, filename_pattern=pattern, max_shard_size=max_shard
+        transformer.state,
+        filename_pattern=pattern,
+        max_shard_size=max_shard,
     )
     for file, names in split.filename_to_tensors.items():
         shard = {name: transformer.state[name].contiguous() for name in names}
@@ -154,13 +153,12 @@ def write(
 
 
 def _write_json(file: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True)
+    text = json.dumps(
+        value,
+        indent=2,
+        sort_keys=True,
+    )
     file.write_text(text + "\n", encoding="utf-8")
-
-
-def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor."""
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -170,34 +168,10 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     # shapes only, no numbers
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(dict(config))
-    return shapes(dict(model.named_parameters()))
+    return shapes_in(dict(model.named_parameters()))
 
 
-def state_dict_problems(
-    stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    """Compare names and shapes of two state dicts; each difference is a line."""
-    problems = [f"unexpected {name}" for name in sorted(stored.keys() - wanted.keys())]
-    problems += [f"missing {name}" for name in sorted(wanted.keys() - stored.keys())]
-    for name in sorted(wanted.keys() & stored.keys()):
-        if stored[name] != wanted[name]:
-            problems.append(f"{name} is {stored[name]}, want {wanted[name]}")
-    return problems
-
-
-def raise_problems(problems: Sequence[str], sentence: str) -> None:
-    """Raise ValueError with the sentence and the first five problems, if there are any."""
-    if problems:
-        shown = "; ".join(problems[:5])
-        raise ValueError(f"{sentence} ({len(problems)} problems): {shown}")
-
-
-def _require_same(
-    stored: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, tuple[int, ...]],
-    folder: Path,
-) -> None:
-    # names first, then shapes
+def _require_same(stored: Shapes, wanted: Shapes, folder: Path) -> None:
     problems = state_dict_problems(stored, wanted)
     raise_problems(problems, f"the transformer in {folder} is another model")
 
@@ -210,6 +184,7 @@ def of_one_dtype(
     diffusers keeps norms and modulations in fp32. They go on computing in fp32, and buffers keep
     their dtype.
     """
+    # Only storage is converted; the modules stay the same.
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
     return transformer

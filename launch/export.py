@@ -36,13 +36,25 @@ FORMATS = ("diffusers", "comfyui", "merged")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    # Options.
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], allow_abbrev=False
     )
     add = parser.add_argument
-    add("trained", type=Path, metavar="DIR", help="final/ or final_ema/ of a run")
+    add(
+        "trained",
+        type=Path,
+        metavar="DIR",
+        help="final/ or final_ema/ of a run",
+    )
     add("--format", required=True, choices=FORMATS)
-    add("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    add(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a new or empty folder",
+    )
     add("--base", metavar="PATH", help="the Wan that was trained; default: the run's")
     add("--base-model", metavar="OWNER/NAME", help="its hub name, for the card")
     add("--push", metavar="OWNER/NAME", help="upload to this repository, as private")
@@ -117,7 +129,12 @@ def export_folder(args: argparse.Namespace) -> None:
     base_model = args.base_model or run.base_model
     if not args.base_model and is_hub_name(args.base):
         base_model = args.base
-    text = model_card(exported, run, base_model=base_model, repo_id=args.push)
+    text = model_card(
+        exported,
+        run,
+        base_model=base_model,
+        repo_id=args.push,
+    )
     (args.out / "README.md").write_text(text, encoding="utf-8")
     for fact in exported.facts:
         print(f"{args.out}: {fact}")
@@ -142,12 +159,17 @@ def trained_kind(trained: Path) -> str:
 
 
 def export_adapter(
-    adapter: StoredAdapter, base: str | None, out: Path, *, format: str
+    adapter: StoredAdapter,
+    base: str | None,
+    out: Path,
+    *,
+    format: str,
 ) -> ExportedFiles:
     """Write an adapter apart from its base, which is only checked, if it is on this machine."""
     from generator import adapter_file, weights
     from launch.release.model_card import ExportedFiles
 
+    # The adapter must fit its base.
     if base and Path(base).is_dir():
         shapes = weights.shapes_of(weights.read_config(Path(base)))
         adapter_file.require_fit(adapter, shapes)
@@ -201,6 +223,7 @@ def export_transformer(trained: Path, out: Path) -> ExportedFiles:
     from generator import weights
     from launch.release.model_card import ExportedFiles
 
+    # Read, check and write in shards.
     stored = weights.read(trained)
     weights.write(stored, out)
     fact = f"all {len(stored.state)} weights trained, {dtypes_of(stored.state)}"
@@ -224,13 +247,19 @@ def export_descore(trained: Path, out: Path) -> ExportedFiles:
         f"sees {video.fps:g} frames a second, at most {video.max_pixels} pixels a {video.budget}",
     ]
     rewards = len(folder.dimensions)
-    return ExportedFiles("descore", facts, query_id=folder.query_id, rewards=rewards)
+    return ExportedFiles(
+        "descore",
+        facts,
+        query_id=folder.query_id,
+        rewards=rewards,
+    )
 
 
 def local_base(base: str) -> Path:
     """Return a folder with transformer/: a local one, or a hub name's from the cache or the hub."""
     from launch.release.provenance import is_hub_name
 
+    # A local folder, or a name on the hub.
     if Path(base).is_dir():
         return Path(base)
     if not is_hub_name(base):
@@ -248,6 +277,7 @@ def local_base(base: str) -> Path:
 
 
 def describe_adapter(adapter: StoredAdapter) -> str:
+    # "LoRA of 240 linears, rank 32, alpha 64".
     linears = f"LoRA of {len(adapter.pairs)} linears"
     return f"{linears}, rank {adapter.rank}, alpha {adapter.alpha:g}"
 

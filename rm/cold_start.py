@@ -21,7 +21,7 @@ from common.distributed import (
     derive_seed,
     gather_objects,
     mean_over_ranks,
-    own_batches,
+    rank_batches,
     rank,
     sum_over_ranks,
     world_size,
@@ -247,7 +247,7 @@ class ColdStart:
         """
         self.model.eval()
         margins: list[tuple[int, list[float]]] = []
-        for rows in own_batches(len(pairs), self.cfg.micro_batch):
+        for rows in rank_batches(len(pairs), self.cfg.micro_batch):
             # A sharded model needs equally many forwards on every rank: pad an empty batch.
             batch = [pairs[i] for i in rows or [0]]
             reward_N2K = self.rewards(

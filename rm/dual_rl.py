@@ -26,7 +26,7 @@ from common.distributed import (
     derive_seed,
     gather_objects,
     mean_over_ranks,
-    own_batches,
+    rank_batches,
     rank,
     sum_over_ranks,
     world_size,
@@ -406,7 +406,9 @@ class DualRl:
         """
         self.model.eval()
         results: list[tuple[int, list[float], float, float]] = []
-        for rows in own_batches(len(pairs), self.cfg.micro_batch * self.cfg.group_size):
+        for rows in rank_batches(
+            len(pairs), self.cfg.micro_batch * self.cfg.group_size
+        ):
             # A sharded model needs equally many forwards on every rank: pad an empty batch.
             batch_pairs = [pairs[i] for i in rows or [0]]
             videos, encoded = encode_pairs(self.model, batch_pairs)

@@ -10,7 +10,7 @@ import torch
 
 from common.log import say
 from common.types import Score
-from rm.baselines.qwen2_vl import frame_indices, shared
+from rm.baselines.qwen2_vl import frame_indices_qwen_utils, shared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ class VideoReward:
             return
         settings = self.reward_model.layout.settings
         # the rate at which the model sees the frames
-        seen = len(frame_indices(count, fps, settings))
+        seen = len(frame_indices_qwen_utils(count, fps, settings))
         rate = (seen - 1) * fps / max(1, count - 1)
         if rate > 1.5 * settings.fps:
             self._reported_tempo = True

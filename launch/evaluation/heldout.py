@@ -12,7 +12,7 @@ from common.distributed import (
     derive_seed,
     gather_objects,
     is_main,
-    own_batches,
+    rank_batches,
     raise_on_all,
 )
 from common.types import RewardUnavailableError
@@ -81,7 +81,7 @@ def _score_prompts(
     generator = heldout.generator
     rows: dict[int, Row] = {}
     problem: RewardUnavailableError | None = None
-    for places in own_batches(len(heldout.prompts), generator.portions.size or BATCH):
+    for places in rank_batches(len(heldout.prompts), generator.portions.size or BATCH):
         # A sharded module must run on all ranks or on none: without prompts, repeat the first.
         batch = places
         if not batch and generator.sharded:

@@ -16,6 +16,7 @@ def check_repo_id(repo_id: str) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo_id)
+    # The hub's rules also allow a name without an owner.
     if repo_id.count("/") != 1:
         raise ValueError(f"{repo_id!r} must be OWNER/NAME")
 

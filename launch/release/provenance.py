@@ -187,6 +187,7 @@ def read_provenance(trained: Path) -> Provenance:
 
 def run_folder(trained: Path) -> Path | None:
     """Return the nearest of three folders above that has a config.yaml."""
+    # RUN/final, or RUN/checkpoints/step-N/trained.
     for folder in trained.resolve().parents[:3]:
         if (folder / "config.yaml").is_file():
             return folder
@@ -195,6 +196,7 @@ def run_folder(trained: Path) -> Path | None:
 
 def is_hub_name(path: str | None) -> bool:
     """Return whether a path is OWNER/NAME, and not a folder of this machine."""
+    # A local folder may look like a hub name.
     if path is None or Path(path).exists():
         return False
     return HUB_NAME.fullmatch(path) is not None

@@ -39,6 +39,7 @@ def create_app(
     With a token, all but /health require it as ``Bearer``. A single thread scores for all models,
     since they share a device. Bodies are read up to ``max_body_mb`` and no further.
     """
+    # Every model has a queue, and a single thread scores for all.
     executor = ThreadPoolExecutor(1, thread_name_prefix="reward")
     batchers = {
         name: Batcher(
@@ -61,7 +62,12 @@ def create_app(
         executor.shutdown(wait=False, cancel_futures=True)
 
     # There are neither an interactive page nor a schema: only these four addresses.
-    app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        lifespan=running,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
 
     # Otherwise a web page could make a browser request it under another host name.
     if cfg.host in LOOPBACK:
@@ -128,6 +134,7 @@ def create_app(
 
 async def read_body(request: Request, *, limit: int) -> bytes:
     """Read the body. BodyTooLargeError as soon as it exceeds ``limit`` bytes, announced or not."""
+    # The announced size, before anything is read.
     too_large = BodyTooLargeError(f"the body may have at most {limit >> 20} MB")
     announced = request.headers.get("Content-Length", "0")
     if not announced.isdecimal() or int(announced) > limit:
@@ -179,6 +186,7 @@ async def score_request(request: wire.Request, batcher: Batcher) -> dict[str, ob
 
 def metrics_text(batchers: Mapping[str, Batcher]) -> str:
     """Return the counts of all models in the text format that Prometheus reads."""
+    # Each model has its own labels.
     lines = []
     for name, batcher in batchers.items():
         stats = batcher.stats

@@ -54,6 +54,7 @@ class BatcherStats:
 
     def quantile(self, q: float) -> float:
         """Return a quantile of the seconds; NaN before the first request."""
+        # The nearest rank is exact enough for a monitor.
         seconds = sorted(self.seconds)
         if not seconds:
             return math.nan
@@ -165,6 +166,7 @@ class Batcher:
             start = end
 
     def _score(self, batch: Sequence[WaitingRequest]) -> Score:
+        # All requests of a batch have the same size and rate.
         video_BTYXC = torch.cat([request.video_BTYXC for request in batch])
         prompts: list[str] = []
         for request in batch:

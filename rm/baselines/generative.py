@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from common.memory import default_device
 from rm.baselines.load_published import CLIP_COLOURS, VIDEO_MIN_PIXELS, read_instruction
 from rm.baselines.qwen2_vl import PADS, chat_ids, frame_indices_qwen_utils
 from rm.config import VideoSettings
@@ -154,8 +155,7 @@ class GenerativeRewardModel:
             checkpoint, dtype=getattr(torch, dtype)
         )
         model.requires_grad_(requires_grad=False)
-        default_device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model.eval().to(device or default_device)
+        self.model = model.eval().to(device or default_device())
 
         # Frames are cut into patches as the vision tower expects.
         vision = config.vision_config
@@ -170,9 +170,14 @@ class GenerativeRewardModel:
         )
 
     def inputs(
-        self, frames_TYXC: Tensor, prompt: str, *, fps: float
+        self,
+        frames_TYXC: Tensor,
+        prompt: str,
+        *,
+        fps: float,
     ) -> dict[str, Tensor]:
         """Return the model's inputs: ids, patches, and the patches' places in space and time."""
+        # The frames that the published model would read.
         settings = self.settings
         seen = frame_indices_qwen_utils(len(frames_TYXC), fps, settings)
         pixels = preprocess(frames_TYXC[seen], settings)
@@ -197,8 +202,15 @@ class GenerativeRewardModel:
         return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     @torch.no_grad()
-    def judge(self, frames_TYXC: Tensor, prompt: str, *, fps: float) -> ParsedAnswer:
+    def judge(
+        self,
+        frames_TYXC: Tensor,
+        prompt: str,
+        *,
+        fps: float,
+    ) -> ParsedAnswer:
         """Generate the answer for a video greedily, and read its scores."""
+        # Greedy, so that a video always gets the same answer.
         inputs = self.inputs(frames_TYXC, prompt, fps=fps)
         out = self.model.generate(
             **inputs,
@@ -214,6 +226,7 @@ class GenerativeRewardModel:
 
     def parse(self, ids: list[int], logits: list[Tensor]) -> ParsedAnswer:
         """Read the scores of an answer. ``logits`` (V,) of each token are for ``expected``."""
+        # Read each field of the answer's form.
         answer = self.tokenizer.decode(ids, skip_special_tokens=True)
         scores = {}
         for name, label in self.form.labels.items():

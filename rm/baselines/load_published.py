@@ -22,7 +22,6 @@ included: for VideoReward `DETAILED_PROMPT_WITH_SPECIAL_TOKEN` of prompt_templat
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from common.files import read_json
 from common.lora import LORA_NAME, low_ranks, stock_name
 from rm.baselines.qwen2_vl import Layout, Qwen2VLRewardModel, take_head
 from rm.config import VideoSettings
@@ -101,12 +101,13 @@ def read_videoreward(
     FileNotFoundError or ValueError name the file, and the option that would help.
     """
     config_file = Path(path) / "model_config.json"
+    # The file is checked before gigabytes are read.
     if not config_file.is_file():
         raise FileNotFoundError(
             f"{config_file}: no such file; it belongs to VideoReward's folder"
         )
     # Read the numbers that the weights were trained with.
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json(config_file)
     try:
         data = config["data_config"]
         lora = config["peft_lora_config"]
@@ -167,7 +168,9 @@ def read_hpsv3(
         outputs=HPSV3_OUTPUTS,
         media="image",
         settings=VideoSettings(
-            min_pixels=IMAGE_PIXELS, max_pixels=IMAGE_PIXELS, **CLIP_COLOURS
+            min_pixels=IMAGE_PIXELS,
+            max_pixels=IMAGE_PIXELS,
+            **CLIP_COLOURS,
         ),
     )
     return _build(PublishedWeights(file, state), base, layout, dtype)
@@ -189,6 +192,7 @@ def read_instruction(path: str | Path) -> str:
 
 
 def _layout(instruction: str | Path, **fields: Any) -> Layout:
+    # An error of the text is an error of its file.
     text = read_instruction(instruction)
     try:
         return Layout(text, **fields)
@@ -211,11 +215,15 @@ def _newest_weights(path: Path) -> Path:
 
 
 def _build(
-    weights: PublishedWeights, base: str | Path, layout: Layout, dtype: str
+    weights: PublishedWeights,
+    base: str | Path,
+    layout: Layout,
+    dtype: str,
 ) -> LoadedModel:
     """Merge LoRA, split off the head and add the tokens; every tensor must be used."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
+    # A pickle may hold anything.
     file = weights.file
     state = weights.state
     if not isinstance(state, dict) or not all(
@@ -231,10 +239,14 @@ def _build(
             lora_state[name] = value
         else:
             plain[stock_name(name)] = value
+    # HPSv3 was trained without LoRA.
     lora = {}
     if lora_state:
         lora = low_ranks(
-            lora_state, rank=weights.rank, alpha=weights.alpha, source=file
+            lora_state,
+            rank=weights.rank,
+            alpha=weights.alpha,
+            source=file,
         )
     merge_lora(plain, lora, source=file)
 
@@ -256,6 +268,7 @@ def _build(
             f"{base}: the tokenizer with the reward tokens has {len(tokenizer)} entries, "
             f"but {file} has {rows} rows"
         )
+    # The base's config, with the sizes that the weights have.
     config = Qwen2VLConfig.from_pretrained(Path(base).as_posix())
     config.text_config.vocab_size = rows
     settings = replace(
@@ -265,7 +278,11 @@ def _build(
         temporal_patch_size=config.vision_config.temporal_patch_size,
     )
     backbone = build_model(
-        Qwen2VLModel, config, backbone_state, dtype=dtype, source=file
+        Qwen2VLModel,
+        config,
+        backbone_state,
+        dtype=dtype,
+        source=file,
     )
     layout = replace(layout, settings=settings)
     model = Qwen2VLRewardModel(backbone, head, tokenizer, layout)
@@ -285,8 +302,16 @@ def _tokenizer(base: str | Path, tokens: tuple[str, ...]) -> PreTrainedTokenizer
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
+    # The base's tokenizer knows no reward tokens.
     tokenizer = AutoTokenizer.from_pretrained(Path(base).as_posix())
     # The ids follow from the order of the tokens.
-    added = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    added = [
+        AddedToken(
+            token,
+            special=True,
+            normalized=False,
+        )
+        for token in tokens
+    ]
     tokenizer.add_tokens(added, special_tokens=True)
     return tokenizer

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from common.memory import AdaptiveBatcher
+from common.files import read_json
+from common.memory import AdaptiveBatcher, default_device
 from rm.config import VideoSettings
 from rm.convert.weights import build_model, load_safetensors
 from rm.prompt import (
@@ -97,7 +98,12 @@ class Layout:
                 raise ValueError(f"normal.{name}: std={std} must be above 0")
 
     def save(self, path: Path) -> None:
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        # Readable, and with the instruction's characters as they are.
+        text = json.dumps(
+            asdict(self),
+            indent=1,
+            ensure_ascii=False,
+        )
         path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -108,7 +114,7 @@ class Layout:
                 f"{path}: no such file; launch/convert_reward.py writes such a folder"
             )
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path)
             # JSON has neither dataclasses nor tuples.
             raw["settings"] = VideoSettings(**raw["settings"])
             raw["normal"] = {name: tuple(pair) for name, pair in raw["normal"].items()}
@@ -139,7 +145,11 @@ class Qwen2VLRewardModel(nn.Module):
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, device: str | None = None, dtype: str = "float32"
+        cls,
+        folder: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str = "float32",
     ) -> Qwen2VLRewardModel:
         """Load a folder that `save` wrote. FileNotFoundError or ValueError name the file."""
         from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
@@ -150,19 +160,25 @@ class Qwen2VLRewardModel(nn.Module):
         state = load_safetensors(folder / WEIGHTS_FILE)
         head = take_head(state)
         config = Qwen2VLConfig.from_pretrained(folder.as_posix())
-        backbone = build_model(Qwen2VLModel, config, state, dtype=dtype, source=folder)
+        backbone = build_model(
+            Qwen2VLModel,
+            config,
+            state,
+            dtype=dtype,
+            source=folder,
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder.as_posix())
 
         # A reward model is never trained here.
         model = cls(backbone, head, tokenizer, layout)
         model.requires_grad_(requires_grad=False)
-        default_device = "cuda" if torch.cuda.is_available() else "cpu"
-        return model.eval().to(device or default_device)
+        return model.eval().to(device or default_device())
 
     def save(self, folder: str | Path) -> None:
         """Write config.json, the tokenizer, judge.json and, last, model.safetensors."""
         from safetensors.torch import save_file
 
+        # Config and tokenizer, then the weights of backbone and head.
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone.config.save_pretrained(folder)
@@ -177,6 +193,7 @@ class Qwen2VLRewardModel(nn.Module):
 
     def encode(self, prompt: str, grid: Sequence[int]) -> list[int]:
         """Return the ids of the sequence for a picture of (t, h, w) patches."""
+        # The picture's place is held by a pad for each merged patch.
         layout = self.layout
         pads = math.prod(grid) // layout.settings.merge_size**2
         pad_id = token_id(self.tokenizer, PADS[layout.media])
@@ -212,7 +229,10 @@ class Qwen2VLRewardModel(nn.Module):
         else:
             media = {"pixel_values": patches, "image_grid_thw": grids_N3}
         out = self.backbone(
-            input_ids=ids_NL, position_ids=positions_3NL, use_cache=False, **media
+            input_ids=ids_NL,
+            position_ids=positions_3NL,
+            use_cache=False,
+            **media,
         )
 
         # The head reads the S reward tokens, in the order of the layout.
@@ -247,16 +267,28 @@ class Qwen2VLRewardModel(nn.Module):
         mean_K, std_K = torch.tensor(normal).T
         return (rewards_NK - mean_K) / std_K
 
-    def read_video(self, frames_TYXC: Tensor, prompt: str, *, fps: float) -> Tensor:
+    def read_video(
+        self,
+        frames_TYXC: Tensor,
+        prompt: str,
+        *,
+        fps: float,
+    ) -> Tensor:
         """Return the rewards (K,) of a video, given its frames at their true rate."""
+        # Frames at the rate that the model was trained with.
         settings = self.layout.settings
         seen = frame_indices_qwen_utils(len(frames_TYXC), fps, settings)
         return self.read([preprocess(frames_TYXC[seen], settings)], prompt)[0]
 
     def read_images(
-        self, frames_NYXC: Tensor, prompt: str, *, portions: AdaptiveBatcher
+        self,
+        frames_NYXC: Tensor,
+        prompt: str,
+        *,
+        portions: AdaptiveBatcher,
     ) -> Tensor:
         """Return the rewards (N, K) of frames that are images each, in batches of ``portions``."""
+        # Every frame is a separate picture.
         pictures = [
             preprocess(frame_YXC[None], self.layout.settings)
             for frame_YXC in frames_NYXC
@@ -280,6 +312,7 @@ def chat_ids(
     Control tokens and the instruction's ``tokens`` are placed by id. The prompt is encoded as
     text, so it cannot spell any of them.
     """
+    # Parts of the sequence.
     text = functools.partial(encode_text, tokenizer)
     start = token_id(tokenizer, IM_START)
     end = token_id(tokenizer, IM_END)
@@ -304,7 +337,9 @@ def chat_ids(
 
 
 def frame_indices_qwen_utils(
-    count: int, fps: float, settings: VideoSettings
+    count: int,
+    fps: float,
+    settings: VideoSettings,
 ) -> list[int]:
     """Choose which of ``count`` frames at ``fps`` are seen, as qwen-vl-utils did for VideoReward.
 
@@ -321,11 +356,9 @@ def frame_indices_qwen_utils(
     return places.round().long().tolist()
 
 
-frame_indices = frame_indices_qwen_utils  # the name that alignment.rewards imports
-
-
 def take_head(state: dict[str, Tensor]) -> nn.Module:
     """Take the head's weights out of ``state`` and build the head from them."""
+    # What is left is the backbone's.
     names = [name for name in state if name.startswith(HEAD_PREFIX)]
     return reward_head({n.removeprefix(HEAD_PREFIX): state.pop(n) for n in names})
 
@@ -335,8 +368,10 @@ def reward_head(state: Mapping[str, Tensor]) -> nn.Module:
 
     Dropout layers, which the published numbering counts, are left out. ValueError for other names.
     """
+    # A single linear.
     if set(state) in ({"weight"}, {"weight", "bias"}):
         return _linear(state, "")
+    # Several linears, in the order of their numbers.
     numbers = sorted({int(n.split(".")[0]) for n in state if re.match(r"\d+\.", n)})
     expected = {f"{n}.{part}" for n in numbers for part in ("weight", "bias")}
     if not numbers or not expected <= set(state):
@@ -353,6 +388,7 @@ def reward_head(state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _linear(state: Mapping[str, Tensor], prefix: str) -> nn.Linear:
+    # Sizes follow from the weights.
     weight = state[prefix + "weight"]
     bias = state.get(prefix + "bias")
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
@@ -364,6 +400,14 @@ def _linear(state: Mapping[str, Tensor], prefix: str) -> nn.Linear:
 
 
 @functools.lru_cache
-def shared(folder: str, device: str | None, dtype: str) -> Qwen2VLRewardModel:
+def shared(
+    folder: str,
+    device: str | None,
+    dtype: str,
+) -> Qwen2VLRewardModel:
     """Load a folder once for all rewards of this process that name it."""
-    return Qwen2VLRewardModel.load(folder, device=device, dtype=dtype)
+    return Qwen2VLRewardModel.load(
+        folder,
+        device=device,
+        dtype=dtype,
+    )

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from common.files import read_json, weight_files
 from common.lora import LowRank, low_ranks, stock_name
 from rm.config import VideoSettings
 from rm.convert.weights import (
@@ -195,7 +196,11 @@ def convert_checkpoint(
         temporal_patch_size=vision.temporal_patch_size,
     )
     backbone = build_model(
-        Qwen3VLForConditionalGeneration, config, state, dtype=dtype, source=path
+        Qwen3VLForConditionalGeneration,
+        config,
+        state,
+        dtype=dtype,
+        source=path,
     )
     model = DeScore(backbone, tokenizer, template, settings, query_id)
     model.load_state_dict(
@@ -211,6 +216,7 @@ def read_template(path: str | Path) -> PromptTemplate:
     names the file.
     """
     path = Path(path)
+    # Ours.
     if path.suffix == ".json":
         return PromptTemplate.load(path)
     # Every byte around the marks belongs to the prompt.
@@ -233,7 +239,8 @@ def index_weights(path: Path) -> dict[str, StoredTensor]:
     # Wrapped and plain names of a weight are the same weight.
     for file in _weight_files(path):
         with open_safetensors(file) as tensors:
-            for key in tensors.keys():
+            names = tensors.keys()
+            for key in names:
                 name = stock_name(key)
                 if name in index:
                     raise ValueError(
@@ -257,7 +264,7 @@ def read_adapter(folder: Path, *, alpha: float | None = None) -> dict[str, LowRa
             f"{folder} lacks {' and '.join(missing)}. Stage 1 saves LoRA apart from the weights; "
             "give --no-lora if there was none or it is merged already"
         )
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json(config_file)
 
     # Another kind of LoRA would be merged wrongly.
     for key in UNSUPPORTED_LORA:
@@ -273,10 +280,16 @@ def read_adapter(folder: Path, *, alpha: float | None = None) -> dict[str, LowRa
         raise ValueError(
             f"{config_file}: lora_alpha={alpha!r} must be a number, r={rank!r} an integer above 0"
         )
-    return low_ranks(load_safetensors(file), rank=rank, alpha=alpha, source=file)
+    return low_ranks(
+        load_safetensors(file),
+        rank=rank,
+        alpha=alpha,
+        source=file,
+    )
 
 
 def _find_lora(checkpoint: OfficialCheckpoint) -> dict[str, LowRank]:
+    # Neither option may silently leave a trained LoRA out.
     folder = checkpoint.path / ADAPTER
     if checkpoint.lora:
         return read_adapter(folder, alpha=checkpoint.alpha)
@@ -286,33 +299,26 @@ def _find_lora(checkpoint: OfficialCheckpoint) -> dict[str, LowRank]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    # A single file, or shards with an index.
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
-    if (path / INDEX).is_file():
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index.get("weight_map", {}).values()))
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{path} lacks {', '.join(missing)}, which {INDEX} names"
-            )
-        return [path / name for name in names]
-
-    # There is nothing to read: name the mistakes that people make.
-    shards = sorted(path.rglob("model_world_size_*_rank_*.pt"))
-    if shards:
-        raise ValueError(
-            f"{shards[0]} is an FSDP shard of stage 2: merge the shards into {WEIGHTS} "
-            "with EasyR1's tools"
-        )
-    pickled = sorted(path.glob("*.bin"))
-    if pickled:
-        raise ValueError(f"{pickled[0]} is a pickle: save the weights as {WEIGHTS}")
-    raise FileNotFoundError(f"{path} has no weights: it lacks {WEIGHTS} and {INDEX}")
+    try:
+        return weight_files(path, WEIGHTS)
+    except FileNotFoundError:
+        # Name the mistakes that people make.
+        shards = sorted(path.rglob("model_world_size_*_rank_*.pt"))
+        if shards:
+            raise ValueError(
+                f"{shards[0]} is an FSDP shard of stage 2: merge the shards into {WEIGHTS} "
+                "with EasyR1's tools"
+            ) from None
+        pickled = sorted(path.glob("*.bin"))
+        if pickled:
+            raise ValueError(
+                f"{pickled[0]} is a pickle: save the weights as {WEIGHTS}"
+            ) from None
+        raise
 
 
 def _read_tensors(index: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    # A file is opened once for each weight, which costs little.
     state = {}
     for name, stored in index.items():
         with open_safetensors(stored.file) as tensors:
@@ -322,6 +328,7 @@ def _read_tensors(index: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
 
 def _pad_rows(weight_VD: Tensor) -> Tensor:
     """Add rows up to the next multiple of 64: odd sizes are slow and fragile on GPUs."""
+    # The new rows are like an average token.
     missing = -len(weight_VD) % 64
     mean_1D = weight_VD.float().mean(0, keepdim=True).to(weight_VD.dtype)
     return torch.cat([weight_VD, mean_1D.expand(missing, -1)])
@@ -334,6 +341,7 @@ def _find_head(
     checkpoint: OfficialCheckpoint, stored: StoredTensor | None
 ) -> LoadedHead:
     """Read the head from the file that the user names, the weights, or a file beside them."""
+    # The user's choice comes first.
     path, file = checkpoint.path, checkpoint.head
     if file is None and stored is not None:
         return LoadedHead(_read_tensors({HEAD: stored})[HEAD], stored.file)
@@ -356,6 +364,7 @@ def read_head(path: Path, *, allow_pickle: bool) -> Tensor:
         content = content.get("model", content)
     names = list(content) if isinstance(content, dict) else [type(content).__name__]
     if len(names) == 1 and stock_name(names[0]) in (HEAD, "weight"):
+        # A head is a single matrix.
         weight = content[names[0]]
         if isinstance(weight, Tensor):
             return weight
@@ -372,6 +381,7 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase, int]:
     """
     from transformers import AutoTokenizer
 
+    # Find the id of the reward token.
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise FileNotFoundError(f"{path} has no tokenizer: it lacks tokenizer.json")
     official = AutoTokenizer.from_pretrained(path.as_posix())
@@ -388,7 +398,7 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase, int]:
             if not file.is_file():
                 continue
             if name in TOKEN_FILES:
-                content = json.loads(file.read_text(encoding="utf-8"))
+                content = read_json(file)
                 text = json.dumps(_without(REWARD, content), ensure_ascii=False)
                 Path(folder, name).write_text(text, encoding="utf-8")
             else:
@@ -406,6 +416,7 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase, int]:
 
 def _without(token: str, value: Any) -> Any:
     """Remove a token from a tokenizer's JSON, where it is a key, a text or an object's content."""
+    # As a key, and as a value.
     if isinstance(value, dict):
         return {
             key: _without(token, item)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import read_json
+from common.state_dicts import shapes_in
 from rm.calibration import CALIBRATION_FILE
 from rm.config import VideoSettings
 from rm.convert.official import (
@@ -81,15 +83,14 @@ def inspect(path: str | Path) -> RewardModelFolder:
     # The query and the head have a row for each reward.
     dimensions = DeScore.dimensions_in(path)
     expected = (len(dimensions), config.text_config.hidden_size)
-    stored = load_safetensors(path / HEAD_FILE)
-    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    shapes = shapes_in(load_safetensors(path / HEAD_FILE))
     if shapes != {"query": expected, "head": expected}:
         raise ValueError(
             f"{path / HEAD_FILE} holds {shapes}, but query and head must be {expected}"
         )
 
     # Collect the facts for the model card.
-    record = json.loads((path / DESCORE_FILE).read_text(encoding="utf-8"))
+    record = read_json(path / DESCORE_FILE)
     return RewardModelFolder(
         path,
         weights=tuple(sorted({stored.file for stored in index.values()})),
@@ -120,6 +121,7 @@ def copy_release(folder: RewardModelFolder, out: Path) -> None:
 
 
 def _shapes(index: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
+    # Headers only: the weights are not read.
     shapes = {}
     for name, stored in index.items():
         with open_safetensors(stored.file) as tensors:
@@ -128,6 +130,7 @@ def _shapes(index: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _without_local_keys(value: Any) -> Any:
+    # Configs are nested.
     if isinstance(value, dict):
         return {
             key: _without_local_keys(item)

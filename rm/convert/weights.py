@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from common.lora import LowRank
+from common.state_dicts import (
+    Shapes,
+    raise_problems,
+    shapes_in,
+    state_dict_problems,
+)
 
 
 def open_safetensors(file: Path) -> Any:
     """Open a safetensors file. ValueError, with its name, if it is cut short or another format."""
     from safetensors import SafetensorError, safe_open
 
+    # The library's error does not name the file.
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
@@ -71,6 +78,7 @@ def merge_lora(
             f"{source}: {len(missing)} LoRA layers have no weight, such as {missing[0]}"
         )
     for name, low_rank in lora.items():
+        # Added in fp32, whatever the weight's dtype is.
         change = low_rank.change()
         if change.shape != state[name].shape:
             raise ValueError(
@@ -81,41 +89,40 @@ def merge_lora(
 
 
 def require_weights(
-    shapes: Mapping[str, tuple[int, ...]], model_class: Any, config: Any, source: Path
+    shapes: Shapes,
+    model_class: Any,
+    config: Any,
+    source: Path,
 ) -> None:
     """Check that weights have exactly the names and shapes of a transformers model, or ValueError.
 
     Takes no memory for the model. ``lm_head.weight`` may be missing where the config ties it.
     """
+    # Shapes without numbers.
     with torch.device("meta"):
-        stock = model_class(config).state_dict()
+        wanted = shapes_in(model_class(config).state_dict())
 
-    # Compare names and shapes.
-    problems = []
-    for name in sorted(stock.keys() | shapes.keys()):
-        if name not in stock:
-            problems.append(f"unexpected {name}")
-        elif name in shapes:
-            expected = tuple(stock[name].shape)
-            if shapes[name] != expected:
-                problems.append(f"{name} is {shapes[name]}, expected {expected}")
-        elif name != "lm_head.weight" or not config.tie_word_embeddings:
-            problems.append(f"missing {name}")
-    # Many problems usually have the same cause.
-    if problems:
-        raise ValueError(
-            f"{source}: {len(problems)} weights do not fit config.json: "
-            + "; ".join(problems[:5])
-        )
+    # A tied head may be left out.
+    if config.tie_word_embeddings and "lm_head.weight" not in shapes:
+        wanted.pop("lm_head.weight", None)
+    problems = state_dict_problems(shapes, wanted)
+    raise_problems(problems, f"{source}: the weights do not fit config.json")
 
 
 def build_model(
-    model_class: Any, config: Any, state: dict[str, Tensor], *, dtype: str, source: Path
+    model_class: Any,
+    config: Any,
+    state: dict[str, Tensor],
+    *,
+    dtype: str,
+    source: Path,
 ) -> Any:
     """Build a transformers model with exactly these weights. Errors as in `require_weights`."""
     # transformers only warns about missing weights, and draws them at random.
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    require_weights(shapes, model_class, config, source)
+    require_weights(shapes_in(state), model_class, config, source)
     return model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=getattr(torch, dtype)
+        None,
+        config=config,
+        state_dict=state,
+        dtype=getattr(torch, dtype),
     )

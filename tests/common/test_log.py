@@ -81,7 +81,6 @@ def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
     log = RunLog(tmp_path / "run", wandb=WandbConfig("offline"))
     log.log(0, {"x": 1.0})
     log.videos(0, [], [])
-    log.message("hello")
     log.close()
     assert list(progress(range(3), 3, "steps")) == [0, 1, 2]
     captured = capsys.readouterr()

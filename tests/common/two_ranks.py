@@ -37,7 +37,7 @@ def main(folder: Path) -> dict:
         distributed.any_rank(torch.tensor([False, me == 1])),
         distributed.any_rank(torch.zeros(2) > 0),
     ]
-    out["batches"] = distributed.own_batches(5, 2)
+    out["batches"] = distributed.rank_batches(5, 2)
     out["from_main"] = distributed.from_main(f"rank {me}")
     try:
         distributed.gather_rows(torch.zeros(me + 1, 2))

@@ -179,12 +179,12 @@ def test_the_interface_towards_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert network.interface_towards("") is None
     monkeypatch.setattr(network, "interface_towards", lambda host: f"to {host}")
     monkeypatch.setenv("MASTER_ADDR", "10.1.2.3")
-    monkeypatch.setenv(network.VARIABLE, "mine")
+    monkeypatch.setenv(network.INTERFACE_VARIABLE, "mine")
     network.choose_interface()
-    assert os.environ[network.VARIABLE] == "mine"
-    monkeypatch.delenv(network.VARIABLE)
+    assert os.environ[network.INTERFACE_VARIABLE] == "mine"
+    monkeypatch.delenv(network.INTERFACE_VARIABLE)
     network.choose_interface()
-    assert os.environ[network.VARIABLE] == "to 10.1.2.3"
+    assert os.environ[network.INTERFACE_VARIABLE] == "to 10.1.2.3"
 
 
 def test_a_folder_alone_is_shared(tmp_path: Path) -> None:
