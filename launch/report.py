@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.files import replace_text
-from launch.reporting.data import KINDS, Runs
+from launch.reporting.data import KINDS, ReportError, Runs
 from launch.reporting.find_runs import discover
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = _runs(args)
         title = args.title or _title(runs)
         page = render(runs, title=title, videos=args.videos, max_mb=args.max_mb)
-    except ValueError as error:
+    except ReportError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
     out = args.out or (args.folder or Path()) / "report.html"
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 def _runs(args: argparse.Namespace) -> Runs:
     """Find the runs of the command line; an option replaces what the folder holds.
 
-    Raises ValueError without any.
+    Raises ReportError without any.
     """
     runs = discover(args.folder) if args.folder is not None else Runs({})
     for kind in KINDS:
@@ -75,10 +75,12 @@ def _runs(args: argparse.Namespace) -> Runs:
         if folder is None:
             continue
         if not folder.is_dir():
-            raise ValueError(f"--{kind.replace('_', '-')}: there is no folder {folder}")
+            raise ReportError(
+                f"--{kind.replace('_', '-')}: there is no folder {folder}"
+            )
         runs.shown[kind] = folder
     if not runs.all():
-        raise ValueError("name a run folder, or at least one of the options")
+        raise ReportError("name a run folder, or at least one of the options")
     return runs
 
 

@@ -32,8 +32,8 @@ KINDS = {
 EVALUATIONS = ("rm", "base", "tuned", "dpo_tuned")
 
 
-class BrokenFileError(ValueError):
-    """A file of a run cannot be read; the message names it, and the line."""
+class ReportError(ValueError):
+    """The runs of a report are missing or broken; the message names the file and the line."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def config(folder: Path | None) -> Row:
     try:
         loaded = safe_yaml.parse(text).value
     except safe_yaml.YamlError as error:
-        raise BrokenFileError(f"{folder}/config.yaml: {error}") from error
+        raise ReportError(f"{folder}/config.yaml: {error}") from error
     return loaded if isinstance(loaded, dict) else {}
 
 
@@ -130,9 +130,9 @@ def _object(text: str, where: str) -> Row:
     try:
         loaded = json.loads(text)
     except json.JSONDecodeError as error:
-        raise BrokenFileError(f"{where}: not JSON: {error}") from error
+        raise ReportError(f"{where}: not JSON: {error}") from error
     if not isinstance(loaded, dict):
-        raise BrokenFileError(f"{where}: want an object, {{...}}, got {text[:60]}")
+        raise ReportError(f"{where}: want an object, {{...}}, got {text[:60]}")
     return loaded
 
 

@@ -6,7 +6,15 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch.reporting.data import KINDS, Row, Runs, config, metrics, results
+from launch.reporting.data import (
+    KINDS,
+    ReportError,
+    Row,
+    Runs,
+    config,
+    metrics,
+    results,
+)
 
 # Of several runs of a kind the sections show the one with this name, as experiments/demo.py
 # gives it; without an entry, the one with the name of its kind.
@@ -35,10 +43,10 @@ _INSIDE = {
 def discover(root: Path) -> Runs:
     """Find the runs and evaluations in a folder, and the folder itself if it is a run.
 
-    Raises ValueError without any, and BrokenFileError.
+    Raises ReportError without any.
     """
     if not root.is_dir():
-        raise ValueError(f"there is no folder {root}")
+        raise ReportError(f"there is no folder {root}")
 
     # Training runs come first: they tell what an evaluated adapter was trained by.
     folders = _run_folders(root)
@@ -53,7 +61,7 @@ def discover(root: Path) -> Runs:
         if kind is not None:
             runs.append((kind, folder))
     if not runs:
-        raise ValueError(
+        raise ReportError(
             f"{root} holds no run (config.yaml, metrics.jsonl) and no evaluation "
             "(results.jsonl, summary.json)"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.reporting import data
 from launch.reporting.charts import COLORS, Chart, Series, histogram
-from launch.reporting.data import EVALUATIONS, Row, Runs
+from launch.reporting.data import EVALUATIONS, KINDS, Row, Runs
 from launch.reporting.metric_charts import metric_charts
 
 # Videos up to this width are shown enlarged, with hard edges.
@@ -222,18 +222,8 @@ def distributions(runs: Runs) -> list[Chart]:
 # ------------------------------------------------------------------ further runs and files
 
 
-@dataclass(frozen=True)
-class FurtherRun:
-    """A run that no section is about: charts of a training run, means of an evaluation."""
-
-    kind: str
-    folder: Path
-    charts: Sequence[Chart]
-    means: Mapping[str, Row]
-
-
-def further_runs(runs: Runs) -> list[FurtherRun]:
-    """Show charts and means of `Runs.more`."""
+def further_runs(runs: Runs) -> list[tuple[str, Path, Sequence[Chart], Row]]:
+    """Kind, folder, charts of a training run and means of an evaluation, of `Runs.more`."""
     further = []
     for kind, folder in runs.more:
         means = {
@@ -241,8 +231,7 @@ def further_runs(runs: Runs) -> list[FurtherRun]:
             for name, value in data.summary(folder).items()
             if isinstance(value, dict) and "mean" in value
         }
-        charts = metric_charts(kind, folder)
-        further.append(FurtherRun(kind, folder, charts, means))
+        further.append((kind, folder, metric_charts(kind, folder), means))
     return further
 
 
@@ -260,14 +249,11 @@ def files_of(runs: Runs) -> list[tuple[str, str]]:
 def missing(runs: Runs) -> list[str]:
     """Say what the report would show if it had more runs."""
     shown = runs.shown
-    absent = {
-        "cold_start": "no cold-start run: the reward model's training is not shown",
-        "rm": "no reward-model evaluation: its accuracy is not shown",
-        "grpo": "no GRPO run: its curves and rollouts are not shown",
-        "base": "no evaluation of the base generator to compare with",
-        "tuned": "no evaluation of a tuned generator to compare with",
-    }
-    notes = [note for kind, note in absent.items() if kind not in shown]
+    notes = [
+        f"no run of the kind {kind}: {text}"
+        for kind, text in KINDS.items()
+        if kind not in shown
+    ]
     if "base" in shown and "tuned" in shown:
         base = data.by_video(data.results(shown["base"]))
         tuned = data.by_video(data.results(shown["tuned"]))
