@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: --videos and --max-mb must not be negative\n")
     try:
         runs = _runs(args)
-        title = args.title or _title(runs)
+        title = args.title or f"Report of {args.folder or 'runs'}"
         page = render(runs, title=title, videos=args.videos, max_mb=args.max_mb)
     except ReportError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -82,14 +82,6 @@ def _runs(args: argparse.Namespace) -> Runs:
     if not runs.all():
         raise ReportError("name a run folder, or at least one of the options")
     return runs
-
-
-def _title(runs: Runs) -> str:
-    if {"grpo", "tuned", "dpo", "dpo_tuned"} & runs.shown.keys():
-        return "Alignment report"
-    if {"rm", "cold_start", "dual_rl"} & dict(runs.all()).keys():
-        return "Reward model report"
-    return "Evaluation report"
 
 
 def render(runs: Runs, *, title: str, videos: int = 12, max_mb: float = 64.0) -> str:

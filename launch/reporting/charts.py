@@ -137,17 +137,13 @@ def histogram(title: str, series: Sequence[Series], *, note: str = "") -> Chart 
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """MEAN over the ``window`` values around each value, over fewer at the ends.
+    """MEAN over the ``window`` values around each value, over fewer at the ends."""
+    import numpy as np
 
-    mean_i = mean(v[i-a : i+b+1]) with a + b + 1 = window.
-    """
-    before = (window - 1) // 2
-    after = window // 2
-    means = []
-    for i in range(len(values)):
-        part = values[max(0, i - before) : i + after + 1]
-        means.append(sum(part) / len(part))
-    return means
+    ones = np.ones(window)
+    sums = np.convolve(values, ones, mode="same")
+    counts = np.convolve(np.ones(len(values)), ones, mode="same")
+    return list(sums / counts)
 
 
 def _finite(series: Series, *, positive: bool = False) -> Series:

@@ -12,7 +12,6 @@ from launch.reporting.data import (
     Row,
     Runs,
     config,
-    metrics,
     results,
 )
 
@@ -26,18 +25,6 @@ _PREFERRED = {
     "dpo_tuned": "eval_dpo",
 }
 _STAGES = ("grpo", "dpo", "dual_rl", "cold_start")
-# Large folders of a run, which hold no other run.
-_INSIDE = {
-    "checkpoints",
-    "samples",
-    "evaluation",
-    "videos",
-    "final",
-    "final_ema",
-    "candidates",
-    "shards",
-    "wandb",
-}
 
 
 def discover(root: Path) -> Runs:
@@ -87,17 +74,7 @@ def kind_of(folder: Path, trained: Mapping[str, str]) -> str | None:
     cfg = config(folder)
     if (folder / "results.jsonl").is_file():
         return _kind_of_evaluation(folder, cfg, trained)
-    stage = _stage_of(cfg)
-    if stage is not None:
-        return stage
-
-    # Without a config the metrics tell.
-    names = {name for row in metrics(folder) for name in row}
-    if "train/bt" in names:
-        return "dual_rl"
-    if any(name.startswith("reward/") for name in names):
-        return "grpo"
-    return "dpo" if "train/chosen_change" in names else "cold_start"
+    return _stage_of(cfg)
 
 
 def _kind_of_evaluation(
@@ -134,13 +111,11 @@ def _trainer_of(adapter: Path, trained: Mapping[str, str]) -> str | None:
 
 
 def _run_folders(root: Path) -> list[Path]:
-    """List the run folders by path, without following links."""
+    """List the run folders by path, without following links; a run holds no other run."""
     folders = []
     for place, inside, files in os.walk(root):
-        skipped = set()
+        inside.sort()
         if "metrics.jsonl" in files or "results.jsonl" in files:
             folders.append(Path(place))
-            skipped = _INSIDE
-        names = sorted(set(inside) - skipped)
-        inside[:] = [name for name in names if not name.startswith(".")]
+            inside.clear()
     return folders

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-import unicodedata
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from launch.reporting.metric_charts import metric_charts
 # Videos up to this width are shown enlarged, with hard edges.
 PIXEL_ART = 128
 _GREY = COLORS[-1]
+# Characters that HTML cannot hold; a new line and a tab are not among them.
+_BAD_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _LABELS = {
     1: "A preferred",
     -1: "B preferred",
@@ -280,12 +282,5 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def clean(text: object) -> str:
-    """Replace control characters, which HTML cannot hold; the template escapes the rest."""
-    characters = []
-    for character in str(text):
-        # Control characters and lone surrogates.
-        bad = unicodedata.category(character) in ("Cc", "Cs")
-        if bad and character not in "\n\t":
-            character = "\N{REPLACEMENT CHARACTER}"
-        characters.append(character)
-    return "".join(characters)
+    """Replace control characters and surrogates; the template escapes the rest."""
+    return _BAD_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", str(text))
