@@ -28,15 +28,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.videos < 0 or args.max_mb < 0:
         parser.exit(2, f"{parser.prog}: --videos and --max-mb must not be negative\n")
+    # Everything is read before the file is written.
     try:
         runs = _runs(args)
         title = args.title or f"Report of {args.folder or 'runs'}"
-        page = render(runs, title=title, videos=args.videos, max_mb=args.max_mb)
+        page = render(
+            runs,
+            title=title,
+            videos=args.videos,
+            max_mb=args.max_mb,
+        )
     except ReportError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
+    # A reader sees the old page or the new one.
     out = args.out or (args.folder or Path()) / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(
+        parents=True,
+        exist_ok=True,
+    )
     replace_text(out, page)
     sources = ", ".join(f"{folder} ({kind})" for kind, folder in runs.all())
     print(f"{out}: {len(page.encode()) / 1e6:.1f} MB, from {sources}")
@@ -44,12 +54,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     summary = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=summary,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add(
-        "folder", nargs="?", type=Path, help="a run folder, or a folder that holds some"
+        "folder",
+        nargs="?",
+        type=Path,
+        help="a run folder, or a folder that holds some",
     )
-    add("--out", type=Path, help="the .html to write; report.html in the folder")
+    add(
+        "--out",
+        type=Path,
+        help="the .html to write; report.html in the folder",
+    )
     add("--title")
     add(
         "--videos",
@@ -57,10 +77,22 @@ def _parser() -> argparse.ArgumentParser:
         default=12,
         help="number of prompts whose videos are shown",
     )
-    add("--max-mb", type=float, default=64.0, help="largest size of all videos")
+    add(
+        "--max-mb",
+        type=float,
+        default=64.0,
+        help="largest size of all videos",
+    )
+    # A folder of each kind.
     for kind, text in KINDS.items():
         option = f"--{kind.replace('_', '-')}"
-        add(option, type=Path, metavar="DIR", dest=kind, help=text)
+        add(
+            option,
+            type=Path,
+            metavar="DIR",
+            dest=kind,
+            help=text,
+        )
     return parser
 
 
@@ -69,6 +101,7 @@ def _runs(args: argparse.Namespace) -> Runs:
 
     Raises ReportError without any.
     """
+    # The folder first, then the options.
     runs = discover(args.folder) if args.folder is not None else Runs({})
     for kind in KINDS:
         folder = getattr(args, kind)
@@ -84,13 +117,20 @@ def _runs(args: argparse.Namespace) -> Runs:
     return runs
 
 
-def render(runs: Runs, *, title: str, videos: int = 12, max_mb: float = 64.0) -> str:
+def render(
+    runs: Runs,
+    *,
+    title: str,
+    videos: int = 12,
+    max_mb: float = 64.0,
+) -> str:
     """Render the page. Texts of a run are escaped; only the SVG of a chart enters as it is."""
     import jinja2
 
     from launch.reporting import data, sections
     from launch.reporting.metric_charts import metric_charts
 
+    # Missing values in the template are errors, not empty texts.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -120,6 +160,7 @@ def render(runs: Runs, *, title: str, videos: int = 12, max_mb: float = 64.0) ->
     cards = sections.evaluated_videos(runs, store, videos)
     samples = [(step, sections.group_cards(steps[step], store)) for step in ends]
     pairs = sections.pair_cards(shown.get("rm"), store)
+    # The template leaves out empty sections.
     return environment.get_template("report.html").render(
         title=title,
         runs=shown,

@@ -40,6 +40,6 @@ def samples_per_update(cfg: GrpoRun) -> int:
     """
     how = cfg.generator.sampler
     members = cfg.grpo.group_size
-    if how.initial_noise == "shared" and cfg.grpo.update == "collapsed":
+    if how.initial_noise == "shared":
         return 1 + (how.steps_per_group - 1) * members
     return how.steps_per_group * members

@@ -65,6 +65,7 @@ def line_chart(
     chart, only the averages are drawn. The note of a single curve ends with its first and last
     values, each the MEAN over a tenth of the curve.
     """
+    # A logarithmic axis has no place for 0.
     finite = [_finite(curve, positive=log) for curve in series]
     drawn = [curve for curve in finite if len(curve.y) > 1][: len(COLORS)]
     if not drawn:
@@ -74,6 +75,7 @@ def line_chart(
     figure, axes = _canvas()
     for curve in drawn:
         num_points = len(curve.y)
+        # Short curves are drawn as they are.
         y = curve.y
         if num_points >= _SMOOTH_FROM:
             y = moving_average(curve.y, max(5, num_points // 15))
@@ -99,16 +101,31 @@ def line_chart(
 
     # A single curve needs no legend.
     if len(drawn) > 1:
-        return Chart(title, _svg(figure), drawn, note)
+        return Chart(
+            title,
+            _svg(figure),
+            drawn,
+            note,
+        )
     y = drawn[0].y
     tenth = max(1, len(y) // 10)
     first = sum(y[:tenth]) / tenth
     last = sum(y[-tenth:]) / tenth
     ends = f"{first:.3g} → {last:.3g}"
-    return Chart(title, _svg(figure), (), f"{note}; {ends}" if note else ends)
+    return Chart(
+        title,
+        _svg(figure),
+        (),
+        f"{note}; {ends}" if note else ends,
+    )
 
 
-def histogram(title: str, series: Sequence[Series], *, note: str = "") -> Chart | None:
+def histogram(
+    title: str,
+    series: Sequence[Series],
+    *,
+    note: str = "",
+) -> Chart | None:
     """Draw the shares of values over common bins; None without values."""
     import numpy as np
 
@@ -126,20 +143,38 @@ def histogram(title: str, series: Sequence[Series], *, note: str = "") -> Chart 
     num_bins = min(30, max(8, math.isqrt(len(everything))))
     edges = np.linspace(low, high, num_bins + 1)
 
+    # Shares, because the series may have different lengths.
     figure, axes = _canvas()
     for values in drawn:
         counts, _ = np.histogram(values.y, bins=edges)
         shares = counts / len(values.y)
-        axes.stairs(shares, edges, fill=True, color=values.color, alpha=0.35)
-        axes.stairs(shares, edges, color=values.color, linewidth=1.5)
+        axes.stairs(
+            shares,
+            edges,
+            fill=True,
+            color=values.color,
+            alpha=0.35,
+        )
+        axes.stairs(
+            shares,
+            edges,
+            color=values.color,
+            linewidth=1.5,
+        )
     axes.set_ylabel("share")
-    return Chart(title, _svg(figure), drawn if len(drawn) > 1 else (), note)
+    return Chart(
+        title,
+        _svg(figure),
+        drawn if len(drawn) > 1 else (),
+        note,
+    )
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
     """MEAN over the ``window`` values around each value, over fewer at the ends."""
     import numpy as np
 
+    # Values outside count as missing, not as 0.
     ones = np.ones(window)
     sums = np.convolve(values, ones, mode="same")
     counts = np.convolve(np.ones(len(values)), ones, mode="same")
@@ -164,17 +199,44 @@ def _finite(series: Series, *, positive: bool = False) -> Series:
 def _canvas() -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.4, 2.3), layout="constrained")
+    figure = Figure(
+        figsize=(4.4, 2.3),
+        layout="constrained",
+    )
     axes = figure.add_subplot()
-    axes.grid(visible=True, axis="y", color=_INK, alpha=0.12, linewidth=0.8)
+    # Faint horizontal lines in place of a frame.
+    axes.grid(
+        visible=True,
+        axis="y",
+        color=_INK,
+        alpha=0.12,
+        linewidth=0.8,
+    )
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set(color=_INK, alpha=0.12)
-    axes.tick_params(colors=_INK, length=0, labelsize=8)
+    axes.spines["bottom"].set(
+        color=_INK,
+        alpha=0.12,
+    )
+    axes.tick_params(
+        colors=_INK,
+        length=0,
+        labelsize=8,
+    )
     for text in (axes.xaxis.label, axes.yaxis.label, axes.yaxis.get_offset_text()):
-        text.set(color=_INK, size=8)
-    axes.locator_params(axis="x", nbins=6)
-    axes.locator_params(axis="y", nbins=5)
+        text.set(
+            color=_INK,
+            size=8,
+        )
+    # Few numbers at a small size.
+    axes.locator_params(
+        axis="x",
+        nbins=6,
+    )
+    axes.locator_params(
+        axis="y",
+        nbins=5,
+    )
     return figure, axes
 
 
@@ -186,7 +248,13 @@ def _svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata=no_metadata,
+        )
+    # Inside of HTML, namespaces are known.
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     return re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)

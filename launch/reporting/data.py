@@ -29,6 +29,7 @@ KINDS = {
     "tuned": "an evaluation of the tuned generator, same prompts and seeds",
     "dpo_tuned": "an evaluation of the generator after Flow-DPO, same prompts and seeds",
 }
+# Kinds that write a summary.json when they have finished.
 EVALUATIONS = ("rm", "base", "tuned", "dpo_tuned")
 
 
@@ -70,12 +71,16 @@ def text_of(folder: Path | None, name: str) -> str | None:
     """Read a text file of a run; None where it has none."""
     if folder is None or not (folder / name).is_file():
         return None
-    return (folder / name).read_text(encoding="utf-8", errors="replace")
+    return (folder / name).read_text(
+        encoding="utf-8",
+        errors="replace",
+    )
 
 
 def config(folder: Path | None) -> Row:
     """Read config.yaml; {} without it."""
     text = text_of(folder, "config.yaml")
+    # A run that was killed at its start may have an empty file.
     if not text:
         return {}
     try:
@@ -89,6 +94,7 @@ def metrics(folder: Path | None) -> list[dict[str, float]]:
     """Read metrics.jsonl, with NaN for null."""
     rows = []
     for row in _jsonl(folder, "metrics.jsonl"):
+        # JSON has no NaN.
         rows.append({k: math.nan if v is None else v for k, v in row.items()})
     return rows
 
@@ -108,6 +114,7 @@ def sampled_steps(folder: Path | None) -> dict[int, list[Row]]:
     """Read samples/step-N/samples.jsonl by step; each row gets its ``path``."""
     if folder is None:
         return {}
+    # The rollouts that a run with video_every saved.
     steps = {}
     for place in sorted(folder.glob("samples/step-*")):
         rows = _jsonl(place, "samples.jsonl")
@@ -138,6 +145,7 @@ def _object(text: str, where: str) -> Row:
 
 def weight_of(grpo: Path | None, reward: str) -> float | None:
     """Weight of a reward in a GRPO run; None where its config does not say."""
+    # A config of an older version may lack the entry.
     entry = (config(grpo).get("rewards") or {}).get(reward)
     return float(entry.get("weight", 1.0)) if isinstance(entry, dict) else None
 
@@ -150,6 +158,7 @@ def by_video(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:
 def value_of(row: Row, column: str) -> float:
     """A reward, or a part of it as "reward.part"; NaN where it is missing."""
     value = row["rewards"].get(column)
+    # A part.
     for name, parts in row["parts"].items():
         if column.startswith(f"{name}."):
             value = parts.get(column.removeprefix(f"{name}."))
@@ -170,18 +179,20 @@ def compare(
     tuned_folder = runs.shown.get(tuned)
     before = summary(base_folder)
     after = summary(tuned_folder)
+    base_rows = by_video(results(base_folder))
     tuned_rows = by_video(results(tuned_folder))
-    pairs = []
-    for row in results(base_folder):
-        match = tuned_rows.get((row["prompt"], row["seed"]))
-        if match is not None:
-            pairs.append((row, match))
+    # Videos of the same prompt and seed.
+    common = [video for video in base_rows if video in tuned_rows]
 
     comparisons = []
     for name in columns:
+        # The interval of the difference needs both values of a pair.
         difference = None
-        if pairs and name in before and name in after:
-            changes = [value_of(t, name) - value_of(b, name) for b, t in pairs]
+        if common and name in before and name in after:
+            changes = [
+                value_of(tuned_rows[video], name) - value_of(base_rows[video], name)
+                for video in common
+            ]
             difference = mean_ci95(changes, seed=0).as_dict()
         comparisons.append(
             Comparison(

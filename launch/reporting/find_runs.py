@@ -35,18 +35,11 @@ def discover(root: Path) -> Runs:
     if not root.is_dir():
         raise ReportError(f"there is no folder {root}")
 
-    # Training runs come first: they tell what an evaluated adapter was trained by.
+    # Kinds by name: they tell what an evaluated adapter was trained by.
     folders = _run_folders(root)
-    trained = {}
-    for folder in folders:
-        kind = kind_of(folder, {})
-        if kind in _STAGES:
-            trained[folder.name] = kind
-    runs = []
-    for folder in folders:
-        kind = kind_of(folder, trained)
-        if kind is not None:
-            runs.append((kind, folder))
+    trained = {folder.name: _stage_of(config(folder)) for folder in folders}
+    kinds = [(kind_of(folder, trained), folder) for folder in folders]
+    runs = [(kind, folder) for kind, folder in kinds if kind is not None]
     if not runs:
         raise ReportError(
             f"{root} holds no run (config.yaml, metrics.jsonl) and no evaluation "
@@ -65,23 +58,17 @@ def discover(root: Path) -> Runs:
     return Runs(shown, more)
 
 
-def kind_of(folder: Path, trained: Mapping[str, str]) -> str | None:
+def kind_of(folder: Path, trained: Mapping[str, str | None]) -> str | None:
     """Kind of a run; None for an evaluation of another program, such as VBench's.
 
     ``trained`` are the kinds of the runs of the report, by name. They are needed where a run was
     moved, so that the adapter of an evaluation is not where its config says.
     """
     cfg = config(folder)
-    if (folder / "results.jsonl").is_file():
-        return _kind_of_evaluation(folder, cfg, trained)
-    return _stage_of(cfg)
+    if not (folder / "results.jsonl").is_file():
+        return _stage_of(cfg)
 
-
-def _kind_of_evaluation(
-    folder: Path,
-    cfg: Row,
-    trained: Mapping[str, str],
-) -> str | None:
+    # An evaluation: the first row tells, or the config where nothing is evaluated yet.
     rows = results(folder)
     first = rows[0] if rows else cfg
     if "label" in first or "pairs" in first:
@@ -99,13 +86,16 @@ def _stage_of(cfg: Row) -> str | None:
     return stages[0] if stages else None
 
 
-def _trainer_of(adapter: Path, trained: Mapping[str, str]) -> str | None:
+def _trainer_of(adapter: Path, trained: Mapping[str, str | None]) -> str | None:
     """Kind of the run that made an adapter: of a folder above it, else by a name in its path."""
-    for folder in list(adapter.parents)[:3]:
-        if (folder / "config.yaml").is_file():
-            return _stage_of(config(folder))
+    for folder in adapter.parents:
+        stage = _stage_of(config(folder))
+        if stage is not None:
+            return stage
+
+    # The run was moved, and kept its name.
     for name in reversed(adapter.parts):
-        if name in trained:
+        if trained.get(name):
             return trained[name]
     return None
 

@@ -36,8 +36,10 @@ _LOSS = MetricChart("Loss", {"train/loss": ""})
 _PREFERENCE = MetricChart("Preference accuracy", _ACCURACY, "ties left out")
 _COIN = "log 2 = 0.693 is a coin"
 
+# Charts of a kind of run, in the order of the page.
 CHARTS = {
     "grpo": [
+        # Signs of a healthy or a broken run.
         MetricChart("KL to the reference", {"train/kl": ""}),
         _GRADIENT,
         MetricChart(
@@ -56,6 +58,7 @@ CHARTS = {
             _ACCURACY,
             "pairs whose chosen video gained on the rejected one",
         ),
+        # The loss does not show these two apart.
         MetricChart(
             "Change against the reference",
             {
@@ -120,6 +123,7 @@ SPREAD_CHARTS = [
         unless_zero=True,
     ),
 ]
+# A chart of each reward of the chains of thought in dual RL.
 COT_CHART = MetricChart("Chains of thought: {}", {"reward/{}": ""})
 
 
@@ -137,16 +141,36 @@ def metric_charts(kind: str, folder: Path | None) -> list[Chart]:
         for name in rewards:
             if f"reward/{name}_std" not in metrics:
                 continue
+            # A reward of weight 0 is measured and not trained on.
             weight = data.weight_of(folder, name)
             title = name
             if weight is not None:
                 role = f"trained, weight {weight:g}" if weight else "watched only"
                 title = f"{name} ({role})"
             specs = REWARD_CHARTS if weight == 0 else [*REWARD_CHARTS, *SPREAD_CHARTS]
-            charts += [_draw(spec, rows, metrics, name, title) for spec in specs]
+            charts += [
+                _draw(
+                    spec,
+                    rows,
+                    metrics,
+                    name,
+                    title,
+                )
+                for spec in specs
+            ]
+    # What every run of the kind has.
     charts += [_draw(spec, rows, metrics) for spec in CHARTS.get(kind, ())]
     if kind == "dual_rl":
-        charts += [_draw(COT_CHART, rows, metrics, name, name) for name in rewards]
+        charts += [
+            _draw(
+                COT_CHART,
+                rows,
+                metrics,
+                name,
+                name,
+            )
+            for name in rewards
+        ]
     return [chart for chart in charts if chart is not None]
 
 
@@ -170,12 +194,21 @@ def _draw(
         else:
             names[metric] = label
 
+    # The values of every curve, over the logged steps that have them.
     curves = []
     for metric, name in names.items():
         points = [(row["step"], row[metric]) for row in rows if metric in row]
         if points:
             x, y = zip(*points, strict=True)
-            curves.append(Series(name, y, x, COLORS[len(curves) % len(COLORS)]))
+            curves.append(
+                Series(
+                    name,
+                    y,
+                    x,
+                    COLORS[len(curves) % len(COLORS)],
+                )
+            )
+    # Charts of failures that did not happen.
     if spec.unless_zero and not any(y > 0 for curve in curves for y in curve.y):
         return None
     return line_chart(

@@ -62,9 +62,14 @@ class Videos:
     ) -> VideoSide:
         """Return a video with its rewards and its texts."""
         uri = self._embed(path)
+        # Empty texts are left out.
         present = {name: text for name, text in texts.items() if text}
         return VideoSide(
-            label, uri, uri is not None and _is_small(path), facts, present
+            label,
+            uri,
+            uri is not None and _is_small(path),
+            facts,
+            present,
         )
 
     def _embed(self, path: Path) -> str | None:
@@ -74,6 +79,7 @@ class Videos:
         if path.stat().st_size > self.room:
             self.left_out += 1
             return None
+        # The page needs no other file.
         content = path.read_bytes()
         self.room -= len(content)
         return f"data:video/mp4;base64,{base64.b64encode(content).decode('ascii')}"
@@ -93,13 +99,18 @@ def _is_small(path: Path) -> bool:
 # ------------------------------------------------------------------ videos
 
 
-def evaluated_videos(runs: Runs, videos: Videos, count: int) -> list[Card]:
+def evaluated_videos(
+    runs: Runs,
+    videos: Videos,
+    count: int,
+) -> list[Card]:
     """Show the first ``count`` prompts and seeds whose videos every evaluation saved."""
     labels = {
         "base": "base",
         "tuned": "tuned",
         "dpo_tuned": "Flow-DPO",
     }
+    # Rows of each evaluation by prompt and seed.
     tables = {}
     for kind, label in labels.items():
         if kind in runs.shown:
@@ -108,6 +119,7 @@ def evaluated_videos(runs: Runs, videos: Videos, count: int) -> list[Card]:
     if not tables:
         return []
 
+    # Prompts in the order of the first evaluation.
     cards = []
     first = next(iter(tables.values()))[1]
     for prompt, seed in first:
@@ -119,7 +131,12 @@ def evaluated_videos(runs: Runs, videos: Videos, count: int) -> list[Card]:
         if len(rows) < len(tables) or len(cards) == count:
             continue
         sides = [
-            videos.side(label, folder / row["video"], row["rewards"], row["texts"])
+            videos.side(
+                label,
+                folder / row["video"],
+                row["rewards"],
+                row["texts"],
+            )
             for label, (folder, row) in rows.items()
         ]
         cards.append(Card(prompt, sides, f"seed {seed}"))
@@ -133,6 +150,7 @@ def group_cards(rows: Sequence[Row], videos: Videos) -> list[Card]:
         groups.setdefault((row["prompt"], row["seed"]), []).append(row)
 
     cards = []
+    # Within a group, the order is that of the advantage.
     for (prompt, _), group in list(groups.items())[:2]:
         group.sort(key=lambda row: -(row.get("advantage") or 0.0))
         sides = [
@@ -152,6 +170,7 @@ def pair_cards(folder: Path | None, videos: Videos) -> list[Card]:
     """Show pairs of a reward model's evaluation: the first two, and its two worst errors."""
     if folder is None:
         return []
+    # The sign of margin x label tells a right order from a wrong order.
     rows = _scored_pairs(folder)
     first = rows[:2]
     worst = sorted(rows, key=lambda row: _margin(row) * row["label"])[:2]
@@ -240,6 +259,7 @@ def further_runs(runs: Runs) -> list[tuple[str, Path, Sequence[Chart], Row]]:
 def files_of(runs: Runs) -> list[tuple[str, str]]:
     """Return path and content of every config.yaml and environment.json."""
     files = []
+    # Whoever reads the page can repeat the run.
     for _, folder in runs.all():
         for name in ("config.yaml", "environment.json"):
             text = data.text_of(folder, name)
@@ -256,6 +276,7 @@ def missing(runs: Runs) -> list[str]:
         for kind, text in KINDS.items()
         if kind not in shown
     ]
+    # Evaluations that cannot be compared, or have not finished.
     if "base" in shown and "tuned" in shown:
         base = data.by_video(data.results(shown["base"]))
         tuned = data.by_video(data.results(shown["tuned"]))
