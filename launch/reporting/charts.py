@@ -11,11 +11,10 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
 
 # Readable on white and on black.
 COLORS = (
@@ -28,6 +27,38 @@ COLORS = (
 )
 # matplotlib knows no currentColor; this colour is replaced by it.
 _INK = "#010101"
+_STYLE = matplotlib.rc_context(
+    {
+        # Texts stay texts, and the same numbers give the same page.
+        "svg.fonttype": "none",
+        "svg.hashsalt": "report",
+        "savefig.transparent": True,
+        "figure.figsize": (4.4, 2.3),
+        "figure.constrained_layout.use": True,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 3,
+        # Faint horizontal lines in place of a frame and of tick marks.
+        "axes.spines.left": False,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.spines.bottom": False,
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.color": _INK,
+        "grid.alpha": 0.12,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "ytick.minor.size": 0,
+        # Small labels.
+        "axes.labelsize": 8,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "axes.labelcolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+    }
+)
 # Curves with fewer points are drawn as they are, without a moving average.
 _SMOOTH_FROM = 30
 
@@ -52,6 +83,7 @@ class Chart:
     note: str = ""
 
 
+@_STYLE
 def line_chart(
     title: str,
     series: Sequence[Series],
@@ -72,7 +104,8 @@ def line_chart(
         return None
 
     # Curves.
-    figure, axes = _canvas()
+    figure = Figure()
+    axes = figure.add_subplot()
     for curve in drawn:
         num_points = len(curve.y)
         # Short curves are drawn as they are.
@@ -91,9 +124,7 @@ def line_chart(
             curve.x,
             y,
             color=curve.color,
-            linewidth=1.8,
             marker="o" if num_points <= 12 else None,
-            markersize=3,
         )
     if log:
         axes.set_yscale("log")
@@ -120,6 +151,7 @@ def line_chart(
     )
 
 
+@_STYLE
 def histogram(
     title: str,
     series: Sequence[Series],
@@ -127,8 +159,6 @@ def histogram(
     note: str = "",
 ) -> Chart | None:
     """Draw the shares of values over common bins; None without values."""
-    import numpy as np
-
     drawn = [values for values in map(_finite, series) if values.y]
     if not drawn:
         return None
@@ -144,7 +174,8 @@ def histogram(
     edges = np.linspace(low, high, num_bins + 1)
 
     # Shares, because the series may have different lengths.
-    figure, axes = _canvas()
+    figure = Figure()
+    axes = figure.add_subplot()
     for values in drawn:
         counts, _ = np.histogram(values.y, bins=edges)
         shares = counts / len(values.y)
@@ -159,7 +190,6 @@ def histogram(
             shares,
             edges,
             color=values.color,
-            linewidth=1.5,
         )
     axes.set_ylabel("share")
     return Chart(
@@ -172,8 +202,6 @@ def histogram(
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
     """MEAN over the ``window`` values around each value, over fewer at the ends."""
-    import numpy as np
-
     # Values outside count as missing, not as 0.
     ones = np.ones(window)
     sums = np.convolve(values, ones, mode="same")
@@ -196,65 +224,11 @@ def _finite(series: Series, *, positive: bool = False) -> Series:
     )
 
 
-def _canvas() -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(
-        figsize=(4.4, 2.3),
-        layout="constrained",
-    )
-    axes = figure.add_subplot()
-    # Faint horizontal lines in place of a frame.
-    axes.grid(
-        visible=True,
-        axis="y",
-        color=_INK,
-        alpha=0.12,
-        linewidth=0.8,
-    )
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set(
-        color=_INK,
-        alpha=0.12,
-    )
-    axes.tick_params(
-        colors=_INK,
-        length=0,
-        labelsize=8,
-    )
-    for text in (axes.xaxis.label, axes.yaxis.label, axes.yaxis.get_offset_text()):
-        text.set(
-            color=_INK,
-            size=8,
-        )
-    # Few numbers at a small size.
-    axes.locator_params(
-        axis="x",
-        nbins=6,
-    )
-    axes.locator_params(
-        axis="y",
-        nbins=5,
-    )
-    return figure, axes
-
-
 def _svg(figure: Figure) -> str:
     """SVG to be a part of an HTML page: no prolog, metadata or namespaces."""
-    import matplotlib
-
-    # A fixed salt gives the same ids, and so the same page, every time.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
-        buffer = io.StringIO()
-        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata=no_metadata,
-        )
-    # Inside of HTML, namespaces are known.
+    buffer = io.StringIO()
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=no_metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     return re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
