@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from generator.config import GeneratorConfig
     from generator.wan import WanGenerator
-    from launch.planning.runs import Plan
+    from launch.planning.plan import Plan
     from rm.model import DeScore
 
 COMMAND = "python experiments/fullsize.py"
@@ -117,7 +117,7 @@ def measured(part: Callable[[Path], FullSizeResult], *, threads: int) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         outcome = part(Path(folder))
     from common.memory import peak_memory
-    from launch.planning.runs import GIB, RESERVE
+    from launch.planning.plan import GIB, RESERVE
 
     peak = peak_memory()["memory/peak_gb"] * GIB - before
 
@@ -139,7 +139,8 @@ def grpo(folder: Path) -> FullSizeResult:
     from alignment.rewards.brightness import Brightness
     from common.config import load
     from launch.grpo import loop_of
-    from launch.planning.runs import DEVICES, Where, plan_grpo
+    from launch.planning.plan import DEVICES, Where
+    from launch.planning.runs import plan_grpo
     from launch.schemas.training import GrpoRun
 
     words = [
@@ -182,7 +183,8 @@ def dpo(folder: Path) -> FullSizeResult:
     from alignment.pair_store import LatentPair, PairSet, write_pairs
     from common.config import load
     from launch.dpo import loop_of
-    from launch.planning.runs import DEVICES, Where, plan_dpo
+    from launch.planning.plan import DEVICES, Where
+    from launch.planning.runs import plan_dpo
     from launch.schemas.pairs import DpoRun
 
     words = [
@@ -219,7 +221,8 @@ def cold_start(folder: Path) -> FullSizeResult:
     from common.video_io import write_mp4
     from launch.cold_start import loop_of
     from launch.planning.models import Lengths
-    from launch.planning.runs import DEVICES, Where, plan_reward_model
+    from launch.planning.plan import DEVICES, Where
+    from launch.planning.runs import plan_reward_model
     from launch.schemas.training import ColdStartRun
     from rm.data import Pair
     from rm.scorer import DeScoreScorer

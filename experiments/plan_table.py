@@ -14,7 +14,7 @@ from typing import Any
 from common.config import load
 from experiments.runner import ROOT, commit
 from launch.planning.dry_run import plan_of
-from launch.planning.runs import DEVICES, GIB, Plan, Where
+from launch.planning.plan import DEVICES, GIB, Plan, Where
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
 

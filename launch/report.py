@@ -1,12 +1,12 @@
-"""One HTML file about some runs: curves, base and tuned videos at the same seeds, chains of thought, numbers.
+"""Write an HTML file about runs: curves, base and tuned videos at the same seeds, CoTs, numbers.
 
     python launch/report.py runs/demo --out runs/demo/report.html
     python launch/report.py runs/grpo --out runs/grpo/report.html
-    python launch/report.py --base runs/eval_base --tuned runs/eval_tuned --grpo runs/grpo --out report.html
+    python launch/report.py --base runs/eval_base --tuned runs/eval_tuned --grpo runs/grpo
 
-A folder's runs and evaluations are found by the files in them, whatever they are called; of several of one kind one has
-the page, the others a section. The page needs no network and no other file: videos are inside. What has no data is left
-out, and it says so.
+The runs and evaluations of a folder are recognised by their files, not by their names. Of several
+of a kind, the sections show the first and the end of the page the others. The page needs no network
+and no other file: videos are inside. It lists what could not be shown.
 """
 
 from __future__ import annotations
@@ -14,123 +14,123 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from common.files import replace_text
-from launch.reporting.data import KINDS, BrokenFileError, Runs
-from launch.reporting.find_runs import discover, read_manifest
+from launch.reporting.data import KINDS, ReportError, Runs
+from launch.reporting.find_runs import discover
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-_HELP = {
-    "cold_start": "stage 1 of DeScore (launch/cold_start.py)",
-    "grpo": "an alignment run (launch/grpo.py)",
-    "dpo": "an alignment run on pairs (launch/dpo.py)",
-    "rm": "an evaluation of a reward model (launch/evaluate.py rm)",
-    "base": "an evaluation of the base generator (launch/evaluate.py generator)",
-    "tuned": "an evaluation of the tuned generator, same prompts and seeds",
-    "dpo_tuned": "an evaluation of the generator that learned from pairs, same prompts and seeds",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument(
-        "folder",
-        nargs="?",
-        type=Path,
-        help="a run folder, or one that holds some, or a manifest .json",
-    )
-    parser.add_argument(
-        "--out", type=Path, help="the .html to write; report.html in the folder"
-    )
-    parser.add_argument("--title")
-    parser.add_argument(
-        "--videos",
-        type=int,
-        default=12,
-        help="prompts whose videos are shown side by side",
-    )
-    parser.add_argument(
-        "--max-mb",
-        type=float,
-        default=64.0,
-        help="of videos in the file; further ones are left out",
-    )
-    for kind in KINDS:
-        option = f"--{kind.replace('_', '-')}"
-        parser.add_argument(
-            option, type=Path, metavar="DIR", dest=kind, help=_HELP[kind]
-        )
+    parser = _parser()
     args = parser.parse_args(argv)
     if args.videos < 0 or args.max_mb < 0:
         parser.exit(2, f"{parser.prog}: --videos and --max-mb must not be negative\n")
+    # Everything is read before the file is written.
     try:
-        title, runs = _runs(args)
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    try:
+        runs = _runs(args)
+        title = args.title or f"Report of {args.folder or 'runs'}"
         page = render(
             runs,
-            title=args.title or title or _title(runs),
+            title=title,
             videos=args.videos,
             max_mb=args.max_mb,
         )
-    except BrokenFileError as error:
+    except ReportError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    out = (
-        args.out
-        or (args.folder if args.folder and args.folder.is_dir() else Path())
-        / "report.html"
+
+    # A reader sees the old page or the new one.
+    out = args.out or (args.folder or Path()) / "report.html"
+    out.parent.mkdir(
+        parents=True,
+        exist_ok=True,
     )
-    write(out, page)
-    sources = [*runs.named().items(), *((one.kind, one.folder) for one in runs.more)]
-    print(
-        f"{out}: {len(page.encode()) / 1e6:.1f} MB, from {', '.join(f'{folder} ({kind})' for kind, folder in sources)}"
-    )
+    replace_text(out, page)
+    sources = ", ".join(f"{folder} ({kind})" for kind, folder in runs.all())
+    print(f"{out}: {len(page.encode()) / 1e6:.1f} MB, from {sources}")
 
 
-def _runs(args: argparse.Namespace) -> tuple[str | None, Runs]:
-    """What the command line names; options go before what was found. Raises ValueError when that is nothing."""
-    title, runs = None, Runs()
-    if args.folder is not None:
-        if args.folder.suffix == ".json":
-            title, runs = read_manifest(args.folder)
-        else:
-            runs = discover(args.folder)
-    given = {
-        kind: getattr(args, kind) for kind in KINDS if getattr(args, kind) is not None
-    }
-    for name, folder in given.items():
-        if not folder.is_dir():
-            raise ValueError(f"--{name.replace('_', '-')}: there is no folder {folder}")
-    runs = replace(runs, **given)
-    if not runs.named() and not runs.more:
-        raise ValueError(
-            "name a run folder, a manifest, or at least one of the options"
+def _parser() -> argparse.ArgumentParser:
+    summary = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(
+        description=summary,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "folder",
+        nargs="?",
+        type=Path,
+        help="a run folder, or a folder that holds some",
+    )
+    add(
+        "--out",
+        type=Path,
+        help="the .html to write; report.html in the folder",
+    )
+    add("--title")
+    add(
+        "--videos",
+        type=int,
+        default=12,
+        help="number of prompts whose videos are shown",
+    )
+    add(
+        "--max-mb",
+        type=float,
+        default=64.0,
+        help="largest size of all videos",
+    )
+    # A folder of each kind.
+    for kind, text in KINDS.items():
+        option = f"--{kind.replace('_', '-')}"
+        add(
+            option,
+            type=Path,
+            metavar="DIR",
+            dest=kind,
+            help=text,
         )
-    return title, runs
+    return parser
 
 
-def _title(runs: Runs) -> str:
-    if {"grpo", "tuned", "dpo", "dpo_tuned"} & runs.named().keys():
-        return "Alignment report"
-    kinds = {*runs.named(), *(one.kind for one in runs.more)}
-    return (
-        "Reward model report"
-        if {"rm", "cold_start", "dual_rl"} & kinds
-        else "Evaluation report"
-    )
+def _runs(args: argparse.Namespace) -> Runs:
+    """Find the runs of the command line; an option replaces what the folder holds.
+
+    Raises ReportError without any.
+    """
+    # The folder first, then the options.
+    runs = discover(args.folder) if args.folder is not None else Runs({})
+    for kind in KINDS:
+        folder = getattr(args, kind)
+        if folder is None:
+            continue
+        if not folder.is_dir():
+            raise ReportError(
+                f"--{kind.replace('_', '-')}: there is no folder {folder}"
+            )
+        runs.shown[kind] = folder
+    if not runs.all():
+        raise ReportError("name a run folder, or at least one of the options")
+    return runs
 
 
-def render(runs: Runs, *, title: str, videos: int = 12, max_mb: float = 64.0) -> str:
-    """The page. Every text from a run is escaped; the charts' SVG alone is put in as it is."""
+def render(
+    runs: Runs,
+    *,
+    title: str,
+    videos: int = 12,
+    max_mb: float = 64.0,
+) -> str:
+    """Render the page. Texts of a run are escaped; only the SVG of a chart enters as it is."""
     import jinja2
 
     from launch.reporting import data, sections
+    from launch.reporting.metric_charts import metric_charts
 
+    # Missing values in the template are errors, not empty texts.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -138,43 +138,50 @@ def render(runs: Runs, *, title: str, videos: int = 12, max_mb: float = 64.0) ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(sections.FILTERS)
-    store = sections.Videos(int(max_mb * 1e6))
-    columns = data.columns_of(runs)
-    steps = data.sampled_steps(runs.grpo)
-    shown_steps = sorted({min(steps), max(steps)}) if steps else []
-    values = {
-        "title": title,
-        "accuracy": data.summary(runs.rm),
-        "rewards": data.compare(runs, [name for name in columns if "." not in name]),
-        "dpo_rewards": data.compare(runs, columns, after_dpo=True)
-        if runs.dpo_tuned is not None
-        else [],
-        "dpo_charts": sections.dpo_charts(runs.dpo),
-        "parts": data.compare(runs, [name for name in columns if "." in name]),
-        "cards": sections.side_by_side(runs, store, videos),
-        "grpo_charts": sections.grpo_charts(runs.grpo),
-        "cold_start_charts": sections.cold_start_charts(runs.cold_start),
-        "distributions": sections.distributions(runs),
-        "seconds": data.seconds_by_phase(data.metrics(runs.grpo)),
-        "samples": [
-            (step, sections.group_cards(steps[step], store)) for step in shown_steps
-        ],
-        "pairs": sections.pair_cards(runs.rm, store),
-        "further": sections.further(runs),
-        "files": sections.files_of(runs),
-        "runs": {name: str(folder) for name, folder in runs.named().items()},
-        "missing": sections.missing(runs),
-        "left_out": store.left_out,
-        "max_mb": max_mb,
+    environment.filters["number"] = sections.number
+    environment.filters["clean"] = sections.clean
+
+    # Columns of the comparison: rewards, and their parts as "reward.part".
+    shown = runs.shown
+    columns = {
+        **data.summary(shown.get("base")),
+        **data.summary(shown.get("tuned")),
     }
-    return environment.get_template("report.html").render(values)
+    rewards = [name for name in columns if "." not in name]
+    parts = [name for name in columns if "." in name]
+    after_dpo = columns if "dpo_tuned" in shown else ()
 
+    # Rollouts of the first and the last sampled step.
+    steps = data.sampled_steps(shown.get("grpo"))
+    ends = sorted({min(steps), max(steps)}) if steps else []
 
-def write(path: Path, page: str) -> None:
-    """A reader sees the old page or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, page)
+    # Videos enter in the order of the page until there is no room.
+    store = sections.Videos(int(max_mb * 1e6))
+    cards = sections.evaluated_videos(runs, store, videos)
+    samples = [(step, sections.group_cards(steps[step], store)) for step in ends]
+    pairs = sections.pair_cards(shown.get("rm"), store)
+    # The template leaves out empty sections.
+    return environment.get_template("report.html").render(
+        title=title,
+        runs=shown,
+        accuracy=data.summary(shown.get("rm")),
+        rewards=data.compare(runs, rewards),
+        dpo_rewards=data.compare(runs, after_dpo, tuned="dpo_tuned"),
+        parts=data.compare(runs, parts),
+        cards=cards,
+        samples=samples,
+        pairs=pairs,
+        grpo_charts=metric_charts("grpo", shown.get("grpo")),
+        dpo_charts=metric_charts("dpo", shown.get("dpo")),
+        cold_start_charts=metric_charts("cold_start", shown.get("cold_start")),
+        seconds=data.mean_seconds(data.metrics(shown.get("grpo"))),
+        distributions=sections.distributions(runs),
+        further=sections.further_runs(runs),
+        files=sections.files_of(runs),
+        missing=sections.missing(runs),
+        left_out=store.left_out,
+        max_mb=max_mb,
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +21,6 @@ import yaml
 
 from common.cli import exit_with_error
 from common.run_record import hide_secrets, plain
-from launch.planning.advice import advice
 from launch.planning.plan import DEVICES, GIB, RESERVE, Plan, Where
 from launch.planning.runs import (
     is_descore,
@@ -33,7 +32,14 @@ from launch.planning.runs import (
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
 
+REDUCES_MEMORY = (
+    "  Less memory: more ranks with a higher zero_stage, gradient_checkpointing=true, a smaller "
+    "rollout_batch, decode_batch or micro_batch, smaller videos, a LoRA, a reward server."
+)
+
+# RANKSxDEVICE@UTILISATION
 _WHERE = re.compile(r"(?:(\d+)x)?([a-z0-9]+)(?:@(0?\.\d+|1(?:\.0*)?))?")
+# Keys that name files or folders which a run reads.
 _INPUTS = (
     "prompts",
     "evaluation.prompts",
@@ -56,29 +62,36 @@ def dry_run(cfg: Any, text: str) -> NoReturn:
     from launch.compose import quiet
     from launch.planning.models import UnknownModelError
 
+    # The config, before anything that may fail.
     settings = yaml.safe_dump(
-        plain(cfg), sort_keys=False, allow_unicode=True, width=120
+        plain(cfg),
+        sort_keys=False,
+        allow_unicode=True,
+        width=120,
     )
     print(hide_secrets(settings))
     quiet()
+
+    # The plan.
     try:
         plan = plan_of(cfg, where)
     except (UnknownModelError, ValueError) as error:
         exit_with_error(str(error))
 
+    # What it needs, or the reason why there is no plan.
     missing = missing_inputs(cfg, planned=plan is not None)
     if plan is None:
         name = type(cfg).__name__
         lines = [f"nothing is planned for a {name}: the config is valid", *missing]
         print("\n".join(lines))
         sys.exit(0)
-    proposals = advice(cfg, where.ranks)
-    print("\n".join(lines_of(plan, where, missing=missing, proposals=proposals)))
+    print("\n".join(lines_of(plan, where, missing=missing)))
     sys.exit(1 if plan.problems or plan.peak > where.device.memory else 0)
 
 
 def plan_of(cfg: Any, where: Where) -> Plan | None:
     """Plan a run of any kind; None for a kind that has no plan."""
+    # The schema tells the kind.
     if isinstance(cfg, GrpoRun):
         return plan_grpo(cfg, where)
     if isinstance(cfg, DpoRun):
@@ -115,6 +128,7 @@ def missing_inputs(cfg: Any, *, planned: bool) -> list[str]:
 
     `Plan.assumed` lists the reward models that a ``planned`` run does not find.
     """
+    # Reward models are inputs too.
     paths = {key: _value_at(cfg, key) for key in _INPUTS}
     if not planned:
         paths["checkpoint"] = _value_at(cfg, "checkpoint")
@@ -141,9 +155,9 @@ def lines_of(
     where: Where,
     *,
     missing: Sequence[str] = (),
-    proposals: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
     """Format a plan for the console; assumed models are named at the top and after the total."""
+    # What is planned, and which files are missing.
     assumed = [f"  NOTE {line}" for line in plan.assumed]
     lines = [
         f"plan for {where.ranks} x {where.device.name} at {where.utilisation:.0%} of its peak",
@@ -175,45 +189,41 @@ def lines_of(
         hours = plan.count * plan.seconds / 3600
         lines.append(f"  {plan.count:,} of them: {hours:,.1f} hours")
     lines += [*assumed, f"  disk for what is saved: {plan.disk / GIB:.1f} GiB"]
-    return [*lines, *_verdict(plan, where, proposals or {})]
+    return [*lines, *_verdict(plan, where)]
 
 
 def _memory(name: str, size: float) -> str:
     return f"    {name:36}{size / GIB:8.2f}"
 
 
-def _time(name: str, flops: float, seconds: float) -> str:
+def _time(
+    name: str,
+    flops: float,
+    seconds: float,
+) -> str:
     return f"    {name:36}{flops / 1e12:12,.0f}{seconds:10,.1f}"
 
 
-def _verdict(
-    plan: Plan, where: Where, proposals: Mapping[str, Sequence[str]]
-) -> list[str]:
-    """Say whether the run fits, and which settings would help."""
+def _verdict(plan: Plan, where: Where) -> list[str]:
+    """Say whether the run fits; if not, list the largest parts and what reduces memory."""
     memory = where.device.memory / GIB
     peak = plan.peak / GIB
     lines = [f"  DOES NOT FIT: {problem}" for problem in plan.problems]
     if peak <= memory:
         start = "" if lines else "fits: "
         return [*lines, f"  {start}a rank needs {peak:.1f} of {memory:.1f} GiB"]
-    lines.append(
+
+    # The largest parts, whether temporary or not.
+    lines += [
         f"  DOES NOT FIT: a rank needs {peak:.1f} GiB and has {memory:.1f}, "
-        f"{peak - memory:.1f} are missing."
-    )
-
-    # A temporary part that fits next to the permanent ones is not too large.
-    large = [
-        part
-        for part in sorted(plan.parts, key=lambda part: -part.bytes)
-        if part.bytes and part.name in proposals
-        if not part.temporary or plan.permanent + part.bytes > where.device.memory
+        f"{peak - memory:.1f} are missing.",
+        "  The largest parts:",
     ]
-    if large:
-        lines.append("  The largest parts, and what makes them smaller:")
-    for part in large[:5]:
-        words = ", or ".join(proposals[part.name])
-        lines.append(f"    {part.bytes / GIB:6.1f}  {part.name}: {words}")
+    largest = sorted(plan.parts, key=lambda part: -part.bytes)[:5]
+    lines += [f"    {part.bytes / GIB:6.1f}  {part.name}" for part in largest]
+    lines.append(REDUCES_MEMORY)
 
+    # Devices with enough memory for the run as it is.
     larger = [name for name, device in DEVICES.items() if device.memory >= plan.peak]
     if larger:
         return [*lines, f"  As it is, it fits {where.ranks} x {', '.join(larger)}."]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+# What all sizes of Wan 2.1 share.
 _WAN_COMMON: dict[str, Any] = {
     "attention_head_dim": 128,
     "freq_dim": 256,
@@ -21,6 +22,7 @@ _WAN_COMMON: dict[str, Any] = {
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
 }
+# Transformers by hub name, huggingface.co/NAME/transformer/config.json.
 WAN: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {
         **_WAN_COMMON,
@@ -35,12 +37,13 @@ WAN: dict[str, dict[str, Any]] = {
         "ffn_dim": 13_824,
     },
 }
-# all sizes of Wan 2.1 share the VAE and the text encoder
+# All sizes of Wan 2.1 share the VAE and the text encoder.
 WAN_VAE: dict[str, Any] = {
     "base_dim": 96,
     "z_dim": 16,
     "dim_mult": [1, 2, 4, 4],
     "num_res_blocks": 2,
+    # The key is spelt so in diffusers.
     "temperal_downsample": [False, True, True],
 }
 UMT5_XXL: dict[str, Any] = {
@@ -53,12 +56,14 @@ UMT5_XXL: dict[str, Any] = {
     "feed_forward_proj": "gated-gelu",
 }
 
+# The vision tower of the 2B and the 4B.
 _SMALL_VISION: dict[str, Any] = {
     "depth": 24,
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "deepstack_visual_indexes": [5, 11, 17],
 }
+# The vision tower of the 8B.
 _LARGE_VISION: dict[str, Any] = {
     "depth": 27,
     "hidden_size": 1152,
@@ -90,6 +95,7 @@ def _qwen3_vl(
     }
 
 
+# Language models by size.
 _TEXT_2B = {
     "hidden_size": 2048,
     "num_hidden_layers": 28,
@@ -113,6 +119,7 @@ QWEN3_VL: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(_TEXT_4B, _SMALL_VISION, tied=True),
     "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(_TEXT_8B, _LARGE_VISION, tied=False),
 }
+# A size that no letter or digit touches: "2b" in "from_2b", not in "x2bit".
 _SIZE = re.compile(r"(?<![a-z0-9.])([248]b)(?![a-z0-9])")
 
 

@@ -61,6 +61,7 @@ class ToMeta(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        # An operation of real tensors alone stays real.
         kwargs = kwargs or {}
         if any(tensor.is_meta for tensor in _tensors((args, kwargs))):
             args, kwargs = tree_map_only(
@@ -92,14 +93,24 @@ class LiveMemory(TorchDispatchMode):
             key = _key(tensor)
             if key in before or key in self._counted:
                 continue
+            # The bytes count until the last tensor on this storage is gone.
             storage = tensor.untyped_storage()
             self._counted.add(key)
             self.live += storage.nbytes()
-            weakref.finalize(storage, self._free, key, storage.nbytes())
+            weakref.finalize(
+                storage,
+                self._free,
+                key,
+                storage.nbytes(),
+            )
         self.peak = max(self.peak, self.live)
         return result
 
-    def _free(self, key: int, size: int) -> None:
+    def _free(
+        self,
+        key: int,
+        size: int,
+    ) -> None:
         self._counted.discard(key)
         self.live -= size
 
@@ -109,6 +120,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _key(tensor: Tensor) -> int:
+    # Views of a storage share this address.
     return tensor.untyped_storage()._cdata
 
 
@@ -118,14 +130,21 @@ def _fused_attention(
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    *,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    # Grouped queries: the kernel wants as many keys as queries.
     if enable_gqa and query.shape[1] != key.shape[1]:
         copies = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(copies, 1)
         value = value.repeat_interleave(copies, 1)
     return torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, 0.0, is_causal, scale=scale
+        query,
+        key,
+        value,
+        0.0,
+        is_causal,
+        scale=scale,
     )[0]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.shipped import shipped
 from launch.planning import known_models
 from launch.planning.meta_device import Cost, cost_of
 
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
     from rm.config import BackboneLora, LearningRates, VideoSettings
     from rm.model import DeScore
 
-# token counts of the released runs: DeScore's instruction with its prompt, a chain of thought
+# Token counts of the released runs: DeScore's instruction with its prompt, a chain of thought
 PROMPT_TOKENS = 500
 COT_TOKENS = 800
-# no text is read, so that any tokenizer serves
-_TOKENIZER = Path(__file__).resolve().parents[2] / "assets" / "shapes" / "qwen"
+# No text is read, so that any tokenizer serves.
+_TOKENIZER = "assets/shapes/qwen"
 
 
 class UnknownModelError(ValueError):
@@ -68,6 +69,7 @@ class MetaWan:
         """The transformer without adapter, in the data types of a run."""
         from diffusers import WanTransformer3DModel
 
+        # Weights are not needed, only shapes.
         known = known_models.WAN.get(self.cfg.path)
         config = _config_of(self.cfg.path, "transformer", known)
         with torch.device("meta"):
@@ -90,6 +92,7 @@ class MetaWan:
         from generator import adapter
 
         if self.cfg.lora is None:
+            # Without an adapter all weights are trained.
             return self.transformer.requires_grad_(requires_grad=True).eval()
         with torch.device("meta"):
             return adapter.attach(self.transformer, self.cfg.lora, seed=0).eval()
@@ -99,6 +102,7 @@ class MetaWan:
         """The VAE, in fp32."""
         from diffusers import AutoencoderKLWan
 
+        # A folder has its config; published sizes share that of Wan 2.1.
         known = known_models.WAN_VAE if self._published else None
         config = _config_of(self.cfg.path, "vae", known)
         with torch.device("meta"):
@@ -130,11 +134,18 @@ class MetaWan:
     def tokens(self) -> int:
         """Tokens of a video in the transformer."""
         _, frames, height, width = self.latent_shape
+        # A token is a patch of the latent.
         t, y, x = self.transformer.config.patch_size
         return (frames // t) * (height // y) * (width // x)
 
-    def forward(self, samples: int, *, grad: bool) -> Cost:
+    def forward(
+        self,
+        samples: int,
+        *,
+        grad: bool,
+    ) -> Cost:
         """Measure the transformer on ``samples`` latents; ``grad`` includes the backward."""
+        # The prompt is padded to its longest length.
         text_shape = (
             samples,
             self.cfg.max_sequence_length,
@@ -189,13 +200,24 @@ class Lengths:
 
 
 def lengths_of(
-    settings: VideoSettings, *, frames: int, fps: float, height: int, width: int
+    settings: VideoSettings,
+    *,
+    frames: int,
+    fps: float,
+    height: int,
+    width: int,
 ) -> Lengths:
     """Count the tokens of a video as `rm.video.prepare` reads it."""
     from rm.video import frame_indices, smart_resize
 
+    # Frames and pixels that the reward model reads.
     num_read = len(frame_indices(frames, fps, settings))
-    y, x = smart_resize(num_read, height, width, settings)
+    y, x = smart_resize(
+        num_read,
+        height,
+        width,
+        settings,
+    )
     t = -(-num_read // settings.temporal_patch_size)
     grid = (t, y // settings.patch_size, x // settings.patch_size)
     return Lengths(grid, t * grid[1] * grid[2] // settings.merge_size**2)
@@ -210,10 +232,15 @@ class MetaRewardModel:
     """
 
     def __init__(
-        self, name: str, *, dtype: str, settings: VideoSettings | None = None
+        self,
+        name: str,
+        *,
+        dtype: str,
+        settings: VideoSettings | None = None,
     ) -> None:
         from rm.config import VideoSettings
 
+        # A model that does not exist yet is planned as a published one.
         there = name and Path(name).is_dir()
         self.name = name if there else known_models.closest_qwen3_vl(name)
         self.dtype = getattr(torch, dtype)
@@ -236,33 +263,55 @@ class MetaRewardModel:
         from rm.model import DeScore
         from rm.prompt import DEFAULT_TEMPLATE
 
+        # The patches of the vision tower follow the model, not the defaults.
         config = _config_of(self.name, "", known_models.QWEN3_VL.get(self.name))
         patch_size = config["vision_config"]["patch_size"]
         self.settings = replace(self.settings, patch_size=patch_size)
-        tokenizer = AutoTokenizer.from_pretrained(_TOKENIZER.as_posix())
+        tokenizer = AutoTokenizer.from_pretrained(shipped(_TOKENIZER).as_posix())
         with torch.device("meta"):
             backbone = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
             backbone = backbone.to(self.dtype)
             return DeScore(
-                backbone, tokenizer, DEFAULT_TEMPLATE, self.settings, 0, None
+                backbone,
+                tokenizer,
+                DEFAULT_TEMPLATE,
+                self.settings,
+                0,
+                None,
             )
 
     def train(
-        self, lr: LearningRates, lora: BackboneLora | None, *, checkpointing: bool
+        self,
+        lr: LearningRates,
+        lora: BackboneLora | None,
+        *,
+        checkpointing: bool,
     ) -> None:
         """Attach the adapter and set which parameters a stage trains."""
         with torch.device("meta"):
-            self.model.param_groups(lr, lora=lora, weight_decay=0.0)
+            self.model.param_groups(
+                lr,
+                lora=lora,
+                weight_decay=0.0,
+            )
         self.checkpointing = checkpointing
         if checkpointing:
             self.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def read(self, rows: int, lengths: Lengths, *, places: int, grad: bool) -> Cost:
+    def read(
+        self,
+        rows: int,
+        lengths: Lengths,
+        *,
+        places: int,
+        grad: bool,
+    ) -> Cost:
         """Measure ``rows`` sequences of ``places`` tokens, each with its video.
 
         The cost is that of the vision tower and the language model; ``grad`` includes the backward.
         """
         backbone = self.model.backbone.model
+        # transformers recomputes blocks in training mode alone.
         self.model.train(self.checkpointing and grad)
         width = self.model.head.weight.shape[1]
         num_patches = rows * lengths.grid[0] * lengths.grid[1] * lengths.grid[2]
@@ -281,19 +330,34 @@ class MetaRewardModel:
             video = video.view(rows, lengths.video, width)
 
             # The language model reads them together with the texts.
-            text = _meta(rows, places - lengths.video, width, dtype=self.dtype)
+            text = _meta(
+                rows,
+                places - lengths.video,
+                width,
+                dtype=self.dtype,
+            )
             embedded = torch.cat([video, text], dim=1)
             if grad and not embedded.requires_grad:
                 embedded.requires_grad_()
             return backbone.language_model(
-                inputs_embeds=embedded, position_ids=position, use_cache=False
+                inputs_embeds=embedded,
+                position_ids=position,
+                use_cache=False,
             )[0]
 
-        position = torch.zeros(3, rows, places, dtype=torch.long, device="meta")
+        # Positions carry no cost; zeros serve.
+        position = torch.zeros(
+            3,
+            rows,
+            places,
+            dtype=torch.long,
+            device="meta",
+        )
         return _cost_of_pass(self.model, hidden_states, grad=grad)
 
     def cache_bytes(self, places: int) -> float:
         """Bytes of the keys and values of a sequence of ``places`` tokens."""
+        # Keys and values of every layer.
         text = self.model.backbone.config.text_config
         width = text.num_key_value_heads * text.head_dim
         values = 2.0 * text.num_hidden_layers * width * places
@@ -305,6 +369,7 @@ class MetaRewardModel:
 
         The embedding does not count, because its rows are read and not multiplied.
         """
+        # The output matrix may be that of the embedding, and then counts once.
         backbone = self.model.backbone
         language = sizes_of(backbone.model.language_model)
         output = sizes_of(backbone.lm_head)
@@ -318,7 +383,10 @@ class MetaRewardModel:
 
 
 def _cost_of_pass(
-    module: nn.Module, output: Callable[[], Tensor], *, grad: bool
+    module: nn.Module,
+    output: Callable[[], Tensor],
+    *,
+    grad: bool,
 ) -> Cost:
     """Measure ``output``, and with ``grad`` a backward from it; gradients are freed afterwards."""
 
@@ -326,6 +394,7 @@ def _cost_of_pass(
         with torch.set_grad_enabled(grad):
             result = output()
             if grad:
+                # Any scalar of the output has the same backward.
                 result.float().square().mean().backward()
         module.zero_grad(set_to_none=True)
 
@@ -333,14 +402,23 @@ def _cost_of_pass(
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*shape, device="meta", dtype=dtype)
+    return torch.empty(
+        *shape,
+        device="meta",
+        dtype=dtype,
+    )
 
 
-def _config_of(path: str, part: str, known: dict[str, Any] | None) -> dict[str, Any]:
+def _config_of(
+    path: str,
+    part: str,
+    known: dict[str, Any] | None,
+) -> dict[str, Any]:
     """Read the config of a component from its folder, or take the published ``known``.
 
     Raises UnknownModelError where there is neither.
     """
+    # A folder tells more than a published size.
     file = Path(path, part, "config.json")
     if file.is_file():
         return dict(json.loads(file.read_text(encoding="utf-8")))

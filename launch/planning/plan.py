@@ -28,14 +28,38 @@ class Device:
     bandwidth: float
 
 
-# data sheets of the makers: dense, without sparsity
+# Data sheets of the makers: dense, without sparsity.
 DEVICES = {
-    "h100": Device("H100 SXM 80 GB", 79.6 * GIB, 989e12, 494e12, 3.35e12),
-    "h200": Device("H200 SXM 141 GB", 140.4 * GIB, 989e12, 494e12, 4.8e12),
-    "a100": Device("A100 SXM 80 GB", 79.3 * GIB, 312e12, 156e12, 2.04e12),
-    "4090": Device("RTX 4090 24 GB", 23.6 * GIB, 165e12, 83e12, 1.01e12),
+    "h100": Device(
+        "H100 SXM 80 GB",
+        79.6 * GIB,
+        989e12,
+        494e12,
+        3.35e12,
+    ),
+    "h200": Device(
+        "H200 SXM 141 GB",
+        140.4 * GIB,
+        989e12,
+        494e12,
+        4.8e12,
+    ),
+    "a100": Device(
+        "A100 SXM 80 GB",
+        79.3 * GIB,
+        312e12,
+        156e12,
+        2.04e12,
+    ),
+    "4090": Device(
+        "RTX 4090 24 GB",
+        23.6 * GIB,
+        165e12,
+        83e12,
+        1.01e12,
+    ),
 }
-# an estimate for the driver, the communication library and gaps between allocated blocks
+# An estimate for the driver, the communication library and gaps between allocated blocks.
 RESERVE = 4 * GIB
 
 
@@ -78,6 +102,7 @@ class Where:
         read_bytes  Weights that are read again for every written token.
         peak        FLOP/s of the device; None for those in bfloat16.
         """
+        # Reads and FLOPs overlap.
         seconds = flops / (self.utilisation * (peak or self.device.flops))
         return Phase(name, flops, max(seconds, read_bytes / self.device.bandwidth))
 
@@ -94,12 +119,14 @@ class Plan:
     assumed   Which models do not exist, and which are planned instead.
     """
 
+    # What the run needs.
     facts: list[str]
     parts: list[Part]
     phases: list[Phase]
     unit: str
     count: int
     disk: float
+    # What is wrong with it.
     problems: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
 
@@ -121,7 +148,11 @@ class Plan:
 
 
 def training_parts(
-    name: str, sizes: Sizes, *, zero_stage: int, ranks: int
+    name: str,
+    sizes: Sizes,
+    *,
+    zero_stage: int,
+    ranks: int,
 ) -> list[Part]:
     """List the memory of a trained model under ZeRO (Rajbhandari et al. 2020, section 5).
 
@@ -133,6 +164,7 @@ def training_parts(
     def share(stage: int) -> int:
         return ranks if zero_stage >= stage else 1
 
+    # In ZeRO 0 the weights are the masters.
     state = (12.0 if zero_stage else 8.0) * sizes.trained
     step = 12.0 * sizes.trained
     return [

@@ -20,15 +20,7 @@ from launch.planning.models import (
     lengths_of,
     sizes_of,
 )
-from launch.planning.plan import (  # noqa: F401 - experiments import all of these from here
-    DEVICES,
-    GIB,
-    RESERVE,
-    Part,
-    Plan,
-    Where,
-    training_parts,
-)
+from launch.planning.plan import Part, Plan, Where, training_parts
 
 if TYPE_CHECKING:
     from alignment.config import RewardConfig
@@ -39,6 +31,7 @@ if TYPE_CHECKING:
 
 def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
     """Plan an optimizer step of GRPO: rollout, decoding, rewards, update."""
+    # What a rank does in a step.
     how = cfg.generator.sampler
     wan = MetaWan(cfg.generator)
     sizes = sizes_of(wan.module)
@@ -61,6 +54,7 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
     if cfg.grpo.kl_weight:
         update_flops += groups * latents * update_branches * sample_flops
 
+    # The training state and the first phase.
     plan = Plan(
         facts=[
             *_wan_facts(wan, sizes),
@@ -70,7 +64,10 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
             f"{groups * latents:g} latents",
         ],
         parts=training_parts(
-            "transformer", sizes, zero_stage=cfg.zero_stage, ranks=where.ranks
+            "transformer",
+            sizes,
+            zero_stage=cfg.zero_stage,
+            ranks=where.ranks,
         ),
         phases=[where.phase("rollout", num_rolled * sample_flops)],
         unit="update",
@@ -88,14 +85,21 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
     if cfg.generator.lora is None and cfg.grpo.kl_weight:
         plan.parts.append(Part("frozen copy for KL", float(sizes.bytes)))
     plan.parts.append(Part("rollout: activations", rollout.peak, temporary=True))
+    # The VAE decodes after the rollout; the update comes after it.
     _add_decoding(plan, wan, groups * members, members, where)
     plan.parts.append(Part("update: activations", update.peak, temporary=True))
     plan.phases.append(where.phase("update", update_flops))
+    # Rewards are phases too.
     _add_rewards(plan, cfg.rewards, groups * members, members, where, cfg.generator)
     return plan
 
 
-def plan_dpo(cfg: DpoRun, where: Where, *, pairs: int | None = None) -> Plan:
+def plan_dpo(
+    cfg: DpoRun,
+    where: Where,
+    *,
+    pairs: int | None = None,
+) -> Plan:
     """Plan an optimizer step of Flow-DPO; ``pairs`` is the size of the set, None if unknown."""
     wan = MetaWan(cfg.generator)
     sizes = sizes_of(wan.module)
@@ -109,8 +113,12 @@ def plan_dpo(cfg: DpoRun, where: Where, *, pairs: int | None = None) -> Plan:
         flops += wan.forward(samples, grad=False).flops
     flops = rank_pairs / cfg.dpo.micro_batch * flops
 
+    # Neither VAE nor text encoder: the latents and embeddings are saved.
     parts = training_parts(
-        "transformer", sizes, zero_stage=cfg.zero_stage, ranks=where.ranks
+        "transformer",
+        sizes,
+        zero_stage=cfg.zero_stage,
+        ranks=where.ranks,
     )
     parts.append(Part("update: activations", update.peak, temporary=True))
     return Plan(
@@ -130,6 +138,7 @@ def plan_dpo(cfg: DpoRun, where: Where, *, pairs: int | None = None) -> Plan:
 
 def plan_pairs(cfg: PairsRun, where: Where) -> Plan:
     """Plan the candidates of a prompt: sampling, decoding, rewards."""
+    # Sampling: every step of every candidate.
     wan = MetaWan(cfg.generator)
     sizes = sizes_of(wan.module)
     count = cfg.pairs.candidates
@@ -143,6 +152,7 @@ def plan_pairs(cfg: PairsRun, where: Where) -> Plan:
     bytes_per_value = 2 if cfg.latent_dtype == "bfloat16" else 4
     pair_bytes = 2.0 * math.prod(wan.latent_shape) * bytes_per_value
 
+    # Nothing is trained: weights alone.
     plan = Plan(
         facts=[
             *_wan_facts(wan, sizes),
@@ -154,6 +164,7 @@ def plan_pairs(cfg: PairsRun, where: Where) -> Plan:
         count=-(-(cfg.limit or 0) // where.ranks),
         disk=pair_bytes * (cfg.limit or 1),
     )
+    # What runs besides the transformer.
     _add_frozen_wan(plan, wan, text_encoder=True)
     plan.parts.append(Part("sampling: activations", forward.peak, temporary=True))
     _add_decoding(plan, wan, count, count, where)
@@ -162,7 +173,9 @@ def plan_pairs(cfg: PairsRun, where: Where) -> Plan:
 
 
 def plan_reward_model(
-    cfg: ColdStartRun | DualRlRun, where: Where, lengths: Lengths | None = None
+    cfg: ColdStartRun | DualRlRun,
+    where: Where,
+    lengths: Lengths | None = None,
 ) -> Plan:
     """Plan a stage of DeScore on pairs of videos of ``lengths``.
 
@@ -175,12 +188,21 @@ def plan_reward_model(
     key = "base" if cold_start else "checkpoint"
     name = getattr(cfg, key)
     model = MetaRewardModel(
-        name, dtype=cfg.dtype, settings=cfg.video if cold_start else None
+        name,
+        dtype=cfg.dtype,
+        settings=cfg.video if cold_start else None,
     )
     model.train(cfg.lr, cfg.lora, checkpointing=cfg.gradient_checkpointing)
     sizes = sizes_of(model.model)
+    # Five seconds at 16 frames a second.
     if lengths is None:
-        lengths = lengths_of(model.settings, frames=81, fps=16.0, height=480, width=832)
+        lengths = lengths_of(
+            model.settings,
+            frames=81,
+            fps=16.0,
+            height=480,
+            width=832,
+        )
 
     # What both stages need.
     pairs_per_step = (
@@ -193,7 +215,10 @@ def plan_reward_model(
             f"a chain of thought about {lengths.chain}",
         ],
         parts=training_parts(
-            "reward model", sizes, zero_stage=cfg.zero_stage, ranks=where.ranks
+            "reward model",
+            sizes,
+            zero_stage=cfg.zero_stage,
+            ranks=where.ranks,
         ),
         phases=[],
         unit="update" if cold_start else "step",
@@ -202,6 +227,7 @@ def plan_reward_model(
         problems=_remainder("pairs_per_step", pairs_per_step, where),
         assumed=_assumed(key, name, model),
     )
+    # What each stage adds.
     if cold_start:
         _add_cold_start(plan, cfg, where, model, lengths)
     else:
@@ -218,6 +244,7 @@ def _add_cold_start(
 ) -> None:
     """Add the Bradley-Terry update of stage 1."""
     how = cfg.cold_start
+    # Both videos of a pair, each with its chain of thought.
     rank_pairs = how.pairs_per_step // where.ranks
     cost = model.read(2 * how.micro_batch, lengths, places=lengths.total, grad=True)
     plan.parts.append(Part("update: activations", cost.peak, temporary=True))
@@ -254,6 +281,8 @@ def _add_dual_rl(
         2 * rank_pairs * prefill.flops + 2.0 * model.decoder.parameters * num_written
     )
     read_bytes = 2 * rank_pairs * lengths.chain * model.decoder.bytes
+    # The weights are read again for every token, by all chains of thought of a video
+    # together.
     plan.phases.extend(
         [
             where.phase("chains of thought", write_flops, read_bytes=read_bytes),
@@ -289,6 +318,7 @@ def _add_rewards(
 ) -> None:
     """Add the rewards that are a DeScore in this process; the cost of others is not known."""
     for name, reward in rewards.items():
+        # Other rewards may run anywhere.
         if not is_descore(name, reward):
             plan.facts.append(f"reward {name}: not counted")
             continue
@@ -306,11 +336,13 @@ def _add_rewards(
             width=how.width,
         )
         cost = model.read(at_once, lengths, places=lengths.prefix, grad=False)
+        # Reading the video, and then writing the chain of thought.
         written = 2.0 * model.decoder.parameters * lengths.chain
         flops = videos * (cost.flops / at_once + written)
         read_bytes = videos / at_once * lengths.chain * model.decoder.bytes
         plan.phases.append(where.phase(f"reward {name}", flops, read_bytes=read_bytes))
 
+        # The weights stay; keys and values go after each batch.
         weights = float(sizes_of(model.model).bytes)
         activations = cost.peak + at_once * model.cache_bytes(lengths.total)
         plan.parts.extend(
@@ -321,18 +353,30 @@ def _add_rewards(
         )
 
 
-def _add_frozen_wan(plan: Plan, wan: MetaWan, *, text_encoder: bool) -> None:
+def _add_frozen_wan(
+    plan: Plan,
+    wan: MetaWan,
+    *,
+    text_encoder: bool,
+) -> None:
     """Add the weights of the VAE, in fp32, and of the text encoder."""
+    # 4 bytes a parameter.
     plan.parts.append(Part("VAE: weights", 4.0 * sizes_of(wan.vae).parameters))
+    # Cached prompts need no text encoder.
     if text_encoder:
         weights = float(sizes_of(wan.text_encoder).bytes)
         plan.parts.append(Part("text encoder: weights", weights))
 
 
 def _add_decoding(
-    plan: Plan, wan: MetaWan, videos: int, at_once: int, where: Where
+    plan: Plan,
+    wan: MetaWan,
+    videos: int,
+    at_once: int,
+    where: Where,
 ) -> None:
     """Add the decoding of ``videos``, ``decode_batch`` or ``at_once`` in a batch, in fp32."""
+    # null decodes all together.
     batch = wan.cfg.decode_batch or at_once
     cost = wan.decode(batch)
     flops = videos * cost.flops / batch
@@ -345,8 +389,13 @@ def is_descore(name: str, reward: RewardConfig) -> bool:
     return (reward.kind or name) == "descore" and not reward.target and not reward.url
 
 
-def _assumed(key: str, given: str | None, model: MetaRewardModel) -> list[str]:
+def _assumed(
+    key: str,
+    given: str | None,
+    model: MetaRewardModel,
+) -> list[str]:
     """Say where the plan takes another model than the config names."""
+    # The planned model has the given name where it exists.
     if model.name == given:
         return []
     return [
@@ -355,7 +404,11 @@ def _assumed(key: str, given: str | None, model: MetaRewardModel) -> list[str]:
     ]
 
 
-def _remainder(key: str, count: int, where: Where) -> list[str]:
+def _remainder(
+    key: str,
+    count: int,
+    where: Where,
+) -> list[str]:
     """Say where the ranks do not divide the batch."""
     if count % where.ranks == 0:
         return []

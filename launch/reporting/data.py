@@ -1,7 +1,8 @@
-"""What run folders hold, read for a report. Nothing is invented: what is not there is None or an empty list.
+"""Read run folders for a report.
 
-A run folder is what `launch/` programs write: config.yaml and environment.json, and metrics.jsonl (training), samples/
-(GRPO), or results.jsonl and summary.json (evaluations).
+A run folder is what the commands of launch write: config.yaml and environment.json, and
+metrics.jsonl (training), samples/ (GRPO), or results.jsonl and summary.json (evaluations).
+What is not there is None or empty.
 """
 
 from __future__ import annotations
@@ -18,211 +19,199 @@ from launch.evaluation.intervals import mean_ci95
 
 Row = dict[str, Any]
 
-KINDS = ("cold_start", "grpo", "dpo", "rm", "base", "tuned", "dpo_tuned")
+# Kinds of runs that a report has sections for.
+KINDS = {
+    "cold_start": "stage 1 of DeScore (launch/cold_start.py)",
+    "grpo": "an alignment run (launch/grpo.py)",
+    "dpo": "an alignment run on pairs (launch/dpo.py)",
+    "rm": "an evaluation of a reward model (launch/evaluate.py rm)",
+    "base": "an evaluation of the base generator (launch/evaluate.py generator)",
+    "tuned": "an evaluation of the tuned generator, same prompts and seeds",
+    "dpo_tuned": "an evaluation of the generator after Flow-DPO, same prompts and seeds",
+}
+# Kinds that write a summary.json when they have finished.
+EVALUATIONS = ("rm", "base", "tuned", "dpo_tuned")
 
 
-class BrokenFileError(ValueError):
-    """A file of a run that is not what its program writes; the message names it, and the line."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A run folder, and which of `KINDS` it is, or dual_rl."""
-
-    kind: str
-    folder: Path
+class ReportError(ValueError):
+    """The runs of a report are missing or broken; the message names the file and the line."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Folders a report is about, by what is in them; None for what there is not. ``more`` are further ones."""
+    """Folders of a report.
 
-    cold_start: Path | None = None
-    grpo: Path | None = None
-    dpo: Path | None = None
-    rm: Path | None = None
-    base: Path | None = None
-    tuned: Path | None = None
-    dpo_tuned: Path | None = None
-    more: tuple[Found, ...] = ()
+    shown  The run of each of `KINDS` that the sections are about.
+    more   Kind and folder of further runs; their kind may also be dual_rl.
+    """
 
-    def named(self) -> dict[str, Path]:
-        """The folders that are there, by field."""
-        return {
-            kind: getattr(self, kind)
-            for kind in KINDS
-            if getattr(self, kind) is not None
-        }
+    shown: dict[str, Path]
+    more: Sequence[tuple[str, Path]] = ()
+
+    def all(self) -> list[tuple[str, Path]]:
+        """List kind and folder of every run."""
+        return [*self.shown.items(), *self.more]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measured quantity, of the base generator, the tuned one, and their difference in pairs of equal seeds.
+    """A measured quantity of the base generator, of the tuned generator, and their difference.
 
-    Each is {"mean", "ci95", "n", "missing"} or None; ``watched``: it was not trained on.
+    Each is {"mean", "ci95", "n", "missing"} or None; ``watched`` means that it was not trained on.
     """
 
     name: str
-    base: dict[str, Any] | None
-    tuned: dict[str, Any] | None
-    difference: dict[str, Any] | None
-    watched: bool = False
-
-
-def config(folder: Path | None) -> dict[str, Any]:
-    """config.yaml as it is; {} without one."""
-    text = text_of(folder, "config.yaml")
-    try:
-        loaded = safe_yaml.parse(text).value if text else None
-    except safe_yaml.YamlError as error:
-        raise BrokenFileError(f"{folder}/config.yaml: {error}") from error
-    return loaded if isinstance(loaded, dict) else {}
+    base: Row | None
+    tuned: Row | None
+    difference: Row | None
+    watched: bool
 
 
 def text_of(folder: Path | None, name: str) -> str | None:
-    """A text file of a run, None if it has none."""
-    path = folder / name if folder is not None else None
-    return (
-        path.read_text(encoding="utf-8", errors="replace")
-        if path is not None and path.is_file()
-        else None
+    """Read a text file of a run; None where it has none."""
+    if folder is None or not (folder / name).is_file():
+        return None
+    return (folder / name).read_text(
+        encoding="utf-8",
+        errors="replace",
     )
 
 
+def config(folder: Path | None) -> Row:
+    """Read config.yaml; {} without it."""
+    text = text_of(folder, "config.yaml")
+    # A run that was killed at its start may have an empty file.
+    if not text:
+        return {}
+    try:
+        loaded = safe_yaml.parse(text).value
+    except safe_yaml.YamlError as error:
+        raise ReportError(f"{folder}/config.yaml: {error}") from error
+    return loaded if isinstance(loaded, dict) else {}
+
+
 def metrics(folder: Path | None) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, null as NaN."""
-    rows = _jsonl(folder / "metrics.jsonl") if folder is not None else []
-    return [
-        {key: math.nan if value is None else value for key, value in row.items()}
-        for row in rows
-    ]
+    """Read metrics.jsonl, with NaN for null."""
+    rows = []
+    for row in _jsonl(folder, "metrics.jsonl"):
+        # JSON has no NaN.
+        rows.append({k: math.nan if v is None else v for k, v in row.items()})
+    return rows
 
 
 def results(folder: Path | None) -> list[Row]:
-    """The rows of results.jsonl."""
-    return _jsonl(folder / "results.jsonl") if folder is not None else []
+    """Read results.jsonl."""
+    return _jsonl(folder, "results.jsonl")
 
 
-def summary(folder: Path | None) -> dict[str, Any] | None:
-    """summary.json, which is there when the evaluation has finished."""
+def summary(folder: Path | None) -> Row:
+    """Read summary.json; {} where the evaluation has not finished."""
     text = text_of(folder, "summary.json")
-    return _object(text, f"{folder}/summary.json") if text else None
+    return _object(text, f"{folder}/summary.json") if text else {}
 
 
 def sampled_steps(folder: Path | None) -> dict[int, list[Row]]:
-    """Step -> rows of samples/step-N/samples.jsonl, each with its ``path``."""
-    found: dict[int, list[Row]] = {}
-    for lines in (
-        sorted(folder.glob("samples/step-*/samples.jsonl"))
-        if folder is not None
-        else []
-    ):
-        step = int(lines.parent.name.removeprefix("step-"))
-        found[step] = [
-            {**row, "path": lines.parent / row["file"]} for row in _jsonl(lines)
-        ]
-    return found
+    """Read samples/step-N/samples.jsonl by step; each row gets its ``path``."""
+    if folder is None:
+        return {}
+    # The rollouts that a run with video_every saved.
+    steps = {}
+    for place in sorted(folder.glob("samples/step-*")):
+        rows = _jsonl(place, "samples.jsonl")
+        if rows:
+            step = int(place.name.removeprefix("step-"))
+            steps[step] = [{**row, "path": place / row["file"]} for row in rows]
+    return steps
 
 
-def _jsonl(path: Path) -> list[Row]:
-    """Every complete line: a torn last one, of a run that was killed or is running, is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    return [
-        _object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)
-    ]
+def _jsonl(folder: Path | None, name: str) -> list[Row]:
+    # A run that was killed or still writes leaves an incomplete last line.
+    lines = (text_of(folder, name) or "").split("\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        rows.append(_object(line, f"{folder}/{name}:{number}"))
+    return rows
 
 
 def _object(text: str, where: str) -> Row:
     try:
-        found = json.loads(text)
+        loaded = json.loads(text)
     except json.JSONDecodeError as error:
-        raise BrokenFileError(f"{where}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BrokenFileError(f"{where}: wants an object, {{...}}, got {text[:60]}")
-    return found
-
-
-def reward_names(folder: Path | None) -> list[str]:
-    """Rewards of a GRPO run: each logs its mean, and its spread under its name with _std."""
-    rows = metrics(folder)
-    names = dict.fromkeys(
-        name
-        for row in rows
-        for name in row
-        if name.startswith("reward/") and f"{name}_std" in row
-    )
-    return [name.removeprefix("reward/") for name in names]
+        raise ReportError(f"{where}: not JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ReportError(f"{where}: want an object, {{...}}, got {text[:60]}")
+    return loaded
 
 
 def weight_of(grpo: Path | None, reward: str) -> float | None:
-    """The weight a GRPO run trained a reward with; None when its config does not say."""
+    """Weight of a reward in a GRPO run; None where its config does not say."""
+    # A config of an older version may lack the entry.
     entry = (config(grpo).get("rewards") or {}).get(reward)
     return float(entry.get("weight", 1.0)) if isinstance(entry, dict) else None
 
 
-def matched(base: Sequence[Row], tuned: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Rows of two evaluations with the same prompt and the same seed, in the order of the first."""
-    other = {(row["prompt"], row["seed"]): row for row in tuned}
-    return [
-        (row, other[key])
-        for row in base
-        if (key := (row["prompt"], row["seed"])) in other
-    ]
+def by_video(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:
+    """Rows of an evaluation by prompt and seed."""
+    return {(row["prompt"], row["seed"]): row for row in rows}
 
 
 def value_of(row: Row, column: str) -> float:
-    """A reward, or one of its parts as "reward.part"; NaN where it is missing."""
+    """A reward, or a part of it as "reward.part"; NaN where it is missing."""
     value = row["rewards"].get(column)
-    if value is None and column not in row["rewards"]:
-        for name, parts in row["parts"].items():
-            if column.startswith(f"{name}."):
-                value = parts.get(column.removeprefix(f"{name}."))
+    # A part.
+    for name, parts in row["parts"].items():
+        if column.startswith(f"{name}."):
+            value = parts.get(column.removeprefix(f"{name}."))
     return math.nan if value is None else float(value)
 
 
 def compare(
-    runs: Runs, columns: Iterable[str], *, after_dpo: bool = False
+    runs: Runs,
+    columns: Iterable[str],
+    *,
+    tuned: str = "tuned",
 ) -> list[Comparison]:
-    """Base against tuned, or against what Flow-DPO made of it; intervals from their summaries, the difference by
-    bootstrap over pairs of equal seeds.
+    """Compare the base generator with the ``tuned`` kind of evaluation.
+
+    The interval of the difference is a bootstrap over pairs of videos with equal seeds.
     """
-    folder = runs.dpo_tuned if after_dpo else runs.tuned
-    before, after = summary(runs.base) or {}, summary(folder) or {}
-    pairs = matched(results(runs.base), results(folder))
-    rows = []
+    base_folder = runs.shown.get("base")
+    tuned_folder = runs.shown.get(tuned)
+    before = summary(base_folder)
+    after = summary(tuned_folder)
+    base_rows = by_video(results(base_folder))
+    tuned_rows = by_video(results(tuned_folder))
+    # Videos of the same prompt and seed.
+    common = [video for video in base_rows if video in tuned_rows]
+
+    comparisons = []
     for name in columns:
-        change = [value_of(tuned, name) - value_of(base, name) for base, tuned in pairs]
-        difference = (
-            mean_ci95(change, seed=0).as_dict()
-            if name in before and name in after and pairs
-            else None
+        # The interval of the difference needs both values of a pair.
+        difference = None
+        if common and name in before and name in after:
+            changes = [
+                value_of(tuned_rows[video], name) - value_of(base_rows[video], name)
+                for video in common
+            ]
+            difference = mean_ci95(changes, seed=0).as_dict()
+        comparisons.append(
+            Comparison(
+                name,
+                before.get(name),
+                after.get(name),
+                difference,
+                weight_of(runs.shown.get("grpo"), name.partition(".")[0]) == 0.0,
+            )
         )
-        watched = weight_of(runs.grpo, name.partition(".")[0]) == 0.0
-        rows.append(
-            Comparison(name, before.get(name), after.get(name), difference, watched)
-        )
-    return rows
+    return comparisons
 
 
-def columns_of(runs: Runs) -> list[str]:
-    """Names in the summaries of base and tuned, rewards before their parts."""
-    return list(
-        dict.fromkeys([*(summary(runs.base) or {}), *(summary(runs.tuned) or {})])
-    )
-
-
-def seconds_by_phase(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """MEAN seconds a step by phase over the logged steps, without the first one, which warms up, if there are more."""
-    later = list(rows[1:] or rows)
-    names = dict.fromkeys(
-        name for row in later for name in row if name.startswith("seconds/")
-    )
-    found = {
-        name: [row[name] for row in later if name in row and math.isfinite(row[name])]
-        for name in names
-    }
-    return {
-        name.removeprefix("seconds/"): sum(v) / len(v) for name, v in found.items() if v
-    }
+def mean_seconds(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """MEAN seconds a step by phase, over all logged steps but the first, which warms up."""
+    seconds: dict[str, list[float]] = {}
+    for row in rows[1:] or rows:
+        for name, value in row.items():
+            if name.startswith("seconds/") and math.isfinite(value):
+                phase = name.removeprefix("seconds/")
+                seconds.setdefault(phase, []).append(value)
+    return {phase: sum(values) / len(values) for phase, values in seconds.items()}

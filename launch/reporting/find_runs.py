@@ -1,17 +1,23 @@
-"""Which runs a folder holds, and of what kind each is: by the files in them, whatever the folders are called."""
+"""Find the runs in a folder and the kind of each, by the files in them and not by their names."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
-from launch.reporting.data import KINDS, Found, Runs, config, metrics, results
+from launch.reporting.data import (
+    KINDS,
+    ReportError,
+    Row,
+    Runs,
+    config,
+    results,
+)
 
-# of several runs of a kind the one so called goes first, as experiments/demo.py calls them
-_FIRST = {
+# Of several runs of a kind the sections show the one with this name, as experiments/demo.py
+# gives it; without an entry, the one with the name of its kind.
+_PREFERRED = {
     "cold_start": "descore",
     "rm": "eval_rm",
     "base": "eval_base",
@@ -19,133 +25,87 @@ _FIRST = {
     "dpo_tuned": "eval_dpo",
 }
 _STAGES = ("grpo", "dpo", "dual_rl", "cold_start")
-# what runs keep beside their results: large, and no run
-_INSIDE = {
-    "checkpoints",
-    "samples",
-    "evaluation",
-    "videos",
-    "final",
-    "final_ema",
-    "candidates",
-    "shards",
-    "wandb",
-}
 
 
-def discover(folder: Path) -> Runs:
-    """The runs and evaluations in a folder, itself included: one of each kind, and the others under ``more``.
+def discover(root: Path) -> Runs:
+    """Find the runs and evaluations in a folder, and the folder itself if it is a run.
 
-    Raises ValueError when there is none, and BrokenFileError.
+    Raises ReportError without any.
     """
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}")
-    folders = list(_run_folders(folder))
-    trained = {one.name: kind for one in folders if (kind := kind_of(one)) in _STAGES}
-    found = [
-        Found(kind, one)
-        for one in folders
-        if (kind := kind_of(one, trained)) is not None
-    ]
-    if not found:
-        raise ValueError(
-            f"{folder}: neither it nor a folder inside is a run (config.yaml, metrics.jsonl) or an evaluation "
-            f"(results.jsonl, summary.json)"
+    if not root.is_dir():
+        raise ReportError(f"there is no folder {root}")
+
+    # Kinds by name: they tell what an evaluated adapter was trained by.
+    folders = _run_folders(root)
+    trained = {folder.name: _stage_of(config(folder)) for folder in folders}
+    kinds = [(kind_of(folder, trained), folder) for folder in folders]
+    runs = [(kind, folder) for kind, folder in kinds if kind is not None]
+    if not runs:
+        raise ReportError(
+            f"{root} holds no run (config.yaml, metrics.jsonl) and no evaluation "
+            "(results.jsonl, summary.json)"
         )
-    found.sort(
-        key=lambda one: one.folder.name != _FIRST.get(one.kind, one.kind)
-    )  # stable: else by path
-    first: dict[str, Found] = {}
-    for one in found:
-        if one.kind in KINDS:
-            first.setdefault(one.kind, one)
-    more = tuple(one for one in found if one not in first.values())
-    return replace(Runs(**{kind: one.folder for kind, one in first.items()}), more=more)
+
+    # The sections show a run of each kind: the preferred name, else the first path.
+    runs.sort(key=lambda run: run[1].name != _PREFERRED.get(run[0], run[0]))
+    shown: dict[str, Path] = {}
+    more = []
+    for kind, folder in runs:
+        if kind in KINDS and kind not in shown:
+            shown[kind] = folder
+        else:
+            more.append((kind, folder))
+    return Runs(shown, more)
 
 
-def read_manifest(path: Path) -> tuple[str | None, Runs]:
-    """{"title": "...", "runs": {"grpo": "folder", ...}}, folders relative to the file. ValueError says what is bad."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    runs = raw.get("runs") if isinstance(raw, dict) else None
-    if (
-        not isinstance(runs, dict)
-        or not set(raw) <= {"title", "runs"}
-        or not set(runs) <= set(KINDS)
-    ):
-        raise ValueError(
-            f'{path}: needs {{"title": ..., "runs": {{...}}}} with runs among {", ".join(KINDS)}'
-        )
-    folders = {name: path.parent / folder for name, folder in runs.items()}
-    for folder in folders.values():
-        if not _is_run(folder):
-            raise ValueError(f"{path}: {folder} is no run folder")
-    return raw.get("title"), Runs(**folders)
+def kind_of(folder: Path, trained: Mapping[str, str | None]) -> str | None:
+    """Kind of a run; None for an evaluation of another program, such as VBench's.
 
-
-def kind_of(folder: Path, trained: Mapping[str, str] | None = None) -> str | None:
-    """A field of `Runs` or dual_rl; None for an evaluation of another program, such as VBench's.
-
-    trained  kinds of the runs beside it, by name: where an evaluation's adapter is not where its config says any more
+    ``trained`` are the kinds of the runs of the report, by name. They are needed where a run was
+    moved, so that the adapter of an evaluation is not where its config says.
     """
     cfg = config(folder)
-    if (folder / "results.jsonl").is_file():
-        first = next(iter(results(folder)), cfg)
-        if "label" in first or "pairs" in first:
-            return "rm"
-        if "rewards" not in first:
-            return None
-        adapter = cfg.get("adapter")
-        if not adapter:
-            return "base"
-        return (
-            "dpo_tuned"
-            if _trainer_of(Path(str(adapter)), trained or {}) == "dpo"
-            else "tuned"
-        )
-    stage = _stage_of(cfg)
-    if stage is not None:
-        return stage
-    names = {name for row in metrics(folder) for name in row}
-    if "train/bt" in names:
-        return "dual_rl"
-    if any(name.startswith("reward/") for name in names):
-        return "grpo"
-    return "dpo" if "train/chosen_change" in names else "cold_start"
+    if not (folder / "results.jsonl").is_file():
+        return _stage_of(cfg)
+
+    # An evaluation: the first row tells, or the config where nothing is evaluated yet.
+    rows = results(folder)
+    first = rows[0] if rows else cfg
+    if "label" in first or "pairs" in first:
+        return "rm"
+    if "rewards" not in first:
+        return None
+    if not cfg.get("adapter"):
+        return "base"
+    trainer = _trainer_of(Path(str(cfg["adapter"])), trained)
+    return "dpo_tuned" if trainer == "dpo" else "tuned"
 
 
-def _stage_of(cfg: Mapping[str, object]) -> str | None:
-    return next((stage for stage in _STAGES if stage in cfg), None)
+def _stage_of(cfg: Row) -> str | None:
+    stages = [stage for stage in _STAGES if stage in cfg]
+    return stages[0] if stages else None
 
 
-def _trainer_of(adapter: Path, trained: Mapping[str, str]) -> str | None:
-    """The kind of run that made an adapter: of the folder above it, else of the run that its path names."""
-    above = next(
-        (one for one in list(adapter.parents)[:3] if (one / "config.yaml").is_file()),
-        None,
-    )
-    if above is not None:
-        return _stage_of(config(above))
-    return next(
-        (trained[part] for part in reversed(adapter.parts) if part in trained), None
-    )
+def _trainer_of(adapter: Path, trained: Mapping[str, str | None]) -> str | None:
+    """Kind of the run that made an adapter: of a folder above it, else by a name in its path."""
+    for folder in adapter.parents:
+        stage = _stage_of(config(folder))
+        if stage is not None:
+            return stage
+
+    # The run was moved, and kept its name.
+    for name in reversed(adapter.parts):
+        if trained.get(name):
+            return trained[name]
+    return None
 
 
 def _run_folders(root: Path) -> list[Path]:
-    """By path. Links are not followed."""
-    found = []
-    for place, inside, _ in os.walk(root):
-        run = _is_run(Path(place))
-        skipped = _INSIDE if run else ()
-        inside[:] = sorted(
-            name for name in inside if name not in skipped and not name.startswith(".")
-        )
-        if run:
-            found.append(Path(place))
-    return found
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("metrics.jsonl", "results.jsonl"))
+    """List the run folders by path, without following links; a run holds no other run."""
+    folders = []
+    for place, inside, files in os.walk(root):
+        inside.sort()
+        if "metrics.jsonl" in files or "results.jsonl" in files:
+            folders.append(Path(place))
+            inside.clear()
+    return folders

@@ -1,4 +1,4 @@
-"""The report's charts: points where the numbers put them, and nothing drawn of nothing."""
+"""Charts of the report: positions of points, colours, and series without values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import re
 
 import pytest
 
-from launch.reporting.charts import Series, histogram, line_chart, moving_average
+from launch.reporting.charts import (
+    COLORS,
+    Series,
+    histogram,
+    line_chart,
+    moving_average,
+)
 
 
 def test_moving_average_by_hand() -> None:
@@ -14,11 +20,11 @@ def test_moving_average_by_hand() -> None:
     assert moving_average([1.0, 2.0, 3.0, 4.0], 1) == [1.0, 2.0, 3.0, 4.0]
 
 
-def test_a_line_goes_through_its_points() -> None:
+def test_line_goes_through_its_points() -> None:
     """Equal steps in x and y are equal steps in the drawing; NaN leaves a point out."""
     chart = line_chart("t", [Series("a", [0.0, 1.0, float("nan"), 3.0], [0, 1, 2, 3])])
     path = re.search(
-        r'<path d="(M [^"]*)"[^>]*stroke: var\(--s0\); stroke-width: 1.8', chart.svg
+        rf'<path d="(M [^"]*)"[^>]*stroke: {COLORS[0]}; stroke-width: 1.8', chart.svg
     ).group(1)
     points = [
         tuple(map(float, pair)) for pair in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)
@@ -27,13 +33,14 @@ def test_a_line_goes_through_its_points() -> None:
     (x0, y0), (x1, y1), (x3, y3) = points
     assert (x3 - x0) / (x1 - x0) == pytest.approx(3.0, rel=1e-3)
     assert (y0 - y3) / (y0 - y1) == pytest.approx(3.0, rel=1e-3)
-    assert "#" not in chart.svg.replace("url(#", "").replace(
-        'href="#', ""
-    )  # every colour is the page's
+    # Every other colour is that of the page's text.
+    text = chart.svg.replace(COLORS[0], "")
+    assert not re.search(r": ?#|\"#[0-9a-f]{6}", text)
+    assert "currentColor" in text
     assert chart.note == "0 → 3"
 
 
-def test_nothing_to_draw_is_no_chart() -> None:
+def test_chart_without_values_is_none() -> None:
     assert line_chart("t", [Series("a", [1.0], [0])]) is None
     assert line_chart("t", [Series("a", [float("nan")] * 5, range(5))]) is None
     assert histogram("t", [Series("a", [])]) is None

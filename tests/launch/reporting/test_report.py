@@ -1,4 +1,4 @@
-"""launch/report.py: the numbers on the page are those of the runs, it needs nothing else, and no text can break out."""
+"""The page of launch/report.py: its numbers, its videos, and texts that look like markup."""
 
 from __future__ import annotations
 
@@ -149,6 +149,7 @@ def demo(tmp_path: Path) -> Path:
     ]
     rows[8]["heldout/accuracy"] = 0.9
     lines(root / "descore" / "metrics.jsonl", rows)
+    (root / "descore" / "config.yaml").write_text("cold_start: {}\n")
     clip(root / "data" / "a.mp4", 10)
     pair = {
         "prompt": "which one?",
@@ -188,7 +189,7 @@ def rendered(folder: Path, *words: str) -> tuple[str, Page]:
     return text, Page(text)
 
 
-def test_it_is_one_file_that_loads_nothing(demo: Path) -> None:
+def test_page_loads_nothing(demo: Path) -> None:
     text, page = rendered(demo)
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "iframe", "object", "img", "base"), tag
@@ -217,7 +218,7 @@ def test_nothing_from_a_run_is_markup(demo: Path) -> None:
     assert "&lt;b&gt;A&lt;/b&gt;" in text
 
 
-def test_videos_are_inside_and_play(demo: Path) -> None:
+def test_videos_are_embedded_and_play(demo: Path) -> None:
     text, page = rendered(demo)
     videos = [attributes for tag, attributes in page.tags if tag == "video"]
     assert (
@@ -233,8 +234,8 @@ def test_videos_are_inside_and_play(demo: Path) -> None:
     )
 
 
-def test_numbers_on_the_page_are_the_runs(demo: Path) -> None:
-    """Means 0.4 and 0.65; the differences 0.3, 0.2, 0.1, 0.4 have mean 0.25 and an interval above zero."""
+def test_page_shows_numbers_of_runs(demo: Path) -> None:
+    """Means 0.4 and 0.65; the differences 0.3, 0.2, 0.1, 0.4 have mean 0.25."""
     _, page = rendered(demo)
     rows = {
         row.name: row
@@ -254,12 +255,12 @@ def test_numbers_on_the_page_are_the_runs(demo: Path) -> None:
     ) == (pytest.approx(2.0), 1)
     text = re.sub(r"\s+", " ", page.text)
     assert "change 0.25, 95 %" in text
-    assert "1 not judged" in text
+    assert "1 not scored" in text
     assert "watched only" in text
     assert "1 of 3 pairs are ties" in text
 
 
-def test_other_seeds_are_not_put_side_by_side(demo: Path) -> None:
+def test_videos_of_other_seeds_are_not_compared(demo: Path) -> None:
     evaluation(demo / "eval_tuned", TUNED, seed=100, adapter="runs/demo/grpo/final")
     _, page = rendered(demo)
     assert "share no prompt and seed" in page.text
@@ -270,20 +271,20 @@ def test_other_seeds_are_not_put_side_by_side(demo: Path) -> None:
     )
 
 
-def test_a_grpo_run_alone(tmp_path: Path) -> None:
-    """What a full-size run leaves: metrics and samples. The rest is left out, and it says so."""
+def test_page_of_grpo_run_alone(tmp_path: Path) -> None:
+    """A full-size run leaves metrics and samples; the page names what is missing."""
     _, page = rendered(alignment_run(tmp_path / "run"))
     assert "Reward: descore (trained, weight 1)" in page.text
     assert "Reward: shapes (watched only)" in page.text
     assert "0.15 → 3.75" in page.text  # 0, 0.1, 0.2, 0.3 and 3.6, 3.7, 3.8, 3.9
-    assert "Videos not judged" not in page.text
-    assert "no evaluation of a generator" in page.text
+    assert "not scored" not in page.text
+    assert "kind base" in page.text
     assert "Results" not in page.text
     members = re.findall(r"member \d", page.text)
     assert members == ["member 1", "member 0", "member 2"] * 2  # by advantage
 
 
-def test_held_out_prompts_on_the_way(tmp_path: Path) -> None:
+def test_heldout_prompts_of_grpo_run_are_drawn(tmp_path: Path) -> None:
     folder = alignment_run(tmp_path / "run")
     rows = [
         json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
@@ -300,15 +301,15 @@ def test_held_out_prompts_on_the_way(tmp_path: Path) -> None:
     assert "the stock scheduler" in page.text
 
 
-def test_flow_dpo_beside_grpo(demo: Path) -> None:
-    """Three videos of a prompt, and the change by hand: 0.1, 0.1, 0.1 and 0.3 more than the base."""
+def test_page_of_dpo_and_grpo(demo: Path) -> None:
+    """Three videos of a prompt; 0.1, 0.1, 0.1 and 0.3 more than the base."""
     evaluation(demo / "eval_dpo", [0.3, 0.5, 0.7, 0.7], adapter="runs/demo/dpo/final")
     names = {
         "loss": 0.6,
         "accuracy": 0.7,
         "chosen_change": -0.01,
         "rejected_change": 0.02,
-        "push": 0.5,
+        "dpo_logit_abs": 0.5,
         "loss_sigma_0-0.2": 0.6,
     }
     rows = [
@@ -322,9 +323,9 @@ def test_flow_dpo_beside_grpo(demo: Path) -> None:
     (demo / "dpo" / "config.yaml").write_text("dpo: {}\n")
     text, page = rendered(demo)
     assert "Flow-DPO − base" in page.text
-    found = report_data.compare(report_find.discover(demo), ["shapes"], after_dpo=True)[
-        0
-    ]
+    found = report_data.compare(
+        report_find.discover(demo), ["shapes"], tuned="dpo_tuned"
+    )[0]
     assert found.difference["mean"] == pytest.approx(0.15)
     assert found.watched
     for title in (
@@ -336,21 +337,17 @@ def test_flow_dpo_beside_grpo(demo: Path) -> None:
     assert (
         text.count('<h4 class="Flow-DPO">') == 2
     )  # of the two prompts whose videos were kept
-    assert report_find.kind_of(demo / "dpo") == "dpo"
-    _, alone = rendered(demo / "dpo")
-    assert "Alignment report" in alone.text
+    assert report_find.kind_of(demo / "dpo", {}) == "dpo"
 
 
-def test_a_reward_model_evaluation_alone(demo: Path) -> None:
+def test_page_of_reward_model_evaluation_alone(demo: Path) -> None:
     _, page = rendered(demo / "eval_rm")
-    assert (
-        "people: A preferred; one of the pairs it is most wrong about" not in page.text
-    )  # pair 1 is among the first
+    assert "wrong" not in page.text  # pair 1 is among the first
     assert "no video" in page.text  # gone.mp4
-    assert "no GRPO run" in page.text
+    assert "kind grpo" in page.text
 
 
-def test_too_many_videos_are_left_out_and_counted(demo: Path) -> None:
+def test_videos_above_max_mb_are_counted(demo: Path) -> None:
     size = (demo / "eval_base" / "videos" / "0000.mp4").stat().st_size
     _, page = rendered(demo, "--max-mb", str(1.5 * size / 1e6))
     assert len([tag for tag, _ in page.tags if tag == "video"]) == 1
@@ -368,32 +365,10 @@ def test_only_videos_are_read_into_the_page(demo: Path) -> None:
     assert base64.b64encode(b"do not show").decode() not in text
 
 
-def test_a_manifest_names_the_runs(
-    demo: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    manifest = demo / "report.json"
-    manifest.write_text(
-        json.dumps(
-            {"title": "My title", "runs": {"base": "eval_base", "tuned": "eval_tuned"}}
-        )
-    )
-    report.main([str(manifest), "--out", str(demo / "m.html")])
-    page = Page((demo / "m.html").read_text(encoding="utf-8"))
-    assert "My title" in page.text
-    assert "no GRPO run" in page.text
-    manifest.write_text(json.dumps({"runs": {"bse": "eval_base"}}))
-    with pytest.raises(SystemExit) as exit_:
-        report.main([str(manifest), "--out", str(demo / "m.html")])
-    assert exit_.value.code == 2
-    assert (
-        "cold_start, grpo, dpo, rm, base, tuned, dpo_tuned" in capsys.readouterr().err
-    )
-
-
-def test_runs_are_found_by_what_is_in_them(
+def test_runs_are_found_whatever_their_names(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every folder under a name of nobody's, one of them deeper, and the page says the same."""
+    """The page is the same with unknown names and a deeper folder."""
     names = {
         "eval_base": "x6",
         "eval_tuned": "g1",
@@ -408,7 +383,7 @@ def test_runs_are_found_by_what_is_in_them(
     (odd / "g1" / "config.yaml").write_text("adapter: /gone/flat/final\n")
     lines(
         odd / "flat" / "checkpoints" / "metrics.jsonl", [{"step": 0}]
-    )  # what a run keeps is no run
+    )  # inside of a run
     lines(
         odd / "vbench" / "model" / "results.jsonl",
         [{"dimension": "color", "score": 1.0}],
@@ -422,16 +397,16 @@ def test_runs_are_found_by_what_is_in_them(
         "run1": "cold_start",
     }
     assert {
-        str(folder.relative_to(odd)): kind for kind, folder in found.named().items()
+        str(folder.relative_to(odd)): kind for kind, folder in found.shown.items()
     } == kinds
-    assert found.more == ()
+    assert found.more == []
     _, page = rendered(odd)
     assert "change 0.25, 95 %" in re.sub(r"\s+", " ", page.text)
     said = capsys.readouterr().out
     assert all(f"{odd / folder} ({kind})" in said for folder, kind in kinds.items())
 
 
-def test_a_tuned_evaluation_is_of_the_run_its_adapter_comes_from(
+def test_kind_of_evaluation_follows_its_adapter(
     tmp_path: Path,
 ) -> None:
     for name, config in (
@@ -453,25 +428,26 @@ def test_a_tuned_evaluation_is_of_the_run_its_adapter_comes_from(
     evaluation(tmp_path / "f", BASE, adapter="elsewhere/b/final")
     evaluation(tmp_path / "g", BASE, adapter="elsewhere/a/final")
     found = report_find.discover(tmp_path)
-    assert {kind: folder.name for kind, folder in found.named().items()} == {
+    assert {kind: folder.name for kind, folder in found.shown.items()} == {
         "dpo": "a", "grpo": "b", "cold_start": "d", "dpo_tuned": "e", "tuned": "f"
     }  # fmt: skip
-    assert [(one.kind, one.folder.name) for one in found.more] == [
+    assert [(kind, folder.name) for kind, folder in found.more] == [
         ("dual_rl", "c"),
         ("dpo_tuned", "g"),
     ]
-    assert report_find.discover(tmp_path / "c").more[0].kind == "dual_rl"
+    assert report_find.discover(tmp_path / "c").more[0][0] == "dual_rl"
     _, page = rendered(tmp_path / "c")
-    assert "Reward model report" in page.text
+    assert "Report of" in page.text
 
 
-def test_further_runs_of_a_kind_are_on_the_page(demo: Path) -> None:
-    """The one that is called as in the demo has its sections, the others theirs below."""
+def test_further_runs_of_a_kind_are_shown(demo: Path) -> None:
+    """The run named as in the demo has the sections, the others are listed at the end."""
     alignment_run(demo / "a_run")
     (demo / "a_run" / "config.yaml").write_text("grpo: {}\nsteps: 77\n")
     evaluation(demo / "a_base", [1.0, 1.0, 1.0, 0.5])  # mean 0.875
     found = report_find.discover(demo)
-    assert (found.grpo, found.base) == (demo / "grpo", demo / "eval_base")
+    assert found.shown["grpo"] == demo / "grpo"
+    assert found.shown["base"] == demo / "eval_base"
     _, page = rendered(demo)
     text = re.sub(r"\s+", " ", page.text)
     section = text[text.rindex("Further runs") :]
@@ -491,7 +467,7 @@ def test_further_runs_of_a_kind_are_on_the_page(demo: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("broken", ["{not json", "", "[1]"])
-def test_a_broken_line_is_named(
+def test_broken_line_is_named(
     demo: Path, capsys: pytest.CaptureFixture[str], file: str, line: int, broken: str
 ) -> None:
     with (demo / file).open("a") as out:
@@ -504,7 +480,7 @@ def test_a_broken_line_is_named(
     assert said.count("\n") == 1
 
 
-def test_a_torn_last_line_and_broken_whole_files(
+def test_incomplete_last_line_is_skipped_and_broken_files_named(
     demo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with (demo / "grpo/metrics.jsonl").open("a") as out:
@@ -525,7 +501,7 @@ def test_a_torn_last_line_and_broken_whole_files(
 @pytest.mark.parametrize(
     "words", [[], ["nowhere"], ["--grpo", "nowhere"], [str(ROOT / "common")]]
 )
-def test_nothing_to_report_is_exit_2(words: list[str], tmp_path: Path) -> None:
+def test_missing_run_exits_2(words: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as exit_:
         report.main([*words, "--out", str(tmp_path / "r.html")])
     assert exit_.value.code == 2
