@@ -30,7 +30,7 @@ from tests.launch.test_pairs import GENERATOR
 SCRIPT = str(ROOT / "launch" / "dpo.py")
 
 
-def test_pairs_of_another_size_are_refused(tmp_path: Path) -> None:
+def test_misfit_names_the_differing_settings(tmp_path: Path) -> None:
     cfg = load(
         DpoRun,
         None,
@@ -131,7 +131,7 @@ def adapter_of(folder: Path, part: str = "final") -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_what_a_run_says(whole: Path) -> None:
+def test_dpo_metrics_of_three_steps(whole: Path) -> None:
     rows = numbers(whole)
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -151,7 +151,7 @@ def test_what_a_run_says(whole: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_one_rank_and_zero_3_give_the_same(
+def test_one_rank_and_zero_3_match_two_ranks(
     config: Path, whole: Path, ranks: int
 ) -> None:
     folder = config.parent / f"other-{ranks}"
@@ -170,7 +170,7 @@ def test_one_rank_and_zero_3_give_the_same(
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_is_the_run_in_one_go(config: Path, whole: Path) -> None:
+def test_resumed_dpo_run_equals_an_uninterrupted_run(config: Path, whole: Path) -> None:
     folder = config.parent / "resumed"
     shutil.copytree(whole, folder)
     for step in (2, 3):
@@ -188,7 +188,7 @@ def test_stopped_and_resumed_is_the_run_in_one_go(config: Path, whole: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_adapter_is_one_that_sampling_reads(config: Path, whole: Path) -> None:
+def test_sample_loads_the_dpo_adapter(config: Path, whole: Path) -> None:
     (config.parent / "prompts.txt").write_text("rain\n")
     cfg = load(DpoRun, config)
     out = config.parent / "videos"
@@ -204,7 +204,7 @@ def test_the_adapter_is_one_that_sampling_reads(config: Path, whole: Path) -> No
 
 
 @pytest.mark.slow
-def test_neither_vae_nor_text_encoder_is_in_memory(config: Path) -> None:
+def test_dpo_loads_neither_vae_nor_text_encoder(config: Path) -> None:
     """Looked for among all live objects, before and after a step."""
     from diffusers import AutoencoderKLWan
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -233,7 +233,7 @@ def test_neither_vae_nor_text_encoder_is_in_memory(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_online_pairs_replace_those_before(config: Path) -> None:
+def test_refresh_replaces_pairs_and_resumes_equal(config: Path) -> None:
     """Every two steps, from the policy: round 1 before step 2, and again the same after a stop at 3."""
     (config.parent / "prompts.txt").write_text("rain\nsnow\nfog\n")
     folder = config.parent / "online"
@@ -267,7 +267,7 @@ def test_online_pairs_replace_those_before(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_cannot_be_is_refused_without_a_traceback(config: Path) -> None:
+def test_wrong_dpo_config_exits_2_without_traceback(config: Path) -> None:
     words = [sys.executable, SCRIPT, "--config", str(config)]
     for overrides, message in (
         (["pairs=nowhere"], "nowhere holds no whole set of pairs"),

@@ -180,7 +180,7 @@ def test_permuted_videos_have_permuted_scores_to_the_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_served_it_says_the_same(kind: str, configs, rewards, videos) -> None:
+def test_served_reward_equals_direct_reward(kind: str, configs, rewards, videos) -> None:
     video_BTYXC, prompts = videos
     want = rewards[kind].score(video_BTYXC, prompts, fps=FPS)
     cfg = ServeRun(rewards={kind: configs[kind]})
@@ -198,7 +198,7 @@ def test_served_it_says_the_same(kind: str, configs, rewards, videos) -> None:
     assert list(got.texts) == list(want.texts)
 
 
-def test_score_takes_them_all_at_once(configs, rewards, videos, tmp_path: Path) -> None:
+def test_score_command_scores_with_every_reward(configs, rewards, videos, tmp_path: Path) -> None:
     """Three files; H.264 moves a pixel by a level or two, so frames are read back from the files for comparison."""
     video_BTYXC, prompts = videos
     for i in range(3):

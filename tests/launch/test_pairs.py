@@ -83,7 +83,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_pair_is_the_best_and_the_worst_of_its_prompts_videos(
+def test_pair_is_the_best_and_the_worst_video(
     config: Path, made: Path
 ) -> None:
     """By another route: the same seeds, judged here."""
@@ -110,7 +110,7 @@ def test_a_pair_is_the_best_and_the_worst_of_its_prompts_videos(
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_same_bytes_and_a_second_start_makes_none(
+def test_two_ranks_write_equal_bytes_and_a_restart_writes_none(
     config: Path, made: Path
 ) -> None:
     again = run(sys.executable, SCRIPT, "--config", str(config))
@@ -132,7 +132,7 @@ def test_two_ranks_make_the_same_bytes_and_a_second_start_makes_none(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_makes_the_same_bytes(
+def test_killed_pairs_run_resumes_to_equal_bytes(
     config: Path, made: Path
 ) -> None:
     folder = config.parent / "killed"
@@ -161,7 +161,7 @@ def test_a_killed_run_goes_on_and_makes_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_from_a_table_of_files(config: Path) -> None:
+def test_pairs_from_a_table_of_files(config: Path) -> None:
     """A tie, a file that is no video, one that is too short, and two pairs, in DeScore's columns."""
     root = config.parent / "table"
     root.mkdir()
@@ -219,7 +219,7 @@ def test_from_a_table_of_files(config: Path) -> None:
     assert batch.embeddings.keys() == {"rain"}
 
 
-def test_a_file_that_kills_its_decoder_costs_its_row(
+def test_file_that_kills_the_decoder_loses_its_row(
     config: Path, tmp_path: Path, monkeypatch
 ) -> None:
     decoder_with_a_trap(tmp_path, "trap and os.kill(os.getpid(), 11)", monkeypatch)
@@ -242,7 +242,7 @@ def test_a_file_that_kills_its_decoder_costs_its_row(
             make(1, pair)
 
 
-def test_what_contradicts_itself_is_named() -> None:
+def test_contradictory_pair_configs_raise() -> None:
     base = ["out=x", "generator.path=x"]
     for overrides, message in (
         ([], "prompts or table must say"),

@@ -77,7 +77,7 @@ def test_frames_and_rate_of_a_clip(clips: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_a_table_names_its_own_videos(clips: Path, tmp_path: Path, form: str) -> None:
+def test_table_with_videos_needs_no_glob(clips: Path, tmp_path: Path, form: str) -> None:
     if form == "csv":
         text = 'prompt,video\nthird,c.mp4\n"first, with a comma",a.mp4\n'
     else:
@@ -102,7 +102,7 @@ def test_a_table_names_its_own_videos(clips: Path, tmp_path: Path, form: str) ->
     assert [item.prompt for item in chosen] == ["first, with a comma"]
 
 
-def test_broken_files_cost_their_row_and_are_tried_again(
+def test_broken_files_lose_their_row_and_are_retried(
     clips: Path, tmp_path: Path
 ) -> None:
     words = ("--videos", f"{clips}/*.mp4", "--prompts", str(tmp_path / "prompts.txt"))
@@ -126,7 +126,7 @@ def test_broken_files_cost_their_row_and_are_tried_again(
     assert "error" not in rows[1]
 
 
-def test_a_file_that_kills_its_decoder_costs_its_row(
+def test_file_that_kills_the_decoder_loses_its_row(
     clips: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """It is a sound video to everyone else."""
@@ -147,7 +147,7 @@ def test_a_file_that_kills_its_decoder_costs_its_row(
     assert "b_trap.mp4: the decoder died with exit code -11" in rows[1]["error"]
 
 
-def test_nothing_judged_is_exit_1(clips: Path, tmp_path: Path) -> None:
+def test_no_scored_video_exits_1(clips: Path, tmp_path: Path) -> None:
     for name in GREYS:
         (clips / name).write_bytes(b"")
     rows = scored(
@@ -161,7 +161,7 @@ def test_nothing_judged_is_exit_1(clips: Path, tmp_path: Path) -> None:
     assert all("error" in row for row in rows)
 
 
-def test_rows_of_earlier_calls_stay(clips: Path, tmp_path: Path) -> None:
+def test_rows_of_earlier_calls_are_kept(clips: Path, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("only\n")
     for name in ("a.mp4", "c.mp4"):
         rows = scored(
@@ -198,7 +198,7 @@ def test_rows_of_earlier_calls_stay(clips: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_matched_is_exit_2(
+def test_unmatched_videos_and_prompts_exit_2(
     clips: Path,
     tmp_path: Path,
     words: list[str],
@@ -214,7 +214,7 @@ def test_what_cannot_be_matched_is_exit_2(
     assert message in capsys.readouterr().err
 
 
-def test_a_typo_is_exit_2_at_once() -> None:
+def test_score_config_typo_exits_2() -> None:
     words = [
         "--prompts",
         "p.txt",

@@ -101,7 +101,7 @@ def test_preference_accuracy_of_hand_made_margins(pairs: Path, tmp_path: Path) -
     assert (tmp_path / "eval" / rows[2]["video_A"]).resolve() == tmp_path / "v_3.mp4"
 
 
-def test_a_file_that_kills_its_decoder_costs_its_pair(
+def test_file_that_kills_the_decoder_loses_its_pair(
     pairs: Path, tmp_path: Path, monkeypatch
 ) -> None:
     decoder_with_a_trap(
@@ -121,7 +121,7 @@ def test_a_file_that_kills_its_decoder_costs_its_pair(
     assert "v_3.mp4: the decoder died with exit code -11" in rows[2]["error"]
 
 
-def test_dimensions_and_right_sub_dimensions_are_counted_apart() -> None:
+def test_dimension_and_sub_dimension_accuracies_by_hand() -> None:
     answer = '<answer>{"dimensional_scores": {"subject": 2, "camera": 1}}</answer>'
     pair = Pair(
         "p",
@@ -166,7 +166,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch, *words: Path) -> None:
     calibrate.main()
 
 
-def test_calibration_takes_the_rewards_of_an_evaluation(
+def test_calibrate_uses_the_rewards_of_an_evaluation(
     pairs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -216,7 +216,7 @@ def test_accuracy_without_ties_has_the_binomial_interval() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_judge_reads_the_files_of_the_table(tmp_path: Path) -> None:
+def test_real_descore_scores_the_files_of_the_table(tmp_path: Path) -> None:
     """A random DeScore of the real classes: in batches each file gets what it gets alone; broken is wrong."""
     from rm.model import DeScore
     from rm.scorer import DeScoreScorer

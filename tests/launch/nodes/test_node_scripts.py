@@ -26,7 +26,7 @@ NODE = str(FOLDER / "node.sh")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_bash_and_know_no_site(script: Path) -> None:
+def test_node_scripts_parse_and_name_no_site(script: Path) -> None:
     run("bash", "-n", str(script))
     text = script.read_text()
     assert text.startswith("#!/usr/bin/env bash\n# ")
@@ -92,7 +92,7 @@ def started(fake: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 )
-def test_a_node_that_is_asked_to_stop_asks_its_ranks(
+def test_node_forwards_a_signal_to_its_ranks(
     number: signal.Signals, fake: Path
 ) -> None:
     process = started(fake)
@@ -103,7 +103,7 @@ def test_a_node_that_is_asked_to_stop_asks_its_ranks(
     assert (fake / "words").read_text() == f"--hostfile {fake}/hosts {words}\n"
 
 
-def test_a_node_that_is_asked_twice_ends_at_once(fake: Path) -> None:
+def test_second_signal_kills_the_node(fake: Path) -> None:
     (fake / "rank.py").write_text(
         (fake / "rank.py").read_text().replace("and sys.exit(38)", "and None")
     )
@@ -118,7 +118,7 @@ def test_a_node_that_is_asked_twice_ends_at_once(fake: Path) -> None:
     assert process.wait(timeout=20) == 128 + signal.SIGTERM
 
 
-def test_a_launcher_that_is_gone_is_no_success(fake: Path) -> None:
+def test_killed_launcher_exits_1(fake: Path) -> None:
     """deepspeed ends with 0 when its own launcher was killed, and the ranks go on without it."""
     text = (
         (fake / "deepspeed")
@@ -150,14 +150,14 @@ def test_a_launcher_that_is_gone_is_no_success(fake: Path) -> None:
         ([str(FOLDER / "hostfile"), "0"], "usage: "),
     ],
 )
-def test_what_would_train_something_else_is_refused(
+def test_wrong_node_arguments_exit_2(
     words: list[str], message: str
 ) -> None:
     """deepspeed itself takes a missing hostfile for a run on this machine alone."""
     assert message in run(NODE, *words, expect=2).stderr
 
 
-def test_a_server_for_other_hosts_needs_a_token() -> None:
+def test_reward_server_script_needs_a_long_token() -> None:
     script = str(FOLDER / "reward_server.sh")
     words = [script, "rewards.brightness.weight=1"]
     assert (
@@ -173,7 +173,7 @@ def test_a_server_for_other_hosts_needs_a_token() -> None:
 # ------------------------------------------------------------------ what a run asks of its nodes
 
 
-def test_the_interface_towards_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_interface_keeps_a_given_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     assert network.interface_towards("127.0.0.1") is None
     assert network.interface_towards("no.such.host.invalid") is None
     assert network.interface_towards("") is None
@@ -187,12 +187,12 @@ def test_the_interface_towards_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ[network.VARIABLE] == "to 10.1.2.3"
 
 
-def test_a_folder_alone_is_shared(tmp_path: Path) -> None:
+def test_folder_of_one_rank_has_no_problem(tmp_path: Path) -> None:
     assert guard.folder_problem(tmp_path / "new") == ""
     assert not (tmp_path / "new").exists()
 
 
-def test_sigusr1_asks_and_never_kills(tmp_path: Path) -> None:
+def test_sigusr1_stops_the_run_and_never_kills(tmp_path: Path) -> None:
     """A scheduler may send it to a rank, and to a script that passes it on to the rank."""
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
@@ -207,7 +207,7 @@ def test_sigusr1_asks_and_never_kills(tmp_path: Path) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_file_system_without_locks_is_said(
+def test_file_system_without_locks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """As Lustre answers that is mounted without `flock`, and NFS without a lock daemon."""
@@ -223,7 +223,7 @@ def test_a_file_system_without_locks_is_said(
         )
 
 
-def test_a_watchdog_ends_where_even_the_folder_hangs(tmp_path: Path) -> None:
+def test_watchdog_exits_when_the_folder_hangs(tmp_path: Path) -> None:
     """Nobody reads that pipe: to open it is to wait, as on a file server that is gone."""
     os.mkfifo(tmp_path / "stacks-rank-0.txt")
     program = "import pathlib, sys, time; from engine.guard import Guard\n"
@@ -233,7 +233,7 @@ def test_a_watchdog_ends_where_even_the_folder_hangs(tmp_path: Path) -> None:
     assert "Current thread" in done.stderr
 
 
-def test_rows_of_a_rank_are_read_though_no_listing_shows_them(
+def test_rows_of_a_rank_are_read_without_a_listing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a network file system that lists a folder as it was half a minute ago."""
@@ -243,7 +243,7 @@ def test_rows_of_a_rank_are_read_though_no_listing_shows_them(
     assert table.finish([(0,)]) == [{"index": 0, "value": 1}]
 
 
-def test_a_rank_reads_no_table_that_rank_0_may_be_changing(
+def test_other_ranks_do_not_read_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 merges its parts and removes them meanwhile; what is done, it says to all."""
@@ -262,7 +262,7 @@ def test_a_rank_reads_no_table_that_rank_0_may_be_changing(
 
 
 @pytest.mark.long
-def test_tables_too_need_a_shared_folder(tmp_path: Path) -> None:
+def test_results_table_in_separate_folders_exits_2(tmp_path: Path) -> None:
     """Rank 1 is told another folder, which is what a path on its own disk would be."""
     program = tmp_path / "table.py"
     program.write_text(

@@ -104,7 +104,7 @@ def assert_same(run: Path, other: Path) -> None:
         assert one == pytest.approx(two, abs=1e-6, nan_ok=True)
 
 
-def test_two_nodes_train_what_two_ranks_of_one_do(
+def test_two_nodes_match_two_ranks_of_one_node(
     nodes: Nodes, config: Path, one_host: Path, tmp_path: Path
 ) -> None:
     """This machine's name means 127.0.0.1 to both nodes, and their interfaces have different names."""
@@ -117,7 +117,7 @@ def test_two_nodes_train_what_two_ranks_of_one_do(
     assert not list((tmp_path / "run").glob(".seen*"))
 
 
-def test_a_reward_server_on_a_third_host(
+def test_reward_server_on_a_third_host_gives_equal_scores(
     nodes: Nodes, config: Path, one_host: Path, tmp_path: Path
 ) -> None:
     place = {"REWARD_SERVER_HOST": nodes.address["c"], "REWARD_SERVER_TOKEN": TOKEN}
@@ -163,7 +163,7 @@ def status(nodes: Nodes, url: str) -> str:
     return done.stdout.strip() or done.stderr[-300:]
 
 
-def test_a_node_that_dies_ends_the_other_and_both_go_on(
+def test_killed_node_ends_the_other_and_the_run_resumes(
     nodes: Nodes, config: Path, one_host: Path, tmp_path: Path
 ) -> None:
     """First the node of rank 1, then, later in the run, that of rank 0, where the others' meeting place is."""
@@ -185,7 +185,7 @@ def test_a_node_that_dies_ends_the_other_and_both_go_on(
     assert_same(run, one_host)
 
 
-def test_a_node_that_falls_off_the_network_ends_both(
+def test_disconnected_node_ends_both_nodes(
     nodes: Nodes, config: Path, tmp_path: Path
 ) -> None:
     """Nobody is told that it is gone, as when a machine loses its power: the watchdog sees it."""
@@ -203,7 +203,7 @@ def test_a_node_that_falls_off_the_network_ends_both(
     assert not (run / "final").exists()
 
 
-def test_nodes_without_a_shared_folder_are_refused(
+def test_nodes_without_a_shared_folder_exit_2(
     nodes: Nodes, config: Path, tmp_path: Path
 ) -> None:
     """Node b has a file system of its own where the run's folder is."""
@@ -229,7 +229,7 @@ def test_nodes_without_a_shared_folder_are_refused(
     assert sorted(path.name for path in run.iterdir()) == ["lock.json"]
 
 
-def test_nodes_that_are_started_differently_are_refused(
+def test_nodes_with_different_options_exit_2(
     nodes: Nodes, config: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -241,7 +241,7 @@ def test_nodes_that_are_started_differently_are_refused(
     assert not run.exists()
 
 
-def test_slurm_stops_it_before_its_time_is_over_and_it_goes_on(
+def test_slurm_signal_saves_and_the_job_resumes(
     nodes: Nodes, config: Path, one_host: Path, tmp_path: Path
 ) -> None:
     """train.sbatch with an srun that starts its two tasks in the two nodes, and a scontrol that names them. The signal
