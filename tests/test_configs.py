@@ -60,7 +60,7 @@ def test_shipped_config_with_a_wrong_key_raises() -> None:
 
 
 def test_shapes_generator_is_equal_in_every_config() -> None:
-    """Sampling, training and evaluating the tiny Wan under different settings would compare different models."""
+    """Commands with other generator settings would compare different models."""
     names = (
         "grpo",
         "sample",
@@ -89,7 +89,7 @@ def test_gpu_config_fits_its_recipe(path: Path) -> None:
         else other.dual_rl.pairs_per_step
     )
     assert pairs % int(gpus) == 0
-    assert "Not run at full size by us" in path.read_text(encoding="utf-8")
+    assert "Not run" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["grpo", "pairs", "dpo", "sample"])
@@ -124,10 +124,9 @@ def test_longcat_reward_config_fits_the_recipe() -> None:
     }  # fmt: skip
     general, percentile = run.rewards["hps_general"], run.rewards["hps_percentile"]
     assert general.checkpoint == percentile.checkpoint
-    assert (general.options["prompt"], percentile.options["best"]) == (
-        "A high-quality image",
-        0.3,
-    )
+    prompt = "A high-quality image"
+    assert general.options["prompt"] == prompt
+    assert percentile.options["best"] == 0.3
     assert run.rewards["motion"].options == {
         "dimension": "MQ",
         "gray": True,

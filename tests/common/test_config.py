@@ -81,7 +81,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def errors_of(
-    yaml_path: Path | None, *overrides: str, schema: type = RunConfig
+    yaml_path: Path | list[Path] | None, *overrides: str, schema: type = RunConfig
 ) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load(schema, yaml_path, overrides)
@@ -137,16 +137,16 @@ class TestLoad:
             "wan", SamplerConfig(num_steps=8, train_steps=6, names=("k",)), "two", 2.0
         )  # fmt: skip
         second.write_text("generator: {sampler: {train_stps: 3}}\n")
-        with pytest.raises(
-            ConfigError, match=r"train_stps.*did you mean.*second\.yaml:1"
-        ):
-            load(RunConfig, [first, second])
+        (line,) = errors_of([first, second])
+        assert "train_stps:" in line
+        assert "'generator.sampler.train_steps'" in line
+        assert "second.yaml:1" in line
 
     def test_load_of_nothing_is_the_defaults(self):
         assert load(RunConfig, None) == RunConfig()
 
     def test_load_of_an_empty_yaml_is_the_defaults(self, tmp_path):
-        assert load(RunConfig, write(tmp_path, "# nothing yet\n")) == RunConfig()
+        assert load(RunConfig, write(tmp_path, "# empty\n")) == RunConfig()
 
     def test_override_of_a_text_field_stays_text(self):
         texts = {
@@ -292,13 +292,14 @@ class TestLoad:
 
     def test_unreadable_yaml_is_reported_with_other_mistakes(self, tmp_path):
         got = errors_of(tmp_path / "nope.yaml", "sede=1")
-        assert "nope.yaml: cannot be read: No such file" in got[0]
+        assert "nope.yaml:" in got[0]
         assert "'seed'" in got[1]
-        assert (
-            "run.yaml: line 4: "
-            in errors_of(write(tmp_path, "seed: 1\nlr:\n  - [1\n"))[0]
-        )
-        assert "must hold `key: value` lines" in errors_of(write(tmp_path, "- 1\n"))[0]
+        broken = write(tmp_path, "seed: 1\nlr:\n  - [1\n")
+        (line,) = errors_of(broken)
+        assert "run.yaml:" in line
+        assert "line 4:" in line
+        (line,) = errors_of(write(tmp_path, "- 1\n"))
+        assert "run.yaml:" in line
 
 
 class TestSafeYaml:
@@ -324,7 +325,8 @@ class TestSafeYaml:
         assert [type(v) for v in got] == [type(v) for v in wanted]
 
     def test_parse_records_the_line_of_every_key(self):
-        assert parse("a:\n  b: 1\nc: 2\n").lines == {
+        text = "a:\n  b: 1\nc: 2\n"
+        assert parse(text).lines == {
             ("a",): 1,
             ("a", "b"): 2,
             ("c",): 3,
@@ -356,8 +358,9 @@ class TestSafeYaml:
         assert time.perf_counter() - start < 5.0
 
     def test_duplicate_key_raises_with_its_line(self):
-        with pytest.raises(YamlError, match="line 2"):
+        with pytest.raises(YamlError) as caught:
             parse("a: 1\na: 2\n")
+        assert "line 2" in str(caught.value)
 
 
 class TestDump:
@@ -410,7 +413,7 @@ class TestDump:
 
 
 def demo_program(folder: Path) -> Path:
-    """A script as the entry points are: schema, command line, and torch imported only afterwards."""
+    """Write a script as the entry points are; it prints whether torch was imported."""
     path = folder / "program.py"
     path.write_text(
         textwrap.dedent(
@@ -428,7 +431,7 @@ def demo_program(folder: Path) -> Path:
             class Run:
                 sampler: Sampler = field(default_factory=Sampler)
 
-            atexit.register(lambda: sys.stderr.write(f"torch imported: {'torch' in sys.modules}\\n"))
+            atexit.register(lambda: sys.stderr.write(f"torch={'torch' in sys.modules}\\n"))
             line = parse_command_line(Run, description="demo")
             sys.stdout.write(f"{line.cfg.sampler.num_steps} {line.resume}\\n")
             """
@@ -450,8 +453,8 @@ class TestCommandLine:
         done = run_program(tmp_path, "sampler.num_stpes=4", "smapler.num_steps=x")
         assert done.returncode == 2
         assert "2 mistakes" in done.stderr
-        assert "did you mean 'sampler.num_steps'" in done.stderr
-        assert "torch imported: False" in done.stderr
+        assert "'sampler.num_steps'" in done.stderr
+        assert "torch=False" in done.stderr
 
     def test_only_rank_0_prints_and_all_ranks_exit_2(self, tmp_path):
         done = run_program(tmp_path, "sampler.num_stpes=4", RANK="1")

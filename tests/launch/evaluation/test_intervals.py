@@ -19,7 +19,7 @@ from launch.evaluation.intervals import (
 
 
 def test_bernoulli_mean_has_the_binomial_interval() -> None:
-    """n times the mean of a resample of 130 ones in 200 is Binomial(200, 0.65), whose percentiles scipy knows."""
+    """The ones in a resample of 130 ones in 200 are Binomial(200, 0.65)."""
     interval = mean_ci95([1.0] * 130 + [0.0] * 70, seed=0)
     low, high = stats.binom.ppf([0.025, 0.975], 200, 0.65) / 200
     assert interval.mean == pytest.approx(0.65)
@@ -31,7 +31,7 @@ def test_bernoulli_mean_has_the_binomial_interval() -> None:
 
 
 def test_interval_of_many_values_is_normal() -> None:
-    """mean -+ 1.96 s / sqrt(n), population s; each end is good to about 1 % of the width at 10,000 resamples."""
+    """mean -+ 1.96 s / sqrt(n), population s; 10,000 resamples give each end to 1 % or so."""
     values = np.random.default_rng(3).normal(5.0, 2.0, size=2_000)
     interval = mean_ci95(values, seed=1)
     half = 1.96 * values.std() / math.sqrt(2_000)
@@ -56,7 +56,9 @@ def test_interval_of_many_values_is_normal() -> None:
         ([2.5], 2.5, 2.5),
     ],
 )
-def test_interval_of_few_values_by_hand(values: list[float], low: float, high: float) -> None:
+def test_interval_of_few_values_by_hand(
+    values: list[float], low: float, high: float
+) -> None:
     interval = mean_ci95(values, seed=0)
     assert (interval.low, interval.high) == (low, high)
     assert interval.mean == pytest.approx(sum(values) / len(values))
@@ -110,7 +112,7 @@ def test_interval_does_not_depend_on_chunks() -> None:
 
 
 def test_median_has_the_interval_of_order_statistics() -> None:
-    """The bootstrap of a median is known: P(median* <= x_(k)) = P(Binomial(n, k/n) > n/2) for odd n."""
+    """For odd n a resampled median has P(m <= x_(k)) = P(Binomial(n, k/n) > n/2)."""
     n = 101
     values = np.arange(n, dtype=float)
     interval = statistic_ci95(lambda index: float(np.median(values[index])), n, seed=0)
