@@ -80,12 +80,12 @@ def test_page_command_with_config_parses(
 
     def stop_there(*args: Any, **options: Any) -> None:
         seen.append(parse_command_line(*args, **options))
-        raise Understood
+        raise ParsedError
 
     program = importlib.import_module(module_of(words[0]))
     monkeypatch.setattr(program, "read_command", stop_there)
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(Understood):
+    with pytest.raises(ParsedError):
         program.main()
     assert len(seen) == 1
 
@@ -100,16 +100,16 @@ def test_page_command_without_config_parses(
 
     def stop_there(parser: argparse.ArgumentParser, *args: Any, **options: Any) -> None:
         real(parser, *args, **options)
-        raise Understood
+        raise ParsedError
 
     program = importlib.import_module(module_of(words[0]))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_there)
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(Understood):
+    with pytest.raises(ParsedError):
         program.main()
 
 
-class Understood(Exception):
+class ParsedError(Exception):
     """The command line was read."""
 
 

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from alignment.dpo import DpoLoop
 from alignment.pair_store import LatentPair, PairSet, write_pairs
 from common.checkpoint import load_tensors
 from common.config import load
-from common.distributed import seeded_generator
 from common.log import read_metrics
 from launch.compose import build_generator
 from launch.dpo import misfit
@@ -25,7 +23,6 @@ from launch.schemas.pairs import DpoRun
 from launch.schemas.training import SampleRun
 from tests.fakes import PlainEngine
 from tests.launch.processes import ROOT, ZERO_3, deepspeed, run
-from tests.launch.test_pairs import GENERATOR
 
 SCRIPT = str(ROOT / "launch" / "dpo.py")
 
@@ -63,57 +60,12 @@ def test_misfit_names_the_differing_settings(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten random pairs, four a step, three steps."""
-    from tests.tiny import build_tiny_wan
-
-    root = tmp_path_factory.mktemp("dpo")
-    build_tiny_wan(root / "wan")
-    generator = build_generator(
-        load(
-            DpoRun, None, [f"generator.path={root / 'wan'}", "run_dir=x", "pairs=x"]
-        ).generator
-    )
-
-    def made(name: str, count: int):
-        for i in range(count):
-            chosen, rejected = torch.randn(
-                (2, 16, 3, 2, 2), generator=seeded_generator(name, i)
-            )
-            prompt = ["a red circle", "rain"][i % 2]
-            yield LatentPair(
-                prompt,
-                chosen,
-                rejected,
-                generator.prompts.rows_of(prompt),
-                float(i),
-                -float(i),
-            )
-
-    for name, count in (("pairs", 10), ("heldout", 5)):
-        write_pairs(
-            root / name, made(name, count), per_shard=4, dtype=torch.float32, about={}
-        )
-    values = {
-        "run_dir": str(root / "run"),
-        "pairs": str(root / "pairs"),
-        "heldout": str(root / "heldout"),
-        "generator": {"path": str(root / "wan"), **GENERATOR},
-        "dpo": {"pairs_per_step": 4, "micro_batch": 2, "epochs": 1.3, "beta": 50.0},
-        "optimizer": {"lr": 1e-3},
-        "save_every": 1,
-        "keep": 3,
-        "heldout_pairs": 5,
-    }
-    (root / "dpo.yaml").write_text(yaml.safe_dump(values))
-    return root / "dpo.yaml"
-
-
-@pytest.fixture(scope="module")
-def whole(config: Path) -> Path:
+def whole(dpo_config: Path) -> Path:
     """Three steps in one go on two ranks, with an average."""
-    folder = config.parent / "whole"
-    deepspeed(2, SCRIPT, "--config", str(config), f"run_dir={folder}", "ema.decay=0.5")
+    folder = dpo_config.parent / "whole"
+    deepspeed(
+        2, SCRIPT, "--config", str(dpo_config), f"run_dir={folder}", "ema.decay=0.5"
+    )
     return folder
 
 
@@ -151,10 +103,10 @@ def test_dpo_metrics_of_three_steps(whole: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_one_rank_and_zero_3_match_two_ranks(
-    config: Path, whole: Path, ranks: int
+    dpo_config: Path, whole: Path, ranks: int
 ) -> None:
-    folder = config.parent / f"other-{ranks}"
-    words = [SCRIPT, "--config", str(config), f"run_dir={folder}"]
+    folder = dpo_config.parent / f"other-{ranks}"
+    words = [SCRIPT, "--config", str(dpo_config), f"run_dir={folder}"]
     run(sys.executable, *words, "zero_stage=0") if ranks == 1 else deepspeed(
         2, *words, *ZERO_3
     )
@@ -169,15 +121,17 @@ def test_one_rank_and_zero_3_match_two_ranks(
 
 
 @pytest.mark.slow
-def test_resumed_dpo_run_equals_an_uninterrupted_run(config: Path, whole: Path) -> None:
-    folder = config.parent / "resumed"
+def test_resumed_dpo_run_equals_an_uninterrupted_run(
+    dpo_config: Path, whole: Path
+) -> None:
+    folder = dpo_config.parent / "resumed"
     shutil.copytree(whole, folder)
     for step in (2, 3):
         shutil.rmtree(folder / "checkpoints" / f"step-00000{step}")
     for name in ("final", "final_ema"):
         shutil.rmtree(folder / name)
     done = deepspeed(
-        2, SCRIPT, "--config", str(config), f"run_dir={folder}", "ema.decay=0.5"
+        2, SCRIPT, "--config", str(dpo_config), f"run_dir={folder}", "ema.decay=0.5"
     )
     assert "after 1 " in done.stdout
     assert numbers(folder) == numbers(whole)
@@ -187,14 +141,14 @@ def test_resumed_dpo_run_equals_an_uninterrupted_run(config: Path, whole: Path) 
 
 
 @pytest.mark.slow
-def test_sample_loads_the_dpo_adapter(config: Path, whole: Path) -> None:
-    (config.parent / "prompts.txt").write_text("rain\n")
-    cfg = load(DpoRun, config)
-    out = config.parent / "videos"
+def test_sample_loads_the_dpo_adapter(dpo_config: Path, whole: Path) -> None:
+    (dpo_config.parent / "prompts.txt").write_text("rain\n")
+    cfg = load(DpoRun, dpo_config)
+    out = dpo_config.parent / "videos"
     sample(
         SampleRun(
             str(out),
-            str(config.parent / "prompts.txt"),
+            str(dpo_config.parent / "prompts.txt"),
             cfg.generator,
             adapter=str(whole / "final"),
         )
@@ -203,7 +157,7 @@ def test_sample_loads_the_dpo_adapter(config: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dpo_loads_neither_vae_nor_text_encoder(config: Path) -> None:
+def test_dpo_loads_neither_vae_nor_text_encoder(dpo_config: Path) -> None:
     """Looked for among all live objects, before and after a step."""
     from diffusers import AutoencoderKLWan
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -216,7 +170,7 @@ def test_dpo_loads_neither_vae_nor_text_encoder(config: Path) -> None:
         ]
 
     before = len(alive())
-    cfg = load(DpoRun, config)
+    cfg = load(DpoRun, dpo_config)
     generator = build_generator(cfg.generator, transformer_only=True)
     engine = PlainEngine(generator.module, accumulation=2)
     loop = DpoLoop(
@@ -232,20 +186,20 @@ def test_dpo_loads_neither_vae_nor_text_encoder(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_refresh_replaces_pairs_and_resumes_equal(config: Path) -> None:
+def test_refresh_replaces_pairs_and_resumes_equal(dpo_config: Path) -> None:
     """New pairs every two steps; a run that stopped at step 3 makes the same round again."""
-    (config.parent / "prompts.txt").write_text("rain\nsnow\nfog\n")
-    folder = config.parent / "online"
+    (dpo_config.parent / "prompts.txt").write_text("rain\nsnow\nfog\n")
+    folder = dpo_config.parent / "online"
     words = [
         "--config",
-        str(config),
+        str(dpo_config),
         f"run_dir={folder}",
         "dpo.epochs=2",
         "heldout=null",
     ]
     words += [
         "refresh.every=2",
-        f"refresh.prompts={config.parent / 'prompts.txt'}",
+        f"refresh.prompts={dpo_config.parent / 'prompts.txt'}",
         "refresh.limit=2",
     ]
     words += ["refresh.rewards.brightness.weight=1", "refresh.pairs.candidates=2"]
@@ -266,8 +220,8 @@ def test_refresh_replaces_pairs_and_resumes_equal(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wrong_dpo_config_exits_2_without_traceback(config: Path) -> None:
-    words = [sys.executable, SCRIPT, "--config", str(config)]
+def test_wrong_dpo_config_exits_2_without_traceback(dpo_config: Path) -> None:
+    words = [sys.executable, SCRIPT, "--config", str(dpo_config)]
     for overrides, message in (
         (["pairs=nowhere"], "nowhere"),
         (["dpo.micro_batch=3"], "dpo.micro_batch=3"),

@@ -21,6 +21,7 @@ from common.log import read_metrics
 from launch.compose import build_generator
 from launch.sample import sample
 from launch.schemas.training import GrpoRun, SampleRun
+from tests.alignment.per_member import per_member_gradient
 from tests.fakes import PlainEngine
 from tests.launch.processes import ROOT, deepspeed, refused_early, run
 
@@ -319,9 +320,12 @@ def test_grpo_run_writes_metrics_checkpoints_and_samples(whole: Path) -> None:
 
 
 def updated_once(
-    tiny: Path, *, double: bool = False, **changes: object
+    tiny: Path, *, double: bool = False, per_member: bool = False, **changes: object
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Make one update with a random adapter and given advantages; gradient and metrics."""
+    """Make an update with a random adapter and given advantages; gradient and metrics.
+
+    ``per_member`` takes the gradient with a forward for each member, and makes no update.
+    """
     cfg = load(GrpoRun, tiny, [f"{key}={value}" for key, value in changes.items()])
     generator = build_generator(cfg.generator)
     draw = torch.Generator().manual_seed(1)
@@ -352,6 +356,9 @@ def updated_once(
         batch.prompts, group_size=cfg.grpo.group_size, seeds=batch.seeds
     )
     advantage_PG = torch.randn(len(groups), cfg.grpo.group_size, generator=draw)
+    if per_member:
+        gradients, _ = per_member_gradient(generator, groups, advantage_PG, cfg.grpo)
+        return torch.cat([gradient.flatten() for gradient in gradients]), {}
     metrics = loop.update(
         groups, Advantages(advantage_PG, anything_to_learn=True, means={}, details={})
     )
@@ -363,9 +370,8 @@ def updated_once(
 def test_collapsed_and_per_member_updates_have_equal_gradients(
     tiny: Path, tolerance: float, monkeypatch: pytest.MonkeyPatch, *, double: bool
 ) -> None:
-    if (
-        double
-    ):  # diffusers' Wan computes its norms and modulations in fp32 by calling .float()
+    if double:
+        # diffusers' Wan computes its norms and modulations in fp32 by calling .float()
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     options = {
         "double": double,
@@ -374,7 +380,7 @@ def test_collapsed_and_per_member_updates_have_equal_gradients(
         "grpo.kl_weight": 0.1,
     }
     collapsed, metrics = updated_once(tiny, **options)
-    per_member, _ = updated_once(tiny, **options, **{"grpo.update": "per_member"})
+    per_member, _ = updated_once(tiny, **options, per_member=True)
     assert metrics["train/kl"] > 0
     assert float((collapsed - per_member).norm()) < tolerance * float(per_member.norm())
 
