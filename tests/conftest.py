@@ -77,7 +77,7 @@ def dpo_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Config of a DPO run on ten random pairs: four pairs a step, three steps."""
     from alignment.pair_store import LatentPair, write_pairs
     from common.config import load
-    from common.distributed import generator as seeded
+    from common.distributed import seeded_generator
     from launch.compose import build_generator
     from launch.schemas.pairs import DpoRun
     from tests.launch.test_pairs import GENERATOR
@@ -91,7 +91,9 @@ def dpo_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count in (("pairs", 10), ("heldout", 5)):
         pairs = []
         for i in range(count):
-            chosen, rejected = torch.randn((2, 16, 3, 2, 2), generator=seeded(name, i))
+            chosen, rejected = torch.randn(
+                (2, 16, 3, 2, 2), generator=seeded_generator(name, i)
+            )
             prompt = ["a red circle", "rain"][i % 2]
             rows = generator.prompts.rows_of(prompt)
             pairs.append(

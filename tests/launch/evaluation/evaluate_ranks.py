@@ -1,4 +1,4 @@
-"""One rank of an evaluation whose generator is `GreyGenerator`, so that no rank imports diffusers."""
+"""A rank of an evaluation with `GreyGenerator`, so that no rank imports diffusers."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from launch.evaluation.intervals import (
 )
 
 
-def test_a_bernoulli_mean_has_the_binomial_interval() -> None:
-    """n times the mean of a resample of 130 ones in 200 is Binomial(200, 0.65), whose percentiles scipy knows."""
+def test_bernoulli_mean_has_the_binomial_interval() -> None:
+    """The ones in a resample of 130 ones in 200 are Binomial(200, 0.65)."""
     interval = mean_ci95([1.0] * 130 + [0.0] * 70, seed=0)
     low, high = stats.binom.ppf([0.025, 0.975], 200, 0.65) / 200
     assert interval.mean == pytest.approx(0.65)
@@ -30,8 +30,8 @@ def test_a_bernoulli_mean_has_the_binomial_interval() -> None:
     assert interval.n == 200
 
 
-def test_many_values_approach_the_normal_interval() -> None:
-    """mean -+ 1.96 s / sqrt(n), population s; each end is good to about 1 % of the width at 10,000 resamples."""
+def test_interval_of_many_values_is_normal() -> None:
+    """mean -+ 1.96 s / sqrt(n), population s; 10,000 resamples give each end to 1 % or so."""
     values = np.random.default_rng(3).normal(5.0, 2.0, size=2_000)
     interval = mean_ci95(values, seed=1)
     half = 1.96 * values.std() / math.sqrt(2_000)
@@ -56,13 +56,15 @@ def test_many_values_approach_the_normal_interval() -> None:
         ([2.5], 2.5, 2.5),
     ],
 )
-def test_tiny_cases_by_hand(values: list[float], low: float, high: float) -> None:
+def test_interval_of_few_values_by_hand(
+    values: list[float], low: float, high: float
+) -> None:
     interval = mean_ci95(values, seed=0)
     assert (interval.low, interval.high) == (low, high)
     assert interval.mean == pytest.approx(sum(values) / len(values))
 
 
-def test_all_27_resamples_of_three_values() -> None:
+def test_interval_equals_all_27_resamples_of_three_values() -> None:
     values = (1.0, 2.0, 10.0)
     means = sorted(sum(draw) / 3 for draw in itertools.product(values, repeat=3))
     interval = mean_ci95(values, seed=0)
@@ -72,13 +74,13 @@ def test_all_27_resamples_of_three_values() -> None:
     assert interval.high == pytest.approx(means[math.floor(0.975 * 27)])  # 10
 
 
-def test_missing_values_are_counted_and_change_nothing_else() -> None:
+def test_missing_values_are_counted_and_keep_the_interval() -> None:
     whole = mean_ci95([0.25, 0.5, 1.0], seed=7)
     holed = mean_ci95([0.25, None, 0.5, math.nan, 1.0], seed=7)
     assert holed == Interval(whole.mean, whole.low, whole.high, n=3, missing=2)
 
 
-def test_nothing_judged_is_null_in_json() -> None:
+def test_interval_of_no_values_is_null_in_json() -> None:
     text = json.dumps(mean_ci95([math.nan, None], seed=0).as_dict(), allow_nan=False)
     assert json.loads(text) == {
         "mean": None,
@@ -88,20 +90,20 @@ def test_nothing_judged_is_null_in_json() -> None:
     }
 
 
-def test_an_infinite_value_is_an_error() -> None:
+def test_infinite_value_raises() -> None:
     with pytest.raises(ValueError, match="infinite"):
         mean_ci95([1.0, math.inf], seed=0)
     with pytest.raises(ValueError, match="resamples"):
         mean_ci95([1.0], seed=0, resamples=0)
 
 
-def test_the_seed_decides() -> None:
+def test_interval_depends_on_the_seed() -> None:
     values = np.random.default_rng(0).random(50)
     assert mean_ci95(values, seed=1) == mean_ci95(values, seed=1)
     assert mean_ci95(values, seed=1).low != mean_ci95(values, seed=2).low
 
 
-def test_chunks_keep_the_whole_interval() -> None:
+def test_interval_does_not_depend_on_chunks() -> None:
     """20,000 values do not fit one chunk of resamples: still the normal one."""
     values = np.random.default_rng(5).random(20_000)
     interval = mean_ci95(values, seed=0, resamples=2_000)
@@ -109,8 +111,8 @@ def test_chunks_keep_the_whole_interval() -> None:
     assert interval.high - interval.low == pytest.approx(2 * half, rel=0.08)
 
 
-def test_the_median_of_a_statistic_has_the_interval_of_order_statistics() -> None:
-    """The bootstrap of a median is known: P(median* <= x_(k)) = P(Binomial(n, k/n) > n/2) for odd n."""
+def test_median_has_the_interval_of_order_statistics() -> None:
+    """For odd n a resampled median has P(m <= x_(k)) = P(Binomial(n, k/n) > n/2)."""
     n = 101
     values = np.arange(n, dtype=float)
     interval = statistic_ci95(lambda index: float(np.median(values[index])), n, seed=0)
@@ -120,7 +122,7 @@ def test_the_median_of_a_statistic_has_the_interval_of_order_statistics() -> Non
     assert interval.high == pytest.approx(float(np.argmax(cdf >= 0.975)), abs=1.0)
 
 
-def test_a_statistic_that_is_a_mean_agrees_with_mean_ci95() -> None:
+def test_statistic_ci95_of_a_mean_equals_mean_ci95() -> None:
     values = np.random.default_rng(2).random(80)
     general = statistic_ci95(
         lambda index: float(values[index].mean()), 80, seed=4, resamples=10_000
@@ -132,7 +134,7 @@ def test_a_statistic_that_is_a_mean_agrees_with_mean_ci95() -> None:
     assert statistic_ci95(lambda index: 0.0, 0, seed=0).n == 0
 
 
-def test_a_difference_is_taken_value_by_value() -> None:
+def test_difference_is_paired_by_value() -> None:
     """Two runs of two tables; what is added everywhere is the difference, without any spread."""
     runs = [[[0.1, 0.9], [0.4]], [[0.3, 0.2], [0.8]]]
     more = [[[v + 0.25 for v in table] for table in run] for run in runs]

@@ -1,4 +1,4 @@
-"""launch/evaluate.py rm: how often a judge agrees with people, and what it costs when a file is bad."""
+"""launch/evaluate.py rm and launch/calibrate.py: accuracy on human preferences, bad files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.fakes import decoder_with_a_trap
 
 
 class NamedScorer:
-    """The reward of v_A.mp4 is the A of its name; broken.mp4 cannot be read, nan.mp4 not be judged."""
+    """Score v_X.mp4 with X; raise for broken.mp4, return NaN for nan.mp4."""
 
     name = "descore"
 
@@ -44,7 +44,7 @@ class NamedScorer:
 
 @pytest.fixture
 def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Margins 1, -1, 2, NaN (unjudged), NaN (broken) and a tie of 0.25; people said A, A, A, B, A, same."""
+    """Margins 1, -1, 2, NaN (not scored), NaN (broken), 0.25; labels A, A, A, B, A, same."""
     import rm.scorer
 
     scorer = NamedScorer()
@@ -97,11 +97,11 @@ def test_preference_accuracy_of_hand_made_margins(pairs: Path, tmp_path: Path) -
         {"subject": 1.0},
     )
     assert rows[3]["reward_A"] is None
-    assert "cannot be decoded" in rows[4]["error"]
+    assert "broken.mp4" in rows[4]["error"]
     assert (tmp_path / "eval" / rows[2]["video_A"]).resolve() == tmp_path / "v_3.mp4"
 
 
-def test_a_file_that_kills_its_decoder_costs_its_pair(
+def test_file_that_kills_the_decoder_loses_its_pair(
     pairs: Path, tmp_path: Path, monkeypatch
 ) -> None:
     decoder_with_a_trap(
@@ -118,10 +118,11 @@ def test_a_file_that_kills_its_decoder_costs_its_pair(
     )
     rows = read_rows(tmp_path / "eval" / "results.jsonl")
     assert ["error" in row for row in rows] == [False, False, True, False, True, False]
-    assert "v_3.mp4: the decoder died with exit code -11" in rows[2]["error"]
+    assert "v_3.mp4" in rows[2]["error"]
+    assert "-11" in rows[2]["error"]
 
 
-def test_dimensions_and_right_sub_dimensions_are_counted_apart() -> None:
+def test_dimension_and_sub_dimension_accuracies_by_hand() -> None:
     answer = '<answer>{"dimensional_scores": {"subject": 2, "camera": 1}}</answer>'
     pair = Pair(
         "p",
@@ -144,10 +145,23 @@ def test_dimensions_and_right_sub_dimensions_are_counted_apart() -> None:
         "labels": {"TA": -1}
     }  # B's camera is unknown
     rows = [
-        {"label": 1, "reward_A": 1.0, "reward_B": 0.0, "parts_A": {"reward.TA": a}, "parts_B": {"reward.TA": b},
-         "labels": {"TA": label}, "quality_A": q, "quality_B": 1.0}
-        for a, b, label, q in ((0.0, 1.0, -1, 1.0), (3.0, 1.0, 1, 0.0), (1.0, 2.0, 1, 0.5), (9.0, 0.0, 0, 0.5))
-    ]  # fmt: skip
+        {
+            "label": 1,
+            "reward_A": 1.0,
+            "reward_B": 0.0,
+            "parts_A": {"reward.TA": a},
+            "parts_B": {"reward.TA": b},
+            "labels": {"TA": label},
+            "quality_A": quality,
+            "quality_B": 1.0,
+        }
+        for a, b, label, quality in (
+            (0.0, 1.0, -1, 1.0),
+            (3.0, 1.0, 1, 0.0),
+            (1.0, 2.0, 1, 0.5),
+            (9.0, 0.0, 0, 0.5),
+        )
+    ]
     rows += [{"label": 1, "error": "broken"}]
     summary = pair_rows.summarise_pairs(rows, seed=0, resamples=50)
     assert summary["without_ties"]["mean"] == pytest.approx(4 / 5)
@@ -166,7 +180,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch, *words: Path) -> None:
     calibrate.main()
 
 
-def test_calibration_takes_the_rewards_of_an_evaluation(
+def test_calibrate_uses_the_rewards_of_an_evaluation(
     pairs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -198,11 +212,11 @@ def test_calibration_takes_the_rewards_of_an_evaluation(
     (tmp_path / "other" / "descore.json").write_text('{"format": 1}')
     with pytest.raises(SystemExit, match="2"):
         calibrated(monkeypatch, tmp_path / "other", tmp_path / "eval")
-    assert "is about" in capsys.readouterr().err
+    assert str(judge) in capsys.readouterr().err
 
 
 def test_accuracy_without_ties_has_the_binomial_interval() -> None:
-    """300 decided pairs, 255 right: in a resample the number of right ones is Binomial(300, 0.85)."""
+    """With 255 right of 300 pairs, a resample's right pairs are Binomial(300, 0.85)."""
     rows = [
         {"reward_A": 1.0 if i < 255 else -1.0, "reward_B": 0.0, "label": 1}
         for i in range(300)
@@ -216,8 +230,8 @@ def test_accuracy_without_ties_has_the_binomial_interval() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_judge_reads_the_files_of_the_table(tmp_path: Path) -> None:
-    """A random DeScore of the real classes: in batches each file gets what it gets alone; broken is wrong."""
+def test_real_descore_scores_the_files_of_the_table(tmp_path: Path) -> None:
+    """A batch gives each file its score alone; a pair with a broken file counts as wrong."""
     from rm.model import DeScore
     from rm.scorer import DeScoreScorer
     from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, save_tiny_qwen

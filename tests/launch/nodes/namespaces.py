@@ -1,5 +1,6 @@
-"""Nodes on one machine: network namespaces with an address each, on a bridge in another. Nothing of it is in the
-machine's own network, and all of it is gone afterwards.
+"""Make nodes on one machine: network namespaces with an address each, on a bridge in another.
+
+Nothing of it is in the network of the machine, and nothing stays behind.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.launch.processes import BIN, ROOT
 
 
 def cannot() -> str:
-    """Why this machine makes no namespaces; nothing where it does."""
+    """Say why this machine cannot make namespaces, or return an empty text."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None or shutil.which("unshare") is None:
@@ -48,7 +49,7 @@ def cannot() -> str:
 
 
 class Nodes:
-    """As many nodes as names. The interface of node "a" is "to-a": it has another name on every node."""
+    """A node for each name. The interface of node "a" is "to-a", so no two have the same name."""
 
     def __init__(self, names: str, folder: Path) -> None:
         self.prefix, self.folder = f"nodes-{os.getpid()}-", folder
@@ -106,18 +107,23 @@ class Nodes:
         self.made.append(name)
 
     def inside(self, name: str) -> list[str]:
-        """What to write before a command that runs there."""
+        """Return the words before a command that run it on the node."""
         return ["ip", "netns", "exec", self.prefix + name]
 
     def start(
         self, name: str, *words: str, **variables: str
     ) -> subprocess.Popen[bytes]:
-        """In the background, from the repository's root; what it says goes to `said`."""
+        """Start a command in the background, from the repository's root; `said` has its output."""
         with self.log(name).open("ab") as out:
             process = subprocess.Popen(
-                [*self.inside(name), *words], cwd=ROOT, env=environment(**variables), stdout=out, stderr=out,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+                [*self.inside(name), *words],
+                cwd=ROOT,
+                env=environment(**variables),
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         self.started.append(process)
         return process
 

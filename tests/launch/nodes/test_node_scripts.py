@@ -1,4 +1,4 @@
-"""The scripts of launch/nodes without a second node, and what a run asks of its nodes."""
+"""The scripts of launch/nodes on one machine, and the checks of a run on several nodes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ NODE = str(FOLDER / "node.sh")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_bash_and_know_no_site(script: Path) -> None:
+def test_node_scripts_parse_and_name_no_site(script: Path) -> None:
     run("bash", "-n", str(script))
     text = script.read_text()
     assert text.startswith("#!/usr/bin/env bash\n# ")
-    assert "\nset -euo pipefail\n" in text
+    assert re.search(r"^set -euo pipefail$", text, re.M)
     directives = re.findall(r"^#SBATCH --([\w-]+)", text, re.M)
     assert not set(directives) & {
         "partition",
@@ -47,14 +47,15 @@ def test_scripts_are_bash_and_know_no_site(script: Path) -> None:
 
 @pytest.mark.slow
 def test_deepspeed_reads_the_hostfile() -> None:
-    program = "import sys; from deepspeed.launcher.runner import fetch_hostfile; print(dict(fetch_hostfile(sys.argv[1])))"
+    program = "import sys; from deepspeed.launcher.runner import fetch_hostfile\n"
+    program += "print(dict(fetch_hostfile(sys.argv[1])))"
     said = run(sys.executable, "-c", program, str(FOLDER / "hostfile")).stdout
     assert said.strip().endswith("{'10.0.0.1': 8, '10.0.0.2': 8}")
 
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Path:
-    """A deepspeed that starts one rank, which writes what it is told and gets, and ignores no more than its parent."""
+    """A deepspeed that writes its words and starts one rank, which writes its signals."""
     rank = "import signal, sys, time, pathlib; got = pathlib.Path(sys.argv[1])\n"
     rank += "signal.signal(signal.SIGUSR1, lambda n, f: got.write_text('asked') and sys.exit(38))\n"
     rank += "got.write_text('there'); time.sleep(30)\n"
@@ -69,8 +70,10 @@ def fake(tmp_path: Path) -> Path:
 
 
 def heed_interrupts() -> None:
-    """What a shell starts in the background ignores SIGINT, the tests and what they start too; a user's terminal does
-    not, and bash cannot trap a signal that was ignored when it began.
+    """Reset SIGINT, as in a user's terminal.
+
+    Tests in the background of a shell ignore it, and bash cannot trap a signal that was ignored
+    when it began.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -92,18 +95,22 @@ def started(fake: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 )
-def test_a_node_that_is_asked_to_stop_asks_its_ranks(
+def test_node_forwards_a_signal_to_its_ranks(
     number: signal.Signals, fake: Path
 ) -> None:
     process = started(fake)
     process.send_signal(number)
     assert process.wait(timeout=20) == 38  # the launcher's, which is the rank's
     assert (fake / "got").read_text() == "asked"
-    words = "--no_ssh --node_rank 1 --master_addr 10.1.2.3 --master_port 4242 launch/grpo.py a.b=c d"
-    assert (fake / "words").read_text() == f"--hostfile {fake}/hosts {words}\n"
+    words = (fake / "words").read_text().split()
+    assert words[:2] == ["--hostfile", f"{fake}/hosts"]
+    assert words[2] == "--no_ssh"
+    assert words[3:9:2] == ["--node_rank", "--master_addr", "--master_port"]
+    assert words[4:10:2] == ["1", "10.1.2.3", "4242"]
+    assert words[9:] == ["launch/grpo.py", "a.b=c", "d"]
 
 
-def test_a_node_that_is_asked_twice_ends_at_once(fake: Path) -> None:
+def test_second_signal_kills_the_node(fake: Path) -> None:
     (fake / "rank.py").write_text(
         (fake / "rank.py").read_text().replace("and sys.exit(38)", "and None")
     )
@@ -118,7 +125,7 @@ def test_a_node_that_is_asked_twice_ends_at_once(fake: Path) -> None:
     assert process.wait(timeout=20) == 128 + signal.SIGTERM
 
 
-def test_a_launcher_that_is_gone_is_no_success(fake: Path) -> None:
+def test_killed_launcher_exits_1(fake: Path) -> None:
     """deepspeed ends with 0 when its own launcher was killed, and the ranks go on without it."""
     text = (
         (fake / "deepspeed")
@@ -134,46 +141,43 @@ def test_a_launcher_that_is_gone_is_no_success(fake: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["no/such/file", "0", "launch/grpo.py"], "no/such/file cannot be read"),
+        (["no/such/file", "0", "launch/grpo.py"], "no/such/file"),
         (
             [str(FOLDER / "hostfile"), "one", "launch/grpo.py"],
-            "NUMBER must be 0, 1, ..., got 'one'",
+            "'one'",
         ),
         (
             [str(FOLDER / "hostfile"), "2", "launch/grpo.py"],
-            "hostfile has 2 lines with hosts, none of NUMBER 2",
+            "NUMBER 2",
         ),
         (
             [str(FOLDER / "hostfile"), "0", "grpo.py"],
-            "start it from the repository's root",
+            " grpo.py ",
         ),
-        ([str(FOLDER / "hostfile"), "0"], "usage: "),
+        ([str(FOLDER / "hostfile"), "0"], "usage:"),
     ],
 )
-def test_what_would_train_something_else_is_refused(
-    words: list[str], message: str
-) -> None:
+def test_wrong_node_arguments_exit_2(words: list[str], message: str) -> None:
     """deepspeed itself takes a missing hostfile for a run on this machine alone."""
     assert message in run(NODE, *words, expect=2).stderr
 
 
-def test_a_server_for_other_hosts_needs_a_token() -> None:
+def test_reward_server_script_needs_a_long_token() -> None:
     script = str(FOLDER / "reward_server.sh")
     words = [script, "rewards.brightness.weight=1"]
+    assert "REWARD_SERVER_TOKEN" in run(*words, expect=1, REWARD_SERVER_TOKEN="").stderr
     assert (
-        "REWARD_SERVER_TOKEN: is not set"
-        in run(*words, expect=1, REWARD_SERVER_TOKEN="").stderr
-    )
-    assert (
-        "fewer than 16 characters"
+        " 16 "
         in run(*words, expect=2, timeout=30.0, REWARD_SERVER_TOKEN="short").stderr
     )
 
 
-# ------------------------------------------------------------------ what a run asks of its nodes
+# ------------------------------------------------------------------ checks of a run
 
 
-def test_the_interface_towards_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_interface_keeps_a_given_interface(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert network.interface_towards("127.0.0.1") is None
     assert network.interface_towards("no.such.host.invalid") is None
     assert network.interface_towards("") is None
@@ -187,12 +191,12 @@ def test_the_interface_towards_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ[network.INTERFACE_VARIABLE] == "to 10.1.2.3"
 
 
-def test_a_folder_alone_is_shared(tmp_path: Path) -> None:
+def test_folder_of_one_rank_has_no_problem(tmp_path: Path) -> None:
     assert guard.folder_problem(tmp_path / "new") == ""
     assert not (tmp_path / "new").exists()
 
 
-def test_sigusr1_asks_and_never_kills(tmp_path: Path) -> None:
+def test_sigusr1_stops_the_run_and_never_kills(tmp_path: Path) -> None:
     """A scheduler may send it to a rank, and to a script that passes it on to the rank."""
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
@@ -207,7 +211,7 @@ def test_sigusr1_asks_and_never_kills(tmp_path: Path) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_file_system_without_locks_is_said(
+def test_file_system_without_locks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """As Lustre answers that is mounted without `flock`, and NFS without a lock daemon."""
@@ -217,23 +221,23 @@ def test_a_file_system_without_locks_is_said(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with Guard(tmp_path, watchdog_s=0):
-        assert (
-            "its file system has no locks (No locks available)"
-            in capsys.readouterr().out
-        )
+        printed = capsys.readouterr().out
+        assert str(tmp_path) in printed
+        assert "locks" in printed
 
 
-def test_a_watchdog_ends_where_even_the_folder_hangs(tmp_path: Path) -> None:
-    """Nobody reads that pipe: to open it is to wait, as on a file server that is gone."""
+@pytest.mark.slow
+def test_watchdog_exits_when_the_folder_hangs(tmp_path: Path) -> None:
+    """Opening a pipe without a reader waits for ever, as a file server that is gone does."""
     os.mkfifo(tmp_path / "stacks-rank-0.txt")
     program = "import pathlib, sys, time; from engine.guard import Guard\n"
     program += "with Guard(pathlib.Path(sys.argv[1]), watchdog_s=0.2): time.sleep(60)"
     done = run(sys.executable, "-c", program, str(tmp_path), expect=STUCK, timeout=40)
-    assert "no step for" in done.stderr
-    assert "Current thread" in done.stderr
+    assert "rank 0:" in done.stderr
+    assert "thread" in done.stderr
 
 
-def test_rows_of_a_rank_are_read_though_no_listing_shows_them(
+def test_rows_of_a_rank_are_read_without_a_listing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a network file system that lists a folder as it was half a minute ago."""
@@ -243,7 +247,7 @@ def test_rows_of_a_rank_are_read_though_no_listing_shows_them(
     assert table.finish([(0,)]) == [{"index": 0, "value": 1}]
 
 
-def test_a_rank_reads_no_table_that_rank_0_may_be_changing(
+def test_other_ranks_do_not_read_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 merges its parts and removes them meanwhile; what is done, it says to all."""
@@ -262,14 +266,15 @@ def test_a_rank_reads_no_table_that_rank_0_may_be_changing(
 
 
 @pytest.mark.long
-def test_tables_too_need_a_shared_folder(tmp_path: Path) -> None:
-    """Rank 1 is told another folder, which is what a path on its own disk would be."""
+def test_results_table_in_separate_folders_exits_2(tmp_path: Path) -> None:
+    """Rank 1 gets another folder, as a path on the disk of its node would be."""
     program = tmp_path / "table.py"
     program.write_text(
         "import os, pathlib, sys\n"
         "from launch.evaluation.results_table import ResultsTable, all_ranks\n"
         "from common.cli import refuse\n"
-        f"place = pathlib.Path({str(tmp_path)!r}) / ('one', sys.argv[-1])[int(os.environ['RANK'])] / 'results.jsonl'\n"
+        "name = ('one', sys.argv[-1])[int(os.environ['RANK'])]\n"
+        f"place = pathlib.Path({str(tmp_path)!r}) / name / 'results.jsonl'\n"
         "with all_ranks():\n"
         "    try:\n"
         "        ResultsTable(place, identity={})\n"
@@ -277,5 +282,6 @@ def test_tables_too_need_a_shared_folder(tmp_path: Path) -> None:
         "        refuse(str(error))\n"
     )
     said = deepspeed(2, str(program), "two", expect=2).stderr
-    assert "is not one folder for all ranks: rank 1 on " in said
+    assert f"{tmp_path / 'one'} " in said
+    assert "rank 1" in said
     deepspeed(2, str(program), "one")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.schema_types import at
+from common.schema import annotation_at
 from launch.release import provenance
 from launch.release.provenance import (
     LoggedChange,
@@ -34,7 +34,9 @@ def test_settings_are_keys_of_the_schema(kind: str) -> None:
     keys = provenance.SETTINGS[kind]
     assert len(set(keys)) == len(keys)
     assert [
-        key for key in keys if at(SCHEMAS[kind], tuple(key.split("."))) is None
+        key
+        for key in keys
+        if annotation_at(SCHEMAS[kind], tuple(key.split("."))) is None
     ] == []
 
 
