@@ -10,7 +10,7 @@ import torch
 
 from common.log import say
 from common.types import Score
-from rm.baselines.qwen2_vl import frame_indices, shared
+from rm.baselines.qwen2_vl import frame_indices_qwen_utils, shared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,7 @@ class VideoReward:
             rows.append(self.reward_model.read_video(video_TYXC, prompt, fps=fps))
         value_BK = torch.stack(rows)
         parts = dict(zip(self.outputs, value_BK.unbind(dim=1), strict=True))
+        # a dimension, or their sum
         if self.dimension == "overall":
             return Score(value_BK.sum(dim=1), parts)
         return Score(parts[self.dimension], parts)
@@ -75,7 +76,7 @@ class VideoReward:
             return
         settings = self.reward_model.layout.settings
         # the rate at which the model sees the frames
-        seen = len(frame_indices(count, fps, settings))
+        seen = len(frame_indices_qwen_utils(count, fps, settings))
         rate = (seen - 1) * fps / max(1, count - 1)
         if rate > 1.5 * settings.fps:
             self._reported_tempo = True

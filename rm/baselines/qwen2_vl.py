@@ -321,9 +321,6 @@ def frame_indices_qwen_utils(
     return places.round().long().tolist()
 
 
-frame_indices = frame_indices_qwen_utils  # the name that alignment.rewards imports
-
-
 def take_head(state: dict[str, Tensor]) -> nn.Module:
     """Take the head's weights out of ``state`` and build the head from them."""
     names = [name for name in state if name.startswith(HEAD_PREFIX)]

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from alignment import reward_check
-from alignment.clips import RewardClip, score_clips
-from alignment.reward_check import CASES, check, spoil
+from alignment.reward_check import CASES, RewardClip, check, score_clips, spoil
 from common.types import Score
 from common.video_io import write_mp4
 from launch import check_rewards
