@@ -113,7 +113,7 @@ def test_a_larger_limit_goes_on_and_a_smaller_one_forgets_nothing(
             "nothing.txt: cannot be read: No such file or directory",
         ),
         (["adapter=nowhere"], "adapter: there is no folder nowhere"),
-        (["seeds=0"], "seeds must be at least 1"),
+        (["seeds=0"], "\n  seeds: "),
     ],
 )
 def test_what_is_refused_has_exit_code_2_and_a_line(
