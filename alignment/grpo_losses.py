@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from common.gaussian import SINGULAR_GAP
 from common.policy_gradient import clipped_surrogate
 from common.types import LossOutput
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# fp32's resolution at 1: a sigma closer to 1 makes the paper's weights infinite.
-SINGULAR_GAP = 1e-7
 
 
 class StepWeights(NamedTuple):
@@ -55,6 +53,7 @@ def step_weights(
     if form == "none":
         return StepWeights(1.0, 1.0)
     if form == "paper":
+        # so close to 1 the paper's weights are infinite
         if 1.0 - sigma < SINGULAR_GAP:
             raise ValueError(
                 f"reweight=paper has infinite weights at sigma={sigma}: "

@@ -57,7 +57,7 @@ def run_checks(
 
     quiet()
     from alignment import reward_check
-    from alignment.clips import RewardClip
+    from alignment.reward_check import RewardClip
     from common.log import say
 
     # Everything here depends on what the user gave.

@@ -39,12 +39,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     words = list(sys.argv[1:] if argv is None else argv)
     kind = take_kind(words, kinds)
+
+    # Without a kind there is only help to give.
     if kind is None:
-        wants_help = "-h" in words or "--help" in words
-        print(__doc__, file=sys.stdout if wants_help else sys.stderr)
-        sys.exit(0 if wants_help else 2)
+        if "-h" in words or "--help" in words:
+            print(__doc__)
+            sys.exit(0)
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
+
+    # Read the config of the kind and run it.
     schema, evaluate = kinds[kind]
-    command = read_command(schema, words, description=schema.__doc__.splitlines()[0])
+    description = schema.__doc__.splitlines()[0]
+    command = read_command(schema, words, description=description)
     evaluate(command.cfg, resume=command.resume)
 
 
@@ -59,10 +66,13 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
         from alignment.prompts import read_prompts
         from common.distributed import derive_seed
 
+        # The prompts, and the table of everything that a row depends on.
         inputs = [cfg.prompts, cfg.generator.path, cfg.adapter]
-        inputs += [reward.checkpoint for reward in cfg.rewards.values()]
+        for reward in cfg.rewards.values():
+            inputs.append(reward.checkpoint)
         with user_errors():
-            prompts = read_prompts(cfg.prompts)[: cfg.limit]
+            prompts = read_prompts(cfg.prompts)
+            prompts = prompts[: cfg.limit]
             table = open_table(cfg, inputs, resume)
 
         # This rank's missing rows, then the rows of all ranks.
@@ -73,7 +83,8 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
         if rows:
             score_samples(cfg, rows, table)
         rows = table.finish([(i,) for i in range(len(prompts))])
-        conclude(cfg.out, summarise(rows, seed=cfg.seed, resamples=cfg.resamples))
+        summary = summarise(rows, seed=cfg.seed, resamples=cfg.resamples)
+        conclude(cfg.out, summary)
 
 
 def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
@@ -89,6 +100,7 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
         from rm.benchmarks import read_benchmark
         from rm.model import DeScore
 
+        # The pairs, with a label for each dimension where the model has several.
         with user_errors():
             dimensions = DeScore.dimensions_in(cfg.checkpoint)
             benchmark = read_benchmark(
@@ -107,7 +119,8 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
         if missing:
             score_pairs(cfg, pairs, missing, table)
         rows = table.finish([(i,) for i in range(len(pairs))])
-        conclude(cfg.out, summarise_pairs(rows, seed=cfg.seed, resamples=cfg.resamples))
+        summary = summarise_pairs(rows, seed=cfg.seed, resamples=cfg.resamples)
+        conclude(cfg.out, summary)
 
 
 def evaluate_vbench(cfg: VbenchEvaluation, *, resume: str = "auto") -> None:
@@ -117,7 +130,11 @@ def evaluate_vbench(cfg: VbenchEvaluation, *, resume: str = "auto") -> None:
     vbench_evaluation.evaluate_vbench(cfg, resume=resume)
 
 
-def open_table(cfg: Any, inputs: Iterable[str | None], resume: str) -> ResultsTable:
+def open_table(
+    cfg: Any,
+    inputs: Iterable[str | None],
+    resume: str,
+) -> ResultsTable:
     """Open the results of this configuration on these input files.
 
     Raises ValueError where the folder holds results of other settings.
@@ -125,6 +142,7 @@ def open_table(cfg: Any, inputs: Iterable[str | None], resume: str) -> ResultsTa
     from common.run_record import plain
     from launch.evaluation.results_table import ResultsTable, fingerprint
 
+    # A row depends on the settings and on the content of the input files.
     identity = plain(cfg)
     for name in NOT_IN_A_ROW:
         identity.pop(name, None)
@@ -133,7 +151,11 @@ def open_table(cfg: Any, inputs: Iterable[str | None], resume: str) -> ResultsTa
     return ResultsTable(path, identity=identity, resume=resume)
 
 
-def begin(cfg: Any, table: ResultsTable, count: int) -> list[int]:
+def begin(
+    cfg: Any,
+    table: ResultsTable,
+    count: int,
+) -> list[int]:
     """Write config.yaml, report the number of missing rows and return this rank's indices."""
     from common.distributed import is_main
     from common.log import say
@@ -145,9 +167,12 @@ def begin(cfg: Any, table: ResultsTable, count: int) -> list[int]:
         # A summary of fewer rows would be out of date.
         if missing:
             (Path(cfg.out) / "summary.json").unlink(missing_ok=True)
+
+    # Report how many rows are left.
+    finished = count - len(missing)
     line = f"{len(missing)} of {count} to do"
-    if len(missing) < count:
-        line += f", {count - len(missing)} are in {table.path}"
+    if finished:
+        line += f", {finished} are in {table.path}"
     say(line)
     return [index for (index,) in table.share(keys)]
 
@@ -161,6 +186,7 @@ def conclude(out: str, summary: dict[str, Any]) -> None:
     if not is_main():
         return
     write_json(Path(out) / "summary.json", summary)
+    # Counts and thresholds are numbers, the rest are intervals.
     for name, value in summary.items():
         text = str(value)
         if isinstance(value, dict):
@@ -173,9 +199,10 @@ def _format_interval(value: dict[str, Any]) -> str:
     if value["mean"] is None:
         return "could not be scored"
     low, high = value["ci95"]
+    missing = value["missing"]
     text = f"{value['mean']:8.4f}  95 % [{low:.4f}, {high:.4f}]  n = {value['n']}"
-    if value["missing"]:
-        text += f", {value['missing']} could not be scored"
+    if missing:
+        text += f", {missing} could not be scored"
     return text
 
 

@@ -28,10 +28,12 @@ NOT_IN_A_VIDEO = ("out", "limit")
 def main(argv: Sequence[str] | None = None) -> None:
     """Sample the prompts of a file or, with the word ``vbench``, those of VBench."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # Without a kind, the prompts of a file.
     if take_kind(words, ["vbench"]) is None:
         command = read_command(SampleRun, words, description=__doc__.splitlines()[0])
         sample(command.cfg, resume=command.resume)
         return
+    # VBench's schema is read only where it is needed.
     from launch.schemas.vbench import VbenchSampleRun
     from launch.vbench_eval.sample import sample_vbench
 
@@ -65,6 +67,7 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
             table = open_table(cfg, inputs, without=NOT_IN_A_VIDEO, resume=resume)
         if is_main():
             dump(cfg, cfg.out)
+        # With ``limit``, only the videos of the first prompts.
         requests = list_requests(cfg, prompts)
         wanted = requests
         if cfg.limit is not None:
@@ -81,6 +84,7 @@ def list_requests(cfg: SampleRun, prompts: Sequence[str]) -> list[SampleRequest]
 
     requests = []
     for i, prompt in enumerate(prompts):
+        # The seed of a video depends on its place only, not on the adapter.
         for k in range(cfg.seeds):
             file = f"{len(requests):04d}.mp4"
             seed = derive_seed(cfg.seed, "sample", i, k)

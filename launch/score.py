@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Score the files of the command line; exit code 1 if no video could be scored."""
 
+    # Flags beside those of every command.
     def extend(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
         add("--videos", metavar="GLOB", help="video files, quoted: 'clips/*.mp4'")
@@ -62,12 +63,14 @@ def score(
     with all_ranks():
         from common.log import say
 
+        # A video that is listed twice with the same prompt has a single row.
         with user_errors():
-            found = find_items(pattern, prompts)
+            listed = find_items(pattern, prompts)
             table = open_scores(cfg, out, resume)
-        items = {(item.name, item.prompt): item for item in found}
+        items = {(item.name, item.prompt): item for item in listed}
         missing = [key for key in items if key not in table.done]
         say(f"{len(missing)} of {len(items)} videos to score")
+        # This rank scores its share of them.
         share = [items[key] for key in table.share(items)]
         if share:
             score_share(cfg, share, table)
@@ -85,6 +88,7 @@ def open_scores(cfg: ScoreRun, out: Path, resume: str) -> ResultsTable:
 
     if out.suffix != ".jsonl":
         raise ValueError(f"--out must end in .jsonl, got {out}")
+    # A row depends on the rewards and on the content of their checkpoints.
     files = {}
     for reward in cfg.rewards.values():
         if reward.checkpoint:
@@ -110,7 +114,12 @@ def score_share(cfg: ScoreRun, items: list[ScoreItem], table: ResultsTable) -> N
     say(f"loading the rewards {', '.join(cfg.rewards)}")
     with user_errors():
         rewards = build_rewards(cfg.rewards)
-    no_scores = {"rewards": dict.fromkeys(rewards), "parts": {}, "texts": {}}
+    # The fields of a video that could not be read or scored.
+    no_scores = {
+        "rewards": dict.fromkeys(rewards),
+        "parts": {},
+        "texts": {},
+    }
     with VideoChecker(frames=cfg.max_frames) as checker:
 
         def score_batch(part: Sequence[ScoreItem]) -> list[Row]:
@@ -118,7 +127,8 @@ def score_share(cfg: ScoreRun, items: list[ScoreItem], table: ResultsTable) -> N
 
         for batch in batches(items, cfg.batch, "score"):
             rows = []
-            for item, fields in zip(batch, attempt(score_batch, batch), strict=True):
+            scored = attempt(score_batch, batch)
+            for item, fields in zip(batch, scored, strict=True):
                 row = {"video": item.name, "prompt": item.prompt}
                 if "error" in fields:
                     row |= no_scores
@@ -141,6 +151,7 @@ def report(rows: Sequence[Row], rewards: Sequence[str], out: Path) -> bool:
         if unscored:
             line += f", {unscored} could not be scored"
         say(f"{name:>24}  {line}")
+    # The first failures show what is wrong with most of them.
     for row in failures[:5]:
         say(f"  {row['video']}: {row['error']}")
     say(f"{len(rows) - len(failures)} rows and {len(failures)} failures are in {out}")

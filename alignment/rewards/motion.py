@@ -32,7 +32,11 @@ class Smoothness:
     name = "smoothness"
 
     def score(
-        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+        self,
+        video_BTYXC: Tensor,
+        prompts: Sequence[str],
+        *,
+        fps: float,
     ) -> Score:
         if video_BTYXC.shape[1] < 3:
             return Score(torch.full((len(prompts),), math.nan))
@@ -62,7 +66,11 @@ class Dynamics:
         self.grey = lambda frame_YXC: cv2.cvtColor(frame_YXC, cv2.COLOR_RGB2GRAY)
 
     def score(
-        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+        self,
+        video_BTYXC: Tensor,
+        prompts: Sequence[str],
+        *,
+        fps: float,
     ) -> Score:
         height, width = video_BTYXC.shape[2:4]
         if min(height, width) < 16:

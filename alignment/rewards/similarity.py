@@ -66,7 +66,11 @@ class Similarity:
 
     @torch.no_grad()
     def score(
-        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+        self,
+        video_BTYXC: Tensor,
+        prompts: Sequence[str],
+        *,
+        fps: float,
     ) -> Score:
         frames = evenly_spaced(video_BTYXC.shape[1], self.frames)
         # a video and a text at a time: the score of a video does not depend on its batch

@@ -65,6 +65,7 @@ class VideoReward:
             rows.append(self.reward_model.read_video(video_TYXC, prompt, fps=fps))
         value_BK = torch.stack(rows)
         parts = dict(zip(self.outputs, value_BK.unbind(dim=1), strict=True))
+        # a dimension, or their sum
         if self.dimension == "overall":
             return Score(value_BK.sum(dim=1), parts)
         return Score(parts[self.dimension], parts)

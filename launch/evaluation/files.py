@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # Names of the column with the video's file.
 VIDEO_COLUMNS = ("video", "file")
-# A sampling rate above any video's.
 _EVERY_FRAME = 1e6
 
 
@@ -43,6 +42,7 @@ def find_items(pattern: str | None, prompts: Path) -> list[ScoreItem]:
         files = sorted(glob.glob(pattern, recursive=True))
         if not files:
             raise ValueError(f"--videos {pattern} matches no file")
+    # A table names its videos; other files only hold prompts.
     table = _read_table(prompts)
     if table is None:
         return _pair_in_order(files, prompts, pattern)
@@ -90,6 +90,7 @@ def _read_table(path: Path) -> list[tuple[str, str]] | None:
         rows, columns = _read_rows(path)
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
+    # Only a .csv must name videos: a .jsonl may hold prompts alone.
     names = [name for name in VIDEO_COLUMNS if name in columns]
     if not names or "prompt" not in columns:
         if path.suffix == ".csv":
@@ -97,6 +98,7 @@ def _read_table(path: Path) -> list[tuple[str, str]] | None:
             raise ValueError(f"{path}: needs the columns {wanted} and prompt")
         return None
 
+    # Check every row, so that a mistake is found before a model is loaded.
     table = []
     for number, row in enumerate(rows, start=1):
         video = row.get(names[0]) if isinstance(row, dict) else ""
@@ -126,6 +128,7 @@ def _read_rows(path: Path) -> tuple[list[Any], Sequence[str]]:
             return rows, reader.fieldnames or ()
     if path.suffix != ".jsonl":
         return [], ()
+    # The first row of a .jsonl has the names of its columns.
     lines = path.read_text(encoding="utf-8-sig").split("\n")
     rows = [json.loads(line) for line in lines if line.strip()]
     columns = rows[0] if rows and isinstance(rows[0], dict) else ()
@@ -143,9 +146,10 @@ def score_files(
 
     Raises ValueError when a file cannot be read or scored.
     """
-    from alignment.clips import RewardClip, score_clips
+    from alignment.reward_check import RewardClip, score_clips
     from launch.evaluation.results_table import score_fields
 
+    # Another process decodes the files first, and dies of a broken one in our place.
     checker.require(*(item.path for item in items))
     clips = []
     for item in items:
@@ -172,10 +176,12 @@ def read_clip(path: Path, *, max_frames: int) -> WholeClip:
     from rm.config import VideoSettings
     from rm.video import VideoError, read_video
 
+    # At a rate above any video's every frame is read, up to the limit.
     settings = VideoSettings(fps=_EVERY_FRAME, min_frames=1, max_frames=max_frames)
     clip = read_video(path, settings)
     steps = len(clip.times) - 1
     if steps < 1:
         raise VideoError(f"{path}: a single frame is no video")
+    # The rate of the frames that were read, which a limit makes lower than the file's.
     seconds = clip.times[-1] - clip.times[0]
     return WholeClip(clip.frames_TYXC, round(steps / seconds, 6))

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def score_samples(
-    cfg: GeneratorEvaluation, rows: list[Row], table: ResultsTable
+    cfg: GeneratorEvaluation,
+    rows: list[Row],
+    table: ResultsTable,
 ) -> None:
     """Sample and score this rank's rows, batch by batch, and add them to the table."""
     from common.cli import user_errors
@@ -24,14 +26,15 @@ def score_samples(
     quiet()
     from common.video_io import write_mp4
 
+    # Load the models.
     names = ", ".join(cfg.rewards)
     say(f"loading the generator {cfg.generator.path} and the rewards {names}")
     with user_errors():
         generator = trained_generator(cfg.generator, cfg.adapter)
         rewards = build_rewards(cfg.rewards)
-    out = Path(cfg.out)
+    folder = Path(cfg.out) / "videos"
+    folder.mkdir(parents=True, exist_ok=True)
     fps = cfg.generator.fps
-    (out / "videos").mkdir(parents=True, exist_ok=True)
     for batch in batches(rows, cfg.batch, "evaluate"):
         # Sample the batch and score it with every reward.
         prompts = [row["prompt"] for row in batch]
@@ -42,29 +45,44 @@ def score_samples(
         for name, reward in rewards.items():
             scores[name] = reward.score(video_BTYXC, prompts, fps=fps)
 
-        # Keep the first videos of the run, then the rows.
+        # Complete the rows, and keep the first videos of the run.
         for b, row in enumerate(batch):
             row |= score_fields(scores, b)
             row["video"] = None
-            if row["index"] < cfg.keep_videos:
-                row["video"] = f"videos/{row['index']:04d}.mp4"
-                write_mp4(out / row["video"], video_BTYXC[b], fps, crf=cfg.crf)
+            index = row["index"]
+            if index < cfg.keep_videos:
+                path = folder / f"{index:04d}.mp4"
+                write_mp4(path, video_BTYXC[b], fps, crf=cfg.crf)
+                row["video"] = f"videos/{path.name}"
         table.add(batch)
 
 
-def summarise(rows: Sequence[Row], *, seed: int, resamples: int) -> dict[str, Any]:
-    """{reward: interval, "reward.part": interval}: MEAN over prompts with its bootstrap.
+def summarise(
+    rows: Sequence[Row],
+    *,
+    seed: int,
+    resamples: int,
+) -> dict[str, Any]:
+    """MEAN of every reward and its parts over prompts, with a bootstrap interval.
 
-    Videos that could not be scored are counted as missing.
+    {reward: interval, "reward.part": interval}. Videos that could not be scored are counted as
+    missing.
     """
     from launch.evaluation.intervals import mean_ci95
 
-    flat_rows = [flatten_scores(row) for row in rows]
     summary = {}
-    for name in dict.fromkeys(name for flat in flat_rows for name in flat):
-        values = [flat.get(name) for flat in flat_rows]
-        summary[name] = mean_ci95(values, seed=seed, resamples=resamples).as_dict()
+    for name, values in columns([flatten_scores(row) for row in rows]).items():
+        interval = mean_ci95(values, seed=seed, resamples=resamples)
+        summary[name] = interval.as_dict()
     return summary
+
+
+def columns(flat_rows: Sequence[Row]) -> dict[str, list[float | None]]:
+    """Turn rows of `flatten_scores` into columns, in order of first appearance."""
+    names: dict[str, None] = {}
+    for flat in flat_rows:
+        names |= dict.fromkeys(flat)
+    return {name: [flat.get(name) for flat in flat_rows] for name in names}
 
 
 def flatten_scores(row: Row) -> Row:

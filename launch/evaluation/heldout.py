@@ -16,7 +16,7 @@ from common.distributed import (
     raise_on_all,
 )
 from common.types import RewardUnavailableError
-from launch.evaluation.generator import flatten_scores
+from launch.evaluation.generator import columns, flatten_scores
 from launch.evaluation.results_table import score_fields
 from launch.evaluation.samples import SampleWriter
 
@@ -57,6 +57,7 @@ def measure(
     training grid go to ``folder``. Ranks share the prompts, and all of them call this function.
     """
     heldout = HeldoutSet(generator, rewards, prompts, seed)
+    # Samples are for looking at: the main rank's are enough.
     writer = None
     if videos and is_main():
         writer = SampleWriter(folder, fps=generator.cfg.fps)
@@ -64,10 +65,11 @@ def measure(
     if stock:
         rows["eval_stock"] = _score_prompts(heldout, "pipeline", None, 0)
 
+    # A column is a reward or a part of it.
     metrics = {}
     for prefix, flat_rows in rows.items():
-        for column in dict.fromkeys(name for flat in flat_rows for name in flat):
-            values = [flat.get(column) for flat in flat_rows]
+        for column, values in columns(flat_rows).items():
+            # Videos that could not be scored do not count.
             scored = [value for value in values if value is not None]
             mean = math.fsum(scored) / len(scored) if scored else math.nan
             metrics[f"{prefix}/{column}"] = mean
@@ -115,6 +117,7 @@ def _score_prompts(
             writer.add(video_BTYXC[:room], described[:room])
     raise_on_all(problem)
 
+    # The rows of all ranks, in the order of the prompts.
     everything: dict[int, Row] = {}
     for part in gather_objects(rows):
         everything |= part

@@ -41,16 +41,20 @@ class Interval:
 
         NaN becomes null.
         """
+        ends = [_finite(self.low), _finite(self.high)]
         return {
             "mean": _finite(self.mean),
-            "ci95": [_finite(self.low), _finite(self.high)],
+            "ci95": ends,
             "n": self.n,
             "missing": self.missing,
         }
 
 
 def mean_ci95(
-    values: Iterable[float | None], *, seed: int, resamples: int = 10_000
+    values: Iterable[float | None],
+    *,
+    seed: int,
+    resamples: int = 10_000,
 ) -> Interval:
     """MEAN over the values, with the 2.5 and 97.5 percentiles of the mean over resamples.
 
@@ -59,8 +63,8 @@ def mean_ci95(
     NaN and None mean "could not be scored"; they are left out and counted, never replaced by 0.
     Raises ValueError for an infinite value or without resamples.
     """
-    numbers = [math.nan if value is None else value for value in values]
-    given = np.array(numbers, dtype=np.float64)
+    # numpy turns None into NaN.
+    given = np.array(list(values), dtype=np.float64)
     scored = given[~np.isnan(given)]
     if np.isinf(scored).any():
         raise ValueError("the mean of an infinite value has no interval")
@@ -68,15 +72,16 @@ def mean_ci95(
     n = len(scored)
     missing = len(given) - n
     if n == 0:
-        return Interval(math.nan, math.nan, math.nan, 0, missing)
+        return _without_values(missing)
 
     # Resample in chunks of rows that fit in memory.
     random = np.random.default_rng(seed)
     rows = max(1, _CHUNK // n)
     means = []
     for first in range(0, resamples, rows):
-        size = (min(rows, resamples - first), n)
-        means.append(scored[random.integers(0, n, size=size)].mean(axis=1))
+        count = min(rows, resamples - first)
+        means.append(_resampled_means(scored, count, random))
+    # The percentiles of the resampled means are the interval.
     low, high = _percentiles(np.concatenate(means))
     return Interval(float(scored.mean()), low, high, n, missing)
 
@@ -96,17 +101,26 @@ def statistic_ci95(
     """
     _check(resamples)
     if count == 0:
-        return Interval(math.nan, math.nan, math.nan, 0)
+        return _without_values()
+    # The statistic of each resample.
     random = np.random.default_rng(seed)
     draws = []
     for _ in range(resamples):
-        draws.append(statistic(random.integers(0, count, size=count)))
+        indices = random.integers(0, count, size=count)
+        draws.append(statistic(indices))
     draw_R = np.array(draws)
     low, high = _percentiles(draw_R[~np.isnan(draw_R)])
-    return Interval(float(statistic(np.arange(count))), low, high, count)
+    # The statistic of the items themselves.
+    mean = float(statistic(np.arange(count)))
+    return Interval(mean, low, high, count)
 
 
-def runs_ci95(runs: Runs, *, seed: int, resamples: int = 2_000) -> Interval:
+def runs_ci95(
+    runs: Runs,
+    *,
+    seed: int,
+    resamples: int = 2_000,
+) -> Interval:
     """MEAN over runs, of the MEAN over a run's tables, of the MEAN of a table's values.
 
     The bootstrap has two stages (Davison and Hinkley 1997, section 3.8): it draws whole runs with
@@ -122,30 +136,33 @@ def runs_ci95(runs: Runs, *, seed: int, resamples: int = 2_000) -> Interval:
         )
     _check(resamples)
     random = np.random.default_rng(seed)
-    tables = [[np.asarray(table, dtype=np.float64) for table in run] for run in runs]
 
     # drawn[run, slot] holds the run's mean in each resample, drawn anew for every slot.
     slots = len(runs)
     drawn = np.empty((slots, slots, resamples))
-    for r, run in enumerate(tables):
+    run_means = []
+    for r, run in enumerate(runs):
+        tables = [np.asarray(table, dtype=np.float64) for table in run]
+        run_means.append([table.mean() for table in tables])
         for slot in range(slots):
-            means = []
-            for table in run:
-                size = (resamples, len(table))
-                means.append(
-                    table[random.integers(0, len(table), size=size)].mean(axis=1)
-                )
+            means = [_resampled_means(table, resamples, random) for table in tables]
             drawn[r, slot] = np.mean(means, axis=0)
 
     # Each slot of a resample takes a run by chance.
     chosen = random.integers(0, slots, size=(slots, resamples))
-    means = drawn[chosen, np.arange(slots)[:, None], np.arange(resamples)].mean(axis=0)
+    slot_index = np.arange(slots)[:, None]
+    means = drawn[chosen, slot_index, np.arange(resamples)].mean(axis=0)
     low, high = _percentiles(means)
-    mean = float(np.mean([[table.mean() for table in run] for run in tables]))
-    return Interval(mean, low, high, sum(sum(run) for run in sizes))
+    mean = float(np.mean(run_means))
+    return Interval(mean, low, high, sum(map(sum, sizes)))
 
 
-def difference_ci95(runs: Runs, others: Runs, *, seed: int) -> Interval:
+def difference_ci95(
+    runs: Runs,
+    others: Runs,
+    *,
+    seed: int,
+) -> Interval:
     """`runs_ci95` of ``runs`` minus ``others``, value by value.
 
     Both have measured the same things with the same seeds. Raises ValueError where the numbers of
@@ -155,9 +172,25 @@ def difference_ci95(runs: Runs, others: Runs, *, seed: int) -> Interval:
     for run, other_run in zip(runs, others, strict=True):
         tables = []
         for table, other in zip(run, other_run, strict=True):
-            tables.append([a - b for a, b in zip(table, other, strict=True)])
+            values = zip(table, other, strict=True)
+            tables.append([value - other_value for value, other_value in values])
         differences.append(tables)
     return runs_ci95(differences, seed=seed)
+
+
+def _resampled_means(
+    value_N: NDArray[np.float64],
+    resamples: int,
+    random: np.random.Generator,
+) -> NDArray[np.float64]:
+    """MEAN of each resample of the values -> (resamples,)."""
+    count = len(value_N)
+    indices = random.integers(0, count, size=(resamples, count))
+    return value_N[indices].mean(axis=1)
+
+
+def _without_values(missing: int = 0) -> Interval:
+    return Interval(math.nan, math.nan, math.nan, 0, missing)
 
 
 def _finite(value: float) -> float | None:
@@ -170,6 +203,7 @@ def _check(resamples: int) -> None:
 
 
 def _percentiles(draws: NDArray[np.float64]) -> tuple[float, float]:
+    # Every resample may have been left out.
     if not len(draws):
         return math.nan, math.nan
     low, high = np.quantile(draws, [0.025, 0.975])

@@ -45,7 +45,7 @@ def score_pairs(
     with user_errors():
         scorer = DeScoreScorer.load(cfg.checkpoint, **cfg.options)
     with VideoChecker() as checker:
-
+        # Another process decodes each file first: a file that kills its decoder costs a row.
         def score(part: Sequence[Pair]) -> list[Row]:
             for pair in part:
                 checker.require(pair.video_A, pair.video_B)
@@ -53,62 +53,72 @@ def score_pairs(
 
         for batch in batches(indices, cfg.batch, "evaluate"):
             part = [pairs[index] for index in batch]
-            rows = []
             scored = attempt(score, part)
+            rows = []
             for index, pair, fields in zip(batch, part, scored, strict=True):
-                rows.append({"index": index, **describe_pair(pair, fields, cfg.out)})
+                described = describe_pair(pair, fields, cfg.out)
+                rows.append({"index": index, **described})
             table.add(rows)
 
 
 def score_batch(scorer: DeScoreScorer, pairs: Sequence[Pair]) -> list[Row]:
-    """{reward_A, parts_A, cot_A, reward_B, parts_B, cot_B} of every pair."""
+    """Score both videos: {reward_A, parts_A, cot_A, reward_B, parts_B, cot_B} of every pair."""
     from launch.evaluation.results_table import score_fields
 
+    # Videos A and B of pair i are at 2 i and 2 i + 1.
     files = []
     prompts = []
     for pair in pairs:
         files += [pair.video_A, pair.video_B]
         prompts += [pair.prompt, pair.prompt]
     scores = {"descore": scorer.score(files, prompts)}
-    rows: list[Row] = []
-    for i in range(len(pairs)):
-        row = {}
-        for side, place in (("A", 2 * i), ("B", 2 * i + 1)):
-            fields = score_fields(scores, place)
-            row[f"reward_{side}"] = fields["rewards"]["descore"]
-            row[f"parts_{side}"] = fields["parts"].get("descore")
-            row[f"cot_{side}"] = fields["texts"].get("descore")
-        rows.append(row)
+    rows: list[Row] = [{} for _ in pairs]
+    for place in range(len(files)):
+        fields = score_fields(scores, place)
+        side = "AB"[place % 2]
+        row = rows[place // 2]
+        row[f"reward_{side}"] = fields["rewards"]["descore"]
+        row[f"parts_{side}"] = fields["parts"].get("descore")
+        row[f"cot_{side}"] = fields["texts"].get("descore")
     return rows
 
 
-def describe_pair(pair: Pair, fields: Row, out: str) -> Row:
+def describe_pair(
+    pair: Pair,
+    fields: Row,
+    out: str,
+) -> Row:
     """Add the pair's prompt, label and files, the quality of its CoTs and further labels.
 
     Files are relative to ``out``, because a run folder may be moved together with its data.
     """
-    row = {"prompt": pair.prompt, "label": pair.label}
-    row["video_A"] = os.path.relpath(pair.video_A, out)
-    row["video_B"] = os.path.relpath(pair.video_B, out)
+    row = {
+        "prompt": pair.prompt,
+        "label": pair.label,
+        "video_A": os.path.relpath(pair.video_A, out),
+        "video_B": os.path.relpath(pair.video_B, out),
+    }
     return row | fields | quality(pair, fields) | labels(pair, fields)
 
 
 def quality(pair: Pair, fields: Row) -> Row:
     """Share of right sub-dimension scores in each CoT, where the table has the right scores."""
     result = {}
-    for side, truth in (("A", pair.scores_A), ("B", pair.scores_B)):
+    truths = {"A": pair.scores_A, "B": pair.scores_B}
+    for side, truth in truths.items():
         cot = fields.get(f"cot_{side}")
         if truth and cot:
-            result[f"quality_{side}"] = quality_reward(parse_answer(cot), truth)
+            answer = parse_answer(cot)
+            result[f"quality_{side}"] = quality_reward(answer, truth)
     return result
 
 
 def labels(pair: Pair, fields: Row) -> Row:
     """People's labels in each dimension of a reward model that has several."""
+    # Such a model has a part "reward.NAME" for each dimension.
     parts = fields.get("parts_A") or {}
-    names = [
-        name.removeprefix("reward.") for name in parts if name.startswith("reward.")
-    ]
+    prefix = "reward."
+    names = [part.removeprefix(prefix) for part in parts if part.startswith(prefix)]
     if not names:
         return {}
     known = {}
@@ -120,7 +130,10 @@ def labels(pair: Pair, fields: Row) -> Row:
 
 
 def summarise_pairs(
-    rows: Sequence[Row], *, seed: int, resamples: int
+    rows: Sequence[Row],
+    *,
+    seed: int,
+    resamples: int,
 ) -> dict[str, Any]:
     """Preference accuracy (`rm.metrics.preference_accuracy`) with a bootstrap over pairs.
 
@@ -135,25 +148,36 @@ def summarise_pairs(
     label_N = torch.tensor([row["label"] for row in rows])
     decided_N = label_N != 0
 
-    def interval(field: str, margin_M: Tensor, label_M: Tensor) -> dict[str, Any]:
+    def interval(
+        field: str,
+        margin_M: Tensor,
+        label_M: Tensor,
+    ) -> dict[str, Any]:
         def statistic(index: Any) -> float:
             chosen = torch.from_numpy(index)
             accuracy = preference_accuracy(margin_M[chosen], label_M[chosen])
             return getattr(accuracy, field)
 
-        count = len(margin_M)
-        result = statistic_ci95(statistic, count, seed=seed, resamples=resamples)
+        result = statistic_ci95(
+            statistic,
+            len(margin_M),
+            seed=seed,
+            resamples=resamples,
+        )
         return result.as_dict()
 
+    # All dimensions together, without and with the pairs that people call equal.
+    decided_margin_M = margin_N[decided_N]
+    decided_label_M = label_N[decided_N]
     summary: dict[str, Any] = {
-        "without_ties": interval(
-            "without_ties", margin_N[decided_N], label_N[decided_N]
-        ),
+        "without_ties": interval("without_ties", decided_margin_M, decided_label_M),
         "with_ties": interval("with_ties", margin_N, label_N),
     }
 
     # Each dimension on the pairs that people decided in it.
-    names = dict.fromkeys(name for row in rows for name in row.get("labels", {}))
+    names: dict[str, None] = {}
+    for row in rows:
+        names |= dict.fromkeys(row.get("labels", ()))
     for name in names:
         decided = [row for row in rows if row.get("labels", {}).get(name)]
         label_M = torch.tensor([row["labels"][name] for row in decided])
@@ -168,6 +192,8 @@ def summarise_pairs(
     if qualities:
         mean = mean_ci95(qualities, seed=seed, resamples=resamples)
         summary["sub_dimensions"] = mean.as_dict()
+
+    # The threshold for ties on all pairs, and counts.
     summary["threshold"] = preference_accuracy(margin_N, label_N).threshold
     summary["pairs"] = len(rows)
     summary["ties"] = int((~decided_N).sum())
@@ -177,14 +203,24 @@ def summarise_pairs(
 
 def _margins(rows: Sequence[Row], part: str | None = None) -> Tensor:
     """Reward of A minus reward of B (or that of a part), NaN where either is missing."""
-    margins = []
+    values_A = _values(rows, "A", part)
+    values_B = _values(rows, "B", part)
+    return values_A - values_B
+
+
+def _values(
+    rows: Sequence[Row],
+    side: str,
+    part: str | None,
+) -> Tensor:
+    """Rewards of the videos of a side, or a part of them, in float64."""
+    values = []
     for row in rows:
-        sides = []
-        for side in "AB":
-            if part is None:
-                value = row.get(f"reward_{side}")
-            else:
-                value = (row.get(f"parts_{side}") or {}).get(part)
-            sides.append(math.nan if value is None else value)
-        margins.append(sides[0] - sides[1])
-    return torch.tensor(margins, dtype=torch.float64)
+        if part is None:
+            value = row.get(f"reward_{side}")
+        else:
+            # A pair that could not be scored has no parts.
+            parts = row.get(f"parts_{side}") or {}
+            value = parts.get(part)
+        values.append(math.nan if value is None else value)
+    return torch.tensor(values, dtype=torch.float64)

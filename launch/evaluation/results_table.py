@@ -75,13 +75,14 @@ class ResultsTable:
             for row_key, row in self._read().items():
                 if retry is None or retry not in row:
                     done.append(row_key)
+        # All ranks continue, or all of them raise.
         problem, done = distributed.from_main((problem, done))
         if problem:
             raise ValueError(problem)
         self.done: set[Key] = set(done)
 
     def key_of(self, row: Mapping[str, Any]) -> Key:
-        """The values of a row's key fields."""
+        """Return the values of a row's key fields."""
         return tuple(row[name] for name in self.key)
 
     def share(self, keys: Iterable[Key]) -> list[Key]:
@@ -91,9 +92,12 @@ class ResultsTable:
 
     def add(self, rows: Sequence[Row]) -> None:
         """Append finished rows, which then survive a kill. Raises ValueError for NaN."""
-        file = self.path.with_suffix(f".rank-{distributed.rank()}.jsonl")
+        rank = distributed.rank()
+        file = self.path.with_suffix(f".rank-{rank}.jsonl")
+        # A kill may cut the last line, which `read_rows` skips.
         with file.open("a", encoding="utf-8") as lines:
-            lines.writelines(_line(row) for row in rows)
+            for row in rows:
+                lines.write(_line(row))
         self._added = file.name
 
     def finish(self, keys: Sequence[Key]) -> list[Row]:
@@ -101,6 +105,7 @@ class ResultsTable:
 
         Returns the rows on every rank. Raises KeyError when a row was never added.
         """
+        # A rank without a share has written no file.
         added = [name for name in distributed.gather_objects(self._added) if name]
         if distributed.is_main():
             rows = self._read(added)
@@ -115,18 +120,21 @@ class ResultsTable:
             return f"--resume must be auto or none here, got {resume!r}"
         if self.path.exists() and not self._identity_path.exists():
             return f"{self.path} was not written by this program; name another output"
+        # Delete the earlier rows, or check that they belong to these settings.
         if resume == "none":
             self.path.unlink(missing_ok=True)
             for part in self._parts():
                 part.unlink()
         elif self._identity_path.exists():
-            earlier = json.loads(self._identity_path.read_text(encoding="utf-8"))
+            text = self._identity_path.read_text(encoding="utf-8")
+            earlier = json.loads(text)
             if earlier != self._identity and self._read():
                 changes = "; ".join(differences(earlier, self._identity)[:4])
                 return (
                     f"{self.path} holds other results ({changes}); name another "
                     "output, or use --resume none"
                 )
+        # Merge what a killed run has left.
         text = json.dumps(self._identity, indent=1, ensure_ascii=False)
         replace_text(self._identity_path, text + "\n")
         self._write(list(self._read().values()))
@@ -138,10 +146,11 @@ class ResultsTable:
         ``added`` names files that their ranks have written. A network file system may not list
         them yet.
         """
-        parts = {*self._parts(), *(self.path.with_name(name) for name in added)}
-        files = sorted(parts)
+        named = [self.path.with_name(name) for name in added]
+        files = sorted({*self._parts(), *named})
         if self.path.exists():
             files.insert(0, self.path)
+        # Later files replace rows of earlier files.
         rows = {}
         for file in files:
             for row in read_rows(file):
@@ -156,7 +165,8 @@ class ResultsTable:
 
         A kill between the two steps leaves rows twice, which `_read` resolves.
         """
-        replace_text(self.path, "".join(_line(row) for row in rows))
+        lines = [_line(row) for row in rows]
+        replace_text(self.path, "".join(lines))
         for part in self._parts():
             part.unlink()
 
@@ -167,7 +177,8 @@ def read_rows(path: str | Path) -> list[Row]:
     A last line without its end, which a killed run leaves behind, is skipped. Raises ValueError
     with the line number for a line that is not JSON.
     """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    text = Path(path).read_text(encoding="utf-8")
+    lines = text.split("\n")[:-1]
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -178,7 +189,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def score_fields(scores: Mapping[str, Score], index: int) -> Row:
-    """The fields of a row that hold the scores of a single video.
+    """Convert the scores of a single video to fields of a row.
 
     {"rewards": {name: value}, "parts": {name: {part: value}}, "texts": {name: text}}; a value that
     is NaN ("could not be scored") becomes null.
@@ -186,8 +197,11 @@ def score_fields(scores: Mapping[str, Score], index: int) -> Row:
     fields: Row = {"rewards": {}, "parts": {}, "texts": {}}
     for name, score in scores.items():
         fields["rewards"][name] = json_number(score.value_B[index])
+        # Parts and texts only where the reward has them.
         if score.parts:
-            parts = {key: json_number(x_B[index]) for key, x_B in score.parts.items()}
+            parts = {}
+            for part, value_B in score.parts.items():
+                parts[part] = json_number(value_B[index])
             fields["parts"][name] = parts
         if score.texts:
             fields["texts"][name] = score.texts[index]
@@ -213,7 +227,11 @@ def attempt(
     return rows
 
 
-def batches(items: Sequence[T], size: int, label: str) -> Iterator[list[T]]:
+def batches(
+    items: Sequence[T],
+    size: int,
+    label: str,
+) -> Iterator[list[T]]:
     """Cut items into batches, the last of which may be smaller, under a progress bar."""
     from common.log import progress
 
@@ -228,10 +246,11 @@ def all_ranks(*, hours: float = 4.0) -> Iterator[None]:
 
     ``hours`` is how long ranks wait for each other, because their shares take unequal times.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        with distributed.joined(timeout_s=hours * 3600, for_deepspeed=False):
-            yield
-    else:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        yield
+        return
+    with distributed.joined(timeout_s=hours * 3600, for_deepspeed=False):
         yield
 
 
@@ -245,12 +264,15 @@ def fingerprint(path: str | Path) -> Any:
     if path.is_dir():
         digest = hashlib.sha256()
         for file in sorted(path.rglob("*")):
-            if file.is_file():
-                line = f"{file.relative_to(path)} {fingerprint(file)}\n"
-                digest.update(line.encode())
+            if not file.is_file():
+                continue
+            name = file.relative_to(path)
+            line = f"{name} {fingerprint(file)}\n"
+            digest.update(line.encode())
         return digest.hexdigest()
     if not path.is_file():
         return None
+    # Read small files only.
     state = path.stat()
     if state.st_size > _HASHED_BYTES:
         return f"{state.st_size} bytes of {state.st_mtime_ns}"
@@ -259,7 +281,12 @@ def fingerprint(path: str | Path) -> Any:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Replace a file by indented JSON, atomically. Raises ValueError for NaN."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(
+        value,
+        indent=1,
+        ensure_ascii=False,
+        allow_nan=False,
+    )
     replace_text(Path(path), text + "\n")
 
 

@@ -46,6 +46,7 @@ def open_table(
 
     if cfg.adapter is not None and not Path(cfg.adapter).is_dir():
         raise ValueError(f"adapter: there is no folder {cfg.adapter}")
+    # A video depends on the settings and on the content of the input files.
     identity = plain(cfg)
     for name in without:
         identity.pop(name, None)
@@ -81,6 +82,7 @@ def sample_videos(
             missing.append(i)
     missing = from_main(missing)
     say(f"{what}{len(requests)} videos, {len(missing)} to make")
+    # This rank samples its share.
     share = [requests[i] for i in missing[rank() :: world_size()]]
     if share:
         _sample_share(cfg, share, folder, table)
@@ -122,7 +124,9 @@ def _sample_share(
         clean = generator.sample(
             [request.text], seeds=[request.seed], scheduler=cfg.scheduler
         )
-        write_mp4(partial, generator.decode(clean)[0], cfg.generator.fps, crf=cfg.crf)
+        # On the disk before the name and the row.
+        video_TYXC = generator.decode(clean)[0]
+        write_mp4(partial, video_TYXC, cfg.generator.fps, crf=cfg.crf)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(folder / request.file)

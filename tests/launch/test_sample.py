@@ -55,9 +55,7 @@ def videos(config: Path) -> dict[str, bytes]:
     }
 
 
-def test_sample_writes_name_and_seed_of_every_video(
-    grey: SeedGenerator, config: Path
-) -> None:
+def test_every_video_has_its_name_and_seed(grey: SeedGenerator, config: Path) -> None:
     rows = sampled(config)
     assert (
         [row["file"] for row in rows]
@@ -75,7 +73,7 @@ def test_sample_writes_name_and_seed_of_every_video(
     )
 
 
-def test_killed_sample_run_makes_missing_videos_only(
+def test_a_killed_run_makes_what_is_not_there_and_nothing_twice(
     grey: SeedGenerator, config: Path
 ) -> None:
     grey.fail_after = 3
@@ -93,7 +91,9 @@ def test_killed_sample_run_makes_missing_videos_only(
     assert videos(config) == broken
 
 
-def test_changed_limit_keeps_finished_videos(grey: SeedGenerator, config: Path) -> None:
+def test_a_larger_limit_goes_on_and_a_smaller_one_forgets_nothing(
+    grey: SeedGenerator, config: Path
+) -> None:
     assert [row["file"] for row in sampled(config, "limit=1")] == [
         "0000.mp4",
         "0001.mp4",
@@ -106,17 +106,17 @@ def test_changed_limit_keeps_finished_videos(grey: SeedGenerator, config: Path) 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["seed=1"], "(seed:"),
-        (["seeds=3"], "(seeds:"),
+        (["seed=1"], "holds other results (seed"),
+        (["seeds=3"], "holds other results (seeds"),
         (
             ["prompts=nothing.txt"],
-            "nothing.txt:",
+            "nothing.txt: cannot be read: No such file or directory",
         ),
-        (["adapter=nowhere"], "nowhere"),
-        (["seeds=0"], "seeds:"),
+        (["adapter=nowhere"], "adapter: there is no folder nowhere"),
+        (["seeds=0"], "\n  seeds: "),
     ],
 )
-def test_wrong_sample_settings_exit_2(
+def test_what_is_refused_has_exit_code_2_and_a_line(
     grey: SeedGenerator,
     config: Path,
     capsys: pytest.CaptureFixture[str],
@@ -130,7 +130,7 @@ def test_wrong_sample_settings_exit_2(
     assert len(grey.seen) == 2
 
 
-def test_changed_prompt_file_exits_2(
+def test_other_prompts_in_the_same_file_are_other_videos(
     grey: SeedGenerator,
     config: Path,
     capsys: pytest.CaptureFixture[str],
@@ -139,4 +139,4 @@ def test_changed_prompt_file_exits_2(
     (config.parent / "prompts.txt").write_text("snow\n")
     with pytest.raises(SystemExit, match="2"):
         sampled(config)
-    assert "files.prompts" in capsys.readouterr().err
+    assert "holds other results (files.prompts" in capsys.readouterr().err
