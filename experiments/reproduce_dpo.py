@@ -3,7 +3,7 @@
 DeScore is trained on preferences and scores eight videos a prompt of the tiny Wan; the best and the
 worst make a pair. Plain fine-tuning, Flow-RWR and Flow-DPO (two schedules of beta) learn from these
 pairs. Longcat-GRPO learns from the same DeScore, for as many DiT forwards as the pairs and Flow-DPO
-took together. The oracle, which trains nobody, scores held-out prompts. Results: a JSON and a page.
+took together. The oracle, which trains no model, scores held-out prompts. Results: a JSON and a page.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from typing import Any
 from common.config import load
 from common.log import read_metrics
 from experiments import tables
-from experiments.reproduce_grpo import CONFIGS, cost_of_update
+from experiments.reproduce_grpo import cost_of_update
 from experiments.runner import (
+    CONFIGS,
     ROOT,
     CommandStep,
     Job,
     RecipeTimer,
     commit,
     comparison_parser,
+    config_words,
     run_jobs,
     write_json,
 )
@@ -43,8 +45,8 @@ ARMS = {
     "dpo_quadratic": ("dpo.beta_schedule=quadratic",),
 }
 TITLES = {
-    "base": "the generator as it is",
-    "sft": "fine-tuning on the winners",
+    "base": "the base generator",
+    "sft": "fine-tuning on the chosen videos",
     "rwr": "Flow-RWR",
     "dpo": "Flow-DPO, constant beta",
     "dpo_quadratic": "Flow-DPO, beta (1 - t)^2",
@@ -58,13 +60,13 @@ Scores = dict[str, dict[int, dict[str, list[float]]]]
 class Size:
     """Size of the comparison.
 
-    judge_pairs  Preference pairs that train DeScore.
+    train_pairs  Preference pairs that train DeScore.
     prompts      Prompts of the pairs, eight videos each.
     epochs       Epochs on the pairs, in multiples of configs/shapes/dpo.yaml.
     heldout      Prompts that the oracle scores.
     """
 
-    judge_pairs: int
+    train_pairs: int
     prompts: int
     epochs: float
     heldout: int
@@ -93,19 +95,15 @@ def updates_of_grpo(size: Size) -> int:
     return max(1, round(everything / update))
 
 
-def _config(name: str, *words: str) -> list[str]:
-    return ["--config", str(CONFIGS / f"{name}.yaml"), *words]
-
-
 def prepare(seed: int, root: Path, size: Size) -> Job:
     """Train DeScore and make the pairs."""
     folder = root / f"seed{seed}"
     data = folder / "data"
     descore = folder / "descore"
     pairs = folder / "pairs"
-    split = ["--pairs", f"train={size.judge_pairs}", "heldout=8", "--workers", "1"]
+    split = ["--pairs", f"train={size.train_pairs}", "heldout=8", "--workers", "1"]
     make = ["--out", str(data), "--seed", str(seed), *split]
-    train = _config(
+    train = config_words(
         "cold_start",
         f"run_dir={descore}",
         f"seed={seed}",
@@ -113,7 +111,7 @@ def prepare(seed: int, root: Path, size: Size) -> Job:
         f"data.train={data / 'train.csv'}",
         "data.heldout=null",
     )
-    sample = _config(
+    sample = config_words(
         "pairs",
         f"out={pairs}",
         f"seed={seed}",
@@ -136,7 +134,7 @@ def learn(seed: int, arm: str, root: Path, size: Size) -> Job:
     final = folder / "final"
     adapter = final / "pytorch_lora_weights.safetensors"
     common = (f"run_dir={folder}", f"seed={seed}")
-    evaluation = _config(
+    evaluation = config_words(
         "evaluate_oracle",
         f"out={folder / 'eval'}",
         f"seed={seed}",
@@ -146,10 +144,10 @@ def learn(seed: int, arm: str, root: Path, size: Size) -> Job:
     if arm in ARMS:
         epochs = f"dpo.epochs={epochs_of(size):g}"
         pairs = f"pairs={prepared / 'pairs'}"
-        words = _config("dpo", *common, epochs, pairs, *ARMS[arm])
+        words = config_words("dpo", *common, epochs, pairs, *ARMS[arm])
         steps.append(CommandStep(f"train {arm}", "launch/dpo.py", words, adapter))
     elif arm == "grpo":
-        words = _config(
+        words = config_words(
             "grpo",
             *common,
             "video_every=0",
@@ -216,23 +214,22 @@ def page_of(
     scores: Scores, record: dict[str, Any], last: dict[str, list[dict[str, float]]]
 ) -> list[str]:
     """Lines of the page; ``last`` holds each arm's last row of metrics.jsonl by seed."""
-    by_seed = scores["base"]
-    count = len(next(iter(by_seed.values()))[TOTAL])
-    pairs = [
-        f"{found['pairs']} of {found['prompts']} prompts" for found in record["pairs"]
-    ]
+    seeds = ", ".join(str(seed) for seed in scores["base"])
+    count = len(next(iter(scores["base"].values()))[TOTAL])
+    pairs = ", ".join(str(counts["pairs"]) for counts in record["pairs"])
     lines = [
         "# Learning from pairs against learning online, in miniature",
         "",
         f"Made by `{COMMAND}` at commit {record['commit']} in {record['minutes']:.0f} minutes. "
-        "DeScore judged eight videos of each prompt; the best and the worst made a pair "
-        f"({', '.join(pairs)}; the rest were too close). The tables "
-        f"have the oracle, on which nobody was trained, on {count} held-out prompts over the seeds "
-        f"{', '.join(map(str, by_seed))}, with the 95 % interval of a bootstrap that draws seeds, "
-        "then prompts; gains are taken prompt by prompt. DiT forwards count a backward as two, and "
-        "the making of the pairs.",
+        f"Seeds: {seeds}. Pairs of each seed: {pairs} of {record['pairs'][0]['prompts']} prompts; "
+        "DeScore scored eight videos a prompt, and the best and the worst made a pair unless they "
+        f"were too close. The oracle scores {count} held-out prompts. Intervals: 95 %, bootstrap "
+        "over seeds and prompts; gains are taken prompt by prompt. DiT forwards include the making "
+        "of the pairs; a backward counts as two.",
         "",
     ]
+
+    # The oracle's total.
     rows = []
     for arm, title in TITLES.items():
         gain = None if arm == "base" else oracle_of(scores, arm, TOTAL, minus="base")
@@ -294,7 +291,7 @@ def write_results(
 def main() -> None:
     """Prepare DeScore and pairs, run all arms under all seeds, then write the results."""
     parser = comparison_parser(__doc__, "reproduce_dpo")
-    parser.add_argument("--judge-pairs", type=int, default=2000)
+    parser.add_argument("--train-pairs", type=int, default=2000)
     parser.add_argument("--prompts", type=int, default=691, help="of the pairs")
     parser.add_argument("--epochs", type=float, default=1.0, help="times dpo.yaml's")
     parser.add_argument("--heldout", type=int, default=240, help="held-out prompts")
@@ -302,7 +299,7 @@ def main() -> None:
 
     root = args.run_dir
     timer = RecipeTimer(ROOT / root / "seconds.json")
-    size = Size(args.judge_pairs, args.prompts, args.epochs, args.heldout)
+    size = Size(args.train_pairs, args.prompts, args.epochs, args.heldout)
     prepared = [[prepare(seed, root, size)] for seed in args.seeds]
     run_jobs(prepared, root, timer, workers=args.workers)
 

@@ -44,8 +44,8 @@ def test_its_steps_follow_each_other_and_end_in_a_report(
     demo.main()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["rm"]["heldout_accuracy"]["n"] > 0
-    for judge in ("oracle", "descore"):
-        assert {name: one["n"] for name, one in summary[judge].items()} == {
+    for reward in ("oracle", "descore"):
+        assert {name: one["n"] for name, one in summary[reward].items()} == {
             "base": 8,
             "tuned": 8,
             "dpo": 8,

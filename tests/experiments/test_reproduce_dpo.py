@@ -20,7 +20,7 @@ from tests.launch.processes import run
 
 
 def test_costs_by_hand() -> None:
-    size = Size(judge_pairs=2000, prompts=100, epochs=0.5, heldout=240)
+    size = Size(train_pairs=2000, prompts=100, epochs=0.5, heldout=240)
     assert (
         forwards_of_pairs(size) == 100 * 8 * 8
     )  # eight videos of eight steps, no guidance
@@ -47,7 +47,7 @@ def test_the_smallest_comparison(tmp_path: Path) -> None:
     words = [
         "--seeds",
         "0",
-        "--judge-pairs",
+        "--train-pairs",
         "32",
         "--prompts",
         "6",
