@@ -1,9 +1,9 @@
 """Run the models at their true size on a CPU with 24 GiB: `make fullsize`.
 
 Wan 2.1 1.3B and Qwen3-VL 2B have their published configs and random weights, in fp32 because most
-CPUs emulate bfloat16. The ordinary recipes, loops and engines make a GRPO update, a DPO step, scores
-of DeScore and a cold-start step. Each part runs in its process, whose peak memory is compared with
-the prediction of ``--dry-run``. The text encoder (22.7 GB in fp32) is left out: embeddings of the
+CPUs emulate bfloat16. The ordinary recipes and loops make a GRPO update, a DPO step, scores of
+DeScore and a cold-start step. Each part runs in its process, whose peak memory is compared with the
+prediction of ``--dry-run``. The text encoder (22.7 GB in fp32) is left out: embeddings of the
 prompt are random. Results: docs/results/fullsize.json.
 """
 

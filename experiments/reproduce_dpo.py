@@ -3,7 +3,7 @@
 DeScore is trained on preferences and scores eight videos a prompt of the tiny Wan; the best and the
 worst make a pair. Plain fine-tuning, Flow-RWR and Flow-DPO (two schedules of beta) learn from these
 pairs. Longcat-GRPO learns from the same DeScore, for as many DiT forwards as the pairs and Flow-DPO
-took together. The oracle, which trains no model, scores held-out prompts. Results: a JSON and a page.
+took together. The oracle, which trains no model, scores held-out prompts.
 """
 
 from __future__ import annotations

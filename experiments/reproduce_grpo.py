@@ -1,4 +1,4 @@
-"""Compare the parts of Longcat-GRPO and its sisters: `python experiments/reproduce_grpo.py`.
+"""Compare the parts of Longcat-GRPO and related algorithms: `python experiments/reproduce_grpo.py`.
 
 Every arm trains the tiny Wan on the exact oracle under three seeds, for the same number of DiT
 forwards (a backward counts two), and is evaluated on held-out prompts. The paper (LongCat-Video
@@ -18,12 +18,14 @@ from common.config import load
 from common.log import read_metrics
 from experiments import tables
 from experiments.runner import (
+    CONFIGS,
     ROOT,
     CommandStep,
     Job,
     RecipeTimer,
     commit,
     comparison_parser,
+    config_words,
     run_jobs,
     write_json,
 )
@@ -31,7 +33,6 @@ from launch.evaluation.intervals import Interval
 from launch.planning.forwards import samples_per_rollout, samples_per_update
 from launch.schemas.training import GrpoRun
 
-CONFIGS = Path("configs/shapes")
 COMMAND = "python experiments/reproduce_grpo.py"
 BASE = "longcat"
 
@@ -54,7 +55,7 @@ _SAMPLER = "generator.sampler."
 LATE = f"{_SAMPLER}stochastic_first=1"
 TAIL = f"{_SAMPLER}tail_steps=3"
 RANGE = f"{_SAMPLER}stochastic_range"
-# A sister brings its algorithm. Steps, members, adapter and rate stay those of the recipe.
+# A related algorithm keeps the recipe's steps, group size, adapter and learning rate.
 SAME = (
     f"{_SAMPLER}num_steps=8",
     "grpo.group_size=8",
@@ -66,8 +67,10 @@ SAME = (
 ARMS = {
     BASE: GrpoArm("Longcat-GRPO, the recipe"),
     "no_reweight": GrpoArm("without reweighting", extra=("grpo.reweight=none",)),
-    "own_spread": GrpoArm("each group's own spread", extra=("grpo.scale=group",)),
-    "no_spread": GrpoArm("no spread at all", extra=("grpo.scale=none",)),
+    "own_spread": GrpoArm(
+        "divided by each group's spread", extra=("grpo.scale=group",)
+    ),
+    "no_spread": GrpoArm("divided by no spread", extra=("grpo.scale=none",)),
     "late": GrpoArm("the first step never stochastic", extra=(LATE,)),
     "untruncated": GrpoArm(
         "the same, noise without a ceiling", extra=(LATE, f"{_SAMPLER}max_std=null")
@@ -152,14 +155,14 @@ def steps_of(
     """Commands that train an arm and evaluate it on held-out prompts."""
     folder = run.folder(root)
     steps = []
-    evaluation = [
-        "generator",
-        "--config",
-        str(CONFIGS / "evaluate_oracle.yaml"),
+    evaluation = config_words(
+        "evaluate_oracle",
         f"seed={run.seed}",
         f"out={folder / 'eval'}",
         f"limit={prompts}",
-    ]
+    )
+
+    # Train all arms but the base.
     if run.arm != "base":
         count = updates_of(run.arm, updates)
         words = []
@@ -176,8 +179,11 @@ def steps_of(
         done = folder / "final" / "pytorch_lora_weights.safetensors"
         steps.append(CommandStep(f"train {run}", "launch/grpo.py", words, done))
         evaluation.append(f"adapter={folder / 'final'}")
+
+    # Evaluate with the oracle.
+    words = ["generator", *evaluation]
     done = folder / "eval" / "summary.json"
-    steps.append(CommandStep(f"judge {run}", "launch/evaluate.py", evaluation, done))
+    steps.append(CommandStep(f"judge {run}", "launch/evaluate.py", words, done))
     return steps
 
 
@@ -212,6 +218,7 @@ def read_outcome(root: Path, run: GrpoArmRun) -> GrpoOutcome:
     metrics = read_metrics(folder / "metrics.jsonl")
     steps = [row for row in metrics if "forwards/grad" in row]
     spent = [0.0, *accumulate(tables.training_forwards(row) for row in steps)]
+    # The forwards until each evaluation in training.
     curve = tuple(
         (spent[int(row["step"])], row["eval/oracle"])
         for row in metrics
@@ -268,16 +275,17 @@ def page_of(
         "# What each part of Longcat-GRPO is worth, in miniature",
         "",
         f"Made by `{record['command']}` at commit {record['commit']} in {minutes:.0f} minutes. "
-        "The tiny Wan learns from the exact oracle; the table has the oracle's mean (0 to 1) on "
-        f"{count} held-out prompts after training, over the seeds {', '.join(map(str, seeds))}, "
-        "with the 95 % interval of a bootstrap that draws seeds, then prompts; "
-        "differences are taken prompt by prompt. All arms but those of the tail spend the same "
-        "number of DiT forwards, a backward counted as two; those of the tail make as many updates "
-        "as the recipe. Rollout is the median of a step's, in seconds, two runs sharing two cores.",
+        f"Seeds: {', '.join(map(str, seeds))}. The tiny Wan learns from the exact oracle, which "
+        f"scores (0 to 1) {count} held-out prompts after training. Intervals: 95 %, bootstrap over "
+        "seeds and prompts; differences are taken prompt by prompt. Arms spend equally many DiT "
+        "forwards, a backward counted as two; those of the tail make as many updates as the "
+        "recipe. Rollout: median seconds of a step, two runs on two cores.",
         "",
         f"Before training: {tables.show(oracle_of(outcomes, 'base'))}.",
         "",
     ]
+
+    # A table for each section.
     head = ["arm", "updates", "videos", "DiT forwards", "rollout", "oracle"]
     head.append("against the recipe")
     for title, members in groups_of(arms).items():
@@ -341,6 +349,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=240, help="held-out prompts")
     args = parser.parse_args()
 
+    # Train and evaluate all arms.
     timer = RecipeTimer(ROOT / args.run_dir / "seconds.json")
     arms = dict.fromkeys(["base", BASE, *args.arms])
     runs = [GrpoArmRun(seed, arm) for seed in args.seeds for arm in arms]
@@ -350,6 +359,7 @@ def main() -> None:
         jobs.append([Job(run.folder(args.run_dir), steps)])
     run_jobs(jobs, args.run_dir, timer, workers=args.workers)
 
+    # The command names the arms if some are left out.
     chosen = "" if set(arms) == {"base", *ARMS} else f" --arms {' '.join(args.arms)}"
     out = ROOT / args.out
     root = ROOT / args.run_dir

@@ -50,8 +50,11 @@ def show(value: Interval | None) -> str:
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a markdown table."""
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines = []
+    for row in (head, *rows):
+        cells = " | ".join(row)
+        lines.append(f"| {cells} |")
+    lines.insert(1, "|---" * len(head) + "|")
     return lines
 
 
@@ -70,17 +73,26 @@ def new_figure(count: int) -> tuple[Any, Any]:
     from matplotlib import pyplot
 
     matplotlib.rcParams |= {
-        # a fixed salt gives equal runs equal bytes
+        # A fixed salt gives equal runs equal bytes.
         "svg.hashsalt": "reproduce_rm",
         "font.size": 8,
         "axes.grid": True,
         "grid.alpha": 0.3,
     }
-    return pyplot.subplots(1, count, figsize=(4.2 * count, 3.4), sharey=True)
+    return pyplot.subplots(
+        1,
+        count,
+        figsize=(4.2 * count, 3.4),
+        sharey=True,
+    )
 
 
 def save_figure(
-    figure: Any, path: Path, *, legend_of: Any = None, bottom: float = 0.0
+    figure: Any,
+    path: Path,
+    *,
+    legend_of: Any = None,
+    bottom: float = 0.0,
 ) -> None:
     """Save a figure as SVG, with the legend of a panel below all of them if given.
 
@@ -90,4 +102,6 @@ def save_figure(
         names = legend_of.get_legend_handles_labels()
         figure.legend(*names, loc="outside lower center", ncols=4)
     figure.tight_layout(rect=(0, bottom, 1, 1))
+
+    # Without a date, equal runs write equal files.
     figure.savefig(path, metadata={"Date": None})
