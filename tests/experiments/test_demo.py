@@ -28,7 +28,7 @@ def less(script: str, words: list[str]) -> list[str]:
 
 
 @pytest.mark.long
-def test_its_steps_follow_each_other_and_end_in_a_report(
+def test_demo_runs_all_steps_and_ends_with_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     whole = demo.plan

@@ -1,4 +1,4 @@
-"""The ablations at their smallest: trained and judged by the real commands, counted by hand."""
+"""The ablations at their smallest: trained and evaluated by the real commands, counted by hand."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_samples_of_a_rollout_by_hand() -> None:
     )
 
 
-def test_every_arm_is_a_run_of_its_own_that_costs_what_the_recipe_costs() -> None:
+def test_arms_differ_and_cost_as_much_as_the_recipe() -> None:
     runs = {
         name: load(GrpoRun, configs_of(name), arm.extra) for name, arm in ARMS.items()
     }
@@ -99,7 +99,7 @@ def test_differences_are_taken_seed_by_seed() -> None:
 
 
 @pytest.mark.long
-def test_the_smallest_table(tmp_path: Path) -> None:
+def test_smallest_comparison_of_grpo(tmp_path: Path) -> None:
     words = ["--seeds", "0", "--updates", "1", "--prompts", "3", "--arms", "flow_grpo"]
     again = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""The paper's comparison at its smallest: every judge trained and tested by the real commands, and told apart."""
+"""The paper's comparison at its smallest: reward models trained and tested by the real commands."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_smallest_comparison(made: Path) -> None:
         assert all(
             1 <= found["accuracy"]["n"] <= 12 for found in judge["tests"].values()
         )
-    # the accuracy is what evaluate.py says of all tests together, by another route
+    # the accuracy equals that of evaluate.py over all tests
     folder = Cell(0, 48, "stage1").folder(made / "run")
     summary = json.loads(
         (folder / "tests" / "summary.json").read_text(encoding="utf-8")
@@ -89,8 +89,8 @@ def test_the_smallest_comparison(made: Path) -> None:
 
 
 @pytest.mark.long
-def test_each_judge_is_its_own(made: Path) -> None:
-    cells = [cell for chain in sequences_of(0, [48]) for cell in chain]
+def test_reward_models_of_all_methods_differ(made: Path) -> None:
+    cells = [cell for sequence in sequences_of(0, [48]) for cell in sequence]
     rewards = {}
     for cell in cells:
         rows = (
@@ -108,13 +108,14 @@ def test_each_judge_is_its_own(made: Path) -> None:
     assert sum(base.thought) / len(base.thought) > 0.7
 
 
-def test_what_a_judge_starts_from() -> None:
+def test_steps_start_from_the_earlier_checkpoint() -> None:
     run_dir = Path("r")
-    train, judged = steps_of(Cell(1, 500, "descore"), run_dir, rl_steps=7)
+    train, evaluate = steps_of(Cell(1, 500, "descore"), run_dir, rl_steps=7)
     assert f"checkpoint={run_dir / 'seed1' / '500_stage1' / 'final'}" in train.arguments
     assert {"dual_rl.steps=7", "data.limit=500", "seed=1"} <= set(train.arguments)
     assert (
-        f"checkpoint={run_dir / 'seed1' / '500_descore' / 'final'}" in judged.arguments
+        f"checkpoint={run_dir / 'seed1' / '500_descore' / 'final'}"
+        in evaluate.arguments
     )
     (at_once,) = steps_of(Cell(1, 500, "stage1_at_once"), run_dir, rl_steps=7)
     assert {
@@ -122,14 +123,14 @@ def test_what_a_judge_starts_from() -> None:
         "options={chains: 0}",
     } <= set(at_once.arguments)
     # what is trained comes before what starts from it
-    order = [cell.method for chain in sequences_of(0, [500]) for cell in chain]
+    order = [cell.method for sequence in sequences_of(0, [500]) for cell in sequence]
     assert order.index("stage1") < order.index("stage1_at_once")
     assert order.index("stage1") < order.index("descore")
     assert order.index("stage1_p0") < order.index("descore_p0")
     assert sorted(order) == sorted(METHODS)
 
 
-def test_what_chains_state_by_hand() -> None:
+def test_stated_order_by_hand() -> None:
     def row(a: float | None, b: float | None, label: int) -> dict:
         parts = [
             None if x is None else {**dict.fromkeys(DIMENSIONS, 1.0), "subject": x}
@@ -151,7 +152,7 @@ def test_what_chains_state_by_hand() -> None:
     line = next(
         x for x in stated_table(outcomes, 10) if "both stages, p = 0.5 | out" in x
     )
-    # a seed has four pairs of wan and one of each of three others; five of seven state the right order or a wrong one
+    # A seed has four pairs of wan and a pair of each of three others.
     assert line.endswith("| 0.571: 0.250 | 0.286: 0.500 | 0.143: 0.000 |")
 
 
@@ -174,8 +175,8 @@ def test_over_seeds_and_differences_by_hand() -> None:
     assert found.low == 0.0
 
 
-def test_the_bootstrap_over_runs_has_the_spread_of_runs_and_of_values() -> None:
-    """Two normal stages: var(mean) = var_runs / R + var_values / (R n), as drawn from R runs of n values."""
+def test_runs_ci95_has_the_spread_of_runs_and_of_values() -> None:
+    """Two normal stages, R runs of n values: var(mean) = var_runs / R + var_values / (R n)."""
     random = np.random.default_rng(0)
     centres = random.normal(size=40)
     runs = [[centre + 0.5 * random.normal(size=50)] for centre in centres]
@@ -190,7 +191,7 @@ def test_the_bootstrap_over_runs_has_the_spread_of_runs_and_of_values() -> None:
     assert found.n == 2000
 
 
-def test_one_run_leaves_the_spread_of_its_values() -> None:
+def test_runs_ci95_single_run_has_the_spread_of_its_values() -> None:
     values = np.random.default_rng(0).normal(size=400)
     found = runs_ci95([[values]], seed=0)
     assert (found.high - found.low) / (2 * 1.96) == pytest.approx(
@@ -198,9 +199,9 @@ def test_one_run_leaves_the_spread_of_its_values() -> None:
     )
 
 
-def test_tables_count_alike_however_long_they_are() -> None:
+def test_runs_ci95_weighs_tables_equally() -> None:
     assert runs_ci95([[[1.0] * 9, [0.0]]], seed=0).mean == 0.5
-    with pytest.raises(ValueError, match="equally many tables"):
+    with pytest.raises(ValueError):
         runs_ci95([[[1.0]], [[1.0], [0.0]]], seed=0)
-    with pytest.raises(ValueError, match="equally many tables"):
+    with pytest.raises(ValueError):
         runs_ci95([[[]]], seed=0)
