@@ -67,17 +67,30 @@ def main() -> None:
     summaries = {}
     for seed in args.seeds:
         folder = Path("runs", "demo" if seed == 0 else f"demo-seed{seed}")
-        options = ["--seed", str(seed), "--run-dir", str(folder)]
+        options = [
+            "--seed",
+            str(seed),
+            "--run-dir",
+            str(folder),
+        ]
         words = [sys.executable, "experiments/demo.py", *options]
         subprocess.run(words, cwd=ROOT, check=True)
         summaries[seed] = read_json(ROOT / folder / "summary.json")
 
     # Write the results.
     commit_name = commit()
-    record = {"command": COMMAND, "commit": commit_name, "seeds": summaries}
+    record = {
+        "command": COMMAND,
+        "commit": commit_name,
+        "seeds": summaries,
+    }
     write_json(ROOT / "docs/results/demo.json", record)
     section = section_of(summaries, commit_name)
-    replace_section(ROOT / "README.md", "demo results", section)
+    replace_section(
+        ROOT / "README.md",
+        "demo results",
+        section,
+    )
 
 
 if __name__ == "__main__":

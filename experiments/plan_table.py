@@ -38,16 +38,9 @@ RECIPES = (
         ("cold_start.yaml", "../gpus/cold_start_64.yaml"),
     ),
     PlannedRecipe("DeScore, dual RL (8B)", DualRlRun, ("dual_rl.yaml",)),
+    PlannedRecipe("the same, ZeRO 3", DualRlRun, ("dual_rl.yaml",), ("zero_stage=3",)),
     PlannedRecipe(
-        "the same, ZeRO 3",
-        DualRlRun,
-        ("dual_rl.yaml",),
-        ("zero_stage=3",),
-    ),
-    PlannedRecipe(
-        "the same, an adapter",
-        DualRlRun,
-        ("dual_rl.yaml", "../gpus/dual_rl_1.yaml"),
+        "the same, an adapter", DualRlRun, ("dual_rl.yaml", "../gpus/dual_rl_1.yaml")
     ),
     PlannedRecipe("Longcat-GRPO", GrpoRun, ("grpo.yaml",)),
     PlannedRecipe("the same, 240 x 416 x 33", GrpoRun, ("grpo.yaml", SMALL)),
@@ -83,7 +76,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # README.md follows the page of docs/results only.
     if args.out == OUT:
-        replace_section(ROOT / "README.md", "plans", _without_variants(lines))
+        replace_section(
+            ROOT / "README.md",
+            "plans",
+            _without_variants(lines),
+        )
 
 
 def cell_of(cfg: Any, where: Where) -> str:
@@ -117,7 +114,11 @@ def page_of(device: Device, table: Sequence[str]) -> list[str]:
 def with_table(text: str, rows: Sequence[str]) -> str:
     """Return README.md with these rows in its table, without variants of a recipe."""
     head = tables.markdown_table(HEAD, [])
-    return with_section(text, "plans", [*head, *_without_variants(rows)])
+    return with_section(
+        text,
+        "plans",
+        [*head, *_without_variants(rows)],
+    )
 
 
 def _without_variants(lines: Sequence[str]) -> list[str]:

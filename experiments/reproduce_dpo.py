@@ -101,8 +101,20 @@ def prepare(seed: int, root: Path, size: Size) -> Job:
     data = folder / "data"
     descore = folder / "descore"
     pairs = folder / "pairs"
-    split = ["--pairs", f"train={size.train_pairs}", "heldout=8", "--workers", "1"]
-    make = ["--out", str(data), "--seed", str(seed), *split]
+    split = [
+        "--pairs",
+        f"train={size.train_pairs}",
+        "heldout=8",
+        "--workers",
+        "1",
+    ]
+    make = [
+        "--out",
+        str(data),
+        "--seed",
+        str(seed),
+        *split,
+    ]
     train = config_words(
         "cold_start",
         f"run_dir={descore}",
@@ -236,7 +248,12 @@ def page_of(
         forwards = str(record["arms"][arm].get("forwards", ""))
         oracle = tables.show(oracle_of(scores, arm, TOTAL))
         rows.append([title, forwards, oracle, tables.show(gain)])
-    head = ["trained by", "DiT forwards", "oracle, 0 to 1", "gain on the base"]
+    head = [
+        "trained by",
+        "DiT forwards",
+        "oracle, 0 to 1",
+        "gain on the base",
+    ]
     lines += tables.markdown_table(head, rows)
 
     # Sub-dimensions.
@@ -248,7 +265,13 @@ def page_of(
     lines += tables.markdown_table(["trained by", *DIMENSIONS], rows)
 
     # Training metrics; fine-tuning has only some of them.
-    names = ["loss", "accuracy", "chosen_change", "rejected_change", "push"]
+    names = [
+        "loss",
+        "accuracy",
+        "chosen_change",
+        "rejected_change",
+        "push",
+    ]
     names.append("grad_norm")
     rows = []
     for arm, steps in last.items():
@@ -299,7 +322,12 @@ def main() -> None:
 
     root = args.run_dir
     timer = RecipeTimer(ROOT / root / "seconds.json")
-    size = Size(args.train_pairs, args.prompts, args.epochs, args.heldout)
+    size = Size(
+        args.train_pairs,
+        args.prompts,
+        args.epochs,
+        args.heldout,
+    )
     prepared = [[prepare(seed, root, size)] for seed in args.seeds]
     run_jobs(prepared, root, timer, workers=args.workers)
 
@@ -308,7 +336,13 @@ def main() -> None:
     jobs = [[learn(seed, arm, root, size)] for arm in arms for seed in args.seeds]
     run_jobs(jobs, root, timer, workers=args.workers)
     out = ROOT / args.out
-    write_results(ROOT / root, out, args.seeds, size, minutes=timer.minutes)
+    write_results(
+        ROOT / root,
+        out,
+        args.seeds,
+        size,
+        minutes=timer.minutes,
+    )
 
 
 if __name__ == "__main__":

@@ -216,36 +216,53 @@ def read_outcome(root: Path, run: GrpoArmRun) -> GrpoOutcome:
     if run.arm == "base":
         return GrpoOutcome(score)
     metrics = read_metrics(folder / "metrics.jsonl")
+
+    # DiT forwards before and after each training step.
     steps = [row for row in metrics if "forwards/grad" in row]
     spent = [0.0, *accumulate(tables.training_forwards(row) for row in steps)]
-    # The forwards until each evaluation in training.
-    curve = tuple(
-        (spent[int(row["step"])], row["eval/oracle"])
-        for row in metrics
-        if "eval/oracle" in row
-    )
+
+    # The oracle in training, against the forwards until then.
+    curve = []
+    for row in metrics:
+        if "eval/oracle" in row:
+            forwards = spent[int(row["step"])]
+            curve.append((forwards, row["eval/oracle"]))
     videos = sum(row["videos_per_second"] * row["seconds/step"] for row in steps)
     rollout = median(row["seconds/rollout"] for row in steps)
-    return GrpoOutcome(score, curve, len(steps), round(videos), spent[-1], rollout)
+    return GrpoOutcome(
+        score,
+        tuple(curve),
+        updates=len(steps),
+        videos=round(videos),
+        forwards=spent[-1],
+        rollout=rollout,
+    )
 
 
 def oracle_of(outcomes: Outcomes, arm: str, *, minus: str | None = None) -> Interval:
     """MEAN oracle of an arm over seeds and prompts, or its difference to another arm."""
 
     def runs(name: str) -> dict[int, tables.Tables]:
-        return {
-            run.seed: [outcome.score]
-            for run, outcome in outcomes.items()
-            if run.arm == name
-        }
+        scores = {}
+        for run, outcome in outcomes.items():
+            if run.arm == name:
+                scores[run.seed] = [outcome.score]
+        return scores
 
     return tables.over_seeds(runs(arm), None if minus is None else runs(minus))
 
 
 def _record_of(outcomes: Outcomes, arm: str) -> dict[str, Any]:
-    by_seed = {run.seed: found for run, found in outcomes.items() if run.arm == arm}
-    record: dict[str, Any] = {"oracle": oracle_of(outcomes, arm).as_dict()}
-    record["seeds"] = {seed: round(fmean(o.score), 4) for seed, o in by_seed.items()}
+    by_seed = {run.seed: outcome for run, outcome in outcomes.items() if run.arm == arm}
+    seeds = {}
+    for seed, outcome in by_seed.items():
+        seeds[seed] = round(fmean(outcome.score), 4)
+    record: dict[str, Any] = {
+        "oracle": oracle_of(outcomes, arm).as_dict(),
+        "seeds": seeds,
+    }
+
+    # Gains, and what the training took, MEAN over seeds.
     if arm != "base":
         record["gain"] = oracle_of(outcomes, arm, minus="base").as_dict()
         against = oracle_of(outcomes, arm, minus=BASE).as_dict()
@@ -286,7 +303,14 @@ def page_of(
     ]
 
     # A table for each section.
-    head = ["arm", "updates", "videos", "DiT forwards", "rollout", "oracle"]
+    head = [
+        "arm",
+        "updates",
+        "videos",
+        "DiT forwards",
+        "rollout",
+        "oracle",
+    ]
     head.append("against the recipe")
     for title, members in groups_of(arms).items():
         rows = []
@@ -310,7 +334,8 @@ def plot(outcomes: Outcomes, arms: Sequence[str], path: Path) -> None:
     for axis, (title, members) in zip(axes, groups.items(), strict=False):
         for arm in members:
             curves = [o.curve for run, o in outcomes.items() if run.arm == arm]
-            spent, oracle = [], []
+            spent = []
+            oracle = []
             for points in zip(*curves, strict=True):
                 spent.append(fmean(x for x, _ in points))
                 oracle.append(fmean(y for _, y in points))
@@ -355,7 +380,12 @@ def main() -> None:
     runs = [GrpoArmRun(seed, arm) for seed in args.seeds for arm in arms]
     jobs = []
     for run in runs:
-        steps = steps_of(run, args.run_dir, updates=args.updates, prompts=args.prompts)
+        steps = steps_of(
+            run,
+            args.run_dir,
+            updates=args.updates,
+            prompts=args.prompts,
+        )
         jobs.append([Job(run.folder(args.run_dir), steps)])
     run_jobs(jobs, args.run_dir, timer, workers=args.workers)
 
@@ -364,7 +394,13 @@ def main() -> None:
     out = ROOT / args.out
     root = ROOT / args.run_dir
     command = COMMAND + chosen
-    write_results(root, out, runs, command=command, minutes=timer.minutes)
+    write_results(
+        root,
+        out,
+        runs,
+        command=command,
+        minutes=timer.minutes,
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ from rm.prompt import DIMENSIONS
 COMMAND = "python experiments/reproduce_rm.py"
 TESTS = ("indomain", "combinations", "renderer", "wan", "spoilt")
 OUTSIDE = TESTS[1:]
-GROUPS = {"in domain": TESTS[:1], "out of domain": OUTSIDE}
+GROUPS = {
+    "in domain": TESTS[:1],
+    "out of domain": OUTSIDE,
+}
 # Metrics of the training log: how often the preference was met.
 CURVES = {
     "discriminative": "train/accuracy",
@@ -200,7 +203,14 @@ def make_data(run: Path, seed: int, *, train: int, tests: int) -> None:
     if (ROOT / data / "tests.csv").exists():
         return
     counts = [f"filmed={train}", *(f"{name}={tests}" for name in TESTS)]
-    words = ["--out", str(data), "--seed", str(seed), "--pairs", *counts]
+    words = [
+        "--out",
+        str(data),
+        "--seed",
+        str(seed),
+        "--pairs",
+        *counts,
+    ]
     done = data / "done.json"
     run_step(CommandStep("preference data", "toy/make_pairs.py", words, done))
 
@@ -225,7 +235,10 @@ def make_base(run: Path) -> None:
     from rm.config import Generation
     from rm.model import DeScore
 
-    generation = Generation(max_new_tokens=96, repetition_penalty=1.0)
+    generation = Generation(
+        max_new_tokens=96,
+        repetition_penalty=1.0,
+    )
     qwen = ROOT / "assets/shapes/qwen"
     DeScore.from_base(qwen, generation=generation).save(folder)
 
@@ -310,25 +323,25 @@ def _runs(
 
 
 def mean_of(
-    outcomes: Outcomes, size: int, method: str, tests: Sequence[str], field: str
-) -> Interval | None:
-    """MEAN of a field over seeds and tests; None where there are no values."""
-    runs = _runs(outcomes, size, method, tests, field)
-    complete = all(len(values) for run in runs.values() for values in run)
-    return tables.over_seeds(runs) if runs and complete else None
-
-
-def difference(
     outcomes: Outcomes,
     size: int,
     method: str,
-    other: str,
     tests: Sequence[str],
     field: str,
-) -> Interval:
-    """``method`` minus ``other``, pair by pair of the same seed."""
-    minus = _runs(outcomes, size, other, tests, field)
-    return tables.over_seeds(_runs(outcomes, size, method, tests, field), minus)
+    *,
+    minus: str | None = None,
+) -> Interval | None:
+    """MEAN of a field over seeds and tests; None where there are no values.
+
+    ``minus`` gives the mean difference to another method, pair by pair at the same seeds.
+    """
+    runs = _runs(outcomes, size, method, tests, field)
+    complete = all(len(values) for run in runs.values() for values in run)
+    if not runs or not complete:
+        return None
+    if minus is None:
+        return tables.over_seeds(runs)
+    return tables.over_seeds(runs, _runs(outcomes, size, minus, tests, field))
 
 
 def _record_of(cell: Cell, by_test: Mapping[str, RmOutcome]) -> dict[str, Any]:
@@ -340,7 +353,11 @@ def _record_of(cell: Cell, by_test: Mapping[str, RmOutcome]) -> dict[str, Any]:
         results[name] = {"accuracy": interval(outcome.right)}
         if outcome.thought:
             results[name]["sub_dimensions"] = interval(outcome.thought)
-    cell_name = {"seed": cell.seed, "size": cell.size, "method": cell.method}
+    cell_name = {
+        "seed": cell.seed,
+        "size": cell.size,
+        "method": cell.method,
+    }
     return {**cell_name, "tests": results}
 
 
@@ -363,7 +380,11 @@ def page_of(
         "",
         f"## Accuracy on {largest} training pairs",
         "",
-        *_table(tests, METHODS, lambda m, t: mean_of(outcomes, largest, m, t, "right")),
+        *_table(
+            tests,
+            METHODS,
+            lambda m, t: mean_of(outcomes, largest, m, t, "right"),
+        ),
         "",
         "## Accuracy against training pairs",
         "",
@@ -461,12 +482,15 @@ def _differences(outcomes: Outcomes, size: int) -> list[str]:
         ("descore", "descore_p0", "right"),
         ("stage1", "discriminative", "right"),
     ]
-    labels = {"right": "accuracy", "thought": "right sub-dimension scores"}
+    labels = {
+        "right": "accuracy",
+        "thought": "right sub-dimension scores",
+    }
     rows = []
     for method, other, field in compared:
         row = [f"{labels[field]}: {METHODS[method].title} - {METHODS[other].title}"]
         for tests in GROUPS.values():
-            gap = difference(outcomes, size, method, other, tests, field)
+            gap = mean_of(outcomes, size, method, tests, field, minus=other)
             row.append(tables.show(gap))
         rows.append(row)
     return tables.markdown_table(["difference", *GROUPS], rows)
@@ -494,9 +518,18 @@ def plot_sizes(outcomes: Outcomes, sizes: Sequence[int], path: Path) -> None:
                 label=method.title,
             )
         axis.set(title=group, xlabel="training pairs", ylabel="accuracy", xscale="log")
-        axis.set_xticks(sizes, labels=map(str, sizes), minor=False)
+        axis.set_xticks(
+            sizes,
+            labels=map(str, sizes),
+            minor=False,
+        )
         axis.minorticks_off()
-    tables.save_figure(figure, path, legend_of=axes[0], bottom=0.12)
+    tables.save_figure(
+        figure,
+        path,
+        legend_of=axes[0],
+        bottom=0.12,
+    )
 
 
 def plot_training(run: Path, cells: Sequence[Cell], path: Path) -> None:
@@ -512,7 +545,12 @@ def plot_training(run: Path, cells: Sequence[Cell], path: Path) -> None:
             axis.plot(steps, values, label=f"seed {cell.seed}", lw=1)
         title = METHODS[name].title
         axis.set(title=title, xlabel="step", ylabel=metric, ylim=(0.3, 1.0))
-    tables.save_figure(figure, path, legend_of=axes[0], bottom=0.12)
+    tables.save_figure(
+        figure,
+        path,
+        legend_of=axes[0],
+        bottom=0.12,
+    )
 
 
 def write_results(
@@ -537,7 +575,11 @@ def write_results(
     # Two plots and the page.
     plot_sizes(outcomes, sizes, out / "reproduce_rm_size.svg")
     largest = [cell for cell in cells if cell.size == sizes[-1]]
-    plot_training(run, largest, out / "reproduce_rm_training.svg")
+    plot_training(
+        run,
+        largest,
+        out / "reproduce_rm_training.svg",
+    )
     page = page_of(outcomes, sizes, record, workers)
     tables.write_page(out / "reproduce_rm.md", page)
 
@@ -556,7 +598,12 @@ def main() -> None:
     timer = RecipeTimer(ROOT / run / "seconds.json")
     make_base(run)
     for seed in args.seeds:
-        make_data(run, seed, train=max(args.sizes), tests=args.tests)
+        make_data(
+            run,
+            seed,
+            train=max(args.sizes),
+            tests=args.tests,
+        )
 
     # Train and evaluate. The longest run first, so that no worker is idle at the end.
     sequences = [c for seed in args.seeds for c in sequences_of(seed, args.sizes)]
@@ -566,14 +613,25 @@ def main() -> None:
     for sequence in sequences:
         sequence_jobs = []
         for cell in sequence:
-            steps = steps_of(cell, run, rl_steps=args.rl_steps, more=args.more)
+            steps = steps_of(
+                cell,
+                run,
+                rl_steps=args.rl_steps,
+                more=args.more,
+            )
             sequence_jobs.append(Job(cell.folder(run), steps))
         jobs.append(sequence_jobs)
     run_jobs(jobs, run, timer, workers=args.workers)
 
     out = ROOT / args.out
     seconds = timer.seconds
-    write_results(ROOT / run, out, cells, seconds=seconds, workers=args.workers)
+    write_results(
+        ROOT / run,
+        out,
+        cells,
+        seconds=seconds,
+        workers=args.workers,
+    )
 
 
 if __name__ == "__main__":

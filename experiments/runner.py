@@ -166,7 +166,11 @@ def run_step(
             stderr=file and subprocess.STDOUT,
         )
         if memory is not None:
-            threading.Thread(target=memory.watch, args=(process,), daemon=True).start()
+            threading.Thread(
+                target=memory.watch,
+                args=(process,),
+                daemon=True,
+            ).start()
         code = process.wait()
 
     if code != 0:

@@ -33,7 +33,11 @@ def over_seeds(
     values = [runs[seed] for seed in seeds]
     if minus is None:
         return runs_ci95(values, seed=0)
-    return difference_ci95(values, [minus[seed] for seed in seeds], seed=0)
+    return difference_ci95(
+        values,
+        [minus[seed] for seed in seeds],
+        seed=0,
+    )
 
 
 def training_forwards(row: Mapping[str, float]) -> float:
@@ -100,7 +104,11 @@ def save_figure(
     """
     if legend_of is not None:
         names = legend_of.get_legend_handles_labels()
-        figure.legend(*names, loc="outside lower center", ncols=4)
+        figure.legend(
+            *names,
+            loc="outside lower center",
+            ncols=4,
+        )
     figure.tight_layout(rect=(0, bottom, 1, 1))
 
     # Without a date, equal runs write equal files.

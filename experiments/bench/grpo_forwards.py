@@ -52,8 +52,14 @@ ARMS = {
         "stochastic_range": STEPS,
         "initial_noise": "member",
     },
-    "one_step": {**SINGLE_STEP, "initial_noise": "member"},
-    "shared": {**SINGLE_STEP, "initial_noise": "shared"},
+    "one_step": {
+        **SINGLE_STEP,
+        "initial_noise": "member",
+    },
+    "shared": {
+        **SINGLE_STEP,
+        "initial_noise": "shared",
+    },
 }
 FULL_ROLLOUT = BRANCHES * GROUP_SIZE * STEPS
 SHARED_ROLLOUT = BRANCHES * (K + 1 + GROUP_SIZE * (STEPS - K - 1))
@@ -136,7 +142,11 @@ class CountedArm:
             rewards={"red": RedReward()},
             weights={"red": 1.0},
             engine=self.engine,
-            prompts=PromptSchedule(prompts, seed=0, prompts_per_step=1),
+            prompts=PromptSchedule(
+                prompts,
+                seed=0,
+                prompts_per_step=1,
+            ),
             fps=8.0,
         )
         self.counts: dict[str, int] = {}
@@ -190,16 +200,36 @@ def per_member_gradient(arm: CountedArm) -> Tensor:
 
 def arm_peak_memory(name: str, size: int, frames: int) -> float:
     """Peak memory in GB of a process that makes two updates of an arm."""
-    shape = ["--size", str(size), "--frames", str(frames)]
-    words = [sys.executable, __file__, "--only", name, *shape]
-    process = subprocess.run(words, capture_output=True, text=True, check=True)
+    shape = [
+        "--size",
+        str(size),
+        "--frames",
+        str(frames),
+    ]
+    words = [
+        sys.executable,
+        __file__,
+        "--only",
+        name,
+        *shape,
+    ]
+    process = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(process.stdout.split()[-1])
 
 
 def check_counts(name: str, counts: dict[str, int]) -> None:
     """Raise AssertionError if an arm's samples differ from the formula."""
     no_grad, grad = COUNTS[name]
-    expected = {"no_grad": no_grad, "grad": grad, "reference": grad}
+    expected = {
+        "no_grad": no_grad,
+        "grad": grad,
+        "reference": grad,
+    }
     if counts != expected:
         raise AssertionError(f"{name}: counted {counts}, expected {expected}")
 
@@ -213,7 +243,10 @@ def main() -> None:
     parser.add_argument("--only", choices=ARMS, help="print an arm's peak memory in GB")
     args = parser.parse_args()
     quiet()
-    shape = {"size": args.size, "frames": args.frames}
+    shape = {
+        "size": args.size,
+        "frames": args.frames,
+    }
     if args.only:
         arm = CountedArm(args.only, **shape)
         arm.update()

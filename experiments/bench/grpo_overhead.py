@@ -90,7 +90,13 @@ def main() -> None:
         total = time.perf_counter() - start
         rest = total - sum(watch.seconds.values())
         if step > 0:
-            rows.append({**watch.seconds, "loop": rest, "step": total})
+            rows.append(
+                {
+                    **watch.seconds,
+                    "loop": rest,
+                    "step": total,
+                }
+            )
 
     # Medians over steps, of seconds and of shares.
     seconds = {part: median(row.get(part, 0.0) for row in rows) for part in rows[0]}

@@ -84,7 +84,11 @@ def main() -> None:
     clean: dict[str, Tensor] = {}
     oracle: dict[str, float] = {}
     for name, generator in generators.items():
-        groups = generator.rollout(prompts, group_size=GROUP_SIZE, seeds=seeds)
+        groups = generator.rollout(
+            prompts,
+            group_size=GROUP_SIZE,
+            seeds=seeds,
+        )
         clean[name] = torch.cat([group.clean_GCFHW for group in groups])
         videos = zip(generator.decode(clean[name]), texts, strict=True)
         oracle[name] = fmean(measure(video, text).total for video, text in videos)
@@ -99,7 +103,13 @@ def main() -> None:
             "difference": round(difference, 4),
             "oracle": round(oracle[name], 4),
         }
-    write_record(args.out, {"prompts": len(prompts), "options": compared})
+    write_record(
+        args.out,
+        {
+            "prompts": len(prompts),
+            "options": compared,
+        },
+    )
 
 
 if __name__ == "__main__":

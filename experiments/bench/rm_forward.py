@@ -96,7 +96,13 @@ def make_batch(
         cots.append(group)
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(videos, group_size, generator=draw)
-    return DualBatch(model, encoded, prepared, cots, weight.to(dtype))
+    return DualBatch(
+        model,
+        encoded,
+        prepared,
+        cots,
+        weight.to(dtype),
+    )
 
 
 def packed_objective(batch: DualBatch) -> Tensor:
@@ -188,10 +194,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     quiet()
-    sizes = {"group_size": args.group_size, "tokens": args.tokens}
+    sizes = {
+        "group_size": args.group_size,
+        "tokens": args.tokens,
+    }
 
     # Gradients in fp64.
-    exact = make_batch(args.base, videos=2, dtype=torch.float64, **sizes)
+    exact = make_batch(
+        args.base,
+        videos=2,
+        dtype=torch.float64,
+        **sizes,
+    )
     expected = gradients("two", exact)
     errors = {}
     for name in ("one", "packed"):

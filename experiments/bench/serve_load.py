@@ -114,7 +114,11 @@ class LoadTest:
 
         Raises AssertionError for an answer that differs from the first.
         """
-        reward = RemoteReward(self.url, name=f"client-{index}", deadline_s=DEADLINE_S)
+        reward = RemoteReward(
+            self.url,
+            name=f"client-{index}",
+            deadline_s=DEADLINE_S,
+        )
         video = self.videos[index : index + 1]
         prompts = [self.prompts[index]]
         first = reward.score(video, prompts, fps=FPS).value_B
@@ -156,7 +160,15 @@ def main() -> None:
 
     # The same scores as in this process, to the last bit.
     videos, prompts = examples(4)
-    expected = DeScoreReward(args.checkpoint).score(videos, prompts, fps=FPS).value_B
+    expected = (
+        DeScoreReward(args.checkpoint)
+        .score(
+            videos,
+            prompts,
+            fps=FPS,
+        )
+        .value_B
+    )
     with served(args.checkpoint, 64) as (url, _):
         remote = RemoteReward(url, deadline_s=DEADLINE_S)
         actual = remote.score(videos, prompts, fps=FPS).value_B

@@ -15,7 +15,6 @@ from experiments.reproduce_rm import (
     TESTS,
     Cell,
     RmOutcome,
-    difference,
     mean_of,
     read_outcomes,
     sequences_of,
@@ -170,7 +169,7 @@ def test_over_seeds_and_differences_by_hand() -> None:
         0.5
     )
     assert mean_of(outcomes, 10, "descore", TESTS[:1], "thought") is None
-    found = difference(outcomes, 10, "descore", "stage1", TESTS, "right")
+    found = mean_of(outcomes, 10, "descore", TESTS, "right", minus="stage1")
     assert found.mean == pytest.approx((0.25 + 0.0) / 2)
     assert found.low == 0.0
 
@@ -201,7 +200,7 @@ def test_runs_ci95_single_run_has_the_spread_of_its_values() -> None:
 
 def test_runs_ci95_weighs_tables_equally() -> None:
     assert runs_ci95([[[1.0] * 9, [0.0]]], seed=0).mean == 0.5
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="tables"):
         runs_ci95([[[1.0]], [[1.0], [0.0]]], seed=0)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="tables"):
         runs_ci95([[[]]], seed=0)
