@@ -27,6 +27,7 @@ from experiments.runner import (
 # Flow-DPO sees half of the prompts of configs/shapes, twice as often.
 PAIR_PROMPTS = 350
 PAIR_EPOCHS = 8
+# The last file of a training run.
 ADAPTER = Path("final", "pytorch_lora_weights.safetensors")
 
 
@@ -45,6 +46,7 @@ def _descore(run: Path) -> str:
 
 def _reward_model_steps(run: Path, seed: int) -> list[CommandStep]:
     """Make preference data, then train and test DeScore."""
+    # Command lines.
     data = run / "data"
     final = run / "descore" / "final"
     train = config_words(
@@ -85,6 +87,7 @@ def _reward_model_steps(run: Path, seed: int) -> list[CommandStep]:
 
 def _generator_steps(run: Path, seed: int) -> list[CommandStep]:
     """Tune the generator by GRPO and, from scored pairs, by DPO."""
+    # GRPO learns online, DPO from stored pairs.
     pairs = run / "pairs"
     grpo = config_words(
         "grpo",
@@ -92,6 +95,8 @@ def _generator_steps(run: Path, seed: int) -> list[CommandStep]:
         f"seed={seed}",
         _descore(run),
     )
+
+    # The videos that become pairs.
     sample = config_words(
         "pairs",
         f"out={pairs}",
@@ -130,6 +135,7 @@ def _generator_steps(run: Path, seed: int) -> list[CommandStep]:
 
 def _evaluation_steps(run: Path, seed: int) -> list[CommandStep]:
     """Evaluate the generator on held-out prompts, without and with each adapter."""
+    # Title, folder, and the run whose adapter is evaluated.
     arms = [
         ("the base generator on held-out prompts", "eval_base", None),
         ("tuned by GRPO, the same prompts and seeds", "eval_tuned", "grpo"),
@@ -149,6 +155,7 @@ def _evaluation_steps(run: Path, seed: int) -> list[CommandStep]:
 
 def summarise(run: Path, seconds: dict[str, float], peak_bytes: int) -> dict[str, Any]:
     """Collect the results of the demo from the files of its steps."""
+    # Summaries of the four evaluations.
     reward_model = read_json(run / "eval_rm" / "summary.json")
     arms = {}
     for arm in ("base", "tuned", "dpo"):
@@ -163,6 +170,7 @@ def summarise(run: Path, seconds: dict[str, float], peak_bytes: int) -> dict[str
         if key.startswith("shapes."):
             sub_dimensions[key.removeprefix("shapes.")] = of_arms(key)
 
+    # Seconds of the steps and of all together.
     rounded = {name: round(value, 1) for name, value in seconds.items()}
     return {
         "rm": {"heldout_accuracy": reward_model["without_ties"]},
@@ -183,6 +191,7 @@ def run_steps(
 
     ``timings`` holds both over restarts.
     """
+    # Continue the counts of earlier starts.
     seconds: dict[str, float] = read_json(timings) if timings.exists() else {}
     memory = PeakMemory()
     memory.peak = int(seconds.pop("peak_bytes", 0))
@@ -191,10 +200,14 @@ def run_steps(
         if step.is_done:
             print(f"   done before ({step.done})", flush=True)
             continue
+
+        # Run the step; a failure ends the demo with advice.
         try:
             duration = run_step(step, ranks, memory=memory)
         except RuntimeError as error:
             sys.exit(f"demo: {error}\nfix it and start the demo again to continue here")
+
+        # Record it, so that a restart counts it too.
         seconds[f"{number} {Path(step.script).name}"] = duration
         write_json(timings, {**seconds, "peak_bytes": memory.peak})
         print(f"   {duration:.0f} s", flush=True)
@@ -203,6 +216,7 @@ def run_steps(
 
 def print_summary(summary: dict[str, Any]) -> None:
     """Print the accuracy of DeScore and the oracle of every arm."""
+    # Rows of mean and interval.
     rows = dict(summary["rm"])
     for arm, value in summary["oracle"].items():
         rows[f"oracle.{arm}"] = value
@@ -210,6 +224,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         low, high = value["ci95"]
         interval = f"95 % [{low:.3f}, {high:.3f}]"
         print(f"{name:>18}  {value['mean']:.3f}  {interval}  n = {value['n']}")
+
+    # Cost of the demo.
     minutes = summary["seconds"]["all"] / 60
     memory = summary["peak_memory_gb"]
     print(f"{'all steps':>18}  {minutes:.1f} minutes, peak memory {memory} GB")
@@ -224,6 +240,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=ranks, help="training processes")
     args = parser.parse_args()
 
+    # Run the steps.
     folder = ROOT / args.run_dir
     steps = plan(args.run_dir, args.seed)
     seconds, peak_bytes = run_steps(steps, folder / "seconds.json", args.ranks)

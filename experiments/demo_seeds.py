@@ -16,6 +16,7 @@ from experiments import tables
 from experiments.runner import ROOT, commit, read_json, replace_section, write_json
 
 COMMAND = "python experiments/demo_seeds.py"
+# Columns of the table.
 HEAD = (
     "seed",
     "DeScore accuracy",
@@ -29,6 +30,7 @@ HEAD = (
 
 def row_of(seed: int, summary: dict[str, Any]) -> list[str]:
     """Cells of a seed's row."""
+    # DeScore, then the arms of the oracle.
     results = [summary["rm"]["heldout_accuracy"], *summary["oracle"].values()]
     cells = [str(seed)]
     for value in results:

@@ -33,9 +33,12 @@ if TYPE_CHECKING:
     from launch.schemas.training import ColdStartRun
     from rm.model import DeScore
 
+# The JSON names it.
 COMMAND = "python experiments/fullsize.py"
+# Inputs of all parts.
 PROMPT = "A paper boat drifts down a gutter in the rain."
 COT = "word " * 40
+# A small video: memory is mostly weights.
 WAN_SIZE = (
     "generator.height=128",
     "generator.width=128",
@@ -71,9 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     if args.part is not None:
+        # A part runs here, and its parent reads the last line.
         print(json.dumps(measure_part(PARTS[args.part], threads=args.threads)))
         return
 
+    # Run the parts after each other.
     began = time.time()
     threads = str(args.threads)
     environment = {
@@ -145,6 +150,7 @@ def measure_part(
 
 def grpo(folder: Path) -> FullSizeResult:
     """Make an update of configs/wan/grpo.yaml on two videos, with brightness as reward."""
+    # Heavy imports belong to the process of the part.
     from alignment.rewards.brightness import Brightness
     from common.config import load
     from launch.grpo import loop_of
@@ -152,6 +158,7 @@ def grpo(folder: Path) -> FullSizeResult:
     from launch.planning.runs import plan_grpo
     from launch.schemas.training import GrpoRun
 
+    # Two videos of three steps with guidance.
     words = [
         *WAN_SIZE,
         f"run_dir={folder}",
@@ -163,6 +170,8 @@ def grpo(folder: Path) -> FullSizeResult:
         "rewards.brightness.weight=1",
     ]
     cfg = load(GrpoRun, ROOT / "configs/wan/grpo.yaml", words)
+
+    # DeScore is measured by another part.
     cfg = replace(cfg, rewards={"brightness": cfg.rewards["brightness"]})
     generator = random_wan(cfg.generator)
     loop, engine = loop_of(cfg, [PROMPT], generator, {"brightness": Brightness()})
@@ -200,6 +209,8 @@ def dpo(folder: Path) -> FullSizeResult:
     from launch.schemas.pairs import DpoRun
 
     store = folder / "pairs"
+
+    # The first step has its full learning rate.
     words = [
         *WAN_SIZE,
         f"run_dir={folder}",
@@ -240,6 +251,7 @@ def cold_start(folder: Path) -> FullSizeResult:
     from rm.scorer import DeScoreScorer
     from rm.video import prepare
 
+    # A CoT of four tokens ends before it is complete.
     words = [
         f"base={REWARD_MODEL}",
         f"run_dir={folder}",
@@ -316,6 +328,7 @@ def random_wan(cfg: GeneratorConfig, *, vae: bool = True) -> WanGenerator:
     from generator.wan import WanGenerator
     from launch.planning.known_models import WAN, WAN_VAE
 
+    # The published size on random weights.
     torch.manual_seed(0)
     transformer = WanTransformer3DModel.from_config(WAN[cfg.path]).eval()
     transformer.enable_gradient_checkpointing()
@@ -326,6 +339,8 @@ def random_wan(cfg: GeneratorConfig, *, vae: bool = True) -> WanGenerator:
     if vae:
         decoder = AutoencoderKLWan.from_config(WAN_VAE).eval()
         decoder.requires_grad_(requires_grad=False)
+
+    # Prompts are given as embeddings.
     pipeline = WanPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -353,6 +368,7 @@ def random_descore(cfg: ColdStartRun) -> DeScore:
     torch.manual_seed(0)
     folder = ROOT / "assets" / "shapes" / "qwen"
     tokenizer = AutoTokenizer.from_pretrained(folder.as_posix())
+
     config = Qwen3VLConfig(
         **QWEN3_VL[REWARD_MODEL],
         video_token_id=token_id(tokenizer, VIDEO_PAD),

@@ -29,7 +29,9 @@ class PlannedRecipe(NamedTuple):
     overrides: tuple[str, ...] = ()
 
 
+# A smaller video.
 SMALL = "../sizes/240x416x33.yaml"
+# "the same" marks a variant of the recipe above it.
 RECIPES = (
     PlannedRecipe("DeScore, cold start (8B)", ColdStartRun, ("cold_start.yaml",)),
     PlannedRecipe(
@@ -48,6 +50,7 @@ RECIPES = (
     PlannedRecipe("Flow-DPO", DpoRun, ("dpo.yaml",)),
     PlannedRecipe("the same, 240 x 416 x 33", DpoRun, ("dpo.yaml", SMALL)),
 )
+# Where the recipes are, and the machines they are planned for.
 CONFIGS = ROOT / "configs" / "wan"
 RANKS = (1, 8, 64)
 HEAD = ("recipe", "1 GPU", "8 GPUs", "64 GPUs")
@@ -63,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from launch.compose import quiet
 
     quiet()
+
+    # A row for each recipe, a cell for each number of ranks.
     device = DEVICES[args.device]
     rows = []
     for recipe in RECIPES:
@@ -88,11 +93,14 @@ def cell_of(cfg: Any, where: Where) -> str:
     plan = plan_of(cfg, where)
     if plan is None or plan.problems:
         return "the batch does not divide"
+
+    # The peak includes the reserve.
     fits = "" if plan.peak <= where.device.memory else ", does not fit"
     return f"{plan.peak / GIB:.0f} GiB, {_duration(plan)}{fits}"
 
 
 def _duration(plan: Plan) -> str:
+    # Whole seconds from 10 on.
     article = "an" if plan.unit[0] in "aeiou" else "a"
     digits = 0 if plan.seconds >= 10 else 1
     return f"{plan.seconds:,.{digits}f} s {article} {plan.unit}"

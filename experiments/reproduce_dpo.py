@@ -35,7 +35,9 @@ from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import GrpoRun
 from rm.prompt import DIMENSIONS
 
+# The page and the JSON name it.
 COMMAND = "python experiments/reproduce_dpo.py"
+# Name of the oracle in the config of the evaluation.
 TOTAL = "shapes"
 # overrides of configs/shapes/dpo.yaml
 ARMS = {
@@ -75,6 +77,8 @@ class Size:
 def forwards_of_pairs(size: Size) -> float:
     """DiT samples of sampling all candidates."""
     pairs = load(PairsRun, CONFIGS / "pairs.yaml")
+
+    # Guidance takes a second forward per step.
     sampler = pairs.generator.sampler
     guidance = 1 if sampler.guidance_scale == 1 else 2
     return size.prompts * pairs.pairs.candidates * sampler.num_steps * guidance
@@ -90,6 +94,7 @@ def updates_of_grpo(size: Size) -> int:
 
     Counts every prompt as a pair: chosen and rejected, 3 with gradient and 1 for the reference.
     """
+    # Forwards with gradient cost 3, those of the reference policy 1.
     everything = forwards_of_pairs(size) + size.prompts * epochs_of(size) * 2 * (3 + 1)
     update = cost_of_update(load(GrpoRun, CONFIGS / "grpo.yaml"))
     return max(1, round(everything / update))
@@ -101,20 +106,12 @@ def prepare(seed: int, root: Path, size: Size) -> Job:
     data = folder / "data"
     descore = folder / "descore"
     pairs = folder / "pairs"
-    split = [
-        "--pairs",
-        f"train={size.train_pairs}",
-        "heldout=8",
-        "--workers",
-        "1",
-    ]
-    make = [
-        "--out",
-        str(data),
-        "--seed",
-        str(seed),
-        *split,
-    ]
+
+    # Preference pairs; the held-out ones are not used.
+    make = ["--out", str(data), "--seed", str(seed), "--workers", "1"]
+    make += ["--pairs", f"train={size.train_pairs}", "heldout=8"]
+
+    # DeScore, without evaluation in training.
     train = config_words(
         "cold_start",
         f"run_dir={descore}",
@@ -123,6 +120,8 @@ def prepare(seed: int, root: Path, size: Size) -> Job:
         f"data.train={data / 'train.csv'}",
         "data.heldout=null",
     )
+
+    # The best and the worst of eight videos by DeScore.
     sample = config_words(
         "pairs",
         f"out={pairs}",
@@ -130,6 +129,8 @@ def prepare(seed: int, root: Path, size: Size) -> Job:
         f"limit={size.prompts}",
         f"rewards.descore.checkpoint={descore / 'final'}",
     )
+
+    # Each step is done when its last file exists.
     trained = descore / "final" / "descore.json"
     steps = [
         CommandStep("data", "toy/make_pairs.py", make, data / "done.json"),
@@ -146,6 +147,8 @@ def learn(seed: int, arm: str, root: Path, size: Size) -> Job:
     final = folder / "final"
     adapter = final / "pytorch_lora_weights.safetensors"
     common = (f"run_dir={folder}", f"seed={seed}")
+
+    # Held-out prompts for the oracle.
     evaluation = config_words(
         "evaluate_oracle",
         f"out={folder / 'eval'}",
@@ -153,6 +156,8 @@ def learn(seed: int, arm: str, root: Path, size: Size) -> Job:
         f"limit={size.heldout}",
     )
     steps = []
+
+    # Learn from the pairs, or online; the base learns nothing.
     if arm in ARMS:
         epochs = f"dpo.epochs={epochs_of(size):g}"
         pairs = f"pairs={prepared / 'pairs'}"
@@ -162,11 +167,14 @@ def learn(seed: int, arm: str, root: Path, size: Size) -> Job:
         words = config_words(
             "grpo",
             *common,
+            # Videos of training are not needed.
             "video_every=0",
             f"rewards.descore.checkpoint={prepared / 'descore' / 'final'}",
             f"steps={updates_of_grpo(size)}",
         )
         steps.append(CommandStep("train grpo", "launch/grpo.py", words, adapter))
+
+    # The oracle scores the tuned generator, or the base.
     if steps:
         evaluation.append(f"adapter={final}")
     words = ["generator", *evaluation]
@@ -182,6 +190,8 @@ def read_scores(root: Path, seeds: Sequence[int]) -> Scores:
         scores[arm] = {}
         for seed in seeds:
             rows = tables.read_results(root / f"seed{seed}" / arm / "eval")
+
+            # The total, then the sub-dimensions.
             columns = {TOTAL: [row["rewards"][TOTAL] for row in rows]}
             for name in DIMENSIONS:
                 columns[name] = [row["parts"][TOTAL][name] for row in rows]
@@ -218,7 +228,11 @@ def _forwards(root: Path, seeds: Sequence[int], arm: str, size: Size) -> int:
     for seed in seeds:
         rows = read_metrics(root / f"seed{seed}" / arm / "metrics.jsonl")
         steps = [row for row in rows if "forwards/grad" in row]
+
+        # A row without forwards is an evaluation.
         spent.append(sum(tables.training_forwards(row) for row in steps))
+
+    # Arms on pairs also pay for sampling them.
     return round(fmean(spent) + (forwards_of_pairs(size) if arm in ARMS else 0.0))
 
 
@@ -226,6 +240,7 @@ def page_of(
     scores: Scores, record: dict[str, Any], last: dict[str, list[dict[str, float]]]
 ) -> list[str]:
     """Lines of the page; ``last`` holds each arm's last row of metrics.jsonl by seed."""
+    # Facts of the first paragraph.
     seeds = ", ".join(str(seed) for seed in scores["base"])
     count = len(next(iter(scores["base"].values()))[TOTAL])
     pairs = ", ".join(str(counts["pairs"]) for counts in record["pairs"])
@@ -271,13 +286,15 @@ def page_of(
         "chosen_change",
         "rejected_change",
         "push",
+        "grad_norm",
     ]
-    names.append("grad_norm")
     rows = []
     for arm, steps in last.items():
         cells = [TITLES[arm]]
         for name in names:
             key = f"train/{name}"
+
+            # An empty cell where an arm lacks a metric.
             known = key in steps[0]
             cells.append(f"{fmean(row[key] for row in steps):.4f}" if known else "")
         rows.append(cells)
@@ -291,6 +308,7 @@ def write_results(
     """Write the JSON and the page."""
     from alignment.pair_store import PairSet
 
+    # Collect the results of all arms.
     scores = read_scores(root, seeds)
     pair_sets = [PairSet(root / f"seed{seed}" / "pairs") for seed in seeds]
     record: dict[str, Any] = {
@@ -300,10 +318,14 @@ def write_results(
         "pairs": [pairs.about["counts"] for pairs in pair_sets],
         "arms": {arm: _record_of(scores, arm) for arm in TITLES},
     }
+
+    # The base costs nothing.
     for arm in TITLES:
         if arm != "base":
             record["arms"][arm]["forwards"] = _forwards(root, seeds, arm, size)
     write_json(out / "reproduce_dpo.json", record)
+
+    # The last training step of the arms on pairs.
     last = {}
     for arm in ARMS:
         logs = [root / f"seed{seed}" / arm / "metrics.jsonl" for seed in seeds]
@@ -328,6 +350,8 @@ def main() -> None:
         args.epochs,
         args.heldout,
     )
+
+    # Every seed has its DeScore and its pairs.
     prepared = [[prepare(seed, root, size)] for seed in args.seeds]
     run_jobs(prepared, root, timer, workers=args.workers)
 
@@ -335,6 +359,8 @@ def main() -> None:
     arms = ["grpo", *ARMS, "base"]
     jobs = [[learn(seed, arm, root, size)] for arm in arms for seed in args.seeds]
     run_jobs(jobs, root, timer, workers=args.workers)
+
+    # Compare the arms.
     out = ROOT / args.out
     write_results(
         ROOT / root,

@@ -51,6 +51,7 @@ class GrpoArm:
     extra: tuple[str, ...] = ()
 
 
+# Overrides of the sampler.
 _SAMPLER = "generator.sampler."
 LATE = f"{_SAMPLER}stochastic_first=1"
 TAIL = f"{_SAMPLER}tail_steps=3"
@@ -64,24 +65,29 @@ SAME = (
     "generator.lora.alpha=32",
     "generator.lora.targets=[to_q,to_k,to_v]",
 )
+# The recipe first: every other arm is compared with it.
 ARMS = {
     BASE: GrpoArm("Longcat-GRPO, the recipe"),
+    # Parts of the recipe.
     "no_reweight": GrpoArm("without reweighting", extra=("grpo.reweight=none",)),
     "own_spread": GrpoArm(
         "divided by each group's spread", extra=("grpo.scale=group",)
     ),
     "no_spread": GrpoArm("divided by no spread", extra=("grpo.scale=none",)),
+    # Its largest noise is at the first step.
     "late": GrpoArm("the first step never stochastic", extra=(LATE,)),
     "untruncated": GrpoArm(
         "the same, noise without a ceiling", extra=(LATE, f"{_SAMPLER}max_std=null")
     ),
     "no_kl": GrpoArm("without KL", extra=("grpo.kl_weight=0",)),
+    # Group size, at equally many videos.
     "members_4": GrpoArm(
         "G = 4, twice the prompts", extra=("grpo.group_size=4", "prompts_per_step=32")
     ),
     "members_16": GrpoArm(
         "G = 16, half the prompts", extra=("grpo.group_size=16", "prompts_per_step=8")
     ),
+    # Related algorithms.
     "flow_grpo": GrpoArm("Flow-GRPO", "sisters", (*SAME, f"{RANGE}=8")),
     "mixgrpo": GrpoArm(
         "MixGRPO, a window of 4",
@@ -90,6 +96,7 @@ ARMS = {
     ),
     "flash_grpo": GrpoArm("Flash-GRPO", "sisters", (*SAME, f"{RANGE}=4")),
     "flow_cps": GrpoArm("Flow-CPS kernel", "sisters"),
+    # Cheaper steps after the stochastic step.
     "tail_euler": GrpoArm("tail of 3 Euler steps", "tail", (TAIL,)),
     "tail_ab2": GrpoArm(
         "tail of 3 second-order steps", "tail", (TAIL, f"{_SAMPLER}tail_solver=ab2")
@@ -121,9 +128,12 @@ def cost_of_update(cfg: GrpoRun) -> float:
     The rollouts, and for every latent from which a stochastic step starts 3 with gradient and 1
     for the reference policy.
     """
+    # Guidance doubles the forwards, KL adds the reference policy.
     sampler = cfg.generator.sampler
     guidance = 1 if sampler.guidance_scale == 1 else 2
     per_latent = 4 if cfg.grpo.kl_weight > 0 else 3
+
+    # Both are per group.
     rollout = samples_per_rollout(sampler, cfg.grpo.group_size)
     update = samples_per_update(cfg) * guidance * per_latent
     return cfg.prompts_per_step * (rollout + update)
@@ -133,6 +143,8 @@ def updates_of(name: str, updates: int) -> int:
     """Number of updates of an arm for the cost of ``updates`` of the recipe, at least 1."""
     if ARMS[name].group == "tail":
         return updates
+
+    # Equal cost: fewer updates where an update costs more.
     recipe_cost = cost_of_update(config_of(BASE))
     return max(1, round(updates * recipe_cost / cost_of_update(config_of(name))))
 
@@ -155,6 +167,8 @@ def steps_of(
     """Commands that train an arm and evaluate it on held-out prompts."""
     folder = run.folder(root)
     steps = []
+
+    # Held-out prompts for the oracle.
     evaluation = config_words(
         "evaluate_oracle",
         f"seed={run.seed}",
@@ -165,6 +179,8 @@ def steps_of(
     # Train all arms but the base.
     if run.arm != "base":
         count = updates_of(run.arm, updates)
+
+        # Later config files override earlier ones.
         words = []
         for path in configs_of(run.arm):
             words += ["--config", str(path)]
@@ -172,6 +188,7 @@ def steps_of(
             f"run_dir={folder}",
             f"seed={run.seed}",
             f"steps={count}",
+            # Four evaluations in training give the curve.
             f"evaluation.every={max(1, count // 4)}",
             f"evaluation.limit={min(48, prompts)}",
             *ARMS[run.arm].extra,
@@ -211,6 +228,8 @@ Outcomes = dict[GrpoArmRun, GrpoOutcome]
 def read_outcome(root: Path, run: GrpoArmRun) -> GrpoOutcome:
     """Read a run's evaluation and its training log."""
     folder = run.folder(root)
+
+    # Scores after training.
     rows = tables.read_results(folder / "eval")
     score = tuple(row["rewards"]["shapes"] for row in rows)
     if run.arm == "base":
@@ -227,6 +246,8 @@ def read_outcome(root: Path, run: GrpoArmRun) -> GrpoOutcome:
         if "eval/oracle" in row:
             forwards = spent[int(row["step"])]
             curve.append((forwards, row["eval/oracle"]))
+
+    # Totals of the training.
     videos = sum(row["videos_per_second"] * row["seconds/step"] for row in steps)
     rollout = median(row["seconds/rollout"] for row in steps)
     return GrpoOutcome(
@@ -253,6 +274,7 @@ def oracle_of(outcomes: Outcomes, arm: str, *, minus: str | None = None) -> Inte
 
 
 def _record_of(outcomes: Outcomes, arm: str) -> dict[str, Any]:
+    # Mean of every seed.
     by_seed = {run.seed: outcome for run, outcome in outcomes.items() if run.arm == arm}
     seeds = {}
     for seed, outcome in by_seed.items():
@@ -286,6 +308,7 @@ def page_of(
     outcomes: Outcomes, arms: Sequence[str], record: dict[str, Any], minutes: float
 ) -> list[str]:
     """Lines of the page."""
+    # Facts of the first paragraph.
     seeds = sorted({run.seed for run in outcomes})
     count = len(next(iter(outcomes.values())).score)
     lines = [
@@ -316,6 +339,8 @@ def page_of(
         rows = []
         for arm in members:
             row = record["arms"][arm]
+
+            # The recipe has no difference to itself.
             gap = None if arm == BASE else oracle_of(outcomes, arm, minus=BASE)
             cells = [ARMS[arm].title]
             cells += [f"{row[name]:.0f}" for name in ("updates", "videos", "forwards")]
@@ -330,10 +355,14 @@ def page_of(
 def plot(outcomes: Outcomes, arms: Sequence[str], path: Path) -> None:
     """Plot the oracle on held-out prompts against DiT forwards, MEAN over seeds."""
     groups = groups_of(arms)
+
+    # A panel for each section.
     figure, axes = tables.new_figure(max(2, len(groups)))
     for axis, (title, members) in zip(axes, groups.items(), strict=False):
         for arm in members:
             curves = [o.curve for run, o in outcomes.items() if run.arm == arm]
+
+            # MEAN over seeds at each evaluation.
             spent = []
             oracle = []
             for points in zip(*curves, strict=True):
@@ -350,6 +379,7 @@ def write_results(
     root: Path, out: Path, runs: Sequence[GrpoArmRun], *, command: str, minutes: float
 ) -> None:
     """Write the JSON, the plot and the page."""
+    # Collect the results of all runs.
     outcomes = {run: read_outcome(root, run) for run in runs}
     names = list(dict.fromkeys(run.arm for run in runs))
     record = {
@@ -359,6 +389,8 @@ def write_results(
         "arms": {name: _record_of(outcomes, name) for name in names},
     }
     write_json(out / "reproduce_grpo.json", record)
+
+    # The plot and the page.
     plot(outcomes, names, out / "reproduce_grpo.svg")
     page = page_of(outcomes, names, record, minutes)
     tables.write_page(out / "reproduce_grpo.md", page)
@@ -391,6 +423,8 @@ def main() -> None:
 
     # The command names the arms if some are left out.
     chosen = "" if set(arms) == {"base", *ARMS} else f" --arms {' '.join(args.arms)}"
+
+    # Compare the arms.
     out = ROOT / args.out
     root = ROOT / args.run_dir
     command = COMMAND + chosen

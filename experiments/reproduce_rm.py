@@ -32,7 +32,9 @@ from experiments.runner import (
 from launch.evaluation.intervals import Interval, mean_ci95
 from rm.prompt import DIMENSIONS
 
+# The page and the JSON name it.
 COMMAND = "python experiments/reproduce_rm.py"
+# The first is of the training domain.
 TESTS = ("indomain", "combinations", "renderer", "wan", "spoilt")
 OUTSIDE = TESTS[1:]
 GROUPS = {
@@ -67,10 +69,12 @@ class Method:
     scoring: str = "{}"
 
 
+# Options of the scorer.
 NO_COT = "{chains: 0}"
 STATED = "{value: overall}"
 COLD_START = "launch/cold_start.py"
 DUAL_RL = "launch/dual_rl.py"
+# Overrides of the yaml files.
 PASSES = (
     "cold_start.epochs=4",
     "cold_start.pairs_per_step=16",
@@ -81,6 +85,7 @@ STAGE1 = (*PASSES, "lr.llm=2e-4", "lr.vision=3e-5", "lr.merger=3e-5")
 UNMASKED = (*STAGE1, "cold_start.masking.probability=0.0")
 MASKED = (*STAGE1, "cold_start.masking.probability=0.5")
 RL = ("dual_rl.pairs_per_step=16", "dual_rl.pairs_per_update=16")
+# Methods by name; "descore" starts from "stage1".
 METHODS = {
     "base": Method("base Qwen3-VL, its stated score", scoring=STATED),
     "discriminative": Method(
@@ -129,6 +134,7 @@ class Cell:
 
     def checkpoint(self, run: Path) -> Path:
         """Folder of its weights."""
+        # A method without training uses the weights of another.
         method = METHODS[self.method]
         if method.script is not None:
             return self.folder(run) / "final"
@@ -139,6 +145,7 @@ class Cell:
 
 def sequences_of(seed: int, sizes: Sequence[int]) -> list[list[Cell]]:
     """Cells in sequences, in which a cell may start from an earlier one."""
+    # The base needs no training pairs.
     sequences = [[Cell(seed, 0, "base")]]
     for size in sizes:
         for names in (
@@ -171,11 +178,15 @@ def steps_of(
             f"data.limit={cell.size}",
             "eval_every=0",
         )
+
+        # Dual RL counts steps instead of epochs.
         if method.script == DUAL_RL:
             words.append(f"dual_rl.steps={rl_steps}")
         if method.after is not None:
             before = Cell(cell.seed, cell.size, method.after)
             words.append(f"checkpoint={before.checkpoint(run)}")
+
+        # The command line of the user comes last and wins.
         words += [*method.extra, *more]
         done = folder / "final" / "descore.json"
         steps.append(CommandStep(f"train {cell}", method.script, words, done))
@@ -202,6 +213,8 @@ def make_data(run: Path, seed: int, *, train: int, tests: int) -> None:
     data = run / f"seed{seed}" / "data"
     if (ROOT / data / "tests.csv").exists():
         return
+
+    # Make all sets with a single command.
     counts = [f"filmed={train}", *(f"{name}={tests}" for name in TESTS)]
     words = [
         "--out",
@@ -265,6 +278,7 @@ def read_outcomes(run: Path, cells: Sequence[Cell]) -> Outcomes:
     """Read the results of all cells, by cell and test."""
     outcomes: Outcomes = {}
     for cell in cells:
+        # A file name starts with the name of its test.
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TESTS}
         for row in tables.read_results(cell.folder(run) / "tests"):
             rows[Path(row["video_A"]).name.split("_")[0]].append(row)
@@ -288,6 +302,7 @@ def _outcome(rows: Sequence[dict[str, Any]]) -> RmOutcome:
 
 
 def _right(row: dict[str, Any]) -> float:
+    # Ties were left out before.
     reward_a = row["reward_A"]
     reward_b = row["reward_B"]
     # A pair with a missing score counts as wrong.
@@ -298,6 +313,7 @@ def _right(row: dict[str, Any]) -> float:
 
 def stated_order(row: dict[str, Any]) -> float:
     """`RmOutcome.stated` of a row."""
+    # SUM of the five stated scores of each video.
     sums = []
     for side in "AB":
         parts = row.get(f"parts_{side}") or {}
@@ -305,6 +321,8 @@ def stated_order(row: dict[str, Any]) -> float:
         if None in scores:
             return math.nan
         sums.append(sum(scores))
+
+    # Positive where the stated order is right.
     lead = (sums[0] - sums[1]) * row["label"]
     return math.copysign(1.0, lead) if lead else 0.0
 
@@ -348,6 +366,7 @@ def _record_of(cell: Cell, by_test: Mapping[str, RmOutcome]) -> dict[str, Any]:
     def interval(values: Sequence[float]) -> dict[str, Any]:
         return mean_ci95(values, seed=0, resamples=2_000).as_dict()
 
+    # Intervals of each test.
     results = {}
     for name, outcome in by_test.items():
         results[name] = {"accuracy": interval(outcome.right)}
@@ -365,6 +384,7 @@ def page_of(
     outcomes: Outcomes, sizes: Sequence[int], record: dict[str, Any], workers: int
 ) -> list[str]:
     """Lines of the page."""
+    # Facts of the first paragraph.
     seeds = sorted({cell.seed for cell in outcomes})
     largest = sizes[-1]
     seconds = record["seconds"]
@@ -399,6 +419,7 @@ def page_of(
         )
         lines.append("")
 
+    # Methods that write a CoT.
     thinking = [name for name, method in METHODS.items() if method.scoring != NO_COT]
     return [
         *lines,
@@ -490,6 +511,7 @@ def _differences(outcomes: Outcomes, size: int) -> list[str]:
     for method, other, field in compared:
         row = [f"{labels[field]}: {METHODS[method].title} - {METHODS[other].title}"]
         for tests in GROUPS.values():
+            # Both methods are compared on the same pairs.
             gap = mean_of(outcomes, size, method, tests, field, minus=other)
             row.append(tables.show(gap))
         rows.append(row)
@@ -498,12 +520,15 @@ def _differences(outcomes: Outcomes, size: int) -> list[str]:
 
 def plot_sizes(outcomes: Outcomes, sizes: Sequence[int], path: Path) -> None:
     """Plot accuracy against the number of training pairs, in and out of domain."""
+    # A panel in the domain, and another out of it.
     figure, axes = tables.new_figure(len(GROUPS))
     for axis, (group, tests) in zip(axes, GROUPS.items(), strict=True):
         for place, (name, method) in enumerate(METHODS.items()):
             if name == "base":
                 continue
             values = [mean_of(outcomes, size, name, tests, "right") for size in sizes]
+
+            # Bars reach from the lower to the upper end of the interval.
             mean = [value.mean for value in values]
             below = [value.mean - value.low for value in values]
             above = [value.high - value.mean for value in values]
@@ -534,6 +559,7 @@ def plot_sizes(outcomes: Outcomes, sizes: Sequence[int], path: Path) -> None:
 
 def plot_training(run: Path, cells: Sequence[Cell], path: Path) -> None:
     """Plot how often the preference was met in training, a line per seed."""
+    # A panel for each trained method.
     figure, axes = tables.new_figure(len(CURVES))
     for axis, (name, metric) in zip(axes, CURVES.items(), strict=True):
         for cell in cells:
@@ -562,6 +588,7 @@ def write_results(
     workers: int,
 ) -> None:
     """Write the JSON, two plots and the page."""
+    # Collect the results of all cells.
     outcomes = read_outcomes(run, cells)
     sizes = sorted({cell.size for cell in cells if cell.size})
     record = {
@@ -574,6 +601,8 @@ def write_results(
 
     # Two plots and the page.
     plot_sizes(outcomes, sizes, out / "reproduce_rm_size.svg")
+
+    # Training on most pairs.
     largest = [cell for cell in cells if cell.size == sizes[-1]]
     plot_training(
         run,
@@ -623,6 +652,7 @@ def main() -> None:
         jobs.append(sequence_jobs)
     run_jobs(jobs, run, timer, workers=args.workers)
 
+    # Compare the methods.
     out = ROOT / args.out
     seconds = timer.seconds
     write_results(

@@ -21,7 +21,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+# All commands start in the repository.
 ROOT = Path(__file__).resolve().parent.parent
+# Configs of the embedded world.
 CONFIGS = Path("configs/shapes")
 
 
@@ -72,6 +74,7 @@ class PeakMemory:
         import psutil
 
         while process.poll() is None:
+            # Launchers have children that have children.
             total = 0
             try:
                 root = psutil.Process(process.pid)
@@ -100,6 +103,8 @@ class RecipeTimer:
         self.seconds: dict[str, float] = {}
         if path.exists():
             self.seconds = read_json(path)
+
+        # Offsets, to which this start adds.
         self.wall_before = self.seconds.get("wall", 0.0) - time.time()
         self.cpu_before = self.seconds.get("cpu", 0.0) - _cpu_seconds()
 
@@ -119,6 +124,8 @@ class RecipeTimer:
 def comparison_parser(doc: str, name: str) -> argparse.ArgumentParser:
     """Make the command line that the comparisons share."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+
+    # Folders, seeds and processes.
     parser.add_argument("--run-dir", type=Path, default=Path("runs", name))
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -173,6 +180,7 @@ def run_step(
             ).start()
         code = process.wait()
 
+    # Check the exit code and the output file.
     if code != 0:
         where = "" if log is None else f"; its output is in {log}"
         raise RuntimeError(
@@ -197,6 +205,7 @@ def run_jobs(
     """
     from tqdm import tqdm
 
+    # Start all sequences; the pool limits how many run together.
     total = sum(len(jobs) for jobs in sequences)
     with ThreadPoolExecutor(workers) as pool:
         running = {}
@@ -280,6 +289,7 @@ def replace_section(path: Path, section: str, lines: Sequence[str]) -> None:
 
 def with_section(text: str, section: str, lines: Sequence[str]) -> str:
     """Return a text with new lines between the marks of a section."""
+    # Text outside of the marks stays as it is.
     first = f"<!-- {section} -->"
     last = f"<!-- end of {section} -->"
     before, _, rest = text.partition(first)

@@ -17,6 +17,7 @@ GRAD_COST = 3
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Read the rows that launch/evaluate.py wrote into a folder, in the order of its inputs."""
+    # Several ranks may have written them in another order.
     text = (folder / "results.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     return sorted(rows, key=lambda row: row["index"])
@@ -29,6 +30,7 @@ def over_seeds(
 
     ``minus`` gives the mean difference to other runs, value by value at the same seeds.
     """
+    # The bootstrap draws seeds first, so their order is fixed.
     seeds = sorted(runs)
     values = [runs[seed] for seed in seeds]
     if minus is None:

@@ -41,6 +41,7 @@ def median_seconds(
 
 def write_record(path: Path, record: Mapping[str, object]) -> None:
     """Write the figures of a bench as JSON, after its command, and print them."""
+    # The command as a user types it.
     script = f"experiments/bench/{Path(sys.argv[0]).name}"
     command = " ".join(["python", script, *sys.argv[1:]])
     complete = {"command": command, **record}

@@ -34,6 +34,7 @@ from experiments.bench.bench_io import bench_parser, median_seconds, write_recor
 from launch.compose import build_generator, quiet
 from launch.schemas.training import GrpoRun
 
+# The size of LongCat-Video (2510.22200), with four videos instead of more.
 STEPS = 16
 GROUP_SIZE = 4
 K = 2
@@ -108,6 +109,7 @@ class CountedArm:
     """A GRPO loop of a group per step that counts the samples through its transformer."""
 
     def __init__(self, name: str, *, size: int, frames: int) -> None:
+        # The tiny Wan at this bench's size.
         run = load(GrpoRun, "configs/shapes/grpo.yaml")
         sampler = replace(
             run.generator.sampler,
@@ -135,6 +137,8 @@ class CountedArm:
                 parameter.data = 0.02 * noise
 
         self.engine = CountingEngine(module)
+
+        # A loop of a single prompt.
         prompts = ["a red circle moves left"]
         self.loop = GrpoLoop(
             GrpoConfig(group_size=GROUP_SIZE, kl_weight=1e-3),
@@ -149,6 +153,8 @@ class CountedArm:
             ),
             fps=8.0,
         )
+
+        # A hook counts the samples of every forward.
         self.counts: dict[str, int] = {}
         module.register_forward_pre_hook(self._count, with_kwargs=True)
 
@@ -170,6 +176,8 @@ class CountedArm:
 def per_member_gradient(arm: CountedArm) -> Tensor:
     """Gradient of an update with a forward and a backward per member, SUM over members."""
     generator = arm.generator
+
+    # The original methods.
     transition = generator.transition
     backward = arm.engine.backward
     calls: list[tuple[str, Step, Tensor]] = []
@@ -181,6 +189,8 @@ def per_member_gradient(arm: CountedArm) -> Tensor:
         if not torch.is_grad_enabled():
             return result
         mean = result.mean.detach().expand(step.next_GCFHW.shape).clone()
+
+        # The loss gets a leaf that collects its gradient.
         mean.requires_grad_()
         calls.append((prompt, step, mean))
         return replace(result, mean=mean)
@@ -224,6 +234,7 @@ def arm_peak_memory(name: str, size: int, frames: int) -> float:
 
 def check_counts(name: str, counts: dict[str, int]) -> None:
     """Raise AssertionError if an arm's samples differ from the formula."""
+    # The reference policy sees the latents that the policy sees.
     no_grad, grad = COUNTS[name]
     expected = {
         "no_grad": no_grad,
@@ -247,6 +258,8 @@ def main() -> None:
         "size": args.size,
         "frames": args.frames,
     }
+
+    # The child process of `arm_peak_memory`.
     if args.only:
         arm = CountedArm(args.only, **shape)
         arm.update()
@@ -271,6 +284,7 @@ def main() -> None:
     per_member = per_member_gradient(CountedArm("shared", **shape))
     error = float((collapsed - per_member).norm() / collapsed.norm())
 
+    # Ratios of the shared step to the unshared step.
     seconds_ratio = seconds["shared"] / seconds["one_step"]
     counts_ratio = cost["shared"] / cost["one_step"]
     record = {

@@ -40,6 +40,7 @@ class Stopwatch:
         function: Callable[..., Any] = getattr(owner, method)
 
         def timed(*args: Any, **options: Any) -> Any:
+            # Parts must not overlap.
             if self.running is not None:
                 raise AssertionError(f"{part} ran inside {self.running}")
             self.running = part
@@ -67,6 +68,7 @@ def main() -> None:
     from alignment.prompts import read_prompts
     from launch.grpo import build
 
+    # The same objects as in launch/grpo.py.
     cfg = load(GrpoRun, args.config, args.overrides)
     loop, generator, engine = build(cfg, read_prompts(cfg.prompts))
     module = type(generator.module).__name__
@@ -88,6 +90,8 @@ def main() -> None:
         start = time.perf_counter()
         loop.step(step)
         total = time.perf_counter() - start
+
+        # The rest is the loop.
         rest = total - sum(watch.seconds.values())
         if step > 0:
             rows.append(

@@ -25,6 +25,7 @@ from launch.compose import build_generator, quiet
 from launch.schemas.training import GrpoRun
 from toy.measure import measure
 
+# Videos of a prompt, and prompts of a timed rollout.
 GROUP_SIZE = 4
 TIMED_PROMPTS = 6
 # Overrides of the sampler.
@@ -56,6 +57,8 @@ def main() -> None:
     cfg = load(GrpoRun, "configs/shapes/grpo_oracle.yaml")
     prompts = read_prompts(cfg.evaluation.prompts)[: args.prompts]
     seeds = [derive_seed(0, "bench", index) for index in range(len(prompts))]
+
+    # The paper's steps and noise.
     base = replace(
         cfg.generator.sampler,
         num_steps=16,

@@ -62,6 +62,7 @@ def make_batch(
     dtype: torch.dtype,
 ) -> DualBatch:
     """Render videos of the embedded world and draw random CoTs about them."""
+    # The language model gets an adapter, the vision tower is frozen.
     model = DeScore.from_base(base).to(dtype)
     model.param_groups(
         LearningRates(llm=1e-4, vision=0.0, merger=0.0),
@@ -94,6 +95,8 @@ def make_batch(
             ids = [rng.choice(allowed) for _ in range(length)]
             group.append(PackedCot(tuple(ids), finished=True))
         cots.append(group)
+
+    # Weights of the CoTs, a part of the objective.
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(videos, group_size, generator=draw)
     return DualBatch(
@@ -113,6 +116,8 @@ def packed_objective(batch: DualBatch) -> Tensor:
         batch.videos,
         batch.cots,
     )
+
+    # Both terms come from the same forward.
     output = packed_forward(batch.model, packed, temperature=1.0)
     log_prob_BG = output.log_prob_BGT.sum(-1)
     reward_BG = output.reward_BGK[..., 0]
@@ -176,6 +181,7 @@ def gradients(name: str, batch: DualBatch) -> list[Tensor]:
 
 def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
     """Largest difference of gradients, relative to the largest gradient."""
+    # Relative to the largest, as small gradients are noise.
     scale = max(float(gradient.abs().max()) for gradient in expected)
     largest = 0.0
     for a, b in zip(actual, expected, strict=True):

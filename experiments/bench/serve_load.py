@@ -39,6 +39,7 @@ def served(
     checkpoint: str, batch_videos: int
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Start a server; yield its address and its process."""
+    # The system picks a free port.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -51,10 +52,12 @@ def served(
         "wait_ms=20",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
     process = subprocess.Popen(words, cwd=ROOT, env=environment)
     try:
         yield f"http://127.0.0.1:{port}", process
     finally:
+        # Stop it as a user does, by Ctrl-C.
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
 
@@ -121,6 +124,8 @@ class LoadTest:
         )
         video = self.videos[index : index + 1]
         prompts = [self.prompts[index]]
+
+        # The first answer warms up and is the expected one.
         first = reward.score(video, prompts, fps=FPS).value_B
         while self._elapsed() < self.seconds:
             began = time.monotonic()
