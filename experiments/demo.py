@@ -8,38 +8,60 @@ folder. At most 12 minutes on two idle cores.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from experiments.runner import ROOT, CommandStep, PeakMemory, run_step
+from experiments.runner import (
+    ROOT,
+    CommandStep,
+    PeakMemory,
+    config_words,
+    read_json,
+    run_step,
+    write_json,
+)
 
-CONFIGS = Path("configs/shapes")
-PAIR_PROMPTS, PAIR_EPOCHS = (
-    350,
-    8,
-)  # of Flow-DPO here: half of the prompts, twice as often
+# Flow-DPO sees half of the prompts of configs/shapes, twice as often.
+PAIR_PROMPTS = 350
+PAIR_EPOCHS = 8
+# The last file of a training run.
+ADAPTER = Path("final", "pytorch_lora_weights.safetensors")
 
 
 def plan(run: Path, seed: int) -> list[CommandStep]:
-    """The demo, in order."""
-    data, judge, grpo, pairs, dpo = (
-        run / name for name in ("data", "descore", "grpo", "pairs", "dpo")
+    """List the steps of the demo, in order."""
+    return [
+        *_reward_model_steps(run, seed),
+        *_generator_steps(run, seed),
+        *_evaluation_steps(run, seed),
+    ]
+
+
+def _descore(run: Path) -> str:
+    return f"rewards.descore.checkpoint={run / 'descore' / 'final'}"
+
+
+def _reward_model_steps(run: Path, seed: int) -> list[CommandStep]:
+    """Make preference data, then train and test DeScore."""
+    # Command lines.
+    data = run / "data"
+    final = run / "descore" / "final"
+    train = config_words(
+        "cold_start",
+        f"run_dir={run / 'descore'}",
+        f"seed={seed}",
+        f"data.train={data / 'train.csv'}",
+        f"data.heldout={data / 'heldout.csv'}",
     )
-    adapter = Path("final", "pytorch_lora_weights.safetensors")
-    judged = f"rewards.descore.checkpoint={judge / 'final'}"
-
-    def of(config: str, *words: str) -> list[str]:
-        return ["--config", str(CONFIGS / f"{config}.yaml"), *words]
-
-    def evaluated(name: str, *words: str) -> list[str]:
-        return [
-            "generator",
-            *of("evaluate", f"seed={seed}", judged, *words, f"out={run / name}"),
-        ]
-
+    test = config_words(
+        "evaluate_rm",
+        f"checkpoint={final}",
+        f"pairs={data / 'heldout.csv'}",
+        f"out={run / 'eval_rm'}",
+    )
     return [
         CommandStep(
             "preference data: two videos a prompt, a preference and chains of thought",
@@ -51,190 +73,185 @@ def plan(run: Path, seed: int) -> list[CommandStep]:
         CommandStep(
             "DeScore, stage 1: cold start",
             "launch/cold_start.py",
-            of(
-                "cold_start",
-                f"run_dir={judge}",
-                f"seed={seed}",
-                f"data.train={data / 'train.csv'}",
-                f"data.heldout={data / 'heldout.csv'}",
-            ),
-            judge / "final" / "descore.json",
+            train,
+            final / "descore.json",
         ),
         CommandStep(
-            "DeScore on pairs it has never seen",
+            "DeScore on held-out pairs",
             "launch/evaluate.py",
-            [
-                "rm",
-                *of(
-                    "evaluate_rm",
-                    f"checkpoint={judge / 'final'}",
-                    f"pairs={data / 'heldout.csv'}",
-                    f"out={run / 'eval_rm'}",
-                ),
-            ],
+            ["rm", *test],
             run / "eval_rm" / "summary.json",
         ),
+    ]
+
+
+def _generator_steps(run: Path, seed: int) -> list[CommandStep]:
+    """Tune the generator by GRPO and, from scored pairs, by DPO."""
+    # GRPO learns online, DPO from stored pairs.
+    pairs = run / "pairs"
+    grpo = config_words(
+        "grpo",
+        f"run_dir={run / 'grpo'}",
+        f"seed={seed}",
+        _descore(run),
+    )
+
+    # The videos that become pairs.
+    sample = config_words(
+        "pairs",
+        f"out={pairs}",
+        f"seed={seed}",
+        f"limit={PAIR_PROMPTS}",
+        _descore(run),
+    )
+    dpo = config_words(
+        "dpo",
+        f"run_dir={run / 'dpo'}",
+        f"seed={seed}",
+        f"pairs={pairs}",
+        f"dpo.epochs={PAIR_EPOCHS}",
+    )
+    return [
         CommandStep(
-            "Longcat-GRPO: Wan learns from DeScore alone; the oracle watches with weight 0",
+            "Longcat-GRPO: Wan learns from DeScore alone; the oracle has weight 0",
             "launch/grpo.py",
-            of("grpo", f"run_dir={grpo}", f"seed={seed}", judged),
-            grpo / adapter,
+            grpo,
+            run / "grpo" / ADAPTER,
         ),
         CommandStep(
-            "pairs: eight videos a prompt, judged by DeScore; the best and the worst of each",
+            "pairs: the best and the worst of eight videos a prompt, by DeScore",
             "launch/pairs.py",
-            of(
-                "pairs", f"out={pairs}", f"seed={seed}", f"limit={PAIR_PROMPTS}", judged
-            ),
+            sample,
             pairs / "manifest.json",
         ),
         CommandStep(
             "Flow-DPO: Wan learns from these pairs alone",
             "launch/dpo.py",
-            of(
-                "dpo",
-                f"run_dir={dpo}",
-                f"seed={seed}",
-                f"pairs={pairs}",
-                f"dpo.epochs={PAIR_EPOCHS}",
-            ),
-            dpo / adapter,
-        ),
-        *(
-            CommandStep(
-                title,
-                "launch/evaluate.py",
-                evaluated(name, *words),
-                run / name / "summary.json",
-            )
-            for title, name, words in (
-                ("the base generator on held-out prompts", "eval_base", ()),
-                (
-                    "tuned by GRPO, the same prompts and seeds",
-                    "eval_tuned",
-                    (f"adapter={grpo / 'final'}",),
-                ),
-                (
-                    "tuned by Flow-DPO, the same prompts and seeds",
-                    "eval_dpo",
-                    (f"adapter={dpo / 'final'}",),
-                ),
-            )
+            dpo,
+            run / "dpo" / ADAPTER,
         ),
     ]
 
 
-def summarise(
-    run: Path, seconds: dict[str, float], peak_bytes: int
-) -> dict[str, object]:
-    """The demo's claims, read from the files its steps wrote."""
+def _evaluation_steps(run: Path, seed: int) -> list[CommandStep]:
+    """Evaluate the generator on held-out prompts, without and with each adapter."""
+    # Title, folder, and the run whose adapter is evaluated.
+    arms = [
+        ("the base generator on held-out prompts", "eval_base", None),
+        ("tuned by GRPO, the same prompts and seeds", "eval_tuned", "grpo"),
+        ("tuned by Flow-DPO, the same prompts and seeds", "eval_dpo", "dpo"),
+    ]
+    steps = []
+    for title, name, trained in arms:
+        folder = run / name
+        words = config_words("evaluate", f"seed={seed}", _descore(run))
+        if trained is not None:
+            words.append(f"adapter={run / trained / 'final'}")
+        words = ["generator", *words, f"out={folder}"]
+        done = folder / "summary.json"
+        steps.append(CommandStep(title, "launch/evaluate.py", words, done))
+    return steps
 
-    def read(name: str) -> dict[str, dict[str, object]]:
-        return json.loads(
-            (ROOT / run / name / "summary.json").read_text(encoding="utf-8")
-        )
 
-    rm, base, tuned, dpo = (
-        read("eval_rm"),
-        read("eval_base"),
-        read("eval_tuned"),
-        read("eval_dpo"),
-    )
-    parts = sorted(key for key in base if key.startswith("shapes."))
+def summarise(run: Path, seconds: dict[str, float], peak_bytes: int) -> dict[str, Any]:
+    """Collect the results of the demo from the files of its steps."""
+    # Summaries of the four evaluations.
+    reward_model = read_json(run / "eval_rm" / "summary.json")
+    arms = {}
+    for arm in ("base", "tuned", "dpo"):
+        arms[arm] = read_json(run / f"eval_{arm}" / "summary.json")
+
+    def of_arms(key: str) -> dict[str, Any]:
+        return {arm: results[key] for arm, results in arms.items()}
+
+    # Sub-dimensions of the oracle.
+    sub_dimensions = {}
+    for key in sorted(arms["base"]):
+        if key.startswith("shapes."):
+            sub_dimensions[key.removeprefix("shapes.")] = of_arms(key)
+
+    # Seconds of the steps and of all together.
+    rounded = {name: round(value, 1) for name, value in seconds.items()}
     return {
-        "rm": {"heldout_accuracy": rm["without_ties"]},
-        "oracle": {
-            "base": base["shapes"],
-            "tuned": tuned["shapes"],
-            "dpo": dpo["shapes"],
-        },
-        "descore": {
-            "base": base["descore"],
-            "tuned": tuned["descore"],
-            "dpo": dpo["descore"],
-        },
-        "sub_dimensions": {
-            key.partition(".")[2]: {
-                "base": base[key],
-                "tuned": tuned[key],
-                "dpo": dpo[key],
-            }
-            for key in parts
-        },
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "rm": {"heldout_accuracy": reward_model["without_ties"]},
+        "oracle": of_arms("shapes"),
+        "descore": of_arms("descore"),
+        "sub_dimensions": sub_dimensions,
+        "seconds": {**rounded, "all": round(sum(seconds.values()), 1)},
         "peak_memory_gb": round(peak_bytes / 2**30, 2),
     }
 
 
+def run_steps(
+    steps: list[CommandStep],
+    timings: Path,
+    ranks: int,
+) -> tuple[dict[str, float], int]:
+    """Run the steps that are not done; return the seconds of all and the peak memory in bytes.
+
+    ``timings`` holds both over restarts.
+    """
+    # Continue the counts of earlier starts.
+    seconds: dict[str, float] = read_json(timings) if timings.exists() else {}
+    memory = PeakMemory()
+    memory.peak = int(seconds.pop("peak_bytes", 0))
+    for number, step in enumerate(steps, start=1):
+        print(f"\n== {number}/{len(steps)}  {step.title}", flush=True)
+        if step.is_done:
+            print(f"   done before ({step.done})", flush=True)
+            continue
+
+        # Run the step; a failure ends the demo with advice.
+        try:
+            duration = run_step(step, ranks, memory=memory)
+        except RuntimeError as error:
+            sys.exit(f"demo: {error}\nfix it and start the demo again to continue here")
+
+        # Record it, so that a restart counts it too.
+        seconds[f"{number} {Path(step.script).name}"] = duration
+        write_json(timings, {**seconds, "peak_bytes": memory.peak})
+        print(f"   {duration:.0f} s", flush=True)
+    return seconds, memory.peak
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print the accuracy of DeScore and the oracle of every arm."""
+    # Rows of mean and interval.
+    rows = dict(summary["rm"])
+    for arm, value in summary["oracle"].items():
+        rows[f"oracle.{arm}"] = value
+    for name, value in rows.items():
+        low, high = value["ci95"]
+        interval = f"95 % [{low:.3f}, {high:.3f}]"
+        print(f"{name:>18}  {value['mean']:.3f}  {interval}  n = {value['n']}")
+
+    # Cost of the demo.
+    minutes = summary["seconds"]["all"] / 60
+    memory = summary["peak_memory_gb"]
+    print(f"{'all steps':>18}  {minutes:.1f} minutes, peak memory {memory} GB")
+
+
 def main() -> None:
+    """Run all steps, then write the summary and the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--ranks",
-        type=int,
-        default=min(2, os.cpu_count() or 1),
-        help="processes a training step uses",
-    )
+    ranks = min(2, os.cpu_count() or 1)
+    parser.add_argument("--ranks", type=int, default=ranks, help="training processes")
     args = parser.parse_args()
 
+    # Run the steps.
     folder = ROOT / args.run_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    timings = folder / "seconds.json"
-    seconds: dict[str, float] = (
-        json.loads(timings.read_text(encoding="utf-8")) if timings.exists() else {}
-    )
-    memory = PeakMemory()
-    memory.peak = int(seconds.pop("peak_bytes", 0))
     steps = plan(args.run_dir, args.seed)
-    for number, step in enumerate(steps, start=1):
-        print(f"\n== {number}/{len(steps)}  {step.title}", flush=True)
-        if (ROOT / step.done).exists():
-            print(f"   done before ({step.done})", flush=True)
-            continue
-        name = f"{number} {Path(step.script).name}"
-        try:
-            seconds[name] = run_step(step, args.ranks, memory=memory)
-        except RuntimeError as error:
-            sys.exit(f"demo: {error}\nfix it and start the demo again, it goes on here")
-        timings.write_text(
-            json.dumps({**seconds, "peak_bytes": memory.peak}) + "\n", encoding="utf-8"
-        )
-        print(f"   {seconds[f'{number} {Path(step.script).name}']:.0f} s", flush=True)
+    seconds, peak_bytes = run_steps(steps, folder / "seconds.json", args.ranks)
+    summary = summarise(folder, seconds, peak_bytes)
+    write_json(folder / "summary.json", summary)
 
-    summary = summarise(args.run_dir, seconds, memory.peak)
-    summary["seconds"]["all"] = round(sum(seconds.values()), 1)
-    (folder / "summary.json").write_text(
-        json.dumps(summary, indent=1) + "\n", encoding="utf-8"
-    )
-    run_report(args.run_dir)
-    for name, value in {
-        **summary["rm"],
-        **{f"oracle.{k}": v for k, v in summary["oracle"].items()},
-    }.items():
-        low, high = value["ci95"]
-        print(
-            f"{name:>18}  {value['mean']:.3f}  95 % [{low:.3f}, {high:.3f}]  n = {value['n']}"
-        )
-    print(
-        f"{'all steps':>18}  {sum(seconds.values()) / 60:.1f} minutes, peak memory {summary['peak_memory_gb']} GB"
-    )
-    print(f"look at {args.run_dir / 'report.html'}")
-
-
-def run_report(run: Path) -> None:
-    """One HTML file about everything in the run folder."""
-    subprocess.run(
-        [
-            sys.executable,
-            "launch/report.py",
-            str(run),
-            "--out",
-            str(run / "report.html"),
-        ],
-        cwd=ROOT,
-        check=True,
-    )
+    page = str(args.run_dir / "report.html")
+    words = ["launch/report.py", str(args.run_dir), "--out", page]
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    print_summary(summary)
+    print(f"look at {page}")
 
 
 if __name__ == "__main__":

@@ -1,89 +1,98 @@
-"""The demo under several seeds: `python experiments/demo_seeds.py`. Writes docs/results/demo.json and the README's table.
+"""Run the demo under several seeds: `python experiments/demo_seeds.py`.
 
-Each seed is a whole demo in a folder of its own (other data, another head, another adapter, other
-noises); one that has finished is not run again.
+Every seed is a whole demo in its folder, with other data, initial weights and noise. A seed that
+has finished is not run again. Results: docs/results/demo.json and the table of README.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from experiments.runner import ROOT, commit
+from experiments import tables
+from experiments.runner import ROOT, commit, read_json, replace_section, write_json
 
-README_MARKS = ("<!-- demo results -->", "<!-- end of demo results -->")
 COMMAND = "python experiments/demo_seeds.py"
+# Columns of the table.
+HEAD = (
+    "seed",
+    "DeScore accuracy",
+    "oracle, base Wan",
+    "oracle, Longcat-GRPO",
+    "oracle, Flow-DPO",
+    "minutes",
+    "peak memory, GB",
+)
 
 
-def row(seed: int, summary: dict) -> str:
-    """One line of the table."""
+def row_of(seed: int, summary: dict[str, Any]) -> list[str]:
+    """Cells of a seed's row."""
+    # DeScore, then the arms of the oracle.
+    results = [summary["rm"]["heldout_accuracy"], *summary["oracle"].values()]
+    cells = [str(seed)]
+    for value in results:
+        low, high = value["ci95"]
+        cells.append(f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]")
+    minutes = summary["seconds"]["all"] / 60
+    return [*cells, f"{minutes:.1f}", f"{summary['peak_memory_gb']:.1f}"]
 
-    def cell(value: dict) -> str:
-        return f"{value['mean']:.3f} [{value['ci95'][0]:.3f}, {value['ci95'][1]:.3f}]"
 
-    accuracy, oracle = summary["rm"]["heldout_accuracy"], summary["oracle"]
-    return (
-        f"| {seed} | {cell(accuracy)} | {cell(oracle['base'])} | {cell(oracle['tuned'])} | {cell(oracle['dpo'])} "
-        f"| {summary['seconds']['all'] / 60:.1f} | {summary['peak_memory_gb']:.1f} |"
-    )
-
-
-def table(summaries: dict[int, dict], commit: str) -> str:
-    """The measured results in markdown, with the command that made them."""
-    first = next(iter(summaries.values()))
-    pairs, prompts = first["rm"]["heldout_accuracy"]["n"], first["oracle"]["base"]["n"]
-    lines = [
-        f"Measured by `{COMMAND}` at commit {commit}, on two CPU cores; mean and 95 % bootstrap interval. Accuracy: "
-        f"DeScore on {pairs} held-out pairs (seed {min(summaries)}; ties left out). Oracle: total score in [0, 1] of "
-        f"{prompts} held-out prompts at fixed seeds, before, and after Longcat-GRPO or Flow-DPO, with DeScore as the "
-        "only judge.",
+def section_of(summaries: dict[int, dict[str, Any]], commit_name: str) -> list[str]:
+    """Lines of README.md: how the demo was measured, and its table."""
+    first_seed = min(summaries)
+    summary = summaries[first_seed]
+    pairs = summary["rm"]["heldout_accuracy"]["n"]
+    prompts = summary["oracle"]["base"]["n"]
+    rows = [row_of(seed, summary) for seed, summary in summaries.items()]
+    return [
+        f"Measured by `{COMMAND}` at commit {commit_name}, on two CPU cores; mean and 95 % "
+        f"bootstrap interval. Accuracy: DeScore on {pairs} held-out pairs (seed {first_seed}; "
+        f"ties left out). Oracle: total score in [0, 1] of {prompts} held-out prompts at fixed "
+        "seeds, before, and after Longcat-GRPO or Flow-DPO, with DeScore as the only reward.",
         "",
-        "| seed | DeScore accuracy | oracle, base Wan | oracle, Longcat-GRPO | oracle, Flow-DPO | minutes "
-        "| peak memory, GB |",
-        "|---|---|---|---|---|---|---|",
-        *[row(seed, summary) for seed, summary in summaries.items()],
+        *tables.markdown_table(HEAD, rows),
         "",
         "Wan-2.1-1.3B and Qwen3-VL-8B at full size on GPUs: not run.",
     ]
-    return "\n".join(lines)
 
 
 def main() -> None:
+    """Run the demo under every seed, then write the JSON and the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
+
+    # Run the demos.
     summaries = {}
     for seed in args.seeds:
-        run = Path("runs/demo" if seed == 0 else f"runs/demo-seed{seed}")
-        subprocess.run(
-            [
-                sys.executable,
-                "experiments/demo.py",
-                "--seed",
-                str(seed),
-                "--run-dir",
-                str(run),
-            ],
-            cwd=ROOT,
-            check=True,
-        )
-        summaries[seed] = json.loads(
-            (ROOT / run / "summary.json").read_text(encoding="utf-8")
-        )
-    results = ROOT / "docs" / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    record = {"command": COMMAND, "commit": commit(), "seeds": summaries}
-    (results / "demo.json").write_text(
-        json.dumps(record, indent=1) + "\n", encoding="utf-8"
+        folder = Path("runs", "demo" if seed == 0 else f"demo-seed{seed}")
+        options = [
+            "--seed",
+            str(seed),
+            "--run-dir",
+            str(folder),
+        ]
+        words = [sys.executable, "experiments/demo.py", *options]
+        subprocess.run(words, cwd=ROOT, check=True)
+        summaries[seed] = read_json(ROOT / folder / "summary.json")
+
+    # Write the results.
+    commit_name = commit()
+    record = {
+        "command": COMMAND,
+        "commit": commit_name,
+        "seeds": summaries,
+    }
+    write_json(ROOT / "docs/results/demo.json", record)
+    section = section_of(summaries, commit_name)
+    replace_section(
+        ROOT / "README.md",
+        "demo results",
+        section,
     )
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(README_MARKS[0])
-    after = rest.partition(README_MARKS[1])[2]
-    body = f"{README_MARKS[0]}\n{table(summaries, record['commit'])}\n{README_MARKS[1]}"
-    readme.write_text(before + body + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

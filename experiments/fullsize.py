@@ -1,11 +1,10 @@
-"""Everything at its true size that a CPU with 24 GiB can do: `make fullsize`, or `python experiments/fullsize.py`.
+"""Run the models at their true size on a CPU with 24 GiB: `make fullsize`.
 
-Wan 2.1 1.3B and Qwen3-VL 2B with their published configs and random weights, computing in fp32
-(bfloat16 is emulated on most CPUs). With the ordinary recipes, loops and engines: a GRPO update and
-a DPO step of the transformer with its adapter under gradient checkpointing, a video judged and a
-cold-start step of the judge. Each runs in a process of its own, whose peak of memory is held
-against what ``--dry-run`` predicts. The text encoder (22.7 GB in fp32) is not there: embeddings of
-the prompt are random. Results: docs/results/fullsize.json.
+Wan 2.1 1.3B and Qwen3-VL 2B have their published configs and random weights, in fp32 because most
+CPUs emulate bfloat16. The ordinary recipes and loops make a GRPO update, a DPO step, scores of
+DeScore and a cold-start step. Each part runs in its process, whose peak memory is compared with the
+prediction of ``--dry-run``. The text encoder (22.7 GB in fp32) is left out: embeddings of the
+prompt are random. Results: docs/results/fullsize.json.
 """
 
 from __future__ import annotations
@@ -23,119 +22,135 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.runner import ROOT, commit
+from experiments.runner import ROOT, commit, write_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from generator.config import GeneratorConfig
     from generator.wan import WanGenerator
     from launch.planning.plan import Plan
+    from launch.schemas.training import ColdStartRun
     from rm.model import DeScore
 
+# The JSON names it.
 COMMAND = "python experiments/fullsize.py"
+# Inputs of all parts.
 PROMPT = "A paper boat drifts down a gutter in the rain."
-SMALL = (
+COT = "word " * 40
+# A small video: memory is mostly weights.
+WAN_SIZE = (
     "generator.height=128",
     "generator.width=128",
     "generator.num_frames=9",
     "generator.dtype=float32",
 )
-JUDGE = "Qwen/Qwen3-VL-2B-Instruct"
-# what is freed goes back to the system at once, as a GPU's allocator counts; the C library would keep some of it
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-TEXT_ROWS = 24  # of the prompt's embedding, before its padding to 512
+REWARD_MODEL = "Qwen/Qwen3-VL-2B-Instruct"
+# The C library returns freed memory to the system, as the allocator of a GPU counts it.
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
+# Tokens of the prompt, before padding to 512.
+TEXT_TOKENS = 24
 
 
 @dataclass(frozen=True)
 class FullSizeResult:
-    """What a part did; ``facts`` are its own figures."""
+    """The plan of a part, its module, and its figures."""
 
     plan: Plan
-    parameters: int
+    module: nn.Module
     facts: dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run every part in its process and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument(
-        "--part", choices=list(PARTS), help="this one only, here, as a line of JSON"
+        "--part", choices=PARTS, help="run this part and print its JSON"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     if args.part is not None:
-        print(json.dumps(measured(PARTS[args.part], threads=args.threads)))
+        # A part runs here, and its parent reads the last line.
+        print(json.dumps(measure_part(PARTS[args.part], threads=args.threads)))
         return
-    record: dict[str, Any] = {
+
+    # Run the parts after each other.
+    began = time.time()
+    threads = str(args.threads)
+    environment = {
+        **os.environ,
+        **ENVIRONMENT,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": threads,
+    }
+    parts = {}
+    for part in PARTS:
+        process = subprocess.run(
+            [sys.executable, __file__, "--part", part, "--threads", threads],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env=environment,
+        )
+        last_line = process.stdout.splitlines()[-1]
+        parts[part] = json.loads(last_line)
+        print(f"{part:10} {last_line}", flush=True)
+
+    record = {
         "command": COMMAND,
         "commit": commit(),
         "threads": args.threads,
-        "parts": {},
+        "parts": parts,
+        "minutes": round((time.time() - began) / 60, 1),
     }
-    began = time.time()
-    for part in PARTS:
-        words = [
-            sys.executable,
-            __file__,
-            "--part",
-            part,
-            "--threads",
-            str(args.threads),
-        ]
-        environment = {
-            **os.environ,
-            **ENVIRONMENT,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": str(args.threads),
-        }
-        done = subprocess.run(
-            words, stdout=subprocess.PIPE, text=True, check=True, env=environment
-        )
-        record["parts"][part] = found = json.loads(done.stdout.splitlines()[-1])
-        print(f"{part:10} {json.dumps(found)}", flush=True)
-    record["minutes"] = round((time.time() - began) / 60, 1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "fullsize.json").write_text(
-        json.dumps(record, indent=1) + "\n", encoding="utf-8"
-    )
-    print(f"{record['minutes']} minutes; {args.out / 'fullsize.json'}")
+    path = args.out / "fullsize.json"
+    write_json(path, record)
+    print(f"{record['minutes']} minutes; {path}")
 
 
-def measured(part: Callable[[Path], FullSizeResult], *, threads: int) -> dict[str, Any]:
-    """Run it; its seconds, and the peak of this process over what the libraries take, beside what the plan says."""
+def measure_part(
+    part: Callable[[Path], FullSizeResult], *, threads: int
+) -> dict[str, Any]:
+    """Run a part; return its figures, its seconds, and its peak memory with the prediction."""
     from common import distributed
+    from common.memory import peak_memory
     from launch.compose import quiet
+    from launch.planning.plan import GIB, RESERVE
 
     quiet()
-    _import_all()
+    _import_libraries()
     import torch
 
     torch.set_num_threads(threads)
     distributed.init_process_group()
-    before, began = _resident(), time.time()
+
+    # Memory of the libraries does not count.
+    libraries = _resident_bytes()
+    began = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        outcome = part(Path(folder))
-    from common.memory import peak_memory
-    from launch.planning.plan import GIB, RESERVE
-
-    peak = peak_memory()["memory/peak_gb"] * GIB - before
-
-    predicted = outcome.plan.peak - RESERVE
+        result = part(Path(folder))
+    process = peak_memory()["memory/peak_gb"] * GIB
+    peak = process - libraries
+    predicted = result.plan.peak - RESERVE
     distributed.shutdown()
     return {
-        "parameters": outcome.parameters,
+        "parameters": sum(p.numel() for p in result.module.parameters()),
         "seconds": round(time.time() - began, 1),
         "peak_gib": round(peak / GIB, 2),
         "predicted_gib": round(predicted / GIB, 2),
         "off": round(predicted / peak - 1, 3),
-        "process_gib": round((peak + before) / GIB, 2),
-        **outcome.facts,
+        "process_gib": round(process / GIB, 2),
+        **result.facts,
     }
 
 
 def grpo(folder: Path) -> FullSizeResult:
-    """One update of configs/wan/grpo.yaml on two videos of three steps under guidance, judged by brightness."""
+    """Make an update of configs/wan/grpo.yaml on two videos, with brightness as reward."""
+    # Heavy imports belong to the process of the part.
     from alignment.rewards.brightness import Brightness
     from common.config import load
     from launch.grpo import loop_of
@@ -143,41 +158,47 @@ def grpo(folder: Path) -> FullSizeResult:
     from launch.planning.runs import plan_grpo
     from launch.schemas.training import GrpoRun
 
+    # Two videos of three steps with guidance.
     words = [
-        *SMALL,
+        *WAN_SIZE,
         f"run_dir={folder}",
         "prompts_per_step=1",
         "grpo.group_size=2",
+        "generator.sampler.num_steps=3",
+        "generator.sampler.stochastic_range=1",
+        "rewards.descore.weight=0",
+        "rewards.brightness.weight=1",
     ]
-    words += ["generator.sampler.num_steps=3", "generator.sampler.stochastic_range=1"]
-    words += ["rewards.descore.weight=0", "rewards.brightness.weight=1"]
     cfg = load(GrpoRun, ROOT / "configs/wan/grpo.yaml", words)
+
+    # DeScore is measured by another part.
     cfg = replace(cfg, rewards={"brightness": cfg.rewards["brightness"]})
     generator = random_wan(cfg.generator)
     loop, engine = loop_of(cfg, [PROMPT], generator, {"brightness": Brightness()})
-    with generator.given_prompts(
-        {PROMPT: embedding(0), cfg.generator.sampler.negative_prompt: embedding(1)}
-    ):
-        result = loop.step(0)
-    metrics = result.metrics
-    moved = sum(
-        float(p.detach().abs().sum())
-        for n, p in generator.module.named_parameters()
-        if "lora_B" in n
-    )
+
+    # The update.
+    embeddings = {
+        PROMPT: random_embedding(0),
+        cfg.generator.sampler.negative_prompt: random_embedding(1),
+    }
+    with generator.given_prompts(embeddings):
+        metrics = loop.step(0).metrics
+
+    # SUM of the adapter's output matrices, which start as zeros.
+    moved = 0.0
+    for name, parameter in generator.module.named_parameters():
+        if "lora_B" in name:
+            moved += float(parameter.detach().abs().sum())
     facts = {
         "grad_norm": metrics["train/grad_norm"],
         "lora_B": moved,
         "not_finite": loop.engine.pop_skipped_count(),
     }
-    plan = plan_grpo(cfg, Where(DEVICES["h100"]))
-    return FullSizeResult(
-        plan, sum(p.numel() for p in engine.module.parameters()), facts
-    )
+    return FullSizeResult(plan_grpo(cfg, Where(DEVICES["h100"])), engine.module, facts)
 
 
 def dpo(folder: Path) -> FullSizeResult:
-    """One step of configs/wan/dpo.yaml on one pair of random latents, through the store that launch/pairs.py writes."""
+    """Make a step of configs/wan/dpo.yaml on a stored pair of random latents."""
     import torch
 
     from alignment.pair_store import LatentPair, PairSet, write_pairs
@@ -187,38 +208,40 @@ def dpo(folder: Path) -> FullSizeResult:
     from launch.planning.runs import plan_dpo
     from launch.schemas.pairs import DpoRun
 
+    store = folder / "pairs"
+
+    # The first step has its full learning rate.
     words = [
-        *SMALL,
+        *WAN_SIZE,
         f"run_dir={folder}",
-        f"pairs={folder / 'pairs'}",
+        f"pairs={store}",
         "dpo.pairs_per_step=1",
+        "optimizer.warmup_steps=0",
     ]
-    words += ["optimizer.warmup_steps=0"]
     cfg = load(DpoRun, ROOT / "configs/wan/dpo.yaml", words)
-    chosen, rejected = (
-        torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-        for seed in (2, 3)
-    )
-    pair = LatentPair(PROMPT, chosen, rejected, embedding(0))
-    write_pairs(
-        folder / "pairs", iter([pair]), per_shard=1, dtype=torch.float32, about={}
-    )
+
+    # Store the pair.
+    latents = []
+    for seed in (2, 3):
+        draw = torch.Generator().manual_seed(seed)
+        latents.append(torch.randn(16, 3, 16, 16, generator=draw))
+    pair = LatentPair(PROMPT, *latents, random_embedding(0))
+    write_pairs(store, iter([pair]), per_shard=1, dtype=torch.float32, about={})
+
+    # The step.
     generator = random_wan(cfg.generator, vae=False)
-    loop, engine = loop_of(cfg, PairSet(folder / "pairs"), generator, accumulation=1)
+    loop, engine = loop_of(cfg, PairSet(store), generator, accumulation=1)
     metrics = loop.step(0)
-    facts = {"loss": metrics["train/loss"], "grad_norm": metrics["train/grad_norm"]}
-    plan = plan_dpo(cfg, Where(DEVICES["h100"]))
-    return FullSizeResult(
-        plan, sum(p.numel() for p in engine.module.parameters()), facts
-    )
+    facts = {
+        "loss": metrics["train/loss"],
+        "grad_norm": metrics["train/grad_norm"],
+    }
+    return FullSizeResult(plan_dpo(cfg, Where(DEVICES["h100"])), engine.module, facts)
 
 
 def cold_start(folder: Path) -> FullSizeResult:
-    """A video file judged, at once and behind a chain of thought that never ends, and one step of stage 1 on a pair."""
-    import torch
-
+    """Score video files, with and without a CoT, and make a step of stage 1 on a pair."""
     from common.config import load
-    from common.video_io import write_mp4
     from launch.cold_start import loop_of
     from launch.planning.models import Lengths
     from launch.planning.plan import DEVICES, Where
@@ -228,55 +251,71 @@ def cold_start(folder: Path) -> FullSizeResult:
     from rm.scorer import DeScoreScorer
     from rm.video import prepare
 
+    # A CoT of four tokens ends before it is complete.
     words = [
-        f"base={JUDGE}",
+        f"base={REWARD_MODEL}",
         f"run_dir={folder}",
         "dtype=float32",
         "cold_start.pairs_per_step=1",
-    ]
-    words += [
         "data.train=none.csv",
         "generation.max_new_tokens=4",
         "zero_stage=1",
         "optimizer.warmup_steps=0",
     ]
     cfg = load(ColdStartRun, ROOT / "configs/wan/cold_start.yaml", words)
-    files = [folder / f"{side}.mp4" for side in "AB"]
-    for seed, file in enumerate(files):
-        draw = torch.Generator().manual_seed(seed)
-        small = torch.randint(0, 256, (8, 8, 8, 3), generator=draw, dtype=torch.uint8)
-        write_mp4(file, small.repeat_interleave(16, 1).repeat_interleave(16, 2), 4.0)
-    model = random_judge(cfg)
-    at_once = DeScoreScorer(model, chains=0).score(files, [PROMPT] * 2).value_B.tolist()
-    thought = DeScoreScorer(model).score(files[:1], [PROMPT])
+    files = _write_videos(folder)
+    model = random_descore(cfg)
+
+    # Score without a CoT, then with a CoT that its limit cuts off, which gives NaN.
+    without_cot = DeScoreScorer(model, chains=0).score(files, [PROMPT] * 2)
+    with_cot = DeScoreScorer(model).score(files[:1], [PROMPT])
+    unscored = bool(with_cot.value_B.isnan().all())
+
+    # A step of stage 1.
     video = prepare(files[0], model.settings)
-    tokens = len(model.encode(PROMPT, video, "word " * 40).ids)
-    pair = Pair(PROMPT, *files, "word " * 40, "word " * 40, 1)
+    tokens = len(model.encode(PROMPT, video, COT).ids)
+    pair = Pair(PROMPT, *files, COT, COT, 1)
     loop, engine = loop_of(cfg, [pair], model.train(), accumulation=1)
     metrics = loop.step(0)
     facts = {
-        "rewards": [round(value, 4) for value in at_once],
-        "unfinished_chain": "not judged"
-        if bool(thought.value_B.isnan().all())
-        else "JUDGED",
-        "words_written": len(thought.texts[0]),
+        "rewards": [round(value, 4) for value in without_cot.value_B.tolist()],
+        "unfinished_chain": "not judged" if unscored else "JUDGED",
+        "words_written": len(with_cot.texts[0]),
         "loss": metrics["train/loss"],
         "grad_norm": metrics["train/grad_norm"],
         "tokens": tokens,
     }
-    seen = video.grid[0] * video.grid[1] * video.grid[2] // 4
-    plan = plan_reward_model(
-        cfg,
-        Where(DEVICES["h100"]),
-        Lengths(video.grid, seen, prompt=tokens - seen, chain=0),
+
+    # The plan counts the CoT as part of the prompt. Four patches make a token.
+    frames, height, width = video.grid
+    video_tokens = frames * height * width // 4
+    lengths = Lengths(
+        video.grid,
+        video_tokens,
+        prompt=tokens - video_tokens,
+        chain=0,
     )
-    return FullSizeResult(
-        plan, sum(p.numel() for p in engine.module.parameters()), facts
-    )
+    plan = plan_reward_model(cfg, Where(DEVICES["h100"]), lengths)
+    return FullSizeResult(plan, engine.module, facts)
+
+
+def _write_videos(folder: Path) -> list[Path]:
+    """Write two videos of random colours, 128 x 128 pixels and 8 frames."""
+    import torch
+
+    from common.video_io import write_mp4
+
+    files = [folder / "A.mp4", folder / "B.mp4"]
+    for seed, file in enumerate(files):
+        draw = torch.Generator().manual_seed(seed)
+        small = torch.randint(0, 256, (8, 8, 8, 3), generator=draw, dtype=torch.uint8)
+        large = small.repeat_interleave(16, 1).repeat_interleave(16, 2)
+        write_mp4(file, large, 4.0)
+    return files
 
 
 def random_wan(cfg: GeneratorConfig, *, vae: bool = True) -> WanGenerator:
-    """Of its published size, as `WanGenerator.load` makes one, but for the weights and the text encoder."""
+    """Make Wan of its published size with random weights and without a text encoder."""
     import torch
     from diffusers import (
         AutoencoderKLWan,
@@ -289,30 +328,32 @@ def random_wan(cfg: GeneratorConfig, *, vae: bool = True) -> WanGenerator:
     from generator.wan import WanGenerator
     from launch.planning.known_models import WAN, WAN_VAE
 
+    # The published size on random weights.
     torch.manual_seed(0)
     transformer = WanTransformer3DModel.from_config(WAN[cfg.path]).eval()
     transformer.enable_gradient_checkpointing()
-    with torch.no_grad():  # its last layer starts as zeros in training from nothing, which would hide what is before
-        torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)
-    eye = (
-        AutoencoderKLWan.from_config(WAN_VAE).eval().requires_grad_(requires_grad=False)
-        if vae
-        else None
-    )
-    schedule = FlowMatchEulerDiscreteScheduler(shift=cfg.sampler.shift)
+
+    # The last layer starts as zeros, which would hide the layers before it.
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)
+    decoder = None
+    if vae:
+        decoder = AutoencoderKLWan.from_config(WAN_VAE).eval()
+        decoder.requires_grad_(requires_grad=False)
+
+    # Prompts are given as embeddings.
     pipeline = WanPipeline(
         tokenizer=None,
         text_encoder=None,
-        vae=eye,
+        vae=decoder,
         transformer=transformer,
-        scheduler=schedule,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=cfg.sampler.shift),
     )
     module = adapter.attach(transformer, cfg.lora, seed=0).eval()
     return WanGenerator(cfg, pipeline, module, torch.device("cpu"))
 
 
-def random_judge(cfg: Any) -> DeScore:
-    """Of the published size on random weights; its texts are read by the embedded world's tokenizer."""
+def random_descore(cfg: ColdStartRun) -> DeScore:
+    """Make DeScore of its published size with random weights and a small tokenizer."""
     import torch
     from transformers import (
         AutoTokenizer,
@@ -325,37 +366,42 @@ def random_judge(cfg: Any) -> DeScore:
     from rm.prompt import DEFAULT_TEMPLATE, VIDEO_PAD, token_id
 
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(
-        (ROOT / "assets" / "shapes" / "qwen").as_posix()
-    )
+    folder = ROOT / "assets" / "shapes" / "qwen"
+    tokenizer = AutoTokenizer.from_pretrained(folder.as_posix())
+
     config = Qwen3VLConfig(
-        **QWEN3_VL[JUDGE], video_token_id=token_id(tokenizer, VIDEO_PAD)
+        **QWEN3_VL[REWARD_MODEL],
+        video_token_id=token_id(tokenizer, VIDEO_PAD),
     )
-    backbone = Qwen3VLForConditionalGeneration(config).eval()
-    query = max(tokenizer.get_vocab().values()) + 1
     return DeScore(
-        backbone, tokenizer, DEFAULT_TEMPLATE, cfg.video, query, cfg.generation
+        Qwen3VLForConditionalGeneration(config).eval(),
+        tokenizer,
+        DEFAULT_TEMPLATE,
+        cfg.video,
+        max(tokenizer.get_vocab().values()) + 1,
+        cfg.generation,
     )
 
 
-def embedding(seed: int) -> Tensor:
-    """What the text encoder would say of a prompt: (L, D) without padding."""
+def random_embedding(seed: int) -> Tensor:
+    """Draw the text encoder's output for a prompt: (L, D) without padding."""
     import torch
 
-    return torch.randn(TEXT_ROWS, 4096, generator=torch.Generator().manual_seed(seed))
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(TEXT_TOKENS, 4096, generator=draw)
 
 
-def _import_all() -> None:
-    """What the parts use, before memory is counted."""
+def _import_libraries() -> None:
+    """Import all that the parts use, before memory is counted."""
     import deepspeed  # noqa: F401
     import diffusers  # noqa: F401
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
 
-def _resident() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def _resident_bytes() -> int:
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * resource.getpagesize()
 
 
 PARTS: dict[str, Callable[[Path], FullSizeResult]] = {

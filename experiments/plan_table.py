@@ -1,7 +1,7 @@
-"""What every full-size recipe needs on 1, 8 and 64 GPUs: `python experiments/plan_table.py`, docs/results/plans.md and, of
-each recipe as it stands, README.
+"""Write a table of what every full-size recipe needs: `python experiments/plan_table.py`.
 
-The plans are those of ``--dry-run``; nothing of this was run on a GPU.
+The plans are those of ``--dry-run`` on 1, 8 and 64 GPUs; no recipe was run on a GPU. Results:
+docs/results/plans.md, and a table without the variants of a recipe in README.md.
 """
 
 from __future__ import annotations
@@ -9,43 +9,56 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.config import load
-from experiments.runner import ROOT, commit
+from experiments import tables
+from experiments.runner import ROOT, commit, replace_section, with_section
 from launch.planning.dry_run import plan_of
-from launch.planning.plan import DEVICES, GIB, Plan, Where
+from launch.planning.plan import DEVICES, GIB, Device, Plan, Where
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
 
-CONFIGS = ROOT / "configs" / "wan"
+
+class PlannedRecipe(NamedTuple):
+    """A row of the table: config files of configs/wan, and overrides."""
+
+    title: str
+    schema: type
+    files: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+
+
+# A smaller video.
 SMALL = "../sizes/240x416x33.yaml"
-RECIPES: dict[str, tuple[type, tuple[str, ...], tuple[str, ...]]] = {
-    "DeScore, cold start (8B)": (ColdStartRun, ("cold_start.yaml",), ()),
-    "the same, 64 pairs a step": (
+# "the same" marks a variant of the recipe above it.
+RECIPES = (
+    PlannedRecipe("DeScore, cold start (8B)", ColdStartRun, ("cold_start.yaml",)),
+    PlannedRecipe(
+        "the same, 64 pairs a step",
         ColdStartRun,
         ("cold_start.yaml", "../gpus/cold_start_64.yaml"),
-        (),
     ),
-    "DeScore, dual RL (8B)": (DualRlRun, ("dual_rl.yaml",), ()),
-    "the same, ZeRO 3": (DualRlRun, ("dual_rl.yaml",), ("zero_stage=3",)),
-    "the same, an adapter": (DualRlRun, ("dual_rl.yaml", "../gpus/dual_rl_1.yaml"), ()),
-    "Longcat-GRPO": (GrpoRun, ("grpo.yaml",), ()),
-    "the same, 240 x 416 x 33": (GrpoRun, ("grpo.yaml", SMALL), ()),
-    "pairs, one prompt": (PairsRun, ("pairs.yaml",), ()),
-    "Flow-DPO": (DpoRun, ("dpo.yaml",), ()),
-    "the same, 240 x 416 x 33 ": (DpoRun, ("dpo.yaml", SMALL), ()),
-}
-RANKS = (1, 8, 64)
-README, README_MARKS = ROOT / "README.md", ("<!-- plans -->", "<!-- end of plans -->")
-HEAD = (
-    f"| recipe | {' | '.join(f'{ranks} GPU' + 's' * (ranks > 1) for ranks in RANKS)} |",
-    "|---" * (len(RANKS) + 1) + "|",
+    PlannedRecipe("DeScore, dual RL (8B)", DualRlRun, ("dual_rl.yaml",)),
+    PlannedRecipe("the same, ZeRO 3", DualRlRun, ("dual_rl.yaml",), ("zero_stage=3",)),
+    PlannedRecipe(
+        "the same, an adapter", DualRlRun, ("dual_rl.yaml", "../gpus/dual_rl_1.yaml")
+    ),
+    PlannedRecipe("Longcat-GRPO", GrpoRun, ("grpo.yaml",)),
+    PlannedRecipe("the same, 240 x 416 x 33", GrpoRun, ("grpo.yaml", SMALL)),
+    PlannedRecipe("pairs, one prompt", PairsRun, ("pairs.yaml",)),
+    PlannedRecipe("Flow-DPO", DpoRun, ("dpo.yaml",)),
+    PlannedRecipe("the same, 240 x 416 x 33", DpoRun, ("dpo.yaml", SMALL)),
 )
+# Where the recipes are, and the machines they are planned for.
+CONFIGS = ROOT / "configs" / "wan"
+RANKS = (1, 8, 64)
+HEAD = ("recipe", "1 GPU", "8 GPUs", "64 GPUs")
 OUT = ROOT / "docs" / "results" / "plans.md"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Plan all recipes, then write the page and the table of README.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--device", choices=DEVICES, default="h100")
@@ -53,62 +66,71 @@ def main(argv: Sequence[str] | None = None) -> None:
     from launch.compose import quiet
 
     quiet()
-    lines = []
-    for title, (schema, files, words) in RECIPES.items():
-        cfg = load(schema, [CONFIGS / file for file in files], words)
-        lines.append(
-            f"| {title.strip()} | {' | '.join(cell(cfg, args.device, ranks) for ranks in RANKS)} |"
-        )
-        print(lines[-1], flush=True)
-    args.out.write_text(page(args.device, lines), encoding="utf-8")
+
+    # A row for each recipe, a cell for each number of ranks.
+    device = DEVICES[args.device]
+    rows = []
+    for recipe in RECIPES:
+        files = [CONFIGS / name for name in recipe.files]
+        cfg = load(recipe.schema, files, recipe.overrides)
+        cells = [recipe.title]
+        cells += [cell_of(cfg, Where(device, ranks)) for ranks in RANKS]
+        rows.append(cells)
+    lines = tables.markdown_table(HEAD, rows)
+    tables.write_page(args.out, page_of(device, lines))
+
+    # README.md follows the page of docs/results only.
     if args.out == OUT:
-        README.write_text(
-            with_table(README.read_text(encoding="utf-8"), lines), encoding="utf-8"
+        replace_section(
+            ROOT / "README.md",
+            "plans",
+            _without_variants(lines),
         )
 
 
-def cell(cfg: Any, device: str, ranks: int) -> str:
-    """Peak of a rank, seconds of a step, and whether it goes."""
-    where = Where(DEVICES[device], ranks)
+def cell_of(cfg: Any, where: Where) -> str:
+    """Peak memory of a rank, seconds of a step, and whether the memory suffices."""
     plan = plan_of(cfg, where)
     if plan is None or plan.problems:
         return "the batch does not divide"
+
+    # The peak includes the reserve.
     fits = "" if plan.peak <= where.device.memory else ", does not fit"
-    return f"{plan.peak / GIB:.0f} GiB, {duration(plan)}{fits}"
+    return f"{plan.peak / GIB:.0f} GiB, {_duration(plan)}{fits}"
 
 
-def duration(plan: Plan) -> str:
-    seconds = plan.seconds
+def _duration(plan: Plan) -> str:
+    # Whole seconds from 10 on.
     article = "an" if plan.unit[0] in "aeiou" else "a"
-    return (
-        f"{seconds:,.0f} s {article} {plan.unit}"
-        if seconds >= 10
-        else f"{seconds:.1f} s {article} {plan.unit}"
-    )
+    digits = 0 if plan.seconds >= 10 else 1
+    return f"{plan.seconds:,.{digits}f} s {article} {plan.unit}"
 
 
-def page(device: str, rows: list[str]) -> str:
-    name = DEVICES[device].name
-    return "\n".join(
-        [
-            "# What the full-size recipes need",
-            "",
-            f"Made by `python experiments/plan_table.py` at commit {commit()}: what `--dry-run` predicts; nothing ran on "
-            f"a GPU. Peak memory of a rank (4 GiB of it a reserve) and time of a step on {name} at half its peak.",
-            "",
-            *HEAD,
-            *rows,
-            "",
-        ]
-    )
+def page_of(device: Device, table: Sequence[str]) -> list[str]:
+    """Lines of the page."""
+    return [
+        "# What the full-size recipes need",
+        "",
+        f"Made by `python experiments/plan_table.py` at commit {commit()}: what `--dry-run` "
+        "predicts; nothing ran on a GPU. Peak memory of a rank (4 GiB of it a reserve) and time "
+        f"of a step on {device.name} at half its peak.",
+        "",
+        *table,
+    ]
 
 
 def with_table(text: str, rows: Sequence[str]) -> str:
-    """README with these rows between its marks, without variants of a recipe."""
-    before, rest = text.split(README_MARKS[0] + "\n")
-    after = rest.split(README_MARKS[1])[1]
-    own = [row for row in rows if not row.startswith("| the same")]
-    return "\n".join([before + README_MARKS[0], *HEAD, *own, README_MARKS[1]]) + after
+    """Return README.md with these rows in its table, without variants of a recipe."""
+    head = tables.markdown_table(HEAD, [])
+    return with_section(
+        text,
+        "plans",
+        [*head, *_without_variants(rows)],
+    )
+
+
+def _without_variants(lines: Sequence[str]) -> list[str]:
+    return [line for line in lines if not line.startswith("| the same")]
 
 
 if __name__ == "__main__":

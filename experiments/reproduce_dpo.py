@@ -3,7 +3,7 @@
 DeScore is trained on preferences and scores eight videos a prompt of the tiny Wan; the best and the
 worst make a pair. Plain fine-tuning, Flow-RWR and Flow-DPO (two schedules of beta) learn from these
 pairs. Longcat-GRPO learns from the same DeScore, for as many DiT forwards as the pairs and Flow-DPO
-took together. The oracle, which trains nobody, scores held-out prompts. Results: a JSON and a page.
+took together. The oracle, which trains no model, scores held-out prompts.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from typing import Any
 from common.config import load
 from common.log import read_metrics
 from experiments import tables
-from experiments.reproduce_grpo import CONFIGS, cost_of_update
+from experiments.reproduce_grpo import cost_of_update
 from experiments.runner import (
+    CONFIGS,
     ROOT,
     CommandStep,
     Job,
     RecipeTimer,
     commit,
     comparison_parser,
+    config_words,
     run_jobs,
     write_json,
 )
@@ -33,7 +35,9 @@ from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import GrpoRun
 from rm.prompt import DIMENSIONS
 
+# The page and the JSON name it.
 COMMAND = "python experiments/reproduce_dpo.py"
+# Name of the oracle in the config of the evaluation.
 TOTAL = "shapes"
 # overrides of configs/shapes/dpo.yaml
 ARMS = {
@@ -43,8 +47,8 @@ ARMS = {
     "dpo_quadratic": ("dpo.beta_schedule=quadratic",),
 }
 TITLES = {
-    "base": "the generator as it is",
-    "sft": "fine-tuning on the winners",
+    "base": "the base generator",
+    "sft": "fine-tuning on the chosen videos",
     "rwr": "Flow-RWR",
     "dpo": "Flow-DPO, constant beta",
     "dpo_quadratic": "Flow-DPO, beta (1 - t)^2",
@@ -58,13 +62,13 @@ Scores = dict[str, dict[int, dict[str, list[float]]]]
 class Size:
     """Size of the comparison.
 
-    judge_pairs  Preference pairs that train DeScore.
+    train_pairs  Preference pairs that train DeScore.
     prompts      Prompts of the pairs, eight videos each.
     epochs       Epochs on the pairs, in multiples of configs/shapes/dpo.yaml.
     heldout      Prompts that the oracle scores.
     """
 
-    judge_pairs: int
+    train_pairs: int
     prompts: int
     epochs: float
     heldout: int
@@ -73,6 +77,8 @@ class Size:
 def forwards_of_pairs(size: Size) -> float:
     """DiT samples of sampling all candidates."""
     pairs = load(PairsRun, CONFIGS / "pairs.yaml")
+
+    # Guidance takes a second forward per step.
     sampler = pairs.generator.sampler
     guidance = 1 if sampler.guidance_scale == 1 else 2
     return size.prompts * pairs.pairs.candidates * sampler.num_steps * guidance
@@ -88,13 +94,10 @@ def updates_of_grpo(size: Size) -> int:
 
     Counts every prompt as a pair: chosen and rejected, 3 with gradient and 1 for the reference.
     """
+    # Forwards with gradient cost 3, those of the reference policy 1.
     everything = forwards_of_pairs(size) + size.prompts * epochs_of(size) * 2 * (3 + 1)
     update = cost_of_update(load(GrpoRun, CONFIGS / "grpo.yaml"))
     return max(1, round(everything / update))
-
-
-def _config(name: str, *words: str) -> list[str]:
-    return ["--config", str(CONFIGS / f"{name}.yaml"), *words]
 
 
 def prepare(seed: int, root: Path, size: Size) -> Job:
@@ -103,9 +106,13 @@ def prepare(seed: int, root: Path, size: Size) -> Job:
     data = folder / "data"
     descore = folder / "descore"
     pairs = folder / "pairs"
-    split = ["--pairs", f"train={size.judge_pairs}", "heldout=8", "--workers", "1"]
-    make = ["--out", str(data), "--seed", str(seed), *split]
-    train = _config(
+
+    # Preference pairs; the held-out ones are not used.
+    make = ["--out", str(data), "--seed", str(seed), "--workers", "1"]
+    make += ["--pairs", f"train={size.train_pairs}", "heldout=8"]
+
+    # DeScore, without evaluation in training.
+    train = config_words(
         "cold_start",
         f"run_dir={descore}",
         f"seed={seed}",
@@ -113,13 +120,17 @@ def prepare(seed: int, root: Path, size: Size) -> Job:
         f"data.train={data / 'train.csv'}",
         "data.heldout=null",
     )
-    sample = _config(
+
+    # The best and the worst of eight videos by DeScore.
+    sample = config_words(
         "pairs",
         f"out={pairs}",
         f"seed={seed}",
         f"limit={size.prompts}",
         f"rewards.descore.checkpoint={descore / 'final'}",
     )
+
+    # Each step is done when its last file exists.
     trained = descore / "final" / "descore.json"
     steps = [
         CommandStep("data", "toy/make_pairs.py", make, data / "done.json"),
@@ -136,27 +147,34 @@ def learn(seed: int, arm: str, root: Path, size: Size) -> Job:
     final = folder / "final"
     adapter = final / "pytorch_lora_weights.safetensors"
     common = (f"run_dir={folder}", f"seed={seed}")
-    evaluation = _config(
+
+    # Held-out prompts for the oracle.
+    evaluation = config_words(
         "evaluate_oracle",
         f"out={folder / 'eval'}",
         f"seed={seed}",
         f"limit={size.heldout}",
     )
     steps = []
+
+    # Learn from the pairs, or online; the base learns nothing.
     if arm in ARMS:
         epochs = f"dpo.epochs={epochs_of(size):g}"
         pairs = f"pairs={prepared / 'pairs'}"
-        words = _config("dpo", *common, epochs, pairs, *ARMS[arm])
+        words = config_words("dpo", *common, epochs, pairs, *ARMS[arm])
         steps.append(CommandStep(f"train {arm}", "launch/dpo.py", words, adapter))
     elif arm == "grpo":
-        words = _config(
+        words = config_words(
             "grpo",
             *common,
+            # Videos of training are not needed.
             "video_every=0",
             f"rewards.descore.checkpoint={prepared / 'descore' / 'final'}",
             f"steps={updates_of_grpo(size)}",
         )
         steps.append(CommandStep("train grpo", "launch/grpo.py", words, adapter))
+
+    # The oracle scores the tuned generator, or the base.
     if steps:
         evaluation.append(f"adapter={final}")
     words = ["generator", *evaluation]
@@ -172,6 +190,8 @@ def read_scores(root: Path, seeds: Sequence[int]) -> Scores:
         scores[arm] = {}
         for seed in seeds:
             rows = tables.read_results(root / f"seed{seed}" / arm / "eval")
+
+            # The total, then the sub-dimensions.
             columns = {TOTAL: [row["rewards"][TOTAL] for row in rows]}
             for name in DIMENSIONS:
                 columns[name] = [row["parts"][TOTAL][name] for row in rows]
@@ -208,7 +228,11 @@ def _forwards(root: Path, seeds: Sequence[int], arm: str, size: Size) -> int:
     for seed in seeds:
         rows = read_metrics(root / f"seed{seed}" / arm / "metrics.jsonl")
         steps = [row for row in rows if "forwards/grad" in row]
+
+        # A row without forwards is an evaluation.
         spent.append(sum(tables.training_forwards(row) for row in steps))
+
+    # Arms on pairs also pay for sampling them.
     return round(fmean(spent) + (forwards_of_pairs(size) if arm in ARMS else 0.0))
 
 
@@ -216,30 +240,35 @@ def page_of(
     scores: Scores, record: dict[str, Any], last: dict[str, list[dict[str, float]]]
 ) -> list[str]:
     """Lines of the page; ``last`` holds each arm's last row of metrics.jsonl by seed."""
-    by_seed = scores["base"]
-    count = len(next(iter(by_seed.values()))[TOTAL])
-    pairs = [
-        f"{found['pairs']} of {found['prompts']} prompts" for found in record["pairs"]
-    ]
+    # Facts of the first paragraph.
+    seeds = ", ".join(str(seed) for seed in scores["base"])
+    count = len(next(iter(scores["base"].values()))[TOTAL])
+    pairs = ", ".join(str(counts["pairs"]) for counts in record["pairs"])
     lines = [
         "# Learning from pairs against learning online, in miniature",
         "",
         f"Made by `{COMMAND}` at commit {record['commit']} in {record['minutes']:.0f} minutes. "
-        "DeScore judged eight videos of each prompt; the best and the worst made a pair "
-        f"({', '.join(pairs)}; the rest were too close). The tables "
-        f"have the oracle, on which nobody was trained, on {count} held-out prompts over the seeds "
-        f"{', '.join(map(str, by_seed))}, with the 95 % interval of a bootstrap that draws seeds, "
-        "then prompts; gains are taken prompt by prompt. DiT forwards count a backward as two, and "
-        "the making of the pairs.",
+        f"Seeds: {seeds}. Pairs of each seed: {pairs} of {record['pairs'][0]['prompts']} prompts; "
+        "DeScore scored eight videos a prompt, and the best and the worst made a pair unless they "
+        f"were too close. The oracle scores {count} held-out prompts. Intervals: 95 %, bootstrap "
+        "over seeds and prompts; gains are taken prompt by prompt. DiT forwards include the making "
+        "of the pairs; a backward counts as two.",
         "",
     ]
+
+    # The oracle's total.
     rows = []
     for arm, title in TITLES.items():
         gain = None if arm == "base" else oracle_of(scores, arm, TOTAL, minus="base")
         forwards = str(record["arms"][arm].get("forwards", ""))
         oracle = tables.show(oracle_of(scores, arm, TOTAL))
         rows.append([title, forwards, oracle, tables.show(gain)])
-    head = ["trained by", "DiT forwards", "oracle, 0 to 1", "gain on the base"]
+    head = [
+        "trained by",
+        "DiT forwards",
+        "oracle, 0 to 1",
+        "gain on the base",
+    ]
     lines += tables.markdown_table(head, rows)
 
     # Sub-dimensions.
@@ -251,13 +280,21 @@ def page_of(
     lines += tables.markdown_table(["trained by", *DIMENSIONS], rows)
 
     # Training metrics; fine-tuning has only some of them.
-    names = ["loss", "accuracy", "chosen_change", "rejected_change", "push"]
-    names.append("grad_norm")
+    names = [
+        "loss",
+        "accuracy",
+        "chosen_change",
+        "rejected_change",
+        "push",
+        "grad_norm",
+    ]
     rows = []
     for arm, steps in last.items():
         cells = [TITLES[arm]]
         for name in names:
             key = f"train/{name}"
+
+            # An empty cell where an arm lacks a metric.
             known = key in steps[0]
             cells.append(f"{fmean(row[key] for row in steps):.4f}" if known else "")
         rows.append(cells)
@@ -271,6 +308,7 @@ def write_results(
     """Write the JSON and the page."""
     from alignment.pair_store import PairSet
 
+    # Collect the results of all arms.
     scores = read_scores(root, seeds)
     pair_sets = [PairSet(root / f"seed{seed}" / "pairs") for seed in seeds]
     record: dict[str, Any] = {
@@ -280,10 +318,14 @@ def write_results(
         "pairs": [pairs.about["counts"] for pairs in pair_sets],
         "arms": {arm: _record_of(scores, arm) for arm in TITLES},
     }
+
+    # The base costs nothing.
     for arm in TITLES:
         if arm != "base":
             record["arms"][arm]["forwards"] = _forwards(root, seeds, arm, size)
     write_json(out / "reproduce_dpo.json", record)
+
+    # The last training step of the arms on pairs.
     last = {}
     for arm in ARMS:
         logs = [root / f"seed{seed}" / arm / "metrics.jsonl" for seed in seeds]
@@ -294,7 +336,7 @@ def write_results(
 def main() -> None:
     """Prepare DeScore and pairs, run all arms under all seeds, then write the results."""
     parser = comparison_parser(__doc__, "reproduce_dpo")
-    parser.add_argument("--judge-pairs", type=int, default=2000)
+    parser.add_argument("--train-pairs", type=int, default=2000)
     parser.add_argument("--prompts", type=int, default=691, help="of the pairs")
     parser.add_argument("--epochs", type=float, default=1.0, help="times dpo.yaml's")
     parser.add_argument("--heldout", type=int, default=240, help="held-out prompts")
@@ -302,7 +344,14 @@ def main() -> None:
 
     root = args.run_dir
     timer = RecipeTimer(ROOT / root / "seconds.json")
-    size = Size(args.judge_pairs, args.prompts, args.epochs, args.heldout)
+    size = Size(
+        args.train_pairs,
+        args.prompts,
+        args.epochs,
+        args.heldout,
+    )
+
+    # Every seed has its DeScore and its pairs.
     prepared = [[prepare(seed, root, size)] for seed in args.seeds]
     run_jobs(prepared, root, timer, workers=args.workers)
 
@@ -310,8 +359,16 @@ def main() -> None:
     arms = ["grpo", *ARMS, "base"]
     jobs = [[learn(seed, arm, root, size)] for arm in arms for seed in args.seeds]
     run_jobs(jobs, root, timer, workers=args.workers)
+
+    # Compare the arms.
     out = ROOT / args.out
-    write_results(ROOT / root, out, args.seeds, size, minutes=timer.minutes)
+    write_results(
+        ROOT / root,
+        out,
+        args.seeds,
+        size,
+        minutes=timer.minutes,
+    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from experiments.runner import (
     RecipeTimer,
     commit,
     comparison_parser,
+    config_words,
     run_jobs,
     run_step,
     write_json,
@@ -31,12 +32,16 @@ from experiments.runner import (
 from launch.evaluation.intervals import Interval, mean_ci95
 from rm.prompt import DIMENSIONS
 
-CONFIGS = Path("configs/shapes")
+# The page and the JSON name it.
 COMMAND = "python experiments/reproduce_rm.py"
+# The first is of the training domain.
 TESTS = ("indomain", "combinations", "renderer", "wan", "spoilt")
 OUTSIDE = TESTS[1:]
-GROUPS = {"in domain": TESTS[:1], "out of domain": OUTSIDE}
-# metric of the training log: how often the preference was met
+GROUPS = {
+    "in domain": TESTS[:1],
+    "out of domain": OUTSIDE,
+}
+# Metrics of the training log: how often the preference was met.
 CURVES = {
     "discriminative": "train/accuracy",
     "generative": "reward/preference",
@@ -49,11 +54,11 @@ CURVES = {
 class Method:
     """A way to make a reward model.
 
-    script   Training command; None uses the model of ``after``, or the base Qwen3-VL, as it is.
-    config   Its yaml.
+    script   Training command; None uses the model of ``after``, or the base Qwen3-VL, unchanged.
+    config   Name of its yaml.
     after    Method whose model training starts from, on the same data.
     extra    Overrides of the yaml.
-    judging  Keyword arguments of `rm.scorer.DeScoreScorer.load`.
+    scoring  Keyword arguments of `rm.scorer.DeScoreScorer.load`.
     """
 
     title: str
@@ -61,13 +66,15 @@ class Method:
     config: str = ""
     after: str | None = None
     extra: tuple[str, ...] = ()
-    judging: str = "{}"
+    scoring: str = "{}"
 
 
+# Options of the scorer.
 NO_COT = "{chains: 0}"
 STATED = "{value: overall}"
 COLD_START = "launch/cold_start.py"
 DUAL_RL = "launch/dual_rl.py"
+# Overrides of the yaml files.
 PASSES = (
     "cold_start.epochs=4",
     "cold_start.pairs_per_step=16",
@@ -78,36 +85,37 @@ STAGE1 = (*PASSES, "lr.llm=2e-4", "lr.vision=3e-5", "lr.merger=3e-5")
 UNMASKED = (*STAGE1, "cold_start.masking.probability=0.0")
 MASKED = (*STAGE1, "cold_start.masking.probability=0.5")
 RL = ("dual_rl.pairs_per_step=16", "dual_rl.pairs_per_update=16")
+# Methods by name; "descore" starts from "stage1".
 METHODS = {
-    "base": Method("Qwen3-VL as it is, its stated score", judging=STATED),
+    "base": Method("base Qwen3-VL, its stated score", scoring=STATED),
     "discriminative": Method(
         "discriminative (always masked)",
         COLD_START,
-        "discriminative.yaml",
+        "discriminative",
         extra=PASSES,
-        judging=NO_COT,
+        scoring=NO_COT,
     ),
     "generative": Method(
         "generative (GRPO on the stated score)",
         DUAL_RL,
-        "generative.yaml",
+        "generative",
         extra=RL,
-        judging=STATED,
+        scoring=STATED,
     ),
     "stage1_p0": Method(
-        "DeScore stage 1, p = 0", COLD_START, "cold_start.yaml", extra=UNMASKED
+        "DeScore stage 1, p = 0", COLD_START, "cold_start", extra=UNMASKED
     ),
     "stage1": Method(
-        "DeScore stage 1, p = 0.5", COLD_START, "cold_start.yaml", extra=MASKED
+        "DeScore stage 1, p = 0.5", COLD_START, "cold_start", extra=MASKED
     ),
     "stage1_at_once": Method(
-        "... the same, scoring at once", after="stage1", judging=NO_COT
+        "... the same, scoring without a CoT", after="stage1", scoring=NO_COT
     ),
     "descore": Method(
-        "DeScore, both stages, p = 0.5", DUAL_RL, "dual_rl.yaml", "stage1", RL
+        "DeScore, both stages, p = 0.5", DUAL_RL, "dual_rl", "stage1", RL
     ),
     "descore_p0": Method(
-        "DeScore, both stages, p = 0", DUAL_RL, "dual_rl.yaml", "stage1_p0", RL
+        "DeScore, both stages, p = 0", DUAL_RL, "dual_rl", "stage1_p0", RL
     ),
 }
 
@@ -126,6 +134,7 @@ class Cell:
 
     def checkpoint(self, run: Path) -> Path:
         """Folder of its weights."""
+        # A method without training uses the weights of another.
         method = METHODS[self.method]
         if method.script is not None:
             return self.folder(run) / "final"
@@ -136,6 +145,7 @@ class Cell:
 
 def sequences_of(seed: int, sizes: Sequence[int]) -> list[list[Cell]]:
     """Cells in sequences, in which a cell may start from an earlier one."""
+    # The base needs no training pairs.
     sequences = [[Cell(seed, 0, "base")]]
     for size in sizes:
         for names in (
@@ -156,37 +166,43 @@ def steps_of(
     folder = cell.folder(run)
     data = run / f"seed{cell.seed}" / "data"
     steps = []
+
+    # Train, unless the model of another method is used.
     if method.script is not None:
-        words = [
-            "--config",
-            str(CONFIGS / method.config),
+        words = config_words(
+            method.config,
             f"run_dir={folder}",
             f"seed={cell.seed}",
             f"data.train={data / 'filmed.csv'}",
             "data.heldout=null",
             f"data.limit={cell.size}",
             "eval_every=0",
-        ]
+        )
+
+        # Dual RL counts steps instead of epochs.
         if method.script == DUAL_RL:
             words.append(f"dual_rl.steps={rl_steps}")
         if method.after is not None:
             before = Cell(cell.seed, cell.size, method.after)
             words.append(f"checkpoint={before.checkpoint(run)}")
+
+        # The command line of the user comes last and wins.
         words += [*method.extra, *more]
         done = folder / "final" / "descore.json"
         steps.append(CommandStep(f"train {cell}", method.script, words, done))
+
+    # Evaluate on all tests.
     out = folder / "tests"
-    words = [
-        "rm",
-        "--config",
-        str(CONFIGS / "evaluate_rm.yaml"),
+    words = config_words(
+        "evaluate_rm",
         f"checkpoint={cell.checkpoint(run)}",
         f"pairs={data / 'tests.csv'}",
         f"out={out}",
-        f"options={method.judging}",
+        f"options={method.scoring}",
         "batch=32",
         "resamples=200",
-    ]
+    )
+    words = ["rm", *words]
     done = out / "summary.json"
     steps.append(CommandStep(f"judge {cell}", "launch/evaluate.py", words, done))
     return steps
@@ -197,8 +213,17 @@ def make_data(run: Path, seed: int, *, train: int, tests: int) -> None:
     data = run / f"seed{seed}" / "data"
     if (ROOT / data / "tests.csv").exists():
         return
+
+    # Make all sets with a single command.
     counts = [f"filmed={train}", *(f"{name}={tests}" for name in TESTS)]
-    words = ["--out", str(data), "--seed", str(seed), "--pairs", *counts]
+    words = [
+        "--out",
+        str(data),
+        "--seed",
+        str(seed),
+        "--pairs",
+        *counts,
+    ]
     done = data / "done.json"
     run_step(CommandStep("preference data", "toy/make_pairs.py", words, done))
 
@@ -223,7 +248,10 @@ def make_base(run: Path) -> None:
     from rm.config import Generation
     from rm.model import DeScore
 
-    generation = Generation(max_new_tokens=96, repetition_penalty=1.0)
+    generation = Generation(
+        max_new_tokens=96,
+        repetition_penalty=1.0,
+    )
     qwen = ROOT / "assets/shapes/qwen"
     DeScore.from_base(qwen, generation=generation).save(folder)
 
@@ -250,6 +278,7 @@ def read_outcomes(run: Path, cells: Sequence[Cell]) -> Outcomes:
     """Read the results of all cells, by cell and test."""
     outcomes: Outcomes = {}
     for cell in cells:
+        # A file name starts with the name of its test.
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TESTS}
         for row in tables.read_results(cell.folder(run) / "tests"):
             rows[Path(row["video_A"]).name.split("_")[0]].append(row)
@@ -258,22 +287,25 @@ def read_outcomes(run: Path, cells: Sequence[Cell]) -> Outcomes:
 
 
 def _outcome(rows: Sequence[dict[str, Any]]) -> RmOutcome:
+    # Ties have no right order.
     decided = [row for row in rows if row["label"] != 0]
-    with_cot = [row for row in rows if row.get("cot_A") or row.get("cot_B")]
-    return RmOutcome(
-        tuple(_right(row) for row in decided),
-        tuple(stated_order(row) for row in decided),
-        tuple(
-            (row.get("quality_A", 0.0) + row.get("quality_B", 0.0)) / 2
-            for row in with_cot
-        ),
-    )
+    right = tuple(_right(row) for row in decided)
+    stated = tuple(stated_order(row) for row in decided)
+
+    # MEAN share of right sub-dimension scores over both videos.
+    thought = []
+    for row in rows:
+        if row.get("cot_A") or row.get("cot_B"):
+            quality = row.get("quality_A", 0.0) + row.get("quality_B", 0.0)
+            thought.append(quality / 2)
+    return RmOutcome(right, stated, tuple(thought))
 
 
 def _right(row: dict[str, Any]) -> float:
+    # Ties were left out before.
     reward_a = row["reward_A"]
     reward_b = row["reward_B"]
-    # a pair with a missing score is wrong
+    # A pair with a missing score counts as wrong.
     if reward_a is None or reward_b is None:
         return 0.0
     return float((reward_a - reward_b) * row["label"] > 0)
@@ -281,6 +313,7 @@ def _right(row: dict[str, Any]) -> float:
 
 def stated_order(row: dict[str, Any]) -> float:
     """`RmOutcome.stated` of a row."""
+    # SUM of the five stated scores of each video.
     sums = []
     for side in "AB":
         parts = row.get(f"parts_{side}") or {}
@@ -288,6 +321,8 @@ def stated_order(row: dict[str, Any]) -> float:
         if None in scores:
             return math.nan
         sums.append(sum(scores))
+
+    # Positive where the stated order is right.
     lead = (sums[0] - sums[1]) * row["label"]
     return math.copysign(1.0, lead) if lead else 0.0
 
@@ -296,45 +331,52 @@ def _runs(
     outcomes: Outcomes, size: int, method: str, tests: Sequence[str], field: str
 ) -> dict[int, tables.Tables]:
     """Values of a method, by seed and test."""
-    return {
-        cell.seed: [getattr(by_test[test], field) for test in tests]
-        for cell, by_test in outcomes.items()
-        if (cell.size, cell.method) == (size if method != "base" else 0, method)
-    }
+    # The base has no training pairs.
+    wanted = (0 if method == "base" else size, method)
+    runs = {}
+    for cell, by_test in outcomes.items():
+        if (cell.size, cell.method) == wanted:
+            runs[cell.seed] = [getattr(by_test[test], field) for test in tests]
+    return runs
 
 
 def mean_of(
-    outcomes: Outcomes, size: int, method: str, tests: Sequence[str], field: str
-) -> Interval | None:
-    """MEAN of a field over seeds and tests; None where there are no values."""
-    runs = _runs(outcomes, size, method, tests, field)
-    complete = all(len(values) for run in runs.values() for values in run)
-    return tables.over_seeds(runs) if runs and complete else None
-
-
-def difference(
     outcomes: Outcomes,
     size: int,
     method: str,
-    other: str,
     tests: Sequence[str],
     field: str,
-) -> Interval:
-    """``method`` minus ``other``, pair by pair of the same seed."""
-    minus = _runs(outcomes, size, other, tests, field)
-    return tables.over_seeds(_runs(outcomes, size, method, tests, field), minus)
+    *,
+    minus: str | None = None,
+) -> Interval | None:
+    """MEAN of a field over seeds and tests; None where there are no values.
+
+    ``minus`` gives the mean difference to another method, pair by pair at the same seeds.
+    """
+    runs = _runs(outcomes, size, method, tests, field)
+    complete = all(len(values) for run in runs.values() for values in run)
+    if not runs or not complete:
+        return None
+    if minus is None:
+        return tables.over_seeds(runs)
+    return tables.over_seeds(runs, _runs(outcomes, size, minus, tests, field))
 
 
 def _record_of(cell: Cell, by_test: Mapping[str, RmOutcome]) -> dict[str, Any]:
     def interval(values: Sequence[float]) -> dict[str, Any]:
         return mean_ci95(values, seed=0, resamples=2_000).as_dict()
 
+    # Intervals of each test.
     results = {}
     for name, outcome in by_test.items():
         results[name] = {"accuracy": interval(outcome.right)}
         if outcome.thought:
             results[name]["sub_dimensions"] = interval(outcome.thought)
-    cell_name = {"seed": cell.seed, "size": cell.size, "method": cell.method}
+    cell_name = {
+        "seed": cell.seed,
+        "size": cell.size,
+        "method": cell.method,
+    }
     return {**cell_name, "tests": results}
 
 
@@ -342,6 +384,7 @@ def page_of(
     outcomes: Outcomes, sizes: Sequence[int], record: dict[str, Any], workers: int
 ) -> list[str]:
     """Lines of the page."""
+    # Facts of the first paragraph.
     seeds = sorted({cell.seed for cell in outcomes})
     largest = sizes[-1]
     seconds = record["seconds"]
@@ -349,15 +392,19 @@ def page_of(
     lines = [
         "# DeScore's claims in miniature",
         "",
-        f"Made by `{COMMAND}` at commit {record['commit']}: {len(outcomes)} judges, "
+        f"Made by `{COMMAND}` at commit {record['commit']}: {len(outcomes)} reward models, "
         f"{seconds['wall'] / 60:.0f} minutes with {workers} processes, "
-        f"{seconds['cpu'] / 60:.0f} minutes of one core. "
-        f"Mean over the seeds {', '.join(map(str, seeds))} and 95 % interval of a bootstrap that "
-        "draws seeds, then pairs. Accuracy is over pairs that are no ties; equal scores are wrong.",
+        f"{seconds['cpu'] / 60:.0f} minutes of a core. Mean over the seeds "
+        f"{', '.join(map(str, seeds))}, with 95 % intervals, bootstrap over seeds and pairs. "
+        "Accuracy leaves ties out; equal scores are wrong.",
         "",
         f"## Accuracy on {largest} training pairs",
         "",
-        *_table(tests, METHODS, lambda m, t: mean_of(outcomes, largest, m, t, "right")),
+        *_table(
+            tests,
+            METHODS,
+            lambda m, t: mean_of(outcomes, largest, m, t, "right"),
+        ),
         "",
         "## Accuracy against training pairs",
         "",
@@ -372,7 +419,8 @@ def page_of(
         )
         lines.append("")
 
-    thinking = [name for name, method in METHODS.items() if method.judging != NO_COT]
+    # Methods that write a CoT.
+    thinking = [name for name, method in METHODS.items() if method.scoring != NO_COT]
     return [
         *lines,
         f"## Right sub-dimension scores in the chains of thought, {largest} training pairs",
@@ -381,11 +429,11 @@ def page_of(
             tests, thinking, lambda m, t: mean_of(outcomes, largest, m, t, "thought")
         ),
         "",
-        f"## What the score adds to what the chains state, {largest} training pairs",
+        f"## What the score adds to the scores in the CoT, {largest} training pairs",
         "",
-        "The preference is the order of two sums of five scores, and a chain states five scores. "
-        "Where their sums are in the right order, the same, or in the wrong order: the share of "
-        "pairs, and how often the judge's own score is right there. All seeds together.",
+        "A CoT states five scores, and the preference is the order of their true sums. The columns "
+        "are the order of the stated sums: the share of pairs, and the accuracy of the reward "
+        "model's score on them. All seeds together.",
         "",
         *stated_table(outcomes, largest),
         "",
@@ -408,7 +456,7 @@ def _table(
     for name in methods:
         cells = [tables.show(value(name, column)) for column in columns.values()]
         rows.append([METHODS[name].title, *cells])
-    return tables.markdown_table(["judge", *columns], rows)
+    return tables.markdown_table(["reward model", *columns], rows)
 
 
 def stated_table(outcomes: Outcomes, size: int) -> list[str]:
@@ -416,26 +464,30 @@ def stated_table(outcomes: Outcomes, size: int) -> list[str]:
     rows = []
     for name in ("generative", "stage1", "descore", "stage1_p0", "descore_p0"):
         for group, tests in GROUPS.items():
-            # Accuracy of the pairs in each case, from all seeds.
-            right: dict[float, list[float]] = {1.0: [], 0.0: [], -1.0: []}
-            for cell, by_test in outcomes.items():
-                if (cell.size, cell.method) != (size, name):
-                    continue
-                for test in tests:
-                    outcome = by_test[test]
-                    for is_right, order in zip(
-                        outcome.right, outcome.stated, strict=True
-                    ):
-                        if not math.isnan(order):
-                            right[order].append(is_right)
-            total = max(1, sum(map(len, right.values())))
+            by_order = _right_by_stated_order(outcomes, size, name, tests)
+            total = max(1, sum(map(len, by_order.values())))
             cells = []
-            for values in right.values():
+            for values in by_order.values():
                 mean = f"{sum(values) / len(values):.3f}" if values else "none"
                 cells.append(f"{len(values) / total:.3f}: {mean}")
             rows.append([METHODS[name].title, group, *cells])
     cases = [f"stated {case}" for case in ("right", "the same", "wrong")]
-    return tables.markdown_table(["judge", "tests", *cases], rows)
+    return tables.markdown_table(["reward model", "tests", *cases], rows)
+
+
+def _right_by_stated_order(
+    outcomes: Outcomes, size: int, method: str, tests: Sequence[str]
+) -> dict[float, list[float]]:
+    """Accuracy of every pair of all seeds, by the stated order."""
+    by_order: dict[float, list[float]] = {1.0: [], 0.0: [], -1.0: []}
+    right = _runs(outcomes, size, method, tests, "right")
+    stated = _runs(outcomes, size, method, tests, "stated")
+    for seed in right:
+        for rights, orders in zip(right[seed], stated[seed], strict=True):
+            for is_right, order in zip(rights, orders, strict=True):
+                if not math.isnan(order):
+                    by_order[order].append(is_right)
+    return by_order
 
 
 def _differences(outcomes: Outcomes, size: int) -> list[str]:
@@ -451,12 +503,16 @@ def _differences(outcomes: Outcomes, size: int) -> list[str]:
         ("descore", "descore_p0", "right"),
         ("stage1", "discriminative", "right"),
     ]
-    labels = {"right": "accuracy", "thought": "right sub-dimension scores"}
+    labels = {
+        "right": "accuracy",
+        "thought": "right sub-dimension scores",
+    }
     rows = []
     for method, other, field in compared:
         row = [f"{labels[field]}: {METHODS[method].title} - {METHODS[other].title}"]
         for tests in GROUPS.values():
-            gap = difference(outcomes, size, method, other, tests, field)
+            # Both methods are compared on the same pairs.
+            gap = mean_of(outcomes, size, method, tests, field, minus=other)
             row.append(tables.show(gap))
         rows.append(row)
     return tables.markdown_table(["difference", *GROUPS], rows)
@@ -464,17 +520,20 @@ def _differences(outcomes: Outcomes, size: int) -> list[str]:
 
 def plot_sizes(outcomes: Outcomes, sizes: Sequence[int], path: Path) -> None:
     """Plot accuracy against the number of training pairs, in and out of domain."""
+    # A panel in the domain, and another out of it.
     figure, axes = tables.new_figure(len(GROUPS))
     for axis, (group, tests) in zip(axes, GROUPS.items(), strict=True):
         for place, (name, method) in enumerate(METHODS.items()):
             if name == "base":
                 continue
             values = [mean_of(outcomes, size, name, tests, "right") for size in sizes]
+
+            # Bars reach from the lower to the upper end of the interval.
             mean = [value.mean for value in values]
             below = [value.mean - value.low for value in values]
             above = [value.high - value.mean for value in values]
             axis.errorbar(
-                # shifted, so that the bars stand side by side
+                # Shifted, so that the bars of all methods are visible.
                 [size * (1 + 0.012 * (place - 3)) for size in sizes],
                 mean,
                 yerr=[below, above],
@@ -484,13 +543,23 @@ def plot_sizes(outcomes: Outcomes, sizes: Sequence[int], path: Path) -> None:
                 label=method.title,
             )
         axis.set(title=group, xlabel="training pairs", ylabel="accuracy", xscale="log")
-        axis.set_xticks(sizes, labels=map(str, sizes), minor=False)
+        axis.set_xticks(
+            sizes,
+            labels=map(str, sizes),
+            minor=False,
+        )
         axis.minorticks_off()
-    tables.save_figure(figure, path, legend_of=axes[0], bottom=0.12)
+    tables.save_figure(
+        figure,
+        path,
+        legend_of=axes[0],
+        bottom=0.12,
+    )
 
 
 def plot_training(run: Path, cells: Sequence[Cell], path: Path) -> None:
     """Plot how often the preference was met in training, a line per seed."""
+    # A panel for each trained method.
     figure, axes = tables.new_figure(len(CURVES))
     for axis, (name, metric) in zip(axes, CURVES.items(), strict=True):
         for cell in cells:
@@ -502,7 +571,12 @@ def plot_training(run: Path, cells: Sequence[Cell], path: Path) -> None:
             axis.plot(steps, values, label=f"seed {cell.seed}", lw=1)
         title = METHODS[name].title
         axis.set(title=title, xlabel="step", ylabel=metric, ylim=(0.3, 1.0))
-    tables.save_figure(figure, path, legend_of=axes[0], bottom=0.12)
+    tables.save_figure(
+        figure,
+        path,
+        legend_of=axes[0],
+        bottom=0.12,
+    )
 
 
 def write_results(
@@ -514,6 +588,7 @@ def write_results(
     workers: int,
 ) -> None:
     """Write the JSON, two plots and the page."""
+    # Collect the results of all cells.
     outcomes = read_outcomes(run, cells)
     sizes = sorted({cell.size for cell in cells if cell.size})
     record = {
@@ -523,9 +598,17 @@ def write_results(
         "judges": [_record_of(cell, by_test) for cell, by_test in outcomes.items()],
     }
     write_json(out / "reproduce_rm.json", record)
+
+    # Two plots and the page.
     plot_sizes(outcomes, sizes, out / "reproduce_rm_size.svg")
+
+    # Training on most pairs.
     largest = [cell for cell in cells if cell.size == sizes[-1]]
-    plot_training(run, largest, out / "reproduce_rm_training.svg")
+    plot_training(
+        run,
+        largest,
+        out / "reproduce_rm_training.svg",
+    )
     page = page_of(outcomes, sizes, record, workers)
     tables.write_page(out / "reproduce_rm.md", page)
 
@@ -539,27 +622,46 @@ def main() -> None:
     parser.add_argument("more", nargs="*", help="overrides a.b=c of every training run")
     args = parser.parse_args()
 
+    # Make the base and the data.
     run: Path = args.run_dir
     timer = RecipeTimer(ROOT / run / "seconds.json")
     make_base(run)
     for seed in args.seeds:
-        make_data(run, seed, train=max(args.sizes), tests=args.tests)
+        make_data(
+            run,
+            seed,
+            train=max(args.sizes),
+            tests=args.tests,
+        )
 
-    # The longest first, so that no worker is idle at the end.
+    # Train and evaluate. The longest run first, so that no worker is idle at the end.
     sequences = [c for seed in args.seeds for c in sequences_of(seed, args.sizes)]
     sequences.sort(key=lambda cells: -cells[0].size)
     cells = [cell for sequence in sequences for cell in sequence]
     jobs = []
     for sequence in sequences:
-        jobs.append([])
+        sequence_jobs = []
         for cell in sequence:
-            steps = steps_of(cell, run, rl_steps=args.rl_steps, more=args.more)
-            jobs[-1].append(Job(cell.folder(run), steps))
+            steps = steps_of(
+                cell,
+                run,
+                rl_steps=args.rl_steps,
+                more=args.more,
+            )
+            sequence_jobs.append(Job(cell.folder(run), steps))
+        jobs.append(sequence_jobs)
     run_jobs(jobs, run, timer, workers=args.workers)
 
+    # Compare the methods.
     out = ROOT / args.out
     seconds = timer.seconds
-    write_results(ROOT / run, out, cells, seconds=seconds, workers=args.workers)
+    write_results(
+        ROOT / run,
+        out,
+        cells,
+        seconds=seconds,
+        workers=args.workers,
+    )
 
 
 if __name__ == "__main__":

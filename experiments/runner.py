@@ -1,4 +1,4 @@
-"""Run recipes that are made of the ordinary commands, each in a process of its own.
+"""Run recipes that are made of the ordinary commands, each in its process.
 
 A step is done when its output file exists, and a done step is not run again. So a recipe that was
 stopped continues where it was.
@@ -21,7 +21,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+# All commands start in the repository.
 ROOT = Path(__file__).resolve().parent.parent
+# Configs of the embedded world.
+CONFIGS = Path("configs/shapes")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class PeakMemory:
         import psutil
 
         while process.poll() is None:
+            # Launchers have children that have children.
             total = 0
             try:
                 root = psutil.Process(process.pid)
@@ -81,7 +85,8 @@ class PeakMemory:
                 try:
                     total += member.memory_info().rss
                 except psutil.NoSuchProcess:
-                    continue  # it ended between the two calls
+                    # It ended between the two calls.
+                    continue
             self.peak = max(self.peak, total)
             time.sleep(0.5)
 
@@ -95,10 +100,11 @@ class RecipeTimer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.seconds: dict[str, float] = {}
         if path.exists():
-            self.seconds = json.loads(path.read_text(encoding="utf-8"))
+            self.seconds = read_json(path)
+
+        # Offsets, to which this start adds.
         self.wall_before = self.seconds.get("wall", 0.0) - time.time()
         self.cpu_before = self.seconds.get("cpu", 0.0) - _cpu_seconds()
 
@@ -116,13 +122,20 @@ class RecipeTimer:
 
 
 def comparison_parser(doc: str, name: str) -> argparse.ArgumentParser:
-    """Command line that the comparisons share."""
+    """Make the command line that the comparisons share."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+
+    # Folders, seeds and processes.
     parser.add_argument("--run-dir", type=Path, default=Path("runs", name))
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     return parser
+
+
+def config_words(name: str, *overrides: str) -> list[str]:
+    """Make the command line of a command with a config of the embedded world."""
+    return ["--config", str(CONFIGS / f"{name}.yaml"), *overrides]
 
 
 def run_step(
@@ -137,28 +150,41 @@ def run_step(
     Its output goes to ``log``, or to this terminal without one. Raises RuntimeError if it fails.
     """
     began = time.time()
-    words = _command(step, ranks)
-    spelled = shlex.join(_short(word) for word in words)
+    program = "python"
+    path = sys.executable
+    options = [step.script, *step.arguments]
+    if step.launcher and ranks > 1:
+        program = "deepspeed"
+        path = str(Path(sys.executable).with_name("deepspeed"))
+        options = ["--num_accelerators", str(ranks), *options]
+
+    # Print the command as a user would type it.
+    command = shlex.join([program, *options])
     if log is None:
-        print(f"$ {spelled}", flush=True)
+        print(f"$ {command}", flush=True)
 
     # Start the process, and a thread that watches its memory.
     with nullcontext() if log is None else log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            words,
+            [path, *options],
             cwd=ROOT,
             env=_environment(),
             stdout=file,
             stderr=file and subprocess.STDOUT,
         )
         if memory is not None:
-            threading.Thread(target=memory.watch, args=(process,), daemon=True).start()
+            threading.Thread(
+                target=memory.watch,
+                args=(process,),
+                daemon=True,
+            ).start()
         code = process.wait()
 
+    # Check the exit code and the output file.
     if code != 0:
         where = "" if log is None else f"; its output is in {log}"
         raise RuntimeError(
-            f"'{step.title}' failed with exit code {code}: {spelled}{where}"
+            f"'{step.title}' failed with exit code {code}: {command}{where}"
         )
     if not step.is_done:
         raise RuntimeError(f"'{step.title}' ended without writing {step.done}")
@@ -166,7 +192,11 @@ def run_step(
 
 
 def run_jobs(
-    sequences: Sequence[Sequence[Job]], root: Path, timer: RecipeTimer, *, workers: int
+    sequences: Sequence[Sequence[Job]],
+    root: Path,
+    timer: RecipeTimer,
+    *,
+    workers: int,
 ) -> None:
     """Run all jobs, ``workers`` sequences at a time, with a progress bar.
 
@@ -175,9 +205,15 @@ def run_jobs(
     """
     from tqdm import tqdm
 
+    # Start all sequences; the pool limits how many run together.
+    total = sum(len(jobs) for jobs in sequences)
     with ThreadPoolExecutor(workers) as pool:
-        running = {pool.submit(_run_sequence, jobs, root): jobs for jobs in sequences}
-        with tqdm(total=sum(map(len, sequences)), desc="runs", unit="run") as bar:
+        running = {}
+        for jobs in sequences:
+            running[pool.submit(_run_sequence, jobs, root)] = len(jobs)
+
+        # Record each sequence when it ends.
+        with tqdm(total=total, desc="runs", unit="run") as bar:
             for future in as_completed(running):
                 try:
                     timer.add(future.result())
@@ -185,49 +221,33 @@ def run_jobs(
                     pool.shutdown(cancel_futures=True)
                     program = Path(sys.argv[0]).stem
                     sys.exit(f"{program}: {error}\nstart it again to continue here")
-                bar.update(len(running[future]))
+                bar.update(running[future])
 
 
 def _run_sequence(jobs: Sequence[Job], root: Path) -> dict[str, float]:
     seconds = {}
     for job in jobs:
+        folder = ROOT / job.folder
         for step in job.steps:
             if step.is_done:
                 continue
-            (ROOT / job.folder).mkdir(parents=True, exist_ok=True)
-            took = run_step(step, log=ROOT / job.folder / f"{step.kind}.log")
-            seconds[f"{step.kind} {job.folder.relative_to(root)}"] = round(took, 1)
+            folder.mkdir(parents=True, exist_ok=True)
+            duration = run_step(step, log=folder / f"{step.kind}.log")
+            name = f"{step.kind} {job.folder.relative_to(root)}"
+            seconds[name] = round(duration, 1)
     return seconds
 
 
-def _command(step: CommandStep, ranks: int) -> list[str]:
-    if step.launcher and ranks > 1:
-        launcher = str(Path(sys.executable).with_name("deepspeed"))
-        return [
-            launcher,
-            "--num_accelerators",
-            str(ranks),
-            step.script,
-            *step.arguments,
-        ]
-    return [sys.executable, step.script, *step.arguments]
-
-
-def _short(word: str) -> str:
-    """Spell a program as a user would type it."""
-    if word.endswith("/deepspeed"):
-        return "deepspeed"
-    return "python" if word == sys.executable else word
-
-
 def _environment() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # deepspeed finds its programs beside this Python.
+    programs = Path(sys.executable).parent
+    path = os.environ.get("PATH", "")
     return {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         **os.environ,
-        "PATH": path,
+        "PATH": f"{programs}{os.pathsep}{path}",
     }
 
 
@@ -239,12 +259,39 @@ def _cpu_seconds() -> float:
 
 def commit() -> str:
     """Short commit of the checkout; empty where there is none."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip()
+    process = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return process.stdout.strip()
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, record: object) -> None:
     """Write a record as indented JSON, with the folders that it needs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def replace_section(path: Path, section: str, lines: Sequence[str]) -> None:
+    """Replace the lines of a page between `<!-- SECTION -->` and `<!-- end of SECTION -->`."""
+    text = path.read_text(encoding="utf-8")
+    path.write_text(with_section(text, section, lines), encoding="utf-8")
+
+
+def with_section(text: str, section: str, lines: Sequence[str]) -> str:
+    """Return a text with new lines between the marks of a section."""
+    # Text outside of the marks stays as it is.
+    first = f"<!-- {section} -->"
+    last = f"<!-- end of {section} -->"
+    before, _, rest = text.partition(first)
+    after = rest.partition(last)[2]
+    return before + "\n".join([first, *lines, last]) + after

@@ -17,6 +17,7 @@ GRAD_COST = 3
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Read the rows that launch/evaluate.py wrote into a folder, in the order of its inputs."""
+    # Several ranks may have written them in another order.
     text = (folder / "results.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     return sorted(rows, key=lambda row: row["index"])
@@ -29,11 +30,16 @@ def over_seeds(
 
     ``minus`` gives the mean difference to other runs, value by value at the same seeds.
     """
+    # The bootstrap draws seeds first, so their order is fixed.
     seeds = sorted(runs)
     values = [runs[seed] for seed in seeds]
     if minus is None:
         return runs_ci95(values, seed=0)
-    return difference_ci95(values, [minus[seed] for seed in seeds], seed=0)
+    return difference_ci95(
+        values,
+        [minus[seed] for seed in seeds],
+        seed=0,
+    )
 
 
 def training_forwards(row: Mapping[str, float]) -> float:
@@ -50,8 +56,11 @@ def show(value: Interval | None) -> str:
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a markdown table."""
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines = []
+    for row in (head, *rows):
+        cells = " | ".join(row)
+        lines.append(f"| {cells} |")
+    lines.insert(1, "|---" * len(head) + "|")
     return lines
 
 
@@ -70,17 +79,26 @@ def new_figure(count: int) -> tuple[Any, Any]:
     from matplotlib import pyplot
 
     matplotlib.rcParams |= {
-        # a fixed salt gives equal runs equal bytes
+        # A fixed salt gives equal runs equal bytes.
         "svg.hashsalt": "reproduce_rm",
         "font.size": 8,
         "axes.grid": True,
         "grid.alpha": 0.3,
     }
-    return pyplot.subplots(1, count, figsize=(4.2 * count, 3.4), sharey=True)
+    return pyplot.subplots(
+        1,
+        count,
+        figsize=(4.2 * count, 3.4),
+        sharey=True,
+    )
 
 
 def save_figure(
-    figure: Any, path: Path, *, legend_of: Any = None, bottom: float = 0.0
+    figure: Any,
+    path: Path,
+    *,
+    legend_of: Any = None,
+    bottom: float = 0.0,
 ) -> None:
     """Save a figure as SVG, with the legend of a panel below all of them if given.
 
@@ -88,6 +106,12 @@ def save_figure(
     """
     if legend_of is not None:
         names = legend_of.get_legend_handles_labels()
-        figure.legend(*names, loc="outside lower center", ncols=4)
+        figure.legend(
+            *names,
+            loc="outside lower center",
+            ncols=4,
+        )
     figure.tight_layout(rect=(0, bottom, 1, 1))
+
+    # Without a date, equal runs write equal files.
     figure.savefig(path, metadata={"Date": None})

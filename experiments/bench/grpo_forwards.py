@@ -1,29 +1,24 @@
-"""What one update of GRPO costs, three ways: every step stochastic, one step with nothing shared, one shared step.
+"""Compare the cost of a GRPO update: all steps stochastic, a single step, and a shared single step.
 
     python experiments/bench/grpo_forwards.py
 
-The tiny Wan, T = 16 and T' = 6, four members, guidance, KL; the stochastic step is the third (k =
-2). Samples through the transformer are counted by a hook and must equal the formulas of
-`GrpoLoop`'s cost
+The tiny Wan samples T = 16 steps of G = 4 videos with guidance (c = 2) and a KL term; the single
+stochastic step is step k = 2. A hook counts the DiT samples, which must equal
 
     without gradient  c [(k + 1) + G (T - k - 1)] with a shared prefix, else c G T
-    with gradient     c K M, and as many again for the reference; K stochastic steps, M latents to start them from
+    with gradient     c K M, and as many for the reference policy
 
-exactly. Wall time is the median of alternating rounds, peak memory that of a process of its own.
+with K stochastic steps that start from M latents. Seconds are medians of alternating rounds. Peak
+memory is measured in a process per arm.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,66 +27,89 @@ from alignment.config import GrpoConfig
 from alignment.grpo import GrpoLoop
 from alignment.prompts import PromptSchedule
 from common.config import load
+from common.gaussian import Gaussian
 from common.log import say
-from common.types import Score
+from common.types import Score, Step
+from experiments.bench.bench_io import bench_parser, median_seconds, write_record
 from launch.compose import build_generator, quiet
 from launch.schemas.training import GrpoRun
 
-STEPS, MEMBERS, K = 16, 4, 2
-ALL = {
-    "stochastic": "all",
-    "stochastic_first": 0,
-    "stochastic_range": STEPS,
-    "initial_noise": "member",
+# The size of LongCat-Video (2510.22200), with four videos instead of more.
+STEPS = 16
+GROUP_SIZE = 4
+K = 2
+# DiT samples of a velocity under guidance.
+BRANCHES = 2
+SINGLE_STEP = {
+    "stochastic": "one",
+    "stochastic_first": K,
+    "stochastic_range": K + 1,
 }
-ONE = {"stochastic": "one", "stochastic_first": K, "stochastic_range": K + 1}
+# Overrides of the sampler.
 ARMS = {
-    "all_steps": ALL,
-    "one_step": {**ONE, "initial_noise": "member"},
-    "shared": {**ONE, "initial_noise": "shared"},
+    "all_steps": {
+        "stochastic": "all",
+        "stochastic_first": 0,
+        "stochastic_range": STEPS,
+        "initial_noise": "member",
+    },
+    "one_step": {
+        **SINGLE_STEP,
+        "initial_noise": "member",
+    },
+    "shared": {
+        **SINGLE_STEP,
+        "initial_noise": "shared",
+    },
 }
-C = 2  # samples of one velocity under guidance
+FULL_ROLLOUT = BRANCHES * GROUP_SIZE * STEPS
+SHARED_ROLLOUT = BRANCHES * (K + 1 + GROUP_SIZE * (STEPS - K - 1))
+# Predicted DiT samples without and with gradient.
 COUNTS = {
-    "all_steps": (C * MEMBERS * STEPS, C * MEMBERS * STEPS),
-    "one_step": (C * MEMBERS * STEPS, C * MEMBERS),
-    "shared": (C * (K + 1 + MEMBERS * (STEPS - K - 1)), C),
+    "all_steps": (FULL_ROLLOUT, FULL_ROLLOUT),
+    "one_step": (FULL_ROLLOUT, BRANCHES * GROUP_SIZE),
+    "shared": (SHARED_ROLLOUT, BRANCHES),
 }
 
 
 class CountingEngine:
-    """deepspeed's two calls around plain SGD of rate 0: gradients are kept, weights stay."""
+    """Collects gradients and leaves the weights as they are."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
 
     def backward(self, loss: Tensor) -> None:
+        """Add to the gradients."""
         loss.backward()
 
     def step(self) -> None:
-        """The gradients of a whole update are read by `gradients`."""
+        """Do nothing: `gradients` reads the result of an update."""
 
     def gradients(self) -> Tensor:
-        found = torch.cat([p.grad.flatten() for p in self.parameters])
-        for p in self.parameters:
-            p.grad = None
-        return found
+        """Return all gradients in a vector and clear them."""
+        vector = torch.cat([p.grad.flatten() for p in self.parameters])
+        for parameter in self.parameters:
+            parameter.grad = None
+        return vector
 
 
-class Red:
-    """MEAN red of a video: costs nothing and tells members apart."""
+class RedReward:
+    """MEAN red of a video: it costs nothing and tells videos apart."""
 
     name = "red"
 
     def score(
         self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
     ) -> Score:
+        """Score videos (B,)."""
         return Score(video_BTYXC[..., 0].float().mean((1, 2, 3)))
 
 
 class CountedArm:
-    """A loop of one group a step, and what went through its transformer."""
+    """A GRPO loop of a group per step that counts the samples through its transformer."""
 
     def __init__(self, name: str, *, size: int, frames: int) -> None:
+        # The tiny Wan at this bench's size.
         run = load(GrpoRun, "configs/shapes/grpo.yaml")
         sampler = replace(
             run.generator.sampler,
@@ -100,161 +118,188 @@ class CountedArm:
             guidance_scale=4.5,
             **ARMS[name],
         )
-        shape = {"height": size, "width": size, "num_frames": frames}
-        config = replace(run.generator, **shape, sampler=sampler, rollout_batch=1)
+        config = replace(
+            run.generator,
+            height=size,
+            width=size,
+            num_frames=frames,
+            sampler=sampler,
+            rollout_batch=1,
+        )
         self.generator = build_generator(config, seed=0)
+        module = self.generator.module
+
+        # Random adapters, so that policy and reference policy differ.
         draw = torch.Generator().manual_seed(0)
-        for parameter in self.generator.module.parameters():
+        for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.data = 0.02 * torch.randn(
-                    parameter.shape, generator=draw
-                )  # policy and reference differ
-        cfg = GrpoConfig(group_size=MEMBERS, kl_weight=1e-3)
-        self.engine = CountingEngine(self.generator.module)
+                noise = torch.randn(parameter.shape, generator=draw)
+                parameter.data = 0.02 * noise
+
+        self.engine = CountingEngine(module)
+
+        # A loop of a single prompt.
+        prompts = ["a red circle moves left"]
         self.loop = GrpoLoop(
-            cfg,
+            GrpoConfig(group_size=GROUP_SIZE, kl_weight=1e-3),
             generator=self.generator,
-            rewards={"red": Red()},
+            rewards={"red": RedReward()},
             weights={"red": 1.0},
             engine=self.engine,
             prompts=PromptSchedule(
-                ["a red circle moves left"], seed=0, prompts_per_step=1
+                prompts,
+                seed=0,
+                prompts_per_step=1,
             ),
             fps=8.0,
         )
-        self.counts = dict.fromkeys(("no_grad", "grad", "reference"), 0)
-        self.generator.module.register_forward_pre_hook(self._count, with_kwargs=True)
+
+        # A hook counts the samples of every forward.
+        self.counts: dict[str, int] = {}
+        module.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, _: torch.nn.Module, args: tuple, options: dict) -> None:
-        kind = (
-            "grad"
-            if torch.is_grad_enabled()
-            else "reference"
-            if self.generator._in_reference
-            else "no_grad"
-        )
+        kind = "no_grad"
+        if torch.is_grad_enabled():
+            kind = "grad"
+        elif self.generator._in_reference:
+            kind = "reference"
         self.counts[kind] += len(options["hidden_states"])
 
-    def step(self) -> tuple[Tensor, dict[str, int], dict[str, float]]:
-        """Gradient of one update, the samples it took, and its metrics."""
-        self.counts = dict.fromkeys(self.counts, 0)
-        result = self.loop.step(0)
-        return self.engine.gradients(), self.counts, result.metrics
+    def update(self) -> Tensor:
+        """Return the gradient of an update and leave its samples in ``counts``."""
+        self.counts = dict.fromkeys(("no_grad", "grad", "reference"), 0)
+        self.loop.step(0)
+        return self.engine.gradients()
 
 
 def per_member_gradient(arm: CountedArm) -> Tensor:
-    """Gradient of the update with a forward and a backward for each member, MEAN over members."""
+    """Gradient of an update with a forward and a backward per member, SUM over members."""
     generator = arm.generator
 
-    # The loop asks for one transition of the whole group. Detached copies of its mean collect the
-    # gradient of the loss; each member then carries its share through a forward of its own.
+    # The original methods.
     transition = generator.transition
     backward = arm.engine.backward
-    asked: list[tuple[str, object, Tensor]] = []
+    calls: list[tuple[str, Step, Tensor]] = []
 
-    def record(prompt: str, step: object, member: int | None = None) -> object:
-        found = transition(prompt, step, member)
+    # The loop computes the transition of the group. Detached copies of its mean collect the
+    # gradient of the loss.
+    def record(prompt: str, step: Step, member: int | None = None) -> Gaussian:
+        result = transition(prompt, step, member)
         if not torch.is_grad_enabled():
-            return found
-        mean = found.mean.detach().expand(step.next_GCFHW.shape).clone()
-        mean.requires_grad_()
-        asked.append((prompt, step, mean))
-        return replace(found, mean=mean)
+            return result
+        mean = result.mean.detach().expand(step.next_GCFHW.shape).clone()
 
+        # The loss gets a leaf that collects its gradient.
+        mean.requires_grad_()
+        calls.append((prompt, step, mean))
+        return replace(result, mean=mean)
+
+    # Each member carries its share of that gradient through its forward.
     def backward_by_member(loss: Tensor) -> None:
         backward(loss)
-        prompt, step, mean = asked.pop()
+        prompt, step, mean = calls.pop()
         for member in range(step.size):
-            own_mean = transition(prompt, step, member).mean
-            own_mean.backward(mean.grad[member : member + 1])
+            member_mean = transition(prompt, step, member).mean
+            member_mean.backward(mean.grad[member : member + 1])
 
     generator.transition = record
     arm.engine.backward = backward_by_member
-    return arm.step()[0]
+    return arm.update()
 
 
-def peak_memory(name: str, size: int, frames: int) -> float:
-    """GB of a process that does nothing else, twice the same step."""
-    words = [
-        sys.executable,
-        __file__,
-        "--only",
-        name,
+def arm_peak_memory(name: str, size: int, frames: int) -> float:
+    """Peak memory in GB of a process that makes two updates of an arm."""
+    shape = [
         "--size",
         str(size),
         "--frames",
         str(frames),
     ]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return float(done.stdout.strip().splitlines()[-1])
+    words = [
+        sys.executable,
+        __file__,
+        "--only",
+        name,
+        *shape,
+    ]
+    process = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(process.stdout.split()[-1])
+
+
+def check_counts(name: str, counts: dict[str, int]) -> None:
+    """Raise AssertionError if an arm's samples differ from the formula."""
+    # The reference policy sees the latents that the policy sees.
+    no_grad, grad = COUNTS[name]
+    expected = {
+        "no_grad": no_grad,
+        "grad": grad,
+        "reference": grad,
+    }
+    if counts != expected:
+        raise AssertionError(f"{name}: counted {counts}, expected {expected}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Time and count all arms, compare the gradients, and write the JSON."""
+    parser = bench_parser(__doc__, "grpo_forwards")
     parser.add_argument("--size", type=int, default=64, help="height and width")
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--only", choices=ARMS, help="one arm, twice; prints the peak memory in GB"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("docs/results/grpo_forwards.json")
-    )
+    parser.add_argument("--only", choices=ARMS, help="print an arm's peak memory in GB")
     args = parser.parse_args()
     quiet()
-    size = {"size": args.size, "frames": args.frames}
+    shape = {
+        "size": args.size,
+        "frames": args.frames,
+    }
+
+    # The child process of `arm_peak_memory`.
     if args.only:
-        arm = CountedArm(args.only, **size)
-        arm.step()
-        arm.step()
-        say(str(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)))
+        arm = CountedArm(args.only, **shape)
+        arm.update()
+        arm.update()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        say(str(round(peak / 2**20, 3)))
         return
-    arms = {name: CountedArm(name, **size) for name in ARMS}
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    counts: dict[str, dict[str, int]] = {}
-    for round_number in range(args.rounds + 1):
-        for name, arm in arms.items():
-            start = time.perf_counter()
-            _, counts[name], _ = arm.step()
-            if round_number:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
-    for name, (no_grad, grad) in COUNTS.items():
-        want = {"no_grad": no_grad, "grad": grad, "reference": grad}
-        if counts[name] != want:
-            raise AssertionError(
-                f"{name}: counted {counts[name]}, the formula says {want}"
-            )
-    one, each = (
-        CountedArm("shared", **size).step()[0] for update in ("collapsed", "per_member")
-    )
-    # the engine averages over backwards, of which there are G here and 1 there
-    error = float((one - each / MEMBERS).norm() / one.norm())
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    cost = {
-        name: found["no_grad"] + found["reference"] + 3 * found["grad"]
-        for name, found in counts.items()
-    }
-    ratio = {
-        "seconds": median["shared"] / median["one_step"],
-        "counts": cost["shared"] / cost["one_step"],
-    }
-    result = {
-        "command": "python experiments/bench/grpo_forwards.py",
+
+    # Count and time the updates.
+    arms = {name: CountedArm(name, **shape) for name in ARMS}
+    updates = {name: arm.update for name, arm in arms.items()}
+    seconds = median_seconds(updates, args.rounds)
+    cost = {}
+    for name, arm in arms.items():
+        check_counts(name, arm.counts)
+        # A forward with gradient costs three: the backward costs two.
+        counts = arm.counts
+        cost[name] = counts["no_grad"] + counts["reference"] + 3 * counts["grad"]
+
+    # Compare the collapsed update with a forward per member.
+    collapsed = CountedArm("shared", **shape).update()
+    per_member = per_member_gradient(CountedArm("shared", **shape))
+    error = float((collapsed - per_member).norm() / collapsed.norm())
+
+    # Ratios of the shared step to the unshared step.
+    seconds_ratio = seconds["shared"] / seconds["one_step"]
+    counts_ratio = cost["shared"] / cost["one_step"]
+    record = {
         "size": [args.size, args.size, args.frames],
-        "samples": counts,
-        "seconds": median,
+        "samples": {name: arm.counts for name, arm in arms.items()},
+        "seconds": seconds,
         "shared_to_one_step": {
-            **ratio,
-            "seconds_over_counts": ratio["seconds"] / ratio["counts"],
+            "seconds": seconds_ratio,
+            "counts": counts_ratio,
+            "seconds_over_counts": seconds_ratio / counts_ratio,
         },
         "relative_gradient_difference": error,
-        "peak_memory_gb": {
-            name: peak_memory(name, args.size, args.frames) for name in arms
-        },
+        "peak_memory_gb": {name: arm_peak_memory(name, **shape) for name in arms},
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    say(json.dumps(result))
+    write_record(args.out, record)
 
 
 if __name__ == "__main__":

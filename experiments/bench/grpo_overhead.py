@@ -1,66 +1,66 @@
-"""Where a step of GRPO spends its time: models, backward and decoding, and what the loop itself adds.
+"""Measure where a GRPO step spends its time, and what the loop itself adds.
 
     python experiments/bench/grpo_overhead.py
 
-The demo's size on one process, under DeepSpeed as in training: 16 prompts x 8 members of the tiny
-Wan, the oracle as the reward. "loop" is everything that is none of the others: noise, kernels of
-the sampler, log-probs and losses, advantages, gathering, metrics. The optimizer's step and the
-reward are parts of their own.
+A process trains at the size of the demo under DeepSpeed: 16 prompts, 8 videos each, the tiny Wan,
+the oracle as reward. "loop" is the rest of a step: noise, sampler kernels, log-probs, losses,
+advantages, gathering and metrics.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from common import distributed
 from common.config import load
-from common.log import say
+from experiments.bench.bench_io import bench_parser, write_record
 from launch.compose import quiet
 from launch.schemas.training import GrpoRun
 
 
 class Stopwatch:
-    """Seconds inside the functions it wraps, by part. None of them may be inside another."""
+    """Sums the seconds inside the functions that it wraps, by part."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.inside: str | None = None
+        self.running: str | None = None
 
-    def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*of: Any, **options: Any) -> Any:
-            if self.inside is not None:
-                raise AssertionError(
-                    f"{part} inside {self.inside} would be counted twice"
-                )
-            self.inside, start = part, time.perf_counter()
+    def wrap(self, owner: object, method: str, part: str) -> None:
+        """Replace a method by itself with timing.
+
+        The replacement raises AssertionError inside another wrapped method, whose seconds would
+        count twice.
+        """
+        function: Callable[..., Any] = getattr(owner, method)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            # Parts must not overlap.
+            if self.running is not None:
+                raise AssertionError(f"{part} ran inside {self.running}")
+            self.running = part
+            start = time.perf_counter()
             try:
-                return function(*of, **options)
+                return function(*args, **options)
             finally:
-                self.inside = None
-                self.seconds[part] = (
-                    self.seconds.get(part, 0.0) + time.perf_counter() - start
-                )
+                self.running = None
+                duration = time.perf_counter() - start
+                self.seconds[part] = self.seconds.get(part, 0.0) + duration
 
-        return timed
+        setattr(owner, method, timed)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--config", type=Path, default=Path("configs/shapes/grpo_oracle.yaml")
-    )
+    """Time the steps and write the JSON."""
+    parser = bench_parser(__doc__, "grpo_overhead")
+    config = Path("configs/shapes/grpo_oracle.yaml")
+    parser.add_argument("--config", type=Path, default=config)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument(
-        "--out", type=Path, default=Path("docs/results/grpo_overhead.json")
-    )
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     quiet()
@@ -68,49 +68,50 @@ def main() -> None:
     from alignment.prompts import read_prompts
     from launch.grpo import build
 
+    # The same objects as in launch/grpo.py.
     cfg = load(GrpoRun, args.config, args.overrides)
     loop, generator, engine = build(cfg, read_prompts(cfg.prompts))
+    module = type(generator.module).__name__
+
+    # Wrap the parts of a step.
     watch = Stopwatch()
-    module = type(generator.module)
-    generator.module.forward = watch.wrap("forward", generator.module.forward)
-    engine.backward, engine.step = (
-        watch.wrap("backward", engine.backward),
-        watch.wrap("optimizer", engine.step),
-    )
-    generator.codec.decode = watch.wrap("decode", generator.codec.decode)
-    generator.prompts.encode = watch.wrap("text encoder", generator.prompts.encode)
+    watch.wrap(generator.module, "forward", "forward")
+    watch.wrap(engine, "backward", "backward")
+    watch.wrap(engine, "step", "optimizer")
+    watch.wrap(generator.codec, "decode", "decode")
+    watch.wrap(generator.prompts, "encode", "text encoder")
     for reward in loop.rewards.values():
-        reward.score = watch.wrap("reward", reward.score)
+        watch.wrap(reward, "score", "reward")
+
+    # Time the steps; the first warms up.
     rows = []
     for step in range(args.steps + 1):
         watch.seconds = {}
         start = time.perf_counter()
         loop.step(step)
-        whole = time.perf_counter() - start
-        if step:  # the first one warms up
+        total = time.perf_counter() - start
+
+        # The rest is the loop.
+        rest = total - sum(watch.seconds.values())
+        if step > 0:
             rows.append(
                 {
                     **watch.seconds,
-                    "loop": whole - sum(watch.seconds.values()),
-                    "step": whole,
+                    "loop": rest,
+                    "step": total,
                 }
             )
-    median = {
-        part: statistics.median(row.get(part, 0.0) for row in rows) for part in rows[0]
-    }
-    result = {
-        "command": "python experiments/bench/grpo_overhead.py",
-        "module": module.__name__,
-        "seconds": median,
-        "loop_share": statistics.median(row["loop"] / row["step"] for row in rows),
-        "optimizer_share": statistics.median(
-            row["optimizer"] / row["step"] for row in rows
-        ),
+
+    # Medians over steps, of seconds and of shares.
+    seconds = {part: median(row.get(part, 0.0) for row in rows) for part in rows[0]}
+    record = {
+        "module": module,
+        "seconds": seconds,
+        "loop_share": median(row["loop"] / row["step"] for row in rows),
+        "optimizer_share": median(row["optimizer"] / row["step"] for row in rows),
         "threads": torch.get_num_threads(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    say(json.dumps(result))
+    write_record(args.out, record)
     distributed.shutdown()
 
 

@@ -1,33 +1,34 @@
-"""What each option of the tail saves of a rollout, and how far it moves the videos.
+"""Measure what each tail option of a rollout saves, and how far it moves the videos.
 
     python experiments/bench/grpo_tail.py
 
-The tiny Wan of assets/shapes at the paper's T = 16 and T' = 6 with guidance 4.5, four members, a
-prompt at a time; the same prompts and seeds for all, so that the stochastic step is the same
-latent. Wall time is the median of alternating rounds, relative to a tail without options; the
-difference is of the clean latents, relative to theirs; the oracle is its MEAN over all videos.
+The tiny Wan samples groups of four with T = 16, T' = 6 and guidance 4.5, as in LongCat-Video
+(2510.22200). All options get the same prompts and seeds, so the stochastic step starts from the
+same latent. "speed" is relative to a tail without options. "difference" is the distance of the
+clean latents from that tail's, relative to their norm. "oracle" is the MEAN over all videos.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from statistics import fmean
 
 import torch
+from torch import Tensor
 
 from alignment.prompts import read_prompts
 from common.config import load
 from common.distributed import derive_seed
-from common.log import say
+from experiments.bench.bench_io import bench_parser, median_seconds, write_record
 from launch.compose import build_generator, quiet
 from launch.schemas.training import GrpoRun
 from toy.measure import measure
 
-STEPS, RANGE, MEMBERS = 16, 6, 4
+# Videos of a prompt, and prompts of a timed rollout.
+GROUP_SIZE = 4
+TIMED_PROMPTS = 6
+# Overrides of the sampler.
 OPTIONS = {
     "none": {},
     "ab2": {"tail_solver": "ab2"},
@@ -45,63 +46,73 @@ OPTIONS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Time all options, compare their videos, and write the JSON."""
+    parser = bench_parser(__doc__, "grpo_tail")
     parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="that each prompt's rollout is timed"
-    )
-    parser.add_argument("--out", type=Path, default=Path("docs/results/grpo_tail.json"))
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     quiet()
+
+    # Make a generator per option.
     cfg = load(GrpoRun, "configs/shapes/grpo_oracle.yaml")
     prompts = read_prompts(cfg.evaluation.prompts)[: args.prompts]
-    seeds = [derive_seed(0, "bench", i) for i in range(len(prompts))]
+    seeds = [derive_seed(0, "bench", index) for index in range(len(prompts))]
+
+    # The paper's steps and noise.
     base = replace(
         cfg.generator.sampler,
-        num_steps=STEPS,
-        stochastic_range=RANGE,
+        num_steps=16,
+        stochastic_range=6,
         max_std=0.45,
         guidance_scale=4.5,
     )
-    generators = {
-        name: build_generator(replace(cfg.generator, sampler=replace(base, **options)))
-        for name, options in OPTIONS.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in OPTIONS}
-    for number in range(args.rounds + 1):
-        for name, generator in generators.items():
-            start = time.perf_counter()
-            generator.rollout(prompts[:6], group_size=MEMBERS, seeds=seeds[:6])
-            if number:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    clean, oracle = {}, {}
+    generators = {}
+    for name, options in OPTIONS.items():
+        sampler = replace(base, **options)
+        generators[name] = build_generator(replace(cfg.generator, sampler=sampler))
+
+    # Time their rollouts.
+    rollouts = {}
     for name, generator in generators.items():
-        groups = generator.rollout(prompts, group_size=MEMBERS, seeds=seeds)
-        clean[name] = torch.cat([group.clean_GCFHW for group in groups])
-        texts = [prompt for prompt in prompts for _ in range(MEMBERS)]
-        videos = generator.decode(clean[name])
-        oracle[name] = statistics.fmean(
-            measure(v, p).total for v, p in zip(videos, texts, strict=True)
+        rollouts[name] = partial(
+            generator.rollout,
+            prompts[:TIMED_PROMPTS],
+            group_size=GROUP_SIZE,
+            seeds=seeds[:TIMED_PROMPTS],
         )
+    seconds = median_seconds(rollouts, args.rounds)
+
+    # Sample all prompts and score the videos with the oracle.
+    texts = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
+    clean: dict[str, Tensor] = {}
+    oracle: dict[str, float] = {}
+    for name, generator in generators.items():
+        groups = generator.rollout(
+            prompts,
+            group_size=GROUP_SIZE,
+            seeds=seeds,
+        )
+        clean[name] = torch.cat([group.clean_GCFHW for group in groups])
+        videos = zip(generator.decode(clean[name]), texts, strict=True)
+        oracle[name] = fmean(measure(video, text).total for video, text in videos)
+
+    # Compare each option with the tail that has none.
     plain = clean["none"]
-    result = {
-        "command": "python experiments/bench/grpo_tail.py",
-        "prompts": len(prompts),
-        "options": {
-            name: {
-                "speed": round(median["none"] / median[name], 3),
-                "difference": round(
-                    float((clean[name] - plain).norm() / plain.norm()), 4
-                ),
-                "oracle": round(oracle[name], 4),
-            }
-            for name in OPTIONS
+    compared = {}
+    for name in OPTIONS:
+        difference = float((clean[name] - plain).norm() / plain.norm())
+        compared[name] = {
+            "speed": round(seconds["none"] / seconds[name], 3),
+            "difference": round(difference, 4),
+            "oracle": round(oracle[name], 4),
+        }
+    write_record(
+        args.out,
+        {
+            "prompts": len(prompts),
+            "options": compared,
         },
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    say(json.dumps(result))
+    )
 
 
 if __name__ == "__main__":

@@ -1,190 +1,240 @@
-"""What one forward for both objectives of dual RL saves: `python experiments/bench/rm_forward.py`.
+"""Measure what a shared forward for both objectives of dual RL saves.
 
-Three ways to get the policy's and the head's gradients of G chains of thought about each video:
+    python experiments/bench/rm_forward.py
 
-    two      two forwards of every chain, with `<Reward>` and without (the official release)
-    one      one forward of every chain, prompt and video each time
-    packed   one forward of all G chains behind one prompt (what `rm.dual_rl` does)
+Three ways give the gradients of policy and head for G CoTs about each video:
 
-Gradients are compared in fp64, wall time in fp32, alternating; ratios are of medians. Writes
-`docs/results/rm_forward.json`.
+    two     two forwards of every CoT, with `<Reward>` and without (the official release)
+    one     one forward of every CoT, each with its prompt and video
+    packed  one forward of all G CoTs behind a single prompt (`rm.dual_rl`)
+
+Gradients are compared in fp64, seconds in fp32; seconds are medians of alternating rounds.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from common.log import say
+from experiments.bench.bench_io import bench_parser, median_seconds, write_record
 from launch.compose import quiet
 from rm.config import BackboneLora, LearningRates
 from rm.model import DeScore
 from rm.packed import PackedCot, pack, packed_forward, token_log_probs
 from rm.prompt import Encoded
-from rm.video import prepare
+from rm.video import PreparedVideo, prepare
 from toy.world import FPS, caption, random_attributes, random_scene, render
 
 
-class Work:
-    """Videos of the embedded world, G chains about each, and a number that weighs every chain."""
+@dataclass(frozen=True)
+class DualBatch:
+    """Videos with G CoTs about each, and the weight of every CoT in the objective."""
 
-    def __init__(
-        self,
-        base: str,
-        *,
-        videos: int,
-        group_size: int,
-        tokens: int,
-        dtype: torch.dtype,
-    ) -> None:
-        rng = random.Random(0)
-        scenes = [random_scene(random_attributes(rng), rng) for _ in range(videos)]
-        self.model = DeScore.from_base(base).to(dtype)
-        self.model.param_groups(
-            LearningRates(llm=1e-4, vision=0.0, merger=0.0),
-            lora=BackboneLora(16, 32.0, 0.0),
-            weight_decay=0.0,
-        )
-        frames = render(scenes, frames=8)
-        self.videos = [prepare(video, self.model.settings, fps=FPS) for video in frames]
-        prompts = [caption(scene.attributes, wording=0) for scene in scenes]
-        self.encoded = [
-            self.model.encode(p, v) for p, v in zip(prompts, self.videos, strict=True)
-        ]
-        allowed = [
-            i
-            for i in range(200)
-            if not self.model.banned_ids()[i] and i != self.model.end_id
-        ]
+    model: DeScore
+    encoded: list[Encoded]
+    videos: list[PreparedVideo]
+    cots: list[list[PackedCot]]
+    weight_BG: Tensor
 
-        def chain() -> PackedCot:
-            size = tokens - rng.randrange(tokens // 4)
-            return PackedCot(
-                tuple(rng.choice(allowed) for _ in range(size)), finished=True
-            )
-
-        self.chains = [[chain() for _ in range(group_size)] for _ in range(videos)]
-        self.weight_BG = torch.randn(
-            videos, group_size, generator=torch.Generator().manual_seed(0)
-        ).to(dtype)
-
-    def objective(self, log_prob_BGT: Tensor, reward_BG: Tensor) -> Tensor:
-        return (self.weight_BG * (log_prob_BGT.sum(-1) + reward_BG)).sum()
-
-    def packed(self) -> Tensor:
-        judged = packed_forward(
+    def repeat(self) -> DualBatch:
+        """Give every CoT a row with its prompt and video."""
+        size = len(self.cots[0])
+        cots = [[cot] for group in self.cots for cot in group]
+        return DualBatch(
             self.model,
-            pack(self.model, self.encoded, self.videos, self.chains),
-            temperature=1.0,
-        )
-        return self.objective(judged.log_prob_BGT, judged.reward_BGK[..., 0])
-
-    def repeated(self) -> tuple[list, list, list]:
-        pairs = [
-            (e, v, c)
-            for e, v, own in zip(self.encoded, self.videos, self.chains, strict=True)
-            for c in own
-        ]
-        return tuple(map(list, zip(*pairs, strict=True)))
-
-    def one(self) -> Tensor:
-        encoded, videos, chains = self.repeated()
-        judged = packed_forward(
-            self.model,
-            pack(self.model, encoded, videos, [[c] for c in chains]),
-            temperature=1.0,
-        )
-        shape = self.weight_BG.shape
-        return self.objective(
-            judged.log_prob_BGT.reshape(*shape, -1),
-            judged.reward_BGK[..., 0].reshape(shape),
-        )
-
-    def two(self) -> Tensor:
-        encoded, videos, chains = self.repeated()
-        sequences = [
-            Encoded(e.prompt_ids, c.ids) for e, c in zip(encoded, chains, strict=True)
-        ]
-        reward_BG = self.model(self.model.batch(sequences, videos)).view_as(
-            self.weight_BG
-        )
-        hidden_BLD = self.model.hidden(self.model.batch(sequences, videos, query=False))
-        rows, targets, owner = [], [], []
-        for i, sequence in enumerate(sequences):
-            start, end = len(sequence.prompt_ids) - 1, len(sequence.ids)
-            rows.append(hidden_BLD[i, start:end])
-            targets += [*sequence.cot_ids, self.model.end_id]
-            owner += [i] * (end - start)
-        log_prob_N = token_log_probs(
-            self.model, torch.cat(rows), torch.tensor(targets), temperature=1.0
-        )
-        weight_N = self.weight_BG.flatten()[torch.tensor(owner)]
-        return (weight_N * log_prob_N).sum() + (self.weight_BG * reward_BG).sum()
-
-    def gradients(self, way: Callable[[], Tensor]) -> list[Tensor]:
-        return list(
-            torch.autograd.grad(
-                way(), [p for p in self.model.parameters() if p.requires_grad]
-            )
+            [row for row in self.encoded for _ in range(size)],
+            [row for row in self.videos for _ in range(size)],
+            cots,
+            self.weight_BG.reshape(-1, 1),
         )
 
 
-def worst(a: list[Tensor], b: list[Tensor]) -> float:
-    """Largest difference relative to the largest gradient of all."""
-    top = max(float(x.abs().max()) for x in b)
-    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) / top
+def make_batch(
+    base: str,
+    *,
+    videos: int,
+    group_size: int,
+    tokens: int,
+    dtype: torch.dtype,
+) -> DualBatch:
+    """Render videos of the embedded world and draw random CoTs about them."""
+    # The language model gets an adapter, the vision tower is frozen.
+    model = DeScore.from_base(base).to(dtype)
+    model.param_groups(
+        LearningRates(llm=1e-4, vision=0.0, merger=0.0),
+        lora=BackboneLora(16, 32.0, 0.0),
+        weight_decay=0.0,
+    )
+
+    # Render and encode the videos.
+    rng = random.Random(0)
+    scenes = []
+    for _ in range(videos):
+        scenes.append(random_scene(random_attributes(rng), rng))
+    prepared = []
+    encoded = []
+    for scene, frames in zip(scenes, render(scenes, frames=8), strict=True):
+        video = prepare(frames, model.settings, fps=FPS)
+        prompt = caption(scene.attributes, wording=0)
+        prepared.append(video)
+        encoded.append(model.encode(prompt, video))
+
+    # Draw CoTs of 3/4 to all of the length, from ids that may be sampled.
+    banned = model.banned_ids()
+    banned[model.end_id] = True
+    allowed = [token for token in range(200) if not banned[token]]
+    cots = []
+    for _ in range(videos):
+        group = []
+        for _ in range(group_size):
+            length = tokens - rng.randrange(tokens // 4)
+            ids = [rng.choice(allowed) for _ in range(length)]
+            group.append(PackedCot(tuple(ids), finished=True))
+        cots.append(group)
+
+    # Weights of the CoTs, a part of the objective.
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(videos, group_size, generator=draw)
+    return DualBatch(
+        model,
+        encoded,
+        prepared,
+        cots,
+        weight.to(dtype),
+    )
+
+
+def packed_objective(batch: DualBatch) -> Tensor:
+    """SUM over CoTs of weight (log-prob + reward), by a forward for each row of the batch."""
+    packed = pack(
+        batch.model,
+        batch.encoded,
+        batch.videos,
+        batch.cots,
+    )
+
+    # Both terms come from the same forward.
+    output = packed_forward(batch.model, packed, temperature=1.0)
+    log_prob_BG = output.log_prob_BGT.sum(-1)
+    reward_BG = output.reward_BGK[..., 0]
+    return (batch.weight_BG * (log_prob_BG + reward_BG)).sum()
+
+
+def single_objective(batch: DualBatch) -> Tensor:
+    """Compute the objective by a forward for each CoT."""
+    return packed_objective(batch.repeat())
+
+
+def double_objective(batch: DualBatch) -> Tensor:
+    """Compute the objective by two forwards for each CoT, with the query token and without."""
+    model = batch.model
+    rows = batch.repeat()
+    sequences = []
+    for prompt, cots in zip(rows.encoded, rows.cots, strict=True):
+        sequences.append(Encoded(prompt.prompt_ids, cots[0].ids))
+
+    # Rewards need the query token, log-probs do not.
+    with_query = model.batch(sequences, rows.videos)
+    reward_N1 = model(with_query)
+    without_query = model.batch(sequences, rows.videos, query=False)
+    hidden_NLD = model.hidden(without_query)
+
+    # Collect the hidden states before the tokens, the tokens, and the weights of their CoTs.
+    hidden = []
+    targets = []
+    weights = []
+    for index, sequence in enumerate(sequences):
+        start = len(sequence.prompt_ids) - 1
+        end = len(sequence.ids)
+        hidden.append(hidden_NLD[index, start:end])
+        targets += [*sequence.cot_ids, model.end_id]
+        weights.append(rows.weight_BG[index].expand(end - start))
+    log_prob = token_log_probs(
+        model,
+        torch.cat(hidden),
+        torch.tensor(targets),
+        temperature=1.0,
+    )
+    log_prob_sum = (torch.cat(weights) * log_prob).sum()
+    return log_prob_sum + (rows.weight_BG * reward_N1).sum()
+
+
+# By their names in the JSON file.
+OBJECTIVES = {
+    "two": double_objective,
+    "one": single_objective,
+    "packed": packed_objective,
+}
+
+
+def gradients(name: str, batch: DualBatch) -> list[Tensor]:
+    """Return the gradients of an objective for all trained parameters."""
+    objective = OBJECTIVES[name](batch)
+    parameters = batch.model.parameters()
+    trained = [p for p in parameters if p.requires_grad]
+    return list(torch.autograd.grad(objective, trained))
+
+
+def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference of gradients, relative to the largest gradient."""
+    # Relative to the largest, as small gradients are noise.
+    scale = max(float(gradient.abs().max()) for gradient in expected)
+    largest = 0.0
+    for a, b in zip(actual, expected, strict=True):
+        difference = (a - b).abs().max()
+        largest = max(largest, float(difference))
+    return largest / scale
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Compare gradients and seconds of the three ways, and write the JSON."""
+    parser = bench_parser(__doc__, "rm_forward")
     parser.add_argument("--base", default="assets/shapes/qwen")
     parser.add_argument("--videos", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--out", type=Path, default=Path("docs/results/rm_forward.json")
-    )
     args = parser.parse_args()
     quiet()
-    sizes = {"group_size": args.group_size, "tokens": args.tokens}
-    exact = Work(args.base, videos=2, dtype=torch.float64, **sizes)
-    reference = exact.gradients(exact.two)
-    error = {
-        way: worst(exact.gradients(getattr(exact, way)), reference)
-        for way in ("one", "packed")
+    sizes = {
+        "group_size": args.group_size,
+        "tokens": args.tokens,
     }
 
-    work = Work(args.base, videos=args.videos, dtype=torch.float32, **sizes)
-    ways = ("two", "one", "packed")
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for round_number in range(args.rounds + 1):
-        for way in ways:
-            start = time.perf_counter()
-            work.gradients(getattr(work, way))
-            if round_number:  # the first one warms up
-                seconds[way].append(time.perf_counter() - start)
-    median = {way: statistics.median(times) for way, times in seconds.items()}
-    result = {
-        "command": "python experiments/bench/rm_forward.py",
-        "prompt_tokens": len(work.encoded[0].prompt_ids),
+    # Gradients in fp64.
+    exact = make_batch(
+        args.base,
+        videos=2,
+        dtype=torch.float64,
+        **sizes,
+    )
+    expected = gradients("two", exact)
+    errors = {}
+    for name in ("one", "packed"):
+        errors[name] = relative_error(gradients(name, exact), expected)
+
+    # Seconds in fp32.
+    batch = make_batch(
+        args.base,
+        videos=args.videos,
+        dtype=torch.float32,
+        **sizes,
+    )
+    functions = {name: partial(gradients, name, batch) for name in OBJECTIVES}
+    seconds = median_seconds(functions, args.rounds)
+    record = {
+        "prompt_tokens": len(batch.encoded[0].prompt_ids),
         "chain_tokens": args.tokens,
         "group_size": args.group_size,
-        "relative_gradient_error_fp64": error,
-        "seconds": median,
-        "ratio_to_two": {way: median[way] / median["two"] for way in ("one", "packed")},
+        "relative_gradient_error_fp64": errors,
+        "seconds": seconds,
+        "ratio_to_two": {name: seconds[name] / seconds["two"] for name in errors},
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    say(json.dumps(result))
+    write_record(args.out, record)
 
 
 if __name__ == "__main__":

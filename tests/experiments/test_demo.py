@@ -1,4 +1,4 @@
-"""Run all steps of `make demo` through their entry points, each with less to do."""
+"""`make demo` from end to end: its own steps through its own entry points, each with less to do."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LESS = {
 
 
 def less(script: str, words: list[str]) -> list[str]:
-    """Add smaller values: the last of two values of a key counts."""
+    """The last of two values of a key counts."""
     if script == "launch/evaluate.py":
         return [*words, "limit=8"]
     return [*words, *LESS[script]]
 
 
 @pytest.mark.long
-def test_demo_runs_all_steps_and_writes_a_report(
+def test_demo_runs_all_steps_and_ends_with_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     whole = demo.plan
@@ -45,16 +45,17 @@ def test_demo_runs_all_steps_and_writes_a_report(
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["rm"]["heldout_accuracy"]["n"] > 0
     for reward in ("oracle", "descore"):
-        assert {name: result["n"] for name, result in summary[reward].items()} == {
+        assert {name: one["n"] for name, one in summary[reward].items()} == {
             "base": 8,
             "tuned": 8,
             "dpo": 8,
         }
-    # both runs moved the generator
-    assert len({result["mean"] for result in summary["oracle"].values()}) == 3
+    assert (
+        len({one["mean"] for one in summary["oracle"].values()}) == 3
+    )  # both runs moved the generator
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("data:video/mp4") > 3
-    assert "DeScore" in capfd.readouterr().out
+    assert "DeScore, stage 1: cold start" in capfd.readouterr().out
 
     demo.main()
     again = capfd.readouterr().out

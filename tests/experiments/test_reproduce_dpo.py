@@ -19,8 +19,8 @@ from experiments.reproduce_dpo import (
 from tests.launch.processes import run
 
 
-def test_update_costs_by_hand() -> None:
-    size = Size(judge_pairs=2000, prompts=100, epochs=0.5, heldout=240)
+def test_costs_by_hand() -> None:
+    size = Size(train_pairs=2000, prompts=100, epochs=0.5, heldout=240)
     assert (
         forwards_of_pairs(size) == 100 * 8 * 8
     )  # eight videos of eight steps, no guidance
@@ -31,7 +31,7 @@ def test_update_costs_by_hand() -> None:
     assert updates_of_grpo(size) == round((6400 + learned) / (32 * 50.5))
 
 
-def test_gains_are_paired_by_seed() -> None:
+def test_gains_are_taken_seed_by_seed() -> None:
     scores = {"base": {0: {"shapes": [0.1, 0.3]}, 1: {"shapes": [0.5, 0.9]}}}
     scores["dpo"] = {
         seed: {"shapes": [v + 0.125 for v in one["shapes"]]}
@@ -43,11 +43,11 @@ def test_gains_are_paired_by_seed() -> None:
 
 
 @pytest.mark.long
-def test_smallest_comparison_is_written(tmp_path: Path) -> None:
+def test_the_smallest_comparison(tmp_path: Path) -> None:
     words = [
         "--seeds",
         "0",
-        "--judge-pairs",
+        "--train-pairs",
         "32",
         "--prompts",
         "6",

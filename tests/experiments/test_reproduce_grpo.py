@@ -1,4 +1,4 @@
-"""The GRPO ablations at their smallest, with costs counted by hand."""
+"""The ablations at their smallest: trained and evaluated by the real commands, counted by hand."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_samples_of_a_rollout_by_hand() -> None:
     )
 
 
-def test_every_arm_differs_and_costs_what_the_recipe_costs() -> None:
+def test_arms_differ_and_cost_as_much_as_the_recipe() -> None:
     runs = {
         name: load(GrpoRun, configs_of(name), arm.extra) for name, arm in ARMS.items()
     }
@@ -82,7 +82,7 @@ def test_every_arm_differs_and_costs_what_the_recipe_costs() -> None:
     assert updates_of("tail_ab2", 400) == 400
 
 
-def test_oracle_differences_are_paired_by_seed() -> None:
+def test_differences_are_taken_seed_by_seed() -> None:
     outcomes = {
         GrpoArmRun(0, BASE): GrpoOutcome((0.5, 0.5)),
         GrpoArmRun(1, BASE): GrpoOutcome((0.1, 0.3)),
@@ -99,7 +99,7 @@ def test_oracle_differences_are_paired_by_seed() -> None:
 
 
 @pytest.mark.long
-def test_smallest_table_is_written_and_resumes(tmp_path: Path) -> None:
+def test_smallest_comparison_of_grpo(tmp_path: Path) -> None:
     words = ["--seeds", "0", "--updates", "1", "--prompts", "3", "--arms", "flow_grpo"]
     again = [
         sys.executable,
@@ -136,5 +136,5 @@ def test_smallest_table_is_written_and_resumes(tmp_path: Path) -> None:
         record["arms"]["base"]["oracle"]["mean"]
     )  # before training it is the base
     page = (tmp_path / "reproduce_grpo.md").read_text(encoding="utf-8")
-    assert "5120" in page
+    assert "Flow-GRPO | 1 | 128 | 5120 |" in page
     assert "<svg" in (tmp_path / "reproduce_grpo.svg").read_text(encoding="utf-8")

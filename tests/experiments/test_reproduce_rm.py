@@ -1,4 +1,4 @@
-"""The comparison of reward models at its smallest: trained and tested by the real commands."""
+"""The paper's comparison at its smallest: reward models trained and tested by the real commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from experiments.reproduce_rm import (
     TESTS,
     Cell,
     RmOutcome,
-    difference,
     mean_of,
     read_outcomes,
     sequences_of,
@@ -54,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.long
-def test_smallest_comparison_is_written(made: Path) -> None:
+def test_the_smallest_comparison(made: Path) -> None:
     record = json.loads(
         (made / "out" / "reproduce_rm.json").read_text(encoding="utf-8")
     )
@@ -68,7 +67,7 @@ def test_smallest_comparison_is_written(made: Path) -> None:
         assert all(
             1 <= found["accuracy"]["n"] <= 12 for found in judge["tests"].values()
         )
-    # the accuracy is what evaluate.py says of all tests together, by another route
+    # the accuracy equals that of evaluate.py over all tests
     folder = Cell(0, 48, "stage1").folder(made / "run")
     summary = json.loads(
         (folder / "tests" / "summary.json").read_text(encoding="utf-8")
@@ -89,8 +88,8 @@ def test_smallest_comparison_is_written(made: Path) -> None:
 
 
 @pytest.mark.long
-def test_each_method_gives_different_rewards(made: Path) -> None:
-    cells = [cell for chain in sequences_of(0, [48]) for cell in chain]
+def test_reward_models_of_all_methods_differ(made: Path) -> None:
+    cells = [cell for sequence in sequences_of(0, [48]) for cell in sequence]
     rewards = {}
     for cell in cells:
         rows = (
@@ -108,13 +107,14 @@ def test_each_method_gives_different_rewards(made: Path) -> None:
     assert sum(base.thought) / len(base.thought) > 0.7
 
 
-def test_steps_start_from_the_right_checkpoint() -> None:
+def test_steps_start_from_the_earlier_checkpoint() -> None:
     run_dir = Path("r")
-    train, judged = steps_of(Cell(1, 500, "descore"), run_dir, rl_steps=7)
+    train, evaluate = steps_of(Cell(1, 500, "descore"), run_dir, rl_steps=7)
     assert f"checkpoint={run_dir / 'seed1' / '500_stage1' / 'final'}" in train.arguments
     assert {"dual_rl.steps=7", "data.limit=500", "seed=1"} <= set(train.arguments)
     assert (
-        f"checkpoint={run_dir / 'seed1' / '500_descore' / 'final'}" in judged.arguments
+        f"checkpoint={run_dir / 'seed1' / '500_descore' / 'final'}"
+        in evaluate.arguments
     )
     (at_once,) = steps_of(Cell(1, 500, "stage1_at_once"), run_dir, rl_steps=7)
     assert {
@@ -122,14 +122,14 @@ def test_steps_start_from_the_right_checkpoint() -> None:
         "options={chains: 0}",
     } <= set(at_once.arguments)
     # what is trained comes before what starts from it
-    order = [cell.method for chain in sequences_of(0, [500]) for cell in chain]
+    order = [cell.method for sequence in sequences_of(0, [500]) for cell in sequence]
     assert order.index("stage1") < order.index("stage1_at_once")
     assert order.index("stage1") < order.index("descore")
     assert order.index("stage1_p0") < order.index("descore_p0")
     assert sorted(order) == sorted(METHODS)
 
 
-def test_stated_order_of_cots_by_hand() -> None:
+def test_stated_order_by_hand() -> None:
     def row(a: float | None, b: float | None, label: int) -> dict:
         parts = [
             None if x is None else {**dict.fromkeys(DIMENSIONS, 1.0), "subject": x}
@@ -151,12 +151,11 @@ def test_stated_order_of_cots_by_hand() -> None:
     line = next(
         x for x in stated_table(outcomes, 10) if "both stages, p = 0.5 | out" in x
     )
-    # a seed has four pairs of wan and one of each of three others;
-    # five of seven state the right order or a wrong one
+    # A seed has four pairs of wan and a pair of each of three others.
     assert line.endswith("| 0.571: 0.250 | 0.286: 0.500 | 0.143: 0.000 |")
 
 
-def test_mean_and_difference_over_seeds_by_hand() -> None:
+def test_over_seeds_and_differences_by_hand() -> None:
     def outcome(*right: float) -> dict[str, RmOutcome]:
         return {name: RmOutcome(right) for name in TESTS}
 
@@ -170,13 +169,13 @@ def test_mean_and_difference_over_seeds_by_hand() -> None:
         0.5
     )
     assert mean_of(outcomes, 10, "descore", TESTS[:1], "thought") is None
-    found = difference(outcomes, 10, "descore", "stage1", TESTS, "right")
+    found = mean_of(outcomes, 10, "descore", TESTS, "right", minus="stage1")
     assert found.mean == pytest.approx((0.25 + 0.0) / 2)
     assert found.low == 0.0
 
 
-def test_runs_ci95_has_the_spread_of_runs_and_values() -> None:
-    """R runs of n values, both normal: var(mean) = var_runs / R + var_values / (R n)."""
+def test_runs_ci95_has_the_spread_of_runs_and_of_values() -> None:
+    """Two normal stages, R runs of n values: var(mean) = var_runs / R + var_values / (R n)."""
     random = np.random.default_rng(0)
     centres = random.normal(size=40)
     runs = [[centre + 0.5 * random.normal(size=50)] for centre in centres]
@@ -191,7 +190,7 @@ def test_runs_ci95_has_the_spread_of_runs_and_values() -> None:
     assert found.n == 2000
 
 
-def test_runs_ci95_of_one_run_has_the_spread_of_values() -> None:
+def test_runs_ci95_single_run_has_the_spread_of_its_values() -> None:
     values = np.random.default_rng(0).normal(size=400)
     found = runs_ci95([[values]], seed=0)
     assert (found.high - found.low) / (2 * 1.96) == pytest.approx(
