@@ -171,7 +171,7 @@ def test_resume_with_another_seed_exits_2(
     with pytest.raises(SystemExit) as exit_:
         evaluated(config, "seed=5")
     assert exit_.value.code == 2
-    assert "seed:" in capsys.readouterr().err
+    assert "seed: 0" in capsys.readouterr().err
     evaluated(config, "seed=5", "--resume", "none")
     rows = read_rows(config.parent / "eval" / "results.jsonl")
     assert rows[0]["seed"] == derive_seed(5, "evaluate", 0)
