@@ -230,7 +230,7 @@ def test_nodes_with_different_options_exit_2(
         nodes, config, run, of=lambda name: ["optimizer.lr=1e-3"] if name == "b" else []
     )
     assert codes(both, timeout=120) == [2, 2], nodes.said("a") + nodes.said("b")
-    assert "config.optimizer.lr:" in nodes.said("a")
+    assert "config.optimizer.lr: 0.002" in nodes.said("a")
     assert not run.exists()
 
 
