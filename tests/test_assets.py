@@ -1,4 +1,4 @@
-"""The shipped tiny weights are what the README says of them: stock layouts, small, and measured again here."""
+"""The shipped tiny weights are small, have stock layouts and the README's accuracy."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_vision_language_model_sees_every_attribute() -> None:
 
     videos, wishes = examples(192, random.Random(12), clean=True)
     measured = evaluate(DeScore.from_base(ASSETS / "qwen"), videos, wishes, seed=12)
-    # 0.95 is the claim, measured on 512; a sample of 192 may fall short of it by its own noise, two sigma
+    # 0.95 was measured on 512; a sample of 192 may be lower by its noise, two sigma.
     assert {name: measured[name] for name in VALUES} == pytest.approx(
         dict.fromkeys(VALUES, 1.0), abs=0.05 + 0.03
     )

@@ -1,4 +1,4 @@
-"""Parsers that meet foreign input, on what hypothesis makes up: an answer or the error they promise, nothing else."""
+"""Parsers of foreign input, on texts made by hypothesis: an answer or the documented error."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def mp4(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @settings(EXAMPLES, max_examples=60)
 @given(st.data())
 def test_damaged_videos(mp4: bytes, tmp_path: Path, data: st.DataObject) -> None:
-    """Bytes changed, cut out or cut off anywhere: frames of the right form, or the error that names the file."""
+    """Damaged bytes give frames of the right form or the error that names the file."""
     content = bytearray(mp4)
     for _ in range(data.draw(st.integers(1, 6))):
         content[data.draw(st.integers(0, len(mp4) - 1))] = data.draw(

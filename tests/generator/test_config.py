@@ -9,7 +9,7 @@ from generator.config import WAN_LINEARS, GeneratorConfig, LoraConfig, SamplerCo
 
 
 def test_defaults_are_the_papers() -> None:
-    """LongCat-Video 2510.22200, Table 9, with the shift and the guidance of the open Wan reproduction."""
+    """LongCat-Video 2510.22200, Table 9; shift and guidance of the open Wan reproduction."""
     sampler = SamplerConfig()
     assert (
         sampler.num_steps,
@@ -35,7 +35,7 @@ def test_defaults_are_the_papers() -> None:
         (SamplerConfig, {"shift": -1.0}, ["shift", "-1.0"]),
         (SamplerConfig, {"noise_level": -0.5}, ["noise_level", "-0.5"]),
         (SamplerConfig, {"max_std": 0.0}, ["max_std", "0.0"]),
-        (SamplerConfig, {"max_std": None}, ["max_std", "noise_level", "1.0", "null"]),
+        (SamplerConfig, {"max_std": None}, ["max_std", "noise_level"]),
         (SamplerConfig, {"guidance_scale": 0.5}, ["guidance_scale", "0.5"]),
         (
             SamplerConfig,

@@ -60,7 +60,7 @@ def noise_of(*parts: int | str) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_members_differ_by_their_noise_alone(seed: int) -> None:
-    """With v = 0 nothing moves but at step k: next = x_T (1 - tau^2 / (2 sigma)) + tau xi_g, and clean = next."""
+    """With v = 0 only step k moves: next = x_T (1 - tau^2 / (2 sigma)) + tau xi_g."""
     group = roll(lambda x, _: torch.zeros_like(x), seed=seed)
     k = stochastic_step(seed, 3)
     (step,) = group.steps

@@ -1,4 +1,4 @@
-"""Samplers of the sister algorithms: which steps are stochastic, what is shared, the other kernel, the other tail."""
+"""Samplers of the related algorithms: stochastic steps, shared noise, kernels and tails."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_stochastic_steps_with_a_gap_are_refused() -> None:
 
 
 def test_cps_by_hand() -> None:
-    """sigma 0.8 -> 0.5, eta 0.5: std = 0.5 sin(45 deg); x 1, v 0.25 say video 0.8 and noise 1.05."""
+    """sigma 0.8 -> 0.5, eta 0.5: std = 0.5 sin(45 deg); x 1, v 0.25: video 0.8, noise 1.05."""
     law = cps_transition(
         torch.tensor([[1.0]]), torch.tensor([[0.25]]), 0.8, 0.5, noise_level=0.5
     )
@@ -161,7 +161,7 @@ def test_cps_without_noise_is_the_euler_step() -> None:
 def test_cps_keeps_every_coefficient_where_the_video_is_known(
     noise_level: float,
 ) -> None:
-    """One data point c: v = (x - c) / sigma tells video and noise apart, so x stays N((1 - sigma) c, sigma^2)."""
+    """With a single data point c, v = (x - c) / sigma and x stays N((1 - sigma) c, sigma^2)."""
     torch.manual_seed(0)
     c, grid = 0.7, sigma_grid(12, shift=3.0).tolist()
     x = torch.randn(200_000, dtype=torch.float64)
@@ -236,7 +236,10 @@ def test_noise_without_a_ceiling_may_start_below_one() -> None:
 
 @pytest.mark.parametrize(("walk", "order"), [(ode, 1.0), (ode_ab2, 2.0)])
 def test_order_of_convergence(walk: Callable, order: float) -> None:
-    """x' = v = x cos(3 sigma): x(0) = x(1) exp(-sin(3) / 3). Halving the steps divides the error by 2^order."""
+    """x' = v = x cos(3 sigma) has x(0) = x(1) exp(-sin(3) / 3).
+
+    Halving the steps divides the error by 2^order.
+    """
     exact = math.exp(-math.sin(3.0) / 3.0)
     errors = []
     for steps in (64, 128):
@@ -250,7 +253,7 @@ def test_order_of_convergence(walk: Callable, order: float) -> None:
 
 
 def test_ab2_is_exact_where_the_velocity_is_linear_in_sigma() -> None:
-    """v = sigma does not depend on x: after Euler's first step the rest is exact, whatever the steps' lengths."""
+    """For v = sigma all steps after the first Euler step are exact, with any step lengths."""
     grid = [1.0, 0.9, 0.55, 0.5, 0.0]
     x = ode_ab2(
         lambda x, sigma: torch.full_like(x, sigma),

@@ -131,7 +131,7 @@ def test_shards_are_read_by_stock_diffusers_and_by_us(
         for name, weight in stock.state_dict().items()
     )
     files[0].unlink()
-    with pytest.raises(FileNotFoundError, match=f"lacks {files[0].name}"):
+    with pytest.raises(FileNotFoundError, match=files[0].name):
         weights.read(tmp_path / "many")
 
 
@@ -144,12 +144,12 @@ def test_weights_that_do_not_fit_their_config_are_not_read(
         {name: tensor for name, tensor in state.items() if name != "proj_out.bias"},
         file,
     )
-    with pytest.raises(ValueError, match=r"missing proj_out\.bias"):
+    with pytest.raises(ValueError, match=r"proj_out\.bias"):
         weights.read(tmp_path)
     (file.parent / "config.json").write_text(
         '{"_class_name": "CogVideoXTransformer3DModel"}'
     )
     with pytest.raises(ValueError, match="CogVideoXTransformer3DModel"):
         weights.read(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"transformer/config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         weights.read(tmp_path / "none")

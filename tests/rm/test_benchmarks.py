@@ -87,7 +87,7 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
     path = write(
         tmp_path, ["path_A", "path_B", "prompt", "VQ"], ["v/a.mp4", "v/b.mp4", "p", "A"]
     )
-    with pytest.raises(ValueError, match=r"bench\.csv: lacks the columns \['TA'\]"):
+    with pytest.raises(ValueError, match="'TA'"):
         read_benchmark(path, "videogen")
 
 

@@ -1,4 +1,4 @@
-"""Stage 1 on a real, random Qwen3-VL: it learns, and what it does depends on nothing it should not depend on."""
+"""Stage 1 learns on a random Qwen3-VL and depends only on its data, settings and seed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LABELS = (1, -1, 1, -1)
 
 
 class PlainEngine:
-    """What a deepspeed engine does to one rank: MEAN over ``accumulation`` backwards, then a step."""
+    """An engine as deepspeed's: the MEAN over ``accumulation`` backwards, then a step."""
 
     def __init__(self, groups: list[dict], accumulation: int) -> None:
         self.optimizer = torch.optim.AdamW(groups)
@@ -259,7 +259,8 @@ def test_evaluation_never_masks_and_never_drops_out(pairs):
     ("cache_gb", "decoded"), [(1.0, 8), (0.0, 24), (200_000 / 2**30, 22)]
 )
 def test_videos_are_kept_while_there_is_room(pairs, monkeypatch, cache_gb, decoded):
-    # a video is 4 x 4 x 4 patches of 3 * 2 * 8 * 8 floats, 98 kB, and some 150 ids: one of the 8 fits into 200 kB
+    # A video is 4 x 4 x 4 patches of 3 * 2 * 8 * 8 floats, 98 kB, and some 150 ids:
+    # one of the 8 fits into 200 kB.
     calls = []
     real = rm.cold_start.prepare
     monkeypatch.setattr(
@@ -276,7 +277,7 @@ def test_a_number_that_is_none_is_told(pairs, capsys):
     with torch.no_grad():
         loop.model.head.weight.fill_(math.inf)
     assert not math.isfinite(loop.step(3)["train/loss"])
-    assert "in step 3" in capsys.readouterr().out
+    assert "step 3" in capsys.readouterr().out
 
 
 def test_ranks_and_micro_batches_must_divide_a_step():
@@ -333,4 +334,4 @@ def test_a_typo_is_exit_2_at_once():
         "configs/shapes/cold_start.yaml",
         "cold_start.epoch=3",
     )
-    assert "did you mean 'cold_start.epochs'" in said
+    assert "'cold_start.epochs'" in said

@@ -82,8 +82,13 @@ def test_a_step_syncs_writes_all_its_chains_at_once_and_lets_the_engine_rest(pai
     loop.step(0)
     loop.step(1)
     assert [note[:2] for note in diary.notes] == [
-        ("sync", 0), ("write", 0), ("rest",), ("sync", 2), ("write", 2), ("rest",),
-    ]  # fmt: skip
+        ("sync", 0),
+        ("write", 0),
+        ("rest",),
+        ("sync", 2),
+        ("write", 2),
+        ("rest",),
+    ]
     assert [note[2:] for note in diary.notes if note[0] == "write"] == [
         (8, G)
     ] * 2  # two videos of four pairs
@@ -92,7 +97,7 @@ def test_a_step_syncs_writes_all_its_chains_at_once_and_lets_the_engine_rest(pai
 
 
 def test_whoever_writes_ratios_are_of_the_trained_model(pairs):
-    """Chains from hot sampling, far from the model's own distribution: log-probs and the first ratio do not know."""
+    """CoTs sampled at a high temperature give the same log-probs and first ratio."""
 
     class Hot(HfBackend):
         def write(self, encoded, videos, how, **options):
@@ -130,11 +135,11 @@ def test_settings_of_the_engine_are_checked_with_the_config():
         {"x": 1},
     )
     for override, message in (
-        ("cot_backend.kind=vllm", "needs python"),
-        ("writer.gpu_memory=1.5", "gpu_memory"),
-        ("writer.gpu_memroy=0.5", "gpu_memory"),
-        ("writer.max_model_len=0", "max_model_len"),
-        ("writer.timeout_s=0", "timeout_s"),
+        ("cot_backend.kind=vllm", "python"),
+        ("cot_backend.gpu_memory=1.5", "gpu_memory"),
+        ("cot_backend.gpu_memroy=0.5", "gpu_memory"),
+        ("cot_backend.max_model_len=0", "max_model_len"),
+        ("cot_backend.timeout_s=0", "timeout_s"),
     ):
         with pytest.raises(ConfigError, match=message):
             load(DualRlRun, YAML, [override])

@@ -108,7 +108,7 @@ def test_scoring_training_and_packing_give_the_same_rewards(three, videos) -> No
 
 @torch.no_grad()
 def test_a_query_changes_no_reward_before_it(three, videos) -> None:
-    """Attention is causal: the first of three queries is the only one of a judge that has no more."""
+    """Attention is causal: the first of three queries equals a single query."""
     one = judge_of({"VQ": RewardDimension()})
     one.query.data, one.head.weight.data = (
         three.query.data[:1],
@@ -348,14 +348,17 @@ def test_calibration_by_hand(tmp_path) -> None:
         Calibration.of({"overall": [None]}, chains=1)
     with pytest.raises(ValueError, match="std"):
         Calibration.of({"overall": [2.0, 2.0]}, chains=1)
-    with pytest.raises(FileNotFoundError, match=r"launch/calibrate\.py"):
+    with pytest.raises(FileNotFoundError, match=r"calibrate\.py"):
         Calibration.load(tmp_path / "nothing")
 
 
 def test_labels_come_from_columns_answers_and_the_preference(tmp_path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.mp4").write_bytes(b"")
-    scores = '"video_1_scores": {"subject": 2, "style": "N/A"}, "video_2_scores": {"subject": "1", "style": 2}'
+    scores = (
+        '"video_1_scores": {"subject": 2, "style": "N/A"}, '
+        '"video_2_scores": {"subject": "1", "style": 2}'
+    )
     with (tmp_path / "t.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["videos", "prompt", "GSB", "answer", "VQ"])

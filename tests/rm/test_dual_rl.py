@@ -1,4 +1,4 @@
-"""Stage 2 on a real, random Qwen3-VL: numbers by hand, and one test for each way the official release goes wrong."""
+"""Stage 2 on a random Qwen3-VL: numbers by hand, and tests of the official defects."""
 
 from __future__ import annotations
 
@@ -53,9 +53,15 @@ def pairs(tmp_path_factory) -> list[Pair]:
 
 def build(pairs, *, lora=True, rates=RATES, **changes) -> DualRl:
     options = {
-        "pairs_per_step": 4, "pairs_per_update": 4, "micro_batch": 4, "group_size": G, "max_new_tokens": 12,
-        "kl_weight": 0.1, "bt_weight": 0.5, "weight_decay": 0.0,
-    }  # fmt: skip
+        "pairs_per_step": 4,
+        "pairs_per_update": 4,
+        "micro_batch": 4,
+        "group_size": G,
+        "max_new_tokens": 12,
+        "kl_weight": 0.1,
+        "bt_weight": 0.5,
+        "weight_decay": 0.0,
+    }
     cfg = DualRlConfig(**{**options, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -87,7 +93,7 @@ def chains_of(rollouts: rm.cot_rollout.Rollouts) -> list[list[list[list[int]]]]:
 
 
 def test_defect_1_every_sequence_gets_its_own_reward(pairs, monkeypatch) -> None:
-    """Rewards are made from the text; advantages must follow the sequences they are multiplied with."""
+    """Rewards come from the text; each sequence is multiplied with its advantage."""
 
     def letters(text: str, truth, *, tokens: int, how) -> RuleReward:
         value = float(sum((ord(c) * (i + 1)) % 17 for i, c in enumerate(text)))
@@ -192,7 +198,7 @@ def test_defect_6_an_error_in_the_preference_loss_travels(pairs, monkeypatch) ->
         raise ZeroDivisionError("on purpose")
 
     monkeypatch.setattr(rm.dual_rl, "preference_loss", broken)
-    with pytest.raises(ZeroDivisionError, match="on purpose"):
+    with pytest.raises(ZeroDivisionError, match="purpose"):
         build(pairs).step(0)
 
 
@@ -263,11 +269,11 @@ def test_the_reference_is_the_frozen_first_stage(pairs) -> None:
 
 def test_without_adapters_there_is_no_reference_to_switch_to(pairs) -> None:
     with (
-        pytest.raises(ValueError, match="no adapter"),
+        pytest.raises(ValueError, match="adapter"),
         adapters_off(build(pairs, lora=False).model),
     ):
         pass
-    with pytest.raises(ValueError, match="no adapter"):
+    with pytest.raises(ValueError, match="adapter"):
         build(pairs, lora=False).step(0)
     assert build(pairs, lora=False, kl_weight=0.0).step(0)["train/kl"] == 0.0
 

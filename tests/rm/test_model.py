@@ -69,7 +69,8 @@ def test_positions_are_those_of_the_stock_model(model, videos, encoded):
 
 
 def test_positions_by_hand():
-    # text, text, a 1 x 2 patch, text, a 1 x 2 patch, text; grid in patches before merging: 2 x 2 x 4
+    # text, text, a 1 x 2 patch, text, a 1 x 2 patch, text;
+    # the grid in patches before merging is 2 x 2 x 4.
     is_video = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 0]]).bool()
     found = rope_positions(is_video, torch.tensor([[2, 2, 4]]), 2)[:, 0].tolist()
     assert found == [
@@ -94,9 +95,12 @@ def test_reward_by_another_route(model, videos, encoded):
     )
     vision = stock.model.get_video_features(batch.patches, batch.grid_B3)
     hidden = stock.model(
-        input_ids=None, inputs_embeds=embedded, position_ids=positions, attention_mask=batch.mask_BL,
+        input_ids=None,
+        inputs_embeds=embedded,
+        position_ids=positions,
+        attention_mask=batch.mask_BL,
         mm_encoder_outputs={"video": vision},
-    ).last_hidden_state  # fmt: skip
+    ).last_hidden_state
     want = (
         hidden[torch.arange(4), batch.last_B].double() * model.head.weight.double()
     ).sum(-1)
@@ -313,7 +317,7 @@ def test_what_is_missing_is_named(tmp_path):
         DeScore.from_base(tmp_path)
     judge().save(tmp_path)
     (tmp_path / DESCORE_FILE).write_text(json.dumps({"format": 2}))
-    with pytest.raises(ValueError, match="format 2"):
+    with pytest.raises(ValueError, match="format"):
         DeScore.load(tmp_path)
 
 
@@ -326,5 +330,5 @@ def test_wrong_settings_and_batches(model, videos):
             VideoSettings(patch_size=8, merge_size=4),
             264,
         )
-    with pytest.raises(ValueError, match="0 sequences"):
+    with pytest.raises(ValueError, match=r"\b0\b"):
         model.batch([], [])

@@ -61,7 +61,7 @@ def packed(model, encoded, videos) -> Packed:
 
 
 def alone(model, encoded, video, chain):
-    """(log-probs of the tokens and the end, reward), the plain way: one forward with the query and one without."""
+    """Return log-probs and reward by a forward with the query and a forward without."""
     sequence = Encoded(encoded.prompt_ids, chain.ids)
     plain = model.batch([sequence], [video], query=False)
     logits = model.backbone.lm_head(model.hidden(plain)[0]).masked_fill(

@@ -1,4 +1,4 @@
-"""The reward model users call: from a folder, on frames or files, with or without a chain of thought."""
+"""The scorer loads a folder and scores frames or files, with or without CoT."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_score_only_mode_is_the_masked_sequence(folder, video_BTYXC):
 def test_unfinished_chains_get_a_second_try_and_then_no_score(
     scorer, score, video_BTYXC
 ):
-    """With limit n a chain of up to n - 1 letters is judged at once, of up to 2 n - 1 at the second try, else never."""
+    """With limit n, CoTs of at most 2 n - 1 letters are scored, from n on at the second try."""
     lengths = [len(text) for text in score.texts]  # a letter is a token
     classes = [
         {(n >= limit) + (n >= 2 * limit) for n in lengths} for limit in range(41)
@@ -201,7 +201,7 @@ def test_unfinished_chains_get_a_second_try_and_then_no_score(
 
 
 def test_several_chains_are_averaged(folder, score, video_BTYXC):
-    """The mean and spread of the full forwards over N single chains; the first is the one a single judgement writes."""
+    """Mean and spread are those of N single CoTs; the first is that of a single scoring."""
     many = speaking(folder, chains=3)
     found = many.score(video_BTYXC, PROMPTS, fps=4.0)
     assert found.texts == score.texts
@@ -315,7 +315,8 @@ def test_files_are_decoded_once_and_frames_never(
 
 
 def test_parts_are_what_the_chain_states():
-    good = '<answer>{"dimensional_scores": {"subject": "2", "dynamics": 0, "camera": "N/A"}}</answer>'
+    scores = '{"subject": "2", "dynamics": 0, "camera": "N/A"}'
+    good = f'<answer>{{"dimensional_scores": {scores}}}</answer>'
     parts = _parts([good, "no answer"])
     assert parts["subject"].tolist() == pytest.approx([2.0, math.nan], nan_ok=True)
     assert parts["dynamics"].tolist() == pytest.approx([0.0, math.nan], nan_ok=True)
@@ -365,7 +366,7 @@ def test_parts_of_complete_answers(folder, video_BTYXC, monkeypatch, chains):
 
 
 def test_errors(scorer, folder, video_BTYXC, tmp_path):
-    with pytest.raises(ValueError, match="2 videos"):
+    with pytest.raises(ValueError, match="videos"):
         scorer.score(video_BTYXC[:2], PROMPTS[:1], fps=4.0)
     with pytest.raises(ValueError, match="fps"):
         scorer.score(video_BTYXC[:1], PROMPTS[:1])

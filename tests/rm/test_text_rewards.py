@@ -20,7 +20,8 @@ TRUTH = {"subject": 2, "dynamics": 1, "camera": None, "environment": 0, "style":
 
 
 def chain(scores: dict[str, object], before: str = "seen\n") -> str:
-    return f"{before}<answer>{json.dumps({'dimensional_scores': scores, 'overall_score': '3.00'})}</answer>"
+    answer = json.dumps({"dimensional_scores": scores, "overall_score": "3.00"})
+    return f"{before}<answer>{answer}</answer>"
 
 
 def test_quality_is_the_share_of_the_truths_dimensions() -> None:
@@ -123,7 +124,8 @@ def test_the_total_is_the_weighted_sum() -> None:
 
 
 def test_preference_rewards_are_win_rates_between_the_groups() -> None:
-    # A says 4, 3, nothing, 2; B says 3, 1. A is better: 4 beats both, 3 beats 1 alone, 2 beats 1 alone
+    # Scores of A: 4, 3, nothing, 2; of B: 3, 1. A is better:
+    # 4 beats both, 3 and 2 beat 1 only.
     of_A, of_B = preference_rewards([4.0, 3.0, None, 2.0], [3.0, 1.0], 1)
     assert of_A == [1.0, 0.5, 0.0, 0.5]
     assert of_B == [1 / 4, 3 / 4]

@@ -180,7 +180,7 @@ def test_worthless_videos_score_low(kind: str) -> None:
 def test_wrong_input_is_an_error() -> None:
     with pytest.raises(ValueError, match="uint8"):
         observe(torch.zeros(9, 32, 32, 3))
-    with pytest.raises(ValueError, match="a cat on a mat"):
+    with pytest.raises(ValueError, match="cat"):
         measure(render(scenes(1, 0))[0], "a cat on a mat")
 
 

@@ -66,5 +66,5 @@ def test_a_permuted_batch_has_permuted_scores(kind: str) -> None:
 
 
 def test_tiny_frames_have_no_flow() -> None:
-    with pytest.raises(ValueError, match="at least 16 pixels, got 8 x 8"):
+    with pytest.raises(ValueError, match=r"\b16\b"):
         Dynamics().score(torch.zeros(1, 2, 8, 8, 3, dtype=torch.uint8), ["a"], fps=8.0)

@@ -1,4 +1,4 @@
-"""Text and frames by CLIP and SigLIP: real classes, random weights, against the models' own logits."""
+"""Rewards by CLIP and SigLIP equal the logits of the real classes with random weights."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_prompts_and_frames_matter_and_places_do_not(folder: Path) -> None:
 
 
 def test_what_cannot_be_is_named(folder: Path) -> None:
-    with pytest.raises(ValueError, match="got 8, 32, 0"):
+    with pytest.raises(ValueError, match=r"\b0\b"):
         Similarity(folder, best=0)
     with pytest.raises(ValueError, match="checkpoint"):
         build_rewards({"similarity": RewardConfig()})
