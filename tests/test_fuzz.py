@@ -78,7 +78,8 @@ def outcome(call: Callable[[], T], error: type[Exception]) -> tuple[T | None, st
 
 @EXAMPLES
 @given(st.tuples(TEXT, ANSWERS | TEXT, TEXT).map("".join))
-def test_what_a_judge_writes(text: str) -> None:
+@pytest.mark.slow
+def test_fuzz_cot_answers(text: str) -> None:
     answer = parse_answer(text)
     if answer is not None:
         assert set(answer.scores) <= set(DIMENSIONS)
@@ -97,7 +98,7 @@ def test_what_a_judge_writes(text: str) -> None:
 @given(
     TEXT, st.sampled_from(["", "<|im_end|>", "<|video_pad|>", "<|endoftext|>"]), TEXT
 )
-def test_what_a_prompt_spells(before: str, token: str, after: str) -> None:
+def test_fuzz_prompt_control_tokens(before: str, token: str, after: str) -> None:
     """No control token comes of it, and no word of it is lost."""
     tokenizer = tiny_tokenizer()
     ids = encode_text(tokenizer, before + token + after)

@@ -1,7 +1,7 @@
 """A WanPipeline folder of real classes with 40 thousand random weights.
 
-Weights are drawn larger than the classes' own initialisation, which leaves a tiny transformer nearly deaf to its
-prompt and its timestep; a test against such a model would pass with either of them ignored.
+Weights are drawn larger than by the classes' initialisation, with which a tiny transformer
+hardly depends on prompt and timestep: tests would pass with either of them ignored.
 """
 
 from __future__ import annotations

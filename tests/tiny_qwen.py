@@ -107,8 +107,9 @@ def vision_ids() -> dict[str, int]:
 
 
 def lively(kind: type[T], config: PreTrainedConfig, *, seed: int = 0) -> T:
-    """A random model in eval mode. Its own initialisation is so small that every input looks alike: the weights are
-    spread, so that tests see differences.
+    """Build a random model in eval mode whose outputs differ between inputs.
+
+    The weights are spread, because those of the default initialisation are too small.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -85,7 +85,7 @@ def test_formats_that_can_run_code_are_refused(tmp_path, name):
         checkpoint.save_tensors(tmp_path / name, {})
 
 
-def test_the_last_k_are_kept(tmp_path):
+def test_checkpoint_pruning_keeps_last_k(tmp_path):
     save(tmp_path, 1, 2, 3, 4, keep=2)
     assert names(tmp_path) == ["step-000003", "step-000004"]
 
@@ -140,9 +140,7 @@ DAMAGES = {
 @pytest.mark.parametrize(
     "name", ["engine/w.safetensors", "state.json", "manifest.json"]
 )
-def test_any_damage_falls_back_to_the_one_before_and_says_so(
-    tmp_path, capsys, name, damage
-):
+def test_damaged_checkpoint_falls_back_to_previous(tmp_path, capsys, name, damage):
     older, newer = save(tmp_path, 1, 2)
     DAMAGES[damage](newer / name)
     problems = checkpoint.verify(newer)
@@ -155,7 +153,7 @@ def test_any_damage_falls_back_to_the_one_before_and_says_so(
     assert value_of(older) == 1.0
 
 
-def test_every_flipped_byte_of_a_manifest_is_noticed_or_harmless(tmp_path):
+def test_flipped_manifest_byte_is_detected_or_harmless(tmp_path):
     (path,) = save(tmp_path, 3)
     manifest = path / "manifest.json"
     whole = manifest.read_bytes()
@@ -169,14 +167,14 @@ def test_every_flipped_byte_of_a_manifest_is_noticed_or_harmless(tmp_path):
             )
 
 
-def test_all_damaged_is_none(tmp_path):
+def test_all_checkpoints_damaged_returns_none(tmp_path):
     for path in save(tmp_path, 1, 2):
         (path / "state.json").unlink()
     assert checkpoint.latest(tmp_path) is None
     assert checkpoint.latest(tmp_path / "nowhere") is None
 
 
-def test_a_failing_write_leaves_the_earlier_one_and_the_next_save_clears_up(tmp_path):
+def test_failed_write_leaves_earlier_checkpoint(tmp_path):
     save(tmp_path, 1)
 
     def write(folder: Path) -> None:
@@ -191,7 +189,7 @@ def test_a_failing_write_leaves_the_earlier_one_and_the_next_save_clears_up(tmp_
     assert names(tmp_path) == ["step-000002"]
 
 
-def test_a_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path):
+def test_state_that_is_not_json_is_refused_before_writing(tmp_path):
     with pytest.raises(TypeError):
         checkpoint.save(
             tmp_path / "new", 1, put(1.0), keep=1, state={"rng": torch.zeros(2)}
@@ -199,7 +197,7 @@ def test_a_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "new").exists()
 
 
-def test_a_full_disk_is_found_out_before(tmp_path, monkeypatch):
+def test_full_disk_is_detected_before_saving(tmp_path, monkeypatch):
     save(tmp_path, 1)
     took = sum(
         file.stat().st_size
@@ -221,7 +219,7 @@ def test_a_full_disk_is_found_out_before(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [8, 340])
-def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, limit):
+def test_disk_that_fills_up_leaves_earlier_checkpoints(tmp_path, limit):
     """Files may hold so many bytes: the tensors do not fit, or only state.json does not."""
     save(tmp_path, 1)
     child = os.fork()
@@ -249,7 +247,7 @@ def test_impossible_numbers_are_refused(tmp_path, arguments):
         checkpoint.save(tmp_path, write=put(1.0), state={}, **arguments)
 
 
-def test_one_folder_holds_one_history(tmp_path, capsys):
+def test_abandoned_history_is_removed(tmp_path, capsys):
     save(tmp_path, 1, 2, 3, 4)
     # resumed from step 1: what the abandoned run reached must not win the next resume
     checkpoint.save(tmp_path, 2, put(22.0), keep=10, state={})
@@ -291,7 +289,10 @@ def save_and_die(root: Path, step: int, survive: int) -> int:
 # A new step: the kill leaves step 2, then step 3. The same step again: the old step 2,
 # for a moment only step 1, then the new step 2.
 @pytest.mark.parametrize(("step", "stages"), [(3, [2.0, 9.0]), (2, [2.0, 1.0, 9.0])])
-def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, step, stages):
+@pytest.mark.slow
+def test_kill_at_any_file_operation_leaves_a_complete_checkpoint(
+    tmp_path, step, stages
+):
     found = []
     for survive in range(60):
         root = tmp_path / str(survive)
@@ -312,7 +313,7 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, step, 
     ] == stages
 
 
-def test_resume_finds_what_was_asked_for(tmp_path):
+def test_resume_selects_the_requested_checkpoint(tmp_path):
     older, newer = save(tmp_path, 1, 2)
     assert checkpoint.resolve_resume("none", tmp_path) is None
     assert checkpoint.resolve_resume("auto", tmp_path) == newer

@@ -179,7 +179,7 @@ class TestLoad:
             RunConfig, None, ["generator.sampler.max_std=.inf"]
         ).generator.sampler.max_std == float("inf")
 
-    def test_every_mistake_is_reported_at_once_with_its_place(self, tmp_path):
+    def test_all_config_errors_are_reported_with_lines(self, tmp_path):
         path = write(
             tmp_path,
             """\
@@ -248,7 +248,7 @@ class TestLoad:
         assert line.startswith("config: seed=-1")
         assert line.endswith("(command line)")
 
-    def test_null_takes_an_entry_out_and_nothing_else_does(self, tmp_path):
+    def test_only_null_removes_an_entry(self, tmp_path):
         path = write(tmp_path, "rewards: {motion: {weight: 1}, taste: {weight: 2}}\n")
         assert set(load(RunConfig, path).rewards) == {"descore", "motion", "taste"}
         assert set(load(RunConfig, path, ["rewards.motion=null"]).rewards) == {
@@ -280,7 +280,7 @@ class TestLoad:
         assert len(got) == 1
         assert "num_stpes" in got[0]
 
-    def test_what_is_required_is_missed(self, tmp_path):
+    def test_missing_required_key_is_reported(self, tmp_path):
         (line,) = errors_of(None, schema=NeedsPath)
         assert line.startswith("generator:")
         got = errors_of(None, "generator.size=3", schema=NeedsPath)
@@ -298,7 +298,7 @@ class TestLoad:
     def test_a_broken_interpolation_is_named(self, value):
         assert errors_of(None, f"seed={value}")[0].startswith("seed: ")
 
-    def test_a_missing_or_broken_yaml_is_named_beside_other_mistakes(self, tmp_path):
+    def test_missing_or_broken_yaml_is_reported_with_other_errors(self, tmp_path):
         got = errors_of(tmp_path / "nope.yaml", "sede=1")
         assert "nope.yaml" in got[0]
         assert "'seed'" in got[1]
@@ -335,7 +335,7 @@ class TestSafeYaml:
             ("c",): 3,
         }
 
-    def test_python_tags_run_nothing(self, tmp_path):
+    def test_python_tags_in_yaml_run_no_code(self, tmp_path):
         canary = tmp_path / "canary"
         for tag in (
             "!!python/object/apply:os.system",
@@ -348,7 +348,7 @@ class TestSafeYaml:
                 parse(f"a: {tag} ['touch {canary}']")
         assert not canary.exists()
 
-    def test_bombs_are_refused_quickly(self):
+    def test_yaml_bombs_are_refused(self):
         start = time.perf_counter()
         lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
         lines += [

@@ -51,8 +51,9 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(2)]
 
 
+@pytest.mark.slow
 class TestTwoRanks:
-    def test_who_is_who(self, ranks):
+    def test_ranks_know_rank_and_world_size(self, ranks):
         assert [(r["rank"], r["world"], r["is_main"]) for r in ranks] == [
             (0, 2, True),
             (1, 2, False),

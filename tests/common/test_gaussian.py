@@ -90,7 +90,7 @@ def test_impossible_spreads_are_refused(std):
         Gaussian(torch.zeros(1, 2), std)
 
 
-def test_no_noise_no_density():
+def test_log_prob_without_noise_raises():
     still = Gaussian(torch.zeros(1, 2), 0.0)
     with pytest.raises(ValueError, match="std"):
         log_prob(still, torch.zeros(1, 2))

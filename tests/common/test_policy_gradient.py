@@ -68,12 +68,12 @@ class TestGroupAdvantages:
 
     @pytest.mark.parametrize("scale", ["none", "group", "max_group"])
     @pytest.mark.parametrize("value", [0.0, 0.1, 1e6 + 0.1, -3.3e-7])
-    def test_a_reward_without_spread_is_exactly_zero(self, scale, value):
+    def test_reward_without_spread_has_zero_advantage(self, scale, value):
         # three times 0.1 has a mean that is not 0.1: only a comparison finds the row flat
         got = group_advantages(torch.full((2, 3), value), scale=scale, eps=0.0)
         assert torch.equal(got, torch.zeros(2, 3))
 
-    def test_a_flat_row_beside_a_spread_one_stays_zero(self):
+    def test_row_without_spread_has_zero_advantage_under_max_group(self):
         got = group_advantages(
             tensor([0.1, 0.1, 0.1], [0.0, 0.3, 0.6]), scale="max_group"
         )
@@ -176,7 +176,7 @@ class TestClippedSurrogate:
             "old_kl": 0.0,
         }
 
-    def test_an_infinite_clip_is_none(self):
+    def test_infinite_clip_equals_no_clip(self):
         out = clipped_surrogate(
             self.LOG_PROB, self.OLD, self.ADVANTAGE, clip_low=INF, clip_high=INF
         )
@@ -227,7 +227,7 @@ class TestTokens:
         clipped_surrogate(flat[mask], old[mask], spread[mask], **clips).loss.backward()
         torch.testing.assert_close(flat.grad, whole)
 
-    def test_outside_the_mask_anything_may_stand(self):
+    def test_masked_values_do_not_matter(self):
         log_prob = torch.tensor([[0.1, NAN, 200.0]], requires_grad=True)
         old = torch.tensor([[0.0, 0.0, -INF]])
         mask = torch.tensor([[True, False, False]])

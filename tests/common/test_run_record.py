@@ -25,7 +25,7 @@ class Outer:
     api_token: str = "one secret"
 
 
-def test_what_was_changed_is_said_key_by_key(tmp_path: Path) -> None:
+def test_changed_settings_are_listed_by_key(tmp_path: Path) -> None:
     cfg = Outer(extra={"gone": 1.5})
     write_settings(cfg, tmp_path / "config.yaml")
     assert changed_settings(tmp_path / "config.yaml", cfg) == []

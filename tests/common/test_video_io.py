@@ -25,6 +25,7 @@ def smooth_video(frames: int = 9, side: int = 32) -> torch.Tensor:
     )
 
 
+@pytest.mark.slow
 def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
     """x264's default look-ahead gave several versions of 10 of 64 such clips."""
     rng = random.Random(0)
@@ -102,7 +103,7 @@ def test_a_lower_crf_is_closer(tmp_path: Path) -> None:
         (torch.zeros(2, 16, 16, 3, dtype=torch.uint8), {"crf": 52}, "crf"),
     ],
 )
-def test_what_cannot_be_written_is_named(
+def test_write_mp4_with_invalid_input_raises(
     tmp_path: Path, video: torch.Tensor, options: dict[str, float], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -174,7 +175,7 @@ def test_scaled_to_cover_and_cropped_around_the_middle(tmp_path: Path) -> None:
     assert float(whole[:, :, :15].float().mean()) > 240
 
 
-def test_what_is_no_video_is_named(tmp_path: Path) -> None:
+def test_read_frames_of_invalid_video_raises(tmp_path: Path) -> None:
     (tmp_path / "b.mp4").write_bytes(b"nothing of the kind")
     for name in ("b.mp4", "gone.mp4"):
         with pytest.raises(ValueError, match=name):

@@ -136,7 +136,7 @@ def test_load_restores_the_output(folder: Path, saved: Path) -> None:
         ),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(
+def test_misfitting_adapter_is_refused(
     folder: Path, saved: Path, lora: LoraConfig, words: str
 ) -> None:
     generator = WanGenerator.load(tiny_config(folder, lora=lora), device="cpu")
@@ -156,6 +156,6 @@ def test_a_missing_weight_is_refused(folder: Path, saved: Path, tmp_path: Path) 
         tiny_generator(folder).load_trained(tmp_path)
 
 
-def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
+def test_missing_file_raises_with_its_name(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=ADAPTER_FILE):
         tiny_generator(folder).load_trained(tmp_path)

@@ -127,7 +127,7 @@ def test_diffusers_reads_comfyuis_layout(
     ).abs().max() > 0.1
 
 
-def test_the_listener_hears_an_unexpected_key(folder: Path, tmp_path: Path) -> None:
+def test_remarks_record_an_unexpected_key(folder: Path, tmp_path: Path) -> None:
     tiny_generator(folder).save_trained(tmp_path)
     tensors = load_file(tmp_path / ADAPTER_FILE)
     for side in "AB":
@@ -139,7 +139,7 @@ def test_the_listener_hears_an_unexpected_key(folder: Path, tmp_path: Path) -> N
     assert any("unexpected keys" in one and "blocks.9" in one for one in said)
 
 
-def test_the_merged_transformer_is_the_adapted_one(
+def test_merged_transformer_equals_adapted(
     trained: WanGenerator, folder: Path, tmp_path: Path
 ) -> None:
     from diffusers import WanTransformer3DModel
@@ -198,7 +198,7 @@ def test_merging_by_hand() -> None:
     assert merged.lost == 0.0
 
 
-def test_merging_into_bfloat16_is_in_float32_and_says_what_is_lost() -> None:
+def test_merge_into_bfloat16_computes_in_float32() -> None:
     base = {"proj_out.weight": torch.full((2, 2), 1.0, dtype=torch.bfloat16)}
     fine = adapter_file.merge(
         base, by_hand(2.0**-12)
@@ -215,7 +215,8 @@ def test_merging_into_bfloat16_is_in_float32_and_says_what_is_lost() -> None:
     assert adapter_file.merge(base, by_hand(0.0)).lost == 0.0  # nothing to rejected
 
 
-def test_every_name_at_full_size(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_adapter_names_at_full_size_load_in_diffusers(tmp_path: Path) -> None:
     """The stock loader reads both layouts for Wan 2.1 1.3B on the meta device."""
     pipeline = large_pipeline()
     module = adapter.attach(pipeline.transformer, LoraConfig(rank=2, alpha=6.0), seed=0)
@@ -316,7 +317,7 @@ FIRST = "transformer.blocks.0.attn1.to_q.lora_A.weight"
         ),
     ],
 )
-def test_read_names_what_does_not_fit(
+def test_read_of_misfitting_adapter_raises(
     folder: Path, tmp_path: Path, settings: dict | None, tensors: dict, words: str
 ) -> None:
     tiny_generator(folder).save_trained(tmp_path)

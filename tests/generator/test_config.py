@@ -58,7 +58,7 @@ def test_errors_name_the_field_and_the_value(
     assert all(word in str(caught.value) for word in words)
 
 
-def test_a_walk_without_noise_needs_no_ceiling() -> None:
+def test_noiseless_sampler_needs_no_max_std() -> None:
     assert SamplerConfig(noise_level=0.0, max_std=None).max_std is None
 
 

@@ -113,7 +113,7 @@ def test_grid_by_hand() -> None:
 @pytest.mark.parametrize(
     "bad", [{"num_steps": 0, "shift": 3.0}, {"num_steps": 4, "shift": 0.0}]
 )
-def test_grid_refuses_nonsense(bad: dict[str, float]) -> None:
+def test_sigma_grid_with_invalid_values_raises(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="sigma_grid"):
         sigma_grid(bad["num_steps"], shift=bad["shift"])
 

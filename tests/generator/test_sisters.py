@@ -47,7 +47,7 @@ def group_of(velocity: Callable[[Tensor, float], Tensor] = bend, **changes: obje
 # ---- which steps
 
 
-def test_all_and_windows_are_the_steps_they_say() -> None:
+def test_stochastic_steps_of_all_and_window() -> None:
     every = SamplerConfig(
         num_steps=10, stochastic="all", stochastic_first=1, stochastic_range=5
     )
@@ -64,7 +64,7 @@ def test_all_and_windows_are_the_steps_they_say() -> None:
     ) == (4, 3, 1)
 
 
-def test_the_one_step_may_start_later() -> None:
+def test_stochastic_step_may_start_later() -> None:
     late = SamplerConfig(stochastic_first=2, stochastic_range=5)
     assert {stochastic_steps(seed, late) for seed in range(60)} == {(2,), (3,), (4,)}
 
@@ -221,7 +221,7 @@ def test_gains_by_hand() -> None:
         ({"tail_guidance": 0.5}, ["tail_guidance", "0.5"]),
     ],
 )
-def test_contradictions_are_named(values: dict, words: list[str]) -> None:
+def test_contradicting_sampler_settings_raise(values: dict, words: list[str]) -> None:
     with pytest.raises(ValueError, match="SamplerConfig") as caught:
         SamplerConfig(**values)
     assert all(word in str(caught.value) for word in words)
@@ -290,7 +290,7 @@ def rolled(generator: WanGenerator) -> tuple[Tensor, int]:
     return group.clean_GCFHW, sum(seen)
 
 
-def test_tail_options_change_the_tail_alone_and_cost_what_they_say(
+def test_tail_options_change_only_tail_and_forwards(
     folder: Path,
 ) -> None:
     (k,) = stochastic_steps(1, wan(folder).cfg.sampler)
@@ -324,7 +324,7 @@ def test_tail_options_change_the_tail_alone_and_cost_what_they_say(
         {"kernel": "cps", "noise_level": 0.7, "max_std": None},
     ],
 )
-def test_first_ratio_is_one_for_every_sister(folder: Path, sampler: dict) -> None:
+def test_first_ratio_is_one_for_related_algorithms(folder: Path, sampler: dict) -> None:
     generator = wan(folder, **sampler)
     for group in generator.rollout(["a cat", "rain"], group_size=2, seeds=[1, 2]):
         assert len(group.steps) == generator.cfg.sampler.steps_per_group
@@ -333,7 +333,7 @@ def test_first_ratio_is_one_for_every_sister(folder: Path, sampler: dict) -> Non
             torch.testing.assert_close(got.detach(), step.log_prob_G, atol=1e-5, rtol=0)
 
 
-def test_members_start_where_their_seeds_say(folder: Path) -> None:
+def test_member_noise_follows_its_seed(folder: Path) -> None:
     generator = wan(
         folder, initial_noise="member", stochastic="all", stochastic_range=6
     )

@@ -93,7 +93,7 @@ def test_fills_the_protocol(generator: WanGenerator) -> None:
     assert isinstance(generator, Generator)
 
 
-def test_tiny_model_listens(generator: WanGenerator) -> None:
+def test_tiny_model_depends_on_prompt_and_timestep(generator: WanGenerator) -> None:
     """Else every comparison below would pass with the prompt or the timestep ignored."""
     x = initial_noise(0, generator.latent_shape).unsqueeze(0)
     with torch.no_grad():
@@ -422,7 +422,7 @@ def test_full_fine_tuning_keeps_a_frozen_copy(folder: Path, group: Group) -> Non
     assert (moved - base).abs().max() > 1e-3
 
 
-def test_text_encoder_can_go(folder: Path) -> None:
+def test_freed_text_encoder_serves_known_prompts(folder: Path) -> None:
     generator = WanGenerator.load(
         tiny_config(folder, lora=LoraConfig(rank=2, alpha=2.0)), device="cpu"
     )
@@ -435,7 +435,7 @@ def test_text_encoder_can_go(folder: Path) -> None:
         generator.sample(["snow"], [1])
 
 
-def test_a_missing_folder_is_named(folder: Path) -> None:
+def test_missing_model_folder_raises(folder: Path) -> None:
     for path, words in (
         ("./nowhere", "./nowhere"),
         ("assets/no/wan", "assets/no/wan"),

@@ -44,7 +44,7 @@ def test_stock_diffusers_reads_it(tuned: WanGenerator, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])
-def test_it_comes_back_under_an_adapter_too(
+def test_weights_load_under_an_adapter(
     tuned: WanGenerator, folder: Path, tmp_path: Path, *, with_adapter: bool
 ) -> None:
     want = tuned.sample([PROMPT], [1])
@@ -56,7 +56,7 @@ def test_it_comes_back_under_an_adapter_too(
     torch.testing.assert_close(other.sample([PROMPT], [1]), want, rtol=1e-5, atol=1e-5)
 
 
-def test_another_model_is_named(tuned: WanGenerator, tmp_path: Path) -> None:
+def test_weights_of_another_model_raise(tuned: WanGenerator, tmp_path: Path) -> None:
     file = tuned.save_trained(tmp_path)
     state = load_file(file)
     state["proj_out.bias"] = state["proj_out.bias"][:-1].clone()

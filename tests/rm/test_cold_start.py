@@ -11,13 +11,12 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import rm.cold_start
-from common.video_io import write_mp4
 from rm.cold_start import ColdStart, backwards_per_step
 from rm.config import BackboneLora, ColdStartConfig, Generation, LearningRates, Masking
 from rm.data import Pair, PairSchedule
 from rm.model import DeScore
 from tests.launch.processes import refused_early
-from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
+from tests.tiny_qwen import SETTINGS, TEMPLATE, tiny_qwen, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 RATES = LearningRates(llm=1e-3, vision=1e-3, merger=1e-3, query=1e-3, head=1e-2)
@@ -52,17 +51,8 @@ class PlainEngine:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> list[Pair]:
-    folder = tmp_path_factory.mktemp("pairs")
-    found = []
-    for i, label in enumerate(LABELS):
-        files = [folder / f"{i}{side}.mp4" for side in "AB"]
-        for side, file in enumerate(files):
-            write_mp4(file, random_frames(10 * i + side), 4.0)
-        found.append(
-            Pair(f"prompt {i}", *files, f"first {i}", f"the second, longer {i}", label)
-        )
-    return found
+def pairs(cold_start_pairs) -> list[Pair]:
+    return cold_start_pairs
 
 
 def build(pairs, *, lora=None, **changes) -> ColdStart:
@@ -133,7 +123,7 @@ def test_the_loss_and_metrics_by_hand(pairs):
     assert found["train/masked"] == 0.0
 
 
-def test_masking_is_never_having_had_a_chain(pairs):
+def test_masked_cot_equals_absent_cot(pairs):
     bare = [replace(pair, cot_A="", cot_B="") for pair in pairs]
     masked, never = (
         build(pairs, mask_probability=1.0),
@@ -181,7 +171,7 @@ def test_with_theta_a_tie_counts(pairs):
     assert loop.step(0)["train/loss"] == pytest.approx(want.item(), abs=1e-5)
 
 
-def test_a_margin_is_taken_off_the_lead(pairs):
+def test_margin_is_subtracted_from_the_difference(pairs):
     loop = build(pairs, mask_probability=0.0, margin=0.57)
     signed = margins(loop, pairs, masked=False)
     assert loop.step(0)["train/loss"] == pytest.approx(
@@ -219,7 +209,7 @@ def test_swapping_a_pair_and_its_label_changes_nothing(pairs):
     )
 
 
-def test_going_on_equals_never_having_stopped(pairs):
+def test_resumed_training_equals_uninterrupted(pairs):
     lora = BackboneLora(
         rank=4, alpha=8.0, dropout=0.3
     )  # dropout must be the same draws
@@ -272,7 +262,7 @@ def test_videos_are_kept_while_there_is_room(pairs, monkeypatch, cache_gb, decod
     assert len(calls) == decoded
 
 
-def test_a_number_that_is_none_is_told(pairs, capsys):
+def test_non_finite_cold_start_loss_is_reported(pairs, capsys):
     loop = build(pairs)
     with torch.no_grad():
         loop.model.head.weight.fill_(math.inf)
@@ -310,7 +300,7 @@ def test_ranks_and_micro_batches_must_divide_a_step():
         (Generation, {"repetition_penalty": 0.0}),
     ],
 )
-def test_a_wrong_value_is_named(schema, wrong):
+def test_wrong_cold_start_value_names_the_key(schema, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         schema(**wrong)
 
@@ -327,7 +317,7 @@ def test_defaults_are_the_papers():
     assert {rates.llm, rates.vision, rates.merger, rates.query, rates.head} == {2e-6}
 
 
-def test_a_typo_is_exit_2_at_once():
+def test_cold_start_typo_exits_2():
     said = refused_early(
         "launch/cold_start.py",
         "--config",

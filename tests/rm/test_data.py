@@ -57,7 +57,7 @@ def test_a_good_table(folder):
     assert "3 pairs" in table.report()
 
 
-def test_a_folder_stands_for_its_csv(folder):
+def test_folder_path_reads_its_csv(folder):
     write(folder, [row()])
     assert read_pairs(folder) == read_pairs(folder / "pairs.csv")
     write(folder, [row()], name="other.csv")
@@ -118,7 +118,7 @@ def test_columns_may_be_fewer_without_chains(folder):
         read_pairs(path)
 
 
-def test_the_right_scores_are_read_when_asked_for(folder):
+def test_scores_are_read_when_requested(folder):
     videos = repr(["v/a.mp4", "v/b.mp4"])
     good = (
         '{"gsb_result": "A", "video_1_scores": {"subject": "2", "camera": "N/A"}, '

@@ -12,7 +12,6 @@ from torch.nn.functional import logsigmoid
 import rm.cot_rollout
 import rm.dual_rl
 from common.lora import adapters_off
-from common.video_io import write_mp4
 from rm.config import BackboneLora, DualRlConfig, Generation, LearningRates
 from rm.data import Pair, PairSchedule
 from rm.dual_rl import DualRl, backwards_per_update
@@ -25,7 +24,6 @@ from tests.rm.test_cold_start import PlainEngine
 from tests.tiny_qwen import (
     SETTINGS,
     TEMPLATE,
-    random_frames,
     speak_plainly,
     tiny_qwen,
     tiny_tokenizer,
@@ -40,15 +38,8 @@ G = 4
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> list[Pair]:
-    folder = tmp_path_factory.mktemp("pairs")
-    found = []
-    for i, label in enumerate((1, -1, 1, -1)):
-        files = [folder / f"{i}{side}.mp4" for side in "AB"]
-        for side, file in enumerate(files):
-            write_mp4(file, random_frames(10 * i + side), 4.0)
-        found.append(Pair(f"prompt {i}", *files, "", "", label, SCORES, SCORES))
-    return found
+def pairs(dual_rl_pairs) -> list[Pair]:
+    return dual_rl_pairs
 
 
 def build(pairs, *, lora=True, rates=RATES, **changes) -> DualRl:
@@ -193,7 +184,7 @@ def test_the_losses_by_hand(pairs) -> None:
     assert found["train/loss"] == pytest.approx(total, abs=1e-5)
 
 
-def test_defect_6_an_error_in_the_preference_loss_travels(pairs, monkeypatch) -> None:
+def test_defect_6_error_in_preference_loss_is_raised(pairs, monkeypatch) -> None:
     def broken(*args, **options):
         raise ZeroDivisionError("on purpose")
 
@@ -278,7 +269,7 @@ def test_without_adapters_there_is_no_reference_to_switch_to(pairs) -> None:
     assert build(pairs, lora=False, kl_weight=0.0).step(0)["train/kl"] == 0.0
 
 
-def test_several_updates_on_the_same_chains_use_the_log_probs_of_sampling(
+def test_several_updates_use_sampling_log_probs(
     pairs,
 ) -> None:
     loop = build(
@@ -313,7 +304,8 @@ def test_the_vision_tower_is_frozen_and_the_rest_learns(pairs) -> None:
     assert {"query", "head.weight"} <= moved
 
 
-def test_reinforcement_lengthens_the_chains_and_preferences_are_learned(pairs) -> None:
+@pytest.mark.slow
+def test_dual_rl_lengthens_cots_and_learns_preferences(pairs) -> None:
     loop = build(pairs, kl_weight=0.0)
     metrics = [loop.step(step) for step in range(16)]
     early = sum(m["reward/length"] for m in metrics[:4]) / 4
@@ -338,7 +330,7 @@ def test_a_step_is_a_function_of_its_number(pairs) -> None:
     )
 
 
-def test_held_out_pairs_are_judged_with_the_models_own_chains(pairs) -> None:
+def test_heldout_pairs_are_scored_with_sampled_cots(pairs) -> None:
     loop = build(pairs, micro_batch=1)
     how = Generation(max_new_tokens=12, repetition_penalty=1.0)
     found = loop.evaluate(pairs[:3], how)
@@ -347,7 +339,7 @@ def test_held_out_pairs_are_judged_with_the_models_own_chains(pairs) -> None:
     assert found == loop.evaluate(pairs[:3], how)
 
 
-def test_a_loss_that_is_not_finite_is_told(pairs, capsys) -> None:
+def test_non_finite_dual_rl_loss_is_reported(pairs, capsys) -> None:
     loop = build(pairs)
     with torch.no_grad():
         loop.model.head.weight.fill_(math.nan)

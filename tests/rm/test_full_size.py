@@ -66,7 +66,8 @@ def judge_of(size: str) -> DeScore:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_the_recipe_trains(size: str) -> None:
+@pytest.mark.slow
+def test_full_size_trainable_parameters(size: str) -> None:
     hidden, layers, heads, wide, *_, parameters = SIZES[size]
     judge = judge_of(size)
     assert sum(p.numel() for p in judge.backbone.parameters()) == pytest.approx(

@@ -71,7 +71,7 @@ def test_equal_margins_change_sides_together():
     assert stepwise([1.0, 1.0], [0, 1]) == 1.0
 
 
-def test_adverse_order_flatters_nobody():
+def test_order_of_ties_does_not_raise_accuracy():
     """20,000 random integer scores, ties first: single steps give 0.5, thresholds only 0.38."""
     draw = torch.Generator().manual_seed(0)
     labels = (
@@ -110,7 +110,7 @@ def test_zero_margin_is_wrong_without_ties():
     )
 
 
-def test_an_unjudged_pair_is_wrong_everywhere():
+def test_unscored_pair_counts_as_wrong():
     found = preference_accuracy(
         torch.tensor([math.nan, 1.0, math.nan]), torch.tensor([0, 1, 1])
     )
@@ -122,7 +122,7 @@ def test_an_unjudged_pair_is_wrong_everywhere():
     )
 
 
-def test_nothing_to_count_is_nan():
+def test_accuracy_of_no_pairs_is_nan():
     assert math.isnan(preference_accuracy(torch.zeros(2), torch.zeros(2)).without_ties)
     assert math.isnan(preference_accuracy(torch.zeros(0), torch.zeros(0)).with_ties)
 
@@ -134,7 +134,7 @@ def test_wrong_labels_and_shapes():
         preference_accuracy(torch.zeros(2), torch.zeros(3))
 
 
-def test_a_million_pairs_are_no_trillion_comparisons():
+def test_accuracy_of_a_million_pairs_is_fast():
     draw = torch.Generator().manual_seed(0)
     margins, labels = (
         torch.randn(10**6, generator=draw),

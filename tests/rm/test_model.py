@@ -110,7 +110,7 @@ def test_reward_by_another_route(model, videos, encoded):
 
 
 @torch.no_grad()
-def test_padding_and_company_change_nothing(model, videos, encoded):
+def test_padding_and_batch_change_no_reward(model, videos, encoded):
     together = model(model.batch(encoded, videos))
     alone = torch.cat(
         [model(model.batch([e], [v])) for e, v in zip(encoded, videos, strict=True)]
@@ -228,7 +228,7 @@ def test_a_rate_of_zero_freezes():
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("with_lora", [True, False])
-def test_a_folder_holds_everything(tmp_path, videos, encoded, tied, with_lora):
+def test_saved_folder_round_trips(tmp_path, videos, encoded, tied, with_lora):
     model = judge(tied=tied)
     if with_lora:
         groups = groups_of(model, lora=BackboneLora(rank=2, alpha=6.0, dropout=0.5))
@@ -258,7 +258,7 @@ def test_a_folder_holds_everything(tmp_path, videos, encoded, tied, with_lora):
 
 
 @torch.no_grad()
-def test_given_weights_are_saved_instead_of_the_own(tmp_path, videos, encoded):
+def test_given_weights_are_saved_instead_of_the_models(tmp_path, videos, encoded):
     model = judge()
     model.save(tmp_path, {**model.state_dict(), "head.weight": model.head.weight * 2})
     batch = model.batch(encoded, videos)
@@ -280,7 +280,7 @@ def test_half_precision_keeps_query_and_head_in_fp32(tmp_path, videos, encoded):
     )
 
 
-def test_a_new_judge_on_a_base(tmp_path):
+def test_new_reward_model_on_a_base(tmp_path):
     base = save_tiny_qwen(tmp_path / "base")
     plain = DeScore.from_base(base, template=TEMPLATE, settings=SETTINGS, seed=5)
     assert plain.query_id == 264  # first row that no token uses
@@ -310,7 +310,7 @@ def test_a_vocabulary_without_free_rows_grows_to_a_multiple_of_64(tmp_path, vide
     )
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_model_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"descore\.json"):
         DeScore.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"config\.json"):

@@ -14,7 +14,7 @@ import torch
 
 import rm.dual_rl
 from rm.config import Generation
-from rm.data import read_pairs
+from rm.data import Pair, read_pairs
 from rm.generate import generate, rewards_from_cache
 from rm.packed import PackedCot, pack, packed_forward
 from rm.scorer import DeScoreScorer
@@ -23,7 +23,10 @@ from tests.rm import test_cold_start, test_dual_rl
 from tests.rm.test_dual_rl import G
 from tests.tiny_qwen import SETTINGS, speak_plainly
 
-pairs = test_dual_rl.pairs  # the fixture
+
+@pytest.fixture(scope="module")
+def pairs(dual_rl_pairs) -> list[Pair]:
+    return dual_rl_pairs
 
 
 def test_defect_4_both_stages_and_inference_read_one_sequence(pairs) -> None:

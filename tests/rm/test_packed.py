@@ -75,7 +75,7 @@ def alone(model, encoded, video, chain):
     )[0]
 
 
-def test_every_chain_gets_what_it_gets_alone(model, encoded, videos) -> None:
+def test_packed_cots_equal_separate_cots(model, encoded, videos) -> None:
     judged = packed_forward(model, packed(model, encoded, videos), temperature=1.0)
     for b in range(2):
         for g in range(3):
@@ -119,7 +119,7 @@ def test_one_forward_gives_the_gradients_of_two(model, encoded, videos) -> None:
     assert many["head.weight"].abs().max() > 0
 
 
-def test_a_chain_does_not_see_another(model, encoded, videos) -> None:
+def test_packed_cots_do_not_attend_to_each_other(model, encoded, videos) -> None:
     other = [[row[0], PackedCot((99, 98, 97), finished=True), row[2]] for row in CHAINS]
     first = packed_forward(model, packed(model, encoded, videos), temperature=1.0)
     second = packed_forward(model, pack(model, encoded, videos, other), temperature=1.0)

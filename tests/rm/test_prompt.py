@@ -244,5 +244,5 @@ def test_answers(text, scores, overall):
         "<answer>\x00\ud800</answer>",
     ],
 )
-def test_foreign_text_is_no_answer(text):
+def test_malformed_answer_has_no_scores(text):
     assert parse_answer(text) is None

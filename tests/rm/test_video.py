@@ -176,7 +176,7 @@ def mp4(tmp_path_factory):
     return path
 
 
-def test_a_file_and_its_frames_are_sampled_alike(mp4, monkeypatch):
+def test_file_and_frames_are_sampled_equally(mp4, monkeypatch):
     import decord
 
     everything = decoded_by_pyav(mp4)
@@ -199,7 +199,7 @@ def test_a_file_and_its_frames_are_sampled_alike(mp4, monkeypatch):
     assert from_file.grid == (2, 4, 4)
 
 
-def test_bad_files_are_named(tmp_path):
+def test_bad_video_files_raise(tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"not a video" * 100)
     with pytest.raises(VideoError, match=r"broken\.mp4"):

@@ -34,7 +34,7 @@ def make(out: Path, workers: int) -> Path:
 
 
 @pytest.mark.slow
-def test_the_folder_is_readable_and_a_function_of_the_seed(tmp_path: Path) -> None:
+def test_made_pairs_are_readable_and_fixed_by_seed(tmp_path: Path) -> None:
     first, second = make(tmp_path / "one", 1), make(tmp_path / "two", 2)
     for split, count in (("train", 20), ("heldout", 4)):
         assert (first / f"{split}.csv").read_bytes() == (

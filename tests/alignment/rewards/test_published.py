@@ -29,7 +29,7 @@ def reward_of(kind: str, folders: dict[str, str], **options: object):
     return reward
 
 
-def test_one_dimension_or_their_sum(folders: dict[str, str]) -> None:
+def test_published_score_is_a_dimension_or_the_sum(folders: dict[str, str]) -> None:
     whole = reward_of("videoreward", folders).score(VIDEO, PROMPTS, fps=4.0)
     assert list(whole.parts) == ["VQ", "MQ", "TA"]
     torch.testing.assert_close(whole.value_B, sum(whole.parts.values()))
@@ -43,7 +43,7 @@ def test_one_dimension_or_their_sum(folders: dict[str, str]) -> None:
     assert [float(part[1]) for part in whole.parts.values()] == want.tolist()
 
 
-def test_gray_is_the_luma_by_hand(folders: dict[str, str]) -> None:
+def test_gray_equals_luma_by_hand(folders: dict[str, str]) -> None:
     pixel = torch.tensor(
         [[[[[255, 0, 0], [0, 255, 0], [10, 20, 30]]]]], dtype=torch.uint8
     )
@@ -65,7 +65,7 @@ def test_gray_is_the_luma_by_hand(folders: dict[str, str]) -> None:
     )
 
 
-def test_the_mean_of_the_best_frames(folders: dict[str, str]) -> None:
+def test_hpsv3_score_is_mean_of_best_frames(folders: dict[str, str]) -> None:
     reward_model = shared(folders["hpsv3"], None, "float32")
     mu = torch.stack(
         [

@@ -280,7 +280,7 @@ def bright(content: bytes) -> tuple[int, bytes]:
 
 
 @pytest.mark.long
-def test_a_server_that_goes_away_stops_all_ranks_with_a_checkpoint(tiny: Path) -> None:
+def test_lost_server_stops_all_ranks_with_a_checkpoint(tiny: Path) -> None:
     """The server refuses the sixth request, at step 2: both ranks stop and can resume."""
     script, folder = str(ROOT / "launch" / "grpo.py"), tiny.parent / "remote"
     words = [
@@ -320,7 +320,7 @@ def test_a_server_that_goes_away_stops_all_ranks_with_a_checkpoint(tiny: Path) -
 
 
 @pytest.mark.slow
-def test_a_group_that_nobody_judged_teaches_nothing_and_is_counted(tiny: Path) -> None:
+def test_unscored_group_gives_no_update_and_is_counted(tiny: Path) -> None:
     script, folder = str(ROOT / "launch" / "grpo.py"), tiny.parent / "skipping"
     words = [
         "--config",

@@ -32,7 +32,7 @@ def asked(body: bytes, kind: str = wire.SAFETENSORS, **limits: int) -> wire.Requ
     return wire.decode_request(body, kind, **{**LIMITS, **limits})
 
 
-def test_frames_arrive_as_they_were_sent() -> None:
+def test_frames_round_trip_unchanged() -> None:
     body = wire.encode_request(VIDEO, PROMPTS, fps=8.5, model="m", id="7")
     request = asked(body)
     assert (request.id, request.model, request.prompts) == ("7", "m", tuple(PROMPTS))
@@ -64,7 +64,7 @@ def by_hand(*videos: Any, **changes: Any) -> bytes:
     ).encode()
 
 
-def test_json_with_frames_and_an_mp4(tmp_path: Path) -> None:
+def test_json_request_decodes_frames_and_mp4(tmp_path: Path) -> None:
     write_mp4(
         tmp_path / "a.mp4", torch.full((5, 16, 16, 3), 100, dtype=torch.uint8), 8.0
     )
@@ -98,7 +98,7 @@ def test_json_with_frames_and_an_mp4(tmp_path: Path) -> None:
         ("a string", "a video is"),
     ],
 )
-def test_a_bad_video_costs_itself_only(video: Any, message: str) -> None:
+def test_bad_video_in_request_affects_no_other(video: Any, message: str) -> None:
     sound = {"frames": "AAAA", "shape": [1, 1, 1, 3], "fps": 8}
     one, two = asked(by_hand(sound, video), wire.JSON).items
     assert one.error is None
@@ -106,7 +106,7 @@ def test_a_bad_video_costs_itself_only(video: Any, message: str) -> None:
     assert message in two.error
 
 
-def test_an_mp4_of_too_many_frames_is_not_decoded_to_its_end(tmp_path: Path) -> None:
+def test_mp4_with_too_many_frames_stops_decoding(tmp_path: Path) -> None:
     write_mp4(tmp_path / "a.mp4", torch.zeros(40, 16, 16, 3, dtype=torch.uint8), 8.0)
     mp4 = base64.b64encode((tmp_path / "a.mp4").read_bytes()).decode()
     (item,) = asked(by_hand({"mp4": mp4}), wire.JSON).items
@@ -169,7 +169,7 @@ class Canary:
         (by_hand({"mp4": ""}, model=3), wire.JSON, "model"),
     ],
 )
-def test_what_is_no_request_is_named(body: bytes, kind: str, message: str) -> None:
+def test_malformed_request_is_refused(body: bytes, kind: str, message: str) -> None:
     with pytest.raises(wire.WireError, match=message):
         asked(body, kind)
     assert not Path("/tmp/reward-wire-canary").exists()
@@ -189,9 +189,7 @@ def test_what_is_no_request_is_named(body: bytes, kind: str, message: str) -> No
         ({"texts": "ab"}, "texts"),
     ],
 )
-def test_what_is_no_reply_is_never_a_score(
-    change: dict[str, Any], message: str
-) -> None:
+def test_malformed_reply_is_refused(change: dict[str, Any], message: str) -> None:
     sound = {"id": "7", "model": "m", "values": [1.0, None], "parts": {}, "texts": []}
     assert (
         wire.decode_reply(
