@@ -137,7 +137,9 @@ CELLS = (
 
 @EXAMPLES
 @given(st.lists(st.lists(CELLS, min_size=3, max_size=5), max_size=4), st.booleans())
-def test_tables_of_pairs(tmp_path: Path, rows: list[list[str]], quoted: bool) -> None:
+def test_tables_of_pairs(
+    tmp_path: Path, rows: list[list[str]], *, quoted: bool
+) -> None:
     path = tmp_path / "pairs.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(

@@ -269,7 +269,7 @@ def test_unscored_videos_are_counted_and_left_out() -> None:
     ]
     loop = loop_of({"scripted": Scripted(values)})
     result = loop.step(0)
-    # group 0: mean 2 and spread 1 over its two judged members; the others have nothing to compare
+    # group 0: mean 2 and spread 1 over its two scored members; the others have nothing to compare
     assert torch.allclose(
         result.advantage_PM[0], torch.tensor([-1.0, 0.0, 1.0, 0.0]), atol=2e-4
     )
@@ -508,7 +508,7 @@ def test_silent_reward_stops_the_run_after_3_steps() -> None:
     assert [loop.step(step).metrics["train/skipped"] for step in range(2)] == [1.0, 1.0]
     with pytest.raises(
         RewardUnavailableError,
-        match="rewards.mine",
+        match=r"rewards\.mine",
     ):
         loop.step(2)
     once = Scripted([0.5, *never[1:], *(never * 4)])

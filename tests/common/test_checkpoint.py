@@ -90,12 +90,12 @@ def test_checkpoint_pruning_keeps_last_k(tmp_path):
     assert names(tmp_path) == ["step-000003", "step-000004"]
 
 
-def test_order_is_by_number_beyond_six_digits(tmp_path):
+def test_checkpoints_are_ordered_by_number_beyond_six_digits(tmp_path):
     save(tmp_path, 999_999, 1_000_000)
     assert checkpoint.latest(tmp_path).name == "step-1000000"
 
 
-def test_every_file_is_on_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+def test_files_are_synced_before_the_folder_is_renamed(tmp_path, monkeypatch):
     """A power cut after the rename must not find a checkpoint whose bytes were still in memory."""
     done, real_sync, real_replace = [], os.fsync, os.replace
     monkeypatch.setattr(
@@ -242,7 +242,7 @@ def test_disk_that_fills_up_leaves_earlier_checkpoints(tmp_path, limit):
 
 
 @pytest.mark.parametrize("arguments", [{"step": -1, "keep": 1}, {"step": 1, "keep": 0}])
-def test_impossible_numbers_are_refused(tmp_path, arguments):
+def test_checkpoint_with_invalid_numbers_raises(tmp_path, arguments):
     with pytest.raises(ValueError, match="keep"):
         checkpoint.save(tmp_path, write=put(1.0), state={}, **arguments)
 
@@ -322,7 +322,7 @@ def test_resume_selects_the_requested_checkpoint(tmp_path):
     assert checkpoint.resolve_resume(str(tmp_path), tmp_path / "other") == newer
 
 
-def test_a_named_checkpoint_that_is_damaged_is_an_error_not_a_fallback(tmp_path):
+def test_requested_damaged_checkpoint_raises(tmp_path):
     _, newer = save(tmp_path, 1, 2)
     damage_flip(newer / "state.json")
     with pytest.raises(ValueError, match=r"state\.json"):

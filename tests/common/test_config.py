@@ -125,7 +125,7 @@ class TestLoad:
             wandb=WandbConfig("offline"),
         )
 
-    def test_later_files_win_and_mistakes_name_their_file(self, tmp_path):
+    def test_later_files_override_and_errors_name_their_file(self, tmp_path):
         first = write(
             tmp_path,
             "generator: {path: wan, sampler: {train_steps: 6}}\nlr: 1e-5\nname: one",
@@ -148,7 +148,7 @@ class TestLoad:
         with pytest.raises(ConfigError, match=r"second\.yaml:1"):
             load(RunConfig, [first, second])
 
-    def test_nothing_given_is_the_defaults(self):
+    def test_load_without_input_gives_defaults(self):
         assert load(RunConfig, None) == RunConfig()
 
     def test_an_empty_yaml_is_the_defaults(self, tmp_path):
@@ -360,7 +360,7 @@ class TestSafeYaml:
                 parse(bomb)
         assert time.perf_counter() - start < 5.0
 
-    def test_a_key_given_twice_is_refused(self):
+    def test_duplicate_yaml_key_raises(self):
         with pytest.raises(YamlError, match=r"\b2\b"):
             parse("a: 1\na: 2\n")
 
@@ -459,7 +459,7 @@ class TestCommandLine:
         assert "'sampler.num_steps'" in done.stderr
         assert "torch imported: False" in done.stderr
 
-    def test_only_rank_0_speaks_and_all_exit(self, tmp_path):
+    def test_only_rank_0_prints_and_all_ranks_exit(self, tmp_path):
         done = run_program(tmp_path, "sampler.num_stpes=4", RANK="1")
         assert done.returncode == 2
         assert "mistake" not in done.stderr

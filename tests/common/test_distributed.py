@@ -66,7 +66,7 @@ class TestTwoRanks:
     def test_every_rank_has_equally_many_batches(self, ranks):
         assert [r["batches"] for r in ranks] == [[[0, 2], [4]], [[1, 3], []]]
 
-    def test_a_problem_on_one_rank_is_raised_on_all(self, ranks):
+    def test_error_on_a_rank_is_raised_on_all(self, ranks):
         assert [r["together"] for r in ranks] == ["on rank 1: 'lost'", "lost"]
 
     def test_rows_are_gathered_in_rank_order(self, ranks):
@@ -86,11 +86,11 @@ class TestTwoRanks:
         assert all(r["max_nan_is_nan"] for r in ranks)
         assert [r["sum"] for r in ranks] == [pytest.approx(0.3), pytest.approx(0.3)]
 
-    def test_a_checkpoint_holds_the_files_of_both(self, ranks):
+    def test_checkpoint_has_the_files_of_both_ranks(self, ranks):
         assert [r["found"] for r in ranks] == ["step-000005", "step-000005"]
         assert [r["weights"] for r in ranks] == [[0.0] * 3, [1.0] * 3]
 
-    def test_one_failing_rank_stops_both_and_spoils_nothing(self, ranks):
+    def test_failing_rank_stops_both_and_keeps_checkpoints(self, ranks):
         assert "rank 1" in ranks[0]["failure"]
         assert ranks[1]["failure"].startswith("OSError:")
         assert [r["after_failure"] for r in ranks] == ["step-000005", "step-000005"]
@@ -146,7 +146,7 @@ class TestAlone:
 @pytest.mark.parametrize(
     ("ending", "code"), [("", 0), ("sys.exit(2)", 2), ("raise ValueError", 1)]
 )
-def test_a_process_ends_with_its_own_exit_code(tmp_path, ending, code):
+def test_process_ends_with_its_exit_code(tmp_path, ending, code):
     """The exit waits for the collective threads; otherwise about half of the exits are 134."""
     program = (
         "import os, sys; import torch, torch.distributed as dist\n"
@@ -183,7 +183,7 @@ def test_a_process_ends_with_its_own_exit_code(tmp_path, ending, code):
     ] * 2
 
 
-def test_threads_that_work_are_waited_for_and_those_that_wait_are_not() -> None:
+def test_exit_waits_for_working_threads_only() -> None:
     ended, never = [], threading.Event()
 
     def work() -> None:
@@ -198,7 +198,7 @@ def test_threads_that_work_are_waited_for_and_those_that_wait_are_not() -> None:
 
 
 class TestSeeds:
-    def test_a_seed_is_the_head_of_a_sha256(self):
+    def test_seed_is_the_head_of_a_sha256(self):
         digest = hashlib.sha256(b"int:2:42;int:1:3;str:5:noise;").hexdigest()
         assert distributed.derive_seed(42, 3, "noise") == int(digest[:16], 16) // 2
         assert (

@@ -85,7 +85,7 @@ def test_half_precision_is_widened_before_the_difference():
 
 
 @pytest.mark.parametrize("std", [-0.1, math.inf, math.nan])
-def test_impossible_spreads_are_refused(std):
+def test_gaussian_with_invalid_std_raises(std):
     with pytest.raises(ValueError, match=r"Gaussian\.std"):
         Gaussian(torch.zeros(1, 2), std)
 

@@ -56,7 +56,7 @@ class TestGroupAdvantages:
         torch.testing.assert_close(torch.cat(split), whole, rtol=0, atol=0)
         assert top == LARGE
 
-    def test_fewer_than_two_judged_is_zero_and_does_not_set_the_maximum(self):
+    def test_group_with_fewer_than_two_scores_is_zero(self):
         reward_PG = tensor([NAN, 1e9, NAN], [NAN, NAN, NAN], [1.0, 3.0, NAN])
         got = group_advantages(reward_PG, scale="max_group", eps=0.0)
         torch.testing.assert_close(got, tensor([0.0] * 3, [0.0] * 3, [-1.0, 1.0, 0.0]))

@@ -68,7 +68,7 @@ def test_flat_colours_survive(tmp_path: Path) -> None:
         assert np.abs(frame.astype(int) - np.array(color)).max() <= 4
 
 
-def test_a_lower_crf_is_closer(tmp_path: Path) -> None:
+def test_lower_crf_has_smaller_error(tmp_path: Path) -> None:
     noise = (
         torch.randint(0, 256, (4, 32, 32, 1), dtype=torch.uint8)
         .expand(-1, -1, -1, 3)

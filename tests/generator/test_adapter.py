@@ -24,7 +24,7 @@ def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_only_the_adapter_trains(folder: Path) -> None:
+def test_only_adapter_weights_are_trainable(folder: Path) -> None:
     generator = WanGenerator.load(tiny_config(folder, dtype="bfloat16"), device="cpu")
     trainable = [p for p in generator.module.parameters() if p.requires_grad]
     # 2 blocks of 8 attention linears 24 -> 24 and a feed-forward 24 -> 32 -> 24:
@@ -76,7 +76,7 @@ def test_given_weights_replace_the_modules(
     assert all(torch.equal(given[name], 2 * own[name]) for name in own)
 
 
-def test_stock_pipeline_reads_it(folder: Path, saved: Path) -> None:
+def test_stock_pipeline_reads_the_adapter(folder: Path, saved: Path) -> None:
     generator = tiny_generator(folder)
     stock = WanPipeline.from_pretrained(folder, dtype=torch.float32)
     before = {name for name, _ in stock.transformer.named_parameters()}
@@ -114,7 +114,7 @@ def test_stock_pipeline_reads_it(folder: Path, saved: Path) -> None:
     assert (ours - base).abs().max() > 1e-2
 
 
-def test_load_restores_the_output(folder: Path, saved: Path) -> None:
+def test_loaded_adapter_restores_the_output(folder: Path, saved: Path) -> None:
     trained, fresh = (
         tiny_generator(folder),
         WanGenerator.load(tiny_config(folder), device="cpu", seed=9),
@@ -145,7 +145,9 @@ def test_misfitting_adapter_is_refused(
     assert words in str(caught.value)
 
 
-def test_a_missing_weight_is_refused(folder: Path, saved: Path, tmp_path: Path) -> None:
+def test_adapter_without_a_weight_is_refused(
+    folder: Path, saved: Path, tmp_path: Path
+) -> None:
     weights = load_file(saved / ADAPTER_FILE)
     gone = sorted(weights)[0]
     save_file(

@@ -75,7 +75,7 @@ def trained(request: pytest.FixtureRequest, folder: Path) -> WanGenerator:
     )
 
 
-def test_comfyui_names_are_those_of_diffusers_own_table(
+def test_comfyui_names_equal_diffusers_table(
     trained: WanGenerator, tmp_path: Path
 ) -> None:
     own = stored(trained, tmp_path)
@@ -328,9 +328,7 @@ def test_read_of_misfitting_adapter_raises(
     assert ADAPTER_FILE in str(caught.value)
 
 
-def test_merge_with_another_models_adapter_is_refused(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_merge_of_another_models_adapter_raises(folder: Path, tmp_path: Path) -> None:
     own = stored(tiny_generator(folder), tmp_path)
     base = weights.read(folder).state
     pairs = {**own.pairs, "blocks.7.attn1.to_q": own.pairs["blocks.0.attn1.to_q"]}

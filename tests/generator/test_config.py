@@ -50,7 +50,7 @@ def test_defaults_are_the_papers() -> None:
         (GeneratorConfig, {"path": "x", "fps": -8.0}, ["fps", "-8.0"]),
     ],
 )
-def test_errors_name_the_field_and_the_value(
+def test_invalid_value_names_its_field(
     schema: type, values: dict, words: list[str]
 ) -> None:
     with pytest.raises(ValueError, match=schema.__name__) as caught:

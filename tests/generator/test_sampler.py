@@ -146,7 +146,7 @@ def test_neither_batch_nor_group_size_changes_a_member() -> None:
     assert torch.equal(whole.steps[0].next_GCFHW[:2], fewer.steps[0].next_GCFHW)
 
 
-def test_seeds_decide_everything() -> None:
+def test_equal_seeds_give_equal_rollouts() -> None:
     state = torch.get_rng_state()
     first, again, other = roll(bend, seed=1), roll(bend, seed=1), roll(bend, seed=2)
     assert torch.equal(first.clean_GCFHW, again.clean_GCFHW)

@@ -119,7 +119,7 @@ def test_shared_noise_is_shared_until_the_first_stochastic_step() -> None:
     ("shared", "steps"),
     [(True, (1,)), (True, (1, 2, 3)), (False, (2,)), (False, tuple(range(6)))],
 )
-def test_velocity_samples_are_counted(shared: bool, steps: tuple[int, ...]) -> None:
+def test_velocity_samples_are_counted(*, shared: bool, steps: tuple[int, ...]) -> None:
     seen: list[int] = []
 
     def counted(x: Tensor, sigma: float) -> Tensor:
@@ -158,7 +158,7 @@ def test_cps_without_noise_is_the_euler_step() -> None:
 
 
 @pytest.mark.parametrize("noise_level", [0.3, 0.7, 1.0])
-def test_cps_keeps_every_coefficient_where_the_video_is_known(
+def test_cps_keeps_the_marginal_of_a_single_data_point(
     noise_level: float,
 ) -> None:
     """With a single data point c, v = (x - c) / sigma and x stays N((1 - sigma) c, sigma^2)."""
@@ -252,7 +252,7 @@ def test_order_of_convergence(walk: Callable, order: float) -> None:
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
 
 
-def test_ab2_is_exact_where_the_velocity_is_linear_in_sigma() -> None:
+def test_ab2_is_exact_for_velocity_linear_in_sigma() -> None:
     """For v = sigma all steps after the first Euler step are exact, with any step lengths."""
     grid = [1.0, 0.9, 0.55, 0.5, 0.0]
     x = ode_ab2(

@@ -28,7 +28,7 @@ def tuned(folder: Path) -> WanGenerator:
     return generator
 
 
-def test_stock_diffusers_reads_it(tuned: WanGenerator, tmp_path: Path) -> None:
+def test_stock_diffusers_reads_the_weights(tuned: WanGenerator, tmp_path: Path) -> None:
     file = tuned.save_trained(tmp_path)
     assert file == tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
     stock, info = WanTransformer3DModel.from_pretrained(
@@ -72,7 +72,7 @@ def test_weights_of_another_model_raise(tuned: WanGenerator, tmp_path: Path) -> 
         assert words in str(error.value)
 
 
-def test_an_adapter_needs_a_place(
+def test_adapter_load_without_lora_raises(
     tuned: WanGenerator, folder: Path, tmp_path: Path
 ) -> None:
     tiny_generator(folder).save_trained(tmp_path)
@@ -99,7 +99,7 @@ def test_half_precision_is_of_all_weights_and_of_no_buffer(folder: Path) -> None
         )  # the copy is as coarse
 
 
-def test_shards_are_read_by_stock_diffusers_and_by_us(
+def test_shards_load_in_stock_diffusers_and_generator(
     tuned: WanGenerator, tmp_path: Path
 ) -> None:
     tuned.save_trained(tmp_path / "one")
@@ -135,7 +135,7 @@ def test_shards_are_read_by_stock_diffusers_and_by_us(
         weights.read(tmp_path / "many")
 
 
-def test_weights_that_do_not_fit_their_config_are_not_read(
+def test_weights_misfitting_their_config_raise(
     tuned: WanGenerator, tmp_path: Path
 ) -> None:
     file = tuned.save_trained(tmp_path)

@@ -146,7 +146,7 @@ def test_micro_batches_are_one_step(pairs, micro_batch):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_a_tie_in_the_batch_does_not_dilute(pairs):
+def test_tie_in_batch_does_not_change_loss_mean(pairs):
     tie = Pair(pairs[0].prompt, pairs[0].video_A, pairs[0].video_B, "x", "y", 0)
     mixed = build([*pairs, tie], pairs_per_step=5, micro_batch=1, mask_probability=0.0)
     plain = build(pairs, mask_probability=0.0)
@@ -179,7 +179,7 @@ def test_margin_is_subtracted_from_the_difference(pairs):
     )
 
 
-def test_parts_of_a_chain_may_be_masked(pairs):
+def test_part_of_a_cot_may_be_masked(pairs):
     """A step on masked sentences is the step on pairs that only ever had the other sentences."""
     long = [
         replace(p, cot_A="One. Two. Three.", cot_B="Four. Five. Six. Seven.")
@@ -227,7 +227,7 @@ def test_resumed_training_equals_uninterrupted(pairs):
         assert torch.equal(a, b)
 
 
-def test_evaluation_never_masks_and_never_drops_out(pairs):
+def test_evaluation_has_no_masking_and_no_dropout(pairs):
     loop = build(
         pairs,
         mask_probability=1.0,
@@ -248,7 +248,9 @@ def test_evaluation_never_masks_and_never_drops_out(pairs):
 @pytest.mark.parametrize(
     ("cache_gb", "decoded"), [(1.0, 8), (0.0, 24), (200_000 / 2**30, 22)]
 )
-def test_videos_are_kept_while_there_is_room(pairs, monkeypatch, cache_gb, decoded):
+def test_video_cache_keeps_videos_within_its_size(
+    pairs, monkeypatch, cache_gb, decoded
+):
     # A video is 4 x 4 x 4 patches of 3 * 2 * 8 * 8 floats, 98 kB, and some 150 ids:
     # one of the 8 fits into 200 kB.
     calls = []

@@ -40,7 +40,7 @@ def row(**changes):
     return {**good, **changes}
 
 
-def test_a_good_table(folder):
+def test_valid_table_reads_all_pairs(folder):
     path = write(folder, [row(), row(GSB="B"), row(GSB="same"), row(GSB="invalid")])
     table = read_pairs(path)
     assert [pair.label for pair in table.pairs] == [1, -1, 0]
@@ -65,7 +65,7 @@ def test_folder_path_reads_its_csv(folder):
         read_pairs(folder)
 
 
-def test_bad_rows_are_left_out_and_named_by_line(folder):
+def test_bad_rows_are_dropped_and_reported_by_line(folder):
     rows = [
         row(),  # lines 2 and 3: its chain has a line break
         row(GSB="better"),  # 4 and 5
@@ -104,7 +104,7 @@ def test_bad_rows_are_left_out_and_named_by_line(folder):
 
 
 @pytest.mark.parametrize("empty", ["", "nan", "NaN", "None", "null", "  "])
-def test_a_missing_chain_is_empty_and_never_the_text_nan(folder, empty):
+def test_missing_cot_is_empty_text(folder, empty):
     path = write(folder, [row(CoT_A=empty)])
     assert read_pairs(path, require_cot=False).pairs[0].cot_A == ""
     with pytest.raises(ValueError, match=r"pairs\.csv:2: CoT_A"):
@@ -155,7 +155,7 @@ def test_scores_are_read_when_requested(folder):
     ]
 
 
-def test_unreadable_tables(folder):
+def test_unreadable_table_raises(folder):
     with pytest.raises(ValueError, match="absent"):
         read_pairs(folder / "absent.csv")
     with pytest.raises(ValueError, match="usable"):
@@ -167,7 +167,7 @@ def test_unreadable_tables(folder):
         read_pairs(folder / "latin.csv", require_cot=False)
 
 
-def test_a_chain_longer_than_the_csv_module_allows(folder):
+def test_cot_beyond_csv_field_limit_is_read(folder):
     path = write(folder, [row(CoT_A="x" * 200_000)])
     before = csv.field_size_limit(1000)
     try:

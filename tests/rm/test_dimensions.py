@@ -111,7 +111,7 @@ def test_scoring_training_and_packing_give_the_same_rewards(three, videos) -> No
 
 
 @torch.no_grad()
-def test_a_query_changes_no_reward_before_it(three, videos) -> None:
+def test_query_does_not_change_earlier_rewards(three, videos) -> None:
     """Attention is causal: the first of three queries equals a single query."""
     one = judge_of({"VQ": RewardDimension()})
     one.query.data, one.head.weight.data = (

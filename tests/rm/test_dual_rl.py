@@ -111,9 +111,7 @@ def test_defect_1_every_sequence_gets_its_own_reward(pairs, monkeypatch) -> None
             assert expected.abs().max() > 0.1  # otherwise nothing was compared
 
 
-def test_a_group_holds_chains_of_one_video_and_its_own_truth(
-    pairs, monkeypatch
-) -> None:
+def test_group_has_cots_of_a_single_video_with_its_scores(pairs, monkeypatch) -> None:
     seen = []
 
     def note(text: str, truth, *, tokens: int, how) -> RuleReward:
@@ -206,7 +204,7 @@ def test_defect_7_the_weights_of_the_objectives_do_not_depend_on_micro_batches(
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
 
 
-def test_fewer_chains_behind_a_prompt_change_nothing(pairs) -> None:
+def test_smaller_packs_give_equal_updates(pairs) -> None:
     whole, parts = build(pairs), build(pairs, cots_per_row=2)
     one, other = whole.step(0), parts.step(0)
     assert {k: v for k, v in one.items() if "seconds" not in k} == pytest.approx(
@@ -258,7 +256,7 @@ def test_the_reference_is_the_frozen_first_stage(pairs) -> None:
     assert loop.step(3)["train/kl"] > 0
 
 
-def test_without_adapters_there_is_no_reference_to_switch_to(pairs) -> None:
+def test_reference_without_adapters_raises(pairs) -> None:
     with (
         pytest.raises(ValueError, match="adapter"),
         adapters_off(build(pairs, lora=False).model),
@@ -314,7 +312,7 @@ def test_dual_rl_lengthens_cots_and_learns_preferences(pairs) -> None:
     assert metrics[-1]["train/bt"] < 0.5 * metrics[0]["train/bt"]
 
 
-def test_a_step_is_a_function_of_its_number(pairs) -> None:
+def test_dual_rl_step_depends_on_its_number_only(pairs) -> None:
     one, other = build(pairs), build(pairs)
     torch.manual_seed(99)
     first = one.step(3)

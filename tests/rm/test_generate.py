@@ -156,7 +156,7 @@ def test_batch_size_changes_no_row(speaker, encoded, videos, chains):
         assert alone.finished_B[0] == chains.finished_B[row]
 
 
-def test_a_chain_ends_at_the_end_of_turn(model, chains):
+def test_cot_ends_at_the_end_of_turn(model, chains):
     for row in range(len(PROMPTS)):
         ids = chains.ids(row)
         assert model.end_id not in ids

@@ -88,7 +88,7 @@ def test_pair_masks_agree_and_video_masks_differ() -> None:
 
 
 @pytest.mark.parametrize("unit", ["cot", "section", "sentence"])
-def test_zero_keeps_and_one_drops_everything(unit: str) -> None:
+def test_mask_probability_0_keeps_and_1_drops_all(unit: str) -> None:
     assert mask((CHAIN, "b"), Masking(0.0, "video", unit), seed=0, epoch=0, row=0) == (
         CHAIN,
         "b",

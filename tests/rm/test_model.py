@@ -219,7 +219,7 @@ def test_gradient_reaches_every_part_but_the_vocabulary(videos, lora):
     }
 
 
-def test_a_rate_of_zero_freezes():
+def test_learning_rate_0_freezes_the_part():
     model = judge()
     assert set(groups_of(model, vision=0.0, merger=0.0)) == {"llm", "query", "head"}
     assert not any(p.requires_grad for p in model.backbone.model.visual.parameters())

@@ -183,7 +183,7 @@ def test_unequal_groups_are_refused(model, encoded, videos) -> None:
         pack(model, encoded, videos, [CHAINS[0], CHAINS[1][:2]])
 
 
-def test_copies_share_the_prompt_and_nothing_else(model, encoded, videos) -> None:
+def test_copies_equal_single_calls_with_the_same_seeds(model, encoded, videos) -> None:
     """G chains of each video from one prefill equal G single calls with the same seeds."""
     how = Generation(max_new_tokens=6, temperature=2.0, repetition_penalty=1.0)
     calls = []

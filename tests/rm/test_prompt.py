@@ -73,7 +73,7 @@ EVIL = [
 
 @pytest.mark.parametrize("evil", EVIL)
 @pytest.mark.parametrize("where", ["prompt", "cot"])
-def test_text_cannot_spell_a_control_token(tokenizer, evil, where):
+def test_text_never_encodes_to_control_tokens(tokenizer, evil, where):
     texts = {"prompt": "harmless", "cot": "harmless"}
     harmless = encode(tokenizer, TEMPLATE, texts["prompt"], GRID, TIMES, texts["cot"])
     attacked = encode(
@@ -92,7 +92,7 @@ def test_text_cannot_spell_a_control_token(tokenizer, evil, where):
     )  # no free row either, `<Reward>` among them
     assert evil in tokenizer.decode(
         attacked.ids
-    )  # the judge still reads what was written
+    )  # the reward model still reads the text
 
 
 def test_control_tokens_may_overlap(tokenizer):

@@ -43,7 +43,7 @@ def test_quality_is_the_share_of_the_truths_dimensions() -> None:
     assert quality_reward(parse_answer(chain(said)), {}) == 0.0
 
 
-def test_not_applicable_is_no_missing_answer() -> None:
+def test_not_applicable_counts_as_answered() -> None:
     assert quality_reward(parse_answer(chain({})), {"camera": None}) == 0.0
     assert (
         quality_reward(parse_answer(chain({"camera": "N/A"})), {"camera": None}) == 1.0
@@ -51,7 +51,7 @@ def test_not_applicable_is_no_missing_answer() -> None:
     assert quality_reward(parse_answer(chain({"camera": "N/A"})), {"camera": 0}) == 0.0
 
 
-def test_defect_15_the_type_of_a_score_does_not_matter() -> None:
+def test_defect_15_score_type_does_not_change_reward() -> None:
     words = chain({"subject": "2", "dynamics": "1"})
     numbers = chain({"subject": 2, "dynamics": 1.0})
     truth = {"subject": 2, "dynamics": 1}

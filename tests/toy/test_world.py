@@ -158,7 +158,7 @@ def test_measured_slide_is_the_rendered_one() -> None:
 @pytest.mark.parametrize(
     "kind", ["black", "grey", "white", "noise", "flicker", "coloured"]
 )
-def test_worthless_videos_score_low(kind: str) -> None:
+def test_blank_and_noisy_videos_score_low(kind: str) -> None:
     draw = torch.Generator().manual_seed(7)
     levels = {"black": 0, "grey": 120, "white": 255}
     if kind in levels:

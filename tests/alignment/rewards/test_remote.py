@@ -39,7 +39,7 @@ PROMPTS = ["a", "b", "c"]
 
 
 class Scripted:
-    """A server that answers as it is told, one entry after the other; the last one for ever."""
+    """A server that gives a list of answers and repeats the last."""
 
     def __init__(self, *answers: Callable[[bytes], tuple[int, bytes]] | int) -> None:
         self.answers, self.asked, self.connections = list(answers), 0, 0
@@ -341,7 +341,5 @@ def test_unscored_group_gives_no_update_and_is_counted(tiny: Path) -> None:
     first, second = read_metrics(folder / "metrics.jsonl")
     asked = 2 * first["reward/remote_unscored"] + second["reward/remote_unscored"]
     assert asked == second["reward/remote_unscored"] > 0
-    assert (
-        second["reward/remote"] > 0.1
-    )  # the mean of those that were judged, not of zeros
+    assert second["reward/remote"] > 0.1  # the mean of the scored videos, without zeros
     assert second["train/skipped"] == 0.0
