@@ -136,7 +136,10 @@ CELLS = (
 
 
 @EXAMPLES
-@given(st.lists(st.lists(CELLS, min_size=3, max_size=5), max_size=4), st.booleans())
+@given(
+    rows=st.lists(st.lists(CELLS, min_size=3, max_size=5), max_size=4),
+    quoted=st.booleans(),
+)
 def test_tables_of_pairs(
     tmp_path: Path, rows: list[list[str]], *, quoted: bool
 ) -> None:
