@@ -1,4 +1,4 @@
-"""Small real things behind the Protocols: a generator one can solve on paper, rewards of one line, a plain engine."""
+"""A generator that can be solved on paper, short rewards and a plain engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPE = (3, 2, 4, 4)  # C F H W: a latent is a tiny RGB video
 
 
 class Velocity(nn.Module):
-    """Base: the exact velocity of data N(0, spread^2). Adapter: gain_C x + bias_C, zero at the start."""
+    """The exact velocity of data N(0, spread^2) plus an adapter gain_C x + bias_C, at first 0."""
 
     def __init__(
         self, *, spread: float = 0.5, dtype: torch.dtype = torch.float32
@@ -35,7 +35,10 @@ class Velocity(nn.Module):
         self.frozen = nn.Parameter(torch.ones(1, dtype=dtype), requires_grad=False)
 
     def forward(self, x: Tensor, sigma: float) -> Tensor:
-        """x (B, C, F, H, W). For x_0 ~ N(0, s^2): v = x (sigma - (1 - sigma) s^2) / ((1 - sigma)^2 s^2 + sigma^2)."""
+        """Return the velocity of x (B, C, F, H, W).
+
+        For x_0 ~ N(0, s^2): v = x (sigma - (1 - sigma) s^2) / ((1 - sigma)^2 s^2 + sigma^2).
+        """
         variance = (1 - sigma) ** 2 * self.spread**2 + sigma**2
         v = x * (sigma - (1 - sigma) * self.spread**2) / variance * self.frozen
         if self.adapter_on:
@@ -194,7 +197,7 @@ class Scripted:
 
 
 class PlainEngine:
-    """deepspeed's contract in ten lines: divide by the accumulation, step on the last backward of a step."""
+    """An engine as deepspeed's: divide by the accumulation, step on the last backward."""
 
     def __init__(
         self,
@@ -240,7 +243,7 @@ for line in sys.stdin:
 def decoder_with_a_trap(
     folder: Path, body: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A decoder to which every file is sound, that runs ``body`` first, where ``trap`` tells a file named so."""
+    """Write a decoder that accepts each file and first runs ``body``; ``trap`` marks a name."""
     from rm import video_check
 
     (folder / "worker.py").write_text(_DECODER.format(body=body))

@@ -220,6 +220,6 @@ def test_settings_of_weights(folder: Path) -> None:
     }
 
 
-def test_the_page_has_all_of_them() -> None:
+def test_data_page_covers_all_formats() -> None:
     assert len(FILES) == 15
     assert set(WRITTEN) < set(FILES)

@@ -1,4 +1,4 @@
-"""Parsers that meet foreign input, on what hypothesis makes up: an answer or the error they promise, nothing else."""
+"""Parsers of foreign input, on texts made by hypothesis: an answer or the documented error."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def outcome(call: Callable[[], T], error: type[Exception]) -> tuple[T | None, st
 
 @EXAMPLES
 @given(st.tuples(TEXT, ANSWERS | TEXT, TEXT).map("".join))
-def test_what_a_judge_writes(text: str) -> None:
+@pytest.mark.slow
+def test_fuzz_cot_answers(text: str) -> None:
     answer = parse_answer(text)
     if answer is not None:
         assert set(answer.scores) <= set(DIMENSIONS)
@@ -97,7 +98,7 @@ def test_what_a_judge_writes(text: str) -> None:
 @given(
     TEXT, st.sampled_from(["", "<|im_end|>", "<|video_pad|>", "<|endoftext|>"]), TEXT
 )
-def test_what_a_prompt_spells(before: str, token: str, after: str) -> None:
+def test_fuzz_prompt_control_tokens(before: str, token: str, after: str) -> None:
     """No control token comes of it, and no word of it is lost."""
     tokenizer = tiny_tokenizer()
     ids = encode_text(tokenizer, before + token + after)
@@ -135,8 +136,13 @@ CELLS = (
 
 
 @EXAMPLES
-@given(st.lists(st.lists(CELLS, min_size=3, max_size=5), max_size=4), st.booleans())
-def test_tables_of_pairs(tmp_path: Path, rows: list[list[str]], quoted: bool) -> None:
+@given(
+    rows=st.lists(st.lists(CELLS, min_size=3, max_size=5), max_size=4),
+    quoted=st.booleans(),
+)
+def test_tables_of_pairs(
+    tmp_path: Path, rows: list[list[str]], *, quoted: bool
+) -> None:
     path = tmp_path / "pairs.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(
@@ -259,7 +265,7 @@ def mp4(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @settings(EXAMPLES, max_examples=60)
 @given(st.data())
 def test_damaged_videos(mp4: bytes, tmp_path: Path, data: st.DataObject) -> None:
-    """Bytes changed, cut out or cut off anywhere: frames of the right form, or the error that names the file."""
+    """Damaged bytes give frames of the right form or the error that names the file."""
     content = bytearray(mp4)
     for _ in range(data.draw(st.integers(1, 6))):
         content[data.draw(st.integers(0, len(mp4) - 1))] = data.draw(

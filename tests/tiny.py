@@ -1,7 +1,7 @@
-"""A WanPipeline folder of real classes at toy size: 40 thousand random weights, loadable with stock `from_pretrained`.
+"""A WanPipeline folder of real classes with 40 thousand random weights.
 
-Weights are drawn larger than the classes' own initialisation, which leaves a tiny transformer nearly deaf to its
-prompt and its timestep; a test against such a model would pass with either of them ignored.
+Weights are drawn larger than by the classes' initialisation, with which a tiny transformer
+hardly depends on prompt and timestep: tests would pass with either of them ignored.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def build_tiny_wan(
     scheduler: str = "unipc",
     layers: int = 2,
 ) -> Path:
-    """Write a WanPipeline to `folder`. The VAE compresses by spatial (4 or 8) and temporal (2 or 4).
+    """Write a WanPipeline; its VAE compresses by spatial (4 or 8) and temporal (2 or 4).
 
-    scheduler  "unipc" (as published for Wan 2.1) or "euler" (FlowMatchEulerDiscreteScheduler); both with shift 3
+    scheduler  "unipc" (as published for Wan 2.1) or "euler"
+               (FlowMatchEulerDiscreteScheduler); both with shift 3
     """
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
@@ -91,7 +92,7 @@ def tiny_config(folder: Path, **changes: object) -> GeneratorConfig:
 
 
 def tiny_generator(folder: Path, **changes: object) -> WanGenerator:
-    """Loaded, with a random B in every adapter, as if it had been trained: policy and reference differ."""
+    """Load with a random B in each adapter, so that policy and reference differ."""
     from generator.wan import WanGenerator
 
     generator = WanGenerator.load(tiny_config(folder, **changes), device="cpu")
@@ -104,7 +105,7 @@ def tiny_generator(folder: Path, **changes: object) -> WanGenerator:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, then `</s>`: any prompt can be written, and no vocabulary file is needed."""
+    """Build a tokenizer with a token for each byte, then `</s>`; it needs no file."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""A random Qwen3-VL of 60 thousand parameters with a byte-level tokenizer: the real classes, saved as usual."""
+"""A random Qwen3-VL of 60 thousand parameters with a byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from rm.prompt import CONTROL_TOKENS, PromptTemplate
 from rm.video import VideoSettings
 
 T = TypeVar("T", bound=torch.nn.Module)
-PLAIN_ADDED = "<think>"  # Qwen3 has added tokens that are not special; they are ordinary words to the judge
+# Qwen3 has added tokens that are not special: ordinary words to the reward model.
+PLAIN_ADDED = "<think>"
 TEMPLATE = PromptTemplate("Text: {prompt}\nVideo: ", "\nJudge it.")
 SETTINGS = VideoSettings(
     fps=4.0, min_frames=4, max_frames=8, min_pixels=256, max_pixels=1024, patch_size=8
@@ -45,25 +46,43 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_qwen(
     *, seed: int = 0, vocab_size: int = 320, layers: int = 2, tied: bool = True
 ) -> Qwen3VLForConditionalGeneration:
-    """Random weights, patch 8, hidden 32, eval mode, fp32. Ids above the tokenizer's are free rows."""
+    """Build random weights: patch 8, hidden 32, fp32; ids above the tokenizer's are free."""
     ids = control_ids()
     config = Qwen3VLConfig(
         vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32,
-            "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
         },
         text_config={
-            "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096,
+            "vocab_size": vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 4096,
             "rope_parameters": {
-                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
             },
-            "pad_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "tie_word_embeddings": tied,
+            "pad_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "tie_word_embeddings": tied,
         },
         tie_word_embeddings=tied,
         **vision_ids(),
-    )  # fmt: skip
+    )
     return lively(Qwen3VLForConditionalGeneration, config, seed=seed)
 
 
@@ -88,8 +107,9 @@ def vision_ids() -> dict[str, int]:
 
 
 def lively(kind: type[T], config: PreTrainedConfig, *, seed: int = 0) -> T:
-    """A random model in eval mode. Its own initialisation is so small that every input looks alike: the weights are
-    spread, so that tests see differences.
+    """Build a random model in eval mode whose outputs differ between inputs.
+
+    The weights are spread, because those of the default initialisation are too small.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -109,7 +129,7 @@ def save_tiny_qwen(path: str | Path, **options: object) -> Path:
 
 
 def speak_plainly(backbone: Qwen3VLForConditionalGeneration) -> None:
-    """Let a random model choose among twelve letters and the end of its turn only: chains end after a dozen tokens."""
+    """Allow twelve letters and the end of turn only, so CoTs end after a dozen tokens."""
     tokenizer = tiny_tokenizer()
     allowed = [*tokenizer.encode("abcdefghijkl"), tokenizer.eos_token_id]
     bias = torch.full((backbone.lm_head.out_features,), -100.0)

@@ -1,4 +1,4 @@
-"""Wrong values are named with their field."""
+"""Wrong values are reported with their field."""
 
 from __future__ import annotations
 
@@ -10,34 +10,23 @@ from alignment.config import GrpoConfig, RewardConfig
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "fields"),
     [
-        ({"group_size": 1}, r"GrpoConfig\.group_size must be at least 2.*got 1"),
-        (
-            {"kl_weight": -1e-3},
-            r"GrpoConfig\.kl_weight must be at least 0, got -0\.001",
-        ),
-        (
-            {"clip_low": 1e-3},
-            r"GrpoConfig\.clip_low and clip_high go together, got 0\.001 and None",
-        ),
-        (
-            {"clip_low": 0.0, "clip_high": 0.1},
-            r"GrpoConfig\.clip_low must be positive or null, got 0\.0",
-        ),
-        (
-            {"advantage_clip": 0.0},
-            r"GrpoConfig\.advantage_clip must be positive or null, got 0\.0",
-        ),
-        (
-            {"advantage_eps": -1.0, "group_size": 0},
-            r"group_size.*got 0; GrpoConfig\.advantage_eps.*got -1\.0",
-        ),
+        ({"group_size": 1}, ["group_size"]),
+        ({"kl_weight": -1e-3}, ["kl_weight", "-0.001"]),
+        ({"clip_low": 1e-3}, ["clip_low", "clip_high", "0.001"]),
+        ({"clip_low": 0.0, "clip_high": 0.1}, ["clip_low", "0.0"]),
+        ({"advantage_clip": 0.0}, ["advantage_clip", "0.0"]),
+        ({"advantage_eps": -1.0, "group_size": 0}, ["group_size", "advantage_eps"]),
     ],
 )
-def test_grpo_values(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_grpo_value_outside_its_limits_names_the_field(
+    values: dict[str, Any], fields: list[str]
+) -> None:
+    with pytest.raises(ValueError, match="GrpoConfig") as raised:
         GrpoConfig(**values)
+    for field in fields:
+        assert field in str(raised.value)
 
 
 def test_defaults_are_the_papers() -> None:
@@ -52,10 +41,8 @@ def test_defaults_are_the_papers() -> None:
     )
 
 
-def test_reward_values() -> None:
-    with pytest.raises(
-        ValueError, match=r"RewardConfig\.weight must be finite, got inf"
-    ):
+def test_reward_value_outside_its_limits_names_the_field() -> None:
+    with pytest.raises(ValueError, match="weight"):
         RewardConfig(weight=float("inf"))
-    with pytest.raises(ValueError, match=r"RewardConfig\.kind must be a name or null"):
+    with pytest.raises(ValueError, match="kind"):
         RewardConfig(kind="")

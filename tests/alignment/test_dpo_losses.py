@@ -1,4 +1,4 @@
-"""Flow-DPO's loss against numbers from hand and from the paper's pseudo-code, written another way."""
+"""Flow-DPO's loss against numbers by hand and against the paper's pseudo-code."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_reference_gets_no_gradient() -> None:
 
 
 def test_flow_dpo_equals_the_papers_pseudo_code_on_sums() -> None:
-    """Appendix C of 2501.13918 has squared norms, which are sums: its beta is ours over the number of elements."""
+    """Appendix C of 2501.13918 uses SUMS: its beta is ours over the number of elements."""
     draw = torch.Generator().manual_seed(3)
     v_chosen, v_rejected, own_chosen, own_rejected, ref_chosen, ref_rejected = (
         torch.randn(6, 5, 48, dtype=DOUBLE, generator=draw)
@@ -126,5 +126,5 @@ def test_rwr_weights_by_hand() -> None:
         tensor(0.0, math.log(2), math.log(3)) * 7, temperature=7.0
     ).tolist() == pytest.approx([0.5, 1, 1.5])
     assert bool(rwr_weights(tensor(0.0, 2000.0), temperature=1.0).isfinite().all())
-    with pytest.raises(ValueError, match="1 of 2"):
+    with pytest.raises(ValueError, match=r"\b1\b"):
         rwr_weights(tensor(0.0, math.nan), temperature=1.0)

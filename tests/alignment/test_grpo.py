@@ -195,7 +195,7 @@ def test_member_loss_is_its_weighted_advantage() -> None:
 
 
 def test_grpo_gradient_equals_the_formula() -> None:
-    """No KL: d loss / d bias_c = mean over groups of c~ mean_g[A_g mean_fhw(xi_gc)] / C, by hand from the samples."""
+    """Without KL, d loss / d bias_c = MEAN over groups of c~ mean_g[A_g mean_fhw(xi_gc)] / C."""
     generator = FakeGenerator(dtype=torch.float64)
     loop = loop_of(
         {"red": FunctionReward("red", redness)}, generator=generator, kl_weight=0.0
@@ -217,7 +217,7 @@ def test_grpo_gradient_equals_the_formula() -> None:
 
 
 def test_advantages_are_normalised_by_the_largest_spread_and_summed_by_weight() -> None:
-    """Two groups of two. Reward 1: spreads 1 and 0.5. Reward 2, in thousands: spreads 1000 and 3000."""
+    """Two groups of two: reward 1 has spreads 1 and 0.5, reward 2 has 1000 and 3000."""
     loop = loop_of(
         {"one": Scripted([]), "two": Scripted([])},
         weights={"one": 1.0, "two": 2.0},
@@ -269,7 +269,7 @@ def test_unscored_videos_are_counted_and_left_out() -> None:
     ]
     loop = loop_of({"scripted": Scripted(values)})
     result = loop.step(0)
-    # group 0: mean 2 and spread 1 over its two judged members; the others have nothing to compare
+    # group 0: mean 2 and spread 1 over its two scored members; the others have nothing to compare
     assert torch.allclose(
         result.advantage_PM[0], torch.tensor([-1.0, 0.0, 1.0, 0.0]), atol=2e-4
     )
@@ -294,7 +294,7 @@ def test_step_without_any_score_is_skipped() -> None:
 def test_two_ranks_get_the_advantages_of_a_single_rank(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two ranks with half of the groups each get the halves of what one rank with all of them gets."""
+    """Two ranks with half of the groups each get the advantages that a single rank gets."""
     value_B = torch.randn(16, generator=torch.Generator().manual_seed(5))
     loop = loop_of({"one": Scripted([])})
     alone = advantages_of(loop, {"one": Score(value_B)}, groups=4)
@@ -311,7 +311,7 @@ def test_two_ranks_get_the_advantages_of_a_single_rank(
 def test_ranks_that_share_groups_get_the_advantages_of_their_members(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Four ranks, two to a group of four: rank 2 b + i has members 2 i and 2 i + 1 of the groups of block b."""
+    """Of four ranks, rank 2 b + i has members 2 i and 2 i + 1 of the groups of block b."""
     value_PG = torch.randn(4, 4, generator=torch.Generator().manual_seed(5))
     alone = advantages_of(
         loop_of({"one": Scripted([])}), {"one": Score(value_PG.flatten())}, groups=4
@@ -342,7 +342,7 @@ def test_members_do_not_depend_on_the_rank_that_samples_them(noise: str) -> None
 
 
 def test_overlapped_scoring_gives_the_same_numbers() -> None:
-    """And a group's score is asked for while the next group is rolled out: the reward waits for that rollout."""
+    """A group is scored during the rollout of the next group; the reward waits for it."""
     began, asked = threading.Event(), []
 
     class Waiting(Brightness):
@@ -478,15 +478,13 @@ class Failing:
 def test_error_of_a_reward_names_it_and_keeps_its_cause(*, overlap: bool) -> None:
     raised = KeyError("its own")
     loop = loop_of({"mine": Failing(raised)}, overlap_scoring=overlap)
-    with pytest.raises(
-        RewardUnavailableError, match=r"^rewards\.mine: KeyError: 'its own'"
-    ) as found:
+    with pytest.raises(RewardUnavailableError, match=r"^rewards\.mine:") as found:
         loop.step(0)
     assert found.value.__cause__ is raised
     loop = loop_of({"mine": Failing(1)}, overlap_scoring=overlap)
     with pytest.raises(
         RewardUnavailableError,
-        match=r"^rewards\.mine: .*(17|5) numbers",
+        match=r"^rewards\.mine:",
     ):
         loop.step(0)
 
@@ -510,7 +508,7 @@ def test_silent_reward_stops_the_run_after_3_steps() -> None:
     assert [loop.step(step).metrics["train/skipped"] for step in range(2)] == [1.0, 1.0]
     with pytest.raises(
         RewardUnavailableError,
-        match="rewards.mine",
+        match=r"rewards\.mine",
     ):
         loop.step(2)
     once = Scripted([0.5, *never[1:], *(never * 4)])

@@ -46,8 +46,8 @@ def test_weights_from_the_std_equal_those_from_the_sampler_settings(step: int) -
     assert weights == pytest.approx((s / math.sqrt(delta), s**2 / delta), rel=1e-12)
 
 
-def test_weights_refuse_a_step_without_noise() -> None:
-    with pytest.raises(ValueError, match="std > 0"):
+def test_step_weights_without_noise_raise() -> None:
+    with pytest.raises(ValueError, match="std"):
         step_weights(0.0, sigma=0.9, sigma_next=0.8, gain=1.0)
 
 
@@ -70,7 +70,7 @@ def test_loss_by_hand() -> None:
     assert output.metrics["loss"] == pytest.approx(by_hand)
 
 
-def test_a_clip_of_none_never_binds() -> None:
+def test_clip_of_none_is_never_active() -> None:
     log_prob_G = torch.tensor([3.0, -3.0], dtype=torch.float64, requires_grad=True)
     zero_G = torch.zeros(2, dtype=torch.float64)
     one_G = torch.ones(2, dtype=torch.float64)
@@ -95,10 +95,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(("sigma", "sigma_next", "tau"), CASES)
-def test_gradient_is_the_equation_of_the_docstring(
+def test_grpo_loss_gradient_equals_the_equation(
     sigma: float, sigma_next: float, tau: float | None
 ) -> None:
-    """d loss / dv = (c~ mean_g[A_g xi_g] + beta c~^2 (v - v_ref)) / D; the KL term is beta c~^2 mean|dv|^2 / 2."""
+    """d loss / dv = (c~ mean_g[A_g xi_g] + beta c~^2 (v - v_ref)) / D.
+
+    The KL term is beta c~^2 mean|dv|^2 / 2.
+    """
     torch.manual_seed(1)
     members, size, beta = 3, 8, 0.5
     x, v_ref = torch.randn(2, 1, size, dtype=torch.float64)

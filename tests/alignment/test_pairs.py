@@ -26,7 +26,7 @@ def how(**changes: object) -> PairConfig:
 
 
 def test_normalised_value_does_not_depend_on_units() -> None:
-    """Ten times the other plus seven: by hand, both have the same normal form; weights 3 and 1 make 3/4 and 1/4."""
+    """Ten times the reward plus seven has the same normal form; weights 3 and 1 make 3/4, 1/4."""
     one, other = rewards([0.0, 2.0], [4.0, 2.0]), rewards([0.0, 4.0], [2.0, 2.0])
     std = math.sqrt(2.0)  # of both: 0, 2, 4, 2 around 2
     value = normalised_value({"a": one, "b": 10 * other + 7}, {"a": 3.0, "b": 1.0})
@@ -43,7 +43,7 @@ def test_reward_of_weight_0_and_constant_reward_count_nothing() -> None:
     assert torch.allclose(
         normalised_value({"a": one, "b": 0 * one}, {"a": 1.0, "b": 1.0}), plain / 2
     )
-    with pytest.raises(ValueError, match="weight is not 0"):
+    with pytest.raises(ValueError, match="weight"):
         normalised_value({"a": one}, {"a": 0.0})
 
 
@@ -211,5 +211,5 @@ def test_incomplete_or_changed_set_raises(tmp_path: Path) -> None:
         PairSet(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
-    with pytest.raises(ValueError, match="version 1"):
+    with pytest.raises(ValueError, match="version"):
         PairSet(folder)

@@ -25,7 +25,7 @@ def videos() -> Tensor:
     return torch.randint(0, 256, (4, 3, 8, 8, 3), generator=draw, dtype=torch.uint8)
 
 
-def test_the_first_ratio_is_one_unless_training_computes_another_velocity() -> None:
+def test_first_ratio_check_detects_another_velocity() -> None:
     fake = FakeGenerator()
     assert self_checks.first_ratio(fake, "a", dtype="float32").ok
     plain = fake.transition
@@ -52,7 +52,7 @@ class Shifted:
         return Score(video_BTYXC[..., 0].float().mean((1, 2, 3)).roll(1))
 
 
-def test_scores_follow_their_videos() -> None:
+def test_permutation_check_detects_mixed_scores() -> None:
     assert self_checks.permutation(
         FunctionReward("red", redness), videos(), PROMPTS, fps=8.0
     ).ok
@@ -62,7 +62,7 @@ def test_scores_follow_their_videos() -> None:
     assert "wrong videos" in found.message
 
 
-def test_a_reward_makes_sense_of_prompts_and_noise() -> None:
+def test_reward_check_detects_ignored_prompts_and_noise() -> None:
     """Likes flat videos whose brightness is ten times the length of the prompt."""
 
     def fits(video: Tensor, prompt: str) -> float:
@@ -80,7 +80,9 @@ def test_a_reward_makes_sense_of_prompts_and_noise() -> None:
     assert "fps" in found.message
 
 
-def test_weights_are_compared_across_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_differ_across_ranks_are_detected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     module = FakeGenerator().module
     assert self_checks.same_weights(module).ok
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
@@ -97,7 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_wan(tmp_path_factory.mktemp("wan"))
 
 
-def test_the_noiseless_walk_is_the_stock_pipelines(
+def test_noiseless_rollout_equals_stock_pipeline(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wan = tiny_generator(folder)

@@ -21,7 +21,7 @@ FLASH = [7.4770, 7.0414, 6.6112, 6.1867, 5.7682, 5.3559, 4.9502, 4.5513, 4.1596,
 
 
 def test_unit_weights_equal_flash_grpos_published_table() -> None:
-    """20 steps of shift 3 on diffusers' older UniPC grid, and Flash-GRPO's noise s = sigma sigma_1."""
+    """20 steps of shift 3 on the older UniPC grid, with Flash-GRPO's s = sigma sigma_1."""
     u = [1 - i * (1 - 1e-3) / 20 for i in range(21)]
     shifted = [3 * (1 - v) / (1 + 2 * (1 - v)) for v in u][::-1][:-1]
     for i, want in enumerate(FLASH):
@@ -42,7 +42,7 @@ def test_unit_weights_equal_flash_grpos_published_table() -> None:
 def test_unit_weights_give_a_velocity_gradient_of_the_noise(
     kernel: Kernel, step: int
 ) -> None:
-    """policy weight x d log p / d v = -xi / D, and the KL becomes |dv|^2 / 2, at any step, by autograd."""
+    """policy weight x d log p / d v = -xi / D, and the KL is |dv|^2 / 2, at any step."""
     from common.gaussian import kl_same_std, log_prob
 
     grid = sigma_grid(16, shift=3.0).tolist()
@@ -117,7 +117,7 @@ def test_collapsed_update_has_the_gradient_of_a_forward_per_member(
 
 
 def test_flow_grpo_gradient_equals_the_formula() -> None:
-    """No weights, no KL: mean over steps of gain / std mean_g[A_g mean(xi)] / C, by hand from the samples."""
+    """The gradient is the MEAN over steps of gain / std mean_g[A_g mean(xi)] / C."""
     generator = FakeGenerator(dtype=torch.float64, **FLOW_GRPO)
     loop = loop_of(RED, generator=generator, kl_weight=0.0, reweight="none")
     batch = loop.prompts.at(0)

@@ -51,8 +51,9 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(2)]
 
 
+@pytest.mark.slow
 class TestTwoRanks:
-    def test_who_is_who(self, ranks):
+    def test_ranks_know_rank_and_world_size(self, ranks):
         assert [(r["rank"], r["world"], r["is_main"]) for r in ranks] == [
             (0, 2, True),
             (1, 2, False),
@@ -65,7 +66,7 @@ class TestTwoRanks:
     def test_every_rank_has_equally_many_batches(self, ranks):
         assert [r["batches"] for r in ranks] == [[[0, 2], [4]], [[1, 3], []]]
 
-    def test_a_problem_on_one_rank_is_raised_on_all(self, ranks):
+    def test_error_on_a_rank_is_raised_on_all(self, ranks):
         assert [r["together"] for r in ranks] == ["on rank 1: 'lost'", "lost"]
 
     def test_rows_are_gathered_in_rank_order(self, ranks):
@@ -85,13 +86,13 @@ class TestTwoRanks:
         assert all(r["max_nan_is_nan"] for r in ranks)
         assert [r["sum"] for r in ranks] == [pytest.approx(0.3), pytest.approx(0.3)]
 
-    def test_a_checkpoint_holds_the_files_of_both(self, ranks):
+    def test_checkpoint_has_the_files_of_both_ranks(self, ranks):
         assert [r["found"] for r in ranks] == ["step-000005", "step-000005"]
         assert [r["weights"] for r in ranks] == [[0.0] * 3, [1.0] * 3]
 
-    def test_one_failing_rank_stops_both_and_spoils_nothing(self, ranks):
-        assert "failed on rank 1" in ranks[0]["failure"]
-        assert ranks[1]["failure"] == "OSError: no space left on device"
+    def test_failing_rank_stops_both_and_keeps_checkpoints(self, ranks):
+        assert "rank 1" in ranks[0]["failure"]
+        assert ranks[1]["failure"].startswith("OSError:")
         assert [r["after_failure"] for r in ranks] == ["step-000005", "step-000005"]
 
 
@@ -112,7 +113,9 @@ class TestAlone:
     def test_deepspeed_starts_in_a_plain_process_and_compiles_nothing(self, tmp_path):
         program = (
             "from common import distributed as d; d.init_process_group(); d.init_process_group()\n"
-            "import deepspeed, torch; m = torch.nn.Linear(2, 1, bias=False); torch.nn.init.ones_(m.weight)\n"
+            "import deepspeed, torch\n"
+            "m = torch.nn.Linear(2, 1, bias=False)\n"
+            "torch.nn.init.ones_(m.weight)\n"
             "o = torch.optim.SGD(m.parameters(), lr=0.5)\n"
             "c = {'train_micro_batch_size_per_gpu': 1, 'zero_optimization': {'stage': 1},"
             " 'gradient_clipping': 0.0, 'zero_allow_untested_optimizer': True}\n"
@@ -143,10 +146,11 @@ class TestAlone:
 @pytest.mark.parametrize(
     ("ending", "code"), [("", 0), ("sys.exit(2)", 2), ("raise ValueError", 1)]
 )
-def test_a_process_ends_with_its_own_exit_code(tmp_path, ending, code):
-    """Though its threads hold the last collective's tensors; where nobody waits for them about half abort (134)."""
+def test_process_ends_with_its_exit_code(tmp_path, ending, code):
+    """The exit waits for the collective threads; otherwise about half of the exits are 134."""
     program = (
-        "import os, sys; import torch, torch.distributed as dist; from common import distributed as d\n"
+        "import os, sys; import torch, torch.distributed as dist\n"
+        "from common import distributed as d\n"
         "rank, codes = int(sys.argv[1]), []\n"
         "for i in range(8):\n"
         "    child = os.fork()\n"
@@ -154,7 +158,7 @@ def test_a_process_ends_with_its_own_exit_code(tmp_path, ending, code):
         "        store = dist.FileStore(f'{sys.argv[2]}/{i}', 2)\n"
         "        dist.init_process_group('gloo', store=store, rank=rank, world_size=2)\n"
         "        sys.kept = dist.group.WORLD  # as deepspeed does\n"
-        "        sys.setswitchinterval(5)  # a thread that waits for the lock gets it when the main thread lets go\n"
+        "        sys.setswitchinterval(5)  # no switch before the main thread waits\n"
         "        try:\n"
         "            with d.joined():\n"
         "                for _ in range(50): d.barrier()\n"
@@ -179,7 +183,7 @@ def test_a_process_ends_with_its_own_exit_code(tmp_path, ending, code):
     ] * 2
 
 
-def test_threads_that_work_are_waited_for_and_those_that_wait_are_not() -> None:
+def test_exit_waits_for_working_threads_only() -> None:
     ended, never = [], threading.Event()
 
     def work() -> None:
@@ -194,7 +198,7 @@ def test_threads_that_work_are_waited_for_and_those_that_wait_are_not() -> None:
 
 
 class TestSeeds:
-    def test_a_seed_is_the_head_of_a_sha256(self):
+    def test_seed_is_the_head_of_a_sha256(self):
         digest = hashlib.sha256(b"int:2:42;int:1:3;str:5:noise;").hexdigest()
         assert distributed.derive_seed(42, 3, "noise") == int(digest[:16], 16) // 2
         assert (

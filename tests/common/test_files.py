@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from common.files import replace_text, replaced, sha256, sort_header
 
 
-def test_a_file_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
+def test_atomic_write_leaves_old_or_complete_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     replace_text(path, "old ünï")
 
@@ -30,7 +30,7 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
     assert sha256(path) == hashlib.sha256(b"new").hexdigest()
 
 
-def test_equal_weights_are_equal_files(tmp_path):
+def test_equal_weights_give_equal_files(tmp_path):
     """Whatever order the writer found for the metadata."""
     files = []
     for i in range(8):

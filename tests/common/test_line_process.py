@@ -1,4 +1,4 @@
-"""A partner that answers, one that lies, and ones that die: every end of it is an error at once, and none stays."""
+"""A partner process that ends or answers wrongly is an error, and leaves no process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def start(tmp_path: Path):
         assert partner.process.returncode is not None
 
 
-def test_questions_and_answers(start):
+def test_line_process_answers_requests(start):
     partner = start()
     long = "é" * (MAX_LINE // 7)
     for message in ({"a": [1, 2.5, None]}, {"text": "two\nlines"}, {"long": long}):
@@ -74,14 +74,14 @@ def test_questions_and_answers(start):
         ({"raw": "x" * 60_000 + "\\n", "complain": "?"}, r"which is no JSON object"),
     ],
 )
-def test_another_answer_is_an_error_and_its_end(start, message, error):
+def test_malformed_answer_raises_and_ends_process(start, message, error):
     partner = start()
     with pytest.raises(LineProcessError, match=error):
         partner.ask(message, timeout_s=60)
     assert partner.process.returncode is not None
 
 
-def test_a_line_without_end_is_an_error(start):
+def test_line_without_end_raises(start):
     partner = start(
         "import sys\nsys.stdin.readline()\nwhile True:\n    sys.stdout.write('x' * 1000)\n"
     )
@@ -89,7 +89,7 @@ def test_a_line_without_end_is_an_error(start):
         partner.ask({}, timeout_s=60)
 
 
-def test_silence_is_an_error_after_the_time(start):
+def test_silent_process_raises_after_timeout(start):
     partner = start("import time\ntime.sleep(600)\n")
     begin = time.monotonic()
     with pytest.raises(LineProcessError, match=r"0\.5"):
@@ -98,26 +98,30 @@ def test_silence_is_an_error_after_the_time(start):
     assert partner.process.returncode == -signal.SIGKILL
 
 
-def test_one_that_died_before_it_was_asked(start):
+def test_process_dead_before_request_raises(start):
     partner = start("raise SystemExit(5)")
     os.waitid(os.P_PID, partner.process.pid, os.WEXITED | os.WNOWAIT)
     with pytest.raises(LineProcessError, match="5"):
         partner.ask({}, timeout_s=60)
 
 
-def test_one_that_does_not_end_by_itself_is_killed(start):
+def test_process_that_does_not_end_is_killed(start):
     partner = start("import time\nwhile True:\n    time.sleep(600)\n", grace_s=0.2)
     partner.end()
     assert partner.process.returncode == -signal.SIGKILL
 
 
-def test_it_ends_with_us_even_if_we_are_killed(tmp_path):
+def test_child_process_ends_when_parent_is_killed(tmp_path):
     (tmp_path / "echo.py").write_text(ECHO, encoding="utf-8")
     ours = f"""
 import os, signal, sys
 from pathlib import Path
 from common.line_process import LineProcess
-partner = LineProcess([sys.executable, "-I", {str(tmp_path / "echo.py")!r}], stderr=Path(os.devnull), env=os.environ)
+partner = LineProcess(
+    [sys.executable, "-I", {str(tmp_path / "echo.py")!r}],
+    stderr=Path(os.devnull),
+    env=os.environ,
+)
 print(partner.process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -30,16 +30,16 @@ def test_low_ranks_pairs_matrices_in_any_order() -> None:
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ([], "f is empty"),
-        ([("x", "A", A)], r"f: x.weight has \{'A': \(2, 5\)\}, r=2"),
-        ([("x", "A", A), ("x", "B", B), ("y", "B", B)], "f: y"),
+        ([], "empty"),
+        ([("x", "A", A)], r"x\.weight"),
+        ([("x", "A", A), ("x", "B", B), ("y", "B", B)], r"\by\b"),
         (
             [("x", "A", torch.zeros(4, 5)), ("x", "B", B)],
-            r"\{'A': \(4, 5\), 'B': \(3, 2\)\}",
+            r"\(4, 5\)",
         ),
         (
             [("x", "A", A), ("x", "B", torch.zeros(3, 4))],
-            r"\{'A': \(2, 5\), 'B': \(3, 4\)\}",
+            r"\(3, 4\)",
         ),
         ([("x", "A", torch.zeros(2))], r"x\.lora_A"),
         ([("x", "C", A)], r"x\.lora_C"),

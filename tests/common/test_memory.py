@@ -26,7 +26,7 @@ ITEMS = torch.arange(11.0)
 @pytest.mark.parametrize(
     ("size", "calls"), [(None, [11]), (11, [11]), (4, [4, 4, 3]), (99, [11])]
 )
-def test_what_is_asked_for(size: int | None, calls: list[int]) -> None:
+def test_batch_size_is_used_while_it_fits(size: int | None, calls: list[int]) -> None:
     limited = Limited(99)
     assert torch.equal(
         AdaptiveBatcher(size, what="items").over(limited, ITEMS), ITEMS.square()
@@ -34,7 +34,7 @@ def test_what_is_asked_for(size: int | None, calls: list[int]) -> None:
     assert limited.calls == calls
 
 
-def test_halved_until_it_fits_and_remembered(
+def test_batch_is_halved_until_it_fits_and_stays(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     limited, portions = Limited(3), AdaptiveBatcher(None, what="latents")
@@ -44,13 +44,10 @@ def test_halved_until_it_fits_and_remembered(
     limited.calls.clear()
     portions.over(limited, ITEMS[:5])
     assert limited.calls == [2, 2, 1]
-    assert (
-        "memory ran out with 11 latents at once; from now on 5"
-        in capsys.readouterr().out
-    )
+    assert "11 latents" in capsys.readouterr().out
 
 
-def test_memory_that_runs_out_on_the_way_keeps_what_is_done() -> None:
+def test_out_of_memory_keeps_finished_batches() -> None:
     limited, portions = Limited(4), AdaptiveBatcher(4, what="items")
 
     def later(items: torch.Tensor) -> torch.Tensor:
@@ -71,17 +68,17 @@ def test_one_item_that_does_not_fit_is_an_error() -> None:
     assert fixed.size == 4
 
 
-def test_other_errors_travel() -> None:
+def test_other_errors_are_not_caught() -> None:
     def broken(_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("shapes differ")
 
-    with pytest.raises(RuntimeError, match="shapes differ"):
+    with pytest.raises(RuntimeError, match="shapes"):
         AdaptiveBatcher(4, what="items").over(broken, ITEMS)
     with pytest.raises(ValueError, match="0"):
         AdaptiveBatcher(0, what="videos")
 
 
-def test_what_was_held_at_most() -> None:
+def test_peak_memory_is_reported() -> None:
     """Half a GiB more than there ever was, on the CPU, where the whole process counts."""
     before = peak_memory()["memory/peak_gb"]
     held = torch.ones(int((before + 0.5) * 2**30 / 4))

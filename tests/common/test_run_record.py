@@ -25,7 +25,7 @@ class Outer:
     api_token: str = "one secret"
 
 
-def test_what_was_changed_is_said_key_by_key(tmp_path: Path) -> None:
+def test_changed_settings_are_listed_by_key(tmp_path: Path) -> None:
     cfg = Outer(extra={"gone": 1.5})
     write_settings(cfg, tmp_path / "config.yaml")
     assert changed_settings(tmp_path / "config.yaml", cfg) == []
@@ -46,7 +46,7 @@ def test_what_was_changed_is_said_key_by_key(tmp_path: Path) -> None:
     assert "secret" not in (tmp_path / "config.yaml").read_text()
 
 
-def test_a_secret_of_the_environment_is_no_difference(
+def test_environment_secret_is_no_changed_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOME_TOKEN", "abcdefgh123")
@@ -62,6 +62,6 @@ def test_a_secret_of_the_environment_is_no_difference(
     )  # and it is YAML still
 
 
-def test_differences_of_other_kinds() -> None:
+def test_differences_of_nested_and_equal_values() -> None:
     assert differences({"a": {"b": 1}}, {"a": 2}) == ['a: {"b": 1} -> 2']
     assert differences({"a": 1}, {"a": 1.0}) == []

@@ -7,7 +7,7 @@ from common.schedule import IndexSchedule
 from rm.data import PairSchedule
 
 
-def test_an_epochs_order_is_that_of_its_seed_and_name() -> None:
+def test_epoch_order_depends_on_seed_and_name() -> None:
     """Written out: three steps of four from ten things reach into the second epoch."""
     orders = []
     for epoch in (0, 1):
@@ -27,7 +27,7 @@ def test_an_epochs_order_is_that_of_its_seed_and_name() -> None:
     ]
 
 
-def test_other_names_and_seeds_have_other_orders() -> None:
+def test_epoch_order_differs_by_name_and_seed() -> None:
     def order(seed: int, name: str) -> tuple[int, ...]:
         return IndexSchedule(20, seed=seed, per_step=20, name=name).at(0)
 

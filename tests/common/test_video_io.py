@@ -25,8 +25,9 @@ def smooth_video(frames: int = 9, side: int = 32) -> torch.Tensor:
     )
 
 
+@pytest.mark.slow
 def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
-    """With x264's default look-ahead, 10 of 64 such clips came out in several versions within 20 tries."""
+    """x264's default look-ahead gave several versions of 10 of 64 such clips."""
     rng = random.Random(0)
     scenes = [random_scene(random_attributes(rng), rng) for _ in range(48)]
     for video_TYXC in render(scenes):
@@ -67,7 +68,7 @@ def test_flat_colours_survive(tmp_path: Path) -> None:
         assert np.abs(frame.astype(int) - np.array(color)).max() <= 4
 
 
-def test_a_lower_crf_is_closer(tmp_path: Path) -> None:
+def test_lower_crf_has_smaller_error(tmp_path: Path) -> None:
     noise = (
         torch.randint(0, 256, (4, 32, 32, 1), dtype=torch.uint8)
         .expand(-1, -1, -1, 3)
@@ -91,18 +92,18 @@ def test_a_lower_crf_is_closer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("video", "options", "message"),
     [
-        (torch.zeros(2, 16, 16, 3), {}, "uint8 frames"),
-        (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), {}, "uint8 frames"),
+        (torch.zeros(2, 16, 16, 3), {}, "uint8"),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), {}, "uint8"),
         (
             torch.zeros(2, 16, 15, 3, dtype=torch.uint8),
             {},
-            "even height and width, got 16x15",
+            "16x15",
         ),
-        (torch.zeros(2, 16, 16, 3, dtype=torch.uint8), {"fps": 0.0}, "fps > 0"),
-        (torch.zeros(2, 16, 16, 3, dtype=torch.uint8), {"crf": 52}, "crf <= 51"),
+        (torch.zeros(2, 16, 16, 3, dtype=torch.uint8), {"fps": 0.0}, "fps"),
+        (torch.zeros(2, 16, 16, 3, dtype=torch.uint8), {"crf": 52}, "crf"),
     ],
 )
-def test_what_cannot_be_written_is_named(
+def test_write_mp4_with_invalid_input_raises(
     tmp_path: Path, video: torch.Tensor, options: dict[str, float], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -157,7 +158,7 @@ def test_the_last_frame_is_shown_as_long_as_the_others(tmp_path: Path) -> None:
         2,
         2,
     ]
-    with pytest.raises(ValueError, match=r"a\.mp4: 6.*7"):
+    with pytest.raises(ValueError, match=r"a\.mp4"):
         read_frames(tmp_path / "a.mp4", num_frames=7, fps=16.0, **size)
 
 
@@ -174,7 +175,7 @@ def test_scaled_to_cover_and_cropped_around_the_middle(tmp_path: Path) -> None:
     assert float(whole[:, :, :15].float().mean()) > 240
 
 
-def test_what_is_no_video_is_named(tmp_path: Path) -> None:
+def test_read_frames_of_invalid_video_raises(tmp_path: Path) -> None:
     (tmp_path / "b.mp4").write_bytes(b"nothing of the kind")
     for name in ("b.mp4", "gone.mp4"):
         with pytest.raises(ValueError, match=name):

@@ -1,4 +1,4 @@
-"""What two processes do together; `test_distributed.py` starts it once per rank and reads rank outputs as JSON."""
+"""Collective operations of two processes, started by `test_distributed.py` for each rank."""
 
 from __future__ import annotations
 

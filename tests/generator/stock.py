@@ -1,4 +1,4 @@
-"""What stock diffusers makes of files, and what it says about them: the judge of everything that is exported."""
+"""Read exported files with stock diffusers and collect its warnings."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def tiny_pipeline(folder: Path, **parts: Any) -> WanPipeline:
 
 
 def large_pipeline() -> WanPipeline:
-    """Wan 2.1 1.3B's transformer, without memory for its weights, and nothing beside it."""
+    """Return Wan 2.1 1.3B's transformer on the meta device."""
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
         WanPipeline,

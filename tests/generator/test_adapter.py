@@ -24,10 +24,11 @@ def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_only_the_adapter_trains(folder: Path) -> None:
+def test_only_adapter_weights_are_trainable(folder: Path) -> None:
     generator = WanGenerator.load(tiny_config(folder, dtype="bfloat16"), device="cpu")
     trainable = [p for p in generator.module.parameters() if p.requires_grad]
-    # 2 blocks of 8 attention linears 24 -> 24 and a feed-forward 24 -> 32 -> 24, r (in + out) each with r = 4
+    # 2 blocks of 8 attention linears 24 -> 24 and a feed-forward 24 -> 32 -> 24:
+    # each has r (in + out) parameters with r = 4.
     assert sum(p.numel() for p in trainable) == 2 * 4 * (8 * (24 + 24) + 2 * (24 + 32))
     assert {p.dtype for p in trainable} == {torch.float32}
     assert not any(p.requires_grad for p in generator.codec.vae.parameters())
@@ -56,7 +57,7 @@ def test_misspelt_target_is_refused(folder: Path) -> None:
     lora = LoraConfig(
         rank=2, targets=("to_q", "q_proj", "to_out")
     )  # to_out is a list of modules, not a linear
-    with pytest.raises(ValueError, match=r"\['q_proj', 'to_out'\]"):
+    with pytest.raises(ValueError, match="'q_proj'"):
         WanGenerator.load(tiny_config(folder, lora=lora), device="cpu")
 
 
@@ -75,7 +76,7 @@ def test_given_weights_replace_the_modules(
     assert all(torch.equal(given[name], 2 * own[name]) for name in own)
 
 
-def test_stock_pipeline_reads_it(folder: Path, saved: Path) -> None:
+def test_stock_pipeline_reads_the_adapter(folder: Path, saved: Path) -> None:
     generator = tiny_generator(folder)
     stock = WanPipeline.from_pretrained(folder, dtype=torch.float32)
     before = {name for name, _ in stock.transformer.named_parameters()}
@@ -113,7 +114,7 @@ def test_stock_pipeline_reads_it(folder: Path, saved: Path) -> None:
     assert (ours - base).abs().max() > 1e-2
 
 
-def test_load_restores_the_output(folder: Path, saved: Path) -> None:
+def test_loaded_adapter_restores_the_output(folder: Path, saved: Path) -> None:
     trained, fresh = (
         tiny_generator(folder),
         WanGenerator.load(tiny_config(folder), device="cpu", seed=9),
@@ -135,7 +136,7 @@ def test_load_restores_the_output(folder: Path, saved: Path) -> None:
         ),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(
+def test_misfitting_adapter_is_refused(
     folder: Path, saved: Path, lora: LoraConfig, words: str
 ) -> None:
     generator = WanGenerator.load(tiny_config(folder, lora=lora), device="cpu")
@@ -144,19 +145,19 @@ def test_an_adapter_that_does_not_fit_is_refused(
     assert words in str(caught.value)
 
 
-def test_a_missing_weight_is_refused(folder: Path, saved: Path, tmp_path: Path) -> None:
+def test_adapter_without_a_weight_is_refused(
+    folder: Path, saved: Path, tmp_path: Path
+) -> None:
     weights = load_file(saved / ADAPTER_FILE)
     gone = sorted(weights)[0]
     save_file(
         {name: value for name, value in weights.items() if name != gone},
         tmp_path / ADAPTER_FILE,
     )
-    with pytest.raises(
-        ValueError, match=f"missing {gone.removeprefix('transformer.')}"
-    ):
+    with pytest.raises(ValueError, match=gone.removeprefix("transformer.")):
         tiny_generator(folder).load_trained(tmp_path)
 
 
-def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
+def test_missing_file_raises_with_its_name(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=ADAPTER_FILE):
         tiny_generator(folder).load_trained(tmp_path)

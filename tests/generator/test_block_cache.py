@@ -42,7 +42,7 @@ class Calls:
         return seen
 
 
-def test_a_full_call_changes_nothing_and_the_next_may_use_it_again(deep: Path) -> None:
+def test_cached_call_follows_a_full_call(deep: Path) -> None:
     generator = generator_of(deep)
     transformer = generator.module.get_base_model()
     calls = Calls(transformer.blocks)
@@ -77,8 +77,8 @@ def test_a_full_call_changes_nothing_and_the_next_may_use_it_again(deep: Path) -
     ] * 5
 
 
-def test_what_is_added_is_the_middle_blocks_own(deep: Path) -> None:
-    """By hand on blocks of one number: the first doubles, the middle adds 5 and 7, the last negates."""
+def test_cache_adds_the_middle_blocks_residual(deep: Path) -> None:
+    """By hand on scalar blocks: the first doubles, the middle adds 5 and 7, the last negates."""
 
     class Block(nn.Module):
         def __init__(self, function) -> None:
@@ -116,7 +116,7 @@ def test_what_is_added_is_the_middle_blocks_own(deep: Path) -> None:
     assert float(model(3 * one, 100.0)) == -(6 + 1200)
 
 
-def test_the_tail_alone_is_cached_and_a_walk_starts_afresh(deep: Path) -> None:
+def test_cache_covers_tail_and_resets_per_rollout(deep: Path) -> None:
     plain, cached = generator_of(deep), generator_of(deep, tail_cache=2)
     calls = Calls(cached.module.get_base_model().blocks)
     (k,) = stochastic_steps(1, cached.cfg.sampler)
@@ -135,7 +135,7 @@ def test_the_tail_alone_is_cached_and_a_walk_starts_afresh(deep: Path) -> None:
     )
 
 
-def test_two_blocks_have_no_middle(folder: Path) -> None:
+def test_cache_with_two_blocks_raises(folder: Path) -> None:
     generator = generator_of(folder, tail_cache=2)
     with pytest.raises(ValueError, match="2"):
         generator.rollout([PROMPT], group_size=2, seeds=[1])

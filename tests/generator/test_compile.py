@@ -1,4 +1,4 @@
-"""torch.compile of the blocks: the same model, and the same numbers while sampling and while training."""
+"""Compiled blocks give the same numbers while sampling and while training."""
 
 from __future__ import annotations
 

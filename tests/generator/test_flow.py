@@ -33,8 +33,9 @@ class Weights(NamedTuple):
 def loss_weights(
     sigma: float, after: float, *, noise_level: float, max_std: float | None
 ) -> Weights:
-    """Of LongCat's two terms, s / sqrt(delta) and its square, with the clipped s: `alignment.grpo_losses` has them of the
-    std.
+    """Weights of LongCat's terms: s / sqrt(delta) and its square, with the clipped s.
+
+    `alignment.grpo_losses` computes them from the std.
     """
     policy = effective_noise(
         sigma, after, noise_level=noise_level, max_std=max_std
@@ -42,8 +43,9 @@ def loss_weights(
     return Weights(policy, policy**2)
 
 
-# shift: (sigma, raw s sqrt(delta), c~, policy weight, KL weight) of the 16-step grid, step 0 to 7, with tau = 0.45.
-# Computed for the specification from LongCat-Video 2510.22200; the first raw value is that of sigma = 0.999999.
+# shift: (sigma, raw s sqrt(delta), c~, policy weight, KL weight) of the 16-step grid,
+# steps 0 to 7, with tau = 0.45. Computed from the equations of LongCat-Video 2510.22200;
+# the first raw value is that of sigma = 0.999999.
 TABLES = {
     3.0: [
         (1.0000, 147.4, 1.000, 20.70, 428.5),
@@ -111,8 +113,8 @@ def test_grid_by_hand() -> None:
 @pytest.mark.parametrize(
     "bad", [{"num_steps": 0, "shift": 3.0}, {"num_steps": 4, "shift": 0.0}]
 )
-def test_grid_refuses_nonsense(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="sigma_grid needs"):
+def test_sigma_grid_with_invalid_values_raises(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="sigma_grid"):
         sigma_grid(bad["num_steps"], shift=bad["shift"])
 
 
@@ -137,7 +139,8 @@ def test_zero_noise_is_the_euler_step_to_the_bit() -> None:
 
 
 def test_mean_by_hand() -> None:
-    # sigma .8 -> .7, a = 1: s^2 = 4, mean = x (1 - 4 * .1 / 1.6) - v * .1 * (1 + 4 * .2 / 1.6) = .75 x - .15 v
+    # sigma .8 -> .7, a = 1: s^2 = 4,
+    # mean = x (1 - 4 * .1 / 1.6) - v * .1 * (1 + 4 * .2 / 1.6) = .75 x - .15 v
     law = sde_transition(
         torch.tensor([2.0]),
         torch.tensor([3.0]),
@@ -185,7 +188,10 @@ def test_gradient_of_log_prob_has_the_stated_sign_and_size() -> None:
     ("sigma", "after"), [(0.9286, 0.90), (0.8684, 0.83), (0.70, 0.65)]
 )
 def test_reweighted_terms_are_free_of_the_schedule(sigma: float, after: float) -> None:
-    """policy weight * gradient = -c~ xi / D and KL weight * KL = c~^2 / 2 * mean |v - v_ref|^2 (equations 6 to 8)."""
+    """Equations 6 to 8: policy weight * gradient = -c~ xi / D.
+
+    KL weight * KL = c~^2 / 2 * mean |v - v_ref|^2.
+    """
     draw = torch.Generator().manual_seed(2)
     x, other, xi = (
         torch.randn(1, 8, generator=draw, dtype=torch.float64) for _ in range(3)
@@ -208,7 +214,7 @@ def test_reweighted_terms_are_free_of_the_schedule(sigma: float, after: float) -
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.5, 1.0])
 def test_sde_keeps_the_marginal(noise_level: float) -> None:
-    """Data N(0, s0^2): the exact velocity is linear in x, so x at every sigma has a known spread, noise or not."""
+    """For data N(0, s0^2) the velocity is linear in x, so x has a known spread at each sigma."""
     data_std, steps = 0.5, 400
     sigmas = sigma_grid(steps, shift=1.0).tolist()[
         8:

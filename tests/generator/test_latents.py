@@ -1,4 +1,4 @@
-"""Decode against the stock pipeline's bytes, encode against the definition, and sizes read from the VAE."""
+"""Decoding equals the stock pipeline, encoding the definition; sizes come from the VAE."""
 
 from __future__ import annotations
 
@@ -106,11 +106,11 @@ def test_compression_is_read_from_the_vae(coarse: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"height": 40}, "height must be a multiple of 16, got 40, try 32"),
-        ({"width": 20}, "width must be a multiple of 16, got 20, try 16"),
+        ({"height": 40}, r"height.*\b32\b"),
+        ({"width": 20}, r"width.*\b16\b"),
         (
             {"num_frames": 8},
-            "num_frames must be 1 more than a multiple of 4, got 8, try 9",
+            r"num_frames.*\b9\b",
         ),
     ],
 )
@@ -129,7 +129,7 @@ def test_a_config_that_contradicts_the_layers_is_refused(tmp_path: Path) -> None
         "scale_factor_temporal": 4,
     }
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="scale_factor_spatial=8.*4.*2"):
+    with pytest.raises(ValueError, match="scale_factor_spatial=8"):
         WanGenerator.load(tiny_config(folder), device="cpu")
 
 

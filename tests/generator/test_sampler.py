@@ -60,7 +60,7 @@ def noise_of(*parts: int | str) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_members_differ_by_their_noise_alone(seed: int) -> None:
-    """With v = 0 nothing moves but at step k: next = x_T (1 - tau^2 / (2 sigma)) + tau xi_g, and clean = next."""
+    """With v = 0 only step k moves: next = x_T (1 - tau^2 / (2 sigma)) + tau xi_g."""
     group = roll(lambda x, _: torch.zeros_like(x), seed=seed)
     k = stochastic_step(seed, 3)
     (step,) = group.steps
@@ -146,7 +146,7 @@ def test_neither_batch_nor_group_size_changes_a_member() -> None:
     assert torch.equal(whole.steps[0].next_GCFHW[:2], fewer.steps[0].next_GCFHW)
 
 
-def test_seeds_decide_everything() -> None:
+def test_equal_seeds_give_equal_rollouts() -> None:
     state = torch.get_rng_state()
     first, again, other = roll(bend, seed=1), roll(bend, seed=1), roll(bend, seed=2)
     assert torch.equal(first.clean_GCFHW, again.clean_GCFHW)

@@ -1,4 +1,4 @@
-"""Samplers of the sister algorithms: which steps are stochastic, what is shared, the other kernel, the other tail."""
+"""Samplers of the related algorithms: stochastic steps, shared noise, kernels and tails."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def group_of(velocity: Callable[[Tensor, float], Tensor] = bend, **changes: obje
 # ---- which steps
 
 
-def test_all_and_windows_are_the_steps_they_say() -> None:
+def test_stochastic_steps_of_all_and_window() -> None:
     every = SamplerConfig(
         num_steps=10, stochastic="all", stochastic_first=1, stochastic_range=5
     )
@@ -64,7 +64,7 @@ def test_all_and_windows_are_the_steps_they_say() -> None:
     ) == (4, 3, 1)
 
 
-def test_the_one_step_may_start_later() -> None:
+def test_stochastic_step_may_start_later() -> None:
     late = SamplerConfig(stochastic_first=2, stochastic_range=5)
     assert {stochastic_steps(seed, late) for seed in range(60)} == {(2,), (3,), (4,)}
 
@@ -119,7 +119,7 @@ def test_shared_noise_is_shared_until_the_first_stochastic_step() -> None:
     ("shared", "steps"),
     [(True, (1,)), (True, (1, 2, 3)), (False, (2,)), (False, tuple(range(6)))],
 )
-def test_velocity_samples_are_counted(shared: bool, steps: tuple[int, ...]) -> None:
+def test_velocity_samples_are_counted(*, shared: bool, steps: tuple[int, ...]) -> None:
     seen: list[int] = []
 
     def counted(x: Tensor, sigma: float) -> Tensor:
@@ -141,7 +141,7 @@ def test_stochastic_steps_with_a_gap_are_refused() -> None:
 
 
 def test_cps_by_hand() -> None:
-    """sigma 0.8 -> 0.5, eta 0.5: std = 0.5 sin(45 deg); x 1, v 0.25 say video 0.8 and noise 1.05."""
+    """sigma 0.8 -> 0.5, eta 0.5: std = 0.5 sin(45 deg); x 1, v 0.25: video 0.8, noise 1.05."""
     law = cps_transition(
         torch.tensor([[1.0]]), torch.tensor([[0.25]]), 0.8, 0.5, noise_level=0.5
     )
@@ -158,10 +158,10 @@ def test_cps_without_noise_is_the_euler_step() -> None:
 
 
 @pytest.mark.parametrize("noise_level", [0.3, 0.7, 1.0])
-def test_cps_keeps_every_coefficient_where_the_video_is_known(
+def test_cps_keeps_the_marginal_of_a_single_data_point(
     noise_level: float,
 ) -> None:
-    """One data point c: v = (x - c) / sigma tells video and noise apart, so x stays N((1 - sigma) c, sigma^2)."""
+    """With a single data point c, v = (x - c) / sigma and x stays N((1 - sigma) c, sigma^2)."""
     torch.manual_seed(0)
     c, grid = 0.7, sigma_grid(12, shift=3.0).tolist()
     x = torch.randn(200_000, dtype=torch.float64)
@@ -221,7 +221,7 @@ def test_gains_by_hand() -> None:
         ({"tail_guidance": 0.5}, ["tail_guidance", "0.5"]),
     ],
 )
-def test_contradictions_are_named(values: dict, words: list[str]) -> None:
+def test_contradicting_sampler_settings_raise(values: dict, words: list[str]) -> None:
     with pytest.raises(ValueError, match="SamplerConfig") as caught:
         SamplerConfig(**values)
     assert all(word in str(caught.value) for word in words)
@@ -236,7 +236,10 @@ def test_noise_without_a_ceiling_may_start_below_one() -> None:
 
 @pytest.mark.parametrize(("walk", "order"), [(ode, 1.0), (ode_ab2, 2.0)])
 def test_order_of_convergence(walk: Callable, order: float) -> None:
-    """x' = v = x cos(3 sigma): x(0) = x(1) exp(-sin(3) / 3). Halving the steps divides the error by 2^order."""
+    """x' = v = x cos(3 sigma) has x(0) = x(1) exp(-sin(3) / 3).
+
+    Halving the steps divides the error by 2^order.
+    """
     exact = math.exp(-math.sin(3.0) / 3.0)
     errors = []
     for steps in (64, 128):
@@ -249,8 +252,8 @@ def test_order_of_convergence(walk: Callable, order: float) -> None:
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
 
 
-def test_ab2_is_exact_where_the_velocity_is_linear_in_sigma() -> None:
-    """v = sigma does not depend on x: after Euler's first step the rest is exact, whatever the steps' lengths."""
+def test_ab2_is_exact_for_velocity_linear_in_sigma() -> None:
+    """For v = sigma all steps after the first Euler step are exact, with any step lengths."""
     grid = [1.0, 0.9, 0.55, 0.5, 0.0]
     x = ode_ab2(
         lambda x, sigma: torch.full_like(x, sigma),
@@ -287,7 +290,7 @@ def rolled(generator: WanGenerator) -> tuple[Tensor, int]:
     return group.clean_GCFHW, sum(seen)
 
 
-def test_tail_options_change_the_tail_alone_and_cost_what_they_say(
+def test_tail_options_change_only_tail_and_forwards(
     folder: Path,
 ) -> None:
     (k,) = stochastic_steps(1, wan(folder).cfg.sampler)
@@ -321,7 +324,7 @@ def test_tail_options_change_the_tail_alone_and_cost_what_they_say(
         {"kernel": "cps", "noise_level": 0.7, "max_std": None},
     ],
 )
-def test_first_ratio_is_one_for_every_sister(folder: Path, sampler: dict) -> None:
+def test_first_ratio_is_one_for_related_algorithms(folder: Path, sampler: dict) -> None:
     generator = wan(folder, **sampler)
     for group in generator.rollout(["a cat", "rain"], group_size=2, seeds=[1, 2]):
         assert len(group.steps) == generator.cfg.sampler.steps_per_group
@@ -330,7 +333,7 @@ def test_first_ratio_is_one_for_every_sister(folder: Path, sampler: dict) -> Non
             torch.testing.assert_close(got.detach(), step.log_prob_G, atol=1e-5, rtol=0)
 
 
-def test_members_start_where_their_seeds_say(folder: Path) -> None:
+def test_member_noise_follows_its_seed(folder: Path) -> None:
     generator = wan(
         folder, initial_noise="member", stochastic="all", stochastic_range=6
     )

@@ -1,4 +1,4 @@
-"""WanGenerator on a tiny Wan of the real classes, against the stock pipeline and against plain per-member gradients."""
+"""WanGenerator on a tiny Wan equals the stock pipeline and plain per-member gradients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GUIDED = SamplerConfig(num_steps=6, stochastic_range=3, guidance_scale=3.0)
 
 
 class OwnGrid(FlowMatchEulerDiscreteScheduler):
-    """The stock Euler scheduler on sigma = 3 u / (1 + 2 u), u = 1 - i / N (its own grid ends elsewhere)."""
+    """The stock Euler scheduler on sigma = 3 u / (1 + 2 u), u = 1 - i / N."""
 
     def set_timesteps(
         self, num_inference_steps: int, device: torch.device | None = None
@@ -93,7 +93,7 @@ def test_fills_the_protocol(generator: WanGenerator) -> None:
     assert isinstance(generator, Generator)
 
 
-def test_tiny_model_listens(generator: WanGenerator) -> None:
+def test_tiny_model_depends_on_prompt_and_timestep(generator: WanGenerator) -> None:
     """Else every comparison below would pass with the prompt or the timestep ignored."""
     x = initial_noise(0, generator.latent_shape).unsqueeze(0)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_tiny_model_listens(generator: WanGenerator) -> None:
     assert (other_sigma - v).std() > 0.05 * v.std()
 
 
-# ---- against the stock pipeline -----------------------------------------------------------------------------------
+# ---- against the stock pipeline ----
 
 
 @pytest.mark.parametrize("scale", [3.0, 1.0])
@@ -139,14 +139,14 @@ def test_sample_is_the_stock_pipeline(folder: Path, kind: str) -> None:
 
 
 def test_sample_needs_one_seed_per_prompt(generator: WanGenerator) -> None:
-    with pytest.raises(ValueError, match=r"2.*1"):
+    with pytest.raises(ValueError, match=r"\b2\b"):
         generator.sample(["a", "b"], [1])
     with pytest.raises(ValueError, match="'unipc'"):
         generator.sample(["a"], [1], scheduler="unipc")
 
 
 def test_guidance_mixes_in_fp32(folder: Path) -> None:
-    """In bf16, mixing first and widening later would rejected bits that the scale then amplifies."""
+    """Mixing in bf16 would lose bits that the guidance scale then amplifies."""
     generator = tiny_generator(folder, dtype="bfloat16")
     x = initial_noise(0, generator.latent_shape).unsqueeze(0)
     seen: list[Tensor] = []
@@ -192,7 +192,7 @@ def log_probs(generator: WanGenerator, group: Group) -> Tensor:
     return log_prob(law_of(generator, group), group.steps[0].next_GCFHW)
 
 
-# ---- what it costs ------------------------------------------------------------------------------------------------
+# ---- what it costs ----
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
@@ -248,7 +248,7 @@ def test_forwards_without_guidance(folder: Path) -> None:
         assert sum(seen) == update
 
 
-# ---- likelihood ---------------------------------------------------------------------------------------------------
+# ---- likelihood ----
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def gradients(generator: WanGenerator, loss: Tensor) -> Tensor:
 
 
 def collapsed_and_plain(generator: WanGenerator, group: Group) -> tuple[Tensor, Tensor]:
-    """Gradient of the mean of A_g exp(logp_g - old_g): one forward for all members, and one forward each."""
+    """MEAN of A_g exp(logp_g - old_g): one forward for all members equals one for each."""
     advantage_G = torch.tensor([1.5, -0.5, 0.25, -1.25]).to(group.clean_GCFHW.dtype)
     law = law_of(generator, group)
     ratio_G = (
@@ -307,7 +307,7 @@ def test_collapsed_gradient_is_the_plain_one(
 def test_collapsed_gradient_is_the_plain_one_in_fp64(
     generator: WanGenerator, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wan narrows to fp32 inside its blocks with Tensor.float(), which is switched off for this proof."""
+    """Wan narrows to fp32 in its blocks with Tensor.float(), which is switched off here."""
     double = copy.copy(generator)
     double.module = copy.deepcopy(generator.module).double()
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -351,7 +351,7 @@ def test_group_depends_on_its_prompt_and_seed_alone(generator: WanGenerator) -> 
 
 
 def test_flow_error_by_hand(generator: WanGenerator) -> None:
-    """mean |v(x_sigma) - (eps - x0)|^2 with x_sigma = (1 - sigma) x0 + sigma eps, from the bare transformer."""
+    """mean |v(x_sigma) - (eps - x0)|^2 with x_sigma = (1 - sigma) x0 + sigma eps."""
     draw = torch.Generator().manual_seed(8)
     clean, noise = (
         torch.randn(2, *generator.latent_shape, generator=draw) for _ in range(2)
@@ -373,7 +373,7 @@ def test_flow_error_by_hand(generator: WanGenerator) -> None:
     assert gradients(generator, got.sum()).norm() > 0
 
 
-# ---- reference ----------------------------------------------------------------------------------------------------
+# ---- reference ----
 
 
 def test_reference_is_the_model_without_its_adapter(
@@ -422,7 +422,7 @@ def test_full_fine_tuning_keeps_a_frozen_copy(folder: Path, group: Group) -> Non
     assert (moved - base).abs().max() > 1e-3
 
 
-def test_text_encoder_can_go(folder: Path) -> None:
+def test_freed_text_encoder_serves_known_prompts(folder: Path) -> None:
     generator = WanGenerator.load(
         tiny_config(folder, lora=LoraConfig(rank=2, alpha=2.0)), device="cpu"
     )
@@ -435,15 +435,15 @@ def test_text_encoder_can_go(folder: Path) -> None:
         generator.sample(["snow"], [1])
 
 
-def test_a_missing_folder_is_named(folder: Path) -> None:
+def test_missing_model_folder_raises(folder: Path) -> None:
     for path, words in (
-        ("./nowhere", "./nowhere does not exist"),
-        ("assets/no/wan", "assets/no/wan does not exist"),
+        ("./nowhere", "./nowhere"),
+        ("assets/no/wan", "assets/no/wan"),
         (
             "nowhere/wan",
-            "nowhere/wan is no folder here, and as a hub name it is not in the cache",
+            "nowhere/wan",
         ),
-        (str(folder / "vae"), "no model_index.json"),
+        (str(folder / "vae"), "model_index.json"),
     ):
         with pytest.raises(FileNotFoundError, match=words):
             WanGenerator.load(tiny_config(Path("x"), path=path), device="cpu")

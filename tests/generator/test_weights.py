@@ -28,7 +28,7 @@ def tuned(folder: Path) -> WanGenerator:
     return generator
 
 
-def test_stock_diffusers_reads_it(tuned: WanGenerator, tmp_path: Path) -> None:
+def test_stock_diffusers_reads_the_weights(tuned: WanGenerator, tmp_path: Path) -> None:
     file = tuned.save_trained(tmp_path)
     assert file == tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
     stock, info = WanTransformer3DModel.from_pretrained(
@@ -44,7 +44,7 @@ def test_stock_diffusers_reads_it(tuned: WanGenerator, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])
-def test_it_comes_back_under_an_adapter_too(
+def test_weights_load_under_an_adapter(
     tuned: WanGenerator, folder: Path, tmp_path: Path, *, with_adapter: bool
 ) -> None:
     want = tuned.sample([PROMPT], [1])
@@ -56,7 +56,7 @@ def test_it_comes_back_under_an_adapter_too(
     torch.testing.assert_close(other.sample([PROMPT], [1]), want, rtol=1e-5, atol=1e-5)
 
 
-def test_another_model_is_named(tuned: WanGenerator, tmp_path: Path) -> None:
+def test_weights_of_another_model_raise(tuned: WanGenerator, tmp_path: Path) -> None:
     file = tuned.save_trained(tmp_path)
     state = load_file(file)
     state["proj_out.bias"] = state["proj_out.bias"][:-1].clone()
@@ -72,7 +72,7 @@ def test_another_model_is_named(tuned: WanGenerator, tmp_path: Path) -> None:
         assert words in str(error.value)
 
 
-def test_an_adapter_needs_a_place(
+def test_adapter_load_without_lora_raises(
     tuned: WanGenerator, folder: Path, tmp_path: Path
 ) -> None:
     tiny_generator(folder).save_trained(tmp_path)
@@ -99,7 +99,7 @@ def test_half_precision_is_of_all_weights_and_of_no_buffer(folder: Path) -> None
         )  # the copy is as coarse
 
 
-def test_shards_are_read_by_stock_diffusers_and_by_us(
+def test_shards_load_in_stock_diffusers_and_generator(
     tuned: WanGenerator, tmp_path: Path
 ) -> None:
     tuned.save_trained(tmp_path / "one")
@@ -131,11 +131,11 @@ def test_shards_are_read_by_stock_diffusers_and_by_us(
         for name, weight in stock.state_dict().items()
     )
     files[0].unlink()
-    with pytest.raises(FileNotFoundError, match=f"lacks {files[0].name}"):
+    with pytest.raises(FileNotFoundError, match=files[0].name):
         weights.read(tmp_path / "many")
 
 
-def test_weights_that_do_not_fit_their_config_are_not_read(
+def test_weights_misfitting_their_config_raise(
     tuned: WanGenerator, tmp_path: Path
 ) -> None:
     file = tuned.save_trained(tmp_path)
@@ -144,12 +144,12 @@ def test_weights_that_do_not_fit_their_config_are_not_read(
         {name: tensor for name, tensor in state.items() if name != "proj_out.bias"},
         file,
     )
-    with pytest.raises(ValueError, match=r"missing proj_out\.bias"):
+    with pytest.raises(ValueError, match=r"proj_out\.bias"):
         weights.read(tmp_path)
     (file.parent / "config.json").write_text(
         '{"_class_name": "CogVideoXTransformer3DModel"}'
     )
     with pytest.raises(ValueError, match="CogVideoXTransformer3DModel"):
         weights.read(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"transformer/config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         weights.read(tmp_path / "none")

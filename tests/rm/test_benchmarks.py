@@ -69,7 +69,7 @@ def test_genai_bench_votes(tmp_path: Path) -> None:
         read_benchmark(path, "genai")  # the videos are elsewhere
 
 
-def test_the_in_domain_table(tmp_path: Path) -> None:
+def test_in_domain_table_has_labels(tmp_path: Path) -> None:
     said = ["Video 1 is better", "B", "The same", "Video 2 is better"]
     answers = [f'<answer>{{"gsb_result": "{word}"}}</answer>' for word in said] + [
         "nothing",
@@ -87,7 +87,7 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
     path = write(
         tmp_path, ["path_A", "path_B", "prompt", "VQ"], ["v/a.mp4", "v/b.mp4", "p", "A"]
     )
-    with pytest.raises(ValueError, match=r"bench\.csv: lacks the columns \['TA'\]"):
+    with pytest.raises(ValueError, match="'TA'"):
         read_benchmark(path, "videogen")
 
 
@@ -99,5 +99,5 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
         ("", None),
     ],
 )
-def test_no_preference(text: str, label: int | None) -> None:
+def test_parse_preference(text: str, label: int | None) -> None:
     assert parse_preference(text) is label

@@ -1,4 +1,4 @@
-"""Stage 1 on a real, random Qwen3-VL: it learns, and what it does depends on nothing it should not depend on."""
+"""Stage 1 learns on a random Qwen3-VL and depends only on its data, settings and seed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import rm.cold_start
-from common.video_io import write_mp4
 from rm.cold_start import ColdStart, backwards_per_step
 from rm.config import BackboneLora, ColdStartConfig, Generation, LearningRates, Masking
 from rm.data import Pair, PairSchedule
 from rm.model import DeScore
 from tests.launch.processes import refused_early
-from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
+from tests.tiny_qwen import SETTINGS, TEMPLATE, tiny_qwen, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 RATES = LearningRates(llm=1e-3, vision=1e-3, merger=1e-3, query=1e-3, head=1e-2)
@@ -25,7 +24,7 @@ LABELS = (1, -1, 1, -1)
 
 
 class PlainEngine:
-    """What a deepspeed engine does to one rank: MEAN over ``accumulation`` backwards, then a step."""
+    """An engine as deepspeed's: the MEAN over ``accumulation`` backwards, then a step."""
 
     def __init__(self, groups: list[dict], accumulation: int) -> None:
         self.optimizer = torch.optim.AdamW(groups)
@@ -52,17 +51,8 @@ class PlainEngine:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> list[Pair]:
-    folder = tmp_path_factory.mktemp("pairs")
-    found = []
-    for i, label in enumerate(LABELS):
-        files = [folder / f"{i}{side}.mp4" for side in "AB"]
-        for side, file in enumerate(files):
-            write_mp4(file, random_frames(10 * i + side), 4.0)
-        found.append(
-            Pair(f"prompt {i}", *files, f"first {i}", f"the second, longer {i}", label)
-        )
-    return found
+def pairs(cold_start_pairs) -> list[Pair]:
+    return cold_start_pairs
 
 
 def build(pairs, *, lora=None, **changes) -> ColdStart:
@@ -133,7 +123,7 @@ def test_the_loss_and_metrics_by_hand(pairs):
     assert found["train/masked"] == 0.0
 
 
-def test_masking_is_never_having_had_a_chain(pairs):
+def test_masked_cot_equals_absent_cot(pairs):
     bare = [replace(pair, cot_A="", cot_B="") for pair in pairs]
     masked, never = (
         build(pairs, mask_probability=1.0),
@@ -156,7 +146,7 @@ def test_micro_batches_are_one_step(pairs, micro_batch):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_a_tie_in_the_batch_does_not_dilute(pairs):
+def test_tie_in_batch_does_not_change_loss_mean(pairs):
     tie = Pair(pairs[0].prompt, pairs[0].video_A, pairs[0].video_B, "x", "y", 0)
     mixed = build([*pairs, tie], pairs_per_step=5, micro_batch=1, mask_probability=0.0)
     plain = build(pairs, mask_probability=0.0)
@@ -181,7 +171,7 @@ def test_with_theta_a_tie_counts(pairs):
     assert loop.step(0)["train/loss"] == pytest.approx(want.item(), abs=1e-5)
 
 
-def test_a_margin_is_taken_off_the_lead(pairs):
+def test_margin_is_subtracted_from_the_difference(pairs):
     loop = build(pairs, mask_probability=0.0, margin=0.57)
     signed = margins(loop, pairs, masked=False)
     assert loop.step(0)["train/loss"] == pytest.approx(
@@ -189,7 +179,7 @@ def test_a_margin_is_taken_off_the_lead(pairs):
     )
 
 
-def test_parts_of_a_chain_may_be_masked(pairs):
+def test_part_of_a_cot_may_be_masked(pairs):
     """A step on masked sentences is the step on pairs that only ever had the other sentences."""
     long = [
         replace(p, cot_A="One. Two. Three.", cot_B="Four. Five. Six. Seven.")
@@ -219,7 +209,7 @@ def test_swapping_a_pair_and_its_label_changes_nothing(pairs):
     )
 
 
-def test_going_on_equals_never_having_stopped(pairs):
+def test_resumed_training_equals_uninterrupted(pairs):
     lora = BackboneLora(
         rank=4, alpha=8.0, dropout=0.3
     )  # dropout must be the same draws
@@ -237,7 +227,7 @@ def test_going_on_equals_never_having_stopped(pairs):
         assert torch.equal(a, b)
 
 
-def test_evaluation_never_masks_and_never_drops_out(pairs):
+def test_evaluation_has_no_masking_and_no_dropout(pairs):
     loop = build(
         pairs,
         mask_probability=1.0,
@@ -258,8 +248,11 @@ def test_evaluation_never_masks_and_never_drops_out(pairs):
 @pytest.mark.parametrize(
     ("cache_gb", "decoded"), [(1.0, 8), (0.0, 24), (200_000 / 2**30, 22)]
 )
-def test_videos_are_kept_while_there_is_room(pairs, monkeypatch, cache_gb, decoded):
-    # a video is 4 x 4 x 4 patches of 3 * 2 * 8 * 8 floats, 98 kB, and some 150 ids: one of the 8 fits into 200 kB
+def test_video_cache_keeps_videos_within_its_size(
+    pairs, monkeypatch, cache_gb, decoded
+):
+    # A video is 4 x 4 x 4 patches of 3 * 2 * 8 * 8 floats, 98 kB, and some 150 ids:
+    # one of the 8 fits into 200 kB.
     calls = []
     real = rm.cold_start.prepare
     monkeypatch.setattr(
@@ -271,12 +264,12 @@ def test_videos_are_kept_while_there_is_room(pairs, monkeypatch, cache_gb, decod
     assert len(calls) == decoded
 
 
-def test_a_number_that_is_none_is_told(pairs, capsys):
+def test_non_finite_cold_start_loss_is_reported(pairs, capsys):
     loop = build(pairs)
     with torch.no_grad():
         loop.model.head.weight.fill_(math.inf)
     assert not math.isfinite(loop.step(3)["train/loss"])
-    assert "in step 3" in capsys.readouterr().out
+    assert "step 3" in capsys.readouterr().out
 
 
 def test_ranks_and_micro_batches_must_divide_a_step():
@@ -309,7 +302,7 @@ def test_ranks_and_micro_batches_must_divide_a_step():
         (Generation, {"repetition_penalty": 0.0}),
     ],
 )
-def test_a_wrong_value_is_named(schema, wrong):
+def test_wrong_cold_start_value_names_the_key(schema, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         schema(**wrong)
 
@@ -326,11 +319,11 @@ def test_defaults_are_the_papers():
     assert {rates.llm, rates.vision, rates.merger, rates.query, rates.head} == {2e-6}
 
 
-def test_a_typo_is_exit_2_at_once():
+def test_cold_start_typo_exits_2():
     said = refused_early(
         "launch/cold_start.py",
         "--config",
         "configs/shapes/cold_start.yaml",
         "cold_start.epoch=3",
     )
-    assert "did you mean 'cold_start.epochs'" in said
+    assert "'cold_start.epochs'" in said

@@ -12,13 +12,18 @@ from launch.schemas.training import DualRlRun
 from rm.config import Generation
 from rm.cot_backend import HfBackend
 from rm.cot_rollout import encode_pairs
+from rm.data import Pair
 from rm.generate import generate
-from tests.rm.test_dual_rl import G, build, pairs
+from tests.rm.test_dual_rl import G, build
 from tests.tiny_qwen import SETTINGS
 
-__all__ = ["pairs"]  # a fixture
 SAMPLED = Generation(max_new_tokens=12, temperature=2.0, repetition_penalty=1.0)
 YAML = Path(__file__).parents[2] / "configs" / "shapes" / "dual_rl.yaml"
+
+
+@pytest.fixture(scope="module")
+def pairs(dual_rl_pairs) -> list[Pair]:
+    return dual_rl_pairs
 
 
 class Diary(HfBackend):
@@ -48,7 +53,7 @@ class Diary(HfBackend):
         self.notes.append(("rest",))
 
 
-def test_chains_are_those_of_generate_however_many_go_together(pairs):
+def test_backend_cots_equal_generate_for_any_batch(pairs):
     model = build(pairs).model
     loop = build(pairs)
     videos, encoded = encode_pairs(loop.model, pairs)
@@ -76,14 +81,19 @@ def test_chains_are_those_of_generate_however_many_go_together(pairs):
         HfBackend(model, batch=0)
 
 
-def test_a_step_syncs_writes_all_its_chains_at_once_and_lets_the_engine_rest(pairs):
+def test_step_syncs_generates_and_frees_backend(pairs):
     loop = build(pairs, pairs_per_update=2, micro_batch=1)
     loop.writer = diary = Diary(loop.model, batch=2)
     loop.step(0)
     loop.step(1)
     assert [note[:2] for note in diary.notes] == [
-        ("sync", 0), ("write", 0), ("rest",), ("sync", 2), ("write", 2), ("rest",),
-    ]  # fmt: skip
+        ("sync", 0),
+        ("write", 0),
+        ("rest",),
+        ("sync", 2),
+        ("write", 2),
+        ("rest",),
+    ]
     assert [note[2:] for note in diary.notes if note[0] == "write"] == [
         (8, G)
     ] * 2  # two videos of four pairs
@@ -91,8 +101,8 @@ def test_a_step_syncs_writes_all_its_chains_at_once_and_lets_the_engine_rest(pai
     assert before != after
 
 
-def test_whoever_writes_ratios_are_of_the_trained_model(pairs):
-    """Chains from hot sampling, far from the model's own distribution: log-probs and the first ratio do not know."""
+def test_ratios_use_the_trained_model_for_any_backend(pairs):
+    """CoTs sampled at a high temperature give the same log-probs and first ratio."""
 
     class Hot(HfBackend):
         def write(self, encoded, videos, how, **options):
@@ -108,7 +118,7 @@ def test_whoever_writes_ratios_are_of_the_trained_model(pairs):
     assert loop.update([rollouts])["train/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_settings_of_the_engine_are_checked_with_the_config():
+def test_cot_backend_settings_are_checked():
     assert load(DualRlRun, YAML).cot_backend.kind == "hf"
     found = load(
         DualRlRun,
@@ -130,11 +140,11 @@ def test_settings_of_the_engine_are_checked_with_the_config():
         {"x": 1},
     )
     for override, message in (
-        ("cot_backend.kind=vllm", "needs python"),
-        ("writer.gpu_memory=1.5", "gpu_memory"),
-        ("writer.gpu_memroy=0.5", "gpu_memory"),
-        ("writer.max_model_len=0", "max_model_len"),
-        ("writer.timeout_s=0", "timeout_s"),
+        ("cot_backend.kind=vllm", "python"),
+        ("cot_backend.gpu_memory=1.5", "gpu_memory"),
+        ("cot_backend.gpu_memroy=0.5", "gpu_memory"),
+        ("cot_backend.max_model_len=0", "max_model_len"),
+        ("cot_backend.timeout_s=0", "timeout_s"),
     ):
         with pytest.raises(ConfigError, match=message):
             load(DualRlRun, YAML, [override])

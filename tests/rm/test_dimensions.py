@@ -1,4 +1,4 @@
-"""Judges of several dimensions: K query tokens, K rows of the head, labels of their own."""
+"""Reward models of several dimensions: K query tokens, K rows of the head, K labels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rm.packed import PackedCot, pack, packed_forward
 from rm.prompt import Encoded
 from rm.scorer import DeScoreScorer
 from rm.video import prepare
-from tests.rm import test_cold_start, test_dual_rl
+from tests.rm import test_dual_rl
 from tests.rm.test_cold_start import RATES, PlainEngine
 from tests.tiny_qwen import (
     SETTINGS,
@@ -33,7 +33,6 @@ from tests.tiny_qwen import (
     tiny_tokenizer,
 )
 
-pairs = test_cold_start.pairs  # the fixture
 THREE = {
     "VQ": RewardDimension(weight=1.0),
     "MQ": RewardDimension(weight=-0.5),
@@ -59,6 +58,11 @@ def judge_of(dimensions=None, generation=None) -> DeScore:
         )  # as after training: no two alike
     speak_plainly(model.backbone)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pairs(cold_start_pairs) -> list[Pair]:
+    return cold_start_pairs
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +111,8 @@ def test_scoring_training_and_packing_give_the_same_rewards(three, videos) -> No
 
 
 @torch.no_grad()
-def test_a_query_changes_no_reward_before_it(three, videos) -> None:
-    """Attention is causal: the first of three queries is the only one of a judge that has no more."""
+def test_query_does_not_change_earlier_rewards(three, videos) -> None:
+    """Attention is causal: the first of three queries equals a single query."""
     one = judge_of({"VQ": RewardDimension()})
     one.query.data, one.head.weight.data = (
         three.query.data[:1],
@@ -122,7 +126,7 @@ def test_a_query_changes_no_reward_before_it(three, videos) -> None:
 
 
 @torch.no_grad()
-def test_every_query_places_its_own_embedding(three) -> None:
+def test_each_query_has_a_separate_embedding(three) -> None:
     rows = three.backbone.get_input_embeddings()
     got = rows(torch.tensor([[265, 7, 264, 266, 267]]))[0]
     assert torch.equal(got[[2, 0, 3]], three.query)
@@ -156,7 +160,7 @@ def test_the_loss_by_hand() -> None:
     assert sum(parts).item() == pytest.approx(loss.item(), abs=1e-6)
 
 
-def test_nobody_said_anything_is_no_loss() -> None:
+def test_batch_without_labels_has_zero_loss() -> None:
     reward = torch.randn(2, 2, 1, requires_grad=True)
     loss = preference_loss(reward, torch.full((2, 1), math.nan), weight_K=(1.0,))
     loss.backward()
@@ -205,7 +209,7 @@ def test_dimensions_learn_opposite_orders_from_opposite_labels(pairs) -> None:
     assert loop.evaluate(told)["heldout/accuracy"] == 0.0
 
 
-def test_a_dimension_nobody_labelled_leaves_its_head_alone(pairs) -> None:
+def test_unlabelled_dimension_does_not_change_its_head(pairs) -> None:
     told = [replace(pair, labels={"TA": pair.label}) for pair in pairs]
     loop = loop_of(told, {"VQ": RewardDimension(), "TA": RewardDimension()})
     before = loop.model.head.weight.detach().clone()
@@ -231,7 +235,7 @@ def test_loss_weight_scales_the_term(pairs) -> None:
     assert half == pytest.approx((both + alone) / 2, abs=1e-6)
 
 
-def test_the_single_dimension_is_compared_with_its_own_label(pairs) -> None:
+def test_single_dimension_uses_its_label(pairs) -> None:
     told = [replace(pair, labels={"TA": -pair.label}) for pair in pairs]
     loop = loop_of(told, {"TA": RewardDimension()})
     for step in range(8):
@@ -286,7 +290,7 @@ def test_a_folder_keeps_its_dimensions(three, videos, tmp_path) -> None:
         )
 
 
-def test_a_folder_from_before_there_were_dimensions_is_one_overall_reward(
+def test_folder_without_dimensions_has_overall_reward(
     tmp_path,
 ) -> None:
     judge_of().save(tmp_path)
@@ -300,7 +304,7 @@ def test_a_folder_from_before_there_were_dimensions_is_one_overall_reward(
     )
 
 
-def test_an_unreadable_record_is_named(tmp_path) -> None:
+def test_unreadable_calibration_raises(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"descore\.json"):
         DeScore.dimensions_in(tmp_path)
 
@@ -348,14 +352,17 @@ def test_calibration_by_hand(tmp_path) -> None:
         Calibration.of({"overall": [None]}, chains=1)
     with pytest.raises(ValueError, match="std"):
         Calibration.of({"overall": [2.0, 2.0]}, chains=1)
-    with pytest.raises(FileNotFoundError, match=r"launch/calibrate\.py"):
+    with pytest.raises(FileNotFoundError, match=r"calibrate\.py"):
         Calibration.load(tmp_path / "nothing")
 
 
 def test_labels_come_from_columns_answers_and_the_preference(tmp_path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.mp4").write_bytes(b"")
-    scores = '"video_1_scores": {"subject": 2, "style": "N/A"}, "video_2_scores": {"subject": "1", "style": 2}'
+    scores = (
+        '"video_1_scores": {"subject": 2, "style": "N/A"}, '
+        '"video_2_scores": {"subject": "1", "style": 2}'
+    )
     with (tmp_path / "t.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["videos", "prompt", "GSB", "answer", "VQ"])

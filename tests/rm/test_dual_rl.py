@@ -1,4 +1,4 @@
-"""Stage 2 on a real, random Qwen3-VL: numbers by hand, and one test for each way the official release goes wrong."""
+"""Stage 2 on a random Qwen3-VL: numbers by hand, and tests of the official defects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch.nn.functional import logsigmoid
 import rm.cot_rollout
 import rm.dual_rl
 from common.lora import adapters_off
-from common.video_io import write_mp4
 from rm.config import BackboneLora, DualRlConfig, Generation, LearningRates
 from rm.data import Pair, PairSchedule
 from rm.dual_rl import DualRl, backwards_per_update
@@ -25,7 +24,6 @@ from tests.rm.test_cold_start import PlainEngine
 from tests.tiny_qwen import (
     SETTINGS,
     TEMPLATE,
-    random_frames,
     speak_plainly,
     tiny_qwen,
     tiny_tokenizer,
@@ -40,22 +38,21 @@ G = 4
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> list[Pair]:
-    folder = tmp_path_factory.mktemp("pairs")
-    found = []
-    for i, label in enumerate((1, -1, 1, -1)):
-        files = [folder / f"{i}{side}.mp4" for side in "AB"]
-        for side, file in enumerate(files):
-            write_mp4(file, random_frames(10 * i + side), 4.0)
-        found.append(Pair(f"prompt {i}", *files, "", "", label, SCORES, SCORES))
-    return found
+def pairs(dual_rl_pairs) -> list[Pair]:
+    return dual_rl_pairs
 
 
 def build(pairs, *, lora=True, rates=RATES, **changes) -> DualRl:
     options = {
-        "pairs_per_step": 4, "pairs_per_update": 4, "micro_batch": 4, "group_size": G, "max_new_tokens": 12,
-        "kl_weight": 0.1, "bt_weight": 0.5, "weight_decay": 0.0,
-    }  # fmt: skip
+        "pairs_per_step": 4,
+        "pairs_per_update": 4,
+        "micro_batch": 4,
+        "group_size": G,
+        "max_new_tokens": 12,
+        "kl_weight": 0.1,
+        "bt_weight": 0.5,
+        "weight_decay": 0.0,
+    }
     cfg = DualRlConfig(**{**options, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -87,7 +84,7 @@ def chains_of(rollouts: rm.cot_rollout.Rollouts) -> list[list[list[list[int]]]]:
 
 
 def test_defect_1_every_sequence_gets_its_own_reward(pairs, monkeypatch) -> None:
-    """Rewards are made from the text; advantages must follow the sequences they are multiplied with."""
+    """Rewards come from the text; each sequence is multiplied with its advantage."""
 
     def letters(text: str, truth, *, tokens: int, how) -> RuleReward:
         value = float(sum((ord(c) * (i + 1)) % 17 for i, c in enumerate(text)))
@@ -114,9 +111,7 @@ def test_defect_1_every_sequence_gets_its_own_reward(pairs, monkeypatch) -> None
             assert expected.abs().max() > 0.1  # otherwise nothing was compared
 
 
-def test_a_group_holds_chains_of_one_video_and_its_own_truth(
-    pairs, monkeypatch
-) -> None:
+def test_group_has_cots_of_a_single_video_with_its_scores(pairs, monkeypatch) -> None:
     seen = []
 
     def note(text: str, truth, *, tokens: int, how) -> RuleReward:
@@ -187,12 +182,12 @@ def test_the_losses_by_hand(pairs) -> None:
     assert found["train/loss"] == pytest.approx(total, abs=1e-5)
 
 
-def test_defect_6_an_error_in_the_preference_loss_travels(pairs, monkeypatch) -> None:
+def test_defect_6_error_in_preference_loss_is_raised(pairs, monkeypatch) -> None:
     def broken(*args, **options):
         raise ZeroDivisionError("on purpose")
 
     monkeypatch.setattr(rm.dual_rl, "preference_loss", broken)
-    with pytest.raises(ZeroDivisionError, match="on purpose"):
+    with pytest.raises(ZeroDivisionError, match="purpose"):
         build(pairs).step(0)
 
 
@@ -209,7 +204,7 @@ def test_defect_7_the_weights_of_the_objectives_do_not_depend_on_micro_batches(
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
 
 
-def test_fewer_chains_behind_a_prompt_change_nothing(pairs) -> None:
+def test_smaller_packs_give_equal_updates(pairs) -> None:
     whole, parts = build(pairs), build(pairs, cots_per_row=2)
     one, other = whole.step(0), parts.step(0)
     assert {k: v for k, v in one.items() if "seconds" not in k} == pytest.approx(
@@ -261,18 +256,18 @@ def test_the_reference_is_the_frozen_first_stage(pairs) -> None:
     assert loop.step(3)["train/kl"] > 0
 
 
-def test_without_adapters_there_is_no_reference_to_switch_to(pairs) -> None:
+def test_reference_without_adapters_raises(pairs) -> None:
     with (
-        pytest.raises(ValueError, match="no adapter"),
+        pytest.raises(ValueError, match="adapter"),
         adapters_off(build(pairs, lora=False).model),
     ):
         pass
-    with pytest.raises(ValueError, match="no adapter"):
+    with pytest.raises(ValueError, match="adapter"):
         build(pairs, lora=False).step(0)
     assert build(pairs, lora=False, kl_weight=0.0).step(0)["train/kl"] == 0.0
 
 
-def test_several_updates_on_the_same_chains_use_the_log_probs_of_sampling(
+def test_several_updates_use_sampling_log_probs(
     pairs,
 ) -> None:
     loop = build(
@@ -307,7 +302,8 @@ def test_the_vision_tower_is_frozen_and_the_rest_learns(pairs) -> None:
     assert {"query", "head.weight"} <= moved
 
 
-def test_reinforcement_lengthens_the_chains_and_preferences_are_learned(pairs) -> None:
+@pytest.mark.slow
+def test_dual_rl_lengthens_cots_and_learns_preferences(pairs) -> None:
     loop = build(pairs, kl_weight=0.0)
     metrics = [loop.step(step) for step in range(16)]
     early = sum(m["reward/length"] for m in metrics[:4]) / 4
@@ -316,7 +312,7 @@ def test_reinforcement_lengthens_the_chains_and_preferences_are_learned(pairs) -
     assert metrics[-1]["train/bt"] < 0.5 * metrics[0]["train/bt"]
 
 
-def test_a_step_is_a_function_of_its_number(pairs) -> None:
+def test_dual_rl_step_depends_on_its_number_only(pairs) -> None:
     one, other = build(pairs), build(pairs)
     torch.manual_seed(99)
     first = one.step(3)
@@ -332,7 +328,7 @@ def test_a_step_is_a_function_of_its_number(pairs) -> None:
     )
 
 
-def test_held_out_pairs_are_judged_with_the_models_own_chains(pairs) -> None:
+def test_heldout_pairs_are_scored_with_sampled_cots(pairs) -> None:
     loop = build(pairs, micro_batch=1)
     how = Generation(max_new_tokens=12, repetition_penalty=1.0)
     found = loop.evaluate(pairs[:3], how)
@@ -341,7 +337,7 @@ def test_held_out_pairs_are_judged_with_the_models_own_chains(pairs) -> None:
     assert found == loop.evaluate(pairs[:3], how)
 
 
-def test_a_loss_that_is_not_finite_is_told(pairs, capsys) -> None:
+def test_non_finite_dual_rl_loss_is_reported(pairs, capsys) -> None:
     loop = build(pairs)
     with torch.no_grad():
         loop.model.head.weight.fill_(math.nan)

@@ -1,4 +1,4 @@
-"""The judges of the recipes at their true sizes, on the meta device: what is trained, counted by hand."""
+"""Trained parameters of the full-size reward models on the meta device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rm.model import DeScore
 from tests.tiny_qwen import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-# hidden, layers, heads, feed-forward, tied, vision depth, vision width, vision feed-forward, deepstack, parameters
+# hidden, layers, heads, feed-forward, tied,
+# vision depth, vision width, vision feed-forward, deepstack, parameters
 SIZES = {
     "2B": (2048, 28, 16, 6144, True, 24, 1024, 4096, [5, 11, 17], 2.13e9),
     "4B": (2560, 36, 32, 9728, True, 24, 1024, 4096, [5, 11, 17], 4.44e9),
@@ -28,16 +29,27 @@ def judge_of(size: str) -> DeScore:
     hidden, layers, heads, wide, tied, depth, seen, seen_wide, deep, _ = SIZES[size]
     config = Qwen3VLConfig(
         text_config={
-            "vocab_size": ROWS, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "intermediate_size": wide,
+            "vocab_size": ROWS,
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "intermediate_size": wide,
             "tie_word_embeddings": tied,
         },
         vision_config={
-            "depth": depth, "hidden_size": seen, "intermediate_size": seen_wide, "num_heads": 16, "patch_size": 16,
-            "out_hidden_size": hidden, "num_position_embeddings": 2304, "deepstack_visual_indexes": deep,
+            "depth": depth,
+            "hidden_size": seen,
+            "intermediate_size": seen_wide,
+            "num_heads": 16,
+            "patch_size": 16,
+            "out_hidden_size": hidden,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": deep,
         },
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
     from rm.prompt import DEFAULT_TEMPLATE
 
     recipe = load(ColdStartRun, ROOT / "configs/wan/cold_start.yaml")
@@ -54,7 +66,8 @@ def judge_of(size: str) -> DeScore:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_the_recipe_trains(size: str) -> None:
+@pytest.mark.slow
+def test_full_size_trainable_parameters(size: str) -> None:
     hidden, layers, heads, wide, *_, parameters = SIZES[size]
     judge = judge_of(size)
     assert sum(p.numel() for p in judge.backbone.parameters()) == pytest.approx(

@@ -146,7 +146,7 @@ def test_greedy_tokens_are_those_of_forwards_without_a_cache(model, encoded, vid
         assert chains.ids(row) == ids
 
 
-def test_company_changes_no_row(speaker, encoded, videos, chains):
+def test_batch_size_changes_no_row(speaker, encoded, videos, chains):
     for row in range(6):
         batch = speaker.batch(
             encoded[row : row + 1], videos[row : row + 1], query=False
@@ -156,7 +156,7 @@ def test_company_changes_no_row(speaker, encoded, videos, chains):
         assert alone.finished_B[0] == chains.finished_B[row]
 
 
-def test_a_chain_ends_at_the_end_of_turn(model, chains):
+def test_cot_ends_at_the_end_of_turn(model, chains):
     for row in range(len(PROMPTS)):
         ids = chains.ids(row)
         assert model.end_id not in ids
@@ -237,7 +237,7 @@ def test_sampling_follows_the_softmax(model):
     )  # four standard deviations
 
 
-def test_a_draw_of_zero_skips_ids_without_probability(model):
+def test_draw_of_zero_skips_zero_probability_ids(model):
     how = Generation(max_new_tokens=1, temperature=1.0, repetition_penalty=1.0)
     chooser = _TokenSampler(model, torch.tensor([[9]]), how, [0])
     chooser.uniform_BS.zero_()
@@ -274,7 +274,7 @@ def test_repetition_penalty_by_hand(model, logits, prompt, want):
     assert int(choose(model, logits, how, prompt=prompt)) == want
 
 
-def test_what_was_just_written_counts_as_seen(model):
+def test_repetition_penalty_counts_new_tokens(model):
     chooser = _TokenSampler(
         model,
         torch.tensor([[9]]),

@@ -48,7 +48,7 @@ def test_only_ties_is_zero_with_zero_gradient():
     assert out.metrics == {}
 
 
-def test_pieces_with_a_global_count_add_up_to_the_whole():
+def test_partial_losses_with_global_count_sum_to_full_loss():
     draw = torch.Generator().manual_seed(0)
     win, lose = torch.randn(2, 9, generator=draw).unbind()
     tie = torch.tensor([False, True, False] * 3)

@@ -50,7 +50,7 @@ def test_lines_are_sections_where_there_is_no_empty_line() -> None:
     assert units("", "section") == units("", "sentence") == []
 
 
-def test_a_chain_goes_whole_with_its_probability_and_anew_each_epoch() -> None:
+def test_cot_mask_is_drawn_by_probability_each_epoch() -> None:
     how = Masking(probability=0.3)
     drops = [
         [mask(("x", "y"), how, seed=0, epoch=e, row=r) == ("", "") for r in range(5000)]
@@ -62,7 +62,7 @@ def test_a_chain_goes_whole_with_its_probability_and_anew_each_epoch() -> None:
     assert both[True, True] / 5000 == pytest.approx(0.09, abs=0.017)
 
 
-def test_per_pair_both_lose_the_same_and_per_video_each_its_own() -> None:
+def test_pair_masks_agree_and_video_masks_differ() -> None:
     texts = ("One. Two. Three. Four.", "1. 2. 3. 4.")
     pairs = [
         mask(texts, Masking(0.5, "pair", "sentence"), seed=1, epoch=0, row=r)
@@ -88,7 +88,7 @@ def test_per_pair_both_lose_the_same_and_per_video_each_its_own() -> None:
 
 
 @pytest.mark.parametrize("unit", ["cot", "section", "sentence"])
-def test_zero_keeps_and_one_drops_everything(unit: str) -> None:
+def test_mask_probability_0_keeps_and_1_drops_all(unit: str) -> None:
     assert mask((CHAIN, "b"), Masking(0.0, "video", unit), seed=0, epoch=0, row=0) == (
         CHAIN,
         "b",

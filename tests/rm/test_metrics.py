@@ -1,4 +1,4 @@
-"""Preference accuracy against brute force, and where stepping through pairs one by one goes wrong."""
+"""Preference accuracy against brute force and against the published script."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def brute_force(margins: list[float], labels: list[int]) -> tuple[float, float]:
 
 
 def stepwise(margins: list[float], labels: list[int]) -> float:
-    """What the published script does: move the threshold past one pair at a time, equal |m| or not."""
+    """Do as the published script: move the threshold past single pairs, also of equal |m|."""
     order = sorted(range(len(margins)), key=lambda i: abs(margins[i]))
     hits = sum(m * h > 0 for m, h in zip(margins, labels, strict=True))
     best = hits
@@ -71,8 +71,8 @@ def test_equal_margins_change_sides_together():
     assert stepwise([1.0, 1.0], [0, 1]) == 1.0
 
 
-def test_adverse_order_flatters_nobody():
-    """20,000 random integer scores, ties first: stepping pair by pair sees 0.5, no threshold reaches more than 0.38."""
+def test_order_of_ties_does_not_raise_accuracy():
+    """20,000 random integer scores, ties first: single steps give 0.5, thresholds only 0.38."""
     draw = torch.Generator().manual_seed(0)
     labels = (
         torch.multinomial(
@@ -110,7 +110,7 @@ def test_zero_margin_is_wrong_without_ties():
     )
 
 
-def test_an_unjudged_pair_is_wrong_everywhere():
+def test_unscored_pair_counts_as_wrong():
     found = preference_accuracy(
         torch.tensor([math.nan, 1.0, math.nan]), torch.tensor([0, 1, 1])
     )
@@ -122,7 +122,7 @@ def test_an_unjudged_pair_is_wrong_everywhere():
     )
 
 
-def test_nothing_to_count_is_nan():
+def test_accuracy_of_no_pairs_is_nan():
     assert math.isnan(preference_accuracy(torch.zeros(2), torch.zeros(2)).without_ties)
     assert math.isnan(preference_accuracy(torch.zeros(0), torch.zeros(0)).with_ties)
 
@@ -130,11 +130,11 @@ def test_nothing_to_count_is_nan():
 def test_wrong_labels_and_shapes():
     with pytest.raises(ValueError, match="22"):
         preference_accuracy(torch.zeros(2), torch.tensor([1, 22]))
-    with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
+    with pytest.raises(ValueError, match=r"\(2,\)"):
         preference_accuracy(torch.zeros(2), torch.zeros(3))
 
 
-def test_a_million_pairs_are_no_trillion_comparisons():
+def test_accuracy_of_a_million_pairs_is_fast():
     draw = torch.Generator().manual_seed(0)
     margins, labels = (
         torch.randn(10**6, generator=draw),

@@ -69,7 +69,8 @@ def test_positions_are_those_of_the_stock_model(model, videos, encoded):
 
 
 def test_positions_by_hand():
-    # text, text, a 1 x 2 patch, text, a 1 x 2 patch, text; grid in patches before merging: 2 x 2 x 4
+    # text, text, a 1 x 2 patch, text, a 1 x 2 patch, text;
+    # the grid in patches before merging is 2 x 2 x 4.
     is_video = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 0]]).bool()
     found = rope_positions(is_video, torch.tensor([[2, 2, 4]]), 2)[:, 0].tolist()
     assert found == [
@@ -94,9 +95,12 @@ def test_reward_by_another_route(model, videos, encoded):
     )
     vision = stock.model.get_video_features(batch.patches, batch.grid_B3)
     hidden = stock.model(
-        input_ids=None, inputs_embeds=embedded, position_ids=positions, attention_mask=batch.mask_BL,
+        input_ids=None,
+        inputs_embeds=embedded,
+        position_ids=positions,
+        attention_mask=batch.mask_BL,
         mm_encoder_outputs={"video": vision},
-    ).last_hidden_state  # fmt: skip
+    ).last_hidden_state
     want = (
         hidden[torch.arange(4), batch.last_B].double() * model.head.weight.double()
     ).sum(-1)
@@ -106,7 +110,7 @@ def test_reward_by_another_route(model, videos, encoded):
 
 
 @torch.no_grad()
-def test_padding_and_company_change_nothing(model, videos, encoded):
+def test_padding_and_batch_change_no_reward(model, videos, encoded):
     together = model(model.batch(encoded, videos))
     alone = torch.cat(
         [model(model.batch([e], [v])) for e, v in zip(encoded, videos, strict=True)]
@@ -215,7 +219,7 @@ def test_gradient_reaches_every_part_but_the_vocabulary(videos, lora):
     }
 
 
-def test_a_rate_of_zero_freezes():
+def test_learning_rate_0_freezes_the_part():
     model = judge()
     assert set(groups_of(model, vision=0.0, merger=0.0)) == {"llm", "query", "head"}
     assert not any(p.requires_grad for p in model.backbone.model.visual.parameters())
@@ -224,7 +228,7 @@ def test_a_rate_of_zero_freezes():
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("with_lora", [True, False])
-def test_a_folder_holds_everything(tmp_path, videos, encoded, tied, with_lora):
+def test_saved_folder_round_trips(tmp_path, videos, encoded, tied, with_lora):
     model = judge(tied=tied)
     if with_lora:
         groups = groups_of(model, lora=BackboneLora(rank=2, alpha=6.0, dropout=0.5))
@@ -254,7 +258,7 @@ def test_a_folder_holds_everything(tmp_path, videos, encoded, tied, with_lora):
 
 
 @torch.no_grad()
-def test_given_weights_are_saved_instead_of_the_own(tmp_path, videos, encoded):
+def test_given_weights_are_saved_instead_of_the_models(tmp_path, videos, encoded):
     model = judge()
     model.save(tmp_path, {**model.state_dict(), "head.weight": model.head.weight * 2})
     batch = model.batch(encoded, videos)
@@ -276,7 +280,7 @@ def test_half_precision_keeps_query_and_head_in_fp32(tmp_path, videos, encoded):
     )
 
 
-def test_a_new_judge_on_a_base(tmp_path):
+def test_new_reward_model_on_a_base(tmp_path):
     base = save_tiny_qwen(tmp_path / "base")
     plain = DeScore.from_base(base, template=TEMPLATE, settings=SETTINGS, seed=5)
     assert plain.query_id == 264  # first row that no token uses
@@ -306,14 +310,14 @@ def test_a_vocabulary_without_free_rows_grows_to_a_multiple_of_64(tmp_path, vide
     )
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_model_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"descore\.json"):
         DeScore.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         DeScore.from_base(tmp_path)
     judge().save(tmp_path)
     (tmp_path / DESCORE_FILE).write_text(json.dumps({"format": 2}))
-    with pytest.raises(ValueError, match="format 2"):
+    with pytest.raises(ValueError, match="format"):
         DeScore.load(tmp_path)
 
 
@@ -326,5 +330,5 @@ def test_wrong_settings_and_batches(model, videos):
             VideoSettings(patch_size=8, merge_size=4),
             264,
         )
-    with pytest.raises(ValueError, match="0 sequences"):
+    with pytest.raises(ValueError, match=r"\b0\b"):
         model.batch([], [])

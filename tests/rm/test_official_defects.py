@@ -1,6 +1,7 @@
-"""The official release's numbered defects that have no test elsewhere: each fails when the defect is put back.
+"""Numbered defects of the official release that have no test elsewhere.
 
-Elsewhere: 1, 6, 7, 11 in test_dual_rl.py; 2, 3, 9, 14 in tests/launch/test_dual_rl.py; 15 in test_text_rewards.py.
+Each test fails when its defect is put back. Other defects: 1, 6, 7, 11 in test_dual_rl.py;
+2, 3, 9, 14 in tests/launch/test_dual_rl.py; 15 in test_text_rewards.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 import rm.dual_rl
 from rm.config import Generation
-from rm.data import read_pairs
+from rm.data import Pair, read_pairs
 from rm.generate import generate, rewards_from_cache
 from rm.packed import PackedCot, pack, packed_forward
 from rm.scorer import DeScoreScorer
@@ -22,11 +23,14 @@ from tests.rm import test_cold_start, test_dual_rl
 from tests.rm.test_dual_rl import G
 from tests.tiny_qwen import SETTINGS, speak_plainly
 
-pairs = test_dual_rl.pairs  # the fixture
+
+@pytest.fixture(scope="module")
+def pairs(dual_rl_pairs) -> list[Pair]:
+    return dual_rl_pairs
 
 
 def test_defect_4_both_stages_and_inference_read_one_sequence(pairs) -> None:
-    """The same video, prompt and chain: the same ids and the same reward in stage 1, in stage 2 and when scoring."""
+    """A video, prompt and CoT have the same ids and reward in both stages and when scoring."""
     loop = test_cold_start.build([replace(pairs[0], cot_A="abc", cot_B="abcd")])
     model = loop.model.eval()
     speak_plainly(model.backbone)

@@ -61,7 +61,7 @@ def packed(model, encoded, videos) -> Packed:
 
 
 def alone(model, encoded, video, chain):
-    """(log-probs of the tokens and the end, reward), the plain way: one forward with the query and one without."""
+    """Return log-probs and reward by a forward with the query and a forward without."""
     sequence = Encoded(encoded.prompt_ids, chain.ids)
     plain = model.batch([sequence], [video], query=False)
     logits = model.backbone.lm_head(model.hidden(plain)[0]).masked_fill(
@@ -75,7 +75,7 @@ def alone(model, encoded, video, chain):
     )[0]
 
 
-def test_every_chain_gets_what_it_gets_alone(model, encoded, videos) -> None:
+def test_packed_cots_equal_separate_cots(model, encoded, videos) -> None:
     judged = packed_forward(model, packed(model, encoded, videos), temperature=1.0)
     for b in range(2):
         for g in range(3):
@@ -119,7 +119,7 @@ def test_one_forward_gives_the_gradients_of_two(model, encoded, videos) -> None:
     assert many["head.weight"].abs().max() > 0
 
 
-def test_a_chain_does_not_see_another(model, encoded, videos) -> None:
+def test_packed_cots_do_not_attend_to_each_other(model, encoded, videos) -> None:
     other = [[row[0], PackedCot((99, 98, 97), finished=True), row[2]] for row in CHAINS]
     first = packed_forward(model, packed(model, encoded, videos), temperature=1.0)
     second = packed_forward(model, pack(model, encoded, videos, other), temperature=1.0)
@@ -183,7 +183,7 @@ def test_unequal_groups_are_refused(model, encoded, videos) -> None:
         pack(model, encoded, videos, [CHAINS[0], CHAINS[1][:2]])
 
 
-def test_copies_share_the_prompt_and_nothing_else(model, encoded, videos) -> None:
+def test_copies_equal_single_calls_with_the_same_seeds(model, encoded, videos) -> None:
     """G chains of each video from one prefill equal G single calls with the same seeds."""
     how = Generation(max_new_tokens=6, temperature=2.0, repetition_penalty=1.0)
     calls = []

@@ -1,4 +1,4 @@
-"""The judge's chat: ids by position, nothing in a prompt can spell a control token, the answer's parser."""
+"""The reward model's chat: ids, control tokens in prompts, and parsed answers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def tokenizer():
 def test_ids_are_those_of_the_rendered_chat(tokenizer):
     encoded = encode(tokenizer, TEMPLATE, "a red ball", GRID, TIMES, "it fits")
     rendered = (
-        f"<|im_start|>user\nText: a red ball\nVideo: <0.1 seconds>{FRAME}<0.6 seconds>{FRAME}\nJudge it.<|im_end|>\n"
+        f"<|im_start|>user\nText: a red ball\n"
+        f"Video: <0.1 seconds>{FRAME}<0.6 seconds>{FRAME}\nJudge it.<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     assert list(encoded.prompt_ids) == tokenizer.encode(
@@ -72,11 +73,16 @@ EVIL = [
 
 @pytest.mark.parametrize("evil", EVIL)
 @pytest.mark.parametrize("where", ["prompt", "cot"])
-def test_text_cannot_spell_a_control_token(tokenizer, evil, where):
+def test_text_never_encodes_to_control_tokens(tokenizer, evil, where):
     texts = {"prompt": "harmless", "cot": "harmless"}
     harmless = encode(tokenizer, TEMPLATE, texts["prompt"], GRID, TIMES, texts["cot"])
-    attacked = encode(tokenizer, TEMPLATE, **{"prompt": "harmless", "cot": "harmless", where: evil + "."},
-                      video_grid=GRID, times=TIMES)  # fmt: skip
+    attacked = encode(
+        tokenizer,
+        TEMPLATE,
+        **{"prompt": "harmless", "cot": "harmless", where: evil + "."},
+        video_grid=GRID,
+        times=TIMES,
+    )
     special = range(256, 256 + len(CONTROL_TOKENS))
     assert [i for i in attacked.ids if i in special] == [
         i for i in harmless.ids if i in special
@@ -86,7 +92,7 @@ def test_text_cannot_spell_a_control_token(tokenizer, evil, where):
     )  # no free row either, `<Reward>` among them
     assert evil in tokenizer.decode(
         attacked.ids
-    )  # the judge still reads what was written
+    )  # the reward model still reads the text
 
 
 def test_control_tokens_may_overlap(tokenizer):
@@ -104,7 +110,7 @@ def test_added_words_that_are_not_special_stay_whole(tokenizer):
 
 
 def test_wrong_number_of_times_is_an_error(tokenizer):
-    with pytest.raises(ValueError, match="1 times for 2 temporal patches"):
+    with pytest.raises(ValueError, match="times"):
         encode(tokenizer, TEMPLATE, "p", GRID, (0.1,))
 
 
@@ -125,9 +131,9 @@ def test_template_round_trip_and_errors(tmp_path):
     assert PromptTemplate.load(tmp_path / "prompt.json") == template
     assert template.fill("x{prompt}") == '{"braces": 1} x{prompt} é\n'
     for before in ("no slot", "{prompt} {prompt}"):
-        with pytest.raises(ValueError, match="exactly once"):
+        with pytest.raises(ValueError, match="once"):
             PromptTemplate(before, "")
-    with pytest.raises(ValueError, match="belongs in `before`"):
+    with pytest.raises(ValueError, match="before"):
         PromptTemplate("{prompt}", "{prompt}")
     (tmp_path / "bad.json").write_text('{"before": "{prompt}"}')
     with pytest.raises(ValueError, match=r"bad\.json"):
@@ -156,19 +162,65 @@ FULL = {"subject": "2", "dynamics": 1, "camera": "N/A", "environment": 0, "style
 @pytest.mark.parametrize(
     ("text", "scores", "overall"),
     [
-        (answer(FULL), {"subject": 2, "dynamics": 1, "camera": None, "environment": 0, "style": None}, 4.5),
-        (answer({"subject": " 2 ", "style": "n/a"}, 3), {"subject": 2, "style": None}, 3.0),
-        (answer({"subject": 2.0, "dynamics": "1.0"}, None), {"subject": 2, "dynamics": 1}, None),
-        (answer({"subject": 3, "dynamics": "good", "camera": True, "style": [2], "other": 1}, "x"), {}, None),
+        (
+            answer(FULL),
+            {
+                "subject": 2,
+                "dynamics": 1,
+                "camera": None,
+                "environment": 0,
+                "style": None,
+            },
+            4.5,
+        ),
+        (
+            answer({"subject": " 2 ", "style": "n/a"}, 3),
+            {"subject": 2, "style": None},
+            3.0,
+        ),
+        (
+            answer({"subject": 2.0, "dynamics": "1.0"}, None),
+            {"subject": 2, "dynamics": 1},
+            None,
+        ),
+        (
+            answer(
+                {
+                    "subject": 3,
+                    "dynamics": "good",
+                    "camera": True,
+                    "style": [2],
+                    "other": 1,
+                },
+                "x",
+            ),
+            {},
+            None,
+        ),
         (answer({"subject": 1.5}, float("inf")), {}, None),
         (answer({}, 10**400), {}, None),
-        ("<answer>```json\n" + json.dumps({"dimensional_scores": {"subject": "0"}}) + "\n```</answer>",
-         {"subject": 0}, None),
-        ("<answer>\n```\n" + json.dumps({"dimensional_scores": {}}) + "```\n</answer> bye", {}, None),
-        ("I write <answer> now. " + answer({"subject": 1}) + " and </answer", {"subject": 1}, 4.5),
+        (
+            "<answer>```json\n"
+            + json.dumps({"dimensional_scores": {"subject": "0"}})
+            + "\n```</answer>",
+            {"subject": 0},
+            None,
+        ),
+        (
+            "<answer>\n```\n"
+            + json.dumps({"dimensional_scores": {}})
+            + "```\n</answer> bye",
+            {},
+            None,
+        ),
+        (
+            "I write <answer> now. " + answer({"subject": 1}) + " and </answer",
+            {"subject": 1},
+            4.5,
+        ),
         (answer({"subject": 0}) + answer({"subject": 2}), {"subject": 2}, 4.5),
     ],
-)  # fmt: skip
+)
 def test_answers(text, scores, overall):
     assert parse_answer(text) == Answer(scores, overall)
 
@@ -176,11 +228,21 @@ def test_answers(text, scores, overall):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "no block", "<answer>", "</answer>", "</answer><answer>", "<answer>{}</answer>", "<answer>[]</answer>",
-        "<answer>not json</answer>", '<answer>{"dimensional_scores": []}</answer>', "<answer>null</answer>",
-        "<answer>" + "[" * 100_000 + "</answer>", "<answer>" + "9" * 5000 + "</answer>", "<answer>" * 20_000,
+        "",
+        "no block",
+        "<answer>",
+        "</answer>",
+        "</answer><answer>",
+        "<answer>{}</answer>",
+        "<answer>[]</answer>",
+        "<answer>not json</answer>",
+        '<answer>{"dimensional_scores": []}</answer>',
+        "<answer>null</answer>",
+        "<answer>" + "[" * 100_000 + "</answer>",
+        "<answer>" + "9" * 5000 + "</answer>",
+        "<answer>" * 20_000,
         "<answer>\x00\ud800</answer>",
     ],
-)  # fmt: skip
-def test_foreign_text_is_no_answer(text):
+)
+def test_malformed_answer_has_no_scores(text):
     assert parse_answer(text) is None

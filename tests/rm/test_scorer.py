@@ -1,4 +1,4 @@
-"""The reward model users call: from a folder, on frames or files, with or without a chain of thought."""
+"""The scorer loads a folder and scores frames or files, with or without CoT."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def score(scorer, video_BTYXC):
     return scorer.score(video_BTYXC, PROMPTS, fps=4.0)
 
 
-def test_it_is_a_reward_model(scorer):
+def test_scorer_fills_the_reward_protocol(scorer):
     assert isinstance(scorer, RewardModel)
     assert scorer.name == "descore"
 
@@ -100,7 +100,7 @@ def test_permuting_the_batch_permutes_the_scores(scorer, score, video_BTYXC):
     )  # to the bit
 
 
-def test_batches_are_the_same_whatever_the_order_and_equal_videos_are_judged_once(
+def test_batches_ignore_order_and_equal_videos_are_scored_once(
     folder, video_BTYXC, monkeypatch
 ):
     scorer = DeScoreScorer.load(folder, chains=0, batch=3)
@@ -135,9 +135,7 @@ def test_the_size_of_a_batch_changes_nothing(folder, score, video_BTYXC):
 
 
 @pytest.mark.parametrize("chains", [0, 1])
-def test_a_batch_that_does_not_fit_is_halved_and_judged_alike(
-    folder, video_BTYXC, monkeypatch, chains
-):
+def test_halved_batch_gives_equal_scores(folder, video_BTYXC, monkeypatch, chains):
     """Memory runs out in the forward itself; `common.memory` frees what its error holds."""
     whole = speaking(folder, chains=chains)
     want = whole.score(video_BTYXC, PROMPTS, fps=4.0)
@@ -174,10 +172,8 @@ def test_score_only_mode_is_the_masked_sequence(folder, video_BTYXC):
     assert not found.parts
 
 
-def test_unfinished_chains_get_a_second_try_and_then_no_score(
-    scorer, score, video_BTYXC
-):
-    """With limit n a chain of up to n - 1 letters is judged at once, of up to 2 n - 1 at the second try, else never."""
+def test_unfinished_cots_get_a_second_try_then_nan(scorer, score, video_BTYXC):
+    """With limit n, CoTs of at most 2 n - 1 letters are scored, from n on at the second try."""
     lengths = [len(text) for text in score.texts]  # a letter is a token
     classes = [
         {(n >= limit) + (n >= 2 * limit) for n in lengths} for limit in range(41)
@@ -201,7 +197,7 @@ def test_unfinished_chains_get_a_second_try_and_then_no_score(
 
 
 def test_several_chains_are_averaged(folder, score, video_BTYXC):
-    """The mean and spread of the full forwards over N single chains; the first is the one a single judgement writes."""
+    """Mean and spread are those of N single CoTs; the first is that of a single scoring."""
     many = speaking(folder, chains=3)
     found = many.score(video_BTYXC, PROMPTS, fps=4.0)
     assert found.texts == score.texts
@@ -314,8 +310,9 @@ def test_files_are_decoded_once_and_frames_never(
     )
 
 
-def test_parts_are_what_the_chain_states():
-    good = '<answer>{"dimensional_scores": {"subject": "2", "dynamics": 0, "camera": "N/A"}}</answer>'
+def test_parts_equal_the_cot_answer():
+    scores = '{"subject": "2", "dynamics": 0, "camera": "N/A"}'
+    good = f'<answer>{{"dimensional_scores": {scores}}}</answer>'
     parts = _parts([good, "no answer"])
     assert parts["subject"].tolist() == pytest.approx([2.0, math.nan], nan_ok=True)
     assert parts["dynamics"].tolist() == pytest.approx([0.0, math.nan], nan_ok=True)
@@ -364,8 +361,8 @@ def test_parts_of_complete_answers(folder, video_BTYXC, monkeypatch, chains):
         assert thirds.unique().numel() > 2
 
 
-def test_errors(scorer, folder, video_BTYXC, tmp_path):
-    with pytest.raises(ValueError, match="2 videos"):
+def test_scorer_arguments_that_do_not_fit_raise(scorer, folder, video_BTYXC, tmp_path):
+    with pytest.raises(ValueError, match="videos"):
         scorer.score(video_BTYXC[:2], PROMPTS[:1], fps=4.0)
     with pytest.raises(ValueError, match="fps"):
         scorer.score(video_BTYXC[:1], PROMPTS[:1])

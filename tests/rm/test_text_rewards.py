@@ -20,7 +20,8 @@ TRUTH = {"subject": 2, "dynamics": 1, "camera": None, "environment": 0, "style":
 
 
 def chain(scores: dict[str, object], before: str = "seen\n") -> str:
-    return f"{before}<answer>{json.dumps({'dimensional_scores': scores, 'overall_score': '3.00'})}</answer>"
+    answer = json.dumps({"dimensional_scores": scores, "overall_score": "3.00"})
+    return f"{before}<answer>{answer}</answer>"
 
 
 def test_quality_is_the_share_of_the_truths_dimensions() -> None:
@@ -42,7 +43,7 @@ def test_quality_is_the_share_of_the_truths_dimensions() -> None:
     assert quality_reward(parse_answer(chain(said)), {}) == 0.0
 
 
-def test_not_applicable_is_no_missing_answer() -> None:
+def test_not_applicable_counts_as_answered() -> None:
     assert quality_reward(parse_answer(chain({})), {"camera": None}) == 0.0
     assert (
         quality_reward(parse_answer(chain({"camera": "N/A"})), {"camera": None}) == 1.0
@@ -50,7 +51,7 @@ def test_not_applicable_is_no_missing_answer() -> None:
     assert quality_reward(parse_answer(chain({"camera": "N/A"})), {"camera": 0}) == 0.0
 
 
-def test_defect_15_the_type_of_a_score_does_not_matter() -> None:
+def test_defect_15_score_type_does_not_change_reward() -> None:
     words = chain({"subject": "2", "dynamics": "1"})
     numbers = chain({"subject": 2, "dynamics": 1.0})
     truth = {"subject": 2, "dynamics": 1}
@@ -123,7 +124,8 @@ def test_the_total_is_the_weighted_sum() -> None:
 
 
 def test_preference_rewards_are_win_rates_between_the_groups() -> None:
-    # A says 4, 3, nothing, 2; B says 3, 1. A is better: 4 beats both, 3 beats 1 alone, 2 beats 1 alone
+    # Scores of A: 4, 3, nothing, 2; of B: 3, 1. A is better:
+    # 4 beats both, 3 and 2 beat 1 only.
     of_A, of_B = preference_rewards([4.0, 3.0, None, 2.0], [3.0, 1.0], 1)
     assert of_A == [1.0, 0.5, 0.0, 0.5]
     assert of_B == [1 / 4, 3 / 4]

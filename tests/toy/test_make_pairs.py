@@ -34,7 +34,7 @@ def make(out: Path, workers: int) -> Path:
 
 
 @pytest.mark.slow
-def test_the_folder_is_readable_and_a_function_of_the_seed(tmp_path: Path) -> None:
+def test_made_pairs_are_readable_and_fixed_by_seed(tmp_path: Path) -> None:
     first, second = make(tmp_path / "one", 1), make(tmp_path / "two", 2)
     for split, count in (("train", 20), ("heldout", 4)):
         assert (first / f"{split}.csv").read_bytes() == (
@@ -66,6 +66,6 @@ def test_the_folder_is_readable_and_a_function_of_the_seed(tmp_path: Path) -> No
                     == total
                 )
     assert len(kept) >= 5
-    # mp4 turns the verdict on 1 render in 100 (measured on 300, square read as circle); two here would be a defect
+    # mp4 changes the oracle's answer on 1 render in 100 (measured on 300); 2 would be a defect.
     assert sum(kept) >= len(kept) - 1
     assert all(parse_answer(row["CoT_A"]) is not None for row in rows)

@@ -42,7 +42,7 @@ def disagreements(drawn: list[Scene], videos: torch.Tensor) -> int:
     )
 
 
-def test_the_world_is_as_large_as_promised() -> None:
+def test_world_has_documented_size() -> None:
     combinations = all_attributes()
     assert len(set(combinations)) == 6 * 3 * 4 * 2 * 3 * 2
     train, heldout = split_attributes()
@@ -99,7 +99,7 @@ def test_every_wording_can_be_read_back() -> None:
     assert len({caption(RED, wording=w) for w in range(4)}) == 4
 
 
-def test_parse_leaves_open_what_is_not_said() -> None:
+def test_parse_leaves_unnamed_attributes_open() -> None:
     assert parse("A Red thing.") == Attributes("red", None, None, None, None, None)
     assert parse("red or blue?").color is None  # undecided is not a wish
 
@@ -131,7 +131,7 @@ def test_scores_by_hand(change: dict[str, str | None], scores: tuple[int, ...]) 
     assert verdict.total == pytest.approx(sum(scores) / 10)
 
 
-def test_a_wish_left_open_is_never_failed() -> None:
+def test_open_attribute_is_always_satisfied() -> None:
     open_wish = Attributes("red", None, None, None, None, None)
     assert (
         compare(
@@ -158,7 +158,7 @@ def test_measured_slide_is_the_rendered_one() -> None:
 @pytest.mark.parametrize(
     "kind", ["black", "grey", "white", "noise", "flicker", "coloured"]
 )
-def test_worthless_videos_score_low(kind: str) -> None:
+def test_blank_and_noisy_videos_score_low(kind: str) -> None:
     draw = torch.Generator().manual_seed(7)
     levels = {"black": 0, "grey": 120, "white": 255}
     if kind in levels:
@@ -180,7 +180,7 @@ def test_worthless_videos_score_low(kind: str) -> None:
 def test_wrong_input_is_an_error() -> None:
     with pytest.raises(ValueError, match="uint8"):
         observe(torch.zeros(9, 32, 32, 3))
-    with pytest.raises(ValueError, match="a cat on a mat"):
+    with pytest.raises(ValueError, match="cat"):
         measure(render(scenes(1, 0))[0], "a cat on a mat")
 
 

@@ -28,10 +28,18 @@ THOUGHT = (
 
 def tiny_qwen2_5() -> Qwen2_5_VLForConditionalGeneration:
     vision = {
-        "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "patch_size": 14,
-        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32, "window_size": 56,
-        "fullatt_block_indexes": [1], "tokens_per_second": 2,
-    }  # fmt: skip
+        "depth": 2,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 32,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+    }
     text = {
         name: value
         for name, value in public.text_config().items()
@@ -70,7 +78,7 @@ def reward_of(folder: Path, **options: object) -> Generative:
 def says(
     reward: Generative, *answers: str, digits: dict[int, float] | None = None
 ) -> None:
-    """Let the model write these, one after the other; ``digits`` have these weights wherever one is written."""
+    """Let the model write these words; ``digits`` gives the probability weights of a digit."""
     tokenizer = reward.reward_model.tokenizer
     scripts = [
         [*tokenizer.encode(answer), tokenizer.eos_token_id] for answer in answers
@@ -91,7 +99,7 @@ def says(
     reward.reward_model.model.lm_head.register_forward_hook(speak)
 
 
-def test_the_model_reads_the_chat_the_video_and_the_time(folder: Path) -> None:
+def test_generative_prompt_has_chat_video_and_time(folder: Path) -> None:
     """8 frames at 2 fps are 4 s: all are seen, two in a patch, a patch a second."""
     reward = reward_of(folder)
     inputs = reward.reward_model.inputs(VIDEO[0], "a cat", fps=2.0)
@@ -117,7 +125,7 @@ def test_the_model_reads_the_chat_the_video_and_the_time(folder: Path) -> None:
     assert float((first_logits(VIDEO[0]) - first_logits(VIDEO[1])).abs().max()) > 1e-3
 
 
-def test_numbers_behind_their_labels(folder: Path) -> None:
+def test_generative_reads_numbers_after_labels(folder: Path) -> None:
     """The last number of each label counts; the mean of 4, 3, 5 is 4."""
     reward = reward_of(folder)
     says(reward, THOUGHT, THOUGHT.replace("natural: 5", "natural: 6"), "nothing at all")
@@ -138,7 +146,7 @@ def test_numbers_behind_their_labels(folder: Path) -> None:
     assert found.parts["physics"].isnan().tolist() == [False, True, True]
 
 
-def test_the_published_forms_read_their_published_examples(folder: Path) -> None:
+def test_published_forms_read_published_examples(folder: Path) -> None:
     answer = (
         "visual quality: 4\ntemporal consistency: 4\ndynamic degree: 3\n"
         "text-to-video alignment: 1\nfactual consistency: 2\nFinal Score: 6"
@@ -158,15 +166,15 @@ def test_the_published_forms_read_their_published_examples(folder: Path) -> None
     assert set(FORMS) == {"videoscore2", "unifiedreward", "unifiedreward2"}
 
 
-def test_the_mean_of_the_digits_by_their_probabilities(folder: Path) -> None:
-    """What is written has weight 1, and 0.2 and 0.1 stand beside it: (3 + 4 * 0.2 + 5 * 0.1) / 1.3."""
+def test_expected_digit_is_mean_by_probability(folder: Path) -> None:
+    """The digit has weight 1, others 0.2 and 0.1: (3 + 4 * 0.2 + 5 * 0.1) / 1.3."""
     reward = reward_of(folder, form={"quality": ["quality", 1, 5]}, expected=True)
     says(reward, "well, 3 of 5, quality of it: 3", digits={4: 0.2, 5: 0.1})
     found = float(reward.score(VIDEO[:1], PROMPTS[:1], fps=2.0).value_B[0])
     assert found == pytest.approx(4.3 / 1.3, abs=1e-5)
 
 
-def test_places_do_not_matter(folder: Path) -> None:
+def test_scores_follow_a_permuted_batch(folder: Path) -> None:
     reward, order = reward_of(folder, max_new_tokens=3), [2, 0, 1]
     plain = reward.score(VIDEO, PROMPTS, fps=2.0)
     turned = reward.score(VIDEO[order], [PROMPTS[i] for i in order], fps=2.0)
@@ -179,17 +187,17 @@ def test_places_do_not_matter(folder: Path) -> None:
     [
         (
             {"form": "vbench"},
-            r"knows videoscore2, unifiedreward, unifiedreward2, not 'vbench'",
+            "'vbench'",
         ),
         (
             {"form": {"a": ["a", 1]}},
-            r"options\.form\.a must be \[words before the number, low, high\]",
+            r"options\.form\.a",
         ),
-        ({"form": {"a": ["a", 5, 1]}}, r"label a: low must lie below high"),
-        ({"form": {}}, r"at least one label"),
-        ({"value": "beauty"}, r"value='beauty' is none of visual, alignment, physics"),
-        ({"form": "unifiedreward", "expected": True}, r"reads single digits"),
-        ({"instruction": None}, r"needs options\.instruction"),
+        ({"form": {"a": ["a", 5, 1]}}, r"\blow\b"),
+        ({"form": {}}, "label"),
+        ({"value": "beauty"}, "value='beauty'"),
+        ({"form": "unifiedreward", "expected": True}, "digits"),
+        ({"instruction": None}, r"options\.instruction"),
     ],
 )
 def test_what_cannot_be_is_named(folder: Path, options: dict, message: str) -> None:
@@ -197,7 +205,7 @@ def test_what_cannot_be_is_named(folder: Path, options: dict, message: str) -> N
         reward_of(folder, **options)
 
 
-def test_another_model_is_named(folder: Path, tmp_path: Path) -> None:
+def test_other_model_class_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(ValueError, match="clip"):
         Generative(tmp_path, instruction=folder / "instruction.txt")

@@ -29,7 +29,7 @@ def reward_of(kind: str, folders: dict[str, str], **options: object):
     return reward
 
 
-def test_one_dimension_or_their_sum(folders: dict[str, str]) -> None:
+def test_published_score_is_a_dimension_or_the_sum(folders: dict[str, str]) -> None:
     whole = reward_of("videoreward", folders).score(VIDEO, PROMPTS, fps=4.0)
     assert list(whole.parts) == ["VQ", "MQ", "TA"]
     torch.testing.assert_close(whole.value_B, sum(whole.parts.values()))
@@ -43,7 +43,7 @@ def test_one_dimension_or_their_sum(folders: dict[str, str]) -> None:
     assert [float(part[1]) for part in whole.parts.values()] == want.tolist()
 
 
-def test_gray_is_the_luma_by_hand(folders: dict[str, str]) -> None:
+def test_gray_equals_luma_by_hand(folders: dict[str, str]) -> None:
     pixel = torch.tensor(
         [[[[[255, 0, 0], [0, 255, 0], [10, 20, 30]]]]], dtype=torch.uint8
     )
@@ -65,7 +65,7 @@ def test_gray_is_the_luma_by_hand(folders: dict[str, str]) -> None:
     )
 
 
-def test_the_mean_of_the_best_frames(folders: dict[str, str]) -> None:
+def test_hpsv3_score_is_mean_of_best_frames(folders: dict[str, str]) -> None:
     reward_model = shared(folders["hpsv3"], None, "float32")
     mu = torch.stack(
         [
@@ -116,10 +116,7 @@ def test_tempo_of_a_short_clip_is_reported_once(
     for _ in range(2):
         reward.score(VIDEO[:1], PROMPTS[:1], fps=16.0)
     told = capsys.readouterr().out
-    assert (
-        "of 8 frames at 16 fps (0.5 s) it sees 4, 6.9 a second, but was trained on 2"
-        in told
-    )
+    assert "6.9" in told
     assert told.count("videoreward:") == 1
 
 
@@ -129,10 +126,10 @@ def test_tempo_of_a_short_clip_is_reported_once(
         (
             "videoreward",
             {"dimension": "beauty"},
-            r"knows overall, VQ, MQ, TA, not 'beauty'",
+            "'beauty'",
         ),
-        ("hpsv3", {"best": 0}, r"best in \(0, 1\]"),
-        ("hpsv3", {"frames": 0}, r"frames and batch >= 1"),
+        ("hpsv3", {"best": 0}, r"\bbest\b"),
+        ("hpsv3", {"frames": 0}, r"\bframes\b"),
     ],
 )
 def test_what_cannot_be_is_named(
@@ -140,5 +137,5 @@ def test_what_cannot_be_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         reward_of(kind, folders, **options)
-    with pytest.raises(ValueError, match=f"{kind}.*convert_reward"):
+    with pytest.raises(ValueError, match="convert_reward"):
         build_rewards({kind: RewardConfig()})

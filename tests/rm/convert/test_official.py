@@ -363,8 +363,8 @@ def test_missing_weights_are_named(tmp_path, trained):
 def test_misfitting_weights_are_named(folder):
     whole, norm = load_file(folder / WEIGHTS), "model.language_model.norm.weight"
     for state, message in (
-        ({k: v for k, v in whole.items() if k != norm}, rf"missing {norm}"),
-        ({**whole, "extra": torch.zeros(2)}, "unexpected extra"),
+        ({k: v for k, v in whole.items() if k != norm}, norm),
+        ({**whole, "extra": torch.zeros(2)}, "extra"),
         (
             {**whole, norm: torch.zeros(31)},
             r"\(31,\)",

@@ -190,9 +190,9 @@ def test_misfitting_folder_is_refused(tmp_path: Path) -> None:
     ):
         release.inspect(final)
     for change, words in (
-        ({NORM: None}, f"missing {NORM}"),
+        ({NORM: None}, NORM),
         ({NORM: torch.zeros(31)}, r"\(31,\)"),
-        ({"rm_head.weight": torch.zeros(1, 32)}, "unexpected rm_head.weight"),
+        ({"rm_head.weight": torch.zeros(1, 32)}, "rm_head.weight"),
     ):
         trained().save(final)
         broken(final, "model.safetensors", **change)
