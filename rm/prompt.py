@@ -102,10 +102,6 @@ class Encoded:
     def ids(self) -> tuple[int, ...]:
         return self.prompt_ids + self.cot_ids
 
-    def without_cot(self) -> Encoded:
-        """The masked variant: the CoT's tokens are absent and positions close up."""
-        return Encoded(self.prompt_ids)
-
 
 def encode(
     tokenizer: PreTrainedTokenizerBase,
@@ -287,7 +283,7 @@ You judge alignment with the text only, not beauty.
 Text prompt: {prompt}
 
 Video:
-""",  # a newline: no token joins it to the first time stamp, which `rm.vllm.client` needs
+""",
     after="""
 
 Work in two steps.

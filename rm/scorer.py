@@ -29,8 +29,7 @@ from rm.video import PreparedVideo, prepare
 class DeScoreScorer:
     """DeScore behind the Protocol `common.types.RewardModel`.
 
-    It generates with `rm.generate`, not with an `rm.cot_backend`, because the reward is one
-    more token on the KV cache of the CoT.
+    The reward is one more token on the KV cache that the CoT was generated with.
 
     batch   Videos per forward; halved for good when memory runs out.
     chains  CoTs per video. 0 scores without a CoT, which random masking in stage 1 trains.
