@@ -83,7 +83,11 @@ def prepare(
         clip = read_video(source, settings)
     pixels = preprocess(clip.frames_TYXC, settings)
     times = patch_times(clip.times, settings.temporal_patch_size)
-    return PreparedVideo(pixels.patches, pixels.grid, times)
+    return PreparedVideo(
+        patches=pixels.patches,
+        grid=pixels.grid,
+        times=times,
+    )
 
 
 def frame_indices(count: int, fps: float, settings: VideoSettings) -> list[int]:
@@ -156,7 +160,8 @@ def patch_times(times: Sequence[float], temporal_patch_size: int) -> tuple[float
     """Compute the MEAN of the first and last frame's times of each temporal patch."""
     # The last frame is repeated to fill its patch.
     missing = -len(times) % temporal_patch_size
-    padded = [*times, *[times[-1]] * missing]
+    padded = list(times)
+    padded += [times[-1]] * missing
     means = []
     for first in range(0, len(padded), temporal_patch_size):
         last = first + temporal_patch_size - 1
@@ -183,15 +188,18 @@ def preprocess(frames_TYXC: Tensor, settings: VideoSettings) -> PixelPatches:
         )
 
     # Normalise.
-    mean = torch.tensor(settings.mean).view(3, 1, 1) * 255.0
-    std = torch.tensor(settings.std).view(3, 1, 1) * 255.0
-    video = (frames.float() - mean) / std
+    mean = torch.tensor(settings.mean) * 255.0
+    std = torch.tensor(settings.std) * 255.0
+    video = frames.float() - mean.view(3, 1, 1)
+    video = video / std.view(3, 1, 1)
 
     # Repeat the last frame to fill its temporal patch.
     tp = settings.temporal_patch_size
     missing = -count % tp
     if missing:
-        video = torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])
+        last = video[-1:]
+        repeated = last.expand(missing, -1, -1, -1)
+        video = torch.cat([video, repeated])
 
     # Cut. Blocks of m x m patches are contiguous rows: the vision tower merges them by a view.
     p = settings.patch_size
@@ -239,8 +247,10 @@ def smart_resize(
     pixels = rounded * new_height * new_width
     if pixels > settings.max_pixels:
         scale = math.sqrt(count * height * width / settings.max_pixels)
-        new_height = max(factor, math.floor(height / scale / factor) * factor)
-        new_width = max(factor, math.floor(width / scale / factor) * factor)
+        new_height = math.floor(height / scale / factor) * factor
+        new_width = math.floor(width / scale / factor) * factor
+        new_height = max(factor, new_height)
+        new_width = max(factor, new_width)
     elif pixels < settings.min_pixels:
         scale = math.sqrt(settings.min_pixels / (count * height * width))
         new_height = math.ceil(height * scale / factor) * factor
