@@ -10,6 +10,4 @@ NEW_NAME = {
     "stop_when_rising": "stop_on_displacement",
     "store": "latent_dtype",
     "watch": "displacement_window",
-    "writer": "cot_backend",
-    "engine": "kind",
 }

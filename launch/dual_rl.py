@@ -20,7 +20,6 @@ from launch.schemas.training import DualRlRun
 
 if TYPE_CHECKING:
     from engine.trainer import TrainingTask
-    from rm.cot_backend import CotBackend
     from rm.data import Pair
     from rm.dual_rl import DualRl
     from rm.model import DeScore
@@ -72,7 +71,6 @@ def build_task(run: DualRlRun, pairs: list[Pair], heldout: list[Pair]) -> Traini
         label="dual RL",
         steps=settings.steps,
         evaluate=evaluate if heldout else None,
-        close=loop.writer.close,
     )
 
 
@@ -87,7 +85,6 @@ def build(run: DualRlRun, pairs: list[Pair]) -> DualRl:
     settings = run.dual_rl
     accumulation = backwards_per_update(settings, world_size())
     model = load_reward_model(run)
-    backend = build_cot_backend(run, model)
     groups = model.param_groups(
         run.lr, lora=run.lora, weight_decay=settings.weight_decay, seed=run.seed
     )
@@ -108,7 +105,6 @@ def build(run: DualRlRun, pairs: list[Pair]) -> DualRl:
         ),
         seed=run.seed,
         reference=reference,
-        writer=backend,
         grad_norms=engine.client_optimizer.take_norms,
     )
 
@@ -124,21 +120,6 @@ def build_reference(run: DualRlRun) -> DeScore | None:
         shard_frozen(reference, dtype=run.dtype, overrides=run.deepspeed)
         shard_reward_model(reference)
     return reference
-
-
-def build_cot_backend(run: DualRlRun, model: DeScore) -> CotBackend:
-    """Build this rank's backend that generates chains of thought.
-
-    Raises ValueError or FileNotFoundError if the reward model or its settings do not suit.
-    """
-    if run.cot_backend.kind == "vllm":
-        from rm.vllm.client import VllmBackend
-
-        return VllmBackend(run.cot_backend, model)
-    from rm.cot_backend import HfBackend
-
-    # Both videos of each pair of a micro-batch at the same time.
-    return HfBackend(model, batch=2 * run.dual_rl.micro_batch)
 
 
 def load_reward_model(run: DualRlRun) -> DeScore:

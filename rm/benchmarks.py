@@ -1,9 +1,11 @@
-"""Preference benchmarks in the layouts they are published in, as the same `PairTable` that training reads.
+"""Read preference benchmarks in their published layouts as the `PairTable` of training.
 
-videogen  VideoGen-RewardBench (VideoAlign): path_A, path_B, prompt, and A, B or same under VQ, MQ, TA and Overall
-genai     GenAI-Bench's video votes: left_video_path, right_video_path, prompt, vote_type
-indomain  DeScore's own table: video_A, video_B, prompt, answer (JSON with gsb_result in an <answer> block)
-descore   the training table, see `rm.data.read_pairs`
+videogen  VideoGen-RewardBench (VideoAlign): path_A, path_B, prompt, and A, B or same under VQ,
+          MQ, TA and Overall.
+genai     GenAI-Bench's video votes: left_video_path, right_video_path, prompt, vote_type.
+indomain  DeScore's table: video_A, video_B, prompt, answer (JSON with gsb_result in an
+          <answer> block).
+descore   the training table, see `rm.data.read_pairs`.
 """
 
 from __future__ import annotations
@@ -28,12 +30,16 @@ from rm.prompt import parse_preference
 
 Layout = Literal["descore", "videogen", "genai", "indomain"]
 DIMENSIONS = ("VQ", "MQ", "TA", "Overall")
+# How the votes of GenAI-Bench begin: leftvote, rightvote, tievote, bothbad.
+VOTES = {"left": 1, "right": -1, "tie": 0, "both": 0}
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Where a layout keeps both videos and the label, how the label's cell is read (None: it cannot be), and columns
-    of further labels.
+    """The columns of a layout.
+
+    ``read`` turns the label's cell into a label, or None if it cannot be read. ``labels`` are
+    columns of further labels.
     """
 
     video_A: str
@@ -51,35 +57,38 @@ def read_benchmark(
     videos: str | Path | None = None,
     dimensions: Sequence[str] = (),
 ) -> PairTable:
-    """Read a benchmark's CSV; video paths are relative to ``videos``, or to the CSV itself.
+    """Read a benchmark's CSV.
 
-    dimension  of "videogen" only: VQ, MQ, TA or Overall; DeScore's published column is TA. The others are in
-               ``Pair.labels``
-    dimensions of "descore" only, see `rm.data.read_pairs`
+    dimension   Of "videogen" only: VQ, MQ, TA or Overall; DeScore's published column is TA.
+                The others are in ``Pair.labels``.
+    videos      The folder that video paths are relative to; None is the CSV's.
+    dimensions  Of "descore" only, see `rm.data.read_pairs`.
 
-    Bad rows are left out and described as ``file:line: what``; an invalid label is counted. ValueError, naming the
-    file, for an unknown dimension, a table that is unreadable or lacks a column, or no usable row.
+    Bad rows are left out and described as ``file:line: problem``; invalid labels are counted.
+    Raises ValueError, naming the file, for an unknown dimension, an unreadable table, a missing
+    column, or a table without a usable row.
     """
+    # The training layout.
     if layout == "descore":
         if videos is not None:
             raise ValueError(
                 f"{path}: the training layout names its videos relative to the CSV"
             )
         return read_pairs(path, require_cot=False, dimensions=dimensions)
+
+    # The published layouts.
     if dimension not in DIMENSIONS:
-        raise ValueError(
-            f"{path}: dimension must be one of {', '.join(DIMENSIONS)}, got {dimension!r}"
-        )
+        names = ", ".join(DIMENSIONS)
+        raise ValueError(f"{path}: dimension must be one of {names}, got {dimension!r}")
     columns = _columns(layout, dimension)
     path = csv_file(Path(path))
     root = path.parent if videos is None else Path(videos)
     required = [columns.video_A, columns.video_B, columns.label, "prompt"]
-    return collect(
-        path,
-        required,
-        columns.label,
-        lambda row, label: _pair(row, label, columns, root),
-    )
+
+    def make_pair(row: Mapping[str, str], label: str) -> Pair:
+        return _pair(row, label, columns, root)
+
+    return collect(path, required, columns.label, make_pair)
 
 
 def _columns(layout: Layout, dimension: str) -> _Columns:
@@ -95,30 +104,30 @@ def _columns(layout: Layout, dimension: str) -> _Columns:
 
 
 def _vote(cell: str) -> int | None:
-    """leftvote, rightvote, and a tie for tievote and bothbad."""
-    word = cell.lower()
-    starts = {"left": 1, "right": -1, "tie": 0, "both": 0}
-    return next(
-        (label for start, label in starts.items() if word.startswith(start)), None
-    )
+    """Read a vote of GenAI-Bench."""
+    for start, label in VOTES.items():
+        if cell.lower().startswith(start):
+            return label
+    return None
 
 
-def _pair(row: Mapping[str, str], text: str, columns: _Columns, root: Path) -> Pair:
-    label = columns.read(text)
+def _pair(row: Mapping[str, str], cell: str, columns: _Columns, root: Path) -> Pair:
+    """Make the pair of a row. Raises ValueError if the row is bad."""
+    label = columns.read(cell)
     if label is None:
         raise ValueError(
-            f"{columns.label} says {row[columns.label]!r:.80}, which names no preference"
+            f"{columns.label}: {row[columns.label]!r:.80} names no preference"
         )
-    files = [
-        root / (row[name] or "").strip() for name in (columns.video_A, columns.video_B)
-    ]
+    files = []
+    for name in (columns.video_A, columns.video_B):
+        files.append(root / (row[name] or "").strip())
     check_videos(files)
     return Pair(
-        prompt_in(row),
-        files[0],
-        files[1],
-        "",
-        "",
-        label,
+        prompt=prompt_in(row),
+        video_A=files[0],
+        video_B=files[1],
+        cot_A="",
+        cot_B="",
+        label=label,
         labels=labels_in(row, columns.labels),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -253,39 +253,4 @@ class RuleRewardConfig:
         if self.length_low >= self.length_high:
             raise ValueError(
                 f"length_low={self.length_low} must be below length_high={self.length_high}"
-            )
-
-
-@config
-class CotBackendConfig:
-    """The generation backend of stage 2. All but ``kind`` is for vLLM (`rm.vllm.client`).
-
-    kind           "hf": the trained model itself. "vllm": a vLLM process for each rank, on
-                   the rank's GPU (experimental).
-    python         interpreter, 3.11 or later, of an environment with vLLM and
-                   transformers 5.
-    gpu_memory     share of the GPU's memory for vLLM: weights, activations, KV cache.
-    max_model_len  tokens of prompt and CoT together.
-    sleep          free that memory while the weights are trained.
-    folder         where a private folder for weights and videos is made; null is the
-                   system's temporary folder.
-    timeout_s      how long a request may take.
-    env            environment variables of the process.
-    engine_args    arguments of vLLM's ``LLM``; they override the computed ones.
-    """
-
-    kind: Literal["hf", "vllm"] = "hf"
-    python: str | None = None
-    gpu_memory: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
-    max_model_len: PositiveInt = 16_384
-    sleep: bool = True
-    folder: str | None = None
-    timeout_s: PositiveFloat = 3_600.0
-    env: dict[str, str] = field(default_factory=dict)
-    engine_args: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.kind == "vllm" and self.python is None:
-            raise ValueError(
-                "kind=vllm needs python, the interpreter of vLLM's environment"
             )

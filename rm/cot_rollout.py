@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from rm.generate import generate
 from rm.packed import Packed, PackedCot, pack
 from rm.text_rewards import (
     RuleReward,
@@ -21,6 +22,7 @@ from rm.video import prepare
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rm.config import Generation
     from rm.data import Pair
     from rm.model import DeScore
     from rm.prompt import Encoded
@@ -63,16 +65,6 @@ class Rollouts:
     old_BGT: Tensor | None = None
     reference_BGT: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        pairs = len(self.label_NK)
-        shape = (pairs, 2, self.packed.query_BG.numel() // (2 * pairs))
-        for name in ("advantage_N2G", "finished_N2G"):
-            actual = tuple(getattr(self, name).shape)
-            if actual != shape:
-                raise ValueError(
-                    f"Rollouts.{name} has shape {actual}, must have {shape}"
-                )
-
     @property
     def tokens(self) -> int:
         return int(self.packed.token_BGT.sum())
@@ -90,6 +82,39 @@ def encode_pairs(
             videos.append(video)
             encoded.append(model.encode(pair.prompt, video))
     return videos, encoded
+
+
+def generate_cots(
+    model: DeScore,
+    encoded: Sequence[Encoded],
+    videos: Sequence[PreparedVideo],
+    how: Generation,
+    *,
+    seeds: Sequence[int],
+    batch: int,
+) -> list[list[PackedCot]]:
+    """Sample CoTs for every prompt and video, [sequence][copy], with a seed for each.
+
+    ``batch`` sequences go through the model at a time; each has the same number of copies.
+    Only the tokens are used: stage 2 computes log-probabilities with `packed_forward`, the
+    old policy's too, so that a ratio compares policies and not two ways of computing.
+    """
+    copies = len(seeds) // len(encoded)
+    groups = []
+    for first in range(0, len(encoded), batch):
+        part = slice(first, first + batch)
+        seed_part = slice(first * copies, (first + batch) * copies)
+        written = generate(
+            model,
+            model.batch(encoded[part], videos[part], query=False),
+            how,
+            seeds=seeds[seed_part],
+            copies=copies,
+        )
+        # Rows of the result are in the order (sequence, copy).
+        for row in range(0, len(written.length_B), copies):
+            groups.append([written.cot(row + copy) for copy in range(copies)])
+    return groups
 
 
 def pack_pairs(
@@ -120,14 +145,16 @@ def reward_pair(
     Raises ValueError if the pair has no ground-truth scores.
     """
     pair = sampled.pair
+    truths = (pair.scores_A, pair.scores_B)
     rewards = []
-    for truth, cots in zip((pair.scores_A, pair.scores_B), sampled.cots, strict=True):
+    for truth, cots in zip(truths, sampled.cots, strict=True):
         if truth is None:
             raise ValueError(
                 f"the pair {pair.video_A} has no ground-truth scores: "
                 "read it with require_scores=True"
             )
         rewards.append([reward_cot(model, cot, truth, how) for cot in cots])
+    # The generative baseline also learns from the overall scores that the CoTs state.
     if how.preference > 0:
         return _add_preference(rewards, pair.label, how.preference)
     return rewards
@@ -145,8 +172,11 @@ def _add_preference(
     rewards: Sequence[Sequence[RuleReward]], label: int, weight: float
 ) -> list[list[RuleReward]]:
     """Add the preference term of the generative baseline to both groups of a pair."""
+    # A CoT's term depends on the overall scores of the other video's group.
     overall_A, overall_B = ([rule.overall for rule in group] for group in rewards)
     terms = preference_rewards(overall_A, overall_B, label)
+
+    # Add the term to the total.
     result = []
     for group, group_terms in zip(rewards, terms, strict=True):
         new_group = []

@@ -1,4 +1,7 @@
-"""Preference pairs from the official CSV, and which of them a step sees. A pure function of seed and step."""
+"""Preference pairs from the official CSV, and which of them a step sees.
+
+The pairs of a step are a function of seed and step only.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,26 @@ from pathlib import Path
 from common.schedule import IndexSchedule
 from rm.prompt import DIMENSIONS, parse_scores
 
+# Texts in label columns.
 LABELS = {"A": 1, "B": -1, "same": 0}
 REQUIRED_COLUMNS = ("videos", "prompt", "GSB")
-_MISSING = {"", "nan", "none", "null"}  # what a table program writes for an empty cell
+# What table programs write for an empty cell.
+_MISSING = {"", "nan", "none", "null"}
+# The csv module's limit is shorter than a long chain of thought.
 _MAX_FIELD = 1 << 24
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two videos of one prompt and what people preferred.
+    """Two videos of a prompt, and which of them people prefer.
 
-    video_A, video_B    files; cot_A, cot_B  "" if there is none; label  1 A is better, -1 B is better, 0 a tie
-    scores_A, scores_B  the right sub-dimension scores, what stage 2 rewards chains of thought for; None if unknown
-    labels              of other dimensions, by name, as far as somebody said
-    line                of the CSV, 0 where it came from none
+    video_A, video_B    Files.
+    cot_A, cot_B        Chains of thought (CoTs), "" if there are none.
+    label               1 if A is better, -1 if B is better, 0 for a tie.
+    scores_A, scores_B  Ground-truth sub-dimension scores, for which stage 2 rewards CoTs; None
+                        if unknown.
+    labels              Labels of further dimensions by name; unknown labels are left out.
+    line                Line of the CSV, 0 for a pair from elsewhere.
     """
 
     prompt: str
@@ -45,23 +54,35 @@ class Pair:
                 raise ValueError(f"Pair.label must be 1, -1 or 0, got {label}")
 
     def label_in(self, dimension: str) -> float:
-        """1, -1, 0, or NaN where nobody said.
+        """The label in a dimension: 1, -1, 0, or NaN if unknown.
 
-        The column of that name; else "overall" is ``label``, and a sub-dimension is won by the higher right score.
+        It is the label of that name. Without it, "overall" is ``label``, and in a sub-dimension
+        the video with the higher ground-truth score is better.
         """
+        # A label of that name.
         if dimension in self.labels:
             return float(self.labels[dimension])
         if dimension == "overall":
             return float(self.label)
-        a, b = (
-            (scores or {}).get(dimension) for scores in (self.scores_A, self.scores_B)
-        )
-        return math.nan if a is None or b is None else float((a > b) - (a < b))
+
+        # The ground-truth scores.
+        score_A = (self.scores_A or {}).get(dimension)
+        score_B = (self.scores_B or {}).get(dimension)
+        if score_A is None or score_B is None:
+            return math.nan
+        if score_A == score_B:
+            return 0.0
+        return 1.0 if score_A > score_B else -1.0
 
 
 @dataclass(frozen=True)
 class PairTable:
-    """What a CSV holds: the usable pairs in file order, rows labelled invalid (counted), and bad rows (described)."""
+    """The content of a CSV.
+
+    pairs     Usable pairs in file order.
+    invalid   The number of rows that are labelled invalid.
+    problems  A description of each bad row.
+    """
 
     path: Path
     pairs: tuple[Pair, ...]
@@ -69,15 +90,16 @@ class PairTable:
     problems: tuple[str, ...]
 
     def report(self, limit: int = 10) -> str:
-        """A few lines for people."""
+        """Summarise the table in a few lines."""
         ties = sum(pair.label == 0 for pair in self.pairs)
-        head = f"{self.path}: {len(self.pairs)} pairs, {ties} of them ties; {self.invalid} labelled invalid"
         lines = [
-            f"{head}; {len(self.problems)} bad rows left out",
-            *self.problems[:limit],
+            f"{self.path}: {len(self.pairs)} pairs, {ties} of them ties; "
+            f"{self.invalid} labelled invalid; {len(self.problems)} bad rows left out"
         ]
-        more = len(self.problems) - limit
-        return "\n  ".join(lines + ([f"... and {more} more"] if more > 0 else []))
+        lines += self.problems[:limit]
+        if len(self.problems) > limit:
+            lines.append(f"... and {len(self.problems) - limit} more")
+        return "\n  ".join(lines)
 
 
 def read_pairs(
@@ -87,57 +109,68 @@ def read_pairs(
     require_scores: bool = False,
     dimensions: Sequence[str] = (),
 ) -> PairTable:
-    """Read a CSV, or a folder that holds one, with the official columns.
+    """Read a CSV with the official columns, or the only CSV of a folder.
 
-    videos  python literal ``['a.mp4', 'b.mp4']``, relative to the CSV; prompt; GSB  A, B, same or invalid;
-    CoT_A, CoT_B  chains of thought. Other columns (problem, durations, ...) are not read: the template renders the
-    instruction from ``prompt``.
-    answer  text with an ``<answer>`` block: JSON with ``video_1_scores`` and ``video_2_scores`` (the official stage 2)
+    videos        Python literal ``['a.mp4', 'b.mp4']``, relative to the CSV.
+    prompt        The text prompt; the template makes the instruction from it.
+    GSB           A, B, same or invalid.
+    CoT_A, CoT_B  Chains of thought.
+    answer        Text with an ``<answer>`` block: JSON with ``video_1_scores`` and
+                  ``video_2_scores`` (the official stage 2).
 
-    require_cot     a row without both CoTs is a bad row; otherwise its CoT is empty, and never the text "nan"
-    require_scores  a row without a readable ``answer`` is a bad row; otherwise its right scores are unknown
-    dimensions      more labels: columns of these names with A, B or same (anything else: nobody said). "overall" is
-                    GSB, and a sub-dimension without a column of its own is read from ``answer``
+    Other columns are not read. The arguments:
 
-    Bad rows are left out and described as ``file:line: what``. ValueError, naming the file, when the table itself is
-    unreadable, lacks a column, or has no usable row.
+    require_cot     A row without both CoTs is bad; otherwise its CoTs are empty.
+    require_scores  A row without a readable ``answer`` is bad; otherwise its scores are unknown.
+    dimensions      Names of columns with more labels: A, B or same; any other text is unknown.
+                    "overall" is GSB, and a sub-dimension without a column is read from
+                    ``answer``.
+
+    Bad rows are left out and described as ``file:line: problem``. Raises ValueError, naming the
+    file, for an unreadable table, a missing column, or a table without a usable row.
     """
+    # The columns that must be there.
     path = csv_file(Path(path))
-    columns = [name for name in dimensions if name not in ("overall", *DIMENSIONS)]
-    required = [
-        *REQUIRED_COLUMNS,
-        *(("CoT_A", "CoT_B") if require_cot else ()),
-        *(["answer"] * require_scores),
-    ]
-    required += columns
+    required = list(REQUIRED_COLUMNS)
+    if require_cot:
+        required += ["CoT_A", "CoT_B"]
+    if require_scores:
+        required.append("answer")
+    for name in dimensions:
+        if name not in ("overall", *DIMENSIONS):
+            required.append(name)
 
-    def pair_of(row: Mapping[str, str], label: str) -> Pair:
+    # Every row gives a pair, with its further labels and its ground-truth scores.
+    def make_pair(row: Mapping[str, str], label: str) -> Pair:
         pair = _pair(row, label, path.parent, require_cot=require_cot)
         pair = replace(pair, labels=labels_in(row, dimensions))
         scores = parse_scores(row.get("answer") or "")
-        if scores is None and require_scores:
-            wanted = "an <answer> block with video_1_scores and video_2_scores"
-            raise ValueError(f"answer must hold {wanted}, got {row['answer']!r:.80}")
-        return (
-            pair
-            if scores is None
-            else replace(pair, scores_A=scores[0], scores_B=scores[1])
-        )
+        if scores is not None:
+            return replace(pair, scores_A=scores[0], scores_B=scores[1])
+        if require_scores:
+            raise ValueError(
+                "answer must hold an <answer> block with video_1_scores and "
+                f"video_2_scores, got {row['answer']!r:.80}"
+            )
+        return pair
 
-    return collect(path, required, "GSB", pair_of)
+    return collect(path, required, "GSB", make_pair)
 
 
 def collect(
     path: Path,
     required: list[str],
     label_column: str,
-    pair_of: Callable[[Mapping[str, str], str], Pair],
+    make_pair: Callable[[Mapping[str, str], str], Pair],
 ) -> PairTable:
-    """The table that ``pair_of`` makes of each row and its label's text; its ValueError makes the row a bad one.
+    """Build a table with ``make_pair(row, label text)``; its ValueError makes a row bad.
 
     Rows labelled invalid are counted. Raises ValueError as `read_pairs`.
     """
-    pairs, problems, invalid = [], [], 0
+    # Read the rows.
+    pairs = []
+    problems = []
+    invalid = 0
     try:
         for line, row in _rows(path, required):
             label = (row[label_column] or "").strip()
@@ -145,36 +178,35 @@ def collect(
                 invalid += 1
                 continue
             try:
-                pairs.append(replace(pair_of(row, label), line=line))
+                pairs.append(replace(make_pair(row, label), line=line))
             except ValueError as error:
                 problems.append(f"{path}:{line}: {error}")
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a UTF-8 CSV file ({error})") from error
     if not pairs:
-        raise ValueError(
-            f"{path}: no usable pair"
-            + "".join(f"\n  {problem}" for problem in problems[:10])
-        )
+        raise ValueError("\n  ".join([f"{path}: no usable pair", *problems[:10]]))
     return PairTable(path, tuple(pairs), invalid, tuple(problems))
 
 
 @dataclass(frozen=True)
 class PairDraw:
-    """One pair of a step: its row in the table, and the how-manieth time it comes (from 0)."""
+    """A pair of a step: its row in the table, and its epoch, counted from 0."""
 
     row: int
     epoch: int
 
 
 class PairSchedule:
-    """Step -> pairs, by `common.schedule.IndexSchedule`."""
+    """Maps a step to its pairs, by `common.schedule.IndexSchedule`."""
 
     def __init__(self, count: int, *, pairs_per_step: int, seed: int) -> None:
         if count < 1 or pairs_per_step < 1:
             raise ValueError(
-                f"a schedule needs pairs and pairs_per_step >= 1, got {count} and {pairs_per_step}"
+                "a schedule needs pairs and pairs_per_step >= 1, "
+                f"got {count} and {pairs_per_step}"
             )
-        self.count, self.pairs_per_step = count, pairs_per_step
+        self.count = count
+        self.pairs_per_step = pairs_per_step
         self._indices = IndexSchedule(
             count, seed=seed, per_step=pairs_per_step, name="pairs"
         )
@@ -184,102 +216,116 @@ class PairSchedule:
         return max(1, round(epochs * self.count / self.pairs_per_step))
 
     def at(self, step: int) -> list[PairDraw]:
-        """All ranks' pairs of one step, from 0."""
+        """The pairs of a step (from 0), of all ranks."""
         first = step * self.pairs_per_step
-        return [
-            PairDraw(row, (first + i) // self.count)
-            for i, row in enumerate(self._indices.at(step))
-        ]
+        draws = []
+        for number, row in enumerate(self._indices.at(step), first):
+            draws.append(PairDraw(row, epoch=number // self.count))
+        return draws
 
 
 def csv_file(path: Path) -> Path:
-    if not path.is_dir():
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file or folder")
+    """A CSV file, or the only CSV of a folder. Raises ValueError if there is none."""
+    if path.is_file():
         return path
-    found = sorted(path.glob("*.csv"))
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    files = sorted(path.glob("*.csv"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
         raise ValueError(
-            f"{path}: a data folder holds one CSV file, found {names}; give the file itself"
+            f"{path}: a data folder holds one CSV file, not: {names}. Give the file itself"
         )
-    return found[0]
+    return files[0]
 
 
 def _rows(path: Path, required: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line where the row starts, row)."""
-    previous = csv.field_size_limit(
-        _MAX_FIELD
-    )  # the module's limit is smaller than a long chain of thought
+    """Yield each row with the line where it starts."""
+    # The limit is a global of the csv module: put it back afterwards.
+    previous_limit = csv.field_size_limit(_MAX_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            missing = [
-                name for name in required if name not in (reader.fieldnames or ())
-            ]
+            columns = list(reader.fieldnames or ())
+            missing = [name for name in required if name not in columns]
             if missing:
-                raise ValueError(
-                    f"{path}: lacks the columns {missing}, has {list(reader.fieldnames or ())}"
-                )
+                raise ValueError(f"{path}: lacks the columns {missing}, has {columns}")
+            # A cell may span several lines.
             line = reader.line_num + 1
             for row in reader:
                 yield line, row
                 line = reader.line_num + 1
     finally:
-        csv.field_size_limit(previous)
+        csv.field_size_limit(previous_limit)
 
 
-def _pair(row: dict[str, str], label: str, root: Path, *, require_cot: bool) -> Pair:
+def _pair(row: Mapping[str, str], label: str, root: Path, *, require_cot: bool) -> Pair:
+    """Make the pair of a row of the official table. Raises ValueError if the row is bad."""
     if label not in LABELS:
         raise ValueError(f"GSB must be A, B, same or invalid, got {label!r}")
+    # Both videos.
+    files = [root / video for video in _two_paths(row["videos"] or "")]
+    check_videos(files)
+
+    # The prompt and the CoTs.
+    prompt = prompt_in(row)
+    cot_A = _text(row.get("CoT_A"))
+    cot_B = _text(row.get("CoT_B"))
+    if require_cot and not (cot_A and cot_B):
+        raise ValueError(f"{'CoT_B' if cot_A else 'CoT_A'} is empty")
+    return Pair(prompt, files[0], files[1], cot_A, cot_B, LABELS[label])
+
+
+def _two_paths(cell: str) -> list[str]:
+    """The paths in a cell of the column ``videos``. Raises ValueError if it is bad."""
     try:
-        videos = ast.literal_eval(row["videos"] or "")
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(
-            f"videos must be a list of two paths, got {row['videos']!r:.80}"
-        ) from error
+        videos = ast.literal_eval(cell)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        videos = None
     if (
         not isinstance(videos, list | tuple)
         or len(videos) != 2
-        or not all(isinstance(v, str) for v in videos)
+        or not all(isinstance(video, str) for video in videos)
     ):
-        raise ValueError(
-            f"videos must be a list of two paths, got {row['videos']!r:.80}"
-        )
-    files = [root / video for video in videos]
-    check_videos(files)
-    prompt = prompt_in(row)
-    cots = [_text(row.get(name)) for name in ("CoT_A", "CoT_B")]
-    if require_cot and not all(cots):
-        raise ValueError(f"{'CoT_A' if not cots[0] else 'CoT_B'} is empty")
-    return Pair(prompt, files[0], files[1], cots[0], cots[1], LABELS[label])
+        raise ValueError(f"videos must be a list of two paths, got {cell!r:.80}")
+    return list(videos)
 
 
 def label_rows(pairs: Sequence[Pair], dimensions: Iterable[str]) -> list[list[float]]:
-    """`Pair.label_in`, a row a pair and a column a dimension."""
-    return [[pair.label_in(name) for name in dimensions] for pair in pairs]
+    """Labels of every pair in every dimension, see `Pair.label_in`."""
+    names = list(dimensions)
+    return [[pair.label_in(name) for name in names] for pair in pairs]
 
 
 def label_of_total(pair: Pair, dimensions: Collection[str]) -> float:
-    """What the summed reward is compared with: the preference in the one dimension there is, else the overall one."""
-    return pair.label_in(*dimensions) if len(dimensions) == 1 else float(pair.label)
+    """The label that the summed reward is compared with.
+
+    It is the overall preference, or for a reward model of a single dimension the label in it.
+    """
+    if len(dimensions) == 1:
+        return pair.label_in(*dimensions)
+    return float(pair.label)
 
 
 def labels_in(row: Mapping[str, str], names: Sequence[str]) -> dict[str, int]:
-    """What the row's columns of these names say, as far as they say something."""
-    cells = {name: (row.get(name) or "").strip() for name in names}
-    return {name: LABELS[cell] for name, cell in cells.items() if cell in LABELS}
+    """Labels in the columns of these names; cells without a label are left out."""
+    labels = {}
+    for name in names:
+        cell = (row.get(name) or "").strip()
+        if cell in LABELS:
+            labels[name] = LABELS[cell]
+    return labels
 
 
 def check_videos(files: Sequence[Path]) -> None:
-    """ValueError, naming the first that is not there."""
+    """Raise ValueError, naming the first file that does not exist."""
     for file in files:
         if not file.is_file():
             raise ValueError(f"no such video: {file}")
 
 
 def prompt_in(row: Mapping[str, str]) -> str:
-    """The row's prompt; ValueError if it is empty."""
+    """The prompt of a row. Raises ValueError if it is empty."""
     prompt = (row["prompt"] or "").strip()
     if not prompt:
         raise ValueError("the prompt is empty")
@@ -287,4 +333,6 @@ def prompt_in(row: Mapping[str, str]) -> str:
 
 
 def _text(cell: str | None) -> str:
-    return "" if cell is None or cell.strip().lower() in _MISSING else cell
+    if cell is None or cell.strip().lower() in _MISSING:
+        return ""
+    return cell

@@ -35,11 +35,11 @@ from common.log import say
 from common.lora import adapters_off
 from common.policy_gradient import group_advantages, k3_kl, masked_mean, token_surrogate
 from rm.config import Generation
-from rm.cot_backend import HfBackend
 from rm.cot_rollout import (
     Rollouts,
     SampledPair,
     encode_pairs,
+    generate_cots,
     pack_pairs,
     reward_cot,
     reward_pair,
@@ -55,13 +55,23 @@ if TYPE_CHECKING:
 
     from common.types import Engine
     from rm.config import DualRlConfig
-    from rm.cot_backend import CotBackend
     from rm.data import Pair, PairSchedule
     from rm.model import DeScore
     from rm.text_rewards import RuleRewardConfig
 
-EPS = 1e-6  # added to the standard deviation of a group
+# Added to the standard deviation of a group.
+EPS = 1e-6
 REWARD_PARTS = ("total", "quality", "format", "length", "preference")
+LOSS_SUMS = (
+    "loss",
+    "policy",
+    "kl",
+    "bt",
+    "correct",
+    "decided",
+    "ratio",
+    "clipped",
+)
 
 
 def backwards_per_update(cfg: DualRlConfig, ranks: int) -> int:
@@ -86,12 +96,21 @@ class DualLoss:
     sums: dict[str, float]
 
 
+@dataclass(frozen=True)
+class HeldoutPair:
+    """What a held-out pair gave: r_A - r_B by dimension, and means over both CoTs."""
+
+    row: int
+    margin_K: list[float]
+    quality: float
+    finished: float
+
+
 class DualRl:
     """The training loop of stage 2; its only state is the weights and the engine.
 
     engine      The engine; it accumulates `backwards_per_update` gradients per optimizer step.
     reference   The frozen stage-1 model. None: ``model`` with its adapters switched off.
-    writer      The backend that samples CoTs. None: ``model`` itself, by micro-batches.
     grad_norms  Returns gradient norms before clipping by part of the model; called after
                 each optimizer step.
     """
@@ -107,7 +126,6 @@ class DualRl:
         schedule: PairSchedule,
         seed: int,
         reference: DeScore | None = None,
-        writer: CotBackend | None = None,
         grad_norms: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         self.cfg = cfg
@@ -118,12 +136,8 @@ class DualRl:
         self.schedule = schedule
         self.seed = seed
         self.reference = reference
-        if writer is None:
-            writer = HfBackend(model, batch=2 * cfg.micro_batch)
-        self.writer = writer
         self.grad_norms = grad_norms
         self.accumulation = backwards_per_update(cfg, world_size())
-        self.version = 0  # of the weights: the number of updates made by this process
 
     def step(self, step: int) -> dict[str, float]:
         """Sample and reward ``pairs_per_step`` pairs, then make all updates on them."""
@@ -131,18 +145,20 @@ class DualRl:
         updates = self.micro_batches(step)
 
         # 1. Sample G CoTs for both videos of every pair, with the current policy.
-        rows = [row for update in updates for batch in update for row in batch]
-        self.writer.sync(self.version)
-        sampled = self.sample(rows, step)
-        self.writer.rest()
+        rows = []
+        for update in updates:
+            for micro_batch in update:
+                rows += micro_batch
+        sampled = iter(self.sample(rows, step))
 
         # 2. Reward the CoTs and normalise the rewards within each group.
         faults.point("reward")
-        remaining = iter(sampled)
         rollouts = []
         for update in updates:
-            batches = [[next(remaining) for _ in batch] for batch in update]
-            rollouts.append([self.rollouts(batch) for batch in batches])
+            parts = []
+            for micro_batch in update:
+                parts.append(self.rollouts([next(sampled) for _ in micro_batch]))
+            rollouts.append(parts)
         sampling_done = time.perf_counter()
 
         # 3. One optimizer step per update: GRPO on the CoTs, Bradley-Terry on the rewards.
@@ -169,6 +185,7 @@ class DualRl:
         rows = [draw.row for draw in self.schedule.at(step)]
         share = self.cfg.pairs_per_update // world_size()
         size = self.cfg.micro_batch
+        # Every rank takes its share of each update.
         updates = []
         for update_start in range(0, len(rows), self.cfg.pairs_per_update):
             first = update_start + rank() * share
@@ -176,15 +193,11 @@ class DualRl:
             updates.append([rank_rows[i : i + size] for i in range(0, share, size)])
         return updates
 
-    def collect(self, rows: Sequence[int], step: int) -> Rollouts:
-        """Sample and reward some pairs without any other pair."""
-        return self.rollouts(self.sample(rows, step))
-
     # ------------------------------------------------------------------ sampling and rewards
 
     @torch.no_grad()
     def sample(self, rows: Sequence[int], step: int) -> list[SampledPair]:
-        """Sample G CoTs for both videos of every pair; the backend decides on batches."""
+        """Sample G CoTs for both videos of every pair."""
         self.model.eval()
         cfg = self.cfg
         pairs = [self.pairs[row] for row in rows]
@@ -197,26 +210,33 @@ class DualRl:
                 for i in range(cfg.group_size):
                     seeds.append(derive_seed(self.seed, "rollout", step, row, side, i))
 
+        # Both videos of each pair of a micro-batch go through the model together.
         faults.point("chains")
         how = Generation(
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
             repetition_penalty=1.0,
         )
-        cots = self.writer.write(
+        cots = generate_cots(
+            self.model,
             encoded,
             videos,
             how,
-            version=self.version,
             seeds=seeds,
-            copies=cfg.group_size,
+            batch=2 * cfg.micro_batch,
         )
+
+        # Two sequences in a row are the sides of a pair.
         sampled = []
         for n, pair in enumerate(pairs):
             sides = slice(2 * n, 2 * n + 2)
-            sampled.append(
-                SampledPair(pair, videos[sides], encoded[sides], cots[sides])
+            item = SampledPair(
+                pair=pair,
+                videos=videos[sides],
+                encoded=encoded[sides],
+                cots=cots[sides],
             )
+            sampled.append(item)
         return sampled
 
     @torch.no_grad()
@@ -231,19 +251,25 @@ class DualRl:
         totals = [[[rule.total for rule in group] for group in pair] for pair in rules]
         reward_N2G = torch.tensor(totals)
         advantage_VG = group_advantages(
-            reward_N2G.flatten(0, 1), scale="group", eps=EPS
+            reward_N2G.flatten(0, 1),
+            scale="group",
+            eps=EPS,
         )
 
         # With several updates per step, the weights move away from those that sampled.
         packed = pack_pairs(self.model, sampled, cfg.cots_per_row).to(device)
-        several_updates = cfg.pairs_per_step > cfg.pairs_per_update
-        old_BGT = self.log_probs(self.model, packed) if several_updates else None
-        reference_BGT = self.reference_log_probs(packed) if cfg.kl_weight > 0 else None
+        old_BGT = None
+        if cfg.pairs_per_step > cfg.pairs_per_update:
+            old_BGT = self.log_probs(self.model, packed)
+        reference_BGT = None
+        if cfg.kl_weight > 0:
+            reference_BGT = self.reference_log_probs(packed)
 
+        # Labels, and which CoTs ended by themselves.
         labels = label_rows([item.pair for item in sampled], self.model.dimensions)
-        finished = [
-            [[cot.finished for cot in group] for group in item.cots] for item in sampled
-        ]
+        finished = []
+        for item in sampled:
+            finished.append([[cot.finished for cot in group] for group in item.cots])
         return Rollouts(
             packed=packed,
             label_NK=torch.tensor(labels, device=device),
@@ -273,7 +299,8 @@ class DualRl:
     def update(self, parts: Sequence[Rollouts]) -> dict[str, float]:
         """Take one optimizer step on this rank's micro-batches of an update."""
         # 1. Count tokens and decided (pair, rollout) over all ranks: the divisors of the loss.
-        tokens = max(1.0, sum_over_ranks(float(sum(part.tokens for part in parts))))
+        rank_tokens = sum(part.tokens for part in parts)
+        tokens = max(1.0, sum_over_ranks(float(rank_tokens)))
         counted_K = sum(counted(part.label_NK, theta=self.cfg.theta) for part in parts)
         count_K = []
         for count in counted_K * self.cfg.group_size:
@@ -281,20 +308,18 @@ class DualRl:
 
         # 2. One packed forward and one backward per micro-batch.
         self.model.train()
-        names = ("loss", "policy", "kl", "bt", "correct", "decided", "ratio", "clipped")
-        sums = dict.fromkeys(names, 0.0)
+        sums = dict.fromkeys(LOSS_SUMS, 0.0)
         for part in parts:
             result = self.loss(part, tokens, count_K)
             self.backward(result)
             for name, value in result.sums.items():
                 sums[name] += value
-        self.version += 1
 
         # 3. Metrics over all ranks.
         total = {name: sum_over_ranks(value) for name, value in sums.items()}
-        metrics = {
-            f"train/{name}": total[name] for name in ("loss", "policy", "kl", "bt")
-        }
+        metrics = {}
+        for name in ("loss", "policy", "kl", "bt"):
+            metrics[f"train/{name}"] = total[name]
         metrics["train/accuracy"] = total["correct"] / max(1.0, total["decided"])
         metrics["train/ratio_mean"] = total["ratio"] / tokens
         metrics["train/clip_frac"] = total["clipped"] / tokens
@@ -313,9 +338,12 @@ class DualRl:
         output = packed_forward(self.model, part.packed, temperature=cfg.temperature)
 
         # GRPO with a clipped token surrogate: SUM over tokens / tokens of the update.
+        # With a single update per step, the old policy is the current one.
         mask = part.packed.token_BGT.flatten(0, 1)
         log_prob = output.log_prob_BGT.flatten(0, 1)
-        old = log_prob.detach() if part.old_BGT is None else part.old_BGT.flatten(0, 1)
+        old = log_prob.detach()
+        if part.old_BGT is not None:
+            old = part.old_BGT.flatten(0, 1)
         policy = token_surrogate(
             log_prob,
             old,
@@ -334,8 +362,8 @@ class DualRl:
             kl = masked_mean(kl_terms, mask, count=tokens)
 
         # Bradley-Terry between rollout i of A and rollout i of B: M = (pair, rollout).
-        group_shape = (len(part.label_NK), 2, cfg.group_size, -1)
-        reward_N2GK = output.reward_BGK.reshape(group_shape)
+        pairs = len(part.label_NK)
+        reward_N2GK = output.reward_BGK.reshape(pairs, 2, cfg.group_size, -1)
         reward_M2K = reward_N2GK.transpose(1, 2).flatten(0, 1)
         label_MK = part.label_NK.repeat_interleave(cfg.group_size, 0)
         bt = preference_loss(
@@ -349,6 +377,8 @@ class DualRl:
         # Count (pair, rollout, dimension) with a label of 1 or -1, and those with its sign.
         margin_MK = (reward_M2K[:, 0] - reward_M2K[:, 1]).detach() * label_MK
         is_decided_MK = margin_MK.isfinite() & (label_MK != 0)
+
+        # The loss, and sums for metrics.
         loss = policy.loss + cfg.kl_weight * kl + cfg.bt_weight * bt
         sums = {
             "loss": loss.item(),
@@ -375,6 +405,7 @@ class DualRl:
 
     def rollout_metrics(self, parts: Sequence[Rollouts]) -> dict[str, float]:
         """MEANS over all CoTs of the step, over all ranks: rewards, lengths, finished share."""
+        # Rule rewards of all CoTs of this rank.
         rules = []
         for part in parts:
             for pair in part.rules:
@@ -383,14 +414,20 @@ class DualRl:
         sums = {}
         for name in REWARD_PARTS:
             sums[f"reward/{name}"] = sum(getattr(rule, name) for rule in rules)
-        finished = sum(int(part.finished_N2G.sum()) for part in parts)
-        sums["cot/tokens"] = float(sum(part.tokens for part in parts))
-        sums["cot/finished"] = float(finished)
-        # Groups whose rewards are all equal teach nothing.
+
+        # Lengths, and groups whose rewards are all equal: they teach nothing.
+        tokens = 0
+        finished = 0
         zero_spread = 0
         for part in parts:
+            tokens += part.tokens
+            finished += int(part.finished_N2G.sum())
             zero_spread += int((part.advantage_N2G == 0).all(-1).sum())
+        sums["cot/tokens"] = float(tokens)
+        sums["cot/finished"] = float(finished)
         sums["reward/zero_spread"] = self.cfg.group_size * float(zero_spread)
+
+        # MEANS over all ranks.
         count = self.cfg.pairs_per_step * 2 * self.cfg.group_size
         return {name: sum_over_ranks(value) / count for name, value in sums.items()}
 
@@ -398,17 +435,15 @@ class DualRl:
 
     @torch.no_grad()
     def evaluate(self, pairs: Sequence[Pair], how: Generation) -> dict[str, float]:
-        """Evaluate held-out pairs with one CoT per video, written by the model itself.
+        """Evaluate held-out pairs with one CoT per video.
 
         Metrics: preference accuracy, share of correct sub-dimension scores, share of finished
         CoTs. The ranks share the pairs. The reward is read off the KV cache that the CoT was
-        written with, so no other backend is used.
+        generated with.
         """
         self.model.eval()
-        results: list[tuple[int, list[float], float, float]] = []
-        for rows in rank_batches(
-            len(pairs), self.cfg.micro_batch * self.cfg.group_size
-        ):
+        results: list[HeldoutPair] = []
+        for rows in rank_batches(len(pairs), self.cfg.micro_batch * self.cfg.group_size):
             # A sharded model needs equally many forwards on every rank: pad an empty batch.
             batch_pairs = [pairs[i] for i in rows or [0]]
             videos, encoded = encode_pairs(self.model, batch_pairs)
@@ -417,23 +452,28 @@ class DualRl:
             reward_BK = rewards_from_cache(self.model, written)
             for n, row in enumerate(rows):
                 cots = [written.cot(2 * n), written.cot(2 * n + 1)]
-                margin_K = (reward_BK[2 * n] - reward_BK[2 * n + 1]).tolist()
-                quality = self.heldout_quality(pairs[row], cots)
-                finished = sum(cot.finished for cot in cots) / 2
-                results.append((row, margin_K, quality, finished))
+                margin_K = reward_BK[2 * n] - reward_BK[2 * n + 1]
+                result = HeldoutPair(
+                    row=row,
+                    margin_K=margin_K.tolist(),
+                    quality=self.heldout_quality(pairs[row], cots),
+                    finished=sum(cot.finished for cot in cots) / 2,
+                )
+                results.append(result)
 
         # Put the results of all ranks into the order of the pairs.
-        gathered = []
+        gathered: list[HeldoutPair] = []
         for rank_results in gather_objects(results):
             gathered += rank_results
-        gathered.sort()
-        margin_NK = torch.tensor([margin_K for _, margin_K, _, _ in gathered])
+        gathered.sort(key=lambda result: result.row)
+
+        # MEANS over the pairs.
+        margin_NK = torch.tensor([result.margin_K for result in gathered])
         metrics = heldout_metrics(self.model, margin_NK, pairs, with_ties=False)
-        count = len(gathered)
-        metrics["heldout/quality"] = (
-            sum(quality for _, _, quality, _ in gathered) / count
-        )
-        metrics["heldout/finished"] = sum(share for _, _, _, share in gathered) / count
+        quality = sum(result.quality for result in gathered)
+        finished = sum(result.finished for result in gathered)
+        metrics["heldout/quality"] = quality / len(gathered)
+        metrics["heldout/finished"] = finished / len(gathered)
         return metrics
 
     def heldout_quality(self, pair: Pair, cots: Sequence[PackedCot]) -> float:

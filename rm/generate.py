@@ -87,6 +87,7 @@ def generate(
     queries = len(model.query_ids)
     slots = prompt_length + how.max_new_tokens + queries
 
+    # The state of every row.
     mask_BK = torch.zeros(size, slots, dtype=torch.bool, device=model.device)
     mask_BK[:, :prompt_length] = prompt.mask_BL
     token_BL = torch.full((size, how.max_new_tokens), model.pad_id, device=model.device)
@@ -105,10 +106,11 @@ def generate(
         length_B += alive_B
         slot = prompt_length + step
         mask_BK[:, slot] = alive_B
+        position_B = prompt.position_B + step + 1
         hidden_B1D = _feed(
             model,
             token_BL[:, step : step + 1],
-            (prompt.position_B + step + 1).unsqueeze(1),
+            position_B.unsqueeze(1),
             mask_BK[:, : slot + 1],
             prompt.cache,
         )
@@ -160,6 +162,7 @@ def _read_prompts(model: DeScore, batch: Batch, copies: int) -> _ReadPrompts:
     """Run the prompts through the model once, then repeat everything ``copies`` times."""
     from transformers import DynamicCache
 
+    # A single forward fills the cache.
     cache = DynamicCache(config=model.backbone.config.text_config)
     row_B = torch.arange(len(batch.ids_BL), device=model.device)
     hidden_BLD = model.hidden(batch, past_key_values=cache, use_cache=True)
@@ -227,6 +230,7 @@ class _TokenSampler:
             self.uniform_BS = torch.stack(draws).to(model.device)
 
     def __call__(self, logits_BV: Tensor, step: int) -> Tensor:
+        # Weaken the tokens that are already in the sequence.
         if self.seen_BV is not None:
             penalty = self.how.repetition_penalty
             weakened_BV = torch.where(
@@ -235,6 +239,7 @@ class _TokenSampler:
             logits_BV = torch.where(self.seen_BV, weakened_BV, logits_BV)
         logits_BV = logits_BV.masked_fill(self.banned_V, -torch.inf)
 
+        # Greedily, or a draw.
         if self.uniform_BS is None:
             chosen_B = logits_BV.argmax(-1)
         else:

@@ -28,7 +28,7 @@ from rm.prompt import Encoded
 from rm.video import PreparedVideo
 
 # The logits of a large vocabulary are the largest tensors of a step: compute so many at a time.
-_TOKENS_AT_ONCE = 1024
+_TOKENS_PER_PART = 1024
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """Move every tensor to a device."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
+        moved = {}
+        for item in fields(self):
+            moved[item.name] = getattr(self, item.name).to(device)
         return replace(self, **moved)
 
 
@@ -80,26 +82,32 @@ def packed_forward(
     over the ids that may be sampled. ``score=False`` leaves the rewards at 0, which is all
     that the reference policy of the KL term needs.
     """
+    # The hidden states, and the row that each entry of (B, G, T) belongs to.
     hidden_BLD = model.hidden(packed.batch)
     device = hidden_BLD.device
-    row_B1 = torch.arange(len(hidden_BLD), device=device).view(-1, 1)
-    row_B11 = row_B1.unsqueeze(-1)
+    row_B = torch.arange(len(hidden_BLD), device=device)
+    row_B11 = row_B.view(-1, 1, 1)
 
     # Log-probabilities: gather the N hidden states that predict a token.
     token_BGT = packed.token_BGT
     row_N = row_B11.expand_as(token_BGT)[token_BGT]
-    hidden_ND = hidden_BLD[row_N, packed.before_BGT[token_BGT]]
-    target_N = packed.target_BGT[token_BGT]
-    log_prob_N = token_log_probs(model, hidden_ND, target_N, temperature=temperature)
+    before_N = packed.before_BGT[token_BGT]
+    log_prob_N = token_log_probs(
+        model,
+        hidden_BLD[row_N, before_N],
+        packed.target_BGT[token_BGT],
+        temperature=temperature,
+    )
     zero_BGT = torch.zeros(token_BGT.shape, device=device)
     log_prob_BGT = zero_BGT.masked_scatter(token_BGT, log_prob_N)
 
     # Rewards: the linear head on the hidden states of the query tokens.
     query_BGK = packed.query_BG.unsqueeze(-1) - model.query_offset_K
     if not score:
-        return PackedOutput(log_prob_BGT, torch.zeros(query_BGK.shape, device=device))
-    reward_BGK = model.reward_from_hidden(hidden_BLD[row_B11, query_BGK])
-    return PackedOutput(log_prob_BGT, reward_BGK)
+        reward_BGK = torch.zeros(query_BGK.shape, device=device)
+        return PackedOutput(log_prob_BGT, reward_BGK)
+    hidden_BGKD = hidden_BLD[row_B11, query_BGK]
+    return PackedOutput(log_prob_BGT, model.reward_from_hidden(hidden_BGKD))
 
 
 def token_log_probs(
@@ -117,18 +125,24 @@ def token_log_probs(
         logits = logits.masked_fill(banned_V, -torch.inf) / temperature
         return -F.cross_entropy(logits, target, reduction="none")
 
-    count = max(1, math.ceil(len(hidden_ND) / _TOKENS_AT_ONCE))
+    # The number of parts. A single part needs no second computation.
+    count = max(1, math.ceil(len(hidden_ND) / _TOKENS_PER_PART))
     if model.sharded:
         count = int(max_over_ranks(count))
-    keep_logits = not torch.is_grad_enabled() or count == 1
+    recompute = torch.is_grad_enabled() and count > 1
+
+    # Part by part.
     parts = []
     for i in range(count):
-        part = slice(i * _TOKENS_AT_ONCE, (i + 1) * _TOKENS_AT_ONCE)
-        inputs = (hidden_ND[part], target_N[part])
-        if keep_logits:
-            parts.append(log_probs(*inputs))
+        first = i * _TOKENS_PER_PART
+        last = first + _TOKENS_PER_PART
+        hidden = hidden_ND[first:last]
+        target = target_N[first:last]
+        if recompute:
+            log_prob = checkpoint(log_probs, hidden, target, use_reentrant=False)
         else:
-            parts.append(checkpoint(log_probs, *inputs, use_reentrant=False))
+            log_prob = log_probs(hidden, target)
+        parts.append(log_prob)
     return torch.cat(parts)
 
 
@@ -148,27 +162,28 @@ def pack(
         raise ValueError(
             f"pack: {len(encoded)} prompts, {len(videos)} videos, CoTs {sizes}"
         )
-    rows = [
-        _pack_row(model, item.prompt_ids, group)
-        for item, group in zip(encoded, cots, strict=True)
-    ]
+    # Token ids.
+    rows = []
+    for item, group in zip(encoded, cots, strict=True):
+        rows.append(_pack_row(model, item.prompt_ids, group))
     ids_BL = _padded([row.ids for row in rows], model.pad_id)
 
-    # A token sees its own CoT and the prompt (segment 0), causally.
+    # A token sees its CoT and the prompt (segment 0), causally.
     segment_BL = _padded([row.segment for row in rows], -1)
     index_L = torch.arange(ids_BL.shape[1])
-    causal_LL = index_L[:, None] >= index_L[None, :]
-    same_BLL = segment_BL[:, :, None] == segment_BL[:, None, :]
-    prompt_BLL = segment_BL[:, None, :] == 0
-    visible_BLL = (same_BLL | prompt_BLL) & causal_LL
+    is_causal_LL = index_L[:, None] >= index_L[None, :]
+    is_same_BLL = segment_BL[:, :, None] == segment_BL[:, None, :]
+    is_prompt_B1L = segment_BL[:, None, :] == 0
+    visible_BLL = (is_same_BLL | is_prompt_B1L) & is_causal_LL
 
     # Every CoT continues at the position after the prompt.
     grid_B3 = torch.tensor([video.grid for video in videos])
     position_3BL = rope_positions(
-        ids_BL == model.video_pad_id, grid_B3, model.settings.merge_size
+        ids_BL == model.video_pad_id,
+        grid_B3,
+        model.settings.merge_size,
     )
     shift_BL = _padded([row.shift for row in rows], 0)
-
     batch = Batch(
         ids_BL=ids_BL,
         mask_BL=visible_BLL.unsqueeze(1),
@@ -177,13 +192,24 @@ def pack(
         patches=torch.cat([video.patches for video in videos]),
         grid_B3=grid_B3,
     )
-    longest = max(len(target) for row in rows for target in row.targets)
-    exists = [[[1] * len(target) for target in row.targets] for row in rows]
+
+    # Where the CoTs are, padded to the longest.
+    longest = 0
+    for row in rows:
+        longest = max(longest, *[len(target) for target in row.targets])
+    before = []
+    targets = []
+    exists = []
+    for row in rows:
+        before.append(_padded(row.before, 0, longest))
+        targets.append(_padded(row.targets, 0, longest))
+        ones = [[1] * len(target) for target in row.targets]
+        exists.append(_padded(ones, 0, longest))
     return Packed(
         batch=batch,
-        before_BGT=torch.stack([_padded(row.before, 0, longest) for row in rows]),
-        target_BGT=torch.stack([_padded(row.targets, 0, longest) for row in rows]),
-        token_BGT=torch.stack([_padded(row, 0, longest) for row in exists]).bool(),
+        before_BGT=torch.stack(before),
+        target_BGT=torch.stack(targets),
+        token_BGT=torch.stack(exists).bool(),
         query_BG=torch.tensor([row.queries for row in rows]),
     )
 
@@ -211,6 +237,7 @@ def _pack_row(
     prompt_length = len(prompt_ids)
     row = _PackedRow(list(prompt_ids), [0] * prompt_length, [0] * prompt_length)
     for number, cot in enumerate(cots, 1):
+        # The CoT and its query.
         first = len(row.ids)
         length = len(cot.ids) + len(model.query_ids)
         row.ids += [*cot.ids, *model.query_ids]
@@ -234,5 +261,8 @@ def _padded(
     """Long tensor (rows, length) padded on the right; by default to the longest row."""
     if length is None:
         length = max(len(row) for row in rows)
-    padded = [[*row, *[value] * (length - len(row))] for row in rows]
+    padded = []
+    for row in rows:
+        missing = length - len(row)
+        padded.append([*row, *[value] * missing])
     return torch.tensor(padded)

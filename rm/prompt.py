@@ -1,14 +1,14 @@
-"""The judge's chat: template, tokenising by position, and the parser of its answer. No torch.
+"""The chat that the reward model reads, and the parsers of its answers. No torch here.
 
-One layout for training, generation and scoring (so that the three never differ)::
+Training, generation and scoring share this layout::
 
-    <|im_start|>user NEWLINE {before, with the prompt filled in} {video} {after} <|im_end|> NEWLINE
+    <|im_start|>user NEWLINE {before, with the prompt} {video} {after} <|im_end|> NEWLINE
     <|im_start|>assistant NEWLINE {cot} <Reward>
 
-    video = one "<{t:.1f} seconds><|vision_start|><|video_pad|>*n<|vision_end|>" per temporal patch,
-            t the mean time of its frames, n = h * w / merge_size^2
+    video = "<{t:.1f} seconds><|vision_start|><|video_pad|>*n<|vision_end|>" for each temporal
+            patch, t the mean time of its frames, n = h * w / merge_size^2
 
-The masked variant has no ``cot``. `<Reward>` is an id, not a string: no text can spell it (see `rm.model`).
+The masked variant has no ``cot``. `<Reward>` is an id without a string (see `rm.model`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# The sub-dimensions that a chain of thought (CoT) scores.
 DIMENSIONS = ("subject", "dynamics", "camera", "environment", "style")
 PROMPT_SLOT = "{prompt}"
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-VISION_START, VIDEO_PAD, VISION_END = (
-    "<|vision_start|>",
-    "<|video_pad|>",
-    "<|vision_end|>",
-)
+
+# Tokens of Qwen3-VL's chat. They are placed by id, never by text.
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+VISION_START = "<|vision_start|>"
+VIDEO_PAD = "<|video_pad|>"
+VISION_END = "<|vision_end|>"
 CONTROL_TOKENS = (
     IM_START,
     IM_END,
@@ -42,42 +44,51 @@ CONTROL_TOKENS = (
     "<|endoftext|>",
 )
 
+# Words for a preference in the official tables. Any other word is a tie.
+PREFERENCES = {
+    "Video 1 is better": 1,
+    "A": 1,
+    "Video 2 is better": -1,
+    "B": -1,
+}
+
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The instruction: the video stands between ``before`` (which holds one ``{prompt}`` slot) and ``after``.
+    """The instruction, saved with the checkpoint as ``prompt.json``.
 
-    Saved with the checkpoint as ``prompt.json``. Other braces are ordinary text.
+    The video stands between ``before``, which holds a ``{prompt}`` slot, and ``after``. Other
+    braces are ordinary text.
     """
 
     before: str
     after: str
 
     def __post_init__(self) -> None:
-        found = self.before.count(PROMPT_SLOT)
-        if found != 1:
+        slots = self.before.count(PROMPT_SLOT)
+        if slots != 1:
             raise ValueError(
-                f"PromptTemplate.before must contain {PROMPT_SLOT} exactly once, found {found}"
+                f"PromptTemplate.before must contain {PROMPT_SLOT} exactly once, "
+                f"not {slots} times"
             )
         if PROMPT_SLOT in self.after:
             raise ValueError(
-                f"PromptTemplate.after must not contain {PROMPT_SLOT}: the slot belongs in `before`"
+                f"PromptTemplate.after must not contain {PROMPT_SLOT}: "
+                "the slot belongs in `before`"
             )
 
     def fill(self, prompt: str) -> str:
-        """``before`` with the prompt in its slot; a ``{prompt}`` inside the prompt stays as it is."""
+        """Put a prompt into the slot of ``before``; braces in the prompt stay as they are."""
         left, right = self.before.split(PROMPT_SLOT)
         return left + prompt + right
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(
-            json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n",
-            encoding="utf-8",
-        )
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> PromptTemplate:
-        """ValueError, naming the file, if a key is missing or unknown."""
+        """Read a prompt.json. Raises ValueError, with the file, for other keys."""
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(raw, dict) or set(raw) != {"before", "after"}:
             raise ValueError(
@@ -88,11 +99,10 @@ class PromptTemplate:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one sequence, its parts known by position.
+    """Token ids of a sequence, with its parts known by position.
 
-    prompt_ids  everything up to and including "<|im_start|>assistant\\n"
-    cot_ids     the chain of thought without end-of-turn token; empty in the masked variant
-    The reward reads ``prompt_ids + cot_ids + (query_id,)``; the language model learns ``... + (eos_id,)``.
+    prompt_ids  Everything up to and including "<|im_start|>assistant\\n".
+    cot_ids     The CoT without end-of-turn token; empty in the masked variant.
     """
 
     prompt_ids: tuple[int, ...]
@@ -101,10 +111,6 @@ class Encoded:
     @property
     def ids(self) -> tuple[int, ...]:
         return self.prompt_ids + self.cot_ids
-
-    def without_cot(self) -> Encoded:
-        """The masked variant: the CoT's tokens are absent and positions close up."""
-        return Encoded(self.prompt_ids)
 
 
 def encode(
@@ -117,24 +123,27 @@ def encode(
     *,
     merge_size: int = 2,
 ) -> Encoded:
-    """Ids of one judged video.
+    """Tokenise the chat about a video.
 
-    video_grid  (t, h, w) in patches; ``times`` has t entries, in seconds
-    cot         None or "" for the masked variant; a trailing end-of-turn string is dropped
+    video_grid  (t, h, w) in patches; ``times`` has t entries, in seconds.
+    cot         None or "" for the masked variant; a trailing end-of-turn string is dropped.
 
-    The text between two control tokens is tokenised as one piece, so a harmless prompt gives exactly the ids of the
-    rendered string, while control tokens are placed by id: whatever the prompt says, it cannot spell one.
+    The text between two control tokens is tokenised in one piece, so an ordinary prompt gives
+    the ids of the rendered string. Control tokens are placed by id, so no prompt can spell them.
     """
     frames, height, width = video_grid
     if len(times) != frames:
         raise ValueError(f"encode: {len(times)} times for {frames} temporal patches")
-    pads = [token_id(tokenizer, VIDEO_PAD)] * (height * width // merge_size**2)
-    vision_start, vision_end = (
-        token_id(tokenizer, VISION_START),
-        token_id(tokenizer, VISION_END),
-    )
-    im_start, im_end = token_id(tokenizer, IM_START), token_id(tokenizer, IM_END)
 
+    # Ids of the control tokens.
+    video_pad = token_id(tokenizer, VIDEO_PAD)
+    im_start = token_id(tokenizer, IM_START)
+    im_end = token_id(tokenizer, IM_END)
+    vision_start = token_id(tokenizer, VISION_START)
+    vision_end = token_id(tokenizer, VISION_END)
+    pads = [video_pad] * (height * width // merge_size**2)
+
+    # The user's turn: the text before the video joins the first time stamp.
     ids = [im_start]
     text = "user\n" + template.fill(prompt)
     for time in times:
@@ -142,57 +151,67 @@ def encode(
         ids += [vision_start, *pads, vision_end]
         text = ""
     ids += encode_text(tokenizer, template.after)
-    ids += [
-        im_end,
-        *encode_text(tokenizer, "\n"),
-        im_start,
-        *encode_text(tokenizer, "assistant\n"),
-    ]
+    ids.append(im_end)
+
+    # The start of the model's turn.
+    ids += encode_text(tokenizer, "\n")
+    ids.append(im_start)
+    ids += encode_text(tokenizer, "assistant\n")
     return Encoded(tuple(ids), tuple(encode_cot(tokenizer, cot)))
 
 
 def encode_cot(tokenizer: PreTrainedTokenizerBase, cot: str | None) -> list[int]:
-    """Ids of a chain of thought, without its end-of-turn token."""
-    return encode_text(tokenizer, cot.rstrip().removesuffix(IM_END)) if cot else []
+    """Tokenise a CoT, without its end-of-turn token."""
+    if not cot:
+        return []
+    return encode_text(tokenizer, cot.rstrip().removesuffix(IM_END))
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of ordinary text: a special token spelled in it is cut after its first character, so it stays text."""
-    if not text:
-        return []
-    special = {
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special
-    }
-    names = sorted({*special, *CONTROL_TOKENS}, key=len, reverse=True)
-    pattern = re.compile("|".join(re.escape(name) for name in names if len(name) > 1))
+    """Tokenise ordinary text.
+
+    A special token that is spelled in it is cut after its first character, so it stays text.
+    """
+    # Strings that the tokenizer would turn into special tokens, the longest first.
+    names = set(CONTROL_TOKENS)
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            names.add(token.content)
+    by_length = sorted(names, key=len, reverse=True)
+    pattern = re.compile(
+        "|".join(re.escape(name) for name in by_length if len(name) > 1)
+    )
+
+    # Tokenise up to each cut.
     ids: list[int] = []
-    while (match := pattern.search(text)) is not None:
+    match = pattern.search(text)
+    while match is not None:
         cut = match.start() + 1
         ids += tokenizer.encode(text[:cut], add_special_tokens=False)
         text = text[cut:]
+        match = pattern.search(text)
     return ids + tokenizer.encode(text, add_special_tokens=False)
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """Id of a control token; ValueError if the tokenizer does not know it as one token."""
-    found = tokenizer.get_added_vocab().get(token)
-    if found is None:
-        found = tokenizer.get_vocab().get(token)
-    if found is None:
+    """Look up a control token. Raises ValueError if the tokenizer does not have it."""
+    number = tokenizer.get_added_vocab().get(token)
+    if number is None:
+        number = tokenizer.get_vocab().get(token)
+    if number is None:
         raise ValueError(
-            f"the tokenizer has no token {token!r}; DeScore needs the Qwen3-VL chat and vision tokens"
+            f"the tokenizer has no token {token!r}: "
+            "DeScore needs the Qwen3-VL chat and vision tokens"
         )
-    return found
+    return number
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the judge wrote in its ``<answer>`` block.
+    """The ``<answer>`` block of a CoT.
 
-    scores   2, 1, 0, or None for N/A; a dimension that is missing or has any other value is absent
-    overall  the written overall score, not the reward; None if missing or not a finite number
+    scores   2, 1, 0, or None for N/A; a dimension with another value is left out.
+    overall  The stated overall score, not the reward; None if it is not a finite number.
     """
 
     scores: Mapping[str, int | None]
@@ -200,12 +219,13 @@ class Answer:
 
 
 def parse_answer(text: str) -> Answer | None:
-    """Parse the last complete ``<answer>`` block; None if there is none or it is not JSON with ``dimensional_scores``.
+    """Parse the last complete ``<answer>`` block of any text.
 
-    "2" and 2 are the same score; the JSON may stand in a code fence. Never raises, whatever the text.
+    Returns None without a block of JSON that has ``dimensional_scores``. "2" and 2 are the same
+    score; the JSON may stand in a code fence.
     """
     raw = _answer_json(text)
-    if raw is None or not isinstance(raw.get("dimensional_scores"), dict):
+    if not isinstance(raw.get("dimensional_scores"), dict):
         return None
     return Answer(_scores(raw["dimensional_scores"]), _number(raw.get("overall_score")))
 
@@ -213,64 +233,65 @@ def parse_answer(text: str) -> Answer | None:
 def parse_scores(
     text: str,
 ) -> tuple[Mapping[str, int | None], Mapping[str, int | None]] | None:
-    """What is right for both videos of a pair: ``video_1_scores`` and ``video_2_scores`` of the answer block.
+    """Parse the ground-truth scores of both videos of a pair from any text.
 
-    None if there is no such block or one of the two has no usable dimension. Never raises, whatever the text.
+    They are ``video_1_scores`` and ``video_2_scores`` of the answer block. Returns None without
+    such a block, or if either has no usable dimension.
     """
     raw = _answer_json(text)
-    if raw is None:
+    first = _scores(raw.get("video_1_scores"))
+    second = _scores(raw.get("video_2_scores"))
+    if not first or not second:
         return None
-    both = [raw.get(key) for key in ("video_1_scores", "video_2_scores")]
-    first, second = (
-        _scores(value) if isinstance(value, dict) else {} for value in both
-    )
-    return (first, second) if first and second else None
+    return first, second
 
 
 def parse_preference(text: str) -> int | None:
-    """``gsb_result`` of the answer block: 1 for "Video 1 is better" or "A", -1 for the other, 0 for any other word.
+    """Parse ``gsb_result`` of the answer block of any text, see `PREFERENCES`.
 
-    None if there is no such block or no word in it. Never raises, whatever the text.
+    Returns 1 or -1 for a preference, 0 for any other word, and None without a word.
     """
-    word = (_answer_json(text) or {}).get("gsb_result")
+    word = _answer_json(text).get("gsb_result")
     if not isinstance(word, str) or not word.strip():
         return None
-    return {"Video 1 is better": 1, "A": 1, "Video 2 is better": -1, "B": -1}.get(
-        word.strip(), 0
-    )
+    return PREFERENCES.get(word.strip(), 0)
 
 
-def _answer_json(text: str) -> dict[str, object] | None:
-    """The JSON object in the last complete ``<answer>`` block, which may stand in a code fence."""
+def _answer_json(text: str) -> dict[str, object]:
+    """The JSON object in the last complete ``<answer>`` block, empty if there is none."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     if start < 0:
-        return None
+        return {}
     body = text[start + len("<answer>") : end].strip()
     if body.startswith("```"):
         body = body.removeprefix("```").removeprefix("json").removesuffix("```")
     try:
         raw = json.loads(body)
     except (ValueError, RecursionError):
-        return None
-    return raw if isinstance(raw, dict) else None
+        return {}
+    return raw if isinstance(raw, dict) else {}
 
 
-def _scores(raw: Mapping[str, object]) -> dict[str, int | None]:
-    """Our dimensions only: 2, 1, 0 however written, None for N/A; anything else is left out."""
+def _scores(raw: object) -> dict[str, int | None]:
+    """Scores of our dimensions: 2, 1, 0 or None for N/A; other values are left out."""
     scores: dict[str, int | None] = {}
+    if not isinstance(raw, dict):
+        return scores
     for name in DIMENSIONS:
         value = raw.get(name, "")
-        if value is None or (
-            isinstance(value, str) and value.strip().upper() in ("N/A", "NA")
-        ):
+        if isinstance(value, str) and value.strip().upper() in ("N/A", "NA"):
+            value = None
+        number = _number(value)
+        if value is None:
             scores[name] = None
-        elif (number := _number(value)) in (0.0, 1.0, 2.0):
+        elif number in (0.0, 1.0, 2.0):
             scores[name] = int(number)
     return scores
 
 
 def _number(value: object) -> float | None:
+    """A finite number, from a number or its text."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -281,21 +302,22 @@ def _number(value: object) -> float | None:
 
 
 DEFAULT_TEMPLATE = PromptTemplate(
-    before="""You are a professional judge of how well a video follows the text it was generated from. \
-You judge alignment with the text only, not beauty.
+    before="""You are a professional judge of how well a video follows the text it was generated \
+from. You judge alignment with the text only, not beauty.
 
 Text prompt: {prompt}
 
 Video:
-""",  # a newline: no token joins it to the first time stamp, which `rm.vllm.client` needs
+""",
     after="""
 
 Work in two steps.
 
 Step 1. Think aloud, in three stages.
-(1) Read the prompt: list every element it asks for, and say for each abstract word what would be visible on screen.
-(2) Look at the video: describe objectively what is there - the subject, its exact actions, the camera, the \
-surroundings, the look - and any artefact or misspelled text.
+(1) Read the prompt: list every element it asks for, and say for each abstract word what would \
+be visible on screen.
+(2) Look at the video: describe objectively what is there - the subject, its exact actions, the \
+camera, the surroundings, the look - and any artefact or misspelled text.
 (3) Compare the two along five dimensions.
   Primary:
   - subject: identity, number, attributes and relations of what the prompt is about
@@ -304,7 +326,8 @@ surroundings, the look - and any artefact or misspelled text.
   - camera: shot, viewpoint and camera movement
   - environment: place, background, light and weather
   - style: artistic style, colours and mood
-  Score each one "2" (fully met), "1" (partly met), "0" (missed), or "N/A" if the prompt asks nothing of it.
+  Score each one "2" (fully met), "1" (partly met), "0" (missed), or "N/A" if the prompt asks \
+nothing of it.
 
 Then choose an overall score from 1.00 to 5.00:
   5.00        both primary dimensions are 2 and every secondary one is 2 or N/A
@@ -316,8 +339,8 @@ Then choose an overall score from 1.00 to 5.00:
 Step 2. Give the result, and no reasoning, in exactly this form:
 <answer>
 ```json
-{"dimensional_scores": {"subject": "2", "dynamics": "1", "camera": "N/A", "environment": "2", "style": "2"}, \
-"overall_score": "3.50"}
+{"dimensional_scores": {"subject": "2", "dynamics": "1", "camera": "N/A", "environment": "2", \
+"style": "2"}, "overall_score": "3.50"}
 ```
 </answer>""",
 )

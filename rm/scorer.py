@@ -29,8 +29,7 @@ from rm.video import PreparedVideo, prepare
 class DeScoreScorer:
     """DeScore behind the Protocol `common.types.RewardModel`.
 
-    It generates with `rm.generate`, not with an `rm.cot_backend`, because the reward is one
-    more token on the KV cache of the CoT.
+    The reward is one more token on the KV cache that the CoT was generated with.
 
     batch   Videos per forward; halved for good when memory runs out.
     chains  CoTs per video. 0 scores without a CoT, which random masking in stage 1 trains.
@@ -52,6 +51,7 @@ class DeScoreScorer:
         value: Literal["head", "overall"] = "head",
         calibration: Calibration | None = None,
     ) -> None:
+        # Settings that do not fit together.
         if batch < 1:
             raise ValueError(f"batch={batch} must be at least 1")
         if chains < 0:
@@ -65,6 +65,8 @@ class DeScoreScorer:
             )
         if calibration is not None:
             _require_fit(calibration, model, chains)
+
+        # A scorer never trains its model.
         self.model = model.eval().requires_grad_(requires_grad=False)
         self.chains = chains
         self.value = value
@@ -90,12 +92,15 @@ class DeScoreScorer:
                     launch/calibrate.py has not written it.
         options     Further arguments of the class.
         """
+        # Where the model runs, and in which precision.
         if device is None:
             device = "cpu"
             if torch.cuda.is_available():
                 device = torch.device("cuda", torch.cuda.current_device())
         if dtype is None:
-            dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
+            on_cpu = torch.device(device).type == "cpu"
+            dtype = "float32" if on_cpu else "bfloat16"
+
         if calibrated:
             options["calibration"] = Calibration.load(path)
         model = DeScore.load(path, dtype=getattr(torch, dtype)).to(device)
@@ -132,15 +137,16 @@ class DeScoreScorer:
             return Score(torch.zeros(0))
 
         # Sums of floats depend on the place in a batch, so sort the rows by their content.
-        keys = [
-            _identity(video, prompt)
-            for video, prompt in zip(videos, prompts, strict=True)
-        ]
+        keys = []
+        for video, prompt in zip(videos, prompts, strict=True):
+            keys.append(_identity(video, prompt))
         unique_keys = sorted(set(keys))
         rows = [keys.index(key) for key in unique_keys]
         unique_videos = [videos[row] for row in rows]
         unique_prompts = [prompts[row] for row in rows]
         score = self._score_unique(unique_videos, unique_prompts, fps=fps)
+
+        # Back to the order of the batch.
         place = {key: i for i, key in enumerate(unique_keys)}
         return score.take([place[key] for key in keys])
 
@@ -151,6 +157,7 @@ class DeScoreScorer:
         *,
         fps: float | None,
     ) -> Score:
+        # Portions of the batch that fit into memory.
         def score_part(part: slice) -> _CotRewards:
             settings = self.model.settings
             prepared = [prepare(video, settings, fps=fps) for video in videos[part]]
@@ -159,8 +166,12 @@ class DeScoreScorer:
         results = self.portions.each(score_part, len(prompts))
         reward_BNK = torch.cat([result.reward_BNK for result in results])
         reward_BNK = self._calibrated(reward_BNK)
-        texts = [cot_texts for result in results for cot_texts in result.texts]
-        flat_texts = [text for cot_texts in texts for text in cot_texts]
+        texts = []
+        for result in results:
+            texts += result.texts
+        flat_texts = []
+        for cot_texts in texts:
+            flat_texts += cot_texts
 
         # The reward: MEAN over finished CoTs of the head's reward or of the stated score.
         if self.value == "overall":
@@ -197,14 +208,15 @@ class DeScoreScorer:
     ) -> _CotRewards:
         """Write N CoTs for every video and compute their rewards; the second try is longer."""
         model = self.model
-        encoded = [
-            model.encode(prompt, video)
-            for prompt, video in zip(prompts, videos, strict=True)
-        ]
+        encoded = []
+        for prompt, video in zip(prompts, videos, strict=True):
+            encoded.append(model.encode(prompt, video))
         if self.chains == 0:
             batch = model.batch(encoded, videos).to(model.device)
-            return _CotRewards(model(batch).cpu().unsqueeze(1), [[""]] * len(prompts))
+            reward_BK = model(batch).cpu()
+            return _CotRewards(reward_BK.unsqueeze(1), [[""]] * len(prompts))
 
+        # Rewards and texts, filled in as CoTs finish.
         count = self.chains
         shape = (len(prompts), count, len(model.dimensions))
         reward_BNK = torch.full(shape, math.nan)
@@ -212,24 +224,33 @@ class DeScoreScorer:
         how = self._generation()
         waiting = list(range(len(prompts)))
         for limit in (how.max_new_tokens, 2 * how.max_new_tokens):
+            # Generate for the videos that still wait.
             batch = model.batch(
-                [encoded[i] for i in waiting], [videos[i] for i in waiting], query=False
+                [encoded[i] for i in waiting],
+                [videos[i] for i in waiting],
+                query=False,
             )
-            seeds = self._seeds(prompts, waiting) if how.temperature > 0 else None
-            longer = replace(how, max_new_tokens=limit)
-            written = generate(model, batch, longer, seeds=seeds, copies=count)
+            seeds = None
+            if how.temperature > 0:
+                seeds = self._seeds(prompts, waiting)
+            limited = replace(how, max_new_tokens=limit)
+            written = generate(model, batch, limited, seeds=seeds, copies=count)
+
+            # Rewards, NaN where the CoT did not finish.
             reward_RK = rewards_from_cache(model, written).float().cpu()
             reward_WNK = reward_RK.unflatten(0, (-1, count))
-            unfinished_WN = ~written.finished_B.cpu().view(-1, count)
-            reward_WNK = reward_WNK.masked_fill(unfinished_WN.unsqueeze(-1), math.nan)
-            reward_BNK[waiting] = reward_WNK
+            finished_WN = written.finished_B.cpu().view(-1, count)
+            is_void_WN1 = ~finished_WN.unsqueeze(-1)
+            reward_BNK[waiting] = reward_WNK.masked_fill(is_void_WN1, math.nan)
+
+            # Texts.
             for row, i in enumerate(waiting):
                 cots = [written.ids(row * count + n) for n in range(count)]
                 texts[i] = [model.tokenizer.decode(ids) for ids in cots]
 
             # Equal seeds write equal CoTs: the finished ones of a video come out again.
-            unfinished = unfinished_WN.any(1).tolist()
-            waiting = [i for row, i in enumerate(waiting) if unfinished[row]]
+            all_finished = finished_WN.all(1).tolist()
+            waiting = [i for row, i in enumerate(waiting) if not all_finished[row]]
             if not waiting:
                 break
         return _CotRewards(reward_BNK, texts)

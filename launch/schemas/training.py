@@ -15,7 +15,6 @@ from launch.schemas.rewards import TrainingRewards
 from rm.config import (
     BackboneLora,
     ColdStartConfig,
-    CotBackendConfig,
     DualRlConfig,
     Generation,
     LearningRates,
@@ -193,20 +192,18 @@ def _dual_rl_rates() -> LearningRates:
 class DualRlRun(RewardModelRun):
     """DeScore's stage 2 on the result of `launch/cold_start.py`.
 
-    checkpoint   folder of a DeScore, which also gives template and video settings. Or of a
-                 plain Qwen3-VL, which gets a new head (the generative baseline).
-    generation   null takes the checkpoint's.
-    rules        rule rewards of the chains of thought.
-    cot_backend  what generates the chains of thought.
-    lr, lora     learning rates of the parts, and the adapter. lora null trains the whole
-                 language model beside a frozen copy, which zero_stage 3 shards as well.
-    optimizer    ``max_grad_norm`` clips each parameter group by its own norm.
+    checkpoint  folder of a DeScore, which also gives template and video settings. Or of a
+                plain Qwen3-VL, which gets a new head (the generative baseline).
+    generation  null takes the checkpoint's.
+    rules       rule rewards of the chains of thought.
+    lr, lora    learning rates of the parts, and the adapter. lora null trains the whole
+                language model beside a frozen copy, which zero_stage 3 shards as well.
+    optimizer   ``max_grad_norm`` clips each parameter group by its own norm.
     """
 
     checkpoint: str
     dual_rl: DualRlConfig = field(default_factory=DualRlConfig)
     rules: RuleRewardConfig = field(default_factory=RuleRewardConfig)
-    cot_backend: CotBackendConfig = field(default_factory=CotBackendConfig)
     lr: LearningRates = field(default_factory=_dual_rl_rates)
     lora: BackboneLora | None = None
     generation: Generation | None = None

@@ -262,7 +262,7 @@ def test_stage_2_trains_all_dimensions(pairs) -> None:
     loop.engine = PlainEngine(
         wide.param_groups(RATES, lora=None, weight_decay=0.0), loop.accumulation
     )
-    rollouts = loop.collect([0, 1, 2, 3], step=0)
+    rollouts = test_dual_rl.collect(loop, [0, 1, 2, 3], step=0)
     with torch.no_grad():
         reward_BGK = packed_forward(wide, rollouts.packed, temperature=1.0).reward_BGK
     margin_N_GK = reward_BGK[0::2] - reward_BGK[1::2]  # (pair, rollout, dimension)

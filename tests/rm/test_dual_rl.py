@@ -73,6 +73,11 @@ def build(pairs, *, lora=True, rates=RATES, **changes) -> DualRl:
     )
 
 
+def collect(loop: DualRl, rows, step: int) -> rm.cot_rollout.Rollouts:
+    """Sample and reward some pairs without any other pair."""
+    return loop.rollouts(loop.sample(rows, step))
+
+
 def chains_of(rollouts: rm.cot_rollout.Rollouts) -> list[list[list[list[int]]]]:
     """[pair][side][rollout] -> tokens, end included, as the packed sequences hold them."""
     packed = rollouts.packed
@@ -92,7 +97,7 @@ def test_defect_1_every_sequence_gets_its_own_reward(pairs, monkeypatch) -> None
 
     monkeypatch.setattr(rm.cot_rollout, "rule_reward", letters)
     loop = build(pairs)
-    rollouts = loop.collect([2, 0, 3], step=5)
+    rollouts = collect(loop, [2, 0, 3], step=5)
     decode = loop.model.tokenizer.decode
     for n, pair in enumerate(chains_of(rollouts)):
         for side, group in enumerate(pair):
@@ -123,7 +128,7 @@ def test_group_has_cots_of_a_single_video_with_its_scores(pairs, monkeypatch) ->
         replace(p, scores_A={"subject": 2 * i}, scores_B={"subject": 2 * i + 1})
         for i, p in enumerate(pairs)
     ]
-    build(told).collect([1, 3], step=0)
+    collect(build(told), [1, 3], step=0)
     assert seen == [2] * G + [3] * G + [6] * G + [7] * G
 
 
@@ -136,7 +141,7 @@ def test_the_generative_baseline_is_rewarded_by_the_preference_alone(
     monkeypatch.setattr(rm.cot_rollout, "rule_reward", said)
     loop = build(pairs, bt_weight=0.0)
     loop.rules = RuleRewardConfig(quality=0.0, format=0.0, length=0.0, preference=2.0)
-    rollouts = loop.collect([0, 1], step=0)
+    rollouts = collect(loop, [0, 1], step=0)
     for n, label in enumerate((1, -1)):
         of_A, of_B = ([rule.overall for rule in group] for group in rollouts.rules[n])
         better, worse = (of_A, of_B) if label == 1 else (of_B, of_A)
@@ -148,7 +153,7 @@ def test_the_generative_baseline_is_rewarded_by_the_preference_alone(
 
 def test_the_losses_by_hand(pairs) -> None:
     loop = build(pairs)
-    rollouts = loop.collect([0, 1, 2, 3], step=0)
+    rollouts = collect(loop, [0, 1, 2, 3], step=0)
     found = loop.update([rollouts])
     # a ratio of one: the policy loss is minus the token mean of the advantages
     lengths_N2G = rollouts.packed.token_BGT.sum(-1).view(-1, 2, G)
@@ -219,17 +224,17 @@ def test_smaller_packs_give_equal_updates(pairs) -> None:
 def test_ties_reward_chains_and_do_not_dilute_the_preference(pairs) -> None:
     tied = [*pairs[:3], replace(pairs[3], label=0)]
     loop = build(tied, micro_batch=1)
-    found = [loop.collect([row], step=0) for row in range(4)]
+    found = [collect(loop, [row], step=0) for row in range(4)]
     mixed = loop.update(found)
     fresh = build(tied, micro_batch=3, pairs_per_update=3, pairs_per_step=3)
-    plain = fresh.update([fresh.collect([0, 1, 2], step=0)])
+    plain = fresh.update([collect(fresh, [0, 1, 2], step=0)])
     assert mixed["train/bt"] == pytest.approx(plain["train/bt"], abs=1e-5)
     assert found[3].advantage_N2G.abs().sum() > 0
 
 
 def test_defect_11_every_chain_ends_in_its_query_finished_or_not(pairs) -> None:
     loop = build(pairs, max_new_tokens=3)
-    rollouts = loop.collect([0, 1, 2, 3], step=0)
+    rollouts = collect(loop, [0, 1, 2, 3], step=0)
     ids_BL, query_BG = rollouts.packed.batch.ids_BL, rollouts.packed.query_BG
     assert not rollouts.finished_N2G.all()
     assert (ids_BL.gather(1, query_BG) == loop.model.query_id).all()
@@ -244,7 +249,7 @@ def test_defect_11_every_chain_ends_in_its_query_finished_or_not(pairs) -> None:
 
 def test_the_reference_is_the_frozen_first_stage(pairs) -> None:
     loop = build(pairs)
-    rollouts = loop.collect([0, 1], step=0)
+    rollouts = collect(loop, [0, 1], step=0)
     before = loop.log_probs(loop.model, rollouts.packed).detach()
     for step in range(3):
         loop.step(step)
@@ -274,7 +279,7 @@ def test_several_updates_use_sampling_log_probs(
         pairs, pairs_per_update=2, micro_batch=2, rates=replace(RATES, llm=3e-2)
     )
     updates = [
-        [loop.collect(rows, 0) for rows in parts] for parts in loop.micro_batches(0)
+        [collect(loop, rows, 0) for rows in parts] for parts in loop.micro_batches(0)
     ]
     sampled = [part.old_BGT.clone() for parts in updates for part in parts]
     first, second = (loop.update(parts) for parts in updates)
@@ -323,8 +328,8 @@ def test_dual_rl_step_depends_on_its_number_only(pairs) -> None:
         k: v for k, v in second.items() if k not in drop
     }
     assert (
-        one.collect([0], 0).packed.target_BGT.tolist()
-        != one.collect([0], 1).packed.target_BGT.tolist()
+        collect(one, [0], 0).packed.target_BGT.tolist()
+        != collect(one, [0], 1).packed.target_BGT.tolist()
     )
 
 

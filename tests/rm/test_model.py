@@ -10,7 +10,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from rm.config import BackboneLora, Generation, LearningRates, VideoSettings
 from rm.model import DESCORE_FILE, HEAD_INIT_STD, DeScore, rope_positions
-from rm.prompt import DEFAULT_TEMPLATE
+from rm.prompt import DEFAULT_TEMPLATE, Encoded
 from rm.video import prepare
 from tests.tiny_qwen import (
     SETTINGS,
@@ -127,7 +127,7 @@ def test_padding_and_batch_change_no_reward(model, videos, encoded):
 @torch.no_grad()
 def test_masked_hidden_states_are_those_without_a_chain(model, videos):
     full = model.encode("a cat", videos[0], "thoughts")
-    masked, never = full.without_cot(), model.encode("a cat", videos[0])
+    masked, never = Encoded(full.prompt_ids), model.encode("a cat", videos[0])
     assert torch.equal(
         model.hidden(model.batch([masked], videos[:1])),
         model.hidden(model.batch([never], videos[:1])),

@@ -20,7 +20,7 @@ from rm.packed import PackedCot, pack, packed_forward
 from rm.scorer import DeScoreScorer
 from rm.video import prepare
 from tests.rm import test_cold_start, test_dual_rl
-from tests.rm.test_dual_rl import G
+from tests.rm.test_dual_rl import G, collect
 from tests.tiny_qwen import SETTINGS, speak_plainly
 
 
@@ -83,7 +83,7 @@ def test_defect_8_no_sequence_is_dropped_whatever_its_length(
     pairs, monkeypatch
 ) -> None:
     loop = test_dual_rl.build(pairs, micro_batch=2)
-    parts = [loop.collect(rows, step=0) for rows in ([0, 1], [2, 3])]
+    parts = [collect(loop, rows, step=0) for rows in ([0, 1], [2, 3])]
     lengths = [part.packed.token_BGT.sum(-1).flatten() for part in parts]
     assert len(torch.cat(lengths).unique()) > 2
     seen: list[int] = []

@@ -148,7 +148,7 @@ def test_logits_in_parts_change_nothing(model, monkeypatch) -> None:
     target = torch.arange(7)
     whole = token_log_probs(model, hidden, target, temperature=1.0)
     (expected,) = torch.autograd.grad(whole.sum(), hidden)
-    monkeypatch.setattr("rm.packed._TOKENS_AT_ONCE", 3)
+    monkeypatch.setattr("rm.packed._TOKENS_PER_PART", 3)
     parts = token_log_probs(model, hidden, target, temperature=1.0)
     (found,) = torch.autograd.grad(parts.sum(), hidden)
     assert torch.equal(parts, whole)
@@ -165,7 +165,7 @@ def test_a_sharded_model_makes_as_many_parts_as_the_rank_with_most_tokens(
     (expected,) = torch.autograd.grad(whole.sum(), hidden)
     asked, calls = [], []
     hook = model.backbone.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr("rm.packed._TOKENS_AT_ONCE", 3)
+    monkeypatch.setattr("rm.packed._TOKENS_PER_PART", 3)
     monkeypatch.setattr(
         "rm.packed.max_over_ranks", lambda count: asked.append(count) or 5.0
     )

@@ -13,6 +13,7 @@ from rm.prompt import (
     DIMENSIONS,
     VIDEO_PAD,
     Answer,
+    Encoded,
     PromptTemplate,
     encode,
     encode_text,
@@ -49,9 +50,8 @@ def test_ids_are_those_of_the_rendered_chat(tokenizer):
 
 
 def test_masked_variant_is_a_sequence_that_never_had_a_chain(tokenizer):
-    masked = encode(
-        tokenizer, TEMPLATE, "a red ball", GRID, TIMES, "it fits"
-    ).without_cot()
+    full = encode(tokenizer, TEMPLATE, "a red ball", GRID, TIMES, "it fits")
+    masked = Encoded(full.prompt_ids)
     assert masked == encode(tokenizer, TEMPLATE, "a red ball", GRID, TIMES)
     assert masked == encode(tokenizer, TEMPLATE, "a red ball", GRID, TIMES, "")
 

@@ -17,7 +17,6 @@ from rm.video import (
     PreparedVideo,
     VideoError,
     frame_indices,
-    frames_of,
     patch_times,
     prepare,
     preprocess,
@@ -80,28 +79,6 @@ def test_long_videos_are_capped():
     assert len(indices) == 768
     assert indices[0] == 0
     assert indices[-1] == 99_999
-
-
-@pytest.mark.parametrize("mean", [(0.5, 0.5, 0.5), (0.48145466, 0.4578275, 0.40821073)])
-def test_frames_come_back_from_their_patches_exactly(mean):
-    settings = VideoSettings(
-        **{**vars(SETTINGS), "mean": mean, "std": (0.26862954, 0.26130258, 0.27577711)}
-    )
-    frames = random_frames(
-        3, frames=5
-    )  # 32 x 32 needs no resize; the fifth frame is repeated
-    pixels = preprocess(frames, settings)
-    video = PreparedVideo(pixels.patches, pixels.grid, (0.0, 0.5, 1.0))
-    assert torch.equal(frames_of(video, settings), torch.cat([frames, frames[-1:]]))
-    other = prepare(
-        torch.randint(0, 256, (4, 50, 70, 3), dtype=torch.uint8),
-        settings,
-        fps=settings.fps,
-    )
-    assert other.grid[1] != other.grid[2]
-    assert torch.equal(
-        preprocess(frames_of(other, settings), settings).patches, other.patches
-    )
 
 
 def test_times_are_means_of_two_frames():
