@@ -18,8 +18,8 @@ from alignment.dpo_losses import DpoTerms, beta_at, flow_dpo_terms, rwr_weights
 from common import faults
 from common.distributed import (
     gather_rows,
-    rank_batches,
     rank,
+    rank_batches,
     seeded_generator,
     world_size,
 )

@@ -403,9 +403,9 @@ def _locate(loc: tuple[int | str, ...], tree: Any) -> tuple[Where, Any]:
     """
     where: list[str] = []
     for part in loc:
-        if isinstance(tree, dict) and part in tree:
-            tree = tree[part]
-        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+        if (isinstance(tree, dict) and part in tree) or (
+            isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        ):
             tree = tree[part]
         else:
             break

@@ -21,8 +21,8 @@ from common.distributed import (
     derive_seed,
     gather_objects,
     mean_over_ranks,
-    rank_batches,
     rank,
+    rank_batches,
     sum_over_ranks,
     world_size,
 )

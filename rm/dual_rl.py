@@ -26,8 +26,8 @@ from common.distributed import (
     derive_seed,
     gather_objects,
     mean_over_ranks,
-    rank_batches,
     rank,
+    rank_batches,
     sum_over_ranks,
     world_size,
 )
@@ -443,7 +443,9 @@ class DualRl:
         """
         self.model.eval()
         results: list[HeldoutPair] = []
-        for rows in rank_batches(len(pairs), self.cfg.micro_batch * self.cfg.group_size):
+        for rows in rank_batches(
+            len(pairs), self.cfg.micro_batch * self.cfg.group_size
+        ):
             # A sharded model needs equally many forwards on every rank: pad an empty batch.
             batch_pairs = [pairs[i] for i in rows or [0]]
             videos, encoded = encode_pairs(self.model, batch_pairs)

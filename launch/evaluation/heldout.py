@@ -12,8 +12,8 @@ from common.distributed import (
     derive_seed,
     gather_objects,
     is_main,
-    rank_batches,
     raise_on_all,
+    rank_batches,
 )
 from common.types import RewardUnavailableError
 from launch.evaluation.generator import columns, flatten_scores

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from common.video_io import write_mp4
 from rm.config import VideoSettings
 from rm.video import (
-    PreparedVideo,
     VideoError,
     frame_indices,
     patch_times,
