@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from rm.video import PreparedVideo
 
 
+# Memory of a token id in a tuple: a Python int and the pointer to it.
+BYTES_PER_TOKEN_ID = 40
+
+
 def backwards_per_step(cfg: ColdStartConfig, ranks: int) -> int:
     """Compute the engine's gradient accumulation.
 
@@ -67,8 +71,8 @@ class EncodedVideo:
 
     @property
     def nbytes(self) -> int:
-        # A Python int and the pointer to it take 40 bytes.
-        return self.video.patches.nbytes + 40 * len(self.prompt_ids)
+        id_bytes = BYTES_PER_TOKEN_ID * len(self.prompt_ids)
+        return self.video.patches.nbytes + id_bytes
 
 
 class ColdStart:
@@ -149,9 +153,9 @@ class ColdStart:
         pairs = [self.pairs[draw.row] for draw in draws]
 
         # Drop CoTs at random, then compute the rewards of both videos in one forward.
-        cots = [
-            self.masked(pair, draw) for pair, draw in zip(pairs, draws, strict=True)
-        ]
+        cots = []
+        for pair, draw in zip(pairs, draws, strict=True):
+            cots.append(self.masked(pair, draw))
         faults.point("forward")
         reward_N2K = self.rewards(pairs, cots)
 
@@ -192,9 +196,8 @@ class ColdStart:
 
     def total_labels(self, pairs: Sequence[Pair]) -> Tensor:
         """Labels (N,) that the summed reward is compared with."""
-        return torch.tensor(
-            [label_of_total(pair, self.model.dimensions) for pair in pairs]
-        )
+        names = self.model.dimensions
+        return torch.tensor([label_of_total(pair, names) for pair in pairs])
 
     def micro_batches(self, draws: Sequence[PairDraw]) -> list[Sequence[PairDraw]]:
         """Cut this rank's share of a step into micro-batches."""
@@ -219,7 +222,8 @@ class ColdStart:
         encoded: list[Encoded] = []
         videos: list[PreparedVideo] = []
         for pair, (cot_A, cot_B) in zip(pairs, cots, strict=True):
-            for path, cot in ((pair.video_A, cot_A), (pair.video_B, cot_B)):
+            sides = ((pair.video_A, cot_A), (pair.video_B, cot_B))
+            for path, cot in sides:
                 item = self.encoded_video(path, pair.prompt)
                 cot_ids = tuple(encode_cot(self.model.tokenizer, cot))
                 encoded.append(Encoded(item.prompt_ids, cot_ids))
@@ -232,6 +236,8 @@ class ColdStart:
         key = (path, prompt)
         if key in self.cache:
             return self.cache[key]
+
+        # Prepare the video, and keep it while there is room.
         video = prepare(path, self.model.settings)
         item = EncodedVideo(video, self.model.encode(prompt, video).prompt_ids)
         if item.nbytes <= self.cache_room:
@@ -250,12 +256,11 @@ class ColdStart:
         for rows in rank_batches(len(pairs), self.cfg.micro_batch):
             # A sharded model needs equally many forwards on every rank: pad an empty batch.
             batch = [pairs[i] for i in rows or [0]]
-            reward_N2K = self.rewards(
-                batch, [(pair.cot_A, pair.cot_B) for pair in batch]
-            )
-            margin_NK = (reward_N2K[:, 0] - reward_N2K[:, 1]).tolist()
+            cots = [(pair.cot_A, pair.cot_B) for pair in batch]
+            reward_N2K = self.rewards(batch, cots)
+            margin_NK = reward_N2K[:, 0] - reward_N2K[:, 1]
             for i, row in enumerate(rows):
-                margins.append((row, margin_NK[i]))
+                margins.append((row, margin_NK[i].tolist()))
 
         # Put the margins of all ranks into the order of the pairs.
         margin_of = {}
