@@ -219,7 +219,10 @@ def test_marked_commands_without_config_are_known() -> None:
         for command in COMMANDS
         if command.marks and "--config" not in command.program
     ]
-    others = r"make |launch/nodes/reward_server|sbatch |python3\.1\d -m venv|(VBENCH_ENV/bin/)?pip |.*--push"
+    others = (
+        r"make |launch/nodes/reward_server|sbatch |python3\.1\d -m venv|.*--push"
+        r"|(VBENCH_ENV/bin/)?pip |for model in base tuned"
+    )
     assert [text for text in left if not re.match(others, text)] == []
     assert len(unmarked()) >= 8
     assert len(planned()) >= 10
