@@ -2,7 +2,7 @@
 
     python launch/evaluate.py generator --config configs/wan/evaluate.yaml adapter=FOLDER out=FOLDER
     deepspeed launch/evaluate.py rm --config configs/wan/evaluate_rm.yaml out=runs/eval_rm
-    python launch/evaluate.py vbench --config configs/wan/evaluate_vbench.yaml python=PYTHON
+    python launch/evaluate.py vbench --config configs/wan/evaluate_vbench.yaml
 
 ``generator`` and ``rm`` write config.yaml, results.jsonl (a row for every video or pair) and
 summary.json, {name: {mean, ci95, n, ...}}. `launch.vbench_eval.evaluate` describes what ``vbench``
@@ -124,10 +124,10 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
 
 
 def evaluate_vbench(cfg: VbenchEvaluation, *, resume: str = "auto") -> None:
-    """Run VBench; its rows and its summary are of another kind."""
+    """Make a table of VBench's result files; there is nothing to resume."""
     from launch.vbench_eval import evaluate as vbench_evaluation
 
-    vbench_evaluation.evaluate_vbench(cfg, resume=resume)
+    vbench_evaluation.evaluate_vbench(cfg)
 
 
 def open_table(

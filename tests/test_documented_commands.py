@@ -37,7 +37,7 @@ from toy import world
 STEP_BY_STEP = {"embedded-world.md"}  # pages whose blocks need those before them
 CODES = {
     "launch/check_rewards.py": (0, 1)
-}  # 1: a random reward model does not order videos sensibly
+}  # 1: a judge that has learned nothing does not order videos sensibly
 DEVICE = "8xh100"
 
 pytestmark = pytest.mark.long
@@ -122,10 +122,7 @@ def write_published_releases(folder: Path) -> None:
 
 
 def unmarked() -> dict[str, list[Command]]:
-    """The unmarked commands of each block, or of each page of `STEP_BY_STEP`.
-
-    Of equal blocks only the last stays.
-    """
+    """Block -> its commands that are run, or page where they need each other; of blocks that are alike, the last."""
     found: dict[str, list[Command]] = defaultdict(list)
     for command in COMMANDS:
         if not command.marks:
@@ -168,7 +165,7 @@ def test_unmarked_commands_run(desk: Path, place: str, block: list[Command]) -> 
 
 
 def planned() -> dict[str, Command]:
-    """The commands that need GPUs; of those that differ only in paths, the last."""
+    """Of the commands that need GPUs, one of each that differ in more than where something lies."""
     places = r" \S*(checkpoint|prompts|run_dir|out|pairs|train|heldout|url)=\S+"
     found = {
         re.sub(places, "", " ".join(command.program)): command
@@ -187,7 +184,7 @@ def test_marked_commands_pass_a_dry_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With --dry-run the config is valid, the modules are built, and the run fits on `DEVICE`."""
+    """The command itself, with --dry-run: its config is valid, its modules are built and it fits on eight H100."""
     program = importlib.import_module(module_of(command.program[0]))
     monkeypatch.chdir(desk)
     monkeypatch.setattr(sys, "argv", [*command.program, "--dry-run", DEVICE])
@@ -222,8 +219,10 @@ def test_marked_commands_without_config_are_known() -> None:
         for command in COMMANDS
         if command.marks and "--config" not in command.program
     ]
-    others = r"make |launch/nodes/reward_server|sbatch |python3\.1\d -m venv"
-    others += r"|(VBENCH_ENV/bin/)?pip |.*--push"
+    others = (
+        r"make |launch/nodes/reward_server|sbatch |python3\.1\d -m venv|.*--push"
+        r"|(VBENCH_ENV/bin/)?pip |for model in base tuned"
+    )
     assert [text for text in left if not re.match(others, text)] == []
     assert len(unmarked()) >= 8
     assert len(planned()) >= 10

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from launch.vbench_eval.suite import SuiteVideo
 
 # Settings that change no video.
-NOT_IN_A_VIDEO = ("out", "info", "limit", "dimensions", "videos", "flickering")
+NOT_IN_A_VIDEO = (
+    "out",
+    "info",
+    "limit",
+    "dimensions",
+    "videos",
+    "flickering",
+)
 
 
 def sample_vbench(cfg: VbenchSampleRun, *, resume: str = "auto") -> None:
@@ -39,26 +46,29 @@ def sample_vbench(cfg: VbenchSampleRun, *, resume: str = "auto") -> None:
             inputs = {"info": suite.path, "augmented": cfg.augmented}
             table = open_table(cfg, inputs, without=NOT_IN_A_VIDEO, resume=resume)
         folder = Path(cfg.out) / "videos"
-        problem = from_main(prepare(cfg, folder) if is_main() else None)
+        problem = prepare(cfg, folder) if is_main() else None
+        problem = from_main(problem)
         if problem:
             exit_with_error(problem)
 
-        # Sample what is missing; videos of other prompts from earlier runs stay in the table.
+        # Sample the missing videos.
         kind = f"NOT the standard suite: {suite.path}"
         if suite.is_standard:
             kind = "the standard suite"
-        wanted = suite.videos(prompts, each=cfg.videos, flickering=cfg.flickering)
-        whole = suite.videos(suite.prompts(), each=100, flickering=100)
-        requests = [request_of(cfg, video, texts[video.prompt]) for video in wanted]
-        every = [request_of(cfg, video, texts[video.prompt]) for video in whole]
+        videos = suite.videos(prompts, each=cfg.videos, flickering=cfg.flickering)
+        requests = [request_of(cfg, video, texts[video.prompt]) for video in videos]
         what = f"{kind}: {len(prompts)} prompts, "
         sample_videos(cfg, requests, folder, table, what=what)
-        keep_earlier(table, every, requests)
-        say(f"{len(wanted)} videos in {folder}")
+
+        # Videos of other prompts from earlier runs stay in the table.
+        every_video = suite.videos(suite.prompts(), each=100, flickering=100)
+        known = [request_of(cfg, video, texts[video.prompt]) for video in every_video]
+        keep_earlier(table, known, requests)
+        say(f"{len(videos)} videos in {folder}")
 
 
 def prepare(cfg: VbenchSampleRun, folder: Path) -> str | None:
-    """Make the folder and config.yaml; returns a problem or None."""
+    """Make the folder and config.yaml; return a problem or None."""
     from common.config import dump
     from launch.vbench_eval.suite import strangers
 
@@ -73,5 +83,9 @@ def request_of(cfg: VbenchSampleRun, video: SuiteVideo, text: str) -> SampleRequ
     from launch.evaluation.sampling import SampleRequest
 
     seed = derive_seed(cfg.seed, "vbench", video.prompt, video.index)
-    row = {"prompt": video.prompt, "index": video.index, "text": text}
+    row = {
+        "prompt": video.prompt,
+        "index": video.index,
+        "text": text,
+    }
     return SampleRequest(video.name, text, seed, row)

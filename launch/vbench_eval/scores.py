@@ -1,17 +1,17 @@
-"""VBench's scores put together: normalised dimensions, quality, semantic, total, and a table of several models.
+"""Compute VBench's quality, semantic and total scores, and a table of several models.
 
-Numbers of VBench's scripts/constant.py, arithmetic of its scripts/cal_final_score.py. That program puts 0 for a
-dimension that was not run; here what needs it is not run either.
+The numbers are those of VBench's scripts/constant.py, the arithmetic is that of its
+scripts/cal_final_score.py. That script puts 0 for a dimension that was not run; here the totals
+that need the dimension are not run either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from launch.vbench_eval.suite import DIMENSIONS
 
-# (lowest, highest) of the dimensions whose scores do not fill 0..1
+# (lowest, highest) of the dimensions whose scores do not fill 0..1.
 _LIMITS = {
     "subject_consistency": (0.1462, 1.0),
     "background_consistency": (0.2615, 1.0),
@@ -22,61 +22,76 @@ _LIMITS = {
     "temporal_style": (0.0, 0.364),
     "overall_consistency": (0.0, 0.364),
 }
-_WEIGHTS = {"dynamic_degree": 0.5}  # all others weigh 1
-QUALITY, SEMANTIC = DIMENSIONS[:7], DIMENSIONS[7:]
+# All other dimensions weigh 1.
+_WEIGHTS = {"dynamic_degree": 0.5}
+QUALITY = DIMENSIONS[:7]
+SEMANTIC = DIMENSIONS[7:]
 TOTALS = ("quality", "semantic", "total")
-_QUALITY_SHARE = 0.8  # 4 parts of quality, 1 of semantic
+# Four parts of quality, one part of semantic.
+_QUALITY_SHARE = 0.8
 
 Scores = Mapping[str, float | None]
 
 
 def normalised(dimension: str, score: float) -> float:
-    """(score - lowest) / (highest - lowest); it may leave 0..1."""
+    """Return (score - lowest) / (highest - lowest), which may leave 0..1."""
     low, high = _LIMITS.get(dimension, (0.0, 1.0))
     return (score - low) / (high - low)
 
 
 def totals(scores: Scores) -> dict[str, float | None]:
-    """quality and semantic, each the weighted MEAN over its normalised dimensions, and total; None if one is not run.
+    """Return quality, semantic and total; None for a score that lacks a dimension.
 
+    quality and semantic are each the weighted MEAN over their normalised dimensions, and
     total = (4 quality + semantic) / 5.
     """
-    quality, semantic = (_weighted_mean(scores, names) for names in (QUALITY, SEMANTIC))
-    total = (
-        None
-        if None in (quality, semantic)
-        else _QUALITY_SHARE * quality + (1 - _QUALITY_SHARE) * semantic
-    )
+    quality = _weighted_mean(scores, QUALITY)
+    semantic = _weighted_mean(scores, SEMANTIC)
+    total = None
+    if quality is not None and semantic is not None:
+        total = _QUALITY_SHARE * quality + (1 - _QUALITY_SHARE) * semantic
     return {"quality": quality, "semantic": semantic, "total": total}
 
 
 def markdown(models: Mapping[str, Scores], notes: Sequence[str]) -> str:
-    """A column for each model, and for each but the first its distance from the first; then the notes."""
+    """Return a table with a column a model, then each model's difference from the first."""
     first, *others = models
-    head = ["", *models, *(f"{name} - {first}" for name in others)]
+    head = ["", *models]
+    for name in others:
+        head.append(f"{name} - {first}")
     lines = [_line(head), _line(["---"] * len(head))]
     for row in (*DIMENSIONS, *TOTALS):
+        cells = [row.replace("_", " ")]
         values = [scores.get(row) for scores in models.values()]
-        cells = ["not run" if value is None else f"{value:.4f}" for value in values]
-        differences = [
-            "" if None in (values[0], value) else f"{value - values[0]:+.4f}"
-            for value in values[1:]
-        ]
-        lines.append(_line([row.replace("_", " "), *cells, *differences]))
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+        for value in values:
+            cells.append("not run" if value is None else f"{value:.4f}")
+
+        # Differences from the first model.
+        base = values[0]
+        for value in values[1:]:
+            unknown = base is None or value is None
+            cells.append("" if unknown else f"{value - base:+.4f}")
+        lines.append(_line(cells))
+
+    # The notes are a list below the table.
+    lines.append("")
+    for note in notes:
+        lines.append(f"- {note}")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _weighted_mean(scores: Scores, names: Sequence[str]) -> float | None:
-    values = [scores.get(name) for name in names]
-    if None in values:
-        return None
-    weights = [_WEIGHTS.get(name, 1.0) for name in names]
-    parts = [
-        w * normalised(name, value)
-        for w, name, value in zip(weights, names, values, strict=True)
-    ]
+    parts = []
+    weights = []
+    for name in names:
+        score = scores.get(name)
+        if score is None:
+            return None
+        weight = _WEIGHTS.get(name, 1.0)
+        parts.append(weight * normalised(name, score))
+        weights.append(weight)
     return sum(parts) / sum(weights)
 
 
-def _line(cells: Sequence[Any]) -> str:
+def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"

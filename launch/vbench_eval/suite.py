@@ -1,39 +1,56 @@
-"""VBench's standard prompts (2311.17982): which there are, how many videos each needs, what the files are called.
+"""Read VBench's standard prompts (2311.17982) and name the videos that VBench looks for.
 
-They are read from the ``VBench_full_info.json`` of the `vbench` package, 0.1.5 in what follows: a list of 946 objects
-with ``prompt_en`` and ``dimension``. Two prompts are in it twice, for other dimensions, so that there are 944 prompts.
-In its standard mode VBench looks for ``{prompt}-{index}.mp4``, index 0 to 4, by comparing names of a folder's listing:
-a prompt with a slash or a name too long for the file system could never be found, and is refused here. It takes the
-ending of ALL names from the first file of the listing, so nothing but videos may lie beside them. For
-temporal_flickering its prompts/README.md asks for 25 videos, from which its filter keeps static ones. No torch here.
+The prompts come from ``VBench_full_info.json`` of the `vbench` package, version 0.1.5 in what
+follows: a list of 946 objects with ``prompt_en`` and ``dimension``. Two prompts appear twice, for
+other dimensions, so that there are 944 prompts.
+
+In its standard mode VBench looks for ``{prompt}-{index}.mp4``, index 0 to 4, in a folder's listing.
+A prompt with a slash or a name too long for the file system could never match and is refused here.
+VBench takes the extension of ALL names from the first file of the listing, so that
+the folder must hold videos only. For temporal_flickering its prompts/README.md asks for 25 videos,
+from which its filter keeps static ones. No torch here.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-# the order of VBench's own table (scripts/constant.py); how many entries of the file name each
+# Entries of the file by dimension, in the order of VBench's scripts/constant.py.
 ENTRIES = {
-    "subject_consistency": 72, "background_consistency": 86, "temporal_flickering": 75, "motion_smoothness": 72,
-    "dynamic_degree": 72, "aesthetic_quality": 93, "imaging_quality": 93, "object_class": 79, "multiple_objects": 82,
-    "human_action": 100, "color": 85, "spatial_relationship": 84, "scene": 86, "appearance_style": 90,
-    "temporal_style": 100, "overall_consistency": 93,
-}  # fmt: skip
+    "subject_consistency": 72,
+    "background_consistency": 86,
+    "temporal_flickering": 75,
+    "motion_smoothness": 72,
+    "dynamic_degree": 72,
+    "aesthetic_quality": 93,
+    "imaging_quality": 93,
+    "object_class": 79,
+    "multiple_objects": 82,
+    "human_action": 100,
+    "color": 85,
+    "spatial_relationship": 84,
+    "scene": 86,
+    "appearance_style": 90,
+    "temporal_style": 100,
+    "overall_consistency": 93,
+}
 DIMENSIONS = tuple(ENTRIES)
 FLICKERING = "temporal_flickering"
-INDICES = 5  # videos of a prompt that VBench looks at
+# Videos of a prompt that VBench reads.
+INDICES = 5
 INFO = "VBench_full_info.json"
-INSTALL = "pip install --no-deps vbench==0.1.5 (the prompts, for sampling)"
-_LONGEST = 255  # bytes of a file name on every usual file system
+INSTALL = "pip install --no-deps vbench==0.1.5"
+# Bytes of a file name on every usual file system.
+_LONGEST = 255
 
 
 @dataclass(frozen=True)
 class SuiteVideo:
-    """One file that VBench looks for."""
+    """A file that VBench looks for."""
 
     prompt: str
     index: int
@@ -52,141 +69,143 @@ class Suite:
 
     @property
     def is_standard(self) -> bool:
-        """Whether there are as many entries as in VBench's own file, in all and of every dimension."""
-        return len(self.entries) == 946 and all(
-            self.count(name) == count for name, count in ENTRIES.items()
-        )
+        """Whether the counts of entries equal those of VBench's file."""
+        counts = {name: self.count(name) for name in DIMENSIONS}
+        return len(self.entries) == 946 and counts == ENTRIES
 
     def count(self, dimension: str) -> int:
-        """Entries of one dimension."""
+        """Return the number of entries of a dimension."""
         return sum(dimension in dimensions for _, dimensions in self.entries)
 
     def prompts(self, dimensions: Collection[str] = DIMENSIONS) -> list[str]:
-        """Those of any of these dimensions, each once."""
-        return list(
-            dict.fromkeys(
-                prompt for prompt, own in self.entries if set(own) & set(dimensions)
-            )
-        )
+        """Return the prompts of any of these dimensions, without repeats."""
+        prompts: dict[str, None] = {}
+        for prompt, its_dimensions in self.entries:
+            if set(its_dimensions) & set(dimensions):
+                prompts[prompt] = None
+        return list(prompts)
 
     def videos(
         self, prompts: Iterable[str], *, each: int, flickering: int
     ) -> list[SuiteVideo]:
-        """All of these prompts, prompt by prompt: ``flickering`` of a prompt of that dimension, else ``each``."""
-        flicker = set(self.prompts([FLICKERING]))
-        return [
-            SuiteVideo(p, i)
-            for p in prompts
-            for i in range(flickering if p in flicker else each)
-        ]
+        """Return the videos of these prompts, prompt by prompt.
 
-    def missing(self, folder: Path, dimension: str, *, flickering: int) -> list[str]:
-        """Names of this dimension's videos that are not in the folder, or are empty files."""
-        wanted = self.videos(
-            self.prompts([dimension]), each=INDICES, flickering=flickering
-        )
-        return [video.name for video in wanted if not _has_content(folder / video.name)]
+        A prompt of temporal_flickering has ``flickering`` videos, any other has ``each``.
+        """
+        flickering_prompts = set(self.prompts([FLICKERING]))
+        videos = []
+        for prompt in prompts:
+            count = flickering if prompt in flickering_prompts else each
+            for index in range(count):
+                videos.append(SuiteVideo(prompt, index))
+        return videos
 
 
 def read_suite(path: str | Path | None) -> Suite:
-    """``path``, or the file of a `vbench` that is installed here. Raises ValueError for what VBench could not use."""
+    """Read an info file, or with None that of the installed `vbench`.
+
+    Raises ValueError for a file or prompt that VBench could not use.
+    """
     path = installed_info() if path is None else Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"info: {path} cannot be read: {error}") from error
-    if not isinstance(found, list) or not found:
+    if not isinstance(content, list) or not content:
         raise ValueError(f"info: {path} must hold a list of prompts, as {INFO} does")
-    entries = tuple(_entry(path, number, one) for number, one in enumerate(found))
-    return Suite(path, entries)
+    entries = []
+    for number, entry in enumerate(content):
+        entries.append(_read_entry(f"info: {path}, entry {number}", entry))
+    return Suite(path, tuple(entries))
 
 
 def installed_info() -> Path:
-    """The info file of the `vbench` in this environment, which is not imported. ValueError if there is none."""
+    """Return the info file of the installed `vbench` without importing the package.
+
+    Raises ValueError if `vbench` is not installed.
+    """
     spec = importlib.util.find_spec("vbench")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(folder) / INFO).is_file():
-            return Path(folder) / INFO
+    if spec is not None and spec.submodule_search_locations:
+        for folder in spec.submodule_search_locations:
+            path = Path(folder) / INFO
+            if path.is_file():
+                return path
     raise ValueError(
         f"info: no vbench is installed here; {INSTALL}, or name its {INFO}: info=PATH"
     )
 
 
 def read_rewritten(path: str | Path, prompts: Iterable[str]) -> dict[str, str]:
-    """{prompt: what the generator reads instead} of a .jsonl file of {"prompt": ..., "augmented": ...} lines.
+    """Return {prompt: rewritten prompt} from lines of {"prompt": ..., "augmented": ...}.
 
-    Every one of ``prompts`` must have a line; others are left out. Raises ValueError, with the line's number, for a
-    line of another kind and for two lines that disagree.
+    Each of ``prompts`` needs a line; lines of other prompts are left out. Raises ValueError, with
+    the line's number, for a line of another form and for two lines that disagree.
     """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"augmented: {path} cannot be read: {error}") from error
     rewritten: dict[str, str] = {}
-    for number, line in enumerate(_lines(Path(path)), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+        prompt, text = _read_rewritten_line(f"augmented: {path}:{number}", line)
+        # A prompt that appears twice must have the same text.
+        if rewritten.setdefault(prompt, text) != text:
             raise ValueError(
-                f"augmented: {path}:{number}: not JSON: {error.msg}"
-            ) from error
-        texts = [
-            row.get(key) if isinstance(row, dict) else None
-            for key in ("prompt", "augmented")
-        ]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(
-                f'augmented: {path}:{number}: needs texts under "prompt" and "augmented"'
+                f"augmented: {path}:{number}: an earlier line has another text for {prompt!r}"
             )
-        prompt, text = texts
-        if rewritten.setdefault(prompt, text.strip()) != text.strip():
-            raise ValueError(
-                f"augmented: {path}:{number}: another text for a prompt of an earlier line: {prompt!r}"
-            )
+
+    # Every prompt of the run has a text.
     prompts = list(prompts)
-    without = [prompt for prompt in prompts if prompt not in rewritten]
-    if without:
+    missing = [prompt for prompt in prompts if prompt not in rewritten]
+    if missing:
         raise ValueError(
-            f"augmented: {path} lacks {len(without)} of {len(prompts)} prompts, first {without[0]!r}"
+            f"augmented: {path} lacks {len(missing)} of {len(prompts)} prompts, "
+            f"first {missing[0]!r}"
         )
     return {prompt: rewritten[prompt] for prompt in prompts}
 
 
 def strangers(folder: Path) -> str | None:
-    """A problem where something else than videos lies in a folder of videos, or None."""
-    found = sorted(path.name for path in folder.iterdir() if path.suffix != ".mp4")
-    return (
-        f"{folder} holds {found[0]!r}: VBench might look for videos of that ending"
-        if found
-        else None
-    )
+    """Return a problem if the folder holds a file that is no video, or None."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix != ".mp4":
+            return (
+                f"{folder} holds {path.name!r}: VBench might look for videos of that "
+                "extension; remove it"
+            )
+    return None
 
 
-def _entry(path: Path, number: int, one: object) -> tuple[str, tuple[str, ...]]:
-    where = f"info: {path}, entry {number}"
-    prompt, dimensions = (
-        (one.get("prompt_en"), one.get("dimension"))
-        if isinstance(one, Mapping)
-        else (None, None)
-    )
+def _read_entry(where: str, entry: object) -> tuple[str, tuple[str, ...]]:
+    fields = entry if isinstance(entry, dict) else {}
+    prompt = fields.get("prompt_en")
+    dimensions = fields.get("dimension")
     if not isinstance(prompt, str) or not prompt or not isinstance(dimensions, list):
         raise ValueError(f'{where}: needs "prompt_en" and "dimension"')
-    unknown = [name for name in dimensions if name not in DIMENSIONS]
-    if unknown:
-        raise ValueError(f"{where}: VBench has no dimension {unknown[0]!r}")
+    for name in dimensions:
+        if name not in DIMENSIONS:
+            raise ValueError(f"{where}: VBench has no dimension {name!r}")
+
+    # The prompt becomes a file name.
     if "/" in prompt or "\0" in prompt:
         raise ValueError(f"{where}: no file can be called {prompt!r}")
     if len(f"{prompt}-99.mp4".encode()) > _LONGEST:
         raise ValueError(
-            f"{where}: a file name has at most {_LONGEST} bytes, too few for {prompt!r}"
+            f"{where}: the file name of {prompt!r} has more than {_LONGEST} bytes"
         )
     return prompt, tuple(dimensions)
 
 
-def _lines(path: Path) -> list[str]:
+def _read_rewritten_line(where: str, line: str) -> tuple[str, str]:
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"augmented: {path} cannot be read: {error}") from error
-
-
-def _has_content(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error.msg}") from error
+    fields = row if isinstance(row, dict) else {}
+    for key in ("prompt", "augmented"):
+        text = fields.get(key)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f'{where}: needs texts under "prompt" and "augmented"')
+    return fields["prompt"], fields["augmented"].strip()

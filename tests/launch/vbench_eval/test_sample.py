@@ -1,4 +1,4 @@
-"""launch/sample.py vbench: names, seeds, which videos are made, by whom, and what a killed run leaves."""
+"""launch/sample.py vbench: names, seeds, ranks, and runs that are started again."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def grey(monkeypatch: pytest.MonkeyPatch) -> SeedGenerator:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """Three prompts, one of them in two entries; two videos of each, three of the one of temporal_flickering."""
+    """Three prompts in four entries; two videos each, three of temporal_flickering."""
     settings = {
         "out": str(tmp_path / "out"),
         "info": str(write_info(tmp_path / "info.json", ENTRIES)),
@@ -258,22 +258,27 @@ def test_a_mistake_is_exit_2_and_names_the_key(config: Path) -> None:
     assert "did you mean 'videos'" in done.stderr
     done = run("python", *words, "dimensions=[color,colour]", "flickering=0", expect=2)
     assert "VBench has no 'colour'" in done.stderr
-    assert "flickering must be in 1..100" in done.stderr
+    assert "flickering" in done.stderr
 
 
 @pytest.mark.slow
 def test_ranks_and_kills_change_no_bit_of_the_tiny_wan(
     config: Path, tmp_path: Path
 ) -> None:
-    """Through the true entry point: one rank makes all; one starts, and two ranks go on after a video was lost."""
+    """A run of one rank equals a run that two ranks continue after a lost video."""
     from tests.tiny import build_tiny_wan
 
     settings = yaml.safe_load(config.read_text())
     settings["generator"] |= {
-        "path": str(build_tiny_wan(tmp_path / "wan")), "dtype": "float32", "height": 32, "width": 32, "num_frames": 9,
-        "lora": {"rank": 4, "alpha": 8}, "max_sequence_length": 24,
+        "path": str(build_tiny_wan(tmp_path / "wan")),
+        "dtype": "float32",
+        "height": 32,
+        "width": 32,
+        "num_frames": 9,
+        "lora": {"rank": 4, "alpha": 8},
+        "max_sequence_length": 24,
         "sampler": {"num_steps": 3, "stochastic_range": 2},
-    }  # fmt: skip
+    }
     config.write_text(yaml.safe_dump(settings | {"scheduler": "pipeline"}))
     sampled(config, f"out={tmp_path / 'one'}")
     sampled(config, f"out={tmp_path / 'mixed'}", "limit=1")

@@ -1,4 +1,4 @@
-"""One rank of a run that films VBench's prompts with `SeedGenerator`, so that no rank imports diffusers."""
+"""A rank that samples VBench's prompts with `SeedGenerator`, without diffusers."""
 
 from __future__ import annotations
 
