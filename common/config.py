@@ -403,9 +403,9 @@ def _locate(loc: tuple[int | str, ...], tree: Any) -> tuple[Where, Any]:
     """
     where: list[str] = []
     for part in loc:
-        if (isinstance(tree, dict) and part in tree) or (
-            isinstance(tree, list) and isinstance(part, int) and part < len(tree)
-        ):
+        in_mapping = isinstance(tree, dict) and part in tree
+        in_list = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        if in_mapping or in_list:
             tree = tree[part]
         else:
             break

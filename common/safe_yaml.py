@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -34,7 +34,7 @@ class Document:
 class _CoreLoader(yaml.SafeLoader):
     """SafeLoader with the implicit types of YAML 1.2 core and no others."""
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 _INT = r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+"

@@ -1,4 +1,4 @@
-"""The command line of every entry point: a config, or what the run it describes would need."""
+"""The command line of every entry point: a run's config, or a plan of what it needs."""
 
 from __future__ import annotations
 
@@ -21,63 +21,70 @@ def read_command(
     description: str,
     extend: Callable[[argparse.ArgumentParser], object] | None = None,
 ) -> CommandLine[C]:
-    """`common.config.parse_command_line`; with ``--dry-run`` the process ends here, after `launch.planning.dry_run.dry_run`, and
-    the options that ``extend`` adds need not be given. Exit with code 2 also where ``run_dir`` or ``out`` can be no
-    folder.
+    """Parse the command line with `common.config.parse_command_line`.
+
+    With ``--dry-run`` the process ends here, after printing a plan, and the options that
+    ``extend`` adds are not required. Exits with code 2 when ``run_dir`` or ``out`` cannot be
+    a folder.
     """
     words = sys.argv[1:] if argv is None else argv
-    if extend is not None and any(
-        word.partition("=")[0] == "--dry-run" for word in words
-    ):
-        extend = _lenient(extend)
+
+    # A plan needs no videos and no output file.
+    options = [word.partition("=")[0] for word in words]
+    if extend is not None and "--dry-run" in options:
+        extend = _without_required_options(extend)
+
     command = parse_command_line(schema, argv, description=description, extend=extend)
     if command.dry_run is not None:
         from launch.planning.dry_run import dry_run
 
         dry_run(command.cfg, command.dry_run)
+
+    # Found now instead of after loading everything.
     for name in ("run_dir", "out"):
-        if hasattr(command.cfg, name) and (
-            problem := _no_folder(name, getattr(command.cfg, name))
-        ):
-            exit_with_error(problem)
+        if hasattr(command.cfg, name):
+            _check_folder(name, getattr(command.cfg, name))
     return command
 
 
-def _no_folder(name: str, path: str) -> str:
-    """Why nothing can be written there, seen from here; or nothing."""
+def _check_folder(name: str, path: str) -> None:
+    """Exit with code 2 if a folder cannot be made at ``path``."""
     if not path.strip():
-        return f"{name} must name a folder, got {path!r}"
+        exit_with_error(f"{name} must name a folder, got {path!r}")
     place = Path(path).absolute()
-    there = next(one for one in (place, *place.parents) if one.exists())
-    return "" if there.is_dir() else f"{name}={path}: {there} is a file"
+    nearest = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not nearest.is_dir():
+        exit_with_error(f"{name}={path}: {nearest} is a file")
 
 
-class _NothingRequired:
-    """A parser whose options may all be left out."""
+class _OptionalParser:
+    """Adds options to a parser, none of them required."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self._parser = parser
 
-    def add_argument(self, *names: str, **how: Any) -> argparse.Action:
-        return self._parser.add_argument(
-            *names, **{key: value for key, value in how.items() if key != "required"}
-        )
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """Add an option as argparse does, ignoring ``required``."""
+        settings.pop("required", None)
+        return self._parser.add_argument(*names, **settings)
 
 
-def _lenient(
+def _without_required_options(
     extend: Callable[[Any], object],
 ) -> Callable[[argparse.ArgumentParser], object]:
-    return lambda parser: extend(_NothingRequired(parser))
+    return lambda parser: extend(_OptionalParser(parser))
 
 
 def take_kind(words: list[str], kinds: Collection[str]) -> str | None:
-    """Take the first of ``kinds`` out of ``words``; None if there is none.
+    """Remove and return the first of ``kinds`` in ``words``; None if there is none.
 
-    A launcher puts --local_rank=N in front of what the user typed, so it need not be the first word. The value of an
-    option is not looked at.
+    A launcher adds --local_rank=N before the user's words, so the kind need not be the first
+    word. Values of options are skipped.
     """
-    options = [False, *(word in ("--config", "--resume") for word in words)]
-    place = next(
-        (i for i, word in enumerate(words) if word in kinds and not options[i]), None
-    )
-    return None if place is None else words.pop(place)
+    previous = ""
+    for place, word in enumerate(words):
+        is_value = previous in ("--config", "--resume")
+        if word in kinds and not is_value:
+            return words.pop(place)
+        previous = word
+    return None

@@ -122,7 +122,10 @@ def write_published_releases(folder: Path) -> None:
 
 
 def unmarked() -> dict[str, list[Command]]:
-    """Block -> its commands that are run, or page where they need each other; of blocks that are alike, the last."""
+    """Return the unmarked commands by block, or by page where blocks need each other.
+
+    Of equal blocks only the last is returned.
+    """
     found: dict[str, list[Command]] = defaultdict(list)
     for command in COMMANDS:
         if not command.marks:
@@ -184,7 +187,7 @@ def test_marked_commands_pass_a_dry_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The command itself, with --dry-run: its config is valid, its modules are built and it fits on eight H100."""
+    """With --dry-run its config is valid, its modules are built and it fits on 8 H100."""
     program = importlib.import_module(module_of(command.program[0]))
     monkeypatch.chdir(desk)
     monkeypatch.setattr(sys, "argv", [*command.program, "--dry-run", DEVICE])

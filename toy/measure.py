@@ -102,22 +102,22 @@ def compare(wish: Attributes, seen: Attributes) -> OracleScore:
     if seen.shape is not None:
         scores["subject"] = int(agrees["color"]) + int(agrees["shape"])
         opposite = seen.motion == _OPPOSITE.get(wish.motion)
-        scores["dynamics"] = _grade(agrees["motion"], opposite)
-        scores["style"] = _grade(agrees["style"], seen.style is None)
+        scores["dynamics"] = _grade(full=agrees["motion"], partial=opposite)
+        scores["style"] = _grade(full=agrees["style"], partial=seen.style is None)
 
     # What the room shows.
     if seen.background is not None:
-        scores["camera"] = _grade(agrees["camera"], seen.camera is None)
+        scores["camera"] = _grade(full=agrees["camera"], partial=seen.camera is None)
         near = False
         if wish.background is not None:
             distance = BACKGROUNDS.index(wish.background)
             distance -= BACKGROUNDS.index(seen.background)
             near = abs(distance) == 1
-        scores["environment"] = _grade(agrees["background"], near)
+        scores["environment"] = _grade(full=agrees["background"], partial=near)
     return OracleScore(scores, sum(scores.values()) / (2 * len(scores)))
 
 
-def _grade(full: bool, partial: bool) -> int:
+def _grade(*, full: bool, partial: bool) -> int:
     if full:
         return 2
     return 1 if partial else 0

@@ -37,9 +37,10 @@ PROGRAMS: dict[str, type] = {
 }
 HEAD = """# Every key of every config
 
-Made by `python launch/reporting/config_reference.py` from the schemas that read the files. The keys of the commands come
-first, then those of their sections. `generator.sampler.num_steps=4` on the command line sets a key of a section inside
-a section; a mapping such as `rewards` takes any names. A key without a default is required.
+Made by `python launch/reporting/config_reference.py` from the schemas that read the files. The
+keys of the commands come first, then those of their sections. `generator.sampler.num_steps=4`
+on the command line sets a key of a section inside a section; a mapping such as `rewards` takes
+any names. A key without a default is required.
 """
 
 # How limits of annotated_types read behind a type.
