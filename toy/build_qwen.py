@@ -31,7 +31,7 @@ from launch.compose import build_generator
 from launch.schemas.training import SampleRun
 from rm.model import DeScore
 from rm.prompt import CONTROL_TOKENS, IM_END, PromptTemplate, parse_answer
-from rm.video import VideoSettings, prepare
+from rm.video import PreparedVideo, VideoSettings, prepare
 from toy.make_pairs import spoilt, write_cots
 from toy.measure import compare, observe
 from toy.tokenizer import train_tokenizer
@@ -40,6 +40,7 @@ from toy.world import (
     SUB_DIMENSIONS,
     VALUES,
     Attributes,
+    Scene,
     all_attributes,
     caption,
     captions,
@@ -92,11 +93,14 @@ _PIECES = [
 
 def chain_of_thought(wish: Attributes, seen: Attributes) -> str:
     """Write the wanted and the seen attributes line by line, then the scores."""
+    # The attributes first, so that the scores follow from them.
     text = ""
     for dimension, names in _ASPECTS.items():
         wanted = " ".join(_word(wish, name) for name in names)
         shown = " ".join(_word(seen, name) for name in names)
         text += f"{dimension} asked {wanted} seen {shown}\n"
+
+    # The scores, in pieces that are a token each.
     score = compare(wish, seen)
     digits = [str(score.scores[name]) for name in SUB_DIMENSIONS]
     overall = f"{1 + 4 * score.total:.2f}"
@@ -112,13 +116,17 @@ def _word(attributes: Attributes, name: str) -> str:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Train the tokenizer on all captions, 864 chains of thought and the fixed text."""
     rng = random.Random("qwen tokenizer")
-    cots = [chain_of_thought(a, random_attributes(rng)) for a in all_attributes()]
-    fixed = (
-        f"{TEMPLATE.before}{TEMPLATE.after}user\nassistant\n 1.5 seconds> {UNCLEAR} "
-        + " ".join(SUB_DIMENSIONS)
-    )
+    cots = []
+    for attributes in all_attributes():
+        cots.append(chain_of_thought(attributes, random_attributes(rng)))
+
+    # The fixed text is repeated so that its words become tokens.
+    names = " ".join(SUB_DIMENSIONS)
+    template = f"{TEMPLATE.before}{TEMPLATE.after}"
+    fixed = f"{template}user\nassistant\n 1.5 seconds> {UNCLEAR} {names}"
+    texts = captions(all_attributes()) + cots + [fixed] * 400
     return train_tokenizer(
-        [*captions(all_attributes()), *cots, *[fixed] * 400],
+        texts,
         size=490,
         special=CONTROL_TOKENS,
         words=_PIECES,
@@ -133,6 +141,7 @@ def new_model() -> DeScore:
 
     The vocabulary has 512 rows, of which the last ones are free.
     """
+    # Tokens that the configs name.
     tokenizer = build_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in CONTROL_TOKENS}
     vision_config = {
@@ -175,11 +184,12 @@ def new_model() -> DeScore:
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
     )
-    torch.manual_seed(0)
-    backbone = Qwen3VLForConditionalGeneration(config)
+
     # Half of the patch filters (out, RGB, 2, 4, 4) start as differences of a patch's two frames.
     # The camera moves stripes of low contrast by a pixel or two; without this start the
     # brightness of the room hides them.
+    torch.manual_seed(0)
+    backbone = Qwen3VLForConditionalGeneration(config)
     filters = backbone.model.visual.patch_embed.proj.weight.data
     filters[::2, :, 1] = -filters[::2, :, 0]
     filters[::2] *= 4.0
@@ -193,20 +203,27 @@ def degrade(video_BTYXC: Tensor, rng: random.Random) -> Tensor:
     for i in range(len(out)):
         kind = rng.random()
         if kind < 0.20:
-            x = out[i].float().permute(0, 3, 1, 2)
-            if rng.random() < 0.6:
-                x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-            x = x + rng.uniform(0, 14) * torch.randn(x.shape)
-            out[i] = x.round().clamp(0, 255).permute(0, 2, 3, 1)
+            out[i] = _blur_and_noise(out[i], rng)
         elif kind < 0.23:
+            # A still: every frame is the same.
             out[i] = out[i, rng.randrange(out.shape[1])]
         elif kind < 0.26:
-            out[i] = out[i].float().mean(-1, keepdim=True).round()
+            grey = out[i].float().mean(-1, keepdim=True)
+            out[i] = grey.round()
         elif kind < 0.30:
             # A ghost: two videos laid over each other.
             other = out[rng.randrange(len(out))]
-            out[i] = (out[i].float() * 0.5 + other.float() * 0.5).round()
+            mixed = out[i].float() * 0.5 + other.float() * 0.5
+            out[i] = mixed.round()
     return out
+
+
+def _blur_and_noise(video_TYXC: Tensor, rng: random.Random) -> Tensor:
+    frames = video_TYXC.float().permute(0, 3, 1, 2)
+    if rng.random() < 0.6:
+        frames = F.avg_pool2d(frames, 3, 1, 1, count_include_pad=False)
+    frames = frames + rng.uniform(0, 14) * torch.randn(frames.shape)
+    return frames.round().clamp(0, 255).permute(0, 2, 3, 1)
 
 
 def agreeing(
@@ -220,10 +237,16 @@ def examples(
     count: int, rng: random.Random, *, clean: bool
 ) -> tuple[Tensor, list[Attributes]]:
     """Render videos and draw prompts that agree with them in about half of the attributes."""
-    scenes = [random_scene(random_attributes(rng), rng) for _ in range(count)]
+    scenes = _random_scenes(count, rng)
     wishes = [agreeing(scene.attributes, rng, AGREE) for scene in scenes]
     video = render(scenes)
-    return (video if clean else degrade(video, rng)), wishes
+    if not clean:
+        video = degrade(video, rng)
+    return video, wishes
+
+
+def _random_scenes(count: int, rng: random.Random) -> list[Scene]:
+    return [random_scene(random_attributes(rng), rng) for _ in range(count)]
 
 
 def generated(wan: Path, cache: Path) -> tuple[Tensor, list[Attributes]]:
@@ -240,10 +263,14 @@ def generated(wan: Path, cache: Path) -> tuple[Tensor, list[Attributes]]:
         starts = range(0, WAN_VIDEOS, CHUNK)
         for number, start in enumerate(tqdm(starts, desc="sampling", mininterval=5)):
             generator = generator_at(wan, (1.0, 1.5, 3.0)[number % 3])
+
+            # Prompts and seeds of this chunk.
             part = wishes[start : start + CHUNK]
             prompts = [caption(wish, wording=rng.randrange(4)) for wish in part]
             seeds = [rng.getrandbits(62) for _ in prompts]
             clean = generator.sample(prompts, seeds=seeds)
+
+            # Every sixth video is spoilt.
             for row in range(0, len(clean), 6):
                 clean[row] = spoilt(clean[row], rng)
             chunks.append(generator.decode(clean))
@@ -260,7 +287,8 @@ def generator_at(wan: Path, guidance: float) -> WanGenerator:
         f"generator.path={wan}",
         f"generator.sampler.guidance_scale={guidance}",
     ]
-    return build_generator(load(SampleRun, SAMPLE_CONFIG, overrides).generator)
+    cfg = load(SampleRun, SAMPLE_CONFIG, overrides)
+    return build_generator(cfg.generator)
 
 
 def cot_loss(
@@ -270,7 +298,8 @@ def cot_loss(
 
     Weighted MEAN over the tokens of all videos.
     """
-    prepared = [prepare(video, SETTINGS, fps=8.0) for video in videos]
+    # Encode the prompts with the right chains of thought.
+    prepared = _prepare(videos)
     encoded = []
     targets = []
     weights = []
@@ -286,11 +315,16 @@ def cot_loss(
     hidden_BLD = model.hidden(model.batch(encoded, prepared, query=False))
     rows = []
     for i, item in enumerate(encoded):
-        rows.append(hidden_BLD[i, len(item.prompt_ids) - 1 : len(item.ids)])
+        first = len(item.prompt_ids) - 1
+        rows.append(hidden_BLD[i, first : len(item.ids)])
     logits = model.backbone.lm_head(torch.cat(rows))
     loss = F.cross_entropy(logits, torch.tensor(targets), reduction="none")
     weight = torch.tensor(weights)
     return (loss * weight).sum() / weight.sum()
+
+
+def _prepare(videos: Tensor) -> list[PreparedVideo]:
+    return [prepare(video, SETTINGS, fps=8.0) for video in videos]
 
 
 def _token_weights(model: DeScore, cot_ids: Sequence[int]) -> list[float]:
@@ -329,24 +363,30 @@ class Eye(nn.Module):
 
     def loss(self, videos: Tensor, truths: Sequence[Attributes]) -> Tensor:
         """Cross entropy, MEAN over videos, attributes and depths."""
-        prepared = [prepare(video, SETTINGS, fps=8.0) for video in videos]
+        # The tower's output at its two depths.
+        prepared = _prepare(videos)
         patches = torch.cat([inputs.patches for inputs in prepared])
         grid = torch.tensor([inputs.grid for inputs in prepared])
         output = self.tower(patches, grid_thw=grid)
         depths = (output.pooler_output, *output.deepstack_features)
+
+        # A softmax over the values of each attribute.
+        sizes = [len(values) for values in VALUES.values()]
         losses = []
         for head, features in zip(self.heads, depths, strict=True):
             logits = head(features.reshape(len(prepared), -1))
-            start = 0
-            for name, values in VALUES.items():
-                labels = [values.index(getattr(truth, name)) for truth in truths]
-                target = torch.tensor(labels)
-                part = logits[:, start : start + len(values)]
+            parts = logits.split(sizes, dim=1)
+            for name, part in zip(VALUES, parts, strict=True):
+                target = _labels(truths, name)
                 losses.append(F.cross_entropy(part, target))
                 right = part.argmax(-1) == target
                 self.accuracy[name] = right.float().mean().item()
-                start += len(values)
         return torch.stack(losses).mean()
+
+
+def _labels(truths: Sequence[Attributes], name: str) -> Tensor:
+    values = VALUES[name]
+    return torch.tensor([values.index(getattr(truth, name)) for truth in truths])
 
 
 @torch.no_grad()
@@ -364,8 +404,10 @@ def evaluate(
     for start in range(0, len(videos), 64):
         part = videos[start : start + 64]
         part_wishes = wishes[start : start + 64]
-        prepared = [prepare(video, SETTINGS, fps=8.0) for video in part]
+        prepared = _prepare(part)
         prompts = [caption(wish, wording=rng.randrange(4)) for wish in part_wishes]
+
+        # Count the right words and the right scores.
         cots = write_cots(model, prompts, prepared)
         for cot, video, wish in zip(cots, part, part_wishes, strict=True):
             truth = observe(video).attributes
@@ -386,6 +428,8 @@ def _seen_words(cot: str) -> dict[str, str]:
         if " seen " in line:
             words = line.split()
             lines[words[0]] = words
+
+    # The words after "seen" belong to the attributes of the line, in their order.
     seen = {}
     for dimension, names in _ASPECTS.items():
         words = lines.get(dimension, [])
@@ -397,6 +441,7 @@ def _seen_words(cot: str) -> dict[str, str]:
 
 def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
     """Train in three stages, save to ``out/qwen`` and measure on 512 held-out videos."""
+    # The query and the head belong to score training, not to this model.
     model = new_model()
     model.query.requires_grad_(requires_grad=False)
     model.head.requires_grad_(requires_grad=False)
@@ -425,7 +470,8 @@ def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
         rows = [rng.randrange(WAN_VIDEOS - WAN_HELDOUT) for _ in range(BATCH // 2)]
         rendered, mixed = examples(BATCH - len(rows), rng, clean=False)
         mixed += [agreeing(wishes[row], rng, 0.7) for row in rows]
-        return cot_loss(model, torch.cat([rendered, videos[rows]]), mixed, rng)
+        together = torch.cat([rendered, videos[rows]])
+        return cot_loss(model, together, mixed, rng)
 
     def check_both(count: int) -> dict[str, float]:
         on_wan = evaluate(model, unseen[:count], unseen_wishes[:count], seed=3)
@@ -444,8 +490,9 @@ def train_eye(model: DeScore, work: Path, *, steps: int) -> None:
 
     def loss_at(step: int) -> Tensor:
         rng = random.Random(f"eye-{step}")
-        scenes = [random_scene(random_attributes(rng), rng) for _ in range(EYE_BATCH)]
-        return eye.loss(render(scenes), [scene.attributes for scene in scenes])
+        scenes = _random_scenes(EYE_BATCH, rng)
+        truths = [scene.attributes for scene in scenes]
+        return eye.loss(render(scenes), truths)
 
     fit(Fit("eye", steps, EYE_PEAK, work), eye, loss_at, lambda: eye.accuracy)
 

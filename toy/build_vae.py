@@ -15,6 +15,7 @@ from toy.pixels import to_bytes, to_unit
 from toy.training import Fit, fit
 from toy.world import (
     Attributes,
+    Scene,
     caption,
     random_attributes,
     random_scene,
@@ -34,7 +35,9 @@ CONFIG = {
     "scale_factor_temporal": 2,
     "scale_factor_spatial": 4,
 }
+# Clips of a training step, and clips that are measured together.
 BATCH = 8
+EVALUATION_BATCH = 16
 STEPS = 2400
 PEAK = 3e-3
 # The decoder learns to tolerate errors of that size (latents have std near 1).
@@ -43,7 +46,11 @@ LATENT_NOISE = 0.1
 
 def clips(count: int, rng: random.Random) -> Tensor:
     """Render random scenes as uint8 (B, T, Y, X, 3)."""
-    return render([random_scene(random_attributes(rng), rng) for _ in range(count)])
+    return render(_scenes(count, rng))
+
+
+def _scenes(count: int, rng: random.Random) -> list[Scene]:
+    return [random_scene(random_attributes(rng), rng) for _ in range(count)]
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latent: Tensor) -> Tensor:
@@ -52,19 +59,22 @@ def decode_unclamped(vae: AutoencoderKLWan, latent: Tensor) -> Tensor:
     The clamp would stop the gradient of every pixel that overshoots.
     """
     vae.clear_cache()
-    x = vae.post_quant_conv(latent)
+    hidden = vae.post_quant_conv(latent)
+
+    # A latent frame at a time, as `vae.decode` does.
     chunks = []
-    for i in range(x.shape[2]):
+    for i in range(hidden.shape[2]):
         vae._conv_idx = [0]
         chunk = vae.decoder(
-            x[:, :, i : i + 1],
+            hidden[:, :, i : i + 1],
             feat_cache=vae._feat_map,
             feat_idx=vae._conv_idx,
             first_chunk=i == 0,
         )
         chunks.append(chunk)
     vae.clear_cache()
-    return unpatchify(torch.cat(chunks, 2), patch_size=vae.config.patch_size)
+    decoded = torch.cat(chunks, 2)
+    return unpatchify(decoded, patch_size=vae.config.patch_size)
 
 
 @torch.no_grad()
@@ -77,24 +87,39 @@ def evaluate(vae: AutoencoderKLWan, *, count: int, seed: int) -> dict[str, float
     rng = random.Random(seed)
     psnr = 0.0
     agree = 0.0
-    for _ in range(count // 16):
-        scenes = [random_scene(random_attributes(rng), rng) for _ in range(16)]
+    batches = count // EVALUATION_BATCH
+    for _ in range(batches):
+        scenes = _scenes(EVALUATION_BATCH, rng)
         video = render(scenes)
         unit = to_unit(video)
-        decoded = vae.decode(vae.encode(unit).latent_dist.mode(), return_dict=False)[0]
-        error = ((decoded - unit) ** 2).mean((1, 2, 3, 4))
+        latent = vae.encode(unit).latent_dist.mode()
+        decoded = vae.decode(latent, return_dict=False)[0]
+
+        # The range from -1 to 1 has a squared peak of 4.
+        error = (decoded - unit) ** 2
+        error = error.mean((1, 2, 3, 4))
         psnr += (10 * torch.log10(4 / error)).sum().item()
-        for scene, before, after in zip(scenes, video, to_bytes(decoded), strict=True):
-            mixed = {}
-            for name, value in vars(random_attributes(rng)).items():
-                mixed[name] = rng.choice((value, getattr(scene.attributes, name)))
-            prompt = caption(Attributes(**mixed), wording=rng.randrange(4))
+        restored = to_bytes(decoded)
+        for scene, before, after in zip(scenes, video, restored, strict=True):
+            prompt = _half_right_prompt(scene.attributes, rng)
             first = measure(before, prompt).scores
             second = measure(after, prompt).scores
             equal = [first[name] == second[name] for name in first]
             agree += sum(equal) / len(equal)
-    seen = count // 16 * 16
-    return {"psnr_db": psnr / seen, "oracle_agreement": agree / seen, "n": seen}
+    clips_seen = batches * EVALUATION_BATCH
+    return {
+        "psnr_db": psnr / clips_seen,
+        "oracle_agreement": agree / clips_seen,
+        "n": clips_seen,
+    }
+
+
+def _half_right_prompt(attributes: Attributes, rng: random.Random) -> str:
+    """Caption these attributes, each replaced by a random value with probability 1/2."""
+    mixed = {}
+    for name, value in vars(random_attributes(rng)).items():
+        mixed[name] = rng.choice((value, getattr(attributes, name)))
+    return caption(Attributes(**mixed), wording=rng.randrange(4))
 
 
 def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
@@ -109,13 +134,19 @@ def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
         video = clips(BATCH, random.Random(f"vae-{step}"))
         unit = to_unit(video)
         # The shape is a tenth of the frame but most of the information.
-        chroma = (video.amax(-1).float() - video.amin(-1).float())[:, None]
-        weight = 1 + 4 * (chroma > 30).float()
+        chroma = video.amax(-1).float() - video.amin(-1).float()
+        colored = chroma[:, None] > 30
+        weight = 1 + 4 * colored.float()
+
+        # Reconstruct from noisy latents.
         mean = vae.encode(unit).latent_dist.mean
         noisy = mean + LATENT_NOISE * torch.randn_like(mean)
         error = decode_unclamped(vae, noisy) - unit
-        # Without the last term the latents would grow until the noise no longer matters.
-        return (weight * (error.abs() + 2 * error**2)).mean() + 1e-2 * (mean**2).mean()
+        reconstruction = weight * (error.abs() + 2 * error**2)
+
+        # Without this term the latents would grow until the noise no longer matters.
+        penalty = 1e-2 * (mean**2).mean()
+        return reconstruction.mean() + penalty
 
     fit(
         Fit("vae", steps or STEPS, PEAK, work),
@@ -129,7 +160,8 @@ def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
     latents = []
     with torch.no_grad():
         for _ in range(32):
-            latents.append(vae.encode(to_unit(clips(16, rng))).latent_dist.mode())
+            unit = to_unit(clips(16, rng))
+            latents.append(vae.encode(unit).latent_dist.mode())
     latent = torch.cat(latents)
     mean = latent.mean((0, 2, 3, 4)).tolist()
     std = latent.std((0, 2, 3, 4)).tolist()
@@ -137,6 +169,8 @@ def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
         latents_mean=[round(x, 5) for x in mean],
         latents_std=[round(x, 5) for x in std],
     )
+
+    # Measure the weights as they were saved, in fp16.
     folder = out / "wan" / "vae"
     vae.half().save_pretrained(folder)
     saved = AutoencoderKLWan.from_pretrained(folder).float()

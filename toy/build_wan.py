@@ -77,6 +77,8 @@ class Base(nn.Module):
             eos_token_id=self.tokenizer.eos_token_id,
         )
         self.text_encoder = UMT5EncoderModel(text_config)
+
+        # 16 channels of the VAE; 4 heads of 32.
         self.transformer = WanTransformer3DModel(
             patch_size=(1, 2, 2),
             num_attention_heads=4,
@@ -103,13 +105,17 @@ class Base(nn.Module):
             truncation=True,
             return_tensors="pt",
         )
+
+        # The padding is zero for the transformer.
         mask = tokens.attention_mask
         hidden = self.text_encoder(tokens.input_ids, mask).last_hidden_state
         return hidden * mask[..., None]
 
     def velocity(self, x: Tensor, sigma_B: Tensor, embedding: Tensor) -> Tensor:
         """Predict eps - x_0 at noise level sigma."""
-        return self.transformer(x, 1000 * sigma_B, embedding, return_dict=False)[0]
+        # The transformer counts time from 0 to 1000.
+        output = self.transformer(x, 1000 * sigma_B, embedding, return_dict=False)
+        return output[0]
 
 
 def training_clips(
@@ -122,6 +128,8 @@ def training_clips(
     rng = random.Random("wan clips")
     train, _ = split_attributes()
     scenes = [random_scene(rng.choice(train), rng) for _ in range(CLIPS)]
+
+    # Encode once; later runs read the file.
     if not cache.exists():
         mean, std = latent_statistics(vae)
         chunks = []
@@ -131,7 +139,8 @@ def training_clips(
                 latent = vae.encode(unit).latent_dist.mode()
                 chunks.append((latent - mean) / std)
         save_file({"latent": torch.cat(chunks)}, cache)
-    return load_file(cache)["latent"], [scene.attributes for scene in scenes]
+    attributes = [scene.attributes for scene in scenes]
+    return load_file(cache)["latent"], attributes
 
 
 def latent_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
@@ -163,18 +172,24 @@ def sample(
     guidance: float,
 ) -> Tensor:
     """Sample by the Euler ODE in 10 steps with guidance; returns uint8 (B, T, Y, X, 3)."""
+    # Noise, then the embeddings with and without the prompt.
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn((len(prompts), 16, 3, 8, 8), generator=draw)
     embedding = base.embed([*prompts, *[""] * len(prompts)])
     grid = [float(s) for s in sigma_grid(10, shift=SHIFT)]
+
+    # Euler steps with classifier-free guidance.
     for sigma, after in itertools.pairwise(grid):
         sigma_B = torch.full((2 * len(x),), sigma)
         velocity = base.velocity(torch.cat([x, x]), sigma_B, embedding)
         conditional, unconditional = velocity.chunk(2)
         guided = unconditional + guidance * (conditional - unconditional)
         x = x + (after - sigma) * guided
+
+    # The VAE decodes latents of their natural scale.
     mean, std = latent_statistics(vae)
-    return to_bytes(vae.decode(x * std + mean, return_dict=False)[0])
+    decoded = vae.decode(x * std + mean, return_dict=False)[0]
+    return to_bytes(decoded)
 
 
 def evaluate(
@@ -199,6 +214,8 @@ def oracle_scores(
     prompts = []
     for _ in range(count):
         prompts.append(caption(rng.choice(heldout), wording=rng.randrange(4)))
+
+    # SUM over all videos, in parts that fit in memory.
     sums = {"oracle": 0.0}
     for start in range(0, count, 32):
         part = prompts[start : start + 32]
@@ -222,15 +239,22 @@ def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
         rng = random.Random(f"{name}-{step}")
         rows = [rng.randrange(CLIPS) for _ in range(BATCH)]
         clean = latents[rows]
+
+        # Noise levels on the shifted schedule that sampling uses.
         uniform = torch.rand(BATCH)
         sigma_B = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
         noise = torch.randn_like(clean)
         mix = sigma_B.view(-1, 1, 1, 1, 1)
+        noisy = (1 - mix) * clean + mix * noise
+
+        # Predict the velocity under noisy captions.
         texts = [noisy_caption(attributes[row], rng, wrong=wrong) for row in rows]
         embedding = base.embed(texts)
-        velocity = base.velocity((1 - mix) * clean + mix * noise, sigma_B, embedding)
-        return ((velocity - (noise - clean)) ** 2).mean()
+        velocity = base.velocity(noisy, sigma_B, embedding)
+        error = velocity - (noise - clean)
+        return (error**2).mean()
 
+    # Each phase has its own captions and learning rate.
     for name, count, peak, wrong in PHASES:
         fit(
             Fit(name, steps or count, peak, work, every=750),
@@ -257,6 +281,8 @@ def _save(base: Base, vae: AutoencoderKLWan, folder: Path) -> None:
         vae=vae,
         scheduler=scheduler,
     )
+
+    # Only the VAE is saved in fp16.
     vae.half()
     pipeline.save_pretrained(folder)
     vae.float()

@@ -27,17 +27,38 @@ from toy.world import (
     parse,
 )
 
-# Below these, of 255 and in sides per clip, there is no shape, no stripe, no motion.
+# Below these the video has no shape and no stripes (of 255) and no motion (sides per clip).
 _MIN_CHROMA = 45.0
 _MIN_STRIPE = 9.0
 _MIN_TRAVEL = 0.10
-# Halfway between the two chromas; inside the band the style is undecided.
+# A soft mask starts at a quarter of the shape's chroma and is full at 0.9 of it.
+_MASK_START = 0.25
+_MASK_WIDTH = 0.65
+# A shape is compact: spread / sqrt(area) is 0.40 for a disc, 0.41 for a square and 0.44 for a
+# triangle. Its area is between these shares of the frame.
+_MAX_SPREAD = 0.62
+_MIN_AREA = 0.03
+_MAX_AREA = 0.35
+# Share of the frames in which the region must look like a shape.
+_MIN_FRAMES = 0.7
+# Halfway between the two chromas. Inside the band the style is undecided.
 _STYLE_SPLIT = 150.0
 _STYLE_BAND = 12.0
 # Slide of the stripes in sides per frame; between the two the camera is undecided.
 _STILL = 0.012
 _SLIDING = 0.020
-_OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+_OPPOSITE = {
+    "left": "right",
+    "right": "left",
+    "up": "down",
+    "down": "up",
+}
+# Area of each shape at scale 1.
+_UNIT_AREA = {
+    "circle": math.pi,
+    "square": 4 * EXTENT["square"] ** 2,
+    "triangle": 3 * math.sqrt(3) / 4 * EXTENT["triangle"] ** 2,
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +96,7 @@ def measure(video_TYXC: Tensor, prompt: str) -> OracleScore:
         ValueError: if the video has the wrong type or shape, or the prompt names no attribute.
     """
     wish = parse(prompt)
-    if all(getattr(wish, name) is None for name in VALUES):
+    if wish == Attributes(**dict.fromkeys(VALUES)):
         raise ValueError(f"the prompt names nothing of the shapes world: {prompt!r}")
     return compare(wish, observe(video_TYXC).attributes)
 
@@ -103,18 +124,23 @@ def compare(wish: Attributes, seen: Attributes) -> OracleScore:
         scores["subject"] = int(agrees["color"]) + int(agrees["shape"])
         opposite = seen.motion == _OPPOSITE.get(wish.motion)
         scores["dynamics"] = _grade(full=agrees["motion"], partial=opposite)
-        scores["style"] = _grade(full=agrees["style"], partial=seen.style is None)
+        undecided = seen.style is None
+        scores["style"] = _grade(full=agrees["style"], partial=undecided)
 
     # What the room shows.
     if seen.background is not None:
-        scores["camera"] = _grade(full=agrees["camera"], partial=seen.camera is None)
+        undecided = seen.camera is None
+        scores["camera"] = _grade(full=agrees["camera"], partial=undecided)
         near = False
         if wish.background is not None:
             distance = BACKGROUNDS.index(wish.background)
             distance -= BACKGROUNDS.index(seen.background)
             near = abs(distance) == 1
         scores["environment"] = _grade(full=agrees["background"], partial=near)
-    return OracleScore(scores, sum(scores.values()) / (2 * len(scores)))
+
+    # Every sub-dimension gives up to 2.
+    total = sum(scores.values()) / (2 * len(scores))
+    return OracleScore(scores, total)
 
 
 def _grade(*, full: bool, partial: bool) -> int:
@@ -129,6 +155,7 @@ def observe(video_TYXC: Tensor) -> Observation:
     Raises:
         ValueError: if the video is not uint8 (T >= 2, Y, X, 3).
     """
+    # A motion needs two frames.
     shape = tuple(video_TYXC.shape)
     right_shape = len(shape) == 4 and shape[-1] == 3 and shape[0] >= 2
     if video_TYXC.dtype != torch.uint8 or not right_shape:
@@ -136,91 +163,138 @@ def observe(video_TYXC: Tensor) -> Observation:
             f"observe needs uint8 (T >= 2, Y, X, 3), got {video_TYXC.dtype} {shape}"
         )
     rgb = video_TYXC.float()
-    region = _find_shape(rgb)
-    mask, chroma = region if region else (None, 0.0)
+    mask, chroma = _find_shape(rgb)
     level, stripe, slide = _read_room(rgb, mask)
     attributes = dict.fromkeys(VALUES)
 
     # The room, where its stripes are strong enough to be read.
     if stripe >= _MIN_STRIPE:
-        attributes["background"] = min(LEVEL, key=lambda name: abs(LEVEL[name] - level))
-        if slide > _SLIDING:
-            attributes["camera"] = "panning"
-        elif abs(slide) < _STILL:
-            attributes["camera"] = "fixed"
+        attributes["background"] = _name_background(level)
+        attributes["camera"] = _name_camera(slide)
 
     # The shape, where there is one.
-    speed_x = speed_y = 0.0
+    speed_x = 0.0
+    speed_y = 0.0
     if mask is not None:
-        frames, height, width = mask.shape
-        centre_x, centre_y = _centroid(mask)
-        speed_x = _slope(centre_x) * (frames - 1) / width
-        speed_y = _slope(centre_y) * (frames - 1) / height
+        speed_x, speed_y = _speed(mask)
         attributes["motion"] = _name_motion(speed_x, speed_y)
-        attributes["shape"] = _name_shape(mask, centre_x, centre_y)
-        inside = (mask > 0.8)[..., None]
-        attributes["color"] = _name_color((rgb * inside).sum((0, 1, 2)))
-        if chroma > _STYLE_SPLIT + _STYLE_BAND:
-            attributes["style"] = "vivid"
-        elif chroma < _STYLE_SPLIT - _STYLE_BAND:
-            attributes["style"] = "pastel"
-    seen = Attributes(**attributes)
-    return Observation(seen, chroma, speed_x, speed_y, level, stripe, slide)
+        attributes["shape"] = _name_shape(mask)
+        attributes["color"] = _name_color(rgb, mask)
+        attributes["style"] = _name_style(chroma)
+    return Observation(
+        attributes=Attributes(**attributes),
+        chroma=chroma,
+        speed_x=speed_x,
+        speed_y=speed_y,
+        level=level,
+        stripe=stripe,
+        slide=slide,
+    )
 
 
-def _find_shape(rgb: Tensor) -> tuple[Tensor, float] | None:
-    """Find the compact coloured region: (soft mask (T, Y, X) in [0, 1], chroma), or None."""
-    chroma = rgb.amax(-1) - rgb.amin(-1)
-    _, height, width = chroma.shape
+# Regions and their motion.
+
+
+def _find_shape(rgb: Tensor) -> tuple[Tensor | None, float]:
+    """Find the compact coloured region.
+
+    Returns its soft mask (T, Y, X) in [0, 1] and its chroma, or (None, 0) without a shape.
+    """
     # About 20 pixels in 1,024 exceed the plateau of the shape, in the median frame.
-    plateau = chroma.flatten(1).quantile(1 - 20 / 1024, dim=1).median().item()
+    chroma = rgb.amax(-1) - rgb.amin(-1)
+    highest = chroma.flatten(1).quantile(1 - 20 / 1024, dim=1)
+    plateau = highest.median().item()
     if plateau < _MIN_CHROMA:
-        return None
-    mask = ((chroma / plateau - 0.25) / 0.65).clamp(0, 1)
+        return None, 0.0
+    mask = (chroma / plateau - _MASK_START) / _MASK_WIDTH
+    mask = mask.clamp(0, 1)
 
-    # A shape is compact: 0.40 for a disc, 0.41 for a square, 0.44 for a triangle.
-    area = mask.sum((1, 2)).clamp(min=1e-6)
-    y = torch.arange(height, dtype=mask.dtype)[None, :, None]
-    x = torch.arange(width, dtype=mask.dtype)[None, None, :]
-    centre_y = (mask * y).sum((1, 2)) / area
-    centre_x = (mask * x).sum((1, 2)) / area
-    dx = x - centre_x[:, None, None]
-    dy = y - centre_y[:, None, None]
-    spread = ((mask * (dx**2 + dy**2)).sum((1, 2)) / area).sqrt()
-    compact = spread < 0.62 * area.sqrt()
-    sized = (area > 0.03 * height * width) & (area < 0.35 * height * width)
-    if (compact & sized).float().mean() < 0.7:
-        return None
+    # The region must be compact and neither tiny nor large.
+    area = _area(mask)
+    dx, dy = _offsets(mask)
+    variance = (mask * (dx**2 + dy**2)).sum((1, 2)) / area
+    compact = variance.sqrt() < _MAX_SPREAD * area.sqrt()
+    _, height, width = mask.shape
+    large_enough = area > _MIN_AREA * height * width
+    small_enough = area < _MAX_AREA * height * width
+    good = compact & large_enough & small_enough
+    if good.float().mean() < _MIN_FRAMES:
+        return None, 0.0
     return mask, plateau
 
 
+def _area(mask_TYX: Tensor) -> Tensor:
+    """Area of the mask in each frame, in pixels; never 0, for divisions."""
+    return mask_TYX.sum((1, 2)).clamp(min=1e-6)
+
+
 def _centroid(mask_TYX: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean x and mean y of the mask, in pixels, frame by frame."""
+    """Mean x and mean y of the mask in each frame, in pixels."""
     _, height, width = mask_TYX.shape
-    area = mask_TYX.sum((1, 2)).clamp(min=1e-6)
-    centre_x = (mask_TYX * torch.arange(width)).sum((1, 2)) / area
-    centre_y = (mask_TYX * torch.arange(height)[:, None]).sum((1, 2)) / area
+    area = _area(mask_TYX)
+    x = torch.arange(width)
+    y = torch.arange(height)[:, None]
+    centre_x = (mask_TYX * x).sum((1, 2)) / area
+    centre_y = (mask_TYX * y).sum((1, 2)) / area
     return centre_x, centre_y
 
 
-def _name_shape(mask_TYX: Tensor, centre_x: Tensor, centre_y: Tensor) -> str:
+def _offsets(mask_TYX: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances of all pixels from the centroid: dx (T, 1, X) and dy (T, Y, 1)."""
+    _, height, width = mask_TYX.shape
+    centre_x, centre_y = _centroid(mask_TYX)
+    dx = torch.arange(width) - centre_x[:, None, None]
+    dy = torch.arange(height)[:, None] - centre_y[:, None, None]
+    return dx, dy
+
+
+def _speed(mask_TYX: Tensor) -> tuple[float, float]:
+    """Motion of the centroid along x and y, in sides per clip."""
+    frames, height, width = mask_TYX.shape
+    centre_x, centre_y = _centroid(mask_TYX)
+    speed_x = _slope(centre_x) * (frames - 1) / width
+    speed_y = _slope(centre_y) * (frames - 1) / height
+    return speed_x, speed_y
+
+
+# Names of what was measured.
+
+
+def _name_background(level: float) -> str:
+    distance = {}
+    for name, its_level in LEVEL.items():
+        distance[name] = abs(its_level - level)
+    return min(distance, key=distance.__getitem__)
+
+
+def _name_camera(slide: float) -> str | None:
+    if slide > _SLIDING:
+        return "panning"
+    if abs(slide) < _STILL:
+        return "fixed"
+    return None
+
+
+def _name_style(chroma: float) -> str | None:
+    if chroma > _STYLE_SPLIT + _STYLE_BAND:
+        return "vivid"
+    if chroma < _STYLE_SPLIT - _STYLE_BAND:
+        return "pastel"
+    return None
+
+
+def _name_shape(mask_TYX: Tensor) -> str:
     """Name the shape whose template of equal area at the same centroid fits best.
 
     The error is the SUM of squares over pixels and frames.
     """
-    height, width = mask_TYX.shape[1:]
     area = mask_TYX.sum((1, 2))[:, None, None]
-    dx = torch.arange(width) - centre_x[:, None, None]
-    dy = torch.arange(height)[:, None] - centre_y[:, None, None]
-    unit_area = {
-        "circle": math.pi,
-        "square": 4 * EXTENT["square"] ** 2,
-        "triangle": 3 * math.sqrt(3) / 4 * EXTENT["triangle"] ** 2,
-    }
+    dx, dy = _offsets(mask_TYX)
     error = {}
     for shape in SHAPES:
-        template = coverage(shape, dx, dy, (area / unit_area[shape]).sqrt())
-        error[shape] = ((template - mask_TYX) ** 2).sum().item()
+        scale = (area / _UNIT_AREA[shape]).sqrt()
+        difference = coverage(shape, dx, dy, scale) - mask_TYX
+        error[shape] = (difference**2).sum().item()
     return min(error, key=error.__getitem__)
 
 
@@ -232,8 +306,12 @@ def _name_motion(speed_x: float, speed_y: float) -> str | None:
     return "down" if speed_y > 0 else "up"
 
 
-def _name_color(rgb: Tensor) -> str:
-    red, green, blue = rgb.tolist()
+def _name_color(rgb: Tensor, mask: Tensor) -> str:
+    # SUM over the pixels that are well inside the shape.
+    inside = (mask > 0.8)[..., None]
+    red, green, blue = (rgb * inside).sum((0, 1, 2)).tolist()
+
+    # The hue angle; the colours are 60 degrees apart.
     opponent = math.sqrt(3) * (green - blue)
     hue = math.degrees(math.atan2(opponent, 2 * red - green - blue))
     return COLORS[round(hue / 60) % 6]
@@ -244,28 +322,48 @@ def _read_room(rgb: Tensor, mask: Tensor | None) -> tuple[float, float, float]:
 
     Least squares of light = level + a cos(turn) + b sin(turn) in each frame, outside the shape.
     """
-    width = rgb.shape[2]
+    # Pixels of the shape do not count.
     light = rgb.mean(-1)
-    weight = torch.ones_like(light) if mask is None else (mask < 0.02).float()
-    turn = 2 * math.pi * (torch.arange(width) + 0.5) / width / PERIOD
-    # Basis (3, X), pixels that count in each column (T, X), coefficients (T, 3).
-    basis = torch.stack([torch.ones(width), torch.cos(turn), torch.sin(turn)])
+    weight = torch.ones_like(light)
+    if mask is not None:
+        weight = (mask < 0.02).float()
+
+    # Basis functions over the columns, (3, X).
+    width = rgb.shape[2]
+    column = torch.arange(width) + 0.5
+    turn = 2 * math.pi * column / width / PERIOD
+    basis = torch.stack(
+        [
+            torch.ones(width),
+            torch.cos(turn),
+            torch.sin(turn),
+        ]
+    )
+
+    # Normal equations of each frame; the ridge keeps a frame without pixels solvable.
     per_column = weight.sum(1)
-    gram = torch.einsum("kx,tx,lx->tkl", basis, per_column, basis) + 1e-3 * torch.eye(3)
+    ridge = 1e-3 * torch.eye(3)
+    gram = torch.einsum("kx,tx,lx->tkl", basis, per_column, basis) + ridge
     right = torch.einsum("kx,tx->tk", basis, (light * weight).sum(1))
     fit = torch.linalg.solve(gram, right)
-    amplitude = fit[:, 1:].norm(dim=1).median()
+    level = fit[:, 0].median().item()
+    amplitude = fit[:, 1:].norm(dim=1)
+    stripe = amplitude.median().item()
 
     # The stripes are cos(turn + phase); unwrap the phase over the frames.
     phase = torch.atan2(-fit[:, 2], fit[:, 1])
-    jump = torch.remainder(phase.diff() + math.pi, 2 * math.pi) - math.pi
-    unwrapped = torch.cat([phase[:1], phase[:1] + jump.cumsum(0)])
+    jump = torch.remainder(phase.diff() + math.pi, 2 * math.pi)
+    jump = jump - math.pi
+    unwrapped = phase[:1] + jump.cumsum(0)
+    unwrapped = torch.cat([phase[:1], unwrapped])
     slide = _slope(unwrapped) / (2 * math.pi) * PERIOD
-    return fit[:, 0].median().item(), amplitude.item(), slide
+    return level, stripe, slide
 
 
 def _slope(value_T: Tensor) -> float:
     """Least-squares change per frame."""
     time = torch.arange(len(value_T), dtype=value_T.dtype)
     time = time - time.mean()
-    return ((time * value_T).sum() / (time**2).sum()).item()
+    covariance = (time * value_T).sum()
+    variance = (time**2).sum()
+    return (covariance / variance).item()

@@ -26,6 +26,8 @@ class ShapesOracle:
         results = []
         for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True):
             results.append(measure(video_TYXC, prompt))
+
+        # One tensor of all videos for each sub-dimension.
         parts = {}
         for name in SUB_DIMENSIONS:
             values = [float(result.scores[name]) for result in results]

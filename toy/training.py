@@ -46,22 +46,32 @@ def fit(
     ``loss_at(step)`` draws its data from the step alone. The state (weights and both Adam moments)
     is one safetensors file, so that an interrupted stage continues from its last saved state.
     """
-    parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
+    parameters = {}
+    for key, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            parameters[key] = parameter
+
+    # Continue from the last saved state, if there is one.
     optimizer = _build_optimizer(settings, parameters)
     state_file = settings.work / f"{settings.name}.safetensors"
     start = _load_state(state_file, parameters, optimizer)
     began = time.time()
     steps = range(start, settings.steps)
-    for step in tqdm(
-        steps, settings.name, initial=start, total=settings.steps, mininterval=5
-    ):
+    bar = tqdm(
+        steps,
+        settings.name,
+        initial=start,
+        total=settings.steps,
+        mininterval=5,
+    )
+    for step in bar:
         # 1. Set the rate: warm-up times cosine.
         warm = min(1.0, (step + 1) / (_WARM_UP * settings.steps))
         cosine = 1 + math.cos(math.pi * (step / settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * settings.peak * warm * 0.5 * cosine
 
-        # 2. Step.
+        # 2. Step. The seed makes the noise a function of the step alone.
         torch.manual_seed(step)
         loss = loss_at(step)
         optimizer.zero_grad()
@@ -72,7 +82,11 @@ def fit(
         # 3. Save and evaluate.
         if (step + 1) % settings.every == 0 or step + 1 == settings.steps:
             _save_state(state_file, step + 1, parameters, optimizer)
-            measured = {"step": step + 1, "loss": loss.item(), "grad_norm": norm.item()}
+            measured = {
+                "step": step + 1,
+                "loss": loss.item(),
+                "grad_norm": norm.item(),
+            }
             measured |= evaluate()
             line = "  ".join(f"{k} {v:.4g}" for k, v in measured.items())
             tqdm.write(f"{settings.name}  {line}  {time.time() - began:.0f} s")
@@ -84,8 +98,12 @@ def _build_optimizer(
     slow = []
     normal = []
     for name, parameter in parameters.items():
-        is_slow = settings.slow is not None and settings.slow in name
-        (slow if is_slow else normal).append(parameter)
+        if settings.slow is not None and settings.slow in name:
+            slow.append(parameter)
+        else:
+            normal.append(parameter)
+
+    # AdamW refuses an empty group.
     groups = [{"params": normal, "scale": 1.0}]
     if slow:
         groups.append({"params": slow, "scale": 0.2})
@@ -126,6 +144,8 @@ def _save_state(
         tensors[f"weight.{key}"] = parameter.data.contiguous()
         tensors[f"first.{key}"] = moments["exp_avg"].contiguous()
         tensors[f"second.{key}"] = moments["exp_avg_sq"].contiguous()
+
+    # A killed save leaves the earlier state as it was.
     partial = file.with_suffix(".partial")
     save_file(tensors, partial)
     partial.replace(file)

@@ -130,6 +130,7 @@ def all_attributes() -> list[Attributes]:
 
 def split_attributes() -> tuple[list[Attributes], list[Attributes]]:
     """Split all combinations into (train, held-out), 80 % and 20 %; always the same split."""
+    # A fixed seed: every program has the same held-out combinations.
     combinations = all_attributes()
     random.Random(0).shuffle(combinations)
     cut = round(len(combinations) * 0.2)
@@ -138,7 +139,8 @@ def split_attributes() -> tuple[list[Attributes], list[Attributes]]:
 
 def random_attributes(rng: random.Random) -> Attributes:
     """Draw a combination, uniform over all 864."""
-    return Attributes(*(rng.choice(values) for values in VALUES.values()))
+    chosen = [rng.choice(values) for values in VALUES.values()]
+    return Attributes(*chosen)
 
 
 def mix_attributes(
@@ -162,12 +164,14 @@ def random_scene(
     """Draw a scene of random size, speed, position and light; the shape stays in the frame."""
     scale = rng.uniform(*look.scale)
     travel = rng.uniform(*look.travel)
+
+    # The middle of the path may leave the centre by this much.
     dx, dy = _DIRECTION[attributes.motion]
     margin = scale * EXTENT[attributes.shape]
     room_x = 0.5 - margin - abs(dx) * travel / 2
     room_y = 0.5 - margin - abs(dy) * travel / 2
     return Scene(
-        attributes,
+        attributes=attributes,
         scale=scale,
         x=0.5 + rng.uniform(-room_x, room_x),
         y=0.5 + rng.uniform(-room_y, room_y),
@@ -180,12 +184,17 @@ def random_scene(
 
 def caption(attributes: Attributes, *, wording: int) -> str:
     """Write the caption in one of four wordings; ``wording`` counts modulo 4."""
-    return _WORDINGS[wording % len(_WORDINGS)].format(**asdict(attributes))
+    template = _WORDINGS[wording % len(_WORDINGS)]
+    return template.format(**asdict(attributes))
 
 
 def captions(attributes: Sequence[Attributes]) -> list[str]:
     """Write every combination in every wording, combination-major."""
-    return [caption(a, wording=w) for a in attributes for w in range(len(_WORDINGS))]
+    texts = []
+    for combination in attributes:
+        for wording in range(len(_WORDINGS)):
+            texts.append(caption(combination, wording=wording))
+    return texts
 
 
 def parse(prompt: str) -> Attributes:
@@ -194,10 +203,11 @@ def parse(prompt: str) -> Attributes:
     A field is None where the prompt names no value of it, or several.
     """
     words = set(re.findall(r"[a-z]+", prompt.lower()))
-    wanted = {}
+    wanted = dict.fromkeys(VALUES)
     for name, values in VALUES.items():
         named = [value for value in values if value in words]
-        wanted[name] = named[0] if len(named) == 1 else None
+        if len(named) == 1:
+            wanted[name] = named[0]
     return Attributes(**wanted)
 
 
@@ -223,12 +233,17 @@ def render(
     scenes: Sequence[Scene], *, frames: int = FRAMES, side: int = SIDE
 ) -> Tensor:
     """Draw the scenes as uint8 (B, T, Y, X, 3)."""
+    # Coverage of the shape and luminance of the room, with an axis for the colour.
     axis = torch.arange(side) + 0.5
     alpha = _draw_shapes(scenes, frames, axis)
     room = _draw_rooms(scenes, frames, axis).expand_as(alpha)
+    alpha = alpha[..., None]
+    room = room[..., None]
+
+    # The shape lies over the room.
     colors = [_rgb(scene.attributes) for scene in scenes]
     paint = torch.tensor(colors)[:, None, None, None, :]
-    video = room[..., None] * (1 - alpha[..., None]) + paint * alpha[..., None]
+    video = room * (1 - alpha) + paint * alpha
     return video.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -242,17 +257,21 @@ def _draw_shapes(scenes: Sequence[Scene], frames: int, axis: Tensor) -> Tensor:
     # The centroid moves along a straight line at constant speed.
     steps_x = []
     steps_y = []
-    for scene in scenes:
+    rows_of = {shape: [] for shape in SHAPES}
+    for row, scene in enumerate(scenes):
         dx, dy = _DIRECTION[scene.attributes.motion]
         steps_x.append(scene.travel * dx)
         steps_y.append(scene.travel * dy)
-    centre_x = side * (_per_scene([s.x for s in scenes]) + time * _per_scene(steps_x))
-    centre_y = side * (_per_scene([s.y for s in scenes]) + time * _per_scene(steps_y))
-    scale = side * _per_scene([s.scale for s in scenes])
+        rows_of[scene.attributes.shape].append(row)
+    middle_x = _per_scene([scene.x for scene in scenes])
+    middle_y = _per_scene([scene.y for scene in scenes])
+    centre_x = side * (middle_x + time * _per_scene(steps_x))
+    centre_y = side * (middle_y + time * _per_scene(steps_y))
+    scale = side * _per_scene([scene.scale for scene in scenes])
 
+    # All scenes of a shape together.
     alpha = torch.zeros(len(scenes), frames, side, side)
-    for shape in SHAPES:
-        rows = [i for i, s in enumerate(scenes) if s.attributes.shape == shape]
+    for shape, rows in rows_of.items():
         if rows:
             dx = x - centre_x[rows]
             dy = y - centre_y[rows]
@@ -267,12 +286,16 @@ def _draw_rooms(scenes: Sequence[Scene], frames: int, axis: Tensor) -> Tensor:
     for scene in scenes:
         panning = scene.attributes.camera == "panning"
         slides.append(scene.pan if panning else 0.0)
+        # The room has its light in every frame.
         levels.append(LEVEL[scene.attributes.background] + scene.light)
+
+    # Turns of the stripes' cosine at every column and frame.
     step = torch.arange(frames, dtype=torch.float32)[None, :, None, None]
     x = axis[None, None, None, :]
     turns = (x / len(axis) + _per_scene(slides) * step) / PERIOD
     turns = turns + _per_scene([scene.phase for scene in scenes])
-    return _per_scene(levels) + _STRIPE * torch.cos(2 * math.pi * turns)
+    stripes = torch.cos(2 * math.pi * turns)
+    return _per_scene(levels) + _STRIPE * stripes
 
 
 def _per_scene(values: list[float]) -> Tensor:
@@ -283,4 +306,7 @@ def _rgb(attributes: Attributes) -> list[float]:
     middle = _MIDDLE[attributes.style]
     half = _CHROMA[attributes.style] / 2
     lit = _RED_GREEN_BLUE[attributes.color]
-    return [middle + half if on else middle - half for on in lit]
+    channels = []
+    for on in lit:
+        channels.append(middle + half if on else middle - half)
+    return channels
