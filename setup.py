@@ -1,8 +1,7 @@
 """Install with ``pip install -c constraints.txt -e ".[test]"``, or with ``make install``.
 
 Ranges stand here, tested versions in constraints.txt. The upper bound of torch keeps pip on
-a release that has a CPU wheel: on a CUDA machine install torch first, then this package
-with ``--no-deps`` for torch, as README says.
+a release that has a CPU wheel. On a CUDA machine install the torch build for its driver first.
 """
 
 from pathlib import Path
@@ -79,6 +78,7 @@ setup(
         "numpy>=1.26",
         "scipy>=1.11",
         "pillow>=10.0",
+        "psutil>=5.9",
         "decord2>=3.0",  # the maintained build of the module `decord`
         "imageio>=2.31",
         "imageio-ffmpeg>=0.5",

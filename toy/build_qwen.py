@@ -53,7 +53,12 @@ from toy.world import (
 
 TEMPLATE = PromptTemplate(before="prompt: {prompt}\nvideo:", after="\njudge:")
 SETTINGS = VideoSettings(
-    fps=8.0, min_frames=4, max_frames=8, min_pixels=256, max_pixels=1024, patch_size=4
+    fps=8.0,
+    min_frames=4,
+    max_frames=8,
+    min_pixels=256,
+    max_pixels=1024,
+    patch_size=4,
 )
 SAMPLE_CONFIG = Path("configs/shapes/sample.yaml")
 UNCLEAR = "unclear"
@@ -357,7 +362,11 @@ class Eye(nn.Module):
         width = 32 * 128
         heads = []
         for _ in range(2):
-            layers = (nn.Linear(width, 128), nn.GELU(), nn.Linear(128, classes))
+            layers = (
+                nn.Linear(width, 128),
+                nn.GELU(),
+                nn.Linear(128, classes),
+            )
             heads.append(nn.Sequential(*layers))
         self.heads = nn.ModuleList(heads)
 

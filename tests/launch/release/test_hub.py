@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import ClassVar
 
 import huggingface_hub
 import pytest
@@ -97,7 +98,7 @@ def test_push_to_existing_public_repository_needs_public(
 class Refusing(BaseHTTPRequestHandler):
     """A hub that lets nobody create anything, and remembers who asked for what."""
 
-    asked: list = []
+    asked: ClassVar[list] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
