@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from common.cli import exit_with_error, user_errors
 from launch.command import read_command
-from launch.rm_data import read_tables, usable_pairs
-from launch.rm_runs import build_rm_engine, reward_model_task
 from launch.schemas.training import ColdStartRun
+from launch.training.rm_data import read_tables, usable_pairs
+from launch.training.rm_runs import build_rm_engine, reward_model_task
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

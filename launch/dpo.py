@@ -85,8 +85,8 @@ def build_task(run: DpoRun, pairs: PairSet, heldout: PairSet | None) -> Training
     from engine.ema import Ema
     from engine.trainer import StepReport, no_metrics
     from launch.compose import generator_task
-    from launch.dpo_displacement import DisplacementWatch
-    from launch.dpo_refresh import Refresher
+    from launch.training.dpo_displacement import DisplacementWatch
+    from launch.training.dpo_refresh import Refresher
 
     # Build, and tell how large an update is.
     with user_errors():

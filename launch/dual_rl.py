@@ -14,9 +14,13 @@ from typing import TYPE_CHECKING
 
 from common.cli import user_errors
 from launch.command import read_command
-from launch.rm_data import read_tables, usable_pairs
-from launch.rm_runs import build_rm_engine, reward_model_task, shard_reward_model
 from launch.schemas.training import DualRlRun
+from launch.training.rm_data import read_tables, usable_pairs
+from launch.training.rm_runs import (
+    build_rm_engine,
+    reward_model_task,
+    shard_reward_model,
+)
 
 if TYPE_CHECKING:
     from engine.trainer import TrainingTask

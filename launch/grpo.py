@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 from common.cli import exit_with_error, user_errors
 from launch.command import read_command
-from launch.grpo_checks import (
+from launch.schemas.training import GrpoRun
+from launch.training.grpo_checks import (
     batch_arithmetic,
     check_ranks,
     print_cause,
     run_self_checks,
 )
-from launch.schemas.training import GrpoRun
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -73,7 +73,7 @@ def build_task(
     from engine.ema import Ema
     from engine.trainer import StepReport
     from launch.compose import generator_task
-    from launch.grpo_outputs import evaluate_heldout, write_samples
+    from launch.training.grpo_outputs import evaluate_heldout, write_samples
 
     # Build, and tell how large an update is.
     with user_errors():

@@ -23,7 +23,7 @@ from launch.schemas.pairs import PairsRun
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from launch.pair_making import PairOutput
+    from launch.training.pair_making import PairOutput
 
 # Settings that change no byte of the set.
 NOT_IN_A_PAIR = ("out", "keep_candidates")
@@ -65,7 +65,7 @@ def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
     from common.cli import user_errors
     from common.log import say
     from launch.compose import build_rewards, quiet, trained_generator
-    from launch.pair_making import make_pairs
+    from launch.training.pair_making import make_pairs
 
     quiet()
     names = ", ".join(cfg.rewards)
@@ -110,7 +110,12 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     from common.cli import user_errors
     from common.log import say
     from launch.compose import build_generator, quiet
-    from launch.pair_making import encode_pair, labelled, make_candidates, write_output
+    from launch.training.pair_making import (
+        encode_pair,
+        labelled,
+        make_candidates,
+        write_output,
+    )
 
     quiet()
     say(table.report())
@@ -145,7 +150,7 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
 def start_output(cfg: PairsRun, identity: Mapping[str, Any]) -> PairOutput:
     """Describe the set to write, and save the config beside it."""
     from common import distributed
-    from launch.pair_making import PairOutput
+    from launch.training.pair_making import PairOutput
 
     folder = Path(cfg.out)
     if distributed.is_main():

@@ -23,8 +23,8 @@ from common.config import ConfigError, load
 from common.distributed import derive_seed
 from common.video_io import write_mp4
 from launch.compose import build_generator
-from launch.pair_making import encode_pair
 from launch.schemas.pairs import DpoRun, PairsRun
+from launch.training.pair_making import encode_pair
 from rm.data import Pair
 from rm.video_check import VideoChecker
 from tests.fakes import decoder_with_a_trap

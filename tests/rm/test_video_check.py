@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common.video_io import write_mp4
-from launch.rm_data import checked
+from launch.training.rm_data import checked
 from rm import video_check
 from rm.data import Pair
 from rm.video_check import VideoChecker, bad_videos, split_pairs

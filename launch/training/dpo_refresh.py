@@ -11,7 +11,7 @@ from common.distributed import derive_seed
 from common.log import say
 from common.schedule import IndexSchedule
 from launch.compose import build_rewards
-from launch.pair_making import make_pairs
+from launch.training.pair_making import make_pairs
 
 if TYPE_CHECKING:
     from alignment.dpo import DpoLoop

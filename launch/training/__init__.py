@@ -1,0 +1,1 @@
+"""Parts of the training commands: checks, outputs, tables, pair making."""
