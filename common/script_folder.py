@@ -17,8 +17,10 @@ def leave_script_folder(package_file: str) -> None:
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     if script is not None:
         script_folder = Path(script).resolve().parent
-        is_other_copy = script_folder.name == folder.name and script_folder != folder
-        if is_other_copy and (script_folder / "__init__.py").is_file():
+        has_same_name = script_folder.name == folder.name and script_folder != folder
+        # Another folder of that name, tests/launch for one, is no copy of the project.
+        is_project = (script_folder.parent / "common" / "script_folder.py").is_file()
+        if has_same_name and is_project:
             sys.stderr.write(
                 f"{script} belongs to a checkout, but Python imports the installed copy in "
                 f"{folder.parent}. Install the checkout with `pip install -e .`, or run the "

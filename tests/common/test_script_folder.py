@@ -43,7 +43,17 @@ def test_script_of_another_copy_exits_2(tmp_path):
     package = tmp_path / "launch"
     package.mkdir()
     (package / "__init__.py").write_text("")
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "script_folder.py").write_text("")
     (package / "grpo.py").write_text("from launch.command import read_command\n")
     done = run(package / "grpo.py")
     assert done.returncode == 2
     assert str(ROOT) in done.stderr
+
+
+def test_script_in_a_folder_of_the_same_name_runs(tmp_path):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "__init__.py").write_text("")
+    script = tmp_path / "launch" / "mine.py"
+    script.write_text("import launch\n")
+    assert run(script).returncode == 0
