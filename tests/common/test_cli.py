@@ -40,6 +40,7 @@ def lines(text: str) -> list[str]:
         (["--resume", "nope"], "--resume nope: there is no such folder"),
         (
             [
+                "rewards.oracle.target=null",
                 "rewards.oracle.kind=descore",
                 "rewards.oracle.checkpoint=assets/shapes/wan",
             ],
