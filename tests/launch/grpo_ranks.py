@@ -46,11 +46,6 @@ SHARED = {
     f"float32 {stage} shared": [f"zero_stage={stage}", "grpo.ranks_per_group=2"]
     for stage in (1, 3)
 }
-SHARED["float32 1 shared per member"] = [
-    "zero_stage=1",
-    "grpo.ranks_per_group=2",
-    "grpo.update=per_member",
-]
 SHARED["float32 1 side by side"] = ["zero_stage=1", "grpo.overlap_scoring=true"]
 
 
