@@ -405,7 +405,7 @@ def test_cold_start_8b_cost_by_hand() -> None:
         2 * 8.767e9 + 2 * 0.175e9, rel=0.02
     )  # and LoRA of rank 64
     # a frozen linear costs its forward, its recomputation and the gradient of its input
-    once = 2 * 6.95e9 * short.whole + 2 * 0.576e9 * 3600
+    once = 2 * 6.95e9 * short.total + 2 * 0.576e9 * 3600
     assert 8 * plan.phases[0].flops == pytest.approx(32 * 2 * 3 * once, rel=0.15)
     assert plan.peak < 79 * GIB
 
