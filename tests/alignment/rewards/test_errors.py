@@ -114,7 +114,7 @@ def test_reward_that_raises_in_the_last_evaluation_loses_no_step(
         f"run_dir={tmp_path / 'run'}",
     ]
     given += [
-        f"evaluation={{prompts: {tmp_path / 'prompts.txt'}, every: 1, limit: 2, stock: false}}"
+        f"evaluation={{prompts: {tmp_path / 'prompts.txt'}, every: 1, limit: 2, stock_scheduler: false}}"
     ]
     (tmp_path / "prompts.txt").write_text("rain\nsnow\n")
     calls = 1
