@@ -114,7 +114,9 @@ def test_reward_that_raises_in_the_last_evaluation_loses_no_step(
         f"run_dir={tmp_path / 'run'}",
     ]
     given += [
-        f"evaluation={{prompts: {tmp_path / 'prompts.txt'}, every: 1, limit: 2, stock_scheduler: false}}"
+        f"evaluation.prompts={tmp_path / 'prompts.txt'}",
+        "evaluation.every=1",
+        "evaluation.limit=2",
     ]
     (tmp_path / "prompts.txt").write_text("rain\nsnow\n")
     calls = 1
