@@ -272,14 +272,14 @@ def test_results_table_in_separate_folders_exits_2(tmp_path: Path) -> None:
     program.write_text(
         "import os, pathlib, sys\n"
         "from launch.evaluation.results_table import ResultsTable, all_ranks\n"
-        "from common.cli import refuse\n"
+        "from common.cli import exit_with_error\n"
         "name = ('one', sys.argv[-1])[int(os.environ['RANK'])]\n"
         f"place = pathlib.Path({str(tmp_path)!r}) / name / 'results.jsonl'\n"
         "with all_ranks():\n"
         "    try:\n"
         "        ResultsTable(place, identity={})\n"
         "    except ValueError as error:\n"
-        "        refuse(str(error))\n"
+        "        exit_with_error(str(error))\n"
     )
     said = deepspeed(2, str(program), "two", expect=2).stderr
     assert f"{tmp_path / 'one'} " in said
