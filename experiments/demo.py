@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common.files import read_json
 from experiments.runner import (
     ROOT,
     CommandStep,
     PeakMemory,
     config_words,
-    read_json,
     run_step,
     write_json,
 )
@@ -68,7 +68,6 @@ def _reward_model_steps(run: Path, seed: int) -> list[CommandStep]:
             "toy/make_pairs.py",
             ["--out", str(data), "--seed", str(seed)],
             data / "done.json",
-            launcher=False,
         ),
         CommandStep(
             "DeScore, stage 1: cold start",
