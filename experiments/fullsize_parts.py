@@ -95,14 +95,8 @@ def grpo(folder: Path) -> FullSizeResult:
     with generator.given_prompts(embeddings):
         metrics = loop.step(0).metrics
 
-    # SUM of the adapter's output matrices, which start as zeros.
-    moved = 0.0
-    for name, parameter in generator.module.named_parameters():
-        if "lora_B" in name:
-            moved += float(parameter.detach().abs().sum())
     facts = {
         "grad_norm": metrics["train/grad_norm"],
-        "lora_B": moved,
         "not_finite": loop.engine.pop_skipped_count(),
     }
     return plan_grpo(cfg, WHERE), engine.module, facts
@@ -174,7 +168,6 @@ def cold_start(folder: Path) -> FullSizeResult:
     facts = {
         "rewards": [round(value, 4) for value in without_cot.value_B.tolist()],
         "unfinished_chain": "not judged" if unscored else "JUDGED",
-        "words_written": len(with_cot.texts[0]),
         "loss": metrics["train/loss"],
         "grad_norm": metrics["train/grad_norm"],
         "tokens": tokens,

@@ -32,6 +32,7 @@ def evaluation_step(
     folder: Path, seed: int, prompts: int, *, trained: bool
 ) -> CommandStep:
     """Command that evaluates the generator of a run folder on held-out prompts."""
+    # Without an adapter the base generator is evaluated.
     words = config_words(
         "evaluate_oracle",
         f"seed={seed}",
@@ -42,11 +43,18 @@ def evaluation_step(
         words.append(f"adapter={folder / 'final'}")
     done = folder / "eval" / "summary.json"
     return CommandStep(
-        f"judge {folder}", "launch/evaluate.py", ["generator", *words], done
+        f"judge {folder}",
+        "launch/evaluate.py",
+        ["generator", *words],
+        done,
     )
 
 
-def read_scores(root: Path, seeds: Sequence[int], arms: Iterable[str]) -> Scores:
+def read_scores(
+    root: Path,
+    seeds: Sequence[int],
+    arms: Iterable[str],
+) -> Scores:
     """Read the oracle's total in [0, 1] and its sub-dimensions (0 to 2) of every video."""
     scores: Scores = {}
     for arm in arms:
@@ -63,7 +71,11 @@ def read_scores(root: Path, seeds: Sequence[int], arms: Iterable[str]) -> Scores
 
 
 def oracle_of(
-    scores: Scores, arm: str, column: str = TOTAL, *, minus: str | None = None
+    scores: Scores,
+    arm: str,
+    column: str = TOTAL,
+    *,
+    minus: str | None = None,
 ) -> dict[str, Any]:
     """MEAN of a column over seeds and prompts, or its difference to another arm."""
 

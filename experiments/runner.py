@@ -12,11 +12,10 @@ import os
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,20 +72,13 @@ class PeakMemory:
         import psutil
 
         while process.poll() is None:
-            # Launchers have children that have children.
-            total = 0
-            try:
+            # A process may end between two calls; the next sample is complete again.
+            with suppress(psutil.NoSuchProcess):
                 root = psutil.Process(process.pid)
+                # Launchers have children that have children.
                 family = [root, *root.children(recursive=True)]
-            except psutil.NoSuchProcess:
-                return
-            for member in family:
-                try:
-                    total += member.memory_info().rss
-                except psutil.NoSuchProcess:
-                    # It ended between the two calls.
-                    continue
-            self.peak = max(self.peak, total)
+                total = sum(member.memory_info().rss for member in family)
+                self.peak = max(self.peak, total)
             time.sleep(0.5)
 
 
@@ -133,7 +125,7 @@ def run_step(
     if log is None:
         print(f"$ {command}", flush=True)
 
-    # Start the process, and a thread that watches its memory.
+    # Start the process and wait for it.
     with nullcontext() if log is None else log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [path, *options],
@@ -143,11 +135,7 @@ def run_step(
             stderr=file and subprocess.STDOUT,
         )
         if memory is not None:
-            threading.Thread(
-                target=memory.watch,
-                args=(process,),
-                daemon=True,
-            ).start()
+            memory.watch(process)
         code = process.wait()
 
     # Check the exit code and the output file.
