@@ -108,7 +108,6 @@ def main() -> None:
         "module": module,
         "seconds": seconds,
         "loop_share": median(row["loop"] / row["step"] for row in rows),
-        "optimizer_share": median(row["optimizer"] / row["step"] for row in rows),
         "threads": torch.get_num_threads(),
     }
     write_record(args.out, record)
