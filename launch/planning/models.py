@@ -30,10 +30,6 @@ COT_TOKENS = 800
 _TOKENIZER = "assets/shapes/qwen"
 
 
-class UnknownModelError(ValueError):
-    """A model whose size is neither in known_models.py nor in a folder."""
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Parameters of a module, and the bytes of its weights in their data types."""
@@ -369,17 +365,11 @@ class MetaRewardModel:
 
         The embedding does not count, because its rows are read and not multiplied.
         """
-        # The output matrix may be that of the embedding, and then counts once.
+        # The output matrix may be that of the embedding.
         backbone = self.model.backbone
-        language = sizes_of(backbone.model.language_model)
-        output = sizes_of(backbone.lm_head)
-        table = sizes_of(backbone.get_input_embeddings())
-        return Sizes(
-            parameters=language.parameters + output.parameters - table.parameters,
-            trained=0,
-            bytes=language.bytes + output.bytes - table.bytes,
-            trained_bytes=0,
-        )
+        language = backbone.model.language_model
+        passed = [language.layers, language.norm, backbone.lm_head]
+        return sizes_of(torch.nn.ModuleList(passed))
 
 
 def _cost_of_pass(
@@ -416,7 +406,7 @@ def _config_of(
 ) -> dict[str, Any]:
     """Read the config of a component from its folder, or take the published ``known``.
 
-    Raises UnknownModelError where there is neither.
+    Raises ValueError where there is neither.
     """
     # A folder tells more than a published size.
     file = Path(path, part, "config.json")
@@ -424,7 +414,7 @@ def _config_of(
         return dict(json.loads(file.read_text(encoding="utf-8")))
     if known is None:
         names = ", ".join([*known_models.WAN, *known_models.QWEN3_VL])
-        raise UnknownModelError(
+        raise ValueError(
             f"{path}: no folder with {Path(part, 'config.json')}, and none of {names}"
         )
     return dict(known)
