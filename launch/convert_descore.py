@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cli import check_new_folder
+from common.cli import check_new_folder, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,10 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="bfloat16 is half the size and less exact",
     )
     args = parser.parse_args(argv)
-    try:
+    with user_errors():
         convert_folder(args)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def convert_folder(args: argparse.Namespace) -> None:

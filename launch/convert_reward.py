@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cli import check_new_folder
+from common.cli import check_new_folder, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,10 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="the backbone's dtype",
     )
     args = parser.parse_args(argv)
-    try:
+    with user_errors():
         convert_folder(args)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def convert_folder(args: argparse.Namespace) -> None:

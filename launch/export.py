@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import check_new_folder
+from common.cli import check_new_folder, user_errors
 
 if TYPE_CHECKING:
     from generator.adapter_file import StoredAdapter
@@ -62,10 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.public and not args.push:
         parser.error("--public goes with --push")
-    try:
+    with user_errors():
         export_folder(args)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
     # Push what is written.
     if args.push:

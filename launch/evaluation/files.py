@@ -87,7 +87,7 @@ def _read_table(path: Path) -> list[tuple[str, str]] | None:
     A row whose video is null is skipped: an evaluation keeps the first videos only.
     """
     try:
-        rows, columns = _read_rows(path)
+        rows, columns = _read_jsonl(path)
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     # Only a .csv must name videos: a .jsonl may hold prompts alone.
@@ -116,10 +116,10 @@ def _read_table(path: Path) -> list[tuple[str, str]] | None:
     return table
 
 
-def _read_rows(path: Path) -> tuple[list[Any], Sequence[str]]:
+def _read_jsonl(path: Path) -> tuple[list[Any], Sequence[str]]:
     """Read the rows and the column names of a .csv or .jsonl; other files have none.
 
-    A .jsonl written by hand may lack the end of its last line, so `read_rows` would not do.
+    A .jsonl written by hand may lack the end of its last line, so `read_jsonl` would not do.
     """
     if path.suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:

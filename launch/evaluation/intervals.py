@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.types import json_number
+
 # Resampled values that are held in memory together, 32 MB.
 _CHUNK = 1 << 22
 
@@ -41,10 +43,9 @@ class Interval:
 
         NaN becomes null.
         """
-        ends = [_finite(self.low), _finite(self.high)]
         return {
-            "mean": _finite(self.mean),
-            "ci95": ends,
+            "mean": json_number(self.mean),
+            "ci95": [json_number(self.low), json_number(self.high)],
             "n": self.n,
             "missing": self.missing,
         }
@@ -72,7 +73,7 @@ def mean_ci95(
     n = len(scored)
     missing = len(given) - n
     if n == 0:
-        return _without_values(missing)
+        return Interval(math.nan, math.nan, math.nan, 0, missing)
 
     # Resample in chunks of rows that fit in memory.
     random = np.random.default_rng(seed)
@@ -101,14 +102,12 @@ def statistic_ci95(
     """
     _check(resamples)
     if count == 0:
-        return _without_values()
+        return Interval(math.nan, math.nan, math.nan, 0)
     # The statistic of each resample.
     random = np.random.default_rng(seed)
-    draws = []
-    for _ in range(resamples):
-        indices = random.integers(0, count, size=count)
-        draws.append(statistic(indices))
-    draw_R = np.array(draws)
+    draw_R = np.array(
+        [statistic(random.integers(0, count, size=count)) for _ in range(resamples)]
+    )
     low, high = _percentiles(draw_R[~np.isnan(draw_R)])
     # The statistic of the items themselves.
     mean = float(statistic(np.arange(count)))
@@ -187,14 +186,6 @@ def _resampled_means(
     count = len(value_N)
     indices = random.integers(0, count, size=(resamples, count))
     return value_N[indices].mean(axis=1)
-
-
-def _without_values(missing: int = 0) -> Interval:
-    return Interval(math.nan, math.nan, math.nan, 0, missing)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _check(resamples: int) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.reporting.data import config, metrics
+from launch.reporting.data import columns, config, metrics
 
 # Texts that cannot be a path, an address or a sentence.
 PLAIN_WORD = re.compile(r"[A-Za-z][\w.-]{0,39}")
@@ -204,17 +204,11 @@ def is_hub_name(path: str | None) -> bool:
 
 def logged_changes(rows: Iterable[Mapping[str, float]]) -> list[LoggedChange]:
     """Compare both ends of each logged quantity: ten values, or a single value below 20."""
-    # Collect the values of each quantity, in order.
-    logged: dict[str, list[float]] = {}
-    for row in rows:
-        for name, value in row.items():
-            wanted = LOGGED.fullmatch(name) and not name.endswith(SPREADS)
-            if wanted and math.isfinite(value):
-                logged.setdefault(name, []).append(value)
-
-    # Average both ends.
     changes = []
-    for name, values in sorted(logged.items()):
+    for name, values in sorted(columns(rows).items()):
+        if not LOGGED.fullmatch(name) or name.endswith(SPREADS):
+            continue
+        # Average both ends.
         over = 10 if len(values) >= 20 else 1
         first = sum(values[:over]) / over
         last = sum(values[-over:]) / over

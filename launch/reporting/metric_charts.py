@@ -134,7 +134,8 @@ def metric_charts(kind: str, folder: Path | None) -> list[Chart]:
     rewards = [
         name.removeprefix("reward/") for name in metrics if name.startswith("reward/")
     ]
-    charts = []
+    # What to draw: a chart, and for some the reward and its title.
+    wanted = []
 
     # Every reward of GRPO logs its mean, and its spread with _std after its name.
     if kind == "grpo":
@@ -148,72 +149,45 @@ def metric_charts(kind: str, folder: Path | None) -> list[Chart]:
                 role = f"trained, weight {weight:g}" if weight else "watched only"
                 title = f"{name} ({role})"
             specs = REWARD_CHARTS if weight == 0 else [*REWARD_CHARTS, *SPREAD_CHARTS]
-            charts += [
-                _draw(
-                    spec,
-                    rows,
-                    metrics,
-                    name,
-                    title,
-                )
-                for spec in specs
-            ]
+            wanted += [(spec, name, title) for spec in specs]
     # What every run of the kind has.
-    charts += [_draw(spec, rows, metrics) for spec in CHARTS.get(kind, ())]
+    wanted += [(spec, "", "") for spec in CHARTS.get(kind, ())]
     if kind == "dual_rl":
-        charts += [
-            _draw(
-                COT_CHART,
-                rows,
-                metrics,
-                name,
-                name,
-            )
-            for name in rewards
-        ]
+        wanted += [(COT_CHART, name, name) for name in rewards]
+    charts = [_draw(rows, metrics, *item) for item in wanted]
     return [chart for chart in charts if chart is not None]
 
 
 def _draw(
-    spec: MetricChart,
     rows: Sequence[Mapping[str, float]],
     metrics: Sequence[str],
-    reward: str = "",
-    title: str = "",
+    spec: MetricChart,
+    reward: str,
+    title: str,
 ) -> Chart | None:
     """Draw a chart of a ``reward``, if it is that of a reward; None without values."""
     # Metrics and their names in the legend.
     names = {}
     for pattern, label in spec.curves.items():
         metric = pattern.replace("{}", reward)
-        if metric.endswith("*"):
-            start = metric.removesuffix("*")
-            for name in metrics:
-                if name.startswith(start):
-                    names[name] = label + name.removeprefix(start)
-        else:
+        start = metric.removesuffix("*")
+        if start == metric:
             names[metric] = label
+            continue
+        for name in metrics:
+            if name.startswith(start):
+                names[name] = label + name.removeprefix(start)
 
     # The values of every curve, over the logged steps that have them.
-    curves = []
+    curves: list[Series] = []
     for metric, name in names.items():
         points = [(row["step"], row[metric]) for row in rows if metric in row]
         if points:
             x, y = zip(*points, strict=True)
-            curves.append(
-                Series(
-                    name,
-                    y,
-                    x,
-                    COLORS[len(curves) % len(COLORS)],
-                )
-            )
+            color = COLORS[len(curves) % len(COLORS)]
+            curves.append(Series(name, y, x, color))
     # Charts of failures that did not happen.
     if spec.unless_zero and not any(y > 0 for curve in curves for y in curve.y):
         return None
-    return line_chart(
-        spec.title.replace("{}", title),
-        curves,
-        note=spec.description,
-        log=spec.log,
-    )
+    title = spec.title.replace("{}", title)
+    return line_chart(title, curves, note=spec.description, log=spec.log)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.files import read_jsonl
 from common.video_io import write_mp4
 from launch import score
 from launch.evaluation.files import find_items, read_clip
-from launch.evaluation.results_table import read_rows
 from tests.fakes import decoder_with_a_trap
 from tests.launch.processes import ROOT, refused_early
 
@@ -48,7 +48,7 @@ def scored(tmp_path: Path, *words: str, code: int = 0) -> list[dict]:
             ]
         )
     assert exit_.value.code == code
-    return read_rows(tmp_path / "scores.jsonl") if code != 2 else []
+    return read_jsonl(tmp_path / "scores.jsonl") if code != 2 else []
 
 
 def test_brightness_of_grey_clips(clips: Path, tmp_path: Path) -> None:
