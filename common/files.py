@@ -60,6 +60,17 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by indented JSON, atomically. Raises ValueError for NaN."""
+    text = json.dumps(
+        value,
+        indent=1,
+        ensure_ascii=False,
+        allow_nan=False,
+    )
+    replace_text(path, text + "\n")
+
+
 def sort_header(path: Path) -> None:
     """Sort the header of a safetensors file in place.
 

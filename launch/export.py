@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import check_new_folder, user_errors
+from common.cli import check_new_folder, new_folder_parser, user_errors
 from launch.release.hub import PushError, check_repo_id, push
 from launch.release.model_card import ExportedFiles, model_card
 from launch.release.provenance import is_hub_name, read_provenance
@@ -39,9 +39,7 @@ FORMATS = ("diffusers", "comfyui", "merged")
 
 def main(argv: Sequence[str] | None = None) -> None:
     # Options.
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = new_folder_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add(
         "trained",
@@ -50,13 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="final/ or final_ema/ of a run",
     )
     add("--format", required=True, choices=FORMATS)
-    add(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="a new or empty folder",
-    )
     add("--base", metavar="PATH", help="the Wan that was trained; default: the run's")
     add("--base-model", metavar="OWNER/NAME", help="its hub name, for the card")
     add("--push", metavar="OWNER/NAME", help="upload to this repository, as private")

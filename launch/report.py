@@ -134,15 +134,11 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = sections.number
-    environment.filters["clean"] = sections.clean
+    environment.filters.update(number=sections.number, clean=sections.clean)
 
     # Columns of the comparison: rewards, and their parts as "reward.part".
     shown = runs.shown
-    columns = {
-        **data.summary(shown.get("base")),
-        **data.summary(shown.get("tuned")),
-    }
+    columns = data.summary(shown.get("base")) | data.summary(shown.get("tuned"))
     rewards = [name for name in columns if "." not in name]
     parts = [name for name in columns if "." in name]
     after_dpo = columns if "dpo_tuned" in shown else ()

@@ -62,14 +62,13 @@ def mean_ci95(
         mean*_r = 1/n sum_i x_{I_ri},   I_ri uniform on 1..n
 
     NaN and None mean "could not be scored"; they are left out and counted, never replaced by 0.
-    Raises ValueError for an infinite value or without resamples.
+    Raises ValueError for an infinite value.
     """
     # numpy turns None into NaN.
     given = np.array(list(values), dtype=np.float64)
     scored = given[~np.isnan(given)]
     if np.isinf(scored).any():
         raise ValueError("the mean of an infinite value has no interval")
-    _check(resamples)
     n = len(scored)
     missing = len(given) - n
     if n == 0:
@@ -100,7 +99,6 @@ def statistic_ci95(
     calibrated on the same items. ``mean`` is the statistic of all items in order. Resamples in
     which the statistic is NaN are left out.
     """
-    _check(resamples)
     if count == 0:
         return Interval(math.nan, math.nan, math.nan, 0)
     # The statistic of each resample.
@@ -133,7 +131,6 @@ def runs_ci95(
         raise ValueError(
             f"runs need equal numbers of tables with values, got tables of {sizes} values"
         )
-    _check(resamples)
     random = np.random.default_rng(seed)
 
     # drawn[run, slot] holds the run's mean in each resample, drawn anew for every slot.
@@ -186,11 +183,6 @@ def _resampled_means(
     count = len(value_N)
     indices = random.integers(0, count, size=(resamples, count))
     return value_N[indices].mean(axis=1)
-
-
-def _check(resamples: int) -> None:
-    if resamples < 1:
-        raise ValueError(f"a bootstrap needs resamples >= 1, got {resamples}")
 
 
 def _percentiles(draws: NDArray[np.float64]) -> tuple[float, float]:

@@ -68,13 +68,11 @@ class ResultsTable:
 
         # Only rank 0 reads, because it merges files while the other ranks are waiting.
         problem = guard.folder_problem(self.path.parent)
-        done = []
+        rows: dict[Key, Row] = {}
         if not problem and distributed.is_main():
             problem = self._open(resume)
-        if not problem and distributed.is_main():
-            for row_key, row in self._read().items():
-                if retry is None or retry not in row:
-                    done.append(row_key)
+            rows = {} if problem else self._read()
+        done = [row_key for row_key, row in rows.items() if retry not in row]
         # All ranks continue, or all of them raise.
         problem, done = distributed.from_main((problem, done))
         if problem:
@@ -96,8 +94,7 @@ class ResultsTable:
         file = self.path.with_suffix(f".rank-{rank}.jsonl")
         # A kill may cut the last line, which `read_jsonl` skips.
         with file.open("a", encoding="utf-8") as lines:
-            for row in rows:
-                lines.write(_line(row))
+            lines.writelines(map(_line, rows))
         self._added = file.name
 
     def finish(self, keys: Sequence[Key]) -> list[Row]:
@@ -164,8 +161,7 @@ class ResultsTable:
 
         A kill between the two steps leaves rows twice, which `_read` resolves.
         """
-        lines = [_line(row) for row in rows]
-        replace_text(self.path, "".join(lines))
+        replace_text(self.path, "".join(map(_line, rows)))
         for part in self._parts():
             part.unlink()
 
@@ -259,17 +255,6 @@ def fingerprint(path: str | Path) -> Any:
     if state.st_size > _HASHED_BYTES:
         return f"{state.st_size} bytes of {state.st_mtime_ns}"
     return sha256(path)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Replace a file by indented JSON, atomically. Raises ValueError for NaN."""
-    text = json.dumps(
-        value,
-        indent=1,
-        ensure_ascii=False,
-        allow_nan=False,
-    )
-    replace_text(Path(path), text + "\n")
 
 
 def _line(row: Row) -> str:

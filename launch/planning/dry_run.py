@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import yaml
 
 from common.cli import exit_with_error, user_errors
-from common.run_record import hide_secrets, plain
+from common.run_record import hide_secrets, plain, value_at
 from launch.planning.plan import DEVICES, GIB, RESERVE, Plan, Where
 from launch.planning.runs import (
     is_descore,
@@ -125,10 +125,11 @@ def missing_inputs(cfg: Any, *, planned: bool) -> list[str]:
 
     `Plan.assumed` lists the reward models that a ``planned`` run does not find.
     """
+    settings = plain(cfg)
+    paths = {key: value_at(settings, key) for key in _INPUTS}
     # Reward models are inputs too.
-    paths = {key: _value_at(cfg, key) for key in _INPUTS}
     if not planned:
-        paths["checkpoint"] = _value_at(cfg, "checkpoint")
+        paths["checkpoint"] = settings.get("checkpoint")
     for name, reward in (getattr(cfg, "rewards", None) or {}).items():
         read = (reward.kind or name) in ("videoreward", "hpsv3")
         if read or (is_descore(name, reward) and not planned):
@@ -138,13 +139,6 @@ def missing_inputs(cfg: Any, *, planned: bool) -> list[str]:
         for key, path in paths.items()
         if isinstance(path, str) and not Path(path).exists()
     ]
-
-
-def _value_at(cfg: Any, dotted: str) -> Any:
-    """None where this config has no such key, or null above it."""
-    for key in dotted.split("."):
-        cfg = getattr(cfg, key, None)
-    return cfg
 
 
 def lines_of(

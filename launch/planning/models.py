@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.files import read_json
 from common.shipped import shipped
 from launch.planning import known_models
 from launch.planning.meta_device import Cost, cost_of
@@ -243,9 +243,9 @@ class MetaRewardModel:
         self.checkpointing = False
 
         file = Path(self.name, "video.json")
-        if settings is None:
-            settings = VideoSettings.load(file) if file.is_file() else VideoSettings()
-        self.settings = settings
+        if settings is None and file.is_file():
+            settings = VideoSettings.load(file)
+        self.settings = settings or VideoSettings()
 
     @cached_property
     def model(self) -> DeScore:
@@ -411,7 +411,7 @@ def _config_of(
     # A folder tells more than a published size.
     file = Path(path, part, "config.json")
     if file.is_file():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return read_json(file)
     if known is None:
         names = ", ".join([*known_models.WAN, *known_models.QWEN3_VL])
         raise ValueError(

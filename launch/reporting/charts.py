@@ -162,7 +162,7 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
     # Values outside count as missing, not as 0.
     ones = np.ones(window)
     sums = np.convolve(values, ones, mode="same")
-    counts = np.convolve(np.ones(len(values)), ones, mode="same")
+    counts = np.convolve(np.ones_like(values), ones, mode="same")
     return list(sums / counts)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from common import safe_yaml
 from common.files import json_object, read_jsonl
+from launch.evaluation.generator import flatten_scores
 from launch.evaluation.intervals import mean_ci95
 
 Row = dict[str, Any]
@@ -141,11 +142,7 @@ def by_video(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:
 
 def value_of(row: Row, column: str) -> float:
     """A reward, or a part of it as "reward.part"; NaN where it is missing."""
-    value = row["rewards"].get(column)
-    # A part.
-    for name, parts in row["parts"].items():
-        if column.startswith(f"{name}."):
-            value = parts.get(column.removeprefix(f"{name}."))
+    value = flatten_scores(row).get(column)
     return math.nan if value is None else float(value)
 
 

@@ -37,8 +37,11 @@ def discover(root: Path) -> Runs:
     # Kinds by name: they tell what an evaluated adapter was trained by.
     folders = _run_folders(root)
     trained = {folder.name: _stage_of(config(folder)) for folder in folders}
-    kinds = [(kind_of(folder, trained), folder) for folder in folders]
-    runs = [(kind, folder) for kind, folder in kinds if kind is not None]
+    runs = [
+        (kind, folder)
+        for folder in folders
+        if (kind := kind_of(folder, trained)) is not None
+    ]
     if not runs:
         raise ValueError(
             f"{root} holds no run (config.yaml, metrics.jsonl) and no evaluation "
