@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.files import read_json
+from common.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,13 +79,12 @@ class PromptTemplate:
         return left + prompt + right
 
     def save(self, path: str | Path) -> None:
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> PromptTemplate:
         """Read a prompt.json. Raises ValueError, with the file, for other keys."""
-        raw = read_json(Path(path))
+        raw = read_json(path)
         if not isinstance(raw, dict) or set(raw) != {"before", "after"}:
             raise ValueError(
                 f"{path}: a prompt template has the keys 'before' and 'after', got {raw!r:.80}"

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -130,13 +130,6 @@ class StoredTensor(NamedTuple):
     key: str
 
 
-class LoadedHead(NamedTuple):
-    """The head's weight (1, d), and the file that held it."""
-
-    weight: Tensor
-    file: Path
-
-
 def convert_checkpoint(
     checkpoint: OfficialCheckpoint,
     *,
@@ -165,16 +158,16 @@ def convert_checkpoint(
             "transformers 4.57 or later"
         )
     tokenizer, query_id = read_tokenizer(path)
-    head = _find_head(checkpoint, index.pop(HEAD, None))
+    head, head_file = _find_head(checkpoint, index.pop(HEAD, None))
     lora = _find_lora(checkpoint)
     state = _read_tensors(index)
     merge_lora(state, lora, source=path / ADAPTER)
 
     # Take the query from the embeddings before they are resized and rounded.
     rows, width = state[EMBEDDINGS].shape
-    if head.weight.shape != (1, width):
+    if head.shape != (1, width):
         raise ValueError(
-            f"{head.file}: the head is {tuple(head.weight.shape)}, "
+            f"{head_file}: the head is {tuple(head.shape)}, "
             f"but the hidden size requires (1, {width})"
         )
     if query_id >= rows:
@@ -203,10 +196,8 @@ def convert_checkpoint(
         source=path,
     )
     model = DeScore(backbone, tokenizer, template, settings, query_id)
-    model.load_state_dict(
-        {"query": query, "head.weight": head.weight.float()}, strict=False
-    )
-    return Conversion(model.eval(), head.file, len(lora))
+    model.load_state_dict({"query": query, "head.weight": head.float()}, strict=False)
+    return Conversion(model.eval(), head_file, len(lora))
 
 
 def read_template(path: str | Path) -> PromptTemplate:
@@ -339,12 +330,15 @@ def _pad_rows(weight_VD: Tensor) -> Tensor:
 
 def _find_head(
     checkpoint: OfficialCheckpoint, stored: StoredTensor | None
-) -> LoadedHead:
-    """Read the head from the file that the user names, the weights, or a file beside them."""
+) -> tuple[Tensor, Path]:
+    """Read the head from the file that the user names, the weights, or a file beside them.
+
+    Returns its weight (1, d), and the file.
+    """
     # The user's choice comes first.
     path, file = checkpoint.path, checkpoint.head
     if file is None and stored is not None:
-        return LoadedHead(_read_tensors({HEAD: stored})[HEAD], stored.file)
+        return _read_tensors({HEAD: stored})[HEAD], stored.file
     if file is None:
         files = [path / name for name in HEAD_FILES if (path / name).is_file()]
         if not files:
@@ -353,7 +347,7 @@ def _find_head(
                 f"{' or '.join(HEAD_FILES)}; give --head"
             )
         file = files[0]
-    return LoadedHead(read_head(file, allow_pickle=checkpoint.allow_pickle), file)
+    return read_head(file, allow_pickle=checkpoint.allow_pickle), file
 
 
 def read_head(path: Path, *, allow_pickle: bool) -> Tensor:
@@ -399,7 +393,7 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase, int]:
                 continue
             if name in TOKEN_FILES:
                 content = read_json(file)
-                text = json.dumps(_without(REWARD, content), ensure_ascii=False)
+                text = json.dumps(pruned(content, _is_reward), ensure_ascii=False)
                 Path(folder, name).write_text(text, encoding="utf-8")
             else:
                 shutil.copy(file, folder)
@@ -414,22 +408,25 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase, int]:
     return ours, query_id
 
 
-def _without(token: str, value: Any) -> Any:
-    """Remove a token from a tokenizer's JSON, where it is a key, a text or an object's content."""
-    # As a key, and as a value.
+def pruned(value: Any, unwanted: Callable[[Any, Any], bool]) -> Any:
+    """Remove what is ``unwanted(key, item)`` from JSON; the items of a list have no key."""
+    # At any depth.
     if isinstance(value, dict):
         return {
-            key: _without(token, item)
+            key: pruned(item, unwanted)
             for key, item in value.items()
-            if key != token and not _is_token(token, item)
+            if not unwanted(key, item)
         }
     if isinstance(value, list):
-        return [_without(token, item) for item in value if not _is_token(token, item)]
+        return [pruned(item, unwanted) for item in value if not unwanted(None, item)]
     return value
 
 
-def _is_token(token: str, item: Any) -> bool:
-    return item == token or (isinstance(item, dict) and item.get("content") == token)
+def _is_reward(key: Any, item: Any) -> bool:
+    # As a key, a text or an object's content.
+    if isinstance(item, dict):
+        item = item.get("content")
+    return REWARD in (key, item)
 
 
 def _read_config(path: Path, base: Path | None) -> Qwen3VLConfig:
