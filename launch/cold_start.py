@@ -9,7 +9,6 @@ read. Started again, a run resumes from its newest whole checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from common.cli import exit_with_error, user_errors
@@ -58,15 +57,14 @@ def read_pairs_to_train(run: ColdStartRun) -> tuple[list[Pair], list[Pair]]:
         return list(table.pairs), heldout
 
     # Plain Bradley-Terry learns nothing from ties, which would make steps smaller.
-    pairs = [pair for pair in table.pairs if is_decided(pair, run.dimensions)]
+    pairs = []
+    for pair in table.pairs:
+        labels = {pair.label_in(name) for name in run.dimensions}
+        if labels & {1, -1}:
+            pairs.append(pair)
     if not pairs:
         exit_with_error(f"{table.path}: holds only ties, which need cold_start.theta")
     return pairs, heldout
-
-
-def is_decided(pair: Pair, dimensions: Iterable[str]) -> bool:
-    """Return True if one video is preferred in some dimension."""
-    return any(pair.label_in(name) in (1, -1) for name in dimensions)
 
 
 def build_task(

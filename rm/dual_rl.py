@@ -144,11 +144,12 @@ class DualRl:
         videos, encoded = encode_pairs(self.model, pairs)
 
         # A seed depends on the row of the table, not on batches or ranks.
-        seeds = []
-        for row in rows:
-            for side in range(2):
-                for i in range(cfg.group_size):
-                    seeds.append(derive_seed(self.seed, "rollout", step, row, side, i))
+        seeds = [
+            derive_seed(self.seed, "rollout", step, row, side, i)
+            for row in rows
+            for side in range(2)
+            for i in range(cfg.group_size)
+        ]
 
         # All videos of the micro-batch go through the model together.
         how = Generation(
@@ -207,9 +208,7 @@ class DualRl:
 
     def log_probs(self, model: DeScore, packed: Packed) -> Tensor:
         """Log-probabilities (B, G, T) of the CoTs under a model."""
-        output = packed_forward(
-            model, packed, temperature=self.cfg.temperature, score=False
-        )
+        output = packed_forward(model, packed, temperature=self.cfg.temperature)
         return output.log_prob_BGT
 
     def reference_log_probs(self, packed: Packed) -> Tensor:

@@ -74,14 +74,13 @@ class PackedOutput:
 
 
 def packed_forward(
-    model: DeScore, packed: Packed, *, temperature: float, score: bool = True
+    model: DeScore, packed: Packed, *, temperature: float
 ) -> PackedOutput:
     """Compute log-probabilities and rewards of all CoTs in one forward of the backbone.
 
         log_prob_t = log softmax(logits_t / temperature)[token_t]
 
-    over the ids that may be sampled. ``score=False`` leaves the rewards at 0, which is all
-    that the reference policy of the KL term needs.
+    over the ids that may be sampled.
     """
     # The hidden states, and the row that each entry of (B, G, T) belongs to.
     hidden_BLD = model.hidden(packed.batch)
@@ -104,9 +103,6 @@ def packed_forward(
 
     # Rewards: the linear head on the hidden states of the query tokens.
     query_BGK = packed.query_BG.unsqueeze(-1) - model.query_offset_K
-    if not score:
-        reward_BGK = torch.zeros(query_BGK.shape, device=device)
-        return PackedOutput(log_prob_BGT, reward_BGK)
     hidden_BGKD = hidden_BLD[row_B11, query_BGK]
     return PackedOutput(log_prob_BGT, model.reward_from_hidden(hidden_BGKD))
 

@@ -91,26 +91,6 @@ UNSUPPORTED_LORA = (
 
 
 @dataclass(frozen=True)
-class OfficialCheckpoint:
-    """Where the parts of an official checkpoint are.
-
-    path          The folder described above.
-    base          A folder with a config.json, for a checkpoint that has none.
-    head          A .safetensors or .pth. None looks among the weights, then for `HEAD_FILES`.
-    lora          False for a checkpoint without LoRA (stage 2).
-    alpha         Replaces the alpha of adapter_config.json, which is 128 whatever was trained.
-    allow_pickle  Allows to read a head that is a .pth; only tensors are read.
-    """
-
-    path: Path
-    base: Path | None = None
-    head: Path | None = None
-    lora: bool = True
-    alpha: float | None = None
-    allow_pickle: bool = False
-
-
-@dataclass(frozen=True)
 class Conversion:
     """A converted reward model on the CPU.
 
@@ -131,26 +111,37 @@ class StoredTensor(NamedTuple):
 
 
 def convert_checkpoint(
-    checkpoint: OfficialCheckpoint,
+    path: Path,
     *,
     template: PromptTemplate,
+    base: Path | None = None,
+    head: Path | None = None,
+    lora: bool = True,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
     settings: VideoSettings | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Conversion:
-    """Convert an official checkpoint into a DeScore.
+    """Convert an official checkpoint, the folder described above, into a DeScore.
 
-    ``settings`` None means the official 2 fps and 448 x 448 pixels a frame, with the patch sizes
-    of this vision tower. ``dtype`` is the backbone's; bfloat16 rounds part of LoRA's small changes
-    away. FileNotFoundError or ValueError name the file and the option that would help.
+    base          A folder with a config.json, for a checkpoint that has none.
+    head          A .safetensors or .pth. None looks among the weights, then for `HEAD_FILES`.
+    lora          False for a checkpoint without LoRA (stage 2).
+    alpha         Replaces the alpha of adapter_config.json, which is 128 whatever was trained.
+    allow_pickle  Allows to read a head that is a .pth; only tensors are read.
+    settings      None means the official 2 fps and 448 x 448 pixels a frame, with the patch
+                  sizes of this vision tower.
+    dtype         The backbone's; bfloat16 rounds part of LoRA's small changes away.
+
+    FileNotFoundError or ValueError name the file and the option that would help.
     """
     from transformers import Qwen3VLForConditionalGeneration
 
-    path = checkpoint.path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
 
     # Read every part, so that a missing file is known before any work is done.
-    config = _read_config(path, checkpoint.base)
+    config = _read_config(path, base)
     index = index_weights(path)
     if EMBEDDINGS not in index:
         raise ValueError(
@@ -158,16 +149,22 @@ def convert_checkpoint(
             "transformers 4.57 or later"
         )
     tokenizer, query_id = read_tokenizer(path)
-    head, head_file = _find_head(checkpoint, index.pop(HEAD, None))
-    lora = _find_lora(checkpoint)
+    stored = index.pop(HEAD, None)
+    weight, file = _find_head(path, head, stored, allow_pickle=allow_pickle)
+
+    # Neither option may silently leave a trained LoRA out.
+    folder = path / ADAPTER
+    if not lora and folder.exists():
+        raise ValueError(f"{folder} holds a trained LoRA, so --no-lora is wrong here")
+    low_rank = read_adapter(folder, alpha=alpha) if lora else {}
     state = _read_tensors(index)
-    merge_lora(state, lora, source=path / ADAPTER)
+    merge_lora(state, low_rank, source=folder)
 
     # Take the query from the embeddings before they are resized and rounded.
     rows, width = state[EMBEDDINGS].shape
-    if head.shape != (1, width):
+    if weight.shape != (1, width):
         raise ValueError(
-            f"{head_file}: the head is {tuple(head.shape)}, "
+            f"{file}: the head is {tuple(weight.shape)}, "
             f"but the hidden size requires (1, {width})"
         )
     if query_id >= rows:
@@ -178,7 +175,7 @@ def convert_checkpoint(
     for name in (EMBEDDINGS, UNEMBEDDINGS):
         if name in state:
             state[name] = _pad_rows(state[name])
-    state = {name: weight.to(getattr(torch, dtype)) for name, weight in state.items()}
+    state = {name: row.to(getattr(torch, dtype)) for name, row in state.items()}
     config.text_config.vocab_size = len(state[EMBEDDINGS])
 
     # Build the model.
@@ -196,8 +193,8 @@ def convert_checkpoint(
         source=path,
     )
     model = DeScore(backbone, tokenizer, template, settings, query_id)
-    model.load_state_dict({"query": query, "head.weight": head.float()}, strict=False)
-    return Conversion(model.eval(), head_file, len(lora))
+    model.load_state_dict({"query": query, "head.weight": weight.float()}, strict=False)
+    return Conversion(model.eval(), file, len(low_rank))
 
 
 def read_template(path: str | Path) -> PromptTemplate:
@@ -279,16 +276,6 @@ def read_adapter(folder: Path, *, alpha: float | None = None) -> dict[str, LowRa
     )
 
 
-def _find_lora(checkpoint: OfficialCheckpoint) -> dict[str, LowRank]:
-    # Neither option may silently leave a trained LoRA out.
-    folder = checkpoint.path / ADAPTER
-    if checkpoint.lora:
-        return read_adapter(folder, alpha=checkpoint.alpha)
-    if folder.exists():
-        raise ValueError(f"{folder} holds a trained LoRA, so --no-lora is wrong here")
-    return {}
-
-
 def _weight_files(path: Path) -> list[Path]:
     try:
         return weight_files(path, WEIGHTS)
@@ -329,14 +316,13 @@ def _pad_rows(weight_VD: Tensor) -> Tensor:
 
 
 def _find_head(
-    checkpoint: OfficialCheckpoint, stored: StoredTensor | None
+    path: Path, file: Path | None, stored: StoredTensor | None, *, allow_pickle: bool
 ) -> tuple[Tensor, Path]:
-    """Read the head from the file that the user names, the weights, or a file beside them.
+    """Read the head (1, d) from the file that the user names, the weights, or a file beside them.
 
-    Returns its weight (1, d), and the file.
+    Returns it and its file.
     """
     # The user's choice comes first.
-    path, file = checkpoint.path, checkpoint.head
     if file is None and stored is not None:
         return _read_tensors({HEAD: stored})[HEAD], stored.file
     if file is None:
@@ -347,7 +333,7 @@ def _find_head(
                 f"{' or '.join(HEAD_FILES)}; give --head"
             )
         file = files[0]
-    return read_head(file, allow_pickle=checkpoint.allow_pickle), file
+    return read_head(file, allow_pickle=allow_pickle), file
 
 
 def read_head(path: Path, *, allow_pickle: bool) -> Tensor:
