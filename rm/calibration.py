@@ -16,8 +16,8 @@ from typing import Annotated
 
 from pydantic import Field, FiniteFloat
 
-from common.files import read_json, write_json
-from common.schema import config
+from common.files import write_json
+from common.schema import config, read_section
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -80,7 +80,4 @@ class Calibration:
             raise FileNotFoundError(
                 f"{folder} has no {CALIBRATION_FILE}: make it with launch/calibrate.py"
             )
-        try:
-            return cls(**read_json(path))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_section(cls, path)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.files import read_json, write_json
+from common.files import write_json
 from common.schema import (
     Fraction,
     NonNegativeFloat,
@@ -16,6 +16,7 @@ from common.schema import (
     PositiveFloat,
     PositiveInt,
     config,
+    read_section,
 )
 
 # Bradley-Terry with ties (Rao and Kupper): 1 would leave no room for a tie.
@@ -61,10 +62,7 @@ class VideoSettings:
     @classmethod
     def load(cls, path: str | Path) -> VideoSettings:
         """Read a video.json. Raises ValueError, with the file, for an unknown key."""
-        try:
-            return cls(**read_json(path))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_section(cls, path)
 
 
 @config

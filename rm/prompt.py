@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.files import read_json, write_json
+from common.files import write_json
+from common.schema import config, read_section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +56,7 @@ PREFERENCES = {
 }
 
 
-@dataclass(frozen=True)
+@config
 class PromptTemplate:
     """The instruction, saved with the checkpoint as ``prompt.json``.
 
@@ -84,12 +85,7 @@ class PromptTemplate:
     @classmethod
     def load(cls, path: str | Path) -> PromptTemplate:
         """Read a prompt.json. Raises ValueError, with the file, for other keys."""
-        raw = read_json(path)
-        if not isinstance(raw, dict) or set(raw) != {"before", "after"}:
-            raise ValueError(
-                f"{path}: a prompt template has the keys 'before' and 'after', got {raw!r:.80}"
-            )
-        return cls(**raw)
+        return read_section(cls, path)
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from common.files import read_json, write_json
+from common.files import write_json
 from common.memory import AdaptiveBatcher, default_device
-from common.schema import PositiveFloat, config
+from common.schema import PositiveFloat, config, read_section
 from rm.config import VideoSettings
 from rm.convert.weights import build_model, load_safetensors
 from rm.prompt import (
@@ -105,10 +105,7 @@ class Layout:
             raise FileNotFoundError(
                 f"{path}: no such file; launch/convert_reward.py writes such a folder"
             )
-        try:
-            return cls(**read_json(path))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_section(cls, path)
 
 
 class Qwen2VLRewardModel(nn.Module):
@@ -133,7 +130,6 @@ class Qwen2VLRewardModel(nn.Module):
     def load(
         cls,
         folder: str | Path,
-        *,
         device: str | None = None,
         dtype: str = "float32",
     ) -> Qwen2VLRewardModel:
@@ -378,15 +374,5 @@ def _linear(state: Mapping[str, Tensor], prefix: str) -> nn.Linear:
     return nn.Linear(columns, rows, bias=prefix + "bias" in state)
 
 
-@functools.lru_cache
-def shared(
-    folder: str,
-    device: str | None,
-    dtype: str,
-) -> Qwen2VLRewardModel:
-    """Load a folder once for all rewards of this process that name it."""
-    return Qwen2VLRewardModel.load(
-        folder,
-        device=device,
-        dtype=dtype,
-    )
+# Rewards of this process that name the same folder share the model.
+shared = functools.lru_cache(Qwen2VLRewardModel.load)

@@ -151,6 +151,9 @@ def convert_checkpoint(
     tokenizer, query_id = read_tokenizer(path)
     stored = index.pop(HEAD, None)
     weight, file = _find_head(path, head, stored, allow_pickle=allow_pickle)
+    width = config.text_config.hidden_size
+    if weight.shape != (1, width):
+        raise ValueError(f"{file}: the head is {tuple(weight.shape)}, not (1, {width})")
 
     # Neither option may silently leave a trained LoRA out.
     folder = path / ADAPTER
@@ -161,20 +164,13 @@ def convert_checkpoint(
     merge_lora(state, low_rank, source=folder)
 
     # Take the query from the embeddings before they are resized and rounded.
-    rows, width = state[EMBEDDINGS].shape
-    if weight.shape != (1, width):
-        raise ValueError(
-            f"{file}: the head is {tuple(weight.shape)}, "
-            f"but the hidden size requires (1, {width})"
-        )
+    rows = len(state[EMBEDDINGS])
     if query_id >= rows:
         raise ValueError(
             f"{path}: {REWARD} is id {query_id}, but {EMBEDDINGS} has {rows} rows"
         )
     query = state[EMBEDDINGS][query_id : query_id + 1].float().clone()
-    for name in (EMBEDDINGS, UNEMBEDDINGS):
-        if name in state:
-            state[name] = _pad_rows(state[name])
+    _pad_rows(state)
     state = {name: row.to(getattr(torch, dtype)) for name, row in state.items()}
     config.text_config.vocab_size = len(state[EMBEDDINGS])
 
@@ -304,12 +300,15 @@ def _read_tensors(index: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     return state
 
 
-def _pad_rows(weight_VD: Tensor) -> Tensor:
+def _pad_rows(state: dict[str, Tensor]) -> None:
     """Add rows up to the next multiple of 64: odd sizes are slow and fragile on GPUs."""
-    # The new rows are like an average token.
-    missing = -len(weight_VD) % 64
-    mean_1D = weight_VD.float().mean(0, keepdim=True).to(weight_VD.dtype)
-    return torch.cat([weight_VD, mean_1D.expand(missing, -1)])
+    for name in (EMBEDDINGS, UNEMBEDDINGS):
+        if name in state:
+            # The new rows are like an average token.
+            weight_VD = state[name]
+            missing = -len(weight_VD) % 64
+            mean_1D = weight_VD.float().mean(0, keepdim=True).to(weight_VD.dtype)
+            state[name] = torch.cat([weight_VD, mean_1D.expand(missing, -1)])
 
 
 # ---------------------------------------------------------------------- the head
