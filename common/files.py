@@ -55,9 +55,9 @@ def json_object(text: str | bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: str | Path) -> Any:
     """Read a JSON file; OSError or ValueError if that is impossible."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -91,6 +91,12 @@ def sort_header(path: Path) -> None:
             raise ValueError(f"{path}: its sorted header needs more space")
         file.seek(8)
         file.write(ordered.ljust(length))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file that people can read, with the characters as they are."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform
 
 from pydantic import (
@@ -23,6 +24,8 @@ from pydantic import (
     PositiveInt,
 )
 from pydantic.dataclasses import dataclass
+
+from common.files import read_json
 
 __all__ = [
     "Fraction",
@@ -38,6 +41,7 @@ __all__ = [
     "entry_of",
     "field_types",
     "is_text",
+    "read_section",
     "run_config",
     "section_of",
 ]
@@ -67,6 +71,14 @@ def config(cls: type[T]) -> type[T]:
 def run_config(cls: type[T]) -> type[T]:
     """Make a class the schema of a run: as `config`, with keyword arguments only."""
     return dataclass(cls, frozen=True, kw_only=True, config=_NO_UNKNOWN_KEYS)
+
+
+def read_section(section: type[T], path: str | Path) -> T:
+    """Read a section that was saved as JSON. ValueError, naming the file, if it is not valid."""
+    try:
+        return section(**read_json(path))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 @functools.cache

@@ -74,22 +74,16 @@ def convert_folder(args: argparse.Namespace) -> None:
 
     quiet()
     from rm.config import VideoSettings
-    from rm.convert.official import (
-        OfficialCheckpoint,
-        convert_checkpoint,
-        read_template,
-    )
+    from rm.convert.official import convert_checkpoint, read_template
     from rm.prompt import DEFAULT_TEMPLATE
 
     conversion = convert_checkpoint(
-        OfficialCheckpoint(
-            args.official,
-            base=args.base,
-            head=args.head,
-            lora=not args.no_lora,
-            alpha=args.alpha,
-            allow_pickle=args.allow_pickle,
-        ),
+        args.official,
+        base=args.base,
+        head=args.head,
+        lora=not args.no_lora,
+        alpha=args.alpha,
+        allow_pickle=args.allow_pickle,
         template=read_template(args.prompt) if args.prompt else DEFAULT_TEMPLATE,
         settings=VideoSettings.load(args.video) if args.video else None,
         dtype=args.dtype,
