@@ -92,9 +92,7 @@ class Clock:
 
 
 def sound(content: bytes, **changes: Any) -> tuple[int, bytes]:
-    request = wire.decode_request(
-        content, wire.SAFETENSORS, max_frames=99, max_videos=99
-    )
+    request = wire.decode_request(content, wire.SAFETENSORS, wire.RequestLimits(99, 99))
     score = Score(torch.arange(len(request.prompts), dtype=torch.float32))
     return 200, json.dumps(
         {**wire.encode_reply(request, score, [None] * 3), **changes}
@@ -269,9 +267,7 @@ def test_grpo_through_the_server_is_grpo_without_it(tiny: Path) -> None:
 
 def bright(content: bytes) -> tuple[int, bytes]:
     """What `served` would say."""
-    request = wire.decode_request(
-        content, wire.SAFETENSORS, max_frames=99, max_videos=99
-    )
+    request = wire.decode_request(content, wire.SAFETENSORS, wire.RequestLimits(99, 99))
     video_BTYXC = torch.stack([item.video_TYXC for item in request.items])
     score = Brightness().score(video_BTYXC, request.prompts, fps=request.items[0].fps)
     return 200, json.dumps(

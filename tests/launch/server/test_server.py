@@ -84,7 +84,9 @@ def test_served_scores_equal_direct_scores() -> None:
         assert client.get("/health").json() == {"status": "ok"}
         assert client.get("/v1/models").json() == {"models": ["bright"]}
         reply = client.post("/v1/score", **body())
-    got = wire.decode_reply(reply.content, videos=3, model="bright", id="1").value_B
+    got = wire.decode_reply(
+        reply.content, videos=3, model="bright", id="1"
+    ).score.value_B
     assert torch.equal(got, Brightness().score(VIDEO, PROMPTS, fps=8.0).value_B)
 
 
