@@ -76,15 +76,6 @@ class Step:
         """G, the number of members."""
         return self.next_GCFHW.shape[0]
 
-    def start_of(self, member: int) -> Tensor:
-        """x of a member at the start, (1, C, F, H, W); IndexError if there is no such member."""
-        if not 0 <= member < self.size:
-            raise IndexError(f"member must be in 0..{self.size - 1}, got {member}")
-        # all members share a single latent
-        if len(self.latent_MCFHW) == 1:
-            return self.latent_MCFHW
-        return self.latent_MCFHW[member : member + 1]
-
 
 @dataclass(frozen=True)
 class Group:
@@ -236,16 +227,10 @@ class Generator(Protocol):
         """
         ...
 
-    def transition(
-        self,
-        prompt: str,
-        step: Step,
-        member: int | None = None,
-    ) -> Gaussian:
+    def transition(self, prompt: str, step: Step) -> Gaussian:
         """Distribution of ``step.next`` given ``step.latent``, ONE forward, with gradient.
 
-        Its mean is (M, C, F, H, W). With ``member`` it is that of this member, by a separate
-        forward: (1, C, F, H, W).
+        Its mean is (M, C, F, H, W).
         """
         ...
 

@@ -153,10 +153,10 @@ def grpo(folder: Path) -> FullSizeResult:
     # Heavy imports belong to the process of the part.
     from alignment.rewards.brightness import Brightness
     from common.config import load
-    from launch.grpo import loop_of
     from launch.planning.plan import DEVICES, Where
     from launch.planning.runs import plan_grpo
     from launch.schemas.training import GrpoRun
+    from launch.training.grpo_loop import loop_of
 
     # Two videos of three steps with guidance.
     words = [
@@ -174,7 +174,7 @@ def grpo(folder: Path) -> FullSizeResult:
     # DeScore is measured by another part.
     cfg = replace(cfg, rewards={"brightness": cfg.rewards["brightness"]})
     generator = random_wan(cfg.generator)
-    loop, engine = loop_of(cfg, [PROMPT], generator, {"brightness": Brightness()})
+    loop = loop_of(cfg, [PROMPT], generator, {"brightness": Brightness()})
 
     # The update.
     embeddings = {
@@ -194,7 +194,9 @@ def grpo(folder: Path) -> FullSizeResult:
         "lora_B": moved,
         "not_finite": loop.engine.pop_skipped_count(),
     }
-    return FullSizeResult(plan_grpo(cfg, Where(DEVICES["h100"])), engine.module, facts)
+    return FullSizeResult(
+        plan_grpo(cfg, Where(DEVICES["h100"])), generator.module, facts
+    )
 
 
 def dpo(folder: Path) -> FullSizeResult:
@@ -203,10 +205,10 @@ def dpo(folder: Path) -> FullSizeResult:
 
     from alignment.pair_store import LatentPair, PairSet, write_pairs
     from common.config import load
-    from launch.dpo import loop_of
     from launch.planning.plan import DEVICES, Where
     from launch.planning.runs import plan_dpo
     from launch.schemas.pairs import DpoRun
+    from launch.training.dpo_loop import loop_of
 
     store = folder / "pairs"
 
@@ -230,13 +232,15 @@ def dpo(folder: Path) -> FullSizeResult:
 
     # The step.
     generator = random_wan(cfg.generator, vae=False)
-    loop, engine = loop_of(cfg, PairSet(store), generator, accumulation=1)
+    loop = loop_of(cfg, PairSet(store), generator, accumulation=1)
     metrics = loop.step(0)
     facts = {
         "loss": metrics["train/loss"],
         "grad_norm": metrics["train/grad_norm"],
     }
-    return FullSizeResult(plan_dpo(cfg, Where(DEVICES["h100"])), engine.module, facts)
+    return FullSizeResult(
+        plan_dpo(cfg, Where(DEVICES["h100"])), generator.module, facts
+    )
 
 
 def cold_start(folder: Path) -> FullSizeResult:

@@ -6,12 +6,17 @@ import argparse
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.cli import exit_with_error
 from common.config import CommandLine, parse_command_line
 
+if TYPE_CHECKING:
+    from engine.config import TrainingRun
+    from engine.trainer import TrainingTask
+
 C = TypeVar("C")
+R = TypeVar("R", bound="TrainingRun")
 
 
 def read_command(
@@ -73,6 +78,39 @@ def _without_required_options(
     extend: Callable[[Any], object],
 ) -> Callable[[argparse.ArgumentParser], object]:
     return lambda parser: extend(_OptionalParser(parser))
+
+
+def train_command(
+    schema: type[R],
+    *,
+    description: str,
+    read_input: Callable[[R], tuple[Any, ...]],
+    build_task: Callable[..., TrainingTask],
+) -> None:
+    """Read the command line of a training command, then `train`."""
+    command = read_command(schema, description=description.splitlines()[0])
+    train(command.cfg, read_input, build_task, resume=command.resume)
+
+
+def train(
+    run: R,
+    read_input: Callable[[R], tuple[Any, ...]],
+    build_task: Callable[..., TrainingTask],
+    *,
+    resume: str,
+) -> None:
+    """Read a run's input, join the ranks, build everything with ``build_task`` and train.
+
+    ``build_task`` gets the run and what ``read_input`` returns.
+    """
+    from launch.compose import quiet
+
+    quiet()
+    from engine.trainer import run_training
+
+    # Read the input first: a mistake in it ends the process within seconds.
+    parts = read_input(run)
+    run_training(run, lambda: build_task(run, *parts), resume=resume)
 
 
 def take_kind(words: list[str], kinds: Collection[str]) -> str | None:

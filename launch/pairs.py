@@ -75,20 +75,14 @@ def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
         rewards = build_rewards(cfg.rewards)
 
     # sample, score, choose, write
-    output = start_output(cfg, identity)
     make_pairs(
-        output.folder,
+        start_output(cfg, identity, resume),
         prompts,
         generator,
         rewards,
         {name: reward.weight for name, reward in cfg.rewards.items()},
         how=cfg.pairs,
         seed=cfg.seed,
-        per_shard=output.per_shard,
-        store=output.store,
-        identity=identity,
-        resume=resume,
-        keep=output.keep,
     )
 
 
@@ -124,15 +118,10 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
         generator = build_generator(cfg.generator)
 
     # encode both videos of every decided pair
-    output = start_output(cfg, identity)
+    output = start_output(cfg, identity, resume)
     with VideoChecker() as checker:
-        rows = make_candidates(
-            output.folder,
-            decided[: cfg.limit],
-            encode_pair(generator, source.csv, checker),
-            identity=identity,
-            resume=resume,
-        )
+        make = encode_pair(generator, source.csv, checker)
+        rows = make_candidates(output, decided[: cfg.limit], make)
 
     # write the set
     failed = sum("error" in row for row in rows)
@@ -147,7 +136,7 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     write_output(output, labelled(output.folder, rows), rows, counts)
 
 
-def start_output(cfg: PairsRun, identity: Mapping[str, Any]) -> PairOutput:
+def start_output(cfg: PairsRun, identity: Mapping[str, Any], resume: str) -> PairOutput:
     """Describe the set to write, and save the config beside it."""
     from common import distributed
     from launch.training.pair_making import PairOutput
@@ -157,9 +146,10 @@ def start_output(cfg: PairsRun, identity: Mapping[str, Any]) -> PairOutput:
         dump(cfg, folder)
     return PairOutput(
         folder,
+        identity,
+        resume,
         per_shard=cfg.per_shard,
         store=cfg.latent_dtype,
-        identity=identity,
         keep=cfg.keep_candidates,
     )
 

@@ -99,10 +99,8 @@ class FakeGenerator:
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
 
-    def transition(
-        self, prompt: str, step: Step, member: int | None = None
-    ) -> gaussian.Gaussian:
-        x = step.latent_MCFHW if member is None else step.start_of(member)
+    def transition(self, prompt: str, step: Step) -> gaussian.Gaussian:
+        x = step.latent_MCFHW
         self.grad_forwards += len(x) * torch.is_grad_enabled()
         x = x.to(self.dtype)
         return self.kernel.transition(
