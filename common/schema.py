@@ -24,22 +24,12 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+# pydantic's limits, which schemas take from here
 __all__ = [
-    "Fraction",
-    "NonEmptyText",
     "NonNegativeFloat",
     "NonNegativeInt",
     "PositiveFloat",
     "PositiveInt",
-    "Where",
-    "annotation_at",
-    "config",
-    "dotted_paths",
-    "entry_of",
-    "field_types",
-    "is_text",
-    "run_config",
-    "section_of",
 ]
 
 T = TypeVar("T")

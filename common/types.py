@@ -142,24 +142,20 @@ class Score:
         import torch
 
         # names in the order they appear
-        parts: dict[str, list[Tensor]] = {}
-        for score in scores:
-            parts |= {name: [] for name in score.parts if name not in parts}
-        for name, columns in parts.items():
+        parts = {}
+        for name in dict.fromkeys(name for score in scores for name in score.parts):
+            columns = []
             for score in scores:
                 missing_B = torch.full_like(score.value_B, math.nan)
                 columns.append(score.parts.get(name, missing_B))
+            parts[name] = torch.cat(columns)
 
         # texts, unless no score has them
         texts: list[str] = []
-        for score in scores:
-            texts += score.texts or [""] * len(score.value_B)
-        if not any(score.texts for score in scores):
-            texts = []
-        # Join all columns.
-        value_B = torch.cat([score.value_B for score in scores])
-        joined = {name: torch.cat(columns) for name, columns in parts.items()}
-        return Score(value_B, joined, texts)
+        if any(score.texts for score in scores):
+            for score in scores:
+                texts += score.texts or [""] * len(score.value_B)
+        return Score(torch.cat([score.value_B for score in scores]), parts, texts)
 
     def take(self, places: Sequence[int]) -> Score:
         """Select videos, in the given order."""

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from omegaconf import OmegaConf
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch import nn
@@ -77,7 +79,7 @@ def ds_config(
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
 
-    config = _merge(config, overrides or {})
+    config = OmegaConf.to_container(OmegaConf.merge(config, overrides or {}))
     steps = config["gradient_accumulation_steps"]
     if steps != accumulation:
         raise ValueError(
@@ -90,17 +92,6 @@ def ds_config(
             f"deepspeed.zero_optimization.stage is zero_stage: {zero_stage}, not {stage}"
         )
     return config
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``over`` on top of ``base``, mappings merged key by key."""
-    result = dict(base)
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
-            result[key] = _merge(base[key], value)
-        else:
-            result[key] = value
-    return result
 
 
 def unknown_keys(overrides: Mapping[str, Any]) -> list[str]:

@@ -45,10 +45,6 @@ class Members:
     size: int
     first: int = 0
 
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"a group needs at least 1 member, got {self.size}")
-
     @property
     def numbers(self) -> range:
         """Numbers of these members within their group; a member's noise depends on its number."""

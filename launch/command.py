@@ -62,22 +62,17 @@ def _check_folder(name: str, path: str) -> None:
         exit_with_error(f"{name}={path}: {nearest} is a file")
 
 
-class _OptionalParser:
-    """Adds options to a parser, none of them required."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._parser = parser
-
-    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
-        """Add an option as argparse does, ignoring ``required``."""
-        settings.pop("required", None)
-        return self._parser.add_argument(*names, **settings)
-
-
 def _without_required_options(
-    extend: Callable[[Any], object],
+    extend: Callable[[argparse.ArgumentParser], object],
 ) -> Callable[[argparse.ArgumentParser], object]:
-    return lambda parser: extend(_OptionalParser(parser))
+    """Return ``extend`` with options that may be left out."""
+
+    def extend_with_options(parser: argparse.ArgumentParser) -> None:
+        extend(parser)
+        for action in parser._actions:
+            action.required = False
+
+    return extend_with_options
 
 
 def train_command(

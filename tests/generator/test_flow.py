@@ -112,14 +112,6 @@ def test_grid_by_hand() -> None:
         assert all(a > b for a, b in pairwise(values))
 
 
-@pytest.mark.parametrize(
-    "bad", [{"num_steps": 0, "shift": 3.0}, {"num_steps": 4, "shift": 0.0}]
-)
-def test_sigma_grid_with_invalid_values_raises(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="sigma_grid"):
-        sigma_grid(bad["num_steps"], shift=bad["shift"])
-
-
 def test_stochastic_step_is_uniform_and_fixed_by_the_seed() -> None:
     counts = torch.tensor([stochastic_step(seed, 6) for seed in range(6000)]).bincount(
         minlength=6
