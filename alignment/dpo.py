@@ -16,6 +16,7 @@ import torch
 from alignment.dpo_losses import DpoTerms, beta_at, flow_dpo_terms, rwr_weights
 from common import faults
 from common.distributed import (
+    gather_objects,
     gather_rows,
     rank,
     rank_batches,
@@ -188,14 +189,10 @@ class DpoLoop:
             places = indices or [0]
             batch = pairs.read(places)
             draw = self.draw(batch, "heldout", 0, places)
-            measured = _metric_rows(draw, self.dpo_terms(batch, draw))
-
-            # equally many rows on every rank; NaN marks the filling
-            padded = measured.new_full((self.cfg.micro_batch, 4), math.nan)
-            padded[: len(indices)] = measured[: len(indices)]
-            rows.append(padded)
-        everything = gather_rows(torch.cat(rows))
-        pairs_N4 = everything[~everything[:, 0].isnan()]
+            measured_N4 = _metric_rows(draw, self.dpo_terms(batch, draw))
+            rows.append(measured_N4[: len(indices)])
+        # ranks may have different numbers of pairs
+        pairs_N4 = torch.cat(gather_objects(torch.cat(rows)))
         return summarise(pairs_N4, self.cfg, "heldout")
 
     def draw(

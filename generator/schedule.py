@@ -29,14 +29,24 @@ def sigma_grid(num_steps: int, *, shift: float) -> Tensor:
     return _shifted(1.0, 1.0, num_steps, shift)
 
 
-def tail_grid(sigma: float, num_steps: int, *, shift: float) -> Tensor:
+def tail_grid(
+    sigma: float,
+    num_steps: int,
+    *,
+    shift: float,
+) -> Tensor:
     """`sigma_grid` from ``sigma`` down to 0 in ``num_steps`` steps, equal in u: (N + 1,) fp64."""
     # u of the first sigma: the inverse of the time shift
     start = sigma / (shift - (shift - 1) * sigma)
     return _shifted(sigma, start, num_steps, shift)
 
 
-def _shifted(sigma: float, start: float, num_steps: int, shift: float) -> Tensor:
+def _shifted(
+    sigma: float,
+    start: float,
+    num_steps: int,
+    shift: float,
+) -> Tensor:
     """Equal steps in u from ``start`` to 0, then the time shift; the first value is ``sigma``."""
     u = start * (1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps)
     sigmas = shift * u / (1 + (shift - 1) * u)

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from common.cli import exit_with_error
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from alignment.grpo import GrpoLoop
     from alignment.self_checks import Finding
     from launch.schemas.training import GrpoRun
@@ -94,6 +92,7 @@ def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[F
     """
     import torch
 
+    from alignment.self_checks import permutation, sense
     from common.distributed import derive_seed, raise_on_all
     from common.types import RewardUnavailableError
 
@@ -105,10 +104,14 @@ def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[F
         videos.append(loop.generator.decode(latent))
     video_BTYXC = torch.cat(videos)
 
-    findings: list[Finding] = []
+    # Group-level rewards compare the members of a group, which these videos are not.
+    findings = []
     problem = None
     try:
-        findings = _check_rewards(loop, video_BTYXC, prompts)
+        for reward in loop.rewards.values():
+            if not reward.group_level:
+                for check in (permutation, sense):
+                    findings.append(check(reward, video_BTYXC, prompts, fps=loop.fps))
     except RewardUnavailableError as error:
         # The message of a ValueError suffices: it is about these videos or their number.
         if not isinstance(error.__cause__, ValueError):
@@ -118,20 +121,6 @@ def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[F
         raise_on_all(problem)
     except RewardUnavailableError as error:
         exit_with_error(str(error))
-    return findings
-
-
-def _check_rewards(
-    loop: GrpoLoop, video_BTYXC: Tensor, prompts: list[str]
-) -> list[Finding]:
-    from alignment.self_checks import permutation, sense
-
-    # Group-level rewards compare the members of a group, which these videos are not.
-    findings = []
-    for reward in loop.rewards.values():
-        if not reward.group_level:
-            findings.append(permutation(reward, video_BTYXC, prompts, fps=loop.fps))
-            findings.append(sense(reward, video_BTYXC, prompts, fps=loop.fps))
     return findings
 
 
