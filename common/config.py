@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,11 +103,14 @@ def parse_command_line(
 ) -> CommandLine[C]:
     """Parse ``--config x.yaml [--resume auto|none|PATH] [--dry-run] [a.b=c ...]``.
 
-    ``extend`` may add options; they come back in ``args``. With mistakes, rank 0 writes
-    each of them to stderr and the process exits with code 2. ``--local_rank``, which
-    launchers append, is ignored.
+    Of ``description`` the first line is shown. ``extend`` may add options; they come back
+    in ``args``, and none of them is required with ``--dry-run``. With mistakes, rank 0
+    writes each of them to stderr and the process exits with code 2. ``--local_rank``,
+    which launchers append, is ignored.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=description.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help="values that override the yaml"
     )
@@ -136,7 +140,12 @@ def parse_command_line(
     )
     if extend is not None:
         extend(parser)
-    args = parser.parse_intermixed_args(argv)
+    # A plan needs no videos and no output file.
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.startswith("--dry-run") for word in words):
+        for action in parser._actions:
+            action.required = False
+    args = parser.parse_intermixed_args(words)
 
     try:
         cfg = load(schema, args.config, args.overrides)

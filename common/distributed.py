@@ -79,13 +79,13 @@ def skip_cpu_op_build() -> None:
 
 
 @contextmanager
-def joined(*, timeout_s: float = 1800.0, for_deepspeed: bool = True) -> Iterator[None]:
-    """Join the ranks inside the block, and leave afterwards.
+def joined(**options: Any) -> Iterator[None]:
+    """Join the ranks inside the block by `init_process_group`, and leave afterwards.
 
     After an error, SystemExit included, the group stays as it is, since its ranks may be anywhere;
     only the threads of this process are waited for.
     """
-    init_process_group(timeout_s=timeout_s, for_deepspeed=for_deepspeed)
+    init_process_group(**options)
     try:
         yield
         shutdown()

@@ -60,7 +60,7 @@ class Walk:
     steps         consecutive indices of the stochastic steps
     kernel        of the stochastic steps
     shared_noise  False starts every member from its own noise, so that no prefix is shared
-    tail          deterministic walk to sigma = 0 from (x, remaining sigmas); None is Euler
+    tail          deterministic walk to sigma = 0 from (x, remaining sigmas)
 
     Raises ValueError when the steps are empty, not consecutive, or not on the grid.
     """
@@ -69,8 +69,8 @@ class Walk:
     sigmas: Sequence[float]
     steps: Sequence[int]
     kernel: Kernel
+    tail: Tail
     shared_noise: bool = True
-    tail: Tail | None = None
 
     def __post_init__(self) -> None:
         # A step has a noise level before and after it.
@@ -206,12 +206,8 @@ def rollout_group(
     faults.point("tail")
     remaining = walk.sigmas[walk.steps[-1] + 1 :]
 
-    def finish(x_BCFHW: Tensor) -> Tensor:
-        if walk.tail is None:
-            return ode(velocity, x_BCFHW, remaining)
-        return walk.tail(x_BCFHW, remaining)
-
-    return Group(members.prompt, tuple(taken), batch.over(finish, x_MCFHW))
+    clean_GCFHW = batch.over(lambda part: walk.tail(part, remaining), x_MCFHW)
+    return Group(members.prompt, tuple(taken), clean_GCFHW)
 
 
 def _stochastic_step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,17 +27,9 @@ def read_command(
 ) -> CommandLine[C]:
     """Parse the command line with `common.config.parse_command_line`.
 
-    With ``--dry-run`` the process ends here, after printing a plan, and the options that
-    ``extend`` adds are not required. Exits with code 2 when ``run_dir`` or ``out`` cannot be
-    a folder.
+    With ``--dry-run`` the process ends here, after printing a plan. Exits with code 2 when
+    ``run_dir`` or ``out`` cannot be a folder.
     """
-    words = sys.argv[1:] if argv is None else argv
-
-    # A plan needs no videos and no output file.
-    options = [word.partition("=")[0] for word in words]
-    if extend is not None and "--dry-run" in options:
-        extend = _without_required_options(extend)
-
     command = parse_command_line(schema, argv, description=description, extend=extend)
     if command.dry_run is not None:
         from launch.planning.dry_run import dry_run
@@ -62,19 +53,6 @@ def _check_folder(name: str, path: str) -> None:
         exit_with_error(f"{name}={path}: {nearest} is a file")
 
 
-def _without_required_options(
-    extend: Callable[[argparse.ArgumentParser], object],
-) -> Callable[[argparse.ArgumentParser], object]:
-    """Return ``extend`` with options that may be left out."""
-
-    def extend_with_options(parser: argparse.ArgumentParser) -> None:
-        extend(parser)
-        for action in parser._actions:
-            action.required = False
-
-    return extend_with_options
-
-
 def train_command(
     schema: type[R],
     *,
@@ -83,7 +61,7 @@ def train_command(
     build_task: Callable[..., TrainingTask],
 ) -> None:
     """Read the command line of a training command, then `train`."""
-    command = read_command(schema, description=description.splitlines()[0])
+    command = read_command(schema, description=description)
     train(command.cfg, read_input, build_task, resume=command.resume)
 
 

@@ -30,7 +30,7 @@ NOT_IN_A_PAIR = ("out", "keep_candidates")
 
 
 def main() -> None:
-    command = read_command(PairsRun, description=__doc__.splitlines()[0])
+    command = read_command(PairsRun, description=__doc__)
     run(command.cfg, resume=command.resume)
 
 
