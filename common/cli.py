@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
+
+
+def new_folder_parser(description: str) -> argparse.ArgumentParser:
+    """Make a parser with the option ``--out`` of a folder for `check_new_folder`."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a new or empty folder",
+    )
+    return parser
 
 
 def check_new_folder(path: Path) -> None:

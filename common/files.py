@@ -31,19 +31,44 @@ def replace_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def read_jsonl(path: str | Path) -> list[Any]:
-    """Read the complete lines of a JSON-lines file.
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Read the complete lines of a JSON-lines file; ValueError names a line that is no object.
 
     What follows the last newline is left out: a killed writer leaves a torn line.
     """
     # The last piece is empty, or a torn line.
-    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    lines = Path(path).read_bytes().split(b"\n")[:-1]
+    return [
+        json_object(line, f"{path}:{number}")
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
-def read_json(path: Path) -> Any:
+def json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object; ValueError begins with ``where``, a file or its line."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: want an object, {{...}}")
+    return value
+
+
+def read_json(path: str | Path) -> Any:
     """Read a JSON file; OSError or ValueError if that is impossible."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Replace a file by indented JSON, atomically. Raises ValueError for NaN."""
+    text = json.dumps(
+        value,
+        indent=1,
+        ensure_ascii=False,
+        allow_nan=False,
+    )
+    replace_text(Path(path), text + "\n")
 
 
 def sort_header(path: Path) -> None:

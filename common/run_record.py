@@ -138,6 +138,13 @@ def plain(value: Any, name: str = "") -> Any:
     return value
 
 
+def value_at(settings: Any, dotted_key: str) -> Any:
+    """Return the value at a.b.c of nested dicts, None where there is none."""
+    for key in dotted_key.split("."):
+        settings = settings.get(key) if isinstance(settings, dict) else None
+    return settings
+
+
 # ---- secrets ----
 
 

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform
 
 from pydantic import (
@@ -24,22 +25,14 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from common.files import read_json
+
+# pydantic's limits, which schemas take from here
 __all__ = [
-    "Fraction",
-    "NonEmptyText",
     "NonNegativeFloat",
     "NonNegativeInt",
     "PositiveFloat",
     "PositiveInt",
-    "Where",
-    "annotation_at",
-    "config",
-    "dotted_paths",
-    "entry_of",
-    "field_types",
-    "is_text",
-    "run_config",
-    "section_of",
 ]
 
 T = TypeVar("T")
@@ -67,6 +60,14 @@ def config(cls: type[T]) -> type[T]:
 def run_config(cls: type[T]) -> type[T]:
     """Make a class the schema of a run: as `config`, with keyword arguments only."""
     return dataclass(cls, frozen=True, kw_only=True, config=_NO_UNKNOWN_KEYS)
+
+
+def read_section(section: type[T], path: str | Path) -> T:
+    """Read a section that was saved as JSON. ValueError, naming the file, if it is not valid."""
+    try:
+        return section(**read_json(path))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 @functools.cache

@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common.files import read_json
+from experiments import tables
 from experiments.runner import (
     ROOT,
     CommandStep,
     PeakMemory,
     config_words,
-    read_json,
     run_step,
     write_json,
 )
@@ -68,7 +69,6 @@ def _reward_model_steps(run: Path, seed: int) -> list[CommandStep]:
             "toy/make_pairs.py",
             ["--out", str(data), "--seed", str(seed)],
             data / "done.json",
-            launcher=False,
         ),
         CommandStep(
             "DeScore, stage 1: cold start",
@@ -221,9 +221,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     for arm, value in summary["oracle"].items():
         rows[f"oracle.{arm}"] = value
     for name, value in rows.items():
-        low, high = value["ci95"]
-        interval = f"95 % [{low:.3f}, {high:.3f}]"
-        print(f"{name:>18}  {value['mean']:.3f}  {interval}  n = {value['n']}")
+        print(f"{name:>18}  {tables.show(value)}, n = {value['n']}")
 
     # Cost of the demo.
     minutes = summary["seconds"]["all"] / 60

@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common.files import read_json
 from experiments import tables
-from experiments.runner import ROOT, commit, read_json, replace_section, write_json
+from experiments.runner import ROOT, commit, replace_section, write_json
 
 COMMAND = "python experiments/demo_seeds.py"
 # Columns of the table.
@@ -32,10 +33,7 @@ def row_of(seed: int, summary: dict[str, Any]) -> list[str]:
     """Cells of a seed's row."""
     # DeScore, then the arms of the oracle.
     results = [summary["rm"]["heldout_accuracy"], *summary["oracle"].values()]
-    cells = [str(seed)]
-    for value in results:
-        low, high = value["ci95"]
-        cells.append(f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]")
+    cells = [str(seed), *map(tables.show, results)]
     minutes = summary["seconds"]["all"] / 60
     return [*cells, f"{minutes:.1f}", f"{summary['peak_memory_gb']:.1f}"]
 
@@ -69,12 +67,7 @@ def main() -> None:
     summaries = {}
     for seed in args.seeds:
         folder = Path("runs", "demo" if seed == 0 else f"demo-seed{seed}")
-        options = [
-            "--seed",
-            str(seed),
-            "--run-dir",
-            str(folder),
-        ]
+        options = ["--seed", str(seed), "--run-dir", str(folder)]
         words = [sys.executable, "experiments/demo.py", *options]
         subprocess.run(words, cwd=ROOT, check=True)
         summaries[seed] = read_json(ROOT / folder / "summary.json")
@@ -88,11 +81,7 @@ def main() -> None:
     }
     write_json(ROOT / "docs/results/demo.json", record)
     section = section_of(summaries, commit_name)
-    replace_section(
-        ROOT / "README.md",
-        "demo results",
-        section,
-    )
+    replace_section(ROOT / "README.md", "demo results", section)
 
 
 if __name__ == "__main__":

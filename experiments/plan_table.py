@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from common.config import load
 from experiments import tables
-from experiments.runner import ROOT, commit, replace_section, with_section
+from experiments.runner import ROOT, commit, replace_section
 from launch.planning.dry_run import plan_of
 from launch.planning.plan import DEVICES, GIB, Device, Plan, Where
 from launch.schemas.pairs import DpoRun, PairsRun
@@ -57,12 +57,12 @@ HEAD = ("recipe", "1 GPU", "8 GPUs", "64 GPUs")
 OUT = ROOT / "docs" / "results" / "plans.md"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Plan all recipes, then write the page and the table of README.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--device", choices=DEVICES, default="h100")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     from launch.compose import quiet
 
     quiet()
@@ -81,11 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # README.md follows the page of docs/results only.
     if args.out == OUT:
-        replace_section(
-            ROOT / "README.md",
-            "plans",
-            _without_variants(lines),
-        )
+        replace_section(ROOT / "README.md", "plans", without_variants(lines))
 
 
 def cell_of(cfg: Any, where: Where) -> str:
@@ -119,17 +115,8 @@ def page_of(device: Device, table: Sequence[str]) -> list[str]:
     ]
 
 
-def with_table(text: str, rows: Sequence[str]) -> str:
-    """Return README.md with these rows in its table, without variants of a recipe."""
-    head = tables.markdown_table(HEAD, [])
-    return with_section(
-        text,
-        "plans",
-        [*head, *_without_variants(rows)],
-    )
-
-
-def _without_variants(lines: Sequence[str]) -> list[str]:
+def without_variants(lines: Sequence[str]) -> list[str]:
+    """Drop the rows of variants."""
     return [line for line in lines if not line.startswith("| the same")]
 
 

@@ -14,31 +14,35 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from alignment.pair_store import PairSet
 from common.config import load
 from common.log import read_metrics
 from experiments import tables
+from experiments.oracle_scores import (
+    evaluation_step,
+    oracle_of,
+    read_scores,
+    record_of,
+    run_folder,
+    training_step,
+)
 from experiments.reproduce_grpo import cost_of_update
 from experiments.runner import (
     CONFIGS,
     ROOT,
     CommandStep,
     Job,
-    RecipeTimer,
+    Recipe,
     commit,
     comparison_parser,
     config_words,
-    run_jobs,
-    write_json,
 )
-from launch.evaluation.intervals import Interval
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import GrpoRun
 from rm.prompt import DIMENSIONS
 
 # The page and the JSON name it.
 COMMAND = "python experiments/reproduce_dpo.py"
-# Name of the oracle in the config of the evaluation.
-TOTAL = "shapes"
 # overrides of configs/shapes/dpo.yaml
 ARMS = {
     "sft": ("dpo.method=sft",),
@@ -54,8 +58,15 @@ TITLES = {
     "dpo_quadratic": "Flow-DPO, beta (1 - t)^2",
     "grpo": "Longcat-GRPO",
 }
-# arm -> seed -> column -> value of every prompt
-Scores = dict[str, dict[int, dict[str, list[float]]]]
+# Columns of the last table, of which an arm may lack some.
+METRICS = (
+    "loss",
+    "accuracy",
+    "chosen_change",
+    "rejected_change",
+    "push",
+    "grad_norm",
+)
 
 
 @dataclass(frozen=True)
@@ -142,27 +153,18 @@ def prepare(seed: int, root: Path, size: Size) -> Job:
 
 def learn(seed: int, arm: str, root: Path, size: Size) -> Job:
     """Train an arm under a seed, then evaluate it with the oracle."""
-    prepared = root / f"seed{seed}"
-    folder = prepared / arm
-    final = folder / "final"
-    adapter = final / "pytorch_lora_weights.safetensors"
+    folder = run_folder(root, seed, arm)
+    prepared = folder.parent
     common = (f"run_dir={folder}", f"seed={seed}")
-
-    # Held-out prompts for the oracle.
-    evaluation = config_words(
-        "evaluate_oracle",
-        f"out={folder / 'eval'}",
-        f"seed={seed}",
-        f"limit={size.heldout}",
-    )
-    steps = []
+    evaluation = evaluation_step(folder, seed, size.heldout, trained=arm != "base")
+    steps = [evaluation]
 
     # Learn from the pairs, or online; the base learns nothing.
     if arm in ARMS:
         epochs = f"dpo.epochs={epochs_of(size):g}"
         pairs = f"pairs={prepared / 'pairs'}"
         words = config_words("dpo", *common, epochs, pairs, *ARMS[arm])
-        steps.append(CommandStep(f"train {arm}", "launch/dpo.py", words, adapter))
+        steps.insert(0, training_step("launch/dpo.py", words, folder))
     elif arm == "grpo":
         words = config_words(
             "grpo",
@@ -172,61 +174,15 @@ def learn(seed: int, arm: str, root: Path, size: Size) -> Job:
             f"rewards.descore.checkpoint={prepared / 'descore' / 'final'}",
             f"steps={updates_of_grpo(size)}",
         )
-        steps.append(CommandStep("train grpo", "launch/grpo.py", words, adapter))
-
-    # The oracle scores the tuned generator, or the base.
-    if steps:
-        evaluation.append(f"adapter={final}")
-    words = ["generator", *evaluation]
-    done = folder / "eval" / "summary.json"
-    steps.append(CommandStep("judge", "launch/evaluate.py", words, done))
+        steps.insert(0, training_step("launch/grpo.py", words, folder))
     return Job(folder, steps)
-
-
-def read_scores(root: Path, seeds: Sequence[int]) -> Scores:
-    """Read the oracle's total in [0, 1] and its sub-dimensions (0 to 2) of every video."""
-    scores: Scores = {}
-    for arm in TITLES:
-        scores[arm] = {}
-        for seed in seeds:
-            rows = tables.read_results(root / f"seed{seed}" / arm / "eval")
-
-            # The total, then the sub-dimensions.
-            columns = {TOTAL: [row["rewards"][TOTAL] for row in rows]}
-            for name in DIMENSIONS:
-                columns[name] = [row["parts"][TOTAL][name] for row in rows]
-            scores[arm][seed] = columns
-    return scores
-
-
-def oracle_of(
-    scores: Scores, arm: str, column: str, *, minus: str | None = None
-) -> Interval:
-    """MEAN of a column over seeds and prompts, or its difference to another arm."""
-
-    def runs(name: str) -> dict[int, tables.Tables]:
-        return {seed: [columns[column]] for seed, columns in scores[name].items()}
-
-    return tables.over_seeds(runs(arm), None if minus is None else runs(minus))
-
-
-def _record_of(scores: Scores, arm: str) -> dict[str, Any]:
-    by_seed = scores[arm].items()
-    return {
-        "oracle": oracle_of(scores, arm, TOTAL).as_dict(),
-        "gain": oracle_of(scores, arm, TOTAL, minus="base").as_dict(),
-        "seeds": {seed: round(fmean(columns[TOTAL]), 4) for seed, columns in by_seed},
-        "sub_dimensions": {
-            name: oracle_of(scores, arm, name).as_dict() for name in DIMENSIONS
-        },
-    }
 
 
 def _forwards(root: Path, seeds: Sequence[int], arm: str, size: Size) -> int:
     """MEAN over seeds of an arm's DiT samples, with those of its pairs."""
     spent = []
     for seed in seeds:
-        rows = read_metrics(root / f"seed{seed}" / arm / "metrics.jsonl")
+        rows = read_metrics(run_folder(root, seed, arm) / "metrics.jsonl")
         steps = [row for row in rows if "forwards/grad" in row]
 
         # A row without forwards is an evaluation.
@@ -237,18 +193,21 @@ def _forwards(root: Path, seeds: Sequence[int], arm: str, size: Size) -> int:
 
 
 def page_of(
-    scores: Scores, record: dict[str, Any], last: dict[str, list[dict[str, float]]]
+    record: dict[str, Any],
+    last: dict[str, list[dict[str, float]]],
+    seeds: Sequence[int],
 ) -> list[str]:
     """Lines of the page; ``last`` holds each arm's last row of metrics.jsonl by seed."""
     # Facts of the first paragraph.
-    seeds = ", ".join(str(seed) for seed in scores["base"])
-    count = len(next(iter(scores["base"].values()))[TOTAL])
+    arms = record["arms"]
+    count = arms["base"]["oracle"]["n"] // len(seeds)
     pairs = ", ".join(str(counts["pairs"]) for counts in record["pairs"])
     lines = [
         "# Learning from pairs against learning online, in miniature",
         "",
         f"Made by `{COMMAND}` at commit {record['commit']} in {record['minutes']:.0f} minutes. "
-        f"Seeds: {seeds}. Pairs of each seed: {pairs} of {record['pairs'][0]['prompts']} prompts; "
+        f"Seeds: {', '.join(map(str, seeds))}. Pairs of each seed: {pairs} of "
+        f"{record['pairs'][0]['prompts']} prompts; "
         "DeScore scored eight videos a prompt, and the best and the worst made a pair unless they "
         f"were too close. The oracle scores {count} held-out prompts. Intervals: 95 %, bootstrap "
         "over seeds and prompts; gains are taken prompt by prompt. DiT forwards include the making "
@@ -259,78 +218,65 @@ def page_of(
     # The oracle's total.
     rows = []
     for arm, title in TITLES.items():
-        gain = None if arm == "base" else oracle_of(scores, arm, TOTAL, minus="base")
-        forwards = str(record["arms"][arm].get("forwards", ""))
-        oracle = tables.show(oracle_of(scores, arm, TOTAL))
-        rows.append([title, forwards, oracle, tables.show(gain)])
-    head = [
-        "trained by",
-        "DiT forwards",
-        "oracle, 0 to 1",
-        "gain on the base",
-    ]
+        result = arms[arm]
+        gain = None if arm == "base" else result["gain"]
+        forwards = str(result.get("forwards", ""))
+        rows.append([title, forwards, tables.show(result["oracle"]), tables.show(gain)])
+    head = ["trained by", "DiT forwards", "oracle, 0 to 1", "gain on the base"]
     lines += tables.markdown_table(head, rows)
 
     # Sub-dimensions.
     rows = []
     for arm, title in TITLES.items():
-        cells = [tables.show(oracle_of(scores, arm, name)) for name in DIMENSIONS]
+        cells = map(tables.show, arms[arm]["sub_dimensions"].values())
         rows.append([title, *cells])
     lines += ["", "## By sub-dimension, 0 to 2", ""]
     lines += tables.markdown_table(["trained by", *DIMENSIONS], rows)
 
     # Training metrics; fine-tuning has only some of them.
-    names = [
-        "loss",
-        "accuracy",
-        "chosen_change",
-        "rejected_change",
-        "push",
-        "grad_norm",
-    ]
     rows = []
     for arm, steps in last.items():
         cells = [TITLES[arm]]
-        for name in names:
+        for name in METRICS:
             key = f"train/{name}"
-
-            # An empty cell where an arm lacks a metric.
             known = key in steps[0]
             cells.append(f"{fmean(row[key] for row in steps):.4f}" if known else "")
         rows.append(cells)
     lines += ["", "## The last training step, mean over seeds", ""]
-    return lines + tables.markdown_table(["trained by", *names], rows)
+    return lines + tables.markdown_table(["trained by", *METRICS], rows)
 
 
-def write_results(
+def write_comparison(
     root: Path, out: Path, seeds: Sequence[int], size: Size, *, minutes: float
 ) -> None:
     """Write the JSON and the page."""
-    from alignment.pair_store import PairSet
-
-    # Collect the results of all arms.
-    scores = read_scores(root, seeds)
+    scores = read_scores(root, seeds, TITLES)
     pair_sets = [PairSet(root / f"seed{seed}" / "pairs") for seed in seeds]
-    record: dict[str, Any] = {
+    arms = {}
+    for arm in TITLES:
+        arms[arm] = record_of(scores, arm)
+        arms[arm]["gain"] = oracle_of(scores, arm, minus="base")
+        arms[arm]["sub_dimensions"] = {
+            name: oracle_of(scores, arm, name) for name in DIMENSIONS
+        }
+        # The base costs nothing.
+        if arm != "base":
+            arms[arm]["forwards"] = _forwards(root, seeds, arm, size)
+    record = {
         "command": COMMAND,
         "commit": commit(),
         "minutes": round(minutes, 1),
         "pairs": [pairs.about["counts"] for pairs in pair_sets],
-        "arms": {arm: _record_of(scores, arm) for arm in TITLES},
+        "arms": arms,
     }
-
-    # The base costs nothing.
-    for arm in TITLES:
-        if arm != "base":
-            record["arms"][arm]["forwards"] = _forwards(root, seeds, arm, size)
-    write_json(out / "reproduce_dpo.json", record)
 
     # The last training step of the arms on pairs.
     last = {}
     for arm in ARMS:
-        logs = [root / f"seed{seed}" / arm / "metrics.jsonl" for seed in seeds]
+        logs = [run_folder(root, seed, arm) / "metrics.jsonl" for seed in seeds]
         last[arm] = [read_metrics(log)[-1] for log in logs]
-    tables.write_page(out / "reproduce_dpo.md", page_of(scores, record, last))
+    page = page_of(record, last, seeds)
+    tables.write_results(out, "reproduce_dpo", record, page)
 
 
 def main() -> None:
@@ -341,34 +287,20 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1.0, help="times dpo.yaml's")
     parser.add_argument("--heldout", type=int, default=240, help="held-out prompts")
     args = parser.parse_args()
-
     root = args.run_dir
-    timer = RecipeTimer(ROOT / root / "seconds.json")
-    size = Size(
-        args.train_pairs,
-        args.prompts,
-        args.epochs,
-        args.heldout,
-    )
+    recipe = Recipe(root, args.workers)
+    size = Size(args.train_pairs, args.prompts, args.epochs, args.heldout)
 
     # Every seed has its DeScore and its pairs.
-    prepared = [[prepare(seed, root, size)] for seed in args.seeds]
-    run_jobs(prepared, root, timer, workers=args.workers)
+    recipe.run([[prepare(seed, root, size)] for seed in args.seeds])
 
     # The longest first, so that no worker is idle at the end.
     arms = ["grpo", *ARMS, "base"]
-    jobs = [[learn(seed, arm, root, size)] for arm in arms for seed in args.seeds]
-    run_jobs(jobs, root, timer, workers=args.workers)
+    recipe.run([[learn(seed, arm, root, size)] for arm in arms for seed in args.seeds])
 
     # Compare the arms.
-    out = ROOT / args.out
-    write_results(
-        ROOT / root,
-        out,
-        args.seeds,
-        size,
-        minutes=timer.minutes,
-    )
+    minutes = recipe.seconds["wall"] / 60
+    write_comparison(ROOT / root, ROOT / args.out, args.seeds, size, minutes=minutes)
 
 
 if __name__ == "__main__":

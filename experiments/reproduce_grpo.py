@@ -7,34 +7,39 @@ forwards (a backward counts two), and is evaluated on held-out prompts. The pape
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.config import load
 from common.log import read_metrics
 from experiments import tables
+from experiments.oracle_scores import (
+    evaluation_step,
+    oracle_of,
+    read_scores,
+    record_of,
+    run_folder,
+    training_step,
+)
 from experiments.runner import (
     CONFIGS,
     ROOT,
-    CommandStep,
     Job,
-    RecipeTimer,
+    Recipe,
     commit,
     comparison_parser,
-    config_words,
-    run_jobs,
-    write_json,
 )
-from launch.evaluation.intervals import Interval
 from launch.planning.forwards import samples_per_rollout, samples_per_update
 from launch.schemas.training import GrpoRun
 
 COMMAND = "python experiments/reproduce_grpo.py"
 BASE = "longcat"
+# A column of the tables, and its key in the JSON.
+GAP = "against the recipe"
 
 
 @dataclass(frozen=True)
@@ -149,91 +154,49 @@ def updates_of(name: str, updates: int) -> int:
     return max(1, round(updates * recipe_cost / cost_of_update(config_of(name))))
 
 
-@dataclass(frozen=True)
-class GrpoArmRun:
-    """An arm under a seed. Arm "base" is the generator before any training."""
-
-    seed: int
-    arm: str
-
-    def folder(self, root: Path) -> Path:
-        """Run folder."""
-        return root / f"seed{self.seed}" / self.arm
-
-
-def steps_of(
-    run: GrpoArmRun, root: Path, *, updates: int, prompts: int
-) -> list[CommandStep]:
+def job_of(root: Path, seed: int, arm: str, *, updates: int, prompts: int) -> Job:
     """Commands that train an arm and evaluate it on held-out prompts."""
-    folder = run.folder(root)
-    steps = []
+    folder = run_folder(root, seed, arm)
+    evaluation = evaluation_step(folder, seed, prompts, trained=arm != "base")
+    if arm == "base":
+        return Job(folder, [evaluation])
 
-    # Held-out prompts for the oracle.
-    evaluation = config_words(
-        "evaluate_oracle",
-        f"seed={run.seed}",
-        f"out={folder / 'eval'}",
-        f"limit={prompts}",
-    )
-
-    # Train all arms but the base.
-    if run.arm != "base":
-        count = updates_of(run.arm, updates)
-
-        # Later config files override earlier ones.
-        words = []
-        for path in configs_of(run.arm):
-            words += ["--config", str(path)]
-        words += [
-            f"run_dir={folder}",
-            f"seed={run.seed}",
-            f"steps={count}",
-            # Four evaluations in training give the curve.
-            f"evaluation.every={max(1, count // 4)}",
-            f"evaluation.limit={min(48, prompts)}",
-            *ARMS[run.arm].extra,
-        ]
-        done = folder / "final" / "pytorch_lora_weights.safetensors"
-        steps.append(CommandStep(f"train {run}", "launch/grpo.py", words, done))
-        evaluation.append(f"adapter={folder / 'final'}")
-
-    # Evaluate with the oracle.
-    words = ["generator", *evaluation]
-    done = folder / "eval" / "summary.json"
-    steps.append(CommandStep(f"judge {run}", "launch/evaluate.py", words, done))
-    return steps
+    # Later config files override earlier ones.
+    count = updates_of(arm, updates)
+    words = []
+    for path in configs_of(arm):
+        words += ["--config", str(path)]
+    words += [
+        f"run_dir={folder}",
+        f"seed={seed}",
+        f"steps={count}",
+        # Four evaluations in training give the curve.
+        f"evaluation.every={max(1, count // 4)}",
+        f"evaluation.limit={min(48, prompts)}",
+        *ARMS[arm].extra,
+    ]
+    return Job(folder, [training_step("launch/grpo.py", words, folder), evaluation])
 
 
-@dataclass(frozen=True)
-class GrpoOutcome:
-    """Results of a run.
+class GrpoTraining(NamedTuple):
+    """Log of a training run.
 
-    score     The oracle's value of every held-out prompt's video, in order.
-    curve     Points (DiT forwards so far, MEAN oracle of the first held-out prompts).
-    forwards  Of the whole run, a backward counted as two.
+    updates   Number of updates.
+    videos    Number of sampled videos.
+    forwards  DiT samples of the whole run, a backward counted as two.
     rollout   Median seconds of a step's rollouts.
+    curve     Points (DiT forwards so far, MEAN oracle of the first held-out prompts).
     """
 
-    score: tuple[float, ...]
-    curve: tuple[tuple[float, float], ...] = ()
-    updates: int = 0
-    videos: int = 0
-    forwards: float = 0.0
-    rollout: float = 0.0
+    updates: int
+    videos: int
+    forwards: float
+    rollout: float
+    curve: list[tuple[float, float]]
 
 
-Outcomes = dict[GrpoArmRun, GrpoOutcome]
-
-
-def read_outcome(root: Path, run: GrpoArmRun) -> GrpoOutcome:
-    """Read a run's evaluation and its training log."""
-    folder = run.folder(root)
-
-    # Scores after training.
-    rows = tables.read_results(folder / "eval")
-    score = tuple(row["rewards"]["shapes"] for row in rows)
-    if run.arm == "base":
-        return GrpoOutcome(score)
+def read_training(folder: Path) -> GrpoTraining:
+    """Read a run's training log."""
     metrics = read_metrics(folder / "metrics.jsonl")
 
     # DiT forwards before and after each training step.
@@ -244,58 +207,13 @@ def read_outcome(root: Path, run: GrpoArmRun) -> GrpoOutcome:
     curve = []
     for row in metrics:
         if "eval/oracle" in row:
-            forwards = spent[int(row["step"])]
-            curve.append((forwards, row["eval/oracle"]))
-
-    # Totals of the training.
+            curve.append((spent[int(row["step"])], row["eval/oracle"]))
     videos = sum(row["videos_per_second"] * row["seconds/step"] for row in steps)
     rollout = median(row["seconds/rollout"] for row in steps)
-    return GrpoOutcome(
-        score,
-        tuple(curve),
-        updates=len(steps),
-        videos=round(videos),
-        forwards=spent[-1],
-        rollout=rollout,
-    )
+    return GrpoTraining(len(steps), round(videos), spent[-1], rollout, curve)
 
 
-def oracle_of(outcomes: Outcomes, arm: str, *, minus: str | None = None) -> Interval:
-    """MEAN oracle of an arm over seeds and prompts, or its difference to another arm."""
-
-    def runs(name: str) -> dict[int, tables.Tables]:
-        scores = {}
-        for run, outcome in outcomes.items():
-            if run.arm == name:
-                scores[run.seed] = [outcome.score]
-        return scores
-
-    return tables.over_seeds(runs(arm), None if minus is None else runs(minus))
-
-
-def _record_of(outcomes: Outcomes, arm: str) -> dict[str, Any]:
-    # Mean of every seed.
-    by_seed = {run.seed: outcome for run, outcome in outcomes.items() if run.arm == arm}
-    seeds = {}
-    for seed, outcome in by_seed.items():
-        seeds[seed] = round(fmean(outcome.score), 4)
-    record: dict[str, Any] = {
-        "oracle": oracle_of(outcomes, arm).as_dict(),
-        "seeds": seeds,
-    }
-
-    # Gains, and what the training took, MEAN over seeds.
-    if arm != "base":
-        record["gain"] = oracle_of(outcomes, arm, minus="base").as_dict()
-        against = oracle_of(outcomes, arm, minus=BASE).as_dict()
-        record["against the recipe"] = against
-        for name in ("updates", "videos", "forwards", "rollout"):
-            values = [getattr(outcome, name) for outcome in by_seed.values()]
-            record[name] = round(fmean(values), 3)
-    return record
-
-
-def groups_of(arms: Sequence[str]) -> dict[str, list[str]]:
+def groups_of(arms: Collection[str]) -> dict[str, list[str]]:
     """Arms by section of the page, after the recipe; without sections that only hold the recipe."""
     groups: dict[str, list[str]] = {}
     for name, arm in ARMS.items():
@@ -304,67 +222,55 @@ def groups_of(arms: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
-def page_of(
-    outcomes: Outcomes, arms: Sequence[str], record: dict[str, Any], minutes: float
-) -> list[str]:
+def page_of(record: dict[str, Any], seeds: Sequence[int]) -> list[str]:
     """Lines of the page."""
-    # Facts of the first paragraph.
-    seeds = sorted({run.seed for run in outcomes})
-    count = len(next(iter(outcomes.values())).score)
+    base = record["arms"]["base"]["oracle"]
     lines = [
         "# What each part of Longcat-GRPO is worth, in miniature",
         "",
-        f"Made by `{record['command']}` at commit {record['commit']} in {minutes:.0f} minutes. "
+        f"Made by `{record['command']}` at commit {record['commit']} in "
+        f"{record['minutes']:.0f} minutes. "
         f"Seeds: {', '.join(map(str, seeds))}. The tiny Wan learns from the exact oracle, which "
-        f"scores (0 to 1) {count} held-out prompts after training. Intervals: 95 %, bootstrap over "
+        f"scores (0 to 1) {base['n'] // len(seeds)} held-out prompts after training. Intervals: "
+        "95 %, bootstrap over "
         "seeds and prompts; differences are taken prompt by prompt. Arms spend equally many DiT "
         "forwards, a backward counted as two; those of the tail make as many updates as the "
         "recipe. Rollout: median seconds of a step, two runs on two cores.",
         "",
-        f"Before training: {tables.show(oracle_of(outcomes, 'base'))}.",
+        f"Before training: {tables.show(base)}.",
         "",
     ]
 
     # A table for each section.
-    head = [
-        "arm",
-        "updates",
-        "videos",
-        "DiT forwards",
-        "rollout",
-        "oracle",
-    ]
-    head.append("against the recipe")
-    for title, members in groups_of(arms).items():
+    counts = ("updates", "videos", "forwards")
+    head = ["arm", "updates", "videos", "DiT forwards", "rollout", "oracle", GAP]
+    for title, members in groups_of(record["arms"]).items():
         rows = []
         for arm in members:
-            row = record["arms"][arm]
+            result = record["arms"][arm]
 
             # The recipe has no difference to itself.
-            gap = None if arm == BASE else oracle_of(outcomes, arm, minus=BASE)
+            gap = None if arm == BASE else result[GAP]
             cells = [ARMS[arm].title]
-            cells += [f"{row[name]:.0f}" for name in ("updates", "videos", "forwards")]
-            cells.append(f"{row['rollout']:.2f}")
-            cells += [tables.show(oracle_of(outcomes, arm)), tables.show(gap)]
-            rows.append(cells)
+            cells += [f"{result[name]:.0f}" for name in counts]
+            cells.append(f"{result['rollout']:.2f}")
+            rows.append([*cells, tables.show(result["oracle"]), tables.show(gap)])
         lines += [f"## {title.capitalize()}", "", *tables.markdown_table(head, rows)]
         lines.append("")
     return [*lines, "![oracle against DiT forwards](reproduce_grpo.svg)"]
 
 
-def plot(outcomes: Outcomes, arms: Sequence[str], path: Path) -> None:
+def plot(trainings: dict[str, list[GrpoTraining]], path: Path) -> None:
     """Plot the oracle on held-out prompts against DiT forwards, MEAN over seeds."""
-    groups = groups_of(arms)
-
     # A panel for each section.
+    groups = groups_of(trainings)
     figure, axes = tables.new_figure(max(2, len(groups)))
     for axis, (title, members) in zip(axes, groups.items(), strict=False):
         for arm in members:
-            curves = [o.curve for run, o in outcomes.items() if run.arm == arm]
-
             # MEAN over seeds at each evaluation.
             spent = []
             oracle = []
+            curves = [training.curve for training in trainings[arm]]
             for points in zip(*curves, strict=True):
                 spent.append(fmean(x for x, _ in points))
                 oracle.append(fmean(y for _, y in points))
@@ -373,27 +279,6 @@ def plot(outcomes: Outcomes, arms: Sequence[str], path: Path) -> None:
         axis.set(title=title, xlabel="DiT forwards", ylabel="oracle, held-out prompts")
         axis.legend(fontsize=5)
     tables.save_figure(figure, path)
-
-
-def write_results(
-    root: Path, out: Path, runs: Sequence[GrpoArmRun], *, command: str, minutes: float
-) -> None:
-    """Write the JSON, the plot and the page."""
-    # Collect the results of all runs.
-    outcomes = {run: read_outcome(root, run) for run in runs}
-    names = list(dict.fromkeys(run.arm for run in runs))
-    record = {
-        "command": command,
-        "commit": commit(),
-        "minutes": round(minutes, 1),
-        "arms": {name: _record_of(outcomes, name) for name in names},
-    }
-    write_json(out / "reproduce_grpo.json", record)
-
-    # The plot and the page.
-    plot(outcomes, names, out / "reproduce_grpo.svg")
-    page = page_of(outcomes, names, record, minutes)
-    tables.write_page(out / "reproduce_grpo.md", page)
 
 
 def main() -> None:
@@ -407,34 +292,48 @@ def main() -> None:
     args = parser.parse_args()
 
     # Train and evaluate all arms.
-    timer = RecipeTimer(ROOT / args.run_dir / "seconds.json")
-    arms = dict.fromkeys(["base", BASE, *args.arms])
-    runs = [GrpoArmRun(seed, arm) for seed in args.seeds for arm in arms]
+    recipe = Recipe(args.run_dir, args.workers)
+    names = list(dict.fromkeys(["base", BASE, *args.arms]))
     jobs = []
-    for run in runs:
-        steps = steps_of(
-            run,
-            args.run_dir,
-            updates=args.updates,
-            prompts=args.prompts,
-        )
-        jobs.append([Job(run.folder(args.run_dir), steps)])
-    run_jobs(jobs, args.run_dir, timer, workers=args.workers)
-
-    # The command names the arms if some are left out.
-    chosen = "" if set(arms) == {"base", *ARMS} else f" --arms {' '.join(args.arms)}"
+    for seed in args.seeds:
+        for arm in names:
+            job = job_of(
+                args.run_dir,
+                seed,
+                arm,
+                updates=args.updates,
+                prompts=args.prompts,
+            )
+            jobs.append([job])
+    recipe.run(jobs)
 
     # Compare the arms.
-    out = ROOT / args.out
     root = ROOT / args.run_dir
-    command = COMMAND + chosen
-    write_results(
-        root,
-        out,
-        runs,
-        command=command,
-        minutes=timer.minutes,
-    )
+    scores = read_scores(root, args.seeds, names)
+    arms = {name: record_of(scores, name) for name in names}
+    trainings = {}
+    for arm in names[1:]:
+        arms[arm]["gain"] = oracle_of(scores, arm, minus="base")
+        arms[arm][GAP] = oracle_of(scores, arm, minus=BASE)
+        folders = [run_folder(root, seed, arm) for seed in args.seeds]
+        trainings[arm] = [read_training(folder) for folder in folders]
+
+        # What the training took, MEAN over seeds.
+        for field in ("updates", "videos", "forwards", "rollout"):
+            values = [getattr(training, field) for training in trainings[arm]]
+            arms[arm][field] = round(fmean(values), 3)
+
+    # The command names the arms if some are left out.
+    chosen = "" if set(names) == {"base", *ARMS} else f" --arms {' '.join(args.arms)}"
+    record = {
+        "command": COMMAND + chosen,
+        "commit": commit(),
+        "minutes": round(recipe.seconds["wall"] / 60, 1),
+        "arms": arms,
+    }
+    out = ROOT / args.out
+    plot(trainings, out / "reproduce_grpo.svg")
+    tables.write_results(out, "reproduce_grpo", record, page_of(record, args.seeds))
 
 
 if __name__ == "__main__":

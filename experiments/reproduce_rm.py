@@ -10,27 +10,27 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import replaced
 from common.log import read_metrics
 from experiments import tables
 from experiments.runner import (
     ROOT,
     CommandStep,
     Job,
-    RecipeTimer,
+    Recipe,
     commit,
     comparison_parser,
     config_words,
-    run_jobs,
     run_step,
-    write_json,
 )
-from launch.evaluation.intervals import Interval, mean_ci95
+from launch.evaluation.intervals import mean_ci95
 from rm.prompt import DIMENSIONS
+from toy.make_pairs import write_csv
 
 # The page and the JSON name it.
 COMMAND = "python experiments/reproduce_rm.py"
@@ -134,13 +134,16 @@ class Cell:
 
     def checkpoint(self, run: Path) -> Path:
         """Folder of its weights."""
-        # A method without training uses the weights of another.
-        method = METHODS[self.method]
-        if method.script is not None:
-            return self.folder(run) / "final"
-        if method.after is not None:
-            return Cell(self.seed, self.size, method.after).checkpoint(run)
-        return run / "base"
+        if METHODS[self.method].script is None:
+            return self.start(run)
+        return self.folder(run) / "final"
+
+    def start(self, run: Path) -> Path:
+        """Folder of the weights before training."""
+        before = METHODS[self.method].after
+        if before is None:
+            return run / "base"
+        return Cell(self.seed, self.size, before).checkpoint(run)
 
 
 def sequences_of(seed: int, sizes: Sequence[int]) -> list[list[Cell]]:
@@ -183,8 +186,7 @@ def steps_of(
         if method.script == DUAL_RL:
             words.append(f"dual_rl.steps={rl_steps}")
         if method.after is not None:
-            before = Cell(cell.seed, cell.size, method.after)
-            words.append(f"checkpoint={before.checkpoint(run)}")
+            words.append(f"checkpoint={cell.start(run)}")
 
         # The command line of the user comes last and wins.
         words += [*method.extra, *more]
@@ -216,28 +218,17 @@ def make_data(run: Path, seed: int, *, train: int, tests: int) -> None:
 
     # Make all sets with a single command.
     counts = [f"filmed={train}", *(f"{name}={tests}" for name in TESTS)]
-    words = [
-        "--out",
-        str(data),
-        "--seed",
-        str(seed),
-        "--pairs",
-        *counts,
-    ]
+    words = ["--out", str(data), "--seed", str(seed), "--pairs", *counts]
     done = data / "done.json"
     run_step(CommandStep("preference data", "toy/make_pairs.py", words, done))
 
-    # Join the tests in a single file, renamed last so that it is never seen half written.
+    # Join the tests in a single file, which is never seen half written.
     rows: list[dict[str, str]] = []
     for name in TESTS:
         with open(ROOT / data / f"{name}.csv", encoding="utf-8", newline="") as file:
             rows += csv.DictReader(file)
-    partial = ROOT / data / "tests.partial"
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.rename(ROOT / data / "tests.csv")
+    with replaced(ROOT / data / "tests.csv") as partial:
+        write_csv(partial, rows)
 
 
 def make_base(run: Path) -> None:
@@ -248,10 +239,7 @@ def make_base(run: Path) -> None:
     from rm.config import Generation
     from rm.model import DeScore
 
-    generation = Generation(
-        max_new_tokens=96,
-        repetition_penalty=1.0,
-    )
+    generation = Generation(max_new_tokens=96, repetition_penalty=1.0)
     qwen = ROOT / "assets/shapes/qwen"
     DeScore.from_base(qwen, generation=generation).save(folder)
 
@@ -302,13 +290,11 @@ def _outcome(rows: Sequence[dict[str, Any]]) -> RmOutcome:
 
 
 def _right(row: dict[str, Any]) -> float:
-    # Ties were left out before.
-    reward_a = row["reward_A"]
-    reward_b = row["reward_B"]
+    rewards = (row["reward_A"], row["reward_B"])
     # A pair with a missing score counts as wrong.
-    if reward_a is None or reward_b is None:
+    if None in rewards:
         return 0.0
-    return float((reward_a - reward_b) * row["label"] > 0)
+    return float((rewards[0] - rewards[1]) * row["label"] > 0)
 
 
 def stated_order(row: dict[str, Any]) -> float:
@@ -348,7 +334,7 @@ def mean_of(
     field: str,
     *,
     minus: str | None = None,
-) -> Interval | None:
+) -> dict[str, Any] | None:
     """MEAN of a field over seeds and tests; None where there are no values.
 
     ``minus`` gives the mean difference to another method, pair by pair at the same seeds.
@@ -357,9 +343,10 @@ def mean_of(
     complete = all(len(values) for run in runs.values() for values in run)
     if not runs or not complete:
         return None
-    if minus is None:
-        return tables.over_seeds(runs)
-    return tables.over_seeds(runs, _runs(outcomes, size, minus, tests, field))
+    others = None
+    if minus is not None:
+        others = _runs(outcomes, size, minus, tests, field)
+    return tables.over_seeds(runs, others)
 
 
 def _record_of(cell: Cell, by_test: Mapping[str, RmOutcome]) -> dict[str, Any]:
@@ -372,12 +359,7 @@ def _record_of(cell: Cell, by_test: Mapping[str, RmOutcome]) -> dict[str, Any]:
         results[name] = {"accuracy": interval(outcome.right)}
         if outcome.thought:
             results[name]["sub_dimensions"] = interval(outcome.thought)
-    cell_name = {
-        "seed": cell.seed,
-        "size": cell.size,
-        "method": cell.method,
-    }
-    return {**cell_name, "tests": results}
+    return {**asdict(cell), "tests": results}
 
 
 def page_of(
@@ -388,7 +370,8 @@ def page_of(
     seeds = sorted({cell.seed for cell in outcomes})
     largest = sizes[-1]
     seconds = record["seconds"]
-    tests = {name: (name,) for name in TESTS} | {"mean of the four": OUTSIDE}
+    tests = {name: (largest, (name,)) for name in TESTS}
+    tests["mean of the four"] = (largest, OUTSIDE)
     lines = [
         "# DeScore's claims in miniature",
         "",
@@ -400,11 +383,7 @@ def page_of(
         "",
         f"## Accuracy on {largest} training pairs",
         "",
-        *_table(
-            tests,
-            METHODS,
-            lambda m, t: mean_of(outcomes, largest, m, t, "right"),
-        ),
+        *_table(outcomes, tests, METHODS, "right"),
         "",
         "## Accuracy against training pairs",
         "",
@@ -414,10 +393,7 @@ def page_of(
     trained = [name for name in METHODS if name != "base"]
     for group, members in GROUPS.items():
         columns = {f"{group}, {size}": (size, members) for size in sizes}
-        lines += _table(
-            columns, trained, lambda m, c: mean_of(outcomes, c[0], m, c[1], "right")
-        )
-        lines.append("")
+        lines += [*_table(outcomes, columns, trained, "right"), ""]
 
     # Methods that write a CoT.
     thinking = [name for name, method in METHODS.items() if method.scoring != NO_COT]
@@ -425,9 +401,7 @@ def page_of(
         *lines,
         f"## Right sub-dimension scores in the chains of thought, {largest} training pairs",
         "",
-        *_table(
-            tests, thinking, lambda m, t: mean_of(outcomes, largest, m, t, "thought")
-        ),
+        *_table(outcomes, tests, thinking, "thought"),
         "",
         f"## What the score adds to the scores in the CoT, {largest} training pairs",
         "",
@@ -448,14 +422,18 @@ def page_of(
 
 
 def _table(
-    columns: Mapping[str, Any],
-    methods: Sequence[str] | Mapping[str, Method],
-    value: Callable[[str, Any], Interval | None],
+    outcomes: Outcomes,
+    columns: Mapping[str, tuple[int, Sequence[str]]],
+    methods: Iterable[str],
+    field: str,
 ) -> list[str]:
+    """Table of a field by method, and by the training pairs and tests of a column."""
     rows = []
     for name in methods:
-        cells = [tables.show(value(name, column)) for column in columns.values()]
-        rows.append([METHODS[name].title, *cells])
+        cells = [METHODS[name].title]
+        for size, tests in columns.values():
+            cells.append(tables.show(mean_of(outcomes, size, name, tests, field)))
+        rows.append(cells)
     return tables.markdown_table(["reward model", *columns], rows)
 
 
@@ -480,13 +458,15 @@ def _right_by_stated_order(
 ) -> dict[float, list[float]]:
     """Accuracy of every pair of all seeds, by the stated order."""
     by_order: dict[float, list[float]] = {1.0: [], 0.0: [], -1.0: []}
-    right = _runs(outcomes, size, method, tests, "right")
-    stated = _runs(outcomes, size, method, tests, "stated")
-    for seed in right:
-        for rights, orders in zip(right[seed], stated[seed], strict=True):
-            for is_right, order in zip(rights, orders, strict=True):
-                if not math.isnan(order):
-                    by_order[order].append(is_right)
+    flat = []
+    for field in ("right", "stated"):
+        runs = _runs(outcomes, size, method, tests, field)
+        flat.append(
+            [value for run in runs.values() for table in run for value in table]
+        )
+    for is_right, order in zip(*flat, strict=True):
+        if not math.isnan(order):
+            by_order[order].append(is_right)
     return by_order
 
 
@@ -503,10 +483,7 @@ def _differences(outcomes: Outcomes, size: int) -> list[str]:
         ("descore", "descore_p0", "right"),
         ("stage1", "discriminative", "right"),
     ]
-    labels = {
-        "right": "accuracy",
-        "thought": "right sub-dimension scores",
-    }
+    labels = {"right": "accuracy", "thought": "right sub-dimension scores"}
     rows = []
     for method, other, field in compared:
         row = [f"{labels[field]}: {METHODS[method].title} - {METHODS[other].title}"]
@@ -529,9 +506,9 @@ def plot_sizes(outcomes: Outcomes, sizes: Sequence[int], path: Path) -> None:
             values = [mean_of(outcomes, size, name, tests, "right") for size in sizes]
 
             # Bars reach from the lower to the upper end of the interval.
-            mean = [value.mean for value in values]
-            below = [value.mean - value.low for value in values]
-            above = [value.high - value.mean for value in values]
+            mean = [value["mean"] for value in values]
+            below = [value["mean"] - value["ci95"][0] for value in values]
+            above = [value["ci95"][1] - value["mean"] for value in values]
             axis.errorbar(
                 # Shifted, so that the bars of all methods are visible.
                 [size * (1 + 0.012 * (place - 3)) for size in sizes],
@@ -543,18 +520,9 @@ def plot_sizes(outcomes: Outcomes, sizes: Sequence[int], path: Path) -> None:
                 label=method.title,
             )
         axis.set(title=group, xlabel="training pairs", ylabel="accuracy", xscale="log")
-        axis.set_xticks(
-            sizes,
-            labels=map(str, sizes),
-            minor=False,
-        )
+        axis.set_xticks(sizes, labels=map(str, sizes), minor=False)
         axis.minorticks_off()
-    tables.save_figure(
-        figure,
-        path,
-        legend_of=axes[0],
-        bottom=0.12,
-    )
+    tables.save_figure(figure, path, legend_of=axes[0])
 
 
 def plot_training(run: Path, cells: Sequence[Cell], path: Path) -> None:
@@ -571,46 +539,7 @@ def plot_training(run: Path, cells: Sequence[Cell], path: Path) -> None:
             axis.plot(steps, values, label=f"seed {cell.seed}", lw=1)
         title = METHODS[name].title
         axis.set(title=title, xlabel="step", ylabel=metric, ylim=(0.3, 1.0))
-    tables.save_figure(
-        figure,
-        path,
-        legend_of=axes[0],
-        bottom=0.12,
-    )
-
-
-def write_results(
-    run: Path,
-    out: Path,
-    cells: Sequence[Cell],
-    *,
-    seconds: dict[str, float],
-    workers: int,
-) -> None:
-    """Write the JSON, two plots and the page."""
-    # Collect the results of all cells.
-    outcomes = read_outcomes(run, cells)
-    sizes = sorted({cell.size for cell in cells if cell.size})
-    record = {
-        "command": COMMAND,
-        "commit": commit(),
-        "seconds": seconds,
-        "judges": [_record_of(cell, by_test) for cell, by_test in outcomes.items()],
-    }
-    write_json(out / "reproduce_rm.json", record)
-
-    # Two plots and the page.
-    plot_sizes(outcomes, sizes, out / "reproduce_rm_size.svg")
-
-    # Training on most pairs.
-    largest = [cell for cell in cells if cell.size == sizes[-1]]
-    plot_training(
-        run,
-        largest,
-        out / "reproduce_rm_training.svg",
-    )
-    page = page_of(outcomes, sizes, record, workers)
-    tables.write_page(out / "reproduce_rm.md", page)
+    tables.save_figure(figure, path, legend_of=axes[0])
 
 
 def main() -> None:
@@ -624,44 +553,41 @@ def main() -> None:
 
     # Make the base and the data.
     run: Path = args.run_dir
-    timer = RecipeTimer(ROOT / run / "seconds.json")
+    recipe = Recipe(run, args.workers)
     make_base(run)
     for seed in args.seeds:
-        make_data(
-            run,
-            seed,
-            train=max(args.sizes),
-            tests=args.tests,
-        )
+        make_data(run, seed, train=max(args.sizes), tests=args.tests)
 
     # Train and evaluate. The longest run first, so that no worker is idle at the end.
     sequences = [c for seed in args.seeds for c in sequences_of(seed, args.sizes)]
     sequences.sort(key=lambda cells: -cells[0].size)
-    cells = [cell for sequence in sequences for cell in sequence]
     jobs = []
     for sequence in sequences:
         sequence_jobs = []
         for cell in sequence:
-            steps = steps_of(
-                cell,
-                run,
-                rl_steps=args.rl_steps,
-                more=args.more,
-            )
+            steps = steps_of(cell, run, rl_steps=args.rl_steps, more=args.more)
             sequence_jobs.append(Job(cell.folder(run), steps))
         jobs.append(sequence_jobs)
-    run_jobs(jobs, run, timer, workers=args.workers)
+    recipe.run(jobs)
 
-    # Compare the methods.
+    # Collect the results of all cells.
+    cells = [cell for sequence in sequences for cell in sequence]
+    outcomes = read_outcomes(ROOT / run, cells)
+    record = {
+        "command": COMMAND,
+        "commit": commit(),
+        "seconds": recipe.seconds,
+        "judges": [_record_of(cell, by_test) for cell, by_test in outcomes.items()],
+    }
+
+    # Two plots, the second of training on most pairs, and the page.
     out = ROOT / args.out
-    seconds = timer.seconds
-    write_results(
-        ROOT / run,
-        out,
-        cells,
-        seconds=seconds,
-        workers=args.workers,
-    )
+    sizes = sorted(set(args.sizes))
+    plot_sizes(outcomes, sizes, out / "reproduce_rm_size.svg")
+    largest = [cell for cell in cells if cell.size == sizes[-1]]
+    plot_training(ROOT / run, largest, out / "reproduce_rm_training.svg")
+    page = page_of(outcomes, sizes, record, args.workers)
+    tables.write_results(out, "reproduce_rm", record, page)
 
 
 if __name__ == "__main__":

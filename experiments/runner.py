@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from common.files import read_json
 
 # All commands start in the repository.
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,14 +35,12 @@ class CommandStep:
     script     Program, relative to the repository.
     arguments  Its command line.
     done       File that exists once the step has finished, relative to the repository.
-    launcher   Whether deepspeed starts it on several ranks where there are several.
     """
 
     title: str
     script: str
     arguments: list[str]
     done: Path
-    launcher: bool = True
 
     @property
     def is_done(self) -> bool:
@@ -74,51 +72,14 @@ class PeakMemory:
         import psutil
 
         while process.poll() is None:
-            # Launchers have children that have children.
-            total = 0
-            try:
+            # A process may end between two calls; the next sample is complete again.
+            with suppress(psutil.NoSuchProcess):
                 root = psutil.Process(process.pid)
+                # Launchers have children that have children.
                 family = [root, *root.children(recursive=True)]
-            except psutil.NoSuchProcess:
-                return
-            for member in family:
-                try:
-                    total += member.memory_info().rss
-                except psutil.NoSuchProcess:
-                    # It ended between the two calls.
-                    continue
-            self.peak = max(self.peak, total)
+                total = sum(member.memory_info().rss for member in family)
+                self.peak = max(self.peak, total)
             time.sleep(0.5)
-
-
-class RecipeTimer:
-    """Seconds of every step of a recipe, in a JSON file that survives restarts.
-
-    "wall" and "cpu" are those of all starts of the recipe together. The two tell a busy machine
-    from a slow recipe.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seconds: dict[str, float] = {}
-        if path.exists():
-            self.seconds = read_json(path)
-
-        # Offsets, to which this start adds.
-        self.wall_before = self.seconds.get("wall", 0.0) - time.time()
-        self.cpu_before = self.seconds.get("cpu", 0.0) - _cpu_seconds()
-
-    def add(self, steps: dict[str, float]) -> None:
-        """Record these steps and write the file."""
-        self.seconds |= steps
-        self.seconds["wall"] = round(self.wall_before + time.time(), 1)
-        self.seconds["cpu"] = round(self.cpu_before + _cpu_seconds(), 1)
-        write_json(self.path, self.seconds)
-
-    @property
-    def minutes(self) -> float:
-        """Wall time of all starts so far."""
-        return self.seconds["wall"] / 60
 
 
 def comparison_parser(doc: str, name: str) -> argparse.ArgumentParser:
@@ -147,13 +108,14 @@ def run_step(
 ) -> float:
     """Run a step to its end and return the seconds it took.
 
-    Its output goes to ``log``, or to this terminal without one. Raises RuntimeError if it fails.
+    Commands of launch/ run on ``ranks`` ranks. Its output goes to ``log``, or to this terminal
+    without one. Raises RuntimeError if it fails.
     """
     began = time.time()
     program = "python"
     path = sys.executable
     options = [step.script, *step.arguments]
-    if step.launcher and ranks > 1:
+    if step.script.startswith("launch/") and ranks > 1:
         program = "deepspeed"
         path = str(Path(sys.executable).with_name("deepspeed"))
         options = ["--num_accelerators", str(ranks), *options]
@@ -163,7 +125,7 @@ def run_step(
     if log is None:
         print(f"$ {command}", flush=True)
 
-    # Start the process, and a thread that watches its memory.
+    # Start the process and wait for it.
     with nullcontext() if log is None else log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [path, *options],
@@ -173,11 +135,7 @@ def run_step(
             stderr=file and subprocess.STDOUT,
         )
         if memory is not None:
-            threading.Thread(
-                target=memory.watch,
-                args=(process,),
-                daemon=True,
-            ).start()
+            memory.watch(process)
         code = process.wait()
 
     # Check the exit code and the output file.
@@ -191,51 +149,69 @@ def run_step(
     return time.time() - began
 
 
-def run_jobs(
-    sequences: Sequence[Sequence[Job]],
-    root: Path,
-    timer: RecipeTimer,
-    *,
-    workers: int,
-) -> None:
-    """Run all jobs, ``workers`` sequences at a time, with a progress bar.
+class Recipe:
+    """Runs the jobs of a comparison and keeps the seconds of its steps, also over restarts.
 
-    Jobs of a sequence run in order. ``timer`` records every step that had to be run. Exits with a
-    message when a step fails.
+    "wall" and "cpu" in ``seconds`` are those of all starts of the recipe together. The two tell a
+    busy machine from a slow recipe.
     """
-    from tqdm import tqdm
 
-    # Start all sequences; the pool limits how many run together.
-    total = sum(len(jobs) for jobs in sequences)
-    with ThreadPoolExecutor(workers) as pool:
-        running = {}
-        for jobs in sequences:
-            running[pool.submit(_run_sequence, jobs, root)] = len(jobs)
+    def __init__(self, root: Path, workers: int) -> None:
+        self.root = root
+        self.workers = workers
+        self.path = ROOT / root / "seconds.json"
+        self.seconds: dict[str, float] = {}
+        if self.path.exists():
+            self.seconds = read_json(self.path)
 
-        # Record each sequence when it ends.
-        with tqdm(total=total, desc="runs", unit="run") as bar:
-            for future in as_completed(running):
-                try:
-                    timer.add(future.result())
-                except RuntimeError as error:
-                    pool.shutdown(cancel_futures=True)
-                    program = Path(sys.argv[0]).stem
-                    sys.exit(f"{program}: {error}\nstart it again to continue here")
-                bar.update(running[future])
+        # Offsets, to which this start adds.
+        self.wall_before = self.seconds.get("wall", 0.0) - time.time()
+        self.cpu_before = self.seconds.get("cpu", 0.0) - _cpu_seconds()
 
+    def run(self, sequences: Sequence[Sequence[Job]]) -> None:
+        """Run all jobs, ``workers`` sequences at a time, with a progress bar.
 
-def _run_sequence(jobs: Sequence[Job], root: Path) -> dict[str, float]:
-    seconds = {}
-    for job in jobs:
-        folder = ROOT / job.folder
-        for step in job.steps:
-            if step.is_done:
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            duration = run_step(step, log=folder / f"{step.kind}.log")
-            name = f"{step.kind} {job.folder.relative_to(root)}"
-            seconds[name] = round(duration, 1)
-    return seconds
+        Jobs of a sequence run in order. Exits with a message when a step fails.
+        """
+        from tqdm import tqdm
+
+        # Start all sequences; the pool limits how many run together.
+        total = sum(len(jobs) for jobs in sequences)
+        with ThreadPoolExecutor(self.workers) as pool:
+            running = {}
+            for jobs in sequences:
+                running[pool.submit(self._run_sequence, jobs)] = len(jobs)
+
+            # Record each sequence when it ends.
+            with tqdm(total=total, desc="runs", unit="run") as bar:
+                for future in as_completed(running):
+                    try:
+                        self._record(future.result())
+                    except RuntimeError as error:
+                        pool.shutdown(cancel_futures=True)
+                        program = Path(sys.argv[0]).stem
+                        sys.exit(f"{program}: {error}\nstart it again to continue here")
+                    bar.update(running[future])
+
+    def _run_sequence(self, jobs: Sequence[Job]) -> dict[str, float]:
+        """Run the steps that are not done, and return the seconds of each."""
+        seconds = {}
+        for job in jobs:
+            folder = ROOT / job.folder
+            for step in job.steps:
+                if step.is_done:
+                    continue
+                folder.mkdir(parents=True, exist_ok=True)
+                duration = run_step(step, log=folder / f"{step.kind}.log")
+                name = f"{step.kind} {job.folder.relative_to(self.root)}"
+                seconds[name] = round(duration, 1)
+        return seconds
+
+    def _record(self, steps: dict[str, float]) -> None:
+        self.seconds |= steps
+        self.seconds["wall"] = round(self.wall_before + time.time(), 1)
+        self.seconds["cpu"] = round(self.cpu_before + _cpu_seconds(), 1)
+        write_json(self.path, self.seconds)
 
 
 def _environment() -> dict[str, str]:
@@ -253,8 +229,8 @@ def _environment() -> dict[str, str]:
 
 def _cpu_seconds() -> float:
     """Processor time of all commands that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def commit() -> str:
@@ -267,11 +243,6 @@ def commit() -> str:
         check=False,
     )
     return process.stdout.strip()
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, record: object) -> None:

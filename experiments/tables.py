@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.evaluation.intervals import Interval, difference_ci95, runs_ci95
+from common.files import read_jsonl
+from experiments.runner import write_json
+from launch.evaluation.intervals import difference_ci95, runs_ci95
 
 # Value lists of a training run, for example the scores on each of its test sets.
 Tables = Sequence[Sequence[float]]
@@ -18,14 +19,12 @@ GRAD_COST = 3
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Read the rows that launch/evaluate.py wrote into a folder, in the order of its inputs."""
     # Several ranks may have written them in another order.
-    text = (folder / "results.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    return sorted(rows, key=lambda row: row["index"])
+    return sorted(read_jsonl(folder / "results.jsonl"), key=lambda row: row["index"])
 
 
 def over_seeds(
     runs: Mapping[int, Tables], minus: Mapping[int, Tables] | None = None
-) -> Interval:
+) -> dict[str, Any]:
     """MEAN over seeds, tables and values with its 95 % interval, from tables by seed.
 
     ``minus`` gives the mean difference to other runs, value by value at the same seeds.
@@ -34,12 +33,11 @@ def over_seeds(
     seeds = sorted(runs)
     values = [runs[seed] for seed in seeds]
     if minus is None:
-        return runs_ci95(values, seed=0)
-    return difference_ci95(
-        values,
-        [minus[seed] for seed in seeds],
-        seed=0,
-    )
+        interval = runs_ci95(values, seed=0)
+    else:
+        others = [minus[seed] for seed in seeds]
+        interval = difference_ci95(values, others, seed=0)
+    return interval.as_dict()
 
 
 def training_forwards(row: Mapping[str, float]) -> float:
@@ -47,11 +45,12 @@ def training_forwards(row: Mapping[str, float]) -> float:
     return row["forwards/no_grad"] + GRAD_COST * row["forwards/grad"]
 
 
-def show(value: Interval | None) -> str:
-    """Format a mean with its interval; empty for None."""
+def show(value: Mapping[str, Any] | None) -> str:
+    """Format a mean with its interval, as the JSON files have it; empty for None."""
     if value is None:
         return ""
-    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    low, high = value["ci95"]
+    return f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -62,6 +61,14 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
         lines.append(f"| {cells} |")
     lines.insert(1, "|---" * len(head) + "|")
     return lines
+
+
+def write_results(
+    folder: Path, name: str, record: Mapping[str, Any], page: Sequence[str]
+) -> None:
+    """Write NAME.json and NAME.md."""
+    write_json(folder / f"{name}.json", record)
+    write_page(folder / f"{name}.md", page)
 
 
 def write_page(path: Path, lines: Sequence[str]) -> None:
@@ -93,24 +100,14 @@ def new_figure(count: int) -> tuple[Any, Any]:
     )
 
 
-def save_figure(
-    figure: Any,
-    path: Path,
-    *,
-    legend_of: Any = None,
-    bottom: float = 0.0,
-) -> None:
-    """Save a figure as SVG, with the legend of a panel below all of them if given.
-
-    ``bottom`` is the share of the height that stays free for the legend.
-    """
+def save_figure(figure: Any, path: Path, *, legend_of: Any = None) -> None:
+    """Save a figure as SVG, with the legend of a panel below all of them if given."""
+    bottom = 0.0
     if legend_of is not None:
         names = legend_of.get_legend_handles_labels()
-        figure.legend(
-            *names,
-            loc="outside lower center",
-            ncols=4,
-        )
+        figure.legend(*names, loc="outside lower center", ncols=4)
+        # The legend takes this share of the height.
+        bottom = 0.12
     figure.tight_layout(rect=(0, bottom, 1, 1))
 
     # Without a date, equal runs write equal files.

@@ -11,11 +11,11 @@ as they are.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import exit_with_error
+from common.cli import exit_with_error, user_errors
+from common.files import read_jsonl
 
 if TYPE_CHECKING:
     from launch.evaluation.results_table import Row
@@ -41,13 +41,10 @@ def main() -> None:
 
     # Compute the calibration from the raw rewards.
     options = scorer_options(args.evaluation, args.checkpoint)
-    lines = results.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    try:
+    with user_errors():
+        rows = read_jsonl(results)
         rewards = rewards_by_dimension(rows, DeScore.dimensions_in(args.checkpoint))
         calibration = Calibration.of(rewards, chains=int(options.get("chains", 1)))
-    except ValueError as error:
-        exit_with_error(f"{args.evaluation}: {error}")
 
     # Store it in the same folder as the weights.
     path = calibration.save(args.checkpoint)
@@ -81,16 +78,13 @@ def rewards_by_dimension(
     rows: list[Row], dimensions: list[str]
 ) -> dict[str, list[float | None]]:
     """Collect the rewards of both videos of every pair, by dimension."""
-    rewards: dict[str, list[float | None]] = {name: [] for name in dimensions}
-    for row in rows:
-        for side in "AB":
-            parts = row.get(f"parts_{side}") or {}
-            for name in dimensions:
-                reward = parts.get(f"reward.{name}")
-                # A DeScore with a single dimension logs no parts.
-                if len(dimensions) == 1:
-                    reward = row.get(f"reward_{side}")
-                rewards[name].append(reward)
+    from launch.evaluation.preference import reward_of
+
+    rewards = {}
+    for name in dimensions:
+        # A DeScore with a single dimension logs no parts.
+        part = name if len(dimensions) > 1 else None
+        rewards[name] = [reward_of(row, side, part) for row in rows for side in "AB"]
     return rewards
 
 

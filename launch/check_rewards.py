@@ -57,15 +57,12 @@ def run_checks(
 
     quiet()
     from alignment import reward_check
-    from alignment.reward_check import RewardClip
     from common.log import say
 
     # Everything here depends on what the user gave.
     with user_errors():
-        clips = []
-        for item in find_items(pattern, prompts)[:limit]:
-            clip = read_clip(item.path, max_frames=cfg.max_frames)
-            clips.append(RewardClip(clip.frames_TYXC, clip.fps, item.prompt))
+        items = find_items(pattern, prompts)[:limit]
+        clips = [read_clip(item, max_frames=cfg.max_frames) for item in items]
         rewards = build_rewards(cfg.rewards)
         results = {
             name: reward_check.check(reward, clips) for name, reward in rewards.items()

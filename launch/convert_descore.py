@@ -18,17 +18,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cli import check_new_folder
+from common.cli import check_new_folder, new_folder_parser, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = new_folder_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     # The checkpoint's parts.
     add("--official", required=True, type=Path, metavar="DIR", help="checkpoint-N")
-    add("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
     add(
         "--head",
         type=Path,
@@ -64,10 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="bfloat16 is half the size and less exact",
     )
     args = parser.parse_args(argv)
-    try:
+    with user_errors():
         convert_folder(args)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def convert_folder(args: argparse.Namespace) -> None:
@@ -79,22 +74,16 @@ def convert_folder(args: argparse.Namespace) -> None:
 
     quiet()
     from rm.config import VideoSettings
-    from rm.convert.official import (
-        OfficialCheckpoint,
-        convert_checkpoint,
-        read_template,
-    )
+    from rm.convert.official import convert_checkpoint, read_template
     from rm.prompt import DEFAULT_TEMPLATE
 
     conversion = convert_checkpoint(
-        OfficialCheckpoint(
-            args.official,
-            base=args.base,
-            head=args.head,
-            lora=not args.no_lora,
-            alpha=args.alpha,
-            allow_pickle=args.allow_pickle,
-        ),
+        args.official,
+        base=args.base,
+        head=args.head,
+        lora=not args.no_lora,
+        alpha=args.alpha,
+        allow_pickle=args.allow_pickle,
         template=read_template(args.prompt) if args.prompt else DEFAULT_TEMPLATE,
         settings=VideoSettings.load(args.video) if args.video else None,
         dtype=args.dtype,

@@ -18,13 +18,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cli import check_new_folder
+from common.cli import check_new_folder, new_folder_parser, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = new_folder_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("kind", choices=("videoreward", "hpsv3"))
     add(
@@ -48,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="FILE",
         help="text with {text_prompt} and the reward tokens",
     )
-    add("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
     add("--allow-pickle", action="store_true", help="read a .pth, tensors only")
     # The reward head stays in float32.
     add(
@@ -58,10 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="the backbone's dtype",
     )
     args = parser.parse_args(argv)
-    try:
+    with user_errors():
         convert_folder(args)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def convert_folder(args: argparse.Namespace) -> None:

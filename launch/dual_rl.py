@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import user_errors
-from launch.command import read_command
+from launch.command import train_command
 from launch.schemas.training import DualRlRun
 from launch.training.rm_data import read_tables, usable_pairs
 from launch.training.rm_runs import (
     build_rm_engine,
+    loop_options,
     reward_model_task,
     shard_reward_model,
 )
@@ -30,84 +31,64 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    command = read_command(DualRlRun, description=__doc__.splitlines()[0])
-    train(command.cfg, resume=command.resume)
+    train_command(
+        DualRlRun,
+        description=__doc__,
+        read_input=read_pairs_to_train,
+        build_task=build_task,
+    )
 
 
-def train(run: DualRlRun, *, resume: str) -> None:
-    """Read the pairs, build everything and train."""
-    from launch.compose import quiet
-
-    quiet()
-    from engine.trainer import run_training
-
+def read_pairs_to_train(run: DualRlRun) -> tuple[list[Pair], list[Pair]]:
+    """Read training and held-out pairs; exit with code 2 if a table is wrong."""
     # Ties stay: their chains of thought are rewarded too.
     table, heldout = read_tables(run, require_cot=False, require_scores=True)
-    pairs = list(table.pairs)
-    run_training(run, lambda: build_task(run, pairs, heldout), resume=resume)
+    return list(table.pairs), heldout
 
 
 def build_task(run: DualRlRun, pairs: list[Pair], heldout: list[Pair]) -> TrainingTask:
     """Build everything and describe the run to the training loop."""
     from common import distributed
     from common.log import say
+    from common.updates import backwards_on_rank
 
     # Leave out videos that cannot be decoded, then build.
     pairs, heldout = usable_pairs(run, pairs, heldout)
-    with user_errors():
-        loop = build(run, pairs)
-    # Tell how large a step is.
     settings = run.dual_rl
-    updates = settings.pairs_per_step // settings.pairs_per_update
+    per_update = settings.pairs_per_update
+    with user_errors():
+        accumulation = backwards_on_rank(
+            "dual_rl.pairs_per_update", per_update, settings.micro_batch
+        )
+        loop = build(run, pairs, accumulation)
+    # Tell how large a step is.
+    updates = settings.pairs_per_step // per_update
     say(
         f"one step = {settings.pairs_per_step} pairs x 2 videos x {settings.group_size} chains "
-        f"of thought, then {updates} updates of {settings.pairs_per_update} pairs, on "
-        f"{distributed.world_size()} ranks x {loop.accumulation} backwards of "
+        f"of thought, then {updates} updates of {per_update} pairs, on "
+        f"{distributed.world_size()} ranks x {accumulation} backwards of "
         f"{settings.micro_batch} pairs; {len(pairs)} pairs"
     )
-
-    def evaluate() -> dict[str, float]:
-        return loop.evaluate(heldout, loop.model.generation)
-
-    return reward_model_task(
-        run,
-        loop,
-        label="dual RL",
-        steps=settings.steps,
-        evaluate=evaluate if heldout else None,
-    )
+    return reward_model_task(run, loop, heldout, label="dual RL", steps=settings.steps)
 
 
-def build(run: DualRlRun, pairs: list[Pair]) -> DualRl:
-    """Build the loop on this rank. Raises ValueError if ranks cannot share an update's pairs."""
-    from common.distributed import world_size
-    from engine.skip_nonfinite import SkipNonFinite
-    from rm.data import PairSchedule
-    from rm.dual_rl import DualRl, backwards_per_update
+def build(run: DualRlRun, pairs: list[Pair], accumulation: int) -> DualRl:
+    """Build the models, the engine and the loop on this rank."""
+    from rm.dual_rl import DualRl
 
-    # Models. LoRA draws its first values in param_groups.
-    settings = run.dual_rl
-    accumulation = backwards_per_update(settings, world_size())
     model = load_reward_model(run)
-    groups = model.param_groups(
-        run.lr, lora=run.lora, weight_decay=settings.weight_decay, seed=run.seed
-    )
     reference = build_reference(run)
-
-    # Engine and loop. Each group is clipped by its norm (see engine/optimizer.py).
+    # Each group of weights is clipped by its norm (see engine/optimizer.py).
     engine = build_rm_engine(
-        run, model, groups, accumulation=accumulation, clip_per_group=True
+        run,
+        run.dual_rl,
+        model,
+        accumulation=accumulation,
+        clip_per_group=True,
     )
     return DualRl(
-        settings,
+        **loop_options(run, run.dual_rl, model, pairs, engine),
         rules=run.rules,
-        model=model,
-        engine=SkipNonFinite(engine, patience=run.max_nonfinite_updates),
-        pairs=pairs,
-        schedule=PairSchedule(
-            len(pairs), pairs_per_step=settings.pairs_per_step, seed=run.seed
-        ),
-        seed=run.seed,
         reference=reference,
         grad_norms=engine.client_optimizer.take_norms,
     )

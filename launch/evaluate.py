@@ -13,11 +13,12 @@ results of other settings is refused.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config import dump
+from common.files import write_json
 from launch.command import read_command, take_kind
 from launch.evaluation.generator import score_samples, summarise
 from launch.schemas.evaluation import GeneratorEvaluation, RewardEvaluation
@@ -68,23 +69,23 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
 
         # The prompts, and the table of everything that a row depends on.
         inputs = [cfg.prompts, cfg.generator.path, cfg.adapter]
-        for reward in cfg.rewards.values():
-            inputs.append(reward.checkpoint)
+        inputs += [reward.checkpoint for reward in cfg.rewards.values()]
         with user_errors():
-            prompts = read_prompts(cfg.prompts)
-            prompts = prompts[: cfg.limit]
+            prompts = read_prompts(cfg.prompts)[: cfg.limit]
             table = open_table(cfg, inputs, resume)
 
         # This rank's missing rows, then the rows of all ranks.
-        rows = []
-        for i in begin(cfg, table, len(prompts)):
-            seed = derive_seed(cfg.seed, "evaluate", i)
-            rows.append({"index": i, "prompt": prompts[i], "seed": seed})
+        rows = [
+            {
+                "index": i,
+                "prompt": prompts[i],
+                "seed": derive_seed(cfg.seed, "evaluate", i),
+            }
+            for i in begin(cfg, table, len(prompts))
+        ]
         if rows:
             score_samples(cfg, rows, table)
-        rows = table.finish([(i,) for i in range(len(prompts))])
-        summary = summarise(rows, seed=cfg.seed, resamples=cfg.resamples)
-        conclude(cfg.out, summary)
+        conclude(cfg, table, len(prompts), summarise)
 
 
 def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
@@ -118,9 +119,7 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
         missing = begin(cfg, table, len(pairs))
         if missing:
             score_pairs(cfg, pairs, missing, table)
-        rows = table.finish([(i,) for i in range(len(pairs))])
-        summary = summarise_pairs(rows, seed=cfg.seed, resamples=cfg.resamples)
-        conclude(cfg.out, summary)
+        conclude(cfg, table, len(pairs), summarise_pairs)
 
 
 def evaluate_vbench(cfg: VbenchEvaluation, *, resume: str = "auto") -> None:
@@ -169,40 +168,42 @@ def begin(
             (Path(cfg.out) / "summary.json").unlink(missing_ok=True)
 
     # Report how many rows are left.
-    finished = count - len(missing)
     line = f"{len(missing)} of {count} to do"
-    if finished:
-        line += f", {finished} are in {table.path}"
+    if len(missing) < count:
+        line += f", {count - len(missing)} are in {table.path}"
     say(line)
     return [index for (index,) in table.share(keys)]
 
 
-def conclude(out: str, summary: dict[str, Any]) -> None:
-    """Write summary.json and print it, on rank 0."""
+def conclude(
+    cfg: Any,
+    table: ResultsTable,
+    count: int,
+    summarise: Callable[..., dict[str, Any]],
+) -> None:
+    """Summarise the rows of all ranks in summary.json, and print it, on rank 0."""
     from common.distributed import is_main
     from common.log import say
-    from launch.evaluation.results_table import write_json
 
+    rows = table.finish([(i,) for i in range(count)])
     if not is_main():
         return
-    write_json(Path(out) / "summary.json", summary)
+    summary = summarise(rows, seed=cfg.seed, resamples=cfg.resamples)
+    write_json(Path(cfg.out) / "summary.json", summary)
     # Counts and thresholds are numbers, the rest are intervals.
     for name, value in summary.items():
-        text = str(value)
-        if isinstance(value, dict):
-            text = _format_interval(value)
+        text = _format_interval(value) if isinstance(value, dict) else value
         say(f"{name:>24}  {text}")
-    say(f"results are in {out}")
+    say(f"results are in {cfg.out}")
 
 
 def _format_interval(value: dict[str, Any]) -> str:
     if value["mean"] is None:
         return "could not be scored"
     low, high = value["ci95"]
-    missing = value["missing"]
     text = f"{value['mean']:8.4f}  95 % [{low:.4f}, {high:.4f}]  n = {value['n']}"
-    if missing:
-        text += f", {missing} could not be scored"
+    if value["missing"]:
+        text += f", {value['missing']} could not be scored"
     return text
 
 

@@ -19,11 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import check_new_folder
+from common.cli import check_new_folder, new_folder_parser, user_errors
+from launch.release.hub import PushError, check_repo_id, push
+from launch.release.model_card import ExportedFiles, model_card
+from launch.release.provenance import is_hub_name, read_provenance
 
 if TYPE_CHECKING:
     from generator.adapter_file import StoredAdapter
-    from launch.release.model_card import ExportedFiles
 
 # Each kind of trained folder by the file that shows it.
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -37,9 +39,7 @@ FORMATS = ("diffusers", "comfyui", "merged")
 
 def main(argv: Sequence[str] | None = None) -> None:
     # Options.
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = new_folder_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add(
         "trained",
@@ -48,13 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="final/ or final_ema/ of a run",
     )
     add("--format", required=True, choices=FORMATS)
-    add(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="a new or empty folder",
-    )
     add("--base", metavar="PATH", help="the Wan that was trained; default: the run's")
     add("--base-model", metavar="OWNER/NAME", help="its hub name, for the card")
     add("--push", metavar="OWNER/NAME", help="upload to this repository, as private")
@@ -62,21 +55,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.public and not args.push:
         parser.error("--public goes with --push")
-    try:
+    with user_errors():
         export_folder(args)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
     # Push what is written.
     if args.push:
-        from launch.release.hub import PushError, push
-
         try:
             print(f"pushed to {push(args.out, args.push, public=args.public)}")
         except PushError as error:
-            parser.exit(
-                1, f"{parser.prog}: {args.out} is written, but not pushed: {error}\n"
-            )
+            text = f"{args.out} is written, but not pushed: {error}"
+            parser.exit(1, f"{parser.prog}: {text}\n")
 
 
 def export_folder(args: argparse.Namespace) -> None:
@@ -99,10 +87,6 @@ def export_folder(args: argparse.Namespace) -> None:
     from launch.compose import quiet
 
     quiet()
-    from launch.release.hub import check_repo_id
-    from launch.release.model_card import model_card
-    from launch.release.provenance import is_hub_name, read_provenance
-
     for repo_id in (args.push, args.base_model):
         if repo_id:
             check_repo_id(repo_id)
@@ -167,7 +151,6 @@ def export_adapter(
 ) -> ExportedFiles:
     """Write an adapter apart from its base, which is only checked, if it is on this machine."""
     from generator import adapter_file, weights
-    from launch.release.model_card import ExportedFiles
 
     # The adapter must fit its base.
     if base and Path(base).is_dir():
@@ -199,7 +182,6 @@ def export_merged(adapter: StoredAdapter, base: str | None, out: Path) -> Export
     is added, and its config.json holds the base's local path.
     """
     from generator import adapter_file, weights
-    from launch.release.model_card import ExportedFiles
 
     if base is None:
         raise ValueError(
@@ -221,7 +203,6 @@ def export_merged(adapter: StoredAdapter, base: str | None, out: Path) -> Export
 def export_transformer(trained: Path, out: Path) -> ExportedFiles:
     """Write a transformer that was trained whole, as it is."""
     from generator import weights
-    from launch.release.model_card import ExportedFiles
 
     # Read, check and write in shards.
     stored = weights.read(trained)
@@ -232,7 +213,6 @@ def export_transformer(trained: Path, out: Path) -> ExportedFiles:
 
 def export_descore(trained: Path, out: Path) -> ExportedFiles:
     """Copy a DeScore, whose LoRA was merged when it was saved."""
-    from launch.release.model_card import ExportedFiles
     from rm.convert import release
 
     folder = release.inspect(trained)
@@ -246,19 +226,16 @@ def export_descore(trained: Path, out: Path) -> ExportedFiles:
         f"rewards: {', '.join(folder.dimensions)}",
         f"sees {video.fps:g} frames a second, at most {video.max_pixels} pixels a {video.budget}",
     ]
-    rewards = len(folder.dimensions)
     return ExportedFiles(
         "descore",
         facts,
         query_id=folder.query_id,
-        rewards=rewards,
+        rewards=len(folder.dimensions),
     )
 
 
 def local_base(base: str) -> Path:
     """Return a folder with transformer/: a local one, or a hub name's from the cache or the hub."""
-    from launch.release.provenance import is_hub_name
-
     # A local folder, or a name on the hub.
     if Path(base).is_dir():
         return Path(base)

@@ -16,20 +16,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.cli import user_errors
 from common.files import replace_text
-from launch.reporting.data import KINDS, ReportError, Runs
+from launch.reporting.data import KINDS, Runs
 from launch.reporting.find_runs import discover
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.videos < 0 or args.max_mb < 0:
-        parser.exit(2, f"{parser.prog}: --videos and --max-mb must not be negative\n")
+    args = _parser().parse_args(argv)
     # Everything is read before the file is written.
-    try:
+    with user_errors():
+        if args.videos < 0 or args.max_mb < 0:
+            raise ValueError("--videos and --max-mb must not be negative")
         runs = _runs(args)
         title = args.title or f"Report of {args.folder or 'runs'}"
         page = render(
@@ -38,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             videos=args.videos,
             max_mb=args.max_mb,
         )
-    except ReportError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
     # A reader sees the old page or the new one.
     out = args.out or (args.folder or Path()) / "report.html"
@@ -99,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 def _runs(args: argparse.Namespace) -> Runs:
     """Find the runs of the command line; an option replaces what the folder holds.
 
-    Raises ReportError without any.
+    Raises ValueError without any.
     """
     # The folder first, then the options.
     runs = discover(args.folder) if args.folder is not None else Runs({})
@@ -108,12 +106,10 @@ def _runs(args: argparse.Namespace) -> Runs:
         if folder is None:
             continue
         if not folder.is_dir():
-            raise ReportError(
-                f"--{kind.replace('_', '-')}: there is no folder {folder}"
-            )
+            raise ValueError(f"--{kind.replace('_', '-')}: there is no folder {folder}")
         runs.shown[kind] = folder
     if not runs.all():
-        raise ReportError("name a run folder, or at least one of the options")
+        raise ValueError("name a run folder, or at least one of the options")
     return runs
 
 
@@ -138,15 +134,11 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = sections.number
-    environment.filters["clean"] = sections.clean
+    environment.filters.update(number=sections.number, clean=sections.clean)
 
     # Columns of the comparison: rewards, and their parts as "reward.part".
     shown = runs.shown
-    columns = {
-        **data.summary(shown.get("base")),
-        **data.summary(shown.get("tuned")),
-    }
+    columns = data.summary(shown.get("base")) | data.summary(shown.get("tuned"))
     rewards = [name for name in columns if "." not in name]
     parts = [name for name in columns if "." in name]
     after_dpo = columns if "dpo_tuned" in shown else ()

@@ -11,9 +11,8 @@ descore   the training table, see `rm.data.read_pairs`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rm.data import (
     LABELS,
@@ -34,12 +33,10 @@ DIMENSIONS = ("VQ", "MQ", "TA", "Overall")
 VOTES = {"left": 1, "right": -1, "tie": 0, "both": 0}
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """The columns of a layout.
+class _Columns(NamedTuple):
+    """The columns of a layout, and what turns the label's cell into a label.
 
-    ``read`` turns the label's cell into a label, or None if it cannot be read. ``labels`` are
-    columns of further labels.
+    ``read`` gives None if the cell cannot be read. ``labels`` are columns of further labels.
     """
 
     video_A: str
@@ -47,6 +44,22 @@ class _Columns:
     label: str
     read: Callable[[str], int | None]
     labels: tuple[str, ...] = ()
+
+
+def _vote(cell: str) -> int | None:
+    """Read a vote of GenAI-Bench."""
+    for start, label in VOTES.items():
+        if cell.lower().startswith(start):
+            return label
+    return None
+
+
+# The label of "videogen" is the dimension that the caller chooses.
+LAYOUTS = {
+    "videogen": _Columns("path_A", "path_B", "", LABELS.get, DIMENSIONS),
+    "genai": _Columns("left_video_path", "right_video_path", "vote_type", _vote),
+    "indomain": _Columns("video_A", "video_B", "answer", parse_preference),
+}
 
 
 def read_benchmark(
@@ -80,54 +93,21 @@ def read_benchmark(
     if dimension not in DIMENSIONS:
         names = ", ".join(DIMENSIONS)
         raise ValueError(f"{path}: dimension must be one of {names}, got {dimension!r}")
-    columns = _columns(layout, dimension)
+    columns = LAYOUTS[layout]
+    if layout == "videogen":
+        columns = columns._replace(label=dimension)
     path = csv_file(Path(path))
     root = path.parent if videos is None else Path(videos)
-    required = [columns.video_A, columns.video_B, columns.label, "prompt"]
 
-    def make_pair(row: Mapping[str, str], label: str) -> Pair:
-        return _pair(row, label, columns, root)
+    def make_pair(row: Mapping[str, str], cell: str) -> Pair:
+        label = columns.read(cell)
+        if label is None:
+            raise ValueError(f"{columns.label}: {cell!r:.80} names no preference")
+        files = []
+        for name in columns[:2]:
+            files.append(root / (row[name] or "").strip())
+        check_videos(files)
+        labels = labels_in(row, columns.labels)
+        return Pair(prompt_in(row), *files, "", "", label, labels=labels)
 
-    return collect(path, required, columns.label, make_pair)
-
-
-def _columns(layout: Layout, dimension: str) -> _Columns:
-    if layout == "videogen":
-        return _Columns("path_A", "path_B", dimension, LABELS.get, DIMENSIONS)
-    if layout == "genai":
-        return _Columns("left_video_path", "right_video_path", "vote_type", _vote)
-    if layout == "indomain":
-        return _Columns("video_A", "video_B", "answer", parse_preference)
-    raise ValueError(
-        f"layout must be descore, videogen, genai or indomain, got {layout!r}"
-    )
-
-
-def _vote(cell: str) -> int | None:
-    """Read a vote of GenAI-Bench."""
-    for start, label in VOTES.items():
-        if cell.lower().startswith(start):
-            return label
-    return None
-
-
-def _pair(row: Mapping[str, str], cell: str, columns: _Columns, root: Path) -> Pair:
-    """Make the pair of a row. Raises ValueError if the row is bad."""
-    label = columns.read(cell)
-    if label is None:
-        raise ValueError(
-            f"{columns.label}: {row[columns.label]!r:.80} names no preference"
-        )
-    files = []
-    for name in (columns.video_A, columns.video_B):
-        files.append(root / (row[name] or "").strip())
-    check_videos(files)
-    return Pair(
-        prompt=prompt_in(row),
-        video_A=files[0],
-        video_B=files[1],
-        cot_A="",
-        cot_B="",
-        label=label,
-        labels=labels_in(row, columns.labels),
-    )
+    return collect(path, [*columns[:3], "prompt"], columns.label, make_pair)

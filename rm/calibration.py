@@ -7,17 +7,22 @@ before it adds dimensions up.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import Annotated
+
+from pydantic import Field, FiniteFloat
+
+from common.files import write_json
+from common.schema import config, read_section
 
 CALIBRATION_FILE = "calibration.json"
 
 
-@dataclass(frozen=True)
+@config
 class Calibration:
     """Mean and POPULATION std of the rewards by dimension.
 
@@ -25,8 +30,8 @@ class Calibration:
     that each was scored with.
     """
 
-    mean: Mapping[str, float]
-    std: Mapping[str, float]
+    mean: dict[str, FiniteFloat]
+    std: dict[str, Annotated[FiniteFloat, Field(gt=0)]]
     videos: int
     chains: int
 
@@ -36,12 +41,6 @@ class Calibration:
                 "mean and std must name the same dimensions, "
                 f"got {list(self.mean)} and {list(self.std)}"
             )
-        for name, std in self.std.items():
-            mean = self.mean[name]
-            if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-                raise ValueError(
-                    f"{name!r} has mean {mean} and std {std}; std must be above 0"
-                )
 
     @classmethod
     def of(
@@ -61,12 +60,12 @@ class Calibration:
             mean[name] = fmean(scored)
             std[name] = pstdev(scored)
             counts.append(len(scored))
-        return cls(mean, std, videos=min(counts), chains=chains)
+        return cls(mean=mean, std=std, videos=min(counts), chains=chains)
 
     def save(self, folder: str | Path) -> Path:
         """Write the calibration into a checkpoint folder."""
         path = Path(folder) / CALIBRATION_FILE
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(path, asdict(self))
         return path
 
     @classmethod
@@ -81,8 +80,4 @@ class Calibration:
             raise FileNotFoundError(
                 f"{folder} has no {CALIBRATION_FILE}: make it with launch/calibrate.py"
             )
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        try:
-            return cls(**raw)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_section(cls, path)

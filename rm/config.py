@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from common.files import write_json
 from common.schema import (
     Fraction,
     NonNegativeFloat,
@@ -16,6 +16,7 @@ from common.schema import (
     PositiveFloat,
     PositiveInt,
     config,
+    read_section,
 )
 
 # Bradley-Terry with ties (Rao and Kupper): 1 would leave no room for a tie.
@@ -56,17 +57,12 @@ class VideoSettings:
             )
 
     def save(self, path: str | Path) -> None:
-        text = json.dumps(asdict(self), indent=1) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> VideoSettings:
         """Read a video.json. Raises ValueError, with the file, for an unknown key."""
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        unknown = set(raw) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"{path}: unknown video settings {sorted(unknown)}")
-        return cls(**raw)
+        return read_section(cls, path)
 
 
 @config

@@ -81,19 +81,19 @@ def generate(
 
     # 1. Read the prompts and copy them, with their cache, for every CoT.
     batch = batch.to(model.device)
-    prompt = _read_prompts(model, batch, copies)
-    logits_BV = prompt.logits_BV
-    size, prompt_length = prompt.ids_BL.shape
+    cache, *rows = _read_prompts(model, batch, copies)
+    ids_BL, prompt_mask_BL, prompt_position_B, logits_BV = rows
+    size, prompt_length = ids_BL.shape
     queries = len(model.query_ids)
     slots = prompt_length + how.max_new_tokens + queries
 
     # The state of every row.
     mask_BK = torch.zeros(size, slots, dtype=torch.bool, device=model.device)
-    mask_BK[:, :prompt_length] = prompt.mask_BL
+    mask_BK[:, :prompt_length] = prompt_mask_BL
     token_BL = torch.full((size, how.max_new_tokens), model.pad_id, device=model.device)
     length_B = torch.zeros(size, dtype=torch.long, device=model.device)
     alive_B = torch.ones(size, dtype=torch.bool, device=model.device)
-    sampler = _TokenSampler(model, prompt.ids_BL, how, seeds)
+    sampler = _TokenSampler(model, ids_BL, how, seeds)
 
     # 2. Choose a token, feed it, until every row has ended.
     for step in range(how.max_new_tokens):
@@ -106,27 +106,27 @@ def generate(
         length_B += alive_B
         slot = prompt_length + step
         mask_BK[:, slot] = alive_B
-        position_B = prompt.position_B + step + 1
+        position_B = prompt_position_B + step + 1
         hidden_B1D = _feed(
             model,
             token_BL[:, step : step + 1],
             position_B.unsqueeze(1),
             mask_BK[:, : slot + 1],
-            prompt.cache,
+            cache,
         )
         if step + 1 < how.max_new_tokens:
             logits_BV = _logits(model, hidden_B1D[:, 0])
 
     # 3. Cut everything to what was used; `rewards_from_cache` goes on from here.
-    used = prompt.cache.get_seq_length()
+    used = cache.get_seq_length()
     longest = max(int(length_B.max()), 1)
     return GeneratedCots(
         token_BL=token_BL[:, :longest],
         length_B=length_B,
         finished_B=~alive_B,
-        cache=prompt.cache,
+        cache=cache,
         mask_BK=mask_BK[:, : used + queries].clone(),
-        position_B=prompt.position_B + 1 + length_B,
+        position_B=prompt_position_B + 1 + length_B,
     )
 
 
@@ -147,19 +147,14 @@ def rewards_from_cache(model: DeScore, cots: GeneratedCots) -> Tensor:
     return model.reward_from_hidden(hidden_BKD)
 
 
-@dataclass(frozen=True)
-class _ReadPrompts:
-    """Prompts in the KV cache, and the logits (B, V) of the first token after each."""
+def _read_prompts(
+    model: DeScore, batch: Batch, copies: int
+) -> tuple[Cache, Tensor, Tensor, Tensor, Tensor]:
+    """Run the prompts through the model once, then repeat everything ``copies`` times.
 
-    ids_BL: Tensor
-    mask_BL: Tensor
-    position_B: Tensor  # M-RoPE position of the last prompt token
-    logits_BV: Tensor
-    cache: Cache
-
-
-def _read_prompts(model: DeScore, batch: Batch, copies: int) -> _ReadPrompts:
-    """Run the prompts through the model once, then repeat everything ``copies`` times."""
+    Returns the KV cache and by row: the ids, their mask, the M-RoPE position of the last
+    token, and the logits of the next.
+    """
     from transformers import DynamicCache
 
     # A single forward fills the cache.
@@ -171,13 +166,8 @@ def _read_prompts(model: DeScore, batch: Batch, copies: int) -> _ReadPrompts:
     position_B = batch.position_3BL[0, row_B, batch.last_B]
     if copies > 1:
         cache.batch_repeat_interleave(copies)
-    return _ReadPrompts(
-        ids_BL=batch.ids_BL.repeat_interleave(copies, 0),
-        mask_BL=batch.mask_BL.bool().repeat_interleave(copies, 0),
-        position_B=position_B.repeat_interleave(copies, 0),
-        logits_BV=logits_BV.repeat_interleave(copies, 0),
-        cache=cache,
-    )
+    rows = (batch.ids_BL, batch.mask_BL.bool(), position_B, logits_BV)
+    return cache, *(row.repeat_interleave(copies, 0) for row in rows)
 
 
 def _feed(
@@ -221,12 +211,14 @@ class _TokenSampler:
         # One uniform number per token, drawn on the CPU: equal on every kind of machine.
         self.uniform_BS: Tensor | None = None
         if seeds is not None:
-            draws = []
-            for seed in seeds:
-                rng = seeded_generator(seed, "cot")
-                draws.append(
-                    torch.rand(how.max_new_tokens, generator=rng, dtype=torch.float64)
+            draws = [
+                torch.rand(
+                    how.max_new_tokens,
+                    generator=seeded_generator(seed, "cot"),
+                    dtype=torch.float64,
                 )
+                for seed in seeds
+            ]
             self.uniform_BS = torch.stack(draws).to(model.device)
 
     def __call__(self, logits_BV: Tensor, step: int) -> Tensor:

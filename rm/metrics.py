@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from common.distributed import gather_objects
 from rm.data import label_of_total, label_rows
 
 if TYPE_CHECKING:
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from rm.model import DeScore
 
 
-@dataclass(frozen=True)
-class PreferenceAccuracy:
+Row = TypeVar("Row", bound=tuple)
+
+
+class PreferenceAccuracy(NamedTuple):
     """Fractions in [0, 1]; NaN where there is nothing to count.
 
     with_ties     The best accuracy over thresholds e, where |margin| <= e predicts a tie.
@@ -39,30 +42,22 @@ def preference_accuracy(margin_N: Tensor, label_N: Tensor) -> PreferenceAccuracy
     the benchmarks do: at -1 and at each unique |m|. Pairs with equal |m| change sides
     together, so no threshold is tried between them. A NaN margin is wrong under every
     threshold; a pair with a NaN label (unlabelled) is left out.
-
-    Raises ValueError for other labels or unequal shapes.
     """
-    if margin_N.dim() != 1 or margin_N.shape != label_N.shape:
-        raise ValueError(
-            "preference_accuracy needs two (N,) tensors, "
-            f"got {tuple(margin_N.shape)} and {tuple(label_N.shape)}"
-        )
     is_labelled_N = ~label_N.isnan().cpu()
-    margin_N = margin_N.detach().double().cpu()[is_labelled_N]
-    label_N = label_N.detach().double().cpu()[is_labelled_N]
-    is_valid_N = (label_N == 1) | (label_N == -1) | (label_N == 0)
-    if not is_valid_N.all():
-        raise ValueError(
-            f"labels must be 1, -1 or 0, got {label_N[~is_valid_N][0].item()}"
-        )
+    margin_N = margin_N.detach().double().cpu()
+    margin_N = margin_N[is_labelled_N]
+    label_N = label_N.detach().double().cpu()
+    label_N = label_N[is_labelled_N]
     total = len(label_N)
     if not total:
-        return PreferenceAccuracy(float("nan"), float("nan"), -1.0)
+        return PreferenceAccuracy(math.nan, math.nan, -1.0)
 
     # Without ties: the sign of the margin, over decided pairs.
     is_correct_N = (margin_N * label_N) > 0
     decided = int((label_N != 0).sum())
-    without_ties = int(is_correct_N.sum()) / decided if decided else float("nan")
+    without_ties = math.nan
+    if decided:
+        without_ties = int(is_correct_N.sum()) / decided
 
     # With ties: raising e past a unique |m| gains the ties there and loses the correct pairs.
     is_scored_N = ~margin_N.isnan()
@@ -73,7 +68,12 @@ def preference_accuracy(margin_N: Tensor, label_N: Tensor) -> PreferenceAccuracy
     change_U = torch.zeros(len(unique_U), dtype=torch.long)
     change_U.index_add_(0, index_M, tie_M - correct_M)
     never_tie = correct_M.sum()
-    hits = torch.cat([never_tie.view(1), never_tie + change_U.cumsum(0)])
+    hits = torch.cat(
+        [
+            never_tie.view(1),
+            never_tie + change_U.cumsum(0),
+        ]
+    )
     best = int((hits == hits.max()).nonzero()[0])
     return PreferenceAccuracy(
         with_ties=hits[best].item() / total,
@@ -82,17 +82,17 @@ def preference_accuracy(margin_N: Tensor, label_N: Tensor) -> PreferenceAccuracy
     )
 
 
-def accuracy_by_dimension(
-    margin_NK: Tensor, label_NK: Tensor, names: Sequence[str]
-) -> dict[str, float]:
-    """Compute ``heldout/accuracy/<name>`` without ties; {} if there is one dimension only."""
-    if len(names) == 1:
-        return {}
-    metrics = {}
-    for k, name in enumerate(names):
-        accuracy = preference_accuracy(margin_NK[:, k], label_NK[:, k])
-        metrics[f"heldout/accuracy/{name}"] = accuracy.without_ties
-    return metrics
+def gather_in_order(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of all ranks, sorted by the number that each starts with."""
+    gathered: list[Row] = []
+    for rank_rows in gather_objects(rows):
+        gathered += rank_rows
+    return sorted(gathered)
+
+
+def total_labels(pairs: Sequence[Pair], names: Collection[str]) -> Tensor:
+    """Labels (N,) that the summed reward is compared with."""
+    return torch.tensor([label_of_total(pair, names) for pair in pairs])
 
 
 def heldout_metrics(
@@ -100,11 +100,18 @@ def heldout_metrics(
 ) -> dict[str, float]:
     """Compute the accuracy metrics of held-out pairs from their margins in each dimension."""
     names = list(model.dimensions)
-    label_N = torch.tensor([label_of_total(pair, names) for pair in pairs])
-    accuracy = preference_accuracy(model.total(margin_NK), label_N)
+    accuracy = preference_accuracy(
+        model.total(margin_NK),
+        total_labels(pairs, names),
+    )
     metrics = {"heldout/accuracy": accuracy.without_ties}
     if with_ties:
         metrics["heldout/accuracy_with_ties"] = accuracy.with_ties
-    label_NK = torch.tensor(label_rows(pairs, names))
-    metrics.update(accuracy_by_dimension(margin_NK, label_NK, names))
+
+    # A single dimension is the total already.
+    if len(names) > 1:
+        label_NK = torch.tensor(label_rows(pairs, names))
+        for k, name in enumerate(names):
+            accuracy = preference_accuracy(margin_NK[:, k], label_NK[:, k])
+            metrics[f"heldout/accuracy/{name}"] = accuracy.without_ties
     return metrics

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from common.distributed import max_over_ranks
@@ -73,14 +74,13 @@ class PackedOutput:
 
 
 def packed_forward(
-    model: DeScore, packed: Packed, *, temperature: float, score: bool = True
+    model: DeScore, packed: Packed, *, temperature: float
 ) -> PackedOutput:
     """Compute log-probabilities and rewards of all CoTs in one forward of the backbone.
 
         log_prob_t = log softmax(logits_t / temperature)[token_t]
 
-    over the ids that may be sampled. ``score=False`` leaves the rewards at 0, which is all
-    that the reference policy of the KL term needs.
+    over the ids that may be sampled.
     """
     # The hidden states, and the row that each entry of (B, G, T) belongs to.
     hidden_BLD = model.hidden(packed.batch)
@@ -103,9 +103,6 @@ def packed_forward(
 
     # Rewards: the linear head on the hidden states of the query tokens.
     query_BGK = packed.query_BG.unsqueeze(-1) - model.query_offset_K
-    if not score:
-        reward_BGK = torch.zeros(query_BGK.shape, device=device)
-        return PackedOutput(log_prob_BGT, reward_BGK)
     hidden_BGKD = hidden_BLD[row_B11, query_BGK]
     return PackedOutput(log_prob_BGT, model.reward_from_hidden(hidden_BGKD))
 
@@ -152,17 +149,7 @@ def pack(
     videos: Sequence[PreparedVideo],
     cots: Sequence[Sequence[PackedCot]],
 ) -> Packed:
-    """Pack the G CoTs ``cots[b]`` behind the prompt ``encoded[b].prompt_ids``, for every row b.
-
-    Raises ValueError if rows have unequal numbers of CoTs.
-    """
-    sizes = [len(group) for group in cots]
-    same_length = len(encoded) == len(videos) == len(cots)
-    if not same_length or len(set(sizes)) != 1 or sizes[0] == 0:
-        raise ValueError(
-            f"pack: {len(encoded)} prompts, {len(videos)} videos, CoTs {sizes}"
-        )
-    # Token ids.
+    """Pack the G CoTs ``cots[b]`` behind the prompt ``encoded[b].prompt_ids``, for every row b."""
     rows = []
     for item, group in zip(encoded, cots, strict=True):
         rows.append(_pack_row(model, item.prompt_ids, group))
@@ -193,23 +180,17 @@ def pack(
         grid_B3=grid_B3,
     )
 
-    # Where the CoTs are, padded to the longest.
-    longest = 0
-    for row in rows:
-        longest = max(longest, *[len(target) for target in row.targets])
-    before = []
-    targets = []
-    exists = []
-    for row in rows:
-        before.append(_padded(row.before, 0, longest))
-        targets.append(_padded(row.targets, 0, longest))
-        ones = [[1] * len(target) for target in row.targets]
-        exists.append(_padded(ones, 0, longest))
+    # Where the CoTs are, padded to the longest of all rows.
+    shape = (len(rows), len(cots[0]))
+    before = [indices for row in rows for indices in row.before]
+    targets = [ids for row in rows for ids in row.targets]
+    lengths_BG = torch.tensor([len(ids) for ids in targets]).view(shape)
+    target_BGT = _padded(targets, 0).unflatten(0, shape)
     return Packed(
         batch=batch,
-        before_BGT=torch.stack(before),
-        target_BGT=torch.stack(targets),
-        token_BGT=torch.stack(exists).bool(),
+        before_BGT=_padded(before, 0).unflatten(0, shape),
+        target_BGT=target_BGT,
+        token_BGT=torch.arange(target_BGT.shape[-1]) < lengths_BG.unsqueeze(-1),
         query_BG=torch.tensor([row.queries for row in rows]),
     )
 
@@ -255,14 +236,7 @@ def _pack_row(
     return row
 
 
-def _padded(
-    rows: Sequence[Sequence[int]], value: int, length: int | None = None
-) -> Tensor:
-    """Long tensor (rows, length) padded on the right; by default to the longest row."""
-    if length is None:
-        length = max(len(row) for row in rows)
-    padded = []
-    for row in rows:
-        missing = length - len(row)
-        padded.append([*row, *[value] * missing])
-    return torch.tensor(padded)
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Long tensor of rows, padded on the right to the longest."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value)

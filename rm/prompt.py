@@ -21,6 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.files import write_json
+from common.schema import config, read_section
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -53,7 +56,7 @@ PREFERENCES = {
 }
 
 
-@dataclass(frozen=True)
+@config
 class PromptTemplate:
     """The instruction, saved with the checkpoint as ``prompt.json``.
 
@@ -65,16 +68,10 @@ class PromptTemplate:
     after: str
 
     def __post_init__(self) -> None:
-        slots = self.before.count(PROMPT_SLOT)
-        if slots != 1:
+        if self.before.count(PROMPT_SLOT) != 1 or PROMPT_SLOT in self.after:
             raise ValueError(
                 f"PromptTemplate.before must contain {PROMPT_SLOT} exactly once, "
-                f"not {slots} times"
-            )
-        if PROMPT_SLOT in self.after:
-            raise ValueError(
-                f"PromptTemplate.after must not contain {PROMPT_SLOT}: "
-                "the slot belongs in `before`"
+                "PromptTemplate.after must not contain it"
             )
 
     def fill(self, prompt: str) -> str:
@@ -83,18 +80,12 @@ class PromptTemplate:
         return left + prompt + right
 
     def save(self, path: str | Path) -> None:
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> PromptTemplate:
         """Read a prompt.json. Raises ValueError, with the file, for other keys."""
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(raw, dict) or set(raw) != {"before", "after"}:
-            raise ValueError(
-                f"{path}: a prompt template has the keys 'before' and 'after', got {raw!r:.80}"
-            )
-        return cls(**raw)
+        return read_section(cls, path)
 
 
 @dataclass(frozen=True)
@@ -172,25 +163,23 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     A special token that is spelled in it is cut after its first character, so it stays text.
     """
-    # Strings that the tokenizer would turn into special tokens, the longest first.
+    # Strings that the tokenizer would turn into special tokens.
     names = set(CONTROL_TOKENS)
     for token in tokenizer.added_tokens_decoder.values():
         if token.special:
             names.add(token.content)
-    by_length = sorted(names, key=len, reverse=True)
-    pattern = re.compile(
-        "|".join(re.escape(name) for name in by_length if len(name) > 1)
-    )
 
-    # Tokenise up to each cut.
+    # Cut between the first character and the rest of each, wherever they meet.
+    places = []
+    for name in names:
+        if len(name) > 1:
+            first = re.escape(name[0])
+            rest = re.escape(name[1:])
+            places.append(f"(?<={first})(?={rest})")
     ids: list[int] = []
-    match = pattern.search(text)
-    while match is not None:
-        cut = match.start() + 1
-        ids += tokenizer.encode(text[:cut], add_special_tokens=False)
-        text = text[cut:]
-        match = pattern.search(text)
-    return ids + tokenizer.encode(text, add_special_tokens=False)
+    for piece in re.split("|".join(places), text):
+        ids += tokenizer.encode(piece, add_special_tokens=False)
+    return ids
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 
 from alignment.pair_store import LatentPair, PairRow, write_pairs
 from alignment.prompts import read_prompts
+from common.files import read_jsonl
 from common.log import read_metrics
 from common.types import Score
 from generator import adapter_file
 from launch.evaluation.files import find_items
-from launch.evaluation.results_table import read_rows, score_fields
+from launch.evaluation.results_table import score_fields
 from rm.benchmarks import read_benchmark
 from rm.config import Generation, RewardDimension
 from rm.data import Pair, read_pairs
@@ -172,17 +173,17 @@ def test_lines_that_are_written_are_read_and_have_the_writers_keys(
     folder: Path,
 ) -> None:
     for name in WRITTEN:
-        for row in read_rows(folder / name):
+        for row in read_jsonl(folder / name):
             json.dumps(row, allow_nan=False)
     assert read_metrics(folder / "metrics.jsonl")[0]["reward/mine"] == 0.5
     scores = {"mine": Score(torch.tensor([0.5]))}
     for name in ("samples.jsonl", "results.jsonl", "scores.jsonl"):
-        assert read_rows(folder / name)[0].keys() >= score_fields(scores, 0).keys()
+        assert read_jsonl(folder / name)[0].keys() >= score_fields(scores, 0).keys()
     pair = Pair(
         "a red ball rolls", Path("clips/a.mp4"), Path("clips/b.mp4"), "", "", 1, line=7
     )
     (record,) = split_pairs([pair], {pair.video_B: "0 bytes"})[1]
-    assert read_rows(folder / "bad_samples.jsonl") == [{"of": "pairs", **record}]
+    assert read_jsonl(folder / "bad_samples.jsonl") == [{"of": "pairs", **record}]
 
 
 def test_pairs_of_latents(folder: Path) -> None:

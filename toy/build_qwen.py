@@ -11,12 +11,11 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -25,28 +24,23 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from common.config import load
-from generator.wan import WanGenerator
-from launch.compose import build_generator
-from launch.schemas.training import SampleRun
 from rm.model import DeScore
 from rm.prompt import CONTROL_TOKENS, IM_END, PromptTemplate, parse_answer
 from rm.video import PreparedVideo, VideoSettings, prepare
-from toy.make_pairs import spoilt, write_cots
+from toy.make_pairs import load_generator, spoilt, write_cots
 from toy.measure import compare, observe
 from toy.tokenizer import train_tokenizer
-from toy.training import Fit, fit
+from toy.training import Fit, cached, fit
 from toy.world import (
     SUB_DIMENSIONS,
     VALUES,
     Attributes,
-    Scene,
     all_attributes,
     caption,
     captions,
     mix_attributes,
     random_attributes,
-    random_scene,
+    random_scenes,
     render,
     split_attributes,
 )
@@ -60,24 +54,21 @@ SETTINGS = VideoSettings(
     max_pixels=1024,
     patch_size=4,
 )
-SAMPLE_CONFIG = Path("configs/shapes/sample.yaml")
 UNCLEAR = "unclear"
 # Probability with which an attribute of a prompt is that of its video.
 AGREE = 0.35
 # Weight of the tokens that name what is seen: a sixth of the text, nearly all its information.
 SEEN_WEIGHT = 3.0
 
-# The three stages: the vision tower, renders, videos of the tiny Wan.
+# The first stage trains the vision tower.
 EYE_BATCH = 48
 EYE_STEPS = 1000
 EYE_PEAK = 2e-3
+# Then (name, steps, peak rate, share of videos of the tiny Wan): renders, later half and half.
 BATCH = 32
-STEPS = 1200
-PEAK = 2e-3
+PHASES = (("qwen", 1200, 2e-3, 0.0), ("qwen_wan", 1400, 1e-3, 0.5))
 WAN_VIDEOS = 4000
 WAN_HELDOUT = 512
-WAN_STEPS = 1400
-WAN_PEAK = 1e-3
 # Videos of the tiny Wan that are sampled together, with one guidance scale.
 CHUNK = 40
 
@@ -242,16 +233,12 @@ def examples(
     count: int, rng: random.Random, *, clean: bool
 ) -> tuple[Tensor, list[Attributes]]:
     """Render videos and draw prompts that agree with them in about half of the attributes."""
-    scenes = _random_scenes(count, rng)
+    scenes = random_scenes(count, rng)
     wishes = [agreeing(scene.attributes, rng, AGREE) for scene in scenes]
     video = render(scenes)
     if not clean:
         video = degrade(video, rng)
     return video, wishes
-
-
-def _random_scenes(count: int, rng: random.Random) -> list[Scene]:
-    return [random_scene(random_attributes(rng), rng) for _ in range(count)]
 
 
 def generated(wan: Path, cache: Path) -> tuple[Tensor, list[Attributes]]:
@@ -263,11 +250,16 @@ def generated(wan: Path, cache: Path) -> tuple[Tensor, list[Attributes]]:
     rng = random.Random("wan videos")
     train, _ = split_attributes()
     wishes = [rng.choice(train) for _ in range(WAN_VIDEOS)]
-    if not cache.exists():
+
+    def sample() -> Tensor:
         chunks = []
         starts = range(0, WAN_VIDEOS, CHUNK)
         for number, start in enumerate(tqdm(starts, desc="sampling", mininterval=5)):
-            generator = generator_at(wan, (1.0, 1.5, 3.0)[number % 3])
+            guidance = (1.0, 1.5, 3.0)[number % 3]
+            generator = load_generator(
+                f"generator.path={wan}",
+                f"generator.sampler.guidance_scale={guidance}",
+            )
 
             # Prompts and seeds of this chunk.
             part = wishes[start : start + CHUNK]
@@ -279,21 +271,9 @@ def generated(wan: Path, cache: Path) -> tuple[Tensor, list[Attributes]]:
             for row in range(0, len(clean), 6):
                 clean[row] = spoilt(clean[row], rng)
             chunks.append(generator.decode(clean))
-        save_file({"video": torch.cat(chunks)}, cache)
-    return load_file(cache)["video"], wishes
+        return torch.cat(chunks)
 
-
-@lru_cache(maxsize=3)
-def generator_at(wan: Path, guidance: float) -> WanGenerator:
-    """Load the tiny Wan with a guidance scale."""
-    overrides = [
-        "out=unused",
-        "prompts=unused",
-        f"generator.path={wan}",
-        f"generator.sampler.guidance_scale={guidance}",
-    ]
-    cfg = load(SampleRun, SAMPLE_CONFIG, overrides)
-    return build_generator(cfg.generator)
+    return cached(cache, "video", sample), wishes
 
 
 def cot_loss(
@@ -455,42 +435,32 @@ def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
     model.query.requires_grad_(requires_grad=False)
     model.head.requires_grad_(requires_grad=False)
     train_eye(model, work, steps=steps or EYE_STEPS)
-
-    # Renders.
-    def loss_at(step: int) -> Tensor:
-        rng = random.Random(f"qwen-{step}")
-        videos, wishes = examples(BATCH, rng, clean=False)
-        return cot_loss(model, videos, wishes, rng)
-
-    def check(count: int, seed: int) -> dict[str, float]:
-        videos, wishes = examples(count, random.Random(seed), clean=True)
-        return evaluate(model, videos, wishes, seed=seed)
-
-    settings = Fit("qwen", steps or STEPS, PEAK, work, slow=".visual.")
-    fit(settings, model, loss_at, lambda: check(64, 1))
-
-    # Renders and videos of the tiny Wan, half and half.
     videos, wishes = generated(out / "wan", work / "wan_videos.safetensors")
+
+    def loss_at(step: int, *, name: str, share: float) -> Tensor:
+        rng = random.Random(f"{name}-{step}")
+        count = round(BATCH * share)
+        rows = [rng.randrange(WAN_VIDEOS - WAN_HELDOUT) for _ in range(count)]
+        rendered, mixed = examples(BATCH - count, rng, clean=False)
+        mixed += [agreeing(wishes[row], rng, 0.7) for row in rows]
+        return cot_loss(model, torch.cat([rendered, videos[rows]]), mixed, rng)
+
+    # The last videos of the tiny Wan are not trained on.
     unseen = videos[-WAN_HELDOUT:]
     unseen_wishes = wishes[-WAN_HELDOUT:]
 
-    def wan_loss_at(step: int) -> Tensor:
-        rng = random.Random(f"qwen_wan-{step}")
-        rows = [rng.randrange(WAN_VIDEOS - WAN_HELDOUT) for _ in range(BATCH // 2)]
-        rendered, mixed = examples(BATCH - len(rows), rng, clean=False)
-        mixed += [agreeing(wishes[row], rng, 0.7) for row in rows]
-        together = torch.cat([rendered, videos[rows]])
-        return cot_loss(model, together, mixed, rng)
-
-    def check_both(count: int) -> dict[str, float]:
+    def check(count: int) -> dict[str, float]:
+        rendered, mixed = examples(count, random.Random(2), clean=True)
+        measured = evaluate(model, rendered, mixed, seed=2)
         on_wan = evaluate(model, unseen[:count], unseen_wishes[:count], seed=3)
-        measured = check(count, 2)
         return measured | {f"wan_{name}": value for name, value in on_wan.items()}
 
-    settings = Fit("qwen_wan", steps or WAN_STEPS, WAN_PEAK, work, slow=".visual.")
-    fit(settings, model, wan_loss_at, lambda: check_both(64))
+    for name, phase_steps, peak, share in PHASES:
+        settings = Fit(name, steps or phase_steps, peak, work, slow=".visual.")
+        loss = partial(loss_at, name=name, share=share)
+        fit(settings, model, loss, lambda: check(64))
     save(model, out / "qwen")
-    return check_both(512)
+    return check(512)
 
 
 def train_eye(model: DeScore, work: Path, *, steps: int) -> None:
@@ -499,7 +469,7 @@ def train_eye(model: DeScore, work: Path, *, steps: int) -> None:
 
     def loss_at(step: int) -> Tensor:
         rng = random.Random(f"eye-{step}")
-        scenes = _random_scenes(EYE_BATCH, rng)
+        scenes = random_scenes(EYE_BATCH, rng)
         truths = [scene.attributes for scene in scenes]
         return eye.loss(render(scenes), truths)
 

@@ -15,10 +15,9 @@ from toy.pixels import to_bytes, to_unit
 from toy.training import Fit, fit
 from toy.world import (
     Attributes,
-    Scene,
     caption,
     random_attributes,
-    random_scene,
+    random_scenes,
     render,
 )
 
@@ -46,11 +45,7 @@ LATENT_NOISE = 0.1
 
 def clips(count: int, rng: random.Random) -> Tensor:
     """Render random scenes as uint8 (B, T, Y, X, 3)."""
-    return render(_scenes(count, rng))
-
-
-def _scenes(count: int, rng: random.Random) -> list[Scene]:
-    return [random_scene(random_attributes(rng), rng) for _ in range(count)]
+    return render(random_scenes(count, rng))
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latent: Tensor) -> Tensor:
@@ -89,7 +84,7 @@ def evaluate(vae: AutoencoderKLWan, *, count: int, seed: int) -> dict[str, float
     agree = 0.0
     batches = count // EVALUATION_BATCH
     for _ in range(batches):
-        scenes = _scenes(EVALUATION_BATCH, rng)
+        scenes = random_scenes(EVALUATION_BATCH, rng)
         video = render(scenes)
         unit = to_unit(video)
         latent = vae.encode(unit).latent_dist.mode()

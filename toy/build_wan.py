@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,6 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import UMT5Config, UMT5EncoderModel
@@ -29,7 +29,7 @@ from generator.schedule import sigma_grid
 from toy.measure import measure
 from toy.pixels import to_bytes, to_unit
 from toy.tokenizer import train_tokenizer
-from toy.training import Fit, fit
+from toy.training import Fit, cached, fit
 from toy.world import (
     Attributes,
     all_attributes,
@@ -118,6 +118,7 @@ class Base(nn.Module):
         return output[0]
 
 
+@torch.no_grad()
 def training_clips(
     vae: AutoencoderKLWan, cache: Path
 ) -> tuple[Tensor, list[Attributes]]:
@@ -129,18 +130,17 @@ def training_clips(
     train, _ = split_attributes()
     scenes = [random_scene(rng.choice(train), rng) for _ in range(CLIPS)]
 
-    # Encode once; later runs read the file.
-    if not cache.exists():
+    def encode() -> Tensor:
         mean, std = latent_statistics(vae)
         chunks = []
-        with torch.no_grad():
-            for start in tqdm(range(0, CLIPS, 50), desc="encoding", mininterval=5):
-                unit = to_unit(render(scenes[start : start + 50]))
-                latent = vae.encode(unit).latent_dist.mode()
-                chunks.append((latent - mean) / std)
-        save_file({"latent": torch.cat(chunks)}, cache)
+        for start in tqdm(range(0, CLIPS, 50), desc="encoding", mininterval=5):
+            unit = to_unit(render(scenes[start : start + 50]))
+            latent = vae.encode(unit).latent_dist.mode()
+            chunks.append((latent - mean) / std)
+        return torch.cat(chunks)
+
     attributes = [scene.attributes for scene in scenes]
-    return load_file(cache)["latent"], attributes
+    return cached(cache, "latent", encode), attributes
 
 
 def latent_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
@@ -195,20 +195,10 @@ def sample(
 def evaluate(
     base: Base, vae: AutoencoderKLWan, *, count: int, seed: int
 ) -> dict[str, float]:
-    """Measure oracle scores without guidance and with scale 3: MEAN over held-out prompts."""
-    measured = {}
-    for guidance in (1.0, 3.0):
-        scores = oracle_scores(base, vae, count=count, seed=seed, guidance=guidance)
-        for name, value in scores.items():
-            measured[f"{name}_cfg{guidance:g}"] = value
-        measured["n"] = count
-    return measured
+    """Measure oracle scores without guidance and with scale 3: MEAN over held-out prompts.
 
-
-def oracle_scores(
-    base: Base, vae: AutoencoderKLWan, *, count: int, seed: int, guidance: float
-) -> dict[str, float]:
-    """Average the total and the sub-dimension scores, each in [0, 1], over held-out prompts."""
+    The total and the sub-dimension scores are in [0, 1].
+    """
     rng = random.Random(seed)
     _, heldout = split_attributes()
     prompts = []
@@ -216,16 +206,17 @@ def oracle_scores(
         prompts.append(caption(rng.choice(heldout), wording=rng.randrange(4)))
 
     # SUM over all videos, in parts that fit in memory.
-    sums = {"oracle": 0.0}
-    for start in range(0, count, 32):
+    sums: Counter[str] = Counter()
+    for guidance, start in itertools.product((1.0, 3.0), range(0, count, 32)):
         part = prompts[start : start + 32]
         videos = sample(base, vae, part, seed=seed + start, guidance=guidance)
         for video, prompt in zip(videos, part, strict=True):
             score = measure(video, prompt)
-            sums["oracle"] += score.total
+            sums[f"oracle_cfg{guidance:g}"] += score.total
             for name, value in score.scores.items():
-                sums[name] = sums.get(name, 0.0) + value / 2
-    return {name: value / count for name, value in sums.items()}
+                sums[f"{name}_cfg{guidance:g}"] += value / 2
+    means = {name: value / count for name, value in sums.items()}
+    return {**means, "n": count}
 
 
 def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:

@@ -16,7 +16,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import get_context
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 SOURCES = ("render", "render", "wan", "wan", "wan", "wan", "wan", "spoilt")
 # Pairs per task of a worker.
 CHUNK = 16
+# The generator of the videos, and the Qwen3-VL that writes the chains of thought.
+SAMPLE_CONFIG = Path("configs/shapes/sample.yaml")
+BASE_MODEL = Path("assets/shapes/qwen")
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,13 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class VideoJob:
-    """``count`` consecutive pairs of a split, and the files that a worker needs for them."""
+    """``count`` consecutive pairs of a split."""
 
     out: Path
     split: str
     start: int
     count: int
     seed: int
-    config: Path
-    base_model: Path
 
 
 @dataclass(frozen=True)
@@ -116,23 +117,23 @@ class Side:
     rng: random.Random
 
 
-@lru_cache(maxsize=1)
-def load_generator(config: Path) -> WanGenerator:
-    """Load the generator of a `launch/sample.py` config, once in each worker."""
+@lru_cache(maxsize=3)
+def load_generator(*overrides: str) -> WanGenerator:
+    """Load the generator of `SAMPLE_CONFIG`, once in each worker."""
     from common.config import load
     from launch.compose import build_generator
     from launch.schemas.training import SampleRun
 
-    overrides = ["out=unused", "prompts=unused"]
-    return build_generator(load(SampleRun, config, overrides).generator)
+    words = ["out=unused", "prompts=unused", *overrides]
+    return build_generator(load(SampleRun, SAMPLE_CONFIG, words).generator)
 
 
 @lru_cache(maxsize=1)
-def load_base_model(path: Path) -> DeScore:
+def load_base_model() -> DeScore:
     """Load the base Qwen3-VL with its template, once in each worker."""
     from rm.model import DeScore
 
-    return DeScore.from_base(path).eval()
+    return DeScore.from_base(BASE_MODEL).eval()
 
 
 def make(job: VideoJob) -> list[dict[str, object]]:
@@ -153,7 +154,7 @@ def make(job: VideoJob) -> list[dict[str, object]]:
         scores.append(measure(video, side.prompt))
 
     # The chains of thought are about the files, as a training run reads them.
-    model = load_base_model(job.base_model)
+    model = load_base_model()
     prepared = [prepare(job.out / side.name, model.settings) for side in sides]
     cots = write_cots(model, [side.prompt for side in sides], prepared)
     rows = []
@@ -215,7 +216,7 @@ def draw_videos(job: VideoJob, sides: Sequence[Side]) -> tuple[Tensor, list[str]
     # Videos of the generator take the places of the other renders.
     sampled = [i for i, source in enumerate(sources) if source != "render"]
     if sampled:
-        generator = load_generator(job.config)
+        generator = load_generator()
         prompts = [sides[i].prompt for i in sampled]
         seeds = [sides[i].rng.getrandbits(62) for i in sampled]
         clean = generator.sample(prompts, seeds=seeds)
@@ -323,8 +324,18 @@ def split_size(word: str) -> tuple[str, int]:
     return name, int(count)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
+def list_jobs(args: argparse.Namespace) -> list[VideoJob]:
+    """Cut every split into jobs of at most `CHUNK` pairs."""
+    jobs = []
+    for split, count in args.pairs:
+        for start in range(0, count, CHUNK):
+            size = min(CHUNK, count - start)
+            jobs.append(VideoJob(args.out, split, start, size, args.seed))
+    return jobs
+
+
+def main() -> None:
+    """Make all pairs in parallel, then write a table per split and done.json."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -349,61 +360,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=2, help="processes; they change no byte"
     )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=Path("configs/shapes/sample.yaml"),
-        help="config of launch/sample.py with the generator",
-    )
-    parser.add_argument(
-        "--judge",
-        type=Path,
-        default=Path("assets/shapes/qwen"),
-        help="Qwen3-VL that writes the chains of thought",
-    )
-    return parser.parse_args()
-
-
-def list_jobs(args: argparse.Namespace) -> list[VideoJob]:
-    """Cut every split into jobs of at most `CHUNK` pairs."""
-    jobs = []
-    for split, count in args.pairs:
-        for start in range(0, count, CHUNK):
-            size = min(CHUNK, count - start)
-            job = VideoJob(
-                args.out, split, start, size, args.seed, args.config, args.judge
-            )
-            jobs.append(job)
-    return jobs
-
-
-def main() -> None:
-    """Make all pairs in parallel, then write a table per split and done.json."""
-    args = parse_arguments()
+    args = parser.parse_args()
 
     from tqdm import tqdm
 
+    # Rows in the order of the jobs, whoever finishes first.
     (args.out / "videos").mkdir(parents=True, exist_ok=True)
     jobs = list_jobs(args)
-    pairs = sum(job.count for job in jobs)
-    rows: dict[VideoJob, list[dict[str, object]]] = {}
+    tables: dict[str, list[dict[str, object]]] = {split: [] for split, _ in args.pairs}
     with (
         ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool,
-        tqdm(total=pairs, desc="pairs", unit="pair") as bar,
+        tqdm(total=sum(job.count for job in jobs), desc="pairs", unit="pair") as bar,
     ):
-        running = {pool.submit(make, job): job for job in jobs}
-        for done in as_completed(running):
-            job = running[done]
-            rows[job] = done.result()
+        for job, rows in zip(jobs, pool.map(make, jobs), strict=True):
+            tables[job.split] += rows
             bar.update(job.count)
 
-    # The order of the rows is that of the jobs, whoever finished first.
+    # The tables, and how often each label was given.
     counts = {}
-    for split, _ in args.pairs:
-        table = []
-        for job in jobs:
-            if job.split == split:
-                table += rows[job]
+    for split, table in tables.items():
         write_csv(args.out / f"{split}.csv", table)
         labels = Counter(row["GSB"] for row in table)
         counts[split] = {label: labels[label] for label in ("A", "B", "same")}

@@ -65,19 +65,13 @@ _UNIT_AREA = {
 class Observation:
     """What the pixels show; an attribute is None where it could not be read.
 
-    chroma            Chroma of the shape, of 255.
     speed_x, speed_y  Motion of its centroid in sides per clip.
-    level             Mean luminance of the room, of 255.
-    stripe            Amplitude of its stripes, of 255.
     slide             Motion of the stripes in sides per frame, positive when the camera pans.
     """
 
     attributes: Attributes
-    chroma: float
     speed_x: float
     speed_y: float
-    level: float
-    stripe: float
     slide: float
 
 
@@ -181,15 +175,7 @@ def observe(video_TYXC: Tensor) -> Observation:
         attributes["shape"] = _name_shape(mask)
         attributes["color"] = _name_color(rgb, mask)
         attributes["style"] = _name_style(chroma)
-    return Observation(
-        attributes=Attributes(**attributes),
-        chroma=chroma,
-        speed_x=speed_x,
-        speed_y=speed_y,
-        level=level,
-        stripe=stripe,
-        slide=slide,
-    )
+    return Observation(Attributes(**attributes), speed_x, speed_y, slide)
 
 
 # Regions and their motion.
@@ -261,10 +247,7 @@ def _speed(mask_TYX: Tensor) -> tuple[float, float]:
 
 
 def _name_background(level: float) -> str:
-    distance = {}
-    for name, its_level in LEVEL.items():
-        distance[name] = abs(its_level - level)
-    return min(distance, key=distance.__getitem__)
+    return min(LEVEL, key=lambda name: abs(LEVEL[name] - level))
 
 
 def _name_camera(slide: float) -> str | None:

@@ -57,13 +57,7 @@ def fit(
     start = _load_state(state_file, parameters, optimizer)
     began = time.time()
     steps = range(start, settings.steps)
-    bar = tqdm(
-        steps,
-        settings.name,
-        initial=start,
-        total=settings.steps,
-        mininterval=5,
-    )
+    bar = tqdm(steps, settings.name, initial=start, total=settings.steps, mininterval=5)
     for step in bar:
         # 1. Set the rate: warm-up times cosine.
         warm = min(1.0, (step + 1) / (_WARM_UP * settings.steps))
@@ -92,21 +86,24 @@ def fit(
             tqdm.write(f"{settings.name}  {line}  {time.time() - began:.0f} s")
 
 
+def cached(file: Path, name: str, make: Callable[[], Tensor]) -> Tensor:
+    """Read a tensor from a file, which is written first if it does not exist."""
+    if not file.exists():
+        save_file({name: make()}, file)
+    return load_file(file)[name]
+
+
 def _build_optimizer(
     settings: Fit, parameters: Mapping[str, nn.Parameter]
 ) -> torch.optim.AdamW:
-    slow = []
-    normal = []
+    # Parameters by the share of the rate that they get.
+    shares: dict[float, list[nn.Parameter]] = {1.0: [], 0.2: []}
     for name, parameter in parameters.items():
-        if settings.slow is not None and settings.slow in name:
-            slow.append(parameter)
-        else:
-            normal.append(parameter)
+        slow = settings.slow is not None and settings.slow in name
+        shares[0.2 if slow else 1.0].append(parameter)
 
     # AdamW refuses an empty group.
-    groups = [{"params": normal, "scale": 1.0}]
-    if slow:
-        groups.append({"params": slow, "scale": 0.2})
+    groups = [{"params": p, "scale": share} for share, p in shares.items() if p]
     return torch.optim.AdamW(
         groups, lr=settings.peak, betas=(0.9, 0.98), weight_decay=1e-3
     )

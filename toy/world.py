@@ -182,6 +182,11 @@ def random_scene(
     )
 
 
+def random_scenes(count: int, rng: random.Random) -> list[Scene]:
+    """Draw scenes of random attributes."""
+    return [random_scene(random_attributes(rng), rng) for _ in range(count)]
+
+
 def caption(attributes: Attributes, *, wording: int) -> str:
     """Write the caption in one of four wordings; ``wording`` counts modulo 4."""
     template = _WORDINGS[wording % len(_WORDINGS)]

@@ -8,15 +8,11 @@ stochastic step is step k = 2. A hook counts the DiT samples, which must equal
     without gradient  c [(k + 1) + G (T - k - 1)] with a shared prefix, else c G T
     with gradient     c K M, and as many for the reference policy
 
-with K stochastic steps that start from M latents. Seconds are medians of alternating rounds. Peak
-memory is measured in a process per arm.
+with K stochastic steps that start from M latents. Seconds are medians of alternating rounds.
 """
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -28,7 +24,6 @@ from alignment.grpo import GrpoLoop
 from alignment.prompts import PromptSchedule
 from common.config import load
 from common.gaussian import Gaussian
-from common.log import say
 from common.types import Score, Step
 from experiments.bench.bench_io import bench_parser, median_seconds, write_record
 from launch.compose import build_generator, quiet
@@ -184,8 +179,8 @@ def per_member_gradient(arm: CountedArm) -> Tensor:
 
     # The loop computes the transition of the group. Detached copies of its mean collect the
     # gradient of the loss.
-    def record(prompt: str, step: Step, member: int | None = None) -> Gaussian:
-        result = transition(prompt, step, member)
+    def record(prompt: str, step: Step) -> Gaussian:
+        result = transition(prompt, step)
         if not torch.is_grad_enabled():
             return result
         mean = result.mean.detach().expand(step.next_GCFHW.shape).clone()
@@ -200,36 +195,13 @@ def per_member_gradient(arm: CountedArm) -> Tensor:
         backward(loss)
         prompt, step, mean = calls.pop()
         for member in range(step.size):
-            member_mean = transition(prompt, step, member).mean
+            # All members share the latent that the step starts from.
+            member_mean = transition(prompt, step).mean
             member_mean.backward(mean.grad[member : member + 1])
 
     generator.transition = record
     arm.engine.backward = backward_by_member
     return arm.update()
-
-
-def arm_peak_memory(name: str, size: int, frames: int) -> float:
-    """Peak memory in GB of a process that makes two updates of an arm."""
-    shape = [
-        "--size",
-        str(size),
-        "--frames",
-        str(frames),
-    ]
-    words = [
-        sys.executable,
-        __file__,
-        "--only",
-        name,
-        *shape,
-    ]
-    process = subprocess.run(
-        words,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(process.stdout.split()[-1])
 
 
 def check_counts(name: str, counts: dict[str, int]) -> None:
@@ -251,22 +223,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="height and width")
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=ARMS, help="print an arm's peak memory in GB")
     args = parser.parse_args()
     quiet()
-    shape = {
-        "size": args.size,
-        "frames": args.frames,
-    }
-
-    # The child process of `arm_peak_memory`.
-    if args.only:
-        arm = CountedArm(args.only, **shape)
-        arm.update()
-        arm.update()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        say(str(round(peak / 2**20, 3)))
-        return
+    shape = {"size": args.size, "frames": args.frames}
 
     # Count and time the updates.
     arms = {name: CountedArm(name, **shape) for name in ARMS}
@@ -297,7 +256,6 @@ def main() -> None:
             "seconds_over_counts": seconds_ratio / counts_ratio,
         },
         "relative_gradient_difference": error,
-        "peak_memory_gb": {name: arm_peak_memory(name, **shape) for name in arms},
     }
     write_record(args.out, record)
 

@@ -66,11 +66,13 @@ def main() -> None:
     quiet()
     distributed.init_process_group()
     from alignment.prompts import read_prompts
-    from launch.grpo import build
+    from launch.training.grpo_loop import build
 
     # The same objects as in launch/grpo.py.
     cfg = load(GrpoRun, args.config, args.overrides)
-    loop, generator, engine = build(cfg, read_prompts(cfg.prompts))
+    loop = build(cfg, read_prompts(cfg.prompts))
+    generator = loop.generator
+    engine = loop.engine.engine
     module = type(generator.module).__name__
 
     # Wrap the parts of a step.
@@ -108,7 +110,6 @@ def main() -> None:
         "module": module,
         "seconds": seconds,
         "loop_share": median(row["loop"] / row["step"] for row in rows),
-        "optimizer_share": median(row["optimizer"] / row["step"] for row in rows),
         "threads": torch.get_num_threads(),
     }
     write_record(args.out, record)

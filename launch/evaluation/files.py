@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import glob
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from common.files import json_object
 
+if TYPE_CHECKING:
+    from alignment.reward_check import RewardClip
     from common.types import RewardModel
     from launch.evaluation.results_table import Row
     from rm.video_check import VideoChecker
@@ -88,7 +88,7 @@ def _read_table(path: Path) -> list[tuple[str, str]] | None:
     """
     try:
         rows, columns = _read_rows(path)
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     # Only a .csv must name videos: a .jsonl may hold prompts alone.
     names = [name for name in VIDEO_COLUMNS if name in columns]
@@ -101,8 +101,8 @@ def _read_table(path: Path) -> list[tuple[str, str]] | None:
     # Check every row, so that a mistake is found before a model is loaded.
     table = []
     for number, row in enumerate(rows, start=1):
-        video = row.get(names[0]) if isinstance(row, dict) else ""
-        prompt = row.get("prompt") if isinstance(row, dict) else ""
+        video = row.get(names[0])
+        prompt = row.get("prompt")
         if video is None and isinstance(prompt, str):
             continue
         texts = isinstance(video, str) and isinstance(prompt, str)
@@ -116,23 +116,25 @@ def _read_table(path: Path) -> list[tuple[str, str]] | None:
     return table
 
 
-def _read_rows(path: Path) -> tuple[list[Any], Sequence[str]]:
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], Sequence[str]]:
     """Read the rows and the column names of a .csv or .jsonl; other files have none.
 
-    A .jsonl written by hand may lack the end of its last line, so `read_rows` would not do.
+    A .jsonl written by hand may lack the end of its last line, so `read_jsonl` would not do.
     """
     if path.suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            rows: list[Any] = list(reader)
-            return rows, reader.fieldnames or ()
+            return list(reader), reader.fieldnames or ()
     if path.suffix != ".jsonl":
         return [], ()
     # The first row of a .jsonl has the names of its columns.
     lines = path.read_text(encoding="utf-8-sig").split("\n")
-    rows = [json.loads(line) for line in lines if line.strip()]
-    columns = rows[0] if rows and isinstance(rows[0], dict) else ()
-    return rows, list(columns)
+    rows = [
+        json_object(line, f"{path}:{number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    return rows, list(rows[0]) if rows else ()
 
 
 def score_files(
@@ -146,42 +148,32 @@ def score_files(
 
     Raises ValueError when a file cannot be read or scored.
     """
-    from alignment.reward_check import RewardClip, score_clips
+    from alignment.reward_check import score_clips
     from launch.evaluation.results_table import score_fields
 
     # Another process decodes the files first, and dies of a broken one in our place.
     checker.require(*(item.path for item in items))
-    clips = []
-    for item in items:
-        clip = read_clip(item.path, max_frames=max_frames)
-        clips.append(RewardClip(clip.frames_TYXC, clip.fps, item.prompt))
+    clips = [read_clip(item, max_frames=max_frames) for item in items]
     scores = {name: score_clips(reward, clips) for name, reward in rewards.items()}
     return [score_fields(scores, b) for b in range(len(items))]
 
 
-@dataclass(frozen=True)
-class WholeClip:
-    """uint8 frames (T, Y, X, 3) and their number per second."""
-
-    frames_TYXC: Tensor
-    fps: float
-
-
-def read_clip(path: Path, *, max_frames: int) -> WholeClip:
+def read_clip(item: ScoreItem, *, max_frames: int) -> RewardClip:
     """Read all frames of a file, or ``max_frames`` evenly spaced frames of a longer file.
 
     fps is that of the frames that were read. Raises `rm.video.VideoError`, naming the file, when it
     is missing, broken or has fewer than two frames.
     """
+    from alignment.reward_check import RewardClip
     from rm.config import VideoSettings
     from rm.video import VideoError, read_video
 
     # At a rate above any video's every frame is read, up to the limit.
     settings = VideoSettings(fps=_EVERY_FRAME, min_frames=1, max_frames=max_frames)
-    clip = read_video(path, settings)
+    clip = read_video(item.path, settings)
     steps = len(clip.times) - 1
     if steps < 1:
-        raise VideoError(f"{path}: a single frame is no video")
+        raise VideoError(f"{item.path}: a single frame is no video")
     # The rate of the frames that were read, which a limit makes lower than the file's.
     seconds = clip.times[-1] - clip.times[0]
-    return WholeClip(clip.frames_TYXC, round(steps / seconds, 6))
+    return RewardClip(clip.frames_TYXC, round(steps / seconds, 6), item.prompt)

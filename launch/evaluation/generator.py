@@ -41,9 +41,10 @@ def score_samples(
         seeds = [row["seed"] for row in batch]
         clean = generator.sample(prompts, seeds=seeds, scheduler=cfg.scheduler)
         video_BTYXC = generator.decode(clean)
-        scores = {}
-        for name, reward in rewards.items():
-            scores[name] = reward.score(video_BTYXC, prompts, fps=fps)
+        scores = {
+            name: reward.score(video_BTYXC, prompts, fps=fps)
+            for name, reward in rewards.items()
+        }
 
         # Complete the rows, and keep the first videos of the run.
         for b, row in enumerate(batch):
@@ -79,9 +80,7 @@ def summarise(
 
 def columns(flat_rows: Sequence[Row]) -> dict[str, list[float | None]]:
     """Turn rows of `flatten_scores` into columns, in order of first appearance."""
-    names: dict[str, None] = {}
-    for flat in flat_rows:
-        names |= dict.fromkeys(flat)
+    names = dict.fromkeys(name for flat in flat_rows for name in flat)
     return {name: [flat.get(name) for flat in flat_rows] for name in names}
 
 

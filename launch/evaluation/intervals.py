@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.types import json_number
+
 # Resampled values that are held in memory together, 32 MB.
 _CHUNK = 1 << 22
 
@@ -41,10 +43,9 @@ class Interval:
 
         NaN becomes null.
         """
-        ends = [_finite(self.low), _finite(self.high)]
         return {
-            "mean": _finite(self.mean),
-            "ci95": ends,
+            "mean": json_number(self.mean),
+            "ci95": [json_number(self.low), json_number(self.high)],
             "n": self.n,
             "missing": self.missing,
         }
@@ -61,18 +62,17 @@ def mean_ci95(
         mean*_r = 1/n sum_i x_{I_ri},   I_ri uniform on 1..n
 
     NaN and None mean "could not be scored"; they are left out and counted, never replaced by 0.
-    Raises ValueError for an infinite value or without resamples.
+    Raises ValueError for an infinite value.
     """
     # numpy turns None into NaN.
     given = np.array(list(values), dtype=np.float64)
     scored = given[~np.isnan(given)]
     if np.isinf(scored).any():
         raise ValueError("the mean of an infinite value has no interval")
-    _check(resamples)
     n = len(scored)
     missing = len(given) - n
     if n == 0:
-        return _without_values(missing)
+        return Interval(math.nan, math.nan, math.nan, 0, missing)
 
     # Resample in chunks of rows that fit in memory.
     random = np.random.default_rng(seed)
@@ -99,16 +99,13 @@ def statistic_ci95(
     calibrated on the same items. ``mean`` is the statistic of all items in order. Resamples in
     which the statistic is NaN are left out.
     """
-    _check(resamples)
     if count == 0:
-        return _without_values()
+        return Interval(math.nan, math.nan, math.nan, 0)
     # The statistic of each resample.
     random = np.random.default_rng(seed)
-    draws = []
-    for _ in range(resamples):
-        indices = random.integers(0, count, size=count)
-        draws.append(statistic(indices))
-    draw_R = np.array(draws)
+    draw_R = np.array(
+        [statistic(random.integers(0, count, size=count)) for _ in range(resamples)]
+    )
     low, high = _percentiles(draw_R[~np.isnan(draw_R)])
     # The statistic of the items themselves.
     mean = float(statistic(np.arange(count)))
@@ -134,7 +131,6 @@ def runs_ci95(
         raise ValueError(
             f"runs need equal numbers of tables with values, got tables of {sizes} values"
         )
-    _check(resamples)
     random = np.random.default_rng(seed)
 
     # drawn[run, slot] holds the run's mean in each resample, drawn anew for every slot.
@@ -187,19 +183,6 @@ def _resampled_means(
     count = len(value_N)
     indices = random.integers(0, count, size=(resamples, count))
     return value_N[indices].mean(axis=1)
-
-
-def _without_values(missing: int = 0) -> Interval:
-    return Interval(math.nan, math.nan, math.nan, 0, missing)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _check(resamples: int) -> None:
-    if resamples < 1:
-        raise ValueError(f"a bootstrap needs resamples >= 1, got {resamples}")
 
 
 def _percentiles(draws: NDArray[np.float64]) -> tuple[float, float]:

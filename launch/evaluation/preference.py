@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from launch.evaluation.intervals import mean_ci95, statistic_ci95
 from rm.metrics import preference_accuracy
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from launch.evaluation.results_table import ResultsTable, Row
     from launch.schemas.evaluation import RewardEvaluation
     from rm.data import Pair
+    from rm.metrics import PreferenceAccuracy
     from rm.scorer import DeScoreScorer
 
 
@@ -144,45 +144,30 @@ def summarise_pairs(
 
     A pair with a video that could not be scored is wrong in all of them and counts in ``unjudged``.
     """
-    margin_N = _margins(rows)
-    label_N = torch.tensor([row["label"] for row in rows])
-    decided_N = label_N != 0
 
     def interval(
         field: str,
-        margin_M: Tensor,
-        label_M: Tensor,
+        part: Sequence[Row],
+        name: str | None = None,
     ) -> dict[str, Any]:
-        def statistic(index: Any) -> float:
-            chosen = torch.from_numpy(index)
-            accuracy = preference_accuracy(margin_M[chosen], label_M[chosen])
-            return getattr(accuracy, field)
-
-        result = statistic_ci95(
-            statistic,
-            len(margin_M),
+        accuracy = _accuracy_of(part, name)
+        return statistic_ci95(
+            lambda index: getattr(accuracy(index), field),
+            len(part),
             seed=seed,
             resamples=resamples,
-        )
-        return result.as_dict()
+        ).as_dict()
 
     # All dimensions together, without and with the pairs that people call equal.
-    decided_margin_M = margin_N[decided_N]
-    decided_label_M = label_N[decided_N]
+    decided = [row for row in rows if row["label"]]
     summary: dict[str, Any] = {
-        "without_ties": interval("without_ties", decided_margin_M, decided_label_M),
-        "with_ties": interval("with_ties", margin_N, label_N),
+        "without_ties": interval("without_ties", decided),
+        "with_ties": interval("with_ties", rows),
     }
-
     # Each dimension on the pairs that people decided in it.
-    names: dict[str, None] = {}
-    for row in rows:
-        names |= dict.fromkeys(row.get("labels", ()))
-    for name in names:
-        decided = [row for row in rows if row.get("labels", {}).get(name)]
-        label_M = torch.tensor([row["labels"][name] for row in decided])
-        margin_M = _margins(decided, f"reward.{name}")
-        summary[f"without_ties.{name}"] = interval("without_ties", margin_M, label_M)
+    for name in dict.fromkeys(name for row in rows for name in row.get("labels", ())):
+        known = [row for row in rows if row.get("labels", {}).get(name)]
+        summary[f"without_ties.{name}"] = interval("without_ties", known, name)
 
     # The chains of thought, where both of a pair have a quality.
     qualities = []
@@ -194,33 +179,38 @@ def summarise_pairs(
         summary["sub_dimensions"] = mean.as_dict()
 
     # The threshold for ties on all pairs, and counts.
-    summary["threshold"] = preference_accuracy(margin_N, label_N).threshold
+    summary["threshold"] = _accuracy_of(rows)(slice(None)).threshold
     summary["pairs"] = len(rows)
-    summary["ties"] = int((~decided_N).sum())
-    summary["unjudged"] = int(margin_N.isnan().sum())
+    summary["ties"] = len(rows) - len(decided)
+    summary["unjudged"] = sum(math.isnan(margin_of(row)) for row in rows)
     return summary
 
 
-def _margins(rows: Sequence[Row], part: str | None = None) -> Tensor:
-    """Reward of A minus reward of B (or that of a part), NaN where either is missing."""
-    values_A = _values(rows, "A", part)
-    values_B = _values(rows, "B", part)
-    return values_A - values_B
+def _accuracy_of(
+    rows: Sequence[Row], name: str | None = None
+) -> Callable[[Any], PreferenceAccuracy]:
+    """Return the accuracy, perhaps in a dimension, as a function of the rows' indices."""
+    margins = [margin_of(row, name) for row in rows]
+    margin_N = torch.tensor(margins, dtype=torch.float64)
+    # The label of the pair stands under its name, those in dimensions under theirs.
+    labels = [row["label"] if name is None else row["labels"][name] for row in rows]
+    label_N = torch.tensor(labels)
+    return lambda index: preference_accuracy(margin_N[index], label_N[index])
 
 
-def _values(
-    rows: Sequence[Row],
+def margin_of(row: Row, name: str | None = None) -> float:
+    """Reward of A minus reward of B (or in a dimension), NaN where either is missing."""
+    rewards = [reward_of(row, side, name) for side in "AB"]
+    return math.nan if None in rewards else rewards[0] - rewards[1]
+
+
+def reward_of(
+    row: Row,
     side: str,
-    part: str | None,
-) -> Tensor:
-    """Rewards of the videos of a side, or a part of them, in float64."""
-    values = []
-    for row in rows:
-        if part is None:
-            value = row.get(f"reward_{side}")
-        else:
-            # A pair that could not be scored has no parts.
-            parts = row.get(f"parts_{side}") or {}
-            value = parts.get(part)
-        values.append(math.nan if value is None else value)
-    return torch.tensor(values, dtype=torch.float64)
+    name: str | None = None,
+) -> float | None:
+    """Return the reward of a video, or that in a dimension; None where it is missing."""
+    if name is None:
+        return row.get(f"reward_{side}")
+    # A pair that could not be scored has no parts.
+    return (row.get(f"parts_{side}") or {}).get(f"reward.{name}")

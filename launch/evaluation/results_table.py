@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import distributed
-from common.files import replace_text, sha256
+from common.files import read_json, read_jsonl, replace_text, sha256
 from common.run_record import differences
 from common.types import json_number
 from engine import guard
@@ -68,13 +68,11 @@ class ResultsTable:
 
         # Only rank 0 reads, because it merges files while the other ranks are waiting.
         problem = guard.folder_problem(self.path.parent)
-        done = []
+        rows: dict[Key, Row] = {}
         if not problem and distributed.is_main():
             problem = self._open(resume)
-        if not problem and distributed.is_main():
-            for row_key, row in self._read().items():
-                if retry is None or retry not in row:
-                    done.append(row_key)
+            rows = {} if problem else self._read()
+        done = [row_key for row_key, row in rows.items() if retry not in row]
         # All ranks continue, or all of them raise.
         problem, done = distributed.from_main((problem, done))
         if problem:
@@ -94,10 +92,9 @@ class ResultsTable:
         """Append finished rows, which then survive a kill. Raises ValueError for NaN."""
         rank = distributed.rank()
         file = self.path.with_suffix(f".rank-{rank}.jsonl")
-        # A kill may cut the last line, which `read_rows` skips.
+        # A kill may cut the last line, which `read_jsonl` skips.
         with file.open("a", encoding="utf-8") as lines:
-            for row in rows:
-                lines.write(_line(row))
+            lines.writelines(map(_line, rows))
         self._added = file.name
 
     def finish(self, keys: Sequence[Key]) -> list[Row]:
@@ -111,7 +108,7 @@ class ResultsTable:
             rows = self._read(added)
             self._write([rows[key] for key in keys])
         distributed.barrier()
-        return read_rows(self.path)
+        return read_jsonl(self.path)
 
     def _open(self, resume: str) -> str | None:
         """Check the existing files and merge them; returns a problem or None."""
@@ -126,8 +123,7 @@ class ResultsTable:
             for part in self._parts():
                 part.unlink()
         elif self._identity_path.exists():
-            text = self._identity_path.read_text(encoding="utf-8")
-            earlier = json.loads(text)
+            earlier = read_json(self._identity_path)
             if earlier != self._identity and self._read():
                 changes = "; ".join(differences(earlier, self._identity)[:4])
                 return (
@@ -153,7 +149,7 @@ class ResultsTable:
         # Later files replace rows of earlier files.
         rows = {}
         for file in files:
-            for row in read_rows(file):
+            for row in read_jsonl(file):
                 rows[self.key_of(row)] = row
         return rows
 
@@ -165,27 +161,9 @@ class ResultsTable:
 
         A kill between the two steps leaves rows twice, which `_read` resolves.
         """
-        lines = [_line(row) for row in rows]
-        replace_text(self.path, "".join(lines))
+        replace_text(self.path, "".join(map(_line, rows)))
         for part in self._parts():
             part.unlink()
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """Read every complete line of a jsonl file.
-
-    A last line without its end, which a killed run leaves behind, is skipped. Raises ValueError
-    with the line number for a line that is not JSON.
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    lines = text.split("\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from error
-    return rows
 
 
 def score_fields(scores: Mapping[str, Score], index: int) -> Row:
@@ -277,17 +255,6 @@ def fingerprint(path: str | Path) -> Any:
     if state.st_size > _HASHED_BYTES:
         return f"{state.st_size} bytes of {state.st_mtime_ns}"
     return sha256(path)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Replace a file by indented JSON, atomically. Raises ValueError for NaN."""
-    text = json.dumps(
-        value,
-        indent=1,
-        ensure_ascii=False,
-        allow_nan=False,
-    )
-    replace_text(Path(path), text + "\n")
 
 
 def _line(row: Row) -> str:

@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from common.cli import exit_with_error
-from common.run_record import hide_secrets, plain
+from common.cli import exit_with_error, user_errors
+from common.run_record import hide_secrets, plain, value_at
 from launch.planning.plan import DEVICES, GIB, RESERVE, Plan, Where
 from launch.planning.runs import (
     is_descore,
@@ -60,7 +60,6 @@ def dry_run(cfg: Any, text: str) -> NoReturn:
     """
     where = parse_where(text)
     from launch.compose import quiet
-    from launch.planning.models import UnknownModelError
 
     # The config, before anything that may fail.
     settings = yaml.safe_dump(
@@ -73,10 +72,8 @@ def dry_run(cfg: Any, text: str) -> NoReturn:
     quiet()
 
     # The plan.
-    try:
+    with user_errors():
         plan = plan_of(cfg, where)
-    except (UnknownModelError, ValueError) as error:
-        exit_with_error(str(error))
 
     # What it needs, or the reason why there is no plan.
     missing = missing_inputs(cfg, planned=plan is not None)
@@ -85,7 +82,7 @@ def dry_run(cfg: Any, text: str) -> NoReturn:
         lines = [f"nothing is planned for a {name}: the config is valid", *missing]
         print("\n".join(lines))
         sys.exit(0)
-    print("\n".join(lines_of(plan, where, missing=missing)))
+    print("\n".join(lines_of(plan, missing=missing)))
     sys.exit(1 if plan.problems or plan.peak > where.device.memory else 0)
 
 
@@ -128,10 +125,11 @@ def missing_inputs(cfg: Any, *, planned: bool) -> list[str]:
 
     `Plan.assumed` lists the reward models that a ``planned`` run does not find.
     """
+    settings = plain(cfg)
+    paths = {key: value_at(settings, key) for key in _INPUTS}
     # Reward models are inputs too.
-    paths = {key: _value_at(cfg, key) for key in _INPUTS}
     if not planned:
-        paths["checkpoint"] = _value_at(cfg, "checkpoint")
+        paths["checkpoint"] = settings.get("checkpoint")
     for name, reward in (getattr(cfg, "rewards", None) or {}).items():
         read = (reward.kind or name) in ("videoreward", "hpsv3")
         if read or (is_descore(name, reward) and not planned):
@@ -143,21 +141,14 @@ def missing_inputs(cfg: Any, *, planned: bool) -> list[str]:
     ]
 
 
-def _value_at(cfg: Any, dotted: str) -> Any:
-    """None where this config has no such key, or null above it."""
-    for key in dotted.split("."):
-        cfg = getattr(cfg, key, None)
-    return cfg
-
-
 def lines_of(
     plan: Plan,
-    where: Where,
     *,
     missing: Sequence[str] = (),
 ) -> list[str]:
     """Format a plan for the console; assumed models are named at the top and after the total."""
     # What is planned, and which files are missing.
+    where = plan.where
     assumed = [f"  NOTE {line}" for line in plan.assumed]
     lines = [
         f"plan for {where.ranks} x {where.device.name} at {where.utilisation:.0%} of its peak",
@@ -189,7 +180,7 @@ def lines_of(
         hours = plan.count * plan.seconds / 3600
         lines.append(f"  {plan.count:,} of them: {hours:,.1f} hours")
     lines += [*assumed, f"  disk for what is saved: {plan.disk / GIB:.1f} GiB"]
-    return [*lines, *_verdict(plan, where)]
+    return [*lines, *_verdict(plan)]
 
 
 def _memory(name: str, size: float) -> str:
@@ -204,9 +195,9 @@ def _time(
     return f"    {name:36}{flops / 1e12:12,.0f}{seconds:10,.1f}"
 
 
-def _verdict(plan: Plan, where: Where) -> list[str]:
+def _verdict(plan: Plan) -> list[str]:
     """Say whether the run fits; if not, list the largest parts and what reduces memory."""
-    memory = where.device.memory / GIB
+    memory = plan.where.device.memory / GIB
     peak = plan.peak / GIB
     lines = [f"  DOES NOT FIT: {problem}" for problem in plan.problems]
     if peak <= memory:
@@ -226,5 +217,8 @@ def _verdict(plan: Plan, where: Where) -> list[str]:
     # Devices with enough memory for the run as it is.
     larger = [name for name, device in DEVICES.items() if device.memory >= plan.peak]
     if larger:
-        return [*lines, f"  As it is, it fits {where.ranks} x {', '.join(larger)}."]
+        return [
+            *lines,
+            f"  As it is, it fits {plan.where.ranks} x {', '.join(larger)}.",
+        ]
     return [*lines, "  None of the devices known here has enough memory."]

@@ -28,9 +28,12 @@ def samples_per_rollout(how: SamplerConfig, members: int) -> float:
         if how.tail_steps is not None:
             tail = min(tail, how.tail_steps)
         costs.append(start + (size - 1 + tail) * members)
-    # The negative prompt is a second forward.
-    branches = 1 if how.guidance_scale == 1 else 2
-    return fmean(costs) * branches
+    return fmean(costs) * branches(how)
+
+
+def branches(how: SamplerConfig) -> int:
+    """Count the forwards of a sample: with guidance also that of the negative prompt."""
+    return 1 if how.guidance_scale == 1 else 2
 
 
 def samples_per_update(cfg: GrpoRun) -> int:

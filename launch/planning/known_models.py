@@ -1,124 +1,42 @@
 """Sizes of the published models in the recipes, so that a plan needs neither weights nor the hub.
 
-The numbers are those of the models' config files, as diffusers and transformers publish them.
-tests/launch/planning/test_plan.py compares the parameters they make with the published counts.
+The numbers stand in launch/templates/known_models.yaml.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
-# What all sizes of Wan 2.1 share.
-_WAN_COMMON: dict[str, Any] = {
-    "attention_head_dim": 128,
-    "freq_dim": 256,
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": (1, 2, 2),
-    "text_dim": 4096,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "eps": 1e-6,
-    "rope_max_seq_len": 1024,
-}
-# Transformers by hub name, huggingface.co/NAME/transformer/config.json.
-WAN: dict[str, dict[str, Any]] = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {
-        **_WAN_COMMON,
-        "num_layers": 30,
-        "num_attention_heads": 12,
-        "ffn_dim": 8960,
-    },
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": {
-        **_WAN_COMMON,
-        "num_layers": 40,
-        "num_attention_heads": 40,
-        "ffn_dim": 13_824,
-    },
-}
-# All sizes of Wan 2.1 share the VAE and the text encoder.
-WAN_VAE: dict[str, Any] = {
-    "base_dim": 96,
-    "z_dim": 16,
-    "dim_mult": [1, 2, 4, 4],
-    "num_res_blocks": 2,
-    # The key is spelt so in diffusers.
-    "temperal_downsample": [False, True, True],
-}
-UMT5_XXL: dict[str, Any] = {
-    "d_model": 4096,
-    "d_ff": 10_240,
-    "d_kv": 64,
-    "num_layers": 24,
-    "num_heads": 64,
-    "vocab_size": 256_384,
-    "feed_forward_proj": "gated-gelu",
-}
+from common import safe_yaml
 
-# The vision tower of the 2B and the 4B.
-_SMALL_VISION: dict[str, Any] = {
-    "depth": 24,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "deepstack_visual_indexes": [5, 11, 17],
-}
-# The vision tower of the 8B.
-_LARGE_VISION: dict[str, Any] = {
-    "depth": 27,
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "deepstack_visual_indexes": [8, 16, 24],
-}
+FILE = Path(__file__).parents[1] / "templates" / "known_models.yaml"
+_SIZES: dict[str, Any] = safe_yaml.parse(FILE.read_text(encoding="utf-8")).value
+# Transformers by hub name, and the VAE and text encoder that all sizes of Wan 2.1 share.
+WAN: dict[str, Any] = {}
+for _name, _config in _SIZES["wan"].items():
+    WAN[_name] = _SIZES["wan_common"] | _config
+WAN_VAE = _SIZES["wan_vae"]
+UMT5_XXL = _SIZES["umt5_xxl"]
 
-
-def _qwen3_vl(
-    text: dict[str, Any], vision: dict[str, Any], *, tied: bool
-) -> dict[str, Any]:
-    """Config of a Qwen3-VL; ``tied`` shares the matrix of the embedding with the output."""
-    common_text = {
-        "vocab_size": 151_936,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "tie_word_embeddings": tied,
+# Reward models by hub name, with what all sizes share and what follows from another key.
+QWEN3_VL: dict[str, Any] = {}
+for _name, _config in _SIZES["qwen3_vl"].items():
+    _tied = _config["tie_word_embeddings"]
+    _text = _SIZES["qwen3_vl_text"] | _config["text_config"]
+    _vision = _SIZES["qwen3_vl_vision"] | _config["vision_config"]
+    QWEN3_VL[_name] = {
+        "tie_word_embeddings": _tied,
+        "text_config": {
+            "tie_word_embeddings": _tied,
+            **_text,
+        },
+        "vision_config": {
+            "out_hidden_size": _text["hidden_size"],
+            **_vision,
+        },
     }
-    common_vision = {
-        "num_heads": 16,
-        "patch_size": 16,
-        "num_position_embeddings": 2304,
-        "out_hidden_size": text["hidden_size"],
-    }
-    return {
-        "text_config": {**common_text, **text},
-        "vision_config": {**common_vision, **vision},
-        "tie_word_embeddings": tied,
-    }
-
-
-# Language models by size.
-_TEXT_2B = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "intermediate_size": 6144,
-}
-_TEXT_4B = {
-    "hidden_size": 2560,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "intermediate_size": 9728,
-}
-_TEXT_8B = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "intermediate_size": 12_288,
-}
-QWEN3_VL: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen3-VL-2B-Instruct": _qwen3_vl(_TEXT_2B, _SMALL_VISION, tied=True),
-    "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(_TEXT_4B, _SMALL_VISION, tied=True),
-    "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(_TEXT_8B, _LARGE_VISION, tied=False),
-}
 # A size that no letter or digit touches: "2b" in "from_2b", not in "x2bit".
 _SIZE = re.compile(r"(?<![a-z0-9.])([248]b)(?![a-z0-9])")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.files import read_json
 from common.shipped import shipped
 from launch.planning import known_models
 from launch.planning.meta_device import Cost, cost_of
@@ -28,10 +28,6 @@ PROMPT_TOKENS = 500
 COT_TOKENS = 800
 # No text is read, so that any tokenizer serves.
 _TOKENIZER = "assets/shapes/qwen"
-
-
-class UnknownModelError(ValueError):
-    """A model whose size is neither in known_models.py nor in a folder."""
 
 
 @dataclass(frozen=True)
@@ -247,9 +243,9 @@ class MetaRewardModel:
         self.checkpointing = False
 
         file = Path(self.name, "video.json")
-        if settings is None:
-            settings = VideoSettings.load(file) if file.is_file() else VideoSettings()
-        self.settings = settings
+        if settings is None and file.is_file():
+            settings = VideoSettings.load(file)
+        self.settings = settings or VideoSettings()
 
     @cached_property
     def model(self) -> DeScore:
@@ -369,17 +365,11 @@ class MetaRewardModel:
 
         The embedding does not count, because its rows are read and not multiplied.
         """
-        # The output matrix may be that of the embedding, and then counts once.
+        # The output matrix may be that of the embedding.
         backbone = self.model.backbone
-        language = sizes_of(backbone.model.language_model)
-        output = sizes_of(backbone.lm_head)
-        table = sizes_of(backbone.get_input_embeddings())
-        return Sizes(
-            parameters=language.parameters + output.parameters - table.parameters,
-            trained=0,
-            bytes=language.bytes + output.bytes - table.bytes,
-            trained_bytes=0,
-        )
+        language = backbone.model.language_model
+        passed = [language.layers, language.norm, backbone.lm_head]
+        return sizes_of(torch.nn.ModuleList(passed))
 
 
 def _cost_of_pass(
@@ -416,15 +406,15 @@ def _config_of(
 ) -> dict[str, Any]:
     """Read the config of a component from its folder, or take the published ``known``.
 
-    Raises UnknownModelError where there is neither.
+    Raises ValueError where there is neither.
     """
     # A folder tells more than a published size.
     file = Path(path, part, "config.json")
     if file.is_file():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return read_json(file)
     if known is None:
         names = ", ".join([*known_models.WAN, *known_models.QWEN3_VL])
-        raise UnknownModelError(
+        raise ValueError(
             f"{path}: no folder with {Path(part, 'config.json')}, and none of {names}"
         )
     return dict(known)

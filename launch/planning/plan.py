@@ -89,6 +89,35 @@ class Where:
     ranks: int = 1
     utilisation: float = 0.5
 
+
+@dataclass
+class Plan:
+    """Needs of a run on a rank.
+
+    unit      The phases are those of a unit: update, step or prompt.
+    count     Number of units that a rank does, 0 where it is not known.
+    disk      Bytes of what the run saves.
+    facts     Lines about the models and the batch.
+    problems  Why the ranks cannot share the batch.
+    assumed   Which models do not exist, and which are planned instead.
+    """
+
+    # What is planned.
+    where: Where
+    unit: str
+    count: int
+    disk: float
+    # What it needs, and what is wrong with it.
+    parts: list[Part] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+
+    def add(self, name: str, size: float, *, temporary: bool = False) -> None:
+        """Add a part of the memory."""
+        self.parts.append(Part(name, size, temporary))
+
     def phase(
         self,
         name: str,
@@ -96,39 +125,23 @@ class Where:
         *,
         read_bytes: float = 0.0,
         peak: float | None = None,
-    ) -> Phase:
-        """Predict the seconds of a phase: those of its FLOPs or of its reads, the longer.
+    ) -> None:
+        """Add a phase. Its seconds are those of its FLOPs or of its reads, the longer.
 
         read_bytes  Weights that are read again for every written token.
         peak        FLOP/s of the device; None for those in bfloat16.
         """
         # Reads and FLOPs overlap.
-        seconds = flops / (self.utilisation * (peak or self.device.flops))
-        return Phase(name, flops, max(seconds, read_bytes / self.device.bandwidth))
+        device = self.where.device
+        seconds = flops / (self.where.utilisation * (peak or device.flops))
+        seconds = max(seconds, read_bytes / device.bandwidth)
+        self.phases.append(Phase(name, flops, seconds))
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Needs of a run on a rank.
-
-    facts     Lines about the models and the batch.
-    unit      The phases are those of a unit: update, step or prompt.
-    count     Number of units that a rank does, 0 where it is not known.
-    disk      Bytes of what the run saves.
-    problems  Why the ranks cannot share the batch.
-    assumed   Which models do not exist, and which are planned instead.
-    """
-
-    # What the run needs.
-    facts: list[str]
-    parts: list[Part]
-    phases: list[Phase]
-    unit: str
-    count: int
-    disk: float
-    # What is wrong with it.
-    problems: list[str] = field(default_factory=list)
-    assumed: list[str] = field(default_factory=list)
+    def divide(self, key: str, count: int) -> None:
+        """Note a problem where the ranks do not divide a batch of ``count``."""
+        ranks = self.where.ranks
+        if count % ranks:
+            self.problems.append(f"{ranks} ranks do not divide {key}={count}")
 
     @property
     def permanent(self) -> float:

@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from alignment.dpo import steps_of
-from launch.planning.forwards import samples_per_rollout, samples_per_update
+from launch.planning.forwards import branches, samples_per_rollout, samples_per_update
 from launch.planning.models import (
     Lengths,
     MetaRewardModel,
@@ -20,7 +20,7 @@ from launch.planning.models import (
     lengths_of,
     sizes_of,
 )
-from launch.planning.plan import Part, Plan, Where, training_parts
+from launch.planning.plan import Plan, Where, training_parts
 
 if TYPE_CHECKING:
     from alignment.config import RewardConfig
@@ -34,63 +34,47 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
     # What a rank does in a step.
     how = cfg.generator.sampler
     wan = MetaWan(cfg.generator)
-    sizes = sizes_of(wan.module)
     shared = cfg.grpo.ranks_per_group
     groups = cfg.prompts_per_step * shared // where.ranks
     members = cfg.grpo.group_size // shared
-    branches = _branches(cfg.generator)
+    guided = branches(how)
 
     # Rollout: forwards without gradient.
-    batch = min(cfg.generator.rollout_batch or members, members) * branches
+    batch = min(cfg.generator.rollout_batch or members, members) * guided
     rollout = wan.forward(batch, grad=False)
     sample_flops = rollout.flops / batch
     num_rolled = groups * samples_per_rollout(how, members)
 
     # Update: forwards with gradient, and the reference policy's for the KL.
     latents = samples_per_update(cfg)
-    update_branches = branches if cfg.generator.guidance_in_update else 1
-    update = wan.forward(update_branches, grad=True)
+    update_guided = guided if cfg.generator.guidance_in_update else 1
+    update = wan.forward(update_guided, grad=True)
     update_flops = groups * latents * cfg.grpo.updates * update.flops
     if cfg.grpo.kl_weight:
-        update_flops += groups * latents * update_branches * sample_flops
+        update_flops += groups * latents * update_guided * sample_flops
 
-    # The training state and the first phase.
-    plan = Plan(
-        facts=[
-            *_wan_facts(wan, sizes),
-            f"one update = {cfg.prompts_per_step} prompts x {cfg.grpo.group_size} = "
-            f"{cfg.prompts_per_step * cfg.grpo.group_size} videos; a rank rolls out "
-            f"{groups} groups with {num_rolled:,.0f} DiT forwards and updates along "
-            f"{groups * latents:g} latents",
-        ],
-        parts=training_parts(
-            "transformer",
-            sizes,
-            zero_stage=cfg.zero_stage,
-            ranks=where.ranks,
-        ),
-        phases=[where.phase("rollout", num_rolled * sample_flops)],
-        unit="update",
-        count=cfg.steps,
-        disk=_checkpoint_bytes(sizes) * (cfg.keep + 1),
-        problems=_remainder(
-            "prompts_per_step x ranks_per_group", cfg.prompts_per_step * shared, where
-        ),
+    # The training state.
+    plan = _train_wan(cfg, where, wan, cfg.steps)
+    plan.divide("prompts_per_step x ranks_per_group", cfg.prompts_per_step * shared)
+    plan.facts.append(
+        f"one update = {cfg.prompts_per_step} prompts x {cfg.grpo.group_size} = "
+        f"{cfg.prompts_per_step * cfg.grpo.group_size} videos; a rank rolls out "
+        f"{groups} groups with {num_rolled:,.0f} DiT forwards and updates along "
+        f"{groups * latents:g} latents"
     )
-
-    # Memory besides the training state.
-    _add_frozen_wan(plan, wan, text_encoder=not cfg.cache_prompts)
+    # What comes on top of it, in the order of a step.
+    plan.phase("rollout", num_rolled * sample_flops)
+    plan.add("rollout: activations", rollout.peak, temporary=True)
+    videos = groups * members
+    _add_decoding(plan, wan, videos, members, text_encoder=not cfg.cache_prompts)
+    sizes = sizes_of(wan.module)
     if cfg.ema is not None:
-        plan.parts.append(Part("average of the trained weights", 4.0 * sizes.trained))
+        plan.add("average of the trained weights", 4.0 * sizes.trained)
     if cfg.generator.lora is None and cfg.grpo.kl_weight:
-        plan.parts.append(Part("frozen copy for KL", float(sizes.bytes)))
-    plan.parts.append(Part("rollout: activations", rollout.peak, temporary=True))
-    # The VAE decodes after the rollout; the update comes after it.
-    _add_decoding(plan, wan, groups * members, members, where)
-    plan.parts.append(Part("update: activations", update.peak, temporary=True))
-    plan.phases.append(where.phase("update", update_flops))
-    # Rewards are phases too.
-    _add_rewards(plan, cfg.rewards, groups * members, members, where, cfg.generator)
+        plan.add("frozen copy for KL", sizes.bytes)
+    plan.phase("update", update_flops)
+    plan.add("update: activations", update.peak, temporary=True)
+    _add_rewards(plan, cfg.rewards, videos, members, cfg.generator)
     return plan
 
 
@@ -102,7 +86,6 @@ def plan_dpo(
 ) -> Plan:
     """Plan an optimizer step of Flow-DPO; ``pairs`` is the size of the set, None if unknown."""
     wan = MetaWan(cfg.generator)
-    sizes = sizes_of(wan.module)
     rank_pairs = cfg.dpo.pairs_per_step // where.ranks
 
     # The policy sees both videos of a pair, SFT only the chosen one; DPO adds the reference.
@@ -114,61 +97,44 @@ def plan_dpo(
     flops = rank_pairs / cfg.dpo.micro_batch * flops
 
     # Neither VAE nor text encoder: the latents and embeddings are saved.
-    parts = training_parts(
-        "transformer",
-        sizes,
-        zero_stage=cfg.zero_stage,
-        ranks=where.ranks,
+    plan = _train_wan(cfg, where, wan, steps_of(cfg.dpo, pairs) if pairs else 0)
+    plan.divide("pairs_per_step", cfg.dpo.pairs_per_step)
+    plan.facts.append(
+        f"one update = {cfg.dpo.pairs_per_step} pairs, {rank_pairs} a rank; "
+        "neither VAE nor text encoder is in memory"
     )
-    parts.append(Part("update: activations", update.peak, temporary=True))
-    return Plan(
-        facts=[
-            *_wan_facts(wan, sizes),
-            f"one update = {cfg.dpo.pairs_per_step} pairs, {rank_pairs} a rank; "
-            "neither VAE nor text encoder is in memory",
-        ],
-        parts=parts,
-        phases=[where.phase("update", flops)],
-        unit="update",
-        count=steps_of(cfg.dpo, pairs) if pairs else 0,
-        disk=_checkpoint_bytes(sizes) * (cfg.keep + 1),
-        problems=_remainder("pairs_per_step", cfg.dpo.pairs_per_step, where),
-    )
+    plan.phase("update", flops)
+    plan.add("update: activations", update.peak, temporary=True)
+    return plan
 
 
 def plan_pairs(cfg: PairsRun, where: Where) -> Plan:
     """Plan the candidates of a prompt: sampling, decoding, rewards."""
     # Sampling: every step of every candidate.
     wan = MetaWan(cfg.generator)
-    sizes = sizes_of(wan.module)
+    how = cfg.generator.sampler
     count = cfg.pairs.candidates
-    branches = _branches(cfg.generator)
-    batch = min(cfg.generator.rollout_batch or count, count) * branches
+    guided = branches(how)
+    batch = min(cfg.generator.rollout_batch or count, count) * guided
     forward = wan.forward(batch, grad=False)
-    num_steps = cfg.generator.sampler.num_steps
-    flops = count * num_steps * branches * forward.flops / batch
+    flops = count * how.num_steps * guided * forward.flops / batch
 
     # A pair is two latents.
     bytes_per_value = 2 if cfg.latent_dtype == "bfloat16" else 4
     pair_bytes = 2.0 * math.prod(wan.latent_shape) * bytes_per_value
+    disk = pair_bytes * (cfg.limit or 1)
+    plan = Plan(where, "prompt", -(-(cfg.limit or 0) // where.ranks), disk)
+    plan.facts += _wan_facts(wan)
+    plan.facts.append(
+        f"{count} candidates a prompt; one pair takes {pair_bytes / 1e6:.1f} MB"
+    )
 
     # Nothing is trained: weights alone.
-    plan = Plan(
-        facts=[
-            *_wan_facts(wan, sizes),
-            f"{count} candidates a prompt; one pair takes {pair_bytes / 1e6:.1f} MB",
-        ],
-        parts=[Part("transformer: weights", float(sizes.bytes))],
-        phases=[where.phase("sampling", flops)],
-        unit="prompt",
-        count=-(-(cfg.limit or 0) // where.ranks),
-        disk=pair_bytes * (cfg.limit or 1),
-    )
-    # What runs besides the transformer.
-    _add_frozen_wan(plan, wan, text_encoder=True)
-    plan.parts.append(Part("sampling: activations", forward.peak, temporary=True))
-    _add_decoding(plan, wan, count, count, where)
-    _add_rewards(plan, cfg.rewards, count, count, where, cfg.generator)
+    plan.add("transformer: weights", sizes_of(wan.module).bytes)
+    plan.phase("sampling", flops)
+    plan.add("sampling: activations", forward.peak, temporary=True)
+    _add_decoding(plan, wan, count, count, text_encoder=True)
+    _add_rewards(plan, cfg.rewards, count, count, cfg.generator)
     return plan
 
 
@@ -187,11 +153,8 @@ def plan_reward_model(
     cold_start = isinstance(cfg, ColdStartRun)
     key = "base" if cold_start else "checkpoint"
     name = getattr(cfg, key)
-    model = MetaRewardModel(
-        name,
-        dtype=cfg.dtype,
-        settings=cfg.video if cold_start else None,
-    )
+    settings = cfg.video if cold_start else None
+    model = MetaRewardModel(name, dtype=cfg.dtype, settings=settings)
     model.train(cfg.lr, cfg.lora, checkpointing=cfg.gradient_checkpointing)
     sizes = sizes_of(model.model)
     # Five seconds at 16 frames a second.
@@ -205,102 +168,84 @@ def plan_reward_model(
         )
 
     # What both stages need.
-    pairs_per_step = (
-        cfg.cold_start.pairs_per_step if cold_start else cfg.dual_rl.pairs_per_step
+    disk = _checkpoint_bytes(sizes) * cfg.keep + sizes.bytes
+    unit, count = ("update", 0) if cold_start else ("step", cfg.dual_rl.steps)
+    plan = Plan(where, unit, count, disk)
+    plan.parts += training_parts(
+        "reward model",
+        sizes,
+        zero_stage=cfg.zero_stage,
+        ranks=where.ranks,
     )
-    plan = Plan(
-        facts=[
-            f"{model.name}: {sizes.trained:,} of {sizes.parameters:,} parameters are trained",
-            f"a video is {lengths.video} tokens, its prompt about {lengths.prompt}, "
-            f"a chain of thought about {lengths.chain}",
-        ],
-        parts=training_parts(
-            "reward model",
-            sizes,
-            zero_stage=cfg.zero_stage,
-            ranks=where.ranks,
-        ),
-        phases=[],
-        unit="update" if cold_start else "step",
-        count=0 if cold_start else cfg.dual_rl.steps,
-        disk=_checkpoint_bytes(sizes) * cfg.keep + sizes.bytes,
-        problems=_remainder("pairs_per_step", pairs_per_step, where),
-        assumed=_assumed(key, name, model),
-    )
+    plan.facts += [
+        f"{model.name}: {sizes.trained:,} of {sizes.parameters:,} parameters are trained",
+        f"a video is {lengths.video} tokens, its prompt about {lengths.prompt}, "
+        f"a chain of thought about {lengths.chain}",
+    ]
+    _note_assumed(plan, key, name, model)
     # What each stage adds.
     if cold_start:
-        _add_cold_start(plan, cfg, where, model, lengths)
+        _add_cold_start(plan, cfg, model, lengths)
     else:
-        _add_dual_rl(plan, cfg, where, model, lengths)
+        _add_dual_rl(plan, cfg, model, lengths)
     return plan
 
 
 def _add_cold_start(
     plan: Plan,
     cfg: ColdStartRun,
-    where: Where,
     model: MetaRewardModel,
     lengths: Lengths,
 ) -> None:
     """Add the Bradley-Terry update of stage 1."""
     how = cfg.cold_start
+    plan.divide("pairs_per_step", how.pairs_per_step)
     # Both videos of a pair, each with its chain of thought.
-    rank_pairs = how.pairs_per_step // where.ranks
+    rank_pairs = how.pairs_per_step // plan.where.ranks
     cost = model.read(2 * how.micro_batch, lengths, places=lengths.total, grad=True)
-    plan.parts.append(Part("update: activations", cost.peak, temporary=True))
-    flops = rank_pairs / how.micro_batch * cost.flops
-    plan.phases.append(where.phase("update", flops))
+    plan.phase("update", rank_pairs / how.micro_batch * cost.flops)
+    plan.add("update: activations", cost.peak, temporary=True)
     plan.facts.append(f"one update = {how.pairs_per_step} pairs, {rank_pairs} a rank")
 
 
 def _add_dual_rl(
     plan: Plan,
     cfg: DualRlRun,
-    where: Where,
     model: MetaRewardModel,
     lengths: Lengths,
 ) -> None:
     """Add the writing of chains of thought and the packed update of stage 2."""
     how = cfg.dual_rl
-    sizes = sizes_of(model.model)
-    rank_pairs = how.pairs_per_step // where.ranks
+    plan.divide("pairs_per_step", how.pairs_per_step)
+    rank_pairs = how.pairs_per_step // plan.where.ranks
+    videos = 2 * rank_pairs
 
     # Update: rows of several chains of thought, old log-probabilities, and the reference's.
     cots_per_row = how.cots_per_row or how.group_size
-    num_rows = 2 * rank_pairs * how.group_size // cots_per_row
+    num_rows = videos * how.group_size // cots_per_row
     places = lengths.prefix + cots_per_row * lengths.chain
-    update = model.read(2 * how.micro_batch, lengths, places=places, grad=True)
-    compared = model.read(2 * how.micro_batch, lengths, places=places, grad=False)
+    batch = 2 * how.micro_batch
+    update = model.read(batch, lengths, places=places, grad=True)
+    compared = model.read(batch, lengths, places=places, grad=False)
     compared_flops = (2 if how.kl_weight else 1) * compared.flops
-    update_flops = num_rows / (2 * how.micro_batch) * (update.flops + compared_flops)
 
     # Writing: the prefix once a video, then every token of every chain of thought.
     prefill = model.read(1, lengths, places=lengths.prefix, grad=False)
-    num_written = 2 * rank_pairs * how.group_size * lengths.chain
-    write_flops = (
-        2 * rank_pairs * prefill.flops + 2.0 * model.decoder.parameters * num_written
-    )
-    read_bytes = 2 * rank_pairs * lengths.chain * model.decoder.bytes
+    num_written = videos * how.group_size * lengths.chain
+    write_flops = videos * prefill.flops + 2.0 * model.decoder.parameters * num_written
     # The weights are read again for every token, by all chains of thought of a video
     # together.
-    plan.phases.extend(
-        [
-            where.phase("chains of thought", write_flops, read_bytes=read_bytes),
-            where.phase("update", update_flops),
-        ]
-    )
+    read_bytes = videos * lengths.chain * model.decoder.bytes
+    plan.phase("chains of thought", write_flops, read_bytes=read_bytes)
+    plan.phase("update", num_rows / batch * (update.flops + compared_flops))
 
     # Memory besides the training state.
     if cfg.lora is None and how.kl_weight:
-        shards = where.ranks if cfg.zero_stage == 3 else 1
-        plan.parts.append(Part("frozen copy for KL", sizes.bytes / shards))
+        shards = plan.where.ranks if cfg.zero_stage == 3 else 1
+        plan.add("frozen copy for KL", sizes_of(model.model).bytes / shards)
     cache = how.group_size * model.cache_bytes(lengths.total)
-    plan.parts.extend(
-        [
-            Part("chains of thought: keys and values", cache, temporary=True),
-            Part("update: activations", update.peak, temporary=True),
-        ]
-    )
+    plan.add("chains of thought: keys and values", cache, temporary=True)
+    plan.add("update: activations", update.peak, temporary=True)
     plan.facts.append(
         f"one step = {how.pairs_per_step} pairs x 2 videos x {how.group_size} chains of thought, "
         f"{rank_pairs} pairs a rank, {how.pairs_per_step // how.pairs_per_update} optimizer "
@@ -313,7 +258,6 @@ def _add_rewards(
     rewards: dict[str, RewardConfig],
     videos: int,
     batch: int,
-    where: Where,
     how: GeneratorConfig,
 ) -> None:
     """Add the rewards that are a DeScore in this process; the cost of others is not known."""
@@ -323,8 +267,7 @@ def _add_rewards(
             plan.facts.append(f"reward {name}: not counted")
             continue
         model = MetaRewardModel(reward.checkpoint or "", dtype="bfloat16")
-        key = f"rewards.{name}.checkpoint"
-        plan.assumed.extend(_assumed(key, reward.checkpoint, model))
+        _note_assumed(plan, f"rewards.{name}.checkpoint", reward.checkpoint, model)
 
         # The default batch is that of rm.scorer.DeScoreScorer.
         at_once = min(int(reward.options.get("batch", 32)), batch)
@@ -340,32 +283,12 @@ def _add_rewards(
         written = 2.0 * model.decoder.parameters * lengths.chain
         flops = videos * (cost.flops / at_once + written)
         read_bytes = videos / at_once * lengths.chain * model.decoder.bytes
-        plan.phases.append(where.phase(f"reward {name}", flops, read_bytes=read_bytes))
+        plan.phase(f"reward {name}", flops, read_bytes=read_bytes)
 
         # The weights stay; keys and values go after each batch.
-        weights = float(sizes_of(model.model).bytes)
+        plan.add(f"reward {name}: weights", sizes_of(model.model).bytes)
         activations = cost.peak + at_once * model.cache_bytes(lengths.total)
-        plan.parts.extend(
-            [
-                Part(f"reward {name}: weights", weights),
-                Part(f"reward {name}: activations, cache", activations, temporary=True),
-            ]
-        )
-
-
-def _add_frozen_wan(
-    plan: Plan,
-    wan: MetaWan,
-    *,
-    text_encoder: bool,
-) -> None:
-    """Add the weights of the VAE, in fp32, and of the text encoder."""
-    # 4 bytes a parameter.
-    plan.parts.append(Part("VAE: weights", 4.0 * sizes_of(wan.vae).parameters))
-    # Cached prompts need no text encoder.
-    if text_encoder:
-        weights = float(sizes_of(wan.text_encoder).bytes)
-        plan.parts.append(Part("text encoder: weights", weights))
+        plan.add(f"reward {name}: activations, cache", activations, temporary=True)
 
 
 def _add_decoding(
@@ -373,15 +296,23 @@ def _add_decoding(
     wan: MetaWan,
     videos: int,
     at_once: int,
-    where: Where,
+    *,
+    text_encoder: bool,
 ) -> None:
-    """Add the decoding of ``videos``, ``decode_batch`` or ``at_once`` in a batch, in fp32."""
+    """Add the VAE, which decodes in fp32, and with ``text_encoder`` that of the prompts.
+
+    A batch holds ``decode_batch`` videos, or ``at_once``.
+    """
+    # 4 bytes a parameter.
+    plan.add("VAE: weights", 4.0 * sizes_of(wan.vae).parameters)
+    if text_encoder:
+        plan.add("text encoder: weights", sizes_of(wan.text_encoder).bytes)
     # null decodes all together.
     batch = wan.cfg.decode_batch or at_once
     cost = wan.decode(batch)
     flops = videos * cost.flops / batch
-    plan.parts.append(Part("decoding: activations", cost.peak, temporary=True))
-    plan.phases.append(where.phase("decoding", flops, peak=where.device.flops_fp32))
+    plan.add("decoding: activations", cost.peak, temporary=True)
+    plan.phase("decoding", flops, peak=plan.where.device.flops_fp32)
 
 
 def is_descore(name: str, reward: RewardConfig) -> bool:
@@ -389,39 +320,43 @@ def is_descore(name: str, reward: RewardConfig) -> bool:
     return (reward.kind or name) == "descore" and not reward.target and not reward.url
 
 
-def _assumed(
+def _note_assumed(
+    plan: Plan,
     key: str,
     given: str | None,
     model: MetaRewardModel,
-) -> list[str]:
-    """Say where the plan takes another model than the config names."""
+) -> None:
+    """Note where the plan takes another model than the config names."""
     # The planned model has the given name where it exists.
-    if model.name == given:
-        return []
-    return [
-        f"{key}: {given or 'nothing'} is neither a folder nor a known model, "
-        f"planned as {model.name}"
-    ]
+    if model.name != given:
+        plan.assumed.append(
+            f"{key}: {given or 'nothing'} is neither a folder nor a known model, "
+            f"planned as {model.name}"
+        )
 
 
-def _remainder(
-    key: str,
-    count: int,
+def _train_wan(
+    cfg: GrpoRun | DpoRun,
     where: Where,
-) -> list[str]:
-    """Say where the ranks do not divide the batch."""
-    if count % where.ranks == 0:
-        return []
-    return [f"{where.ranks} ranks do not divide {key}={count}"]
+    wan: MetaWan,
+    count: int,
+) -> Plan:
+    """Start the plan of ``count`` updates with the training state of the transformer."""
+    sizes = sizes_of(wan.module)
+    plan = Plan(where, "update", count, _checkpoint_bytes(sizes) * (cfg.keep + 1))
+    plan.facts += _wan_facts(wan)
+    plan.parts += training_parts(
+        "transformer",
+        sizes,
+        zero_stage=cfg.zero_stage,
+        ranks=where.ranks,
+    )
+    return plan
 
 
-def _branches(cfg: GeneratorConfig) -> int:
-    """Forwards of a sample: with guidance also that of the negative prompt."""
-    return 1 if cfg.sampler.guidance_scale == 1 else 2
-
-
-def _wan_facts(wan: MetaWan, sizes: Sizes) -> list[str]:
+def _wan_facts(wan: MetaWan) -> list[str]:
     cfg = wan.cfg
+    sizes = sizes_of(wan.module)
     return [
         f"{cfg.path}: {sizes.trained:,} of {sizes.parameters:,} parameters are trained",
         f"a video of {cfg.num_frames} frames of {cfg.height} x {cfg.width} "

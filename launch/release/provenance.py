@@ -6,6 +6,7 @@ of a config.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.reporting.data import config, metrics
+from common import safe_yaml
+from common.run_record import value_at
+from launch.reporting.data import columns, config, metrics
 
 # Texts that cannot be a path, an address or a sentence.
 PLAIN_WORD = re.compile(r"[A-Za-z][\w.-]{0,39}")
@@ -23,81 +26,11 @@ DPO_METHODS = {
     "rwr": "Flow-RWR",
     "sft": "supervised fine-tuning",
 }
-# Settings that several kinds of runs share.
-GENERATOR_SETTINGS = (
-    "generator.height",
-    "generator.width",
-    "generator.num_frames",
-    "generator.fps",
-    "generator.dtype",
-    "generator.lora.rank",
-    "generator.lora.alpha",
-    "generator.sampler.num_steps",
-    "generator.sampler.shift",
-    "generator.sampler.stochastic",
-    "generator.sampler.stochastic_range",
-    "generator.sampler.kernel",
-    "generator.sampler.noise_level",
-    "generator.sampler.max_std",
-    "generator.sampler.guidance_scale",
-    "optimizer.lr",
-    "optimizer.weight_decay",
-    "optimizer.max_grad_norm",
-    "optimizer.warmup_steps",
-    "ema.decay",
-    "seed",
-)
-DESCORE_SETTINGS = (
-    "lr.llm",
-    "lr.vision",
-    "lr.merger",
-    "lr.query",
-    "lr.head",
-    "lora.rank",
-    "lora.alpha",
-    "dtype",
-    "optimizer.max_grad_norm",
-    "optimizer.warmup_steps",
-    "seed",
-)
 # The kind of a run is the section that its config has; these settings go into the card.
-SETTINGS = {
-    "grpo": (
-        "steps",
-        "prompts_per_step",
-        "grpo.group_size",
-        "grpo.scale",
-        "grpo.kl_weight",
-        "grpo.reweight",
-        *GENERATOR_SETTINGS,
-    ),
-    "dpo": (
-        "dpo.method",
-        "dpo.beta",
-        "dpo.beta_schedule",
-        "dpo.noise",
-        "dpo.pairs_per_step",
-        "dpo.epochs",
-        *GENERATOR_SETTINGS,
-    ),
-    "cold_start": (
-        "cold_start.pairs_per_step",
-        "cold_start.epochs",
-        "cold_start.theta",
-        "cold_start.masking.probability",
-        "cold_start.weight_decay",
-        *DESCORE_SETTINGS,
-    ),
-    "dual_rl": (
-        "dual_rl.pairs_per_step",
-        "dual_rl.group_size",
-        "dual_rl.steps",
-        "dual_rl.kl_weight",
-        "dual_rl.bt_weight",
-        "dual_rl.weight_decay",
-        *DESCORE_SETTINGS,
-    ),
-}
+FILE = Path(__file__).parents[1] / "templates" / "card_settings.yaml"
+SETTINGS: dict[str, list[str]] = {}
+for _kind, _parts in safe_yaml.parse(FILE.read_text(encoding="utf-8")).value.items():
+    SETTINGS[_kind] = list(itertools.chain.from_iterable(_parts))
 # Rewards, held-out measurements and the loss, but not their spreads.
 LOGGED = re.compile(
     r"(reward/\w+|heldout/\w+|eval(_stock)?/\w+|train/(loss|accuracy|kl))"
@@ -150,15 +83,15 @@ def read_provenance(trained: Path) -> Provenance:
     # Take the settings and rewards that may be published.
     algorithms = {
         "grpo": "GRPO",
-        "dpo": DPO_METHODS.get(_value_at(cfg, "dpo.method"), "Flow-DPO"),
+        "dpo": DPO_METHODS.get(value_at(cfg, "dpo.method"), "Flow-DPO"),
         "cold_start": "DeScore, stage 1",
         "dual_rl": "DeScore, stage 2",
     }
-    settings = {}
-    for key in SETTINGS[kind]:
-        value = _publishable(_value_at(cfg, key))
-        if value is not None:
-            settings[key] = value
+    settings = {
+        key: text
+        for key in SETTINGS[kind]
+        if (text := _publishable(value_at(cfg, key))) is not None
+    }
     rewards = {}
     for name, entry in (cfg.get("rewards") or {}).items():
         if PLAIN_WORD.fullmatch(name) and isinstance(entry, dict):
@@ -167,10 +100,11 @@ def read_provenance(trained: Path) -> Provenance:
     # A checkpoint knows the steps before it. The last line of a run may hold an evaluation only.
     until = _steps_until(trained)
     rows = [row for row in metrics(run) if row.get("step", 0) < until]
-    steps = set()
-    for row in rows:
-        if "step" in row and any(name.startswith("train/") for name in row):
-            steps.add(row["step"])
+    steps = {
+        row["step"]
+        for row in rows
+        if "step" in row and any(name.startswith("train/") for name in row)
+    }
 
     # Publish the base's name only if it is on the hub.
     base = _base_path(cfg)
@@ -204,17 +138,11 @@ def is_hub_name(path: str | None) -> bool:
 
 def logged_changes(rows: Iterable[Mapping[str, float]]) -> list[LoggedChange]:
     """Compare both ends of each logged quantity: ten values, or a single value below 20."""
-    # Collect the values of each quantity, in order.
-    logged: dict[str, list[float]] = {}
-    for row in rows:
-        for name, value in row.items():
-            wanted = LOGGED.fullmatch(name) and not name.endswith(SPREADS)
-            if wanted and math.isfinite(value):
-                logged.setdefault(name, []).append(value)
-
-    # Average both ends.
     changes = []
-    for name, values in sorted(logged.items()):
+    for name, values in sorted(columns(rows).items()):
+        if not LOGGED.fullmatch(name) or name.endswith(SPREADS):
+            continue
+        # Average both ends.
         over = 10 if len(values) >= 20 else 1
         first = sum(values[:over]) / over
         last = sum(values[-over:]) / over
@@ -232,14 +160,6 @@ def _steps_until(trained: Path) -> float:
     return int(match[1])
 
 
-def _value_at(cfg: Mapping[str, Any], dotted_key: str) -> Any:
-    """Return the value at a.b.c, None if it is missing."""
-    value: Any = cfg
-    for key in dotted_key.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
 def _base_path(cfg: Mapping[str, Any]) -> str | None:
     """Return the model that training began with, through at most four earlier runs.
 
@@ -248,7 +168,7 @@ def _base_path(cfg: Mapping[str, Any]) -> str | None:
     path = None
     # The number of hops is limited, in case a config names its own folder.
     for _ in range(5):
-        base = _value_at(cfg, "generator.path") or cfg.get("base")
+        base = value_at(cfg, "generator.path") or cfg.get("base")
         if base is not None:
             return base if isinstance(base, str) else path
         earlier = cfg.get("checkpoint")

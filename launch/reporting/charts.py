@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -25,39 +26,10 @@ COLORS = (
     "#b98a00",
     "#8a939e",
 )
-# matplotlib knows no currentColor; this colour is replaced by it.
+# matplotlib knows no currentColor; this colour of the style is replaced by it.
 _INK = "#010101"
 _STYLE = matplotlib.rc_context(
-    {
-        # Texts stay texts, and the same numbers give the same page.
-        "svg.fonttype": "none",
-        "svg.hashsalt": "report",
-        "savefig.transparent": True,
-        "figure.figsize": (4.4, 2.3),
-        "figure.constrained_layout.use": True,
-        "lines.linewidth": 1.8,
-        "lines.markersize": 3,
-        # Faint horizontal lines in place of a frame and of tick marks.
-        "axes.spines.left": False,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "axes.spines.bottom": False,
-        "axes.axisbelow": True,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "grid.color": _INK,
-        "grid.alpha": 0.12,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "ytick.minor.size": 0,
-        # Small labels.
-        "axes.labelsize": 8,
-        "xtick.labelsize": 8,
-        "ytick.labelsize": 8,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-    }
+    fname=Path(__file__).parents[1] / "templates" / "charts.mplstyle"
 )
 # Curves with fewer points are drawn as they are, without a moving average.
 _SMOOTH_FROM = 30
@@ -130,25 +102,15 @@ def line_chart(
         axes.set_yscale("log")
     axes.set_xlabel("step")
 
-    # A single curve needs no legend.
-    if len(drawn) > 1:
-        return Chart(
-            title,
-            _svg(figure),
-            drawn,
-            note,
-        )
-    y = drawn[0].y
-    tenth = max(1, len(y) // 10)
-    first = sum(y[:tenth]) / tenth
-    last = sum(y[-tenth:]) / tenth
-    ends = f"{first:.3g} → {last:.3g}"
-    return Chart(
-        title,
-        _svg(figure),
-        (),
-        f"{note}; {ends}" if note else ends,
-    )
+    # A single curve needs no legend, but says where it begins and ends.
+    if len(drawn) == 1:
+        y = drawn[0].y
+        tenth = max(1, len(y) // 10)
+        first = sum(y[:tenth]) / tenth
+        last = sum(y[-tenth:]) / tenth
+        ends = f"{first:.3g} → {last:.3g}"
+        note = f"{note}; {ends}" if note else ends
+    return _chart(title, figure, drawn, note)
 
 
 @_STYLE
@@ -192,12 +154,7 @@ def histogram(
             color=values.color,
         )
     axes.set_ylabel("share")
-    return Chart(
-        title,
-        _svg(figure),
-        drawn if len(drawn) > 1 else (),
-        note,
-    )
+    return _chart(title, figure, drawn, note)
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
@@ -205,7 +162,7 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
     # Values outside count as missing, not as 0.
     ones = np.ones(window)
     sums = np.convolve(values, ones, mode="same")
-    counts = np.convolve(np.ones(len(values)), ones, mode="same")
+    counts = np.convolve(np.ones_like(values), ones, mode="same")
     return list(sums / counts)
 
 
@@ -224,11 +181,12 @@ def _finite(series: Series, *, positive: bool = False) -> Series:
     )
 
 
-def _svg(figure: Figure) -> str:
-    """SVG to be a part of an HTML page: no prolog, metadata or namespaces."""
+def _chart(title: str, figure: Figure, drawn: Sequence[Series], note: str) -> Chart:
+    """Turn a figure into SVG that is a part of an HTML page: no prolog, metadata, namespaces."""
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", metadata=no_metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    return re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    return Chart(title, svg, drawn if len(drawn) > 1 else (), note)

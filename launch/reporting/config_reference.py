@@ -55,10 +55,8 @@ def main() -> None:
 def page() -> str:
     """Return the text of docs/configs.md."""
     commands = list(dict.fromkeys(PROGRAMS.values()))
-    others: set[type] = set()
-    for schema in commands:
-        others.update(_sections_inside(schema))
-    sections = sorted(others - set(commands), key=lambda section: section.__name__)
+    others = set().union(*map(_sections_inside, commands)).difference(commands)
+    sections = sorted(others, key=lambda section: section.__name__)
 
     lines = [HEAD]
     for program, schema in PROGRAMS.items():
@@ -72,9 +70,10 @@ def _chapter(schema: type) -> list[str]:
     """Return a heading, the schema's own text, and a row for each of its keys."""
     file = schema.__module__.replace(".", "/") + ".py"
     lines = ["", f"## {schema.__name__}", "", f"Defined in `{file}`.", "", "```text"]
-    lines += inspect.cleandoc(schema.__doc__ or "").splitlines()
-    for parent in _parents(schema):
-        lines += ["", *inspect.cleandoc(parent.__doc__ or "").splitlines()]
+    # The text of a schema, then those of the schemas whose keys it inherits.
+    bases = filter(dataclasses.is_dataclass, schema.__mro__)
+    texts = [inspect.cleandoc(base.__doc__ or "") for base in bases]
+    lines += "\n\n".join(texts).splitlines()
     lines += ["```", "", "| key | type | default |", "|---|---|---|"]
     types = typing.get_type_hints(schema, include_extras=True)
     for field in dataclasses.fields(schema):
@@ -83,27 +82,14 @@ def _chapter(schema: type) -> list[str]:
     return lines
 
 
-def _parents(schema: type) -> list[type]:
-    """Return the schemas whose keys this schema inherits."""
-    return [base for base in schema.__mro__[1:] if dataclasses.is_dataclass(base)]
-
-
-def _sections_inside(schema: type) -> set[type]:
-    """Return the sections that a schema's keys hold, and theirs."""
-    found: set[type] = set()
-    for annotation in field_types(schema).values():
-        for section in _sections_in(annotation):
-            found |= {section, *_sections_inside(section)}
-    return found
-
-
-def _sections_in(annotation: Any) -> set[type]:
-    if dataclasses.is_dataclass(annotation):
-        return {annotation}
-    found: set[type] = set()
-    for argument in typing.get_args(annotation):
-        found |= _sections_in(argument)
-    return found
+def _sections_inside(annotation: Any) -> set[type]:
+    """Return the sections that a type holds, and theirs."""
+    if not dataclasses.is_dataclass(annotation):
+        inner = typing.get_args(annotation)
+        return set().union(*map(_sections_inside, inner))
+    # A section, and what its keys hold.
+    inside = map(_sections_inside, field_types(annotation).values())
+    return {annotation}.union(*inside)
 
 
 def _type(annotation: Any) -> str:
@@ -160,7 +146,7 @@ def _changed(section: Any) -> str:
     changes = []
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
-        if field.default is not dataclasses.MISSING and field.default != value:
+        if field.default not in (dataclasses.MISSING, value):
             changes.append(f"`{field.name}={json.dumps(plain(value))}`")
     return ", ".join(changes)
 

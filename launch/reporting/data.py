@@ -7,7 +7,6 @@ What is not there is None or empty.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from common import safe_yaml
+from common.files import json_object, read_jsonl
+from launch.evaluation.generator import flatten_scores
 from launch.evaluation.intervals import mean_ci95
 
 Row = dict[str, Any]
@@ -31,10 +32,6 @@ KINDS = {
 }
 # Kinds that write a summary.json when they have finished.
 EVALUATIONS = ("rm", "base", "tuned", "dpo_tuned")
-
-
-class ReportError(ValueError):
-    """The runs of a report are missing or broken; the message names the file and the line."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def config(folder: Path | None) -> Row:
     try:
         loaded = safe_yaml.parse(text).value
     except safe_yaml.YamlError as error:
-        raise ReportError(f"{folder}/config.yaml: {error}") from error
+        raise ValueError(f"{folder}/config.yaml: {error}") from error
     return loaded if isinstance(loaded, dict) else {}
 
 
@@ -107,7 +104,7 @@ def results(folder: Path | None) -> list[Row]:
 def summary(folder: Path | None) -> Row:
     """Read summary.json; {} where the evaluation has not finished."""
     text = text_of(folder, "summary.json")
-    return _object(text, f"{folder}/summary.json") if text else {}
+    return json_object(text, f"{folder}/summary.json") if text else {}
 
 
 def sampled_steps(folder: Path | None) -> dict[int, list[Row]]:
@@ -125,22 +122,10 @@ def sampled_steps(folder: Path | None) -> dict[int, list[Row]]:
 
 
 def _jsonl(folder: Path | None, name: str) -> list[Row]:
-    # A run that was killed or still writes leaves an incomplete last line.
-    lines = (text_of(folder, name) or "").split("\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        rows.append(_object(line, f"{folder}/{name}:{number}"))
-    return rows
-
-
-def _object(text: str, where: str) -> Row:
-    try:
-        loaded = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ReportError(f"{where}: not JSON: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ReportError(f"{where}: want an object, {{...}}, got {text[:60]}")
-    return loaded
+    # A run that has just begun has no rows yet.
+    if folder is None or not (folder / name).is_file():
+        return []
+    return read_jsonl(folder / name)
 
 
 def weight_of(grpo: Path | None, reward: str) -> float | None:
@@ -157,11 +142,7 @@ def by_video(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:
 
 def value_of(row: Row, column: str) -> float:
     """A reward, or a part of it as "reward.part"; NaN where it is missing."""
-    value = row["rewards"].get(column)
-    # A part.
-    for name, parts in row["parts"].items():
-        if column.startswith(f"{name}."):
-            value = parts.get(column.removeprefix(f"{name}."))
+    value = flatten_scores(row).get(column)
     return math.nan if value is None else float(value)
 
 
@@ -206,12 +187,20 @@ def compare(
     return comparisons
 
 
+def columns(rows: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Collect the finite values of each quantity, in order."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if math.isfinite(value):
+                found.setdefault(name, []).append(value)
+    return found
+
+
 def mean_seconds(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """MEAN seconds a step by phase, over all logged steps but the first, which warms up."""
-    seconds: dict[str, list[float]] = {}
-    for row in rows[1:] or rows:
-        for name, value in row.items():
-            if name.startswith("seconds/") and math.isfinite(value):
-                phase = name.removeprefix("seconds/")
-                seconds.setdefault(phase, []).append(value)
-    return {phase: sum(values) / len(values) for phase, values in seconds.items()}
+    return {
+        name.removeprefix("seconds/"): sum(values) / len(values)
+        for name, values in columns(rows[1:] or rows).items()
+        if name.startswith("seconds/")
+    }

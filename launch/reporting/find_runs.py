@@ -8,7 +8,6 @@ from pathlib import Path
 
 from launch.reporting.data import (
     KINDS,
-    ReportError,
     Row,
     Runs,
     config,
@@ -30,18 +29,21 @@ _STAGES = ("grpo", "dpo", "dual_rl", "cold_start")
 def discover(root: Path) -> Runs:
     """Find the runs and evaluations in a folder, and the folder itself if it is a run.
 
-    Raises ReportError without any.
+    Raises ValueError without any.
     """
     if not root.is_dir():
-        raise ReportError(f"there is no folder {root}")
+        raise ValueError(f"there is no folder {root}")
 
     # Kinds by name: they tell what an evaluated adapter was trained by.
     folders = _run_folders(root)
     trained = {folder.name: _stage_of(config(folder)) for folder in folders}
-    kinds = [(kind_of(folder, trained), folder) for folder in folders]
-    runs = [(kind, folder) for kind, folder in kinds if kind is not None]
+    runs = [
+        (kind, folder)
+        for folder in folders
+        if (kind := kind_of(folder, trained)) is not None
+    ]
     if not runs:
-        raise ReportError(
+        raise ValueError(
             f"{root} holds no run (config.yaml, metrics.jsonl) and no evaluation "
             "(results.jsonl, summary.json)"
         )
@@ -82,8 +84,7 @@ def kind_of(folder: Path, trained: Mapping[str, str | None]) -> str | None:
 
 
 def _stage_of(cfg: Row) -> str | None:
-    stages = [stage for stage in _STAGES if stage in cfg]
-    return stages[0] if stages else None
+    return next((stage for stage in _STAGES if stage in cfg), None)
 
 
 def _trainer_of(adapter: Path, trained: Mapping[str, str | None]) -> str | None:

@@ -62,15 +62,10 @@ class Videos:
     ) -> VideoSide:
         """Return a video with its rewards and its texts."""
         uri = self._embed(path)
+        small = uri is not None and _is_small(path)
         # Empty texts are left out.
         present = {name: text for name, text in texts.items() if text}
-        return VideoSide(
-            label,
-            uri,
-            uri is not None and _is_small(path),
-            facts,
-            present,
-        )
+        return VideoSide(label, uri, small, facts, present)
 
     def _embed(self, path: Path) -> str | None:
         # A row of a file names the path, so nothing but videos may be read.
@@ -116,12 +111,9 @@ def evaluated_videos(
         if kind in runs.shown:
             folder = runs.shown[kind]
             tables[label] = (folder, data.by_video(data.results(folder)))
-    if not tables:
-        return []
-
     # Prompts in the order of the first evaluation.
     cards = []
-    first = next(iter(tables.values()))[1]
+    _, first = next(iter(tables.values()), (None, {}))
     for prompt, seed in first:
         rows = {
             label: (folder, table[prompt, seed])
@@ -168,15 +160,11 @@ def group_cards(rows: Sequence[Row], videos: Videos) -> list[Card]:
 
 def pair_cards(folder: Path | None, videos: Videos) -> list[Card]:
     """Show pairs of a reward model's evaluation: the first two, and its two worst errors."""
-    if folder is None:
-        return []
     # The sign of margin x label tells a right order from a wrong order.
     rows = _scored_pairs(folder)
-    first = rows[:2]
-    worst = sorted(rows, key=lambda row: _margin(row) * row["label"])[:2]
-    remarks = [(row, "one of the first pairs") for row in first]
-    for row in worst:
-        if row not in first and _margin(row) * row["label"] < 0:
+    remarks = [(row, "one of the first pairs") for row in rows[:2]]
+    for row in sorted(rows, key=lambda row: _margin(row) * row["label"])[:2]:
+        if row not in rows[:2] and _margin(row) * row["label"] < 0:
             remarks.append((row, "one of the pairs it is most wrong about"))
 
     cards = []
@@ -247,6 +235,7 @@ def further_runs(runs: Runs) -> list[tuple[str, Path, Sequence[Chart], Row]]:
     """Kind, folder, charts of a training run and means of an evaluation, of `Runs.more`."""
     further = []
     for kind, folder in runs.more:
+        # Counts and thresholds are no intervals.
         means = {
             name: value
             for name, value in data.summary(folder).items()

@@ -6,29 +6,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from deepspeed import DeepSpeedEngine
     from torch import Tensor
 
     from engine.trainer import TrainingTask
     from launch.schemas.training import ColdStartRun, DualRlRun
     from rm.cold_start import ColdStart
+    from rm.config import ColdStartConfig, DualRlConfig
+    from rm.data import Pair
     from rm.dual_rl import DualRl
     from rm.model import DeScore
 
 
 def build_rm_engine(
     run: ColdStartRun | DualRlRun,
+    settings: ColdStartConfig | DualRlConfig,
     model: DeScore,
-    groups: list[dict[str, Any]],
     *,
     accumulation: int,
     clip_per_group: bool = False,
 ) -> DeepSpeedEngine:
-    """Build the engine of a reward model, and prepare the model for it."""
+    """Add LoRA to a reward model, build its engine, and prepare the model for it."""
     from engine.deepspeed import build_engine
 
+    # LoRA is added here, so the engine must be built afterwards.
+    groups = model.param_groups(
+        run.lr,
+        lora=run.lora,
+        weight_decay=settings.weight_decay,
+        seed=run.seed,
+    )
     if run.gradient_checkpointing:
         enable_checkpointing(model)
     engine = build_engine(
@@ -46,13 +53,36 @@ def build_rm_engine(
     return engine
 
 
+def loop_options(
+    run: ColdStartRun | DualRlRun,
+    settings: ColdStartConfig | DualRlConfig,
+    model: DeScore,
+    pairs: list[Pair],
+    engine: DeepSpeedEngine,
+) -> dict[str, Any]:
+    """Return the arguments that the loops of both stages share."""
+    from engine.skip_nonfinite import SkipNonFinite
+    from rm.data import PairSchedule
+
+    per_step = settings.pairs_per_step
+    return {
+        "cfg": settings,
+        "model": model,
+        "engine": SkipNonFinite(engine, patience=run.max_nonfinite_updates),
+        "pairs": pairs,
+        "schedule": PairSchedule(len(pairs), pairs_per_step=per_step, seed=run.seed),
+        "seed": run.seed,
+    }
+
+
 def enable_checkpointing(model: DeScore) -> None:
     """Switch on gradient checkpointing of the backbone."""
     # transformers is renaming the method.
-    new_name = "activation_checkpointing_enable"
-    enable = getattr(model.backbone, new_name, None)
-    if enable is None:
-        enable = model.backbone.gradient_checkpointing_enable
+    backbone = model.backbone
+    if hasattr(backbone, "activation_checkpointing_enable"):
+        enable = backbone.activation_checkpointing_enable
+    else:
+        enable = backbone.gradient_checkpointing_enable
     # Reentrant checkpointing drops gradients above frozen embeddings.
     enable({"use_reentrant": False})
 
@@ -71,16 +101,12 @@ def shard_reward_model(model: DeScore) -> None:
 def reward_model_task(
     run: ColdStartRun | DualRlRun,
     loop: ColdStart | DualRl,
+    heldout: list[Pair],
     *,
     label: str,
     steps: int,
-    evaluate: Callable[[], dict[str, float]] | None,
-    **options: Any,
 ) -> TrainingTask:
-    """Describe a run of a stage to the training loop; ``evaluate`` measures held-out pairs.
-
-    options  go to `TrainingTask`
-    """
+    """Describe a run of a stage to the training loop."""
     from engine.trainer import StepReport, TrainingTask, no_metrics
 
     return TrainingTask(
@@ -89,9 +115,8 @@ def reward_model_task(
         engine=loop.engine,
         step=lambda number: StepReport(loop.step(number)),
         export=lambda: export_reward_model(loop.model, Path(run.run_dir)),
-        measure_after=no_metrics if evaluate is None else evaluate,
+        measure_after=(lambda: loop.evaluate(heldout)) if heldout else no_metrics,
         measure_every=run.eval_every,
-        **options,
     )
 
 

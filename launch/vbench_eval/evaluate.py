@@ -9,13 +9,12 @@ result is null in the summary and "not run" in the table, never 0. No torch here
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from common.cli import user_errors
 from common.config import dump
-from common.files import replace_text
+from common.files import read_json, replace_text, write_json
 from launch.schemas.vbench import VbenchEvaluation
 from launch.vbench_eval.scores import markdown, normalised, totals
 from launch.vbench_eval.suite import DIMENSIONS
@@ -45,8 +44,7 @@ def evaluate_vbench(cfg: VbenchEvaluation) -> None:
     # Later readers find the settings and the table in one folder.
     dump(cfg, cfg.out)
     summary = {"models": models, "normalised": normalised_scores, "notes": notes}
-    text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
-    replace_text(Path(cfg.out) / "summary.json", text + "\n")
+    write_json(Path(cfg.out) / "summary.json", summary)
     table = markdown(models, notes)
     replace_text(Path(cfg.out) / "table.md", table)
     print(table)
@@ -78,7 +76,7 @@ def read_results(folder: Path) -> dict[str, float]:
 
 def _read_file(path: Path) -> dict[str, float]:
     try:
-        content: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, list[Any]] = read_json(path)
         return {name: float(result[0]) for name, result in content.items()}
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         shape = "{dimension: [score, details]}"

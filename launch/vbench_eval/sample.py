@@ -28,9 +28,10 @@ NOT_IN_A_VIDEO = (
 def sample_vbench(cfg: VbenchSampleRun, *, resume: str = "auto") -> None:
     """Sample the missing videos of the suite, then order samples.jsonl as the suite is."""
     from common.cli import exit_with_error, user_errors
+    from common.config import dump
     from launch.evaluation.results_table import all_ranks
     from launch.evaluation.sampling import keep_earlier, open_table, sample_videos
-    from launch.vbench_eval.suite import read_rewritten, read_suite
+    from launch.vbench_eval.suite import read_rewritten, read_suite, strangers
 
     with all_ranks():
         from common.distributed import from_main, is_main
@@ -46,7 +47,11 @@ def sample_vbench(cfg: VbenchSampleRun, *, resume: str = "auto") -> None:
             inputs = {"info": suite.path, "augmented": cfg.augmented}
             table = open_table(cfg, inputs, without=NOT_IN_A_VIDEO, resume=resume)
         folder = Path(cfg.out) / "videos"
-        problem = prepare(cfg, folder) if is_main() else None
+        problem = None
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            dump(cfg, cfg.out)
+            problem = strangers(folder)
         problem = from_main(problem)
         if problem:
             exit_with_error(problem)
@@ -67,25 +72,11 @@ def sample_vbench(cfg: VbenchSampleRun, *, resume: str = "auto") -> None:
         say(f"{len(videos)} videos in {folder}")
 
 
-def prepare(cfg: VbenchSampleRun, folder: Path) -> str | None:
-    """Make the folder and config.yaml; return a problem or None."""
-    from common.config import dump
-    from launch.vbench_eval.suite import strangers
-
-    folder.mkdir(parents=True, exist_ok=True)
-    dump(cfg, cfg.out)
-    return strangers(folder)
-
-
 def request_of(cfg: VbenchSampleRun, video: SuiteVideo, text: str) -> SampleRequest:
     """Request a video; its seed does not depend on a rewritten prompt."""
     from common.distributed import derive_seed
     from launch.evaluation.sampling import SampleRequest
 
     seed = derive_seed(cfg.seed, "vbench", video.prompt, video.index)
-    row = {
-        "prompt": video.prompt,
-        "index": video.index,
-        "text": text,
-    }
+    row = {"prompt": video.prompt, "index": video.index, "text": text}
     return SampleRequest(video.name, text, seed, row)

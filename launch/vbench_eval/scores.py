@@ -56,10 +56,15 @@ def totals(scores: Scores) -> dict[str, float | None]:
 def markdown(models: Mapping[str, Scores], notes: Sequence[str]) -> str:
     """Return a table with a column a model, then each model's difference from the first."""
     first, *others = models
-    head = ["", *models]
-    for name in others:
-        head.append(f"{name} - {first}")
-    lines = [_line(head), _line(["---"] * len(head))]
+    head = [
+        "",
+        *models,
+        *(f"{name} - {first}" for name in others),
+    ]
+    lines = [
+        _line(head),
+        _line(["---"] * len(head)),
+    ]
     for row in (*DIMENSIONS, *TOTALS):
         cells = [row.replace("_", " ")]
         values = [scores.get(row) for scores in models.values()]
@@ -74,23 +79,21 @@ def markdown(models: Mapping[str, Scores], notes: Sequence[str]) -> str:
         lines.append(_line(cells))
 
     # The notes are a list below the table.
-    lines.append("")
-    for note in notes:
-        lines.append(f"- {note}")
+    lines += ["", *(f"- {note}" for note in notes)]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _weighted_mean(scores: Scores, names: Sequence[str]) -> float | None:
-    parts = []
-    weights = []
+    total = 0.0
+    weights = 0.0
     for name in names:
         score = scores.get(name)
         if score is None:
             return None
         weight = _WEIGHTS.get(name, 1.0)
-        parts.append(weight * normalised(name, score))
-        weights.append(weight)
-    return sum(parts) / sum(weights)
+        total += weight * normalised(name, score)
+        weights += weight
+    return total / weights
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -14,10 +14,11 @@ from which its filter keeps static ones. No torch here.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from common.files import json_object, read_json
 
 # Entries of the file by dimension, in the order of VBench's scripts/constant.py.
 ENTRIES = {
@@ -79,11 +80,9 @@ class Suite:
 
     def prompts(self, dimensions: Collection[str] = DIMENSIONS) -> list[str]:
         """Return the prompts of any of these dimensions, without repeats."""
-        prompts: dict[str, None] = {}
-        for prompt, its_dimensions in self.entries:
-            if set(its_dimensions) & set(dimensions):
-                prompts[prompt] = None
-        return list(prompts)
+        wanted = set(dimensions)
+        found = [prompt for prompt, own in self.entries if wanted.intersection(own)]
+        return list(dict.fromkeys(found))
 
     def videos(
         self, prompts: Iterable[str], *, each: int, flickering: int
@@ -108,14 +107,15 @@ def read_suite(path: str | Path | None) -> Suite:
     """
     path = installed_info() if path is None else Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"info: {path} cannot be read: {error}") from error
     if not isinstance(content, list) or not content:
         raise ValueError(f"info: {path} must hold a list of prompts, as {INFO} does")
-    entries = []
-    for number, entry in enumerate(content):
-        entries.append(_read_entry(f"info: {path}, entry {number}", entry))
+    entries = [
+        _read_entry(f"info: {path}, entry {number}", entry)
+        for number, entry in enumerate(content)
+    ]
     return Suite(path, tuple(entries))
 
 
@@ -141,19 +141,23 @@ def read_rewritten(path: str | Path, prompts: Iterable[str]) -> dict[str, str]:
     Each of ``prompts`` needs a line; lines of other prompts are left out. Raises ValueError, with
     the line's number, for a line of another form and for two lines that disagree.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"augmented: {path} cannot be read: {error}") from error
     rewritten: dict[str, str] = {}
+    lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        prompt, text = _read_rewritten_line(f"augmented: {path}:{number}", line)
+        where = f"augmented: {path}:{number}"
+        row = json_object(line, where)
+        for key in ("prompt", "augmented"):
+            if not isinstance(row.get(key), str) or not row[key].strip():
+                raise ValueError(f'{where}: needs texts under "prompt" and "augmented"')
+
         # A prompt that appears twice must have the same text.
+        prompt = row["prompt"]
+        text = row["augmented"].strip()
         if rewritten.setdefault(prompt, text) != text:
             raise ValueError(
-                f"augmented: {path}:{number}: an earlier line has another text for {prompt!r}"
+                f"{where}: an earlier line has another text for {prompt!r}"
             )
 
     # Every prompt of the run has a text.
@@ -196,16 +200,3 @@ def _read_entry(where: str, entry: object) -> tuple[str, tuple[str, ...]]:
             f"{where}: the file name of {prompt!r} has more than {_LONGEST} bytes"
         )
     return prompt, tuple(dimensions)
-
-
-def _read_rewritten_line(where: str, line: str) -> tuple[str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error.msg}") from error
-    fields = row if isinstance(row, dict) else {}
-    for key in ("prompt", "augmented"):
-        text = fields.get(key)
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f'{where}: needs texts under "prompt" and "augmented"')
-    return fields["prompt"], fields["augmented"].strip()

@@ -20,19 +20,19 @@ positions the same weights give other, untrained rewards.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from common.files import read_json
+from common.files import write_json
 from common.memory import AdaptiveBatcher, default_device
+from common.schema import PositiveFloat, config, read_section
 from rm.config import VideoSettings
 from rm.convert.weights import build_model, load_safetensors
 from rm.prompt import (
@@ -57,7 +57,7 @@ SYSTEM_MESSAGE = "You are a helpful assistant."
 PADS = {"video": "<|video_pad|>", "image": "<|image_pad|>"}
 
 
-@dataclass(frozen=True)
+@config
 class Layout:
     """The settings of a reward model besides weights, config and tokenizer; saved as judge.json.
 
@@ -76,7 +76,7 @@ class Layout:
     outputs: tuple[str, ...]
     media: Literal["video", "image"]
     settings: VideoSettings
-    normal: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    normal: dict[str, tuple[float, PositiveFloat]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # The head reads the reward tokens at their places in the sequence.
@@ -91,20 +91,12 @@ class Layout:
             raise ValueError(
                 f"the instruction must hold {', '.join(self.tokens)} in this order"
             )
-        for name, (_, std) in self.normal.items():
-            if name not in self.outputs:
-                raise ValueError(f"normal.{name} must be one of {self.outputs}")
-            if not std > 0:
-                raise ValueError(f"normal.{name}: std={std} must be above 0")
+        unknown = self.normal.keys() - set(self.outputs)
+        if unknown:
+            raise ValueError(f"normal names {unknown}, which {self.outputs} lacks")
 
     def save(self, path: Path) -> None:
-        # Readable, and with the instruction's characters as they are.
-        text = json.dumps(
-            asdict(self),
-            indent=1,
-            ensure_ascii=False,
-        )
-        path.write_text(text + "\n", encoding="utf-8")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Layout:
@@ -113,16 +105,7 @@ class Layout:
             raise FileNotFoundError(
                 f"{path}: no such file; launch/convert_reward.py writes such a folder"
             )
-        try:
-            raw = read_json(path)
-            # JSON has neither dataclasses nor tuples.
-            raw["settings"] = VideoSettings(**raw["settings"])
-            raw["normal"] = {name: tuple(pair) for name, pair in raw["normal"].items()}
-            raw["tokens"] = tuple(raw["tokens"])
-            raw["outputs"] = tuple(raw["outputs"])
-            return cls(**raw)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        return read_section(cls, path)
 
 
 class Qwen2VLRewardModel(nn.Module):
@@ -147,7 +130,6 @@ class Qwen2VLRewardModel(nn.Module):
     def load(
         cls,
         folder: str | Path,
-        *,
         device: str | None = None,
         dtype: str = "float32",
     ) -> Qwen2VLRewardModel:
@@ -312,28 +294,25 @@ def chat_ids(
     Control tokens and the instruction's ``tokens`` are placed by id. The prompt is encoded as
     text, so it cannot spell any of them.
     """
-    # Parts of the sequence.
-    text = functools.partial(encode_text, tokenizer)
-    start = token_id(tokenizer, IM_START)
-    end = token_id(tokenizer, IM_END)
+    before = (
+        f"{IM_START}system\n{SYSTEM_MESSAGE}{IM_END}\n{IM_START}user\n{VISION_START}"
+    )
+    after = f"{VISION_END}{instruction}{IM_END}\n{IM_START}assistant\n"
+    names = [IM_START, IM_END, VISION_START, VISION_END, *tokens]
+    pattern = "|".join(re.escape(name) for name in names)
 
-    # Split the instruction at its reward tokens.
-    pieces = [instruction]
-    if tokens:
-        pattern = "|".join(re.escape(token) for token in tokens)
-        pieces = re.split(f"({pattern})", instruction)
-    instruction_ids: list[int] = []
-    for piece in pieces:
-        if piece in tokens:
-            instruction_ids.append(token_id(tokenizer, piece))
-        else:
-            instruction_ids += text(piece.replace(PROMPT_SLOT, prompt))
+    # Cut at every token that is placed by id.
+    def ids_of(text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in re.split(f"({pattern})", text):
+            if piece in names:
+                ids.append(token_id(tokenizer, piece))
+            else:
+                filled = piece.replace(PROMPT_SLOT, prompt)
+                ids += encode_text(tokenizer, filled)
+        return ids
 
-    # System message, picture with instruction, and the start of the answer.
-    ids = [start, *text(f"system\n{SYSTEM_MESSAGE}"), end, *text("\n")]
-    ids += [start, *text("user\n"), token_id(tokenizer, VISION_START), *picture]
-    ids += [token_id(tokenizer, VISION_END), *instruction_ids, end, *text("\n")]
-    return [*ids, start, *text("assistant\n")]
+    return [*ids_of(before), *picture, *ids_of(after)]
 
 
 def frame_indices_qwen_utils(
@@ -369,45 +348,31 @@ def reward_head(state: Mapping[str, Tensor]) -> nn.Module:
     Dropout layers, which the published numbering counts, are left out. ValueError for other names.
     """
     # A single linear.
-    if set(state) in ({"weight"}, {"weight", "bias"}):
-        return _linear(state, "")
+    if "weight" in state:
+        head = _linear(state, "")
+        head.load_state_dict(state)
+        return head
     # Several linears, in the order of their numbers.
     numbers = sorted({int(n.split(".")[0]) for n in state if re.match(r"\d+\.", n)})
-    expected = {f"{n}.{part}" for n in numbers for part in ("weight", "bias")}
-    if not numbers or not expected <= set(state):
+    if not numbers:
         raise ValueError(
             f"a head is a linear or several numbered linears, got {sorted(state)}"
         )
-    head = nn.Sequential()
+    layers = nn.Sequential()
     for n in numbers:
         # The numbers in between belonged to ReLU and dropout.
         if n != numbers[0]:
-            head.add_module(f"before_{n}", nn.ReLU())
-        head.add_module(str(n), _linear(state, f"{n}."))
-    return head
+            layers.add_module(f"before_{n}", nn.ReLU())
+        layers.add_module(str(n), _linear(state, f"{n}."))
+    layers.load_state_dict(state)
+    return layers
 
 
 def _linear(state: Mapping[str, Tensor], prefix: str) -> nn.Linear:
     # Sizes follow from the weights.
-    weight = state[prefix + "weight"]
-    bias = state.get(prefix + "bias")
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-        if bias is not None:
-            linear.bias.copy_(bias)
-    return linear
+    rows, columns = state[prefix + "weight"].shape
+    return nn.Linear(columns, rows, bias=prefix + "bias" in state)
 
 
-@functools.lru_cache
-def shared(
-    folder: str,
-    device: str | None,
-    dtype: str,
-) -> Qwen2VLRewardModel:
-    """Load a folder once for all rewards of this process that name it."""
-    return Qwen2VLRewardModel.load(
-        folder,
-        device=device,
-        dtype=dtype,
-    )
+# Rewards of this process that name the same folder share the model.
+shared = functools.lru_cache(Qwen2VLRewardModel.load)

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,26 +91,6 @@ UNSUPPORTED_LORA = (
 
 
 @dataclass(frozen=True)
-class OfficialCheckpoint:
-    """Where the parts of an official checkpoint are.
-
-    path          The folder described above.
-    base          A folder with a config.json, for a checkpoint that has none.
-    head          A .safetensors or .pth. None looks among the weights, then for `HEAD_FILES`.
-    lora          False for a checkpoint without LoRA (stage 2).
-    alpha         Replaces the alpha of adapter_config.json, which is 128 whatever was trained.
-    allow_pickle  Allows to read a head that is a .pth; only tensors are read.
-    """
-
-    path: Path
-    base: Path | None = None
-    head: Path | None = None
-    lora: bool = True
-    alpha: float | None = None
-    allow_pickle: bool = False
-
-
-@dataclass(frozen=True)
 class Conversion:
     """A converted reward model on the CPU.
 
@@ -130,34 +110,38 @@ class StoredTensor(NamedTuple):
     key: str
 
 
-class LoadedHead(NamedTuple):
-    """The head's weight (1, d), and the file that held it."""
-
-    weight: Tensor
-    file: Path
-
-
 def convert_checkpoint(
-    checkpoint: OfficialCheckpoint,
+    path: Path,
     *,
     template: PromptTemplate,
+    base: Path | None = None,
+    head: Path | None = None,
+    lora: bool = True,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
     settings: VideoSettings | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Conversion:
-    """Convert an official checkpoint into a DeScore.
+    """Convert an official checkpoint, the folder described above, into a DeScore.
 
-    ``settings`` None means the official 2 fps and 448 x 448 pixels a frame, with the patch sizes
-    of this vision tower. ``dtype`` is the backbone's; bfloat16 rounds part of LoRA's small changes
-    away. FileNotFoundError or ValueError name the file and the option that would help.
+    base          A folder with a config.json, for a checkpoint that has none.
+    head          A .safetensors or .pth. None looks among the weights, then for `HEAD_FILES`.
+    lora          False for a checkpoint without LoRA (stage 2).
+    alpha         Replaces the alpha of adapter_config.json, which is 128 whatever was trained.
+    allow_pickle  Allows to read a head that is a .pth; only tensors are read.
+    settings      None means the official 2 fps and 448 x 448 pixels a frame, with the patch
+                  sizes of this vision tower.
+    dtype         The backbone's; bfloat16 rounds part of LoRA's small changes away.
+
+    FileNotFoundError or ValueError name the file and the option that would help.
     """
     from transformers import Qwen3VLForConditionalGeneration
 
-    path = checkpoint.path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
 
     # Read every part, so that a missing file is known before any work is done.
-    config = _read_config(path, checkpoint.base)
+    config = _read_config(path, base)
     index = index_weights(path)
     if EMBEDDINGS not in index:
         raise ValueError(
@@ -165,27 +149,29 @@ def convert_checkpoint(
             "transformers 4.57 or later"
         )
     tokenizer, query_id = read_tokenizer(path)
-    head = _find_head(checkpoint, index.pop(HEAD, None))
-    lora = _find_lora(checkpoint)
+    stored = index.pop(HEAD, None)
+    weight, file = _find_head(path, head, stored, allow_pickle=allow_pickle)
+    width = config.text_config.hidden_size
+    if weight.shape != (1, width):
+        raise ValueError(f"{file}: the head is {tuple(weight.shape)}, not (1, {width})")
+
+    # Neither option may silently leave a trained LoRA out.
+    folder = path / ADAPTER
+    if not lora and folder.exists():
+        raise ValueError(f"{folder} holds a trained LoRA, so --no-lora is wrong here")
+    low_rank = read_adapter(folder, alpha=alpha) if lora else {}
     state = _read_tensors(index)
-    merge_lora(state, lora, source=path / ADAPTER)
+    merge_lora(state, low_rank, source=folder)
 
     # Take the query from the embeddings before they are resized and rounded.
-    rows, width = state[EMBEDDINGS].shape
-    if head.weight.shape != (1, width):
-        raise ValueError(
-            f"{head.file}: the head is {tuple(head.weight.shape)}, "
-            f"but the hidden size requires (1, {width})"
-        )
+    rows = len(state[EMBEDDINGS])
     if query_id >= rows:
         raise ValueError(
             f"{path}: {REWARD} is id {query_id}, but {EMBEDDINGS} has {rows} rows"
         )
     query = state[EMBEDDINGS][query_id : query_id + 1].float().clone()
-    for name in (EMBEDDINGS, UNEMBEDDINGS):
-        if name in state:
-            state[name] = _pad_rows(state[name])
-    state = {name: weight.to(getattr(torch, dtype)) for name, weight in state.items()}
+    _pad_rows(state)
+    state = {name: row.to(getattr(torch, dtype)) for name, row in state.items()}
     config.text_config.vocab_size = len(state[EMBEDDINGS])
 
     # Build the model.
@@ -203,10 +189,8 @@ def convert_checkpoint(
         source=path,
     )
     model = DeScore(backbone, tokenizer, template, settings, query_id)
-    model.load_state_dict(
-        {"query": query, "head.weight": head.weight.float()}, strict=False
-    )
-    return Conversion(model.eval(), head.file, len(lora))
+    model.load_state_dict({"query": query, "head.weight": weight.float()}, strict=False)
+    return Conversion(model.eval(), file, len(low_rank))
 
 
 def read_template(path: str | Path) -> PromptTemplate:
@@ -288,16 +272,6 @@ def read_adapter(folder: Path, *, alpha: float | None = None) -> dict[str, LowRa
     )
 
 
-def _find_lora(checkpoint: OfficialCheckpoint) -> dict[str, LowRank]:
-    # Neither option may silently leave a trained LoRA out.
-    folder = checkpoint.path / ADAPTER
-    if checkpoint.lora:
-        return read_adapter(folder, alpha=checkpoint.alpha)
-    if folder.exists():
-        raise ValueError(f"{folder} holds a trained LoRA, so --no-lora is wrong here")
-    return {}
-
-
 def _weight_files(path: Path) -> list[Path]:
     try:
         return weight_files(path, WEIGHTS)
@@ -326,25 +300,30 @@ def _read_tensors(index: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     return state
 
 
-def _pad_rows(weight_VD: Tensor) -> Tensor:
+def _pad_rows(state: dict[str, Tensor]) -> None:
     """Add rows up to the next multiple of 64: odd sizes are slow and fragile on GPUs."""
-    # The new rows are like an average token.
-    missing = -len(weight_VD) % 64
-    mean_1D = weight_VD.float().mean(0, keepdim=True).to(weight_VD.dtype)
-    return torch.cat([weight_VD, mean_1D.expand(missing, -1)])
+    for name in (EMBEDDINGS, UNEMBEDDINGS):
+        if name in state:
+            # The new rows are like an average token.
+            weight_VD = state[name]
+            missing = -len(weight_VD) % 64
+            mean_1D = weight_VD.float().mean(0, keepdim=True).to(weight_VD.dtype)
+            state[name] = torch.cat([weight_VD, mean_1D.expand(missing, -1)])
 
 
 # ---------------------------------------------------------------------- the head
 
 
 def _find_head(
-    checkpoint: OfficialCheckpoint, stored: StoredTensor | None
-) -> LoadedHead:
-    """Read the head from the file that the user names, the weights, or a file beside them."""
+    path: Path, file: Path | None, stored: StoredTensor | None, *, allow_pickle: bool
+) -> tuple[Tensor, Path]:
+    """Read the head (1, d) from the file that the user names, the weights, or a file beside them.
+
+    Returns it and its file.
+    """
     # The user's choice comes first.
-    path, file = checkpoint.path, checkpoint.head
     if file is None and stored is not None:
-        return LoadedHead(_read_tensors({HEAD: stored})[HEAD], stored.file)
+        return _read_tensors({HEAD: stored})[HEAD], stored.file
     if file is None:
         files = [path / name for name in HEAD_FILES if (path / name).is_file()]
         if not files:
@@ -353,7 +332,7 @@ def _find_head(
                 f"{' or '.join(HEAD_FILES)}; give --head"
             )
         file = files[0]
-    return LoadedHead(read_head(file, allow_pickle=checkpoint.allow_pickle), file)
+    return read_head(file, allow_pickle=allow_pickle), file
 
 
 def read_head(path: Path, *, allow_pickle: bool) -> Tensor:
@@ -399,7 +378,7 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase, int]:
                 continue
             if name in TOKEN_FILES:
                 content = read_json(file)
-                text = json.dumps(_without(REWARD, content), ensure_ascii=False)
+                text = json.dumps(pruned(content, _is_reward), ensure_ascii=False)
                 Path(folder, name).write_text(text, encoding="utf-8")
             else:
                 shutil.copy(file, folder)
@@ -414,22 +393,25 @@ def read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase, int]:
     return ours, query_id
 
 
-def _without(token: str, value: Any) -> Any:
-    """Remove a token from a tokenizer's JSON, where it is a key, a text or an object's content."""
-    # As a key, and as a value.
+def pruned(value: Any, unwanted: Callable[[Any, Any], bool]) -> Any:
+    """Remove what is ``unwanted(key, item)`` from JSON; the items of a list have no key."""
+    # At any depth.
     if isinstance(value, dict):
         return {
-            key: _without(token, item)
+            key: pruned(item, unwanted)
             for key, item in value.items()
-            if key != token and not _is_token(token, item)
+            if not unwanted(key, item)
         }
     if isinstance(value, list):
-        return [_without(token, item) for item in value if not _is_token(token, item)]
+        return [pruned(item, unwanted) for item in value if not unwanted(None, item)]
     return value
 
 
-def _is_token(token: str, item: Any) -> bool:
-    return item == token or (isinstance(item, dict) and item.get("content") == token)
+def _is_reward(key: Any, item: Any) -> bool:
+    # As a key, a text or an object's content.
+    if isinstance(item, dict):
+        item = item.get("content")
+    return REWARD in (key, item)
 
 
 def _read_config(path: Path, base: Path | None) -> Qwen3VLConfig:

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.files import read_json
 from common.state_dicts import shapes_in
@@ -24,6 +23,7 @@ from rm.convert.official import (
     VOCABULARY_FILES,
     StoredTensor,
     index_weights,
+    pruned,
     read_qwen3_config,
 )
 from rm.convert.weights import load_safetensors, open_safetensors, require_weights
@@ -113,7 +113,7 @@ def copy_release(folder: RewardModelFolder, out: Path) -> None:
         # Keep the paths of this machine out of what is published.
         text = file.read_text(encoding="utf-8") if file.suffix == ".json" else ""
         if any(f'"{key}"' in text for key in LOCAL_KEYS):
-            content = _without_local_keys(json.loads(text))
+            content = pruned(json.loads(text), lambda key, _: key in LOCAL_KEYS)
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (out / file.name).write_text(text, encoding="utf-8")
         else:
@@ -127,16 +127,3 @@ def _shapes(index: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
         with open_safetensors(stored.file) as tensors:
             shapes[name] = tuple(tensors.get_slice(stored.key).get_shape())
     return shapes
-
-
-def _without_local_keys(value: Any) -> Any:
-    # Configs are nested.
-    if isinstance(value, dict):
-        return {
-            key: _without_local_keys(item)
-            for key, item in value.items()
-            if key not in LOCAL_KEYS
-        }
-    if isinstance(value, list):
-        return [_without_local_keys(item) for item in value]
-    return value

@@ -517,11 +517,9 @@ class TestCommandLine:
             extend=lambda parser: parser.add_argument("--frames", type=int),
         )
         assert (line.cfg.seed, line.cfg.lr, line.cfg.name) == (5, 0.25, "x")
-        assert (line.resume, line.config_paths, line.overrides) == (
-            "none",
-            (path,),
-            ("lr=0.25", "name=x"),
-        )
+        assert line.resume == "none"
+        assert line.args.config == [path]
+        assert line.args.overrides == ["lr=0.25", "name=x"]
         assert line.args.frames == 9
         assert (
             parse_command_line(RunConfig, ["--local-rank", "0"], description="x").resume

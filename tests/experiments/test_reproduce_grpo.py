@@ -9,16 +9,14 @@ from pathlib import Path
 import pytest
 
 from common.config import load
+from experiments.oracle_scores import run_folder
 from experiments.reproduce_grpo import (
     ARMS,
     BASE,
-    GrpoArmRun,
-    GrpoOutcome,
     configs_of,
     cost_of_update,
     groups_of,
-    oracle_of,
-    read_outcome,
+    read_training,
     updates_of,
 )
 from generator.config import SamplerConfig
@@ -82,22 +80,6 @@ def test_arms_differ_and_cost_as_much_as_the_recipe() -> None:
     assert updates_of("tail_ab2", 400) == 400
 
 
-def test_differences_are_taken_seed_by_seed() -> None:
-    outcomes = {
-        GrpoArmRun(0, BASE): GrpoOutcome((0.5, 0.5)),
-        GrpoArmRun(1, BASE): GrpoOutcome((0.1, 0.3)),
-    }
-    outcomes |= {
-        GrpoArmRun(seed, "no_kl"): GrpoOutcome(
-            tuple(v + 0.25 for v in outcomes[GrpoArmRun(seed, BASE)].score)
-        )
-        for seed in (0, 1)
-    }
-    found = oracle_of(outcomes, "no_kl", minus=BASE)
-    assert (found.mean, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
-    assert oracle_of(outcomes, BASE).mean == pytest.approx(0.35)
-
-
 @pytest.mark.long
 def test_smallest_comparison_of_grpo(tmp_path: Path) -> None:
     words = ["--seeds", "0", "--updates", "1", "--prompts", "3", "--arms", "flow_grpo"]
@@ -117,7 +99,7 @@ def test_smallest_comparison_of_grpo(tmp_path: Path) -> None:
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
     record = json.loads((tmp_path / "reproduce_grpo.json").read_text(encoding="utf-8"))
     assert list(record["arms"]) == ["base", BASE, "flow_grpo"]
-    flow = read_outcome(tmp_path / "run", GrpoArmRun(0, "flow_grpo"))
+    flow = read_training(run_folder(tmp_path / "run", 0, "flow_grpo"))
     cfg = load(GrpoRun, configs_of("flow_grpo"), ARMS["flow_grpo"].extra)
     assert (
         flow.forwards == cost_of_update(cfg) == 16 * (64 + 64 * 4)
@@ -126,7 +108,7 @@ def test_smallest_comparison_of_grpo(tmp_path: Path) -> None:
     assert (flow.updates, flow.videos) == (1, 128)
     for arm, row in record["arms"].items():
         lines = (
-            (GrpoArmRun(0, arm).folder(tmp_path / "run") / "eval" / "results.jsonl")
+            (run_folder(tmp_path / "run", 0, arm) / "eval" / "results.jsonl")
             .read_text()
             .splitlines()
         )

@@ -165,13 +165,12 @@ def test_over_seeds_and_differences_by_hand() -> None:
         Cell(1, 10, "descore"): outcome(1.0, 0.0, 0.0, 0.0),
         Cell(1, 10, "stage1"): outcome(1.0, 0.0, 0.0, 0.0),
     }
-    assert mean_of(outcomes, 10, "descore", TESTS[:1], "right").mean == pytest.approx(
-        0.5
-    )
+    found = mean_of(outcomes, 10, "descore", TESTS[:1], "right")
+    assert found["mean"] == pytest.approx(0.5)
     assert mean_of(outcomes, 10, "descore", TESTS[:1], "thought") is None
     found = mean_of(outcomes, 10, "descore", TESTS, "right", minus="stage1")
-    assert found.mean == pytest.approx((0.25 + 0.0) / 2)
-    assert found.low == 0.0
+    assert found["mean"] == pytest.approx((0.25 + 0.0) / 2)
+    assert found["ci95"][0] == 0.0
 
 
 def test_runs_ci95_has_the_spread_of_runs_and_of_values() -> None:

@@ -19,12 +19,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from alignment.config import RewardConfig
 from alignment.rewards import REWARDS, build_rewards, wire
 from alignment.rewards.brightness import Brightness
+from common.files import read_jsonl
 from common.run_record import plain
 from common.types import RewardModel
 from common.video_io import write_mp4
 from launch import score
-from launch.evaluation.files import read_clip
-from launch.evaluation.results_table import read_rows
+from launch.evaluation.files import ScoreItem, read_clip
 from launch.schemas.server import ServeRun
 from launch.server.app import create_app
 from rm.config import Generation
@@ -224,12 +224,13 @@ def test_score_command_scores_with_every_reward(
     ]
     with pytest.raises(SystemExit, match="0"):
         score.main(words)
-    rows = read_rows(tmp_path / "scores.jsonl")
-    clips = [read_clip(tmp_path / f"{i}.mp4", max_frames=100) for i in range(3)]
+    rows = read_jsonl(tmp_path / "scores.jsonl")
+    items = [ScoreItem("", tmp_path / f"{i}.mp4", prompts[i]) for i in range(3)]
+    clips = [read_clip(item, max_frames=100) for item in items]
     assert [row.get("error") for row in rows] == [None] * 3
     for name, reward in rewards.items():
         found = reward.score(
-            torch.stack([clip.frames_TYXC for clip in clips]),
+            torch.stack([clip.video_TYXC for clip in clips]),
             prompts[:3],
             fps=clips[0].fps,
         )

@@ -10,8 +10,8 @@ import yaml
 
 import launch.compose
 from common.distributed import derive_seed
+from common.files import read_jsonl
 from launch import sample
-from launch.evaluation.results_table import read_rows
 from tests.launch.vbench_eval.test_sample import SeedGenerator
 
 PROMPTS = ["a red circle", "a blue square", "rain"]
@@ -46,7 +46,7 @@ def config(tmp_path: Path) -> Path:
 
 def sampled(config: Path, *words: str) -> list[dict[str, Any]]:
     sample.main(["--local_rank=0", "--config", str(config), *words])
-    return read_rows(config.parent / "out" / "samples.jsonl")
+    return read_jsonl(config.parent / "out" / "samples.jsonl")
 
 
 def videos(config: Path) -> dict[str, bytes]:

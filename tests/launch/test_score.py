@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.files import read_jsonl
 from common.video_io import write_mp4
 from launch import score
-from launch.evaluation.files import find_items, read_clip
-from launch.evaluation.results_table import read_rows
+from launch.evaluation.files import ScoreItem, find_items, read_clip
 from tests.fakes import decoder_with_a_trap
 from tests.launch.processes import ROOT, refused_early
 
@@ -48,7 +48,7 @@ def scored(tmp_path: Path, *words: str, code: int = 0) -> list[dict]:
             ]
         )
     assert exit_.value.code == code
-    return read_rows(tmp_path / "scores.jsonl") if code != 2 else []
+    return read_jsonl(tmp_path / "scores.jsonl") if code != 2 else []
 
 
 def test_brightness_of_grey_clips(clips: Path, tmp_path: Path) -> None:
@@ -68,12 +68,12 @@ def test_brightness_of_grey_clips(clips: Path, tmp_path: Path) -> None:
 
 
 def test_frames_and_rate_of_a_clip(clips: Path) -> None:
-    whole = read_clip(clips / "c.mp4", max_frames=100)
-    assert (len(whole.frames_TYXC), whole.fps) == (9, pytest.approx(4.0))
-    thinned = read_clip(
-        clips / "c.mp4", max_frames=5
-    )  # frames 0, 2, 4, 6, 8: half the rate
-    assert (len(thinned.frames_TYXC), thinned.fps) == (5, pytest.approx(2.0))
+    item = ScoreItem("c.mp4", clips / "c.mp4", "a prompt")
+    whole = read_clip(item, max_frames=100)
+    assert (len(whole.video_TYXC), whole.fps) == (9, pytest.approx(4.0))
+    # Frames 0, 2, 4, 6, 8: half the rate.
+    thinned = read_clip(item, max_frames=5)
+    assert (len(thinned.video_TYXC), thinned.fps) == (5, pytest.approx(2.0))
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])

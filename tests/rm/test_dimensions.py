@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import logsigmoid, softplus
 
 from rm.calibration import Calibration
-from rm.cold_start import ColdStart, backwards_per_step
+from rm.cold_start import ColdStart
 from rm.config import ColdStartConfig, Generation, Masking, RewardDimension
 from rm.data import Pair, PairSchedule, read_pairs
 from rm.generate import generate, rewards_from_cache
@@ -144,7 +144,7 @@ def test_the_loss_by_hand() -> None:
         (softplus(torch.tensor(-1.0)) + softplus(torch.tensor(-3.0))) / 2,
         softplus(torch.tensor(-3.0)),
     )
-    loss = preference_loss(reward_N2K, label_NK, weight_K=(2.0, 0.25))
+    loss = preference_loss(reward_N2K, label_NK, weight_K=(2.0, 0.25), count_K=(2, 1))
     assert loss.item() == pytest.approx((2.0 * first + 0.25 * second).item(), abs=1e-6)
     assert counted(label_NK, theta=None).tolist() == [2, 1]
     assert counted(label_NK, theta=5.0).tolist() == [3, 2]
@@ -162,7 +162,9 @@ def test_the_loss_by_hand() -> None:
 
 def test_batch_without_labels_has_zero_loss() -> None:
     reward = torch.randn(2, 2, 1, requires_grad=True)
-    loss = preference_loss(reward, torch.full((2, 1), math.nan), weight_K=(1.0,))
+    loss = preference_loss(
+        reward, torch.full((2, 1), math.nan), weight_K=(1.0,), count_K=(1,)
+    )
     loss.backward()
     assert loss.item() == 0.0
     assert reward.grad.abs().max() == 0.0
@@ -178,7 +180,7 @@ def loop_of(pairs, dimensions, **changes) -> ColdStart:
     model = judge_of(dimensions)
     engine = PlainEngine(
         model.param_groups(RATES, lora=None, weight_decay=0.0),
-        backwards_per_step(cfg, 1),
+        1,
     )
     schedule = PairSchedule(len(pairs), pairs_per_step=cfg.pairs_per_step, seed=0)
     return ColdStart(
@@ -259,9 +261,7 @@ def test_stage_2_trains_all_dimensions(pairs) -> None:
         {"VQ": RewardDimension(), "subject": RewardDimension(loss_weight=3.0)}
     )
     loop.model = wide
-    loop.engine = PlainEngine(
-        wide.param_groups(RATES, lora=None, weight_decay=0.0), loop.accumulation
-    )
+    loop.engine = PlainEngine(wide.param_groups(RATES, lora=None, weight_decay=0.0), 1)
     rollouts = test_dual_rl.collect(loop, [0, 1, 2, 3], step=0)
     with torch.no_grad():
         reward_BGK = packed_forward(wide, rollouts.packed, temperature=1.0).reward_BGK

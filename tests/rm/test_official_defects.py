@@ -96,7 +96,7 @@ def test_defect_8_no_sequence_is_dropped_whatever_its_length(
         return found
 
     monkeypatch.setattr(rm.dual_rl, "packed_forward", counting)
-    advantages = [part.advantage_N2G for part in parts]
+    advantages = [part.advantage_VG for part in parts]
     loop.update(parts)
     assert seen == [int((a != 0).sum()) for a in advantages]
     assert all(a.numel() == 2 * 2 * G for a in advantages)

@@ -178,11 +178,6 @@ def test_a_sharded_model_makes_as_many_parts_as_the_rank_with_most_tokens(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_unequal_groups_are_refused(model, encoded, videos) -> None:
-    with pytest.raises(ValueError, match="pack"):
-        pack(model, encoded, videos, [CHAINS[0], CHAINS[1][:2]])
-
-
 def test_copies_equal_single_calls_with_the_same_seeds(model, encoded, videos) -> None:
     """G chains of each video from one prefill equal G single calls with the same seeds."""
     how = Generation(max_new_tokens=6, temperature=2.0, repetition_penalty=1.0)

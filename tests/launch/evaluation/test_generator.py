@@ -16,13 +16,13 @@ from torch import Tensor
 import launch.compose
 from common.config import load
 from common.distributed import derive_seed, seeded_generator
+from common.files import read_jsonl
 from launch import evaluate
 from launch.evaluation.intervals import mean_ci95
 from launch.evaluation.results_table import (
     ResultsTable,
     attempt,
     fingerprint,
-    read_rows,
 )
 from tests.launch.processes import ROOT, refused_early, run, torchrun
 
@@ -102,7 +102,7 @@ def test_each_prompt_is_sampled_at_its_derived_seed(
     grey: GreyGenerator, config: Path
 ) -> None:
     summary = evaluated(config)
-    rows = read_rows(config.parent / "eval" / "results.jsonl")
+    rows = read_jsonl(config.parent / "eval" / "results.jsonl")
     assert [row["prompt"] for row in rows] == [f"prompt {i}" for i in range(7)]
     assert [row["rewards"]["brightness"] for row in rows] == pytest.approx(
         expected_rewards(), abs=1e-6
@@ -150,7 +150,7 @@ def test_killed_evaluation_resumes_and_samples_nothing_twice(
     evaluated(config)
     assert grey.seeds == [derive_seed(0, "evaluate", i) for i in range(7)]  # none twice
     assert [
-        row["index"] for row in read_rows(config.parent / "eval" / "results.jsonl")
+        row["index"] for row in read_jsonl(config.parent / "eval" / "results.jsonl")
     ] == list(range(7))
     assert not part.exists()
     evaluated(config, "resamples=500")  # nothing but the summary is made again
@@ -173,7 +173,7 @@ def test_resume_with_another_seed_exits_2(
     assert exit_.value.code == 2
     assert "seed: 0" in capsys.readouterr().err
     evaluated(config, "seed=5", "--resume", "none")
-    rows = read_rows(config.parent / "eval" / "results.jsonl")
+    rows = read_jsonl(config.parent / "eval" / "results.jsonl")
     assert rows[0]["seed"] == derive_seed(5, "evaluate", 0)
 
 
@@ -279,7 +279,7 @@ def test_two_ranks_write_the_rows_of_one_rank(config: Path, tmp_path: Path) -> N
         "sampled 3",
         "sampled 4",
     ]
-    rows = read_rows(tmp_path / "eval" / "results.jsonl")
+    rows = read_jsonl(tmp_path / "eval" / "results.jsonl")
     assert [row["index"] for row in rows] == list(range(7))
     assert [row["rewards"]["brightness"] for row in rows] == pytest.approx(
         expected_rewards(), abs=1e-6
@@ -329,7 +329,7 @@ def test_pipeline_scheduler_equals_the_stock_pipeline(
 
     pipeline = WanPipeline.from_pretrained(path)
     pipeline.set_progress_bar_config(disable=True)
-    for i, row in enumerate(read_rows(tmp_path / "eval" / "results.jsonl")):
+    for i, row in enumerate(read_jsonl(tmp_path / "eval" / "results.jsonl")):
         noise = torch.randn(
             (1, 16, 3, 4, 4), generator=seeded_generator(row["seed"], "noise")
         )

@@ -11,11 +11,11 @@ import pytest
 import torch
 from scipy import stats
 
+from common.files import read_jsonl
 from common.types import Score
 from common.video_io import write_mp4
 from launch import calibrate, evaluate
 from launch.evaluation import preference as pair_rows
-from launch.evaluation.results_table import read_rows
 from rm.data import Pair
 from tests.fakes import decoder_with_a_trap
 
@@ -90,7 +90,7 @@ def test_preference_accuracy_of_hand_made_margins(pairs: Path, tmp_path: Path) -
     assert summary["with_ties"]["mean"] == pytest.approx(3 / 6)
     assert summary["threshold"] == pytest.approx(0.25)
     assert (summary["pairs"], summary["ties"], summary["unjudged"]) == (6, 1, 2)
-    rows = read_rows(tmp_path / "eval" / "results.jsonl")
+    rows = read_jsonl(tmp_path / "eval" / "results.jsonl")
     assert (rows[0]["reward_A"], rows[0]["cot_B"], rows[0]["parts_A"]) == (
         2.0,
         "v_1.mp4",
@@ -116,7 +116,7 @@ def test_file_that_kills_the_decoder_loses_its_pair(
             "batch=6",
         ]
     )
-    rows = read_rows(tmp_path / "eval" / "results.jsonl")
+    rows = read_jsonl(tmp_path / "eval" / "results.jsonl")
     assert ["error" in row for row in rows] == [False, False, True, False, True, False]
     assert "v_3.mp4" in rows[2]["error"]
     assert "-11" in rows[2]["error"]
@@ -253,7 +253,7 @@ def test_real_descore_scores_the_files_of_the_table(tmp_path: Path) -> None:
     ]
     evaluate.main(["rm", *words, "options={chains: 0}"])
 
-    rows = read_rows(tmp_path / "eval" / "results.jsonl")
+    rows = read_jsonl(tmp_path / "eval" / "results.jsonl")
     scorer = DeScoreScorer.load(tmp_path / "judge", chains=0)
     for row, (a, b, _) in zip(rows[:2], table, strict=False):
         alone = [

@@ -217,11 +217,10 @@ def test_plan_peak_adds_only_the_largest_temporary_part() -> None:
         Part("c", 7.0, temporary=True),
         Part("d", 9.0, temporary=True),
     ]
-    plan = Plan(
-        [], parts, [Phase("x", 1e12, 2.0), Phase("y", 1e12, 3.0)], "update", 720, 0.0
-    )
+    phases = [Phase("x", 1e12, 2.0), Phase("y", 1e12, 3.0)]
+    plan = Plan(H100, "update", 720, 0.0, parts, phases)
     assert plan.peak == 24.0 + RESERVE
-    count = next(line for line in lines_of(plan, H100) if "720" in line)
+    count = next(line for line in lines_of(plan) if "720" in line)
     assert "1.0" in count
 
 
@@ -232,9 +231,9 @@ def test_plan_too_large_lists_largest_parts_first() -> None:
         Part("b", 16 * GIB, temporary=True),
         Part("c", 2 * GIB, temporary=True),
     ]
-    plan = Plan([], parts, [Phase("x", 1e12, 2.0)], "update", 720, 0.0)
+    plan = Plan(H100, "update", 720, 0.0, parts, [Phase("x", 1e12, 2.0)])
     small = Where(replace(DEVICES["h100"], memory=10 * GIB), 2)
-    lines = lines_of(plan, small)
+    lines = lines_of(replace(plan, where=small))
     assert "23.0" in lines[-7]
     assert "13.0" in lines[-7]
     parts_of_plan = [line.split() for line in lines[-5:-2]]
@@ -245,11 +244,11 @@ def test_plan_too_large_lists_largest_parts_first() -> None:
 
     # Larger devices are named, and a plan that fits names none.
     larger = replace(plan, parts=[Part("a", 100 * GIB)])
-    assert lines_of(larger, H100)[-1].endswith("8 x h200.")
+    assert lines_of(larger)[-1].endswith("8 x h200.")
     largest = replace(plan, parts=[Part("a", 200 * GIB)])
-    assert "None" in lines_of(largest, H100)[-1]
-    assert "fits:" in lines_of(plan, H100)[-1]
-    assert "23.0" in lines_of(plan, H100)[-1]
+    assert "None" in lines_of(largest)[-1]
+    assert "fits:" in lines_of(plan)[-1]
+    assert "23.0" in lines_of(plan)[-1]
 
 
 def test_missing_reward_model_takes_the_size_in_its_name() -> None:
@@ -293,7 +292,7 @@ def test_assumed_model_is_printed_at_the_top_and_after_the_total(
     monkeypatch.chdir(ROOT)
     cfg = load(schema, ROOT / "configs" / "shapes" / f"{name}.yaml", words)
     plan = (plan_grpo if schema is GrpoRun else plan_reward_model)(cfg, H100)
-    lines = lines_of(plan, H100)
+    lines = lines_of(plan)
     note = lines[1]
     assert key in note
     assert "nope" in note

@@ -15,9 +15,9 @@ from torch import Tensor
 import common.video_io
 import launch.compose
 from common.distributed import derive_seed
+from common.files import read_jsonl
 from launch import sample
 from launch.command import take_kind
-from launch.evaluation.results_table import read_rows
 from tests.launch.processes import ROOT, run, torchrun
 from tests.launch.vbench_eval.test_suite import write_info
 
@@ -93,7 +93,7 @@ def sampled(config: Path, *words: str) -> list[dict[str, Any]]:
     """The rows in config.parent/out, wherever the words have it go."""
     sample.main(["--local_rank=0", "vbench", "--config", str(config), *words])
     path = config.parent / "out" / "samples.jsonl"
-    return read_rows(path) if path.exists() else []
+    return read_jsonl(path) if path.exists() else []
 
 
 def contents(config: Path, out: str = "out") -> dict[str, bytes]:
@@ -239,7 +239,7 @@ def test_two_ranks_share_the_videos(grey: SeedGenerator, config: Path) -> None:
     ]
     two = contents(config)
     assert [
-        row["file"] for row in read_rows(config.parent / "out" / "samples.jsonl")
+        row["file"] for row in read_jsonl(config.parent / "out" / "samples.jsonl")
     ] == NAMES
     sampled(config, f"out={config.parent / 'one'}")
     assert contents(config, "one") == two

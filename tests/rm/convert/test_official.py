@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 
 from rm.convert.official import (
     REWARD,
-    OfficialCheckpoint,
     convert_checkpoint,
     read_template,
     read_tokenizer,
@@ -53,9 +52,9 @@ def videos():
 
 
 def read(folder: Path, *, dtype: str = "float32", **options):
-    checkpoint = OfficialCheckpoint(folder, **{"allow_pickle": True, **options})
+    options = {"allow_pickle": True, **options}
     return convert_checkpoint(
-        checkpoint, template=TEMPLATE, settings=SETTINGS, dtype=dtype
+        folder, template=TEMPLATE, settings=SETTINGS, dtype=dtype, **options
     )
 
 
@@ -465,7 +464,7 @@ def test_config_is_read_from_the_base(tmp_path, folder, trained, videos):
 
 def test_default_video_settings_are_official(folder):
     settings = convert_checkpoint(
-        OfficialCheckpoint(folder, allow_pickle=True), template=TEMPLATE
+        folder, allow_pickle=True, template=TEMPLATE
     ).model.settings
     assert (
         settings.fps,
