@@ -42,7 +42,8 @@ def tokens_of(rollouts: Rollouts) -> torch.Tensor:
 
 def losses_of(loop: DualRl, rollouts: Rollouts) -> dict[str, float]:
     count_K = [float(rollouts.label_NK.shape[0] * G)]
-    return loop.loss(rollouts, float(rollouts.tokens), count_K).sums
+    _, sums = loop.loss(rollouts, float(rollouts.tokens), count_K)
+    return sums
 
 
 def test_kl_to_the_reference_is_k3_of_the_policy(pairs) -> None:
@@ -72,13 +73,13 @@ def test_kl_is_added_to_the_loss_and_pulls_towards_the_reference(pairs) -> None:
     # with the KL alone, a step against the gradient lowers it
     alone = build(pairs, kl_weight=1.0, bt_weight=0.0)
     move_adapters(alone)
-    silent = replace(rollouts, advantage_N2G=torch.zeros_like(rollouts.advantage_N2G))
+    silent = replace(rollouts, advantage_VG=torch.zeros_like(rollouts.advantage_VG))
     parameters = [
         parameter
         for name, parameter in alone.model.named_parameters()
         if "lora_" in name and parameter.requires_grad
     ]
-    loss = alone.loss(silent, float(silent.tokens), [8.0]).loss
+    loss, _ = alone.loss(silent, float(silent.tokens), [8.0])
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     with torch.no_grad():
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -96,11 +97,11 @@ def test_ratios_beyond_every_clip_by_hand(pairs) -> None:
     ratios = torch.tensor([0.5, 0.9, 1.1, 1.6, 5.0])
     shape = current.shape
     ratio_BGT = ratios[torch.arange(current.numel()) % 5].view(shape)
-    signs = torch.tensor([1.0, -1.0, 2.0, -0.5]).repeat(4).view(2, 2, G)
+    signs = torch.tensor([1.0, -1.0, 2.0, -0.5]).repeat(4).view(4, G)
     changed = replace(
         rollouts,
         old_BGT=current.detach() - ratio_BGT.log(),
-        advantage_N2G=signs,
+        advantage_VG=signs,
     )
     total = 0.0
     outside = 0
@@ -195,13 +196,13 @@ def test_first_ratio_and_kl_are_neutral_at_any_temperature(pairs) -> None:
 def test_every_rollout_has_its_seed(pairs, monkeypatch) -> None:
     loop = build(pairs)
     seen: list[int] = []
-    original = rm.dual_rl.generate_cots
+    original = rm.dual_rl.generate
 
     def note(*args, seeds, **options):
         seen.extend(seeds)
         return original(*args, seeds=seeds, **options)
 
-    monkeypatch.setattr(rm.dual_rl, "generate_cots", note)
+    monkeypatch.setattr(rm.dual_rl, "generate", note)
     for step in range(2):
         loop.sample([0, 3], step)
     # 2 steps, 2 pairs, 2 sides, G rollouts
@@ -214,6 +215,5 @@ def test_heldout_accuracy_counts_margins_of_the_labels_sign(pairs, monkeypatch) 
     reward_B1 = torch.tensor([3.0, 1.0, 0.0, 0.5, 2.0, -1.0, 4.0, 0.0]).unsqueeze(1)
     monkeypatch.setattr(rm.dual_rl, "rewards_from_cache", lambda *_: reward_B1)
     loop = build(pairs)
-    how = replace(rm.dual_rl.Generation(), max_new_tokens=4, repetition_penalty=1.0)
-    metrics = loop.evaluate(pairs, how)
+    metrics = loop.evaluate(pairs)
     assert metrics["heldout/accuracy"] == pytest.approx(3 / 4)
