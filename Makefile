@@ -32,6 +32,7 @@ install: .venv/.installed
 .venv/.installed: setup.py constraints.txt
 	@test -n "$(BOOT)" || { echo "Python 3.11 or later is needed"; exit 1; }
 	@$(BOOT) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(BOOT) is older than 3.11"; exit 1; }
+	@test ! -L .venv || echo "== .venv is a link: from now on the environment $$(readlink -f .venv) imports this checkout, and no other"
 	@echo "== installing into .venv, once: about two minutes and 2 GB"
 	test -x $(PY) || $(BOOT) -m venv .venv
 	$(PY) -m pip install -c constraints.txt "torch>=2.6,<2.14"

@@ -142,7 +142,8 @@ class RewardConfig:
                 offers as an entry point of video_alignment.rewards. Null takes the reward's
                 name, so ``rewards: {descore: {}}`` is enough.
     target      path/to/file.py:name of a user's function, class or object, instead of kind.
-    url         http://host:port of a reward server (launch/serve.py), instead of kind.
+    url         http://host:port of a reward server (launch/serve.py), instead of kind; a
+                list of servers share the videos, and one that dies is left out.
     weight      of its advantages in the sum; 0 scores and logs without training on it.
     checkpoint  folder of the weights, for rewards that have some.
     options     keyword arguments of its constructor.
@@ -150,7 +151,7 @@ class RewardConfig:
 
     kind: NonEmptyText | None = None
     target: str | None = None
-    url: str | None = None
+    url: str | tuple[str, ...] | None = None
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     checkpoint: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -165,3 +166,10 @@ class RewardConfig:
             raise ValueError(
                 f"url={self.url} names a remote reward and excludes target and other kinds"
             )
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses of the reward's servers; empty for any other reward."""
+        if self.url is None:
+            return ()
+        return (self.url,) if isinstance(self.url, str) else self.url

@@ -8,7 +8,6 @@ micro-batches change them.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from alignment.dpo_losses import DpoTerms, beta_at, flow_dpo_terms, rwr_weights
 from common import faults
 from common.distributed import (
+    gather_objects,
     gather_rows,
     rank,
     rank_batches,
@@ -103,7 +103,7 @@ class DpoLoop:
         engine: Engine,
         pairs: PairSet,
         seed: int,
-        grad_norm: Callable[[], float | Tensor | None] | None = None,
+        grad_norm: Callable[[], float | Tensor | None] = lambda: None,
     ) -> None:
         self.cfg = cfg
         self.generator = generator
@@ -111,8 +111,6 @@ class DpoLoop:
         self.seed = seed
         self.grad_norm = grad_norm
         self.backwards = backwards_per_update(cfg, world_size())
-        # changes of the chosen videos' error in the last steps, see `rising`
-        self.watched: deque[float] = deque(maxlen=cfg.displacement_window)
         self.use(pairs)
 
     def use(self, pairs: PairSet) -> None:
@@ -169,10 +167,9 @@ class DpoLoop:
         # 5. Metrics over the pairs of all ranks.
         metrics = summarise(gather_rows(torch.cat(rows)), self.cfg, "train")
         # the engine knows the norm since its optimizer step
-        norm = None if self.grad_norm is None else self.grad_norm()
+        norm = self.grad_norm()
         if norm is not None:
             metrics["train/grad_norm"] = float(norm)
-        self.watched.append(metrics.get("train/chosen_change", math.nan))
         return metrics
 
     @torch.no_grad()
@@ -192,26 +189,11 @@ class DpoLoop:
             places = indices or [0]
             batch = pairs.read(places)
             draw = self.draw(batch, "heldout", 0, places)
-            measured = _metric_rows(draw, self.dpo_terms(batch, draw))
-
-            # equally many rows on every rank; NaN marks the filling
-            padded = measured.new_full((self.cfg.micro_batch, 4), math.nan)
-            padded[: len(indices)] = measured[: len(indices)]
-            rows.append(padded)
-        everything = gather_rows(torch.cat(rows))
-        pairs_N4 = everything[~everything[:, 0].isnan()]
+            measured_N4 = _metric_rows(draw, self.dpo_terms(batch, draw))
+            rows.append(measured_N4[: len(indices)])
+        # ranks may have different numbers of pairs
+        pairs_N4 = torch.cat(gather_objects(torch.cat(rows)))
         return summarise(pairs_N4, self.cfg, "heldout")
-
-    def rising(self) -> bool:
-        """Return True when the chosen videos' error rose above the reference's (displacement).
-
-        It is the MEAN over the last ``displacement_window`` steps; False before there are so many.
-        """
-        if len(self.watched) < self.cfg.displacement_window:
-            return False
-        if any(math.isnan(change) for change in self.watched):
-            return False
-        return math.fsum(self.watched) > 0
 
     def draw(
         self,
@@ -246,7 +228,10 @@ class DpoLoop:
         with self.generator.given_prompts(batch.embeddings):
             # supervised fine-tuning: the flow error of the chosen videos
             if self.cfg.method == "sft":
-                return _without_reference(self.chosen_error(batch, draw))
+                error_N = self.generator.flow_error(
+                    batch.chosen_NCFHW, draw.noise_NCFHW, draw.sigma_N, batch.prompts
+                )
+                return _without_reference(error_N)
 
             # RWR: the weighted flow error of all videos
             errors = self.errors(batch, draw)
@@ -283,19 +268,7 @@ class DpoLoop:
             torch.cat([draw.sigma_N, draw.sigma_N]),
             [*batch.prompts, *batch.prompts],
         )
-        count = len(batch.prompts)
-        chosen_N = error[:count]
-        rejected_N = error[count:]
-        return FlowErrors(chosen_N, rejected_N)
-
-    def chosen_error(self, batch: PairBatch, draw: NoiseDraw) -> Tensor:
-        """Compute the flow errors of the chosen videos alone, (N,)."""
-        return self.generator.flow_error(
-            batch.chosen_NCFHW,
-            draw.noise_NCFHW,
-            draw.sigma_N,
-            [*batch.prompts],
-        )
+        return FlowErrors(*error.chunk(2))
 
 
 def summarise(

@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from alignment.advantages import Advantages, group_relative_advantages
-from alignment.grpo_losses import StepWeights, grpo_group_loss, step_weights
+from alignment.grpo_losses import (
+    StepWeights,
+    grpo_group_loss,
+    update_metrics,
+    weights_of_steps,
+)
 from alignment.rank_groups import RankGroups
 from alignment.rewards.errors import NamedReward
-from alignment.scoring import OverlappedScorer, Scorer, SilentRewardGuard
+from alignment.scoring import Scorer, SilentRewardGuard
 from alignment.timing import PhaseTimer
 from common import faults, gaussian
-from common.distributed import max_over_ranks, mean_over_ranks, sum_over_ranks
 from common.log import say
 
 if TYPE_CHECKING:
@@ -29,7 +33,6 @@ if TYPE_CHECKING:
 
     from alignment.config import GrpoConfig
     from alignment.prompts import PromptBatch, PromptSchedule
-    from common.gaussian import Gaussian
     from common.types import (
         Engine,
         Generator,
@@ -83,9 +86,8 @@ class GrpoLoop:
         engine: Engine,
         prompts: PromptSchedule,
         fps: float,
-        grad_norm: Callable[[], float | Tensor | None] | None = None,
+        grad_norm: Callable[[], float | Tensor | None] = lambda: None,
     ) -> None:
-        _check_rewards(cfg, rewards, weights)
         self.cfg = cfg
         self.generator = generator
         self.rewards = {
@@ -98,6 +100,7 @@ class GrpoLoop:
         self.grad_norm = grad_norm
         # how ranks share groups, and a stop for rewards that return nothing
         self.ranks = RankGroups(cfg.group_size, cfg.ranks_per_group)
+        self.ranks.check(self.rewards.values())
         self.silent_guard = SilentRewardGuard(weights)
 
     def step(self, step: int) -> StepResult:
@@ -107,9 +110,15 @@ class GrpoLoop:
         trained, when a reward fails on any rank, and by `SilentRewardGuard`.
         """
         timer = PhaseTimer()
-        batch = self.prompts.at(step).share(self.ranks.shard_index, self.ranks.shards)
-
-        with self.scorer(timer) as scorer:
+        batch = self.batch(step)
+        scorer = Scorer(
+            self.rewards,
+            fps=self.fps,
+            group_size=self.ranks.members,
+            timer=timer,
+            overlap=self.cfg.overlap_scoring,
+        )
+        with scorer:
             # 1. Sample G videos per prompt from the current policy.
             groups, video_BTYXC = self.sample(batch, step, scorer, timer)
 
@@ -125,7 +134,10 @@ class GrpoLoop:
         # 4. One backward per group and stochastic step, then an optimizer step.
         with timer("update"):
             updates = [self.update(groups, advantages) for _ in range(self.cfg.updates)]
-        train_metrics = _mean_of_updates(updates)
+        train_metrics = {}
+        for name in updates[0]:
+            values = [metrics[name] for metrics in updates]
+            train_metrics[name] = sum(values) / len(values)
 
         metrics = {
             # the console line shows the first of these
@@ -136,16 +148,9 @@ class GrpoLoop:
         }
         return StepResult(metrics, batch, video_BTYXC, scores, advantages.advantage_PM)
 
-    def blocks(self) -> int:
-        """Return the number of shards: sets of ranks that share the members of their groups."""
-        return self.ranks.shards
-
-    def scorer(self, timer: PhaseTimer) -> Scorer:
-        """Return the scorer of one step, with a thread when ``overlap_scoring`` is on."""
-        kind = OverlappedScorer if self.cfg.overlap_scoring else Scorer
-        return kind(
-            self.rewards, fps=self.fps, group_size=self.ranks.members, timer=timer
-        )
+    def batch(self, step: int) -> PromptBatch:
+        """Return the prompts of a step that this rank's shard samples."""
+        return self.prompts.at(step).share(self.ranks.shard_index, self.ranks.shards)
 
     def sample(
         self, batch: PromptBatch, step: int, scorer: Scorer, timer: PhaseTimer
@@ -187,12 +192,17 @@ class GrpoLoop:
         """
         if not advantages.anything_to_learn:
             return {"train/skipped": 1.0}
-        mean_weights = self.mean_weights(groups)
         outputs = []
+        weights = iter(
+            weights_of_steps(
+                [step for group in groups for step in group.steps],
+                form=self.cfg.reweight,
+                normalize=self.cfg.normalize_step_weights,
+            )
+        )
         for group, advantage_G in zip(groups, advantages.advantage_PM, strict=True):
             for step in group.steps:
-                weights = self.weights_of(step, mean_weights)
-                output = self.loss(group.prompt, step, advantage_G, weights)
+                output = self.loss(group.prompt, step, advantage_G, next(weights))
                 if not math.isfinite(output.metrics["loss"]):
                     say(f"the loss is {output.metrics['loss']} for {group.prompt!r}")
 
@@ -202,14 +212,20 @@ class GrpoLoop:
                 faults.point("update")
                 self.engine.step()
                 outputs.append(output)
-        return self.update_metrics(outputs)
+
+        # the engine knows the norm since its optimizer step
+        metrics = update_metrics(outputs, self.grad_norm())
+        return {**metrics, "train/skipped": 0.0}
 
     def loss(
         self, prompt: str, step: Step, advantage_G: Tensor, weights: StepWeights
     ) -> LossOutput:
         """Compute `grpo_group_loss` of a group at a stochastic step, in a single forward."""
         # the reference first, so that the policy's activations are not held meanwhile
-        reference = self.reference_transition(prompt, step)
+        reference = None
+        if self.cfg.kl_weight > 0:
+            with torch.no_grad(), self.generator.reference():
+                reference = self.generator.transition(prompt, step)
         policy = self.generator.transition(prompt, step)
         # how likely the sampled latents are under the policy of now
         log_prob_G = gaussian.log_prob(policy, step.next_GCFHW)
@@ -225,87 +241,7 @@ class GrpoLoop:
             clip_high=self.cfg.clip_high,
         )
 
-    def reference_transition(self, prompt: str, step: Step) -> Gaussian | None:
-        """Compute the transition under the frozen reference policy. None when kl_weight is 0."""
-        if self.cfg.kl_weight == 0.0:
-            return None
-        with torch.no_grad(), self.generator.reference():
-            return self.generator.transition(prompt, step)
-
-    def weights_of(self, step: Step, mean: StepWeights | None = None) -> StepWeights:
-        """Compute `alignment.grpo_losses.step_weights` of a step, divided by ``mean``."""
-        weights = step_weights(
-            step.std,
-            sigma=step.sigma,
-            sigma_next=step.sigma_next,
-            gain=step.gain,
-            form=self.cfg.reweight,
-        )
-        if mean is None:
-            return weights
-        return StepWeights(weights.policy / mean.policy, weights.kl / mean.kl)
-
-    def mean_weights(self, groups: Sequence[Group]) -> StepWeights | None:
-        """MEAN weights over the groups and steps of all ranks. None without normalisation."""
-        if not self.cfg.normalize_step_weights:
-            return None
-        # sums over ranks, because ranks may hold different steps
-        weights = [self.weights_of(step) for group in groups for step in group.steps]
-        count = sum_over_ranks(len(weights))
-        policy = sum_over_ranks(sum(weight.policy for weight in weights))
-        kl = sum_over_ranks(sum(weight.kl for weight in weights))
-        return StepWeights(policy / count, kl / count)
-
-    def update_metrics(self, outputs: Sequence[LossOutput]) -> dict[str, float]:
-        """MEAN over the backwards of all ranks, except ratio_max_dev, which is the maximum."""
-        metrics = {}
-        # the engine knows the norm since its optimizer step
-        norm = None if self.grad_norm is None else self.grad_norm()
-        if norm is not None:
-            metrics["train/grad_norm"] = float(norm)
-        # means over this rank's backwards
-        for key in ("kl", "loss", "ratio_mean", "clip_frac"):
-            if key in outputs[0].metrics:
-                total = sum(output.metrics[key] for output in outputs)
-                metrics[f"train/{key}"] = total / len(outputs)
-        # the largest, since a mean would hide it
-        deviation = max(output.metrics["ratio_dev"] for output in outputs)
-        return {
-            **mean_over_ranks(metrics),
-            "train/ratio_max_dev": max_over_ranks(deviation),
-            "train/skipped": 0.0,
-        }
-
-
-def _check_rewards(
-    cfg: GrpoConfig, rewards: Mapping[str, RewardModel], weights: Mapping[str, float]
-) -> None:
-    """Raise ValueError for rewards without weights, and for group-level rewards of split groups."""
-    if set(rewards) != set(weights):
-        raise ValueError(
-            f"rewards {sorted(rewards)} and weights {sorted(weights)} must have the same names"
-        )
-    # such a reward compares all members of a group
-    group_level = [
-        name
-        for name, reward in rewards.items()
-        if getattr(reward, "group_level", False)
-    ]
-    if cfg.ranks_per_group > 1 and group_level:
-        raise ValueError(
-            f"ranks_per_group={cfg.ranks_per_group} splits groups over ranks, but the "
-            f"group-level rewards {', '.join(group_level)} need every group on one rank"
-        )
-
 
 def _prompts_of(groups: Sequence[Group]) -> list[str]:
     """Return the prompt of every video of these groups."""
     return [group.prompt for group in groups for _ in range(group.size)]
-
-
-def _mean_of_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """MEAN of each metric over the updates of a step."""
-    means = {}
-    for name in updates[0]:
-        means[name] = sum(metrics[name] for metrics in updates) / len(updates)
-    return means

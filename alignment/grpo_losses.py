@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from common.distributed import max_over_ranks, mean_over_ranks, sum_over_ranks
 from common.gaussian import SINGULAR_GAP
 from common.policy_gradient import clipped_surrogate
 from common.types import LossOutput
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from common.types import Step
+
+
+Reweight = Literal["none", "finite", "paper", "unit"]
 
 
 class StepWeights(NamedTuple):
@@ -26,7 +33,7 @@ def step_weights(
     sigma: float,
     sigma_next: float,
     gain: float,
-    form: Literal["none", "finite", "paper", "unit"] = "finite",
+    form: Reweight = "finite",
 ) -> StepWeights:
     """Compute lambda_policy, and lambda_KL = its square, with delta = sigma - sigma_next.
 
@@ -65,6 +72,32 @@ def step_weights(
     else:
         policy = std / gain
     return StepWeights(policy, policy**2)
+
+
+def weights_of_steps(
+    steps: Sequence[Step], *, form: Reweight, normalize: bool
+) -> list[StepWeights]:
+    """Compute the `step_weights` of stochastic steps, in order. All ranks must call this.
+
+    With ``normalize`` they are divided by their MEAN over the steps of all ranks.
+    """
+    weights = []
+    for step in steps:
+        weight = step_weights(
+            step.std,
+            sigma=step.sigma,
+            sigma_next=step.sigma_next,
+            gain=step.gain,
+            form=form,
+        )
+        weights.append(weight)
+    if not normalize:
+        return weights
+    # sums over ranks, because ranks may hold different steps
+    count = sum_over_ranks(len(weights))
+    policy = sum_over_ranks(sum(weight.policy for weight in weights)) / count
+    kl = sum_over_ranks(sum(weight.kl for weight in weights)) / count
+    return [StepWeights(weight.policy / policy, weight.kl / kl) for weight in weights]
 
 
 def grpo_group_loss(
@@ -117,3 +150,21 @@ def grpo_group_loss(
         loss = loss + kl_weight_scaled * kl.mean()
         metrics["kl"] = float(kl.detach().mean())
     return LossOutput(loss, {"loss": float(loss.detach()), **metrics})
+
+
+def update_metrics(
+    outputs: Sequence[LossOutput], grad_norm: float | Tensor | None
+) -> dict[str, float]:
+    """MEAN over the backwards of all ranks, except ratio_max_dev, which is the maximum.
+
+    All ranks must call this.
+    """
+    means = {} if grad_norm is None else {"train/grad_norm": float(grad_norm)}
+    # means over this rank's backwards
+    for key in ("kl", "loss", "ratio_mean", "clip_frac"):
+        if key in outputs[0].metrics:
+            total = sum(output.metrics[key] for output in outputs)
+            means[f"train/{key}"] = total / len(outputs)
+    # the largest, since a mean would hide it
+    deviation = max(output.metrics["ratio_dev"] for output in outputs)
+    return {**mean_over_ranks(means), "train/ratio_max_dev": max_over_ranks(deviation)}

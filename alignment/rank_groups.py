@@ -5,6 +5,7 @@ M is the number of a group's members on one rank: G with ``ranks_per_group`` of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from common.distributed import gather_rows, rank, world_size
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from alignment.rewards.errors import NamedReward
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,15 @@ class RankGroups:
 
     group_size: int
     ranks_per_group: int
+
+    def check(self, rewards: Iterable[NamedReward]) -> None:
+        """Raise ValueError for rewards that compare members which several ranks share."""
+        names = [reward.name for reward in rewards if reward.group_level]
+        if self.ranks_per_group > 1 and names:
+            raise ValueError(
+                f"ranks_per_group={self.ranks_per_group} splits groups over ranks, but the "
+                f"group-level rewards {', '.join(names)} need every group on one rank"
+            )
 
     @property
     def members(self) -> int:

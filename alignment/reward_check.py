@@ -68,7 +68,7 @@ class SensitivityResult:
     unjudged: int
 
 
-def spoil(clips: Sequence[RewardClip], case: str, *, seed: int = 0) -> list[RewardClip]:
+def spoil(clips: Sequence[RewardClip], case: str) -> list[RewardClip]:
     """Spoil every clip by a case of `CASES`."""
     spoilt = []
     for i, clip in enumerate(clips):
@@ -78,7 +78,7 @@ def spoil(clips: Sequence[RewardClip], case: str, *, seed: int = 0) -> list[Rewa
         if case == "wrong prompt":
             prompt = clips[(i + 1) % len(clips)].prompt
         elif case == "noise":
-            source = torch.Generator().manual_seed(derive_seed(seed, "reward check", i))
+            source = torch.Generator().manual_seed(derive_seed(0, "reward check", i))
             video = torch.randint(
                 0, 256, video.shape, generator=source, dtype=torch.uint8
             )
@@ -92,9 +92,7 @@ def spoil(clips: Sequence[RewardClip], case: str, *, seed: int = 0) -> list[Rewa
     return spoilt
 
 
-def check(
-    reward: RewardModel, clips: Sequence[RewardClip], *, seed: int = 0
-) -> list[SensitivityResult]:
+def check(reward: RewardModel, clips: Sequence[RewardClip]) -> list[SensitivityResult]:
     """Score the clips as they are and spoilt by every case.
 
     Raises ValueError for fewer than two different prompts, which leave no wrong prompt to try.
@@ -105,7 +103,7 @@ def check(
     right_B = score_clips(reward, clips).value_B
     results = []
     for case in CASES:
-        spoilt_B = score_clips(reward, spoil(clips, case, seed=seed)).value_B
+        spoilt_B = score_clips(reward, spoil(clips, case)).value_B
         # a video counts when it has a score both times
         scored_B = right_B.isfinite() & spoilt_B.isfinite()
         right = right_B[scored_B]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,39 +15,18 @@ from common.distributed import raise_on_all
 from common.types import RewardUnavailableError, Score
 
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
     from torch import Tensor
 
     from alignment.rewards.errors import NamedReward
     from alignment.timing import PhaseTimer
 
 
-def score_videos(
-    reward: NamedReward,
-    video_BTYXC: Tensor,
-    prompts: Sequence[str],
-    *,
-    fps: float,
-    group_size: int,
-) -> Score:
-    """Score all videos in one call, or in one call per group for a ``group_level`` reward."""
-    faults.point("reward")
-    # most rewards take any videos together
-    if not reward.group_level:
-        return reward.score(video_BTYXC, prompts, fps=fps)
-    scores = []
-    for start in range(0, len(prompts), group_size):
-        group = slice(start, start + group_size)
-        scores.append(reward.score(video_BTYXC[group], prompts[group], fps=fps))
-    return Score.concat(scores)
+class Scorer(AbstractContextManager[None]):
+    """Scores the videos of one step with every reward.
 
-
-class Scorer:
-    """Scores the videos of one step after the rollout.
-
-    Use it as a context manager: `start` every group, then take the `scores` of all.
+    Use it as a context manager: `start` every sampled group, then take the `scores` of all.
+    With ``overlap`` each group is scored in a thread, while the caller samples the next group;
+    a reward then sees the videos of one group at a time.
     """
 
     def __init__(
@@ -57,25 +36,26 @@ class Scorer:
         fps: float,
         group_size: int,
         timer: PhaseTimer,
+        overlap: bool,
     ) -> None:
         self.rewards = rewards
         self.fps = fps
         self.group_size = group_size
         self.timer = timer
+        # a single thread: rewards are called in the order of the groups
+        self.thread = ThreadPoolExecutor(1) if overlap else None
+        self.pending: list[Future[dict[str, Score]]] = []
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Release nothing: the subclass with a thread does."""
+    def __exit__(self, *_: object) -> None:
+        # wait for what is being scored, also after an error
+        if self.thread is not None:
+            self.thread.shutdown()
 
     def start(self, video_GTYXC: Tensor, prompts: Sequence[str]) -> None:
-        """Announce a sampled group. This class does nothing before `scores`."""
+        """Announce the videos (G, T, Y, X, 3) of a sampled group."""
+        if self.thread is not None:
+            future = self.thread.submit(self._score_group, video_GTYXC, prompts)
+            self.pending.append(future)
 
     def scores(self, video_BTYXC: Tensor, prompts: Sequence[str]) -> dict[str, Score]:
         """Return the scores of all videos of the step by reward. All ranks must call this.
@@ -84,58 +64,20 @@ class Scorer:
         """
         # every rank must learn of an error on any rank, or the others would wait for it
         problem = None
+        scores = {}
         try:
-            scores = self._score_all(video_BTYXC, prompts)
+            if self.thread is None:
+                for name, reward in self.rewards.items():
+                    with self.timer(f"score/{name}"):
+                        scores[name] = self._score(reward, video_BTYXC, prompts)
+            else:
+                scores = self._wait()
         except RewardUnavailableError as error:
             problem = error
         raise_on_all(problem)
         return scores
 
-    def _score_all(
-        self, video_BTYXC: Tensor, prompts: Sequence[str]
-    ) -> dict[str, Score]:
-        scores = {}
-        for name, reward in self.rewards.items():
-            with self.timer(f"score/{name}"):
-                scores[name] = self._score(reward, video_BTYXC, prompts)
-        return scores
-
-    def _score(
-        self, reward: NamedReward, video_BTYXC: Tensor, prompts: Sequence[str]
-    ) -> Score:
-        return score_videos(
-            reward, video_BTYXC, prompts, fps=self.fps, group_size=self.group_size
-        )
-
-
-class OverlappedScorer(Scorer):
-    """Scores each group in a thread, while the caller samples the next group.
-
-    A reward sees the videos of one group at a time.
-    """
-
-    def __enter__(self) -> Self:
-        # a single thread: rewards are called in the order of the groups
-        self.thread = ThreadPoolExecutor(1)
-        self.pending: list[Future[dict[str, Score]]] = []
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # wait for what is being scored, also after an error
-        self.thread.shutdown()
-
-    def start(self, video_GTYXC: Tensor, prompts: Sequence[str]) -> None:
-        """Start to score the videos (G, T, Y, X, 3) of a sampled group."""
-        self.pending.append(self.thread.submit(self._score_group, video_GTYXC, prompts))
-
-    def _score_all(
-        self, video_BTYXC: Tensor, prompts: Sequence[str]
-    ) -> dict[str, Score]:
+    def _wait(self) -> dict[str, Score]:
         with self.timer("score/wait"):
             # an error inside the thread is raised here
             parts = [future.result() for future in self.pending]
@@ -149,14 +91,26 @@ class OverlappedScorer(Scorer):
         self, video_GTYXC: Tensor, prompts: Sequence[str]
     ) -> dict[str, Score]:
         # a separate CUDA stream, so that scoring does not wait for the rollout's kernels
-        stream: AbstractContextManager[object] = nullcontext()
-        if torch.cuda.is_available():
-            stream = torch.cuda.stream(torch.cuda.Stream())
+        stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         scores = {}
-        with stream:
+        with torch.cuda.stream(stream):
             for name, reward in self.rewards.items():
                 scores[name] = self._score(reward, video_GTYXC, prompts)
         return scores
+
+    def _score(
+        self, reward: NamedReward, video_BTYXC: Tensor, prompts: Sequence[str]
+    ) -> Score:
+        """Score videos in one call, or in one call per group for a ``group_level`` reward."""
+        faults.point("reward")
+        # most rewards take any videos together
+        count = len(prompts)
+        size = self.group_size if reward.group_level else count
+        scores = []
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            scores.append(reward.score(video_BTYXC[part], prompts[part], fps=self.fps))
+        return Score.concat(scores)
 
 
 class SilentRewardGuard:

@@ -47,12 +47,12 @@ class Finding:
 
 
 def first_ratio(
-    generator: Generator, prompt: str, *, dtype: str, fatal: bool = True, seed: int = 0
+    generator: Generator, prompt: str, *, dtype: str, fatal: bool = True
 ) -> Finding:
     """Check that sampling and training agree on log-probs: before any update every ratio is 1."""
     # a small rollout, as training makes it
     (group,) = generator.rollout(
-        [prompt], group_size=2, seeds=[derive_seed(seed, "self-check")]
+        [prompt], group_size=2, seeds=[derive_seed(0, "self-check")]
     )
     worst = 0.0
     with torch.no_grad():
@@ -144,7 +144,6 @@ def sense(
     prompts: Sequence[str],
     *,
     fps: float,
-    seed: int = 0,
 ) -> Finding:
     """Check that the right prompts score higher than wrong prompts and noise, by MEAN score.
 
@@ -157,7 +156,7 @@ def sense(
     ]
     means = {"right": mean_score(score_clips(reward, clips).value_B)}
     for case in MUST:
-        spoilt = spoil(clips, case, seed=seed)
+        spoilt = spoil(clips, case)
         means[case] = mean_score(score_clips(reward, spoilt).value_B)
     listed = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
     return Finding(

@@ -14,8 +14,8 @@ import difflib
 import functools
 import json
 import math
-import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +24,14 @@ from typing import Any, Generic, Literal, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
 
 from common import safe_yaml, schema
+from common.cli import exit_with_error
 from common.renamed_keys import NEW_NAME
-from common.run_record import dump
+from common.run_record import dump as dump
 from common.schema import Where, config
 from common.shipped import shipped
-
-__all__ = [
-    "CommandLine",
-    "ConfigError",
-    "WandbConfig",
-    "dump",
-    "load",
-    "parse_command_line",
-]
 
 C = TypeVar("C")
 
@@ -76,10 +69,8 @@ class CommandLine(Generic[C]):
 
     cfg: C
     resume: str
-    config_paths: tuple[Path, ...]
-    overrides: tuple[str, ...]
+    dry_run: str | None
     args: argparse.Namespace
-    dry_run: str | None = None
 
 
 def load(
@@ -93,13 +84,7 @@ def load(
     text. An entry of a mapping of sections (``rewards.NAME``) is removed by null.
     Raises ConfigError with every mistake.
     """
-    if yaml is None:
-        files = []
-    elif isinstance(yaml, str | Path):
-        files = [yaml]
-    else:
-        files = list(yaml)
-
+    files = [yaml] if isinstance(yaml, str | Path) else yaml or ()
     reader = _ConfigReader(schema)
     layers = [reader.read_yaml(shipped(file)) for file in files]
     layers += [reader.read_override(text) for text in overrides]
@@ -118,11 +103,14 @@ def parse_command_line(
 ) -> CommandLine[C]:
     """Parse ``--config x.yaml [--resume auto|none|PATH] [--dry-run] [a.b=c ...]``.
 
-    ``extend`` may add options; they come back in ``args``. With mistakes, rank 0 writes
-    each of them to stderr and the process exits with code 2. ``--local_rank``, which
-    launchers append, is ignored.
+    Of ``description`` the first line is shown. ``extend`` may add options; they come back
+    in ``args``, and none of them is required with ``--dry-run``. With mistakes, rank 0
+    writes each of them to stderr and the process exits with code 2. ``--local_rank``,
+    which launchers append, is ignored.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=description.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help="values that override the yaml"
     )
@@ -152,26 +140,20 @@ def parse_command_line(
     )
     if extend is not None:
         extend(parser)
-    args = parser.parse_intermixed_args(argv)
+    # A plan needs no videos and no output file.
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.startswith("--dry-run") for word in words):
+        for action in parser._actions:
+            action.required = False
+    args = parser.parse_intermixed_args(words)
 
     try:
         cfg = load(schema, args.config, args.overrides)
     except ConfigError as error:
         plural = "s" if len(error.errors) > 1 else ""
-        head = (
-            f"{parser.prog}: {len(error.errors)} mistake{plural} in the configuration\n"
-        )
-        lines = "".join(f"  {line}\n" for line in error.errors)
-        is_rank_0 = os.environ.get("RANK", "0") == "0"
-        parser.exit(2, head + lines if is_rank_0 else None)
-    return CommandLine(
-        cfg,
-        args.resume,
-        tuple(args.config),
-        tuple(args.overrides),
-        args,
-        args.dry_run,
-    )
+        head = f"{len(error.errors)} mistake{plural} in the configuration"
+        exit_with_error("\n  ".join([head, *error.errors]))
+    return CommandLine(cfg, args.resume, args.dry_run, args)
 
 
 class _ConfigReader:
@@ -315,6 +297,7 @@ class _ConfigReader:
                 continue
             seen.add(where)
             kind, message = finding["type"], finding["msg"]
+            section = schema.section_of(schema.annotation_at(self.schema, where))
             if kind == "missing" and isinstance(value, list):
                 self.report(where, f"the list is too short, got {_show(value)}")
             elif kind == "missing":
@@ -324,40 +307,30 @@ class _ConfigReader:
                     self.report(missing, "is required and not given")
             elif kind == "unexpected_keyword_argument":
                 # Odd characters may have changed on the way through JSON.
-                if not where:
-                    where = (str(finding["loc"][-1]),)
-                section = schema.section_of(
-                    schema.annotation_at(self.schema, where[:-1])
-                )
-                self._report_unknown(where, value, schema.field_types(section))
+                self._report_unknown(where or (str(finding["loc"][-1]),), value)
             elif kind == "value_error":
                 text = message.removeprefix("Value error, ")
-                section = schema.section_of(schema.annotation_at(self.schema, where))
                 field = _field_named(text, section) if section is not None else ""
                 self.report(where, text, field=field)
-            elif kind == "dataclass_type":
-                section = schema.section_of(schema.annotation_at(self.schema, where))
-                keys = ", ".join(schema.field_types(section))
-                self.report(
-                    where,
-                    f"expected a section with the keys {keys}, got {_show(value)}",
-                )
             else:
                 text = message[0].lower() + message[1:]
+                if kind == "dataclass_type":
+                    keys = ", ".join(schema.field_types(section))
+                    text = f"expected a section with the keys {keys}"
                 self.report(where, f"{text}, got {_show(value)}")
 
-    def _report_unknown(
-        self, where: Where, value: Any, siblings: Iterable[str]
-    ) -> None:
+    def _report_unknown(self, where: Where, value: Any) -> None:
         """Report an unknown key with the nearest key that exists."""
+        section = schema.section_of(schema.annotation_at(self.schema, where[:-1]))
+        siblings = [] if section is None else list(schema.field_types(section))
         new_name = NEW_NAME.get(where[-1])
-        close = difflib.get_close_matches(where[-1], list(siblings), n=1, cutoff=0.6)
+        close = difflib.get_close_matches(where[-1], siblings, n=1)
         if new_name in siblings:
             close = [new_name]
         if not close and isinstance(value, dict) and value:
             # A section in the wrong place: name the keys that were meant.
             for key, inner in value.items():
-                self._report_unknown((*where, key), inner, ())
+                self._report_unknown((*where, key), inner)
             return
         if close:
             nearest = ".".join((*where[:-1], *close))
@@ -372,21 +345,10 @@ def _defaults(section: type) -> dict[str, Any]:
     tree = {}
     for field in dataclasses.fields(section):
         if field.default is not dataclasses.MISSING:
-            tree[field.name] = _as_data(field.default)
+            tree[field.name] = to_jsonable_python(field.default)
         elif field.default_factory is not dataclasses.MISSING:
-            tree[field.name] = _as_data(field.default_factory())
+            tree[field.name] = to_jsonable_python(field.default_factory())
     return tree
-
-
-def _as_data(value: Any) -> Any:
-    """Return sections as dicts and tuples as lists."""
-    if dataclasses.is_dataclass(value):
-        return _as_data(dataclasses.asdict(value))
-    if isinstance(value, dict):
-        return {key: _as_data(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_data(item) for item in value]
-    return value
 
 
 def _sections(layer: dict[str, Any], where: Where) -> Iterable[Where]:
@@ -437,7 +399,7 @@ def _override_value(annotation: Any, text: str) -> Any:
 def _nearest_anywhere(section: type, where: Where) -> str | None:
     """Find a key of another section, by its dotted path and then by its last word."""
     paths = list(schema.dotted_paths(section))
-    close = difflib.get_close_matches(".".join(where), paths, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(".".join(where), paths, n=1)
     if close:
         return close[0]
     by_word = {path.rpartition(".")[2]: path for path in reversed(paths)}

@@ -70,24 +70,22 @@ def skip_cpu_op_build() -> None:
 
     The build takes up to minutes, and plain gloo gives the same numbers.
     """
-    try:
-        import deepspeed.ops as ops
-    except ImportError:
-        return
+    import deepspeed.ops
+
     # a private table of deepspeed; without it the only loss is the wait
-    table = getattr(ops, "__compatible_ops__", None)
-    if isinstance(table, dict) and "deepspeed_shm_comm" in table:
+    table = getattr(deepspeed.ops, "__compatible_ops__", {})
+    if "deepspeed_shm_comm" in table:
         table["deepspeed_shm_comm"] = False
 
 
 @contextmanager
-def joined(*, timeout_s: float = 1800.0, for_deepspeed: bool = True) -> Iterator[None]:
-    """Join the ranks inside the block, and leave afterwards.
+def joined(**options: Any) -> Iterator[None]:
+    """Join the ranks inside the block by `init_process_group`, and leave afterwards.
 
     After an error, SystemExit included, the group stays as it is, since its ranks may be anywhere;
     only the threads of this process are waited for.
     """
-    init_process_group(timeout_s=timeout_s, for_deepspeed=for_deepspeed)
+    init_process_group(**options)
     try:
         yield
         shutdown()
@@ -181,21 +179,19 @@ def rank_batches(count: int, size: int) -> list[list[int]]:
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order: (n, ...) -> (n * world, ...), detached.
+    """Rows of all ranks in rank order: (n, ...) -> (n * world, ...), detached, on the CPU.
 
-    Returns x itself when alone. Raises ValueError, on every rank, when shapes or dtypes differ
-    between ranks.
+    Returns x itself when alone. For a few numbers a step: it sends Python objects. Raises
+    ValueError, on every rank, when shapes or dtypes differ between ranks.
     """
     if world_size() == 1:
         return x
-    # Unequal shapes would hang or corrupt the collective.
-    kinds = gather_objects((tuple(x.shape), str(x.dtype)))
+    parts = gather_objects(x.detach().cpu())
+    kinds = [(tuple(part.shape), str(part.dtype)) for part in parts]
     if len(set(kinds)) > 1:
         raise ValueError(
             f"gather_rows needs the same shape and dtype on all ranks, got {kinds}"
         )
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in kinds]
-    dist.all_gather(parts, x.detach().contiguous())
     return torch.cat(parts)
 
 

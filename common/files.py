@@ -60,7 +60,7 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: str | Path, value: Any) -> None:
     """Replace a file by indented JSON, atomically. Raises ValueError for NaN."""
     text = json.dumps(
         value,
@@ -68,7 +68,7 @@ def write_json(path: Path, value: Any) -> None:
         ensure_ascii=False,
         allow_nan=False,
     )
-    replace_text(path, text + "\n")
+    replace_text(Path(path), text + "\n")
 
 
 def sort_header(path: Path) -> None:
@@ -91,12 +91,6 @@ def sort_header(path: Path) -> None:
             raise ValueError(f"{path}: its sorted header needs more space")
         file.seek(8)
         file.write(ordered.ljust(length))
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file that people can read, with the characters as they are."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def sha256(path: Path) -> str:

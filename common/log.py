@@ -73,7 +73,6 @@ class RunLog:
     wandb        None or mode "disabled" for none
     tensorboard  True writes to run_dir/tensorboard too
     total        number of steps, for the console line
-    quiet        True prints no line per step
     """
 
     def __init__(
@@ -84,19 +83,16 @@ class RunLog:
         wandb: WandbConfig | None = None,
         tensorboard: bool = False,
         total: int | None = None,
-        quiet: bool = False,
     ) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
         self.total = total
-        self.quiet = quiet
-        self._trackers: Trackers | None = None
+        self._trackers = Trackers(say)
         if not _is_main():
             return
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
         self._truncate(start)
         # Trackers read config.yaml, so the folder comes first.
-        self._trackers = Trackers(say)
         if wandb is not None and wandb.mode != "disabled":
             self._trackers.start("wandb", WandbTracker, folder, start, wandb)
         if tensorboard:
@@ -117,19 +113,17 @@ class RunLog:
             file.write(json.dumps(row) + "\n")
 
         # 2. The console: training, then held-out data.
-        if not self.quiet:
-            for held_out in (False, True):
-                part = {
-                    name: value
-                    for name, value in values.items()
-                    if name.startswith(MEASURED) == held_out
-                }
-                if part:
-                    say(self._line(step, part))
+        for held_out in (False, True):
+            part = {
+                name: value
+                for name, value in values.items()
+                if name.startswith(MEASURED) == held_out
+            }
+            if part:
+                say(self._line(step, part))
 
         # 3. The trackers.
-        if self._trackers is not None:
-            self._trackers.call("log", step, values)
+        self._trackers.call("log", step, values)
 
     def videos(
         self,
@@ -138,14 +132,12 @@ class RunLog:
         captions: Sequence[str],
     ) -> None:
         """Send mp4 files to the trackers."""
-        if self._trackers is not None:
-            self._trackers.call("videos", step, files, captions)
+        self._trackers.call("videos", step, files, captions)
 
     def close(self) -> None:
         """End the tracking; metrics.jsonl is complete after every `log`."""
-        if self._trackers is not None:
-            self._trackers.call("close")
-            self._trackers = None
+        self._trackers.call("close")
+        self._trackers.running = {}
 
     def _truncate(self, step: int) -> None:
         """Drop the lines of ``step`` and later, and a torn last line."""

@@ -50,8 +50,6 @@ class AdaptiveBatcher:
     """
 
     def __init__(self, size: int | None, *, what: str) -> None:
-        if size is not None and size < 1:
-            raise ValueError(f"a chunk of {what} holds at least 1, got {size}")
         self.size = size
         self.what = what
         self.fixed = False

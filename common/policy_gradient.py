@@ -29,8 +29,7 @@ AdvantageScale = Literal["none", "group", "max_group", "batch"]
 def group_std(reward_PG: Tensor) -> Tensor:
     """Standard deviation of every group -> (P,), fp64, ddof 0 over members with a finite reward.
 
-    It is 0 with fewer than two such members. Its maximum over all ranks is the max_std of
-    `group_advantages`.
+    It is 0 with fewer than two such members.
     """
     return _centre(reward_PG).std_P
 
@@ -40,29 +39,19 @@ def group_advantages(
     *,
     scale: AdvantageScale,
     eps: float = 1e-4,
-    max_std: float | None = None,
 ) -> Tensor:
     """Advantage of every member within its group -> (P, G), the reward's dtype, fp32 at least.
 
         none       A = R - mean_group                              (Dr. GRPO 2503.20783)
         group      A = (R - mean_group) / (std_group + eps)        (GRPO 2402.03300)
         max_group  A = (R - mean_group) / (max_groups std + eps)   (LongCat 2510.22200, equation 9)
-        batch      A = (R - mean_group) / (std of all R + eps)     (Flash-GRPO 2605.15980), of the
-                                                                   rows given here
+        batch      A = (R - mean_group) / (std of all R + eps)     (Flash-GRPO 2605.15980)
 
-    Mean and population std (ddof 0) go over members with a finite reward; other members get 0. A
-    group with fewer than two finite rewards, or without any spread, is exactly 0. ``max_std`` is
-    the maximum over groups when they are spread over ranks; without it the maximum goes over the
-    rows given here. Raises ValueError for a reward that is not (P, G), eps < 0, or a max_std that
-    the scale does not use.
+    The largest std and that of all R go over the rows given here, the groups of all ranks. Mean and
+    population std (ddof 0) go over members with a finite reward; other members get 0. A group with
+    fewer than two finite rewards, or without any spread, is exactly 0. Raises ValueError for a
+    reward that is not (P, G).
     """
-    # Checks.
-    if eps < 0.0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
-    if max_std is not None and scale != "max_group":
-        raise ValueError(
-            f"max_std={max_std} is used by scale='max_group' only, got scale={scale!r}"
-        )
     centred = _centre(reward_PG)
     std_P1 = centred.std_P[:, None]
 
@@ -72,16 +61,11 @@ def group_advantages(
     elif scale == "group":
         divisor_P1 = std_P1 + eps
     elif scale == "max_group":
-        top = std_P1.max() if max_std is None else std_P1.new_tensor(max_std)
-        divisor_P1 = (top + eps).expand_as(std_P1)
-    elif scale == "batch":
+        divisor_P1 = (std_P1.max() + eps).expand_as(std_P1)
+    else:
         finite = reward_PG[reward_PG.isfinite()].detach().double()
         std = finite.std(correction=0) if finite.numel() else finite.new_zeros(())
         divisor_P1 = (std + eps).expand_as(std_P1)
-    else:
-        raise ValueError(
-            f"scale must be 'none', 'group', 'max_group' or 'batch', got {scale!r}"
-        )
 
     # 2. A row without spread has a zero numerator; a divisor of 1 keeps eps = 0 from making 0 / 0.
     divisor_P1 = torch.where(std_P1 > 0.0, divisor_P1, 1.0)
@@ -96,17 +80,15 @@ def clipped_surrogate(
     *,
     clip_low: float,
     clip_high: float,
-    dual_clip: float | None = None,
 ) -> LossOutput:
     """PPO's clipped objective, negated; MEAN over all elements of three equal shapes.
 
         r = exp(log_prob - old_log_prob)
         loss = -mean[ min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) ]  (PPO 1707.06347, eq. 7)
 
-    ``dual_clip`` c > 1 bounds the term of a negative advantage by c A (dual-clip PPO 1912.09729,
-    equation 5). An infinite clip_low and clip_high switch the clip off. The gradient flows through
-    ``log_prob`` only. Metrics: ratio_mean, ratio_dev (the maximum of |r - 1|), clip_frac (elements
-    where a clip binds), old_kl (k3). Raises ValueError for unequal shapes or clips out of range.
+    An infinite clip_low and clip_high switch the clip off. The gradient flows through ``log_prob``
+    only. Metrics: ratio_mean, ratio_dev (the maximum of |r - 1|), clip_frac (elements where a clip
+    binds). Raises ValueError for unequal shapes.
     """
     if not log_prob.shape == old_log_prob.shape == advantage.shape:
         shapes = [tuple(t.shape) for t in (log_prob, old_log_prob, advantage)]
@@ -115,17 +97,14 @@ def clipped_surrogate(
         )
     # The old policy is a constant.
     log_ratio = widen(log_prob) - widen(old_log_prob).detach()
-    terms = _surrogate_terms(
+    objective, metrics = _surrogate(
         log_ratio,
         advantage,
+        torch.ones_like(log_ratio, dtype=torch.bool),
         clip_low=clip_low,
         clip_high=clip_high,
-        dual_clip=dual_clip,
     )
-    everywhere = torch.ones_like(log_ratio, dtype=torch.bool)
-    return LossOutput(
-        -terms.objective.mean(), _ratio_metrics(terms, log_ratio, everywhere)
-    )
+    return LossOutput(-objective.mean(), metrics)
 
 
 def token_surrogate(
@@ -144,8 +123,10 @@ def token_surrogate(
         loss = -sum_mask[ min(r A, clip(r) A) ] / count                (DAPO 2503.14476, equation 8)
 
     Log-probs and mask are (B, L); the advantage is (B, 1) or (B, L). Values outside the mask are
-    ignored. ``count`` is the global number of tokens, see the head of this file. Metrics go over
-    the mask of this call. Raises ValueError for unfit shapes, a count <= 0, or clips out of range.
+    ignored. ``count`` is the global number of tokens, see the head of this file.
+    ``dual_clip`` c > 1 bounds the term of a negative advantage by c A (dual-clip PPO
+    1912.09729, equation 5). Metrics go over the mask of this call. Raises ValueError for unfit
+    shapes or a count <= 0.
     """
     if not log_prob_BL.shape == old_log_prob_BL.shape == mask.shape:
         shapes = [tuple(t.shape) for t in (log_prob_BL, old_log_prob_BL, mask)]
@@ -162,17 +143,15 @@ def token_surrogate(
         mask, widen(log_prob_BL) - widen(old_log_prob_BL).detach(), 0.0
     )
     advantage = torch.where(mask, advantage_B1, 0.0)
-    terms = _surrogate_terms(
+    objective, metrics = _surrogate(
         log_ratio,
         advantage,
+        mask,
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
     )
-    return LossOutput(
-        -masked_mean(terms.objective, mask, count=count),
-        _ratio_metrics(terms, log_ratio, mask),
-    )
+    return LossOutput(-masked_mean(objective, mask, count=count), metrics)
 
 
 def k3_kl(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
@@ -237,28 +216,16 @@ def _centre(reward_PG: Tensor) -> _Centred:
     return _Centred(value_PG, std_P)
 
 
-class _Terms(NamedTuple):
-    # per element: the objective to maximise, the ratio, and whether a clip decides
-    objective: Tensor
-    ratio: Tensor
-    bound: Tensor
-
-
-def _surrogate_terms(
+def _surrogate(
     log_ratio: Tensor,
     advantage: Tensor,
+    mask: Tensor,
     *,
     clip_low: float,
     clip_high: float,
-    dual_clip: float | None,
-) -> _Terms:
-    # Checks.
-    if clip_low < 0.0 or clip_high < 0.0:
-        raise ValueError(
-            f"clip_low and clip_high must be >= 0, got {clip_low} and {clip_high}"
-        )
-    if dual_clip is not None and not dual_clip > 1.0:
-        raise ValueError(f"dual_clip must be > 1, got {dual_clip}")
+    dual_clip: float | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Per element the objective to maximise, and metrics: MEAN over the mask, ratio_dev the max."""
     advantage = advantage.detach()
     ratio = log_ratio.exp()
 
@@ -273,26 +240,15 @@ def _surrogate_terms(
         floor = torch.where(advantage < 0.0, dual_clip * advantage, -torch.inf)
         bound = bound | (floor > objective)
         objective = torch.maximum(objective, floor)
-    return _Terms(objective, ratio, bound)
 
-
-def _ratio_metrics(
-    terms: _Terms,
-    log_ratio: Tensor,
-    mask: Tensor,
-) -> dict[str, float]:
-    """MEAN over the mask, except ratio_dev, which is the maximum."""
     # Metrics carry no gradient.
-    ratio = terms.ratio.detach()
-    bound = terms.bound.to(ratio.dtype)
-    log_ratio = log_ratio.detach()
+    ratio = ratio.detach()
     # an empty tensor has no maximum
     deviation = 0.0
     if mask.numel():
         deviation = float(torch.where(mask, (ratio - 1.0).abs(), 0.0).max())
-    return {
+    return objective, {
         "ratio_mean": float(masked_mean(ratio, mask)),
         "ratio_dev": deviation,
-        "clip_frac": float(masked_mean(bound, mask)),
-        "old_kl": float(masked_mean(torch.expm1(log_ratio) - log_ratio, mask)),
+        "clip_frac": float(masked_mean(bound.to(ratio.dtype), mask)),
     }

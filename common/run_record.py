@@ -25,15 +25,20 @@ MASK = "***"
 SETTINGS = "config.yaml"
 # A name with one of these words belongs to a secret.
 _SECRET_WORDS = {
-    "key",
-    "apikey",
-    "token",
-    "secret",
-    "password",
-    "passwd",
+    "auth",
+    "authorization",
+    "bearer",
     "credential",
     "credentials",
+    "key",
+    "passphrase",
+    "pat",
+    "pwd",
 }
+# So does a name with a word that ends like this: PGPASSWORD, accesstoken.
+_SECRET_ENDINGS = ("apikey", "accesskey", "passwd", "password", "secret", "token")
+# User and password of an address: scheme://user:password@host.
+_LOGIN = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 # Packages that affect a run's numbers.
 _PACKAGES = (
     "torch",
@@ -144,22 +149,33 @@ def value_at(settings: Any, dotted_key: str) -> Any:
 
 
 def is_secret(name: str, value: str) -> bool:
-    """True for a text under a name such as ``api_key`` or ``hf_token``."""
+    """True for a text under a name such as ``api_key``, ``accessToken`` or ``PGPASSWORD``."""
     # a value such as <Reward> is only a token of a vocabulary
     if not value or value.startswith("<"):
         return False
-    # hf_token and HF-TOKEN have the same words.
-    words = re.split(r"[^a-z]+", name.lower())
-    return not _SECRET_WORDS.isdisjoint(words)
+    # hf_token, HF-TOKEN and hfToken have the same words
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
+    words = [word for word in re.split(r"[^a-z]+", spaced.lower()) if word]
+    # token_env is the name of a variable
+    if words[-1:] == ["env"]:
+        return False
+    return any(
+        word in _SECRET_WORDS or word.endswith(_SECRET_ENDINGS) for word in words
+    )
 
 
 def hide_secrets(text: str) -> str:
-    """Mask the values of environment variables with a secret's name wherever they occur."""
+    """Mask logins inside addresses, and the secrets of the environment wherever they occur."""
     for name, value in os.environ.items():
-        # a short value (FOO_KEY=1) would mask innocent text and protect nothing
-        if len(value) >= 8 and is_secret(name, value):
-            text = text.replace(value, MASK)
-    return text
+        secrets = [value] if is_secret(name, value) else []
+        # the password inside DATABASE_URL and the like
+        for login in _LOGIN.findall(value):
+            secrets.append(login.partition(":")[2])
+        for secret in secrets:
+            # a short value (FOO_KEY=1) would mask innocent text and protect nothing
+            if len(secret) >= 8:
+                text = text.replace(secret, MASK)
+    return _LOGIN.sub(MASK, text)
 
 
 def _without_secrets(value: Any) -> Any:
@@ -176,8 +192,9 @@ def _without_secrets(value: Any) -> Any:
 
 def _mask_argument(word: str) -> str:
     """Mask the value of ``name=value`` on a command line where the name is a secret's."""
-    name, equals, value = word.partition("=")
-    return f"{name}={MASK}" if equals and is_secret(name, value) else word
+    path, equals, value = word.partition("=")
+    name = path.rpartition(".")[2]
+    return f"{path}={MASK}" if equals and is_secret(name, value) else word
 
 
 # ---- environment ----

@@ -27,23 +27,12 @@ from pydantic.dataclasses import dataclass
 
 from common.files import read_json
 
+# pydantic's limits, which schemas take from here
 __all__ = [
-    "Fraction",
-    "NonEmptyText",
     "NonNegativeFloat",
     "NonNegativeInt",
     "PositiveFloat",
     "PositiveInt",
-    "Where",
-    "annotation_at",
-    "config",
-    "dotted_paths",
-    "entry_of",
-    "field_types",
-    "is_text",
-    "read_section",
-    "run_config",
-    "section_of",
 ]
 
 T = TypeVar("T")

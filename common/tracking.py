@@ -66,15 +66,10 @@ class WandbTracker:
         captions: Sequence[str],
     ) -> None:
         """Upload all videos of a step as a single entry."""
-        # The step gets a single entry with all its videos.
-        videos = []
-        for file, caption in zip(files, captions, strict=True):
-            video = self.wandb.Video(
-                str(file),
-                caption=caption,
-                format="mp4",
-            )
-            videos.append(video)
+        videos = [
+            self.wandb.Video(str(file), caption=caption, format="mp4")
+            for file, caption in zip(files, captions, strict=True)
+        ]
         self.wandb.log({"samples": videos}, step=step)
 
     def close(self) -> None:

@@ -76,15 +76,6 @@ class Step:
         """G, the number of members."""
         return self.next_GCFHW.shape[0]
 
-    def start_of(self, member: int) -> Tensor:
-        """x of a member at the start, (1, C, F, H, W); IndexError if there is no such member."""
-        if not 0 <= member < self.size:
-            raise IndexError(f"member must be in 0..{self.size - 1}, got {member}")
-        # all members share a single latent
-        if len(self.latent_MCFHW) == 1:
-            return self.latent_MCFHW
-        return self.latent_MCFHW[member : member + 1]
-
 
 @dataclass(frozen=True)
 class Group:
@@ -151,24 +142,20 @@ class Score:
         import torch
 
         # names in the order they appear
-        parts: dict[str, list[Tensor]] = {}
-        for score in scores:
-            parts |= {name: [] for name in score.parts if name not in parts}
-        for name, columns in parts.items():
+        parts = {}
+        for name in dict.fromkeys(name for score in scores for name in score.parts):
+            columns = []
             for score in scores:
                 missing_B = torch.full_like(score.value_B, math.nan)
                 columns.append(score.parts.get(name, missing_B))
+            parts[name] = torch.cat(columns)
 
         # texts, unless no score has them
         texts: list[str] = []
-        for score in scores:
-            texts += score.texts or [""] * len(score.value_B)
-        if not any(score.texts for score in scores):
-            texts = []
-        # Join all columns.
-        value_B = torch.cat([score.value_B for score in scores])
-        joined = {name: torch.cat(columns) for name, columns in parts.items()}
-        return Score(value_B, joined, texts)
+        if any(score.texts for score in scores):
+            for score in scores:
+                texts += score.texts or [""] * len(score.value_B)
+        return Score(torch.cat([score.value_B for score in scores]), parts, texts)
 
     def take(self, places: Sequence[int]) -> Score:
         """Select videos, in the given order."""
@@ -236,16 +223,10 @@ class Generator(Protocol):
         """
         ...
 
-    def transition(
-        self,
-        prompt: str,
-        step: Step,
-        member: int | None = None,
-    ) -> Gaussian:
+    def transition(self, prompt: str, step: Step) -> Gaussian:
         """Distribution of ``step.next`` given ``step.latent``, ONE forward, with gradient.
 
-        Its mean is (M, C, F, H, W). With ``member`` it is that of this member, by a separate
-        forward: (1, C, F, H, W).
+        Its mean is (M, C, F, H, W).
         """
         ...
 

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from omegaconf import OmegaConf
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch import nn
-    from torch.optim import AdamW
 
     from engine.config import OptimizerConfig
 
@@ -77,7 +78,7 @@ def ds_config(
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
 
-    config = _merge(config, overrides or {})
+    config = OmegaConf.to_container(OmegaConf.merge(config, overrides or {}))
     steps = config["gradient_accumulation_steps"]
     if steps != accumulation:
         raise ValueError(
@@ -90,17 +91,6 @@ def ds_config(
             f"deepspeed.zero_optimization.stage is zero_stage: {zero_stage}, not {stage}"
         )
     return config
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``over`` on top of ``base``, mappings merged key by key."""
-    result = dict(base)
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
-            result[key] = _merge(base[key], value)
-        else:
-            result[key] = value
-    return result
 
 
 def unknown_keys(overrides: Mapping[str, Any]) -> list[str]:
@@ -173,21 +163,27 @@ def build_engine(
     as `parameter_groups` and `ds_config` do.
     """
     import deepspeed
+    from torch.optim import AdamW
     from torch.optim.lr_scheduler import LambdaLR
 
     from common.log import say
+    from engine.optimizer import PerGroupClippedAdamW
     from engine.zero3 import sum_gradients
 
     # Settings. DeepSpeed must not clip again what the optimizer clips by group.
     groups = parameter_groups(module, params)
-    adamw = _build_adamw(
-        groups,
-        optimizer,
-        clip_per_group=clip_per_group,
-        sliced=zero_stage > 0,
-    )
+    names = ("lr", "betas", "eps", "weight_decay")
+    options = {name: getattr(optimizer, name) for name in names}
     if clip_per_group:
+        adamw = PerGroupClippedAdamW(
+            groups,
+            max_norm=optimizer.max_grad_norm,
+            sliced=zero_stage > 0,
+            **options,
+        )
         optimizer = replace(optimizer, max_grad_norm=0.0)
+    else:
+        adamw = AdamW(groups, **options)
     config = ds_config(
         optimizer=optimizer,
         zero_stage=zero_stage,
@@ -202,7 +198,11 @@ def build_engine(
         )
 
     # The engine. The rate rises linearly over the warm-up.
-    buffers = _buffers(module)
+    buffers = [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
     warmup = max(1, optimizer.warmup_steps)
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -216,7 +216,13 @@ def build_engine(
         owner._buffers[name] = buffer.to(engine.device)
     if zero_stage == 3:
         sum_gradients(engine)
-        _check_whole_groups(engine, groups, clip_per_group=clip_per_group)
+        # Pieces of a group must not be clipped by norms of their own.
+        pieces = len(engine.optimizer.fp16_groups)
+        if clip_per_group and pieces != len(groups):
+            raise ValueError(
+                f"deepspeed.zero_optimization.sub_group_size cuts {len(groups)} parameter "
+                f"groups into {pieces} pieces, and each would be clipped by its norm"
+            )
     return engine
 
 
@@ -239,51 +245,3 @@ def shard_frozen(
     # The engine must live as long as the module, or its hooks go away. The tuple hides it
     # from torch, which would register it as a submodule.
     module.sharding_engine = (engine,)
-
-
-def _build_adamw(
-    groups: list[dict[str, Any]],
-    optimizer: OptimizerConfig,
-    *,
-    clip_per_group: bool,
-    sliced: bool,
-) -> AdamW:
-    from torch.optim import AdamW
-
-    from engine.optimizer import PerGroupClippedAdamW
-
-    options = {
-        "lr": optimizer.lr,
-        "betas": optimizer.betas,
-        "eps": optimizer.eps,
-        "weight_decay": optimizer.weight_decay,
-    }
-    if not clip_per_group:
-        return AdamW(groups, **options)
-    return PerGroupClippedAdamW(
-        groups,
-        max_norm=optimizer.max_grad_norm,
-        sliced=sliced,
-        **options,
-    )
-
-
-def _buffers(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """List every buffer with the module that holds it and its name there."""
-    buffers = []
-    for owner in module.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            buffers.append((owner, name, buffer))
-    return buffers
-
-
-def _check_whole_groups(
-    engine: DeepSpeedEngine, groups: list[dict[str, Any]], *, clip_per_group: bool
-) -> None:
-    """Raise ValueError if ZeRO 3 would clip pieces of a parameter group."""
-    pieces = len(engine.optimizer.fp16_groups)
-    if clip_per_group and pieces != len(groups):
-        raise ValueError(
-            f"deepspeed.zero_optimization.sub_group_size cuts {len(groups)} parameter groups "
-            f"into {pieces} pieces, and each would be clipped by its own norm"
-        )

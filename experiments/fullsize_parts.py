@@ -32,14 +32,13 @@ from generator import adapter
 from generator.config import GeneratorConfig
 from generator.wan import WanGenerator
 from launch import cold_start as cold_start_command
-from launch import dpo as dpo_command
-from launch import grpo as grpo_command
 from launch.planning.known_models import QWEN3_VL, WAN, WAN_VAE
 from launch.planning.models import Lengths
 from launch.planning.plan import DEVICES, Plan, Where
 from launch.planning.runs import plan_dpo, plan_grpo, plan_reward_model
 from launch.schemas.pairs import DpoRun
 from launch.schemas.training import ColdStartRun, GrpoRun
+from launch.training import dpo_loop, grpo_loop
 from rm.data import Pair
 from rm.model import DeScore
 from rm.prompt import DEFAULT_TEMPLATE, VIDEO_PAD, token_id
@@ -83,9 +82,7 @@ def grpo(folder: Path) -> FullSizeResult:
     # DeScore is measured by another part.
     cfg = replace(cfg, rewards={"brightness": cfg.rewards["brightness"]})
     generator = random_wan(cfg.generator)
-    loop, engine = grpo_command.loop_of(
-        cfg, [PROMPT], generator, {"brightness": Brightness()}
-    )
+    loop = grpo_loop.loop_of(cfg, [PROMPT], generator, {"brightness": Brightness()})
 
     # The update.
     embeddings = {
@@ -99,7 +96,7 @@ def grpo(folder: Path) -> FullSizeResult:
         "grad_norm": metrics["train/grad_norm"],
         "not_finite": loop.engine.pop_skipped_count(),
     }
-    return plan_grpo(cfg, WHERE), engine.module, facts
+    return plan_grpo(cfg, WHERE), generator.module, facts
 
 
 def dpo(folder: Path) -> FullSizeResult:
@@ -126,13 +123,13 @@ def dpo(folder: Path) -> FullSizeResult:
 
     # The step.
     generator = random_wan(cfg.generator, vae=False)
-    loop, engine = dpo_command.loop_of(cfg, PairSet(store), generator, accumulation=1)
+    loop = dpo_loop.loop_of(cfg, PairSet(store), generator, accumulation=1)
     metrics = loop.step(0)
     facts = {
         "loss": metrics["train/loss"],
         "grad_norm": metrics["train/grad_norm"],
     }
-    return plan_dpo(cfg, WHERE), engine.module, facts
+    return plan_dpo(cfg, WHERE), generator.module, facts
 
 
 def cold_start(folder: Path) -> FullSizeResult:

@@ -21,46 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """The kind of a stochastic step: `sde_transition`, or `cps_transition` without ``max_std``."""
-
-    name: Literal["sde", "cps"] = "sde"
-    noise_level: float = 1.0
-    max_std: float | None = None
-
-    def transition(
-        self,
-        x: Tensor,
-        v: Tensor,
-        sigma: float,
-        sigma_next: float,
-    ) -> Gaussian:
-        """Distribution of x at sigma_next."""
-        # Coefficients-preserving steps have no ceiling on their std.
-        if self.name == "cps":
-            return cps_transition(x, v, sigma, sigma_next, noise_level=self.noise_level)
-        return sde_transition(
-            x,
-            v,
-            sigma,
-            sigma_next,
-            noise_level=self.noise_level,
-            max_std=self.max_std,
-        )
-
-    def gain(self, sigma: float, sigma_next: float) -> float:
-        """Return -d mean / d v of the transition."""
-        if self.name == "cps":
-            return cps_gain(sigma, sigma_next, noise_level=self.noise_level)
-        return sde_gain(
-            sigma,
-            sigma_next,
-            noise_level=self.noise_level,
-            max_std=self.max_std,
-        )
-
-
 # ---- training pairs, guidance ----
 
 
@@ -135,157 +95,104 @@ def adams_bashforth_step(
 # ---- stochastic steps ----
 
 
-def effective_noise(
-    sigma: float,
-    sigma_next: float,
-    *,
-    noise_level: float,
-    max_std: float | None,
-) -> float:
-    """Diffusion coefficient after truncation.
+@dataclass(frozen=True)
+class Kernel:
+    """The kind of a stochastic step. A noise_level of 0 is `euler_step`.
 
-        s = min(a sqrt(sigma / (1 - sigma)), tau / sqrt(delta))
+    sde  Euler-Maruyama steps that keep the marginals (Flow-GRPO 2505.05470 and LongCat-Video
+         2510.22200 equation 23; the score is -(x + (1 - sigma) v) / sigma)
 
-    LongCat-Video 2510.22200, section 3.3.1: the standard deviation s sqrt(delta) of the step is
-    limited to tau = ``max_std``, and the same s enters the drift.
+             mean = x (1 - s^2 delta / (2 sigma)) - v delta (1 + s^2 (1 - sigma) / (2 sigma))
+             std  = s sqrt(delta)
 
-    Raises ValueError unless 1 >= sigma > sigma_next >= 0; also when there is no ceiling,
-    noise_level > 0 and sigma > 1 - 1e-7, where s is infinite to the resolution of fp32.
+         The SAME clipped s (`sde_noise`) is in the mean and in the std.
+    cps  coefficients-preserving sampling (Flow-CPS 2509.05952): exchanges noise instead of
+         adding it. noise_level is in [0, 1], and max_std is not used
+
+             x0   = x - sigma v            the video that v implies
+             x1   = x + (1 - sigma) v      the noise that v implies
+             std  = sigma_next sin(noise_level pi / 2)
+             mean = (1 - sigma_next) x0 + sqrt(sigma_next^2 - std^2) x1
+
+    Every method raises ValueError unless 1 >= sigma > sigma_next >= 0.
     """
-    delta = _delta(sigma, sigma_next)
-    if noise_level < 0 or (max_std is not None and max_std <= 0):
-        raise ValueError(
-            f"need noise_level >= 0 and max_std > 0 or None, got {noise_level} and {max_std}"
-        )
-    if noise_level == 0:
-        return 0.0
-    sigma = float(sigma)
-    if max_std is None:
-        if 1 - sigma < SINGULAR_GAP:
+
+    name: Literal["sde", "cps"] = "sde"
+    noise_level: float = 1.0
+    max_std: float | None = None
+
+    def transition(
+        self,
+        x: Tensor,
+        v: Tensor,
+        sigma: float,
+        sigma_next: float,
+    ) -> Gaussian:
+        """Distribution of x at sigma_next, fp32 or better, with gradient through x and v.
+
+        x and v are (B, ...) or broadcast against each other -> Gaussian of that shape.
+        """
+        x = widen(x)
+        v = widen(v)
+        delta = _delta(sigma, sigma_next)
+        if self.name == "sde":
+            # The same clipped s is in the drift and in the std.
+            s = self.sde_noise(sigma, sigma_next)
+            decay = 1 - s**2 * delta / (2 * sigma)
+            return Gaussian(
+                decay * x - self.gain(sigma, sigma_next) * v, s * math.sqrt(delta)
+            )
+        # Split the new noise level into old and fresh noise.
+        std = sigma_next * math.sin(self.noise_level * math.pi / 2)
+        old_noise = math.sqrt(sigma_next**2 - std**2)
+        # Mix the video and the old noise; fresh noise is the Gaussian's std.
+        video = x - sigma * v
+        noise = x + (1 - sigma) * v
+        return Gaussian((1 - sigma_next) * video + old_noise * noise, std)
+
+    def gain(self, sigma: float, sigma_next: float) -> float:
+        """Return -d mean / d v of the transition.
+
+        sde  delta (1 + s^2 (1 - sigma) / (2 sigma))
+        cps  sigma (1 - sigma_next) - (1 - sigma) sqrt(sigma_next^2 - std^2)
+        """
+        if self.name == "sde":
+            s = self.sde_noise(sigma, sigma_next)
+            correction = 1 + s**2 * (1 - sigma) / (2 * sigma)
+            return _delta(sigma, sigma_next) * correction
+        # sqrt(sigma_next^2 - std^2) is a cosine when std is the sine
+        old_noise = sigma_next * math.cos(self.noise_level * math.pi / 2)
+        return sigma * (1 - sigma_next) - (1 - sigma) * old_noise
+
+    def sde_noise(self, sigma: float, sigma_next: float) -> float:
+        """Diffusion coefficient of an sde step after truncation.
+
+            s = min(a sqrt(sigma / (1 - sigma)), tau / sqrt(delta))
+
+        LongCat-Video 2510.22200, section 3.3.1: the standard deviation s sqrt(delta) of the
+        step is limited to tau = ``max_std``, and the same s enters the drift. Raises ValueError
+        without a ceiling when noise_level > 0 and sigma > 1 - 1e-7, where s is infinite to the
+        resolution of fp32.
+        """
+        delta = _delta(sigma, sigma_next)
+        if self.noise_level == 0:
+            return 0.0
+        if self.max_std is None and 1 - sigma < SINGULAR_GAP:
             raise ValueError(
                 f"noise is infinite at sigma={sigma}: set max_std, or start below 1"
             )
-        return noise_level * math.sqrt(sigma / (1 - sigma))
-    # compared by cross-multiplication, so that the result is finite at sigma = 1 too
-    if noise_level * math.sqrt(sigma * delta) >= max_std * math.sqrt(1 - sigma):
-        return max_std / math.sqrt(delta)
-    return noise_level * math.sqrt(sigma / (1 - sigma))
-
-
-def velocity_gain(sigma: float, noise: float) -> float:
-    """Factor of the SDE's drift correction on the velocity: 1 + s^2 (1 - sigma) / (2 sigma)."""
-    return 1 + noise**2 * (1 - sigma) / (2 * sigma)
-
-
-def sde_transition(
-    x: Tensor,
-    v: Tensor,
-    sigma: float,
-    sigma_next: float,
-    *,
-    noise_level: float,
-    max_std: float | None,
-) -> Gaussian:
-    """Distribution of x at sigma_next after one Euler-Maruyama step that keeps the marginals.
-
-        mean = x (1 - s^2 delta / (2 sigma)) - v delta (1 + s^2 (1 - sigma) / (2 sigma))
-        std  = s sqrt(delta)
-
-    Flow-GRPO 2505.05470 and LongCat-Video 2510.22200 equation 23; the score is
-    -(x + (1 - sigma) v) / sigma. The SAME clipped s (`effective_noise`) is in the mean and in the
-    std. A noise_level of 0 equals `euler_step` bit for bit.
-
-    x and v are (B, ...) or broadcast against each other -> Gaussian of that shape, fp32 or better,
-    with gradient through both. Raises ValueError as `effective_noise` does.
-    """
-    s = effective_noise(
-        sigma,
-        sigma_next,
-        noise_level=noise_level,
-        max_std=max_std,
-    )
-    sigma = float(sigma)
-    # The same clipped s is in the drift and in the std.
-    delta = _delta(sigma, sigma_next)
-    decay = 1 - s**2 * delta / (2 * sigma)
-    mean = decay * widen(x) - delta * velocity_gain(sigma, s) * widen(v)
-    return Gaussian(mean, s * math.sqrt(delta))
-
-
-def sde_gain(
-    sigma: float,
-    sigma_next: float,
-    *,
-    noise_level: float,
-    max_std: float | None,
-) -> float:
-    """Return -d mean / d v of `sde_transition`: delta (1 + s^2 (1 - sigma) / (2 sigma))."""
-    s = effective_noise(
-        sigma,
-        sigma_next,
-        noise_level=noise_level,
-        max_std=max_std,
-    )
-    delta = _delta(sigma, sigma_next)
-    return delta * velocity_gain(sigma, s)
-
-
-def cps_transition(
-    x: Tensor,
-    v: Tensor,
-    sigma: float,
-    sigma_next: float,
-    *,
-    noise_level: float,
-) -> Gaussian:
-    """Coefficients-preserving sampling (Flow-CPS 2509.05952): exchanges noise instead of adding it.
-
-        x0   = x - sigma v            the video that v implies
-        x1   = x + (1 - sigma) v      the noise that v implies
-        std  = sigma_next sin(noise_level pi / 2)
-        mean = (1 - sigma_next) x0 + sqrt(sigma_next^2 - std^2) x1
-
-    noise_level is in [0, 1]; 0 equals `euler_step` up to rounding. Shapes, gradient and errors are
-    those of `sde_transition`.
-    """
-    _delta(sigma, sigma_next)
-    if not 0 <= noise_level <= 1:
-        raise ValueError(
-            f"cps_transition needs noise_level in [0, 1], got {noise_level}"
-        )
-    x = widen(x)
-    v = widen(v)
-    sigma = float(sigma)
-    sigma_next = float(sigma_next)
-    # Split the new noise level into old and fresh noise.
-    std = sigma_next * math.sin(noise_level * math.pi / 2)
-    old_noise = math.sqrt(sigma_next**2 - std**2)
-    # Mix the video and the old noise; fresh noise is the Gaussian's std.
-    video = x - sigma * v
-    noise = x + (1 - sigma) * v
-    mean = (1 - sigma_next) * video + old_noise * noise
-    return Gaussian(mean, std)
-
-
-def cps_gain(
-    sigma: float,
-    sigma_next: float,
-    *,
-    noise_level: float,
-) -> float:
-    """Return -d mean / d v of `cps_transition`.
-
-    sigma (1 - sigma_next) - (1 - sigma) sqrt(sigma_next^2 - std^2)
-    """
-    # sqrt(sigma_next^2 - std^2) is a cosine when std is the sine
-    old_noise = sigma_next * math.cos(noise_level * math.pi / 2)
-    return sigma * (1 - sigma_next) - (1 - sigma) * old_noise
+        # compared by cross-multiplication, so that the result is finite at sigma = 1 too
+        if self.max_std is not None:
+            unbounded = self.noise_level * math.sqrt(sigma * delta)
+            if unbounded >= self.max_std * math.sqrt(1 - sigma):
+                return self.max_std / math.sqrt(delta)
+        return self.noise_level * math.sqrt(sigma / (1 - sigma))
 
 
 def _delta(sigma: float, sigma_next: float) -> float:
     """Return the size of a step, after checking its direction."""
     if not 1 >= sigma > sigma_next >= 0:
         raise ValueError(
-            f"a step needs 1 >= sigma > sigma_next >= 0, got {float(sigma)} and {float(sigma_next)}"
+            f"a step needs 1 >= sigma > sigma_next >= 0, got {sigma} and {sigma_next}"
         )
-    return float(sigma) - float(sigma_next)
+    return sigma - sigma_next

@@ -53,26 +53,19 @@ class LatentCodec:
 
         Raises ValueError that names each wrong size and the nearest right value.
         """
-        # 1. Height and width: whole patches of the transformer.
+        # Height and width: whole patches of the transformer. The first frame is encoded alone.
         problems = []
-        for name, size, patch_size in (
-            ("height", height, patch[1]),
-            ("width", width, patch[2]),
+        for name, size, multiple, alone in (
+            ("height", height, self.spatial * patch[1], 0),
+            ("width", width, self.spatial * patch[2], 0),
+            ("num_frames", num_frames, self.temporal, 1),
         ):
-            multiple = self.spatial * patch_size
-            if size % multiple:
-                near = max(multiple, round(size / multiple) * multiple)
+            if (size - alone) % multiple:
+                near = max(1, round((size - alone) / multiple)) * multiple + alone
+                more = f"{alone} more than " if alone else ""
                 problems.append(
-                    f"{name} must be a multiple of {multiple}, got {size}, try {near}"
+                    f"{name} must be {more}a multiple of {multiple}, got {size}, try {near}"
                 )
-
-        # 2. Frames: the VAE encodes the first frame alone.
-        if (num_frames - 1) % self.temporal:
-            near = round((num_frames - 1) / self.temporal) * self.temporal + 1
-            problems.append(
-                f"num_frames must be 1 more than a multiple of {self.temporal}, "
-                f"got {num_frames}, try {near}"
-            )
         frames = (num_frames - 1) // self.temporal + 1
         if not problems and frames % patch[0]:
             problems.append(

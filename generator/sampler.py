@@ -45,10 +45,6 @@ class Members:
     size: int
     first: int = 0
 
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"a group needs at least 1 member, got {self.size}")
-
     @property
     def numbers(self) -> range:
         """Numbers of these members within their group; a member's noise depends on its number."""
@@ -64,7 +60,7 @@ class Walk:
     steps         consecutive indices of the stochastic steps
     kernel        of the stochastic steps
     shared_noise  False starts every member from its own noise, so that no prefix is shared
-    tail          deterministic walk to sigma = 0 from (x, remaining sigmas); None is Euler
+    tail          deterministic walk to sigma = 0 from (x, remaining sigmas)
 
     Raises ValueError when the steps are empty, not consecutive, or not on the grid.
     """
@@ -73,8 +69,8 @@ class Walk:
     sigmas: Sequence[float]
     steps: Sequence[int]
     kernel: Kernel
+    tail: Tail
     shared_noise: bool = True
-    tail: Tail | None = None
 
     def __post_init__(self) -> None:
         # A step has a noise level before and after it.
@@ -210,12 +206,8 @@ def rollout_group(
     faults.point("tail")
     remaining = walk.sigmas[walk.steps[-1] + 1 :]
 
-    def finish(x_BCFHW: Tensor) -> Tensor:
-        if walk.tail is None:
-            return ode(velocity, x_BCFHW, remaining)
-        return walk.tail(x_BCFHW, remaining)
-
-    return Group(members.prompt, tuple(taken), batch.over(finish, x_MCFHW))
+    clean_GCFHW = batch.over(lambda part: walk.tail(part, remaining), x_MCFHW)
+    return Group(members.prompt, tuple(taken), clean_GCFHW)
 
 
 def _stochastic_step(

@@ -24,19 +24,9 @@ def sigma_grid(num_steps: int, *, shift: float) -> Tensor:
 
         sigma_i = shift u / (1 + (shift - 1) u),  u = 1 - i / N,  i = 0..N
 
-    SD3 (2403.03206, section 5.3.2), as Wan uses it. Raises ValueError unless N >= 1 and shift > 0.
+    SD3 (2403.03206, section 5.3.2), as Wan uses it.
     """
-    if num_steps < 1 or shift <= 0:
-        raise ValueError(
-            f"sigma_grid needs num_steps >= 1 and shift > 0, got {num_steps} and {shift}"
-        )
-    # Equal steps in u, then the time shift.
-    u = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-    sigmas = shift * u / (1 + (shift - 1) * u)
-    # exact by definition, whatever shift / (1 + (shift - 1)) rounds to
-    sigmas[0] = 1.0
-    sigmas[-1] = 0.0
-    return sigmas
+    return _shifted(1.0, 1.0, num_steps, shift)
 
 
 def tail_grid(
@@ -46,14 +36,21 @@ def tail_grid(
     shift: float,
 ) -> Tensor:
     """`sigma_grid` from ``sigma`` down to 0 in ``num_steps`` steps, equal in u: (N + 1,) fp64."""
-    if not 0 < sigma <= 1 or num_steps < 1:
-        raise ValueError(
-            f"tail_grid needs sigma in (0, 1] and num_steps >= 1, got {sigma} and {num_steps}"
-        )
     # u of the first sigma: the inverse of the time shift
     start = sigma / (shift - (shift - 1) * sigma)
+    return _shifted(sigma, start, num_steps, shift)
+
+
+def _shifted(
+    sigma: float,
+    start: float,
+    num_steps: int,
+    shift: float,
+) -> Tensor:
+    """Equal steps in u from ``start`` to 0, then the time shift; the first value is ``sigma``."""
     u = start * (1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps)
     sigmas = shift * u / (1 + (shift - 1) * u)
+    # exact by definition, whatever shift / (1 + (shift - 1)) rounds to
     sigmas[0] = sigma
     sigmas[-1] = 0.0
     return sigmas

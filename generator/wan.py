@@ -225,22 +225,16 @@ class WanGenerator:
 
     # ---- likelihood and error, with gradient ----
 
-    def transition(
-        self,
-        prompt: str,
-        step: Step,
-        member: int | None = None,
-    ) -> Gaussian:
+    def transition(self, prompt: str, step: Step) -> Gaussian:
         """Distribution of `next` given the latent: mean (M, C, F, H, W), gradient through it.
 
         A latent that all members share costs c' DiT sample-forwards, separate latents cost c' G;
-        c' = c, or 1 when guidance_in_update is off. ``member`` restricts this to one member.
+        c' = c, or 1 when guidance_in_update is off.
         """
         # Without guidance an update costs half as much.
         scale = self.cfg.sampler.guidance_scale if self.cfg.guidance_in_update else 1.0
-        x_MCFHW = step.latent_MCFHW if member is None else step.start_of(member)
         # All members are at the same noise level and have the same prompt.
-        x_MCFHW = x_MCFHW.to(self.device)
+        x_MCFHW = step.latent_MCFHW.to(self.device)
         sigma_M = torch.full((len(x_MCFHW),), step.sigma)
         texts = [prompt] * len(x_MCFHW)
         v_MCFHW = self.velocity(x_MCFHW, sigma_M, texts, guidance_scale=scale)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from common.cli import exit_with_error, user_errors
-from launch.command import read_command
+from launch.command import train_command
 from launch.schemas.training import ColdStartRun
 from launch.training.rm_data import read_tables, usable_pairs
 from launch.training.rm_runs import (
@@ -31,19 +31,12 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    command = read_command(ColdStartRun, description=__doc__.splitlines()[0])
-    train(command.cfg, resume=command.resume)
-
-
-def train(run: ColdStartRun, *, resume: str) -> None:
-    """Read the pairs, build everything and train."""
-    from launch.compose import quiet
-
-    quiet()
-    from engine.trainer import run_training
-
-    pairs, heldout = read_pairs_to_train(run)
-    run_training(run, lambda: build_task(run, pairs, heldout), resume=resume)
+    train_command(
+        ColdStartRun,
+        description=__doc__,
+        read_input=read_pairs_to_train,
+        build_task=build_task,
+    )
 
 
 def read_pairs_to_train(run: ColdStartRun) -> tuple[list[Pair], list[Pair]]:

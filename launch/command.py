@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.cli import exit_with_error
 from common.config import CommandLine, parse_command_line
 
+if TYPE_CHECKING:
+    from engine.config import TrainingRun
+    from engine.trainer import TrainingTask
+
 C = TypeVar("C")
+R = TypeVar("R", bound="TrainingRun")
 
 
 def read_command(
@@ -23,17 +27,9 @@ def read_command(
 ) -> CommandLine[C]:
     """Parse the command line with `common.config.parse_command_line`.
 
-    With ``--dry-run`` the process ends here, after printing a plan, and the options that
-    ``extend`` adds are not required. Exits with code 2 when ``run_dir`` or ``out`` cannot be
-    a folder.
+    With ``--dry-run`` the process ends here, after printing a plan. Exits with code 2 when
+    ``run_dir`` or ``out`` cannot be a folder.
     """
-    words = sys.argv[1:] if argv is None else argv
-
-    # A plan needs no videos and no output file.
-    options = [word.partition("=")[0] for word in words]
-    if extend is not None and "--dry-run" in options:
-        extend = _without_required_options(extend)
-
     command = parse_command_line(schema, argv, description=description, extend=extend)
     if command.dry_run is not None:
         from launch.planning.dry_run import dry_run
@@ -57,22 +53,37 @@ def _check_folder(name: str, path: str) -> None:
         exit_with_error(f"{name}={path}: {nearest} is a file")
 
 
-class _OptionalParser:
-    """Adds options to a parser, none of them required."""
+def train_command(
+    schema: type[R],
+    *,
+    description: str,
+    read_input: Callable[[R], tuple[Any, ...]],
+    build_task: Callable[..., TrainingTask],
+) -> None:
+    """Read the command line of a training command, then `train`."""
+    command = read_command(schema, description=description)
+    train(command.cfg, read_input, build_task, resume=command.resume)
 
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._parser = parser
 
-    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
-        """Add an option as argparse does, ignoring ``required``."""
-        settings.pop("required", None)
-        return self._parser.add_argument(*names, **settings)
+def train(
+    run: R,
+    read_input: Callable[[R], tuple[Any, ...]],
+    build_task: Callable[..., TrainingTask],
+    *,
+    resume: str,
+) -> None:
+    """Read a run's input, join the ranks, build everything with ``build_task`` and train.
 
+    ``build_task`` gets the run and what ``read_input`` returns.
+    """
+    from launch.compose import quiet
 
-def _without_required_options(
-    extend: Callable[[Any], object],
-) -> Callable[[argparse.ArgumentParser], object]:
-    return lambda parser: extend(_OptionalParser(parser))
+    quiet()
+    from engine.trainer import run_training
+
+    # Read the input first: a mistake in it ends the process within seconds.
+    parts = read_input(run)
+    run_training(run, lambda: build_task(run, *parts), resume=resume)
 
 
 def take_kind(words: list[str], kinds: Collection[str]) -> str | None:

@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 from alignment.rewards import build_rewards
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from alignment.dpo import DpoLoop
+    from alignment.grpo import GrpoLoop
+    from engine.config import TrainingRun
     from engine.ema import Ema
     from engine.skip_nonfinite import SkipNonFinite
     from engine.trainer import TrainingTask
@@ -103,8 +108,20 @@ def generator_engine(
     return SkipNonFinite(engine, patience=run.max_nonfinite_updates)
 
 
+def size_of_training(run: TrainingRun, module: nn.Module) -> str:
+    """Tell how many parameters of a module are trained."""
+    from engine.zero3 import elements
+
+    parameters = list(module.parameters())
+    trained = elements(p for p in parameters if p.requires_grad)
+    return (
+        f"training {trained:,} of {elements(parameters):,} parameters, "
+        f"ZeRO {run.zero_stage}"
+    )
+
+
 def generator_task(
-    run: GrpoRun | DpoRun, generator: WanGenerator, ema: Ema | None, **options: Any
+    run: GrpoRun | DpoRun, loop: GrpoLoop | DpoLoop, ema: Ema | None, **options: Any
 ) -> TrainingTask:
     """Describe to the training loop how a generator is saved, exported and counted.
 
@@ -114,7 +131,9 @@ def generator_task(
     from engine.trainer import TrainingTask
     from generator.counter import ForwardCounter
 
+    generator = loop.generator
     return TrainingTask(
+        engine=loop.engine,
         export=lambda: export(generator, ema, Path(run.run_dir)),
         ema=ema,
         take_forwards=ForwardCounter(generator.module).take,

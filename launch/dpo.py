@@ -13,184 +13,77 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from common.cli import exit_with_error, user_errors
-from launch.command import read_command
+from common.cli import user_errors
+from launch.command import train_command
 from launch.schemas.pairs import DpoRun
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
-    from alignment.dpo import DpoLoop
     from alignment.pair_store import PairSet
     from engine.trainer import TrainingTask
-    from generator.config import GeneratorConfig
-    from generator.wan import WanGenerator
 
 
 def main() -> None:
-    command = read_command(DpoRun, description=__doc__.splitlines()[0])
-    train(command.cfg, resume=command.resume)
+    train_command(
+        DpoRun, description=__doc__, read_input=read_input, build_task=build_task
+    )
 
 
-def train(run: DpoRun, *, resume: str) -> None:
-    """Read the pairs, build everything and train."""
-    from launch.compose import quiet
+def read_input(run: DpoRun) -> tuple[PairSet, PairSet | None]:
+    """Read training and held-out pairs; exit with code 2 if a set is incomplete or unfit."""
+    from launch.training.dpo_loop import read_set
 
-    quiet()
-    from engine.trainer import run_training
-
-    # Read the input first: a mistake in it ends the process within seconds.
-    pairs = read_set(run.pairs, run.generator)
-    heldout = None if run.heldout is None else read_set(run.heldout, run.generator)
-    run_training(run, lambda: build_task(run, pairs, heldout), resume=resume)
-
-
-def read_set(folder: str, generator: GeneratorConfig) -> PairSet:
-    """Read a set of pairs; exit with code 2 if it is incomplete or of another size."""
-    from alignment.pair_store import PairSet
-
-    try:
-        pairs = PairSet(folder)
-    except ValueError as error:
-        exit_with_error(str(error))
-    problem = misfit(pairs, generator)
-    if problem:
-        exit_with_error(problem)
-    return pairs
-
-
-def misfit(pairs: PairSet, cfg: GeneratorConfig) -> str:
-    """Describe how the videos of these pairs differ from the generator's, or return "".
-
-    Another transformer may learn from them: latents and embeddings depend on the VAE and
-    the text encoder only.
-    """
-    # Sets of earlier versions have recorded nothing.
-    settings = pairs.about.get("identity", {}).get("settings", {})
-    recorded = settings.get("generator", {})
-    changes = []
-    for name in ("height", "width", "num_frames", "max_sequence_length"):
-        wanted = getattr(cfg, name)
-        if recorded.get(name, wanted) != wanted:
-            changes.append(f"{name} {recorded[name]} -> {wanted}")
-    if not changes:
-        return ""
-    return f"{pairs.folder} holds other videos than the generator makes: {', '.join(changes)}"
+    with user_errors():
+        pairs = read_set(run.pairs, run.generator)
+        heldout = None if run.heldout is None else read_set(run.heldout, run.generator)
+    return pairs, heldout
 
 
 def build_task(run: DpoRun, pairs: PairSet, heldout: PairSet | None) -> TrainingTask:
     """Build everything and describe the run to the training loop."""
     from alignment.dpo import steps_of
+    from common.distributed import mean_over_ranks
     from common.log import say
     from engine.ema import Ema
     from engine.trainer import StepReport, no_metrics
     from launch.compose import generator_task
     from launch.training.dpo_displacement import DisplacementWatch
+    from launch.training.dpo_loop import batch_arithmetic, build
     from launch.training.dpo_refresh import Refresher
 
     # Build, and tell how large an update is.
     with user_errors():
-        loop, generator, _ = build(run, pairs)
+        loop = build(run, pairs)
     steps = steps_of(run.dpo, len(pairs))
-    for line in batch_arithmetic(run, loop, pairs=len(pairs), steps=steps):
+    for line in batch_arithmetic(run, loop, steps=steps):
         say(line)
-    ema = None if run.ema is None else Ema(run.ema, generator.module)
-    watch = DisplacementWatch(loop, stops=run.dpo.stop_on_displacement)
-    refresher = None if run.refresh is None else Refresher(run, loop, generator)
+    ema = None if run.ema is None else Ema(run.ema, loop.generator.module)
+    watch = DisplacementWatch(run.dpo)
+    refresher = None if run.refresh is None else Refresher(run, loop)
 
     # The parts that only DPO has.
     def step(number: int) -> StepReport:
         if refresher is not None:
             refresher.before(number)
-        metrics = timed_step(loop, number)
-        return StepReport(metrics, stop=watch.should_stop(number))
+        start = time.perf_counter()
+        metrics = loop.step(number)
+        metrics |= mean_over_ranks({"seconds/step": time.perf_counter() - start})
+        return StepReport(metrics, stop=watch.should_stop(number, metrics))
 
     def evaluate() -> dict[str, float]:
         return loop.evaluate(heldout, limit=run.heldout_pairs)
 
     return generator_task(
         run,
-        generator,
+        loop,
         ema,
         label="dpo",
         steps=steps,
-        engine=loop.engine,
         step=step,
         measure_after=no_metrics if heldout is None else evaluate,
         measure_every=run.eval_every,
         state=watch.state,
         restore=watch.restore,
     )
-
-
-def build(run: DpoRun, pairs: PairSet) -> tuple[DpoLoop, WanGenerator, DeepSpeedEngine]:
-    """Build the loop, the generator and the engine on this rank.
-
-    Raises ValueError if the ranks cannot share the pairs of a step.
-    """
-    from alignment.dpo import backwards_per_update
-    from common import distributed
-    from common.log import say
-    from launch.compose import build_generator
-
-    accumulation = backwards_per_update(run.dpo, distributed.world_size())
-    say(f"loading the generator {run.generator.path}")
-    # Without refresh the pairs hold all that VAE and text encoder would compute.
-    generator = build_generator(
-        run.generator, seed=run.seed, transformer_only=run.refresh is None
-    )
-    loop, engine = loop_of(run, pairs, generator, accumulation=accumulation)
-    return loop, generator, engine
-
-
-def loop_of(
-    run: DpoRun, pairs: PairSet, generator: WanGenerator, *, accumulation: int
-) -> tuple[DpoLoop, DeepSpeedEngine]:
-    """Build the loop and the engine around a generator.
-
-    Raises ValueError if the pairs do not fit the method.
-    """
-    from alignment.dpo import DpoLoop
-    from launch.compose import generator_engine
-
-    engine = generator_engine(run, generator, accumulation=accumulation)
-    loop = DpoLoop(
-        run.dpo,
-        generator=generator,
-        engine=engine,
-        pairs=pairs,
-        seed=run.seed,
-        grad_norm=engine.engine.get_global_grad_norm,
-    )
-    return loop, engine.engine
-
-
-def batch_arithmetic(
-    run: DpoRun, loop: DpoLoop, *, pairs: int, steps: int
-) -> list[str]:
-    """Tell how pairs, ranks and accumulation make one update."""
-    from common import distributed
-    from engine.zero3 import elements
-
-    parameters = list(loop.generator.module.parameters())
-    trained = elements(p for p in parameters if p.requires_grad)
-    return [
-        f"one update = {run.dpo.pairs_per_step} pairs, on {distributed.world_size()} ranks "
-        f"x {loop.backwards} accumulated backwards of {run.dpo.micro_batch} pairs; "
-        f"{pairs} pairs, {run.dpo.epochs:g} epochs = {steps} updates",
-        f"{run.dpo.method}: training {trained:,} of {elements(parameters):,} parameters, "
-        f"ZeRO {run.zero_stage}",
-    ]
-
-
-def timed_step(loop: DpoLoop, step: int) -> dict[str, float]:
-    """Make one optimizer step; its metrics and its seconds, MEAN over ranks."""
-    from common.distributed import mean_over_ranks
-
-    start = time.perf_counter()
-    metrics = loop.step(step)
-    seconds = mean_over_ranks({"seconds/step": time.perf_counter() - start})
-    return {**metrics, **seconds}
 
 
 if __name__ == "__main__":

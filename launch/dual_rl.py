@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import user_errors
-from launch.command import read_command
+from launch.command import train_command
 from launch.schemas.training import DualRlRun
 from launch.training.rm_data import read_tables, usable_pairs
 from launch.training.rm_runs import (
@@ -31,21 +31,19 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    command = read_command(DualRlRun, description=__doc__.splitlines()[0])
-    train(command.cfg, resume=command.resume)
+    train_command(
+        DualRlRun,
+        description=__doc__,
+        read_input=read_pairs_to_train,
+        build_task=build_task,
+    )
 
 
-def train(run: DualRlRun, *, resume: str) -> None:
-    """Read the pairs, build everything and train."""
-    from launch.compose import quiet
-
-    quiet()
-    from engine.trainer import run_training
-
+def read_pairs_to_train(run: DualRlRun) -> tuple[list[Pair], list[Pair]]:
+    """Read training and held-out pairs; exit with code 2 if a table is wrong."""
     # Ties stay: their chains of thought are rewarded too.
     table, heldout = read_tables(run, require_cot=False, require_scores=True)
-    pairs = list(table.pairs)
-    run_training(run, lambda: build_task(run, pairs, heldout), resume=resume)
+    return list(table.pairs), heldout
 
 
 def build_task(run: DualRlRun, pairs: list[Pair], heldout: list[Pair]) -> TrainingTask:

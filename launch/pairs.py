@@ -21,7 +21,7 @@ from launch.command import read_command
 from launch.schemas.pairs import PairsRun
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from launch.training.pair_making import PairOutput
 
@@ -30,12 +30,15 @@ NOT_IN_A_PAIR = ("out", "keep_candidates")
 
 
 def main() -> None:
-    command = read_command(PairsRun, description=__doc__.splitlines()[0])
+    command = read_command(PairsRun, description=__doc__)
     run(command.cfg, resume=command.resume)
 
 
 def run(cfg: PairsRun, *, resume: str) -> None:
     """Make the set. Exit with code 2 when the input is wrong or no pair is left."""
+    from launch.compose import quiet
+
+    quiet()
     from common.cli import exit_with_error
     from launch.evaluation.results_table import all_ranks
 
@@ -55,19 +58,17 @@ def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
     # stop here when the set is complete
     prompts = read_prompts(cfg.prompts)[: cfg.limit]
     checkpoints = [reward.checkpoint for reward in cfg.rewards.values()]
-    identity = identity_of(
-        cfg, cfg.prompts, cfg.generator.path, cfg.adapter, *checkpoints
-    )
-    if is_complete(Path(cfg.out), identity, resume):
+    inputs = [cfg.prompts, cfg.generator.path, cfg.adapter, *checkpoints]
+    output = start_output(cfg, resume, inputs)
+    if output is None:
         return
 
     # load the generator and the rewards
     from common.cli import user_errors
     from common.log import say
-    from launch.compose import build_rewards, quiet, trained_generator
+    from launch.compose import build_rewards, trained_generator
     from launch.training.pair_making import make_pairs
 
-    quiet()
     names = ", ".join(cfg.rewards)
     say(f"loading the generator {cfg.generator.path} and the rewards {names}")
     with user_errors():
@@ -75,20 +76,14 @@ def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
         rewards = build_rewards(cfg.rewards)
 
     # sample, score, choose, write
-    output = start_output(cfg, identity)
     make_pairs(
-        output.folder,
+        output,
         prompts,
         generator,
         rewards,
         {name: reward.weight for name, reward in cfg.rewards.items()},
         how=cfg.pairs,
         seed=cfg.seed,
-        per_shard=output.per_shard,
-        store=output.store,
-        identity=identity,
-        resume=resume,
-        keep=output.keep,
     )
 
 
@@ -102,14 +97,14 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     table = read_benchmark(
         source.csv, source.layout, dimension=source.dimension, videos=source.videos
     )
-    identity = identity_of(cfg, source.csv, cfg.generator.path)
-    if is_complete(Path(cfg.out), identity, resume):
+    output = start_output(cfg, resume, [source.csv, cfg.generator.path])
+    if output is None:
         return
 
     # load the generator, whose VAE encodes
     from common.cli import user_errors
     from common.log import say
-    from launch.compose import build_generator, quiet
+    from launch.compose import build_generator
     from launch.training.pair_making import (
         encode_pair,
         labelled,
@@ -117,22 +112,15 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
         write_output,
     )
 
-    quiet()
     say(table.report())
     decided = [pair for pair in table.pairs if pair.label != 0]
     with user_errors():
         generator = build_generator(cfg.generator)
 
     # encode both videos of every decided pair
-    output = start_output(cfg, identity)
     with VideoChecker() as checker:
-        rows = make_candidates(
-            output.folder,
-            decided[: cfg.limit],
-            encode_pair(generator, source.csv, checker),
-            identity=identity,
-            resume=resume,
-        )
+        make = encode_pair(generator, source.csv, checker)
+        rows = make_candidates(output, decided[: cfg.limit], make)
 
     # write the set
     failed = sum("error" in row for row in rows)
@@ -147,33 +135,36 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     write_output(output, labelled(output.folder, rows), rows, counts)
 
 
-def start_output(cfg: PairsRun, identity: Mapping[str, Any]) -> PairOutput:
-    """Describe the set to write, and save the config beside it."""
+def start_output(
+    cfg: PairsRun, resume: str, inputs: Sequence[str | None]
+) -> PairOutput | None:
+    """Describe the set to write, and save the config beside it. None if the set is complete.
+
+    ``inputs`` are the files and folders that the set is made from.
+    """
     from common import distributed
+    from launch.evaluation.results_table import fingerprint
     from launch.training.pair_making import PairOutput
 
+    # everything that decides the set's bytes; where it is written does not
     folder = Path(cfg.out)
-    if distributed.is_main():
-        dump(cfg, folder)
-    return PairOutput(
-        folder,
-        per_shard=cfg.per_shard,
-        store=cfg.latent_dtype,
-        identity=identity,
-        keep=cfg.keep_candidates,
-    )
-
-
-def identity_of(cfg: PairsRun, *inputs: str | None) -> dict[str, Any]:
-    """Return everything that decides the set's bytes: settings and input fingerprints."""
-    from launch.evaluation.results_table import fingerprint
-
-    # where the set is written changes none of its bytes
     settings = asdict(cfg)
     for name in NOT_IN_A_PAIR:
         settings.pop(name)
     fingerprints = {path: fingerprint(path) for path in inputs if path is not None}
-    return {"settings": settings, "inputs": fingerprints}
+    identity = {"settings": settings, "inputs": fingerprints}
+    if is_complete(folder, identity, resume):
+        return None
+    if distributed.is_main():
+        dump(cfg, folder)
+    return PairOutput(
+        folder,
+        identity,
+        resume,
+        per_shard=cfg.per_shard,
+        store=cfg.latent_dtype,
+        keep=cfg.keep_candidates,
+    )
 
 
 def is_complete(folder: Path, identity: dict[str, Any], resume: str) -> bool:

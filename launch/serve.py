@@ -46,14 +46,14 @@ def serve_rewards(cfg: ServeRun) -> None:
     with user_errors():
         app = create_app(build_rewards(cfg.rewards), cfg, token=token)
     say(f"serving {names} on http://{cfg.host}:{cfg.port}")
-    # Requests can be long: let the running ones end.
+    # Accepted requests are answered before the end; a second signal ends immediately.
     uvicorn.run(
         app,
         host=cfg.host,
         port=cfg.port,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=cfg.shutdown_s,
     )
 
 

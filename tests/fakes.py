@@ -16,7 +16,7 @@ from common.memory import AdaptiveBatcher
 from common.types import Group, Score, Step
 from generator import flow, schedule
 from generator.config import SamplerConfig
-from generator.sampler import Members, Walk, rollout_group
+from generator.sampler import Members, Walk, ode, rollout_group
 
 SHAPE = (3, 2, 4, 4)  # C F H W: a latent is a tiny RGB video
 
@@ -83,7 +83,7 @@ class FakeGenerator:
     ) -> list[Group]:
         return [
             rollout_group(
-                lambda x, sigma: self.module(x.to(self.dtype), sigma),
+                self.velocity,
                 Members(prompt, seed, group_size, first_member),
                 Walk(
                     shape=SHAPE,
@@ -93,16 +93,18 @@ class FakeGenerator:
                     ),
                     kernel=self.kernel,
                     shared_noise=self.how.initial_noise == "shared",
+                    tail=lambda x, sigmas: ode(self.velocity, x, sigmas),
                 ),
                 batch=AdaptiveBatcher(None, what="latents"),
             )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
 
-    def transition(
-        self, prompt: str, step: Step, member: int | None = None
-    ) -> gaussian.Gaussian:
-        x = step.latent_MCFHW if member is None else step.start_of(member)
+    def velocity(self, x: Tensor, sigma: float) -> Tensor:
+        return self.module(x.to(self.dtype), sigma)
+
+    def transition(self, prompt: str, step: Step) -> gaussian.Gaussian:
+        x = step.latent_MCFHW
         self.grad_forwards += len(x) * torch.is_grad_enabled()
         x = x.to(self.dtype)
         return self.kernel.transition(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,7 +170,7 @@ ENTRY_POINTS = [
     path
     for path in SOURCES
     if path.parent.name == "launch"
-    and "read_command(" in path.read_text(encoding="utf-8")
+    and re.search(r"(read|train)_command\(", path.read_text(encoding="utf-8"))
 ]
 
 

@@ -221,7 +221,7 @@ def test_requests_of_a_server(data: st.DataObject) -> None:
             else bytes(content)
         )
     request, _ = outcome(
-        lambda: wire.decode_request(body, kind, max_frames=8, max_videos=4),
+        lambda: wire.decode_request(body, kind, wire.RequestLimits(8, 4)),
         wire.WireError,
     )
     if request is not None:
@@ -279,5 +279,5 @@ def test_damaged_videos(mp4: bytes, tmp_path: Path, data: st.DataObject) -> None
     assert "damaged.mp4" in said if clip is None else clip.frames_TYXC.shape[-1] == 3
     entry = {"mp4": base64.b64encode(bytes(content)).decode()}
     body = json.dumps({**ASKED, "videos": [entry]}).encode()
-    (item,) = wire.decode_request(body, wire.JSON, max_frames=64, max_videos=1).items
+    (item,) = wire.decode_request(body, wire.JSON, wire.RequestLimits(64, 1)).items
     assert (item.video_TYXC is None) == (item.error is not None)

@@ -10,18 +10,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from alignment.rewards.addresses import check_address
 from common.types import RewardUnavailableError
 
 if TYPE_CHECKING:
     from alignment.config import RewardConfig
     from common.types import RewardModel
-
-_WEB_ADDRESS = re.compile(r"https?://[^/\s]")
 
 
 def _brightness(cfg: RewardConfig) -> RewardModel:
@@ -66,11 +64,11 @@ def _generative(cfg: RewardConfig) -> RewardModel:
 
 
 def _remote(cfg: RewardConfig) -> RewardModel:
-    if cfg.url is None:
+    if not cfg.urls:
         raise ValueError(
             "a remote reward needs `url`, the address of a server (launch/serve.py)"
         )
-    return _make("remote:RemoteReward", cfg, cfg.url)
+    return _make("remote:RemoteReward", cfg, cfg.urls)
 
 
 REWARDS: dict[str, Callable[[RewardConfig], RewardModel]] = {
@@ -114,10 +112,8 @@ def factory_of(name: str, cfg: RewardConfig) -> Callable[[RewardConfig], RewardM
         return lambda cfg: plugin.from_file(name, cfg.target, cfg.options)
 
     # a reward of this folder
-    if cfg.url is not None and not _WEB_ADDRESS.match(cfg.url):
-        raise ValueError(
-            f"rewards.{name}.url must be http://host:port, got {cfg.url!r}"
-        )
+    for url in cfg.urls:
+        check_address(name, url)
     kind = cfg.kind or ("remote" if cfg.url is not None else name)
     if kind in REWARDS:
         return REWARDS[kind]
@@ -152,7 +148,7 @@ def _build(name: str, cfg: RewardConfig) -> RewardModel:
         raise ValueError(format_error(name, error, file=cfg.checkpoint)) from error
 
 
-def _make(path: str, cfg: RewardConfig, *arguments: str) -> RewardModel:
+def _make(path: str, cfg: RewardConfig, *arguments: Any) -> RewardModel:
     """Call a class of this folder, ``module:Class``, with the reward's options.
 
     Raises ValueError for options that the class, or what it passes them on to, does not take.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,10 +39,58 @@ class NamedReward:
     def score(
         self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
     ) -> Score:
-        with reward_errors(self.name, RewardFailedError):
+        with reward_errors(self.name, RewardFailedError), contained():
             score = self.reward.score(video_BTYXC, prompts, fps=fps)
             check_count(self.name, len(score.value_B), len(prompts))
-        return score
+            return _checked(score)
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Undo what a reward does to the process: its folder, its gradient mode, its end.
+
+    A call of sys.exit inside becomes a RuntimeError: on a single rank it would end the run with
+    exit code 0, which looks like success.
+    """
+    import torch
+
+    try:
+        # both contexts restore what they found
+        with contextlib.chdir("."), torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    except SystemExit as error:
+        raise RuntimeError(f"the reward called sys.exit({error.code!r})") from error
+
+
+def _checked(score: Score) -> Score:
+    """Return a score whose numbers are dense fp32 on the CPU and whose texts can be written.
+
+    Raises ValueError for complex or sparse numbers and for texts that are no strings.
+    """
+    value_B = _numbers("value_B", score.value_B)
+    parts = {name: _numbers(name, part_B) for name, part_B in score.parts.items()}
+    texts = []
+    for text in score.texts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"a text of the score is a {type(text).__name__}, not a str"
+            )
+        # half of an emoji cannot be written to a file
+        texts.append(text.encode("utf-8", errors="replace").decode())
+    return type(score)(value_B, parts, texts)
+
+
+def _numbers(name: str, number_B: Tensor) -> Tensor:
+    import torch
+
+    if number_B.is_complex() or number_B.layout is not torch.strided:
+        raise ValueError(
+            f"{name} of the score is {number_B.dtype}, {number_B.layout}: "
+            "want a dense tensor of real numbers"
+        )
+    if number_B.is_meta:
+        raise ValueError(f"{name} of the score has no data: it is on the meta device")
+    return number_B.detach().to("cpu", torch.float32)
 
 
 @contextmanager

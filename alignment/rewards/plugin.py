@@ -16,13 +16,13 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from alignment.rewards.errors import check_count, reward_errors
+from alignment.rewards.errors import check_count, contained, reward_errors
 from common.types import Score
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ GROUP = "video_alignment.rewards"
 class FunctionReward:
     """A function, or an object's ``score``, as a `common.types.RewardModel`.
 
-    The function must return a `Score`, or a number for each video. Raises ValueError for a
+    The function must return a `Score`, or a number for each video. It gets a copy of the videos,
+    so that writing into them changes nothing for the rewards after it. Raises ValueError for a
     function that cannot be called with videos, prompts and these options.
     """
 
@@ -70,7 +71,9 @@ class FunctionReward:
         import torch
 
         # a Score, or numbers in any form
-        returned = self.function(video_BTYXC, list(prompts), **self._keywords(fps))
+        returned = self.function(
+            video_BTYXC.clone(), list(prompts), **self._keywords(fps)
+        )
         if isinstance(returned, Score):
             score = returned
         else:
@@ -87,6 +90,12 @@ class FunctionReward:
         is_scalar = getattr(returned, "ndim", 1) == 0
         if is_scalar or not isinstance(returned, Iterable):
             returned = [returned]
+        # these can be iterated, but not in the order of the videos or not as numbers
+        if isinstance(returned, Mapping | Set | str | bytes | bytearray):
+            raise ValueError(
+                f"rewards.{self.name}: score returned a {type(returned).__name__}, "
+                f"want a list or a tensor of {videos} numbers"
+            )
         # float() of a row of a tensor is a RuntimeError
         try:
             return [math.nan if value is None else float(value) for value in returned]
@@ -137,7 +146,7 @@ def from_file(name: str, target: str, options: Mapping[str, Any]) -> RewardModel
     """
     check_target(name, target)
     file, _, attribute = target.rpartition(":")
-    with reward_errors(name, ValueError, file=file):
+    with reward_errors(name, ValueError, file=file), contained():
         module = _run_file(f"own_reward_{name}", file)
         if not hasattr(module, attribute):
             # perhaps a typo

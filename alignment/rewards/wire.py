@@ -10,8 +10,9 @@ application/json           {"model", "prompts", "videos": [{"mp4": base64} or {"
                            this by hand.
 
 The reply is JSON: {"id", "model", "values": [number or null, ...], "parts": {name: [...]},
-"texts": [...], "errors": [null or text, ...]} with an entry per video; null means "could not be
-scored".
+"texts": [...], "errors": [null or text, ...], "failed": number of errors} with an entry per
+video; null means "could not be scored". The status is 200 when every video was read and scored,
+207 when some were not, 422 when none was.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import binascii
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from common.types import Score, json_number
@@ -31,10 +32,31 @@ if TYPE_CHECKING:
 
 SAFETENSORS = "application/x-safetensors"
 JSON = "application/json"
+# (2 - 2^-23) 2^127
+_LARGEST_FP32 = 3.4028234663852886e38
+
+
+# Frame rates outside these bounds are mistakes, and overflow in arithmetic.
+SLOWEST_FPS = 0.01
+FASTEST_FPS = 1000.0
 
 
 class WireError(ValueError):
     """A request or a reply breaks the format."""
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """How large a request may be.
+
+    max_frames  Frames of a video.
+    max_videos  Videos of a request.
+    max_bytes   Bytes of all decoded frames of a request: a small mp4 can hold very large frames.
+    """
+
+    max_frames: int
+    max_videos: int
+    max_bytes: int = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -69,26 +91,32 @@ def encode_request(
     )
 
 
-def decode_request(
-    body: bytes, content_type: str, *, max_frames: int, max_videos: int
-) -> Request:
+@dataclass(frozen=True)
+class Reply:
+    """A decoded reply: the scores, and for each video its error or None."""
+
+    score: Score
+    errors: tuple[str | None, ...]
+
+
+def decode_request(body: bytes, content_type: str, limits: RequestLimits) -> Request:
     """Decode a request of either body.
 
-    Raises WireError for any other body, and for more frames or videos than allowed. In a JSON
-    request, a video that cannot be decoded becomes an item with an error; the others stay.
+    Raises WireError for any other body, and for a request over its limits. In a JSON request, a
+    video that cannot be decoded or is too large becomes an item with an error; the others stay.
     """
     # parameters such as charset do not matter
     kind = content_type.partition(";")[0].strip().lower()
     if kind == SAFETENSORS:
-        return _from_safetensors(body, max_frames=max_frames, max_videos=max_videos)
+        return _from_safetensors(body, limits)
     if kind == JSON:
-        return _from_json(body, max_frames=max_frames, max_videos=max_videos)
+        return _from_json(body, limits)
     raise WireError(
         f"the content type must be {SAFETENSORS} or {JSON}, got {kind or 'none'!r}"
     )
 
 
-def _from_safetensors(body: bytes, *, max_frames: int, max_videos: int) -> Request:
+def _from_safetensors(body: bytes, limits: RequestLimits) -> Request:
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -101,7 +129,7 @@ def _from_safetensors(body: bytes, *, max_frames: int, max_videos: int) -> Reque
         header = json.loads(body[8 : 8 + length])
         request = json.loads(header["__metadata__"]["request"])
         tensors = load(body)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise WireError(
             "the body is no safetensors file with a request in its metadata: "
             f"{error!r:.200}"
@@ -116,17 +144,13 @@ def _from_safetensors(body: bytes, *, max_frames: int, max_videos: int) -> Reque
         or video_BTYXC.shape[-1] != 3
     ):
         raise WireError("tensor video must be uint8 (B, T, Y, X, 3)")
-    _check_size(
-        len(video_BTYXC),
-        video_BTYXC.shape[1],
-        max_frames=max_frames,
-        max_videos=max_videos,
-    )
+    _check_videos(len(video_BTYXC), limits)
+    _check_frames(tuple(video_BTYXC.shape[1:]), limits)
     fps = _rate(request.get("fps") if isinstance(request, dict) else None)
     return _request(request, [VideoItem(video_TYXC, fps) for video_TYXC in video_BTYXC])
 
 
-def _from_json(body: bytes, *, max_frames: int, max_videos: int) -> Request:
+def _from_json(body: bytes, limits: RequestLimits) -> Request:
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -135,24 +159,32 @@ def _from_json(body: bytes, *, max_frames: int, max_videos: int) -> Request:
     videos = request.get("videos") if isinstance(request, dict) else None
     if not isinstance(videos, list) or not videos:
         raise WireError("videos must be a list with at least one entry")
-    _check_size(len(videos), 0, max_frames=max_frames, max_videos=max_videos)
-    return _request(request, [_item(entry, max_frames=max_frames) for entry in videos])
+    _check_videos(len(videos), limits)
+    items = []
+    left = limits
+    for entry in videos:
+        item = _item(entry, left)
+        items.append(item)
+        # the limit of bytes is for all videos together
+        if item.video_TYXC is not None:
+            left = replace(left, max_bytes=left.max_bytes - item.video_TYXC.nbytes)
+    return _request(request, items)
 
 
-def _item(entry: Any, *, max_frames: int) -> VideoItem:
+def _item(entry: Any, limits: RequestLimits) -> VideoItem:
     try:
         if not isinstance(entry, dict) or ("mp4" in entry) == ("frames" in entry):
             raise WireError(
                 "a video is {mp4: base64} or {frames: base64, shape: [T, Y, X, 3], fps: number}"
             )
         if "mp4" in entry:
-            return _read_mp4(_bytes(entry["mp4"]), max_frames=max_frames)
-        return _read_frames(entry, max_frames=max_frames)
+            return _read_mp4(_bytes(entry["mp4"]), limits)
+        return _read_frames(entry, limits)
     except WireError as error:
         return VideoItem(None, 1.0, str(error))
 
 
-def _read_frames(entry: Mapping[str, Any], *, max_frames: int) -> VideoItem:
+def _read_frames(entry: Mapping[str, Any], limits: RequestLimits) -> VideoItem:
     import torch
 
     # raw frames: their bytes and their shape
@@ -164,8 +196,7 @@ def _read_frames(entry: Mapping[str, Any], *, max_frames: int) -> VideoItem:
         and shape[3] == 3
     ):
         raise WireError(f"shape must be [T, Y, X, 3], got {shape!r:.80}")
-    if shape[0] > max_frames:
-        raise WireError(f"{shape[0]} frames, at most {max_frames} are allowed")
+    _check_frames(tuple(shape), limits)
     raw = bytearray(_bytes(entry["frames"]))
     if len(raw) != math.prod(shape):
         raise WireError(f"{len(raw)} bytes for a shape of {math.prod(shape)}")
@@ -174,7 +205,7 @@ def _read_frames(entry: Mapping[str, Any], *, max_frames: int) -> VideoItem:
     )
 
 
-def _read_mp4(content: bytes, *, max_frames: int) -> VideoItem:
+def _read_mp4(content: bytes, limits: RequestLimits) -> VideoItem:
     import io
 
     import av
@@ -188,8 +219,9 @@ def _read_mp4(content: bytes, *, max_frames: int) -> VideoItem:
                 raise WireError("the mp4 has no video")
             stream = container.streams.video[0]
             for frame in container.decode(stream):
-                if len(frames) == max_frames:
-                    raise WireError(f"more than {max_frames} frames")
+                # frames of any size fit into a small file
+                shape = (len(frames) + 1, frame.height, frame.width, 3)
+                _check_frames(shape, limits)
                 frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
             fps = float(stream.average_rate or 0)
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -217,11 +249,25 @@ def _request(request: Any, items: Sequence[VideoItem]) -> Request:
     return Request(request_id, model, tuple(prompts), tuple(items))
 
 
-def _check_size(videos: int, frames: int, *, max_frames: int, max_videos: int) -> None:
-    if not 1 <= videos <= max_videos:
-        raise WireError(f"{videos} videos in a request, 1 to {max_videos} are allowed")
-    if frames > max_frames:
-        raise WireError(f"{frames} frames, at most {max_frames} are allowed")
+def _check_videos(videos: int, limits: RequestLimits) -> None:
+    if not 1 <= videos <= limits.max_videos:
+        raise WireError(
+            f"{videos} videos in a request, 1 to {limits.max_videos} are allowed"
+        )
+
+
+def _check_frames(shape: tuple[int, ...], limits: RequestLimits) -> None:
+    """Check the shape (T, Y, X, 3) of a video. The limit of bytes counts decoded frames."""
+    if shape[0] > limits.max_frames:
+        raise WireError(f"{shape[0]} frames, at most {limits.max_frames} are allowed")
+    size = math.prod(shape)
+    if size == 0:
+        raise WireError(f"a video of shape {list(shape)} has no pixels")
+    if size > limits.max_bytes:
+        raise WireError(
+            f"{size >> 20} MB of decoded frames, {max(0, limits.max_bytes) >> 20} MB are left "
+            "for this request: send fewer or smaller videos"
+        )
 
 
 def _bytes(text: Any) -> bytes:
@@ -232,15 +278,18 @@ def _bytes(text: Any) -> bytes:
 
 
 def _rate(fps: Any) -> float:
-    if not _is_finite_number(fps) or fps <= 0:
-        raise WireError(f"fps must be a positive number, got {fps!r:.40}")
+    if not _is_finite_number(fps) or not SLOWEST_FPS <= fps <= FASTEST_FPS:
+        raise WireError(
+            f"fps must be a number from {SLOWEST_FPS:g} to {FASTEST_FPS:g}, got {fps!r:.40}"
+        )
     return float(fps)
 
 
 def _is_finite_number(value: Any) -> bool:
-    """True for an int or float, but not for a bool, which Python counts as an int."""
+    """True for an int or float that fp32 can hold, but not for a bool, which is an int too."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    # comparing works for integers that are too large for a float, and is False for NaN
+    return is_number and -_LARGEST_FP32 <= value <= _LARGEST_FP32
 
 
 def _is_list_of_text(value: Any) -> bool:
@@ -264,19 +313,17 @@ def encode_reply(
         "parts": parts,
         "texts": list(score.texts),
         "errors": list(errors),
+        "failed": sum(error is not None for error in errors),
     }
 
 
-def decode_reply(body: bytes, *, videos: int, model: str, id: str) -> Score:
+def decode_reply(body: bytes, *, videos: int, model: str, id: str) -> Reply:
     """Decode the reply to a request.
 
     Raises WireError unless it has exactly a number or null for each video of this very request.
     """
     # is it the reply to this request?
-    try:
-        reply = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise WireError(f"the reply is no JSON: {body[:80]!r}") from error
+    reply = read_json(body)
     if not isinstance(reply, dict) or reply.get("model") != model:
         raise WireError(f"the reply is not of model {model!r}")
     if reply.get("id") != id:
@@ -293,7 +340,25 @@ def decode_reply(body: bytes, *, videos: int, model: str, id: str) -> Score:
     texts = reply.get("texts") or []
     if not _is_list_of_text(texts):
         raise WireError("texts must be a list of texts")
-    return Score(value, parts, texts)
+    if texts and len(texts) != videos:
+        raise WireError(f"the reply has {len(texts)} texts for {videos} videos")
+
+    # a reply of another server may lack the errors
+    errors = reply.get("errors") or [None] * videos
+    if not isinstance(errors, list) or len(errors) != videos:
+        raise WireError("errors must be a list with an entry per video")
+    return Reply(
+        Score(value, parts, texts),
+        tuple(None if error is None else str(error) for error in errors),
+    )
+
+
+def read_json(body: bytes) -> Any:
+    """Parse a reply. Raises WireError for anything that is no JSON."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"the reply is no JSON: {body[:80]!r}") from error
 
 
 def _column(values: Any, videos: int) -> Tensor:

@@ -179,8 +179,8 @@ def per_member_gradient(arm: CountedArm) -> Tensor:
 
     # The loop computes the transition of the group. Detached copies of its mean collect the
     # gradient of the loss.
-    def record(prompt: str, step: Step, member: int | None = None) -> Gaussian:
-        result = transition(prompt, step, member)
+    def record(prompt: str, step: Step) -> Gaussian:
+        result = transition(prompt, step)
         if not torch.is_grad_enabled():
             return result
         mean = result.mean.detach().expand(step.next_GCFHW.shape).clone()
@@ -195,7 +195,8 @@ def per_member_gradient(arm: CountedArm) -> Tensor:
         backward(loss)
         prompt, step, mean = calls.pop()
         for member in range(step.size):
-            member_mean = transition(prompt, step, member).mean
+            # All members share the latent that the step starts from.
+            member_mean = transition(prompt, step).mean
             member_mean.backward(mean.grad[member : member + 1])
 
     generator.transition = record

@@ -66,11 +66,13 @@ def main() -> None:
     quiet()
     distributed.init_process_group()
     from alignment.prompts import read_prompts
-    from launch.grpo import build
+    from launch.training.grpo_loop import build
 
     # The same objects as in launch/grpo.py.
     cfg = load(GrpoRun, args.config, args.overrides)
-    loop, generator, engine = build(cfg, read_prompts(cfg.prompts))
+    loop = build(cfg, read_prompts(cfg.prompts))
+    generator = loop.generator
+    engine = loop.engine.engine
     module = type(generator.module).__name__
 
     # Wrap the parts of a step.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from alignment.config import RewardConfig
 from alignment.rewards import factory_of
@@ -14,12 +14,6 @@ def _check_kinds(rewards: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
     """Raise ValueError for an unknown kind, a target without a file, a wrong address."""
     for name, reward in rewards.items():
         factory_of(name, reward)
-    return rewards
-
-
-def _check_not_empty(rewards: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
-    if not rewards:
-        raise ValueError("rewards must name at least one reward, got none")
     return rewards
 
 
@@ -35,6 +29,6 @@ def check_some_weight(rewards: dict[str, RewardConfig]) -> dict[str, RewardConfi
 # Any number of rewards, for commands that may need none.
 Rewards = Annotated[dict[str, RewardConfig], AfterValidator(_check_kinds)]
 # At least one, whatever its weight: for commands that score.
-ScoringRewards = Annotated[Rewards, AfterValidator(_check_not_empty)]
+ScoringRewards = Annotated[Rewards, Field(min_length=1)]
 # At least one whose weight is not 0: for commands that train or choose.
 TrainingRewards = Annotated[ScoringRewards, AfterValidator(check_some_weight)]

@@ -164,7 +164,9 @@ class ColdStartRun(RewardModelRun):
 
     base: str
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
-    dimensions: dict[str, RewardDimension] = field(default_factory=one_reward)
+    dimensions: Annotated[dict[str, RewardDimension], Field(min_length=1)] = field(
+        default_factory=one_reward
+    )
     lr: LearningRates = field(default_factory=LearningRates)
     lora: BackboneLora | None = field(default_factory=BackboneLora)
     video: VideoSettings | None = None
@@ -174,8 +176,6 @@ class ColdStartRun(RewardModelRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.dimensions:
-            raise ValueError("dimensions must name at least one query token, got none")
         if self.data.layout != "descore" and self.cold_start.masking.probability < 1:
             raise ValueError(
                 f"data.layout={self.data.layout} has no chains of thought: it needs "

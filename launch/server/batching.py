@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from alignment.rewards.errors import contained
 from common.types import Score
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class BatcherStats:
     videos: int = 0
     batches: int = 0
     failed: int = 0
+    failed_videos: int = 0
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
 
     def quantile(self, q: float) -> float:
@@ -64,8 +66,8 @@ class BatcherStats:
 class Batcher:
     """Scores requests in the order of arrival, up to ``max_videos`` within ``wait_s`` together.
 
-    If a batch of several requests fails with a ValueError, each request is scored alone, so that
-    only the bad request fails.
+    If a batch of several requests fails, each request is scored alone, so that only the bad
+    request fails. Requests whose client has gone are not scored.
     """
 
     def __init__(
@@ -144,7 +146,7 @@ class Batcher:
         )
 
         # Find the request that is bad.
-        if isinstance(outcome, ValueError) and len(batch) > 1:
+        if isinstance(outcome, Exception) and len(batch) > 1:
             for request in batch:
                 await self._answer([request])
             return
@@ -171,5 +173,5 @@ class Batcher:
         prompts: list[str] = []
         for request in batch:
             prompts += request.prompts
-        with torch.no_grad():
+        with torch.no_grad(), contained():
             return self.reward.score(video_BTYXC, prompts, fps=batch[0].fps)

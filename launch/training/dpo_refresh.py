@@ -11,14 +11,11 @@ from common.distributed import derive_seed
 from common.log import say
 from common.schedule import IndexSchedule
 from launch.compose import build_rewards
-from launch.training.pair_making import make_pairs
+from launch.training.pair_making import PairOutput, make_pairs
 
 if TYPE_CHECKING:
     from alignment.dpo import DpoLoop
-    from generator.wan import WanGenerator
     from launch.schemas.pairs import DpoRun
-
-PAIRS_PER_FILE = 64
 
 
 class Refresher:
@@ -27,9 +24,8 @@ class Refresher:
     Round n is in run_dir/pairs/round-n. A round without a pair is left out.
     """
 
-    def __init__(self, run: DpoRun, loop: DpoLoop, generator: WanGenerator) -> None:
+    def __init__(self, run: DpoRun, loop: DpoLoop) -> None:
         self.loop = loop
-        self.generator = generator
         self.refresh = run.refresh
         self.seed = run.seed
         self.folder = Path(run.run_dir) / "pairs"
@@ -63,24 +59,21 @@ class Refresher:
         schedule = IndexSchedule(
             len(prompts), seed=self.seed, per_step=self.refresh.limit, name="refresh"
         )
-        rewards = self.refresh.rewards
-        folder = self._folder_of(number)
         # From the beginning: candidates of an interrupted round come from other weights.
+        output = PairOutput(
+            self._folder_of(number), identity={"round": number}, resume="none"
+        )
         try:
             make_pairs(
-                folder,
+                output,
                 [prompts[i] for i in schedule.at(number - 1)],
-                self.generator,
+                self.loop.generator,
                 self.rewards,
-                {name: reward.weight for name, reward in rewards.items()},
+                {name: reward.weight for name, reward in self.refresh.rewards.items()},
                 how=self.refresh.pairs,
                 seed=derive_seed(self.seed, "refresh", number),
-                per_shard=PAIRS_PER_FILE,
-                store="float32",
-                identity={"round": number},
-                resume="none",
             )
-            self.loop.use(PairSet(folder))
+            self.loop.use(PairSet(output.folder))
         except ValueError as error:
             say(
                 f"round {number} of online pairs is left out, earlier pairs stay: {error}"

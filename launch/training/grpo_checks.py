@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.cli import exit_with_error
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from alignment.grpo import GrpoLoop
     from alignment.self_checks import Finding
     from launch.schemas.training import GrpoRun
@@ -94,6 +92,7 @@ def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[F
     """
     import torch
 
+    from alignment.self_checks import permutation, sense
     from common.distributed import derive_seed, raise_on_all
     from common.types import RewardUnavailableError
 
@@ -105,10 +104,14 @@ def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[F
         videos.append(loop.generator.decode(latent))
     video_BTYXC = torch.cat(videos)
 
-    findings: list[Finding] = []
+    # Group-level rewards compare the members of a group, which these videos are not.
+    findings = []
     problem = None
     try:
-        findings = _check_rewards(loop, video_BTYXC, prompts)
+        for reward in loop.rewards.values():
+            if not reward.group_level:
+                for check in (permutation, sense):
+                    findings.append(check(reward, video_BTYXC, prompts, fps=loop.fps))
     except RewardUnavailableError as error:
         # The message of a ValueError suffices: it is about these videos or their number.
         if not isinstance(error.__cause__, ValueError):
@@ -121,48 +124,23 @@ def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[F
     return findings
 
 
-def _check_rewards(
-    loop: GrpoLoop, video_BTYXC: Tensor, prompts: list[str]
-) -> list[Finding]:
-    from alignment.self_checks import permutation, sense
-
-    # Group-level rewards compare the members of a group, which these videos are not.
-    findings = []
-    for reward in loop.rewards.values():
-        if not reward.group_level:
-            findings.append(permutation(reward, video_BTYXC, prompts, fps=loop.fps))
-            findings.append(sense(reward, video_BTYXC, prompts, fps=loop.fps))
-    return findings
-
-
-def batch_arithmetic(run: GrpoRun, *, ranks: int, module: Any) -> list[str]:
+def batch_arithmetic(run: GrpoRun, loop: GrpoLoop) -> list[str]:
     """Tell how prompts, members, ranks and accumulation make one update."""
-    from alignment.grpo import backwards_per_update
-    from engine.zero3 import elements
+    from common.distributed import world_size
+    from launch.compose import size_of_training
 
     # One update over all ranks.
     group_size = run.grpo.group_size
     per_group = run.grpo.ranks_per_group
     videos = run.prompts_per_step * group_size
-    groups = run.prompts_per_step * per_group // ranks
+    groups = run.prompts_per_step // loop.ranks.shards
     shared = f", {per_group} ranks to a group" if per_group > 1 else ""
-    backwards = backwards_per_update(
-        run.grpo,
-        run.prompts_per_step,
-        ranks=ranks,
-        steps_per_group=run.generator.sampler.steps_per_group,
-    )
-
-    # The parameters.
-    trained = elements(p for p in module.parameters() if p.requires_grad)
-    everything = elements(module.parameters())
-
+    backwards = groups * run.generator.sampler.steps_per_group
     lines = [
         f"one update = {run.prompts_per_step} prompts x {group_size} members = {videos} "
-        f"videos, on {ranks} ranks x {groups} groups{shared}, {backwards} accumulated "
+        f"videos, on {world_size()} ranks x {groups} groups{shared}, {backwards} accumulated "
         "backwards each",
-        f"training {trained:,} of {everything:,} parameters, ZeRO {run.zero_stage}, "
-        f"{run.steps} updates",
+        f"{size_of_training(run, loop.generator.module)}, {run.steps} updates",
     ]
     if videos < FEW_VIDEOS:
         lines.append(

@@ -7,6 +7,7 @@ stopped, the set has the same bytes; a kill costs one prompt.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,21 +40,23 @@ Candidate = tuple[dict[str, torch.Tensor], Row]
 class PairOutput:
     """Where and how a set is written.
 
+    identity   Everything that decides the set's bytes, as JSON.
+    resume     "auto" goes on with a set of this identity, "none" begins again.
     per_shard  Pairs in a file.
     store      The dtype of the stored latents.
-    identity   Everything that decides the set's bytes, as JSON.
     keep       Keep the candidates after the set is written.
     """
 
     folder: Path
-    per_shard: int
-    store: str
     identity: Mapping[str, Any]
-    keep: bool
+    resume: str
+    per_shard: int = 64
+    store: str = "float32"
+    keep: bool = False
 
 
 def make_pairs(
-    folder: Path,
+    output: PairOutput,
     prompts: Sequence[str],
     generator: WanGenerator,
     rewards: Mapping[str, RewardModel],
@@ -61,11 +64,6 @@ def make_pairs(
     *,
     how: PairConfig,
     seed: int,
-    per_shard: int,
-    store: str,
-    identity: Mapping[str, Any],
-    resume: str = "auto",
-    keep: bool = False,
 ) -> None:
     """Make a set of pairs from prompts. All ranks call it.
 
@@ -73,10 +71,10 @@ def make_pairs(
     """
     # sample and score candidates of every prompt
     make = sample_candidates(generator, rewards, count=how.candidates, seed=seed)
-    rows = make_candidates(folder, prompts, make, identity=identity, resume=resume)
+    rows = make_candidates(output, prompts, make)
 
     # choose a pair of each prompt, and write them
-    choices, pairs = pair_up(folder, rows, weights, how)
+    choices, pairs = pair_up(output.folder, rows, weights, how)
     counts = {
         "prompts": len(rows),
         "pairs": len(choices.pairs),
@@ -85,28 +83,24 @@ def make_pairs(
         "close": choices.close,
         "disagreed": choices.disagreed,
     }
-    output = PairOutput(
-        folder, per_shard=per_shard, store=store, identity=identity, keep=keep
-    )
     write_output(output, pairs, rows, counts)
 
 
 def make_candidates(
-    folder: Path,
-    items: Sequence[Any],
-    make: Callable[[int, Any], Candidate],
-    *,
-    identity: Mapping[str, Any],
-    resume: str,
+    output: PairOutput, items: Sequence[Any], make: Callable[[int, Any], Candidate]
 ) -> list[Row]:
     """Call ``make(i, item)`` for every item, save its tensors and row, and return all rows.
 
     An item that raises ValueError gets the row {"error": reason}, and is tried again when the
     run is started again. All ranks call it; the rows come in the order of the items.
     """
+    folder = output.folder
     (folder / CANDIDATES).mkdir(parents=True, exist_ok=True)
     table = ResultsTable(
-        folder / f"{CANDIDATES}.jsonl", identity=identity, resume=resume, retry="error"
+        folder / f"{CANDIDATES}.jsonl",
+        identity=output.identity,
+        resume=output.resume,
+        retry="error",
     )
     # a finished item is not made again
     keys = [(i,) for i in range(len(items))]
@@ -178,6 +172,9 @@ def encode_pair(
     """
     from common.video_io import read_frames
 
+    names = ("num_frames", "fps", "height", "width")
+    size = {name: getattr(generator.cfg, name) for name in names}
+
     def make(i: int, pair: Pair) -> Candidate:
         # the label is positive when people prefer video A
         files = [pair.video_A, pair.video_B]
@@ -185,16 +182,7 @@ def encode_pair(
             files.reverse()
         try:
             checker.require(*files)
-            videos = [
-                read_frames(
-                    file,
-                    num_frames=generator.cfg.num_frames,
-                    fps=generator.cfg.fps,
-                    height=generator.cfg.height,
-                    width=generator.cfg.width,
-                )
-                for file in files
-            ]
+            videos = [read_frames(file, **size) for file in files]
         except ValueError as error:
             raise ValueError(f"{csv}:{pair.line}: {error}") from error
         tensors = {
@@ -212,10 +200,15 @@ def pair_up(
     """Choose a pair among the scored candidates of each prompt, and read the chosen latents."""
     # prompts whose sampling failed take no part
     complete = [row for row in rows if "error" not in row]
+    # JSON has no NaN: null stands for it
     values = {}
     for name in weights:
-        scores = [row["rewards"][name] for row in complete]
-        values[name] = _table_of(scores, how.candidates)
+        scores = [
+            [math.nan if value is None else value for value in row["rewards"][name]]
+            for row in complete
+        ]
+        table = torch.tensor(scores, dtype=torch.float64)
+        values[name] = table.view(-1, how.candidates)
     choices = choose(values, weights, how)
 
     def read() -> Iterator[LatentPair]:
@@ -283,14 +276,3 @@ def write_output(
             shutil.rmtree(output.folder / CANDIDATES)
     distributed.barrier()
     say(f"{output.folder}: {listed}")
-
-
-def _table_of(scores: Sequence[Sequence[float | None]], columns: int) -> torch.Tensor:
-    """Scores of prompts as fp64 (P, K), NaN where there is none."""
-    # JSON has no NaN: null stands for it
-    table = torch.full((len(scores), columns), float("nan"), dtype=torch.float64)
-    for i, row in enumerate(scores):
-        for k, value in enumerate(row):
-            if value is not None:
-                table[i, k] = value
-    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,19 @@ from torch import Tensor
 from alignment.config import GrpoConfig
 from alignment.grpo_losses import grpo_group_loss, step_weights
 from common import gaussian
-from common.types import Generator, Group
+from common.types import Generator, Group, Step
+
+
+def step_of(step: Step, member: int) -> Step:
+    """The step of one member."""
+    only = slice(member, member + 1)
+    shared = len(step.latent_MCFHW) == 1
+    return replace(
+        step,
+        latent_MCFHW=step.latent_MCFHW if shared else step.latent_MCFHW[only],
+        next_GCFHW=step.next_GCFHW[only],
+        log_prob_G=step.log_prob_G[only],
+    )
 
 
 def per_member_gradient(
@@ -38,9 +51,10 @@ def per_member_gradient(
             )
             for member in range(step.size):
                 only = slice(member, member + 1)
+                alone = step_of(step, member)
                 with torch.no_grad(), generator.reference():
-                    reference = generator.transition(group.prompt, step, member)
-                policy = generator.transition(group.prompt, step, member)
+                    reference = generator.transition(group.prompt, alone)
+                policy = generator.transition(group.prompt, alone)
                 log_prob_1 = gaussian.log_prob(policy, step.next_GCFHW[only])
                 loss = grpo_group_loss(
                     log_prob_1,

@@ -80,7 +80,6 @@ def test_chosen_error_falls_and_rejected_error_rises(pairs: PairSet) -> None:
     assert last["train/loss"] < 0.5
     assert last["train/accuracy"] == 1.0
     assert last["train/chosen_change"] < 0 < last["train/rejected_change"]
-    assert not loop.rising()
     # the policy is pulled to bright videos: v = eps - x_0, so the velocity's bias falls
     assert bool((loop.generator.module.bias_C < 0).all())
 
@@ -247,18 +246,6 @@ def test_summarise_by_hand() -> None:
     assert found["train/loss_sigma_0.8-1"] == 7.0
     assert found["train/accuracy_sigma_0-0.2"] == 0.5
     assert "train/loss_sigma_0.4-0.6" not in found
-
-
-def test_rising_chosen_error_is_detected(pairs: PairSet) -> None:
-    loop = loop_of(pairs, displacement_window=3)
-    loop.watched.extend([-1.0, 2.0])
-    assert not loop.rising()  # too early
-    loop.watched.append(-0.5)
-    assert loop.rising()  # 0.5 over three steps
-    loop.watched.append(-2.0)
-    assert not loop.rising()
-    loop.watched.append(math.nan)
-    assert not loop.rising()
 
 
 def test_draw_sigma_has_the_distribution_of_the_config() -> None:

@@ -452,11 +452,6 @@ def test_non_finite_loss_is_reported(capsys: pytest.CaptureFixture) -> None:
     assert "nan" in capsys.readouterr().out
 
 
-def test_rewards_and_weights_of_different_names_raise() -> None:
-    with pytest.raises(ValueError, match="brihgt"):
-        loop_of({"bright": Brightness()}, weights={"brihgt": 1.0})
-
-
 class Failing:
     """Right once, then something of its own goes wrong."""
 

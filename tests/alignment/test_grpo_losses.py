@@ -9,8 +9,8 @@ import torch
 
 from alignment.grpo_losses import grpo_group_loss, step_weights
 from common import gaussian
-from generator import flow
 from generator.schedule import sigma_grid
+from tests.kernels import effective_noise, sde_transition
 
 # spec alignment 1.3: 16 steps, shift 3, tau 0.45: (step, lambda_policy, lambda_KL)
 TABLE = [
@@ -37,9 +37,9 @@ def test_weights_from_the_std_equal_those_from_the_sampler_settings(step: int) -
     sigmas = sigma_grid(16, shift=3.0)
     sigma, sigma_next = float(sigmas[step]), float(sigmas[step + 1])
     x = torch.zeros(1, 2)
-    law = flow.sde_transition(x, x, sigma, sigma_next, noise_level=1.0, max_std=0.45)
+    law = sde_transition(x, x, sigma, sigma_next, noise_level=1.0, max_std=0.45)
     s, delta = (
-        flow.effective_noise(sigma, sigma_next, noise_level=1.0, max_std=0.45),
+        effective_noise(sigma, sigma_next, noise_level=1.0, max_std=0.45),
         sigma - sigma_next,
     )
     weights = step_weights(law.std, sigma=sigma, sigma_next=sigma_next, gain=1.0)
@@ -111,9 +111,9 @@ def test_grpo_loss_gradient_equals_the_equation(
     noise = {"noise_level": 1.0, "max_std": tau}
 
     def loss_at(velocity: torch.Tensor) -> torch.Tensor:
-        law = flow.sde_transition(x, velocity, sigma, sigma_next, **noise)
-        reference = flow.sde_transition(x, v_ref, sigma, sigma_next, **noise)
-        old = flow.sde_transition(x, v.detach(), sigma, sigma_next, **noise)
+        law = sde_transition(x, velocity, sigma, sigma_next, **noise)
+        reference = sde_transition(x, v_ref, sigma, sigma_next, **noise)
+        old = sde_transition(x, v.detach(), sigma, sigma_next, **noise)
         after = old.mean + old.std * xi
         weights = step_weights(law.std, sigma=sigma, sigma_next=sigma_next, gain=1.0)
         return grpo_group_loss(

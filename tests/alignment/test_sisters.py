@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alignment.config import GrpoConfig
-from alignment.grpo_losses import step_weights
+from alignment.grpo_losses import step_weights, weights_of_steps
 from generator.flow import Kernel
 from generator.schedule import sigma_grid
 from tests.alignment.per_member import per_member_gradient
@@ -172,14 +172,16 @@ def test_related_algorithms_raise_the_reward(sampler: dict, options: dict) -> No
 
 def test_normalize_step_weights_divides_by_the_mean_over_groups() -> None:
     generator = FakeGenerator()
-    loop = loop_of(RED, generator=generator, normalize_step_weights=True)
+    loop = loop_of(RED, generator=generator)
     batch = loop.prompts.at(0)
     groups = generator.rollout(batch.prompts, group_size=4, seeds=batch.seeds)
-    mean = loop.mean_weights(groups)
-    weights = [loop.weights_of(step, mean) for group in groups for step in group.steps]
+    steps = [step for group in groups for step in group.steps]
+    weights = weights_of_steps(steps, form="finite", normalize=True)
     assert sum(w.policy for w in weights) / len(weights) == pytest.approx(1.0)
     assert sum(w.kl for w in weights) / len(weights) == pytest.approx(1.0)
-    assert loop_of(RED).mean_weights(groups) is None
+    # without it they are those of the step, and not 1 on average
+    plain = weights_of_steps(steps, form="finite", normalize=False)
+    assert sum(w.policy for w in plain) / len(plain) != pytest.approx(1.0)
 
 
 def test_several_updates_on_a_rollout_are_clipped() -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from common.config import ConfigError, WandbConfig, dump, load, parse_command_line
+from common.run_record import hide_secrets, is_secret
 from common.safe_yaml import YamlError, parse
 from common.schema import config
 
@@ -414,6 +415,38 @@ class TestDump:
         assert "max_std: 0.45" in everything
 
 
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("PGPASSWORD", True),
+        ("GITHUB_PAT", True),
+        ("accessToken", True),
+        ("HF-TOKEN", True),
+        ("auth", True),
+        ("bearer", True),
+        ("privateKey", True),
+        ("db_passwd", True),
+        ("path", False),
+        ("author", False),
+        ("pattern", False),
+        ("keyboard", False),
+        ("tokenizer", False),
+        ("token_env", False),
+        ("monkey", False),
+    ],
+)
+def test_names_of_secrets(name: str, secret: bool) -> None:  # noqa: FBT001
+    assert is_secret(name, "a value") is secret
+
+
+def test_passwords_inside_addresses_are_masked(monkeypatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgres://me:pass-word-1@db:5432/x")
+    text = "http://user:pw@host:8900/v1 uses pass-word-1; me@example.org is no address"
+    assert hide_secrets(text) == (
+        "http://***@host:8900/v1 uses ***; me@example.org is no address"
+    )
+
+
 def demo_program(folder: Path) -> Path:
     """Write an entry point: schema, command line, and torch imported only afterwards."""
     path = folder / "program.py"
@@ -484,11 +517,9 @@ class TestCommandLine:
             extend=lambda parser: parser.add_argument("--frames", type=int),
         )
         assert (line.cfg.seed, line.cfg.lr, line.cfg.name) == (5, 0.25, "x")
-        assert (line.resume, line.config_paths, line.overrides) == (
-            "none",
-            (path,),
-            ("lr=0.25", "name=x"),
-        )
+        assert line.resume == "none"
+        assert line.args.config == [path]
+        assert line.args.overrides == ["lr=0.25", "name=x"]
         assert line.args.frames == 9
         assert (
             parse_command_line(RunConfig, ["--local-rank", "0"], description="x").resume

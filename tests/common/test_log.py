@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_step_is_a_line_of_strict_json(tmp_path):
-    log = RunLog(tmp_path / "run", quiet=True)
+    log = RunLog(tmp_path / "run")
     log.log(0, {"train/loss": 0.5, "reward/descore": math.nan})
     log.log(1, {"train/loss": 0.25, "reward/descore": math.inf})
     lines = log.path.read_text().splitlines()
@@ -34,14 +34,14 @@ def test_every_step_is_a_line_of_strict_json(tmp_path):
 
 
 def test_resume_rewrites_what_the_killed_run_left(tmp_path):
-    log = RunLog(tmp_path, quiet=True)
+    log = RunLog(tmp_path)
     for step in range(5):
         log.log(step, {"x": float(step)})
     whole = log.path.read_text()
     with log.path.open("a") as file:
         file.write('{"step": 5, "x"')  # the kill came in the middle of a line
     assert [row["step"] for row in read_metrics(log.path)] == [0, 1, 2, 3, 4]
-    log = RunLog(tmp_path, start=3, quiet=True)
+    log = RunLog(tmp_path, start=3)
     assert [row["step"] for row in read_metrics(log.path)] == [0, 1, 2]
     for step in (3, 4):
         log.log(step, {"x": float(step)})
@@ -126,7 +126,7 @@ class FakeWandb(types.ModuleType):
 def test_wandb_failure_is_reported_once(tmp_path, monkeypatch, capsys, broken, calls):
     fake = FakeWandb(broken)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    log = RunLog(tmp_path, wandb=WandbConfig("online", "p", "n"), quiet=True)
+    log = RunLog(tmp_path, wandb=WandbConfig("online", "p", "n"))
     log.log(0, {"x": 1.0})
     log.log(1, {"x": 2.0})
     log.close()
@@ -154,7 +154,7 @@ def test_resumed_run_keeps_wandb_id(tmp_path, monkeypatch):
     for start in (0, 2, 0):
         fake = FakeWandb("")
         monkeypatch.setitem(sys.modules, "wandb", fake)
-        log = RunLog(tmp_path, start=start, wandb=WandbConfig("offline"), quiet=True)
+        log = RunLog(tmp_path, start=start, wandb=WandbConfig("offline"))
         log.videos(7, [Path("a.mp4"), Path("b.mp4")], ["a dog", "a cat"])
         log.close()
         told.append(fake.calls[0][2])
@@ -192,9 +192,7 @@ def test_tensorboard_and_wandb_fail_independently(tmp_path, monkeypatch, capsys,
     board, fake = FakeBoard(full=full), FakeWandb("")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    log = RunLog(
-        tmp_path, start=4, wandb=WandbConfig("online"), tensorboard=True, quiet=True
-    )
+    log = RunLog(tmp_path, start=4, wandb=WandbConfig("online"), tensorboard=True)
     log.log(4, {"train/loss": 0.5})
     log.log(5, {"train/loss": 0.25})
     log.close()
@@ -234,7 +232,7 @@ def test_the_real_wandb_works_offline(tmp_path, capsys):
     write_mp4(tmp_path / "a.mp4", torch.zeros(4, 16, 16, 3, dtype=torch.uint8), 8.0)
     (tmp_path / "config.yaml").write_text("steps: 2\n")
     for start in (0, 1):
-        log = RunLog(tmp_path, start=start, wandb=WandbConfig("offline"), quiet=True)
+        log = RunLog(tmp_path, start=start, wandb=WandbConfig("offline"))
         log.log(start, {"x": 1.0})
         log.videos(start, [tmp_path / "a.mp4"], ["a dog"])
         log.close()

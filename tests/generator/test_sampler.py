@@ -33,6 +33,7 @@ def sample_group(
     """rollout_group with this module's grid; changes are fields of Members or of Walk."""
     values = {"seed": 11, "size": 4, "shape": SHAPE, "sigmas": SIGMAS} | changes
     values.setdefault("kernel", Kernel("sde", 1.0, 0.45))
+    values.setdefault("tail", lambda x, sigmas: ode(velocity, x, sigmas))
     return rollout_group(
         velocity,
         Members("a prompt", values.pop("seed"), values.pop("size")),

@@ -17,11 +17,7 @@ from common.gaussian import log_prob
 from generator.config import SamplerConfig
 from generator.flow import (
     Kernel,
-    cps_gain,
-    cps_transition,
     euler_step,
-    sde_gain,
-    sde_transition,
 )
 from generator.sampler import initial_noise, member_noise, ode, ode_ab2
 from generator.schedule import sigma_grid, stochastic_steps, tail_grid
@@ -34,6 +30,7 @@ from tests.generator.test_sampler import (
     noise_of,
     sample_group,
 )
+from tests.kernels import cps_transition, sde_transition
 from tests.tiny import tiny_config, tiny_generator
 
 SDE = Kernel("sde", 1.0, 0.45)
@@ -79,7 +76,7 @@ def test_every_step_of_flow_grpo_by_another_route() -> None:
     for member in range(3):
         x = noise_of(derive_seed(7, "initial", member), "noise").unsqueeze(0)
         for k, step in enumerate(group.steps):
-            assert torch.allclose(step.start_of(member), x, atol=1e-6)
+            assert torch.allclose(step.latent_MCFHW[member : member + 1], x, atol=1e-6)
             law = sde_transition(
                 x,
                 bend(x, SIGMAS[k]),
@@ -190,11 +187,11 @@ def test_gain_is_the_derivative_of_the_mean(
 
 
 def test_gains_by_hand() -> None:
-    assert cps_gain(0.8, 0.5, noise_level=1.0) == pytest.approx(
+    assert Kernel("cps", 1.0).gain(0.8, 0.5) == pytest.approx(
         0.8 * 0.5
     )  # nothing of the old noise is kept
-    assert cps_gain(0.8, 0.5, noise_level=0.0) == pytest.approx(0.3)  # delta, the ODE's
-    assert sde_gain(0.8, 0.5, noise_level=0.0, max_std=0.45) == pytest.approx(0.3)
+    assert Kernel("cps", 0.0).gain(0.8, 0.5) == pytest.approx(0.3)  # delta, the ODE's
+    assert Kernel("sde", 0.0, 0.45).gain(0.8, 0.5) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
@@ -270,8 +267,6 @@ def test_tail_grid_is_the_grid_where_the_steps_are_the_grids() -> None:
         tail_grid(grid[5].item(), 11, shift=3.0), grid[5:], atol=1e-12, rtol=0
     )
     assert tail_grid(0.7, 1, shift=3.0).tolist() == [0.7, 0.0]
-    with pytest.raises(ValueError, match="tail_grid"):
-        tail_grid(0.0, 3, shift=3.0)
 
 
 def wan(folder: Path, **sampler: object) -> WanGenerator:

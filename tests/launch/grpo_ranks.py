@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import launch.compose
+import launch.training.grpo_loop
 from common import distributed
 from common.config import load
 from engine.config import EmaConfig
@@ -23,8 +23,8 @@ from engine.ema import Ema
 from engine.zero3 import whole_state
 from generator.wan import WanGenerator
 from launch.compose import quiet
-from launch.grpo import build
 from launch.schemas.training import GrpoRun
+from launch.training.grpo_loop import build
 from tests.launch.processes import ZERO_3
 
 LORA, FULL = "generator.lora.rank=4", "generator.lora=null"
@@ -72,7 +72,8 @@ def check(config: str, overrides: list[str]) -> dict[str, Any]:
         [*overrides, *stage, "grpo.kl_weight=1.0", "grpo.group_size=4"],
     )
     prompts = ["a red circle", "a blue square", "two cats", "rain", "snow"]
-    loop, generator, _ = build(cfg, prompts)
+    loop = build(cfg, prompts)
+    generator = loop.generator
     ema = Ema(EmaConfig(decay=0.5), generator.module)
     start = {name: tensor.clone() for name, tensor in ema.average.items()}
     history, seen = [], []
@@ -113,7 +114,7 @@ def check(config: str, overrides: list[str]) -> dict[str, Any]:
 def main() -> None:
     quiet()
     distributed.init_process_group()
-    launch.compose.build_generator = moved
+    launch.training.grpo_loop.build_generator = moved
     cases = CASES | (SHARED if distributed.world_size() > 1 else ALONE)
     results = {
         name: check(sys.argv[-1], overrides) for name, overrides in cases.items()

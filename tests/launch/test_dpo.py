@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import shutil
 import sys
@@ -11,52 +12,67 @@ from pathlib import Path
 import pytest
 import torch
 
+from alignment.config import DpoConfig
 from alignment.dpo import DpoLoop
 from alignment.pair_store import LatentPair, PairSet, write_pairs
 from common.checkpoint import load_tensors
 from common.config import load
 from common.log import read_metrics
 from launch.compose import build_generator
-from launch.dpo import misfit
 from launch.sample import sample
 from launch.schemas.pairs import DpoRun
 from launch.schemas.training import SampleRun
+from launch.training.dpo_displacement import DisplacementWatch
+from launch.training.dpo_loop import read_set
 from tests.fakes import PlainEngine
 from tests.launch.processes import ROOT, ZERO_3, deepspeed, run
 
 SCRIPT = str(ROOT / "launch" / "dpo.py")
 
 
-def test_misfit_names_the_differing_settings(tmp_path: Path) -> None:
-    cfg = load(
-        DpoRun,
-        None,
-        ["generator.path=x", "generator.height=16", "run_dir=x", "pairs=x"],
-    ).generator
-    pair = LatentPair(
-        "p", torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.zeros(1, 2)
-    )
-    for about, want in [
-        ({}, ""),  # a set without settings, as earlier versions wrote it
-        (
-            {
-                "identity": {
-                    "settings": {"generator": {"height": 16, "width": 832, "path": "y"}}
-                }
-            },
-            "",
-        ),
-        (
-            {"identity": {"settings": {"generator": {"height": 32, "num_frames": 5}}}},
-            "height 32 -> 16, num_frames 5 -> 81",
-        ),
-    ]:
-        write_pairs(
-            tmp_path, iter([pair]), per_shard=1, dtype=torch.float32, about=about
-        )
-        found = misfit(PairSet(tmp_path), cfg)
-        assert bool(found) == bool(want)
-        assert found.endswith(want)
+@pytest.mark.parametrize(
+    ("recorded", "problem"),
+    [
+        (None, ""),  # a set without settings, as earlier versions wrote it
+        ({"height": 16, "width": 832, "path": "y"}, ""),
+        ({"height": 32, "num_frames": 5}, "height 32 -> 16, num_frames 5 -> 81"),
+    ],
+)
+def test_pairs_of_another_size_name_the_differing_settings(
+    tmp_path: Path, recorded: dict | None, problem: str
+) -> None:
+    overrides = ["generator.path=x", "generator.height=16", "run_dir=x", "pairs=x"]
+    cfg = load(DpoRun, None, overrides).generator
+    latent = torch.zeros(1, 1, 1, 1)
+    pair = LatentPair("p", latent, latent + 1, torch.zeros(1, 2))
+    about = {}
+    if recorded is not None:
+        about = {"identity": {"settings": {"generator": recorded}}}
+    write_pairs(tmp_path, iter([pair]), per_shard=1, dtype=torch.float32, about=about)
+    if not problem:
+        assert len(read_set(str(tmp_path), cfg)) == 1
+        return
+    with pytest.raises(ValueError, match=problem):
+        read_set(str(tmp_path), cfg)
+
+
+def test_displacement_is_a_positive_mean_over_the_window(tmp_path: Path) -> None:
+    def stops(watch: DisplacementWatch, *changes: float) -> list[bool]:
+        rows = [{"train/chosen_change": change} for change in changes]
+        return [watch.should_stop(step, row) for step, row in enumerate(rows)]
+
+    cfg = DpoConfig(displacement_window=3, stop_on_displacement=True)
+    watch = DisplacementWatch(cfg)
+    # too early twice, then 0.5, -1.5 and NaN over three steps
+    assert stops(watch, -1.0, 2.0) == [False, False]
+    assert stops(watch, -0.5, -2.0, math.nan) == [True, False, False]
+    # the same after a resume: -2, NaN and a new value
+    (tmp_path / "state.json").write_text(json.dumps(watch.state()))
+    resumed = DisplacementWatch(cfg)
+    resumed.restore(tmp_path)
+    assert stops(resumed, 9.0, 9.0, 9.0) == [False, False, True]
+    # a method without a reference has no changes
+    assert not watch.should_stop(0, {"train/loss": 1.0})
 
 
 @pytest.fixture(scope="module")

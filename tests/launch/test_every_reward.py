@@ -196,7 +196,7 @@ def test_served_reward_equals_direct_reward(
         reply = client.post(
             "/v1/score", content=content, headers={"Content-Type": wire.SAFETENSORS}
         )
-    got = wire.decode_reply(reply.content, videos=COUNT, model=kind, id="1")
+    got = wire.decode_reply(reply.content, videos=COUNT, model=kind, id="1").score
     torch.testing.assert_close(
         got.value_B, want.value_B, rtol=0, atol=0, equal_nan=True
     )

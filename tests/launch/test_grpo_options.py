@@ -15,9 +15,9 @@ from common.checkpoint import load_tensors
 from common.config import load
 from common.distributed import derive_seed
 from launch.compose import build_generator
-from launch.grpo import cache_prompts
 from launch.sample import sample
 from launch.schemas.training import GrpoRun, SampleRun
+from launch.training.grpo_loop import cache_prompts
 from tests.fakes import PlainEngine
 from tests.launch.processes import ROOT, ZERO_3, run
 from tests.launch.test_grpo import adapter_of, alone, numbers, on_two_ranks

@@ -17,7 +17,8 @@ import torch
 from common import distributed
 from common.config import load
 from common.video_io import write_mp4
-from launch.cold_start import train
+from launch.cold_start import build_task, read_pairs_to_train
+from launch.command import train
 from launch.schemas.training import ColdStartRun
 from tests.launch.processes import ZERO_3
 from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, save_tiny_qwen
@@ -64,7 +65,8 @@ def run(folder: Path, name: str, *more: str, epochs: int) -> None:
         "lr.head=1e-3",
         *more,
     ]
-    train(load(ColdStartRun, None, overrides), resume="auto")
+    run = load(ColdStartRun, None, overrides)
+    train(run, read_pairs_to_train, build_task, resume="auto")
 
 
 # equal on one rank and two: no dropout, whose draws follow the rank; ties count, so that an

@@ -134,3 +134,10 @@ def test_accuracy_of_a_million_pairs_is_fast():
         torch.randint(-1, 2, (10**6,), generator=draw),
     )
     assert 0.3 < preference_accuracy(margins, labels).without_ties < 0.7
+
+
+def test_pairs_without_a_label_are_left_out_of_the_accuracy() -> None:
+    margin_N = torch.tensor([1.0, -2.0, 3.0, 4.0])
+    label_N = torch.tensor([1.0, -1.0, -1.0, math.nan])
+    # two of the three labelled pairs are right
+    assert preference_accuracy(margin_N, label_N).without_ties == pytest.approx(2 / 3)

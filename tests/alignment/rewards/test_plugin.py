@@ -13,6 +13,7 @@ import torch
 from alignment.config import RewardConfig
 from alignment.rewards import build_rewards, factory_of, plugin
 from alignment.rewards.brightness import Brightness
+from alignment.rewards.errors import NamedReward, RewardFailedError
 from common.types import RewardModel, Score
 from tests.alignment.test_grpo import loop_of
 
@@ -267,3 +268,76 @@ def test_group_level_reward_gets_a_group_per_call(*, overlap: bool) -> None:
     assert math.isclose(result.metrics["reward/rank"], 1.5)
     with pytest.raises(ValueError, match="ranks_per_group=2"):
         loop_of({"rank": rank}, ranks_per_group=2)
+
+
+def test_reward_that_writes_into_the_videos_changes_nothing_for_others(
+    tmp_path: Path,
+) -> None:
+    text = "def score(video, prompts):\n    video.zero_()\n    return [0.0] * len(prompts)\n"
+    before = VIDEO.clone()
+    reward_of(tmp_path, text).score(VIDEO, PROMPTS, fps=8.0)
+    assert torch.equal(VIDEO, before)
+
+
+@pytest.mark.parametrize(
+    ("returned", "kind"),
+    [
+        ("{i: float(i) for i in range(6)}", "dict"),
+        ("{1.0, 2.0, 3.0, 4.0, 5.0, 6.0}", "set"),
+        ("frozenset(range(6))", "frozenset"),
+        ("'123456'", "str"),
+        ("b'123456'", "bytes"),
+        ("{i: 0.0 for i in range(6)}.keys()", "dict_keys"),
+    ],
+)
+def test_returned_object_without_order_is_refused(
+    returned: str, kind: str, tmp_path: Path
+) -> None:
+    reward = reward_of(tmp_path, f"def score(video, prompts):\n    return {returned}\n")
+    with pytest.raises(ValueError, match=kind):
+        reward.score(VIDEO, PROMPTS, fps=8.0)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        "Score(torch.zeros(6, dtype=torch.complex64))",
+        "Score(torch.zeros(6).to_sparse())",
+        "Score(torch.zeros(6, device='meta'))",
+        "Score(torch.zeros(6), texts=[b'x'] * 6)",
+        "Score(torch.zeros(6), texts=[object()] * 6)",
+        "sys.exit(0)",
+    ],
+)
+def test_strange_score_is_an_error_of_the_reward(returned: str, tmp_path: Path) -> None:
+    text = (
+        "import sys, torch\nfrom common.types import Score\n"
+        f"def score(video, prompts):\n    return {returned}\n"
+    )
+    named = NamedReward("mine", reward_of(tmp_path, text))
+    with pytest.raises(RewardFailedError, match=r"rewards\.mine"):
+        named.score(VIDEO, PROMPTS, fps=8.0)
+
+
+def test_reward_cannot_change_the_process(tmp_path: Path) -> None:
+    text = (
+        "import os, torch\nfrom common.types import Score\n"
+        "def score(video, prompts):\n"
+        "    os.chdir('/')\n"
+        "    torch.set_grad_enabled(False)\n"
+        "    return Score(torch.zeros(6, dtype=torch.float64), texts=['\\ud83d'] * 6)\n"
+    )
+    folder = Path.cwd()
+    score = NamedReward("mine", reward_of(tmp_path, text)).score(
+        VIDEO, PROMPTS, fps=8.0
+    )
+    assert Path.cwd() == folder
+    assert torch.is_grad_enabled()
+    assert score.value_B.dtype == torch.float32
+    assert "".join(score.texts).isprintable()
+    score.texts[0].encode()
+
+
+def test_file_that_exits_is_an_error_of_the_reward(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rewards\.mine"):
+        reward_of(tmp_path, "import sys\nsys.exit(0)\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -92,9 +94,7 @@ class Clock:
 
 
 def sound(content: bytes, **changes: Any) -> tuple[int, bytes]:
-    request = wire.decode_request(
-        content, wire.SAFETENSORS, max_frames=99, max_videos=99
-    )
+    request = wire.decode_request(content, wire.SAFETENSORS, wire.RequestLimits(99, 99))
     score = Score(torch.arange(len(request.prompts), dtype=torch.float32))
     return 200, json.dumps(
         {**wire.encode_reply(request, score, [None] * 3), **changes}
@@ -198,12 +198,202 @@ def test_remote_server_that_is_absent_raises_at_construction(
         remote(Scripted(sound), clock, model="dark")
 
 
+class Raw:
+    """A server that writes given bytes, ``pause_s`` apart, for every POST."""
+
+    def __init__(self, *pieces: bytes, pause_s: float = 0.0) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                content = json.dumps({"models": ["bright"]}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.close_connection = True
+                try:
+                    for piece in pieces:
+                        self.wfile.write(piece)
+                        self.wfile.flush()
+                        time.sleep(pause_s)
+                except OSError:
+                    pass  # the client has gone
+
+            def log_message(self, *_: Any) -> None:
+                """Print nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n", *[b"x"] * 99],
+        [b"HTTP/1.1 200 OK\r\n", *[b"A"] * 99],
+    ],
+    ids=["body", "headers"],
+)
+def test_remote_deadline_ends_a_reply_that_drips(pieces: list[bytes]) -> None:
+    reward = RemoteReward(Raw(*pieces, pause_s=0.1).url, deadline_s=1.0)
+    start = time.monotonic()
+    with pytest.raises(RemoteError):
+        reward.score(VIDEO, PROMPTS, fps=8.0)
+    # all 99 bytes would take 10 seconds
+    assert time.monotonic() - start < 4.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda content: sound(content, values=[10**400, 1.0, 2.0]),
+        lambda content: sound(content, values=[1e39, 1.0, 2.0]),
+        lambda content: (200, b"\x1f\x8b" + b"broken gzip"),
+        lambda content: (200, b"[" * 100_000),
+        lambda content: (200, b"{}"),
+        lambda content: sound(content, texts=["a text for three videos"]),
+    ],
+)
+def test_remote_strange_reply_is_retried_and_skipped(answer: Any) -> None:
+    server, clock = Scripted(answer), Clock()
+    reward = remote(server, clock, on_failure="skip_group")
+    value_B = reward.score(VIDEO, PROMPTS, fps=8.0).value_B
+    assert bool(value_B.isnan().all())
+    assert server.asked >= 5
+
+
+def test_remote_reply_beyond_the_limit_is_not_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("alignment.rewards.remote.MAX_REPLY_BYTES", 1000)
+    server = Scripted(lambda content: (200, b"x" * 2000))
+    with pytest.raises(RemoteError, match="MB"):
+        remote(server, Clock()).score(VIDEO, PROMPTS, fps=8.0)
+
+
+def test_part_named_values_does_not_replace_the_reward() -> None:
+    parts = {"values": [99.0, 98.0, 97.0]}
+    server = Scripted(lambda content: sound(content, parts=parts))
+    score = remote(server, Clock()).score(VIDEO, PROMPTS, fps=8.0)
+    assert score.value_B.tolist() == [0.0, 1.0, 2.0]
+    assert score.parts["values"].tolist() == [99.0, 98.0, 97.0]
+
+
+def test_remote_errors_of_videos_are_reported(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def partly(content: bytes) -> tuple[int, bytes]:
+        changes = {"values": [0.0, None, 2.0], "errors": [None, "too dark", None]}
+        return 207, sound(content, **changes)[1]
+
+    value_B = remote(Scripted(partly), Clock()).score(VIDEO, PROMPTS, fps=8.0).value_B
+    assert value_B.isnan().tolist() == [False, True, False]
+    said = capsys.readouterr().out
+    assert "1 of 3" in said
+    assert "too dark" in said
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:secretword@127.0.0.1:1",
+        "ftp://127.0.0.1",
+        "http://",
+        "http://host:99999",
+        "http://a b:1",
+        "127.0.0.1:8900",
+        "http://h\u00f6st:1",
+        "http://[::1",
+    ],
+)
+def test_bad_address_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(ValueError, match=r"rewards\.far\.url") as error:
+        build_rewards({"far": RewardConfig(url=url)})
+    assert "secretword" not in str(error.value)
+
+
+@pytest.mark.parametrize("token", ["\u00e4\u00f6", "two\nlines", "tab\there"])
+def test_token_that_no_header_can_hold_is_refused(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REWARD_SERVER_TOKEN", token)
+    with pytest.raises(ValueError, match="REWARD_SERVER_TOKEN") as error:
+        RemoteReward("http://127.0.0.1:1")
+    assert token not in str(error.value)
+
+
+# ------------------------------------------------------------------ several servers
+
+
+def test_servers_share_the_videos() -> None:
+    first, second = Scripted(bright), Scripted(bright)
+    reward = RemoteReward([first.url, second.url])
+    value_B = reward.score(VIDEO, PROMPTS, fps=8.0).value_B
+    assert torch.equal(value_B, Brightness().score(VIDEO, PROMPTS, fps=8.0).value_B)
+    assert (first.asked, second.asked) == (1, 1)
+
+
+def test_dead_server_is_left_out_and_asked_again_later() -> None:
+    alive, dead, clock = Scripted(bright), Scripted(bright), Clock()
+    reward = RemoteReward(
+        [dead.url, alive.url], sleep=clock.sleep, now=clock.now, deadline_s=60.0
+    )
+    dead.server.shutdown()
+    dead.server.server_close()
+    want = Brightness().score(VIDEO, PROMPTS, fps=8.0).value_B
+    for _ in range(3):
+        assert torch.equal(reward.score(VIDEO, PROMPTS, fps=8.0).value_B, want)
+    # the first call in two shares, which both end here; the next two calls undivided
+    assert alive.asked == 4
+    assert clock.time == 0.0
+    # 30 seconds later it gets a share again
+    clock.time += 31.0
+    reward.score(VIDEO, PROMPTS, fps=8.0)
+    assert alive.asked == 6
+
+
+def test_absent_server_is_left_out_at_the_start() -> None:
+    clock = Clock()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        absent = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    alive = Scripted(bright)
+    cfg = RewardConfig(url=[absent, alive.url], options={"start_deadline_s": 0.5})
+    reward = build_rewards({"far": cfg})["far"]
+    assert reward.model == "bright"
+    assert len(reward.score(VIDEO, PROMPTS, fps=8.0).value_B) == 3
+    with pytest.raises(ValueError, match="dark"):
+        RemoteReward([alive.url, alive.url], model="dark", sleep=clock.sleep)
+
+
+def test_remote_works_inside_a_running_event_loop() -> None:
+    reward = RemoteReward(Scripted(bright).url)
+
+    async def notebook() -> Score:
+        return reward.score(VIDEO, PROMPTS, fps=8.0)
+
+    assert len(asyncio.run(notebook()).value_B) == 3
+
+
 # ------------------------------------------------------------------ both, for real
 
 
 @contextmanager
 def served(*overrides: str, **variables: str) -> Iterator[str]:
-    """launch/serve.py in a process of its own; its address."""
+    """The address of launch/serve.py in another process."""
+    with serving(*overrides, **variables) as (url, _):
+        yield url
+
+
+@contextmanager
+def serving(
+    *overrides: str, **variables: str
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The address and the process of launch/serve.py."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -219,7 +409,7 @@ def served(*overrides: str, **variables: str) -> Iterator[str]:
                 break
             except OSError:
                 time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=30)
@@ -269,9 +459,7 @@ def test_grpo_through_the_server_is_grpo_without_it(tiny: Path) -> None:
 
 def bright(content: bytes) -> tuple[int, bytes]:
     """What `served` would say."""
-    request = wire.decode_request(
-        content, wire.SAFETENSORS, max_frames=99, max_videos=99
-    )
+    request = wire.decode_request(content, wire.SAFETENSORS, wire.RequestLimits(99, 99))
     video_BTYXC = torch.stack([item.video_TYXC for item in request.items])
     score = Brightness().score(video_BTYXC, request.prompts, fps=request.items[0].fps)
     return 200, json.dumps(
@@ -343,3 +531,35 @@ def test_unscored_group_gives_no_update_and_is_counted(tiny: Path) -> None:
     assert asked == second["reward/remote_unscored"] > 0
     assert second["reward/remote"] > 0.1  # the mean of the scored videos, without zeros
     assert second["train/skipped"] == 0.0
+
+
+@pytest.mark.slow
+def test_server_killed_under_load_loses_no_request(tmp_path: Path) -> None:
+    """Two servers, one of them killed: every score comes, with the bits of a direct call."""
+    script = tmp_path / "slow_brightness.py"
+    script.write_text(
+        "import time\n"
+        "from alignment.rewards.brightness import Brightness\n"
+        "class Slow(Brightness):\n"
+        "    def score(self, video_BTYXC, prompts, *, fps):\n"
+        "        time.sleep(0.05)\n"
+        "        return super().score(video_BTYXC, prompts, fps=fps)\n"
+    )
+    words = [f"rewards.slow.target={script}:Slow"]
+    want = Brightness().score(VIDEO, PROMPTS, fps=8.0).value_B
+    with serving(*words) as (kept, _), serving(*words) as (lost, process):
+        reward = RemoteReward([lost, kept], deadline_s=60.0)
+
+        def client(i: int) -> list[torch.Tensor]:
+            if i == 3:
+                time.sleep(0.5)
+                process.kill()
+            values = []
+            for _ in range(10):
+                values.append(reward.score(VIDEO, PROMPTS, fps=8.0).value_B)
+            return values
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(client, range(8)))
+    assert sum(len(values) for values in answers) == 80
+    assert all(torch.equal(value_B, want) for values in answers for value_B in values)

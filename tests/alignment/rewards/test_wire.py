@@ -29,7 +29,7 @@ LIMITS = {"max_frames": 16, "max_videos": 4}
 
 
 def asked(body: bytes, kind: str = wire.SAFETENSORS, **limits: int) -> wire.Request:
-    return wire.decode_request(body, kind, **{**LIMITS, **limits})
+    return wire.decode_request(body, kind, wire.RequestLimits(**{**LIMITS, **limits}))
 
 
 def test_frames_round_trip_unchanged() -> None:
@@ -50,7 +50,7 @@ def test_scores_come_back_bit_for_bit() -> None:
     text = json.dumps(
         wire.encode_reply(request, Score(value, parts, ["t"] * 1000), [None] * 1000)
     ).encode()
-    back = wire.decode_reply(text, videos=1000, model="m", id="7")
+    back = wire.decode_reply(text, videos=1000, model="m", id="7").score
     assert torch.equal(back.value_B.nan_to_num(9.0), value.nan_to_num(9.0))
     assert torch.equal(
         back.parts["style"].nan_to_num(9.0), parts["style"].nan_to_num(9.0)
@@ -194,7 +194,7 @@ def test_malformed_reply_is_refused(change: dict[str, Any], message: str) -> Non
     assert (
         wire.decode_reply(
             json.dumps(sound).encode(), videos=2, model="m", id="7"
-        ).value_B[0]
+        ).score.value_B[0]
         == 1.0
     )
     with pytest.raises(wire.WireError, match=message):

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi import HTTPException
+from safetensors.torch import save as save_tensors
 from starlette.testclient import TestClient
 
 from alignment.config import RewardConfig
@@ -22,7 +24,13 @@ from common.config import ConfigError, load
 from common.types import Score
 from common.video_io import write_mp4
 from launch.schemas.server import ServeRun
-from launch.server.app import create_app
+from launch.server.app import (
+    MemoryAccount,
+    MemoryBudget,
+    create_app,
+    read_body,
+    unless_gone,
+)
 from launch.server.batching import Batcher, QueueFullError
 from tests.alignment.rewards.test_remote import Scripted
 from tests.launch.processes import run
@@ -84,7 +92,9 @@ def test_served_scores_equal_direct_scores() -> None:
         assert client.get("/health").json() == {"status": "ok"}
         assert client.get("/v1/models").json() == {"models": ["bright"]}
         reply = client.post("/v1/score", **body())
-    got = wire.decode_reply(reply.content, videos=3, model="bright", id="1").value_B
+    got = wire.decode_reply(
+        reply.content, videos=3, model="bright", id="1"
+    ).score.value_B
     assert torch.equal(got, Brightness().score(VIDEO, PROMPTS, fps=8.0).value_B)
 
 
@@ -222,6 +232,172 @@ def test_host_beyond_loopback_without_token_exits_2() -> None:
     assert "Traceback" not in done.stderr
     with pytest.raises(ConfigError, match="max_frames"):
         load(ServeRun, None, ["max_frames=0", "rewards.brightness.weight=1"])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "status", "failed"),
+    [(["a", "a"], 200, 0), (["a", "bad"], 207, 1), (["bad", "bad"], 422, 2)],
+)
+def test_status_counts_videos_without_a_score(
+    prompts: list[str], status: int, failed: int
+) -> None:
+    # other sizes, so that each video is scored in a call of its own
+    entries = [as_frames(VIDEO[0]), as_frames(VIDEO[1, :, :2])]
+    request = {"model": "bright", "prompts": prompts, "videos": entries}
+    with client_of(Picky()) as client:
+        reply = client.post("/v1/score", json=request)
+        text = client.get("/metrics").text
+    assert reply.status_code == status
+    assert reply.json()["failed"] == failed
+    assert f'reward_failed_videos_total{{model="bright"}} {failed}' in text
+
+
+def as_frames(video_TYXC: torch.Tensor) -> dict[str, Any]:
+    """The JSON form of a video's frames."""
+    return {
+        "frames": base64.b64encode(video_TYXC.contiguous().numpy().tobytes()).decode(),
+        "shape": list(video_TYXC.shape),
+        "fps": 8,
+    }
+
+
+def test_small_mp4_of_large_frames_is_refused(tmp_path: Path) -> None:
+    # 20 black frames of 512 x 512 are 15 MB, and a few kB as mp4
+    write_mp4(
+        tmp_path / "bomb.mp4", torch.zeros(20, 512, 512, 3, dtype=torch.uint8), 8.0
+    )
+    content = (tmp_path / "bomb.mp4").read_bytes()
+    assert len(content) < 20_000
+    entry = {"mp4": base64.b64encode(content).decode()}
+    request = {"model": "bright", "prompts": ["a"] * 2, "videos": [entry] * 2}
+    with client_of(Brightness(), max_decoded_mb=10) as client:
+        reply = client.post("/v1/score", json=request)
+    assert reply.status_code == 422
+    assert all("MB" in error for error in reply.json()["errors"])
+    # the first one fits, the limit is for both together
+    with client_of(Brightness(), max_decoded_mb=20) as client:
+        reply = client.post("/v1/score", json=request)
+    assert [error is None for error in reply.json()["errors"]] == [True, False]
+
+
+def test_requests_beyond_the_memory_get_429() -> None:
+    budget = MemoryBudget(1000)
+    with budget.account() as first:
+        first.add(600)
+        with budget.account() as second, pytest.raises(HTTPException) as error:
+            second.add(600)
+        assert error.value.status_code == 429
+        first.settle(100)
+        with budget.account() as third:
+            third.add(600)
+            third.at_least(900)
+        assert budget.held == 100
+    assert budget.held == 0
+
+
+def test_body_that_stalls_gets_408() -> None:
+    class Stalled:
+        def __init__(self) -> None:
+            self.headers = {"Content-Length": "10"}
+
+        async def stream(self) -> Any:
+            yield b"x"
+            await asyncio.sleep(60)
+
+    account = MemoryAccount(MemoryBudget(100))
+    with pytest.raises(HTTPException) as error:
+        asyncio.run(read_body(Stalled(), account, limit=100, timeout_s=0.1))
+    assert error.value.status_code == 408
+
+
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        len(DEEP).to_bytes(8, "little") + DEEP,
+        save_tensors({"video": VIDEO}, metadata={"request": DEEP.decode()}),
+        save_tensors(
+            {"video": VIDEO},
+            metadata={
+                "request": '{"model": "bright", "prompts": ["a", "b", "c"], "fps": 1%s}'
+                % ("0" * 400)
+            },
+        ),
+        wire.encode_request(VIDEO, PROMPTS, fps=1e308, model="bright", id="1"),
+        wire.encode_request(VIDEO, PROMPTS, fps=1e-320, model="bright", id="1"),
+        wire.encode_request(VIDEO[:, :0], PROMPTS, fps=8, model="bright", id="1"),
+        wire.encode_request(VIDEO[:, :, :0], PROMPTS, fps=8, model="bright", id="1"),
+    ],
+)
+def test_odd_request_gets_422(content: bytes) -> None:
+    with client_of(Brightness()) as client:
+        headers = {"Content-Type": wire.SAFETENSORS}
+        assert (
+            client.post("/v1/score", content=content, headers=headers).status_code
+            == 422
+        )
+
+
+def test_reward_that_exits_or_breaks_does_not_end_the_server() -> None:
+    class Exits(Brightness):
+        def score(self, video_BTYXC: Any, prompts: Any, *, fps: float) -> Score:
+            if "exit" in prompts:
+                sys.exit(0)
+            if "break" in prompts:
+                raise RuntimeError("no more memory")
+            return super().score(video_BTYXC, prompts, fps=fps)
+
+    with client_of(Exits()) as client:
+        for prompt in ("exit", "break"):
+            assert (
+                client.post("/v1/score", **body(prompts=[prompt] * 3)).status_code
+                == 500
+            )
+        assert client.post("/v1/score", **body()).status_code == 200
+    # in a batch, the others keep their scores
+    requests = [(VIDEO, PROMPTS, 8.0), (VIDEO[:1], ["break"], 8.0)]
+    sound, broken = batched(Exits(), requests)
+    assert len(sound.value_B) == 3
+    assert isinstance(broken, RuntimeError)
+
+
+def test_group_level_reward_is_not_served() -> None:
+    reward = Brightness()
+    reward.group_level = True
+    with pytest.raises(ValueError, match=r"rewards\.bright"):
+        create_app({"bright": reward}, config(), token=None)
+
+
+def test_openapi_is_served_behind_a_flag() -> None:
+    with client_of(Brightness(), openapi=True) as client:
+        described = client.get("/openapi.json").json()
+        assert client.get("/docs").status_code == 404
+    content = described["paths"]["/v1/score"]["post"]["requestBody"]["content"]
+    assert set(content) == {wire.JSON, wire.SAFETENSORS}
+
+
+def test_request_of_a_client_that_has_gone_is_not_scored() -> None:
+    reward = Picky()
+
+    class Gone:
+        async def receive(self) -> dict[str, str]:
+            return {"type": "http.disconnect"}
+
+    async def scenario() -> None:
+        with ThreadPoolExecutor(1) as executor:
+            batcher = Batcher(
+                reward, executor=executor, max_videos=8, max_waiting=8, wait_s=0.05
+            )
+            with pytest.raises(HTTPException):
+                await unless_gone(Gone(), batcher.score(VIDEO, PROMPTS, fps=8.0))
+            worker = asyncio.create_task(batcher.run())
+            await batcher.score(VIDEO[:1], ["a"], fps=8.0)
+            worker.cancel()
+
+    asyncio.run(scenario())
+    assert reward.batches == [1]
 
 
 # ------------------------------------------------------------------ batching

@@ -1,0 +1,78 @@
+"""Read the pairs of a DPO run, and build its loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from alignment.dpo import DpoLoop, backwards_per_update
+from alignment.pair_store import PairSet
+from common import distributed
+from common.log import say
+from launch.compose import build_generator, generator_engine, size_of_training
+
+if TYPE_CHECKING:
+    from generator.config import GeneratorConfig
+    from generator.wan import WanGenerator
+    from launch.schemas.pairs import DpoRun
+
+
+def read_set(folder: str, cfg: GeneratorConfig) -> PairSet:
+    """Read a set of pairs. Raises ValueError if it is incomplete or its videos are unfit.
+
+    Another transformer may learn from them: latents and embeddings depend on the VAE and
+    the text encoder only.
+    """
+    pairs = PairSet(folder)
+    # Sets of earlier versions have recorded nothing.
+    settings = pairs.about.get("identity", {}).get("settings", {})
+    recorded = settings.get("generator", {})
+    changes = []
+    for name in ("height", "width", "num_frames", "max_sequence_length"):
+        wanted = getattr(cfg, name)
+        if recorded.get(name, wanted) != wanted:
+            changes.append(f"{name} {recorded[name]} -> {wanted}")
+    if changes:
+        raise ValueError(
+            f"{folder} holds other videos than the generator makes: {', '.join(changes)}"
+        )
+    return pairs
+
+
+def build(run: DpoRun, pairs: PairSet) -> DpoLoop:
+    """Build generator, engine and loop on this rank.
+
+    Raises ValueError if the ranks cannot share the pairs of a step, or the pairs do not fit
+    the method.
+    """
+    accumulation = backwards_per_update(run.dpo, distributed.world_size())
+    say(f"loading the generator {run.generator.path}")
+    # Without refresh the pairs hold all that VAE and text encoder would compute.
+    generator = build_generator(
+        run.generator, seed=run.seed, transformer_only=run.refresh is None
+    )
+    return loop_of(run, pairs, generator, accumulation=accumulation)
+
+
+def loop_of(
+    run: DpoRun, pairs: PairSet, generator: WanGenerator, *, accumulation: int
+) -> DpoLoop:
+    """Build the loop and the engine around a generator."""
+    engine = generator_engine(run, generator, accumulation=accumulation)
+    return DpoLoop(
+        run.dpo,
+        generator=generator,
+        engine=engine,
+        pairs=pairs,
+        seed=run.seed,
+        grad_norm=engine.engine.get_global_grad_norm,
+    )
+
+
+def batch_arithmetic(run: DpoRun, loop: DpoLoop, *, steps: int) -> list[str]:
+    """Tell how pairs, ranks and accumulation make one update."""
+    return [
+        f"one update = {run.dpo.pairs_per_step} pairs, on {distributed.world_size()} ranks "
+        f"x {loop.backwards} accumulated backwards of {run.dpo.micro_batch} pairs; "
+        f"{len(loop.pairs)} pairs, {run.dpo.epochs:g} epochs = {steps} updates",
+        f"{run.dpo.method}: {size_of_training(run, loop.generator.module)}",
+    ]

@@ -1,0 +1,67 @@
+"""Build the loop of a GRPO run, and encode its prompts in advance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from alignment.grpo import GrpoLoop, backwards_per_update
+from alignment.prompts import PromptSchedule
+from common import distributed
+from common.log import say
+from launch.compose import build_generator, build_rewards, generator_engine
+
+if TYPE_CHECKING:
+    from common.types import RewardModel
+    from generator.wan import WanGenerator
+    from launch.schemas.training import GrpoRun
+
+
+def build(run: GrpoRun, prompts: list[str]) -> GrpoLoop:
+    """Build rewards, generator, engine and loop on this rank."""
+    names = ", ".join(run.rewards)
+    say(f"loading the rewards {names} and the generator {run.generator.path}")
+    # Rewards first: a missing reward server is noticed before weights are loaded.
+    rewards = build_rewards(run.rewards)
+    generator = build_generator(run.generator, seed=run.seed)
+    return loop_of(run, prompts, generator, rewards)
+
+
+def loop_of(
+    run: GrpoRun,
+    prompts: list[str],
+    generator: WanGenerator,
+    rewards: dict[str, RewardModel],
+) -> GrpoLoop:
+    """Build the loop and the engine around a generator and rewards."""
+    # The engine steps the optimizer after as many backwards as the loop makes.
+    accumulation = backwards_per_update(
+        run.grpo,
+        run.prompts_per_step,
+        ranks=distributed.world_size(),
+        steps_per_group=run.generator.sampler.steps_per_group,
+    )
+    engine = generator_engine(run, generator, accumulation=accumulation)
+    return GrpoLoop(
+        run.grpo,
+        generator=generator,
+        rewards=rewards,
+        weights={name: reward.weight for name, reward in run.rewards.items()},
+        engine=engine,
+        prompts=PromptSchedule(
+            prompts, seed=run.seed, prompts_per_step=run.prompts_per_step
+        ),
+        fps=run.generator.fps,
+        grad_norm=engine.engine.get_global_grad_norm,
+    )
+
+
+def cache_prompts(run: GrpoRun, loop: GrpoLoop, heldout: list[str], start: int) -> None:
+    """Encode this rank's prompts of all steps from ``start`` on, and free the text encoder."""
+    # This rank's share of every step, by the same schedule that the loop uses.
+    prompts: set[str] = set()
+    for step in range(start, run.steps):
+        prompts.update(loop.batch(step).prompts)
+    say(f"encoding {len(prompts)} prompts, then without the text encoder")
+    # Sorted, so that the batches of the text encoder do not depend on the set's order.
+    loop.generator.encode_prompts([*sorted(prompts), *heldout])
+    loop.generator.free_text_encoder()
