@@ -10,11 +10,10 @@ as they are.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import exit_with_error, user_errors
+from common.cli import command_parser, exit_with_error, user_errors
 from common.files import read_jsonl
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="folder of a DeScore")
     parser.add_argument(
         "evaluation", type=Path, help="folder that launch/evaluate.py rm wrote about it"

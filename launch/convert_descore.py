@@ -22,7 +22,7 @@ from common.cli import check_new_folder, new_folder_parser, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = new_folder_parser(__doc__.splitlines()[0])
+    parser = new_folder_parser(__doc__)
     add = parser.add_argument
     # The checkpoint's parts.
     add("--official", required=True, type=Path, metavar="DIR", help="checkpoint-N")

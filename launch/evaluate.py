@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Read the config of the kind and run it.
     schema, evaluate = kinds[kind]
-    description = schema.__doc__.splitlines()[0]
-    command = read_command(schema, words, description=description)
+    command = read_command(schema, words, description=__doc__)
     evaluate(command.cfg, resume=command.resume)
 
 

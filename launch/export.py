@@ -39,7 +39,7 @@ FORMATS = ("diffusers", "comfyui", "merged")
 
 def main(argv: Sequence[str] | None = None) -> None:
     # Options.
-    parser = new_folder_parser(__doc__.splitlines()[0])
+    parser = new_folder_parser(__doc__)
     add = parser.add_argument
     add(
         "trained",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import user_errors
+from common.cli import command_parser, user_errors
 from tests.launch.processes import run
 
 GRPO = (
@@ -26,6 +26,16 @@ def lines(text: str) -> list[str]:
         for line in text.splitlines()
         if line.startswith(("grpo.py", "sample.py", "evaluate.py", "serve.py"))
     ]
+
+
+def test_parser_shows_the_first_line_and_the_first_indented_lines() -> None:
+    doc = "Do it.\n\n    python do.py \\\n        a\n    python do.py b\n\nMore.\n\n    no\n"
+    text = command_parser(doc).format_help()
+    assert "\nDo it.\n" in text
+    assert text.endswith(
+        "examples:\n    python do.py \\\n        a\n    python do.py b\n"
+    )
+    assert "examples" not in command_parser("Do it.").format_help()
 
 
 @pytest.mark.slow

@@ -249,6 +249,19 @@ class TestLoad:
         assert line.startswith("config: seed=-1")
         assert line.endswith("(command line)")
 
+    @pytest.mark.parametrize(
+        ("override", "key"),
+        [
+            ("generator=[1]", "generator"),
+            ("rewards=[1]", "rewards"),
+            ("generator.sampler.names={a: 1}", "generator.sampler.names"),
+        ],
+    )
+    def test_a_list_for_a_section_or_the_reverse_is_named(self, override, key):
+        (error,) = errors_of(None, override)
+        assert error.startswith(f"{key}: ")
+        assert error.endswith("(command line)")
+
     def test_only_null_removes_an_entry(self, tmp_path):
         path = write(tmp_path, "rewards: {motion: {weight: 1}, taste: {weight: 2}}\n")
         assert set(load(RunConfig, path).rewards) == {"descore", "motion", "taste"}
