@@ -49,9 +49,14 @@ _PACKAGES = (
     "accelerate",
     "safetensors",
     "tokenizers",
+    "sentencepiece",
+    "ftfy",
     "omegaconf",
     "numpy",
+    "pillow",
     "decord2",
+    "av",
+    "opencv-python-headless",
     "wandb",
 )
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,7 +15,7 @@ from typing import Any, Literal
 import pytest
 
 from common.config import ConfigError, WandbConfig, dump, load, parse_command_line
-from common.run_record import hide_secrets, is_secret
+from common.run_record import hide_secrets, is_secret, versions
 from common.safe_yaml import YamlError, parse
 from common.schema import config
 
@@ -401,6 +403,20 @@ class TestDump:
         assert record["packages"]["omegaconf"] == omegaconf.__version__
         assert record["python"] == ".".join(map(str, sys.version_info[:3]))
         assert set(record["git"]) == {"commit", "dirty"}
+
+    def test_versions_of_all_packages_that_affect_numbers_are_recorded(self):
+        """Requirements of setup.py; those of this list compute and decode nothing."""
+        harmless = {
+            "huggingface_hub", "pydantic", "pyyaml", "scipy", "psutil", "imageio",
+            "imageio-ffmpeg", "jinja2", "matplotlib", "tqdm", "httpx", "tenacity",
+        }  # fmt: skip
+        required = set()
+        for requirement in importlib.metadata.requires("video-alignment") or []:
+            extra = requirement.partition("extra ==")[2]
+            if not extra or "signals" in extra:
+                required.add(re.match(r"[\w-]+", requirement)[0])
+        assert "av" in required
+        assert required - harmless <= set(versions())
 
     def test_secrets_reach_no_file(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh123")
