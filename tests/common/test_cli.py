@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from common.cli import command_parser, user_errors
-from tests.launch.processes import run
+from launch.command import read_command
+from launch.schemas.training import GrpoRun
+from tests.launch.processes import ROOT, run
 
 GRPO = (
     "python",
@@ -89,9 +91,16 @@ def test_misfitting_resume_keeps_the_config(tmp_path: Path) -> None:
     ("path", "said"),
     [("", "run_dir must name a folder, got ''"), ("README.md", "is a file")],
 )
-def test_run_dir_that_is_a_file_exits_2(path: str, said: str) -> None:
-    done = run(*GRPO, f"run_dir={path}", expect=2)
-    assert said in lines(done.stderr)[0]
+def test_run_dir_that_is_a_file_exits_2(
+    path: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match="2"):
+        read_command(GrpoRun, [*GRPO[2:], f"run_dir={path}"], description="x")
+    assert said in capsys.readouterr().err
 
 
 def test_only_user_errors_are_reported_without_traceback(

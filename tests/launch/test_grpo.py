@@ -144,6 +144,7 @@ def test_ranks_that_cannot_share_prompts_exit_2_with_the_numbers() -> None:
     assert "1.50" in done.stderr
 
 
+@pytest.mark.slow
 def test_bad_prompt_file_exits_2_with_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     words = [
