@@ -31,7 +31,7 @@ from common.cli import exit_with_error
 from common.renamed_keys import NEW_NAME
 from common.run_record import dump as dump
 from common.schema import Where, config
-from common.shipped import shipped
+from common.shipped import resolve_assets, shipped
 
 C = TypeVar("C")
 
@@ -194,7 +194,7 @@ class _ConfigReader:
             )
         for where, line in document.lines.items():
             self.origin[where] = f" ({path}:{line})"
-        return document.value
+        return resolve_assets(document.value)
 
     def read_override(self, text: str) -> dict[str, Any]:
         """Turn ``a.b=c`` into {"a": {"b": c}}; {} after a mistake."""
