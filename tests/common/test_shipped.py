@@ -17,7 +17,7 @@ def test_recipe_of_the_tiny_models_loads_from_another_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = load(GrpoRun, "configs/shapes/grpo_oracle.yaml")
-    assert (Path(run.generator.base) / "model_index.json").is_file()
+    assert (Path(run.generator.path) / "model_index.json").is_file()
     assert Path(run.prompts).is_file()
     # the oracle's file as well
     assert callable(factory_of("oracle", run.rewards["oracle"]))
