@@ -21,6 +21,7 @@ import yaml
 
 from common.cli import exit_with_error
 from common.run_record import hide_secrets, plain
+from generator.wan_folder import require_supported
 from launch.planning.plan import DEVICES, GIB, RESERVE, Plan, Where
 from launch.planning.runs import (
     is_descore,
@@ -74,8 +75,9 @@ def dry_run(cfg: Any, text: str) -> NoReturn:
 
     # The plan.
     try:
+        check_generator(cfg)
         plan = plan_of(cfg, where)
-    except (UnknownModelError, ValueError) as error:
+    except (UnknownModelError, OSError, ValueError) as error:
         exit_with_error(str(error))
 
     # What it needs, or the reason why there is no plan.
@@ -87,6 +89,16 @@ def dry_run(cfg: Any, text: str) -> NoReturn:
         sys.exit(0)
     print("\n".join(lines_of(plan, where, missing=missing)))
     sys.exit(1 if plan.problems or plan.peak > where.device.memory else 0)
+
+
+def check_generator(cfg: Any) -> None:
+    """Raise ValueError or FileNotFoundError if the generator's folder is of another kind.
+
+    A name on the hub is checked when it is loaded.
+    """
+    folder = _value_at(cfg, "generator.path")
+    if folder is not None and Path(folder).is_dir():
+        require_supported(Path(folder))
 
 
 def plan_of(cfg: Any, where: Where) -> Plan | None:

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from common.files import read_json
 from common.memory import AdaptiveBatcher, default_device
+from common.weight_files import load_safetensors
 from rm.config import VideoSettings
-from rm.convert.weights import build_model, load_safetensors
+from rm.convert.weights import build_model
 from rm.prompt import (
     IM_END,
     IM_START,

@@ -13,10 +13,9 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common.lora import LowRank
+from common.lora import LoraScales, LowRank
 from generator import adapter, adapter_file, weights
-from generator.adapter import ADAPTER_FILE
-from generator.adapter_file import StoredAdapter
+from generator.adapter_file import ADAPTER_FILE, StoredAdapter
 from generator.config import WAN_LINEARS, LoraConfig
 from generator.wan import WanGenerator
 from tests.generator.stock import (
@@ -48,7 +47,8 @@ def write_comfyui(own: StoredAdapter, folder: Path) -> dict[str, torch.Tensor]:
 def change(own: StoredAdapter, linear: str) -> torch.Tensor:
     """What the adapter adds, in fp64."""
     pair = own.pairs[linear]
-    return own.alpha / own.rank * pair.b_OR.double() @ pair.a_RI.double()
+    scaling = own.scales.alpha / own.scales.rank
+    return scaling * pair.b_OR.double() @ pair.a_RI.double()
 
 
 def as_comfyui_adds(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -183,7 +183,7 @@ def by_hand(alpha: float) -> StoredAdapter:
     pair = LowRank(
         torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [-1.0]]), scaling=alpha
     )
-    return StoredAdapter(Path("adapter"), 1, alpha, {"proj_out": pair})
+    return StoredAdapter(Path("adapter"), LoraScales(1, alpha), {"proj_out": pair})
 
 
 def test_merging_by_hand() -> None:
