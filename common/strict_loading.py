@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.files import read_json
 from common.state_dicts import raise_problems
 from common.weight_files import require_whole_folder, tensor_places
 
@@ -47,26 +48,21 @@ def load_pretrained(
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it lacks config.json")
     require_whole_folder(folder)
+    _require_kind(model_class, folder / "config.json")
     by_diffusers = model_class.__module__.startswith("diffusers.")
     places = tensor_places(
         folder, DIFFUSERS_FILE if by_diffusers else TRANSFORMERS_FILE
     )
 
     # 2. The weights. What does not fit is reported below, with its file.
-    with _reports_off():
-        try:
-            model, info = model_class.from_pretrained(
-                folder.as_posix(),
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"{folder}: config.json and the weights make no "
-                f"{model_class.__name__}: {error}"
-            ) from error
+    with _reports_off(), errors_of(folder, model_class.__name__):
+        model, info = model_class.from_pretrained(
+            folder.as_posix(),
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     problems = _problems(info, places) + _untied(model)
     raise_problems(problems, f"{_source(places)} does not fit {folder / 'config.json'}")
 
@@ -75,6 +71,39 @@ def load_pretrained(
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     require_finite(state, _source(places), places)
     return model
+
+
+@contextmanager
+def errors_of(folder: str | Path, name: str) -> Iterator[None]:
+    """Inside, what a library raises for unusual contents of a folder is a ValueError.
+
+    ``name`` says what is read: a model, a config, a tokenizer.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (RuntimeError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ValueError(
+            f"{folder} holds no usable {name} ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _require_kind(model_class: Any, config_file: Path) -> None:
+    """Raise ValueError if config.json is of another class; the libraries warn at most."""
+    config = read_json(config_file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file} must hold a JSON object")
+    # diffusers names the class, transformers the architecture; Auto classes take any.
+    key = "_class_name"
+    wanted = model_class.__name__
+    if not model_class.__module__.startswith("diffusers."):
+        key = "model_type"
+        wanted = getattr(getattr(model_class, "config_class", None), "model_type", None)
+    if wanted is not None and config.get(key) != wanted:
+        raise ValueError(
+            f"{config_file} has {key} {config.get(key)!r}, want {wanted!r}"
+        )
 
 
 def _source(places: Mapping[str, Path]) -> Path:

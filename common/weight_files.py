@@ -20,6 +20,9 @@ UNFINISHED = (".incomplete", ".part", ".partial", ".aria2", ".crdownload", ".tmp
 # Formats that can run code when they are read, or that transformers no longer reads.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
+# Types of numbers that stand for themselves; others need scales.
+DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")
+
 
 def open_safetensors(file: Path) -> Any:
     """Open a safetensors file. ValueError, with its name, if it is cut short or another format."""
@@ -76,7 +79,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if not index_file.is_file():
         raise FileNotFoundError(
             f"{folder} has no weights: it lacks {name} and {index_file.name}"
-            f"{_other_weights(folder)}"
+            f"{_other_weights(folder, name)}"
         )
 
     # The index maps every weight to its shard.
@@ -90,7 +93,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def _other_weights(folder: Path) -> str:
+def _other_weights(folder: Path, name: str) -> str:
     """Name the weights that lie in a folder under names that are not read."""
     if not folder.is_dir():
         return ""
@@ -100,8 +103,14 @@ def _other_weights(folder: Path) -> str:
             f"; {', '.join(pickles)} is not read, because such files can run code: "
             "save the model as safetensors"
         )
-    others = sorted(file.name for file in folder.glob("*.safetensors"))
-    return f"; it holds {', '.join(others)}" if others else ""
+    # For example NAME.fp16.safetensors.
+    stem = name.removesuffix(".safetensors")
+    others = sorted(file.name for file in folder.glob(f"{stem}*.safetensors"))
+    if not others:
+        return ""
+    return (
+        f"; it holds {', '.join(others)}: rename it if these are the weights you mean"
+    )
 
 
 def read_index(file: Path) -> dict[str, str]:
@@ -120,13 +129,19 @@ def read_index(file: Path) -> dict[str, str]:
 def tensor_places(folder: Path, name: str) -> dict[str, Path]:
     """Map every tensor of a model to its file, by the headers of `weight_files`.
 
-    Raises ValueError, naming file and tensor, where a file is damaged, holds no tensor, or holds
-    other tensors than the index says.
+    Raises ValueError, naming file and tensor, where a file is damaged, quantised or empty, or
+    holds other tensors than the index says.
     """
     places: dict[str, Path] = {}
     for file in weight_files(folder, name):
         with open_safetensors(file) as tensors:
             names = list(tensors.keys())
+            for tensor in names:
+                dtype = tensors.get_slice(tensor).get_dtype()
+                if dtype not in DTYPES:
+                    raise ValueError(
+                        f"{file} stores {tensor} as {dtype}; quantised weights are not read"
+                    )
         if not names:
             raise ValueError(f"{file} holds no tensors")
         # Which of the two would be loaded depends on the library.

@@ -85,11 +85,14 @@ def read(folder: Path) -> StoredAdapter:
     """
     file = Path(folder) / ADAPTER_FILE
     tensors = load_safetensors(file)
-    scales = read_scales(file)
-    # A and B of each linear layer.
+    # Other programs have other layouts.
     for name in tensors:
         if not name.startswith(PREFIX):
-            raise ValueError(f"{file}: {name} is not the A or B of a linear's LoRA")
+            raise ValueError(
+                f"{file}: {name} is not the A or B of a linear's LoRA in diffusers' layout, "
+                f"{PREFIX}LAYER.lora_A.weight"
+            )
+    scales = read_scales(file)
     require_finite(tensors, file)
     inside = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     pairs = low_ranks(

@@ -14,7 +14,7 @@ from common.distributed import max_over_ranks
 from common.gaussian import Gaussian, widen
 from common.lora import adapters_off
 from common.memory import AdaptiveBatcher, default_device
-from common.strict_loading import load_pretrained
+from common.strict_loading import errors_of, load_pretrained
 from common.types import Group, Step
 from common.weight_files import require_whole_folder
 from generator import adapter, adapter_file, weights
@@ -584,7 +584,8 @@ def _load_pipeline(
 
     # Tokenizer and scheduler have no weights.
     require_whole_folder(folder / "scheduler")
-    pipeline = WanPipeline.from_pretrained(folder, **parts)
+    with errors_of(folder, "WanPipeline"):
+        pipeline = WanPipeline.from_pretrained(folder, **parts)
     pipeline.set_progress_bar_config(disable=True)
     # Only the transformer is trained.
     for frozen in (pipeline.vae, pipeline.text_encoder):

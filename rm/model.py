@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from common.files import TRANSFORMERS_PATTERNS, model_folder, read_json
 from common.lora import merged_backbone
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
-from common.strict_loading import load_pretrained, require_finite
+from common.strict_loading import errors_of, load_pretrained, require_finite
 from common.weight_files import load_safetensors
 from rm.config import (
     BackboneLora,
@@ -386,16 +386,19 @@ class DeScore(nn.Module):
                 f"{path / DESCORE_FILE}: format {found!r}, this version reads 1"
             )
         backbone, tokenizer = _load_backbone(path, dtype)
-        dimensions = {}
-        for name, values in record.get("dimensions", {}).items():
-            dimensions[name] = RewardDimension(**values)
+        with errors_of(path / DESCORE_FILE, "record of a DeScore"):
+            dimensions = {}
+            for name, values in record.get("dimensions", {}).items():
+                dimensions[name] = RewardDimension(**values)
+            query_id = record["query_id"]
+            generation = Generation(**record["generation"])
         model = cls(
             backbone,
             tokenizer,
             PromptTemplate.load(path / PROMPT_FILE),
             VideoSettings.load(path / VIDEO_FILE),
-            record["query_id"],
-            Generation(**record["generation"]),
+            query_id,
+            generation,
             dimensions,
         )
         model.load_head(load_safetensors(path / HEAD_FILE), path / HEAD_FILE)
@@ -530,7 +533,8 @@ def _load_backbone(
 
     folder = model_folder(path, "config.json", patterns=TRANSFORMERS_PATTERNS)
     backbone = load_pretrained(Qwen3VLForConditionalGeneration, folder, dtype=dtype)
-    return backbone, AutoTokenizer.from_pretrained(folder.as_posix())
+    with errors_of(folder, "tokenizer"):
+        return backbone, AutoTokenizer.from_pretrained(folder.as_posix())
 
 
 def _first_free_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -11,7 +11,7 @@ import torch
 from alignment.rewards.frames import evenly_spaced, mean_of_best
 from common.files import TRANSFORMERS_PATTERNS, model_folder
 from common.memory import AdaptiveBatcher
-from common.strict_loading import load_pretrained
+from common.strict_loading import errors_of, load_pretrained
 from common.types import Score
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ class Similarity:
             device=self.device,
         )
         self.model = model.requires_grad_(requires_grad=False).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+        with errors_of(folder, "tokenizer and image processor"):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
         longest = self.model.config.text_config.max_position_embeddings
         self.max_length = min(longest, self.tokenizer.model_max_length)
         # SigLIP was trained on padded texts without a mask; CLIP finds a text's end by itself

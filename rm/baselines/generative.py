@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.files import TRANSFORMERS_PATTERNS, model_folder
 from common.memory import default_device
-from common.strict_loading import load_pretrained
+from common.strict_loading import errors_of, load_pretrained
 from rm.baselines.load_published import CLIP_COLOURS, VIDEO_MIN_PIXELS, read_instruction
 from rm.baselines.qwen2_vl import PADS, chat_ids, frame_indices_qwen_utils
 from rm.config import VideoSettings
@@ -149,7 +149,9 @@ class GenerativeRewardModel:
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
         folder = model_folder(checkpoint, "config.json", patterns=TRANSFORMERS_PATTERNS)
-        config = AutoConfig.from_pretrained(folder)
+        with errors_of(folder, "config and tokenizer"):
+            config = AutoConfig.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
         if config.model_type not in MODEL_TYPES:
             raise ValueError(
                 f"{checkpoint}: model_type is {config.model_type!r}, "
@@ -166,7 +168,7 @@ class GenerativeRewardModel:
         self.form = form
         self.expected = expected
         self.max_new_tokens = max_new_tokens
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
         model: Any = load_pretrained(
             AutoModelForImageTextToText,
             folder,
