@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,7 @@ def test_every_program_refuses_damaged_models_in_a_line(
     trained: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     kind: str,
     program: str,
 ) -> None:
@@ -237,20 +239,20 @@ def test_every_program_refuses_damaged_models_in_a_line(
         "adapter": str(tmp_path / "adapter"),
         "generator": plain(tiny_config(tmp_path / "wan")),
     }
-    if program in ("evaluate", "pairs"):
+    if program != "sample":
         settings["rewards"] = {"brightness": {}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    words_of = {
-        "sample": (sample.main, []),
-        "evaluate": (evaluate.main, ["generator"]),
-        "pairs": (pairs.main, []),
-        "dry run": (pairs.main, ["--dry-run", "1xh100", "rewards.brightness.weight=1"]),
+    commands = {
+        "sample": ([], sample),
+        "evaluate": (["generator"], evaluate),
+        "pairs": ([], pairs),
+        "dry run": (["--dry-run", "1xh100"], pairs),
     }
-    main, more = words_of[program]
-    kinds = more if program == "evaluate" else []
-    rest = more if program == "dry run" else []
+    words_of, command = commands[program]
+    config = ["--config", str(tmp_path / "run.yaml")]
+    monkeypatch.setattr(sys, "argv", [program, *words_of, *config])
     with pytest.raises(SystemExit, match="2"):
-        main([*kinds, "--config", str(tmp_path / "run.yaml"), *rest])
+        command.main()
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert words in last
     assert str(tmp_path / part) in last
