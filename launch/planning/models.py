@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.files import read_json
 from common.shipped import shipped
 from launch.planning import known_models
 from launch.planning.meta_device import Cost, cost_of
@@ -421,7 +421,7 @@ def _config_of(
     # A folder tells more than a published size.
     file = Path(path, part, "config.json")
     if file.is_file():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(read_json(file))
     if known is None:
         names = ", ".join([*known_models.WAN, *known_models.QWEN3_VL])
         raise UnknownModelError(

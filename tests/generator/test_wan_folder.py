@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+import torch
 
 from generator.wan import WanGenerator
 from generator.wan_folder import find_wan, require_supported
@@ -180,3 +182,20 @@ def test_training_on_stored_latents_needs_the_transformer_alone(
         tiny_config(copy), device="cpu", transformer_only=True
     )
     assert sum(p.numel() for p in generator.module.parameters()) > 0
+
+
+def test_cached_hub_name_is_checked_and_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "models--owner--wan"
+    snapshot = model / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    generator = WanGenerator.load(tiny_config(tmp_path, path="owner/wan"), device="cpu")
+    same = WanGenerator.load(tiny_config(folder), device="cpu")
+    assert torch.equal(generator.sample(["rain"], [1]), same.sample(["rain"], [1]))
+    write(snapshot, {"boundary_ratio": 0.9})
+    with pytest.raises(ValueError, match="two transformers"):
+        WanGenerator.load(tiny_config(tmp_path, path="owner/wan"), device="cpu")
