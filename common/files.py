@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+# The files of a transformers model that are read: weights, configs, tokenizer.
+TRANSFORMERS_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
 @contextmanager
@@ -48,7 +51,7 @@ def json_object(text: str | bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object; ValueError begins with ``where``, a file or its line."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: want an object, {{...}}")
@@ -56,8 +59,12 @@ def json_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; OSError or ValueError if that is impossible."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON file; OSError or ValueError, with its name, if that is impossible."""
+    # A file that is nested without end exhausts the parser.
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -99,31 +106,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weight_files(folder: Path, name: str) -> list[Path]:
-    """List the files of a model's weights: ``name``, or the shards in ``name``.index.json.
-
-    Raises FileNotFoundError, naming what is missing.
-    """
-    # A single file.
-    if (folder / name).is_file():
-        return [folder / name]
-    index_file = folder / f"{name}.index.json"
-    if not index_file.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no weights: it lacks {name} and {index_file.name}"
-        )
-
-    # The index maps every weight to its shard.
-    index = read_json(index_file)
-    shards = sorted(set(index["weight_map"].values()))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {', '.join(missing)}, which {index_file.name} names"
-        )
-    return [folder / shard for shard in shards]
-
-
 def require_hub_name(path: str, file: str) -> None:
     """Raise FileNotFoundError unless the path may be the hub name (owner/name) of a model.
 
@@ -142,3 +124,21 @@ def require_hub_name(path: str, file: str) -> None:
             f"{path} is no folder here, and as a hub name it is not in the cache "
             f"{constants.HF_HUB_CACHE}; HF_HUB_OFFLINE keeps it from being downloaded"
         )
+
+
+def model_folder(path: str | Path, file: str, *, patterns: Sequence[str]) -> Path:
+    """Return the folder of a model: ``path`` itself, or where the hub's library keeps this name.
+
+    ``file`` is a file that every model of its kind has; ``patterns`` are those to download.
+    Raises FileNotFoundError where there is no such folder or name.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} is not a model folder: it lacks {file}")
+        return folder
+    require_hub_name(str(path), file)
+    # the import takes a second
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(path), allow_patterns=list(patterns)))

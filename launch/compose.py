@@ -36,8 +36,6 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # These libraries use names of each other that will be retired; users cannot change that.
     warnings.filterwarnings(

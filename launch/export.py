@@ -256,7 +256,9 @@ def local_base(base: str) -> Path:
 def describe_adapter(adapter: StoredAdapter) -> str:
     # "LoRA of 240 linears, rank 32, alpha 64".
     linears = f"LoRA of {len(adapter.pairs)} linears"
-    return f"{linears}, rank {adapter.rank}, alpha {adapter.alpha:g}"
+    scales = adapter.scales
+    kind = ", rank-stabilised" if scales.use_rslora else ""
+    return f"{linears}, rank {scales.rank}, alpha {scales.alpha:g}{kind}"
 
 
 def dtypes_of(state: Mapping[str, Any]) -> str:

@@ -113,6 +113,7 @@ def _sample_share(
     from common.distributed import rank
     from common.log import progress
     from common.video_io import write_mp4
+    from generator.latents import require_finite_latents
     from launch.compose import quiet, trained_generator
 
     quiet()
@@ -124,6 +125,8 @@ def _sample_share(
         clean = generator.sample(
             [request.text], seeds=[request.seed], scheduler=cfg.scheduler
         )
+        with user_errors():
+            require_finite_latents(clean, [request.text], [request.seed])
         # On the disk before the name and the row.
         video_TYXC = generator.decode(clean)[0]
         write_mp4(partial, video_TYXC, cfg.generator.fps, crf=cfg.crf)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common.files import read_jsonl
 from common.video_io import write_mp4
 from launch import score
 from launch.evaluation.files import ScoreItem, find_items, read_clip
+from rm.model import DeScore
 from tests.fakes import decoder_with_a_trap
 from tests.launch.processes import ROOT, refused_early
+from tests.tiny_qwen import SETTINGS, save_tiny_qwen
 
 GREYS = {"a.mp4": 51, "b.mp4": 102, "c.mp4": 204}  # 0.2, 0.4 and 0.8 of white
 
@@ -227,3 +230,36 @@ def test_score_config_typo_exits_2() -> None:
         "bach=3",
     ]
     assert "'batch'" in refused_early(str(ROOT / "launch" / "score.py"), *words)
+
+
+@pytest.mark.parametrize("kind", ["lost", "nan", "cut"])
+def test_damaged_reward_model_exits_2_with_its_file(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Never a score from random weights."""
+    folder = tmp_path / "descore"
+    DeScore.from_base(save_tiny_qwen(tmp_path / "base"), settings=SETTINGS).save(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.language_model.layers.1.self_attn.q_proj.weight"
+    if kind == "lost":
+        tensors.pop(name)
+    else:
+        tensors[name][0, 0] = torch.nan
+    save_file(tensors, file)
+    if kind == "cut":
+        file.write_bytes(file.read_bytes()[:5000])
+    scored(
+        tmp_path,
+        "--videos",
+        f"{clips}/*.mp4",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "rewards.descore.weight=1",
+        f"rewards.descore.checkpoint={folder}",
+        code=2,
+    )
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(file) in last
+    assert kind == "cut" or name in last
+    assert read_jsonl(tmp_path / "scores.jsonl") == []
