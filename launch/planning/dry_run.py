@@ -93,7 +93,7 @@ def check_generator(cfg: Any) -> None:
 
     A name on the hub is checked when it is loaded.
     """
-    folder = value_at(cfg, "generator.path")
+    folder = value_at(plain(cfg), "generator.path")
     if folder is not None and Path(folder).is_dir():
         require_supported(Path(folder))
 
