@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.files import read_jsonl
 from launch.evaluation.intervals import Interval, difference_ci95, runs_ci95
 
 # Value lists of a training run, for example the scores on each of its test sets.
@@ -18,8 +18,7 @@ GRAD_COST = 3
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Read the rows that launch/evaluate.py wrote into a folder, in the order of its inputs."""
     # Several ranks may have written them in another order.
-    text = (folder / "results.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = read_jsonl(folder / "results.jsonl")
     return sorted(rows, key=lambda row: row["index"])
 
 

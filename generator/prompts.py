@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,20 @@ import torch
 if TYPE_CHECKING:
     from diffusers import WanPipeline
     from torch import Tensor
+
+
+def count_tokens(prompts: Sequence[str], folder: str | Path) -> list[int]:
+    """Count the tokens of each prompt as the stock pipeline would read it without a limit.
+
+    ``folder`` is that of the pipeline, of which only the tokenizer is loaded.
+    """
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    # verbose: it would warn that its model cannot read so many tokens
+    cleaned = [prompt_clean(prompt) for prompt in prompts]
+    return [len(ids) for ids in tokenizer(cleaned, verbose=False).input_ids]
 
 
 class PromptCache:

@@ -11,11 +11,11 @@ as they are.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import exit_with_error
+from common.files import read_jsonl
 
 if TYPE_CHECKING:
     from launch.evaluation.results_table import Row
@@ -41,9 +41,8 @@ def main() -> None:
 
     # Compute the calibration from the raw rewards.
     options = scorer_options(args.evaluation, args.checkpoint)
-    lines = results.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
     try:
+        rows = read_jsonl(results)
         rewards = rewards_by_dimension(rows, DeScore.dimensions_in(args.checkpoint))
         calibration = Calibration.of(rewards, chains=int(options.get("chains", 1)))
     except ValueError as error:

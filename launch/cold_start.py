@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from common.cli import exit_with_error, user_errors
 from launch.command import read_command
 from launch.schemas.training import ColdStartRun
+from launch.training.inputs import with_inputs
 from launch.training.rm_data import read_tables, usable_pairs
 from launch.training.rm_runs import build_rm_engine, reward_model_task
 
@@ -40,7 +41,8 @@ def train(run: ColdStartRun, *, resume: str) -> None:
     from engine.trainer import run_training
 
     pairs, heldout = read_pairs_to_train(run)
-    run_training(run, lambda: build_task(run, pairs, heldout), resume=resume)
+    build_recorded = with_inputs(run, lambda: build_task(run, pairs, heldout))
+    run_training(run, build_recorded, resume=resume)
 
 
 def read_pairs_to_train(run: ColdStartRun) -> tuple[list[Pair], list[Pair]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from common.cli import exit_with_error, user_errors
 from launch.command import read_command
 from launch.schemas.pairs import DpoRun
+from launch.training.inputs import with_inputs
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -34,15 +35,38 @@ def main() -> None:
 
 def train(run: DpoRun, *, resume: str) -> None:
     """Read the pairs, build everything and train."""
-    from launch.compose import quiet
+    from launch.compose import quiet, say_long_prompts
 
     quiet()
+    from common.log import say
     from engine.trainer import run_training
 
     # Read the input first: a mistake in it ends the process within seconds.
     pairs = read_set(run.pairs, run.generator)
     heldout = None if run.heldout is None else read_set(run.heldout, run.generator)
-    run_training(run, lambda: build_task(run, pairs, heldout), resume=resume)
+    with user_errors():
+        say_long_prompts(prompts_of(run, pairs), run.generator)
+    shared = 0 if heldout is None else len(shared_pairs(pairs, heldout))
+    if shared:
+        say(f"{shared} of {len(heldout)} held-out pairs are trained on as well")
+    build_recorded = with_inputs(run, lambda: build_task(run, pairs, heldout))
+    run_training(run, build_recorded, resume=resume)
+
+
+def prompts_of(run: DpoRun, pairs: PairSet) -> list[str]:
+    """Return the prompts of the pairs, and those of which the policy will make new pairs."""
+    from alignment.prompts import read_prompts
+
+    prompts = [row.prompt for row in pairs.rows]
+    if run.refresh is not None:
+        prompts += read_prompts(run.refresh.prompts)
+    return prompts
+
+
+def shared_pairs(pairs: PairSet, heldout: PairSet) -> set[tuple[str, str]]:
+    """Return (prompt, videos) of the pairs that are in both sets."""
+    trained = {(row.prompt, row.source) for row in pairs.rows if row.source}
+    return trained & {(row.prompt, row.source) for row in heldout.rows}
 
 
 def read_set(folder: str, generator: GeneratorConfig) -> PairSet:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from common.cli import user_errors
 from launch.command import read_command
 from launch.schemas.training import DualRlRun
+from launch.training.inputs import with_inputs
 from launch.training.rm_data import read_tables, usable_pairs
 from launch.training.rm_runs import (
     build_rm_engine,
@@ -44,7 +45,8 @@ def train(run: DualRlRun, *, resume: str) -> None:
     # Ties stay: their chains of thought are rewarded too.
     table, heldout = read_tables(run, require_cot=False, require_scores=True)
     pairs = list(table.pairs)
-    run_training(run, lambda: build_task(run, pairs, heldout), resume=resume)
+    build_recorded = with_inputs(run, lambda: build_task(run, pairs, heldout))
+    run_training(run, build_recorded, resume=resume)
 
 
 def build_task(run: DualRlRun, pairs: list[Pair], heldout: list[Pair]) -> TrainingTask:

@@ -65,6 +65,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
     with all_ranks():
         from alignment.prompts import read_prompts
         from common.distributed import derive_seed
+        from launch.compose import quiet, say_long_prompts
 
         # The prompts, and the table of everything that a row depends on.
         inputs = [cfg.prompts, cfg.generator.path, cfg.adapter]
@@ -81,6 +82,9 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
             seed = derive_seed(cfg.seed, "evaluate", i)
             rows.append({"index": i, "prompt": prompts[i], "seed": seed})
         if rows:
+            quiet()
+            with user_errors():
+                say_long_prompts(prompts, cfg.generator)
             score_samples(cfg, rows, table)
         rows = table.finish([(i,) for i in range(len(prompts))])
         summary = summarise(rows, seed=cfg.seed, resamples=cfg.resamples)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import check_new_folder
+from common.files import give_usual_mode
 
 if TYPE_CHECKING:
     from generator.adapter_file import StoredAdapter
@@ -188,6 +189,7 @@ def export_adapter(
     name = f"{out.resolve().name}.safetensors"
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / name, metadata={"format": "pt"})
+    give_usual_mode(out / name)
     fact = f"{about}, {len(tensors)} tensors under the names of Wan's own code"
     return ExportedFiles("comfyui", [fact], file=name)
 

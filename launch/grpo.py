@@ -22,6 +22,7 @@ from launch.training.grpo_checks import (
     print_cause,
     run_self_checks,
 )
+from launch.training.inputs import with_inputs
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -41,9 +42,11 @@ def main() -> None:
 
 def train(run: GrpoRun, *, resume: str) -> None:
     """Read the prompts, build everything and train."""
-    from launch.compose import quiet
+    from launch.compose import quiet, say_long_prompts
 
     quiet()
+    from alignment.prompts import describe_shared_prompts
+    from common.log import say
     from engine.trainer import run_training
 
     # Read the input first: a mistake in it ends the process within seconds.
@@ -51,7 +54,14 @@ def train(run: GrpoRun, *, resume: str) -> None:
     heldout_prompts: list[str] = []
     if run.evaluation is not None:
         heldout_prompts = prompts_of(run.evaluation.prompts)[: run.evaluation.limit]
-    run_training(run, lambda: build_task(run, prompts, heldout_prompts), resume=resume)
+    # Prompts that do not do what the user thinks.
+    with user_errors():
+        say_long_prompts([*prompts, *heldout_prompts], run.generator)
+    shared = describe_shared_prompts(prompts, heldout_prompts)
+    if shared:
+        say(shared)
+    build_recorded = with_inputs(run, lambda: build_task(run, prompts, heldout_prompts))
+    run_training(run, build_recorded, resume=resume)
 
 
 def prompts_of(path: str) -> list[str]:

@@ -64,10 +64,17 @@ def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
     # load the generator and the rewards
     from common.cli import user_errors
     from common.log import say
-    from launch.compose import build_rewards, quiet, trained_generator
+    from launch.compose import (
+        build_rewards,
+        quiet,
+        say_long_prompts,
+        trained_generator,
+    )
     from launch.training.pair_making import make_pairs
 
     quiet()
+    with user_errors():
+        say_long_prompts(prompts, cfg.generator)
     names = ", ".join(cfg.rewards)
     say(f"loading the generator {cfg.generator.path} and the rewards {names}")
     with user_errors():
@@ -109,7 +116,7 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     # load the generator, whose VAE encodes
     from common.cli import user_errors
     from common.log import say
-    from launch.compose import build_generator, quiet
+    from launch.compose import build_generator, quiet, say_long_prompts
     from launch.training.pair_making import (
         encode_pair,
         labelled,
@@ -121,6 +128,7 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     say(table.report())
     decided = [pair for pair in table.pairs if pair.label != 0]
     with user_errors():
+        say_long_prompts([pair.prompt for pair in decided], cfg.generator)
         generator = build_generator(cfg.generator)
 
     # encode both videos of every decided pair

@@ -6,6 +6,8 @@ genai     GenAI-Bench's video votes: left_video_path, right_video_path, prompt, 
 indomain  DeScore's table: video_A, video_B, prompt, answer (JSON with gsb_result in an
           <answer> block).
 descore   the training table, see `rm.data.read_pairs`.
+
+`rm.labels` has the words for a label, the same in every layout.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 from rm.data import (
-    LABELS,
     Pair,
     PairTable,
     check_videos,
@@ -26,12 +27,11 @@ from rm.data import (
     prompt_in,
     read_pairs,
 )
+from rm.labels import read_label
 from rm.prompt import parse_preference
 
 Layout = Literal["descore", "videogen", "genai", "indomain"]
 DIMENSIONS = ("VQ", "MQ", "TA", "Overall")
-# How the votes of GenAI-Bench begin: leftvote, rightvote, tievote, bothbad.
-VOTES = {"left": 1, "right": -1, "tie": 0, "both": 0}
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def read_benchmark(
 
 def _columns(layout: Layout, dimension: str) -> _Columns:
     if layout == "videogen":
-        return _Columns("path_A", "path_B", dimension, LABELS.get, DIMENSIONS)
+        return _Columns("path_A", "path_B", dimension, read_label, DIMENSIONS)
     if layout == "genai":
-        return _Columns("left_video_path", "right_video_path", "vote_type", _vote)
+        return _Columns("left_video_path", "right_video_path", "vote_type", read_label)
     if layout == "indomain":
         return _Columns("video_A", "video_B", "answer", parse_preference)
     raise ValueError(
@@ -103,24 +103,16 @@ def _columns(layout: Layout, dimension: str) -> _Columns:
     )
 
 
-def _vote(cell: str) -> int | None:
-    """Read a vote of GenAI-Bench."""
-    for start, label in VOTES.items():
-        if cell.lower().startswith(start):
-            return label
-    return None
-
-
 def _pair(row: Mapping[str, str], cell: str, columns: _Columns, root: Path) -> Pair:
     """Make the pair of a row. Raises ValueError if the row is bad."""
     label = columns.read(cell)
     if label is None:
         raise ValueError(
-            f"{columns.label}: {row[columns.label]!r:.80} names no preference"
+            f"{columns.label}: {cell!r:.80} names no preference, such as A, B or same"
         )
     files = []
     for name in (columns.video_A, columns.video_B):
-        files.append(root / (row[name] or "").strip())
+        files.append(root / row[name].strip())
     check_videos(files)
     return Pair(
         prompt=prompt_in(row),

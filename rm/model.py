@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.files import require_hub_name
+from common.files import give_usual_mode, require_hub_name
 from common.lora import merged_backbone
 from rm.config import (
     BackboneLora,
@@ -353,6 +353,7 @@ class DeScore(nn.Module):
         for name, key in (("query", "query"), ("head", "head.weight")):
             tensors[name] = state[key].detach().float().cpu().contiguous()
         save_file(tensors, path / HEAD_FILE)
+        give_usual_mode(path)
         record = {
             "format": 1,
             "query_id": self.query_id,

@@ -21,6 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.files import check_text
+from rm.labels import read_label
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -43,14 +46,6 @@ CONTROL_TOKENS = (
     "<|image_pad|>",
     "<|endoftext|>",
 )
-
-# Words for a preference in the official tables. Any other word is a tie.
-PREFERENCES = {
-    "Video 1 is better": 1,
-    "A": 1,
-    "Video 2 is better": -1,
-    "B": -1,
-}
 
 
 @dataclass(frozen=True)
@@ -94,6 +89,10 @@ class PromptTemplate:
             raise ValueError(
                 f"{path}: a prompt template has the keys 'before' and 'after', got {raw!r:.80}"
             )
+        for key, value in raw.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{path}: {key!r} must be a text, got {value!r:.80}")
+            check_text(value, f"{path}: {key!r}")
         return cls(**raw)
 
 
@@ -235,26 +234,33 @@ def parse_scores(
 ) -> tuple[Mapping[str, int | None], Mapping[str, int | None]] | None:
     """Parse the ground-truth scores of both videos of a pair from any text.
 
-    They are ``video_1_scores`` and ``video_2_scores`` of the answer block. Returns None without
-    such a block, or if either has no usable dimension.
+    They are ``video_1_scores`` and ``video_2_scores`` of the answer block; keys may be in upper
+    case. Returns None without such a block, or if either has no usable dimension.
     """
-    raw = _answer_json(text)
-    first = _scores(raw.get("video_1_scores"))
-    second = _scores(raw.get("video_2_scores"))
+    raw = _lower_keys(_answer_json(text))
+    first = _scores(_lower_keys(raw.get("video_1_scores")))
+    second = _scores(_lower_keys(raw.get("video_2_scores")))
     if not first or not second:
         return None
     return first, second
 
 
 def parse_preference(text: str) -> int | None:
-    """Parse ``gsb_result`` of the answer block of any text, see `PREFERENCES`.
+    """Parse ``gsb_result`` of the answer block of any text, in the words of `rm.labels`.
 
-    Returns 1 or -1 for a preference, 0 for any other word, and None without a word.
+    Returns 1, -1 or 0 for a tie, and None without a word or for any other word.
     """
-    word = _answer_json(text).get("gsb_result")
-    if not isinstance(word, str) or not word.strip():
-        return None
-    return PREFERENCES.get(word.strip(), 0)
+    word = _lower_keys(_answer_json(text)).get("gsb_result")
+    return read_label(word) if isinstance(word, str) else None
+
+
+def _lower_keys(raw: object) -> dict[str, object]:
+    """A table's answer with its keys in lower case: people write "Subject" too."""
+    if not isinstance(raw, dict):
+        return {}
+    lower = {key.strip().lower(): value for key, value in raw.items()}
+    # a key in the right spelling wins
+    return lower | {key: raw[key] for key in raw if key in lower}
 
 
 def _answer_json(text: str) -> dict[str, object]:

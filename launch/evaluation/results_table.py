@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import distributed
-from common.files import replace_text, sha256
+from common.files import read_jsonl, replace_text, sha256
 from common.run_record import differences
 from common.types import json_number
 from engine import guard
@@ -172,20 +172,8 @@ class ResultsTable:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Read every complete line of a jsonl file.
-
-    A last line without its end, which a killed run leaves behind, is skipped. Raises ValueError
-    with the line number for a line that is not JSON.
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    lines = text.split("\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from error
-    return rows
+    """Read every complete line of a jsonl file, see `common.files.read_jsonl`."""
+    return read_jsonl(path)
 
 
 def score_fields(scores: Mapping[str, Score], index: int) -> Row:

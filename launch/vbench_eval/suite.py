@@ -19,6 +19,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.files import check_text
+
 # Entries of the file by dimension, in the order of VBench's scripts/constant.py.
 ENTRIES = {
     "subject_consistency": 72,
@@ -195,6 +197,7 @@ def _read_entry(where: str, entry: object) -> tuple[str, tuple[str, ...]]:
         raise ValueError(
             f"{where}: the file name of {prompt!r} has more than {_LONGEST} bytes"
         )
+    check_text(prompt, f"{where}: {prompt!r:.60}")
     return prompt, tuple(dimensions)
 
 
@@ -208,4 +211,5 @@ def _read_rewritten_line(where: str, line: str) -> tuple[str, str]:
         text = fields.get(key)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f'{where}: needs texts under "prompt" and "augmented"')
+        check_text(text, f"{where}: {key}")
     return fields["prompt"], fields["augmented"].strip()
