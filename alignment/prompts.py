@@ -48,17 +48,16 @@ def describe_long_prompts(prompts: Sequence[str], cfg: GeneratorConfig) -> str:
 
     if not (Path(cfg.path) / "tokenizer").is_dir():
         return ""
-    texts = list(dict.fromkeys(prompts))
     limit = cfg.max_sequence_length
     long = []
-    for text, tokens in zip(texts, count_tokens(texts, cfg.path), strict=True):
+    for prompt, tokens in zip(prompts, count_tokens(prompts, cfg.path), strict=True):
         if tokens > limit:
-            long.append((text, tokens))
+            long.append((prompt, tokens))
     if not long:
         return ""
     first, tokens = long[0]
     return (
-        f"{len(long)} of {len(texts)} prompts have more than the {limit} tokens that the text "
+        f"{len(long)} of {len(prompts)} prompts have more than the {limit} tokens that the text "
         f"encoder reads (generator.max_sequence_length): the generator does not see the rest, "
         f"rewards do. The first has {tokens}: {first!r:.80}"
     )

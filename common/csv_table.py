@@ -73,9 +73,10 @@ def _records(path: Path, reader: csv._reader) -> Iterator[tuple[int, list[str], 
                 raise ValueError(
                     f"{path}:{line}: a quote that opens in this row is never closed"
                 ) from error
+            # Everything up to the end of this line is lost.
             last = reader.line_num
-            where = f", found in line {last}" if last > line else ""
-            yield line, [], f"its quotes are not those of a CSV file ({error}{where})"
+            lines = f"lines {line} to {last} are" if last > line else "this line is"
+            yield line, [], f"{lines} no row, the quotes are wrong ({error})"
             continue
         if cells:
             yield line, cells, ""

@@ -73,6 +73,7 @@ def build_task(
     """Build everything and describe the run to the training loop."""
     from common import distributed
     from common.log import say
+    from common.schedule import describe_draws
     from engine.zero3 import elements
 
     # Leave out videos that cannot be decoded, then build.
@@ -88,6 +89,14 @@ def build_task(
         f"{loop.accumulation} backwards of {settings.micro_batch} pairs; {len(pairs)} pairs, "
         f"{settings.epochs:g} epochs = {steps} updates; training {trained:,} parameters"
     )
+    uneven = describe_draws(
+        len(pairs),
+        per_step=settings.pairs_per_step,
+        steps=steps,
+        epochs=settings.epochs,
+    )
+    if uneven:
+        say(uneven)
     evaluate = (lambda: loop.evaluate(heldout)) if heldout else None
     return reward_model_task(
         run, loop, label="cold start", steps=steps, evaluate=evaluate

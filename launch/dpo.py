@@ -54,10 +54,10 @@ def train(run: DpoRun, *, resume: str) -> None:
 
 
 def prompts_of(run: DpoRun, pairs: PairSet) -> list[str]:
-    """Return the prompts of the pairs, and those of which the policy will make new pairs."""
+    """Return the prompts of the pairs, and those that the policy will make new pairs of."""
     from alignment.prompts import read_prompts
 
-    prompts = [row.prompt for row in pairs.rows]
+    prompts = list(dict.fromkeys(row.prompt for row in pairs.rows))
     if run.refresh is not None:
         prompts += read_prompts(run.refresh.prompts)
     return prompts
@@ -194,16 +194,22 @@ def batch_arithmetic(
 ) -> list[str]:
     """Tell how pairs, ranks and accumulation make one update."""
     from common import distributed
+    from common.schedule import describe_draws
     from engine.zero3 import elements
 
     parameters = list(loop.generator.module.parameters())
     trained = elements(p for p in parameters if p.requires_grad)
+    per_step = run.dpo.pairs_per_step
+    uneven = describe_draws(
+        pairs, per_step=per_step, steps=steps, epochs=run.dpo.epochs
+    )
     return [
-        f"one update = {run.dpo.pairs_per_step} pairs, on {distributed.world_size()} ranks "
+        f"one update = {per_step} pairs, on {distributed.world_size()} ranks "
         f"x {loop.backwards} accumulated backwards of {run.dpo.micro_batch} pairs; "
         f"{pairs} pairs, {run.dpo.epochs:g} epochs = {steps} updates",
         f"{run.dpo.method}: training {trained:,} of {elements(parameters):,} parameters, "
         f"ZeRO {run.zero_stage}",
+        *([uneven] if uneven else []),
     ]
 
 

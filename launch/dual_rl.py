@@ -53,6 +53,7 @@ def build_task(run: DualRlRun, pairs: list[Pair], heldout: list[Pair]) -> Traini
     """Build everything and describe the run to the training loop."""
     from common import distributed
     from common.log import say
+    from common.schedule import describe_draws
 
     # Leave out videos that cannot be decoded, then build.
     pairs, heldout = usable_pairs(run, pairs, heldout)
@@ -67,6 +68,11 @@ def build_task(run: DualRlRun, pairs: list[Pair], heldout: list[Pair]) -> Traini
         f"{distributed.world_size()} ranks x {loop.accumulation} backwards of "
         f"{settings.micro_batch} pairs; {len(pairs)} pairs"
     )
+    uneven = describe_draws(
+        len(pairs), per_step=settings.pairs_per_step, steps=settings.steps
+    )
+    if uneven:
+        say(uneven)
 
     def evaluate() -> dict[str, float]:
         return loop.evaluate(heldout, loop.model.generation)

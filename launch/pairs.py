@@ -128,7 +128,8 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     say(table.report())
     decided = [pair for pair in table.pairs if pair.label != 0]
     with user_errors():
-        say_long_prompts([pair.prompt for pair in decided], cfg.generator)
+        prompts = list(dict.fromkeys(pair.prompt for pair in decided))
+        say_long_prompts(prompts, cfg.generator)
         generator = build_generator(cfg.generator)
 
     # encode both videos of every decided pair

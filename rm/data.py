@@ -117,7 +117,7 @@ class PairTable:
         for name in names:
             without = sum(name not in pair.labels for pair in self.pairs)
             if without:
-                lines.append(f"{without} pairs have no label in {name}")
+                lines.append(f"pairs without a label in {name}: {without}")
         return lines + describe_repeated(self.pairs)
 
 

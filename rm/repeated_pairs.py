@@ -44,24 +44,24 @@ def describe_repeated(pairs: Sequence[Pair]) -> list[str]:
     repeated = 0
     contradicted = 0
     first_repeated = first_contradicted = ""
-    for found in occurrences.values():
-        lines = " and ".join(str(line) for line, _ in found[:3])
-        if len(found) > 1:
-            repeated += len(found) - 1
-            first_repeated = first_repeated or lines
-        if len({label for _, label in found}) > 1:
+    for (line, label), *later in occurrences.values():
+        if later:
+            repeated += len(later)
+            first_repeated = first_repeated or f"{line} and {later[0][0]}"
+        others = [place for place, other in later if other != label]
+        if others:
             contradicted += 1
-            first_contradicted = first_contradicted or lines
+            first_contradicted = first_contradicted or f"{line} and {others[0]}"
     remarks = []
     if repeated:
         remarks.append(
-            f"{repeated} rows repeat the prompt and videos of an earlier row "
-            f"(first in lines {first_repeated})"
+            "rows that repeat the prompt and the videos of an earlier row: "
+            f"{repeated} (first in lines {first_repeated})"
         )
     if contradicted:
         remarks.append(
-            f"{contradicted} pairs are given with labels that contradict each other "
-            f"(first in lines {first_contradicted})"
+            "pairs whose rows have labels that contradict each other: "
+            f"{contradicted} (first in lines {first_contradicted})"
         )
     return remarks
 

@@ -86,8 +86,10 @@ def sample_videos(
     say(f"{what}{len(requests)} videos, {len(missing)} to make")
     if missing:
         quiet()
+        # A prompt with several seeds counts once.
+        texts = list(dict.fromkeys(request.text for request in requests))
         with user_errors():
-            say_long_prompts([request.text for request in requests], cfg.generator)
+            say_long_prompts(texts, cfg.generator)
     # This rank samples its share.
     share = [requests[i] for i in missing[rank() :: world_size()]]
     if share:
