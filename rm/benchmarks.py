@@ -27,8 +27,8 @@ from rm.data import (
     prompt_in,
     read_pairs,
 )
-from rm.labels import read_label
-from rm.prompt import parse_preference
+from rm.labels import is_invalid, read_label
+from rm.prompt import preference_word
 
 Layout = Literal["descore", "videogen", "genai", "indomain"]
 DIMENSIONS = ("VQ", "MQ", "TA", "Overall")
@@ -38,14 +38,13 @@ DIMENSIONS = ("VQ", "MQ", "TA", "Overall")
 class _Columns:
     """The columns of a layout.
 
-    ``read`` turns the label's cell into a label, or None if it cannot be read. ``labels`` are
-    columns of further labels.
+    ``word_in`` finds the label's text in its cell. ``labels`` are columns of further labels.
     """
 
     video_A: str
     video_B: str
     label: str
-    read: Callable[[str], int | None]
+    word_in: Callable[[str], str] = str.strip
     labels: tuple[str, ...] = ()
 
 
@@ -88,27 +87,33 @@ def read_benchmark(
     def make_pair(row: Mapping[str, str], label: str) -> Pair:
         return _pair(row, label, columns, root)
 
-    return collect(path, required, columns.label, make_pair)
+    return collect(path, required, columns.label, make_pair, columns.word_in)
 
 
 def _columns(layout: Layout, dimension: str) -> _Columns:
     if layout == "videogen":
-        return _Columns("path_A", "path_B", dimension, read_label, DIMENSIONS)
+        return _Columns("path_A", "path_B", dimension, labels=DIMENSIONS)
     if layout == "genai":
-        return _Columns("left_video_path", "right_video_path", "vote_type", read_label)
+        return _Columns("left_video_path", "right_video_path", "vote_type")
     if layout == "indomain":
-        return _Columns("video_A", "video_B", "answer", parse_preference)
+        return _Columns("video_A", "video_B", "answer", _word_in_answer)
     raise ValueError(
         f"layout must be descore, videogen, genai or indomain, got {layout!r}"
     )
 
 
-def _pair(row: Mapping[str, str], cell: str, columns: _Columns, root: Path) -> Pair:
+def _word_in_answer(cell: str) -> str:
+    """Find the label in an answer, or in a cell that calls the pair invalid."""
+    return cell if is_invalid(cell) else preference_word(cell)
+
+
+def _pair(row: Mapping[str, str], word: str, columns: _Columns, root: Path) -> Pair:
     """Make the pair of a row. Raises ValueError if the row is bad."""
-    label = columns.read(cell)
+    label = read_label(word)
     if label is None:
         raise ValueError(
-            f"{columns.label}: {cell!r:.80} names no preference, such as A, B or same"
+            f"{columns.label} must be A, B, same or invalid, "
+            f"got {row[columns.label]!r:.80}"
         )
     files = []
     for name in (columns.video_A, columns.video_B):

@@ -182,10 +182,11 @@ def collect(
     required: list[str],
     label_column: str,
     make_pair: Callable[[Mapping[str, str], str], Pair],
+    word_in: Callable[[str], str] = str.strip,
 ) -> PairTable:
     """Build a table with ``make_pair(row, label text)``; its ValueError makes a row bad.
 
-    Rows labelled invalid are counted. Raises ValueError as `read_pairs`.
+    ``word_in`` finds the label's text in its cell. Rows labelled invalid are counted. Raises ValueError as `read_pairs`.
     """
     try:
         csv_table = read_csv(path)
@@ -201,7 +202,7 @@ def collect(
         try:
             if row.problem:
                 raise ValueError(row.problem)
-            label = row.cells[label_column].strip()
+            label = word_in(row.cells[label_column])
             if is_invalid(label):
                 invalid += 1
                 continue

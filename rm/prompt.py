@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.files import check_text
-from rm.labels import read_label
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -245,13 +244,10 @@ def parse_scores(
     return first, second
 
 
-def parse_preference(text: str) -> int | None:
-    """Parse ``gsb_result`` of the answer block of any text, in the words of `rm.labels`.
-
-    Returns 1, -1 or 0 for a tie, and None without a word or for any other word.
-    """
+def preference_word(text: str) -> str:
+    """Find ``gsb_result`` in the answer block of any text, "" without one; see `rm.labels`."""
     word = _lower_keys(_answer_json(text)).get("gsb_result")
-    return read_label(word) if isinstance(word, str) else None
+    return word if isinstance(word, str) else ""
 
 
 def _lower_keys(raw: object) -> dict[str, object]:
