@@ -186,7 +186,8 @@ def collect(
 ) -> PairTable:
     """Build a table with ``make_pair(row, label text)``; its ValueError makes a row bad.
 
-    ``word_in`` finds the label's text in its cell. Rows labelled invalid are counted. Raises ValueError as `read_pairs`.
+    ``word_in`` finds the label's text in its cell. Rows labelled invalid are counted. Raises
+    ValueError as `read_pairs`.
     """
     try:
         csv_table = read_csv(path)

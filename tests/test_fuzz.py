@@ -29,8 +29,8 @@ from rm.prompt import (
     DIMENSIONS,
     encode_text,
     parse_answer,
-    preference_word,
     parse_scores,
+    preference_word,
 )
 from rm.video import VideoError, read_video
 from tests.tiny_qwen import SETTINGS, tiny_tokenizer
