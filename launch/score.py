@@ -71,8 +71,8 @@ def score(
         items = {(item.name, item.prompt): item for item in listed}
         if len(items) < len(listed):
             say(
-                f"{len(listed) - len(items)} rows of {prompts} repeat the video and prompt of "
-                "an earlier row and are scored once"
+                f"{len(listed) - len(items)} of {len(listed)} rows repeat the video and prompt "
+                "of an earlier row and are scored once"
             )
         missing = [key for key in items if key not in table.done]
         say(f"{len(missing)} of {len(items)} videos to score")

@@ -362,13 +362,10 @@ def labels_in(row: Mapping[str, str], names: Sequence[str]) -> dict[str, int]:
 def check_videos(files: Sequence[Path]) -> None:
     """Raise ValueError, naming the first file that does not exist."""
     for file in files:
-        try:
-            if file.is_file():
-                continue
-            problem = f"no such video: {file}"
-        except OSError as error:
-            # a name that no file can have
-            problem = f"no such video: {str(file)[:80]}... ({error.strerror})"
+        # Path.is_file raises for a name that is too long.
+        if os.path.isfile(file):
+            continue
+        problem = f"no such video: {file}"
         if any(character < " " for character in str(file)):
             problem = f"no such video: {str(file)!r}; {_BACKSLASHES}"
         elif "\\" in str(file):

@@ -307,7 +307,7 @@ def test_repeated_row_and_percentiles_are_printed(
     (clips / "table.csv").write_text("\n".join(rows) + "\n")
     assert len(scored(tmp_path, "--prompts", str(clips / "table.csv"))) == 3
     said = capsys.readouterr().out
-    assert "1 rows of" in said
+    assert "1 of 4 rows repeat" in said
     assert "over 2 videos" in said
     assert "1 missing" in said
     assert "check_rewards.py" in said
