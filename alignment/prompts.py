@@ -6,14 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.distributed import derive_seed
 from common.files import check_text, read_lines
 from common.schedule import IndexSchedule
-
-if TYPE_CHECKING:
-    from generator.config import GeneratorConfig
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -36,31 +32,6 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise ValueError(f"{path}: holds no prompts")
     return prompts
-
-
-def describe_long_prompts(prompts: Sequence[str], cfg: GeneratorConfig) -> str:
-    """Count the prompts that the generator's text encoder cuts off, and name the first.
-
-    Rewards read the whole prompt, so they would score what the generator never saw. Returns ""
-    if no prompt is cut, or where the generator's folder has no tokenizer to count with.
-    """
-    from generator.prompts import count_tokens
-
-    if not (Path(cfg.path) / "tokenizer").is_dir():
-        return ""
-    limit = cfg.max_sequence_length
-    long = []
-    for prompt, tokens in zip(prompts, count_tokens(prompts, cfg.path), strict=True):
-        if tokens > limit:
-            long.append((prompt, tokens))
-    if not long:
-        return ""
-    first, tokens = long[0]
-    return (
-        f"{len(long)} of {len(prompts)} prompts have more than the {limit} tokens that the text "
-        f"encoder reads (generator.max_sequence_length): the generator does not see the rest, "
-        f"rewards do. The first has {tokens}: {first!r:.80}"
-    )
 
 
 def describe_shared_prompts(train: Sequence[str], heldout: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ def give_usual_mode(path: Path) -> None:
     os.umask(mask)
     files = path.rglob("*.safetensors") if path.is_dir() else [path]
     for file in files:
-        file.chmod(0o666 & ~mask)
+        # Some network file systems have no modes: that is no reason to lose a checkpoint.
+        with suppress(OSError):
+            file.chmod(0o666 & ~mask)
 
 
 # ---- text ----

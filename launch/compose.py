@@ -54,8 +54,8 @@ def quiet() -> None:
 
 def say_long_prompts(prompts: Sequence[str], cfg: GeneratorConfig) -> None:
     """Print how many prompts the text encoder cuts off. Only rank 0 counts."""
-    from alignment.prompts import describe_long_prompts
     from common.log import say
+    from generator.prompts import describe_long_prompts
 
     # Every prompt is tokenized, which is work for one rank.
     if prompts and os.environ.get("RANK", "0") == "0":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rm.data import Pair
+    from rm.pair import Pair
 
 # The prompt and both files, in an order that does not depend on which of them is A.
 Key = tuple[str, str, str]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from alignment.pair_store import LatentPair, PairSet, write_pairs
 from common.config import load
 from common.input_record import record_inputs
 from generator.config import GeneratorConfig
 from launch.compose import say_long_prompts
+from launch.dpo import prompts_of, shared_pairs
 from launch.schemas.pairs import DpoRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
 from launch.training.inputs import inputs_of
@@ -140,3 +143,25 @@ def test_prompts_that_the_text_encoder_cuts_are_counted(
     monkeypatch.setenv("RANK", "1")
     say_long_prompts(prompts, cfg)
     assert capsys.readouterr().out == ""
+
+
+def test_pairs_in_both_sets_are_found_by_prompt_and_videos(tmp_path: Path) -> None:
+    latent = torch.zeros(1, 1, 2, 2)
+
+    def write(name: str, *pairs: tuple[str, str]) -> PairSet:
+        made = []
+        for prompt, source in pairs:
+            embedding = torch.zeros(3, 4)
+            made.append(LatentPair(prompt, latent, latent, embedding, source=source))
+        folder = tmp_path / name
+        write_pairs(folder, iter(made), per_shard=2, dtype=torch.float32, about={})
+        return PairSet(folder)
+
+    train = write("train", ("a", "1 2"), ("a", "3 4"), ("b", ""))
+    heldout = write("heldout", ("a", "3 4"), ("c", "1 2"), ("b", ""))
+    assert shared_pairs(train, heldout) == {("a", "3 4")}
+    # each prompt once, with those of pairs to come
+    (tmp_path / "p.txt").write_text("d\n")
+    words = ["pairs=x", "refresh.every=1", f"refresh.prompts={tmp_path / 'p.txt'}"]
+    run = load(DpoRun, None, [*BASE, *words, "refresh.rewards.brightness.weight=1"])
+    assert prompts_of(run, train) == ["a", "b", "d"]
