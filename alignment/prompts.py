@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.distributed import derive_seed
-from common.files import check_text, read_lines
+from common.files import check_text, parse_json_line, read_lines
 from common.schedule import IndexSchedule
 
 
@@ -107,12 +106,7 @@ def _lines_of(path: Path) -> list[str]:
 
 
 def _json_prompt(line: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise ValueError("not JSON: nested too deeply") from error
+    row = parse_json_line(line)
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(

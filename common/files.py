@@ -139,6 +139,29 @@ def read_jsonl(path: str | Path) -> list[Any]:
     return rows
 
 
+def parse_json_line(line: str) -> Any:
+    """Parse a line that a user wrote.
+
+    Raises ValueError, without the file's name, for text that is not JSON, and for an object with
+    a key twice, of which Python would silently take the last.
+    """
+
+    def without_repeats(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) < len(items):
+            keys = [key for key, _ in items]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"has the key {twice!r} twice")
+        return result
+
+    try:
+        return json.loads(line, object_pairs_hook=without_repeats)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON: nested too deeply") from error
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; OSError or ValueError if that is impossible."""
     return json.loads(path.read_text(encoding="utf-8"))

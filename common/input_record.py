@@ -30,6 +30,7 @@ def record_inputs(inputs: Mapping[str, str | Path | None]) -> dict[str, Any]:
     A path that does not exist, such as the name of a model on the hub, has no files.
     """
     record = {}
+    # A setting that is null reads nothing.
     for name, path in inputs.items():
         if path is not None:
             record[name] = {"path": str(path), "files": _hashes(Path(path))}
@@ -51,6 +52,7 @@ def changed_inputs(folder: Path, record: Mapping[str, Any]) -> list[str]:
     if not (folder / INPUTS).is_file():
         return []
     stored = read_json(folder / INPUTS)
+    # Inputs that only one of the two has are settings that changed.
     lines = []
     for name, entry in record.items():
         if name in stored:
@@ -71,6 +73,7 @@ def content_hash(file: Path) -> str:
     size = file.stat().st_size
     if size < WHOLE_BYTES:
         return f"sha256 {sha256(file)}"
+    # A shorter or longer file is another one, whatever its parts hold.
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
         for start, length in _parts(file, stream, size):

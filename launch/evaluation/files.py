@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.csv_table import missing_columns, read_csv
-from common.files import check_text, natural_order, read_lines
+from common.files import (
+    check_text,
+    natural_order,
+    parse_json_line,
+    read_lines,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,9 +148,9 @@ def _read_rows(path: Path) -> list[_TableRow] | None:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+            row = parse_json_line(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
         rows.append((f"{path}:{number}", row if isinstance(row, dict) else {}))
 
     # The first row has the names of the columns.

@@ -29,6 +29,7 @@ def with_inputs(
     from common.cli import user_errors
     from common.input_record import record_inputs
 
+    # The files are the same on all ranks.
     record: dict[str, Any] = {}
     if os.environ.get("RANK", "0") == "0":
         with user_errors():
@@ -80,12 +81,14 @@ def _inputs_of_reward_model(run: ColdStartRun | DualRlRun) -> Inputs:
     inputs: Inputs = {"data.train": csv_file(Path(run.data.train))}
     if run.data.heldout is not None:
         inputs["data.heldout"] = csv_file(Path(run.data.heldout))
+    # The model that is trained; each stage names it by another key.
     for name in ("base", "template", "checkpoint"):
         inputs[name] = getattr(run, name, None)
     return inputs
 
 
 def _inputs_of_rewards(section: str, rewards: Mapping[str, RewardConfig]) -> Inputs:
+    # A server of rewards has no file here.
     inputs: Inputs = {}
     for name, reward in rewards.items():
         inputs[f"{section}.{name}.checkpoint"] = reward.checkpoint

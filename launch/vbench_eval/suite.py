@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import check_text
+from common.files import check_text, parse_json_line, read_lines
 
 # Entries of the file by dimension, in the order of VBench's scripts/constant.py.
 ENTRIES = {
@@ -144,8 +144,8 @@ def read_rewritten(path: str | Path, prompts: Iterable[str]) -> dict[str, str]:
     the line's number, for a line of another form and for two lines that disagree.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_lines(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"augmented: {path} cannot be read: {error}") from error
     rewritten: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
@@ -203,9 +203,9 @@ def _read_entry(where: str, entry: object) -> tuple[str, tuple[str, ...]]:
 
 def _read_rewritten_line(where: str, line: str) -> tuple[str, str]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error.msg}") from error
+        row = parse_json_line(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     fields = row if isinstance(row, dict) else {}
     for key in ("prompt", "augmented"):
         text = fields.get(key)

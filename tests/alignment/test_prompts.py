@@ -119,6 +119,8 @@ def test_unusual_line_separators_stay_inside_a_prompt(
         ("p.txt", b"a\nb\0\n", r"p\.txt:2:"),
         ("p.jsonl", b"a\n" + b"[" * 100_000, r"p\.jsonl:1:"),
         ("p.jsonl", b"[" * 100_000, r"p\.jsonl:1:"),
+        ("p.jsonl", b'{"prompt": "a", "prompt": "b"}\n', r"p\.jsonl:1:.*'prompt'"),
+        ("p.jsonl", b"1" * 10_000, r"p\.jsonl:1:"),
     ],
 )
 def test_prompt_that_is_no_text_is_refused_with_its_line(

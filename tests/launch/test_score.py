@@ -283,6 +283,11 @@ def test_another_number_of_prompts_is_refused(twelve: Path, change: str | None) 
             r"t\.jsonl:1:.*udc80",
         ),
         ("t.jsonl", '{"file": "a.mp4", "prompt": ["x"]}\n', r"t\.jsonl:1:"),
+        (
+            "t.jsonl",
+            '{"file": "a.mp4", "prompt": "x", "prompt": "y"}\n',
+            r"t\.jsonl:1:.*'prompt'",
+        ),
     ],
 )
 def test_bad_row_of_a_table_is_refused_with_its_line(
