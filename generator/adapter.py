@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.files import sort_header
+from common.files import give_usual_mode, sort_header
 from common.lora import stock_name
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 from generator.adapter_file import ADAPTER_FILE
@@ -108,6 +108,7 @@ def save(
     )
     # equal adapters shall be equal files
     sort_header(Path(folder) / ADAPTER_FILE)
+    give_usual_mode(Path(folder) / ADAPTER_FILE)
     return Path(folder) / ADAPTER_FILE
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.files import read_json
+from common.files import give_usual_mode, read_json
 from common.state_dicts import (
     Shapes,
     raise_problems,
@@ -61,6 +61,7 @@ def save(
         name: weight.detach().cpu().contiguous() for name, weight in state.items()
     }
     save_file(on_cpu, target / FILE, metadata={"format": "pt"})
+    give_usual_mode(target / FILE)
     return target / FILE
 
 
@@ -147,6 +148,7 @@ def write(
     for file, names in split.filename_to_tensors.items():
         shard = {name: transformer.state[name].contiguous() for name in names}
         save_file(shard, place / file, metadata={"format": "pt"})
+        give_usual_mode(place / file)
     # a single file needs no index
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,18 @@ def quiet() -> None:
         if "OMP_NUM_THREADS" not in os.environ:
             # Ranks that share cores spin in barriers: small models ran 20 to 70 times slower.
             torch.set_num_threads(1)
+
+
+def say_long_prompts(prompts: Sequence[str], cfg: GeneratorConfig) -> None:
+    """Print how many prompts the text encoder cuts off. Only rank 0 counts."""
+    from common.log import say
+    from generator.prompts import describe_long_prompts
+
+    # Every prompt is tokenized, which is work for one rank.
+    if prompts and os.environ.get("RANK", "0") == "0":
+        remark = describe_long_prompts(prompts, cfg)
+        if remark:
+            say(remark)
 
 
 def rank_device() -> str:

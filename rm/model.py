@@ -26,7 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.files import TRANSFORMERS_PATTERNS, model_folder, read_json
+from common.files import (
+    TRANSFORMERS_PATTERNS,
+    give_usual_mode,
+    model_folder,
+    read_json,
+)
 from common.lora import merged_backbone
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 from common.strict_loading import errors_of, load_pretrained, require_finite
@@ -356,6 +361,7 @@ class DeScore(nn.Module):
         for name, key in (("query", "query"), ("head", "head.weight")):
             tensors[name] = state[key].detach().float().cpu().contiguous()
         save_file(tensors, path / HEAD_FILE)
+        give_usual_mode(path)
         record = {
             "format": 1,
             "query_id": self.query_id,

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from common.files import write_json
+from common.files import give_usual_mode, write_json
 from common.memory import AdaptiveBatcher, default_device
 from common.schema import PositiveFloat, config, read_section
 from common.strict_loading import errors_of, require_finite
@@ -178,6 +178,7 @@ class Qwen2VLRewardModel(nn.Module):
         for name, tensor in self.head.state_dict().items():
             state[HEAD_PREFIX + name] = tensor.contiguous()
         save_file(state, folder / WEIGHTS_FILE)
+        give_usual_mode(folder / WEIGHTS_FILE)
 
     def encode(self, prompt: str, grid: Sequence[int]) -> list[int]:
         """Return the ids of the sequence for a picture of (t, h, w) patches."""
