@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.files import replace_text, replaced, sha256
+from common.files import (
+    give_usual_mode,
+    read_jsonl,
+    replace_text,
+    replaced,
+    sha256,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,8 +151,8 @@ class PairSet:
         for name, entry in manifest["files"].items():
             self._check_file(self.folder / name, entry, check)
         # the index, a row per pair
-        lines = (self.folder / INDEX).read_text(encoding="utf-8").splitlines()
-        self.rows = tuple(PairRow(**json.loads(line)) for line in lines)
+        lines = read_jsonl(self.folder / INDEX)
+        self.rows = tuple(PairRow(**line) for line in lines)
         if len(self.rows) != manifest["pairs"]:
             raise ValueError(
                 f"{self.folder / INDEX} has {len(self.rows)} lines, "
@@ -241,5 +247,6 @@ def _write_shard(
         tensors[name] = tensor.cpu().clone().contiguous()
     with replaced(path) as partial:
         save_file(tensors, partial)
+        give_usual_mode(partial)
         entry = {"size": partial.stat().st_size, "sha256": sha256(partial)}
     return entry

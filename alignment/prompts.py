@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.distributed import derive_seed
+from common.files import check_text, parse_json_line, read_lines
 from common.schedule import IndexSchedule
 
 
@@ -20,18 +20,29 @@ def read_prompts(path: str | Path) -> list[str]:
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: prompts are read from .txt or .jsonl files")
-    # split, not splitlines: a prompt may hold other line separators
     parse = _json_prompt if path.suffix == ".jsonl" else str.strip
     prompts = []
-    for number, line in enumerate(_read_lines(path), start=1):
+    for number, line in enumerate(_lines_of(path), start=1):
         if line.strip():
             try:
-                prompts.append(parse(line))
+                prompts.append(check_text(parse(line), "the prompt"))
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
     if not prompts:
         raise ValueError(f"{path}: holds no prompts")
     return prompts
+
+
+def describe_shared_prompts(train: Sequence[str], heldout: Sequence[str]) -> str:
+    """Count the held-out prompts that are trained on as well, and name the first; "" for none."""
+    trained = set(train)
+    shared = [prompt for prompt in heldout if prompt in trained]
+    if not shared:
+        return ""
+    return (
+        f"{len(shared)} of {len(heldout)} held-out prompts are trained on as well: "
+        f"{shared[0]!r:.80}"
+    )
 
 
 @dataclass(frozen=True)
@@ -87,22 +98,15 @@ class PromptSchedule:
         return PromptBatch(tuple(prompts), tuple(seeds))
 
 
-def _read_lines(path: Path) -> list[str]:
+def _lines_of(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        # the line of the first byte that is not UTF-8
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8") from error
+        return read_lines(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _json_prompt(line: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg}") from error
+    row = parse_json_line(line)
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import distributed
-from common.files import read_json, sha256
+from common.files import give_usual_mode, read_json, sha256
 from common.log import say
 
 if TYPE_CHECKING:
@@ -309,6 +309,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     }
     try:
         save_file(copies, path)
+        give_usual_mode(path)
     except SafetensorError as error:
         # a system error, which the library reports as text
         number = re.search(r"os error (\d+)", str(error))

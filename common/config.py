@@ -28,10 +28,11 @@ from pydantic_core import to_jsonable_python
 
 from common import safe_yaml, schema
 from common.cli import command_parser, exit_with_error
+from common.files import check_text
 from common.renamed_keys import NEW_NAME
 from common.run_record import dump as dump
 from common.schema import Where, config
-from common.shipped import shipped
+from common.shipped import resolve_assets, shipped
 
 C = TypeVar("C")
 
@@ -80,9 +81,9 @@ def load(
 ) -> C:
     """Read a config: defaults <- yaml files in order <- overrides ``a.b=c`` in order.
 
-    An override's value is read as yaml, or taken as it stands where the schema wants
-    text. An entry of a mapping of sections (``rewards.NAME``) is removed by null.
-    Raises ConfigError with every mistake.
+    An override's value is read as yaml, or taken as it stands, without blanks around it,
+    where the schema wants text. An entry of a mapping of sections (``rewards.NAME``) is
+    removed by null. Raises ConfigError with every mistake.
     """
     files = [yaml] if isinstance(yaml, str | Path) else yaml or ()
     reader = _ConfigReader(schema)
@@ -222,10 +223,14 @@ class _ConfigReader:
             )
         for where, line in document.lines.items():
             self.origin[where] = f" ({path}:{line})"
-        return document.value
+        return resolve_assets(document.value)
 
     def read_override(self, text: str) -> dict[str, Any]:
         """Turn ``a.b=c`` into {"a": {"b": c}}; {} after a mistake."""
+        try:
+            check_text(text)
+        except ValueError as error:
+            return self._unreadable(f"{text!r}: {error}")
         dotted, equals, value = text.partition("=")
         where = tuple(dotted.split("."))
         well_formed = all(part and part == part.strip() for part in where)
@@ -274,7 +279,7 @@ class _ConfigReader:
             tree = {}
             self.unreadable = True
         self._remove_null_entries(self.schema, tree, ())
-        self._report_nan(tree, ())
+        self._report_values(tree, ())
         adapter = TypeAdapter(self.schema)
         try:
             # JSON mode takes a list for a tuple and is strict about everything else.
@@ -311,12 +316,24 @@ class _ConfigReader:
         hint = f"; did you mean {'.'.join((*where[:-1], *close))!r}?" if close else ""
         self.report(where, f"there is no such entry to remove{hint}")
 
-    def _report_nan(self, tree: Any, where: Where) -> None:
-        if isinstance(tree, dict):
-            for key, value in tree.items():
-                self._report_nan(value, (*where, key))
-        elif isinstance(tree, float) and math.isnan(tree):
+    def _report_values(self, tree: Any, where: Where) -> None:
+        """Report numbers that are nan, and texts that no file can hold, which it mends."""
+        if isinstance(tree, float) and math.isnan(tree):
             self.report(where, "must be a number, got nan")
+        items = []
+        if isinstance(tree, dict):
+            items = list(tree.items())
+        elif isinstance(tree, list):
+            items = list(enumerate(tree))
+        for key, value in items:
+            path = (*where, str(key))
+            self._report_values(value, path)
+            if isinstance(value, str):
+                try:
+                    check_text(value)
+                except ValueError as error:
+                    self.report(path, str(error))
+                    tree[key] = value.encode(errors="replace").decode()
 
     def _report_all(self, error: ValidationError, tree: dict[str, Any]) -> None:
         """Report pydantic's findings in this project's words, one line a key."""
@@ -426,8 +443,10 @@ def _field_named(message: str, section: type) -> str:
 def _override_value(annotation: Any, text: str) -> Any:
     """Read an override's value; text stays text where the schema wants text.
 
-    ``name=007`` and ``prompt=a: b`` are texts; a quoted text loses its quotes.
+    ``name=007`` and ``prompt=a: b`` are texts; a quoted text loses its quotes. Blanks around a
+    text are typos, as in yaml.
     """
+    text = text.strip()
     wants_text = annotation is not None and schema.is_text(annotation)
     if text == "":
         return ""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -35,17 +36,54 @@ class LowRank:
         return self.scaling * (self.b_OR.float() @ self.a_RI.float())
 
 
+@dataclass(frozen=True)
+class LoraScales:
+    """Rank and scaling of each layer of a LoRA, as peft's config states them.
+
+    use_rslora     the scaling is alpha / sqrt(rank) instead of alpha / rank
+    rank_pattern   ranks of layers that differ, by the end of a layer's name
+    alpha_pattern  alphas of layers that differ, likewise
+    """
+
+    rank: int
+    alpha: float
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of a layer, for example blocks.0.attn1.to_q."""
+        return _by_name(self.rank_pattern, layer, self.rank)
+
+    def scaling_of(self, layer: str) -> float:
+        """The factor before B A."""
+        rank = self.rank_of(layer)
+        alpha = _by_name(self.alpha_pattern, layer, self.alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _by_name(pattern: Mapping[str, Any], layer: str, default: Any) -> Any:
+    """The value of the first key that is the layer's name or, after a dot, its end.
+
+    A key that starts with ^ is the whole name.
+    """
+    for key, value in pattern.items():
+        is_name = key.startswith("^") and layer == key[1:]
+        if is_name or f".{layer}".endswith(f".{key}"):
+            return value
+    return default
+
+
 def low_ranks(
     tensors: Mapping[str, Tensor],
+    scales: LoraScales,
     *,
-    rank: int,
-    alpha: float,
     source: Path,
 ) -> dict[str, LowRank]:
     """Pair the A and B matrices of a file -> stock name of each weight and its change.
 
-    The scaling is alpha / rank. Raises ValueError, naming ``source``, for an empty file, a tensor
-    that is not the A or B of a linear layer, an A without B, or another rank.
+    Raises ValueError, naming ``source``, for an empty file, a tensor that is not the A or B of a
+    linear layer, an A without B, or another rank.
     """
     # 1. Collect the two matrices of each layer.
     if not tensors:
@@ -55,18 +93,20 @@ def low_ranks(
         match = LORA_NAME.fullmatch(key)
         if match is None or tensor.dim() != 2:
             raise ValueError(f"{source}: {key} is not the A or B of a linear's LoRA")
-        matrices.setdefault(f"{stock_name(match[1])}.weight", {})[match[2]] = tensor
+        matrices.setdefault(stock_name(match[1]), {})[match[2]] = tensor
 
     # 2. Check that they fit each other.
     pairs = {}
-    for name, layer in matrices.items():
-        complete = set(layer) == {"A", "B"}
-        if not complete or not layer["A"].shape[0] == layer["B"].shape[1] == rank:
-            shapes = {side: tuple(tensor.shape) for side, tensor in layer.items()}
+    for layer, sides in matrices.items():
+        rank = scales.rank_of(layer)
+        complete = set(sides) == {"A", "B"}
+        if not complete or not sides["A"].shape[0] == sides["B"].shape[1] == rank:
+            shapes = {side: tuple(tensor.shape) for side, tensor in sides.items()}
             raise ValueError(
-                f"{source}: {name} has {shapes}, r={rank} wants A (r, in) and B (out, r)"
+                f"{source}: {layer}.weight has {shapes}, r={rank} wants A (r, in) and B (out, r)"
             )
-        pairs[name] = LowRank(layer["A"], layer["B"], alpha / rank)
+        scaling = scales.scaling_of(layer)
+        pairs[f"{layer}.weight"] = LowRank(sides["A"], sides["B"], scaling)
     return pairs
 
 

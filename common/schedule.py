@@ -5,9 +5,35 @@ Resuming a run therefore needs no state.
 
 from __future__ import annotations
 
+import math
 import random
 
 from common.distributed import derive_seed
+
+
+def describe_draws(
+    count: int, *, per_step: int, steps: int, epochs: float | None = None
+) -> str:
+    """Tell how often ``steps`` steps draw each of ``count`` items; "" where nothing is uneven.
+
+    A step always draws ``per_step`` items: where an epoch ends inside it, the rest comes from
+    the next epoch. ``epochs`` is the number that the user wanted, None for a number of steps.
+    """
+    remarks = []
+    # A step that is larger than the data repeats items within one gradient.
+    if per_step > count:
+        remarks.append(
+            f"a step draws {per_step} of {count} pairs, so it holds some of them "
+            f"{math.ceil(per_step / count)} times"
+        )
+    drawn = per_step * steps
+    if epochs is not None and not math.isclose(drawn, epochs * count):
+        remarks.append(
+            f"{epochs:g} epochs of {count} pairs are {epochs * count:g} draws, which is no "
+            f"multiple of pairs_per_step={per_step}: {steps} steps make {drawn} draws, "
+            f"{drawn / count:.4g} epochs"
+        )
+    return "; ".join(remarks)
 
 
 class IndexSchedule:

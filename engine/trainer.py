@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import checkpoint, faults
 from common.cli import user_errors
 from common.distributed import is_main
+from common.input_record import changed_inputs, write_inputs
 from common.log import RunLog, progress, say
 from common.memory import peak_memory
 from common.run_record import SETTINGS, changed_settings, dump, write_settings
@@ -68,6 +69,8 @@ class TrainingTask:
     write_extra     writes files into a checkpoint, besides those of engine and average
     state           returns JSON for a checkpoint, besides the number of steps
     restore         reads a checkpoint's folder when a run resumes
+    inputs          the files that the run reads, as `common.input_record.record_inputs` gives
+                    them on rank 0; a resumed run names those that changed
     close           runs at the end of the process, after errors too
     explain_unavailable  prints the cause of a RewardUnavailableError; the run then saves
                     and exits with code 1. Without it the error travels
@@ -88,6 +91,7 @@ class TrainingTask:
     write_extra: Callable[[Path], None] = do_nothing
     state: Callable[[], Mapping[str, Any]] = dict
     restore: Callable[[Path], None] = do_nothing
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     close: Callable[[], None] = do_nothing
     explain_unavailable: Callable[[RewardUnavailableError], None] | None = None
 
@@ -182,6 +186,7 @@ def _begin(run: TrainingRun, task: TrainingTask, resume: str) -> int:
     # Rank 0 records the run once nothing can fail any more.
     if is_main():
         dump(run, run.run_dir)
+        write_inputs(Path(run.run_dir), task.inputs)
     return done
 
 
@@ -197,6 +202,8 @@ def _resume(run: TrainingRun, task: TrainingTask, resume: str) -> int:
     if changed:
         changes = "; ".join(changed)
         say(f"other settings than {folder.name} was saved with: {changes}")
+    for change in changed_inputs(folder, task.inputs):
+        say(f"another input than {folder.name} was saved with: {change}")
 
     # The engine checks names and shapes before it overwrites anything.
     load_engine(task.engine.engine, folder)
@@ -218,6 +225,7 @@ def _save(run: TrainingRun, task: TrainingTask, steps_done: int) -> None:
         task.write_extra(folder)
         if is_main():
             write_settings(run, folder / SETTINGS)
+            write_inputs(folder, task.inputs)
 
     # The number of steps lies next to the state of the task.
     checkpoint.save(

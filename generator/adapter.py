@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.files import sort_header
+from common.files import give_usual_mode, sort_header
 from common.lora import stock_name
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
+from generator.adapter_file import ADAPTER_FILE
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
     from peft import PeftModel
     from torch import Tensor
 
+    from generator.adapter_file import StoredAdapter
     from generator.config import LoraConfig
-
-# the file that `load_lora_weights` looks for in a folder
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-# the component of the pipeline that the weights belong to
-PREFIX = "transformer."
 
 
 def attach(
@@ -111,46 +108,43 @@ def save(
     )
     # equal adapters shall be equal files
     sort_header(Path(folder) / ADAPTER_FILE)
+    give_usual_mode(Path(folder) / ADAPTER_FILE)
     return Path(folder) / ADAPTER_FILE
 
 
-def load(model: PeftModel, folder: Path) -> None:
+def load(model: PeftModel, stored: StoredAdapter) -> None:
     """Copy a saved adapter's weights into the attached adapter, in place.
 
-    Call it before an optimizer takes its fp32 copies of the weights. Raises ValueError when names
-    or shapes differ, or when rank or alpha of the file differ from this adapter's: the same
-    weights would then mean another model.
+    Where the file scales a layer otherwise (rank-stabilised LoRA, alphas of single layers), B is
+    multiplied, so that the layer changes as the file says. Call it before an optimizer takes its
+    fp32 copies of the weights. Raises ValueError when names or shapes differ, or when rank or alpha
+    of the file differ from this adapter's.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    stored, metadata = read_file(Path(folder) / ADAPTER_FILE)
-    stored = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
-    attached = get_peft_model_state_dict(model)
-
-    # rank and alpha, where the file has them
+    # Rank and alpha.
     problems = []
     config = model.peft_config["default"]
-    for key, want in (("r", config.r), ("lora_alpha", config.lora_alpha)):
-        value = metadata.get(PREFIX + key)
-        if value is not None and value != want:
+    scales = stored.scales
+    for key, value, want in (
+        ("r", scales.rank, config.r),
+        ("lora_alpha", scales.alpha, config.lora_alpha),
+    ):
+        if value != want:
             problems.append(f"{key} is {value}, want {want}")
 
-    # names and shapes
+    # Names and shapes.
+    attached = get_peft_model_state_dict(model)
+    tensors = {}
+    for linear, pair in stored.pairs.items():
+        tensors[f"{linear}.lora_A.weight"] = pair.a_RI
+        ratio = pair.scaling / (config.lora_alpha / config.r)
+        tensors[f"{linear}.lora_B.weight"] = ratio * pair.b_OR.float()
     wanted = {stock_name(name): weight for name, weight in attached.items()}
-    problems += state_dict_problems(shapes_in(stored), shapes_in(wanted))
-    raise_problems(problems, f"the adapter in {folder} does not fit this model")
-    renamed = {name: stored[stock_name(name)] for name in attached}
+    problems += state_dict_problems(shapes_in(tensors), shapes_in(wanted))
+    raise_problems(
+        problems,
+        f"{stored.source} does not fit generator.lora and the generator",
+    )
+    renamed = {name: tensors[stock_name(name)] for name in attached}
     set_peft_model_state_dict(model, renamed)
-
-
-def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Read an adapter file: its tensors and its LoRA settings, both under the file's names."""
-    import json
-
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as stored:
-        names = stored.keys()
-        tensors = {name: stored.get_tensor(name) for name in names}
-        metadata = stored.metadata() or {}
-    return tensors, json.loads(metadata.get("lora_adapter_metadata", "{}"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +12,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.lora import LowRank, low_ranks
+from common.lora import LoraScales, LowRank, low_ranks
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
-from generator.adapter import ADAPTER_FILE, PREFIX, read_file
+from common.strict_loading import require_finite
+from common.weight_files import load_safetensors, open_safetensors
 
-# Settings of peft under which W + (alpha / r) B A would be wrong.
-_OTHER_LORAS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
+# the file that `load_lora_weights` looks for in a folder
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+# the component of the pipeline that the weights belong to
+PREFIX = "transformer."
+# The key of the file's metadata under which diffusers stores peft's settings.
+METADATA = "lora_adapter_metadata"
+# Settings of peft under which W + scaling B A would be wrong.
+_OTHER_LORAS = ("use_dora", "use_qalora", "lora_bias", "modules_to_save")
+# A layer's name or its end. peft would read any regular expression.
+_LAYER = re.compile(r"\^?[\w.]+")
 
 # diffusers' names of linear layers -> the names in Wan's original code, which ComfyUI uses
 _IN_BLOCK = {
@@ -44,14 +56,8 @@ class StoredAdapter:
     """A LoRA for each linear layer in ``pairs``, by its name in diffusers' transformer."""
 
     source: Path
-    rank: int
-    alpha: float
+    scales: LoraScales
     pairs: Mapping[str, LowRank]
-
-    @property
-    def scaling(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -67,45 +73,90 @@ class Merged:
 
 
 def read(folder: Path) -> StoredAdapter:
-    """Read the file that `generator.adapter.save` wrote.
+    """Read the file that `generator.adapter.save` wrote, or another LoRA in diffusers' layout.
 
-    Raises ValueError, naming the file and the key, for anything else: an A without B, a rank that
-    differs from the file's metadata, or a file without alpha.
+    This is the only reader: sampling, training, evaluation and export give a file the same
+    meaning, that of stock diffusers for a file with metadata.
+
+    Raises ValueError, naming the file and the key or tensor, for a damaged file, NaN, an A without
+    B, a rank that differs from the file's metadata, a kind of LoRA that is not supported, or a file
+    without rank and alpha: diffusers would take alpha to be the rank, and whoever trained it may
+    have meant another.
     """
-    from safetensors import SafetensorError
-
     file = Path(folder) / ADAPTER_FILE
-    try:
-        tensors, settings = read_file(file)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is damaged or no safetensors file: {error}"
-        ) from error
+    tensors = load_safetensors(file)
+    # Other programs have other layouts.
+    for name in tensors:
+        if not name.startswith(PREFIX):
+            raise ValueError(
+                f"{file}: {name} is not the A or B of a linear's LoRA in diffusers' layout, "
+                f"{PREFIX}LAYER.lora_A.weight"
+            )
+    scales = read_scales(file)
+    require_finite(tensors, file)
+    inside = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    pairs = low_ranks(
+        inside,
+        scales,
+        source=file,
+    )
+    by_linear = {name.removesuffix(".weight"): pairs[name] for name in sorted(pairs)}
+    return StoredAdapter(file, scales, by_linear)
 
-    # 1. Settings: plain LoRA with a known scaling.
+
+def read_scales(file: Path) -> LoraScales:
+    """Read rank and scaling from an adapter file's metadata. ValueError names the file."""
+    settings = _settings(file)
     rank = settings.get(PREFIX + "r")
     alpha = settings.get(PREFIX + "lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float):
+    if not _is_rank(rank) or not _is_alpha(alpha):
         raise ValueError(
-            f"{file} has no rank and alpha in its metadata, so its scaling is unknown"
+            f"{file} has no rank and alpha in its metadata ({METADATA}), so its scaling is "
+            "unknown. Save it again with them: transformer_lora_adapter_metadata="
+            "{'r': ..., 'lora_alpha': ...} of WanPipeline.save_lora_weights"
         )
     for key in _OTHER_LORAS:
         if settings.get(PREFIX + key):
             raise ValueError(f"{file}: {key} is not supported by this project's LoRA")
 
-    # 2. Tensors: an A and a B for each linear layer.
-    for name in tensors:
-        if not name.startswith(PREFIX):
-            raise ValueError(f"{file}: {name} is not the A or B of a linear's LoRA")
-    inside = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    pairs = low_ranks(
-        inside,
-        rank=rank,
-        alpha=alpha,
-        source=file,
-    )
-    by_linear = {name.removesuffix(".weight"): pairs[name] for name in sorted(pairs)}
-    return StoredAdapter(file, rank, float(alpha), by_linear)
+    # Layers with a rank or an alpha of their own.
+    patterns = {}
+    for key, is_valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+        pattern = settings.get(PREFIX + key) or {}
+        if not isinstance(pattern, dict):
+            raise ValueError(f"{file}: {key} must map names of layers to numbers")
+        for layer, value in pattern.items():
+            if not _LAYER.fullmatch(layer) or not is_valid(value):
+                raise ValueError(f"{file}: {key} has {layer!r}: {value!r}")
+        patterns[key] = pattern
+    use_rslora = bool(settings.get(PREFIX + "use_rslora"))
+    return LoraScales(rank, float(alpha), use_rslora, **patterns)
+
+
+def _settings(file: Path) -> dict[str, object]:
+    """The LoRA settings in an adapter file's metadata; empty where there are none."""
+    with open_safetensors(file) as stored:
+        metadata = stored.metadata() or {}
+    text = metadata.get(METADATA, "{}")
+    # A text that is nested without end exhausts the parser.
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: {METADATA} in its header is not JSON: {error}"
+        ) from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: {METADATA} in its header is not a JSON object")
+    return settings
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_alpha(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def require_fit(
@@ -125,9 +176,9 @@ def comfyui(adapter: StoredAdapter) -> dict[str, Tensor]:
     """Rename the adapter to `diffusion_model.blocks.0.self_attn.q.lora_A.weight` and so on.
 
     Readers scale by alpha / rank where a linear layer has an `.alpha`, and by 1 otherwise. Layers
-    in the blocks get an `.alpha`, and their A and B stay as trained. In other layers B is
-    multiplied instead, since diffusers' reader of this layout refuses an `.alpha` there. The file
-    must carry no metadata of an adapter: diffusers would scale a second time by it.
+    in the blocks get an `.alpha`, scaling x rank, and their A and B stay as trained. In other
+    layers B is multiplied instead, since diffusers' reader of this layout refuses an `.alpha`
+    there. The file must carry no metadata of an adapter: diffusers would scale a second time by it.
 
     Raises ValueError for a linear layer without a name in Wan's original code.
     """
@@ -137,9 +188,10 @@ def comfyui(adapter: StoredAdapter) -> dict[str, Tensor]:
         name = f"diffusion_model.{original_name(linear)}"
         b_OR = pair.b_OR
         if linear.startswith("blocks."):
-            out[f"{name}.alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
+            alpha = pair.scaling * len(pair.a_RI)
+            out[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         else:
-            b_OR = b_OR * adapter.scaling
+            b_OR = b_OR * pair.scaling
         out[f"{name}.lora_A.weight"] = pair.a_RI.contiguous()
         out[f"{name}.lora_B.weight"] = b_OR.contiguous()
     return out
@@ -165,7 +217,7 @@ def original_name(linear: str) -> str:
 
 @torch.no_grad()
 def merge(base: Mapping[str, Tensor], adapter: StoredAdapter) -> Merged:
-    """Merge: W + (alpha / rank) B A in fp32, stored in W's dtype; other weights stay as they are.
+    """Merge: W + scaling B A in fp32, stored in W's dtype; other weights stay as they are.
 
     Raises ValueError when the adapter belongs to another model.
     """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.memory import AdaptiveBatcher
+from common.strict_loading import is_finite
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -131,3 +132,18 @@ class LatentCodec:
         mean = torch.tensor(self.vae.config.latents_mean, device=device)
         std = torch.tensor(self.vae.config.latents_std, device=device)
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+
+def require_finite_latents(
+    clean_BCFHW: Tensor, prompts: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Raise ValueError, naming prompt and seed, unless all latents are finite.
+
+    NaN would decode to a video like any other.
+    """
+    for clean_CFHW, prompt, seed in zip(clean_BCFHW, prompts, seeds, strict=True):
+        if not is_finite(clean_CFHW):
+            raise ValueError(
+                f"the latents of {prompt!r} with seed {seed} hold NaN or infinity, so there is no "
+                "video of them; check the adapter and generator.dtype"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,45 @@ import torch
 if TYPE_CHECKING:
     from diffusers import WanPipeline
     from torch import Tensor
+
+    from generator.config import GeneratorConfig
+
+
+def count_tokens(prompts: Sequence[str], folder: str | Path) -> list[int]:
+    """Count the tokens of each prompt as the stock pipeline would read it without a limit.
+
+    ``folder`` is that of the pipeline, of which only the tokenizer is loaded.
+    """
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    # verbose: it would warn that its model cannot read so many tokens
+    cleaned = [prompt_clean(prompt) for prompt in prompts]
+    return [len(ids) for ids in tokenizer(cleaned, verbose=False).input_ids]
+
+
+def describe_long_prompts(prompts: Sequence[str], cfg: GeneratorConfig) -> str:
+    """Count the prompts that the text encoder cuts off, and name the first.
+
+    Rewards read the whole prompt, so they would score what the generator never saw. Returns ""
+    if no prompt is cut, or where the generator's folder has no tokenizer to count with.
+    """
+    if not (Path(cfg.path) / "tokenizer").is_dir():
+        return ""
+    limit = cfg.max_sequence_length
+    long = []
+    for prompt, tokens in zip(prompts, count_tokens(prompts, cfg.path), strict=True):
+        if tokens > limit:
+            long.append((prompt, tokens))
+    if not long:
+        return ""
+    first, tokens = long[0]
+    return (
+        f"{len(long)} of {len(prompts)} prompts have more than the {limit} tokens that the text "
+        f"encoder reads (generator.max_sequence_length): the generator does not see the rest, "
+        f"rewards do. The first has {tokens}: {first!r:.80}"
+    )
 
 
 class PromptCache:

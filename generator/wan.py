@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -14,8 +14,11 @@ from common.distributed import max_over_ranks
 from common.gaussian import Gaussian, widen
 from common.lora import adapters_off
 from common.memory import AdaptiveBatcher, default_device
+from common.strict_loading import errors_of, load_pretrained
 from common.types import Group, Step
-from generator import adapter, weights
+from common.weight_files import require_whole_folder
+from generator import adapter, adapter_file, weights
+from generator.adapter_file import ADAPTER_FILE
 from generator.block_cache import BlockCache
 from generator.flow import Kernel, guide, interpolate, velocity_target
 from generator.latents import LatentCodec
@@ -30,6 +33,7 @@ from generator.sampler import (
     velocity_calls,
 )
 from generator.schedule import sigma_grid, stochastic_steps, tail_grid
+from generator.wan_folder import find_wan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -104,13 +108,16 @@ class WanGenerator:
         transformer_only  leaves VAE and text encoder out, to train on stored latents and
                           embeddings (`flow_error`)
 
-        Raises FileNotFoundError when cfg.path is no WanPipeline folder, ValueError when the video
-        size does not fit the VAE or a LoRA target matches nothing.
+        Raises FileNotFoundError when cfg.path is no WanPipeline folder, ValueError when it is
+        another kind of Wan, its weights are not complete and finite, the video size does not fit
+        the VAE, or a LoRA target matches nothing.
         """
         # 1. The stock pipeline, frozen, on its device.
-        weights.require_folder(cfg.path)
+        folder = find_wan(cfg.path)
         device = torch.device(device or default_device())
-        pipeline = _load_pipeline(cfg, transformer_only=transformer_only).to(device)
+        pipeline = _load_pipeline(
+            cfg, folder, device=device, transformer_only=transformer_only
+        )
 
         # 2. What is trained: an adapter, or every weight of the transformer.
         transformer = pipeline.transformer
@@ -388,12 +395,12 @@ class WanGenerator:
             raise ValueError(
                 f"GeneratorConfig.lora is null and {folder} holds no transformer folder"
             )
-        elif not (folder / adapter.ADAPTER_FILE).is_file():
+        elif not (folder / ADAPTER_FILE).is_file():
             raise FileNotFoundError(
-                f"{folder} holds no {adapter.ADAPTER_FILE}; a run leaves its adapter in RUN/final"
+                f"{folder} holds no {ADAPTER_FILE}; a run leaves its adapter in RUN/final"
             )
         else:
-            adapter.load(self.module, folder)
+            adapter.load(self.module, adapter_file.read(folder))
 
     # ---- parts of a rollout ----
 
@@ -521,33 +528,58 @@ class WanGenerator:
         """Read the base model once more, as the reference of a full fine-tuning."""
         # Read again, since the module in use may have been trained or resumed.
         dtype = getattr(torch, self.cfg.dtype)
-        model = WanTransformer3DModel.from_pretrained(
-            self.cfg.path,
-            subfolder="transformer",
+        model = load_pretrained(
+            WanTransformer3DModel,
+            find_wan(self.cfg.path) / "transformer",
             dtype=dtype,
+            device=self.device,
         )
         model = weights.of_one_dtype(model, self.cfg.dtype)
-        return model.requires_grad_(requires_grad=False).eval().to(self.device)
+        return model.requires_grad_(requires_grad=False).eval()
 
 
-def _load_pipeline(cfg: GeneratorConfig, *, transformer_only: bool) -> WanPipeline:
-    """Read the stock pipeline and freeze its VAE and text encoder."""
-    # None leaves a part out
-    if transformer_only:
-        parts = {"vae": None, "text_encoder": None, "tokenizer": None}
-    else:
-        # The VAE computes in fp32, whatever the transformer's dtype is.
-        vae = AutoencoderKLWan.from_pretrained(
-            cfg.path,
-            subfolder="vae",
-            dtype=torch.float32,
-        )
-        parts = {"vae": vae}
-    pipeline = WanPipeline.from_pretrained(
-        cfg.path,
-        **parts,
-        dtype=getattr(torch, cfg.dtype),
+def _load_pipeline(
+    cfg: GeneratorConfig,
+    folder: Path,
+    *,
+    device: torch.device,
+    transformer_only: bool,
+) -> WanPipeline:
+    """Read the stock pipeline, every weight of it, and freeze its VAE and text encoder."""
+    # `WanPipeline.from_pretrained` would fill missing weights with random numbers.
+    dtype = getattr(torch, cfg.dtype)
+    parts: dict[str, Any] = {}
+    parts["transformer"] = load_pretrained(
+        WanTransformer3DModel,
+        folder / "transformer",
+        dtype=dtype,
+        device=device,
     )
+    if transformer_only:
+        # None leaves a part out
+        parts |= {"vae": None, "text_encoder": None, "tokenizer": None}
+    else:
+        from transformers import UMT5EncoderModel
+
+        # The VAE computes in fp32, whatever the transformer's dtype is.
+        parts["vae"] = load_pretrained(
+            AutoencoderKLWan,
+            folder / "vae",
+            dtype=torch.float32,
+            device=device,
+        )
+        parts["text_encoder"] = load_pretrained(
+            UMT5EncoderModel,
+            folder / "text_encoder",
+            dtype=dtype,
+            device=device,
+        )
+        require_whole_folder(folder / "tokenizer")
+
+    # Tokenizer and scheduler have no weights.
+    require_whole_folder(folder / "scheduler")
+    with errors_of(folder, "WanPipeline"):
+        pipeline = WanPipeline.from_pretrained(folder, **parts)
     pipeline.set_progress_bar_config(disable=True)
     # Only the transformer is trained.
     for frozen in (pipeline.vae, pipeline.text_encoder):

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.files import read_json, require_hub_name, weight_files
+from common.files import give_usual_mode, read_json
 from common.state_dicts import (
     Shapes,
     raise_problems,
     shapes_in,
     state_dict_problems,
 )
+from common.strict_loading import require_finite
+from common.weight_files import load_safetensors, tensor_places
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -59,6 +61,7 @@ def save(
         name: weight.detach().cpu().contiguous() for name, weight in state.items()
     }
     save_file(on_cpu, target / FILE, metadata={"format": "pt"})
+    give_usual_mode(target / FILE)
     return target / FILE
 
 
@@ -71,11 +74,10 @@ def is_whole(folder: Path) -> bool:
 def load(transformer: WanTransformer3DModel, folder: Path) -> None:
     """Copy what `save` wrote into the transformer, in place; an adapter on it stays as it is.
 
-    Raises ValueError when names or shapes differ.
+    Raises ValueError when the file is damaged, names or shapes differ, or a number is NaN.
     """
-    from safetensors.torch import load_file
-
-    stored = load_file(Path(folder) / SUBFOLDER / FILE)
+    file = Path(folder) / SUBFOLDER / FILE
+    stored = load_safetensors(file)
     parameters = {}
     for name, parameter in transformer.named_parameters():
         if ".lora_" not in name:
@@ -83,6 +85,7 @@ def load(transformer: WanTransformer3DModel, folder: Path) -> None:
             parameters[name.replace(".base_layer.", ".")] = parameter
     # Check all before anything is overwritten.
     _require_same(shapes_in(stored), shapes_in(parameters), folder)
+    require_finite(stored, file)
     for name, tensor in stored.items():
         parameters[name].copy_(tensor)
 
@@ -90,18 +93,18 @@ def load(transformer: WanTransformer3DModel, folder: Path) -> None:
 def read(folder: Path) -> Stored:
     """Read folder/transformer, from a single file or from shards.
 
-    Raises FileNotFoundError, naming what is missing, and ValueError when the weights do not match
-    config.json.
+    Raises FileNotFoundError, naming what is missing, and ValueError when a file is damaged, a
+    number is NaN, or the weights do not match config.json.
     """
-    from safetensors.torch import load_file
-
     place = Path(folder) / SUBFOLDER
     config = read_config(folder)
     # Every shard holds other weights.
+    places = tensor_places(place, FILE)
     state = {}
-    for file in weight_files(place, FILE):
-        state |= load_file(file)
+    for file in sorted(set(places.values())):
+        state |= load_safetensors(file)
     _require_same(shapes_in(state), shapes_of(config), folder)
+    require_finite(state, place, places)
     return Stored(config, state)
 
 
@@ -145,6 +148,7 @@ def write(
     for file, names in split.filename_to_tensors.items():
         shard = {name: transformer.state[name].contiguous() for name in names}
         save_file(shard, place / file, metadata={"format": "pt"})
+        give_usual_mode(place / file)
     # a single file needs no index
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -188,17 +192,3 @@ def of_one_dtype(
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
     return transformer
-
-
-def require_folder(path: str) -> None:
-    """Raise FileNotFoundError unless the path is a WanPipeline folder or may be a hub name.
-
-    `from_pretrained` would take a missing folder for a hub name and ask the network.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        require_hub_name(path, "model_index.json")
-    elif not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"GeneratorConfig.path {path} is no WanPipeline folder: it has no model_index.json"
-        )

@@ -66,6 +66,7 @@ def build_task(
     """Build everything and describe the run to the training loop."""
     from common import distributed
     from common.log import say
+    from common.schedule import describe_draws
     from common.updates import backwards_on_rank
     from engine.zero3 import elements
 
@@ -87,6 +88,11 @@ def build_task(
         f"{accumulation} backwards of {settings.micro_batch} pairs; {len(pairs)} pairs, "
         f"{settings.epochs:g} epochs = {steps} updates; training {trained:,} parameters"
     )
+    uneven = describe_draws(
+        len(pairs), per_step=per_step, steps=steps, epochs=settings.epochs
+    )
+    if uneven:
+        say(uneven)
     return reward_model_task(run, loop, heldout, label="cold start", steps=steps)
 
 

@@ -80,10 +80,12 @@ def train(
 
     quiet()
     from engine.trainer import run_training
+    from launch.training.inputs import with_inputs
 
     # Read the input first: a mistake in it ends the process within seconds.
     parts = read_input(run)
-    run_training(run, lambda: build_task(run, *parts), resume=resume)
+    build_recorded = with_inputs(run, lambda: build_task(run, *parts))
+    run_training(run, build_recorded, resume=resume)
 
 
 def take_kind(words: list[str], kinds: Collection[str]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,6 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # These libraries use names of each other that will be retired; users cannot change that.
     warnings.filterwarnings(
@@ -54,6 +53,18 @@ def quiet() -> None:
         if "OMP_NUM_THREADS" not in os.environ:
             # Ranks that share cores spin in barriers: small models ran 20 to 70 times slower.
             torch.set_num_threads(1)
+
+
+def say_long_prompts(prompts: Sequence[str], cfg: GeneratorConfig) -> None:
+    """Print how many prompts the text encoder cuts off. Only rank 0 counts."""
+    from common.log import say
+    from generator.prompts import describe_long_prompts
+
+    # Every prompt is tokenized, which is work for one rank.
+    if prompts and os.environ.get("RANK", "0") == "0":
+        remark = describe_long_prompts(prompts, cfg)
+        if remark:
+            say(remark)
 
 
 def rank_device() -> str:

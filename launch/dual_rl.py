@@ -50,6 +50,7 @@ def build_task(run: DualRlRun, pairs: list[Pair], heldout: list[Pair]) -> Traini
     """Build everything and describe the run to the training loop."""
     from common import distributed
     from common.log import say
+    from common.schedule import describe_draws
     from common.updates import backwards_on_rank
 
     # Leave out videos that cannot be decoded, then build.
@@ -69,6 +70,11 @@ def build_task(run: DualRlRun, pairs: list[Pair], heldout: list[Pair]) -> Traini
         f"{distributed.world_size()} ranks x {accumulation} backwards of "
         f"{settings.micro_batch} pairs; {len(pairs)} pairs"
     )
+    uneven = describe_draws(
+        len(pairs), per_step=settings.pairs_per_step, steps=settings.steps
+    )
+    if uneven:
+        say(uneven)
     return reward_model_task(run, loop, heldout, label="dual RL", steps=settings.steps)
 
 

@@ -65,6 +65,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
     with all_ranks():
         from alignment.prompts import read_prompts
         from common.distributed import derive_seed
+        from launch.compose import quiet, say_long_prompts
 
         # The prompts, and the table of everything that a row depends on.
         inputs = [cfg.prompts, cfg.generator.path, cfg.adapter]
@@ -83,6 +84,9 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
             for i in begin(cfg, table, len(prompts))
         ]
         if rows:
+            quiet()
+            with user_errors():
+                say_long_prompts(prompts, cfg.generator)
             score_samples(cfg, rows, table)
         conclude(cfg, table, len(prompts), summarise)
 

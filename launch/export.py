@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import check_new_folder, new_folder_parser, user_errors
+from common.files import give_usual_mode
 from launch.release.hub import PushError, check_repo_id, push
 from launch.release.model_card import ExportedFiles, model_card
 from launch.release.provenance import is_hub_name, read_provenance
@@ -171,6 +172,7 @@ def export_adapter(
     name = f"{out.resolve().name}.safetensors"
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / name, metadata={"format": "pt"})
+    give_usual_mode(out / name)
     fact = f"{about}, {len(tensors)} tensors under the names of Wan's own code"
     return ExportedFiles("comfyui", [fact], file=name)
 
@@ -256,7 +258,9 @@ def local_base(base: str) -> Path:
 def describe_adapter(adapter: StoredAdapter) -> str:
     # "LoRA of 240 linears, rank 32, alpha 64".
     linears = f"LoRA of {len(adapter.pairs)} linears"
-    return f"{linears}, rank {adapter.rank}, alpha {adapter.alpha:g}"
+    scales = adapter.scales
+    kind = ", rank-stabilised" if scales.use_rslora else ""
+    return f"{linears}, rank {scales.rank}, alpha {scales.alpha:g}{kind}"
 
 
 def dtypes_of(state: Mapping[str, Any]) -> str:

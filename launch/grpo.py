@@ -35,7 +35,9 @@ def main() -> None:
 
 def read_input(run: GrpoRun) -> tuple[list[str], list[str]]:
     """Read training and held-out prompts; exit with code 2 if a file or the ranks are wrong."""
-    from alignment.prompts import read_prompts
+    from alignment.prompts import describe_shared_prompts, read_prompts
+    from common.log import say
+    from launch.compose import say_long_prompts
 
     check_ranks(run, ranks=int(os.environ.get("WORLD_SIZE", "1")))
     heldout: list[str] = []
@@ -43,6 +45,11 @@ def read_input(run: GrpoRun) -> tuple[list[str], list[str]]:
         prompts = read_prompts(run.prompts)
         if run.evaluation is not None:
             heldout = read_prompts(run.evaluation.prompts)[: run.evaluation.limit]
+        # Prompts that do not do what the user thinks.
+        say_long_prompts([*prompts, *heldout], run.generator)
+    shared = describe_shared_prompts(prompts, heldout)
+    if shared:
+        say(shared)
     return prompts, heldout
 
 

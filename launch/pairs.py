@@ -66,9 +66,11 @@ def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
     # load the generator and the rewards
     from common.cli import user_errors
     from common.log import say
-    from launch.compose import build_rewards, trained_generator
+    from launch.compose import build_rewards, say_long_prompts, trained_generator
     from launch.training.pair_making import make_pairs
 
+    with user_errors():
+        say_long_prompts(prompts, cfg.generator)
     names = ", ".join(cfg.rewards)
     say(f"loading the generator {cfg.generator.path} and the rewards {names}")
     with user_errors():
@@ -104,7 +106,7 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     # load the generator, whose VAE encodes
     from common.cli import user_errors
     from common.log import say
-    from launch.compose import build_generator
+    from launch.compose import build_generator, say_long_prompts
     from launch.training.pair_making import (
         encode_pair,
         labelled,
@@ -115,6 +117,8 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     say(table.report())
     decided = [pair for pair in table.pairs if pair.label != 0]
     with user_errors():
+        prompts = list(dict.fromkeys(pair.prompt for pair in decided))
+        say_long_prompts(prompts, cfg.generator)
         generator = build_generator(cfg.generator)
 
     # encode both videos of every decided pair

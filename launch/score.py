@@ -5,8 +5,8 @@
 
 A .csv or .jsonl with the columns ``video`` (or ``file``) and ``prompt`` names its videos itself,
 relative to its folder; --videos then only chooses among them. Any other .txt or .jsonl holds a
-prompt for each of --videos, in the order of their names. Every row of the output has the value of
-each reward, its parts and its text (the chain of thought).
+prompt for each of --videos, in the natural order of their names: 2.mp4 before 10.mp4. Every row of
+the output has the value of each reward, its parts and its text (the chain of thought).
 
 A video that cannot be read or scored gets ``error`` and null rewards, and the next call tries it
 again; finished rows are not repeated. Another process decodes each file first, so that a file that
@@ -16,6 +16,7 @@ kills its decoder costs a single row. Under a launcher, ranks share the videos.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,11 @@ def score(
             listed = find_items(pattern, prompts)
             table = open_scores(cfg, out, resume)
         items = {(item.name, item.prompt): item for item in listed}
+        if len(items) < len(listed):
+            say(
+                f"{len(listed) - len(items)} of {len(listed)} rows repeat the video and prompt "
+                "of an earlier row and are scored once"
+            )
         missing = [key for key in items if key not in table.done]
         say(f"{len(missing)} of {len(items)} videos to score")
         # This rank scores its share of them.
@@ -136,7 +142,10 @@ def score_share(cfg: ScoreRun, items: list[ScoreItem], table: ResultsTable) -> N
 
 
 def report(rows: Sequence[Row], rewards: Sequence[str], out: Path) -> bool:
-    """Print means and the first failures; True when no video could be scored."""
+    """Print the spread of every reward, the first failures and the next step.
+
+    Returns True when no video could be scored.
+    """
     from common.log import say
 
     failures = [row for row in rows if "error" in row]
@@ -145,16 +154,38 @@ def report(rows: Sequence[Row], rewards: Sequence[str], out: Path) -> bool:
         scored = [value for value in values if value is not None]
         line = "no video could be scored"
         if scored:
-            line = f"mean {sum(scored) / len(scored):.4f} over {len(scored)} videos"
-        unscored = len(rows) - len(failures) - len(scored)
-        if unscored:
-            line += f", {unscored} could not be scored"
+            line = describe_values(scored)
+        missing = len(rows) - len(scored)
+        if missing:
+            line += f", {missing} missing"
         say(f"{name:>24}  {line}")
     # The first failures show what is wrong with most of them.
     for row in failures[:5]:
         say(f"  {row['video']}: {row['error']}")
     say(f"{len(rows) - len(failures)} rows and {len(failures)} failures are in {out}")
+    if len(failures) < len(rows):
+        say(
+            "next: launch/check_rewards.py with the same videos and prompts shows whether "
+            "these rewards order videos sensibly"
+        )
     return len(failures) == len(rows)
+
+
+def describe_values(values: Sequence[float]) -> str:
+    """Mean, extremes and percentiles of a reward, over the videos that have it."""
+    line = f"mean {sum(values) / len(values):.4f} over {len(values)} videos"
+    if len(values) < 2:
+        return line
+    # Linear between the sorted values, as numpy.percentile.
+    cuts = statistics.quantiles(values, n=20, method="inclusive")
+    named = {
+        "min": min(values),
+        "5 %": cuts[0],
+        "median": cuts[9],
+        "95 %": cuts[18],
+        "max": max(values),
+    }
+    return line + "".join(f", {name} {value:.4f}" for name, value in named.items())
 
 
 if __name__ == "__main__":

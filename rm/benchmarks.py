@@ -6,6 +6,8 @@ genai     GenAI-Bench's video votes: left_video_path, right_video_path, prompt, 
 indomain  DeScore's table: video_A, video_B, prompt, answer (JSON with gsb_result in an
           <answer> block).
 descore   the training table, see `rm.data.read_pairs`.
+
+`rm.labels` has the words for a label, the same in every layout.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rm.data import (
-    LABELS,
     Pair,
     PairTable,
     check_videos,
@@ -25,40 +26,36 @@ from rm.data import (
     prompt_in,
     read_pairs,
 )
-from rm.prompt import parse_preference
+from rm.labels import is_invalid, read_label
+from rm.prompt import preference_word
 
 Layout = Literal["descore", "videogen", "genai", "indomain"]
 DIMENSIONS = ("VQ", "MQ", "TA", "Overall")
-# How the votes of GenAI-Bench begin: leftvote, rightvote, tievote, bothbad.
-VOTES = {"left": 1, "right": -1, "tie": 0, "both": 0}
 
 
 class _Columns(NamedTuple):
-    """The columns of a layout, and what turns the label's cell into a label.
+    """The columns of a layout.
 
-    ``read`` gives None if the cell cannot be read. ``labels`` are columns of further labels.
+    ``word_in`` finds the label's text in its cell. ``labels`` are columns of further labels.
     """
 
     video_A: str
     video_B: str
     label: str
-    read: Callable[[str], int | None]
+    word_in: Callable[[str], str] = str.strip
     labels: tuple[str, ...] = ()
 
 
-def _vote(cell: str) -> int | None:
-    """Read a vote of GenAI-Bench."""
-    for start, label in VOTES.items():
-        if cell.lower().startswith(start):
-            return label
-    return None
+def _word_in_answer(cell: str) -> str:
+    """Find the label in an answer, or in a cell that calls the pair invalid."""
+    return cell if is_invalid(cell) else preference_word(cell)
 
 
 # The label of "videogen" is the dimension that the caller chooses.
 LAYOUTS = {
-    "videogen": _Columns("path_A", "path_B", "", LABELS.get, DIMENSIONS),
-    "genai": _Columns("left_video_path", "right_video_path", "vote_type", _vote),
-    "indomain": _Columns("video_A", "video_B", "answer", parse_preference),
+    "videogen": _Columns("path_A", "path_B", "", labels=DIMENSIONS),
+    "genai": _Columns("left_video_path", "right_video_path", "vote_type"),
+    "indomain": _Columns("video_A", "video_B", "answer", _word_in_answer),
 }
 
 
@@ -99,15 +96,17 @@ def read_benchmark(
     path = csv_file(Path(path))
     root = path.parent if videos is None else Path(videos)
 
-    def make_pair(row: Mapping[str, str], cell: str) -> Pair:
-        label = columns.read(cell)
+    def make_pair(row: Mapping[str, str], word: str) -> Pair:
+        label = read_label(word)
         if label is None:
-            raise ValueError(f"{columns.label}: {cell!r:.80} names no preference")
-        files = []
-        for name in columns[:2]:
-            files.append(root / (row[name] or "").strip())
+            raise ValueError(
+                f"{columns.label} must be A, B, same or invalid, "
+                f"got {row[columns.label]!r:.80}"
+            )
+        files = [root / row[name].strip() for name in columns[:2]]
         check_videos(files)
         labels = labels_in(row, columns.labels)
         return Pair(prompt_in(row), *files, "", "", label, labels=labels)
 
-    return collect(path, [*columns[:3], "prompt"], columns.label, make_pair)
+    required = [*columns[:3], "prompt"]
+    return collect(path, required, columns.label, make_pair, columns.word_in)

@@ -6,73 +6,29 @@ The pairs of a step are a function of seed and step only.
 from __future__ import annotations
 
 import ast
-import csv
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.csv_table import CsvTable, missing_columns, read_csv
 from common.schedule import IndexSchedule
+from rm.labels import is_empty, is_invalid, read_label
+from rm.pair import Pair
 from rm.prompt import DIMENSIONS, parse_scores
+from rm.repeated_pairs import describe_repeated
 
-# Texts in label columns.
-LABELS = {"A": 1, "B": -1, "same": 0}
 REQUIRED_COLUMNS = ("videos", "prompt", "GSB")
-# What table programs write for an empty cell.
-_MISSING = {"", "nan", "none", "null"}
-# The csv module's limit is shorter than a long chain of thought.
-_MAX_FIELD = 1 << 24
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two videos of a prompt, and which of them people prefer.
-
-    video_A, video_B    Files.
-    cot_A, cot_B        Chains of thought (CoTs), "" if there are none.
-    label               1 if A is better, -1 if B is better, 0 for a tie.
-    scores_A, scores_B  Ground-truth sub-dimension scores, for which stage 2 rewards CoTs; None
-                        if unknown.
-    labels              Labels of further dimensions by name; unknown labels are left out.
-    line                Line of the CSV, 0 for a pair from elsewhere.
-    """
-
-    prompt: str
-    video_A: Path
-    video_B: Path
-    cot_A: str
-    cot_B: str
-    label: int
-    scores_A: Mapping[str, int | None] | None = None
-    scores_B: Mapping[str, int | None] | None = None
-    labels: Mapping[str, int] = field(default_factory=dict)
-    line: int = 0
-
-    def __post_init__(self) -> None:
-        for label in (self.label, *self.labels.values()):
-            if label not in (1, -1, 0):
-                raise ValueError(f"Pair.label must be 1, -1 or 0, got {label}")
-
-    def label_in(self, dimension: str) -> float:
-        """The label in a dimension: 1, -1, 0, or NaN if unknown.
-
-        It is the label of that name. Without it, "overall" is ``label``, and in a sub-dimension
-        the video with the higher ground-truth score is better.
-        """
-        # A label of that name.
-        if dimension in self.labels:
-            return float(self.labels[dimension])
-        if dimension == "overall":
-            return float(self.label)
-
-        # The ground-truth scores.
-        score_A = (self.scores_A or {}).get(dimension)
-        score_B = (self.scores_B or {}).get(dimension)
-        if score_A is None or score_B is None:
-            return math.nan
-        if score_A == score_B:
-            return 0.0
-        return 1.0 if score_A > score_B else -1.0
+# Columns that only one layout of `rm.benchmarks` has, to recognise a table of another layout.
+LAYOUT_COLUMNS = {
+    "descore": ("videos", "GSB"),
+    "videogen": ("path_A", "path_B"),
+    "genai": ("left_video_path", "right_video_path", "vote_type"),
+    "indomain": ("video_A", "video_B", "answer"),
+}
+# A path of Windows in a Python list: "\\a" in it is a control character.
+_BACKSLASHES = "a backslash begins an escape in a list, so write paths with /"
 
 
 @dataclass(frozen=True)
@@ -99,7 +55,19 @@ class PairTable:
         lines += self.problems[:limit]
         if len(self.problems) > limit:
             lines.append(f"... and {len(self.problems) - limit} more")
+        lines += self.remarks()
         return "\n  ".join(lines)
+
+    def remarks(self) -> list[str]:
+        """Describe what is no mistake of a row: labels that are missing, pairs that repeat."""
+        # Further labels that only some of the pairs have.
+        names = dict.fromkeys(name for pair in self.pairs for name in pair.labels)
+        lines = []
+        for name in names:
+            without = sum(name not in pair.labels for pair in self.pairs)
+            if without:
+                lines.append(f"pairs without a label in {name}: {without}")
+        return lines + describe_repeated(self.pairs)
 
 
 def read_pairs(
@@ -113,7 +81,7 @@ def read_pairs(
 
     videos        Python literal ``['a.mp4', 'b.mp4']``, relative to the CSV.
     prompt        The text prompt; the template makes the instruction from it.
-    GSB           A, B, same or invalid.
+    GSB           A, B, same or invalid, see `rm.labels`.
     CoT_A, CoT_B  Chains of thought.
     answer        Text with an ``<answer>`` block: JSON with ``video_1_scores`` and
                   ``video_2_scores`` (the official stage 2).
@@ -122,9 +90,9 @@ def read_pairs(
 
     require_cot     A row without both CoTs is bad; otherwise its CoTs are empty.
     require_scores  A row without a readable ``answer`` is bad; otherwise its scores are unknown.
-    dimensions      Names of columns with more labels: A, B or same; any other text is unknown.
-                    "overall" is GSB, and a sub-dimension without a column is read from
-                    ``answer``.
+    dimensions      Names of columns with more labels, in the words of GSB; only an empty cell
+                    is an unknown label. "overall" is GSB, and a sub-dimension without a
+                    column is read from ``answer``.
 
     Bad rows are left out and described as ``file:line: problem``. Raises ValueError, naming the
     file, for an unreadable table, a missing column, or a table without a usable row.
@@ -144,13 +112,14 @@ def read_pairs(
     def make_pair(row: Mapping[str, str], label: str) -> Pair:
         pair = _pair(row, label, path.parent, require_cot=require_cot)
         pair = replace(pair, labels=labels_in(row, dimensions))
-        scores = parse_scores(row.get("answer") or "")
+        scores = parse_scores(row.get("answer", ""))
         if scores is not None:
             return replace(pair, scores_A=scores[0], scores_B=scores[1])
         if require_scores:
             raise ValueError(
                 "answer must hold an <answer> block with video_1_scores and "
-                f"video_2_scores, got {row['answer']!r:.80}"
+                "video_2_scores, each with 2, 1, 0 or N/A under some of "
+                f"{', '.join(DIMENSIONS)}, got {row['answer']!r:.80}"
             )
         return pair
 
@@ -162,30 +131,59 @@ def collect(
     required: list[str],
     label_column: str,
     make_pair: Callable[[Mapping[str, str], str], Pair],
+    word_in: Callable[[str], str] = str.strip,
 ) -> PairTable:
     """Build a table with ``make_pair(row, label text)``; its ValueError makes a row bad.
 
-    Rows labelled invalid are counted. Raises ValueError as `read_pairs`.
+    ``word_in`` finds the label's text in its cell. Rows labelled invalid are counted. Raises
+    ValueError as `read_pairs`.
     """
-    # Read the rows.
+    try:
+        csv_table = read_csv(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    _check_columns(csv_table, required)
+
+    # Every row is a pair, labelled invalid, or bad.
     pairs = []
     problems = []
     invalid = 0
-    try:
-        for line, row in _rows(path, required):
-            label = (row[label_column] or "").strip()
-            if label.lower() == "invalid":
+    for row in csv_table.rows:
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            label = word_in(row.cells[label_column])
+            if is_invalid(label):
                 invalid += 1
                 continue
-            try:
-                pairs.append(replace(make_pair(row, label), line=line))
-            except ValueError as error:
-                problems.append(f"{path}:{line}: {error}")
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a UTF-8 CSV file ({error})") from error
+            pair = make_pair(row.cells, label)
+            _check_two_films(pair)
+            pairs.append(replace(pair, line=row.line))
+        except ValueError as error:
+            problems.append(f"{path}:{row.line}: {error}")
     if not pairs:
         raise ValueError("\n  ".join([f"{path}: no usable pair", *problems[:10]]))
     return PairTable(path, tuple(pairs), invalid, tuple(problems))
+
+
+def _check_columns(table: CsvTable, required: Sequence[str]) -> None:
+    """Raise ValueError for missing columns, with the layout that the table seems to have."""
+    problem = missing_columns(table, required)
+    if not problem:
+        return
+    for layout, columns in LAYOUT_COLUMNS.items():
+        if set(columns) <= set(table.columns) and not set(columns) <= set(required):
+            problem += (
+                f"; they are those of the layout {layout}: set data.layout={layout} "
+                f"(table.layout in launch/pairs.py, layout in launch/evaluate.py)"
+            )
+    raise ValueError(problem)
+
+
+def _check_two_films(pair: Pair) -> None:
+    """Raise ValueError if both videos of a pair are the same file."""
+    if os.path.samefile(pair.video_A, pair.video_B):
+        raise ValueError(f"both videos are the same file, {pair.video_A}")
 
 
 @dataclass(frozen=True)
@@ -239,32 +237,13 @@ def csv_file(path: Path) -> Path:
     return files[0]
 
 
-def _rows(path: Path, required: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield each row with the line where it starts."""
-    # The limit is a global of the csv module: put it back afterwards.
-    previous_limit = csv.field_size_limit(_MAX_FIELD)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = list(reader.fieldnames or ())
-            missing = [name for name in required if name not in columns]
-            if missing:
-                raise ValueError(f"{path}: lacks the columns {missing}, has {columns}")
-            # A cell may span several lines.
-            line = reader.line_num + 1
-            for row in reader:
-                yield line, row
-                line = reader.line_num + 1
-    finally:
-        csv.field_size_limit(previous_limit)
-
-
 def _pair(row: Mapping[str, str], label: str, root: Path, *, require_cot: bool) -> Pair:
     """Make the pair of a row of the official table. Raises ValueError if the row is bad."""
-    if label not in LABELS:
-        raise ValueError(f"GSB must be A, B, same or invalid, got {label!r}")
+    value = read_label(label)
+    if value is None:
+        raise ValueError(f"GSB must be A, B, same or invalid, got {label!r:.80}")
     # Both videos.
-    files = [root / video for video in _two_paths(row["videos"] or "")]
+    files = [root / video for video in _two_paths(row["videos"])]
     check_videos(files)
 
     # The prompt and the CoTs.
@@ -273,13 +252,15 @@ def _pair(row: Mapping[str, str], label: str, root: Path, *, require_cot: bool) 
     cot_B = _text(row.get("CoT_B"))
     if require_cot and not (cot_A and cot_B):
         raise ValueError(f"{'CoT_B' if cot_A else 'CoT_A'} is empty")
-    return Pair(prompt, files[0], files[1], cot_A, cot_B, LABELS[label])
+    return Pair(prompt, files[0], files[1], cot_A, cot_B, value)
 
 
 def _two_paths(cell: str) -> list[str]:
     """The paths in a cell of the column ``videos``. Raises ValueError if it is bad."""
     try:
-        videos = ast.literal_eval(cell)
+        # A backslash of a Windows path is a wrong escape, which Python warns about.
+        with warnings.catch_warnings(action="ignore"):
+            videos = ast.literal_eval(cell)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         videos = None
     if (
@@ -287,7 +268,8 @@ def _two_paths(cell: str) -> list[str]:
         or len(videos) != 2
         or not all(isinstance(video, str) for video in videos)
     ):
-        raise ValueError(f"videos must be a list of two paths, got {cell!r:.80}")
+        hint = f"; {_BACKSLASHES}" if "\\" in cell else ""
+        raise ValueError(f"videos must be a list of two paths, got {cell!r:.80}{hint}")
     return list(videos)
 
 
@@ -308,31 +290,45 @@ def label_of_total(pair: Pair, dimensions: Collection[str]) -> float:
 
 
 def labels_in(row: Mapping[str, str], names: Sequence[str]) -> dict[str, int]:
-    """Labels in the columns of these names; cells without a label are left out."""
+    """Labels in the columns of these names; empty cells and invalid labels are left out.
+
+    Raises ValueError, with the column, for a word that is no label.
+    """
     labels = {}
     for name in names:
-        cell = (row.get(name) or "").strip()
-        if cell in LABELS:
-            labels[name] = LABELS[cell]
+        cell = row.get(name)
+        if is_empty(cell) or is_invalid(cell):
+            continue
+        label = read_label(cell)
+        if label is None:
+            raise ValueError(
+                f"{name} must be A, B, same, invalid or empty, got {cell!r:.80}"
+            )
+        labels[name] = label
     return labels
 
 
 def check_videos(files: Sequence[Path]) -> None:
     """Raise ValueError, naming the first file that does not exist."""
     for file in files:
-        if not file.is_file():
-            raise ValueError(f"no such video: {file}")
+        # Path.is_file raises for a name that is too long.
+        if os.path.isfile(file):
+            continue
+        problem = f"no such video: {file}"
+        if any(character < " " for character in str(file)):
+            problem = f"no such video: {str(file)!r}; {_BACKSLASHES}"
+        elif "\\" in str(file):
+            problem += f"; {_BACKSLASHES}"
+        raise ValueError(problem)
 
 
 def prompt_in(row: Mapping[str, str]) -> str:
     """The prompt of a row. Raises ValueError if it is empty."""
-    prompt = (row["prompt"] or "").strip()
+    prompt = row["prompt"].strip()
     if not prompt:
         raise ValueError("the prompt is empty")
     return prompt
 
 
 def _text(cell: str | None) -> str:
-    if cell is None or cell.strip().lower() in _MISSING:
-        return ""
-    return cell
+    return "" if is_empty(cell) else cell

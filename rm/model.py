@@ -26,8 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.files import require_hub_name
+from common.files import (
+    TRANSFORMERS_PATTERNS,
+    give_usual_mode,
+    model_folder,
+    read_json,
+)
 from common.lora import merged_backbone
+from common.state_dicts import raise_problems, shapes_in, state_dict_problems
+from common.strict_loading import errors_of, load_pretrained, require_finite
+from common.weight_files import load_safetensors
 from rm.config import (
     BackboneLora,
     Generation,
@@ -353,6 +361,7 @@ class DeScore(nn.Module):
         for name, key in (("query", "query"), ("head", "head.weight")):
             tensors[name] = state[key].detach().float().cpu().contiguous()
         save_file(tensors, path / HEAD_FILE)
+        give_usual_mode(path)
         record = {
             "format": 1,
             "query_id": self.query_id,
@@ -366,11 +375,9 @@ class DeScore(nn.Module):
     def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> DeScore:
         """Read a checkpoint that `save` wrote, in eval mode.
 
-        Raises FileNotFoundError, naming the files, if some are missing, and ValueError for
-        another format.
+        Raises FileNotFoundError, naming the files, if some are missing, and ValueError, naming
+        file and tensor, for another format or weights that do not fit.
         """
-        from safetensors.torch import load_file
-
         path = Path(path)
         required = (DESCORE_FILE, HEAD_FILE, PROMPT_FILE, VIDEO_FILE)
         missing = [name for name in required if not (path / name).is_file()]
@@ -378,28 +385,43 @@ class DeScore(nn.Module):
             raise FileNotFoundError(
                 f"{path} is not a DeScore checkpoint: it lacks {', '.join(missing)}"
             )
-        record = json.loads((path / DESCORE_FILE).read_text(encoding="utf-8"))
-        if record.get("format") != 1:
+        record = read_json(path / DESCORE_FILE)
+        found = record.get("format") if isinstance(record, dict) else None
+        if found != 1:
             raise ValueError(
-                f"{path / DESCORE_FILE}: format {record.get('format')!r}, this version reads 1"
+                f"{path / DESCORE_FILE}: format {found!r}, this version reads 1"
             )
         backbone, tokenizer = _load_backbone(path, dtype)
-        dimensions = {}
-        for name, values in record.get("dimensions", {}).items():
-            dimensions[name] = RewardDimension(**values)
+        with errors_of(path / DESCORE_FILE, "record of a DeScore"):
+            dimensions = {}
+            for name, values in record.get("dimensions", {}).items():
+                dimensions[name] = RewardDimension(**values)
+            query_id = record["query_id"]
+            generation = Generation(**record["generation"])
         model = cls(
             backbone,
             tokenizer,
             PromptTemplate.load(path / PROMPT_FILE),
             VideoSettings.load(path / VIDEO_FILE),
-            record["query_id"],
-            Generation(**record["generation"]),
+            query_id,
+            generation,
             dimensions,
         )
-        tensors = load_file(path / HEAD_FILE)
-        weights = {"query": tensors["query"], "head.weight": tensors["head"]}
-        model.load_state_dict(weights, strict=False)
+        model.load_head(load_safetensors(path / HEAD_FILE), path / HEAD_FILE)
         return model.eval()
+
+    @torch.no_grad()
+    def load_head(self, tensors: Mapping[str, Tensor], source: Path) -> None:
+        """Copy the query and the head of a file into the model.
+
+        Raises ValueError, naming ``source``, for other names or shapes and for NaN or infinity.
+        """
+        own = {"query": self.query, "head": self.head.weight}
+        problems = state_dict_problems(shapes_in(tensors), shapes_in(own))
+        raise_problems(problems, f"{source} does not fit {DESCORE_FILE}")
+        require_finite(tensors, source)
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
 
     @staticmethod
     def dimensions_in(path: str | Path) -> list[str]:
@@ -515,13 +537,10 @@ def _load_backbone(
 ) -> tuple[Qwen3VLForConditionalGeneration, PreTrainedTokenizerBase]:
     from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-    if not path.is_dir():
-        require_hub_name(path.as_posix(), "config.json")
-    elif not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is not a model folder: it lacks config.json")
-    name = path.as_posix()
-    backbone = Qwen3VLForConditionalGeneration.from_pretrained(name, dtype=dtype)
-    return backbone, AutoTokenizer.from_pretrained(name)
+    folder = model_folder(path, "config.json", patterns=TRANSFORMERS_PATTERNS)
+    backbone = load_pretrained(Qwen3VLForConditionalGeneration, folder, dtype=dtype)
+    with errors_of(folder, "tokenizer"):
+        return backbone, AutoTokenizer.from_pretrained(folder.as_posix())
 
 
 def _first_free_id(tokenizer: PreTrainedTokenizerBase) -> int:

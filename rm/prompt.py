@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.files import write_json
+from common.files import check_text, write_json
 from common.schema import config, read_section
 
 if TYPE_CHECKING:
@@ -47,14 +47,6 @@ CONTROL_TOKENS = (
     "<|endoftext|>",
 )
 
-# Words for a preference in the official tables. Any other word is a tie.
-PREFERENCES = {
-    "Video 1 is better": 1,
-    "A": 1,
-    "Video 2 is better": -1,
-    "B": -1,
-}
-
 
 @config
 class PromptTemplate:
@@ -73,6 +65,8 @@ class PromptTemplate:
                 f"PromptTemplate.before must contain {PROMPT_SLOT} exactly once, "
                 "PromptTemplate.after must not contain it"
             )
+        check_text(self.before, "'before'")
+        check_text(self.after, "'after'")
 
     def fill(self, prompt: str) -> str:
         """Put a prompt into the slot of ``before``; braces in the prompt stay as they are."""
@@ -224,26 +218,30 @@ def parse_scores(
 ) -> tuple[Mapping[str, int | None], Mapping[str, int | None]] | None:
     """Parse the ground-truth scores of both videos of a pair from any text.
 
-    They are ``video_1_scores`` and ``video_2_scores`` of the answer block. Returns None without
-    such a block, or if either has no usable dimension.
+    They are ``video_1_scores`` and ``video_2_scores`` of the answer block; keys may be in upper
+    case. Returns None without such a block, or if either has no usable dimension.
     """
-    raw = _answer_json(text)
-    first = _scores(raw.get("video_1_scores"))
-    second = _scores(raw.get("video_2_scores"))
+    raw = _lower_keys(_answer_json(text))
+    first = _scores(_lower_keys(raw.get("video_1_scores")))
+    second = _scores(_lower_keys(raw.get("video_2_scores")))
     if not first or not second:
         return None
     return first, second
 
 
-def parse_preference(text: str) -> int | None:
-    """Parse ``gsb_result`` of the answer block of any text, see `PREFERENCES`.
+def preference_word(text: str) -> str:
+    """Find ``gsb_result`` in the answer block of any text, "" without one; see `rm.labels`."""
+    word = _lower_keys(_answer_json(text)).get("gsb_result")
+    return word if isinstance(word, str) else ""
 
-    Returns 1 or -1 for a preference, 0 for any other word, and None without a word.
-    """
-    word = _answer_json(text).get("gsb_result")
-    if not isinstance(word, str) or not word.strip():
-        return None
-    return PREFERENCES.get(word.strip(), 0)
+
+def _lower_keys(raw: object) -> dict[str, object]:
+    """A table's answer with its keys in lower case: people write "Subject" too."""
+    if not isinstance(raw, dict):
+        return {}
+    lower = {key.strip().lower(): value for key, value in raw.items()}
+    # a key in the right spelling wins
+    return lower | {key: raw[key] for key in raw if key in lower}
 
 
 def _answer_json(text: str) -> dict[str, object]:

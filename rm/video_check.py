@@ -56,7 +56,8 @@ class VideoChecker:
 
     def problem(self, path: Path) -> str:
         """Describe the problem of a file; "" if it can be decoded."""
-        if not path.is_file():
+        # Path.is_file raises for a name that is too long.
+        if not os.path.isfile(path):
             return "no such file"
         if path.stat().st_size == 0:
             return "0 bytes"

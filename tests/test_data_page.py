@@ -211,7 +211,7 @@ def test_settings_of_weights(folder: Path) -> None:
         folder / adapter_file.ADAPTER_FILE,
         {"lora_adapter_metadata": FILES["lora_adapter_metadata"]},
     )
-    assert adapter_file.read(folder).scaling == 2.0
+    assert adapter_file.read(folder).scales.scaling_of("blocks.0.attn1.to_q") == 2.0
     assert f"`{name}`" in PAGE
     record = json.loads(FILES["descore.json"])
     assert DeScore.dimensions_in(folder) == ["overall"]

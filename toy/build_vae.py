@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
+from common.strict_loading import load_pretrained
 from toy.measure import measure
 from toy.pixels import to_bytes, to_unit
 from toy.training import Fit, fit
@@ -168,5 +169,5 @@ def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
     # Measure the weights as they were saved, in fp16.
     folder = out / "wan" / "vae"
     vae.half().save_pretrained(folder)
-    saved = AutoencoderKLWan.from_pretrained(folder).float()
+    saved = load_pretrained(AutoencoderKLWan, folder).float()
     return evaluate(saved, count=512, seed=2)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import UMT5Config, UMT5EncoderModel
 
+from common.strict_loading import load_pretrained
 from generator.schedule import sigma_grid
 from toy.measure import measure
 from toy.pixels import to_bytes, to_unit
@@ -221,7 +222,7 @@ def evaluate(
 
 def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
     """Train, save a WanPipeline folder to ``out/wan`` and measure on held-out prompts."""
-    vae = AutoencoderKLWan.from_pretrained(out / "wan" / "vae").float().eval()
+    vae = load_pretrained(AutoencoderKLWan, out / "wan" / "vae").float().eval()
     latents, attributes = training_clips(vae, work / "wan_clips.safetensors")
     base = Base()
 

@@ -13,6 +13,7 @@ from rm.baselines.generative import (
     FORMS,
     AnswerFormat,
     GenerativeRewardModel,
+    ParsedAnswer,
     ScoreField,
 )
 
@@ -33,7 +34,8 @@ class Generative:
                  `rm.baselines.generative.GenerativeRewardModel`.
 
     Each answer is generated separately: the score of a video does not depend on its batch. A
-    number that is missing or outside its limits is NaN.
+    number that is missing or outside its limits is NaN, and so are all numbers of an answer that
+    was cut at ``max_new_tokens``. The text of a video without a reward ends with the reason.
     """
 
     name = "generative"
@@ -69,7 +71,14 @@ class Generative:
         parts = {}
         for name in self.reward_model.form.labels:
             parts[name] = torch.tensor([answer.scores[name] for answer in answers])
-        return Score(value_B, parts, [answer.answer for answer in answers])
+        return Score(value_B, parts, [_shown(answer) for answer in answers])
+
+
+def _shown(answer: ParsedAnswer) -> str:
+    """The answer, and why it gives no reward."""
+    if not answer.problem:
+        return answer.answer
+    return f"{answer.answer}\n[not scored: {answer.problem}]"
 
 
 def _answer_format(

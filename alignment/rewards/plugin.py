@@ -18,11 +18,11 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from alignment.rewards.errors import check_count, contained, reward_errors
+from common.shipped import shipped
 from common.types import Score
 
 if TYPE_CHECKING:
@@ -128,13 +128,16 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> N
 
 
 def check_target(name: str, target: str) -> None:
-    """Raise ValueError when ``file.py:attribute`` cannot be a target. The file is not run."""
+    """Raise ValueError when ``file.py:attribute`` cannot be a target. The file is not run.
+
+    A file of the project (toy/oracle.py) is found from any folder.
+    """
     file, _, attribute = target.rpartition(":")
     if not file.endswith(".py") or not attribute.isidentifier():
         raise ValueError(
             f"rewards.{name}.target must be path/to/file.py:name, got {target!r}"
         )
-    if not Path(file).is_file():
+    if not shipped(file).is_file():
         raise ValueError(f"rewards.{name}.target: there is no file {file}")
 
 
@@ -145,7 +148,8 @@ def from_file(name: str, target: str, options: Mapping[str, Any]) -> RewardModel
     the line.
     """
     check_target(name, target)
-    file, _, attribute = target.rpartition(":")
+    path, _, attribute = target.rpartition(":")
+    file = str(shipped(path))
     with reward_errors(name, ValueError, file=file), contained():
         module = _run_file(f"own_reward_{name}", file)
         if not hasattr(module, attribute):

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from alignment.rewards.frames import evenly_spaced, mean_of_best
+from common.files import TRANSFORMERS_PATTERNS, model_folder
 from common.memory import AdaptiveBatcher
+from common.strict_loading import errors_of, load_pretrained
 from common.types import Score
 
 if TYPE_CHECKING:
@@ -55,10 +57,17 @@ class Similarity:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
 
         # the model, its tokenizer and its image processor
-        model = AutoModel.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
-        self.model = model.requires_grad_(requires_grad=False).eval().to(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self.processor = AutoImageProcessor.from_pretrained(checkpoint, use_fast=False)
+        folder = model_folder(checkpoint, "config.json", patterns=TRANSFORMERS_PATTERNS)
+        model = load_pretrained(
+            AutoModel,
+            folder,
+            dtype=getattr(torch, dtype),
+            device=self.device,
+        )
+        self.model = model.requires_grad_(requires_grad=False).eval()
+        with errors_of(folder, "tokenizer and image processor"):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
         longest = self.model.config.text_config.max_position_embeddings
         self.max_length = min(longest, self.tokenizer.model_max_length)
         # SigLIP was trained on padded texts without a mask; CLIP finds a text's end by itself

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from common.files import json_object
+from common.csv_table import missing_columns, read_csv
+from common.files import (
+    check_text,
+    natural_order,
+    parse_json_line,
+    read_lines,
+)
 
 if TYPE_CHECKING:
     from alignment.reward_check import RewardClip
@@ -39,9 +44,11 @@ def find_items(pattern: str | None, prompts: Path) -> list[ScoreItem]:
     """
     files = None
     if pattern is not None:
-        files = sorted(glob.glob(pattern, recursive=True))
+        files = sorted(glob.glob(pattern, recursive=True), key=natural_order)
         if not files:
             raise ValueError(f"--videos {pattern} matches no file")
+        for file in files:
+            check_text(file, f"the file name {file!r}")
     # A table names its videos; other files only hold prompts.
     table = _read_table(prompts)
     if table is None:
@@ -64,8 +71,9 @@ def find_items(pattern: str | None, prompts: Path) -> list[ScoreItem]:
 def _pair_in_order(
     files: list[str] | None, prompts: Path, pattern: str | None
 ) -> list[ScoreItem]:
-    """Give the n-th prompt of a file to the n-th video."""
+    """Give the n-th prompt of a file to the n-th video, and print the first and last pair."""
     from alignment.prompts import read_prompts
+    from common.log import say
 
     texts = read_prompts(prompts)
     if files is None:
@@ -77,8 +85,24 @@ def _pair_in_order(
         raise ValueError(
             f"{len(files)} videos match {pattern}, but {prompts} holds {len(texts)} prompts"
         )
-    pairs = zip(files, texts, strict=True)
-    return [ScoreItem(file, Path(file), text) for file, text in pairs]
+
+    # Nothing but the order connects them, so the user should see it.
+    items = []
+    for file, text in zip(files, texts, strict=True):
+        items.append(ScoreItem(file, Path(file), text))
+    say(f"{len(items)} videos in natural order (2 before 10) get the prompts in order:")
+    for item in dict.fromkeys((items[0], items[-1])):
+        say(f"  {item.name}  {item.prompt!r:.80}")
+    return items
+
+
+@dataclass(frozen=True)
+class _TableRow:
+    """A row of a table: where it is, its video (None if it was not kept) and its prompt."""
+
+    where: str
+    video: object
+    prompt: object
 
 
 def _read_table(path: Path) -> list[tuple[str, str]] | None:
@@ -87,54 +111,77 @@ def _read_table(path: Path) -> list[tuple[str, str]] | None:
     A row whose video is null is skipped: an evaluation keeps the first videos only.
     """
     try:
-        rows, columns = _read_rows(path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    # Only a .csv must name videos: a .jsonl may hold prompts alone.
-    names = [name for name in VIDEO_COLUMNS if name in columns]
-    if not names or "prompt" not in columns:
-        if path.suffix == ".csv":
-            wanted = " or ".join(VIDEO_COLUMNS)
-            raise ValueError(f"{path}: needs the columns {wanted} and prompt")
+        rows = _read_rows(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    if rows is None:
         return None
 
     # Check every row, so that a mistake is found before a model is loaded.
     table = []
-    for number, row in enumerate(rows, start=1):
-        video = row.get(names[0])
-        prompt = row.get("prompt")
-        if video is None and isinstance(prompt, str):
+    for row in rows:
+        if row.video is None and isinstance(row.prompt, str):
             continue
-        texts = isinstance(video, str) and isinstance(prompt, str)
-        if not texts or not video or not prompt.strip():
-            raise ValueError(
-                f"{path}: row {number} needs texts under {names[0]!r} and 'prompt'"
-            )
-        table.append((video, prompt.strip()))
+        for text in (row.video, row.prompt):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{row.where}: needs texts for the video and 'prompt'")
+            check_text(text, f"{row.where}: {text[:40]!r}")
+        table.append((row.video, row.prompt.strip()))
     if not table:
         raise ValueError(f"{path}: names no video")
     return table
 
 
-def _read_rows(path: Path) -> tuple[list[dict[str, Any]], Sequence[str]]:
-    """Read the rows and the column names of a .csv or .jsonl; other files have none.
+def _read_rows(path: Path) -> list[_TableRow] | None:
+    """Read the rows of a .csv or .jsonl that names its videos; None for other files.
 
-    A .jsonl written by hand may lack the end of its last line, so `read_jsonl` would not do.
+    Only a .csv must name videos: a .jsonl may hold prompts alone.
     """
     if path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            return list(reader), reader.fieldnames or ()
+        return _read_csv_rows(path)
     if path.suffix != ".jsonl":
-        return [], ()
-    # The first row of a .jsonl has the names of its columns.
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    rows = [
-        json_object(line, f"{path}:{number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
+        return None
+    # A .jsonl written by hand may lack the end of its last line, so `read_jsonl` would not do.
+    rows = []
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json_line(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        rows.append((f"{path}:{number}", row if isinstance(row, dict) else {}))
+
+    # The first row has the names of the columns.
+    columns = rows[0][1] if rows else {}
+    names = [name for name in VIDEO_COLUMNS if name in columns]
+    if not names or "prompt" not in columns:
+        return None
+    return [
+        _TableRow(where, row.get(names[0], ""), row.get("prompt"))
+        for where, row in rows
     ]
-    return rows, list(rows[0]) if rows else ()
+
+
+def _read_csv_rows(path: Path) -> list[_TableRow]:
+    """Read the rows of a .csv. Raises ValueError for the first bad row or a missing column."""
+    table = read_csv(path)
+    names = [name for name in VIDEO_COLUMNS if name in table.columns]
+    if not names:
+        wanted = " or ".join(VIDEO_COLUMNS)
+        raise ValueError(
+            f"{path}: needs the columns {wanted} and prompt, has {list(table.columns)}"
+        )
+    problem = missing_columns(table, ["prompt"])
+    if problem:
+        raise ValueError(problem)
+    rows = []
+    for row in table.rows:
+        where = f"{path}:{row.line}"
+        if row.problem:
+            raise ValueError(f"{where}: {row.problem}")
+        rows.append(_TableRow(where, row.cells[names[0]], row.cells["prompt"]))
+    return rows
 
 
 def score_files(

@@ -25,6 +25,7 @@ def score_samples(
 
     quiet()
     from common.video_io import write_mp4
+    from generator.latents import require_finite_latents
 
     # Load the models.
     names = ", ".join(cfg.rewards)
@@ -40,6 +41,8 @@ def score_samples(
         prompts = [row["prompt"] for row in batch]
         seeds = [row["seed"] for row in batch]
         clean = generator.sample(prompts, seeds=seeds, scheduler=cfg.scheduler)
+        with user_errors():
+            require_finite_latents(clean, prompts, seeds)
         video_BTYXC = generator.decode(clean)
         scores = {
             name: reward.score(video_BTYXC, prompts, fps=fps)

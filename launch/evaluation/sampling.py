@@ -70,8 +70,10 @@ def sample_videos(
 
     The console line with their number starts with ``what``.
     """
+    from common.cli import user_errors
     from common.distributed import from_main, rank, world_size
     from common.log import say
+    from launch.compose import quiet, say_long_prompts
 
     # A file without a row may come from other settings whose table was deleted: sample it again.
     # Rank 0 decides for all ranks, because another rank could see files that are just written.
@@ -82,6 +84,12 @@ def sample_videos(
             missing.append(i)
     missing = from_main(missing)
     say(f"{what}{len(requests)} videos, {len(missing)} to make")
+    if missing:
+        quiet()
+        # A prompt with several seeds counts once.
+        texts = list(dict.fromkeys(request.text for request in requests))
+        with user_errors():
+            say_long_prompts(texts, cfg.generator)
     # This rank samples its share.
     share = [requests[i] for i in missing[rank() :: world_size()]]
     if share:
@@ -113,9 +121,9 @@ def _sample_share(
     from common.distributed import rank
     from common.log import progress
     from common.video_io import write_mp4
-    from launch.compose import quiet, trained_generator
+    from generator.latents import require_finite_latents
+    from launch.compose import trained_generator
 
-    quiet()
     with user_errors():
         generator = trained_generator(cfg.generator, cfg.adapter)
     # A killed run leaves this file behind; it lies outside ``folder``.
@@ -124,6 +132,8 @@ def _sample_share(
         clean = generator.sample(
             [request.text], seeds=[request.seed], scheduler=cfg.scheduler
         )
+        with user_errors():
+            require_finite_latents(clean, [request.text], [request.seed])
         # On the disk before the name and the row.
         video_TYXC = generator.decode(clean)[0]
         write_mp4(partial, video_TYXC, cfg.generator.fps, crf=cfg.crf)

@@ -21,6 +21,7 @@ import yaml
 
 from common.cli import exit_with_error, user_errors
 from common.run_record import hide_secrets, plain, value_at
+from generator.wan_folder import require_supported
 from launch.planning.plan import DEVICES, GIB, RESERVE, Plan, Where
 from launch.planning.runs import (
     is_descore,
@@ -73,6 +74,7 @@ def dry_run(cfg: Any, text: str) -> NoReturn:
 
     # The plan.
     with user_errors():
+        check_generator(cfg)
         plan = plan_of(cfg, where)
 
     # What it needs, or the reason why there is no plan.
@@ -84,6 +86,16 @@ def dry_run(cfg: Any, text: str) -> NoReturn:
         sys.exit(0)
     print("\n".join(lines_of(plan, missing=missing)))
     sys.exit(1 if plan.problems or plan.peak > where.device.memory else 0)
+
+
+def check_generator(cfg: Any) -> None:
+    """Raise ValueError or FileNotFoundError if the generator's folder is of another kind.
+
+    A name on the hub is checked when it is loaded.
+    """
+    folder = value_at(plain(cfg), "generator.path")
+    if folder is not None and Path(folder).is_dir():
+        require_supported(Path(folder))
 
 
 def plan_of(cfg: Any, where: Where) -> Plan | None:

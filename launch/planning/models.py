@@ -411,7 +411,7 @@ def _config_of(
     # A folder tells more than a published size.
     file = Path(path, part, "config.json")
     if file.is_file():
-        return read_json(file)
+        return dict(read_json(file))
     if known is None:
         names = ", ".join([*known_models.WAN, *known_models.QWEN3_VL])
         raise ValueError(

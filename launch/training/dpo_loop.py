@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from alignment.dpo import DpoLoop, backwards_per_update
 from alignment.pair_store import PairSet
+from alignment.prompts import read_prompts
 from common import distributed
 from common.log import say
+from common.schedule import describe_draws
 from launch.compose import build_generator, generator_engine, size_of_training
 
 if TYPE_CHECKING:
@@ -36,6 +38,20 @@ def read_set(folder: str, cfg: GeneratorConfig) -> PairSet:
             f"{folder} holds other videos than the generator makes: {', '.join(changes)}"
         )
     return pairs
+
+
+def prompts_of(run: DpoRun, pairs: PairSet) -> list[str]:
+    """Return the prompts of the pairs, and those that the policy will make new pairs of."""
+    prompts = list(dict.fromkeys(row.prompt for row in pairs.rows))
+    if run.refresh is not None:
+        prompts += read_prompts(run.refresh.prompts)
+    return prompts
+
+
+def shared_pairs(pairs: PairSet, heldout: PairSet) -> set[tuple[str, str]]:
+    """Return (prompt, videos) of the pairs that are in both sets."""
+    trained = {(row.prompt, row.source) for row in pairs.rows if row.source}
+    return trained & {(row.prompt, row.source) for row in heldout.rows}
 
 
 def build(run: DpoRun, pairs: PairSet) -> DpoLoop:
@@ -70,9 +86,15 @@ def loop_of(
 
 def batch_arithmetic(run: DpoRun, loop: DpoLoop, *, steps: int) -> list[str]:
     """Tell how pairs, ranks and accumulation make one update."""
-    return [
-        f"one update = {run.dpo.pairs_per_step} pairs, on {distributed.world_size()} ranks "
+    per_step = run.dpo.pairs_per_step
+    count = len(loop.pairs)
+    lines = [
+        f"one update = {per_step} pairs, on {distributed.world_size()} ranks "
         f"x {loop.backwards} accumulated backwards of {run.dpo.micro_batch} pairs; "
-        f"{len(loop.pairs)} pairs, {run.dpo.epochs:g} epochs = {steps} updates",
+        f"{count} pairs, {run.dpo.epochs:g} epochs = {steps} updates",
         f"{run.dpo.method}: {size_of_training(run, loop.generator.module)}",
     ]
+    uneven = describe_draws(
+        count, per_step=per_step, steps=steps, epochs=run.dpo.epochs
+    )
+    return [*lines, uneven] if uneven else lines

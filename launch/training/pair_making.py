@@ -20,8 +20,10 @@ from alignment.pair_store import LatentPair, write_pairs
 from alignment.pairs import Choices, choose
 from common import distributed
 from common.checkpoint import load_tensors, save_tensors
+from common.cli import user_errors
 from common.log import progress, say
 from common.types import json_number
+from generator.latents import require_finite_latents
 from launch.evaluation.results_table import ResultsTable, Row, attempt
 
 if TYPE_CHECKING:
@@ -146,6 +148,8 @@ def sample_candidates(
         seeds = [distributed.derive_seed(seed, "pairs", i, k) for k in range(count)]
         prompts = [prompt] * count
         clean_KCFHW = generator.sample(prompts, seeds)
+        with user_errors():
+            require_finite_latents(clean_KCFHW, prompts, seeds)
         video_KTYXC = generator.decode(clean_KCFHW)
 
         # score

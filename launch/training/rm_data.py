@@ -24,6 +24,7 @@ def read_tables(
     options  go to `rm.data.read_pairs`, for tables of the descore layout
     """
     from common.log import say
+    from rm.repeated_pairs import describe_overlap
 
     # Read both tables before the long work starts, so that mistakes show early.
     table = read_table(run.data, run.data.train, options)
@@ -34,6 +35,9 @@ def read_tables(
     if run.data.limit is not None:
         table = replace(table, pairs=table.pairs[: run.data.limit])
         say(f"training on the first {len(table.pairs)} pairs")
+    shared = describe_overlap(table.pairs, heldout)
+    if shared:
+        say(shared)
     return table, heldout
 
 

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import json_object, read_json
+from common.files import check_text, parse_json_line, read_json, read_lines
 
 # Entries of the file by dimension, in the order of VBench's scripts/constant.py.
 ENTRIES = {
@@ -141,20 +141,17 @@ def read_rewritten(path: str | Path, prompts: Iterable[str]) -> dict[str, str]:
     Each of ``prompts`` needs a line; lines of other prompts are left out. Raises ValueError, with
     the line's number, for a line of another form and for two lines that disagree.
     """
+    try:
+        lines = read_lines(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"augmented: {path} cannot be read: {error}") from error
     rewritten: dict[str, str] = {}
-    lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"augmented: {path}:{number}"
-        row = json_object(line, where)
-        for key in ("prompt", "augmented"):
-            if not isinstance(row.get(key), str) or not row[key].strip():
-                raise ValueError(f'{where}: needs texts under "prompt" and "augmented"')
-
+        prompt, text = _read_rewritten_line(where, line)
         # A prompt that appears twice must have the same text.
-        prompt = row["prompt"]
-        text = row["augmented"].strip()
         if rewritten.setdefault(prompt, text) != text:
             raise ValueError(
                 f"{where}: an earlier line has another text for {prompt!r}"
@@ -199,4 +196,19 @@ def _read_entry(where: str, entry: object) -> tuple[str, tuple[str, ...]]:
         raise ValueError(
             f"{where}: the file name of {prompt!r} has more than {_LONGEST} bytes"
         )
+    check_text(prompt, f"{where}: {prompt!r:.60}")
     return prompt, tuple(dimensions)
+
+
+def _read_rewritten_line(where: str, line: str) -> tuple[str, str]:
+    try:
+        row = parse_json_line(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    fields = row if isinstance(row, dict) else {}
+    for key in ("prompt", "augmented"):
+        text = fields.get(key)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f'{where}: needs texts under "prompt" and "augmented"')
+        check_text(text, f"{where}: {key}")
+    return fields["prompt"], fields["augmented"].strip()

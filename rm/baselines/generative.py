@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from common.files import TRANSFORMERS_PATTERNS, model_folder
 from common.memory import default_device
+from common.strict_loading import errors_of, load_pretrained
 from rm.baselines.load_published import CLIP_COLOURS, VIDEO_MIN_PIXELS, read_instruction
 from rm.baselines.qwen2_vl import PADS, chat_ids, frame_indices_qwen_utils
 from rm.config import VideoSettings
@@ -29,8 +31,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
-# A label may be followed by other words of its line, then a colon and the number.
-NUMBER = r"[^:\n]*:\s*(-?\d+(?:\.\d+)?)"
+# A label may be followed by other words of its line, then a colon or "is", and the number, which
+# may be bold or in brackets. A range of numbers (3-4) is no score.
+NUMBER = (
+    r"[^:：\n]*(?:[:：=|]|\bis\b)[\s*_`\[(<]*"
+    r"(-?\d+(?:\.\d+)?)(?!\d|\.\d| ?[-–~] ?\d)"
+)
+# What stands between the words of a label in Markdown or in a key.
+BETWEEN_WORDS = r"[\s*_]+"
+THOUGHT_STARTS = "<think>"
+THOUGHT_ENDS = "</think>"
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,11 @@ class ScoreField:
 
     def find(self, answer: str) -> re.Match[str] | None:
         """Find the last number after the words: a chain of thought may name an earlier score."""
-        pattern = re.escape(self.words) + NUMBER
-        matches = list(re.finditer(pattern, answer, re.IGNORECASE))
+        words = BETWEEN_WORDS.join(re.escape(word) for word in self.words.split())
+        pattern = re.compile(words + NUMBER, re.IGNORECASE)
+        # Scores in the model's thought are provisional.
+        start = max(0, answer.rfind(THOUGHT_ENDS))
+        matches = list(pattern.finditer(answer, start))
         return matches[-1] if matches else None
 
 
@@ -100,11 +113,15 @@ FORMS = {
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """An answer and its scores; NaN stands for a score that is missing or out of its limits."""
+    """An answer and its scores; NaN stands for a score that is missing or out of its limits.
+
+    problem  says why the answer has no value, and is empty where it has one
+    """
 
     answer: str
     scores: Mapping[str, float]
     value: float
+    problem: str = ""
 
 
 class GenerativeRewardModel:
@@ -131,7 +148,10 @@ class GenerativeRewardModel:
     ) -> None:
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-        config = AutoConfig.from_pretrained(checkpoint)
+        folder = model_folder(checkpoint, "config.json", patterns=TRANSFORMERS_PATTERNS)
+        with errors_of(folder, "config and tokenizer"):
+            config = AutoConfig.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
         if config.model_type not in MODEL_TYPES:
             raise ValueError(
                 f"{checkpoint}: model_type is {config.model_type!r}, "
@@ -148,14 +168,14 @@ class GenerativeRewardModel:
         self.form = form
         self.expected = expected
         self.max_new_tokens = max_new_tokens
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            checkpoint
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        model: Any = load_pretrained(
+            AutoModelForImageTextToText,
+            folder,
+            dtype=getattr(torch, dtype),
+            device=device or default_device(),
         )
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=getattr(torch, dtype)
-        )
-        model.requires_grad_(requires_grad=False)
-        self.model = model.eval().to(device or default_device())
+        self.model = model.requires_grad_(requires_grad=False).eval()
 
         # Frames are cut into patches as the vision tower expects.
         vision = config.vision_config
@@ -222,7 +242,29 @@ class GenerativeRewardModel:
         # Keep the new tokens only.
         ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         logits = out.logits if self.expected else []
+        if not self._is_finished(ids):
+            return self._unfinished(ids)
         return self.parse(ids, [step_1V[0].float().cpu() for step_1V in logits])
+
+    def _is_finished(self, ids: list[int]) -> bool:
+        """True if an answer ended by itself, and not in the middle of a thought."""
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        ended = bool(ids) and ids[-1] in (ends if isinstance(ends, list) else [ends])
+        answer = self.tokenizer.decode(ids, skip_special_tokens=True)
+        thinking = answer.rfind(THOUGHT_STARTS) > answer.rfind(THOUGHT_ENDS)
+        return (ended or len(ids) < self.max_new_tokens) and not thinking
+
+    def _unfinished(self, ids: list[int]) -> ParsedAnswer:
+        """An answer whose numbers may be provisional: every score is NaN."""
+        answer = self.tokenizer.decode(ids, skip_special_tokens=True)
+        scores = dict.fromkeys(self.form.labels, math.nan)
+        problem = (
+            f"the answer is unfinished after {len(ids)} tokens "
+            f"(options.max_new_tokens={self.max_new_tokens})"
+        )
+        return ParsedAnswer(answer, scores, math.nan, problem)
 
     def parse(self, ids: list[int], logits: list[Tensor]) -> ParsedAnswer:
         """Read the scores of an answer. ``logits`` (V,) of each token are for ``expected``."""
@@ -244,7 +286,13 @@ class GenerativeRewardModel:
             value = sum(scores.values()) / len(scores)
         else:
             value = scores[self.form.value]
-        return ParsedAnswer(answer, scores, value)
+        problem = ""
+        if math.isnan(value):
+            unread = [name for name, score in scores.items() if math.isnan(score)]
+            problem = (
+                f"the answer holds no score within its limits: {', '.join(unread)}"
+            )
+        return ParsedAnswer(answer, scores, value, problem)
 
     def _expected_digit(self, label: ScoreField, logits_V: Tensor) -> float:
         """Return sum_d d p(d), the probabilities normalised over the digits that are allowed."""

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from common.files import read_json
-from common.lora import LORA_NAME, low_ranks, stock_name
+from common.lora import LORA_NAME, LoraScales, low_ranks, stock_name
+from common.strict_loading import require_finite
 from rm.baselines.qwen2_vl import Layout, Qwen2VLRewardModel, take_head
 from rm.config import VideoSettings
 from rm.convert.weights import build_model, load_tensor_file, merge_lora
@@ -244,14 +245,14 @@ def _build(
     if lora_state:
         lora = low_ranks(
             lora_state,
-            rank=weights.rank,
-            alpha=weights.alpha,
+            LoraScales(weights.rank, weights.alpha),
             source=file,
         )
     merge_lora(plain, lora, source=file)
 
     # Split off the reward head, and the vocabulary's head, which is never read.
     head = take_head(plain)
+    require_finite(head.state_dict(), file)
     plain.pop("lm_head.weight", None)
     backbone_state = {
         _present_name(name): value.to(getattr(torch, dtype))

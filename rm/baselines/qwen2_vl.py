@@ -30,11 +30,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from common.files import write_json
+from common.files import give_usual_mode, write_json
 from common.memory import AdaptiveBatcher, default_device
 from common.schema import PositiveFloat, config, read_section
+from common.strict_loading import errors_of, require_finite
+from common.weight_files import load_safetensors, require_whole_folder
 from rm.config import VideoSettings
-from rm.convert.weights import build_model, load_safetensors
+from rm.convert.weights import build_model
 from rm.prompt import (
     IM_END,
     IM_START,
@@ -139,9 +141,14 @@ class Qwen2VLRewardModel(nn.Module):
         # The head's weights lie in the same file as the backbone's.
         folder = Path(folder)
         layout = Layout.load(folder / LAYOUT_FILE)
+        require_whole_folder(folder)
         state = load_safetensors(folder / WEIGHTS_FILE)
         head = take_head(state)
-        config = Qwen2VLConfig.from_pretrained(folder.as_posix())
+        require_finite(head.state_dict(), folder / WEIGHTS_FILE)
+        with errors_of(folder, "config and tokenizer"):
+            config = Qwen2VLConfig.from_pretrained(folder.as_posix())
+            tokenizer = AutoTokenizer.from_pretrained(folder.as_posix())
+        # The backbone's weights are checked as it is built.
         backbone = build_model(
             Qwen2VLModel,
             config,
@@ -149,7 +156,6 @@ class Qwen2VLRewardModel(nn.Module):
             dtype=dtype,
             source=folder,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder.as_posix())
 
         # A reward model is never trained here.
         model = cls(backbone, head, tokenizer, layout)
@@ -172,6 +178,7 @@ class Qwen2VLRewardModel(nn.Module):
         for name, tensor in self.head.state_dict().items():
             state[HEAD_PREFIX + name] = tensor.contiguous()
         save_file(state, folder / WEIGHTS_FILE)
+        give_usual_mode(folder / WEIGHTS_FILE)
 
     def encode(self, prompt: str, grid: Sequence[int]) -> list[int]:
         """Return the ids of the sequence for a picture of (t, h, w) patches."""

@@ -39,16 +39,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common.files import read_json, weight_files
-from common.lora import LowRank, low_ranks, stock_name
+from common.files import read_json
+from common.lora import LoraScales, LowRank, low_ranks, stock_name
+from common.weight_files import load_safetensors, open_safetensors, weight_files
 from rm.config import VideoSettings
-from rm.convert.weights import (
-    build_model,
-    load_safetensors,
-    load_tensor_file,
-    merge_lora,
-    open_safetensors,
-)
+from rm.convert.weights import build_model, load_tensor_file, merge_lora
 from rm.model import DeScore
 from rm.prompt import PROMPT_SLOT, PromptTemplate
 
@@ -189,7 +184,7 @@ def convert_checkpoint(
         source=path,
     )
     model = DeScore(backbone, tokenizer, template, settings, query_id)
-    model.load_state_dict({"query": query, "head.weight": weight.float()}, strict=False)
+    model.load_head({"query": query, "head": weight.float()}, file)
     return Conversion(model.eval(), file, len(low_rank))
 
 
@@ -266,8 +261,7 @@ def read_adapter(folder: Path, *, alpha: float | None = None) -> dict[str, LowRa
         )
     return low_ranks(
         load_safetensors(file),
-        rank=rank,
-        alpha=alpha,
+        LoraScales(rank, alpha),
         source=file,
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.files import read_json
 from common.state_dicts import shapes_in
+from common.weight_files import load_safetensors, open_safetensors
 from rm.calibration import CALIBRATION_FILE
 from rm.config import VideoSettings
 from rm.convert.official import (
@@ -26,7 +27,7 @@ from rm.convert.official import (
     pruned,
     read_qwen3_config,
 )
-from rm.convert.weights import load_safetensors, open_safetensors, require_weights
+from rm.convert.weights import require_weights
 from rm.model import DESCORE_FILE, HEAD_FILE, PROMPT_FILE, VIDEO_FILE, DeScore
 
 REQUIRED_FILES = (DESCORE_FILE, HEAD_FILE, PROMPT_FILE, VIDEO_FILE, "config.json")

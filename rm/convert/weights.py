@@ -16,24 +16,8 @@ from common.state_dicts import (
     shapes_in,
     state_dict_problems,
 )
-
-
-def open_safetensors(file: Path) -> Any:
-    """Open a safetensors file. ValueError, with its name, if it is cut short or another format."""
-    from safetensors import SafetensorError, safe_open
-
-    # The library's error does not name the file.
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-
-
-def load_safetensors(file: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file. Errors as in `open_safetensors`."""
-    with open_safetensors(file) as tensors:
-        names = tensors.keys()
-        return {name: tensors.get_tensor(name) for name in names}
+from common.strict_loading import require_finite
+from common.weight_files import load_safetensors
 
 
 def load_tensor_file(file: Path, *, allow_pickle: bool) -> Any:
@@ -120,6 +104,7 @@ def build_model(
     """Build a transformers model with exactly these weights. Errors as in `require_weights`."""
     # transformers only warns about missing weights, and draws them at random.
     require_weights(shapes_in(state), model_class, config, source)
+    require_finite(state, source)
     return model_class.from_pretrained(
         None,
         config=config,

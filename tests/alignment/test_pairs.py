@@ -213,3 +213,15 @@ def test_incomplete_or_changed_set_raises(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
     with pytest.raises(ValueError, match="version"):
         PairSet(folder)
+
+
+def test_unusual_line_separators_in_a_prompt_survive_the_set(tmp_path: Path) -> None:
+    prompt = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\x1dh\x1ei"
+    latent = torch.zeros(1, 1, 2, 2)
+    made = LatentPair(prompt, latent, latent, torch.zeros(3, 4), source=prompt)
+    write_pairs(tmp_path, iter([made] * 2), per_shard=1, dtype=torch.float32, about={})
+    found = PairSet(tmp_path)
+    assert [row.prompt for row in found.rows] == [prompt, prompt]
+    assert found.rows[0].source == prompt
+    shard = tmp_path / "shards" / "00000.safetensors"
+    assert shard.stat().st_mode == (tmp_path / "index.jsonl").stat().st_mode

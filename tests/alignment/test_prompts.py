@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from alignment.prompts import PromptBatch, PromptSchedule, read_prompts
+from alignment.prompts import (
+    PromptBatch,
+    PromptSchedule,
+    describe_shared_prompts,
+    read_prompts,
+)
 
 NINE = [f"prompt {i}" for i in range(9)]
 
@@ -89,3 +94,49 @@ def test_uneven_rank_shares_raise() -> None:
 def test_schedule_without_prompts_raises() -> None:
     with pytest.raises(ValueError, match=r"\b0\b"):
         PromptSchedule([], seed=0, prompts_per_step=4)
+
+
+SEPARATORS = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\x1dh\x1ei"
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_unusual_line_separators_stay_inside_a_prompt(
+    tmp_path: Path, name: str
+) -> None:
+    line = SEPARATORS
+    if name == "p.jsonl":
+        line = json.dumps({"prompt": SEPARATORS}, ensure_ascii=False)
+    (tmp_path / name).write_text(f"{line}\n{line}\n", encoding="utf-8")
+    assert read_prompts(tmp_path / name) == [SEPARATORS, SEPARATORS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b \\ud83d"}\n', r"p\.jsonl:2:"),
+        ("p.jsonl", b'{"prompt": "\\ude00 b"}\n', r"p\.jsonl:1:"),
+        ("p.txt", "a\nb\n".encode("utf-16"), r"p\.txt: is UTF-16"),
+        ("p.txt", b"a\nb\0\n", r"p\.txt:2:"),
+        ("p.jsonl", b"a\n" + b"[" * 100_000, r"p\.jsonl:1:"),
+        ("p.jsonl", b"[" * 100_000, r"p\.jsonl:1:"),
+        ("p.jsonl", b'{"prompt": "a", "prompt": "b"}\n', r"p\.jsonl:1:.*'prompt'"),
+        ("p.jsonl", b"1" * 10_000, r"p\.jsonl:1:"),
+    ],
+)
+def test_prompt_that_is_no_text_is_refused_with_its_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_whole_emoji_is_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a \\ud83d\\ude00"}\n')
+    assert read_prompts(tmp_path / "p.jsonl") == ["a \U0001f600"]
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted() -> None:
+    text = describe_shared_prompts(["a", "b"], ["b", "c", "b"])
+    assert text.startswith("2 of 3 ")
+    assert describe_shared_prompts(["a"], ["b"]) == ""

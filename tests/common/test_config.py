@@ -556,3 +556,50 @@ class TestCommandLine:
             parse_command_line(RunConfig, ["--conifg", "x.yaml"], description="x")
         assert caught.value.code == 2
         assert "--conifg" in capsys.readouterr().err
+
+
+@config
+class Place:
+    run_dir: str
+    words: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("run_dir= runs/a", "runs/a"),
+        ("run_dir=runs/a ", "runs/a"),
+        ("run_dir=\truns/a b\n", "runs/a b"),
+        ("run_dir=' runs/a'", " runs/a"),
+        ("run_dir= 'runs/a'", "runs/a"),
+        ("run_dir= ", ""),
+    ],
+)
+def test_blanks_around_a_text_are_dropped(text, value):
+    assert load(Place, None, [text]).run_dir == value
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run_dir=a\ud83d",
+        'run_dir="a\\ud83d"',
+        'words=["a", "\\udc80"]',
+        'options={deep: {name: "\\ud83d"}}',
+        "ru\udcffn_dir=a",
+    ],
+)
+def test_lone_surrogate_is_a_mistake_of_its_key(override):
+    with pytest.raises(ConfigError, match=r"half of a character") as error:
+        load(Place, None, ["run_dir=x", override])
+    (line,) = error.value.errors
+    # the message itself can be printed
+    assert line.encode()
+
+
+def test_lone_surrogate_in_a_yaml_has_its_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text('words: [a]\nrun_dir: "a\\ud83d"\n')
+    with pytest.raises(ConfigError, match=r"run_dir: .*run\.yaml:2\)"):
+        load(Place, path)

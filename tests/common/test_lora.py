@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.lora import low_ranks
+from common.lora import LoraScales, low_ranks
 
 # rank 2, from 5 to 3
 A, B = torch.zeros(2, 5), torch.zeros(3, 2)
@@ -19,7 +19,7 @@ def named(*entries: tuple[str, str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def test_low_ranks_pairs_matrices_in_any_order() -> None:
     tensors = named(("x", "A", A), ("y", "B", B), ("y", "A", A), ("x", "B", B))
-    pairs = low_ranks(tensors, rank=2, alpha=3.0, source=Path("f"))
+    pairs = low_ranks(tensors, LoraScales(2, 3.0), source=Path("f"))
     assert list(pairs) == ["x.weight", "y.weight"]
     assert pairs["x.weight"].a_RI is pairs["y.weight"].a_RI is A
     assert pairs["x.weight"].b_OR is B
@@ -47,4 +47,4 @@ def test_low_ranks_pairs_matrices_in_any_order() -> None:
 )
 def test_low_ranks_names_what_does_not_fit(entries: list, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        low_ranks(named(*entries), rank=2, alpha=2.0, source=Path("f"))
+        low_ranks(named(*entries), LoraScales(2, 2.0), source=Path("f"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from common.files import read_jsonl
 from experiments.oracle_scores import oracle_of
 from experiments.reproduce_dpo import (
     TITLES,
@@ -68,12 +69,8 @@ def test_the_smallest_comparison(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "reproduce_dpo.json").read_text(encoding="utf-8"))
     assert list(record["arms"]) == list(TITLES)
     for arm, found in record["arms"].items():
-        lines = (
-            (tmp_path / "run" / "seed0" / arm / "eval" / "results.jsonl")
-            .read_text(encoding="utf-8")
-            .splitlines()
-        )
-        values = [json.loads(line)["rewards"]["shapes"] for line in lines]
+        rows = read_jsonl(tmp_path / "run" / "seed0" / arm / "eval" / "results.jsonl")
+        values = [row["rewards"]["shapes"] for row in rows]
         assert len(values) == 4
         assert found["oracle"]["mean"] == pytest.approx(sum(values) / 4)
     assert record["arms"]["base"]["gain"]["mean"] == 0.0

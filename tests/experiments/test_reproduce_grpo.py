@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.config import load
+from common.files import read_jsonl
 from experiments.oracle_scores import run_folder
 from experiments.reproduce_grpo import (
     ARMS,
@@ -107,12 +108,9 @@ def test_smallest_comparison_of_grpo(tmp_path: Path) -> None:
     assert [spent for spent, _ in flow.curve] == [0.0, flow.forwards]
     assert (flow.updates, flow.videos) == (1, 128)
     for arm, row in record["arms"].items():
-        lines = (
-            (run_folder(tmp_path / "run", 0, arm) / "eval" / "results.jsonl")
-            .read_text()
-            .splitlines()
-        )
-        values = [json.loads(line)["rewards"]["shapes"] for line in lines]
+        folder = run_folder(tmp_path / "run", 0, arm)
+        rows = read_jsonl(folder / "eval" / "results.jsonl")
+        values = [row["rewards"]["shapes"] for row in rows]
         assert row["oracle"]["mean"] == pytest.approx(sum(values) / 3)
     assert flow.curve[0][1] == pytest.approx(
         record["arms"]["base"]["oracle"]["mean"]

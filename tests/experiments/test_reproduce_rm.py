@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.files import read_jsonl
 from experiments.reproduce_rm import (
     METHODS,
     TESTS,
@@ -92,12 +93,8 @@ def test_reward_models_of_all_methods_differ(made: Path) -> None:
     cells = [cell for sequence in sequences_of(0, [48]) for cell in sequence]
     rewards = {}
     for cell in cells:
-        rows = (
-            (cell.folder(made / "run") / "tests" / "results.jsonl")
-            .read_text(encoding="utf-8")
-            .splitlines()
-        )
-        rewards[cell.method] = [json.loads(row)["reward_A"] for row in rows]
+        rows = read_jsonl(cell.folder(made / "run") / "tests" / "results.jsonl")
+        rewards[cell.method] = [row["reward_A"] for row in rows]
     assert len({tuple(values) for values in rewards.values()}) == len(METHODS)
     outcomes = read_outcomes(made / "run", cells)
     base = outcomes[Cell(0, 0, "base")]["indomain"]

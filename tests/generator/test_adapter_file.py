@@ -13,10 +13,9 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common.lora import LowRank
+from common.lora import LoraScales, LowRank
 from generator import adapter, adapter_file, weights
-from generator.adapter import ADAPTER_FILE
-from generator.adapter_file import StoredAdapter
+from generator.adapter_file import ADAPTER_FILE, StoredAdapter
 from generator.config import WAN_LINEARS, LoraConfig
 from generator.wan import WanGenerator
 from tests.generator.stock import (
@@ -27,7 +26,7 @@ from tests.generator.stock import (
     remarks,
     tiny_pipeline,
 )
-from tests.tiny import tiny_generator
+from tests.tiny import tiny_config, tiny_generator
 
 # every linear that a Wan transformer has
 EVERYWHERE = (*WAN_LINEARS, "linear_1", "linear_2", "time_proj", "proj_out")
@@ -48,7 +47,8 @@ def write_comfyui(own: StoredAdapter, folder: Path) -> dict[str, torch.Tensor]:
 def change(own: StoredAdapter, linear: str) -> torch.Tensor:
     """What the adapter adds, in fp64."""
     pair = own.pairs[linear]
-    return own.alpha / own.rank * pair.b_OR.double() @ pair.a_RI.double()
+    scaling = own.scales.alpha / own.scales.rank
+    return scaling * pair.b_OR.double() @ pair.a_RI.double()
 
 
 def as_comfyui_adds(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -183,7 +183,7 @@ def by_hand(alpha: float) -> StoredAdapter:
     pair = LowRank(
         torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [-1.0]]), scaling=alpha
     )
-    return StoredAdapter(Path("adapter"), 1, alpha, {"proj_out": pair})
+    return StoredAdapter(Path("adapter"), LoraScales(1, alpha), {"proj_out": pair})
 
 
 def test_merging_by_hand() -> None:
@@ -296,6 +296,193 @@ def rewritten(
 
 
 FIRST = "transformer.blocks.0.attn1.to_q.lora_A.weight"
+
+
+def velocities(generator: WanGenerator, pipeline: WanPipeline) -> list[torch.Tensor]:
+    """The velocity at a fixed latent: our transformer's, and the stock pipeline's."""
+    draw = torch.Generator().manual_seed(4)
+    x, sigma = torch.randn(1, *generator.latent_shape, generator=draw), 0.6
+    texts = generator.prompts.get(
+        ["rain"], device=torch.device("cpu"), dtype=torch.float32
+    )
+    with torch.no_grad():
+        ours = generator.velocity(
+            x, torch.tensor([sigma]), ["rain"], guidance_scale=1.0
+        )
+        theirs = pipeline.transformer(x, torch.tensor([1000 * sigma]), texts).sample
+    return [ours, theirs]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"alpha_pattern": {"attn1.to_q": 2.0}},
+        {"alpha_pattern": {"blocks.1.attn2.to_k": 64, "net.2": 1.0}},
+        {"alpha_pattern": {"^blocks.0.attn1.to_q": 32, "attn1.to_q": 1}},
+        {"use_rslora": True, "alpha_pattern": {"to_v": 0.5}},
+    ],
+)
+def test_scaling_in_metadata_means_what_it_means_to_diffusers(
+    folder: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    """Sampling, merging and ComfyUI's layout scale each layer as the stock loader does."""
+    tiny_generator(folder).save_trained(tmp_path)
+    before = {f"transformer.{key}": value for key, value in settings.items()}
+    other = rewritten(tmp_path, tmp_path / "other", settings=before)
+    pipeline = tiny_pipeline(folder)
+    pipeline.load_lora_weights(other)
+
+    # Loaded under a generator whose config knows nothing of it.
+    generator = WanGenerator.load(tiny_config(folder), device="cpu")
+    generator.load_trained(other)
+    ours, theirs = velocities(generator, pipeline)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    generator.load_trained(tmp_path)
+    plain, _ = velocities(generator, pipeline)
+    assert (plain - theirs).abs().max() > 1e-3
+
+    # Saved again, it is a plain LoRA of the same change.
+    generator.load_trained(other)
+    generator.save_trained(tmp_path / "again")
+    own = adapter_file.read(other)
+    again = adapter_file.read(tmp_path / "again")
+    added = as_comfyui_adds(adapter_file.comfyui(own))
+    assert not again.scales.alpha_pattern
+    assert not again.scales.use_rslora
+    for linear, pair in own.pairs.items():
+        changed = pair.change()
+        torch.testing.assert_close(again.pairs[linear].change(), changed)
+
+    # ComfyUI's layout has the names of Wan's own code.
+    renamed = convert_wan_transformer_to_diffusers(added)
+    merged = adapter_file.merge(weights.read(folder).state, own).state
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    for linear, pair in own.pairs.items():
+        name = f"{linear}.weight"
+        torch.testing.assert_close(renamed[name].float(), pair.change())
+        fused = pipeline.transformer.get_submodule(linear).weight
+        torch.testing.assert_close(merged[name], fused, atol=1e-5, rtol=1e-5)
+
+
+def test_rank_of_single_layers_is_read_and_does_not_fit_another(
+    folder: Path, tmp_path: Path
+) -> None:
+    """alpha 8 over the layer's rank 2 is 4, over the others' rank 4 it is 2."""
+    tiny_generator(folder).save_trained(tmp_path)
+    tensors = load_file(tmp_path / ADAPTER_FILE)
+    halves = {}
+    for side in "AB":
+        name = f"transformer.blocks.0.attn1.to_q.lora_{side}.weight"
+        half = tensors[name][:2] if side == "A" else tensors[name][:, :2]
+        halves[name] = half.clone()
+    pattern = {"transformer.rank_pattern": {"blocks.0.attn1.to_q": 2}}
+    other = rewritten(tmp_path, tmp_path / "other", settings=pattern, **halves)
+    own = adapter_file.read(other)
+    assert own.pairs["blocks.0.attn1.to_q"].scaling == 4.0
+    assert own.pairs["blocks.0.attn1.to_k"].scaling == 2.0
+    pipeline = tiny_pipeline(folder)
+    pipeline.load_lora_weights(other)
+    pipeline.fuse_lora()
+    merged = adapter_file.merge(weights.read(folder).state, own).state
+    pipeline.unload_lora_weights()
+    fused = pipeline.transformer.blocks[0].attn1.to_q.weight
+    torch.testing.assert_close(merged["blocks.0.attn1.to_q.weight"], fused)
+    with pytest.raises(ValueError, match=r"attn1\.to_q\.lora_A\.weight is \(2, 24\)"):
+        WanGenerator.load(tiny_config(folder), device="cpu").load_trained(other)
+
+
+@pytest.fixture(scope="module")
+def fresh(folder: Path) -> WanGenerator:
+    return WanGenerator.load(tiny_config(folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter of `tiny_generator`: rank 4, alpha 8."""
+    target = tmp_path_factory.mktemp("saved")
+    tiny_generator(folder).save_trained(target)
+    return target
+
+
+def both_read(generator: WanGenerator, adapter_folder: Path, words: str) -> None:
+    """Export's reader and a generator refuse the file, with its name."""
+    for read in (adapter_file.read, generator.load_trained):
+        with pytest.raises(ValueError, match=words) as caught:
+            read(adapter_folder)
+        assert str(adapter_folder / ADAPTER_FILE) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no rank and alpha"),
+        ("{}", "no rank and alpha"),
+        ("[1]", "not a JSON object"),
+        ("{'r': 4}", "not JSON"),
+        ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"transformer.r": 4}', "no rank and alpha"),
+        ('{"transformer.r": "4", "transformer.lora_alpha": 8}', "no rank and alpha"),
+        ('{"transformer.r": 0, "transformer.lora_alpha": 8}', "no rank and alpha"),
+        ('{"transformer.r": true, "transformer.lora_alpha": 8}', "no rank and alpha"),
+        ('{"transformer.r": 4, "transformer.lora_alpha": NaN}', "no rank and alpha"),
+        ('{"r": 4, "lora_alpha": 8}', "no rank and alpha"),
+    ],
+)
+def test_metadata_without_a_scaling_is_refused_everywhere(
+    fresh: WanGenerator, saved: Path, tmp_path: Path, text: str | None, words: str
+) -> None:
+    """The config's alpha does not stand in for the file's."""
+    tensors = load_file(saved / ADAPTER_FILE)
+    metadata = {} if text is None else {"lora_adapter_metadata": text}
+    save_file(tensors, tmp_path / ADAPTER_FILE, metadata={"format": "pt", **metadata})
+    both_read(fresh, tmp_path, words)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"alpha_pattern": {"(a+)+$": 4}}, "alpha_pattern"),
+        ({"alpha_pattern": {"attn1.to_q": "4"}}, "alpha_pattern"),
+        ({"alpha_pattern": [4]}, "alpha_pattern"),
+        ({"rank_pattern": {"attn1.to_q": 1.5}}, "rank_pattern"),
+        ({"rank_pattern": {"attn1.to_q": 3}}, "r=3"),
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"modules_to_save": ["proj_out"]}, "modules_to_save"),
+    ],
+)
+def test_settings_that_are_not_supported_are_refused_everywhere(
+    fresh: WanGenerator,
+    saved: Path,
+    tmp_path: Path,
+    settings: dict[str, object],
+    words: str,
+) -> None:
+    named = {f"transformer.{key}": value for key, value in settings.items()}
+    both_read(fresh, rewritten(saved, tmp_path / "other", settings=named), words)
+
+
+@pytest.mark.parametrize("size", [0, 5, 2000, -1])
+def test_adapter_file_that_is_cut_is_refused_everywhere(
+    fresh: WanGenerator, saved: Path, tmp_path: Path, size: int
+) -> None:
+    content = (saved / ADAPTER_FILE).read_bytes()
+    (tmp_path / ADAPTER_FILE).write_bytes(content[:size])
+    both_read(fresh, tmp_path, "whole safetensors file")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, -1])
+def test_adapter_with_nan_is_refused_everywhere(
+    fresh: WanGenerator, saved: Path, tmp_path: Path, value: float, place: int
+) -> None:
+    tensors = load_file(saved / ADAPTER_FILE)
+    name = sorted(tensors)[place]
+    tensors[name].view(-1)[place] = value
+    both_read(fresh, rewritten(saved, tmp_path / "other", settings={}, **tensors), name)
 
 
 @pytest.mark.parametrize(

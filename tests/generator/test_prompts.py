@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from generator.prompts import PromptCache
+from generator.prompts import PromptCache, count_tokens
 from tests.tiny import MAX_LENGTH
 
 TEXTS = [
@@ -36,6 +36,11 @@ def test_equal_to_encode_prompt(pipeline: WanPipeline) -> None:
     assert torch.allclose(got[3], negative[0], atol=1e-6)
     # 12 bytes and the end token, then zeros; "" is the end token alone; 44 bytes fill all 24 places
     assert [int(rows.any(dim=1).sum()) for rows in got] == [13, 14, 12, 1, 24]
+
+
+def test_count_tokens_is_what_the_pipeline_reads_without_a_limit(folder: Path) -> None:
+    """A byte is a token here, and an end token follows: 44 bytes are 45 tokens."""
+    assert count_tokens(TEXTS, folder) == [13, 14, 12, 1, 45]
 
 
 def test_texts_that_clean_to_the_same_are_equal(pipeline: WanPipeline) -> None:

@@ -153,3 +153,27 @@ def test_weights_misfitting_their_config_raise(
         weights.read(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         weights.read(tmp_path / "none")
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_damaged_transformer_is_refused_by_both_readers(
+    tuned: WanGenerator, tmp_path: Path, place: int
+) -> None:
+    """NaN and a cut file, for sampling and for export; nothing is overwritten."""
+    file = tuned.save_trained(tmp_path)
+    before = {name: w.clone() for name, w in tuned.module.state_dict().items()}
+    state = load_file(file)
+    name = sorted(state)[place]
+    state[name].view(-1)[place] = torch.nan
+    save_file(state, file)
+    for read in (tuned.load_trained, weights.read):
+        with pytest.raises(ValueError, match="NaN") as caught:
+            read(tmp_path)
+        assert name in str(caught.value)
+        assert str(file.parent) in str(caught.value)
+    file.write_bytes(file.read_bytes()[:-1])
+    for read in (tuned.load_trained, weights.read):
+        with pytest.raises(ValueError, match="whole safetensors file"):
+            read(tmp_path)
+    after = tuned.module.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())

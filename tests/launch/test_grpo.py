@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from alignment.grpo import Advantages, GrpoLoop, backwards_per_update
 from alignment.prompts import PromptSchedule, read_prompts
 from common.checkpoint import load_tensors
 from common.config import ConfigError, load
+from common.files import read_jsonl
 from common.log import read_metrics
 from launch.compose import build_generator
 from launch.sample import sample
@@ -306,10 +306,7 @@ def test_grpo_run_writes_metrics_checkpoints_and_samples(whole: Path) -> None:
         yaml.safe_load((whole / "config.yaml").read_text())["grpo"]["group_size"] == 2
     )
     samples = whole / "samples" / "step-000002"
-    lines = [
-        json.loads(line)
-        for line in (samples / "samples.jsonl").read_text().splitlines()
-    ]
+    lines = read_jsonl(samples / "samples.jsonl")
     assert [line["member"] for line in lines] == [0, 1]
     assert all((samples / line["file"]).stat().st_size > 0 for line in lines)
     better, worse = sorted(lines, key=lambda line: -line["rewards"]["brightness"])
@@ -415,10 +412,7 @@ def test_sampling_with_adapter_changes_videos_not_seeds(
                 folder, cfg.prompts, cfg.generator, adapter=adapter, seeds=2, limit=2
             )
         )
-        rows[name] = [
-            json.loads(line)
-            for line in (tiny.parent / name / "samples.jsonl").read_text().splitlines()
-        ]
+        rows[name] = read_jsonl(tiny.parent / name / "samples.jsonl")
         assert len(list((tiny.parent / name).glob("*.mp4"))) == len(rows[name]) == 4
         prompts = ["a red circle"] * 2 + ["a blue square"] * 2
         assert [row["prompt"] for row in rows[name]] == prompts

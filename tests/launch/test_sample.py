@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import launch.compose
 from common.distributed import derive_seed
 from common.files import read_jsonl
-from launch import sample
+from common.run_record import plain
+from generator.adapter_file import ADAPTER_FILE
+from launch import evaluate, pairs, sample
 from tests.launch.vbench_eval.test_sample import SeedGenerator
+from tests.tiny import build_tiny_wan, tiny_config, tiny_generator
 
 PROMPTS = ["a red circle", "a blue square", "rain"]
 
@@ -140,3 +149,111 @@ def test_other_prompts_in_the_same_file_are_other_videos(
     with pytest.raises(SystemExit, match="2"):
         sampled(config)
     assert "holds other results (files.prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_make_no_video(
+    grey: SeedGenerator,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    value: float,
+) -> None:
+    """The videos before are kept; prompt and seed are named."""
+    sound = grey.sample
+
+    def sometimes(prompts: list[str], **options: Any) -> torch.Tensor:
+        clean = sound(prompts, **options)
+        return clean * value if prompts == ["a blue square"] else clean
+
+    monkeypatch.setattr(grey, "sample", sometimes)
+    with pytest.raises(SystemExit, match="2"):
+        sampled(config)
+    assert sorted(videos(config)) == ["0000.mp4", "0001.mp4"]
+    message = capsys.readouterr().err
+    assert "'a blue square'" in message
+    assert str(derive_seed(0, "sample", 1, 0)) in message
+
+
+# What is done to a sound Wan or adapter, and a word of the line that refuses it.
+DAMAGES = {
+    "two experts": ("wan", "model_index.json", "two transformers"),
+    "lost tensor": ("wan", "text_encoder/model.safetensors", "missing"),
+    "nan": ("wan", "vae/diffusion_pytorch_model.safetensors", "NaN"),
+    "cut": ("wan", "transformer/diffusion_pytorch_model.safetensors", "whole"),
+    "config": ("wan", "transformer/config.json", "not a JSON file"),
+    "adapter cut": ("adapter", ADAPTER_FILE, "whole"),
+    "adapter nan": ("adapter", ADAPTER_FILE, "NaN"),
+    "adapter metadata": ("adapter", ADAPTER_FILE, "no rank and alpha"),
+}
+
+
+def damage(kind: str, file: Path) -> None:
+    if kind == "two experts":
+        index = json.loads(file.read_text())
+        file.write_text(json.dumps({**index, "boundary_ratio": 0.875}))
+    elif kind.endswith(("cut", "config")):
+        file.write_bytes(file.read_bytes()[:-20])
+    else:
+        tensors = load_file(file)
+        name = sorted(tensors)[-1]
+        if kind == "lost tensor":
+            tensors.pop(name)
+        if kind.endswith("nan"):
+            tensors[name].view(-1)[0] = torch.nan
+        with safe_open(file, framework="pt") as opened:
+            metadata = None if kind.endswith("metadata") else opened.metadata()
+        save_file(tensors, file, metadata)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound Wan and an adapter of it."""
+    path = tmp_path_factory.mktemp("trained")
+    build_tiny_wan(path / "wan")
+    tiny_generator(path / "wan").save_trained(path / "adapter")
+    return path
+
+
+@pytest.mark.parametrize("kind", list(DAMAGES))
+@pytest.mark.parametrize("program", ["sample", "evaluate", "pairs", "dry run"])
+def test_every_program_refuses_damaged_models_in_a_line(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    program: str,
+) -> None:
+    """Exit code 2, and the file's name in the last line on the console."""
+    part, name, words = DAMAGES[kind]
+    if program == "dry run" and kind not in ("two experts", "config"):
+        pytest.skip("a dry run reads no weights")
+    for folder in ("wan", "adapter"):
+        shutil.copytree(trained / folder, tmp_path / folder)
+    damage(kind, tmp_path / part / name)
+    (tmp_path / "prompts.txt").write_text("rain\n")
+    settings = {
+        "out": str(tmp_path / "out"),
+        "prompts": str(tmp_path / "prompts.txt"),
+        "adapter": str(tmp_path / "adapter"),
+        "generator": plain(tiny_config(tmp_path / "wan")),
+    }
+    if program != "sample":
+        settings["rewards"] = {"brightness": {}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    commands = {
+        "sample": ([], sample),
+        "evaluate": (["generator"], evaluate),
+        "pairs": ([], pairs),
+        "dry run": (["--dry-run", "1xh100"], pairs),
+    }
+    words_of, command = commands[program]
+    config = ["--config", str(tmp_path / "run.yaml")]
+    monkeypatch.setattr(sys, "argv", [program, *words_of, *config])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in last
+    assert str(tmp_path / part) in last
+    assert not list((tmp_path / "out").rglob("*.mp4"))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common.files import read_jsonl
 from common.video_io import write_mp4
 from launch import score
 from launch.evaluation.files import ScoreItem, find_items, read_clip
+from rm.model import DeScore
 from tests.fakes import decoder_with_a_trap
 from tests.launch.processes import ROOT, refused_early
+from tests.tiny_qwen import SETTINGS, save_tiny_qwen
 
 GREYS = {"a.mp4": 51, "b.mp4": 102, "c.mp4": 204}  # 0.2, 0.4 and 0.8 of white
 
@@ -227,3 +231,143 @@ def test_score_config_typo_exits_2() -> None:
         "bach=3",
     ]
     assert "'batch'" in refused_early(str(ROOT / "launch" / "score.py"), *words)
+
+
+@pytest.mark.parametrize("kind", ["lost", "nan", "cut"])
+def test_damaged_reward_model_exits_2_with_its_file(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Never a score from random weights."""
+    folder = tmp_path / "descore"
+    DeScore.from_base(save_tiny_qwen(tmp_path / "base"), settings=SETTINGS).save(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.language_model.layers.1.self_attn.q_proj.weight"
+    if kind == "lost":
+        tensors.pop(name)
+    else:
+        tensors[name][0, 0] = torch.nan
+    save_file(tensors, file)
+    if kind == "cut":
+        file.write_bytes(file.read_bytes()[:5000])
+    scored(
+        tmp_path,
+        "--videos",
+        f"{clips}/*.mp4",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "rewards.descore.weight=1",
+        f"rewards.descore.checkpoint={folder}",
+        code=2,
+    )
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(file) in last
+    assert kind == "cut" or name in last
+    assert read_jsonl(tmp_path / "scores.jsonl") == []
+
+
+@pytest.fixture
+def twelve(tmp_path: Path) -> Path:
+    """Empty files 0.mp4 to 11.mp4, and a prompt for each that has its number."""
+    (tmp_path / "out").mkdir()
+    for i in range(12):
+        (tmp_path / "out" / f"{i}.mp4").touch()
+    text = "".join(f"prompt {i}\n" for i in range(12))
+    (tmp_path / "prompts.txt").write_text(text)
+    return tmp_path
+
+
+def test_numbered_videos_get_their_prompts(
+    twelve: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = find_items(f"{twelve}/out/*.mp4", twelve / "prompts.txt")
+    for item in items:
+        assert item.prompt == f"prompt {Path(item.name).stem}"
+    # and the first and last pair are shown with their number
+    head, first, last = capsys.readouterr().out.strip().split("\n")
+    assert head.startswith("12 videos")
+    assert first.endswith("0.mp4  'prompt 0'")
+    assert last.endswith("11.mp4  'prompt 11'")
+
+
+@pytest.mark.parametrize("change", ["prompt 12\n", None])
+def test_another_number_of_prompts_is_refused(twelve: Path, change: str | None) -> None:
+    lines = (twelve / "prompts.txt").read_text().split("\n")[:-1]
+    lines = [*lines, "prompt 12"] if change else ["", *lines[1:]]
+    (twelve / "prompts.txt").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"12 videos .* 1[13] prompts"):
+        find_items(f"{twelve}/out/*.mp4", twelve / "prompts.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", "video,prompt\na.mp4,x\nb.mp4,a ball, slowly\n", r"t\.csv:3: has 3 "),
+        ("t.csv", "video,prompt\na.mp4,x\nb.mp4\n", r"t\.csv:3: has 1 "),
+        ("t.csv", "video,prompt,prompt\na.mp4,x,y\n", r"t\.csv.*'prompt'"),
+        ("t.csv", "video;prompt\na.mp4;x\n", "video;prompt"),
+        ("t.csv", "video,prompt\na.mp4,\n", r"t\.csv:2:"),
+        ("t.jsonl", '{"video": "a.mp4", "prompt": "x"}\n' * 2 + "?", r"t\.jsonl:3:"),
+        (
+            "t.jsonl",
+            '{"video": "a.mp4", "prompt": "x"}\n{"video": "a", "prompt": "\\ud83d"}\n',
+            r"t\.jsonl:2:.*ud83d",
+        ),
+        (
+            "t.jsonl",
+            '{"video": "\\udc80.mp4", "prompt": "x"}\n',
+            r"t\.jsonl:1:.*udc80",
+        ),
+        ("t.jsonl", '{"file": "a.mp4", "prompt": ["x"]}\n', r"t\.jsonl:1:"),
+        (
+            "t.jsonl",
+            '{"file": "a.mp4", "prompt": "x", "prompt": "y"}\n',
+            r"t\.jsonl:1:.*'prompt'",
+        ),
+    ],
+)
+def test_bad_row_of_a_table_is_refused_with_its_line(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        find_items(None, tmp_path / name)
+
+
+def test_file_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    os.close(os.open(bytes(tmp_path) + b"/a\xff.mp4", os.O_CREAT))
+    (tmp_path / "p.txt").write_text("a ball\n")
+    with pytest.raises(ValueError, match="udcff"):
+        find_items(f"{tmp_path}/*.mp4", tmp_path / "p.txt")
+
+
+def test_repeated_row_and_percentiles_are_printed(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["video,prompt", "a.mp4,x", "c.mp4,x", "a.mp4,x", "gone.mp4,x"]
+    (clips / "table.csv").write_text("\n".join(rows) + "\n")
+    assert len(scored(tmp_path, "--prompts", str(clips / "table.csv"))) == 3
+    said = capsys.readouterr().out
+    assert "1 of 4 rows repeat" in said
+    assert "over 2 videos" in said
+    assert "1 missing" in said
+    assert "check_rewards.py" in said
+
+
+def test_described_values_have_percentiles() -> None:
+    """0, 1, ..., 20: the percentiles fall on numbers."""
+    line = score.describe_values([float(i) for i in reversed(range(21))])
+    for text in ("mean 10.0", "min 0.0", "5 % 1.0", "median 10.0", "95 % 19.0"):
+        assert text in line
+    assert score.describe_values([3.0]) == "mean 3.0000 over 1 videos"
+
+
+def test_unusual_line_separators_in_a_prompt_survive_scoring(
+    clips: Path, tmp_path: Path
+) -> None:
+    prompt = "a\u2028b\u2029c\u0085d\x0be\x1cf"
+    row = json.dumps({"video": "a.mp4", "prompt": prompt}, ensure_ascii=False)
+    (clips / "t.jsonl").write_text(row + "\n", encoding="utf-8")
+    for _ in range(2):
+        (found,) = scored(tmp_path, "--prompts", str(clips / "t.jsonl"))
+        assert found["prompt"] == prompt

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rm.benchmarks import read_benchmark
-from rm.prompt import parse_preference
+from rm.prompt import preference_word
 
 
 def write(folder: Path, header: list[str], *rows: list[str]) -> Path:
@@ -92,12 +92,13 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "label"),
+    ("text", "word"),
     [
-        ("<answer>[1]</answer>", None),
-        ('<answer>{"gsb_result": 3}</answer>', None),
-        ("", None),
+        ("<answer>[1]</answer>", ""),
+        ('<answer>{"gsb_result": 3}</answer>', ""),
+        ('<answer>{"GSB_Result": "A"}</answer>', "A"),
+        ("", ""),
     ],
 )
-def test_parse_preference(text: str, label: int | None) -> None:
-    assert parse_preference(text) is label
+def test_preference_word(text: str, word: str) -> None:
+    assert preference_word(text) == word

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 
 import pytest
 
+from rm.benchmarks import read_benchmark
 from rm.data import PairSchedule, read_pairs
 
 HEADER = ["videos", "problem", "durations", "prompt", "CoT_A", "CoT_B", "GSB"]
@@ -207,3 +210,71 @@ def test_steps_of_some_epochs():
     assert schedule().steps(0.01) == 1
     with pytest.raises(ValueError, match="pairs"):
         schedule(count=0)
+
+
+def test_row_with_unquoted_commas_is_a_bad_row(folder):
+    text = "videos,GSB,prompt\n"
+    text += "\"['v/a.mp4', 'v/b.mp4']\",A,a red ball, rolling on grass, slowly\n"
+    text += "\"['v/a.mp4', 'v/b.mp4']\",A,a cube\n"
+    path = folder / "pairs.csv"
+    path.write_text(text)
+    table = read_pairs(path, require_cot=False)
+    assert [pair.prompt for pair in table.pairs] == ["a cube"]
+    (problem,) = table.problems
+    assert problem.startswith(f"{path}:2: has 5 cells, the header 3")
+
+
+@pytest.mark.parametrize(
+    ("cell", "hint"),
+    [
+        (r"['v\a.mp4', 'v\b.mp4']", r"'v/*\\x07|x07"),
+        (r"['v\c.mp4', 'v\d.mp4']", "with /"),
+        (r"['C:\new\a.mp4', 'b']", "with /"),
+        (r"['C:\Users\a.mp4', 'b']", "with /"),
+        ("['v/" + "x" * 300 + ".mp4', 'v/b.mp4']", "xxx"),
+        ("['v/c.mp4', 'v/b.mp4']", r"c\.mp4$"),
+    ],
+)
+def test_path_that_cannot_be_is_a_bad_row_with_a_hint(folder, cell, hint, recwarn):
+    path = write(folder, [row(), row(videos=cell, CoT_A="x")])
+    (problem,) = read_pairs(path).problems
+    assert re.search(hint, problem)
+    assert len(recwarn) == 0
+
+
+def test_answer_keys_may_be_in_upper_case(folder):
+    answer = {
+        "Video_1_Scores": {"Subject": 2, " STYLE ": "n/a", "style": 1},
+        "video_2_scores": {"subject": 0},
+    }
+    rows = [row(answer=f"<answer>{json.dumps(answer)}</answer>")]
+    path = write(folder, rows, header=[*HEADER, "answer"])
+    (pair,) = read_pairs(path, require_scores=True).pairs
+    assert (pair.scores_A, pair.scores_B) == (
+        {"subject": 2, "style": 1},
+        {"subject": 0},
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "layout"),
+    [
+        (["path_A", "path_B", "prompt", "VQ", "MQ", "TA", "Overall"], "videogen"),
+        (["left_video_path", "right_video_path", "prompt", "vote_type"], "genai"),
+        (["video_A", "video_B", "prompt", "answer"], "indomain"),
+        (["prompt", "answer"], None),
+    ],
+)
+def test_table_of_another_layout_names_it(folder, columns, layout):
+    path = write(folder, [], header=columns)
+    with pytest.raises(ValueError, match="GSB") as error:
+        read_pairs(path)
+    assert ("data.layout" in str(error.value)) == (layout is not None)
+    if layout is not None:
+        assert f"data.layout={layout}" in str(error.value)
+
+
+def test_descore_table_read_as_another_layout_names_its_own(folder):
+    path = write(folder, [row()])
+    with pytest.raises(ValueError, match=r"data\.layout=descore"):
+        read_benchmark(path, "videogen")

@@ -6,10 +6,17 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
 from rm.config import BackboneLora, Generation, LearningRates, VideoSettings
-from rm.model import DESCORE_FILE, HEAD_INIT_STD, DeScore, rope_positions
+from rm.model import (
+    DESCORE_FILE,
+    HEAD_FILE,
+    HEAD_INIT_STD,
+    DeScore,
+    rope_positions,
+)
 from rm.prompt import DEFAULT_TEMPLATE, Encoded
 from rm.video import prepare
 from tests.tiny_qwen import (
@@ -319,6 +326,73 @@ def test_missing_model_file_raises(tmp_path):
     (tmp_path / DESCORE_FILE).write_text(json.dumps({"format": 2}))
     with pytest.raises(ValueError, match="format"):
         DeScore.load(tmp_path)
+
+
+def no_head(tensors):
+    tensors.pop("head")
+
+
+def other_head(tensors):
+    tensors["weight"] = tensors.pop("head")
+
+
+def two_rows(tensors):
+    tensors["query"] = tensors["query"].repeat(2, 1)
+
+
+def nan_query(tensors):
+    tensors["query"][0, -1] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (no_head, "missing head"),
+        (other_head, "unexpected weight"),
+        (two_rows, r"query is \(2, 32\), want \(1, 32\)"),
+        (nan_query, "NaN or infinite, in 1 tensors: query"),
+    ],
+)
+def test_head_that_does_not_fit_is_refused(tmp_path, change, words):
+    judge().save(tmp_path)
+    tensors = load_file(tmp_path / HEAD_FILE)
+    change(tensors)
+    save_file(tensors, tmp_path / HEAD_FILE)
+    with pytest.raises(ValueError, match=words) as caught:
+        DeScore.load(tmp_path)
+    assert HEAD_FILE in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [HEAD_FILE, "model.safetensors"])
+def test_cut_weights_are_named(tmp_path, name):
+    judge().save(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-4])
+    with pytest.raises(ValueError, match="whole safetensors file") as caught:
+        DeScore.load(tmp_path)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "{", '{"format": 1}', '{"format": 1, "query_id": 3}']
+)
+def test_record_that_cannot_be_read_is_named(tmp_path, text):
+    judge().save(tmp_path)
+    (tmp_path / DESCORE_FILE).write_text(text)
+    with pytest.raises(ValueError, match=r"descore\.json"):
+        DeScore.load(tmp_path)
+
+
+def test_lost_weights_are_named_by_both_loaders(tmp_path):
+    """A model to train starts from a sound base only."""
+    judge().save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    lost = "model.language_model.layers.1.self_attn.q_proj.weight"
+    tensors.pop(lost)
+    save_file(tensors, file)
+    for load in (DeScore.load, DeScore.from_base):
+        with pytest.raises(ValueError, match=lost):
+            load(tmp_path)
 
 
 def test_wrong_settings_and_batches(model, videos):

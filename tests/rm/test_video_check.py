@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.files import read_jsonl
 from common.video_io import write_mp4
 from launch.training.rm_data import checked
 from rm import video_check
@@ -174,9 +175,7 @@ def test_run_drops_bad_pairs_or_does_not_start(tmp_path: Path) -> None:
     assert "held-out" in done.stderr
     assert "data.max_bad_share=0.05" in done.stderr
     run(sys.executable, *words, "data.max_bad_share=0.5")
-    (record,) = map(
-        json.loads, (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
-    )
+    (record,) = read_jsonl(tmp_path / "run" / "bad_samples.jsonl")
     assert (record["of"], record["line"], record["prompt"]) == ("pairs", 3, "p1")
     assert "decoded" in record["problems"][str(tmp_path / "1B.mp4")]
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()

@@ -166,6 +166,70 @@ def test_published_forms_read_published_examples(folder: Path) -> None:
     assert set(FORMS) == {"videoscore2", "unifiedreward", "unifiedreward2"}
 
 
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("Final Score: 6", "6"),
+        ("**Final Score:** 6", "6"),
+        ("**Final Score**: **6**/10", "6"),
+        ("Final Score: **6**", "6"),
+        ("**Final Score: 6**", "6"),
+        ("**Final** **Score**: 6", "6"),
+        ("final_score: 6", "6"),
+        ("Final Score is 6", "6"),
+        ("Final score is **6**", "6"),
+        ("Final Score: [6]", "6"),
+        ("Final Score: <6>", "6"),
+        ("Final Score: `6`", "6"),
+        ("Final Score\uff1a 6", "6"),
+        ("Final Score = 6", "6"),
+        ("| Final Score | 6 |", "6"),
+        ("Final Score (1-10):\n7", "7"),
+        ("Final Score: 8.5.", "8.5"),
+        ("<think>Final Score: 3</think> Final Score: 6", "6"),
+        ("Final Score: 4, no: Final Score: 6", "6"),
+        # no score, or none that is meant
+        ("Final Score: six", None),
+        ("Final Score: 3-4", None),
+        ("Final Score: 13 - 14", None),
+        ("Final Score is between 1 and 10", None),
+        ("Final Score: above 6", None),
+        ("<think>Final Score: 3</think> a good video", None),
+        ("The final verdict: 6", None),
+    ],
+)
+def test_score_field_finds_the_number(answer: str, number: str | None) -> None:
+    match = FORMS["unifiedreward"].labels["final"].find(answer)
+    assert (match and match[1]) == number
+
+
+def test_answer_cut_at_the_limit_has_no_score(folder: Path) -> None:
+    """The first answer is as long as the limit, with its end; the second is cut before it."""
+    form = {"quality": ["quality", 1, 5]}
+    whole = "quality: 2 at first, quality: 4"
+    limit = len(whole) + 1  # a token a byte, and the end
+    reward = reward_of(folder, form=form, max_new_tokens=limit)
+    says(reward, whole, whole + " or 5, said quickly")
+    found = reward.score(VIDEO[:2], PROMPTS[:2], fps=2.0)
+    assert float(found.value_B[0]) == 4.0
+    assert found.texts[0] == whole
+    assert found.value_B[1].isnan()
+    assert found.parts["quality"][1].isnan()
+    assert f"max_new_tokens={limit}" in found.texts[1]
+
+
+def test_answer_that_ends_in_a_thought_has_no_score(folder: Path) -> None:
+    form = {"quality": ["quality", 1, 5]}
+    reward = reward_of(folder, form=form)
+    says(reward, "<think>quality: 2 at first", "<think>so</think>quality: 3", "none")
+    found = reward.score(VIDEO, PROMPTS, fps=2.0)
+    assert found.value_B[0].isnan()
+    assert "unfinished" in found.texts[0]
+    assert float(found.value_B[1]) == 3.0
+    assert found.value_B[2].isnan()
+    assert "quality" in found.texts[2]
+
+
 def test_expected_digit_is_mean_by_probability(folder: Path) -> None:
     """The digit has weight 1, others 0.2 and 0.1: (3 + 4 * 0.2 + 5 * 0.1) / 1.3."""
     reward = reward_of(folder, form={"quality": ["quality", 1, 5]}, expected=True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from common.files import read_jsonl
 from common.video_io import write_mp4
 from launch import report
 from launch.evaluation.intervals import mean_ci95
@@ -307,9 +308,7 @@ def test_page_of_grpo_run_alone(tmp_path: Path) -> None:
 
 def test_heldout_prompts_of_grpo_run_are_drawn(tmp_path: Path) -> None:
     folder = alignment_run(tmp_path / "run")
-    rows = [
-        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
+    rows = read_jsonl(folder / "metrics.jsonl")
     for row in rows[::20]:
         row |= {"eval/shapes": 0.25 + row["step"] / 80, "eval_stock/shapes": 0.5}
     lines(

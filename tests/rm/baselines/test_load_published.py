@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from common.memory import AdaptiveBatcher
 from launch import convert_reward
@@ -166,6 +166,39 @@ def test_saved_and_loaded_model_gives_equal_rewards(
     half = Qwen2VLRewardModel.load(tmp_path / "ours", dtype="bfloat16")
     assert half.backbone.dtype == torch.bfloat16
     assert next(half.head.parameters()).dtype == torch.float32
+
+
+def test_saved_model_with_damaged_weights_is_refused(
+    video_folder: Path, base: Path, tmp_path: Path
+) -> None:
+    convert_videoreward(video_folder, base).model.save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    sound = load_file(file)
+    # The first, the last and the head's weights.
+    names = sorted(sound)
+    for name in (names[0], names[-1], next(n for n in names if "head" in n)):
+        broken = {**sound, name: torch.full_like(sound[name], torch.nan)}
+        save_file(broken, file)
+        with pytest.raises(ValueError, match="NaN") as caught:
+            Qwen2VLRewardModel.load(tmp_path)
+        assert str(tmp_path) in str(caught.value)
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="git-LFS"):
+        Qwen2VLRewardModel.load(tmp_path)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_published_weights_with_nan_are_refused(
+    image_folder: Path, base: Path, place: int
+) -> None:
+    file = image_folder / "HPSv3.safetensors"
+    state = load_file(file)
+    name = sorted(name for name in state if "lm_head" not in name)[place]
+    state[name].view(-1)[place] = torch.nan
+    save_file(state, file)
+    instruction = image_folder / "instruction.txt"
+    with pytest.raises(ValueError, match=r"HPSv3\.safetensors holds numbers"):
+        read_hpsv3(image_folder, base=base, instruction=instruction)
 
 
 def test_prompt_cannot_spell_a_special_token(video_folder: Path, base: Path) -> None:
