@@ -50,6 +50,10 @@ def main() -> None:
     print(f"{path}: from {calibration.videos} videos")
     for name, mean in calibration.mean.items():
         print(f"{name:>24}  mean {mean:8.4f}  std {calibration.std[name]:8.4f}")
+    print(
+        f"next: rewards.descore.checkpoint={args.checkpoint} "
+        "rewards.descore.options.calibrated=true in a run that scores with it"
+    )
 
 
 def scorer_options(evaluation: Path, checkpoint: Path) -> dict[str, Any]:

@@ -106,6 +106,10 @@ def convert_folder(args: argparse.Namespace) -> None:
     # A reward model is only as good as the prompt that it was trained with.
     default = "NOT the official text but this project's default; --prompt takes the official text"
     print(f"prompt: {args.prompt or default}")
+    print(
+        "next: python launch/evaluate.py rm --config configs/wan/evaluate_rm.yaml "
+        f"checkpoint={args.out} pairs=PAIRS.csv"
+    )
 
 
 if __name__ == "__main__":

@@ -92,6 +92,9 @@ def convert_folder(args: argparse.Namespace) -> None:
     print(f"sees {rate}{settings.min_pixels} to {settings.max_pixels} pixels each")
     for name, (mean, std) in layout.normal.items():
         print(f"{name}: (x - {mean:g}) / {std:g}")
+    print(
+        f"next: rewards.{args.kind}.checkpoint={args.out} in a run that scores with it"
+    )
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ def export_folder(args: argparse.Namespace) -> None:
     print(
         f"{args.out}/README.md: base_model {base_model or 'is unknown; give --base-model'}"
     )
+    print(f"next: {args.out}/README.md shows how to load it")
 
 
 def trained_kind(trained: Path) -> str:

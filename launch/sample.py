@@ -74,6 +74,10 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
         sample_videos(cfg, wanted, Path(cfg.out), table)
         keep_earlier(table, requests, wanted)
         say(f"{len(wanted)} videos in {cfg.out}")
+        say(
+            "next: python launch/score.py --config configs/wan/score.yaml "
+            f"--prompts {cfg.out}/samples.jsonl --out {cfg.out}/scores.jsonl"
+        )
 
 
 def list_requests(cfg: SampleRun, prompts: Sequence[str]) -> list[SampleRequest]:

@@ -16,14 +16,14 @@ import launch.compose
 from common.config import load
 from common.distributed import derive_seed, seeded_generator
 from common.files import read_jsonl
-from launch import evaluate
+from launch import evaluate, report
 from launch.evaluation.intervals import mean_ci95
 from launch.evaluation.results_table import (
     ResultsTable,
     attempt,
     fingerprint,
 )
-from tests.launch.processes import ROOT, refused_early, torchrun
+from tests.launch.processes import ROOT, next_step, refused_early, torchrun
 
 SCRIPT = str(ROOT / "launch" / "evaluate.py")
 
@@ -119,6 +119,15 @@ def test_each_prompt_is_sampled_at_its_derived_seed(
         *[None] * 5,
     ]
     assert len(list((config.parent / "eval" / "videos").iterdir())) == 2
+
+
+def test_next_step_of_generator_evaluation_is_a_report_of_it(
+    grey: GreyGenerator, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated(config)
+    words = next_step(capsys.readouterr().out)
+    assert words[:2] == ["python", "launch/report.py"]
+    assert report._parser().parse_args(words[2:]).base == config.parent / "eval"
 
 
 def test_base_and_adapter_use_equal_seeds(
