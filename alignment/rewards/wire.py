@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from common.film import Film, VideoError
 from common.types import Score, json_number
 
 if TYPE_CHECKING:
@@ -175,30 +176,11 @@ def _read_frames(entry: Mapping[str, Any], *, max_frames: int) -> VideoItem:
 
 
 def _read_mp4(content: bytes, *, max_frames: int) -> VideoItem:
-    import io
-
-    import av
-    import torch
-
-    frames = []
     try:
-        # decode in memory, and stop at the limit of frames
-        with av.open(io.BytesIO(content), mode="r", format="mp4") as container:
-            if not container.streams.video:
-                raise WireError("the mp4 has no video")
-            stream = container.streams.video[0]
-            for frame in container.decode(stream):
-                if len(frames) == max_frames:
-                    raise WireError(f"more than {max_frames} frames")
-                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
-            fps = float(stream.average_rate or 0)
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, WireError):
-            raise
-        raise WireError(f"the mp4 cannot be decoded: {error!s:.200}") from error
-    if not frames:
-        raise WireError("the mp4 has no frames")
-    return VideoItem(torch.stack(frames), _rate(fps))
+        film = Film(content, max_frames=max_frames)
+        return VideoItem(film.frames(range(film.count)), _rate(film.fps))
+    except VideoError as error:
+        raise WireError(str(error)) from error
 
 
 def _request(request: Any, items: Sequence[VideoItem]) -> Request:

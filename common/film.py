@@ -1,0 +1,292 @@
+"""Film: the frames of a video file as a player shows them. Every command reads files with it.
+
+Shown are the frames of the stream that a player puts on the screen: those that an edit list keeps,
+upright (rotated and mirrored), with square pixels, in the order of their timestamps. Time counts
+from the first of them. A film with a variable frame rate is read as if it had been recorded at its
+mean rate: frame k is the one on the screen k / fps seconds after the first.
+
+Damage is an error that names the file, never a short film and never a frame that was not decoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.packets import read_packets
+from common.timeline import measure
+
+if TYPE_CHECKING:
+    from av import Packet, VideoFrame
+    from av.container import InputContainer
+    from av.filter import Graph
+    from av.video.stream import VideoStream
+    from torch import Tensor
+
+# Pixels. A header may claim any size, and a frame of that size is allocated.
+MAX_SIDE = 16_384
+
+
+class VideoError(ValueError):
+    """A video that cannot be read; the message names the file."""
+
+
+class Film:
+    """A video file, measured when it is opened, decoded when its frames are read.
+
+    source      a path, or the content of an mp4: content comes from strangers, and other formats
+                may name further files to open
+    max_frames  a film with more of them is an error, found before they are decoded
+    count       number of frames
+    fps         their mean rate
+    duration    how long they are shown, in seconds
+
+    Raises VideoError, naming the file, if it is missing, damaged, too long or has no picture.
+    """
+
+    def __init__(
+        self, source: str | Path | bytes, *, max_frames: float = math.inf
+    ) -> None:
+        self.source = source
+        self.max_frames = max_frames
+        self.name = "the mp4" if isinstance(source, bytes) else str(source)
+        if not isinstance(source, bytes) and not Path(source).is_file():
+            raise VideoError(f"{self.name}: no such video file")
+        with _named_errors(self.name):
+            self._measure()
+        self.count = self.timeline.count
+        self.fps = self.timeline.fps
+        self.duration = self.timeline.duration
+
+    def frames(self, indices: Iterable[int]) -> Tensor:
+        """Frames by their numbers at the mean rate, uint8 RGB (T, Y, X, 3)."""
+        return self._read([self.timeline.place_of(index) for index in indices])
+
+    def frames_at(self, seconds: Iterable[float]) -> Tensor:
+        """The frames on the screen at some times, uint8 RGB (T, Y, X, 3)."""
+        return self._read([self.timeline.place_at(second) for second in seconds])
+
+    def check(self, number: int) -> None:
+        """Decode up to ``number`` evenly spaced frames, the first and the last included."""
+        steps = max(1, min(number, self.count) - 1)
+        places = {round(k * (self.count - 1) / steps) for k in range(steps + 1)}
+        with _named_errors(self.name):
+            for _ in self._decode(places):
+                pass
+
+    def _measure(self) -> None:
+        # Look at every packet; decode all of them only where that does not tell the frames.
+        with self._opened() as (container, stream):
+            self._packets = read_packets(container, stream)
+            aspect = stream.sample_aspect_ratio or Fraction(1)
+            tick = float(stream.time_base)
+            rates = (stream.average_rate, stream.guessed_rate)
+        self._ticks = self._packets.shown_ticks()
+        ticks = self._ticks
+        last = self._packets.last
+        if ticks is None:
+            ticks = []
+            for frame in self._decode_all():
+                ticks.append(frame.pts)
+                last = frame.duration or 0
+                self._check_count(len(ticks))
+        self._check_count(len(ticks))
+        if not ticks:
+            raise ValueError("has no frames")
+        claims = [float(rate or 0) for rate in rates]
+        self.timeline = measure(ticks, last=last, tick=tick, claims=claims)
+
+        # The first frame tells how all of them are put on the screen.
+        ((_, first),) = self._decode({0})
+        self._screen = _Screen(first, aspect)
+
+    def _check_count(self, count: int) -> None:
+        if count > self.max_frames:
+            raise ValueError(f"more than the {self.max_frames} frames that are allowed")
+
+    def _read(self, places: Sequence[int]) -> Tensor:
+        import torch
+
+        # Each frame is decoded and converted once, however often it is shown.
+        pixels = {}
+        with _named_errors(self.name):
+            for place, frame in self._decode(set(places)):
+                pixels[place] = self._screen.pixels(frame)
+        return torch.stack([pixels[place] for place in places])
+
+    def _decode(self, places: set[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """Yield chosen frames with their numbers. Raises ValueError if it does not get them all."""
+        missing = set(places)
+        chosen = enumerate(self._decode_all())
+        if self._ticks is not None:
+            chosen = self._decode_parts(places)
+        for place, frame in chosen:
+            if place in missing:
+                missing.discard(place)
+                yield place, frame
+            if not missing:
+                return
+        raise ValueError(f"{len(missing)} frames cannot be decoded")
+
+    def _decode_all(self) -> Iterator[VideoFrame]:
+        with self._opened() as (container, stream):
+            for number, packet in enumerate(container.demux(stream)):
+                if number >= self._packets.first:
+                    yield from _frames_of(packet)
+
+    def _decode_parts(self, places: set[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """Decode from the last entry before each chosen frame until it comes, and no more."""
+        place_of = {self._ticks[place]: place for place in places}
+        plan = self._packets.plan(place_of)
+        missing: set[int] = set()
+        with self._opened() as (container, stream):
+            for number, packet in enumerate(container.demux(stream)):
+                if number in plan:
+                    # After a gap the decoder must forget what it had.
+                    if not missing:
+                        stream.codec_context.flush_buffers()
+                    missing |= plan[number]
+                if not missing:
+                    continue
+                for frame in _frames_of(packet):
+                    if frame.pts in missing:
+                        missing.discard(frame.pts)
+                        yield place_of[frame.pts], frame
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
+        import av
+
+        # Without the prefix, what precedes a colon in a name would be a protocol.
+        source = f"file:{self.source}"
+        kind = None
+        if isinstance(self.source, bytes):
+            source = io.BytesIO(self.source)
+            kind = "mp4"
+        with av.open(source, format=kind, metadata_errors="replace") as container:
+            stream = _shown_stream(container)
+            stream.codec_context.thread_count = 1
+            yield container, stream
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into a VideoError that names it."""
+    import av
+
+    try:
+        yield
+    except (av.error.FFmpegError, OSError, MemoryError) as error:
+        reason = str(error).strip() or type(error).__name__
+        reason = reason.splitlines()[0]
+        raise VideoError(f"{name}: cannot be decoded ({reason:.160})") from error
+    except ValueError as error:
+        raise VideoError(f"{name}: {error}") from error
+
+
+def _shown_stream(container: InputContainer) -> VideoStream:
+    """The stream that a player chooses: the default one, then the largest, then the first."""
+    from av.stream import Disposition
+
+    # Covers and thumbnails are no films, and a codec may be unknown.
+    stills = Disposition.attached_pic | Disposition.timed_thumbnails
+    films = []
+    for stream in container.streams.video:
+        if stream.codec_context is not None and not stream.disposition & stills:
+            films.append(stream)
+    if not films:
+        raise ValueError("has no video stream that can be decoded")
+
+    def rank(stream: VideoStream) -> tuple[bool, int]:
+        is_default = bool(stream.disposition & Disposition.default)
+        return is_default, stream.width * stream.height
+
+    return max(films, key=rank)
+
+
+def _frames_of(packet: Packet) -> Iterator[VideoFrame]:
+    """Decode a packet. Raises ValueError for a frame that the decoder had to guess."""
+    for frame in packet.decode():
+        if frame.is_corrupt:
+            raise ValueError("a frame is damaged")
+        if max(frame.height, frame.width) > MAX_SIDE:
+            raise ValueError(f"frames of {frame.height} x {frame.width} pixels")
+        yield frame
+
+
+# ------------------------------------------------------------------ from a frame to the screen
+
+
+class _Screen:
+    """Puts decoded frames on the screen by ffmpeg's filters, as ffmpeg itself does.
+
+    frame         the first of the film: all are shown in its way and in its size
+    pixel_aspect  width / height of a pixel
+
+    Raises ValueError for a film that is turned by other than quarter turns.
+    """
+
+    def __init__(self, frame: VideoFrame, pixel_aspect: Fraction) -> None:
+        # The display matrix in 16.16 fixed point: (x, y) is shown at (a x + c y, b x + d y).
+        a, b, c, d = 1, 0, 0, 1
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is not None:
+            a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+        transposed = abs(b) > abs(a)
+        along, across = ((b, c), (a, d)) if transposed else ((a, d), (b, c))
+        # A tolerance of a degree.
+        if max(map(abs, across)) > 0.0175 * min(map(abs, along)):
+            raise ValueError("is turned by an angle that is no multiple of 90 degrees")
+
+        # Turn and mirror.
+        width = frame.width
+        height = frame.height
+        self.filters = []
+        if transposed:
+            self.filters.append(("transpose", "cclock_flip"))
+            width, height = height, width
+            pixel_aspect = 1 / pixel_aspect
+        if (c if transposed else a) < 0:
+            self.filters.append(("hflip", ""))
+        if (b if transposed else d) < 0:
+            self.filters.append(("vflip", ""))
+
+        # Square pixels: the width changes.
+        width = max(1, int(width * pixel_aspect))
+        self.filters.append(("scale", f"{width}:{height}"))
+        self.filters.append(("format", "rgb24"))
+        self._graphs: dict[tuple[int, int, str], Graph] = {}
+
+    def pixels(self, frame: VideoFrame) -> Tensor:
+        """Convert a frame to uint8 RGB (Y, X, 3)."""
+        import torch
+
+        # Films may change their size and colour format on their way.
+        key = (frame.width, frame.height, frame.format.name)
+        if key not in self._graphs:
+            self._graphs[key] = self._graph(*key)
+        graph = self._graphs[key]
+        graph.push(frame)
+        return torch.from_numpy(graph.pull().to_ndarray())
+
+    def _graph(self, width: int, height: int, pixel_format: str) -> Graph:
+        from av.filter import Graph
+
+        graph = Graph()
+        source = graph.add_buffer(
+            width=width, height=height, format=pixel_format, time_base=Fraction(1)
+        )
+        nodes = [source]
+        nodes += [graph.add(name, options) for name, options in self.filters]
+        nodes.append(graph.add("buffersink"))
+        for before, after in pairwise(nodes):
+            before.link_to(after)
+        graph.configure()
+        return graph
