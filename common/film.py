@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # Pixels. A header may claim any size, and a frame of that size is allocated.
 MAX_SIDE = 16_384
+# The sine of an angle that nobody sees.
+_DEGREE = 0.0175
 
 
 class VideoError(ValueError):
@@ -225,40 +227,34 @@ def _frames_of(packet: Packet) -> Iterator[VideoFrame]:
 
 
 class _Screen:
-    """Puts decoded frames on the screen by ffmpeg's filters, as ffmpeg itself does.
+    """Puts decoded frames on the screen with ffmpeg's filters, as ffmpeg itself does.
 
-    frame         the first of the film: all are shown in its way and in its size
+    frame         the first of the film; all are shown in its way and in its size
     pixel_aspect  width / height of a pixel
 
     Raises ValueError for a film that is turned by other than quarter turns.
     """
 
     def __init__(self, frame: VideoFrame, pixel_aspect: Fraction) -> None:
-        # The display matrix in 16.16 fixed point: (x, y) is shown at (a x + c y, b x + d y).
-        a, b, c, d = 1, 0, 0, 1
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        if matrix is not None:
-            a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
-        transposed = abs(b) > abs(a)
-        along, across = ((b, c), (a, d)) if transposed else ((a, d), (b, c))
-        # A tolerance of a degree.
-        if max(map(abs, across)) > 0.0175 * min(map(abs, along)):
-            raise ValueError("is turned by an angle that is no multiple of 90 degrees")
-
-        # Turn and mirror.
+        self.filters = []
         width = frame.width
         height = frame.height
-        self.filters = []
-        if transposed:
+
+        # Turn and mirror. A point (x, y) is shown at (a x + c y, b x + d y).
+        a, b, c, d = _display_matrix(frame)
+        if abs(b) > abs(a):
             self.filters.append(("transpose", "cclock_flip"))
+            a, b, c, d = c, d, a, b
             width, height = height, width
             pixel_aspect = 1 / pixel_aspect
-        if (c if transposed else a) < 0:
+        if max(abs(b), abs(c)) > _DEGREE * min(abs(a), abs(d)):
+            raise ValueError("is turned by no multiple of 90 degrees")
+        if a < 0:
             self.filters.append(("hflip", ""))
-        if (b if transposed else d) < 0:
+        if d < 0:
             self.filters.append(("vflip", ""))
 
-        # Square pixels: the width changes.
+        # Make the pixels square: the width changes.
         width = max(1, int(width * pixel_aspect))
         self.filters.append(("scale", f"{width}:{height}"))
         self.filters.append(("format", "rgb24"))
@@ -268,11 +264,11 @@ class _Screen:
         """Convert a frame to uint8 RGB (Y, X, 3)."""
         import torch
 
-        # Films may change their size and colour format on their way.
-        key = (frame.width, frame.height, frame.format.name)
-        if key not in self._graphs:
-            self._graphs[key] = self._graph(*key)
-        graph = self._graphs[key]
+        # Films may change their size and colour format on the way.
+        kind = (frame.width, frame.height, frame.format.name)
+        if kind not in self._graphs:
+            self._graphs[kind] = self._graph(*kind)
+        graph = self._graphs[kind]
         graph.push(frame)
         return torch.from_numpy(graph.pull().to_ndarray())
 
@@ -281,12 +277,25 @@ class _Screen:
 
         graph = Graph()
         source = graph.add_buffer(
-            width=width, height=height, format=pixel_format, time_base=Fraction(1)
+            width=width,
+            height=height,
+            format=pixel_format,
+            time_base=Fraction(1),
         )
         nodes = [source]
-        nodes += [graph.add(name, options) for name, options in self.filters]
+        for name, options in self.filters:
+            nodes.append(graph.add(name, options))
         nodes.append(graph.add("buffersink"))
         for before, after in pairwise(nodes):
             before.link_to(after)
         graph.configure()
         return graph
+
+
+def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
+    """The four numbers that turn and mirror a frame, in 16.16 fixed point."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+    return a, b, c, d

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,15 +17,8 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-# Kinds of NAL units. An IDR picture of H.264 resets the decoder (7.4.1.2.4); what is shown after
-# an IRAP picture of HEVC refers to nothing before it (3.76, 3.152).
-_H264_IDR = {5}
-_H264_PARAMETERS = {7, 8}
-_HEVC_IRAP = {16, 17, 18, 19, 20, 21}
-_HEVC_PARAMETERS = {32, 33, 34}
-# Kinds of open bitstream units of AV1 (6.2.2).
-_AV1_SEQUENCE_HEADER = 1
-_AV1_FRAME_HEADERS = {3, 6}
+
+# ------------------------------------------------------------------ where decoding may start
 
 
 @dataclass(frozen=True)
@@ -35,53 +29,96 @@ class PacketRole:
     has_parameters: bool = False
 
 
+@dataclass(frozen=True)
+class _NalRules:
+    """How H.264 and HEVC mark the parts of a packet, their NAL units.
+
+    place       the byte of the extradata with the width of a unit's length
+    shift       the unit's kind is in its first byte, after so many bits
+    mask        the bits of the kind
+    entries     kinds that start anew: nothing shown after them refers to what precedes them
+    parameters  kinds that hold parameters of the decoder
+    """
+
+    place: int
+    shift: int
+    mask: int
+    entries: frozenset[int]
+    parameters: frozenset[int]
+
+
+# Tables 7-1 of both standards: IDR pictures of H.264, IRAP pictures of HEVC.
+_NAL_RULES = {
+    "h264": _NalRules(
+        place=4,
+        shift=0,
+        mask=31,
+        entries=frozenset({5}),
+        parameters=frozenset({7, 8}),
+    ),
+    "hevc": _NalRules(
+        place=21,
+        shift=1,
+        mask=63,
+        entries=frozenset(range(16, 22)),
+        parameters=frozenset({32, 33, 34}),
+    ),
+}
+# Kinds of the parts of an AV1 packet.
+_AV1_SEQUENCE_HEADER = 1
+_AV1_FRAME_HEADERS = (3, 6)
+
+
 def packet_roles(codec: str, extradata: bytes) -> Callable[[bytes], PacketRole] | None:
     """Return a function that reads the role of a packet; None where no role is certain."""
     if codec == "vp9":
         return _role_in_vp9
     if codec == "av1":
         return _role_in_av1
-    # In mp4 and mkv a NAL unit follows its length, of as many bytes as the extradata says.
-    place = {"h264": 4, "hevc": 21}.get(codec)
-    if place is None or len(extradata) <= place or extradata[0] != 1:
+    # In mp4 and mkv each unit follows its length; elsewhere the extradata has another form.
+    rules = _NAL_RULES.get(codec)
+    if rules is None or len(extradata) <= rules.place or extradata[0] != 1:
         return None
-    width = (extradata[place] & 3) + 1
+    width = (extradata[rules.place] & 3) + 1
+    return partial(_role_of_units, rules=rules, width=width)
 
-    def role(content: bytes) -> PacketRole:
-        headers = set(_first_bytes(content, width))
-        if codec == "h264":
-            kinds = {header & 31 for header in headers}
-            return PacketRole(bool(kinds & _H264_IDR), bool(kinds & _H264_PARAMETERS))
-        kinds = {header >> 1 & 63 for header in headers}
-        return PacketRole(bool(kinds & _HEVC_IRAP), bool(kinds & _HEVC_PARAMETERS))
 
-    return role
+def _role_of_units(content: bytes, *, rules: _NalRules, width: int) -> PacketRole:
+    kinds = set()
+    for header in _first_bytes(content, width):
+        kinds.add(header >> rules.shift & rules.mask)
+    return PacketRole(
+        is_entry=not kinds.isdisjoint(rules.entries),
+        has_parameters=not kinds.isdisjoint(rules.parameters),
+    )
 
 
 def _first_bytes(content: bytes, width: int) -> Iterator[int]:
-    """The first byte of every NAL unit of a packet."""
+    """The first byte of every unit of a packet, which follows the unit's length."""
     place = 0
     while place + width < len(content):
-        yield content[place + width]
-        place += width + int.from_bytes(content[place : place + width], "big")
+        length = int.from_bytes(content[place : place + width], "big")
+        place += width
+        yield content[place]
+        place += length
 
 
 def _role_in_vp9(content: bytes) -> PacketRole:
-    """A shown key frame refreshes everything (VP9 6.2, 7.2)."""
-    # Marker (2 bits), profile (2), a reserved bit in profile 3, show_existing_frame, frame_type,
+    """A shown key frame refreshes everything (VP9, 6.2)."""
+    # Marker (2 bits), profile (2), in profile 3 a reserved bit, show_existing_frame, frame_type,
     # show_frame: 0, 0, 1 is a shown key frame.
-    header = content[0] if content else 0
-    profile = header >> 4 & 3
-    flags = header >> (0 if profile == 3 else 1) & 7
-    return PacketRole(header >> 6 == 2 and flags == 1)
+    header = content[0]
+    is_profile_3 = header >> 4 & 3 == 3
+    flags = header >> (0 if is_profile_3 else 1) & 7
+    return PacketRole(is_entry=header >> 6 == 2 and flags == 1)
 
 
 def _role_in_av1(content: bytes) -> PacketRole:
-    """A sequence header and a shown key frame are a random access point (AV1 7.6.1)."""
+    """A sequence header and a shown key frame are a random access point (AV1, 7.6)."""
     place = 0
     has_sequence = False
     while place < len(content):
-        # The header: kind, then whether an extension byte and the size follow.
+        # The header of a part: its kind, whether an extension byte and the size follow.
         header = content[place]
         kind = header >> 3 & 15
         place += 2 if header & 4 else 1
@@ -92,7 +129,8 @@ def _role_in_av1(content: bytes) -> PacketRole:
             has_sequence = True
         if kind in _AV1_FRAME_HEADERS and place < len(content):
             # show_existing_frame, frame_type (2 bits), show_frame: 0, 0, 1
-            return PacketRole(has_sequence and content[place] >> 4 == 1)
+            is_key = content[place] >> 4 == 1
+            return PacketRole(is_entry=has_sequence and is_key)
         place += size
     return PacketRole(is_entry=False)
 
@@ -101,12 +139,17 @@ def _leb128(content: bytes, place: int) -> tuple[int, int]:
     """The number at a place, seven bits a byte, and the place after it."""
     number = 0
     for shift in range(0, 56, 7):
-        byte = content[place] if place < len(content) else 0
+        if place >= len(content):
+            break
+        byte = content[place]
         place += 1
         number |= (byte & 127) << shift
         if byte < 128:
             break
     return number, place
+
+
+# ------------------------------------------------------------------ all packets of a film
 
 
 @dataclass
@@ -139,21 +182,24 @@ class PacketTable:
             return None
         if None in self.ticks or len(set(self.ticks)) < len(self.ticks):
             return None
-        # Frames before the first key frame cannot be decoded.
-        starts = [self.ticks[entry] for entry in self.entries]
+        # Frames before the first entry would be left out by a decoder.
+        starts = self._starts()
         if min(self.ticks) < starts[0] or starts != sorted(starts):
             return None
         shown = set(range(len(self.ticks))) - self.hidden
         return sorted(self.ticks[number] for number in shown)
 
     def plan(self, ticks: Iterable[int]) -> dict[int, set[int]]:
-        """The entries to decode from, each with the ticks of the wanted frames that follow it."""
-        starts = [self.ticks[entry] for entry in self.entries]
+        """The entries to decode from, each with the ticks of the wanted frames after it."""
+        starts = self._starts()
         found: dict[int, set[int]] = {}
         for tick in ticks:
             entry = self.entries[bisect_right(starts, tick) - 1]
             found.setdefault(entry, set()).add(tick)
         return found
+
+    def _starts(self) -> list[int]:
+        return [self.ticks[entry] for entry in self.entries]
 
 
 def read_packets(container: InputContainer, stream: VideoStream) -> PacketTable:
@@ -173,7 +219,8 @@ def read_packets(container: InputContainer, stream: VideoStream) -> PacketTable:
         if packet.stream_index != stream.index:
             continue
         number = len(table.ticks)
-        table.ticks.append(packet.pts)
+        tick = packet.pts
+        table.ticks.append(tick)
 
         # What the container says.
         if packet.is_corrupt:
@@ -182,8 +229,8 @@ def read_packets(container: InputContainer, stream: VideoStream) -> PacketTable:
             table.key_frames.append(number)
         if packet.is_discard:
             table.hidden.add(number)
-        elif packet.pts is not None and (last_tick is None or packet.pts > last_tick):
-            last_tick = packet.pts
+        elif tick is not None and (last_tick is None or tick > last_tick):
+            last_tick = tick
             table.last = packet.duration or 0
         if packet.has_sidedata("new_extradata"):
             table.certain = False
@@ -195,7 +242,7 @@ def read_packets(container: InputContainer, stream: VideoStream) -> PacketTable:
                 table.entries.append(number)
             if role.has_parameters:
                 parameters.append(number)
-    # Parameters must come with every entry or with none: then no packet may be needed later.
+    # Parameters must come with every entry or with none: then no packet is needed later.
     if parameters and parameters != table.entries:
         table.certain = False
     _check_end(container, stream, len(table.ticks), end)
@@ -204,8 +251,10 @@ def read_packets(container: InputContainer, stream: VideoStream) -> PacketTable:
 
 def _end_of(packet: Packet) -> float:
     """Seconds of the file's clock at which a packet ends."""
-    tick = packet.pts if packet.pts is not None else packet.dts
-    return float(((tick or 0) + (packet.duration or 0)) * packet.time_base)
+    tick = packet.pts
+    if tick is None:
+        tick = packet.dts or 0
+    return float((tick + (packet.duration or 0)) * packet.time_base)
 
 
 def _check_end(
@@ -224,8 +273,9 @@ def _check_end(
     promised = 0.0
     if kind.startswith(("matroska", "flv")):
         promised = (container.duration or 0) / av.time_base
-    if kind == "avi":
+    elif kind == "avi":
         promised = float(stream.frames * stream.time_base)
-    rate = float(stream.average_rate or 1)
-    if end < promised - max(0.2, 2 / rate):
+    # Muxers round, and guess how long the last frame is shown.
+    allowance = max(0.2, 2 / float(stream.average_rate or 1))
+    if end < promised - allowance:
         raise ValueError(f"is cut off: {end:.2f} of {promised:.2f} seconds are there")

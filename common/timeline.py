@@ -9,6 +9,13 @@ from itertools import pairwise
 
 # Frames a second of a file that has neither timestamps nor a rate.
 _DEFAULT_RATE = 25.0
+# A frame may come this part of a frame too early or too late, and the rate is still constant:
+# cameras are late by milliseconds now and then.
+_JITTER = 0.25
+# Seconds that a frame may be early: its time at a constant rate is exact, but for the arithmetic;
+# else files round to a millisecond.
+_EXACT_S = 1e-6
+_ROUNDED_S = 1.5e-3
 
 
 @dataclass(frozen=True)
@@ -18,21 +25,19 @@ class Timeline:
     fps       frames / duration
     duration  from the first frame to the end of the last
     starts    a time per frame; None where frame i appears at i / fps
-    slack     by how much the file rounds a time
     """
 
     count: int
     fps: float
     duration: float
     starts: tuple[float, ...] | None = None
-    slack: float = 1e-6
 
     def place_at(self, second: float) -> int:
         """The number of the frame on the screen at a time."""
         if self.starts is None:
-            place = int((second + self.slack) * self.fps)
+            place = int((second + _EXACT_S) * self.fps)
         else:
-            place = bisect_right(self.starts, second + self.slack) - 1
+            place = bisect_right(self.starts, second + _ROUNDED_S) - 1
         return min(max(place, 0), self.count - 1)
 
     def place_of(self, index: int) -> int:
@@ -51,35 +56,49 @@ def measure(
 ) -> Timeline:
     """Build the timeline of shown frames, in their order.
 
-    ticks     their timestamps, in the file's unit of ``tick`` seconds
-    last      for how many ticks the last frame is shown; 0 if the file does not tell
-    claims    rates that the file and its codec claim
+    ticks   their timestamps, in the file's unit of ``tick`` seconds
+    last    for how many ticks the last frame is shown; 0 if the file does not tell
+    claims  rates that the file and its codec claim, 0 where they do not
     """
     # Without timestamps frames follow each other, at the rate of the codec.
     count = len(ticks)
     rates = [rate for rate in claims if rate > 0]
-    times = [value * tick for value in ticks if value is not None]
-    steps = [after - before for before, after in pairwise(times)]
-    if len(times) < count or min(steps, default=1) <= 0:
-        rate = (rates or [_DEFAULT_RATE])[-1]
+    if not _increase(ticks):
+        rate = rates[-1] if rates else _DEFAULT_RATE
         return Timeline(count, rate, count / rate)
 
     # A claim that agrees with every timestamp, up to their rounding, is exact.
-    starts = tuple(time - times[0] for time in times)
+    starts = tuple((value - ticks[0]) * tick for value in ticks)
+    last_s = last * tick
     for rate in rates:
-        if _is_constant(starts, rate, min(1.5 * tick, 0.25 / rate)):
+        rounding = min(1.5 * tick, _JITTER / rate)
+        if _is_constant(starts, last_s, rate, rounding):
             return Timeline(count, rate, count / rate)
 
     # Otherwise the mean rate. Many files store a length of the last frame that means nothing: it
     # stays at least as long as the frame before it.
-    before = steps[-1] if steps else 1 / _DEFAULT_RATE
-    duration = starts[-1] + max(last * tick, before)
+    before_s = 1 / _DEFAULT_RATE
+    if count > 1:
+        before_s = starts[-1] - starts[-2]
+    duration = starts[-1] + max(last_s, before_s)
     mean = count / duration
-    # A camera that is late by milliseconds still meant a constant rate.
-    if _is_constant(starts, mean, 0.25 / mean):
+    if _is_constant(starts, last_s, mean, _JITTER / mean):
         return Timeline(count, mean, duration)
-    return Timeline(count, mean, duration, starts, slack=min(tick, 1e-3) + 1e-6)
+    return Timeline(count, mean, duration, starts)
 
 
-def _is_constant(starts: Sequence[float], rate: float, error: float) -> bool:
-    return all(abs(start - i / rate) <= error for i, start in enumerate(starts))
+def _increase(ticks: Sequence[int | None]) -> bool:
+    """True if there are timestamps and each is later than the one before it."""
+    if None in ticks:
+        return False
+    return all(before < after for before, after in pairwise(ticks))
+
+
+def _is_constant(
+    starts: Sequence[float], last: float, rate: float, error: float
+) -> bool:
+    """True if frame i starts at i / rate, and the last does not stay."""
+    for i, start in enumerate(starts):
+        if abs(start - i / rate) > error:
+            return False
+    return last <= 1.5 / rate
