@@ -76,23 +76,35 @@ class Film:
         return self._read([self.timeline.place_at(second) for second in seconds])
 
     def check(self, number: int) -> None:
-        """Decode up to ``number`` evenly spaced frames, the first and the last included."""
+        """Decode up to ``number`` evenly spaced frames, the first and the last included.
+
+        Raises VideoError as `frames` would.
+        """
+        # A film that had to be decoded to be measured has been.
+        if self._ticks is None:
+            number = 1
         steps = max(1, min(number, self.count) - 1)
         places = {round(k * (self.count - 1) / steps) for k in range(steps + 1)}
+        screen = None
         with _named_errors(self.name):
-            for _ in self._decode(places):
-                pass
+            for _, frame in self._decode(places):
+                screen = screen or _Screen(frame, self._pixel_aspect)
 
     def _measure(self) -> None:
-        # Look at every packet; decode all of them only where that does not tell the frames.
+        """Find out which frames there are, and when they are shown."""
+        # Look at every packet.
         with self._opened() as (container, stream):
             self._packets = read_packets(container, stream)
-            aspect = stream.sample_aspect_ratio or Fraction(1)
+            self._pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
             tick = float(stream.time_base)
-            rates = (stream.average_rate, stream.guessed_rate)
+            claims = []
+            for rate in (stream.average_rate, stream.guessed_rate):
+                claims.append(float(rate or 0))
+        last = self._packets.last
+
+        # Where that does not tell the frames, decode all of them, and keep none.
         self._ticks = self._packets.shown_ticks()
         ticks = self._ticks
-        last = self._packets.last
         if ticks is None:
             ticks = []
             for frame in self._decode_all():
@@ -102,44 +114,51 @@ class Film:
         self._check_count(len(ticks))
         if not ticks:
             raise ValueError("has no frames")
-        claims = [float(rate or 0) for rate in rates]
         self.timeline = measure(ticks, last=last, tick=tick, claims=claims)
-
-        # The first frame tells how all of them are put on the screen.
-        ((_, first),) = self._decode({0})
-        self._screen = _Screen(first, aspect)
 
     def _check_count(self, count: int) -> None:
         if count > self.max_frames:
             raise ValueError(f"more than the {self.max_frames} frames that are allowed")
 
     def _read(self, places: Sequence[int]) -> Tensor:
+        """Put frames on the screen; each is decoded once, however often it is shown."""
         import torch
 
-        # Each frame is decoded and converted once, however often it is shown.
+        # The first frame of the film tells how all of them are shown.
+        screen = None
         pixels = {}
+        wanted = set(places)
         with _named_errors(self.name):
-            for place, frame in self._decode(set(places)):
-                pixels[place] = self._screen.pixels(frame)
+            for place, frame in self._decode({0, *wanted}):
+                if screen is None:
+                    screen = _Screen(frame, self._pixel_aspect)
+                if place in wanted:
+                    pixels[place] = screen.pixels(frame)
         return torch.stack([pixels[place] for place in places])
 
     def _decode(self, places: set[int]) -> Iterator[tuple[int, VideoFrame]]:
-        """Yield chosen frames with their numbers. Raises ValueError if it does not get them all."""
-        missing = set(places)
-        chosen = enumerate(self._decode_all())
-        if self._ticks is not None:
+        """Yield the chosen frames with their numbers, in their order.
+
+        Raises ValueError if one of them does not come.
+        """
+        chosen: Iterable[tuple[int, VideoFrame]]
+        if self._ticks is None:
+            chosen = enumerate(self._decode_all())
+        else:
             chosen = self._decode_parts(places)
+        missing = set(places)
         for place, frame in chosen:
             if place in missing:
                 missing.discard(place)
                 yield place, frame
+            # What follows the last of them need not be decoded.
             if not missing:
                 return
         raise ValueError(f"{len(missing)} frames cannot be decoded")
 
     def _decode_all(self) -> Iterator[VideoFrame]:
         with self._opened() as (container, stream):
-            for number, packet in enumerate(container.demux(stream)):
+            for number, packet in _numbered(container, stream):
                 if number >= self._packets.first:
                     yield from _frames_of(packet)
 
@@ -149,7 +168,7 @@ class Film:
         plan = self._packets.plan(place_of)
         missing: set[int] = set()
         with self._opened() as (container, stream):
-            for number, packet in enumerate(container.demux(stream)):
+            for number, packet in _numbered(container, stream):
                 if number in plan:
                     # After a gap the decoder must forget what it had.
                     if not missing:
@@ -211,6 +230,19 @@ def _shown_stream(container: InputContainer) -> VideoStream:
         return is_default, stream.width * stream.height
 
     return max(films, key=rank)
+
+
+def _numbered(
+    container: InputContainer, stream: VideoStream
+) -> Iterator[tuple[int, Packet]]:
+    """Yield the packets as `read_packets` counts them, and the empty one that ends the stream."""
+    number = 0
+    for packet in container.demux(stream):
+        # An empty packet on the way (the frame before it stays) would end the decoder.
+        is_end = packet.dts is None
+        if packet.size or is_end:
+            yield number, packet
+            number += 1
 
 
 def _frames_of(packet: Packet) -> Iterator[VideoFrame]:

@@ -225,7 +225,7 @@ def test_film_that_is_turned_askew_raises(tmp_path: Path) -> None:
     words = f"-display_rotation 30 -i {straight} -c copy {tmp_path / 'askew.mp4'}"
     run_ffmpeg(words.split())
     with pytest.raises(VideoError, match=r"askew\.mp4.* 90 "):
-        Film(tmp_path / "askew.mp4")
+        Film(tmp_path / "askew.mp4").check(1)
 
 
 def test_film_with_too_many_frames_raises_before_decoding(
