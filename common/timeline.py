@@ -63,7 +63,7 @@ def measure(
     # Without timestamps frames follow each other, at the rate of the codec.
     count = len(ticks)
     rates = [rate for rate in claims if rate > 0]
-    if not _increase(ticks):
+    if not _advance(ticks):
         rate = rates[-1] if rates else _DEFAULT_RATE
         return Timeline(count, rate, count / rate)
 
@@ -87,11 +87,13 @@ def measure(
     return Timeline(count, mean, duration, starts)
 
 
-def _increase(ticks: Sequence[int | None]) -> bool:
-    """True if there are timestamps and each is later than the one before it."""
+def _advance(ticks: Sequence[int | None]) -> bool:
+    """True if there are timestamps that go forward."""
     if None in ticks:
         return False
-    return all(before < after for before, after in pairwise(ticks))
+    goes_back = any(before > after for before, after in pairwise(ticks))
+    stands_still = len(ticks) > 1 and ticks[0] == ticks[-1]
+    return not goes_back and not stands_still
 
 
 def _is_constant(
