@@ -16,7 +16,6 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -193,6 +192,7 @@ class Film:
             kind = "mp4"
         with av.open(source, format=kind, metadata_errors="replace") as container:
             stream = _shown_stream(container)
+            # With several threads a decoder gives its frames later.
             stream.codec_context.thread_count = 1
             yield container, stream
 
@@ -307,7 +307,9 @@ class _Screen:
     def _graph(self, width: int, height: int, pixel_format: str) -> Graph:
         from av.filter import Graph
 
+        # Readers in many processes share the machine.
         graph = Graph()
+        graph.threads = 1
         source = graph.add_buffer(
             width=width,
             height=height,
@@ -318,8 +320,7 @@ class _Screen:
         for name, options in self.filters:
             nodes.append(graph.add(name, options))
         nodes.append(graph.add("buffersink"))
-        for before, after in pairwise(nodes):
-            before.link_to(after)
+        graph.link_nodes(*nodes)
         graph.configure()
         return graph
 

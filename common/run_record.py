@@ -46,7 +46,7 @@ _PACKAGES = (
     "tokenizers",
     "omegaconf",
     "numpy",
-    "decord2",
+    "av",
     "wandb",
 )
 

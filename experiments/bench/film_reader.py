@@ -3,7 +3,7 @@
     python experiments/bench/film_reader.py
 
 Each reader takes 16 evenly spaced frames of a film of 10 seconds and of a film of 10 minutes
-(640 x 360, 24 a second, a key frame each 250 frames), in a fresh process that has read a small
+(480 x 270, 24 a second, a key frame each 250 frames), in a fresh process that has read a small
 film before. Medians of the rounds: "seconds" on the clock, "cpu_seconds" of the processor, and
 "memory_mb", by how much the read raises the peak memory of the process. A format in which the
 packets do not tell the frames (MPEG-TS) is decoded whole, once to count and once to read.
@@ -84,7 +84,7 @@ def main() -> None:
 
 def encode(path: Path, seconds: int) -> Path:
     """Encode a test picture."""
-    source = f"testsrc2=size=640x360:rate=24:duration={seconds}"
+    source = f"testsrc2=size=480x270:rate=24:duration={seconds}"
     words = [
         "-f",
         "lavfi",
