@@ -51,7 +51,7 @@ _PACKAGES = (
     "tokenizers",
     "omegaconf",
     "numpy",
-    "decord2",
+    "av",
     "wandb",
 )
 
