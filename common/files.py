@@ -31,6 +31,20 @@ def replace_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file, all of it or nothing."""
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        data = line.encode() + b"\n"
+        try:
+            # A disk that fills up takes a part of the line, and refuses the next write.
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(before)
+            raise
+
+
 def read_jsonl(path: str | Path) -> list[Any]:
     """Read the complete lines of a JSON-lines file.
 

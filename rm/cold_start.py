@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common import faults
+from common import faults, progress
 from common.distributed import (
     derive_seed,
     gather_objects,
@@ -229,6 +229,7 @@ class ColdStart:
                 encoded.append(Encoded(item.prompt_ids, cot_ids))
                 videos.append(item.video)
         batch = self.model.batch(encoded, videos).to(self.model.device)
+        progress.tick()
         return self.model(batch).unflatten(0, (-1, 2))
 
     def encoded_video(self, path: Path, prompt: str) -> EncodedVideo:

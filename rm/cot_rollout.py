@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from common import progress
 from rm.generate import generate
 from rm.packed import Packed, PackedCot, pack
 from rm.text_rewards import (
@@ -99,6 +100,7 @@ def generate_cots(
     Only the tokens are used: stage 2 computes log-probabilities with `packed_forward`, the
     old policy's too, so that a ratio compares policies and not two ways of computing.
     """
+    progress.enter("CoTs")
     copies = len(seeds) // len(encoded)
     groups = []
     for first in range(0, len(encoded), batch):

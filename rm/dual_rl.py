@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common import faults
+from common import faults, progress
 from common.distributed import (
     derive_seed,
     gather_objects,
@@ -243,6 +243,8 @@ class DualRl:
     def rollouts(self, sampled: Sequence[SampledPair]) -> Rollouts:
         """Reward the CoTs of a micro-batch, and compute the log-probabilities GRPO needs."""
         self.model.eval()
+        progress.enter("score")
+        progress.tick()
         cfg = self.cfg
         device = self.model.device
 
