@@ -159,19 +159,22 @@ def _rename(partial: Path, final: Path) -> None:
         replaced = final.with_name(f"tmp-replaced-{final.name}")
         os.replace(final, replaced)
         os.replace(partial, final)
-        _remove(replaced)
+        if replaced.is_dir():
+            shutil.rmtree(replaced)
+        else:
+            kept = replaced.replace(final.with_name(f"file-{final.name}"))
+            say(f"{final} was a file: it is {kept.name} now")
     else:
         os.replace(partial, final)
     _fsync(final.parent)
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or a file that lies where a folder should be."""
+    """Remove a temporary folder, or a file that has its name."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-        return
-    say(f"{path} is not a folder: removed")
-    path.unlink()
+    else:
+        path.unlink()
 
 
 def _prune(
@@ -184,11 +187,11 @@ def _prune(
     steps = _steps(root)
     current = [path for path in steps if _number(path) <= newest]
     abandoned = [path for path in steps if _number(path) > newest]
+    # those that `set_aside` has left belong to it too, now that this one is complete
+    abandoned += sorted(path for path in root.glob(f"{ASIDE}-*") if path.is_dir())
     if abandoned:
         names = ", ".join(path.name for path in abandoned)
         say(f"removing checkpoints of an abandoned history: {names}")
-    # those that `set_aside` has left belong to it too, now that this one is complete
-    abandoned += [path for path in root.glob(f"{ASIDE}-*") if path.is_dir()]
     for path in [*current[:-keep], *abandoned]:
         # renamed first: a kill during the removal must not leave half a step-* folder
         doomed = path.with_name(f"tmp-removed-{path.name}")

@@ -7,9 +7,10 @@ finishes its step while nobody reads its output any more. A write would raise an
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,13 +21,16 @@ class LastingStream:
     def __init__(self, stream: IO[str], file: Path) -> None:
         self._stream = stream
         self._file = file
+        self._poll = select.poll()
+        # A stream of a test has no descriptor.
+        with suppress(OSError, ValueError):
+            self._poll.register(stream.fileno(), 0)
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
+        # Before the text comes into a buffer, from which it could be written twice.
+        if self._poll.poll(0):
             self._continue_in_file()
-            return self._stream.write(text)
+        return self._stream.write(text)
 
     def flush(self) -> None:
         try:

@@ -24,10 +24,18 @@ from pathlib import Path
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# These end a run at once when they come a second time; the others may come several times: from
+# a scheduler, or from a closing terminal and its shell.
+FINAL = (signal.SIGINT, signal.SIGTERM)
+# From relay to rank, as real-time signals: other senders use the plain ones.
+_FIRST = signal.SIGRTMIN
+_SECOND = signal.SIGRTMIN + 15
 # From relay to relay: a rank has failed, so the others cannot finish their step.
 PEER_FAILED = signal.SIGUSR2
 # A rank whose peer has failed gets this long to write its own error.
 PATIENCE_S = 20.0
+# A script and its children are often sent the same signal together.
+TOGETHER_S = 0.5
 POLL_S = 0.2
 LAUNCHERS = (
     "deepspeed.launcher.launch",
@@ -44,6 +52,19 @@ _lifeline: int | None = None
 def lifeline() -> int | None:
     """Return the descriptor that becomes readable when this rank's relay is gone, or None."""
     return _lifeline
+
+
+def relayed_signals() -> list[int]:
+    """List the signals that a relay sends to its rank."""
+    first = [_FIRST + number for number in STOP_SIGNALS]
+    return [*first, *(_SECOND + number for number in FINAL)]
+
+
+def from_relay(number: int) -> tuple[int, bool]:
+    """Return the user's signal of a relayed one, and whether it is a second request."""
+    if number > _SECOND:
+        return number - _SECOND, True
+    return number - _FIRST, False
 
 
 def leave_launcher() -> None:
@@ -113,7 +134,8 @@ class _Relay:
         self.ancestors = ancestors
         self.launcher = os.getppid()
         self.noted = noted
-        self.stop_requested = False
+        # The user's first signal.
+        self.request = 0
         self.deadline = float("inf")
 
     def run(self) -> NoReturn:
@@ -122,9 +144,9 @@ class _Relay:
             received = signal.sigtimedwait(self.noted, POLL_S)
             if received is not None:
                 self._receive(signal.Signals(received.si_signo), received.si_pid)
-            if not self.stop_requested and _changed(self.ancestors):
+            if not self.request and _changed(self.ancestors):
                 self._report_orphan()
-                self._send(signal.SIGTERM)
+                self._request_stop(signal.SIGTERM)
             if time.monotonic() > self.deadline:
                 self._send(signal.SIGKILL)
         self._end(self.report.readline())
@@ -133,13 +155,20 @@ class _Relay:
         if number == PEER_FAILED:
             self.deadline = min(self.deadline, time.monotonic() + PATIENCE_S)
             return
-        # The launcher repeats what the user has sent.
-        if sender == self.launcher and self.stop_requested:
+        if not self.request:
+            self._request_stop(number)
             return
-        self._send(number)
+        # The launcher repeats what the user has sent, and a script's group gets it twice.
+        is_late = time.monotonic() - self.requested_at >= TOGETHER_S
+        if number in FINAL and sender != self.launcher and is_late:
+            self._send(_SECOND + number)
+
+    def _request_stop(self, number: signal.Signals) -> None:
+        self.request = number
+        self.requested_at = time.monotonic()
+        self._send(_FIRST + number)
 
     def _send(self, number: int) -> None:
-        self.stop_requested = True
         with suppress(ProcessLookupError):
             os.kill(self.rank, number)
 
@@ -161,6 +190,8 @@ class _Relay:
                         os.kill(sibling, PEER_FAILED)
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
+            if number >= signal.SIGRTMIN:
+                number, _ = from_relay(number)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             # SIGKILL has no handler.
             with suppress(OSError):
@@ -174,7 +205,7 @@ class _Relay:
 
 def _launcher_processes() -> dict[int, int]:
     """Parents by process, from this one up to the launcher; empty without a known launcher."""
-    if "LOCAL_RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ or os.environ.get("NO_RELAY"):
         return {}
     launcher = os.getppid()
     if not _is_launcher(launcher):

@@ -12,12 +12,6 @@ from types import FrameType
 
 from common import distributed, relay
 
-SIGNALS = relay.STOP_SIGNALS
-# These end the process when they come after a request; the others may come several times: from
-# a scheduler, from a closing terminal and its shell.
-FINAL = (signal.SIGINT, signal.SIGTERM)
-# A script and its children are often sent the same signal together.
-TOGETHER_S = 0.5
 POLL_S = 0.5
 
 
@@ -54,7 +48,7 @@ class StopRequest:
         self._previous_wakeup = signal.set_wakeup_fd(
             self._pipe[1], warn_on_full_buffer=False
         )
-        for number in SIGNALS:
+        for number in (*relay.STOP_SIGNALS, *relay.relayed_signals()):
             if signal.getsignal(number) == signal.SIG_IGN and number == signal.SIGHUP:
                 continue
             is_noted = number == signal.SIGUSR1
@@ -80,7 +74,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Note the signal in the main thread, so that no step begins after it unnoticed."""
-        self.received = self.received or number
+        self.received = self.received or _plain(number)
 
     def _watch(self) -> None:
         lifeline = relay.lifeline()
@@ -107,11 +101,17 @@ class StopRequest:
 
     def _note(self, number: int) -> None:
         now = time.monotonic()
+        is_second = False
+        if number >= signal.SIGRTMIN:
+            number, is_second = relay.from_relay(number)
+        elif self._first_time is not None:
+            is_late = now - self._first_time >= relay.TOGETHER_S
+            is_second = number in relay.FINAL and is_late
         if self._first_time is None:
             self._first_time = now
             self.received = self.received or number
             self._print(number, self._promise())
-        elif number in FINAL and now - self._first_time >= TOGETHER_S:
+        elif is_second:
             self._print(number, self._loss())
             os._exit(128 + number)
 
@@ -139,3 +139,8 @@ class StopRequest:
             # Not print: the main thread may be in the middle of a line. The terminal may be gone.
             with suppress(OSError):
                 os.write(2, line.encode())
+
+
+def _plain(number: int) -> int:
+    """Return the user's signal, also of one that came by the relay."""
+    return relay.from_relay(number)[0] if number >= signal.SIGRTMIN else number

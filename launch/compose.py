@@ -114,7 +114,13 @@ def generator_task(
     from engine.trainer import TrainingTask
     from generator.counter import ForwardCounter
 
+    videos = (
+        "python launch/sample.py --config configs/wan/sample.yaml prompts=FILE "
+        f"generator.path={run.generator.path} adapter={run.run_dir}/final "
+        f"out={run.run_dir}/videos"
+    )
     return TrainingTask(
+        next_command=videos,
         export=lambda: export(generator, ema, Path(run.run_dir)),
         ema=ema,
         take_forwards=ForwardCounter(generator.module).take,

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.files import replace_text, replaced, sha256, sort_header
+from common.files import append_line, replace_text, replaced, sha256, sort_header
 
 
 def test_atomic_write_leaves_old_or_complete_file(tmp_path: Path) -> None:
@@ -46,3 +49,21 @@ def test_equal_weights_give_equal_files(tmp_path):
         assert found.metadata() == {"one": "1", "two": "ä", "3": "x"}
         assert found.get_tensor("a").tolist() == [0, 1, 2, 3]
         assert found.get_tensor("b").tolist() == [1.0] * 3
+
+
+def test_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    """A limit on the size of files takes a part of the line, as a full disk does."""
+    path = tmp_path / "rows.jsonl"
+    append_line(path, "first")
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))
+        try:
+            append_line(path, "second")
+        except OSError:
+            os._exit(0)
+        finally:
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert path.read_text() == "first\n"

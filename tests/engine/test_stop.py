@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from common.log import read_metrics
+from tests.launch import processes as program
 from tests.launch.processes import BIN, ROOT, free_port
 
 SCRIPT = str(ROOT / "launch" / "grpo.py")
@@ -171,8 +172,13 @@ HOWS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(how, marks=pytest.mark.slow if i < 4 else pytest.mark.long)
+        for i, how in enumerate(HOWS)
+    ],
+)
 def test_stopped_launcher_loses_no_finished_step(how: str, started) -> None:
     ranks = 1 + HOWS.index(how) % 2
     run = started(ranks=ranks, seconds=3.0)
@@ -256,6 +262,63 @@ def test_failed_rank_ends_the_others(started) -> None:
     leaves[0].kill()
     run.wait_until_gone(60)
     assert run.process.returncode != 0
+
+
+@pytest.mark.slow
+def test_resume_none_killed_before_its_first_save_starts_anew(
+    tiny: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, SCRIPT, "--config", str(tiny), "self_checks=false"]
+    words += [f"run_dir={tmp_path / 'run'}", "video_every=0", "steps=3"]
+    program.run(*words)
+    # The new history is killed in its second step, and has saved nothing.
+    new = [*words, "seed=7", "save_every=1000"]
+    program.run(*new, "--resume", "none", expect=-signal.SIGKILL, FAULT="step:2")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert {path.name[:10] for path in checkpoints.iterdir()} == {"aside-step"}
+    done = program.run(*new)
+    assert "going on after" not in done.stdout
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000003"]
+
+
+FULL_DISK = """
+import os
+import resource
+
+
+class Filling:
+    calls = 0
+
+    def score(self, video_BTYXC, prompts, *, fps):
+        Filling.calls += 1
+        # The third line of metrics.jsonl is cut, as on a disk that is full.
+        if Filling.calls == 3:
+            size = os.path.getsize({metrics!r})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 9, size + 9))
+        return [float(video.float().mean()) for video in video_BTYXC]
+"""
+
+
+@pytest.mark.slow
+def test_disk_that_fills_up_between_saves_ends_the_run(
+    tiny: Path, tmp_path: Path
+) -> None:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    reward = tmp_path / "filling.py"
+    reward.write_text(FULL_DISK.format(metrics=str(metrics)))
+    words = [sys.executable, SCRIPT, "--config", str(tiny), "self_checks=false"]
+    words += [f"run_dir={tmp_path / 'run'}", "video_every=0", "steps=5"]
+    words += ["rewards.brightness=null", f"rewards.filling.target={reward}:Filling"]
+    done = program.run(*words, "save_every=2", expect=1)
+    assert "Traceback" not in done.stderr
+    assert "bytes are free" in done.stderr
+    assert "2 of 2 finished steps" in done.stderr
+    assert metrics.read_text().endswith("}\n")
+    assert len(read_metrics(metrics)) == 2
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000002"]
 
 
 def test_output_goes_on_in_a_file_after_its_terminal_is_closed(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 import launch.compose
 from common.distributed import derive_seed
+from engine.guard import locked_folder
 from launch import sample
 from launch.evaluation.results_table import read_rows
 from tests.launch.vbench_eval.test_sample import SeedGenerator
@@ -140,3 +141,14 @@ def test_other_prompts_in_the_same_file_are_other_videos(
     with pytest.raises(SystemExit, match="2"):
         sampled(config)
     assert "holds other results (files.prompts" in capsys.readouterr().err
+
+
+def test_second_sample_in_a_folder_exits_2(
+    grey: SeedGenerator, config: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with locked_folder(config.parent / "out"), pytest.raises(SystemExit, match="2"):
+        sampled(config)
+    assert "still going" in capsys.readouterr().err
+    assert videos(config) == {}
+    # Free again, and the same folder.
+    assert len(sampled(config)) == 6
