@@ -156,7 +156,8 @@ def check_nothing_is_lost(run: StartedRun, how: str) -> None:
     # A single promise, and its fulfilment.
     assert len(re.findall(r"is finished and saved", run.text())) == 1
     assert f"stopped after {rows} steps, which are saved" in run.text()
-    assert run.process.returncode != 0
+    # deepspeed ends with 0 when its own deepspeed.launcher.launch was killed.
+    assert run.process.returncode or how == "SIGKILL to the launcher"
     assert not (run.folder / "final").exists()
 
 
