@@ -34,6 +34,7 @@ _SECOND = signal.SIGRTMIN + 15
 PEER_FAILED = signal.SIGUSR2
 # A rank whose peer has failed gets this long to write its own error.
 PATIENCE_S = 20.0
+ENDED_S = 5.0
 # A script and its children are often sent the same signal together.
 TOGETHER_S = 0.5
 POLL_S = 0.2
@@ -153,7 +154,9 @@ class _Relay:
 
     def _receive(self, number: signal.Signals, sender: int) -> None:
         if number == PEER_FAILED:
-            self.deadline = min(self.deadline, time.monotonic() + PATIENCE_S)
+            # After a request to stop, the other rank has saved with this one, or was ended.
+            patience = ENDED_S if self.request else PATIENCE_S
+            self.deadline = min(self.deadline, time.monotonic() + patience)
             return
         if not self.request:
             self._request_stop(number)

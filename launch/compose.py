@@ -113,7 +113,9 @@ def generator_task(
     from engine.export import export, write_trained
     from engine.trainer import TrainingTask
     from generator.counter import ForwardCounter
+    from launch.planning.first_estimate import expect_step
 
+    expect_step(run)
     videos = (
         "python launch/sample.py --config configs/wan/sample.yaml prompts=FILE "
         f"generator.path={run.generator.path} adapter={run.run_dir}/final "

@@ -82,7 +82,9 @@ def reward_model_task(
     options  go to `TrainingTask`
     """
     from engine.trainer import StepReport, TrainingTask, no_metrics
+    from launch.planning.first_estimate import expect_step
 
+    expect_step(run)
     # Stage 2 follows stage 1, and a comparison with people follows stage 2.
     checkpoint = f"checkpoint={run.run_dir}/final"
     stage_2 = (

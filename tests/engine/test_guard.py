@@ -198,12 +198,18 @@ def wait_for(path: Path, lines: int) -> None:
         time.sleep(0.05)
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = psutil.Process(process.pid).children(recursive=True)
-    return sorted(
-        (p for p in found if SCRIPT in p.cmdline()),
-        key=lambda p: int(p.environ()["RANK"]),
-    )
+def ranks_of(folder: Path) -> list[psutil.Process]:
+    """The ranks themselves, which have left the launcher: neither their relays nor keepers."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        in_run = SCRIPT in words and f"run_dir={folder}" in words
+        if in_run and process.environ().get("RANK") and not process.children():
+            # A relay is in the launcher's session or has no keeper above it.
+            keeper = process.parent()
+            if keeper is not None and SCRIPT in keeper.cmdline():
+                found.append(process)
+    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
 
 
 @pytest.mark.slow
@@ -223,7 +229,7 @@ def test_sigterm_saves_and_the_run_resumes(
     ]
     process = started(ranks, *words, "steps=400")
     wait_for(tmp_path / "run" / "metrics.jsonl", 2)
-    target = process.pid if victim != "rank 1" else ranks_of(process)[1].pid
+    target = process.pid if victim != "rank 1" else ranks_of(tmp_path / "run")[1].pid
     children = psutil.Process(process.pid).children(recursive=True)
     os.kill(target, signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
@@ -239,6 +245,7 @@ def test_sigterm_saves_and_the_run_resumes(
         child.is_running() and child.status() != psutil.STATUS_ZOMBIE
         for child in children
     )
+    assert ranks == 1 or ranks_of(tmp_path / "run") == []
     if victim == "itself":
         done = run(sys.executable, SCRIPT, *words, f"steps={len(rows) + 1}")
         assert f"after {len(rows)} " in done.stdout
@@ -259,7 +266,7 @@ def test_a_hanging_or_killed_rank_ends_all_ranks(
     ]
     process = started(2, *words)
     wait_for(tmp_path / "run" / "metrics.jsonl", 2)
-    children = ranks_of(process)
+    children = ranks_of(tmp_path / "run")
     os.kill(children[1].pid, how)
     out, _ = process.communicate(timeout=90)
     assert process.returncode != 0
