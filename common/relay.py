@@ -140,6 +140,8 @@ class _Relay:
         self.deadline = float("inf")
 
     def run(self) -> NoReturn:
+        # The mark of a relay, see `_is_relay`. A signal that is waited for arrives all the same.
+        signal.signal(PEER_FAILED, signal.SIG_IGN)
         self.rank = int(self.report.readline())
         while not select.select([self.report], [], [], 0)[0]:
             received = signal.sigtimedwait(self.noted, POLL_S)
@@ -258,12 +260,12 @@ def _children(process: int) -> list[int]:
 
 
 def _is_relay(process: int) -> bool:
-    """True when the process waits for `PEER_FAILED`, which would end any other."""
+    """True when `PEER_FAILED` does not end the process."""
     try:
         status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     except OSError:
         return False
     for line in status.splitlines():
-        if line.startswith("SigBlk:"):
+        if line.startswith("SigIgn:"):
             return bool(int(line.split()[1], 16) >> (PEER_FAILED - 1) & 1)
     return False

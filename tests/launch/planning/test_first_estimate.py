@@ -17,8 +17,9 @@ from tests.launch.processes import ROOT
 @pytest.fixture
 def grpo(monkeypatch: pytest.MonkeyPatch) -> GrpoRun:
     monkeypatch.chdir(ROOT)
-    # Without a reward model: the oracle only.
-    words = ["rewards.descore=null"]
+    monkeypatch.chdir(ROOT)
+    # Without a reward model, which would take longer to plan.
+    words = ["rewards.descore=null", "rewards.brightness.weight=1"]
     return load(GrpoRun, ROOT / "configs" / "shapes" / "grpo.yaml", words)
 
 
