@@ -255,7 +255,10 @@ class RunLock:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "someone"
-            return f"{self.run_dir} belongs to a run that is still going: {owner}"
+            return (
+                f"{self.run_dir} belongs to a run that is still going (after a request to "
+                f"stop it finishes its step; kill its process to end it): {owner}"
+            )
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise

@@ -7,6 +7,7 @@ describes its differences from the other commands in a `TrainingTask`.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -185,15 +186,17 @@ class StepClock:
 
     def __init__(self, run: TrainingRun) -> None:
         self.save_s = 60 * run.save_minutes
+        # Some steps have an evaluation or a checkpoint.
+        self._seconds: deque[float] = deque(maxlen=5)
         self._step_began = time.monotonic()
         self._saved = self._step_began
 
     def step_done(self) -> float:
-        """Return the seconds since the step before ended, with its checkpoint."""
+        """Return the seconds of the longest of the last steps, from end to end."""
         now = time.monotonic()
-        seconds = now - self._step_began
+        self._seconds.append(now - self._step_began)
         self._step_began = now
-        return seconds
+        return max(self._seconds)
 
     def save_is_due(self) -> bool:
         """Return True on all ranks when the checkpoint is too old on rank 0."""

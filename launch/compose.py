@@ -116,13 +116,10 @@ def generator_task(
     from launch.planning.first_estimate import expect_step
 
     expect_step(run)
-    videos = (
-        "python launch/sample.py --config configs/wan/sample.yaml prompts=FILE "
-        f"generator.path={run.generator.path} adapter={run.run_dir}/final "
-        f"out={run.run_dir}/videos"
-    )
+    report = f"python launch/report.py {run.run_dir} --out {run.run_dir}/report.html"
+    use = f"launch/sample.py or launch/evaluate.py with adapter={run.run_dir}/final"
     return TrainingTask(
-        next_command=videos,
+        next_command=f"{report}, then {use}",
         export=lambda: export(generator, ema, Path(run.run_dir)),
         ema=ema,
         take_forwards=ForwardCounter(generator.module).take,

@@ -155,7 +155,8 @@ def test_reliability_rows_each_name_a_test() -> None:
         (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"),
         re.M,
     )
-    assert [int(number) for number, _ in rows] == list(range(1, 29))
+    assert len(rows) >= 28
+    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
     assert all("`test_" in text for _, text in rows)
 
 

@@ -14,7 +14,9 @@ import psutil
 import pytest
 
 from common.log import RunLog, read_metrics
+from engine.config import TrainingRun
 from engine.guard import STUCK, Guard
+from engine.trainer import StepClock
 from tests.launch.processes import BIN, ROOT, run
 
 SCRIPT = str(ROOT / "launch" / "grpo.py")
@@ -308,3 +310,25 @@ def test_job_without_an_end_is_never_stopped(
     monkeypatch.setenv("SLURM_JOB_END_TIME", end)
     with Guard(tmp_path, watchdog_s=0) as guard:
         assert not guard.step_done(3, 1e9)
+
+
+def test_clock_saves_by_minutes_and_measures_the_longest_of_the_last_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("engine.trainer.time.monotonic", lambda: now[0])
+    clock = StepClock(TrainingRun(run_dir="run", save_minutes=2))
+    seconds = []
+    due = []
+    for step_s in (50, 10, 70, 10, 10, 10, 10, 10):
+        now[0] += step_s
+        seconds.append(clock.step_done())
+        due.append(clock.save_is_due())
+        if due[-1]:
+            clock.saved()
+    assert seconds == [50, 50, 70, 70, 70, 70, 70, 10]
+    # 130 s are the first that are more than 2 minutes.
+    assert due == [False, False, True, False, False, False, False, False]
+    never = StepClock(TrainingRun(run_dir="run", save_minutes=0))
+    now[0] += 1e6
+    assert not never.save_is_due()
