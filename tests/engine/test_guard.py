@@ -207,9 +207,9 @@ def ranks_of(folder: Path) -> list[psutil.Process]:
         words = process.info["cmdline"] or []
         in_run = SCRIPT in words and f"run_dir={folder}" in words
         if in_run and process.environ().get("RANK") and not process.children():
-            # A relay is in the launcher's session or has no keeper above it.
+            # The parent of a relay is the launcher, with other words.
             keeper = process.parent()
-            if keeper is not None and SCRIPT in keeper.cmdline():
+            if keeper is not None and keeper.cmdline() == words:
                 found.append(process)
     return sorted(found, key=lambda process: int(process.environ()["RANK"]))
 
