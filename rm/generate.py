@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from common import progress
 from common.distributed import any_rank, seeded_generator
 from rm.config import Generation
 from rm.model import Batch, DeScore
@@ -114,6 +115,7 @@ def generate(
             mask_BK[:, : slot + 1],
             cache,
         )
+        progress.tick()
         if step + 1 < how.max_new_tokens:
             logits_BV = _logits(model, hidden_B1D[:, 0])
 
