@@ -13,7 +13,6 @@ from common.relay import leave_launcher
 from engine.config import TrainingRun
 
 if TYPE_CHECKING:
-    from engine.config import TrainingRun
     from engine.trainer import TrainingTask
 
 C = TypeVar("C")
