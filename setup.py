@@ -79,10 +79,10 @@ setup(
         "scipy>=1.11",
         "pillow>=10.0",
         "psutil>=5.9",
-        "decord2>=3.0",  # the maintained build of the module `decord`
+        "decord2>=3.0",  # experiments/bench/film_reader.py compares with it
         "imageio>=2.31",
         "imageio-ffmpeg>=0.5",
-        "av>=12.0",
+        "av>=18.0",
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "tqdm>=4.66",

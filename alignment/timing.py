@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from common import progress
 from common.distributed import mean_over_ranks, sum_over_ranks
 
 
@@ -21,6 +22,7 @@ class PhaseTimer:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
+        progress.enter(phase)
         yield
         # without this a phase would only measure how fast it queued its kernels
         if torch.cuda.is_available():

@@ -3,6 +3,7 @@
     root/tmp-step-12/        being written; the next save removes what a killed run left
     root/step-000012/        complete: the files of `write`, state.json, and
         manifest.json        written last, with size and SHA-256 of every other file
+    root/aside-step-000020/  of an earlier history, until the first checkpoint of the new one
 
 Tensors are stored as safetensors and everything else as JSON, so reading a checkpoint runs no
 code. A folder holds a single history: saving step 12 removes later steps, which a resume from an
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "manifest.json"
+ASIDE = "aside"
 STATE = "state.json"
 _STEP = re.compile(r"step-(\d{6,})")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class NoRoomError(OSError):
@@ -71,7 +73,7 @@ def save(
         # 1. An empty folder, which every rank fills.
         if distributed.is_main():
             for leftover in root.glob("tmp-*"):
-                shutil.rmtree(leftover)
+                _remove(leftover)
             partial.mkdir(parents=True)
         distributed.barrier()
         _write_on_all_ranks(write, partial)
@@ -88,7 +90,7 @@ def save(
             )
         distributed.barrier()
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         shutil.rmtree(partial, ignore_errors=True)
         raise NoRoomError(
@@ -157,10 +159,22 @@ def _rename(partial: Path, final: Path) -> None:
         replaced = final.with_name(f"tmp-replaced-{final.name}")
         os.replace(final, replaced)
         os.replace(partial, final)
-        shutil.rmtree(replaced)
+        if replaced.is_dir():
+            shutil.rmtree(replaced)
+        else:
+            kept = replaced.replace(final.with_name(f"file-{final.name}"))
+            say(f"{final} was a file: it is {kept.name} now")
     else:
         os.replace(partial, final)
     _fsync(final.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove a temporary folder, or a file that has its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _prune(
@@ -173,6 +187,8 @@ def _prune(
     steps = _steps(root)
     current = [path for path in steps if _number(path) <= newest]
     abandoned = [path for path in steps if _number(path) > newest]
+    # those that `set_aside` has left belong to it too, now that this one is complete
+    abandoned += sorted(path for path in root.glob(f"{ASIDE}-*") if path.is_dir())
     if abandoned:
         names = ", ".join(path.name for path in abandoned)
         say(f"removing checkpoints of an abandoned history: {names}")
@@ -199,8 +215,8 @@ def verify(path: str | Path) -> list[str]:
         }
     except OSError as error:
         return [f"{MANIFEST}: {error.strerror}"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        # damaged JSON, or JSON of another form
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
+        # damaged JSON, a size that is infinite, or JSON of another form
         return [f"{MANIFEST}: damaged"]
     if not files:
         return [f"{MANIFEST}: names no files"]
@@ -250,7 +266,33 @@ def resolve_resume(resume: str, root: str | Path) -> Path | None:
     return distributed.from_main(path)
 
 
+def set_aside(root: str | Path, resumed: Path | None) -> None:
+    """Rename the checkpoints that do not belong to the history that begins now. One rank calls it.
+
+    These are the later ones when a run resumes from a checkpoint of ``root``, and all of them
+    otherwise. Without it, a run that is killed before its first save would resume from them.
+    The first checkpoint of the new history removes them.
+    """
+    root = Path(root)
+    last = -1
+    if resumed is not None and resumed.resolve().parent == root.resolve():
+        last = _number(resumed)
+    for path in _steps(root):
+        if _number(path) <= last:
+            continue
+        place = path.with_name(f"{ASIDE}-{path.name}")
+        # left by a start that never saved
+        if place.exists():
+            shutil.rmtree(place)
+        os.replace(path, place)
+        say(
+            f"{path} is now {place.name}, until this run's first checkpoint replaces it"
+        )
+
+
 def _find(resume: str, root: Path) -> Path | None:
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root} is a file, and checkpoints need a folder: remove it")
     if resume == "none":
         return None
     if resume == "auto":

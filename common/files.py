@@ -121,6 +121,20 @@ def natural_order(name: str) -> tuple[Any, ...]:
     return (tuple(parts), name)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file, all of it or nothing."""
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        data = line.encode() + b"\n"
+        try:
+            # A disk that fills up takes a part of the line, and refuses the next write.
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(before)
+            raise
+
+
 # ---- JSON ----
 
 

@@ -9,19 +9,23 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
-from common.files import read_jsonl, replace_text
+from common.files import append_line, read_jsonl, replace_text
 from common.tracking import TensorboardTracker, Trackers, WandbTracker
 
 if TYPE_CHECKING:
     from common.config import WandbConfig
 
 T = TypeVar("T")
+# seconds between the lines of a log file that tell where a long step is
+DESCRIBE_S = float(os.environ.get("PROGRESS_S", "60"))
 # columns of a console line
 WIDTH = 118
 # metrics of held-out data, measured now and then, get a console line of their own
@@ -40,8 +44,13 @@ def progress(
     iterable: Iterable[T],
     total: int | None,
     label: str,
+    *,
+    describe: Callable[[], str] | None = None,
 ) -> Iterator[T]:
-    """Iterate with a progress bar on stderr; in a log file, a line every ten seconds."""
+    """Iterate with a progress bar on stderr; in a log file, a line every ten seconds.
+
+    describe  tells where a long item is: behind the bar, or in a log file a line every minute
+    """
     bar = tqdm(
         iterable,
         total=total,
@@ -50,7 +59,33 @@ def progress(
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
         dynamic_ncols=True,
     )
-    yield from bar
+    if describe is None or not _is_main():
+        yield from bar
+        return
+    with _described(bar, label, describe):
+        yield from bar
+
+
+@contextmanager
+def _described(
+    bar: tqdm[Any], label: str, describe: Callable[[], str]
+) -> Iterator[None]:
+    """Show the description from a thread, because an item may take hours."""
+    stopped = threading.Event()
+    is_terminal = sys.stderr.isatty()
+
+    def show() -> None:
+        while not stopped.wait(1.0 if is_terminal else DESCRIBE_S):
+            if is_terminal:
+                bar.set_postfix_str(describe())
+            else:
+                say(f"{label}: {describe()}")
+
+    threading.Thread(target=show, daemon=True, name="progress").start()
+    try:
+        yield
+    finally:
+        stopped.set()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -109,8 +144,7 @@ class RunLog:
         row: dict[str, float | None] = {"step": step}
         for name, value in values.items():
             row[name] = value if math.isfinite(value) else None
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(self.path, json.dumps(row))
 
         # 2. The console: training, then held-out data.
         for held_out in (False, True):
@@ -142,8 +176,11 @@ class RunLog:
     def _truncate(self, step: int) -> None:
         """Drop the lines of ``step`` and later, and a torn last line."""
         if self.path.exists():
-            rows = [row for row in read_jsonl(self.path) if row["step"] < step]
-            replace_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            rows, damaged = _sound_rows(self.path)
+            if damaged:
+                say(f"{self.path}: {damaged} damaged lines are left out")
+            kept = [row for row in rows if row["step"] < step]
+            replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def _line(self, step: int, values: Mapping[str, float]) -> str:
         """Format a console line in fixed columns; metrics that do not fit are left out."""
@@ -156,6 +193,23 @@ class RunLog:
                 break
             line += column
         return line
+
+
+def _sound_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Read the rows of a metrics.jsonl, and count the complete lines that are none."""
+    rows = []
+    damaged = 0
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            # Zeros that a lost disk cache has left, for example.
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            damaged += 1
+    return rows, damaged
 
 
 def _is_main() -> bool:

@@ -54,7 +54,6 @@ _PACKAGES = (
     "omegaconf",
     "numpy",
     "pillow",
-    "decord2",
     "av",
     "opencv-python-headless",
     "wandb",

@@ -7,8 +7,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.film import Film, VideoError
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+_ROUNDING_S = 1e-6
 
 
 def write_mp4(
@@ -82,65 +86,21 @@ def read_frames(
 ) -> Tensor:
     """Read the first ``num_frames`` frames at ``fps``, scaled and cropped: uint8 (T, Y, X, 3).
 
-    Frame i is the last frame shown at i / fps seconds. Raises ValueError, naming the file, when it
-    cannot be decoded, has no video, or ends too early.
+    Frame i is on the screen i / fps seconds after the first, see `common.film`. Raises VideoError,
+    naming the file, when it cannot be decoded, has no video, or ends too early.
     """
-    import av
-    import torch
-
-    try:
-        frames = _decode_frames(path, num_frames, fps)
-    except (av.error.FFmpegError, OSError) as error:
-        raise ValueError(f"{path}: cannot be decoded ({error})") from error
-    if len(frames) < num_frames:
-        raise ValueError(
-            f"{path}: {len(frames)} frames at {fps:g} a second, {num_frames} are needed"
+    film = Film(path)
+    instants = [i / fps for i in range(num_frames)]
+    if instants[-1] >= film.duration - _ROUNDING_S:
+        there = sum(instant < film.duration - _ROUNDING_S for instant in instants)
+        raise VideoError(
+            f"{path}: {there} frames at {fps:g} a second, {num_frames} are needed"
         )
     # Interpolation wants channels first.
-    pixels = torch.stack(frames).permute(0, 3, 1, 2)
+    pixels = film.frames_at(instants).permute(0, 3, 1, 2)
     if pixels.shape[2:] != (height, width):
         pixels = _fill(pixels, height, width)
     return pixels.permute(0, 2, 3, 1).contiguous()
-
-
-def _decode_frames(
-    path: str | Path,
-    num_frames: int,
-    fps: float,
-) -> list[Tensor]:
-    """Frames (Y, X, 3) shown at 0, 1 / fps, 2 / fps, ..., at most ``num_frames``."""
-    import av
-    import torch
-
-    # Walk through the file, and repeat each frame while it is on the screen.
-    frames: list[Tensor] = []
-    shown: Tensor | None = None
-
-    def show_until(time: float) -> None:
-        """Repeat the frame on the screen for every instant before ``time``."""
-        while (
-            shown is not None
-            and len(frames) < num_frames
-            and len(frames) / fps < time - 1e-6
-        ):
-            frames.append(shown)
-
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError(f"{path}: has no video stream")
-        # A file may have no time stamps: frames then follow each other.
-        stream = container.streams.video[0]
-        end = 0.0
-        for frame in container.decode(stream):
-            start = end if frame.time is None else frame.time
-            show_until(start)
-            if len(frames) == num_frames:
-                break
-            shown = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-            end = start + 1 / float(stream.average_rate or fps)
-    # the last frame, for as long as it is shown
-    show_until(end)
-    return frames
 
 
 def _fill(

@@ -55,9 +55,12 @@ class TrainingRun:
                            stage can be resumed with any other.
     deepspeed              keys of DeepSpeed's own JSON; they override the computed ones.
     save_every             steps between checkpoints; the last step is always saved.
+    save_minutes           a step is saved too when the last checkpoint is older than this;
+                           0 goes by ``save_every`` alone.
     keep                   how many of the newest checkpoints stay on disk.
-    watchdog_s             a run that finishes no step for so many seconds prints its stacks
-                           and exits; 0 turns the watchdog off.
+    watchdog_s             a run in which nothing moves for so many seconds prints its stacks
+                           and exits; 0 turns the watchdog off. A step may take longer: its
+                           forwards, backwards, tokens and scores count.
     max_nonfinite_updates  optimizer steps with a non-finite gradient are skipped; after so
                            many in a row the run stops.
     tensorboard            also write TensorBoard files, if that package is installed.
@@ -69,6 +72,7 @@ class TrainingRun:
     zero_stage: Literal[0, 1, 2, 3] = 1
     deepspeed: dict[str, Any] = field(default_factory=dict)
     save_every: PositiveInt = 50
+    save_minutes: NonNegativeFloat = 30.0
     keep: PositiveInt = 2
     watchdog_s: NonNegativeFloat = 7200.0
     max_nonfinite_updates: NonNegativeInt = 5

@@ -6,7 +6,9 @@ import errno
 import faulthandler
 import fcntl
 import json
+import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -15,17 +17,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import IO, TYPE_CHECKING, NoReturn
 
 import torch
 
-from common import distributed
-from common.checkpoint import NoRoomError
+from common import distributed, progress
+from common.checkpoint import NO_ROOM, NoRoomError
 from common.cli import exit_with_error
+from common.lasting_output import lasting_output
 from common.log import RunLog, say
 from common.run_record import SETTINGS
 from engine.rank_checks import difference_between_ranks, folder_problem
+from engine.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from engine.config import TrainingRun
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
 LOCK_FILE = "lock.json"
 # Exit code of a stuck run: EX_TEMPFAIL of sysexits.h, another start may succeed.
 STUCK = 75
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# By Slurm, in seconds since 1970: when it ends the job.
+JOB_END = "SLURM_JOB_END_TIME"
+# A run stops when fewer steps than this would fit.
+STEPS_LEFT = 1.5
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 OUT_OF_MEMORY = """Where rollouts, decoding and scoring can go one by one, they already do.
 These settings take less memory:
@@ -58,16 +64,36 @@ def guarded(run: TrainingRun) -> Iterator[Guard]:
             exit_with_error(difference)
         # A folder belongs to a single kind of run, such as GrpoRun.
         kind = type(run).__name__
-        with Guard(Path(run.run_dir), kind=kind, watchdog_s=run.watchdog_s) as guard:
+        folder = Path(run.run_dir)
+        with (
+            Guard(folder, kind=kind, watchdog_s=run.watchdog_s) as guard,
+            lasting_output(folder / f"output-rank-{distributed.rank()}.log"),
+        ):
             try:
                 yield guard
             except NoRoomError as error:
                 sys.stderr.write(f"{error}\n")
                 sys.exit(1)
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                sys.stderr.write(f"{_no_room(folder, error, guard)}\n")
+                sys.exit(1)
             except torch.OutOfMemoryError as error:
                 error.add_note(OUT_OF_MEMORY)
                 raise
         distributed.barrier()
+
+
+def _no_room(folder: Path, error: OSError, guard: Guard) -> str:
+    """Say in a sentence that the disk is full, and what of the run is saved."""
+    file = error.filename or folder
+    free = shutil.disk_usage(folder).free
+    return (
+        f"{file} cannot be written: {os.strerror(error.errno)}; {free:,} bytes are free in "
+        f"{folder}. {guard.request.steps_saved} of {guard.request.steps_done} finished steps "
+        "are saved: make room and start the same command again"
+    )
 
 
 def end_run(log: RunLog, message: str, code: int) -> NoReturn:
@@ -80,15 +106,14 @@ def end_run(log: RunLog, message: str, code: int) -> NoReturn:
 
 
 class Guard:
-    """Holds a run's folder, notes signals, and watches that steps finish, on every rank.
+    """Holds a run's folder, notes signals, and watches that steps go on, on every rank.
 
     Folder: while rank 0 lives, another run there exits with code 2. So does a run of another
     ``kind``, and this run when a rank does not see the folder.
 
-    Signals: SIGTERM, SIGINT or SIGUSR1 on any rank ends the run after its current step, when
-    it is saved. A second SIGTERM or SIGINT ends it immediately, and so does the first before
-    `begin`, when there is nothing to save. SIGUSR1 is for schedulers: launchers that ignore
-    it leave the ranks alone, while at SIGTERM deepspeed's kills them after 30 seconds.
+    Signals: SIGTERM, SIGINT, SIGHUP or SIGUSR1 on any rank ends the run after its current step,
+    when it is saved; see `StopRequest`. So does the end of a Slurm job that is too near for
+    another step.
 
     Watchdog: see `Watchdog`; ``watchdog_s`` = 0 switches it off.
     """
@@ -97,9 +122,10 @@ class Guard:
         self.run_dir = run_dir
         self.lock = RunLock(run_dir, kind)
         self.watchdog = Watchdog(run_dir, watchdog_s)
+        self.request = StopRequest()
         self.received = 0
-        self.begun = False
-        self._previous_handlers: dict[int, object] = {}
+        self.reason = ""
+        self._job_end = _job_end()
 
     def __enter__(self) -> Guard:
         # Rank 0 locks the folder, and all ranks must see it.
@@ -108,58 +134,76 @@ class Guard:
         if problem:
             self.lock.release()
             exit_with_error(problem)
-
-        # The system's default handlers end the process even while Python waits for C++.
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                is_noted = number == signal.SIGUSR1
-                handler = self._note_signal if is_noted else signal.SIG_DFL
-                self._previous_handlers[number] = signal.signal(number, handler)
+        self.request.install()
         self.watchdog.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         # In the reverse order of `__enter__`.
         self.watchdog.stop()
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+        self.request.uninstall()
         self.lock.release()
 
-    def begin(self) -> None:
+    def begin(self, steps_done: int = 0) -> None:
         """Note signals from here on, because there is a step to finish."""
-        if not self.begun and self._previous_handlers:
-            for number in SIGNALS:
-                signal.signal(number, self._note_signal)
-        self.begun = True
+        self.request.steps_done = steps_done
+        self.request.steps_saved = steps_done
+        self.request.begin()
 
-    def step_done(self) -> bool:
-        """Return True if any rank has received a signal. All ranks call it after every step."""
-        # The largest signal number wins, so that all ranks leave for the same reason.
-        self.begin()
+    def step_done(self, steps_done: int = 0, step_s: float = 0.0) -> bool:
+        """Return True if the run must stop after this step. All ranks call it after every step.
+
+        step_s  seconds of a step, with which the end of the job is compared
+        """
+        self.request.begin()
+        self.request.steps_done = steps_done
         self.watchdog.reset()
-        self.received = int(distributed.max_over_ranks(float(self.received)))
+        received = self.request.received
+        left = self._job_end - time.time()
+        if not received and left < STEPS_LEFT * step_s:
+            # As if the scheduler had sent its signal in time.
+            received = signal.SIGUSR1
+            self.reason = (
+                f"the job ends in {left:.0f} s, and a step takes {step_s:.0f} s"
+            )
+        # The largest signal number wins, so that all ranks leave for the same reason.
+        self.received = int(distributed.max_over_ranks(float(received)))
         return bool(self.received)
+
+    def saved(self, steps: int) -> None:
+        """Note that a checkpoint of so many steps is complete."""
+        self.request.steps_saved = steps
 
     def leave(self, log: RunLog, step: int) -> NoReturn:
         """End every rank with the exit code of a signal, after ``step`` steps are saved."""
-        name = signal.Signals(self.received).name
-        message = f"{name}: stopped after {step} steps, which are saved; started again, it goes on"
+        reason = self.reason or signal.Signals(self.received).name
+        message = (
+            f"{reason}: stopped after {step} steps, which are saved; started again, the run "
+            "goes on"
+        )
         end_run(log, message, 128 + self.received)
 
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        hint = ""
-        # SIGUSR1 may come several times: from a scheduler, and from a script that it reaches.
-        if number != signal.SIGUSR1:
-            signal.signal(number, signal.SIG_DFL)
-            hint = "; a second signal ends it immediately"
-        if distributed.is_main():
-            name = signal.Signals(number).name
-            text = (
-                f"\n{name}: this step is finished and saved, then the run ends{hint}\n"
-            )
-            # Not print: a signal may interrupt a write to the same stream.
-            os.write(2, text.encode())
+
+def _job_end() -> float:
+    """Return the time at which Slurm ends this job; infinity without a known limit."""
+    try:
+        return float(os.environ.get(JOB_END, "")) or math.inf
+    except ValueError:
+        return math.inf
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder of results; exit with code 2 if another process does. All ranks call it."""
+    lock = RunLock(folder, "")
+    problem = lock.take() if distributed.is_main() else ""
+    problem = distributed.from_main(problem)
+    if problem:
+        exit_with_error(problem)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class RunLock:
@@ -211,7 +255,10 @@ class RunLock:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "someone"
-            return f"{self.run_dir} belongs to a run that is still going: {owner}"
+            return (
+                f"{self.run_dir} belongs to a run that is still going (after a request to "
+                f"stop it finishes its step; kill its process to end it): {owner}"
+            )
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
@@ -231,7 +278,7 @@ class RunLock:
             return ""
         # A run that never began has left nothing that could be mixed.
         begun = (self.run_dir / SETTINGS).is_file()
-        if begun and kind not in ("", self.kind):
+        if self.kind and begun and kind not in ("", self.kind):
             return (
                 f"{self.run_dir} holds a {kind}, and this is a {self.kind}: give it a folder "
                 "of its own (run_dir=)"
@@ -240,11 +287,12 @@ class RunLock:
 
 
 class Watchdog:
-    """Ends the process if no step finishes for ``limit_s`` seconds; 0 switches it off.
+    """Ends the process if nothing moves for ``limit_s`` seconds; 0 switches it off.
 
+    A step may take longer, as long as it reports progress (`common.progress`) on the way.
     The stacks of all threads go to stderr and to stacks-rank-N.txt, and the exit code is
     `STUCK`, so that the launcher ends the other ranks. The first step, with all that is
-    loaded before it, may take five times as long.
+    loaded before it, may take five times as long to report anything.
     """
 
     def __init__(self, run_dir: Path, limit_s: float) -> None:
@@ -266,8 +314,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(1.0, self.limit_s / 4)):
-            # Reset after every step.
-            waited = time.monotonic() - self._last_reset
+            # Reset after every step, and fed from inside it.
+            moved = max(self._last_reset, progress.last_moved())
+            waited = time.monotonic() - moved
             if waited >= self.limit_s:
                 self._end_process(waited)
 
@@ -275,7 +324,7 @@ class Watchdog:
         # Show where every thread is.
         rank = distributed.rank()
         sys.stderr.write(
-            f"rank {rank}: no step for {waited:.0f} s, stuck; the stacks of all threads:\n"
+            f"rank {rank}: no progress for {waited:.0f} s, stuck; the stacks of all threads:\n"
         )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()

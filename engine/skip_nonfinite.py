@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common import progress
 from common.distributed import any_rank
 from common.log import say
 from engine.optimizer import rewind_schedule
@@ -39,7 +40,9 @@ class SkipNonFinite:
                 parameter.register_hook(self._check_gradient)
 
     def backward(self, loss: Tensor) -> None:
+        progress.enter("update")
         self.engine.backward(loss)
+        progress.tick()
 
     def step(self) -> None:
         """Count a backward, as DeepSpeed does, and update the weights on the last one."""

@@ -6,17 +6,20 @@ describes its differences from the other commands in a `TrainingTask`.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import checkpoint, faults
+from common import checkpoint, faults, progress
 from common.cli import user_errors
-from common.distributed import is_main
+from common.distributed import from_main, is_main
 from common.input_record import changed_inputs, write_inputs
-from common.log import RunLog, progress, say
+from common.log import RunLog, say
+from common.log import progress as log_progress
 from common.memory import peak_memory
 from common.run_record import SETTINGS, changed_settings, dump, write_settings
 from common.types import RewardUnavailableError
@@ -72,6 +75,7 @@ class TrainingTask:
     inputs          the files that the run reads, as `common.input_record.record_inputs` gives
                     them on rank 0; a resumed run names those that changed
     close           runs at the end of the process, after errors too
+    next_command    is printed at the end of the run: what people do with its result
     explain_unavailable  prints the cause of a RewardUnavailableError; the run then saves
                     and exits with code 1. Without it the error travels
     """
@@ -93,6 +97,7 @@ class TrainingTask:
     restore: Callable[[Path], None] = do_nothing
     inputs: Mapping[str, Any] = field(default_factory=dict)
     close: Callable[[], None] = do_nothing
+    next_command: str = ""
     explain_unavailable: Callable[[RewardUnavailableError], None] | None = None
 
 
@@ -127,11 +132,13 @@ def _train(
     )
 
     # From here on a signal lets the current step finish.
-    saved = start
-    guard.begin()
-    for step in progress(range(start, task.steps), task.steps - start, task.label):
+    guard.begin(start)
+    clock = StepClock(run)
+    steps = range(start, task.steps)
+    for step in log_progress(steps, len(steps), task.label, describe=progress.describe):
         # 2. Measure if it is due before the step, then make the step.
-        with _stopping_if_unavailable(run, task, log, step, saved):
+        progress.begin_step(step, task.steps)
+        with _stopping_if_unavailable(run, task, guard, log, step):
             measured = _measure_before(task, step)
             report = task.step(step)
         # The average follows every step, skipped ones included.
@@ -149,29 +156,60 @@ def _train(
             **measured,
         }
         if is_last or _is_due(step + 1, task.measure_every):
+            progress.enter("evaluation")
             metrics |= task.measure_after()
             task.take_forwards()
         log.log(step, metrics)
         faults.point("logged")
 
-        # 4. Save if it is due, at the end, and when a signal requests a stop.
-        stop_requested = guard.step_done()
+        # 4. Save if it is due, at the end, and when the run is to stop.
+        stop_requested = guard.step_done(step + 1, clock.step_done())
         task.after_log(step, report, log)
-        if is_last or stop_requested or _is_due(step + 1, run.save_every):
-            _save(run, task, step + 1)
-            saved = step + 1
+        is_due = _is_due(step + 1, run.save_every) or clock.save_is_due()
+        if is_last or stop_requested or is_due:
+            _save(run, task, guard, step + 1)
+            clock.saved()
         if stop_requested:
             guard.leave(log, step + 1)
         if report.stop:
             break
 
     # 5. Measure the trained weights and export them.
-    with _stopping_if_unavailable(run, task, log, task.steps, saved):
+    with _stopping_if_unavailable(run, task, guard, log, task.steps):
         measured = _measure_before(task, task.steps)
     if measured:
         log.log(task.steps, measured)
     task.export()
     log.close()
+    if task.next_command:
+        say(f"next: {task.next_command}")
+
+
+class StepClock:
+    """Measures steps, and how long ago the last checkpoint was written."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.save_s = 60 * run.save_minutes
+        # Some steps have an evaluation or a checkpoint.
+        self._seconds: deque[float] = deque(maxlen=5)
+        self._step_began = time.monotonic()
+        self._saved = self._step_began
+
+    def step_done(self) -> float:
+        """Return the seconds of the longest of the last steps, from end to end."""
+        now = time.monotonic()
+        self._seconds.append(now - self._step_began)
+        self._step_began = now
+        return max(self._seconds)
+
+    def save_is_due(self) -> bool:
+        """Return True on all ranks when the checkpoint is too old on rank 0."""
+        age = time.monotonic() - self._saved
+        return from_main(self.save_s > 0 and age >= self.save_s)
+
+    def saved(self) -> None:
+        """Start the time to the next checkpoint."""
+        self._saved = time.monotonic()
 
 
 def _begin(run: TrainingRun, task: TrainingTask, resume: str) -> int:
@@ -182,20 +220,18 @@ def _begin(run: TrainingRun, task: TrainingTask, resume: str) -> int:
     """
     with user_errors():
         # A mistake of the user's, such as another adapter rank, ends the run here.
-        done = _resume(run, task, resume)
+        folder = checkpoint.resolve_resume(resume, Path(run.run_dir) / "checkpoints")
+        done = 0 if folder is None else _resume(run, task, folder)
     # Rank 0 records the run once nothing can fail any more.
     if is_main():
+        checkpoint.set_aside(Path(run.run_dir) / "checkpoints", folder)
         dump(run, run.run_dir)
         write_inputs(Path(run.run_dir), task.inputs)
     return done
 
 
-def _resume(run: TrainingRun, task: TrainingTask, resume: str) -> int:
-    """Load the checkpoint to resume from, if there is one, and return its number of steps."""
-    folder = checkpoint.resolve_resume(resume, Path(run.run_dir) / "checkpoints")
-    if folder is None:
-        return 0
-
+def _resume(run: TrainingRun, task: TrainingTask, folder: Path) -> int:
+    """Load the checkpoint to resume from, and return its number of steps."""
     # Changed settings may be meant or a mistake: the user decides.
     settings = folder / SETTINGS
     changed = changed_settings(settings, run) if settings.is_file() else []
@@ -215,7 +251,7 @@ def _resume(run: TrainingRun, task: TrainingTask, resume: str) -> int:
     return done
 
 
-def _save(run: TrainingRun, task: TrainingTask, steps_done: int) -> None:
+def _save(run: TrainingRun, task: TrainingTask, guard: Guard, steps_done: int) -> None:
     """Write checkpoints/step-N with the engine, the average, the settings and the task's files."""
 
     def write(folder: Path) -> None:
@@ -228,6 +264,7 @@ def _save(run: TrainingRun, task: TrainingTask, steps_done: int) -> None:
             write_inputs(folder, task.inputs)
 
     # The number of steps lies next to the state of the task.
+    progress.enter("save")
     checkpoint.save(
         Path(run.run_dir) / "checkpoints",
         steps_done,
@@ -235,11 +272,14 @@ def _save(run: TrainingRun, task: TrainingTask, steps_done: int) -> None:
         keep=run.keep,
         state={"steps_done": steps_done, **task.state()},
     )
+    guard.saved(steps_done)
 
 
 def _measure_before(task: TrainingTask, step: int) -> dict[str, float]:
     """Measure if it is due; the forwards of a measurement count for no step."""
+    progress.enter("evaluation")
     measured = task.measure_before(step)
+    progress.enter("")
     if measured:
         task.take_forwards()
     return measured
@@ -253,9 +293,9 @@ def _is_due(steps_done: int, every: int) -> bool:
 def _stopping_if_unavailable(
     run: TrainingRun,
     task: TrainingTask,
+    guard: Guard,
     log: RunLog,
     step: int,
-    saved: int,
 ) -> Iterator[None]:
     """Save and exit with code 1, on all ranks, if a reward cannot be had inside.
 
@@ -268,8 +308,8 @@ def _stopping_if_unavailable(
             raise
         task.explain_unavailable(error)
         # The failed step has changed no weights, so the steps before it are saved.
-        if saved < step:
-            _save(run, task, step)
+        if guard.request.steps_saved < step:
+            _save(run, task, guard, step)
         done = "before the first step was done"
         if step:
             done = f"after {step} steps, which are saved"

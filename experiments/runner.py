@@ -223,6 +223,8 @@ def _environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         **os.environ,
+        # The ranks stay children of the launcher: their memory and time are measured.
+        "NO_RELAY": "1",
         "PATH": f"{programs}{os.pathsep}{path}",
     }
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common import progress
 from common.memory import AdaptiveBatcher
 from common.strict_loading import is_finite
 
@@ -92,6 +93,7 @@ class LatentCodec:
         def decode_part(part_BCFHW: Tensor) -> Tensor:
             latents = part_BCFHW / (1.0 / std) + mean
             pixels = self.vae.decode(latents, return_dict=False)[0]
+            progress.tick()
             # -1..1 to bytes
             unit = (pixels * 0.5 + 0.5).clamp(0, 1)
             return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()

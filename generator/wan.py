@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
+from common import progress
 from common.distributed import max_over_ranks
 from common.gaussian import Gaussian, widen
 from common.lora import adapters_off
@@ -322,6 +323,7 @@ class WanGenerator:
         )[0]
 
         # 4. Guidance in fp32.
+        progress.tick()
         v = widen(out)
         return guide(*v.chunk(2), guidance_scale) if guided else v
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.cli import exit_with_error
 from common.config import CommandLine, parse_command_line
+from common.relay import leave_launcher
+from engine.config import TrainingRun
 
 if TYPE_CHECKING:
-    from engine.config import TrainingRun
     from engine.trainer import TrainingTask
 
 C = TypeVar("C")
@@ -40,6 +41,10 @@ def read_command(
     for name in ("run_dir", "out"):
         if hasattr(command.cfg, name):
             _check_folder(name, getattr(command.cfg, name))
+
+    # A training step may take longer than a launcher waits for its ranks.
+    if isinstance(command.cfg, TrainingRun):
+        leave_launcher()
     return command
 
 

@@ -141,10 +141,15 @@ def generator_task(
     from engine.export import export, write_trained
     from engine.trainer import TrainingTask
     from generator.counter import ForwardCounter
+    from launch.planning.first_estimate import expect_step
 
     generator = loop.generator
+    expect_step(run)
+    report = f"python launch/report.py {run.run_dir} --out {run.run_dir}/report.html"
+    use = f"launch/sample.py or launch/evaluate.py with adapter={run.run_dir}/final"
     return TrainingTask(
         engine=loop.engine,
+        next_command=f"{report}, then {use}",
         export=lambda: export(generator, ema, Path(run.run_dir)),
         ema=ema,
         take_forwards=ForwardCounter(generator.module).take,

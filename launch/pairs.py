@@ -45,7 +45,7 @@ def run(cfg: PairsRun, *, resume: str) -> None:
 
     # prompts are sampled; a table names files that people compared
     make = pairs_of_prompts if cfg.table is None else pairs_of_table
-    with all_ranks():
+    with all_ranks(folder=cfg.out):
         try:
             make(cfg, resume)
         except ValueError as error:

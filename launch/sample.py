@@ -49,7 +49,7 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
     from common.cli import user_errors
     from launch.evaluation.results_table import all_ranks
 
-    with all_ranks():
+    with all_ranks(folder=cfg.out):
         from alignment.prompts import read_prompts
         from common.config import dump
         from common.distributed import is_main

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common import faults
+from common import faults, progress
 from common.distributed import (
     derive_seed,
     mean_over_ranks,
@@ -178,6 +178,7 @@ class ColdStart:
                 encoded.append(Encoded(prompt_ids, cot_ids))
                 videos.append(video)
         batch = self.model.batch(encoded, videos).to(self.model.device)
+        progress.tick()
         return self.model(batch).unflatten(0, (-1, 2))
 
     def prepared(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common import faults
+from common import faults, progress
 from common.distributed import (
     derive_seed,
     mean_over_ranks,
@@ -138,6 +138,7 @@ class DualRl:
         Only the tokens are used: log-probabilities come from `packed_forward`, the old
         policy's too, so that a ratio compares policies and not two ways of computing.
         """
+        progress.enter("CoTs")
         self.model.eval()
         cfg = self.cfg
         pairs = [self.pairs[row] for row in rows]
@@ -176,6 +177,8 @@ class DualRl:
     def rollouts(self, sampled: SampledPairs) -> Rollouts:
         """Reward the CoTs of a micro-batch, and compute the log-probabilities GRPO needs."""
         self.model.eval()
+        progress.enter("score")
+        progress.tick()
         cfg = self.cfg
         device = self.model.device
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from common import progress
 from common.distributed import any_rank, seeded_generator
 from rm.config import Generation
 from rm.model import Batch, DeScore
@@ -202,6 +203,7 @@ def _write(
             mask_BK[:, :used],
             start.cache,
         )
+        progress.tick()
         hidden_BD = hidden_B1D[:, 0]
 
     # 3. Cut everything to what was used.

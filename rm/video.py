@@ -16,14 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.film import Film, VideoError
 from rm.config import VideoSettings
 
 # Qwen3-VL refuses frames that are more elongated.
 MAX_ASPECT = 200
-
-
-class VideoError(ValueError):
-    """A video that cannot be read; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -120,40 +117,14 @@ def sample_clip(frames_TYXC: Tensor, fps: float, settings: VideoSettings) -> Cli
 
 
 def read_video(path: str | Path, settings: VideoSettings) -> Clip:
-    """Decode the frames of a file that the model sees.
+    """Decode the frames of a file that the model sees, as `common.film` shows them.
 
     Raises VideoError, naming the file, if it is missing, broken or empty.
     """
-    import decord
-
-    if not Path(path).is_file():
-        raise VideoError(f"{path}: no such video file")
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        count = len(reader)
-        fps = float(reader.get_avg_fps())
-        if count < 1 or not fps > 0:
-            raise VideoError(f"{path}: {count} frames at {fps} fps")
-        indices = frame_indices(count, fps, settings)
-        frames = []
-        for index in indices:
-            frame = torch.from_numpy(reader[index].asnumpy())
-            frames.append(_unpadded(frame))
-        frames_TYXC = torch.stack(frames)
-    except (RuntimeError, decord.DECORDError) as error:
-        reason = str(error).splitlines()[0]
-        raise VideoError(f"{path}: cannot be decoded ({reason:.200})") from error
-    return Clip(frames_TYXC, tuple(i / fps for i in indices))
-
-
-def _unpadded(frame_YXC: Tensor) -> Tensor:
-    """Cut the padding off a decoded frame.
-
-    decord pads the rows of narrow frames and then reports more than three channels.
-    """
-    height, width, _ = frame_YXC.shape
-    rows = frame_YXC.reshape(height, -1)
-    return rows[:, : 3 * width].reshape(height, width, 3)
+    film = Film(path)
+    indices = frame_indices(film.count, film.fps, settings)
+    times = tuple(i / film.fps for i in indices)
+    return Clip(film.frames(indices), times)
 
 
 def patch_times(times: Sequence[float], temporal_patch_size: int) -> tuple[float, ...]:

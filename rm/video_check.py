@@ -6,19 +6,20 @@ A file that kills or hangs the decoder costs its row of the table, not the run.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
-import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from common.line_process import LineProcess, LineProcessError
+from common.film import VideoError
 from rm.data import Pair
-from rm.video import VideoError
+from rm.decode_worker import serve
 
-WORKER = Path(__file__).with_name("decode_worker.py")
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 
 class VideoChecker:
@@ -31,8 +32,7 @@ class VideoChecker:
     def __init__(self, *, deadline_s: float = 60.0, frames: int = 64) -> None:
         self.deadline_s = deadline_s
         self.frames = frames
-        self._folder = tempfile.TemporaryDirectory()
-        self._process: LineProcess | None = None
+        self._process: BaseProcess | None = None
 
     def __enter__(self) -> VideoChecker:
         return self
@@ -43,9 +43,7 @@ class VideoChecker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._process is not None:
-            self._process.end()
-        self._folder.cleanup()
+        self._end()
 
     def require(self, *files: Path) -> None:
         """Raise VideoError, naming the first file that cannot be decoded."""
@@ -61,21 +59,37 @@ class VideoChecker:
             return "no such file"
         if path.stat().st_size == 0:
             return "0 bytes"
-        if self._process is None:
-            log = Path(self._folder.name) / "stderr.txt"
-            command = [sys.executable, str(WORKER)]
-            self._process = LineProcess(
-                command, stderr=log, env=os.environ, grace_s=1.0
-            )
-        request = {"path": str(path), "frames": self.frames}
+
+        # The process ends with a file that it does not survive; the next file starts another.
         try:
-            answer = self._process.ask(request, timeout_s=self.deadline_s)
-        except LineProcessError as error:
-            # The process is gone; the next file starts another.
+            if self._process is None:
+                self._start()
+            self._pipe.send((str(path), self.frames))
+            if self._pipe.poll(self.deadline_s):
+                return self._pipe.recv_bytes().decode()
+            reason = f"did not answer within {self.deadline_s:g} s"
+        except (EOFError, OSError):
+            self._process.join()
+            reason = f"died with exit code {self._process.exitcode}"
+        self._end()
+        return f"the decoder {reason}"
+
+    def _start(self) -> None:
+        # A fresh interpreter: a copy of this process might hold locks and a GPU.
+        fresh = multiprocessing.get_context("spawn")
+        self._pipe, other = fresh.Pipe()
+        self._process = fresh.Process(target=serve, args=(other,), daemon=True)
+        self._process.start()
+        # Only the process holds its end, so that it is seen to die; and it ends when ours closes.
+        other.close()
+        self._pipe.recv_bytes()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
             self._process = None
-            reason = str(error).splitlines()[0].split(" ", 1)[-1]
-            return f"the decoder {reason:.120}"
-        return str(answer["problem"])
 
 
 def bad_videos(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -234,11 +236,14 @@ class PlainEngine:
 
 
 _DECODER = """
-import json, os, sys, time
-for line in sys.stdin:
-    trap = 'trap' in line
-    {body}
-    print(json.dumps(dict(frames=1, problem='')), flush=True)
+import os, time
+def serve(connection):
+    connection.send_bytes(b"ready")
+    while True:
+        line, frames = connection.recv()
+        trap = "trap" in line
+        {body}
+        connection.send_bytes(b"")
 """
 
 
@@ -248,5 +253,9 @@ def decoder_with_a_trap(
     """Write a decoder that accepts each file and first runs ``body``; ``trap`` marks a name."""
     from rm import video_check
 
-    (folder / "worker.py").write_text(_DECODER.format(body=body))
-    monkeypatch.setattr(video_check, "WORKER", folder / "worker.py")
+    (folder / "trap_decoder.py").write_text(_DECODER.format(body=body))
+    # The decoder's process finds modules where this one does.
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "trap_decoder", raising=False)
+    decoder = importlib.import_module("trap_decoder")
+    monkeypatch.setattr(video_check, "serve", decoder.serve)

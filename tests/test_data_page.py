@@ -147,7 +147,7 @@ def test_bad_table_is_refused_with_what_is_wrong(folder: Path) -> None:
         (
             lambda path: find_items(None, path),
             "half.csv",
-            "1",
+            "half.csv:2",
         ),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):

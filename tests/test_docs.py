@@ -156,7 +156,7 @@ def test_reliability_rows_each_name_a_test() -> None:
         re.M,
     )
     assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
-    assert len(rows) >= 33
+    assert len(rows) >= 36
     assert all("`test_" in text for _, text in rows)
 
 

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from common.film import Film, VideoError
 from common.types import Score, json_number
 
 if TYPE_CHECKING:
@@ -206,31 +207,12 @@ def _read_frames(entry: Mapping[str, Any], limits: RequestLimits) -> VideoItem:
 
 
 def _read_mp4(content: bytes, limits: RequestLimits) -> VideoItem:
-    import io
-
-    import av
-    import torch
-
-    frames = []
+    # frames of any size fit into a small file
     try:
-        # decode in memory, and stop at the limit of frames
-        with av.open(io.BytesIO(content), mode="r", format="mp4") as container:
-            if not container.streams.video:
-                raise WireError("the mp4 has no video")
-            stream = container.streams.video[0]
-            for frame in container.decode(stream):
-                # frames of any size fit into a small file
-                shape = (len(frames) + 1, frame.height, frame.width, 3)
-                _check_frames(shape, limits)
-                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
-            fps = float(stream.average_rate or 0)
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, WireError):
-            raise
-        raise WireError(f"the mp4 cannot be decoded: {error!s:.200}") from error
-    if not frames:
-        raise WireError("the mp4 has no frames")
-    return VideoItem(torch.stack(frames), _rate(fps))
+        film = Film(content, max_frames=limits.max_frames, max_bytes=limits.max_bytes)
+        return VideoItem(film.frames(range(film.count)), _rate(film.fps))
+    except VideoError as error:
+        raise WireError(str(error)) from error
 
 
 def _request(request: Any, items: Sequence[VideoItem]) -> Request:

@@ -208,19 +208,22 @@ def score_files(
 def read_clip(item: ScoreItem, *, max_frames: int) -> RewardClip:
     """Read all frames of a file, or ``max_frames`` evenly spaced frames of a longer file.
 
-    fps is that of the frames that were read. Raises `rm.video.VideoError`, naming the file, when it
-    is missing, broken or has fewer than two frames.
+    fps is that of the frames that were read. Raises `common.film.VideoError`, naming the file, when
+    it is missing or broken.
     """
     from alignment.reward_check import RewardClip
+    from common.film import Film
     from rm.config import VideoSettings
-    from rm.video import VideoError, read_video
+    from rm.video import frame_indices
 
     # At a rate above any video's every frame is read, up to the limit.
+    film = Film(item.path)
     settings = VideoSettings(fps=_EVERY_FRAME, min_frames=1, max_frames=max_frames)
-    clip = read_video(item.path, settings)
-    steps = len(clip.times) - 1
-    if steps < 1:
-        raise VideoError(f"{item.path}: a single frame is no video")
-    # The rate of the frames that were read, which a limit makes lower than the file's.
-    seconds = clip.times[-1] - clip.times[0]
-    return RewardClip(clip.frames_TYXC, round(steps / seconds, 6), item.prompt)
+    indices = frame_indices(film.count, film.fps, settings)
+    # The rate of the frames that are read, which a limit makes lower than the file's.
+    fps = film.fps
+    steps = len(indices) - 1
+    if steps:
+        seconds = indices[-1] / film.fps - indices[0] / film.fps
+        fps = round(steps / seconds, 6)
+    return RewardClip(film.frames(indices), fps, item.prompt)

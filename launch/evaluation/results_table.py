@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -219,16 +219,18 @@ def batches(
 
 
 @contextmanager
-def all_ranks(*, hours: float = 4.0) -> Iterator[None]:
-    """Join the processes of a launcher; without a launcher do nothing.
+def all_ranks(*, folder: str | None = None, hours: float = 4.0) -> Iterator[None]:
+    """Join the processes of a launcher; without a launcher there is nothing to join.
 
-    ``hours`` is how long ranks wait for each other, because their shares take unequal times.
+    folder  is held for the whole block: a second command in it exits with code 2
+    hours   is how long ranks wait for each other, because their shares take unequal times
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1:
-        yield
-        return
-    with distributed.joined(timeout_s=hours * 3600, for_deepspeed=False):
+    with ExitStack() as stack:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            joined = distributed.joined(timeout_s=hours * 3600, for_deepspeed=False)
+            stack.enter_context(joined)
+        if folder is not None:
+            stack.enter_context(guard.locked_folder(Path(folder)))
         yield
 
 

@@ -12,9 +12,9 @@
 #   GLOO_SOCKET_IFNAME   the interface between the nodes; unset: the one that leads to node 0
 #   NCCL_SOCKET_IFNAME   the same for NCCL, which chooses by itself
 #
-# Asked to stop (SIGTERM, SIGINT, SIGHUP or SIGUSR1 to this script, on any node), the run finishes its step, saves and
-# ends on all nodes; asked again by anything but SIGUSR1, this node ends at once. The exit code is 0 only when the run is
-# done.
+# At SIGTERM, SIGINT, SIGHUP or SIGUSR1 to this script, on any node, the run finishes its step, saves and ends on all
+# nodes; a second SIGTERM or SIGINT ends this node immediately. Under nohup SIGHUP stays ignored. The exit code is 0 only
+# when the run is done.
 set -euo pipefail
 
 if (($# < 3)); then
@@ -35,8 +35,21 @@ lines=$(grep -cvE '^[[:space:]]*(#|$)' "$hostfile" || true)
 # given here, because deepspeed would ask node 0 for it by ssh
 master=$(awk '!/^[[:space:]]*(#|$)/ { print $1; exit }' "$hostfile")
 
-# The launcher does not pass on SIGTERM well: its outer process dies of it, its inner one kills the ranks after 30
-# seconds. So the job is a process group of its own, in which all but the ranks ignore SIGUSR1.
+# The launchers die of these signals, or kill the ranks after 30 seconds. So the job is a process group of its own, in
+# which all but the ranks ignore SIGUSR1. The traps come first: the job may be asked to stop before this line is passed.
+signalled=0 asked=0 job=''
+ask() {
+    signalled=1
+    if [[ $1 == again ]] && ((asked)) && [[ $job ]]; then
+        kill -TERM -- "-$job" 2>/dev/null || true
+        return
+    fi
+    asked=1
+    [[ -z $job ]] || kill -USR1 -- "-$job" 2>/dev/null || true
+}
+trap 'ask once' USR1
+trap 'ask again' TERM INT HUP
+
 set -m
 (
     trap '' USR1
@@ -44,29 +57,20 @@ set -m
         --master_addr "$master" --master_port "$port" "$@"
 ) &
 job=$!
-
-signalled=0 asked=0
-ask() {
-    signalled=1
-    if [[ $1 == again ]] && ((asked)); then
-        kill -TERM -- "-$job" 2>/dev/null || true
-    else
-        asked=1
-        kill -USR1 -- "-$job" 2>/dev/null || true
-    fi
-}
-trap 'ask once' USR1
-trap 'ask again' TERM INT HUP
+# a signal that came before there was a job
+((!asked)) || kill -USR1 -- "-$job" 2>/dev/null || true
 
 while :; do
     signalled=0 code=0
     wait "$job" || code=$?
     ((signalled)) || break # else it was the signal that ended the wait
 done
-# killed itself, for want of memory, say, the launcher leaves ranks behind, and deepspeed ends with 0
+# killed itself, for want of memory, say, the launcher leaves ranks behind, which finish their step, and deepspeed ends
+# with 0
 if pgrep -g "$job" -f -- --local_rank= >/dev/null 2>&1; then
     echo "$0: the launcher is gone, its ranks are not: they are asked to stop" >&2
     kill -USR1 -- "-$job" 2>/dev/null || true
+    while pgrep -g "$job" -f -- --local_rank= >/dev/null 2>&1; do sleep 1; done
     exit 1
 fi
 exit "$code"

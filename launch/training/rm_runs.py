@@ -108,8 +108,20 @@ def reward_model_task(
 ) -> TrainingTask:
     """Describe a run of a stage to the training loop."""
     from engine.trainer import StepReport, TrainingTask, no_metrics
+    from launch.planning.first_estimate import expect_step
 
+    expect_step(run)
+    # Stage 2 follows stage 1, and a comparison with people follows stage 2.
+    checkpoint = f"checkpoint={run.run_dir}/final"
+    stage_2 = (
+        f"deepspeed launch/dual_rl.py --config configs/wan/dual_rl.yaml {checkpoint}"
+    )
+    evaluation = (
+        "python launch/evaluate.py rm --config configs/wan/evaluate_rm.yaml "
+        f"{checkpoint} pairs=FILE"
+    )
     return TrainingTask(
+        next_command=stage_2 if label == "cold start" else evaluation,
         label=label,
         steps=steps,
         engine=loop.engine,

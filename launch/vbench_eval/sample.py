@@ -33,7 +33,7 @@ def sample_vbench(cfg: VbenchSampleRun, *, resume: str = "auto") -> None:
     from launch.evaluation.sampling import keep_earlier, open_table, sample_videos
     from launch.vbench_eval.suite import read_rewritten, read_suite, strangers
 
-    with all_ranks():
+    with all_ranks(folder=cfg.out):
         from common.distributed import from_main, is_main
         from common.log import say
 

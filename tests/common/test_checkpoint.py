@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -331,3 +332,63 @@ def test_requested_damaged_checkpoint_raises(tmp_path):
         checkpoint.resolve_resume(str(tmp_path / "step-000009"), tmp_path)
     with pytest.raises(ValueError, match=r"manifest\.json"):
         checkpoint.resolve_resume(str(tmp_path / ".."), tmp_path)
+
+
+def test_new_history_sets_old_checkpoints_aside_until_it_is_saved(tmp_path, capsys):
+    save(tmp_path, 1, 2, 3)
+    checkpoint.set_aside(tmp_path, None)
+    aside = ["aside-step-000001", "aside-step-000002", "aside-step-000003"]
+    assert names(tmp_path) == aside
+    assert checkpoint.resolve_resume("auto", tmp_path) is None
+    # a second start that never saves
+    checkpoint.set_aside(tmp_path, None)
+    assert names(tmp_path) == aside
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["step-000002"]
+    assert "step-000003" in capsys.readouterr().out
+
+
+def test_resume_from_an_earlier_step_sets_later_ones_aside(tmp_path):
+    old, *_ = save(tmp_path, 1, 2, 3)
+    checkpoint.set_aside(tmp_path, old)
+    assert checkpoint.latest(tmp_path) == old
+    assert names(tmp_path) == ["aside-step-000002", "aside-step-000003", "step-000001"]
+
+
+def test_resume_from_the_newest_step_sets_nothing_aside(tmp_path):
+    *_, newest = save(tmp_path, 1, 2)
+    checkpoint.set_aside(tmp_path, newest)
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+def test_resume_from_another_folder_sets_all_aside(tmp_path):
+    (other,) = save(tmp_path / "other", 5)
+    save(tmp_path / "own", 2)
+    checkpoint.set_aside(tmp_path / "own", other)
+    assert names(tmp_path / "own") == ["aside-step-000002"]
+
+
+def test_files_with_the_names_of_folders_do_not_stop_a_save(tmp_path, capsys):
+    tmp_path.joinpath("tmp-step-4").write_text("")
+    tmp_path.joinpath("step-000004").write_text("mine")
+    (path,) = save(tmp_path, 4)
+    assert checkpoint.verify(path) == []
+    assert (tmp_path / "file-step-000004").read_text() == "mine"
+    assert "file-step-000004" in capsys.readouterr().out
+
+
+def test_file_instead_of_the_folder_of_checkpoints_is_found_at_the_start(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    for resume in ("auto", "none"):
+        with pytest.raises(ValueError, match="checkpoints is a file"):
+            checkpoint.resolve_resume(resume, tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("size", ["Infinity", "-Infinity", "NaN", "1e999", '"x"', "[]"])
+def test_manifest_with_an_impossible_size_is_damaged(tmp_path, size):
+    save(tmp_path, 1, 2)
+    manifest = tmp_path / "step-000002" / "manifest.json"
+    text = re.sub(r'"size": \d+', f'"size": {size}', manifest.read_text())
+    manifest.write_text(text)
+    assert checkpoint.verify(tmp_path / "step-000002") == ["manifest.json: damaged"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-000001"

@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
+import signal
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 from common.checkpoint import save_tensors
 from common.files import (
+    append_line,
     check_text,
     model_folder,
     natural_order,
@@ -123,9 +126,9 @@ def test_no_file_reads_json_lines_with_splitlines() -> None:
     # the first line of a decoder's message, and the lines of a written text
     assert [text.partition(":")[0] for text in sorted(found)] == [
         "build_qwen.py",
-        "decode_worker.py",
-        "video.py",
-        "video_check.py",
+        "config.py",
+        "config_reference.py",
+        "film.py",
     ]
 
 
@@ -185,3 +188,21 @@ def test_weights_get_the_mode_that_the_umask_allows(
     finally:
         os.umask(before)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
+
+
+def test_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    """A limit on the size of files takes a part of the line, as a full disk does."""
+    path = tmp_path / "rows.jsonl"
+    append_line(path, "first")
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))
+        try:
+            append_line(path, "second")
+        except OSError:
+            os._exit(0)
+        finally:
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert path.read_text() == "first\n"

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -260,3 +261,24 @@ def test_say_is_flushed_and_needs_no_torch():
 def test_say_prints_a_line(capsys):
     say("hello")
     assert capsys.readouterr().out == "hello\n"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"\0" * 40, b"{}", b"[1]", b"7", b"{", b'{"step": "x"}', b"\xff", b"[" * 100_000],
+)
+def test_damaged_line_of_the_metrics_is_left_out(tmp_path, capsys, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + damage + b'\n{"step": 1}\n{"step": 2}\n')
+    RunLog(tmp_path, start=2)
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+    assert "1 damaged" in capsys.readouterr().out
+
+
+def test_progress_tells_where_a_long_item_is(capsys, monkeypatch):
+    monkeypatch.setattr("common.log.DESCRIBE_S", 0.02)
+    for _ in progress([1], 1, "grpo", describe=lambda: "rollout 3 of 8"):
+        time.sleep(0.2)
+    assert "grpo: rollout 3 of 8\n" in capsys.readouterr().out
+    time.sleep(0.05)
+    assert capsys.readouterr().out == ""

@@ -86,7 +86,7 @@ def deepspeed(
         "--num_accelerators",
         str(ranks),
         "--master_port",
-        str(_free_port()),
+        str(free_port()),
     ]
     return run(*launcher, *words, **variables)
 
@@ -95,7 +95,7 @@ def torchrun(
     ranks: int, *words: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Under torchrun, on a port of its own."""
-    port = str(_free_port())
+    port = str(free_port())
     return run(
         str(BIN / "torchrun"),
         "--nproc_per_node",
@@ -107,7 +107,7 @@ def torchrun(
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

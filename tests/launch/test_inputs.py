@@ -12,9 +12,9 @@ from common.config import load
 from common.input_record import record_inputs
 from generator.config import GeneratorConfig
 from launch.compose import say_long_prompts
-from launch.dpo import prompts_of, shared_pairs
 from launch.schemas.pairs import DpoRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
+from launch.training.dpo_loop import prompts_of, shared_pairs
 from launch.training.inputs import inputs_of
 from launch.training.rm_data import read_tables
 

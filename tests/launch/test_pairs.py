@@ -22,6 +22,8 @@ from alignment.rewards.brightness import Brightness
 from common.config import ConfigError, load
 from common.distributed import derive_seed
 from common.video_io import write_mp4
+from engine.guard import locked_folder
+from launch import pairs
 from launch.compose import build_generator
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.training.pair_making import encode_pair
@@ -285,3 +287,14 @@ def test_contradictory_pair_configs_raise() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             load(DpoRun, None, [*dpo, *overrides])
+
+
+def test_second_pairs_in_a_folder_exits_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    cfg = load(PairsRun, ROOT / "configs/shapes/pairs.yaml")
+    cfg = replace(cfg, out=str(tmp_path / "set"))
+    with locked_folder(tmp_path / "set"), pytest.raises(SystemExit, match="2"):
+        pairs.run(cfg, resume="auto")
+    assert "still going" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["lock.json"]

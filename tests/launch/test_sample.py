@@ -18,6 +18,7 @@ import launch.compose
 from common.distributed import derive_seed
 from common.files import read_jsonl
 from common.run_record import plain
+from engine.guard import locked_folder
 from generator.adapter_file import ADAPTER_FILE
 from launch import evaluate, pairs, sample
 from launch.evaluation.files import find_items
@@ -269,3 +270,14 @@ def test_every_program_refuses_damaged_models_in_a_line(
     assert words in last
     assert str(tmp_path / part) in last
     assert not list((tmp_path / "out").rglob("*.mp4"))
+
+
+def test_second_sample_in_a_folder_exits_2(
+    grey: SeedGenerator, config: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with locked_folder(config.parent / "out"), pytest.raises(SystemExit, match="2"):
+        sampled(config)
+    assert "still going" in capsys.readouterr().err
+    assert videos(config) == {}
+    # Free again, and the same folder.
+    assert len(sampled(config)) == 6

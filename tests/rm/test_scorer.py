@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.film import Film
 from common.types import RewardModel
 from common.video_io import write_mp4
 from rm.config import Generation
@@ -260,7 +261,6 @@ def test_decodes_prefills_vision_and_heads_per_scored_video(
     folder, video_BTYXC, tmp_path, monkeypatch
 ):
     """1 decode, 1 model, 1 prefill, no loading of a head; whatever the number of chains."""
-    import decord
     import safetensors.torch
     from transformers import Qwen3VLForConditionalGeneration
 
@@ -271,9 +271,9 @@ def test_decodes_prefills_vision_and_heads_per_scored_video(
     def count(name):
         counts[name] += 1
 
-    real = decord.VideoReader
+    real = Film.frames
     monkeypatch.setattr(
-        decord, "VideoReader", lambda *a, **k: count("decodes") or real(*a, **k)
+        Film, "frames", lambda *a, **k: count("decodes") or real(*a, **k)
     )
     scorer = speaking(folder, chains=4)
     model = scorer.model
@@ -311,16 +311,16 @@ def test_decodes_prefills_vision_and_heads_per_scored_video(
 def test_files_are_decoded_once_and_frames_never(
     folder, video_BTYXC, tmp_path, monkeypatch
 ):
-    import decord
-
     scorer = DeScoreScorer.load(folder, chains=0)
     files = [tmp_path / f"{b}.mp4" for b in range(3)]
     for file, video in zip(files, video_BTYXC, strict=False):
         write_mp4(file, video, 4.0)
     opened = []
-    real = decord.VideoReader
+    real = Film.frames
     monkeypatch.setattr(
-        decord, "VideoReader", lambda *a, **k: opened.append(a[0]) or real(*a, **k)
+        Film,
+        "frames",
+        lambda film, which: opened.append(film.name) or real(film, which),
     )
     from_files = scorer.score(files, PROMPTS[:3])
     assert sorted(opened) == [str(file) for file in files]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -133,6 +134,25 @@ def test_dead_or_hanging_decoder_loses_a_single_file(
     assert found["a.mp4"] == found["b.mp4"] == ""
     assert says in found["trap.mp4"]
     assert time.monotonic() - began < 30
+
+
+def test_decoder_ends_when_its_parent_is_killed(videos: dict[str, Path]) -> None:
+    program = f"""
+import os, signal
+from pathlib import Path
+from rm.video_check import VideoChecker
+checker = VideoChecker()
+assert checker.problem(Path({str(videos["good"])!r})) == ""
+print(checker._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = run(sys.executable, "-c", program, expect=-signal.SIGKILL)
+    stat = Path(f"/proc/{int(done.stdout)}/stat")
+    deadline = time.monotonic() + 30
+    # An ended process whose new parent does not wait for it is a zombie.
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_pair_with_a_bad_video_is_bad(videos: dict[str, Path]) -> None:

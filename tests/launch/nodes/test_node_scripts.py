@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,27 +70,37 @@ def fake(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def heed_interrupts() -> None:
-    """Reset SIGINT, as in a user's terminal.
+def heed_signals() -> None:
+    """Reset SIGINT and SIGHUP, as in a user's terminal.
 
-    Tests in the background of a shell ignore it, and bash cannot trap a signal that was ignored
-    when it began.
+    Tests in the background of a shell ignore the first, under nohup the second, and bash cannot
+    trap a signal that was ignored when it began.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def started(fake: Path) -> subprocess.Popen[str]:
+def start_node(fake: Path) -> subprocess.Popen[str]:
     words = [NODE, str(fake / "hosts"), "1", "launch/grpo.py", "a.b=c d"]
     path = f"{fake}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "MASTER_PORT": "4242"}
-    process = subprocess.Popen(
-        words, cwd=ROOT, env=environment, text=True, preexec_fn=heed_interrupts
+    return subprocess.Popen(
+        words, cwd=ROOT, env=environment, text=True, preexec_fn=heed_signals
     )
+
+
+def started(fake: Path) -> subprocess.Popen[str]:
+    process = start_node(fake)
+    got = fake / "got"
+    wait_until(lambda: got.exists() and got.read_text() == "there")
+    return process
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
-    while not (fake / "got").exists() or (fake / "got").read_text() != "there":
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return process
 
 
 @pytest.mark.parametrize(
@@ -110,16 +121,19 @@ def test_node_forwards_a_signal_to_its_ranks(
     assert words[9:] == ["launch/grpo.py", "a.b=c", "d"]
 
 
+def test_node_takes_signals_over_before_its_job_starts() -> None:
+    """On a busy machine a rank answers before bash has come to its next line."""
+    text = Path(NODE).read_text()
+    assert text.index("trap 'ask again' TERM INT HUP") < text.index("exec deepspeed")
+
+
 def test_second_signal_kills_the_node(fake: Path) -> None:
     (fake / "rank.py").write_text(
         (fake / "rank.py").read_text().replace("and sys.exit(38)", "and None")
     )
     process = started(fake)
     process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + 20
-    while (fake / "got").read_text() != "asked":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: (fake / "got").read_text() == "asked")
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 128 + signal.SIGTERM
