@@ -31,8 +31,6 @@ def planned_seconds(run: TrainingRun, gpu: str, ranks: int) -> float | None:
     """Return the plan's seconds of a step on GPUs of this name; None if nothing is known."""
     import torch
 
-    from launch.planning.models import UnknownModelError
-
     # "NVIDIA A100-SXM4-80GB" is the a100 of the plan.
     known = [device for key, device in DEVICES.items() if key.upper() in gpu.upper()]
     if not known:
@@ -41,7 +39,7 @@ def planned_seconds(run: TrainingRun, gpu: str, ranks: int) -> float | None:
         # Modules of the plan must not take random numbers from the run.
         with torch.random.fork_rng(devices=[]):
             return _plan(run, Where(known[0], ranks)).seconds
-    except (UnknownModelError, ValueError, OSError):
+    except (ValueError, OSError):
         # A run does not need its plan.
         return None
 

@@ -129,6 +129,7 @@ def test_no_file_reads_json_lines_with_splitlines() -> None:
         "config.py",
         "config_reference.py",
         "film.py",
+        "relay.py",
     ]
 
 

@@ -14,7 +14,7 @@ import common.film
 from alignment.rewards import wire
 from common.film import Film, VideoError
 from common.video_io import read_frames, write_mp4
-from launch.evaluation.files import read_clip
+from launch.evaluation.files import ScoreItem, read_clip
 from rm.video import frame_indices, read_video
 from tests.common.film_cases import (
     CASES,
@@ -47,7 +47,7 @@ def from_server(path: Path) -> wire.VideoItem:
     content = base64.b64encode(path.read_bytes()).decode()
     request = {"model": "m", "prompts": ["p"], "videos": [{"mp4": content}]}
     body = json.dumps(request).encode()
-    (item,) = wire.decode_request(body, wire.JSON, max_frames=512, max_videos=1).items
+    (item,) = wire.decode_request(body, wire.JSON, wire.RequestLimits(512, 1)).items
     return item
 
 
@@ -59,9 +59,9 @@ def test_every_entry_point_reads_what_ffmpeg_shows(
     want = show(path, case.shown)
 
     # The rate: as many frames as are shown, in the time that they take.
-    clip = read_clip(path, max_frames=512)
+    clip = read_clip(ScoreItem(path.name, path, ""), max_frames=512)
     count = len(want.frames)
-    assert len(clip.frames_TYXC) == count
+    assert len(clip.video_TYXC) == count
     if count > 1:
         step = want.times[-1] - want.times[-2]
         assert clip.fps == pytest.approx(count / (want.times[-1] + step), rel=0.02)
@@ -73,12 +73,12 @@ def test_every_entry_point_reads_what_ffmpeg_shows(
     shown = np.arange(count)
     if case.name.startswith("uneven"):
         shown = on_screen(shown / clip.fps)
-    assert difference(clip.frames_TYXC.numpy(), want.frames[shown]) <= LIMIT
+    assert difference(clip.video_TYXC.numpy(), want.frames[shown]) <= LIMIT
 
     # Training of DeScore: the same frames, sampled.
     sampled = read_video(path, SETTINGS)
     indices = frame_indices(count, clip.fps, SETTINGS)
-    assert torch.equal(sampled.frames_TYXC, clip.frames_TYXC[indices])
+    assert torch.equal(sampled.frames_TYXC, clip.video_TYXC[indices])
     assert sampled.times == pytest.approx([i / clip.fps for i in indices])
 
     # A table of pairs: at another rate.
@@ -95,7 +95,7 @@ def test_every_entry_point_reads_what_ffmpeg_shows(
     # A reward server.
     if path.suffix in MP4:
         item = from_server(path)
-        assert torch.equal(item.video_TYXC, clip.frames_TYXC)
+        assert torch.equal(item.video_TYXC, clip.video_TYXC)
         assert item.fps == pytest.approx(clip.fps)
 
 
@@ -251,13 +251,13 @@ def test_name_with_a_colon_needs_no_folder(
 def test_one_frame_is_a_film_at_every_entry_point(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     write_mp4(path, torch.full((1, 32, 32, 3), 90, dtype=torch.uint8), 8.0)
-    clip = read_clip(path, max_frames=16)
-    assert (len(clip.frames_TYXC), clip.fps) == (1, 8.0)
+    clip = read_clip(ScoreItem("a.mp4", path, ""), max_frames=16)
+    assert (len(clip.video_TYXC), clip.fps) == (1, 8.0)
     trained = read_video(path, SETTINGS)
     assert trained.times == (0.0,)
     pair = read_frames(path, num_frames=1, fps=8.0, height=32, width=32)
     for frames in (trained.frames_TYXC, pair, from_server(path).video_TYXC):
-        assert torch.equal(frames, clip.frames_TYXC)
+        assert torch.equal(frames, clip.video_TYXC)
 
 
 def test_film_that_changes_its_size_keeps_that_of_its_start(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def test_resumed_run_names_each_input_that_changed(
     }
     for file in inputs.values():
         file.write_text("1\n")
-    trainer._save(run, task_of(inputs), 2)
+    guard = SimpleNamespace(saved=lambda steps_done: None)
+    trainer._save(run, task_of(inputs), guard, 2)
     folder = checkpoint.latest(tmp_path / "run" / "checkpoints")
 
     # Unchanged inputs are not mentioned.
