@@ -407,7 +407,7 @@ class TestDump:
         """Requirements of setup.py; those of this list compute and decode nothing."""
         harmless = {
             "huggingface_hub", "pydantic", "pyyaml", "scipy", "psutil", "imageio", "imageio-ffmpeg",
-            "jinja2", "matplotlib", "tqdm", "httpx", "tenacity", "fastapi", "uvicorn",
+            "jinja2", "matplotlib", "tqdm", "httpx", "tenacity", "fastapi", "uvicorn", "decord2",
         }  # fmt: skip
         text = (ROOT / "setup.py").read_text(encoding="utf-8").partition('"test":')[0]
         required = set(re.findall(r'"([\w-]+)>=', text))

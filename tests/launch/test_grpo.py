@@ -124,6 +124,7 @@ def test_sample_run_defaults() -> None:
     assert (cfg.adapter, cfg.seeds, cfg.scheduler) == (None, 3, "euler")
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_share_prompts_exit_2_with_the_numbers() -> None:
     words = [sys.executable, SCRIPT, "--config", str(CONFIGS[0]), "prompts_per_step=8"]
     done = run(*words, expect=2, WORLD_SIZE="3", RANK="0")
