@@ -174,12 +174,16 @@ def _load_or_exit(
 def recipes_of(schema: type) -> list[str]:
     """List the shipped yaml files that are a whole config of the schema."""
     folder = shipped("configs")
+    known = {field.name for field in dataclasses.fields(schema)}
     names = []
     for file in sorted(folder.rglob("*.yaml")):
+        # Most recipes of other commands have other sections; to find that out is quick.
+        if not known.issuperset(_ConfigReader(schema).read_yaml(file)):
+            continue
         try:
             load(schema, file)
         except ConfigError:
-            # a recipe of another command, or a part that goes on top of one
+            # a part that goes on top of a recipe
             continue
         names.append(f"configs/{file.relative_to(folder).as_posix()}")
     return names
