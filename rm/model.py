@@ -20,7 +20,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from common.files import require_hub_name
 from common.lora import merged_backbone
 from rm.config import (
     BackboneLora,
+    CotInTraining,
     Generation,
     LearningRates,
     RewardDimension,
@@ -103,9 +104,11 @@ class DeScore(nn.Module):
     generation  How the model's CoTs are meant to be generated.
     sharded     True if every rank holds only a piece of the weights (ZeRO 3); then all ranks
                 must call the model equally often.
+    cot_in_training  Whether it was trained with CoTs, None if nothing says so.
     """
 
     sharded = False
+    cot_in_training: CotInTraining | None = None
 
     def __init__(
         self,
@@ -358,6 +361,7 @@ class DeScore(nn.Module):
             "query_id": self.query_id,
             "generation": asdict(self.generation),
             "dimensions": {name: asdict(d) for name, d in self.dimensions.items()},
+            "cot_in_training": self.cot_in_training,
         }
         text = json.dumps(record, indent=1) + "\n"
         (path / DESCORE_FILE).write_text(text, encoding="utf-8")
@@ -399,6 +403,7 @@ class DeScore(nn.Module):
         tensors = load_file(path / HEAD_FILE)
         weights = {"query": tensors["query"], "head.weight": tensors["head"]}
         model.load_state_dict(weights, strict=False)
+        model.cot_in_training = DeScore.cot_in_training_of(path)
         return model.eval()
 
     @staticmethod
@@ -407,14 +412,21 @@ class DeScore(nn.Module):
 
         Raises ValueError, naming the file, if it cannot be read.
         """
-        file = Path(path) / DESCORE_FILE
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            return list(record.get("dimensions", one_reward()))
-        except (OSError, ValueError) as error:
+        return list(_record_of(path).get("dimensions", one_reward()))
+
+    @staticmethod
+    def cot_in_training_of(path: str | Path) -> CotInTraining | None:
+        """Whether a checkpoint was trained with CoTs; None if it does not say so.
+
+        Raises ValueError, naming the file, if it cannot be read or holds another word.
+        """
+        word = _record_of(path).get("cot_in_training")
+        if word not in (None, *get_args(CotInTraining)):
             raise ValueError(
-                f"{file} is not the record of a DeScore ({error})"
-            ) from error
+                f"{Path(path) / DESCORE_FILE}: cot_in_training is {word!r}, "
+                f"want one of {', '.join(get_args(CotInTraining))}"
+            )
+        return word
 
     # ------------------------------------------------------------------ training
 
@@ -508,6 +520,18 @@ def _require_same_patches(settings: VideoSettings, vision_config: Any) -> None:
                 f"VideoSettings.{name}={getattr(settings, name)}, "
                 f"but the vision tower has {value}"
             )
+
+
+def _record_of(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint's descore.json. Raises ValueError, naming the file, if that fails."""
+    file = Path(path) / DESCORE_FILE
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is not the record of a DeScore ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} is not the record of a DeScore")
+    return record
 
 
 def _load_backbone(

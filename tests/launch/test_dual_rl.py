@@ -156,7 +156,7 @@ def test_stage_2_exports_a_loadable_reward_model(folder: Path) -> None:
         before.generation,
     )
     value_B = (
-        DeScoreScorer.load(folder / "whole" / "final", chains=0)
+        DeScoreScorer.load(folder / "whole" / "final", cots=0)
         .score([folder / "0A.mp4"], ["p0"])
         .value_B
     )
