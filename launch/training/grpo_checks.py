@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING
 from common.cli import exit_with_error
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from alignment.grpo import GrpoLoop
     from alignment.self_checks import Finding
     from launch.schemas.training import GrpoRun
 
 FEW_VIDEOS = 32
+# Videos for the checks of rewards: at least so many, and more within so many seconds of sampling.
+CHECKED_VIDEOS = 4
+MOST_CHECKED_VIDEOS = 16
+CHECK_SECONDS = 10.0
 
 
 def check_ranks(run: GrpoRun, *, ranks: int) -> None:
@@ -52,8 +58,10 @@ def run_self_checks(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
     from common.log import say
 
     findings = _generator_findings(run, loop, prompts[0])
-    if len(prompts) > 1:
-        findings += _reward_findings(run, loop, prompts[:4])
+    # A wrong prompt must be another one.
+    different = list(dict.fromkeys(prompts))
+    if len(different) > 1:
+        findings += _reward_findings(run, loop, different[:MOST_CHECKED_VIDEOS])
 
     # Print every finding before the process may end.
     failed = []
@@ -85,24 +93,41 @@ def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: str) -> list[Findi
     ]
 
 
+def sample_to_check(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> Tensor:
+    """Sample a video of each of the first prompts, more of them where that is quick.
+
+    The number is the same on every rank: sharded weights need equally many forwards.
+    """
+    import time
+
+    import torch
+
+    from common.distributed import derive_seed, max_over_ranks
+
+    # One video at a time, so that the checks need no more memory than a rollout.
+    videos = []
+    start = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        seconds = max_over_ranks(time.perf_counter() - start)
+        if i >= CHECKED_VIDEOS and seconds > CHECK_SECONDS:
+            break
+        seed = derive_seed(run.seed, "self-check", i)
+        latent = loop.generator.sample([prompt], [seed])
+        videos.append(loop.generator.decode(latent))
+    return torch.cat(videos)
+
+
 def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[Finding]:
     """Check every reward that scores videos one by one on videos of these prompts.
 
     Exits with code 2 on all ranks if a reward cannot score on one of them.
     """
-    import torch
-
     from alignment.self_checks import permutation, sense
-    from common.distributed import derive_seed, raise_on_all
+    from common.distributed import raise_on_all
     from common.types import RewardUnavailableError
 
-    # One video at a time, so that the checks need no more memory than a rollout.
-    videos = []
-    for i, prompt in enumerate(prompts):
-        seed = derive_seed(run.seed, "self-check", i)
-        latent = loop.generator.sample([prompt], [seed])
-        videos.append(loop.generator.decode(latent))
-    video_BTYXC = torch.cat(videos)
+    video_BTYXC = sample_to_check(run, loop, prompts)
+    prompts = prompts[: len(video_BTYXC)]
 
     # Group-level rewards compare the members of a group, which these videos are not.
     findings = []
