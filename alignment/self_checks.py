@@ -174,10 +174,10 @@ def sense(
         for result in results
         if result.case in UNFAMILIAR
     ]
-    kind = "reads the prompt"
+    no_scores = all(result.scored == 0 for result in results)
+    kind = "has no score" if no_scores else "reads the prompt"
     if not reads_prompt(results):
         kind = "does not read the prompt, so neither case has to lower its score"
-    no_scores = all(result.scored == 0 for result in results)
     advice = (
         f"most should fall; {len(prompts)} videos prove little, but a wrong fps, prompt format or "
         "checkpoint looks like this"

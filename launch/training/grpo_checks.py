@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alignment.grpo import GrpoLoop
+    from alignment.rewards.errors import NamedReward
     from alignment.self_checks import Finding
     from launch.schemas.training import GrpoRun
 
 FEW_VIDEOS = 32
-# Videos for the checks of rewards: at least so many, and more within so many seconds of sampling.
+# Videos for the checks of rewards: at least 4, and more where the seconds suffice for them.
 CHECKED_VIDEOS = 4
 MOST_CHECKED_VIDEOS = 16
 CHECK_SECONDS = 10.0
@@ -122,7 +123,6 @@ def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[F
 
     Exits with code 2 on all ranks if a reward cannot score on one of them.
     """
-    from alignment.self_checks import permutation, sense
     from common.distributed import raise_on_all
     from common.types import RewardUnavailableError
 
@@ -135,8 +135,7 @@ def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[F
     try:
         for reward in loop.rewards.values():
             if not reward.group_level:
-                for check in (permutation, sense):
-                    findings.append(check(reward, video_BTYXC, prompts, fps=loop.fps))
+                findings += _findings_of(reward, video_BTYXC, prompts, fps=loop.fps)
     except RewardUnavailableError as error:
         # The message of a ValueError suffices: it is about these videos or their number.
         if not isinstance(error.__cause__, ValueError):
@@ -147,6 +146,31 @@ def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[F
     except RewardUnavailableError as error:
         exit_with_error(str(error))
     return findings
+
+
+def _findings_of(
+    reward: NamedReward, video_BTYXC: Tensor, prompts: list[str], *, fps: float
+) -> list[Finding]:
+    """Check a reward on the first videos, and on more where it scores them quickly."""
+    import time
+
+    from alignment.self_checks import permutation, sense
+
+    # The order of a batch shows with few videos; it scores each of them twice.
+    few = slice(CHECKED_VIDEOS)
+    start = time.perf_counter()
+    order = permutation(reward, video_BTYXC[few], prompts[few], fps=fps)
+    seconds = (time.perf_counter() - start) / (2 * CHECKED_VIDEOS)
+    # Whether it makes sense shows better with more; it scores each of them four times.
+    part = slice(affordable_videos(4 * seconds))
+    return [order, sense(reward, video_BTYXC[part], prompts[part], fps=fps)]
+
+
+def affordable_videos(seconds_each: float) -> int:
+    """How many videos `CHECK_SECONDS` suffice for, within the limits."""
+    if seconds_each * MOST_CHECKED_VIDEOS <= CHECK_SECONDS:
+        return MOST_CHECKED_VIDEOS
+    return max(CHECKED_VIDEOS, int(CHECK_SECONDS / seconds_each))
 
 
 def batch_arithmetic(run: GrpoRun, loop: GrpoLoop) -> list[str]:
