@@ -63,8 +63,9 @@ def group_relative_advantages(
         means[f"reward/{name}"] = mean_of_scored(reward_PG)
         missing_B = torch.full_like(local_PM.flatten(), math.nan)
         for part in part_names[name]:
-            part_B = score.parts.get(part, missing_B).float()
-            details[f"reward/{name}.{part}"] = mean_of_scored(gather_rows(part_B))
+            part_B = score.parts.get(part, missing_B)
+            all_B = gather_rows(part_B.float())
+            details[f"reward/{name}.{part}"] = mean_of_scored(all_B)
         for key, value in _spread(reward_PG).items():
             details[f"reward/{name}_{key}"] = value
 
@@ -88,11 +89,15 @@ def _parts_of_all_ranks(scores: Mapping[str, Score]) -> dict[str, list[str]]:
     rank gathers the same columns, because collectives are matched by their order alone.
     """
     own = {name: list(score.parts) for name, score in scores.items()}
-    union: dict[str, set[str]] = {name: set() for name in scores}
-    for names in gather_objects(own):
-        for name, parts in names.items():
-            union[name].update(parts)
-    return {name: sorted(parts) for name, parts in union.items()}
+    names_of_ranks = gather_objects(own)
+    agreed = {}
+    for name in scores:
+        union = set()
+        for names in names_of_ranks:
+            union.update(names[name])
+        # a set's order differs from process to process
+        agreed[name] = sorted(union)
+    return agreed
 
 
 def mean_of_scored(value: Tensor) -> float:

@@ -25,6 +25,8 @@ def test_parts_in_another_order_keep_their_columns(ranks: list[dict[str, Any]]) 
         details = rank["other order"]["details"]
         assert details["reward/mine.red"] == (1 + 2 + 3 + 6) / 4
         assert details["reward/mine.blue"] == (30 + 50 + 30 + 50) / 4
+        for name in "abcd":
+            assert details[f"reward/mine.{name}"] == ord(name)
 
 
 @pytest.mark.slow
