@@ -150,6 +150,7 @@ def test_stage_2_exports_a_loadable_reward_model(folder: Path) -> None:
     assert not torch.equal(
         before.backbone.state_dict()[name], after.backbone.state_dict()[name]
     )  # LoRA is merged
+    assert (before.cot_in_training, after.cot_in_training) == (None, "always")
     assert (after.template, after.settings, after.generation) == (
         before.template,
         before.settings,

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from alignment.config import RewardConfig
+from alignment.rewards import build_rewards
 from common.types import Score
 from rm.calibration import CALIBRATION_FILE, Calibration
 from rm.cold_start import ColdStart
@@ -146,6 +148,12 @@ def test_unknown_option_names_the_one_that_was_meant(
     """Before anything is read: there is no folder."""
     with pytest.raises(ValueError, match=f"{option!r}.* did you mean {meant!r}"):
         DeScoreScorer.load(tmp_path / "none", **{option: 1})
+
+
+def test_old_option_of_a_reward_names_the_new_one(tmp_path: Path) -> None:
+    old = RewardConfig(checkpoint=str(tmp_path), options={"chains": 0})
+    with pytest.raises(ValueError, match=r"rewards\.descore: .*'cots'"):
+        build_rewards({"descore": old})
 
 
 def test_calibration_of_version_0_1_is_read(tmp_path: Path) -> None:
