@@ -168,6 +168,14 @@ class Score:
             reasons if any(reasons) else (),
         )
 
+    def reason(self, index: int) -> str:
+        """Why a video has no finite score; empty for a video that has one."""
+        value = float(self.value_B[index])
+        if math.isfinite(value):
+            return ""
+        given = self.reasons[index] if self.reasons else ""
+        return given or f"the score is {value:g}"
+
     def take(self, places: Sequence[int]) -> Score:
         """Select videos, in the given order."""
         # places may be any sequence, tensors index by lists

@@ -206,5 +206,7 @@ def test_reasons_follow_their_videos() -> None:
     assert both.reasons == ["", "late", "broken"]
     assert both.take([2, 0]).reasons == ["broken", ""]
     assert Score.placed(4, [([3, 1], failed)]).reasons == ["", "broken", "", "late"]
+    whole = Score(torch.tensor([1.0, math.nan, math.inf]), reasons=["", "late", ""])
+    assert [whole.reason(i) for i in range(3)] == ["", "late", "the score is inf"]
     with pytest.raises(ValueError, match="reasons"):
         Score(torch.zeros(2), reasons=["late"])
