@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.distributed import gather_rows
+from common.distributed import gather_objects, gather_rows
 from common.policy_gradient import group_advantages, group_std
 
 if TYPE_CHECKING:
@@ -54,16 +54,18 @@ def group_relative_advantages(
     """
     means = {}
     details = {}
+    part_names = _parts_of_all_ranks(scores)
     total_PG = torch.zeros(groups * ranks.shards, cfg.group_size)
     for name, score in scores.items():
         # metrics of this reward
         local_PM = score.value_B.float().view(groups, ranks.members)
         reward_PG = ranks.gather_groups(local_PM)
         means[f"reward/{name}"] = mean_of_scored(reward_PG)
-        for part, value_B in score.parts.items():
-            details[f"reward/{name}.{part}"] = mean_of_scored(
-                gather_rows(value_B.float())
-            )
+        missing_B = torch.full_like(local_PM.flatten(), math.nan)
+        for part in part_names[name]:
+            part_B = score.parts.get(part, missing_B)
+            all_B = gather_rows(part_B.float())
+            details[f"reward/{name}.{part}"] = mean_of_scored(all_B)
         for key, value in _spread(reward_PG).items():
             details[f"reward/{name}_{key}"] = value
 
@@ -78,6 +80,24 @@ def group_relative_advantages(
         total_PG = total_PG.clamp(-cfg.advantage_clip, cfg.advantage_clip)
     details["train/advantage_abs"] = float(total_PG.abs().mean())
     return Advantages(ranks.local_part(total_PG), bool(total_PG.any()), means, details)
+
+
+def _parts_of_all_ranks(scores: Mapping[str, Score]) -> dict[str, list[str]]:
+    """Names of each reward's parts on any rank, sorted. All ranks must call this.
+
+    A rank whose request failed has no parts, and a user's code may name them in any order. Every
+    rank gathers the same columns, because collectives are matched by their order alone.
+    """
+    own = {name: list(score.parts) for name, score in scores.items()}
+    names_of_ranks = gather_objects(own)
+    agreed = {}
+    for name in scores:
+        union = set()
+        for names in names_of_ranks:
+            union.update(names[name])
+        # a set's order differs from process to process
+        agreed[name] = sorted(union)
+    return agreed
 
 
 def mean_of_scored(value: Tensor) -> float:

@@ -43,6 +43,8 @@ class GrpoConfig:
                     Each of these ranks computes what the members share.
     overlap_scoring score a group in a thread while the next is sampled, for rewards that
                     wait for another process or machine.
+    flat_reward_patience  the run stops when no trained reward told two videos of a group
+                    apart in its first so many steps; null never stops.
     """
 
     group_size: AtLeastTwo = 4
@@ -57,6 +59,7 @@ class GrpoConfig:
     updates: PositiveInt = 1
     ranks_per_group: PositiveInt = 1
     overlap_scoring: bool = False
+    flat_reward_patience: PositiveInt | None = 10
 
     def __post_init__(self) -> None:
         if (self.clip_low is None) != (self.clip_high is None):

@@ -23,7 +23,7 @@ from alignment.grpo_losses import (
 )
 from alignment.rank_groups import RankGroups
 from alignment.rewards.errors import NamedReward
-from alignment.scoring import Scorer, SilentRewardGuard
+from alignment.scoring import FlatRewardGuard, Scorer, SilentRewardGuard
 from alignment.timing import PhaseTimer
 from common import faults, gaussian
 from common.log import say
@@ -98,16 +98,17 @@ class GrpoLoop:
         self.prompts = prompts
         self.fps = fps
         self.grad_norm = grad_norm
-        # how ranks share groups, and a stop for rewards that return nothing
+        # how ranks share groups, and stops for rewards that teach nothing
         self.ranks = RankGroups(cfg.group_size, cfg.ranks_per_group)
         self.ranks.check(self.rewards.values())
         self.silent_guard = SilentRewardGuard(weights)
+        self.flat_guard = FlatRewardGuard(weights, patience=cfg.flat_reward_patience)
 
     def step(self, step: int) -> StepResult:
         """One optimizer step: sample groups, score them, normalise the rewards, update.
 
         ``step`` counts from 0. Raises RewardUnavailableError on every rank, before anything is
-        trained, when a reward fails on any rank, and by `SilentRewardGuard`.
+        trained, when a reward fails on any rank, and by `SilentRewardGuard` and `FlatRewardGuard`.
         """
         timer = PhaseTimer()
         batch = self.batch(step)
@@ -129,7 +130,8 @@ class GrpoLoop:
         advantages = group_relative_advantages(
             scores, self.weights, self.cfg, self.ranks, groups=len(groups)
         )
-        self.silent_guard.check(advantages.means)
+        self.silent_guard.check(advantages.means, scores)
+        self.flat_guard.check(advantages.means, advantages.details)
 
         # 4. One backward per group and stochastic step, then an optimizer step.
         with timer("update"):

@@ -14,28 +14,51 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from common.files import (
     give_usual_mode,
+    read_json,
     read_jsonl,
     replace_text,
     replaced,
     sha256,
 )
+from common.schema import config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 INDEX = "index.jsonl"
 SHARDS = "shards"
 VERSION = 2
 
 
-@dataclass(frozen=True)
+@config
+class StoredFile:
+    """A shard as it was written."""
+
+    size: int
+    sha256: str
+
+
+@config
+class PairManifest:
+    """What a complete set of pairs holds; ``about`` says what the pairs were made of."""
+
+    version: int
+    pairs: int
+    latent_shape: tuple[int, ...]
+    files: dict[str, StoredFile]
+    about: dict[str, Any]
+
+
+@config
 class PairRow:
     """A pair's line in the index.
 
@@ -148,18 +171,18 @@ class PairSet:
         self.folder = Path(folder)
         manifest = self._read_manifest()
         # every shard must be what the manifest describes
-        for name, entry in manifest["files"].items():
+        for name, entry in manifest.files.items():
             self._check_file(self.folder / name, entry, check)
         # the index, a row per pair
-        lines = read_jsonl(self.folder / INDEX)
-        self.rows = tuple(PairRow(**line) for line in lines)
-        if len(self.rows) != manifest["pairs"]:
+        index = self.folder / INDEX
+        self.rows = _parsed(tuple[PairRow, ...], read_jsonl(index), index)
+        if len(self.rows) != manifest.pairs:
             raise ValueError(
-                f"{self.folder / INDEX} has {len(self.rows)} lines, "
-                f"but {MANIFEST} counts {manifest['pairs']} pairs"
+                f"{index} has {len(self.rows)} lines, "
+                f"but {MANIFEST} counts {manifest.pairs} pairs"
             )
-        self.latent_shape = tuple(manifest["latent_shape"])
-        self.about: dict[str, Any] = manifest["about"]
+        self.latent_shape = manifest.latent_shape
+        self.about = manifest.about
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -195,28 +218,40 @@ class PairSet:
                 value_N2[i, 1] = row.rejected_value
         return value_N2
 
-    def _read_manifest(self) -> dict[str, Any]:
+    def _read_manifest(self) -> PairManifest:
         path = self.folder / MANIFEST
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        if not path.is_file():
             raise ValueError(
                 f"{self.folder} is no finished set of pairs: it has no {MANIFEST}"
-            ) from error
+            )
         # other versions name their tensors differently
-        if manifest.get("version") != VERSION:
+        content = read_json(path)
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != VERSION:
             raise ValueError(
-                f"{path} has format version {manifest.get('version')}, this code reads "
+                f"{path} has format version {version}, this code reads "
                 f"version {VERSION}: make the set again with launch/pairs.py"
             )
-        return manifest
+        return _parsed(PairManifest, content, path)
 
     @staticmethod
-    def _check_file(file: Path, entry: Mapping[str, Any], check: str) -> None:
-        if not file.is_file() or file.stat().st_size != entry["size"]:
+    def _check_file(file: Path, entry: StoredFile, check: str) -> None:
+        if not file.is_file() or file.stat().st_size != entry.size:
             raise ValueError(f"{file} is missing, or its size differs from {MANIFEST}")
-        if check == "sha256" and sha256(file) != entry["sha256"]:
+        if check == "sha256" and sha256(file) != entry.sha256:
             raise ValueError(f"{file} was changed: its SHA-256 differs from {MANIFEST}")
+
+
+def _parsed(kind: type[T], content: Any, path: Path) -> T:
+    """Check what a JSON file holds. Raises ValueError with the file and the wrong fields."""
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        mistakes = []
+        for mistake in error.errors():
+            where = ".".join(str(part) for part in mistake["loc"])
+            mistakes.append(f"{where}: {mistake['msg']}")
+        raise ValueError(f"{path}: {'; '.join(mistakes[:5])}") from error
 
 
 def _in_shards(pairs: Iterator[LatentPair], size: int) -> Iterator[list[LatentPair]]:

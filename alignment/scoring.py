@@ -43,7 +43,12 @@ class Scorer(AbstractContextManager[None]):
         self.group_size = group_size
         self.timer = timer
         # a single thread: rewards are called in the order of the groups
-        self.thread = ThreadPoolExecutor(1) if overlap else None
+        self.thread = None
+        if overlap:
+            device = torch.cuda.current_device() if torch.cuda.is_available() else None
+            self.thread = ThreadPoolExecutor(
+                1, initializer=claim_device, initargs=(device,)
+            )
         self.pending: list[Future[dict[str, Score]]] = []
 
     def __exit__(self, *_: object) -> None:
@@ -90,12 +95,9 @@ class Scorer(AbstractContextManager[None]):
     def _score_group(
         self, video_GTYXC: Tensor, prompts: Sequence[str]
     ) -> dict[str, Score]:
-        # a separate CUDA stream, so that scoring does not wait for the rollout's kernels
-        stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         scores = {}
-        with torch.cuda.stream(stream):
-            for name, reward in self.rewards.items():
-                scores[name] = self._score(reward, video_GTYXC, prompts)
+        for name, reward in self.rewards.items():
+            scores[name] = self._score(reward, video_GTYXC, prompts)
         return scores
 
     def _score(
@@ -113,6 +115,18 @@ class Scorer(AbstractContextManager[None]):
         return Score.concat(scores)
 
 
+def claim_device(device: int | None) -> None:
+    """Give the calling thread this rank's GPU, and a stream for everything that it starts.
+
+    A new thread's current device is GPU 0 whatever the rank. On a stream of its own, scoring does
+    not wait for the rollout's kernels.
+    """
+    if device is None:
+        return
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
 class SilentRewardGuard:
     """Stops a run in which no reward returned a finite score in the first 3 steps.
 
@@ -127,10 +141,11 @@ class SilentRewardGuard:
         self.silent_steps = 0
         self.done = not self.trained
 
-    def check(self, means: Mapping[str, float]) -> None:
+    def check(self, means: Mapping[str, float], scores: Mapping[str, Score]) -> None:
         """Count a step by its ``reward/NAME`` means over all ranks, the same on every rank.
 
-        Raises RewardUnavailableError after `PATIENCE` steps without a finite score.
+        Raises RewardUnavailableError after `PATIENCE` steps without a finite score, with the first
+        reason among this rank's ``scores``.
         """
         # a reward that returned a score before may fail on later prompts
         if self.done:
@@ -144,7 +159,52 @@ class SilentRewardGuard:
         if self.silent_steps == self.PATIENCE:
             # all ranks have the same means, so all of them raise
             names = ", ".join(f"rewards.{name}" for name in self.trained)
+            reasons = [
+                reason for name in self.trained for reason in scores[name].reasons
+            ]
+            first = next((f" ({reason})" for reason in reasons if reason), "")
             raise RewardUnavailableError(
                 f"{names} returned no finite score in the first {self.PATIENCE} steps "
-                "since this start: every score is NaN or None, so nothing is learned"
+                f"since this start: every score is NaN or None{first}, so nothing is learned"
+            )
+
+
+class FlatRewardGuard:
+    """Stops a run in which no reward told two videos of a group apart in its first steps.
+
+    Then every advantage is 0 and no weight moves, however long the run goes on. Rewards with
+    weight 0 do not count. The steps are those since the process started.
+
+    patience  The number of steps; None never stops.
+    """
+
+    def __init__(self, weights: Mapping[str, float], *, patience: int | None) -> None:
+        self.trained = [name for name, weight in weights.items() if weight != 0]
+        self.patience = patience
+        self.flat_steps = 0
+        self.done = not self.trained or patience is None
+
+    def check(self, means: Mapping[str, float], details: Mapping[str, float]) -> None:
+        """Count a step by its reward metrics over all ranks, the same on every rank.
+
+        Raises RewardUnavailableError after ``patience`` steps without spread in any group.
+        """
+        # rewards that spread once may do so again
+        if self.done:
+            return
+        spreads = [details[f"reward/{name}_group_std_max"] for name in self.trained]
+        if any(spread > 0 for spread in spreads):
+            self.done = True
+            return
+        self.flat_steps += 1
+        if self.flat_steps == self.patience:
+            # all ranks have the same metrics, so all of them raise
+            values = ", ".join(
+                f"rewards.{name} (mean {means[f'reward/{name}']:g})"
+                for name in self.trained
+            )
+            raise RewardUnavailableError(
+                f"{values} gave all videos of a group the same score, in every group of the "
+                f"first {self.patience} steps since this start, so nothing is learned; "
+                "grpo.flat_reward_patience=null goes on all the same"
             )

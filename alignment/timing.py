@@ -24,9 +24,10 @@ class PhaseTimer:
         start = time.perf_counter()
         progress.enter(phase)
         yield
-        # without this a phase would only measure how fast it queued its kernels
+        # without this a phase would only measure how fast it queued its kernels; only this
+        # thread's stream, because rewards may run on another beside it
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         elapsed = time.perf_counter() - start
         self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
 

@@ -1,6 +1,7 @@
 """Keys of configs that have another name now; an old key's error suggests the new one."""
 
 NEW_NAME = {
+    "chains": "cots",
     "chains_per_row": "cots_per_row",
     "keep": "keep_candidates",
     "max_bad": "max_bad_share",

@@ -114,11 +114,13 @@ class Score:
     value_B  fp32 (B,), on the CPU
     parts    optional (B,) tensors by name, logged with the value (sub-dimensions, for example)
     texts    optional, a string per video (a chain of thought), shown in the report
+    reasons  optional, why each video has no score; empty for a video that has one
     """
 
     value_B: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     texts: Sequence[str] = ()
+    reasons: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.value_B.dim() != 1:
@@ -131,14 +133,16 @@ class Score:
                 raise ValueError(
                     f"Score.parts[{name!r}] has shape {tuple(part.shape)}, want {want}"
                 )
-        if self.texts and len(self.texts) != len(self.value_B):
-            raise ValueError(
-                f"Score.texts has {len(self.texts)} entries for {len(self.value_B)} videos"
-            )
+        count = len(self.value_B)
+        for name, entries in (("texts", self.texts), ("reasons", self.reasons)):
+            if entries and len(entries) != count:
+                raise ValueError(
+                    f"Score.{name} has {len(entries)} entries for {count} videos"
+                )
 
     @staticmethod
     def concat(scores: Sequence[Score]) -> Score:
-        """Join scores in order; a part that a score lacks is NaN there, a text is empty."""
+        """Join scores in order; a part that a score lacks is NaN there, a text or reason empty."""
         import torch
 
         # names in the order they appear
@@ -150,20 +154,36 @@ class Score:
                 columns.append(score.parts.get(name, missing_B))
             parts[name] = torch.cat(columns)
 
-        # texts, unless no score has them
+        # texts and reasons, unless no score has them
         texts: list[str] = []
-        if any(score.texts for score in scores):
-            for score in scores:
-                texts += score.texts or [""] * len(score.value_B)
-        return Score(torch.cat([score.value_B for score in scores]), parts, texts)
+        reasons: list[str] = []
+        for score in scores:
+            empty = [""] * len(score.value_B)
+            texts += score.texts or empty
+            reasons += score.reasons or empty
+        return Score(
+            torch.cat([score.value_B for score in scores]),
+            parts,
+            texts if any(score.texts for score in scores) else (),
+            reasons if any(reasons) else (),
+        )
+
+    def reason(self, index: int) -> str:
+        """Why a video has no finite score; empty for a video that has one."""
+        value = float(self.value_B[index])
+        if math.isfinite(value):
+            return ""
+        given = self.reasons[index] if self.reasons else ""
+        return given or f"the score is {value:g}"
 
     def take(self, places: Sequence[int]) -> Score:
         """Select videos, in the given order."""
         # places may be any sequence, tensors index by lists
         rows = list(places)
         texts = [self.texts[i] for i in rows] if self.texts else []
+        reasons = [self.reasons[i] for i in rows] if self.reasons else []
         parts = {name: part_B[rows] for name, part_B in self.parts.items()}
-        return Score(self.value_B[rows], parts, texts)
+        return Score(self.value_B[rows], parts, texts, reasons)
 
     @staticmethod
     def placed(count: int, parts: Iterable[tuple[Sequence[int], Score]]) -> Score:

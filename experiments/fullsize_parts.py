@@ -150,7 +150,7 @@ def cold_start(folder: Path) -> FullSizeResult:
     model = random_descore(cfg)
 
     # Score without a CoT, then with a CoT that its limit cuts off, which gives NaN.
-    without_cot = DeScoreScorer(model, chains=0).score(files, [PROMPT] * 2)
+    without_cot = DeScoreScorer(model, cots=0).score(files, [PROMPT] * 2)
     with_cot = DeScoreScorer(model).score(files[:1], [PROMPT])
     unscored = bool(with_cot.value_B.isnan().all())
 

@@ -70,7 +70,7 @@ class Method:
 
 
 # Options of the scorer.
-NO_COT = "{chains: 0}"
+NO_COT = "{cots: 0}"
 STATED = "{value: overall}"
 COLD_START = "launch/cold_start.py"
 DUAL_RL = "launch/dual_rl.py"

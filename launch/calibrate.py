@@ -30,6 +30,7 @@ def main() -> None:
 
     from rm.calibration import Calibration
     from rm.model import DESCORE_FILE, DeScore
+    from rm.scorer import cots_of
 
     results = args.evaluation / "results.jsonl"
     settings = args.evaluation / "config.yaml"
@@ -43,7 +44,10 @@ def main() -> None:
     with user_errors():
         rows = read_jsonl(results)
         rewards = rewards_by_dimension(rows, DeScore.dimensions_in(args.checkpoint))
-        calibration = Calibration.of(rewards, chains=int(options.get("chains", 1)))
+        trained = DeScore.cot_in_training_of(args.checkpoint)
+        # An evaluation of version 0.1 calls the option chains.
+        cots = cots_of(trained, options.get("cots", options.get("chains")))
+        calibration = Calibration.of(rewards, cots=cots)
 
     # Store it in the same folder as the weights.
     path = calibration.save(args.checkpoint)

@@ -5,7 +5,8 @@
 
 Takes the yaml of launch/score.py, and videos and prompts as it does. Prints the mean score for
 every reward and every corruption, and on how many videos the score fell. Exits with code 1 when a
-reward prefers wrong prompts or noise: a wrong fps, prompt format or checkpoint has this effect.
+reward that reads prompts prefers wrong prompts or shuffled pixels on most videos: a wrong fps,
+prompt format or checkpoint has this effect. Exits with code 1, too, when a reward scores no video.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_checks(
     cfg: ScoreRun, pattern: str | None, prompts: Path, *, limit: int
 ) -> bool:
-    """Print the results of every reward; return False when a reward prefers wrong videos."""
+    """Print the results of every reward; return False when one prefers wrong videos or is mute."""
     # Heavy imports come after the command line.
     from common.cli import user_errors
     from launch.compose import build_rewards, quiet
@@ -69,26 +70,37 @@ def run_checks(
     # Print a line for every corruption.
     sensible = True
     for name, cases in results.items():
-        say(f"\n{name}, {len(clips)} videos, intact: mean {cases[0].right:.4f}")
+        kind = "reads the prompt"
+        if not reward_check.reads_prompt(cases):
+            kind = "does not read the prompt, so no case has to lower its score"
+        say(f"\n{name}, {len(clips)} videos, intact: mean {cases[0].right:.4f}; {kind}")
+        disliked = reward_check.not_sensible(cases)
         for result in cases:
-            # Any reward must prefer the right prompt and a real video.
-            remark = ""
-            if result.case in reward_check.MUST:
-                if result.above > result.below:
-                    sensible = False
-                    remark = "  <- NOT SENSIBLE"
-                elif result.same == len(clips):
-                    remark = "  <- makes no difference"
-            say(f"  {result.case:>16}  {describe_result(result)}{remark}")
+            say(f"  {result.case:>16}  {describe_result(result, disliked)}")
+        if disliked or not any(result.scored for result in cases):
+            sensible = False
     return sensible
 
 
-def describe_result(result: SensitivityResult) -> str:
+def describe_result(result: SensitivityResult, disliked: Sequence[str]) -> str:
+    """A line about a corruption; ``disliked`` are those that should have lowered the score."""
+    # Heavy imports come after the command line.
+    from alignment.reward_check import UNFAMILIAR
+
     text = (
         f"mean {result.spoilt:>10.4f}  fell {result.below}, same {result.same}, "
         f"rose {result.above}"
     )
-    return f"{text}, {result.unjudged} not scored" if result.unjudged else text
+    if result.unscored:
+        text += f", {result.unscored} not scored"
+    # What to make of it.
+    if result.case in disliked:
+        return f"{text}  <- NOT SENSIBLE"
+    if result.changes_nothing:
+        return f"{text}  <- makes no difference"
+    if result.case in UNFAMILIAR:
+        return f"{text}  (unfamiliar to most reward models, not counted)"
+    return text
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def render(
     samples = [(step, sections.group_cards(steps[step], store)) for step in ends]
     pairs = sections.pair_cards(shown.get("rm"), store)
     # The template leaves out empty sections.
-    return environment.get_template("report.html").render(
+    page = environment.get_template("report.html").render(
         title=title,
         runs=shown,
         accuracy=data.summary(shown.get("rm")),
@@ -170,6 +170,8 @@ def render(
         left_out=store.left_out,
         max_mb=max_mb,
     )
+    # Names of rewards and parts are a user's texts too.
+    return sections.clean(page)
 
 
 if __name__ == "__main__":

@@ -135,25 +135,26 @@ def score_share(cfg: ScoreRun, items: list[ScoreItem], table: ResultsTable) -> N
             scored = attempt(score_batch, batch)
             for item, fields in zip(batch, scored, strict=True):
                 row = {"video": item.name, "prompt": item.prompt}
-                if "error" in fields:
-                    row |= no_scores
-                rows.append(row | fields)
+                # a file that could not be read has an error alone
+                rows.append(row | no_scores | fields)
             table.add(rows)
 
 
 def report(rows: Sequence[Row], rewards: Sequence[str], out: Path) -> bool:
     """Print the spread of every reward, the first failures and the next step.
 
-    Returns True when no video could be scored.
+    Returns True when no reward could score any video.
     """
     from common.log import say
 
+    nothing = True
     failures = [row for row in rows if "error" in row]
     for name in rewards:
         values = [row["rewards"][name] for row in rows]
         scored = [value for value in values if value is not None]
         line = "no video could be scored"
         if scored:
+            nothing = False
             line = describe_values(scored)
         missing = len(rows) - len(scored)
         if missing:
@@ -163,12 +164,12 @@ def report(rows: Sequence[Row], rewards: Sequence[str], out: Path) -> bool:
     for row in failures[:5]:
         say(f"  {row['video']}: {row['error']}")
     say(f"{len(rows) - len(failures)} rows and {len(failures)} failures are in {out}")
-    if len(failures) < len(rows):
+    if not nothing:
         say(
             "next: launch/check_rewards.py with the same videos and prompts shows whether "
             "these rewards order videos sensibly"
         )
-    return len(failures) == len(rows)
+    return nothing
 
 
 def describe_values(values: Sequence[float]) -> str:

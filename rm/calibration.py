@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Annotated
 
-from pydantic import Field, FiniteFloat
+from pydantic import AliasChoices, Field, FiniteFloat
 
 from common.files import write_json
 from common.schema import config, read_section
@@ -26,14 +26,14 @@ CALIBRATION_FILE = "calibration.json"
 class Calibration:
     """Mean and POPULATION std of the rewards by dimension.
 
-    ``videos`` is the number of validation videos, ``chains`` the number of chains of thought
-    that each was scored with.
+    ``videos`` is the number of validation videos, ``cots`` the number of chains of thought that
+    each was scored with; version 0.1 wrote it as ``chains``.
     """
 
     mean: dict[str, FiniteFloat]
     std: dict[str, Annotated[FiniteFloat, Field(gt=0)]]
     videos: int
-    chains: int
+    cots: Annotated[int, Field(validation_alias=AliasChoices("cots", "chains"))]
 
     def __post_init__(self) -> None:
         if self.mean.keys() != self.std.keys() or not self.mean:
@@ -44,7 +44,7 @@ class Calibration:
 
     @classmethod
     def of(
-        cls, rewards: Mapping[str, Sequence[float | None]], *, chains: int
+        cls, rewards: Mapping[str, Sequence[float | None]], *, cots: int
     ) -> Calibration:
         """Compute the calibration of validation rewards by dimension.
 
@@ -60,7 +60,7 @@ class Calibration:
             mean[name] = fmean(scored)
             std[name] = pstdev(scored)
             counts.append(len(scored))
-        return cls(mean=mean, std=std, videos=min(counts), chains=chains)
+        return cls(mean=mean, std=std, videos=min(counts), cots=cots)
 
     def save(self, folder: str | Path) -> Path:
         """Write the calibration into a checkpoint folder."""

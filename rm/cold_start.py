@@ -70,6 +70,8 @@ class ColdStart:
     grad_norm: Callable[[], float | Tensor | None] = lambda: None
 
     def __post_init__(self) -> None:
+        # The checkpoint tells whoever scores with it whether it knows CoTs.
+        self.model.cot_in_training = self.cfg.masking.cot_in_training
         # Prepared videos are the same in every epoch, so they are cached while there is room.
         self.cache: dict[tuple[Path, str], tuple[PreparedVideo, tuple[int, ...]]] = {}
         self.cache_room = self.cfg.cache_gb * 2**30

@@ -127,6 +127,10 @@ def one_reward() -> dict[str, RewardDimension]:
     return {"overall": RewardDimension()}
 
 
+# Whether CoTs stood before the reward's query in training: in every sequence, in some, in none.
+CotInTraining = Literal["always", "masked", "never"]
+
+
 @config
 class Masking:
     """Random masking of chains of thought in training, see `rm.masking`.
@@ -141,6 +145,13 @@ class Masking:
     probability: Fraction = 0.5
     per: Literal["pair", "video"] = "pair"
     unit: Literal["cot", "section", "sentence"] = "cot"
+
+    @property
+    def cot_in_training(self) -> CotInTraining:
+        """Whether a model trained with this masking sees CoTs."""
+        if self.probability == 0:
+            return "always"
+        return "never" if self.probability == 1 else "masked"
 
 
 @config

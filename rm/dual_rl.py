@@ -86,6 +86,10 @@ class DualRl:
     reference: DeScore | None = None
     grad_norms: Callable[[], Mapping[str, float]] = dict
 
+    def __post_init__(self) -> None:
+        # Every reward of this stage follows a CoT.
+        self.model.cot_in_training = "always"
+
     def step(self, step: int) -> dict[str, float]:
         """Sample and reward ``pairs_per_step`` pairs, then make all updates on them."""
         start = time.perf_counter()

@@ -20,7 +20,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ from common.strict_loading import errors_of, load_pretrained, require_finite
 from common.weight_files import load_safetensors
 from rm.config import (
     BackboneLora,
+    CotInTraining,
     Generation,
     LearningRates,
     RewardDimension,
@@ -111,9 +112,11 @@ class DeScore(nn.Module):
     generation  How the model's CoTs are meant to be generated.
     sharded     True if every rank holds only a piece of the weights (ZeRO 3); then all ranks
                 must call the model equally often.
+    cot_in_training  Whether it was trained with CoTs, None if nothing says so.
     """
 
     sharded = False
+    cot_in_training: CotInTraining | None = None
 
     def __init__(
         self,
@@ -367,6 +370,7 @@ class DeScore(nn.Module):
             "query_id": self.query_id,
             "generation": asdict(self.generation),
             "dimensions": {name: asdict(d) for name, d in self.dimensions.items()},
+            "cot_in_training": self.cot_in_training,
         }
         text = json.dumps(record, indent=1) + "\n"
         (path / DESCORE_FILE).write_text(text, encoding="utf-8")
@@ -408,6 +412,7 @@ class DeScore(nn.Module):
             dimensions,
         )
         model.load_head(load_safetensors(path / HEAD_FILE), path / HEAD_FILE)
+        model.cot_in_training = DeScore.cot_in_training_of(path)
         return model.eval()
 
     @torch.no_grad()
@@ -429,14 +434,21 @@ class DeScore(nn.Module):
 
         Raises ValueError, naming the file, if it cannot be read.
         """
-        file = Path(path) / DESCORE_FILE
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            return list(record.get("dimensions", one_reward()))
-        except (OSError, ValueError) as error:
+        return list(_record_of(path).get("dimensions", one_reward()))
+
+    @staticmethod
+    def cot_in_training_of(path: str | Path) -> CotInTraining | None:
+        """Whether a checkpoint was trained with CoTs; None if it does not say so.
+
+        Raises ValueError, naming the file, if it cannot be read or holds another word.
+        """
+        word = _record_of(path).get("cot_in_training")
+        if word not in (None, *get_args(CotInTraining)):
             raise ValueError(
-                f"{file} is not the record of a DeScore ({error})"
-            ) from error
+                f"{Path(path) / DESCORE_FILE}: cot_in_training is {word!r}, "
+                f"want one of {', '.join(get_args(CotInTraining))}"
+            )
+        return word
 
     # ------------------------------------------------------------------ training
 
@@ -530,6 +542,18 @@ def _require_same_patches(settings: VideoSettings, vision_config: Any) -> None:
                 f"VideoSettings.{name}={getattr(settings, name)}, "
                 f"but the vision tower has {value}"
             )
+
+
+def _record_of(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint's descore.json. Raises ValueError, naming the file, if that fails."""
+    file = Path(path) / DESCORE_FILE
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is not the record of a DeScore ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} is not the record of a DeScore")
+    return record
 
 
 def _load_backbone(

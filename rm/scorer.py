@@ -5,9 +5,11 @@ Both steps use the same weights and the same prefill of prompt and video.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +18,12 @@ import torch
 from torch import Tensor
 
 from common.distributed import derive_seed
+from common.log import say
 from common.memory import AdaptiveBatcher
+from common.renamed_keys import NEW_NAME
 from common.types import Score
 from rm.calibration import Calibration
-from rm.config import Generation
+from rm.config import CotInTraining, Generation
 from rm.generate import GeneratedCots, extend, generate, rewards_from_cache
 from rm.model import DeScore
 from rm.prompt import DIMENSIONS, parse_answer
@@ -32,9 +36,10 @@ class DeScoreScorer:
     The reward is one more token on the KV cache that the CoT was generated with.
 
     batch   Videos per forward; halved for good when memory runs out.
-    chains  CoTs per video. 0 scores without a CoT, which random masking in stage 1 trains.
+    cots    CoTs per video. 0 scores without a CoT, which random masking in stage 1 trains.
             1 generates as the checkpoint says, by default greedily. N > 1 samples, at
             temperature 1 if the checkpoint's is 0, and the reward is the MEAN over CoTs.
+            None is 0 for a model that was trained without CoTs and 1 for any other.
     value   "head" is the reward of the linear head. "overall" is the overall score that the
             CoT states (the coupled generative baseline), NaN if it states none.
     calibration  Turns rewards into (r - mean) / std of validation videos, by dimension.
@@ -47,28 +52,28 @@ class DeScoreScorer:
         model: DeScore,
         *,
         batch: int = 32,
-        chains: int = 1,
+        cots: int | None = None,
         value: Literal["head", "overall"] = "head",
         calibration: Calibration | None = None,
     ) -> None:
         # Settings that do not fit together.
         if batch < 1:
             raise ValueError(f"batch={batch} must be at least 1")
-        if chains < 0:
-            raise ValueError(f"chains={chains} must be at least 0")
+        if cots is not None and cots < 0:
+            raise ValueError(f"cots={cots} must be at least 0")
         if value not in ("head", "overall"):
             raise ValueError(f"value={value!r} must be 'head' or 'overall'")
-        if value == "overall" and (chains == 0 or calibration is not None):
+        self.cots = cots_of(model.cot_in_training, cots)
+        if value == "overall" and (self.cots == 0 or calibration is not None):
             raise ValueError(
-                "value='overall' reads the chain of thought: chains must be at least 1, "
+                "value='overall' reads the chain of thought: cots must be at least 1, "
                 "without calibration"
             )
         if calibration is not None:
-            _require_fit(calibration, model, chains)
+            _require_fit(calibration, model, self.cots)
 
         # A scorer never trains its model.
         self.model = model.eval().requires_grad_(requires_grad=False)
-        self.chains = chains
         self.value = value
         self.calibration = calibration
         self.portions = AdaptiveBatcher(batch, what="videos in the reward model")
@@ -90,8 +95,9 @@ class DeScoreScorer:
                     float32 on a CPU.
         calibrated  Uses the folder's calibration.json. Raises FileNotFoundError if
                     launch/calibrate.py has not written it.
-        options     Further arguments of the class.
+        options     Further arguments of the class. Raises ValueError for others.
         """
+        _require_known(cls, options)
         # Where the model runs, and in which precision.
         if device is None:
             device = "cpu"
@@ -175,25 +181,43 @@ class DeScoreScorer:
 
         # The reward: MEAN over finished CoTs of the head's reward or of the stated score.
         if self.value == "overall":
-            stated_BN = _overall(flat_texts).view(-1, self.chains)
+            stated_BN = _overall(flat_texts).view(-1, self.cots)
             reward_BN = stated_BN.masked_fill(reward_BNK[..., 0].isnan(), math.nan)
         else:
             reward_BN = self.model.total(reward_BNK)
         value_B = reward_BN.nanmean(1)
+        finished_BN = torch.cat([result.finished_BN for result in results])
+        reasons = self._reasons(value_B, finished_BN)
 
         # The parts, for logs and tables.
         parts = {}
         if len(self.model.dimensions) > 1:
             for k, name in enumerate(self.model.dimensions):
                 parts[f"reward.{name}"] = reward_BNK[..., k].nanmean(1)
-        if self.chains == 0:
-            return Score(value_B, parts, [""] * len(prompts))
+        if self.cots == 0:
+            return Score(value_B, parts, [""] * len(prompts), reasons)
         for name, stated in _parts(flat_texts).items():
-            parts[name] = stated.view(-1, self.chains).nanmean(1)
-        if self.chains > 1:
+            parts[name] = stated.view(-1, self.cots).nanmean(1)
+        if self.cots > 1:
             variance_B = (reward_BN - value_B.unsqueeze(1)).square().nanmean(1)
             parts["spread"] = variance_B.sqrt()
-        return Score(value_B, parts, [cot_texts[0] for cot_texts in texts])
+        return Score(value_B, parts, [cot_texts[0] for cot_texts in texts], reasons)
+
+    def _reasons(self, value_B: Tensor, finished_BN: Tensor) -> list[str]:
+        """Why each video has no score, empty for one that has; [] when all have one."""
+        limit = 2 * self.model.generation.max_new_tokens
+        reasons = []
+        for value, finished_N in zip(value_B, finished_BN, strict=True):
+            if not value.isnan():
+                reason = ""
+            elif not finished_N.any():
+                reason = f"the chain of thought did not end within {limit} tokens"
+            elif self.value == "overall":
+                reason = "the chain of thought states no overall score"
+            else:
+                reason = "the reward model's output is NaN"
+            reasons.append(reason)
+        return reasons if any(reasons) else []
 
     def _calibrated(self, reward_BNK: Tensor) -> Tensor:
         if self.calibration is None:
@@ -211,10 +235,13 @@ class DeScoreScorer:
         encoded = []
         for prompt, video in zip(prompts, videos, strict=True):
             encoded.append(model.encode(prompt, video))
-        if self.chains == 0:
+        if self.cots == 0:
             batch = model.batch(encoded, videos).to(model.device)
             reward_BK = model(batch).cpu()
-            return _CotRewards(reward_BK.unsqueeze(1), [[""]] * len(prompts))
+            finished_BN = torch.ones(len(prompts), 1, dtype=torch.bool)
+            return _CotRewards(
+                reward_BK.unsqueeze(1), [[""]] * len(prompts), finished_BN
+            )
 
         # Write N CoTs for every video.
         how = self._generation()
@@ -222,11 +249,12 @@ class DeScoreScorer:
         if how.temperature > 0:
             seeds = self._seeds(prompts)
         batch = model.batch(encoded, videos, query=False)
-        written = generate(model, batch, how, seeds=seeds, copies=self.chains)
+        written = generate(model, batch, how, seeds=seeds, copies=self.cots)
         reward_RK, texts = self._read(written)
+        finished_R = written.finished_B.clone().cpu()
 
         # Those that the limit cut off go on to twice the limit.
-        rows = (~written.finished_B).nonzero().squeeze(1).tolist()
+        rows = (~finished_R).nonzero().squeeze(1).tolist()
         if rows:
             longer = extend(
                 model,
@@ -236,12 +264,14 @@ class DeScoreScorer:
                 seeds=None if seeds is None else [seeds[row] for row in rows],
             )
             reward_RK[rows], longer_texts = self._read(longer)
+            finished_R[rows] = longer.finished_B.cpu()
             for row, text in zip(rows, longer_texts, strict=True):
                 texts[row] = text
-        firsts = range(0, len(texts), self.chains)
+        firsts = range(0, len(texts), self.cots)
         return _CotRewards(
-            reward_RK.unflatten(0, (-1, self.chains)),
-            [texts[first : first + self.chains] for first in firsts],
+            reward_RK.unflatten(0, (-1, self.cots)),
+            [texts[first : first + self.cots] for first in firsts],
+            finished_R.view(-1, self.cots),
         )
 
     def _read(self, written: GeneratedCots) -> tuple[Tensor, list[str]]:
@@ -255,7 +285,7 @@ class DeScoreScorer:
     def _generation(self) -> Generation:
         """The checkpoint's settings; several CoTs need a temperature."""
         how = self.model.generation
-        if self.chains > 1 and how.temperature == 0:
+        if self.cots > 1 and how.temperature == 0:
             return replace(how, temperature=1.0)
         return how
 
@@ -265,28 +295,60 @@ class DeScoreScorer:
         for prompt in prompts:
             first = derive_seed("score", prompt)
             seeds.append(first)
-            seeds += [derive_seed(first, n) for n in range(1, self.chains)]
+            seeds += [derive_seed(first, n) for n in range(1, self.cots)]
         return seeds
 
 
 @dataclass(frozen=True)
 class _CotRewards:
-    """Rewards (B, N, K), NaN for a CoT that never finished, and the N texts of each video."""
+    """Rewards (B, N, K), NaN for a CoT that never finished, and the N texts of each video.
+
+    ``finished_BN`` tells which CoTs finished; a score without a CoT counts as finished.
+    """
 
     reward_BNK: Tensor
     texts: list[list[str]]
+    finished_BN: Tensor
 
 
-def _require_fit(calibration: Calibration, model: DeScore, chains: int) -> None:
+def cots_of(cot_in_training: CotInTraining | None, cots: int | None) -> int:
+    """CoTs per video: ``cots``, or for None what the model was trained with.
+
+    Prints a warning when a model that was trained without CoTs is asked for some.
+    """
+    if cots is None:
+        return 0 if cot_in_training == "never" else 1
+    if cots and cot_in_training == "never":
+        say(
+            f"WARNING: cots={cots}, but this reward model was trained without chains of "
+            "thought: its rewards behind one are not what it learned (leave out cots, or 0)"
+        )
+    return cots
+
+
+def _require_known(cls: type, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that the class does not take, with the nearest it takes."""
+    known = list(inspect.signature(cls).parameters)[1:]
+    for option in options:
+        if option in known:
+            continue
+        close = [NEW_NAME.get(option)]
+        if close[0] not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{option!r} is not an option of DeScore{hint}")
+
+
+def _require_fit(calibration: Calibration, model: DeScore, cots: int) -> None:
     """Raise ValueError if a calibration was made for other rewards."""
     if calibration.mean.keys() != model.dimensions.keys():
         raise ValueError(
             f"a calibration of {list(calibration.mean)} "
             f"for a reward model of {list(model.dimensions)}"
         )
-    if calibration.chains != chains:
+    if calibration.cots != cots:
         raise ValueError(
-            f"the calibration was made with chains={calibration.chains}, not chains={chains}"
+            f"the calibration was made with cots={calibration.cots}, not cots={cots}"
         )
 
 

@@ -77,7 +77,7 @@ def _checked(score: Score) -> Score:
             )
         # half of an emoji cannot be written to a file
         texts.append(text.encode("utf-8", errors="replace").decode())
-    return type(score)(value_B, parts, texts)
+    return type(score)(value_B, parts, texts, score.reasons)
 
 
 def _numbers(name: str, number_B: Tensor) -> Tensor:

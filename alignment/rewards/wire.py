@@ -10,9 +10,10 @@ application/json           {"model", "prompts", "videos": [{"mp4": base64} or {"
                            this by hand.
 
 The reply is JSON: {"id", "model", "values": [number or null, ...], "parts": {name: [...]},
-"texts": [...], "errors": [null or text, ...], "failed": number of errors} with an entry per
-video; null means "could not be scored". The status is 200 when every video was read and scored,
-207 when some were not, 422 when none was.
+"texts": [...], "reasons": [text, ...], "errors": [null or text, ...], "failed": number of
+errors} with an entry per video; null means "could not be scored", and its reason says why. Errors
+are of videos that could not be read, and of rewards that raised one. The status is 200 when no
+video has an error, 207 when some have, 422 when all have.
 """
 
 from __future__ import annotations
@@ -294,6 +295,7 @@ def encode_reply(
         "values": [json_number(value) for value in score.value_B],
         "parts": parts,
         "texts": list(score.texts),
+        "reasons": [score.reason(i) for i in range(len(score.value_B))],
         "errors": list(errors),
         "failed": sum(error is not None for error in errors),
     }
@@ -319,20 +321,26 @@ def decode_reply(body: bytes, *, videos: int, model: str, id: str) -> Reply:
     if not isinstance(columns, dict):
         raise WireError("parts must be a mapping of lists of numbers")
     parts = {name: _column(values, videos) for name, values in columns.items()}
-    texts = reply.get("texts") or []
-    if not _is_list_of_text(texts):
-        raise WireError("texts must be a list of texts")
-    if texts and len(texts) != videos:
-        raise WireError(f"the reply has {len(texts)} texts for {videos} videos")
-
+    texts = _texts(reply, "texts", videos)
+    reasons = _texts(reply, "reasons", videos)
     # a reply of another server may lack the errors
     errors = reply.get("errors") or [None] * videos
     if not isinstance(errors, list) or len(errors) != videos:
         raise WireError("errors must be a list with an entry per video")
     return Reply(
-        Score(value, parts, texts),
+        Score(value, parts, texts, reasons),
         tuple(None if error is None else str(error) for error in errors),
     )
+
+
+def _texts(reply: Mapping[str, Any], name: str, videos: int) -> list[str]:
+    """A text per video; empty where the reply has none."""
+    texts = reply.get(name) or []
+    if not _is_list_of_text(texts):
+        raise WireError(f"{name} must be a list of texts")
+    if texts and len(texts) != videos:
+        raise WireError(f"the reply has {len(texts)} {name} for {videos} videos")
+    return texts
 
 
 def read_json(body: bytes) -> Any:

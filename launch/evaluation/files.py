@@ -193,7 +193,8 @@ def score_files(
 ) -> list[Row]:
     """Score some files with every reward; returns a row per file, in order.
 
-    Raises ValueError when a file cannot be read or scored.
+    A row has an ``error`` that names the rewards without a score and their reasons. Raises
+    ValueError when a file cannot be read or scored.
     """
     from alignment.reward_check import score_clips
     from launch.evaluation.results_table import score_fields
@@ -202,7 +203,18 @@ def score_files(
     checker.require(*(item.path for item in items))
     clips = [read_clip(item, max_frames=max_frames) for item in items]
     scores = {name: score_clips(reward, clips) for name, reward in rewards.items()}
-    return [score_fields(scores, b) for b in range(len(items))]
+    rows = []
+    for b in range(len(items)):
+        row = score_fields(scores, b)
+        reasons = []
+        for name, score in scores.items():
+            reason = score.reason(b)
+            if reason:
+                reasons.append(f"{name}: {reason}")
+        if reasons:
+            row["error"] = "; ".join(reasons)
+        rows.append(row)
+    return rows
 
 
 def read_clip(item: ScoreItem, *, max_frames: int) -> RewardClip:

@@ -18,7 +18,10 @@ from launch.reporting.metric_charts import metric_charts
 PIXEL_ART = 128
 _GREY = COLORS[-1]
 # Characters that HTML cannot hold; a new line and a tab are not among them.
-_BAD_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# Control characters, surrogates, and marks that turn the direction of the text after them.
+_BAD_CHARACTERS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 _LABELS = {
     1: "A preferred",
     -1: "B preferred",

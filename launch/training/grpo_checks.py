@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING
 from common.cli import exit_with_error
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from alignment.grpo import GrpoLoop
+    from alignment.rewards.errors import NamedReward
     from alignment.self_checks import Finding
     from launch.schemas.training import GrpoRun
 
 FEW_VIDEOS = 32
+# Videos for the checks of rewards: at least 4, and more where the seconds suffice for them.
+CHECKED_VIDEOS = 4
+MOST_CHECKED_VIDEOS = 16
+CHECK_SECONDS = 10.0
 
 
 def check_ranks(run: GrpoRun, *, ranks: int) -> None:
@@ -52,8 +59,10 @@ def run_self_checks(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
     from common.log import say
 
     findings = _generator_findings(run, loop, prompts[0])
-    if len(prompts) > 1:
-        findings += _reward_findings(run, loop, prompts[:4])
+    # A wrong prompt must be another one.
+    different = list(dict.fromkeys(prompts))
+    if len(different) > 1:
+        findings += _reward_findings(run, loop, different[:MOST_CHECKED_VIDEOS])
 
     # Print every finding before the process may end.
     failed = []
@@ -85,24 +94,40 @@ def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: str) -> list[Findi
     ]
 
 
+def sample_to_check(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> Tensor:
+    """Sample a video of each of the first prompts, more of them where that is quick.
+
+    The number is the same on every rank: sharded weights need equally many forwards.
+    """
+    import time
+
+    import torch
+
+    from common.distributed import derive_seed, max_over_ranks
+
+    # One video at a time, so that the checks need no more memory than a rollout.
+    videos = []
+    start = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        seconds = max_over_ranks(time.perf_counter() - start)
+        if i >= CHECKED_VIDEOS and seconds > CHECK_SECONDS:
+            break
+        seed = derive_seed(run.seed, "self-check", i)
+        latent = loop.generator.sample([prompt], [seed])
+        videos.append(loop.generator.decode(latent))
+    return torch.cat(videos)
+
+
 def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[Finding]:
     """Check every reward that scores videos one by one on videos of these prompts.
 
     Exits with code 2 on all ranks if a reward cannot score on one of them.
     """
-    import torch
-
-    from alignment.self_checks import permutation, sense
-    from common.distributed import derive_seed, raise_on_all
+    from common.distributed import raise_on_all
     from common.types import RewardUnavailableError
 
-    # One video at a time, so that the checks need no more memory than a rollout.
-    videos = []
-    for i, prompt in enumerate(prompts):
-        seed = derive_seed(run.seed, "self-check", i)
-        latent = loop.generator.sample([prompt], [seed])
-        videos.append(loop.generator.decode(latent))
-    video_BTYXC = torch.cat(videos)
+    video_BTYXC = sample_to_check(run, loop, prompts)
+    prompts = prompts[: len(video_BTYXC)]
 
     # Group-level rewards compare the members of a group, which these videos are not.
     findings = []
@@ -110,8 +135,7 @@ def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[F
     try:
         for reward in loop.rewards.values():
             if not reward.group_level:
-                for check in (permutation, sense):
-                    findings.append(check(reward, video_BTYXC, prompts, fps=loop.fps))
+                findings += _findings_of(reward, video_BTYXC, prompts, fps=loop.fps)
     except RewardUnavailableError as error:
         # The message of a ValueError suffices: it is about these videos or their number.
         if not isinstance(error.__cause__, ValueError):
@@ -122,6 +146,31 @@ def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[F
     except RewardUnavailableError as error:
         exit_with_error(str(error))
     return findings
+
+
+def _findings_of(
+    reward: NamedReward, video_BTYXC: Tensor, prompts: list[str], *, fps: float
+) -> list[Finding]:
+    """Check a reward on the first videos, and on more where it scores them quickly."""
+    import time
+
+    from alignment.self_checks import permutation, sense
+
+    # The order of a batch shows with few videos; it scores each of them twice.
+    few = slice(CHECKED_VIDEOS)
+    start = time.perf_counter()
+    order = permutation(reward, video_BTYXC[few], prompts[few], fps=fps)
+    seconds = (time.perf_counter() - start) / (2 * CHECKED_VIDEOS)
+    # Whether it makes sense shows better with more; it scores each of them four times.
+    part = slice(affordable_videos(4 * seconds))
+    return [order, sense(reward, video_BTYXC[part], prompts[part], fps=fps)]
+
+
+def affordable_videos(seconds_each: float) -> int:
+    """How many videos `CHECK_SECONDS` suffice for, within the limits."""
+    if seconds_each * MOST_CHECKED_VIDEOS <= CHECK_SECONDS:
+        return MOST_CHECKED_VIDEOS
+    return max(CHECKED_VIDEOS, int(CHECK_SECONDS / seconds_each))
 
 
 def batch_arithmetic(run: GrpoRun, loop: GrpoLoop) -> list[str]:

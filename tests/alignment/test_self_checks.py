@@ -77,7 +77,29 @@ def test_reward_check_detects_ignored_prompts_and_noise() -> None:
         FunctionReward("misfits", lambda v, p: -fits(v, p)), flat, PROMPTS, fps=8.0
     )
     assert (found.ok, found.fatal) == (False, False)
-    assert "fps" in found.message
+    assert "wrong prompt: fell 0 of 4, rose 4" in found.message
+
+
+def test_reward_check_counts_noise_but_does_not_judge_by_it() -> None:
+    """Likes videos as bright as ten times the prompt's length, and loves contrast."""
+
+    def noisy(video: Tensor, prompt: str) -> float:
+        x = video.float()
+        return 11 * float(x.std()) - abs(float(x.mean()) - 10 * len(prompt))
+
+    flat = torch.stack(
+        [torch.full((3, 8, 8, 3), 10 * len(p), dtype=torch.uint8) for p in PROMPTS]
+    )
+    found = self_checks.sense(FunctionReward("noisy", noisy), flat, PROMPTS, fps=8.0)
+    assert found.ok
+    assert "noise, which reward models rarely saw: fell 0 of 4, rose 4" in found.message
+
+
+def test_reward_check_warns_of_a_reward_without_any_score() -> None:
+    mute = FunctionReward("mute", lambda v, p: float("nan"))
+    found = self_checks.sense(mute, videos(), PROMPTS, fps=8.0)
+    assert (found.ok, found.fatal) == (False, False)
+    assert "no video could be scored" in found.message
 
 
 def test_weights_that_differ_across_ranks_are_detected(

@@ -116,7 +116,7 @@ def test_steps_start_from_the_earlier_checkpoint() -> None:
     (at_once,) = steps_of(Cell(1, 500, "stage1_at_once"), run_dir, rl_steps=7)
     assert {
         f"checkpoint={run_dir / 'seed1' / '500_stage1' / 'final'}",
-        "options={chains: 0}",
+        "options={cots: 0}",
     } <= set(at_once.arguments)
     # what is trained comes before what starts from it
     order = [cell.method for sequence in sequences_of(0, [500]) for cell in sequence]

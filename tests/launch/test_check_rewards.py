@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from alignment import reward_check
-from alignment.reward_check import CASES, RewardClip, check, score_clips, spoil
+from alignment.reward_check import (
+    CASES,
+    RewardClip,
+    SensitivityResult,
+    check,
+    score_clips,
+    spoil,
+)
 from common.types import Score
 from common.video_io import write_mp4
 from launch import check_rewards
@@ -44,12 +51,54 @@ def test_each_case_corrupts_videos_as_its_name_says() -> None:
     assert all(torch.equal(frame, clips[0].video_TYXC[0]) for frame in frozen)
     assert torch.equal(back[0], clips[0].video_TYXC[-1])
     assert torch.equal(back.flip(0), clips[0].video_TYXC)
+    shuffled = spoil(clips, "shuffled pixels")
+    for before, after in zip(clips, shuffled, strict=True):
+        # the same places in every frame: sorted pixels are equal, and so is each pixel's course
+        courses = before.video_TYXC.flatten(1, 2).transpose(0, 1).flatten(1)
+        moved = after.video_TYXC.flatten(1, 2).transpose(0, 1).flatten(1)
+        assert sorted(courses.tolist()) == sorted(moved.tolist())
+        assert not torch.equal(courses, moved)
     noise = spoil(clips, "noise")
     assert float(noise[0].video_TYXC.float().std()) == pytest.approx(
         255 / 12**0.5, rel=0.05
     )
     assert not torch.equal(noise[0].video_TYXC, noise[1].video_TYXC)
     assert {clip.fps for clip in spoil(clips, "twice the rate")} == {2.0 * FPS}
+
+
+def test_wrong_prompt_is_another_prompt_where_prompts_repeat() -> None:
+    video = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    clips = [RewardClip(video, 8.0, prompt) for prompt in ("a", "a", "b", "a")]
+    wrong = [clip.prompt for clip in spoil(clips, "wrong prompt")]
+    assert wrong == ["b", "b", "a", "b"]
+
+
+def result_of(case: str, below: int, same: int, above: int) -> SensitivityResult:
+    return SensitivityResult(case, 1.0, 0.0, below, same, above, unscored=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shuffled", "disliked"),
+    [
+        ((5, 0, 3), (8, 0, 0), []),
+        # as many rose as fell: too little to say so
+        ((4, 0, 4), (8, 0, 0), []),
+        ((3, 0, 5), (8, 0, 0), ["wrong prompt"]),
+        ((8, 0, 0), (1, 5, 2), ["shuffled pixels"]),
+        # no prompt is read
+        ((0, 8, 0), (0, 0, 8), []),
+    ],
+)
+def test_reward_is_not_sensible_where_more_videos_rise_than_fall(
+    wrong: tuple[int, int, int], shuffled: tuple[int, int, int], disliked: list[str]
+) -> None:
+    results = [
+        result_of("wrong prompt", *wrong),
+        result_of("shuffled pixels", *shuffled),
+        result_of("noise", 0, 0, 8),
+    ]
+    assert reward_check.not_sensible(results) == disliked
+    assert reward_check.reads_prompt(results) == (wrong != (0, 8, 0))
 
 
 def test_check_passes_oracle_and_fails_negated_oracle() -> None:
@@ -124,8 +173,24 @@ def test_command_exits_1_for_a_reward_that_prefers_wrong_videos(
 def test_command_reports_a_reward_that_ignores_prompts(
     files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as done:
         check_rewards.main([*files, "rewards.brightness.weight=1", "--limit", "2"])
-    assert "wrong prompt" in (said := capsys.readouterr().out)
+    assert done.value.code == 0
+    said = capsys.readouterr().out
+    assert "does not read the prompt" in said
     assert "difference" in said
     assert "2 videos" in said
+
+
+def test_command_exits_1_for_a_reward_that_scores_nothing(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mute.py").write_text(
+        "def score(video, prompts):\n    return [None] * len(prompts)\n"
+    )
+    with pytest.raises(SystemExit) as done:
+        check_rewards.main(
+            [*files, f"rewards.mine.target={tmp_path / 'mute.py'}:score"]
+        )
+    assert done.value.code == 1
+    assert "4 not scored" in capsys.readouterr().out

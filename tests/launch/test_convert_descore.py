@@ -60,7 +60,7 @@ def test_converted_folder_gives_the_official_rewards(tmp_path, official):
     assert " 14 " in done.stdout
     assert str(official / "rm_head.pth") in done.stdout
     assert str(prompt) in done.stdout
-    scorer = DeScoreScorer.load(tmp_path / "descore", device="cpu", chains=0)
+    scorer = DeScoreScorer.load(tmp_path / "descore", device="cpu", cots=0)
     model = scorer.model
     text = "Text: a cat\nVideo: "
     assert model.template.fill("a cat") == text

@@ -150,13 +150,14 @@ def test_stage_2_exports_a_loadable_reward_model(folder: Path) -> None:
     assert not torch.equal(
         before.backbone.state_dict()[name], after.backbone.state_dict()[name]
     )  # LoRA is merged
+    assert (before.cot_in_training, after.cot_in_training) == (None, "always")
     assert (after.template, after.settings, after.generation) == (
         before.template,
         before.settings,
         before.generation,
     )
     value_B = (
-        DeScoreScorer.load(folder / "whole" / "final", chains=0)
+        DeScoreScorer.load(folder / "whole" / "final", cots=0)
         .score([folder / "0A.mp4"], ["p0"])
         .value_B
     )

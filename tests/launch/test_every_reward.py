@@ -125,7 +125,7 @@ def configs(
     with torch.random.fork_rng():
         found = {
             "descore": RewardConfig(
-                checkpoint=descore_folder(root / "d"), options={"chains": 0, "batch": 4}
+                checkpoint=descore_folder(root / "d"), options={"cots": 0, "batch": 4}
             ),
             "similarity": RewardConfig(checkpoint=clip_folder(root / "c")),
         }

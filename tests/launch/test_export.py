@@ -214,7 +214,7 @@ def test_export_descore_keeps_rewards(
     video = [random_frames(1)]
     found, want = (
         s.score(video, ["a"], fps=4.0)
-        for s in (DeScoreScorer.load(out, chains=0), DeScoreScorer(descore, chains=0))
+        for s in (DeScoreScorer.load(out, cots=0), DeScoreScorer(descore, cots=0))
     )
     torch.testing.assert_close(found.value_B, want.value_B, atol=1e-5, rtol=0)
     model = follow(out / "README.md", {}, block=1)["model"]

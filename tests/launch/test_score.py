@@ -371,3 +371,30 @@ def test_unusual_line_separators_in_a_prompt_survive_scoring(
     for _ in range(2):
         (found,) = scored(tmp_path, "--prompts", str(clips / "t.jsonl"))
         assert found["prompt"] == prompt
+
+
+def test_video_without_a_score_is_a_failure_with_its_reason(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A reward scores a.mp4 only: the others fail with its reason."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from common.types import Score\n"
+        "def score(video, prompts):\n"
+        "    dark = video.float().mean((1, 2, 3, 4)) < 60\n"
+        "    value = torch.where(dark, 1.0, float('nan'))\n"
+        "    return Score(value, reasons=['' if d else 'too bright' for d in dark])\n"
+    )
+    words = [
+        "--videos",
+        f"{clips}/*.mp4",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        f"rewards.mine.target={tmp_path / 'mine.py'}:score",
+    ]
+    first, second, third = scored(tmp_path, *words)
+    assert "error" not in first
+    for row in (second, third):
+        assert row["error"] == "mine: too bright"
+        assert row["rewards"]["mine"] is None
+    assert "2 failures" in capsys.readouterr().out

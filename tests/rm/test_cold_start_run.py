@@ -118,7 +118,8 @@ def test_zero_3_exports_the_reward_model_of_one_rank(ranks):
 @pytest.mark.slow
 def test_exported_reward_model_has_the_fp32_weights(folder):
     files = [folder / f"{i}{side}.mp4" for i in range(3) for side in "AB"]
-    scorer = DeScoreScorer.load(folder / "whole" / "final", chains=0)
+    scorer = DeScoreScorer.load(folder / "whole" / "final", cots=0)
+    assert scorer.model.cot_in_training == "masked"
     value_B = scorer.score(files, [f"p{i}" for i in range(3) for _ in "AB"]).value_B
     assert value_B.isfinite().all()
     assert value_B.std() > 0

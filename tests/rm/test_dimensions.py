@@ -327,7 +327,7 @@ def test_the_score_is_the_weighted_sum_and_calibration_comes_first() -> None:
     )
 
     found = Calibration.of(
-        {name: parts[:, k].tolist() for k, name in enumerate(THREE)}, chains=1
+        {name: parts[:, k].tolist() for k, name in enumerate(THREE)}, cots=1
     )
     ready = DeScoreScorer(model, calibration=found).score(frames, prompts, fps=4.0)
     z = torch.stack([ready.parts[f"reward.{name}"] for name in THREE], 1)
@@ -336,22 +336,22 @@ def test_the_score_is_the_weighted_sum_and_calibration_comes_first() -> None:
     torch.testing.assert_close(
         ready.value_B, z[:, 0] - 0.5 * z[:, 1] + 2.0 * z[:, 2], atol=1e-5, rtol=0
     )
-    with pytest.raises(ValueError, match="chains=0"):
-        DeScoreScorer(model, chains=0, calibration=found)
+    with pytest.raises(ValueError, match="cots=0"):
+        DeScoreScorer(model, cots=0, calibration=found)
     with pytest.raises(ValueError, match="VQ"):
         DeScoreScorer(judge_of(), calibration=found)
 
 
 def test_calibration_by_hand(tmp_path) -> None:
-    found = Calibration.of({"overall": [1.0, None, 3.0, math.nan, 8.0]}, chains=1)
+    found = Calibration.of({"overall": [1.0, None, 3.0, math.nan, 8.0]}, cots=1)
     assert (found.mean["overall"], found.videos) == (4.0, 3)
     assert found.std["overall"] == pytest.approx(math.sqrt((9 + 1 + 16) / 3))
     found.save(tmp_path)
     assert Calibration.load(tmp_path) == found
     with pytest.raises(ValueError, match="overall"):
-        Calibration.of({"overall": [None]}, chains=1)
+        Calibration.of({"overall": [None]}, cots=1)
     with pytest.raises(ValueError, match="std"):
-        Calibration.of({"overall": [2.0, 2.0]}, chains=1)
+        Calibration.of({"overall": [2.0, 2.0]}, cots=1)
     with pytest.raises(FileNotFoundError, match=r"calibrate\.py"):
         Calibration.load(tmp_path / "nothing")
 

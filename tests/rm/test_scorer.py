@@ -104,7 +104,7 @@ def test_permuting_the_batch_permutes_the_scores(scorer, score, video_BTYXC):
 def test_batches_ignore_order_and_equal_videos_are_scored_once(
     folder, video_BTYXC, monkeypatch
 ):
-    scorer = DeScoreScorer.load(folder, chains=0, batch=3)
+    scorer = DeScoreScorer.load(folder, cots=0, batch=3)
     asked: list[list[str]] = []
     judge = scorer._cot_rewards
     monkeypatch.setattr(
@@ -135,12 +135,12 @@ def test_the_size_of_a_batch_changes_nothing(folder, score, video_BTYXC):
     )
 
 
-@pytest.mark.parametrize("chains", [0, 1])
-def test_halved_batch_gives_equal_scores(folder, video_BTYXC, monkeypatch, chains):
+@pytest.mark.parametrize("cots", [0, 1])
+def test_halved_batch_gives_equal_scores(folder, video_BTYXC, monkeypatch, cots):
     """Memory runs out in the forward itself; `common.memory` frees what its error holds."""
-    whole = speaking(folder, chains=chains)
+    whole = speaking(folder, cots=cots)
     want = whole.score(video_BTYXC, PROMPTS, fps=4.0)
-    small = speaking(folder, chains=chains)
+    small = speaking(folder, cots=cots)
     hidden, seen = DeScore.hidden, []
 
     def limited(model, batch, **options):
@@ -160,7 +160,7 @@ def test_halved_batch_gives_equal_scores(folder, video_BTYXC, monkeypatch, chain
 
 @torch.no_grad()
 def test_score_only_mode_is_the_masked_sequence(folder, video_BTYXC):
-    scorer = DeScoreScorer.load(folder, chains=0, batch=3)
+    scorer = DeScoreScorer.load(folder, cots=0, batch=3)
     found = scorer.score(video_BTYXC, PROMPTS, fps=4.0)
     videos = [prepare(video, SETTINGS, fps=4.0) for video in video_BTYXC]
     model = scorer.model
@@ -197,10 +197,10 @@ def test_unfinished_cots_go_on_to_twice_the_limit_then_nan(scorer, score, video_
             )  # what there is of it is kept
 
 
-@pytest.mark.parametrize("chains", [1, 3])
-def test_cots_that_go_on_take_no_step_twice(folder, video_BTYXC, monkeypatch, chains):
+@pytest.mark.parametrize("cots", [1, 3])
+def test_cots_that_go_on_take_no_step_twice(folder, video_BTYXC, cots):
     """Limit 3, longest CoT 5 or more: 6 steps, a prompt read once; only unfinished rows go on."""
-    scorer = speaking(folder, chains=chains)
+    scorer = speaking(folder, cots=cots)
     scorer.model.generation = replace(WRITING, max_new_tokens=3)
     fed: list[tuple[int, int]] = []
     model = scorer.model.backbone.model.language_model
@@ -214,7 +214,7 @@ def test_cots_that_go_on_take_no_step_twice(folder, video_BTYXC, monkeypatch, ch
     assert {True, False} <= set(found.value_B.isnan().tolist())
 
     # Prompts, 3 steps and the query of all rows, then 3 steps and the query of those that go on.
-    rows = chains * len(PROMPTS)
+    rows = cots * len(PROMPTS)
     left = fed[-1][0]
     assert 0 < left < rows
     assert fed[0][0] == len(PROMPTS)
@@ -223,7 +223,7 @@ def test_cots_that_go_on_take_no_step_twice(folder, video_BTYXC, monkeypatch, ch
 
 def test_several_chains_are_averaged(folder, score, video_BTYXC):
     """Mean and spread are those of N single CoTs; the first is that of a single scoring."""
-    many = speaking(folder, chains=3)
+    many = speaking(folder, cots=3)
     found = many.score(video_BTYXC, PROMPTS, fps=4.0)
     assert found.texts == score.texts
     rewards = []
@@ -242,7 +242,7 @@ def test_several_chains_are_averaged(folder, score, video_BTYXC):
 def test_a_chain_that_does_not_finish_leaves_the_mean_to_the_others(
     folder, video_BTYXC
 ):
-    many = speaking(folder, chains=3)
+    many = speaking(folder, cots=3)
     ready = [prepare(video, SETTINGS, fps=4.0) for video in video_BTYXC]
     whole_BN = many._cot_rewards(PROMPTS, ready).reward_BNK.squeeze(-1)
     many.model.generation = replace(many.model.generation, max_new_tokens=4)
@@ -275,7 +275,7 @@ def test_decodes_prefills_vision_and_heads_per_scored_video(
     monkeypatch.setattr(
         Film, "frames", lambda *a, **k: count("decodes") or real(*a, **k)
     )
-    scorer = speaking(folder, chains=4)
+    scorer = speaking(folder, cots=4)
     model = scorer.model
     model.backbone.model.visual.register_forward_hook(lambda *_: count("vision"))
     model.backbone.model.language_model.register_forward_hook(
@@ -311,7 +311,7 @@ def test_decodes_prefills_vision_and_heads_per_scored_video(
 def test_files_are_decoded_once_and_frames_never(
     folder, video_BTYXC, tmp_path, monkeypatch
 ):
-    scorer = DeScoreScorer.load(folder, chains=0)
+    scorer = DeScoreScorer.load(folder, cots=0)
     files = [tmp_path / f"{b}.mp4" for b in range(3)]
     for file, video in zip(files, video_BTYXC, strict=False):
         write_mp4(file, video, 4.0)
@@ -357,14 +357,14 @@ def test_the_overall_score_may_be_the_value(folder, video_BTYXC, monkeypatch):
     want = [4.2 if text == said[0] else math.nan for text in found.texts]
     assert found.value_B.tolist() == pytest.approx(want, nan_ok=True)
     assert {4.2} < {*want}
-    with pytest.raises(ValueError, match="chains"):
-        DeScoreScorer.load(folder, value="overall", chains=0)
+    with pytest.raises(ValueError, match="cots"):
+        DeScoreScorer.load(folder, value="overall", cots=0)
 
 
-@pytest.mark.parametrize("chains", [1, 3])
-def test_parts_of_complete_answers(folder, video_BTYXC, monkeypatch, chains):
+@pytest.mark.parametrize("cots", [1, 3])
+def test_parts_of_complete_answers(folder, video_BTYXC, monkeypatch, cots):
     """Whole numbers everywhere, and no chain without an answer."""
-    scorer = speaking(folder, chains=chains)
+    scorer = speaking(folder, cots=cots)
     names = ("subject", "dynamics", "camera", "environment", "style")
     said = [
         f'<answer>{{"dimensional_scores": {json.dumps(dict.fromkeys(names, n))}}}</answer>'
@@ -375,7 +375,7 @@ def test_parts_of_complete_answers(folder, video_BTYXC, monkeypatch, chains):
     )
     found = scorer.score(video_BTYXC, PROMPTS, fps=4.0)
     assert found.parts["style"].dtype == torch.float32
-    if chains == 1:
+    if cots == 1:
         assert found.parts["style"].tolist() == [
             float(said.index(text)) for text in found.texts
         ]
@@ -394,6 +394,6 @@ def test_scorer_arguments_that_do_not_fit_raise(scorer, folder, video_BTYXC, tmp
         scorer.score([tmp_path / "gone.mp4"], PROMPTS[:1])
     with pytest.raises(ValueError, match="batch=0"):
         DeScoreScorer.load(folder, batch=0)
-    with pytest.raises(ValueError, match="chains=-1"):
-        DeScoreScorer.load(folder, chains=-1)
+    with pytest.raises(ValueError, match="cots=-1"):
+        DeScoreScorer.load(folder, cots=-1)
     assert len(scorer.score([], []).value_B) == 0

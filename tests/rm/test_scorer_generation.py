@@ -50,7 +50,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> list[Generation]:
 
 def test_several_cots_sample_at_temperature_1_of_a_greedy_checkpoint(settings) -> None:
     greedy = Generation(max_new_tokens=6, temperature=0.0, repetition_penalty=1.0)
-    scorer_of(greedy, chains=2).score(VIDEOS, PROMPTS[:3], fps=4.0)
+    scorer_of(greedy, cots=2).score(VIDEOS, PROMPTS[:3], fps=4.0)
     assert {how.temperature for how in settings} == {1.0}
 
 

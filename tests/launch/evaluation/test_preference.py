@@ -262,10 +262,10 @@ def test_real_descore_scores_the_files_of_the_table(tmp_path: Path) -> None:
         f"checkpoint={tmp_path / 'judge'}",
         f"pairs={tmp_path / 'pairs.csv'}",
     ]
-    evaluate.main(["rm", *words, "options={chains: 0}"])
+    evaluate.main(["rm", *words, "options={cots: 0}"])
 
     rows = read_jsonl(tmp_path / "eval" / "results.jsonl")
-    scorer = DeScoreScorer.load(tmp_path / "judge", chains=0)
+    scorer = DeScoreScorer.load(tmp_path / "judge", cots=0)
     for row, (a, b, _) in zip(rows[:2], table, strict=False):
         alone = [
             float(scorer.score([tmp_path / f"{v}.mp4"], [f"prompt {a}"]).value_B[0])

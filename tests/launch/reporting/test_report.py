@@ -19,6 +19,7 @@ from launch import report
 from launch.evaluation.intervals import mean_ci95
 from launch.reporting import data as report_data
 from launch.reporting import find_runs as report_find
+from launch.reporting import sections
 from tests.launch.processes import ROOT
 
 EVIL = '<script>alert(1)</script> {{ 7 * 7 }} & "quotes" \x00'
@@ -526,3 +527,10 @@ def test_missing_run_exits_2(words: list[str], tmp_path: Path) -> None:
         report.main([*words, "--out", str(tmp_path / "r.html")])
     assert exit_.value.code == 2
     assert not (tmp_path / "r.html").exists()
+
+
+def test_no_text_of_a_run_keeps_control_characters() -> None:
+    """Escape, NUL, a right-to-left override and half of an emoji become the same mark."""
+    text = sections.clean("a\x1b[31mb\x00c\u202ed\u2066e\ud83df\ng\th")
+    mark = "\N{REPLACEMENT CHARACTER}"
+    assert text == f"a{mark}[31mb{mark}c{mark}d{mark}e{mark}f\ng\th"

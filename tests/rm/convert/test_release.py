@@ -68,20 +68,20 @@ def released(descore: DeScore, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("chains", [0, 1])
+@pytest.mark.parametrize("cots", [0, 1])
 def test_released_rewards_equal_those_with_unmerged_lora(
-    descore: DeScore, released: Path, chains: int
+    descore: DeScore, released: Path, cots: int
 ) -> None:
-    loaded = DeScoreScorer.load(released, device="cpu", chains=chains)
-    own = DeScoreScorer(descore, chains=chains)
-    if chains:
+    loaded = DeScoreScorer.load(released, device="cpu", cots=cots)
+    own = DeScoreScorer(descore, cots=cots)
+    if cots:
         speak_plainly(loaded.model.backbone)
         speak_plainly(own.model.backbone)
     found, want = (scorer.score(videos(), PROMPTS, fps=4.0) for scorer in (loaded, own))
     torch.testing.assert_close(found.value_B, want.value_B, atol=1e-5, rtol=0)
     assert found.texts == want.texts
     assert want.value_B.std() > 1e-2
-    if chains == 0:
+    if cots == 0:
         with adapters_off(descore):
             assert (
                 own.score(videos(), PROMPTS, fps=4.0).value_B - want.value_B

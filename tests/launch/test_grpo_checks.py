@@ -1,0 +1,94 @@
+"""How many videos the self-checks of rewards take, and what they tell about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from alignment.rewards.errors import NamedReward
+from common.types import Score
+from launch.training import grpo_checks
+
+PROMPTS = [f"prompt {i}" for i in range(20)]
+
+
+class CountingGenerator:
+    """Makes a video of a constant, and counts how many."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+        self.prompts += prompts
+        return torch.zeros(1)
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        video = torch.zeros(1, 2, 4, 4, 3, dtype=torch.uint8)
+        return video + len(self.prompts)
+
+
+@pytest.mark.parametrize(("seconds", "videos"), [(-1.0, 4), (1e6, 16)])
+def test_videos_to_check_are_more_when_sampling_is_quick(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, videos: int
+) -> None:
+    monkeypatch.setattr(grpo_checks, "CHECK_SECONDS", seconds)
+    generator = CountingGenerator()
+    found = grpo_checks.sample_to_check(
+        SimpleNamespace(seed=0), SimpleNamespace(generator=generator), PROMPTS[:16]
+    )
+    assert len(found) == videos
+    assert generator.prompts == PROMPTS[:videos]
+
+
+@pytest.mark.parametrize(
+    ("seconds_each", "videos"),
+    [(0.0, 16), (0.625, 16), (1.0, 10), (2.5, 4), (400.0, 4)],
+)
+def test_checks_score_as_many_videos_as_ten_seconds_allow(
+    seconds_each: float, videos: int
+) -> None:
+    assert grpo_checks.affordable_videos(seconds_each) == videos
+
+
+def test_equal_prompts_leave_the_rewards_unchecked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one prompt there is no wrong one; of two there is, however often they are repeated."""
+    checked: list[list[str]] = []
+
+    def record(run: object, loop: object, prompts: list[str]) -> list[object]:
+        checked.append(prompts)
+        return []
+
+    monkeypatch.setattr(grpo_checks, "_generator_findings", lambda *of: [])
+    monkeypatch.setattr(grpo_checks, "_reward_findings", record)
+    grpo_checks.run_self_checks(None, None, ["a", "a", "a"])
+    assert checked == []
+    grpo_checks.run_self_checks(None, None, ["a", "a", "b"])
+    assert checked == [["a", "b"]]
+
+
+class PromptFree:
+    """The mean of the first frame, whatever the prompt."""
+
+    name = "kind"
+
+    def score(
+        self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
+        return Score(video_BTYXC[:, 0].float().mean((1, 2, 3)))
+
+
+def test_reward_that_ignores_prompts_is_said_and_is_no_warning() -> None:
+    video_BTYXC = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1, 1)
+    video_BTYXC = video_BTYXC.expand(16, 2, 4, 4, 3).contiguous()
+    reward = NamedReward("mine", PromptFree())
+    order, sense = grpo_checks._findings_of(reward, video_BTYXC, PROMPTS[:16], fps=8.0)
+    assert (order.ok, sense.ok) == (True, True)
+    assert sense.name == "sense, mine"
+    assert "does not read the prompt" in sense.fact
+    # as many videos as there are, since these scores are quick
+    assert "fell 0 of 16, same 16" in sense.fact
