@@ -11,9 +11,29 @@ from pathlib import Path
 from typing import NoReturn
 
 
-def new_folder_parser(description: str) -> argparse.ArgumentParser:
-    """Make a parser with the option ``--out`` of a folder for `check_new_folder`."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+def command_parser(doc: str) -> argparse.ArgumentParser:
+    """Make the parser of a program; its help has the docstring's first line and its examples.
+
+    The examples are the first indented lines of ``doc``.
+    """
+    lines = doc.splitlines()
+    examples: list[str] = []
+    for line in lines[1:]:
+        if line.startswith("    "):
+            examples.append(line)
+        elif examples:
+            break
+    return argparse.ArgumentParser(
+        description=lines[0],
+        epilog="\n".join(["examples:", *examples]) if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def new_folder_parser(doc: str) -> argparse.ArgumentParser:
+    """Make a `command_parser` with the option ``--out`` of a folder for `check_new_folder`."""
+    parser = command_parser(doc)
     parser.add_argument(
         "--out",
         required=True,

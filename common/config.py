@@ -1,6 +1,6 @@
 """Read a run's config: one yaml or several, overrides, and a message for every mistake.
 
-OmegaConf merges defaults <- yaml files <- ``a.b=c`` and resolves ``${...}``; pydantic
+Defaults <- yaml files <- ``a.b=c`` are merged, OmegaConf resolves ``${...}``, and pydantic
 validates the result against the schema (`common.schema.config`). All mistakes are
 reported together, each with its file and line and, for an unknown key, the nearest key.
 Nothing here imports torch, so that an error shows in well under two seconds.
@@ -27,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
 from common import safe_yaml, schema
-from common.cli import exit_with_error
+from common.cli import command_parser, exit_with_error
 from common.files import check_text
 from common.renamed_keys import NEW_NAME
 from common.run_record import dump as dump
@@ -104,14 +104,13 @@ def parse_command_line(
 ) -> CommandLine[C]:
     """Parse ``--config x.yaml [--resume auto|none|PATH] [--dry-run] [a.b=c ...]``.
 
-    Of ``description`` the first line is shown. ``extend`` may add options; they come back
-    in ``args``, and none of them is required with ``--dry-run``. With mistakes, rank 0
-    writes each of them to stderr and the process exits with code 2. ``--local_rank``,
-    which launchers append, is ignored.
+    ``description`` is for `common.cli.command_parser`. ``extend`` may add options; they
+    come back in ``args``, and none of them is required with ``--dry-run``. With mistakes,
+    rank 0 writes each of them to stderr and the process exits with code 2; without
+    ``--config`` it names the recipes of the command. ``--local_rank``, which launchers
+    append, is ignored.
     """
-    parser = argparse.ArgumentParser(
-        description=description.splitlines()[0], allow_abbrev=False
-    )
+    parser = command_parser(description)
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help="values that override the yaml"
     )
@@ -141,20 +140,53 @@ def parse_command_line(
     )
     if extend is not None:
         extend(parser)
-    # A plan needs no videos and no output file.
     words = sys.argv[1:] if argv is None else argv
+    if all(word.startswith("--local") for word in words):
+        # The recipe comes before the options that argparse requires.
+        _load_or_exit(schema, [], [])
+    # A plan needs no videos and no output file.
     if any(word.startswith("--dry-run") for word in words):
         for action in parser._actions:
             action.required = False
     args = parser.parse_intermixed_args(words)
+    cfg = _load_or_exit(schema, args.config, args.overrides)
+    return CommandLine(cfg, args.resume, args.dry_run, args)
 
+
+def _load_or_exit(
+    schema: type[C], files: Sequence[Path], overrides: Sequence[str]
+) -> C:
+    """Load a config. With mistakes exit with code 2, and name recipes if none was given."""
     try:
-        cfg = load(schema, args.config, args.overrides)
+        return load(schema, files, overrides)
     except ConfigError as error:
         plural = "s" if len(error.errors) > 1 else ""
-        head = f"{len(error.errors)} mistake{plural} in the configuration"
-        exit_with_error("\n  ".join([head, *error.errors]))
-    return CommandLine(cfg, args.resume, args.dry_run, args)
+        lines = [f"{len(error.errors)} mistake{plural} in the configuration"]
+        lines += error.errors
+    if not files:
+        names = ", ".join(recipes_of(schema)) or "FILE.yaml"
+        advice = f"give a recipe with --config: {names}; --help shows examples"
+        # Without a recipe and without overrides everything is missing.
+        lines = [advice, *lines] if overrides else [advice]
+    exit_with_error("\n  ".join(lines))
+
+
+def recipes_of(schema: type) -> list[str]:
+    """List the shipped yaml files that are a whole config of the schema."""
+    folder = shipped("configs")
+    known = {field.name for field in dataclasses.fields(schema)}
+    names = []
+    for file in sorted(folder.rglob("*.yaml")):
+        # Most recipes of other commands have other sections; to find that out is quick.
+        if not known.issuperset(_ConfigReader(schema).read_yaml(file)):
+            continue
+        try:
+            load(schema, file)
+        except ConfigError:
+            # a part that goes on top of a recipe
+            continue
+        names.append(f"configs/{file.relative_to(folder).as_posix()}")
+    return names
 
 
 class _ConfigReader:
@@ -240,9 +272,11 @@ class _ConfigReader:
         """Merge the layers over the defaults and validate; None after a mistake."""
         for layer in layers:
             self.given |= set(_sections(layer, ()))
+        tree: Any = _defaults(self.schema)
+        for layer in layers:
+            tree = _merge(tree, layer)
         try:
-            merged = OmegaConf.merge(_defaults(self.schema), *layers)
-            tree = OmegaConf.to_container(merged, resolve=True)
+            tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
         except OmegaConfBaseException as error:  # a malformed ${...}
             where = tuple(str(error.full_key).split(".")) if error.full_key else ()
             self.report(where, str(error.msg or error).split("\n")[0])
@@ -366,6 +400,16 @@ def _defaults(section: type) -> dict[str, Any]:
         elif field.default_factory is not dataclasses.MISSING:
             tree[field.name] = to_jsonable_python(field.default_factory())
     return tree
+
+
+def _merge(old: Any, new: Any) -> Any:
+    """Put ``new`` over ``old``: sections key by key, anything else as a whole."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    merged = dict(old)
+    for key, value in new.items():
+        merged[key] = _merge(old.get(key), value)
+    return merged
 
 
 def _sections(layer: dict[str, Any], where: Where) -> Iterable[Where]:

@@ -49,9 +49,13 @@ _PACKAGES = (
     "accelerate",
     "safetensors",
     "tokenizers",
+    "sentencepiece",
+    "ftfy",
     "omegaconf",
     "numpy",
+    "pillow",
     "av",
+    "opencv-python-headless",
     "wandb",
 )
 

@@ -10,11 +10,10 @@ as they are.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import exit_with_error, user_errors
+from common.cli import command_parser, exit_with_error, user_errors
 from common.files import read_jsonl
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="folder of a DeScore")
     parser.add_argument(
         "evaluation", type=Path, help="folder that launch/evaluate.py rm wrote about it"
@@ -55,6 +54,10 @@ def main() -> None:
     print(f"{path}: from {calibration.videos} videos")
     for name, mean in calibration.mean.items():
         print(f"{name:>24}  mean {mean:8.4f}  std {calibration.std[name]:8.4f}")
+    print(
+        f"next: rewards.descore.checkpoint={args.checkpoint} "
+        "rewards.descore.options.calibrated=true in a run that scores with it"
+    )
 
 
 def scorer_options(evaluation: Path, checkpoint: Path) -> dict[str, Any]:

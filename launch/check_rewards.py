@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     # The exit code is for scripts.
-    command = read_command(
-        ScoreRun, argv, description=__doc__.splitlines()[0], extend=add_options
-    )
+    command = read_command(ScoreRun, argv, description=__doc__, extend=add_options)
     args = command.args
     sensible = run_checks(command.cfg, args.videos, args.prompts, limit=args.limit)
     sys.exit(0 if sensible else 1)

@@ -22,7 +22,7 @@ from common.cli import check_new_folder, new_folder_parser, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = new_folder_parser(__doc__.splitlines()[0])
+    parser = new_folder_parser(__doc__)
     add = parser.add_argument
     # The checkpoint's parts.
     add("--official", required=True, type=Path, metavar="DIR", help="checkpoint-N")
@@ -106,6 +106,10 @@ def convert_folder(args: argparse.Namespace) -> None:
     # A reward model is only as good as the prompt that it was trained with.
     default = "NOT the official text but this project's default; --prompt takes the official text"
     print(f"prompt: {args.prompt or default}")
+    print(
+        "next: python launch/evaluate.py rm --config configs/wan/evaluate_rm.yaml "
+        f"checkpoint={args.out} pairs=PAIRS.csv"
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from common.cli import check_new_folder, new_folder_parser, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = new_folder_parser(__doc__.splitlines()[0])
+    parser = new_folder_parser(__doc__)
     add = parser.add_argument
     add("kind", choices=("videoreward", "hpsv3"))
     add(
@@ -92,6 +92,9 @@ def convert_folder(args: argparse.Namespace) -> None:
     print(f"sees {rate}{settings.min_pixels} to {settings.max_pixels} pixels each")
     for name, (mean, std) in layout.normal.items():
         print(f"{name}: (x - {mean:g}) / {std:g}")
+    print(
+        f"next: rewards.{args.kind}.checkpoint={args.out} in a run that scores with it"
+    )
 
 
 if __name__ == "__main__":

@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Read the config of the kind and run it.
     schema, evaluate = kinds[kind]
-    description = schema.__doc__.splitlines()[0]
-    command = read_command(schema, words, description=description)
+    command = read_command(schema, words, description=__doc__)
     evaluate(command.cfg, resume=command.resume)
 
 
@@ -66,6 +65,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
     with all_ranks():
         from alignment.prompts import read_prompts
         from common.distributed import derive_seed
+        from common.log import say
         from launch.compose import quiet, say_long_prompts
 
         # The prompts, and the table of everything that a row depends on.
@@ -90,6 +90,10 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
                 say_long_prompts(prompts, cfg.generator)
             score_samples(cfg, rows, table)
         conclude(cfg, table, len(prompts), summarise)
+        folders = f"--base FOLDER --tuned {cfg.out}"
+        if cfg.adapter is None:
+            folders = f"--base {cfg.out} --tuned FOLDER"
+        say(f"next: python launch/report.py {folders} --out report.html")
 
 
 def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
@@ -124,6 +128,8 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
         if missing:
             score_pairs(cfg, pairs, missing, table)
         conclude(cfg, table, len(pairs), summarise_pairs)
+        if not cfg.options.get("calibrated"):
+            say(f"next: python launch/calibrate.py {cfg.checkpoint} {cfg.out}")
 
 
 def evaluate_vbench(cfg: VbenchEvaluation, *, resume: str = "auto") -> None:

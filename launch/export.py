@@ -40,7 +40,7 @@ FORMATS = ("diffusers", "comfyui", "merged")
 
 def main(argv: Sequence[str] | None = None) -> None:
     # Options.
-    parser = new_folder_parser(__doc__.splitlines()[0])
+    parser = new_folder_parser(__doc__)
     add = parser.add_argument
     add(
         "trained",
@@ -126,6 +126,7 @@ def export_folder(args: argparse.Namespace) -> None:
     print(
         f"{args.out}/README.md: base_model {base_model or 'is unknown; give --base-model'}"
     )
+    print(f"next: {args.out}/README.md shows how to load it")
 
 
 def trained_kind(trained: Path) -> str:

@@ -1,6 +1,6 @@
 """Longcat-GRPO: fine-tune a Wan generator against rewards.
 
-    deepspeed --num_accelerators 2 launch/grpo.py --config configs/wan/grpo.yaml \
+    deepspeed --num_accelerators 2 launch/grpo.py --config configs/wan/grpo.yaml \\
         rewards.descore.weight=0.5
 
 torchrun and plain python work too. The run folder gets config.yaml, metrics.jsonl, samples/,

@@ -40,6 +40,7 @@ def run(cfg: PairsRun, *, resume: str) -> None:
 
     quiet()
     from common.cli import exit_with_error
+    from common.log import say
     from launch.evaluation.results_table import all_ranks
 
     # prompts are sampled; a table names files that people compared
@@ -49,6 +50,10 @@ def run(cfg: PairsRun, *, resume: str) -> None:
             make(cfg, resume)
         except ValueError as error:
             exit_with_error(str(error))
+        say(
+            "next: deepspeed launch/dpo.py --config configs/wan/dpo.yaml "
+            f"pairs={cfg.out}"
+        )
 
 
 def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:

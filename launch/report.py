@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cli import user_errors
+from common.cli import command_parser, user_errors
 from common.files import replace_text
 from launch.reporting.data import KINDS, Runs
 from launch.reporting.find_runs import discover
@@ -51,11 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(
-        description=summary,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add(
         "folder",

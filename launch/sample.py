@@ -30,15 +30,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     # Without a kind, the prompts of a file.
     if take_kind(words, ["vbench"]) is None:
-        command = read_command(SampleRun, words, description=__doc__.splitlines()[0])
+        command = read_command(SampleRun, words, description=__doc__)
         sample(command.cfg, resume=command.resume)
         return
     # VBench's schema is read only where it is needed.
     from launch.schemas.vbench import VbenchSampleRun
     from launch.vbench_eval.sample import sample_vbench
 
-    description = VbenchSampleRun.__doc__.splitlines()[0]
-    vbench = read_command(VbenchSampleRun, words, description=description)
+    vbench = read_command(VbenchSampleRun, words, description=__doc__)
     sample_vbench(vbench.cfg, resume=vbench.resume)
 
 
@@ -75,6 +74,10 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
         sample_videos(cfg, wanted, Path(cfg.out), table)
         keep_earlier(table, requests, wanted)
         say(f"{len(wanted)} videos in {cfg.out}")
+        say(
+            "next: python launch/score.py --config configs/wan/score.yaml "
+            f"--prompts {cfg.out}/samples.jsonl --out {cfg.out}/scores.jsonl"
+        )
 
 
 def list_requests(cfg: SampleRun, prompts: Sequence[str]) -> list[SampleRequest]:

@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         add("--prompts", type=Path, required=True, help=".txt, .jsonl or .csv")
         add("--out", type=Path, required=True, help="the .jsonl to write")
 
-    description = __doc__.splitlines()[0]
-    command = read_command(ScoreRun, argv, description=description, extend=extend)
+    command = read_command(ScoreRun, argv, description=__doc__, extend=extend)
     args = command.args
     failed = score(
         command.cfg, args.videos, args.prompts, args.out, resume=command.resume

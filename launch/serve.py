@@ -19,7 +19,7 @@ from launch.schemas.server import LOOPBACK, ServeRun
 
 
 def main() -> None:
-    serve_rewards(read_command(ServeRun, description=__doc__.splitlines()[0]).cfg)
+    serve_rewards(read_command(ServeRun, description=__doc__).cfg)
 
 
 def serve_rewards(cfg: ServeRun) -> None:

@@ -98,8 +98,8 @@ class Generation:
 
     Defaults are those of the official inference code.
 
-    max_new_tokens      a CoT that is longer is generated again with twice as many; if it is
-                        still longer, its video gets no score.
+    max_new_tokens      a CoT that is longer goes on to twice as many; if it is still longer, its
+                        video gets no score.
     temperature         0 is greedy.
     repetition_penalty  divides positive and multiplies negative logits of every token that
                         is already in the sequence.

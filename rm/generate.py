@@ -9,11 +9,11 @@ the full forward over [prompt, video, CoT, <Reward>].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import progress
 from common.distributed import any_rank, seeded_generator
@@ -29,20 +29,25 @@ if TYPE_CHECKING:
 class GeneratedCots:
     """Generated CoTs and the state of the model after them.
 
+    prompt_BL   long, the ids of the prompts, padded on the right.
     token_BL    long, without end-of-turn tokens, padded with the pad id; L is the length of
-                the longest CoT, at least 1.
+                the longest CoT.
     length_B    The number of tokens of each CoT.
     finished_B  bool, True where the CoT ended by itself.
+    cache       Keys and values of K slots.
     mask_BK     bool, True where a cache slot belongs to the sequence.
     position_B  The M-RoPE position of the next token.
+    hidden_BD   The hidden state of the last token that was fed.
     """
 
+    prompt_BL: Tensor
     token_BL: Tensor
     length_B: Tensor
     finished_B: Tensor
     cache: Cache
     mask_BK: Tensor
     position_B: Tensor
+    hidden_BD: Tensor
 
     def ids(self, row: int) -> list[int]:
         """Token ids of a CoT."""
@@ -74,102 +79,143 @@ def generate(
 
     Raises ValueError for a temperature above 0 without seeds, or seeds with temperature 0.
     """
-    if (how.temperature > 0) != (seeds is not None):
-        raise ValueError(
-            "seeds go with a temperature above 0, "
-            f"got temperature={how.temperature} and seeds={seeds}"
-        )
+    prompts = _read_prompts(model, batch.to(model.device), copies)
+    return _write(model, prompts, how, seeds)
 
-    # 1. Read the prompts and copy them, with their cache, for every CoT.
-    batch = batch.to(model.device)
-    cache, *rows = _read_prompts(model, batch, copies)
-    ids_BL, prompt_mask_BL, prompt_position_B, logits_BV = rows
-    size, prompt_length = ids_BL.shape
-    queries = len(model.query_ids)
-    slots = prompt_length + how.max_new_tokens + queries
 
-    # The state of every row.
-    mask_BK = torch.zeros(size, slots, dtype=torch.bool, device=model.device)
-    mask_BK[:, :prompt_length] = prompt_mask_BL
-    token_BL = torch.full((size, how.max_new_tokens), model.pad_id, device=model.device)
-    length_B = torch.zeros(size, dtype=torch.long, device=model.device)
-    alive_B = torch.ones(size, dtype=torch.bool, device=model.device)
-    sampler = _TokenSampler(model, ids_BL, how, seeds)
+@torch.no_grad()
+def extend(
+    model: DeScore,
+    cots: GeneratedCots,
+    rows: Sequence[int],
+    how: Generation,
+    *,
+    seeds: Sequence[int] | None = None,
+) -> GeneratedCots:
+    """Go on with the unfinished CoTs ``rows`` up to ``how.max_new_tokens``, now larger.
 
-    # 2. Choose a token, feed it, until every row has ended.
-    for step in range(how.max_new_tokens):
-        chosen_B = sampler(logits_BV, step)
-        alive_B = alive_B & (chosen_B != model.end_id)
-        any_alive = any_rank(alive_B) if model.sharded else alive_B.any()
-        if not any_alive:
-            break
-        token_BL[:, step] = torch.where(alive_B, chosen_B, model.pad_id)
-        length_B += alive_B
-        slot = prompt_length + step
-        mask_BK[:, slot] = alive_B
-        position_B = prompt_position_B + step + 1
-        hidden_B1D = _feed(
-            model,
-            token_BL[:, step : step + 1],
-            position_B.unsqueeze(1),
-            mask_BK[:, : slot + 1],
-            cache,
-        )
-        progress.tick()
-        if step + 1 < how.max_new_tokens:
-            logits_BV = _logits(model, hidden_B1D[:, 0])
-
-    # 3. Cut everything to what was used; `rewards_from_cache` goes on from here.
-    used = cache.get_seq_length()
-    longest = max(int(length_B.max()), 1)
-    return GeneratedCots(
-        token_BL=token_BL[:, :longest],
-        length_B=length_B,
-        finished_B=~alive_B,
-        cache=cache,
-        mask_BK=mask_BK[:, : used + queries].clone(),
-        position_B=prompt_position_B + 1 + length_B,
+    The result holds these rows only, with the tokens that `generate` writes under this limit.
+    ``seeds`` are the rows' seeds. The cache is cut to the rows, so ``cots`` is used up.
+    """
+    # Memory of the finished rows is free from here on.
+    row_B = torch.tensor(rows, device=model.device)
+    cots.cache.batch_select_indices(row_B)
+    start = replace(
+        cots,
+        prompt_BL=cots.prompt_BL[row_B],
+        token_BL=cots.token_BL[row_B],
+        length_B=cots.length_B[row_B],
+        finished_B=cots.finished_B[row_B],
+        mask_BK=cots.mask_BK[row_B],
+        position_B=cots.position_B[row_B],
+        hidden_BD=cots.hidden_BD[row_B],
     )
+    return _write(model, start, how, seeds)
 
 
 @torch.no_grad()
 def rewards_from_cache(model: DeScore, cots: GeneratedCots) -> Tensor:
     """Compute rewards (B, K) in fp32 by feeding the K query tokens after each CoT.
 
-    One forward of K tokens. It adds K slots to the cache, so call it only once. An unfinished
-    CoT gets a reward too; the caller decides whether it counts.
+    One forward of K tokens, which leaves the cache as it was. An unfinished CoT gets a reward
+    too; the caller decides whether it counts.
     """
     query_K = torch.tensor(model.query_ids, device=model.device)
-    mask_BK = cots.mask_BK.clone()
-    mask_BK[:, -len(query_K) :] = True
     offset_K = torch.arange(len(query_K), device=model.device)
     position_BK = cots.position_B.unsqueeze(1) + offset_K
     token_BK = query_K.expand_as(position_BK)
+    mask_BK = torch.cat([cots.mask_BK, torch.ones_like(token_BK, dtype=torch.bool)], 1)
     hidden_BKD = _feed(model, token_BK, position_BK, mask_BK, cots.cache)
+    cots.cache.crop(-len(query_K))
     return model.reward_from_hidden(hidden_BKD)
 
 
-def _read_prompts(
-    model: DeScore, batch: Batch, copies: int
-) -> tuple[Cache, Tensor, Tensor, Tensor, Tensor]:
-    """Run the prompts through the model once, then repeat everything ``copies`` times.
-
-    Returns the KV cache and by row: the ids, their mask, the M-RoPE position of the last
-    token, and the logits of the next.
-    """
+def _read_prompts(model: DeScore, batch: Batch, copies: int) -> GeneratedCots:
+    """Run the prompts through the model once; ``copies`` CoTs of each, still empty."""
     from transformers import DynamicCache
 
     # A single forward fills the cache.
     cache = DynamicCache(config=model.backbone.config.text_config)
     row_B = torch.arange(len(batch.ids_BL), device=model.device)
     hidden_BLD = model.hidden(batch, past_key_values=cache, use_cache=True)
-    logits_BV = _logits(model, hidden_BLD[row_B, batch.last_B])
+    hidden_BD = hidden_BLD[row_B, batch.last_B]
     # The last prompt token is text, so its three M-RoPE rows are equal.
-    position_B = batch.position_3BL[0, row_B, batch.last_B]
+    position_B = batch.position_3BL[0, row_B, batch.last_B] + 1
+
+    # Every CoT has its copy of everything.
     if copies > 1:
         cache.batch_repeat_interleave(copies)
-    rows = (batch.ids_BL, batch.mask_BL.bool(), position_B, logits_BV)
-    return cache, *(row.repeat_interleave(copies, 0) for row in rows)
+    prompt_BL = batch.ids_BL.repeat_interleave(copies, 0)
+    length_B = torch.zeros_like(prompt_BL[:, 0])
+    return GeneratedCots(
+        prompt_BL=prompt_BL,
+        token_BL=prompt_BL[:, :0],
+        length_B=length_B,
+        finished_B=torch.zeros_like(length_B, dtype=torch.bool),
+        cache=cache,
+        mask_BK=batch.mask_BL.bool().repeat_interleave(copies, 0),
+        position_B=position_B.repeat_interleave(copies, 0),
+        hidden_BD=hidden_BD.repeat_interleave(copies, 0),
+    )
+
+
+def _write(
+    model: DeScore,
+    start: GeneratedCots,
+    how: Generation,
+    seeds: Sequence[int] | None,
+) -> GeneratedCots:
+    """Go on with unfinished CoTs until all have ended or have ``how.max_new_tokens``."""
+    if (how.temperature > 0) != (seeds is not None):
+        raise ValueError(
+            "seeds go with a temperature above 0, "
+            f"got temperature={how.temperature} and seeds={seeds}"
+        )
+
+    # 1. The state of every row, with room for the new tokens.
+    size, written = start.token_BL.shape
+    more = how.max_new_tokens - written
+    token_BL = nn.functional.pad(start.token_BL, (0, more), value=model.pad_id)
+    mask_BK = nn.functional.pad(start.mask_BK, (0, more), value=False)
+    length_B = start.length_B.clone()
+    alive_B = torch.ones(size, dtype=torch.bool, device=model.device)
+    hidden_BD = start.hidden_BD
+    seen_BL = torch.cat([start.prompt_BL, start.token_BL], 1)
+    sampler = _TokenSampler(model, seen_BL, how, seeds)
+
+    # 2. Choose a token, feed it, until every row has ended.
+    used = start.mask_BK.shape[1]
+    for step in range(written, how.max_new_tokens):
+        chosen_B = sampler(_logits(model, hidden_BD), step)
+        alive_B = alive_B & (chosen_B != model.end_id)
+        any_alive = any_rank(alive_B) if model.sharded else alive_B.any()
+        if not any_alive:
+            break
+        token_BL[:, step] = torch.where(alive_B, chosen_B, model.pad_id)
+        length_B += alive_B
+        mask_BK[:, used] = alive_B
+        used += 1
+        position_B = start.position_B + step - written
+        hidden_B1D = _feed(
+            model,
+            token_BL[:, step : step + 1],
+            position_B.unsqueeze(1),
+            mask_BK[:, :used],
+            start.cache,
+        )
+        progress.tick()
+        hidden_BD = hidden_B1D[:, 0]
+
+    # 3. Cut everything to what was used.
+    return replace(
+        start,
+        token_BL=token_BL[:, : int(length_B.max())],
+        length_B=length_B,
+        finished_B=~alive_B,
+        mask_BK=mask_BK[:, :used],
+        position_B=start.position_B + length_B - start.length_B,
+        hidden_BD=hidden_BD,
+    )
 
 
 def _feed(
@@ -196,7 +242,7 @@ class _TokenSampler:
     def __init__(
         self,
         model: DeScore,
-        prompt_BL: Tensor,
+        seen_BL: Tensor,
         how: Generation,
         seeds: Sequence[int] | None,
     ) -> None:
@@ -206,9 +252,9 @@ class _TokenSampler:
         # Tokens that are already in the sequence, for the repetition penalty.
         self.seen_BV: Tensor | None = None
         if how.repetition_penalty != 1.0:
-            shape = (len(prompt_BL), len(self.banned_V))
+            shape = (len(seen_BL), len(self.banned_V))
             self.seen_BV = torch.zeros(shape, dtype=torch.bool, device=model.device)
-            self.seen_BV.scatter_(1, prompt_BL, value=True)
+            self.seen_BV.scatter_(1, seen_BL, value=True)
 
         # One uniform number per token, drawn on the CPU: equal on every kind of machine.
         self.uniform_BS: Tensor | None = None

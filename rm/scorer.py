@@ -24,7 +24,7 @@ from common.renamed_keys import NEW_NAME
 from common.types import Score
 from rm.calibration import Calibration
 from rm.config import CotInTraining, Generation
-from rm.generate import generate, rewards_from_cache
+from rm.generate import GeneratedCots, extend, generate, rewards_from_cache
 from rm.model import DeScore
 from rm.prompt import DIMENSIONS, parse_answer
 from rm.video import PreparedVideo, prepare
@@ -131,9 +131,9 @@ class DeScoreScorer:
         std of the rewards; with several dimensions, "reward.NAME" of each. The texts are the
         CoTs, of several the first.
 
-        A CoT that does not finish within the checkpoint's token limit is written again with
-        twice the limit. If it still does not finish, it does not count; a video without any
-        finished CoT gets NaN.
+        A CoT that does not finish within the checkpoint's token limit goes on to twice the
+        limit. If it still does not finish, it does not count; a video without any finished CoT
+        gets NaN.
 
         Raises VideoError, naming the file, for a file that cannot be read.
         """
@@ -230,7 +230,7 @@ class DeScoreScorer:
     def _cot_rewards(
         self, prompts: Sequence[str], videos: Sequence[PreparedVideo]
     ) -> _CotRewards:
-        """Write N CoTs for every video and compute their rewards; the second try is longer."""
+        """Write N CoTs for every video and compute their rewards."""
         model = self.model
         encoded = []
         for prompt, video in zip(prompts, videos, strict=True):
@@ -243,46 +243,44 @@ class DeScoreScorer:
                 reward_BK.unsqueeze(1), [[""]] * len(prompts), finished_BN
             )
 
-        # Rewards and texts, filled in as CoTs finish.
-        count = self.cots
-        shape = (len(prompts), count, len(model.dimensions))
-        reward_BNK = torch.full(shape, math.nan)
-        finished_BN = torch.zeros(shape[:2], dtype=torch.bool)
-        texts = [[""] * count for _ in prompts]
+        # Write N CoTs for every video.
         how = self._generation()
-        waiting = list(range(len(prompts)))
-        for limit in (how.max_new_tokens, 2 * how.max_new_tokens):
-            # Generate for the videos that still wait.
-            batch = model.batch(
-                [encoded[i] for i in waiting],
-                [videos[i] for i in waiting],
-                query=False,
+        seeds = None
+        if how.temperature > 0:
+            seeds = self._seeds(prompts)
+        batch = model.batch(encoded, videos, query=False)
+        written = generate(model, batch, how, seeds=seeds, copies=self.cots)
+        reward_RK, texts = self._read(written)
+        finished_R = written.finished_B.clone().cpu()
+
+        # Those that the limit cut off go on to twice the limit.
+        rows = (~finished_R).nonzero().squeeze(1).tolist()
+        if rows:
+            longer = extend(
+                model,
+                written,
+                rows,
+                replace(how, max_new_tokens=2 * how.max_new_tokens),
+                seeds=None if seeds is None else [seeds[row] for row in rows],
             )
-            seeds = None
-            if how.temperature > 0:
-                seeds = self._seeds(prompts, waiting)
-            limited = replace(how, max_new_tokens=limit)
-            written = generate(model, batch, limited, seeds=seeds, copies=count)
+            reward_RK[rows], longer_texts = self._read(longer)
+            finished_R[rows] = longer.finished_B.cpu()
+            for row, text in zip(rows, longer_texts, strict=True):
+                texts[row] = text
+        firsts = range(0, len(texts), self.cots)
+        return _CotRewards(
+            reward_RK.unflatten(0, (-1, self.cots)),
+            [texts[first : first + self.cots] for first in firsts],
+            finished_R.view(-1, self.cots),
+        )
 
-            # Rewards, NaN where the CoT did not finish.
-            reward_RK = rewards_from_cache(model, written).float().cpu()
-            reward_WNK = reward_RK.unflatten(0, (-1, count))
-            finished_WN = written.finished_B.cpu().view(-1, count)
-            finished_BN[waiting] = finished_WN
-            is_void_WN1 = ~finished_WN.unsqueeze(-1)
-            reward_BNK[waiting] = reward_WNK.masked_fill(is_void_WN1, math.nan)
-
-            # Texts.
-            for row, i in enumerate(waiting):
-                cots = [written.ids(row * count + n) for n in range(count)]
-                texts[i] = [model.tokenizer.decode(ids) for ids in cots]
-
-            # Equal seeds write equal CoTs: the finished ones of a video come out again.
-            all_finished = finished_WN.all(1).tolist()
-            waiting = [i for row, i in enumerate(waiting) if not all_finished[row]]
-            if not waiting:
-                break
-        return _CotRewards(reward_BNK, texts, finished_BN)
+    def _read(self, written: GeneratedCots) -> tuple[Tensor, list[str]]:
+        """Rewards (R, K) and texts of R CoTs; a CoT that did not finish has reward NaN."""
+        reward_RK = rewards_from_cache(self.model, written).float()
+        reward_RK[~written.finished_B] = math.nan
+        decode = self.model.tokenizer.decode
+        texts = [decode(written.ids(row)) for row in range(len(reward_RK))]
+        return reward_RK.cpu(), texts
 
     def _generation(self) -> Generation:
         """The checkpoint's settings; several CoTs need a temperature."""
@@ -291,11 +289,11 @@ class DeScoreScorer:
             return replace(how, temperature=1.0)
         return how
 
-    def _seeds(self, prompts: Sequence[str], rows: Sequence[int]) -> list[int]:
+    def _seeds(self, prompts: Sequence[str]) -> list[int]:
         """Seeds by prompt, so that no score depends on a place in the batch."""
         seeds = []
-        for row in rows:
-            first = derive_seed("score", prompts[row])
+        for prompt in prompts:
+            first = derive_seed("score", prompt)
             seeds.append(first)
             seeds += [derive_seed(first, n) for n in range(1, self.cots)]
         return seeds

@@ -36,6 +36,7 @@ from rm.video import VideoError, read_video
 from tests.tiny_qwen import SETTINGS, tiny_tokenizer
 
 T = TypeVar("T")
+TOKENIZER = tiny_tokenizer()
 EXAMPLES = settings(
     max_examples=150,
     deadline=None,
@@ -100,10 +101,9 @@ def test_fuzz_cot_answers(text: str) -> None:
 )
 def test_fuzz_prompt_control_tokens(before: str, token: str, after: str) -> None:
     """No control token comes of it, and no word of it is lost."""
-    tokenizer = tiny_tokenizer()
-    ids = encode_text(tokenizer, before + token + after)
-    assert not set(ids) & set(tokenizer.all_special_ids)
-    assert tokenizer.decode(ids) == before + token + after
+    ids = encode_text(TOKENIZER, before + token + after)
+    assert not set(ids) & set(TOKENIZER.all_special_ids)
+    assert TOKENIZER.decode(ids) == before + token + after
 
 
 @EXAMPLES

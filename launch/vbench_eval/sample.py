@@ -70,6 +70,7 @@ def sample_vbench(cfg: VbenchSampleRun, *, resume: str = "auto") -> None:
         known = [request_of(cfg, video, texts[video.prompt]) for video in every_video]
         keep_earlier(table, known, requests)
         say(f"{len(videos)} videos in {folder}")
+        say("next: VBench scores them in its own environment, see docs/vbench.md")
 
 
 def request_of(cfg: VbenchSampleRun, video: SuiteVideo, text: str) -> SampleRequest:

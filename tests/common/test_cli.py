@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import user_errors
-from tests.launch.processes import run
+from common.cli import command_parser, user_errors
+from launch.command import read_command
+from launch.schemas.training import GrpoRun
+from tests.launch.processes import ROOT, run
 
 GRPO = (
     "python",
@@ -26,6 +28,16 @@ def lines(text: str) -> list[str]:
         for line in text.splitlines()
         if line.startswith(("grpo.py", "sample.py", "evaluate.py", "serve.py"))
     ]
+
+
+def test_parser_shows_the_first_line_and_the_first_indented_lines() -> None:
+    doc = "Do it.\n\n    python do.py \\\n        a\n    python do.py b\n\nMore.\n\n    no\n"
+    text = command_parser(doc).format_help()
+    assert "\nDo it.\n" in text
+    assert text.endswith(
+        "examples:\n    python do.py \\\n        a\n    python do.py b\n"
+    )
+    assert "examples" not in command_parser("Do it.").format_help()
 
 
 @pytest.mark.slow
@@ -79,9 +91,16 @@ def test_misfitting_resume_keeps_the_config(tmp_path: Path) -> None:
     ("path", "said"),
     [("", "run_dir must name a folder, got ''"), ("README.md", "is a file")],
 )
-def test_run_dir_that_is_a_file_exits_2(path: str, said: str) -> None:
-    done = run(*GRPO, f"run_dir={path}", expect=2)
-    assert said in lines(done.stderr)[0]
+def test_run_dir_that_is_a_file_exits_2(
+    path: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match="2"):
+        read_command(GrpoRun, [*GRPO[2:], f"run_dir={path}"], description="x")
+    assert said in capsys.readouterr().err
 
 
 def test_only_user_errors_are_reported_without_traceback(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import pytest
 
 from common.config import ConfigError, WandbConfig, dump, load, parse_command_line
-from common.run_record import hide_secrets, is_secret
+from common.run_record import hide_secrets, is_secret, versions
 from common.safe_yaml import YamlError, parse
 from common.schema import config
 
@@ -249,6 +250,19 @@ class TestLoad:
         assert line.startswith("config: seed=-1")
         assert line.endswith("(command line)")
 
+    @pytest.mark.parametrize(
+        ("override", "key"),
+        [
+            ("generator=[1]", "generator"),
+            ("rewards=[1]", "rewards"),
+            ("generator.sampler.names={a: 1}", "generator.sampler.names"),
+        ],
+    )
+    def test_a_list_for_a_section_or_the_reverse_is_named(self, override, key):
+        (error,) = errors_of(None, override)
+        assert error.startswith(f"{key}: ")
+        assert error.endswith("(command line)")
+
     def test_only_null_removes_an_entry(self, tmp_path):
         path = write(tmp_path, "rewards: {motion: {weight: 1}, taste: {weight: 2}}\n")
         assert set(load(RunConfig, path).rewards) == {"descore", "motion", "taste"}
@@ -388,6 +402,17 @@ class TestDump:
         assert record["packages"]["omegaconf"] == omegaconf.__version__
         assert record["python"] == ".".join(map(str, sys.version_info[:3]))
         assert set(record["git"]) == {"commit", "dirty"}
+
+    def test_versions_of_all_packages_that_affect_numbers_are_recorded(self):
+        """Requirements of setup.py; those of this list compute and decode nothing."""
+        harmless = {
+            "huggingface_hub", "pydantic", "pyyaml", "scipy", "psutil", "imageio", "imageio-ffmpeg",
+            "jinja2", "matplotlib", "tqdm", "httpx", "tenacity", "fastapi", "uvicorn", "decord2",
+        }  # fmt: skip
+        text = (ROOT / "setup.py").read_text(encoding="utf-8").partition('"test":')[0]
+        required = set(re.findall(r'"([\w-]+)>=', text))
+        assert "av" in required
+        assert required - harmless <= set(versions())
 
     def test_secrets_reach_no_file(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh123")

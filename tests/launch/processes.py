@@ -70,6 +70,13 @@ def loaded_by_help(program: str, *packages: str) -> tuple[list[str], str]:
     return ast.literal_eval(lines[-1]), "\n".join(lines[:-1])
 
 
+def next_step(printed: str) -> list[str]:
+    """Return the words of the next step, which the last line of a command names."""
+    start, _, command = printed.splitlines()[-1].partition(": ")
+    assert start == "next"
+    return command.split()
+
+
 def deepspeed(
     ranks: int, *words: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:

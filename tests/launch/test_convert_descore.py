@@ -10,12 +10,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from common.config import load
 from launch import convert_descore
+from launch.schemas.evaluation import RewardEvaluation
 from rm.prompt import DEFAULT_TEMPLATE
 from rm.scorer import DeScoreScorer
 from rm.video import prepare
 from tests import official_checkpoint
-from tests.launch.processes import loaded_by_help, run
+from tests.launch.processes import loaded_by_help, next_step, run
 from tests.tiny_qwen import SETTINGS, random_frames
 
 
@@ -104,6 +106,10 @@ def test_safetensors_head_needs_no_flag_and_default_prompt_is_reported(
     )
     printed = capsys.readouterr().out
     assert "NOT" in printed
+    _, program, kind, _, recipe, *overrides = next_step(printed)
+    assert (program, kind) == ("launch/evaluate.py", "rm")
+    run = load(RewardEvaluation, recipe, overrides)
+    assert run.checkpoint == str(tmp_path / "descore")
     model = DeScoreScorer.load(tmp_path / "descore", device="cpu").model
     assert model.template == DEFAULT_TEMPLATE
     with safe_open(tmp_path / "descore/model.safetensors", framework="pt") as tensors:

@@ -23,7 +23,7 @@ from launch.schemas.training import GrpoRun
 from rm.model import DeScore
 from rm.scorer import DeScoreScorer
 from tests.generator.stock import latents, remarks
-from tests.launch.processes import loaded_by_help, run
+from tests.launch.processes import loaded_by_help, next_step, run
 from tests.launch.release.test_hub import SECRET, Hub, online
 from tests.tiny import build_tiny_wan, tiny_config, tiny_generator
 from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
@@ -271,7 +271,9 @@ def test_card_has_settings_and_no_secret_or_path(
             word in file.read_bytes()
             for word in (str(tmp_path).encode(), str(wan).encode(), SECRET.encode())
         )
-    assert HUB_NAME in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert HUB_NAME in printed
+    assert Path(next_step(printed)[0]).is_file()
 
 
 def test_export_without_a_run_needs_base(

@@ -124,6 +124,7 @@ def test_sample_run_defaults() -> None:
     assert (cfg.adapter, cfg.seeds, cfg.scheduler) == (None, 3, "euler")
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_share_prompts_exit_2_with_the_numbers() -> None:
     words = [sys.executable, SCRIPT, "--config", str(CONFIGS[0]), "prompts_per_step=8"]
     done = run(*words, expect=2, WORLD_SIZE="3", RANK="0")
@@ -144,6 +145,7 @@ def test_ranks_that_cannot_share_prompts_exit_2_with_the_numbers() -> None:
     assert "1.50" in done.stderr
 
 
+@pytest.mark.slow
 def test_bad_prompt_file_exits_2_with_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     words = [

@@ -21,6 +21,8 @@ from common.run_record import plain
 from engine.guard import locked_folder
 from generator.adapter_file import ADAPTER_FILE
 from launch import evaluate, pairs, sample
+from launch.evaluation.files import find_items
+from tests.launch.processes import next_step
 from tests.launch.vbench_eval.test_sample import SeedGenerator
 from tests.tiny import build_tiny_wan, tiny_config, tiny_generator
 
@@ -63,6 +65,16 @@ def videos(config: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes() for path in (config.parent / "out").glob("*.mp4")
     }
+
+
+def test_next_step_of_sample_scores_every_video(
+    grey: SeedGenerator, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampled(config)
+    words = next_step(capsys.readouterr().out)
+    assert words[:2] == ["python", "launch/score.py"]
+    items = find_items(None, Path(words[words.index("--prompts") + 1]))
+    assert [item.prompt for item in items] == [p for p in PROMPTS for _ in range(2)]
 
 
 def test_every_video_has_its_name_and_seed(grey: SeedGenerator, config: Path) -> None:

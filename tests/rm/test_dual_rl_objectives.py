@@ -215,5 +215,7 @@ def test_heldout_accuracy_counts_margins_of_the_labels_sign(pairs, monkeypatch) 
     reward_B1 = torch.tensor([3.0, 1.0, 0.0, 0.5, 2.0, -1.0, 4.0, 0.0]).unsqueeze(1)
     monkeypatch.setattr(rm.dual_rl, "rewards_from_cache", lambda *_: reward_B1)
     loop = build(pairs)
+    # The rewards are given, so the CoTs may be short.
+    loop.model.generation = replace(loop.model.generation, max_new_tokens=4)
     metrics = loop.evaluate(pairs)
     assert metrics["heldout/accuracy"] == pytest.approx(3 / 4)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from common.distributed import derive_seed
 from rm.config import Generation
-from rm.generate import _TokenSampler, generate, rewards_from_cache
+from rm.generate import _TokenSampler, extend, generate, rewards_from_cache
 from rm.model import DeScore
 from rm.prompt import Encoded
 from rm.video import prepare
@@ -154,6 +155,43 @@ def test_batch_size_changes_no_row(speaker, encoded, videos, chains):
         alone = generate(speaker, batch, SAMPLED, seeds=[row])
         assert alone.ids(0) == chains.ids(row)
         assert alone.finished_B[0] == chains.finished_B[row]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        SAMPLED,
+        Generation(max_new_tokens=12, temperature=0.0, repetition_penalty=1.0),
+        Generation(max_new_tokens=12, temperature=2.0, repetition_penalty=1.3),
+    ],
+    ids=["sampled", "greedy", "penalty"],
+)
+def test_extend_equals_a_generation_with_the_larger_limit(
+    speaker, encoded, videos, how
+):
+    """Tokens to the bit, rewards to rounding, whichever rows go on and in whichever order."""
+    seeds = list(range(6)) if how.temperature > 0 else None
+    batch = speaker.batch(encoded, videos, query=False)
+    whole = generate(speaker, batch, how, seeds=seeds)
+    rewards = rewards_from_cache(speaker, whole)
+    cut = generate(speaker, batch, replace(how, max_new_tokens=4), seeds=seeds)
+    rows = (~cut.finished_B).nonzero().squeeze(1).tolist()[::-1]
+    assert rows
+    longer = extend(
+        speaker, cut, rows, how, seeds=seeds and [seeds[row] for row in rows]
+    )
+    for n, row in enumerate(rows):
+        assert longer.cot(n) == whole.cot(row)
+    torch.testing.assert_close(
+        rewards_from_cache(speaker, longer), rewards[rows], atol=1e-5, rtol=0
+    )
+
+
+def test_rewards_from_the_cache_may_be_read_twice(speaker, encoded, videos):
+    batch = speaker.batch(encoded, videos, query=False)
+    cots = generate(speaker, batch, SAMPLED, seeds=range(6))
+    first = rewards_from_cache(speaker, cots)
+    assert torch.equal(first, rewards_from_cache(speaker, cots))
 
 
 def test_cot_ends_at_the_end_of_turn(model, chains):

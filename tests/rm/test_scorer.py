@@ -173,8 +173,8 @@ def test_score_only_mode_is_the_masked_sequence(folder, video_BTYXC):
     assert not found.parts
 
 
-def test_unfinished_cots_get_a_second_try_then_nan(scorer, score, video_BTYXC):
-    """With limit n, CoTs of at most 2 n - 1 letters are scored, from n on at the second try."""
+def test_unfinished_cots_go_on_to_twice_the_limit_then_nan(scorer, score, video_BTYXC):
+    """With limit n, CoTs of at most 2 n - 1 letters are scored, from n on after going on."""
     lengths = [len(text) for text in score.texts]  # a letter is a token
     classes = [
         {(n >= limit) + (n >= 2 * limit) for n in lengths} for limit in range(41)
@@ -197,6 +197,30 @@ def test_unfinished_cots_get_a_second_try_then_nan(scorer, score, video_BTYXC):
             )  # what there is of it is kept
 
 
+@pytest.mark.parametrize("cots", [1, 3])
+def test_cots_that_go_on_take_no_step_twice(folder, video_BTYXC, cots):
+    """Limit 3, longest CoT 5 or more: 6 steps, a prompt read once; only unfinished rows go on."""
+    scorer = speaking(folder, cots=cots)
+    scorer.model.generation = replace(WRITING, max_new_tokens=3)
+    fed: list[tuple[int, int]] = []
+    model = scorer.model.backbone.model.language_model
+    model.register_forward_hook(
+        lambda module, args, options, output: fed.append(
+            tuple(output.last_hidden_state.shape[:2])
+        ),
+        with_kwargs=True,
+    )
+    found = scorer.score(video_BTYXC, PROMPTS, fps=4.0)
+    assert {True, False} <= set(found.value_B.isnan().tolist())
+
+    # Prompts, 3 steps and the query of all rows, then 3 steps and the query of those that go on.
+    rows = cots * len(PROMPTS)
+    left = fed[-1][0]
+    assert 0 < left < rows
+    assert fed[0][0] == len(PROMPTS)
+    assert fed[1:] == [(rows, 1)] * 4 + [(left, 1)] * 4
+
+
 def test_several_chains_are_averaged(folder, score, video_BTYXC):
     """Mean and spread are those of N single CoTs; the first is that of a single scoring."""
     many = speaking(folder, cots=3)
@@ -205,7 +229,7 @@ def test_several_chains_are_averaged(folder, score, video_BTYXC):
     rewards = []
     for n in range(3):
         single = speaking(folder)
-        single._seeds = lambda prompts, rows, n=n: many._seeds(prompts, rows)[n::3]
+        single._seeds = lambda prompts, n=n: many._seeds(prompts)[n::3]
         rewards.append(single.score(video_BTYXC, PROMPTS, fps=4.0).value_B)
     reward_BN = torch.stack(rewards, 1)
     torch.testing.assert_close(found.value_B, reward_BN.mean(1), atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""How the scorer writes CoTs: temperature, penalty, second tries, evaluation mode."""
+"""How the scorer writes CoTs: temperature, penalty, unfinished CoTs, evaluation mode."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_repetition_penalty_of_the_checkpoint_is_used(settings) -> None:
     assert first.texts != second.texts
 
 
-def test_only_videos_with_an_unfinished_cot_are_written_again(settings) -> None:
+def test_only_unfinished_cots_go_on(settings, monkeypatch) -> None:
     warm = Generation(max_new_tokens=80, temperature=2.0, repetition_penalty=1.0)
     scorer = scorer_of(warm)
     lengths = [len(text) for text in scorer.score(VIDEOS, PROMPTS[:3], fps=4.0).texts]
@@ -71,9 +71,18 @@ def test_only_videos_with_an_unfinished_cot_are_written_again(settings) -> None:
     # at this limit the longest does not finish at first, all others do
     limit = max(lengths)
     scorer.model.generation = replace(warm, max_new_tokens=limit)
+    extended: list[tuple[int, int]] = []
+    original = rm.scorer.extend
+
+    def note(model, cots, rows, how, **options):
+        extended.append((len(rows), how.max_new_tokens))
+        return original(model, cots, rows, how, **options)
+
+    monkeypatch.setattr(rm.scorer, "extend", note)
     settings.clear()
     score = scorer.score(VIDEOS, PROMPTS[:3], fps=4.0)
-    assert [how.max_new_tokens for how in settings] == [limit, 2 * limit]
+    assert [how.max_new_tokens for how in settings] == [limit]
+    assert extended == [(lengths.count(limit), 2 * limit)]
     assert bool(score.value_B.isfinite().all())
 
 
@@ -84,13 +93,16 @@ def test_overall_score_of_an_unfinished_cot_does_not_count(monkeypatch) -> None:
     )
     answer = f"<answer>{json.dumps({'dimensional_scores': {}, 'overall_score': '4.2'})}</answer>"
     monkeypatch.setattr(scorer.model.tokenizer, "decode", lambda ids: answer)
-    original = rm.scorer.generate
 
-    def unfinished(model, batch, how, **options):
-        written = original(model, batch, how, **options)
-        return replace(written, finished_B=torch.zeros_like(written.finished_B))
+    def unfinished(original):
+        def written(*args, **options):
+            cots = original(*args, **options)
+            return replace(cots, finished_B=torch.zeros_like(cots.finished_B))
 
-    monkeypatch.setattr(rm.scorer, "generate", unfinished)
+        return written
+
+    for name in ("generate", "extend"):
+        monkeypatch.setattr(rm.scorer, name, unfinished(getattr(rm.scorer, name)))
     value_B = scorer.score(VIDEOS, PROMPTS[:3], fps=4.0).value_B
     assert all(math.isnan(value) for value in value_B.tolist())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ import launch.compose
 from common.config import load
 from common.distributed import derive_seed, seeded_generator
 from common.files import read_jsonl
-from launch import evaluate
+from launch import evaluate, report
 from launch.evaluation.intervals import mean_ci95
 from launch.evaluation.results_table import (
     ResultsTable,
     attempt,
     fingerprint,
 )
-from tests.launch.processes import ROOT, refused_early, run, torchrun
+from tests.launch.processes import ROOT, next_step, refused_early, torchrun
 
 SCRIPT = str(ROOT / "launch" / "evaluate.py")
 
@@ -120,6 +119,15 @@ def test_each_prompt_is_sampled_at_its_derived_seed(
         *[None] * 5,
     ]
     assert len(list((config.parent / "eval" / "videos").iterdir())) == 2
+
+
+def test_next_step_of_generator_evaluation_is_a_report_of_it(
+    grey: GreyGenerator, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated(config)
+    words = next_step(capsys.readouterr().out)
+    assert words[:2] == ["python", "launch/report.py"]
+    assert report._parser().parse_args(words[2:]).base == config.parent / "eval"
 
 
 def test_base_and_adapter_use_equal_seeds(
@@ -256,15 +264,17 @@ def test_shipped_evaluation_configs_load(name: str, schema: type) -> None:
         assert load(schema, path).out
 
 
-def test_config_typo_exits_2_with_the_right_key() -> None:
+def test_config_typo_exits_2_with_the_right_key(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     said = refused_early(
         SCRIPT, "generator", "generator.sampler.num_stpes=4", "batch=x"
     )
     assert "generator.sampler.num_steps" in said
     assert "batch:" in said
-    assert (
-        "generator --config" in run(sys.executable, SCRIPT, "genrator", expect=2).stderr
-    )
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["genrator"])
+    assert "generator --config" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -11,13 +11,16 @@ import pytest
 import torch
 from scipy import stats
 
+from common.config import load
 from common.files import read_jsonl
 from common.types import Score
 from common.video_io import write_mp4
 from launch import calibrate, evaluate
 from launch.evaluation import preference as pair_rows
+from launch.schemas.evaluation import ScoreRun
 from rm.data import Pair
 from tests.fakes import decoder_with_a_trap
+from tests.launch.processes import next_step
 
 
 class NamedScorer:
@@ -189,7 +192,15 @@ def test_calibrate_uses_the_rewards_of_an_evaluation(
     judge = tmp_path / "judge"
     words = [f"checkpoint={judge}", f"pairs={pairs}", "batch=6"]
     evaluate.main(["rm", f"out={tmp_path / 'eval'}", *words])
-    calibrated(monkeypatch, judge, tmp_path / "eval")
+    step = next_step(capsys.readouterr().out)
+    assert step == f"python launch/calibrate.py {judge} {tmp_path / 'eval'}".split()
+    calibrated(monkeypatch, *map(Path, step[2:]))
+
+    # Its next step are overrides of a run that scores.
+    overrides = next_step(capsys.readouterr().out)[:2]
+    scoring = load(ScoreRun, "configs/wan/score.yaml", overrides)
+    assert scoring.rewards["descore"].checkpoint == str(judge)
+    assert scoring.rewards["descore"].options["calibrated"] is True
     found = json.loads((judge / "calibration.json").read_text())
     values = [
         2.0,

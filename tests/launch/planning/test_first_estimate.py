@@ -23,6 +23,7 @@ def grpo(monkeypatch: pytest.MonkeyPatch) -> GrpoRun:
     return load(GrpoRun, ROOT / "configs" / "shapes" / "grpo.yaml", words)
 
 
+@pytest.mark.slow
 def test_estimate_is_the_plan_of_the_gpu_and_draws_no_numbers(grpo: GrpoRun) -> None:
     torch.manual_seed(3)
     want = torch.rand(2)

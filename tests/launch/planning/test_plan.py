@@ -13,6 +13,8 @@ import torch
 
 from common.config import load
 from generator.config import GeneratorConfig
+from launch import score
+from launch.command import read_command
 from launch.planning.dry_run import lines_of, missing_inputs, parse_where
 from launch.planning.known_models import closest_qwen3_vl
 from launch.planning.meta_device import LiveMemory, cost_of
@@ -34,6 +36,7 @@ from launch.planning.plan import (
     training_parts,
 )
 from launch.planning.runs import plan_grpo, plan_reward_model
+from launch.schemas.evaluation import ScoreRun
 from launch.schemas.pairs import DpoRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun, SampleRun
 from rm.config import VideoSettings
@@ -107,8 +110,8 @@ def flops_by_hand(
     ("height", "width", "frames", "tokens", "published"),
     [
         (480, 832, 81, 32_760, 283e12),
-        (480, 832, 33, 14_040, 73e12),
-        (240, 416, 33, 3_510, 11.5e12),
+        pytest.param(480, 832, 33, 14_040, 73e12, marks=pytest.mark.slow),
+        pytest.param(240, 416, 33, 3_510, 11.5e12, marks=pytest.mark.slow),
     ],
 )
 def test_wan_tokens_and_flops_match_published_counts(
@@ -123,6 +126,7 @@ def test_wan_tokens_and_flops_match_published_counts(
     assert flops == pytest.approx(published, rel=0.02)
 
 
+@pytest.mark.slow
 def test_wan_14b_flops_match_published_count() -> None:
     """98 TFLOP a forward at 240 x 416 x 33, published count."""
     wan = MetaWan(
@@ -268,7 +272,9 @@ def test_missing_reward_model_takes_the_size_in_its_name() -> None:
 @pytest.mark.parametrize(
     ("schema", "name", "words", "key"),
     [
-        (ColdStartRun, "cold_start", ["base=nope"], "base"),
+        pytest.param(
+            ColdStartRun, "cold_start", ["base=nope"], "base", marks=pytest.mark.slow
+        ),
         pytest.param(
             DualRlRun,
             "dual_rl",
@@ -348,25 +354,32 @@ def test_parse_where() -> None:
         assert ended.value.code == 2
 
 
-@pytest.mark.parametrize("program", ["grpo", "score"])
-def test_unknown_device_exits_before_printing(program: str) -> None:
-    words = [
-        sys.executable,
-        f"launch/{program}.py",
-        "--config",
-        f"configs/shapes/{program}.yaml",
-        "--dry-run",
-        "8xh900",
-    ]
-    done = run(*words, expect=2)
-    assert done.stdout == ""
-    assert "8xh900" in done.stderr
+@pytest.mark.parametrize(("schema", "name"), [(GrpoRun, "grpo"), (ScoreRun, "score")])
+def test_unknown_device_exits_before_printing(
+    schema: type, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", f"{ROOT}/configs/shapes/{name}.yaml", "--dry-run", "8xh900"]
+    with pytest.raises(SystemExit) as ended:
+        read_command(schema, words, description=name)
+    assert ended.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "8xh900" in output.err
 
 
-def test_dry_run_needs_no_required_options() -> None:
-    words = [sys.executable, "launch/score.py", "--config", "configs/shapes/score.yaml"]
-    assert "ScoreRun" in run(*words, "--dry-run").stdout
-    assert "--prompts" in run(*words, expect=2).stderr
+def test_dry_run_needs_no_required_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    words = ["--config", "configs/shapes/score.yaml"]
+    with pytest.raises(SystemExit) as ended:
+        score.main([*words, "--dry-run"])
+    assert ended.value.code == 0
+    assert "ScoreRun" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        score.main(words)
+    assert ended.value.code == 2
+    assert "--prompts" in capsys.readouterr().err
 
 
 @pytest.mark.long

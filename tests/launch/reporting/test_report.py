@@ -7,10 +7,11 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from common.files import read_jsonl
 from common.video_io import write_mp4
@@ -133,10 +134,30 @@ def alignment_run(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _plain_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the time of a page is that of drawing; `whole_page` has real charts."""
+
+    def write_nothing(figure: Figure, file: TextIO, **options: object) -> None:
+        file.write("<svg></svg>")
+
+    monkeypatch.setattr(Figure, "savefig", write_nothing)
+
+
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
-    """A folder as `experiments/demo.py` leaves it."""
-    root = tmp_path / "demo"
+    return make_demo(tmp_path / "demo")
+
+
+@pytest.fixture(scope="module")
+def whole_page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Page]:
+    """A demo folder and its page, with charts and a malicious title."""
+    folder = make_demo(tmp_path_factory.mktemp("report") / "demo")
+    return folder, *rendered(folder, "--title", EVIL)
+
+
+def make_demo(root: Path) -> Path:
+    """Make a folder as `experiments/demo.py` leaves it."""
     evaluation(root / "eval_base", BASE)
     evaluation(root / "eval_tuned", TUNED, adapter="runs/demo/grpo/final")
     alignment_run(root / "grpo")
@@ -191,8 +212,8 @@ def rendered(folder: Path, *words: str) -> tuple[str, Page]:
     return text, Page(text)
 
 
-def test_page_loads_nothing(demo: Path) -> None:
-    text, page = rendered(demo)
+def test_page_loads_nothing(whole_page: tuple[Path, str, Page]) -> None:
+    _, text, page = whole_page
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "iframe", "object", "img", "base"), tag
         for name in ("src", "href", "poster", "action"):
@@ -209,8 +230,8 @@ def test_page_loads_nothing(demo: Path) -> None:
     assert "default-src 'none'" in text
 
 
-def test_nothing_from_a_run_is_markup(demo: Path) -> None:
-    text, page = rendered(demo, "--title", EVIL)
+def test_nothing_from_a_run_is_markup(whole_page: tuple[Path, str, Page]) -> None:
+    _, text, page = whole_page
     assert "<script" not in text
     assert "\x00" not in text
     assert (
@@ -220,8 +241,8 @@ def test_nothing_from_a_run_is_markup(demo: Path) -> None:
     assert "&lt;b&gt;A&lt;/b&gt;" in text
 
 
-def test_videos_are_embedded_and_play(demo: Path) -> None:
-    text, page = rendered(demo)
+def test_videos_are_embedded_and_play(whole_page: tuple[Path, str, Page]) -> None:
+    demo, text, page = whole_page
     videos = [attributes for tag, attributes in page.tags if tag == "video"]
     assert (
         len(videos) == 2 * 2 + 2 * 3 + 2
@@ -236,9 +257,9 @@ def test_videos_are_embedded_and_play(demo: Path) -> None:
     )
 
 
-def test_page_shows_numbers_of_runs(demo: Path) -> None:
+def test_page_shows_numbers_of_runs(whole_page: tuple[Path, str, Page]) -> None:
     """Means 0.4 and 0.65; the differences 0.3, 0.2, 0.1, 0.4 have mean 0.25."""
-    _, page = rendered(demo)
+    demo, _, page = whole_page
     rows = {
         row.name: row
         for row in report_data.compare(

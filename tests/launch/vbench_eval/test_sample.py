@@ -18,7 +18,7 @@ from common.distributed import derive_seed
 from common.files import read_jsonl
 from launch import sample
 from launch.command import take_kind
-from tests.launch.processes import ROOT, run, torchrun
+from tests.launch.processes import ROOT, torchrun
 from tests.launch.vbench_eval.test_suite import write_info
 
 ENTRIES = [
@@ -245,20 +245,19 @@ def test_two_ranks_share_the_videos(grey: SeedGenerator, config: Path) -> None:
     assert contents(config, "one") == two
 
 
-def test_a_mistake_is_exit_2_and_names_the_key(config: Path) -> None:
-    words = ["launch/sample.py", "vbench", "--config", str(config)]
-    done = run(
-        "python",
-        *words,
-        "dimensions=[color,colour]",
-        "flickering=0",
-        "vidoes=3",
-        expect=2,
-    )
-    assert "did you mean 'videos'" in done.stderr
-    done = run("python", *words, "dimensions=[color,colour]", "flickering=0", expect=2)
-    assert "VBench has no 'colour'" in done.stderr
-    assert "flickering" in done.stderr
+def test_a_mistake_is_exit_2_and_names_the_key(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["vbench", "--config", str(config), "flickering=0"]
+    words.append("dimensions=[color,colour]")
+    with pytest.raises(SystemExit, match="2"):
+        sample.main([*words, "vidoes=3"])
+    assert "did you mean 'videos'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        sample.main(words)
+    message = capsys.readouterr().err
+    assert "VBench has no 'colour'" in message
+    assert "flickering" in message
 
 
 @pytest.mark.slow

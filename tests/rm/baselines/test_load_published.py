@@ -26,6 +26,7 @@ from rm.baselines.qwen2_vl import (
 from rm.config import VideoSettings
 from rm.prompt import CONTROL_TOKENS
 from tests import public_checkpoints as public
+from tests.launch.processes import next_step
 from tests.public_checkpoints import NORMAL, VIDEO_TOKENS, Released, resized
 from tests.tiny_qwen import random_frames
 
@@ -456,6 +457,8 @@ def test_command_writes_everything_or_nothing(
     assert "87 tensors" in printed
     assert " 14 linears" in printed
     assert "2.25" in printed
+    override = next_step(printed)[0]
+    assert override == f"rewards.videoreward.checkpoint={out}"
     assert Qwen2VLRewardModel.load(out).layout.outputs == ("VQ", "MQ", "TA")
     with pytest.raises(SystemExit, match="2"):
         convert_reward.main([*words, "--allow-pickle"])
