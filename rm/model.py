@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.files import require_hub_name
-from common.lora import merged_backbone
 from rm.config import (
     BackboneLora,
     Generation,
@@ -36,7 +35,15 @@ from rm.config import (
     VideoSettings,
     one_reward,
 )
-from rm.lora import add_lora
+from rm.lora import (
+    ADAPTER_CONFIG,
+    add_lora,
+    apply_adapter,
+    is_adapter,
+    read_peft_adapter,
+    save_adapter,
+    split_state,
+)
 from rm.prompt import (
     DEFAULT_TEMPLATE,
     IM_END,
@@ -331,8 +338,10 @@ class DeScore(nn.Module):
     ) -> None:
         """Write a checkpoint that `load` reads; nothing else is needed.
 
-        LoRA is merged, so the folder is a stock Qwen3-VL as well. ``state_dict`` replaces this
-        module's weights, for example by weights gathered by ZeRO 3 or fp32 masters.
+        The folder is a stock Qwen3-VL as well. LoRA is merged into an fp32 backbone. A bfloat16
+        backbone would round it away, so there it lies beside the untouched weights (`rm.lora`).
+        ``state_dict`` replaces this module's weights, for example by weights gathered by ZeRO 3
+        or fp32 masters.
         """
         from safetensors.torch import save_file
 
@@ -342,8 +351,14 @@ class DeScore(nn.Module):
 
         # The stock part: backbone, tokenizer, prompt, video settings.
         dtype = self.backbone.get_input_embeddings().weight.dtype
-        merged = merged_backbone(self.backbone, state, dtype)
-        self.backbone.save_pretrained(path, state_dict=merged)
+        weights, adapter = split_state(self.backbone, state)
+        if dtype == torch.float32:
+            for name, pair in adapter.items():
+                weights[name] = weights[name].float() + pair.change()
+            adapter = {}
+        save_adapter(path, adapter)
+        stock = {name: w.detach().to(dtype).cpu() for name, w in weights.items()}
+        self.backbone.save_pretrained(path, state_dict=stock)
         self.tokenizer.save_pretrained(path)
         self.template.save(path / PROMPT_FILE)
         self.settings.save(path / VIDEO_FILE)
@@ -482,7 +497,7 @@ def rope_positions(is_video_BL: Tensor, grid_B3: Tensor, merge_size: int) -> Ten
 def _part_of(name: str, *, with_lora: bool) -> str | None:
     """The learning rate of a parameter; None if it is never trained.
 
-    Those are the vocabulary matrices and, with LoRA, the layers under it.
+    Those are the vocabulary matrices, a checkpoint's adapter and, with LoRA, the layers under it.
     """
     if name == "query":
         return "query"
@@ -492,7 +507,9 @@ def _part_of(name: str, *, with_lora: bool) -> str | None:
         return "merger" if "merger" in name else "vision"
     if "embed_tokens" in name or "lm_head" in name:
         return None
-    return "llm" if ("lora_" in name) == with_lora else None
+    if with_lora:
+        return "llm" if ".lora_" in name else None
+    return None if is_adapter(name) else "llm"
 
 
 def _require_same_patches(settings: VideoSettings, vision_config: Any) -> None:
@@ -520,7 +537,14 @@ def _load_backbone(
     elif not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} is not a model folder: it lacks config.json")
     name = path.as_posix()
-    backbone = Qwen3VLForConditionalGeneration.from_pretrained(name, dtype=dtype)
+    # transformers would put the adapter into peft's layers, where stage 2 puts its own.
+    has_adapter = (path / ADAPTER_CONFIG).is_file()
+    options = {"adapter_kwargs": {"subfolder": "none"}} if has_adapter else {}
+    backbone = Qwen3VLForConditionalGeneration.from_pretrained(
+        name, dtype=dtype, **options
+    )
+    if has_adapter:
+        apply_adapter(backbone, read_peft_adapter(path), path / ADAPTER_CONFIG)
     return backbone, AutoTokenizer.from_pretrained(name)
 
 

@@ -40,15 +40,15 @@ import torch
 from torch import Tensor
 
 from common.files import read_json, weight_files
-from common.lora import LowRank, low_ranks, stock_name
+from common.lora import LowRank, stock_name
 from rm.config import VideoSettings
 from rm.convert.weights import (
     build_model,
-    load_safetensors,
     load_tensor_file,
     merge_lora,
     open_safetensors,
 )
+from rm.lora import ADAPTER_CONFIG, ADAPTER_FILE, MergeLoss, read_peft_adapter
 from rm.model import DeScore
 from rm.prompt import PROMPT_SLOT, PromptTemplate
 
@@ -79,15 +79,6 @@ VOCABULARY_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Settings of peft under which W + (alpha / r) B A would be wrong.
-UNSUPPORTED_LORA = (
-    "use_rslora",
-    "use_dora",
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-)
 
 
 @dataclass(frozen=True)
@@ -96,11 +87,13 @@ class Conversion:
 
     head_from  The file that held the head.
     merged     The number of linears whose LoRA was merged.
+    lost       The share of LoRA's change that rounding took, see `MergeLoss`.
     """
 
     model: DeScore
     head_from: Path
     merged: int
+    lost: float
 
 
 class StoredTensor(NamedTuple):
@@ -171,7 +164,11 @@ def convert_checkpoint(
         )
     query = state[EMBEDDINGS][query_id : query_id + 1].float().clone()
     _pad_rows(state)
-    state = {name: row.to(getattr(torch, dtype)) for name, row in state.items()}
+    exact = state
+    state = {name: row.to(getattr(torch, dtype)) for name, row in exact.items()}
+    loss = MergeLoss()
+    for name, pair in low_rank.items():
+        loss.add(pair.change(), exact[name], state[name])
     config.text_config.vocab_size = len(state[EMBEDDINGS])
 
     # Build the model.
@@ -190,7 +187,7 @@ def convert_checkpoint(
     )
     model = DeScore(backbone, tokenizer, template, settings, query_id)
     model.load_state_dict({"query": query, "head.weight": weight.float()}, strict=False)
-    return Conversion(model.eval(), file, len(low_rank))
+    return Conversion(model.eval(), file, len(low_rank), loss.share)
 
 
 def read_template(path: str | Path) -> PromptTemplate:
@@ -240,36 +237,15 @@ def index_weights(path: Path) -> dict[str, StoredTensor]:
 
 def read_adapter(folder: Path, *, alpha: float | None = None) -> dict[str, LowRank]:
     """Read what LoRA adds to each weight, by stock name; the scaling is alpha / r."""
-    config_file = folder / "adapter_config.json"
-    file = folder / "adapter_model.safetensors"
-    missing = [part.name for part in (config_file, file) if not part.is_file()]
+    files = (ADAPTER_CONFIG, ADAPTER_FILE)
+    missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{folder} lacks {' and '.join(missing)}. Stage 1 saves LoRA apart from the weights; "
             "give --no-lora if there was none or it is merged already"
         )
-    config = read_json(config_file)
-
-    # Another kind of LoRA would be merged wrongly.
-    for key in UNSUPPORTED_LORA:
-        if config.get(key):
-            raise ValueError(
-                f"{config_file}: {key}={config[key]!r} is not the official release's LoRA"
-            )
-    # The official file always says 128; the user may know better.
-    if alpha is None:
-        alpha = config.get("lora_alpha")
-    rank = config.get("r")
-    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(
-            f"{config_file}: lora_alpha={alpha!r} must be a number, r={rank!r} an integer above 0"
-        )
-    return low_ranks(
-        load_safetensors(file),
-        rank=rank,
-        alpha=alpha,
-        source=file,
-    )
+    # The official file always says alpha 128; the user may know better.
+    return read_peft_adapter(folder, alpha=alpha)
 
 
 def _weight_files(path: Path) -> list[Path]:
