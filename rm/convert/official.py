@@ -166,9 +166,7 @@ def convert_checkpoint(
     _pad_rows(state)
     exact = state
     state = {name: row.to(getattr(torch, dtype)) for name, row in exact.items()}
-    loss = MergeLoss()
-    for name, pair in low_rank.items():
-        loss.add(pair.change(), exact[name], state[name])
+    lost = _rounding_loss(low_rank, exact, state)
     config.text_config.vocab_size = len(state[EMBEDDINGS])
 
     # Build the model.
@@ -187,7 +185,19 @@ def convert_checkpoint(
     )
     model = DeScore(backbone, tokenizer, template, settings, query_id)
     model.load_state_dict({"query": query, "head.weight": weight.float()}, strict=False)
-    return Conversion(model.eval(), file, len(low_rank), loss.share)
+    return Conversion(model.eval(), file, len(low_rank), lost)
+
+
+def _rounding_loss(
+    lora: Mapping[str, LowRank],
+    exact: Mapping[str, Tensor],
+    rounded: Mapping[str, Tensor],
+) -> float:
+    """The share of LoRA's change that rounding the merged weights has taken."""
+    loss = MergeLoss()
+    for name, pair in lora.items():
+        loss.add(pair.change(), exact[name], rounded[name])
+    return loss.share
 
 
 def read_template(path: str | Path) -> PromptTemplate:
