@@ -54,13 +54,23 @@ class Finding:
 
 
 def first_ratio(
-    generator: Generator, prompt: str, *, dtype: str, fatal: bool = True
+    generator: Generator,
+    prompt: str,
+    *,
+    dtype: str,
+    fatal: bool = True,
+    group_size: int = 2,
+    seed: int | None = None,
 ) -> Finding:
-    """Check that sampling and training agree on log-probs: before any update every ratio is 1."""
-    # a small rollout, as training makes it
-    (group,) = generator.rollout(
-        [prompt], group_size=2, seeds=[derive_seed(0, "self-check")]
-    )
+    """Check that sampling and training agree on log-probs: before any update every ratio is 1.
+
+    group_size, seed  Those of a group of the run check its own batch: kernels may round otherwise
+                      at another size.
+    """
+    # a rollout, as training makes it
+    if seed is None:
+        seed = derive_seed(0, "self-check")
+    (group,) = generator.rollout([prompt], group_size=group_size, seeds=[seed])
     worst = 0.0
     with torch.no_grad():
         for step in group.steps:

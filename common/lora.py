@@ -1,4 +1,4 @@
-"""LoRA layers: pair the A and B matrices of a file, merge them, switch adapters off."""
+"""LoRA layers: pair the A and B matrices of a file, switch adapters off."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 LORA_NAME = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -143,31 +142,3 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, was_off in zip(layers, before, strict=True):
             layer._disable_adapters = was_off
-
-
-def merged_backbone(
-    backbone: nn.Module,
-    state: Mapping[str, Tensor],
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """Merge LoRA into a backbone's weights: W + scaling B A in fp32, stored in ``dtype``.
-
-    ``state`` has the prefix "backbone."; the result has stock names.
-    """
-    # Everything of the backbone but the LoRA matrices.
-    merged = {}
-    for name, tensor in state.items():
-        if not name.startswith("backbone.") or ".lora_" in name:
-            continue
-        # only a weight has a low-rank change, a bias has none
-        layer, _, kind = name.rpartition(".base_layer.")
-        a_RI = state.get(f"{layer}.lora_A.default.weight")
-        if kind == "weight" and a_RI is not None:
-            b_OR = state[f"{layer}.lora_B.default.weight"]
-            module = backbone.get_submodule(layer.removeprefix("backbone."))
-            pair = LowRank(a_RI, b_OR, module.scaling["default"])
-            tensor = tensor.float() + pair.change()
-        # The name without wrapper.
-        stock = name.removeprefix("backbone.").replace(".base_layer.", ".")
-        merged[stock] = tensor.detach().to(dtype).cpu()
-    return merged

@@ -39,6 +39,7 @@ def group_advantages(
     *,
     scale: AdvantageScale,
     eps: float = 1e-4,
+    correction: int = 0,
 ) -> Tensor:
     """Advantage of every member within its group -> (P, G), the reward's dtype, fp32 at least.
 
@@ -48,11 +49,12 @@ def group_advantages(
         batch      A = (R - mean_group) / (std of all R + eps)     (Flash-GRPO 2605.15980)
 
     The largest std and that of all R go over the rows given here, the groups of all ranks. Mean and
-    population std (ddof 0) go over members with a finite reward; other members get 0. A group with
+    std go over members with a finite reward; other members get 0. ``correction`` is subtracted from
+    their number in a group's std: 0 is the population's std, 1 the sample's. A group with
     fewer than two finite rewards, or without any spread, is exactly 0. Raises ValueError for a
     reward that is not (P, G).
     """
-    centred = _centre(reward_PG)
+    centred = _centre(reward_PG, correction)
     std_P1 = centred.std_P[:, None]
 
     # 1. The divisor of every group.
@@ -195,7 +197,7 @@ class _Centred(NamedTuple):
     std_P: Tensor
 
 
-def _centre(reward_PG: Tensor) -> _Centred:
+def _centre(reward_PG: Tensor, correction: int = 0) -> _Centred:
     """Centre every row over its finite rewards, in fp64: equal rewards have no spread."""
     if reward_PG.dim() != 2:
         raise ValueError(f"reward must be (P, G), got shape {tuple(reward_PG.shape)}")
@@ -212,7 +214,8 @@ def _centre(reward_PG: Tensor) -> _Centred:
     high_P1 = torch.where(finite_PG, reward_PG, -torch.inf).amax(dim=1, keepdim=True)
     usable_PG = finite_PG & (high_P1 > low_P1)
     value_PG = torch.where(usable_PG, reward_PG - mean_P1, 0.0)
-    std_P = (value_PG.square().sum(dim=1) / count_P1.squeeze(1).clamp(min=1)).sqrt()
+    divisor_P = (count_P1.squeeze(1) - correction).clamp(min=1)
+    std_P = (value_PG.square().sum(dim=1) / divisor_P).sqrt()
     return _Centred(value_PG, std_P)
 
 

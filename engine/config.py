@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,38 @@ from common.schema import (
 
 # At 1 an average would never move.
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+# DeepSpeed's names for the dtype that gradients are added up in.
+_FLOAT32 = ("fp32", "float32", "torch.float32", "float")
+_BFLOAT16 = ("bf16", "bfloat16", "torch.bfloat16")
+
+
+def check_grad_accumulation(
+    deepspeed: Mapping[str, Any], *, zero_stage: int, dtype: str
+) -> None:
+    """Raise ValueError for a dtype of accumulated gradients under which training goes wrong.
+
+    dtype  of the trained weights: "float32" or "bfloat16"
+    """
+    key = "deepspeed.data_types.grad_accum_dtype"
+    types = deepspeed.get("data_types") or {}
+    if not isinstance(types, Mapping):
+        raise ValueError(f"deepspeed.data_types must be a mapping, got {types!r}")
+    accumulated = types.get("grad_accum_dtype")
+    if accumulated is None:
+        return
+    if accumulated not in (*_FLOAT32, *_BFLOAT16):
+        raise ValueError(f"{key} must be fp32 or bf16, got {accumulated!r}")
+    if dtype == "bfloat16" and accumulated in _FLOAT32 and zero_stage == 1:
+        raise ValueError(
+            f"{key}={accumulated} with zero_stage 1 and bfloat16 weights: DeepSpeed then adds "
+            "each gradient once for every later backward, which multiplies them; use "
+            "zero_stage=2, where fp32 is the default"
+        )
+    if dtype == "float32" and accumulated in _BFLOAT16:
+        raise ValueError(
+            f"{key}={accumulated} needs bfloat16 weights; the trained weights are float32"
+        )
 
 
 @config
@@ -52,7 +85,8 @@ class TrainingRun:
     run_dir                folder of the run. Started again, a run resumes from it.
     zero_stage             DeepSpeed ZeRO: 0 shards nothing, 1 the optimizer's state, 2 also
                            the gradients, 3 also the trained weights. A checkpoint of any
-                           stage can be resumed with any other.
+                           stage can be resumed with any other. Gradients of bfloat16 weights
+                           are added up in fp32 under 2 and 3, and in bfloat16 under 1.
     deepspeed              keys of DeepSpeed's own JSON; they override the computed ones.
     save_every             steps between checkpoints; the last step is always saved.
     save_minutes           a step is saved too when the last checkpoint is older than this;

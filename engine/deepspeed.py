@@ -53,8 +53,12 @@ def ds_config(
     Raises ValueError for bfloat16 with ZeRO 0: that optimizer takes a step without gradient
     when it is built, so weight decay acts once and Adam's bias correction is off by one.
     Raises it also for an override of gradient_accumulation_steps or of the stage: the caller
-    steps once per ``accumulation`` backwards, and calls its model as the stage needs.
+    steps once per ``accumulation`` backwards, and calls its model as the stage needs. For an
+    override of the dtype of accumulated gradients see `check_grad_accumulation`.
     """
+    from engine.config import check_grad_accumulation
+
+    check_grad_accumulation(overrides or {}, zero_stage=zero_stage, dtype=dtype)
     if dtype == "bfloat16" and zero_stage == 0:
         raise ValueError(
             "bfloat16 parameters need zero_stage >= 1: ZeRO 0 takes a step before the first"
@@ -77,6 +81,10 @@ def ds_config(
         config["zero_optimization"]["sub_group_size"] = 10**12
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
+        # A sum of many small gradients would stop growing in bfloat16. Under ZeRO 1 DeepSpeed
+        # gets the fp32 sum wrong.
+        if zero_stage >= 2:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
 
     config = OmegaConf.to_container(OmegaConf.merge(config, overrides or {}))
     steps = config["gradient_accumulation_steps"]

@@ -3,8 +3,9 @@
     deepspeed launch/cold_start.py --config configs/wan/cold_start.yaml data.train=pairs/train.csv
 
 torchrun and plain python work too. The run folder gets config.yaml, metrics.jsonl,
-checkpoints/ and final/, a folder that `DeScoreScorer.load` and any stock Qwen3-VL loader
-read. Started again, a run resumes from its newest whole checkpoint.
+checkpoints/ and final/, a folder that `DeScoreScorer.load` and transformers' Qwen3-VL read;
+in bfloat16 the trained LoRA lies in it unmerged. Started again, a run resumes from its newest
+whole checkpoint.
 """
 
 from __future__ import annotations

@@ -99,6 +99,8 @@ def convert_folder(args: argparse.Namespace) -> None:
         f"{args.out}: {args.dtype}, LoRA merged into {conversion.merged} linears, "
         f"head from {conversion.head_from}"
     )
+    if conversion.lost:
+        print(f"rounding takes {conversion.lost:.2g} of what LoRA changed")
     print(f"query: id {model.query_id}; <Reward> is removed from the tokenizer")
     print(
         f"video: {settings.fps:g} fps, at most {settings.max_pixels} pixels a {settings.budget}"

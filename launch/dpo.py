@@ -53,7 +53,7 @@ def build_task(run: DpoRun, pairs: PairSet, heldout: PairSet | None) -> Training
     from engine.trainer import StepReport, no_metrics
     from launch.compose import generator_task
     from launch.training.dpo_displacement import DisplacementWatch
-    from launch.training.dpo_loop import batch_arithmetic, build
+    from launch.training.dpo_loop import batch_arithmetic, build, evaluate_average
     from launch.training.dpo_refresh import Refresher
 
     # Build, and tell how large an update is.
@@ -76,7 +76,7 @@ def build_task(run: DpoRun, pairs: PairSet, heldout: PairSet | None) -> Training
         return StepReport(metrics, stop=watch.should_stop(number, metrics))
 
     def evaluate() -> dict[str, float]:
-        return loop.evaluate(heldout, limit=run.heldout_pairs)
+        return evaluate_average(loop, ema, heldout, limit=run.heldout_pairs)
 
     return generator_task(
         run,

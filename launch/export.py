@@ -215,11 +215,11 @@ def export_transformer(trained: Path, out: Path) -> ExportedFiles:
 
 
 def export_descore(trained: Path, out: Path) -> ExportedFiles:
-    """Copy a DeScore, whose LoRA was merged when it was saved."""
+    """Copy a DeScore; an adapter that a bfloat16 training kept apart is merged here."""
     from rm.convert import release
 
     folder = release.inspect(trained)
-    release.copy_release(folder, out)
+    lost = release.copy_release(folder, out)
     video = folder.video
 
     # The card and the console get the same facts.
@@ -229,6 +229,11 @@ def export_descore(trained: Path, out: Path) -> ExportedFiles:
         f"rewards: {', '.join(folder.dimensions)}",
         f"sees {video.fps:g} frames a second, at most {video.max_pixels} pixels a {video.budget}",
     ]
+    if lost:
+        facts.append(
+            f"rounding to {folder.dtype} takes {lost:.2g} of what was merged in; the trained "
+            "folder applies its adapter without loss"
+        )
     return ExportedFiles(
         "descore",
         facts,

@@ -188,7 +188,7 @@ class ColdStartConfig:
 
 @config
 class DualRlConfig:
-    """Stage 2, dual-objective RL. Defaults are DeScore's released run.
+    """Stage 2, dual-objective RL. Defaults are DeScore's released run, but for advantage_std.
 
     pairs_per_step    preference pairs whose CoTs are sampled together, over ALL ranks.
     pairs_per_update  pairs of an optimizer step; pairs_per_step is a multiple.
@@ -198,6 +198,9 @@ class DualRlConfig:
                       mask has (prompt + cots_per_row * CoT)^2 entries, so long CoTs need
                       fewer.
     temperature       of sampling and of the log-probabilities.
+    advantage_std     standard deviation that divides a group's advantages. "population" divides
+                      the squares by group_size, "sample" by group_size - 1 as the release
+                      does: its advantages are smaller, 1 / 1.069 at 8 CoTs.
     kl_weight         of the k3 estimate against the frozen stage-1 model, MEAN over tokens.
     bt_weight         of Bradley-Terry between rollout i of A and rollout i of B, MEAN over
                       decided (pair, rollout).
@@ -211,6 +214,7 @@ class DualRlConfig:
     group_size: Annotated[int, Field(ge=2)] = 8
     cots_per_row: PositiveInt | None = None
     temperature: PositiveFloat = 1.0
+    advantage_std: Literal["population", "sample"] = "population"
     max_new_tokens: PositiveInt = 4_096
     clip_low: NonNegativeFloat = 0.2
     clip_high: NonNegativeFloat = 0.3

@@ -189,7 +189,12 @@ class DualRl:
         # Rule rewards, and advantages relative to the G CoTs of the same video.
         rules = reward_cots(self.model, sampled, self.rules)
         totals = [[rule.total for rule in group] for group in rules]
-        advantage_VG = group_advantages(torch.tensor(totals), scale="group", eps=EPS)
+        advantage_VG = group_advantages(
+            torch.tensor(totals),
+            scale="group",
+            eps=EPS,
+            correction=1 if cfg.advantage_std == "sample" else 0,
+        )
 
         # With several updates per step, the weights move away from those that sampled.
         packed = pack_pairs(self.model, sampled, cfg.cots_per_row).to(device)
@@ -355,8 +360,9 @@ class DualRl:
         """Evaluate held-out pairs with one CoT per video, as the model generates them.
 
         Metrics: preference accuracy, share of correct sub-dimension scores, share of finished
-        CoTs. The ranks share the pairs. The reward is read off the KV cache that the CoT was
-        generated with.
+        CoTs, number of pairs with an unfinished CoT. As in `DeScoreScorer`, an unfinished CoT
+        gives no reward: the margin is NaN, which no label agrees with. The ranks share the
+        pairs. The reward is read off the KV cache that the CoT was generated with.
         """
         self.model.eval()
         results: list[tuple[int, list[float], float, float]] = []
@@ -369,6 +375,7 @@ class DualRl:
             batch = self.model.batch(encoded, videos, query=False)
             written = generate(self.model, batch, self.model.generation)
             reward_BK = rewards_from_cache(self.model, written)
+            reward_BK[~written.finished_B] = math.nan
             for n, row in enumerate(rows):
                 cots = (written.cot(2 * n), written.cot(2 * n + 1))
                 margin_K = reward_BK[2 * n] - reward_BK[2 * n + 1]
@@ -388,4 +395,5 @@ class DualRl:
         )
         metrics["heldout/quality"] = sum(quality_N) / len(pairs)
         metrics["heldout/finished"] = sum(finished_N) / len(pairs)
+        metrics["heldout/unfinished"] = sum(share < 1 for share in finished_N)
         return metrics

@@ -32,7 +32,6 @@ from common.files import (
     model_folder,
     read_json,
 )
-from common.lora import merged_backbone
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 from common.strict_loading import errors_of, load_pretrained, require_finite
 from common.weight_files import load_safetensors
@@ -45,7 +44,15 @@ from rm.config import (
     VideoSettings,
     one_reward,
 )
-from rm.lora import add_lora
+from rm.lora import (
+    ADAPTER_CONFIG,
+    add_lora,
+    apply_adapter,
+    is_adapter,
+    read_peft_adapter,
+    save_adapter,
+    split_state,
+)
 from rm.prompt import (
     DEFAULT_TEMPLATE,
     IM_END,
@@ -342,8 +349,10 @@ class DeScore(nn.Module):
     ) -> None:
         """Write a checkpoint that `load` reads; nothing else is needed.
 
-        LoRA is merged, so the folder is a stock Qwen3-VL as well. ``state_dict`` replaces this
-        module's weights, for example by weights gathered by ZeRO 3 or fp32 masters.
+        The folder is a stock Qwen3-VL as well. LoRA is merged into an fp32 backbone. A bfloat16
+        backbone would round it away, so there it lies beside the untouched weights (`rm.lora`).
+        ``state_dict`` replaces this module's weights, for example by weights gathered by ZeRO 3
+        or fp32 masters.
         """
         from safetensors.torch import save_file
 
@@ -353,8 +362,14 @@ class DeScore(nn.Module):
 
         # The stock part: backbone, tokenizer, prompt, video settings.
         dtype = self.backbone.get_input_embeddings().weight.dtype
-        merged = merged_backbone(self.backbone, state, dtype)
-        self.backbone.save_pretrained(path, state_dict=merged)
+        weights, adapter = split_state(self.backbone, state)
+        if dtype == torch.float32:
+            for name, pair in adapter.items():
+                weights[name] = weights[name].float() + pair.change()
+            adapter = {}
+        save_adapter(path, adapter)
+        stock = {name: w.detach().to(dtype).cpu() for name, w in weights.items()}
+        self.backbone.save_pretrained(path, state_dict=stock)
         self.tokenizer.save_pretrained(path)
         self.template.save(path / PROMPT_FILE)
         self.settings.save(path / VIDEO_FILE)
@@ -516,7 +531,7 @@ def rope_positions(is_video_BL: Tensor, grid_B3: Tensor, merge_size: int) -> Ten
 def _part_of(name: str, *, with_lora: bool) -> str | None:
     """The learning rate of a parameter; None if it is never trained.
 
-    Those are the vocabulary matrices and, with LoRA, the layers under it.
+    Those are the vocabulary matrices, a checkpoint's adapter and, with LoRA, the layers under it.
     """
     if name == "query":
         return "query"
@@ -526,7 +541,9 @@ def _part_of(name: str, *, with_lora: bool) -> str | None:
         return "merger" if "merger" in name else "vision"
     if "embed_tokens" in name or "lm_head" in name:
         return None
-    return "llm" if ("lora_" in name) == with_lora else None
+    if with_lora:
+        return "llm" if ".lora_" in name else None
+    return None if is_adapter(name) else "llm"
 
 
 def _require_same_patches(settings: VideoSettings, vision_config: Any) -> None:
@@ -562,7 +579,16 @@ def _load_backbone(
     from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
     folder = model_folder(path, "config.json", patterns=TRANSFORMERS_PATTERNS)
-    backbone = load_pretrained(Qwen3VLForConditionalGeneration, folder, dtype=dtype)
+    # transformers would put the adapter into peft's layers, where stage 2 puts its own.
+    adapter_file = folder / ADAPTER_CONFIG
+    options = {}
+    if adapter_file.is_file():
+        options = {"adapter_kwargs": {"subfolder": "none"}}
+    backbone = load_pretrained(
+        Qwen3VLForConditionalGeneration, folder, dtype=dtype, **options
+    )
+    if options:
+        apply_adapter(backbone, read_peft_adapter(folder), adapter_file)
     with errors_of(folder, "tokenizer"):
         return backbone, AutoTokenizer.from_pretrained(folder.as_posix())
 

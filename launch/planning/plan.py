@@ -170,8 +170,9 @@ def training_parts(
     """List the memory of a trained model under ZeRO (Rajbhandari et al. 2020, section 5).
 
     The fp32 master, exp_avg and exp_avg_sq take 12 bytes a trained parameter, and 8 in ZeRO 0,
-    whose masters are the weights. Stage 1 splits them over ranks, stage 2 the gradients too, and
-    stage 3 the weights too. A step of the optimizer takes an fp32 gradient and two more copies.
+    whose masters are the weights. Stage 1 splits them over ranks, stage 2 the gradients too, which
+    are fp32 from there on, and stage 3 the weights too. A step of the optimizer takes an fp32
+    gradient and two more copies.
     """
 
     def share(stage: int) -> int:
@@ -180,9 +181,10 @@ def training_parts(
     # In ZeRO 0 the weights are the masters.
     state = (12.0 if zero_stage else 8.0) * sizes.trained
     step = 12.0 * sizes.trained
+    gradients = 4.0 * sizes.trained if zero_stage >= 2 else sizes.trained_bytes
     return [
         Part(f"{name}: weights", sizes.bytes / share(3)),
-        Part(f"{name}: gradients", sizes.trained_bytes / share(2)),
+        Part(f"{name}: gradients", gradients / share(2)),
         Part(f"{name}: optimizer", state / share(1)),
         Part(f"{name}: optimizer's step", step / share(1), temporary=True),
     ]

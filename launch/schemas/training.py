@@ -9,7 +9,7 @@ from pydantic import Field
 
 from alignment.config import GrpoConfig
 from common.schema import Fraction, NonNegativeInt, PositiveInt, config, run_config
-from engine.config import EmaConfig, TrainingRun
+from engine.config import EmaConfig, TrainingRun, check_grad_accumulation
 from generator.config import GeneratorConfig
 from launch.schemas.rewards import TrainingRewards
 from rm.config import (
@@ -145,6 +145,9 @@ class RewardModelRun(TrainingRun):
     def __post_init__(self) -> None:
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError("zero_stage must be at least 1 with dtype bfloat16, got 0")
+        check_grad_accumulation(
+            self.deepspeed, zero_stage=self.zero_stage, dtype=self.dtype
+        )
 
 
 @run_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from alignment.dpo import DpoLoop, backwards_per_update
@@ -13,6 +14,7 @@ from common.schedule import describe_draws
 from launch.compose import build_generator, generator_engine, size_of_training
 
 if TYPE_CHECKING:
+    from engine.ema import Ema
     from generator.config import GeneratorConfig
     from generator.wan import WanGenerator
     from launch.schemas.pairs import DpoRun
@@ -82,6 +84,14 @@ def loop_of(
         seed=run.seed,
         grad_norm=engine.engine.get_global_grad_norm,
     )
+
+
+def evaluate_average(
+    loop: DpoLoop, ema: Ema | None, pairs: PairSet, *, limit: int
+) -> dict[str, float]:
+    """Evaluate the average of the weights where there is one, else the weights."""
+    with nullcontext() if ema is None else ema.swapped_in():
+        return loop.evaluate(pairs, limit=limit)
 
 
 def batch_arithmetic(run: DpoRun, loop: DpoLoop, *, steps: int) -> list[str]:

@@ -85,11 +85,18 @@ def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: str) -> list[Findi
 
     generator = loop.generator
     dtype = run.generator.dtype
+    # The first group of the run's first step, which costs a small part of that step.
+    batch = loop.batch(0)
     return [
         self_checks.same_weights(generator.module),
         self_checks.stock_trajectory(lambda: stock_gap(generator, prompt), dtype=dtype),
         self_checks.first_ratio(
-            generator, prompt, dtype=dtype, fatal=run.generator.guidance_in_update
+            generator,
+            batch.prompts[0],
+            dtype=dtype,
+            fatal=run.generator.guidance_in_update,
+            group_size=loop.ranks.members,
+            seed=batch.seeds[0],
         ),
     ]
 

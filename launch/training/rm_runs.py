@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +112,10 @@ def reward_model_task(
     from engine.trainer import StepReport, TrainingTask, no_metrics
     from launch.planning.first_estimate import expect_step
 
+    def evaluate() -> dict[str, float]:
+        with saved_head(loop.model):
+            return loop.evaluate(heldout)
+
     expect_step(run)
     # Stage 2 follows stage 1, and a comparison with people follows stage 2.
     checkpoint = f"checkpoint={run.run_dir}/final"
@@ -127,9 +133,37 @@ def reward_model_task(
         engine=loop.engine,
         step=lambda number: StepReport(loop.step(number)),
         export=lambda: export_reward_model(loop.model, Path(run.run_dir)),
-        measure_after=(lambda: loop.evaluate(heldout)) if heldout else no_metrics,
+        measure_after=evaluate if heldout else no_metrics,
         measure_every=run.eval_every,
     )
+
+
+@contextmanager
+def saved_head(model: DeScore) -> Iterator[None]:
+    """Run a bfloat16 model with the fp32 head that is saved, so that this head is measured.
+
+    The module's head is a rounding of the optimizer's. All other weights of final/, loaded in
+    bfloat16, are the module's to the bit. All ranks call it.
+    """
+    import torch
+
+    trained = model.head
+    if trained.weight.dtype == torch.float32 or not trained.weight.requires_grad:
+        yield
+        return
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from rm.model import Head
+
+    # A new module: under ZeRO 3 the trained one is gathered and split by hooks.
+    weight_KD = safe_get_full_fp32_param(trained.weight).detach().clone()
+    rewards, width = weight_KD.shape
+    model.head = Head(width, rewards, bias=False, device="meta")
+    model.head.weight = torch.nn.Parameter(weight_KD, requires_grad=False)
+    try:
+        yield
+    finally:
+        model.head = trained
 
 
 def export_reward_model(model: DeScore, run_dir: Path) -> None:

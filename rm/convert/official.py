@@ -40,10 +40,11 @@ import torch
 from torch import Tensor
 
 from common.files import read_json
-from common.lora import LoraScales, LowRank, low_ranks, stock_name
-from common.weight_files import load_safetensors, open_safetensors, weight_files
+from common.lora import LowRank, stock_name
+from common.weight_files import open_safetensors, weight_files
 from rm.config import VideoSettings
 from rm.convert.weights import build_model, load_tensor_file, merge_lora
+from rm.lora import ADAPTER_CONFIG, ADAPTER_FILE, MergeLoss, read_peft_adapter
 from rm.model import DeScore
 from rm.prompt import PROMPT_SLOT, PromptTemplate
 
@@ -74,15 +75,6 @@ VOCABULARY_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Settings of peft under which W + (alpha / r) B A would be wrong.
-UNSUPPORTED_LORA = (
-    "use_rslora",
-    "use_dora",
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-)
 
 
 @dataclass(frozen=True)
@@ -91,11 +83,13 @@ class Conversion:
 
     head_from  The file that held the head.
     merged     The number of linears whose LoRA was merged.
+    lost       The share of LoRA's change that rounding took, see `MergeLoss`.
     """
 
     model: DeScore
     head_from: Path
     merged: int
+    lost: float
 
 
 class StoredTensor(NamedTuple):
@@ -166,7 +160,9 @@ def convert_checkpoint(
         )
     query = state[EMBEDDINGS][query_id : query_id + 1].float().clone()
     _pad_rows(state)
-    state = {name: row.to(getattr(torch, dtype)) for name, row in state.items()}
+    exact = state
+    state = {name: row.to(getattr(torch, dtype)) for name, row in exact.items()}
+    lost = _rounding_loss(low_rank, exact, state)
     config.text_config.vocab_size = len(state[EMBEDDINGS])
 
     # Build the model.
@@ -185,7 +181,19 @@ def convert_checkpoint(
     )
     model = DeScore(backbone, tokenizer, template, settings, query_id)
     model.load_head({"query": query, "head": weight.float()}, file)
-    return Conversion(model.eval(), file, len(low_rank))
+    return Conversion(model.eval(), file, len(low_rank), lost)
+
+
+def _rounding_loss(
+    lora: Mapping[str, LowRank],
+    exact: Mapping[str, Tensor],
+    rounded: Mapping[str, Tensor],
+) -> float:
+    """The share of LoRA's change that rounding the merged weights has taken."""
+    loss = MergeLoss()
+    for name, pair in lora.items():
+        loss.add(pair.change(), exact[name], rounded[name])
+    return loss.share
 
 
 def read_template(path: str | Path) -> PromptTemplate:
@@ -235,35 +243,15 @@ def index_weights(path: Path) -> dict[str, StoredTensor]:
 
 def read_adapter(folder: Path, *, alpha: float | None = None) -> dict[str, LowRank]:
     """Read what LoRA adds to each weight, by stock name; the scaling is alpha / r."""
-    config_file = folder / "adapter_config.json"
-    file = folder / "adapter_model.safetensors"
-    missing = [part.name for part in (config_file, file) if not part.is_file()]
+    files = (ADAPTER_CONFIG, ADAPTER_FILE)
+    missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{folder} lacks {' and '.join(missing)}. Stage 1 saves LoRA apart from the weights; "
             "give --no-lora if there was none or it is merged already"
         )
-    config = read_json(config_file)
-
-    # Another kind of LoRA would be merged wrongly.
-    for key in UNSUPPORTED_LORA:
-        if config.get(key):
-            raise ValueError(
-                f"{config_file}: {key}={config[key]!r} is not the official release's LoRA"
-            )
-    # The official file always says 128; the user may know better.
-    if alpha is None:
-        alpha = config.get("lora_alpha")
-    rank = config.get("r")
-    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(
-            f"{config_file}: lora_alpha={alpha!r} must be a number, r={rank!r} an integer above 0"
-        )
-    return low_ranks(
-        load_safetensors(file),
-        LoraScales(rank, alpha),
-        source=file,
-    )
+    # The official file always says alpha 128; the user may know better.
+    return read_peft_adapter(folder, alpha=alpha)
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -1,8 +1,8 @@
 """Check a trained DeScore against the stock Qwen3-VL, name by name, and copy it for others to load.
 
-`DeScore.save` has merged LoRA and written the query and the head into a separate file, so the
-folder is a stock Qwen3-VL already. Nothing is computed here: the copy has the same rewards to the
-last bit.
+`DeScore.save` has written the query and the head into a separate file. A folder without an
+adapter is a stock Qwen3-VL already, and its copy has the same rewards to the last bit. An adapter
+is merged in fp32 and stored in the weights' dtype; `copy_release` returns what rounding takes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import read_json
-from common.state_dicts import shapes_in
+from common.lora import LowRank, stock_name
+from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 from common.weight_files import load_safetensors, open_safetensors
 from rm.calibration import CALIBRATION_FILE
 from rm.config import VideoSettings
@@ -28,6 +29,7 @@ from rm.convert.official import (
     read_qwen3_config,
 )
 from rm.convert.weights import require_weights
+from rm.lora import ADAPTER_CONFIG, MergeLoss, read_peft_adapter
 from rm.model import DESCORE_FILE, HEAD_FILE, PROMPT_FILE, VIDEO_FILE, DeScore
 
 REQUIRED_FILES = (DESCORE_FILE, HEAD_FILE, PROMPT_FILE, VIDEO_FILE, "config.json")
@@ -51,6 +53,7 @@ class RewardModelFolder:
     dtype       The backbone's dtype, as config.json gives it.
     query_id    The first query token's id.
     dimensions  The rewards' names, in the order of their query tokens.
+    adapter     What a bfloat16 training adds to each weight; empty without.
     """
 
     path: Path
@@ -60,6 +63,7 @@ class RewardModelFolder:
     query_id: int
     dimensions: tuple[str, ...]
     video: VideoSettings
+    adapter: Mapping[str, LowRank]
 
 
 def inspect(path: str | Path) -> RewardModelFolder:
@@ -79,7 +83,17 @@ def inspect(path: str | Path) -> RewardModelFolder:
     # The backbone must be the stock model.
     index = index_weights(path)
     config = read_qwen3_config(path)
-    require_weights(_shapes(index), Qwen3VLForConditionalGeneration, config, path)
+    found = _shapes(index)
+    require_weights(found, Qwen3VLForConditionalGeneration, config, path)
+
+    # Every layer of the adapter must be in it.
+    adapter = {}
+    if (path / ADAPTER_CONFIG).is_file():
+        adapter = read_peft_adapter(path)
+        changed = {name: pair.shape for name, pair in adapter.items()}
+        wanted = {name: shape for name, shape in found.items() if name in changed}
+        problems = state_dict_problems(changed, wanted)
+        raise_problems(problems, f"{path / ADAPTER_CONFIG} does not fit the weights")
 
     # The query and the head have a row for each reward.
     dimensions = DeScore.dimensions_in(path)
@@ -100,15 +114,25 @@ def inspect(path: str | Path) -> RewardModelFolder:
         query_id=record["query_id"],
         dimensions=tuple(dimensions),
         video=VideoSettings.load(path / VIDEO_FILE),
+        adapter=adapter,
     )
 
 
-def copy_release(folder: RewardModelFolder, out: Path) -> None:
-    """Copy the reward model's files into ``out``, and nothing else that lies in its folder."""
+def copy_release(folder: RewardModelFolder, out: Path) -> float:
+    """Copy the reward model's files into ``out``, and nothing else that lies in its folder.
+
+    Merges the adapter, and returns the share of it that rounding took, see `MergeLoss`.
+    """
     # Other files, such as the optimizer's, stay where they are.
     out.mkdir(parents=True, exist_ok=True)
-    files = [folder.path / name for name in (*REQUIRED_FILES, *OPTIONAL_FILES)]
-    for file in (*folder.weights, *files):
+    loss = MergeLoss()
+    for file in folder.weights:
+        if folder.adapter:
+            _write_merged(file, out / file.name, folder.adapter, loss)
+        else:
+            shutil.copyfile(file, out / file.name)
+    for name in (*REQUIRED_FILES, *OPTIONAL_FILES):
+        file = folder.path / name
         if not file.is_file():
             continue
         # Keep the paths of this machine out of what is published.
@@ -119,6 +143,21 @@ def copy_release(folder: RewardModelFolder, out: Path) -> None:
             (out / file.name).write_text(text, encoding="utf-8")
         else:
             shutil.copyfile(file, out / file.name)
+    return loss.share
+
+
+def _write_merged(
+    file: Path, out: Path, adapter: Mapping[str, LowRank], loss: MergeLoss
+) -> None:
+    """Write a file of weights with the adapter merged into those that it changes."""
+    from safetensors.torch import save_file
+
+    tensors = load_safetensors(file)
+    for key, tensor in tensors.items():
+        pair = adapter.get(stock_name(key))
+        if pair is not None:
+            tensors[key] = loss.merge(tensor, pair)
+    save_file(tensors, out, metadata={"format": "pt"})
 
 
 def _shapes(index: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:

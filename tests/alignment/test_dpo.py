@@ -15,6 +15,9 @@ from alignment.config import DpoConfig
 from alignment.dpo import DpoLoop, backwards_per_update, draw_sigma, steps_of, summarise
 from alignment.pair_store import LatentPair, PairSet, write_pairs
 from common.distributed import seeded_generator
+from engine.config import EmaConfig
+from engine.ema import Ema
+from launch.training.dpo_loop import evaluate_average
 from tests.fakes import SHAPE, FakeGenerator, PlainEngine
 
 PAIRS = 8
@@ -71,6 +74,35 @@ def test_first_dpo_loss_is_log_2(pairs: PairSet, schedule: str) -> None:
     assert metrics["train/accuracy"] == 0.5
     assert metrics["train/chosen_change"] == metrics["train/rejected_change"] == 0.0
     assert metrics["train/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_average_is_evaluated_and_the_weights_come_back(
+    pairs: PairSet, dtype: torch.dtype
+) -> None:
+    """d_1 = 2 / 11: after an update the average is 2 / 11 of the first weights."""
+    loop = loop_of(pairs, dtype=dtype)
+    module = loop.generator.module
+    weights = dict(module.named_parameters())
+    first = {name: p.detach().clone().float() for name, p in weights.items()}
+    ema = Ema(EmaConfig(decay=0.9), module)
+    loop.step(0)
+    ema.update()
+    last = {name: p.detach().clone() for name, p in weights.items()}
+
+    found = evaluate_average(loop, ema, pairs, limit=PAIRS)
+    for name, parameter in weights.items():
+        assert torch.equal(parameter, last[name]), name
+    of_last = evaluate_average(loop, None, pairs, limit=PAIRS)
+    assert of_last == loop.evaluate(pairs, limit=PAIRS)
+
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            average = 2 / 11 * first[name] + 9 / 11 * last[name].float()
+            parameter.copy_(average)
+    by_hand = loop.evaluate(pairs, limit=PAIRS)
+    assert found == pytest.approx(by_hand, rel=1e-5 if dtype == torch.float32 else 1e-2)
+    assert abs(found["heldout/loss"] - of_last["heldout/loss"]) > 1e-4
 
 
 def test_chosen_error_falls_and_rejected_error_rises(pairs: PairSet) -> None:

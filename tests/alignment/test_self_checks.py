@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,34 @@ def test_first_ratio_check_detects_another_velocity() -> None:
     found = self_checks.first_ratio(fake, "a", dtype="float32")
     assert not found.ok
     assert "guidance_in_update" in found.message
+
+
+def test_first_ratio_check_replays_the_group_of_a_run() -> None:
+    """A velocity that depends on the size of the batch is found at that size only."""
+    fake = FakeGenerator()
+    asked = []
+    rollout = fake.rollout
+
+    def noted(prompts: Sequence[str], **how: object) -> object:
+        asked.append((prompts, how["group_size"], how["seeds"]))
+        return rollout(prompts, **how)
+
+    fake.rollout = noted
+    found = self_checks.first_ratio(fake, "a", dtype="float32", group_size=5, seed=7)
+    assert found.ok
+    assert asked == [(["a"], 5, [7])]
+
+    plain = fake.transition
+
+    def sized(prompt: str, step: object) -> object:
+        law = plain(prompt, step)
+        if len(step.next_GCFHW) == 5:
+            law = replace(law, mean=law.mean + 0.1)
+        return law
+
+    fake.transition = sized
+    assert self_checks.first_ratio(fake, "a", dtype="float32").ok
+    assert not self_checks.first_ratio(fake, "a", dtype="float32", group_size=5).ok
 
 
 class Shifted:

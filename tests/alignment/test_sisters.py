@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from alignment.config import GrpoConfig
 from alignment.grpo_losses import step_weights, weights_of_steps
@@ -18,6 +21,22 @@ from tests.fakes import FakeGenerator, FunctionReward, redness
 RED = {"red": FunctionReward("red", redness)}
 FLOW_GRPO = {"stochastic": "all", "stochastic_range": 8, "initial_noise": "member"}
 FLASH = [7.4770, 7.0414, 6.6112, 6.1867, 5.7682, 5.3559, 4.9502, 4.5513, 4.1596, 3.7754]
+
+
+@pytest.mark.parametrize("sister", ["flow_grpo", "mixgrpo"])
+def test_ceiling_of_a_sister_binds_at_the_first_step_only(sister: str) -> None:
+    """The papers have s = 0.7 sqrt(sigma / (1 - sigma)), infinite where sigma is 1."""
+    root = Path(__file__).parents[2] / "configs"
+    files = (root / "wan" / "grpo.yaml", root / "sisters" / f"{sister}.yaml")
+    sampler = OmegaConf.merge(*map(OmegaConf.load, files)).generator.sampler
+    kernel = Kernel("sde", sampler.noise_level, sampler.max_std)
+    grid = sigma_grid(sampler.num_steps, shift=sampler.shift).tolist()
+    for sigma, after in pairwise(grid[1:]):
+        paper = 0.7 * math.sqrt(sigma / (1 - sigma))
+        assert kernel.sde_noise(sigma, after) == pytest.approx(paper), sigma
+    # the first step: close to the release's, which takes the second sigma there
+    std = kernel.sde_noise(1.0, grid[1]) * math.sqrt(1 - grid[1])
+    assert std == pytest.approx(0.7 * math.sqrt(grid[1]), rel=0.1)
 
 
 def test_unit_weights_equal_flash_grpos_published_table() -> None:

@@ -283,3 +283,14 @@ def test_the_spread_of_the_batch_by_hand() -> None:
         [[1.0, 3.0, math.nan], [10.0, 14.0, math.nan]], dtype=torch.float64
     )
     assert group_advantages(unjudged, scale="batch", eps=0.0)[:, :2].equal(found)
+
+
+def test_group_advantages_with_correction_divide_by_the_sample_std() -> None:
+    """Rewards 0, 0, 3 and one missing: mean 1, squares 6, over 3 - 1 members: std sqrt(3)."""
+    reward = torch.tensor([[0.0, 0.0, 3.0, math.nan], [5.0, math.nan, math.nan, 4.0]])
+    found = group_advantages(reward, scale="group", eps=0.0, correction=1)
+    root = 3**0.5
+    assert found[0].tolist() == pytest.approx([-1 / root, -1 / root, 2 / root, 0.0])
+    # 5 and 4: mean 4.5, squares 0.5, over 1 member
+    half = 0.5 / 0.5**0.5
+    assert found[1].tolist() == pytest.approx([half, 0.0, 0.0, -half])

@@ -26,6 +26,8 @@ NOT_FINITE = [
     (2, torch.float32),
     (3, torch.float32),
     (1, torch.bfloat16),
+    (2, torch.bfloat16),
+    (3, torch.bfloat16),
 ]
 OPTIMIZER = OptimizerConfig(
     lr=1e-2, weight_decay=0.1, max_grad_norm=0.0, warmup_steps=3
@@ -201,6 +203,7 @@ def main() -> None:
         "3 to 1": (3, 1, float32),
     }
     cases |= {"1 bf16": (1, 1, bfloat16), "3 bf16": (3, 3, bfloat16)}
+    cases |= {"2 bf16": (2, 2, bfloat16), "2 to 3 bf16": (2, 3, bfloat16)}
     results = {}
     for name, (stage, later, dtype) in cases.items():
         folder = root / name.replace(" ", "-")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from common.video_io import write_mp4
-from rm.config import Generation
+from rm.config import BackboneLora, Generation, LearningRates
 from rm.model import DeScore
 from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
 
@@ -54,3 +54,17 @@ def write_reward_model(folder: Path) -> None:
         # the end of the turn is likely in some states: CoTs of every length, 1 to 6 tokens
         torch.nn.init.normal_(model.backbone.lm_head.weight.data[model.end_id], std=1.5)
         model.save(folder)
+
+
+@torch.no_grad()
+def write_bf16_reward_model(folder: Path) -> None:
+    """Write what a bfloat16 stage 1 leaves: the reward model above with an adapter apart."""
+    write_reward_model(folder)
+    model = DeScore.load(folder, dtype=torch.bfloat16)
+    lora = BackboneLora(rank=4, alpha=8.0, dropout=0.0)
+    model.param_groups(LearningRates(), lora=lora, weight_decay=0.0)
+    draw = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+    model.save(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,11 @@ from common.checkpoint import load_tensors
 from common.log import read_metrics
 from rm.model import DeScore
 from rm.scorer import DeScoreScorer
-from tests.launch.dual_rl_runs import write_pairs_table, write_reward_model
+from tests.launch.dual_rl_runs import (
+    write_bf16_reward_model,
+    write_pairs_table,
+    write_reward_model,
+)
 from tests.launch.processes import ZERO_3, deepspeed, run
 
 
@@ -175,6 +180,59 @@ def test_updates_below_bfloat16_resolution_are_exported(folder: Path) -> None:
     assert torch.equal(
         after.bfloat16().float(), start
     )  # in bfloat16 they would all have rounded to nothing
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero", [("zero_stage=2",), ZERO_3])
+def test_stage_2_in_bf16_starts_from_stage_1_with_its_adapter(
+    tmp_path: Path, zero: Sequence[str]
+) -> None:
+    """Full training on two ranks, next to a frozen copy that has the adapter too."""
+    write_pairs_table(tmp_path)
+    write_bf16_reward_model(tmp_path / "judge")
+    words = [
+        "launch/dual_rl.py",
+        "--config",
+        "configs/shapes/dual_rl.yaml",
+        f"run_dir={tmp_path / 'run'}",
+        f"checkpoint={tmp_path / 'judge'}",
+        f"data.train={tmp_path / 'pairs.csv'}",
+        f"data.heldout={tmp_path / 'pairs.csv'}",
+        "dual_rl.steps=2",
+        "dual_rl.pairs_per_step=4",
+        "dual_rl.pairs_per_update=4",
+        "dual_rl.micro_batch=1",
+        "dual_rl.group_size=3",
+        "dual_rl.max_new_tokens=6",
+        "dual_rl.kl_weight=0.1",
+        "rules.length=1",
+        "rules.length_low=0",
+        "rules.length_high=6",
+        "dtype=bfloat16",
+        "lora=null",
+        "lr.llm=1e-3",
+        *zero,
+    ]
+    deepspeed(2, *words)
+    rows = metrics(tmp_path / "run")
+    # before the first update the policy is the reference to the bit
+    assert rows[0]["train/kl"] == 0.0
+    assert rows[1]["train/kl"] > 0.0
+    stored = {
+        name: load_tensors(tmp_path / name / "adapter_model.safetensors")
+        for name in ("judge", "run/final")
+    }
+    assert stored["judge"].keys() == stored["run/final"].keys()
+    for name, tensor in stored["judge"].items():
+        assert torch.equal(stored["run/final"][name], tensor), name
+    before, after = (
+        DeScore.load(tmp_path / name, dtype=torch.bfloat16).backbone
+        for name in ("judge", "run/final")
+    )
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    assert not torch.equal(
+        before.get_submodule(name).weight, after.get_submodule(name).weight
+    )
 
 
 @pytest.mark.slow

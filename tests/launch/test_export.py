@@ -20,13 +20,21 @@ from engine.config import OptimizerConfig
 from generator.wan import WanGenerator
 from launch import export
 from launch.schemas.training import GrpoRun
+from rm.config import BackboneLora, LearningRates
 from rm.model import DeScore
 from rm.scorer import DeScoreScorer
 from tests.generator.stock import latents, remarks
 from tests.launch.processes import loaded_by_help, next_step, run
 from tests.launch.release.test_hub import SECRET, Hub, online
 from tests.tiny import build_tiny_wan, tiny_config, tiny_generator
-from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, tiny_qwen, tiny_tokenizer
+from tests.tiny_qwen import (
+    SETTINGS,
+    TEMPLATE,
+    random_frames,
+    save_tiny_qwen,
+    tiny_qwen,
+    tiny_tokenizer,
+)
 
 ORACLE = "toy/oracle.py:ShapesOracle"
 PROMPTS, SEEDS = ["rain", "a red circle"], [3, 4]
@@ -227,6 +235,27 @@ def test_export_descore_keeps_rewards(
         assert words in ended(
             capsys, 2, str(tmp_path / "stage2/final"), *options, "--out", "x"
         )
+
+
+def test_export_of_a_bf16_descore_prints_what_the_merge_loses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_tiny_qwen(tmp_path / "base")
+    model = DeScore.from_base(
+        base, template=TEMPLATE, settings=SETTINGS, dtype=torch.bfloat16
+    )
+    lora = BackboneLora(rank=4, alpha=8.0)
+    model.param_groups(LearningRates(), lora=lora, weight_decay=0.0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=7.4e-5)
+    model.save(tmp_path / "stage1/final")
+    out = exported(tmp_path, trained="stage1/final")
+    printed = re.search(
+        r"rounding to bfloat16 takes (\d\.\d+) of", capsys.readouterr().out
+    )
+    assert 0.5 < float(printed[1]) < 2.0
+    assert not list(out.glob("adapter_*"))
 
 
 def test_card_has_settings_and_no_secret_or_path(

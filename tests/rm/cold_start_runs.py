@@ -15,11 +15,14 @@ from pathlib import Path
 import torch
 
 from common import distributed
+from common.checkpoint import save_tensors
 from common.config import load
 from common.video_io import write_mp4
 from launch.cold_start import build_task, read_pairs_to_train
 from launch.command import train
 from launch.schemas.training import ColdStartRun
+from rm import cold_start
+from rm.metrics import heldout_metrics
 from tests.launch.processes import ZERO_3
 from tests.tiny_qwen import SETTINGS, TEMPLATE, random_frames, save_tiny_qwen
 
@@ -46,6 +49,17 @@ def write_data(folder: Path) -> None:
             )
 
 
+def record_margins(folder: Path) -> None:
+    """Write the held-out margins of every evaluation; the last one stays."""
+
+    def recorded(model, margin_NK: torch.Tensor, pairs, **options):
+        if distributed.is_main():
+            save_tensors(folder / "margins.safetensors", {"margin_NK": margin_NK})
+        return heldout_metrics(model, margin_NK, pairs, **options)
+
+    cold_start.heldout_metrics = recorded
+
+
 def run(folder: Path, name: str, *more: str, epochs: int) -> None:
     overrides = [
         f"run_dir={folder / name}",
@@ -66,6 +80,8 @@ def run(folder: Path, name: str, *more: str, epochs: int) -> None:
         *more,
     ]
     run = load(ColdStartRun, None, overrides)
+    (folder / name).mkdir(exist_ok=True)
+    record_margins(folder / name)
     train(run, read_pairs_to_train, build_task, resume="auto")
 
 

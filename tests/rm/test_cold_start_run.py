@@ -12,6 +12,9 @@ import torch
 
 from common.checkpoint import load_tensors
 from common.log import read_metrics
+from rm.cold_start import ColdStart
+from rm.config import ColdStartConfig
+from rm.data import read_pairs
 from rm.model import DeScore
 from rm.scorer import DeScoreScorer
 from tests.launch.processes import deepspeed
@@ -134,3 +137,35 @@ def test_exported_reward_model_has_the_fp32_weights(folder):
     )  # a bfloat16 run keeps more than bfloat16
     untrained = DeScore.from_base(folder / "base")
     assert not torch.equal(untrained.head.weight, scorer.model.head.weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["whole", "one"])
+def test_last_evaluation_is_of_the_exported_folder(folder, name):
+    """A bfloat16 run with LoRA, and a float32 run whose LoRA is merged."""
+    dtype = torch.float32 if name == "one" else torch.bfloat16
+    model = DeScore.load(folder / name / "final", dtype=dtype)
+    pairs = read_pairs(folder / "pairs.csv").pairs[:3]
+    loop = ColdStart(
+        ColdStartConfig(), model, engine=None, pairs=pairs, schedule=None, seed=0
+    )
+    margins = []
+    for pair in pairs:
+        with torch.no_grad():
+            reward_12K = loop.rewards([pair], [(pair.cot_A, pair.cot_B)])
+        margins.append(reward_12K[0, 0] - reward_12K[0, 1])
+    measured = load_tensors(folder / name / "margins.safetensors")["margin_NK"][:3]
+    if name == "one":
+        # merged and apart differ by fp32 rounding
+        torch.testing.assert_close(torch.stack(margins), measured, atol=1e-5, rtol=0)
+    else:
+        assert torch.equal(torch.stack(margins), measured)
+        stored = load_tensors(folder / name / "final" / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+        trained = load_tensors(
+            folder / name / "checkpoints" / "step-000004" / "engine.safetensors"
+        )
+        key = "model.language_model.layers.0.mlp.up_proj.lora_B"
+        master = trained[f"weight.backbone.{key}.default.weight"]
+        assert torch.equal(stored[f"base_model.model.{key}.weight"], master)
+        assert float(master.abs().max()) > 0

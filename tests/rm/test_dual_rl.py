@@ -15,9 +15,11 @@ from common.lora import adapters_off
 from rm.config import BackboneLora, DualRlConfig, Generation, LearningRates
 from rm.data import Pair, PairSchedule
 from rm.dual_rl import DualRl
+from rm.metrics import heldout_metrics
 from rm.model import DeScore
 from rm.packed import packed_forward
 from rm.prompt import Encoded
+from rm.scorer import DeScoreScorer
 from rm.text_rewards import RuleReward, RuleRewardConfig
 from rm.video import prepare
 from tests.rm.test_cold_start import PlainEngine
@@ -114,6 +116,27 @@ def test_defect_1_every_sequence_gets_its_own_reward(pairs, monkeypatch) -> None
                 rollouts.advantage_VG[2 * n + side], expected, rtol=0, atol=1e-5
             )
             assert expected.abs().max() > 0.1  # otherwise nothing was compared
+
+
+def test_advantages_of_8_cots_are_divided_by_the_chosen_std(pairs, monkeypatch) -> None:
+    """One CoT of eight gets 8, the others 0.
+
+    The mean is 1, the squares are 7 * 1 + 49 = 56: std sqrt(56 / 8) of the population,
+    sqrt(56 / 7) of the sample. The release takes the latter: 1.069 times less.
+    """
+    rewards = iter([8.0, 0, 0, 0, 0, 0, 0, 0] * 4)
+
+    def listed(text: str, truth, *, tokens: int, how) -> RuleReward:
+        return RuleReward(next(rewards), 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(rm.cot_rollout, "rule_reward", listed)
+    found = {}
+    for std in ("population", "sample"):
+        loop = build(pairs, group_size=8, advantage_std=std)
+        found[std] = collect(loop, [0], step=0).advantage_VG[0].tolist()
+    assert found["population"] == pytest.approx([7 / 7**0.5, *[-1 / 7**0.5] * 7])
+    assert found["sample"] == pytest.approx([7 / 8**0.5, *[-1 / 8**0.5] * 7])
+    assert found["population"][0] / found["sample"][0] == pytest.approx(1.069, abs=1e-4)
 
 
 def test_group_has_cots_of_a_single_video_with_its_scores(pairs, monkeypatch) -> None:
@@ -335,6 +358,34 @@ def test_heldout_pairs_are_scored_with_sampled_cots(pairs) -> None:
     assert found["heldout/quality"] == 0.0  # it writes no answers
     assert found["heldout/accuracy"] in (0.0, 1 / 3, 2 / 3, 1.0)
     assert found == loop.evaluate(pairs[:3])
+
+
+def test_heldout_pair_with_an_unfinished_cot_has_no_margin(pairs, monkeypatch) -> None:
+    """A limit that some CoTs reach: their pairs are wrong, as for `DeScoreScorer`."""
+    loop = build(pairs, micro_batch=1)
+    margins = []
+
+    def noted(model, margin_NK, rows, **options):
+        margins.append(margin_NK[:, 0])
+        return heldout_metrics(model, margin_NK, rows, **options)
+
+    monkeypatch.setattr(rm.dual_rl, "heldout_metrics", noted)
+    decided = [replace(pair, label=1) for pair in pairs]
+    how = Generation(max_new_tokens=8, repetition_penalty=1.2)
+    loop.model.generation = how
+    found = loop.evaluate(decided)
+    missing = margins[0].isnan()
+    assert 0 < found["heldout/unfinished"] == int(missing.sum()) < len(decided)
+    assert found["heldout/accuracy"] == int((margins[0] > 0).sum()) / len(decided)
+
+    # the scorer's second try ends at twice its limit
+    loop.model.generation = replace(how, max_new_tokens=4)
+    files = [file for pair in decided for file in (pair.video_A, pair.video_B)]
+    prompts = [pair.prompt for pair in decided for _ in range(2)]
+    value_N2 = DeScoreScorer(loop.model).score(files, prompts).value_B.view(-1, 2)
+    assert torch.equal(value_N2.isnan().any(1), missing)
+    margin_N = value_N2[:, 0] - value_N2[:, 1]
+    torch.testing.assert_close(margin_N, margins[0], equal_nan=True, atol=1e-5, rtol=0)
 
 
 def test_non_finite_dual_rl_loss_is_reported(pairs, capsys) -> None:
