@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,8 @@ class Generative:
         parts = {}
         for name in self.reward_model.form.labels:
             parts[name] = torch.tensor([answer.scores[name] for answer in answers])
-        return Score(value_B, parts, [_shown(answer) for answer in answers])
+        texts = [_shown(answer) for answer in answers]
+        return Score(value_B, parts, texts, [_reason(answer) for answer in answers])
 
 
 def _shown(answer: ParsedAnswer) -> str:
@@ -79,6 +81,13 @@ def _shown(answer: ParsedAnswer) -> str:
     if not answer.problem:
         return answer.answer
     return f"{answer.answer}\n[not scored: {answer.problem}]"
+
+
+def _reason(answer: ParsedAnswer) -> str:
+    """Why an answer gives no reward; empty for one that does."""
+    if math.isfinite(answer.value):
+        return ""
+    return answer.problem or "the answer states no score in the range of the form"
 
 
 def _answer_format(

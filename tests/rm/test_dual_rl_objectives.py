@@ -213,6 +213,13 @@ def test_heldout_accuracy_counts_margins_of_the_labels_sign(pairs, monkeypatch) 
     """Labels 1, -1, 1, -1; A has the higher reward in pairs 0, 2 and 3: three are right."""
     assert [pair.label for pair in pairs] == [1, -1, 1, -1]
     reward_B1 = torch.tensor([3.0, 1.0, 0.0, 0.5, 2.0, -1.0, 4.0, 0.0]).unsqueeze(1)
+    original = rm.dual_rl.generate
+
+    def finished(*args, **options):
+        written = original(*args, **options)
+        return replace(written, finished_B=torch.ones_like(written.finished_B))
+
+    monkeypatch.setattr(rm.dual_rl, "generate", finished)
     monkeypatch.setattr(rm.dual_rl, "rewards_from_cache", lambda *_: reward_B1)
     loop = build(pairs)
     # The rewards are given, so the CoTs may be short.
