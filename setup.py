@@ -33,7 +33,7 @@ def packages() -> list[str]:
 
 setup(
     name="video-alignment",
-    version="0.2.0",
+    version="0.3.0",
     description=(
         "RLHF post-training of video diffusion models: DeScore rewards, Longcat-GRPO and "
         "Flow-DPO for Wan 2.1"
