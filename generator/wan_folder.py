@@ -65,6 +65,9 @@ def require_supported(folder: Path) -> None:
     what = _other_kind(folder)
     if what is not None:
         raise ValueError(f"{folder} {what}; {SUPPORTED}")
+    vae_file = folder / "vae" / CONFIG
+    if vae_file.is_file():
+        _require_statistics(vae_file)
 
 
 def _other_kind(folder: Path) -> str | None:
@@ -121,6 +124,17 @@ def _other_transformer(folder: Path) -> str | None:
             f"latents of {latent}: it is conditioned on something else than text"
         )
     return None
+
+
+def _require_statistics(file: Path) -> None:
+    """Raise ValueError without the latents' means and deviations: the library has defaults."""
+    vae = _read_object(file)
+    for key in ("latents_mean", "latents_std"):
+        values = vae.get(key)
+        if not isinstance(values, list) or len(values) != vae.get("z_dim", 16):
+            raise ValueError(
+                f"{file} needs {key}, a number for each latent channel: latents are scaled by them"
+            )
 
 
 def _class_of(index: Mapping[str, Any], part: str) -> str | None:

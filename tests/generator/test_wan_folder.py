@@ -43,7 +43,13 @@ TRANSFORMER: dict[str, Any] = {
     "rope_max_seq_len": 1024,
     "text_dim": 4096,
 }
-VAE: dict[str, Any] = {"_class_name": "AutoencoderKLWan", "base_dim": 96, "z_dim": 16}
+VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKLWan",
+    "base_dim": 96,
+    "latents_mean": [0.0] * 16,
+    "latents_std": [1.0] * 16,
+    "z_dim": 16,
+}
 EXPERTS = ["diffusers", "WanTransformer3DModel"]
 
 
@@ -199,3 +205,13 @@ def test_cached_hub_name_is_checked_and_loaded(
     write(snapshot, {"boundary_ratio": 0.9})
     with pytest.raises(ValueError, match="two transformers"):
         WanGenerator.load(tiny_config(tmp_path, path="owner/wan"), device="cpu")
+
+
+@pytest.mark.parametrize("key", ["latents_mean", "latents_std"])
+@pytest.mark.parametrize("value", [None, [0.5] * 4, 0.5])
+def test_vae_without_statistics_of_its_latents_is_refused(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    """diffusers would take those of Wan 2.1, whatever the VAE."""
+    with pytest.raises(ValueError, match=key):
+        require_supported(write(tmp_path, vae={key: value}))
