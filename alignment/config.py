@@ -14,6 +14,7 @@ from common.schema import (
     PositiveInt,
     config,
 )
+from common.shipped import shipped
 
 # A group or a set of candidates of one has nothing to compare with.
 AtLeastTwo = Annotated[int, Field(ge=2)]
@@ -169,6 +170,15 @@ class RewardConfig:
             raise ValueError(
                 f"url={self.url} names a remote reward and excludes target and other kinds"
             )
+
+    @property
+    def files(self) -> list[str]:
+        """The files and folders that decide what the reward returns: weights and code."""
+        files = [] if self.checkpoint is None else [self.checkpoint]
+        if self.target is not None:
+            # path/to/file.py:name
+            files.append(str(shipped(self.target.rpartition(":")[0])))
+        return files
 
     @property
     def urls(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from alignment.rewards.errors import contained_score
 from common.distributed import seeded_generator
 from common.types import Score
 
@@ -52,7 +53,7 @@ def score_clips(reward: RewardModel, clips: Sequence[RewardClip]) -> Score:
         # a call of the reward takes videos of a common size and rate
         video_BTYXC = torch.stack([clips[i].video_TYXC for i in places])
         prompts = [clips[i].prompt for i in places]
-        scores.append((places, reward.score(video_BTYXC, prompts, fps=fps)))
+        scores.append((places, contained_score(reward, video_BTYXC, prompts, fps=fps)))
     return Score.placed(len(clips), scores)
 
 

@@ -28,16 +28,25 @@ _SECRET_WORDS = {
     "auth",
     "authorization",
     "bearer",
+    "cookie",
+    "cred",
+    "creds",
     "credential",
     "credentials",
+    "jwt",
     "key",
     "passphrase",
     "pat",
+    "pw",
     "pwd",
+    "sig",
 }
 # So does a name with a word that ends like this: PGPASSWORD, accesstoken.
 _SECRET_ENDINGS = ("apikey", "accesskey", "passwd", "password", "secret", "token")
 # User and password of an address: scheme://user:password@host.
+_QUERY = re.compile(
+    r"(?i)(?<=[?&])([\w-]*(?:key|token|secret|password|passwd|sig|signature|auth)=)[^&\s'\"]+"
+)
 _LOGIN = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 # Packages that affect a run's numbers.
 _PACKAGES = (
@@ -179,6 +188,7 @@ def hide_secrets(text: str) -> str:
             # a short value (FOO_KEY=1) would mask innocent text and protect nothing
             if len(secret) >= 8:
                 text = text.replace(secret, MASK)
+    text = _QUERY.sub(rf"\1{MASK}", text)
     return _LOGIN.sub(MASK, text)
 
 

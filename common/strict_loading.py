@@ -94,6 +94,10 @@ def _require_kind(model_class: Any, config_file: Path) -> None:
     config = read_json(config_file)
     if not isinstance(config, dict):
         raise ValueError(f"{config_file} must hold a JSON object")
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"{config_file} has a quantization_config; quantised weights are not read"
+        )
     # diffusers names the class, transformers the architecture; Auto classes take any.
     key = "_class_name"
     wanted = model_class.__name__
@@ -178,6 +182,15 @@ def require_finite(
     raise ValueError(
         f"{file} holds numbers that are NaN or infinite, in {len(broken)} tensors: {names}"
     )
+
+
+def require_floats(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise ValueError, naming file and tensor, for weights that are stored as integers."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise ValueError(
+                f"{source} stores {name} as {tensor.dtype}, want floating-point numbers"
+            )
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -21,7 +21,9 @@ UNFINISHED = (".incomplete", ".part", ".partial", ".aria2", ".crdownload", ".tmp
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 # Types of numbers that stand for themselves; others need scales.
-DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")
+DTYPES = ("F64", "F32", "F16", "BF16")
+# Buffers that count or index; weights are never integers.
+_INTEGER_BUFFERS = ("position_ids", "num_batches_tracked")
 
 
 def open_safetensors(file: Path) -> Any:
@@ -138,9 +140,10 @@ def tensor_places(folder: Path, name: str) -> dict[str, Path]:
             names = list(tensors.keys())
             for tensor in names:
                 dtype = tensors.get_slice(tensor).get_dtype()
-                if dtype not in DTYPES:
+                if dtype not in DTYPES and not tensor.endswith(_INTEGER_BUFFERS):
                     raise ValueError(
-                        f"{file} stores {tensor} as {dtype}; quantised weights are not read"
+                        f"{file} stores {tensor} as {dtype}; quantised weights and integers are "
+                        "not read"
                     )
         if not names:
             raise ValueError(f"{file} holds no tensors")

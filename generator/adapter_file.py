@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.lora import LoraScales, LowRank, low_ranks
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
-from common.strict_loading import require_finite
+from common.strict_loading import is_finite, require_finite, require_floats
 from common.weight_files import load_safetensors, open_safetensors
 
 # the file that `load_lora_weights` looks for in a folder
@@ -24,7 +24,16 @@ PREFIX = "transformer."
 # The key of the file's metadata under which diffusers stores peft's settings.
 METADATA = "lora_adapter_metadata"
 # Settings of peft under which W + scaling B A would be wrong.
-_OTHER_LORAS = ("use_dora", "use_qalora", "lora_bias", "modules_to_save")
+_OTHER_LORAS = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "modules_to_save",
+    "layers_to_transform",
+    "exclude_modules",
+)
+# Ways to begin that change the base weights, which the file does not hold.
+_OTHER_STARTS = ("pissa", "olora", "corda", "loftq", "eva")
 # A layer's name or its end. peft would read any regular expression.
 _LAYER = re.compile(r"\^?[\w.]+")
 
@@ -93,6 +102,7 @@ def read(folder: Path) -> StoredAdapter:
                 f"{PREFIX}LAYER.lora_A.weight"
             )
     scales = read_scales(file)
+    require_floats(tensors, file)
     require_finite(tensors, file)
     inside = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     pairs = low_ranks(
@@ -119,6 +129,12 @@ def read_scales(file: Path) -> LoraScales:
         if settings.get(PREFIX + key):
             raise ValueError(f"{file}: {key} is not supported by this project's LoRA")
 
+    start = str(settings.get(PREFIX + "init_lora_weights")).lower()
+    if start.startswith(_OTHER_STARTS):
+        raise ValueError(
+            f"{file}: init_lora_weights={start} changes the base, which the file does not hold"
+        )
+
     # Layers with a rank or an alpha of their own.
     patterns = {}
     for key, is_valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
@@ -129,7 +145,11 @@ def read_scales(file: Path) -> LoraScales:
             if not _LAYER.fullmatch(layer) or not is_valid(value):
                 raise ValueError(f"{file}: {key} has {layer!r}: {value!r}")
         patterns[key] = pattern
-    use_rslora = bool(settings.get(PREFIX + "use_rslora"))
+    use_rslora = settings.get(PREFIX + "use_rslora") or False
+    if not isinstance(use_rslora, bool):
+        raise ValueError(
+            f"{file}: use_rslora must be true or false, got {use_rslora!r}"
+        )
     return LoraScales(rank, float(alpha), use_rslora, **patterns)
 
 
@@ -231,6 +251,10 @@ def merge(base: Mapping[str, Tensor], adapter: StoredAdapter) -> Merged:
         change_OI = pair.change()
         exact_OI = base[name].float() + change_OI
         state[name] = exact_OI.to(base[name].dtype)
+        if not is_finite(state[name]):
+            raise ValueError(
+                f"{adapter.source}: merging {name} gives numbers beyond {base[name].dtype}"
+            )
         # summed in fp64, over all layers
         lost += float((state[name].float() - exact_OI).double().square().sum())
         total += float(change_OI.double().square().sum())

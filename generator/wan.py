@@ -391,6 +391,10 @@ class WanGenerator:
         """
         folder = Path(folder)
         # The folder's files decide what is loaded.
+        if weights.is_whole(folder) and (folder / ADAPTER_FILE).is_file():
+            raise ValueError(
+                f"{folder} holds both a transformer and {ADAPTER_FILE}: keep the wanted one only"
+            )
         if weights.is_whole(folder):
             weights.load(self._active()[1], folder)
         elif self.cfg.lora is None:

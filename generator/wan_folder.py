@@ -6,6 +6,7 @@ a word: of a Wan 2.2 the second transformer would lie idle. Nothing heavy is imp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,13 @@ def _require_statistics(file: Path) -> None:
     vae = _read_object(file)
     for key in ("latents_mean", "latents_std"):
         values = vae.get(key)
-        if not isinstance(values, list) or len(values) != vae.get("z_dim", 16):
+        numbers = values if isinstance(values, list) else []
+        lowest = 0.0 if key == "latents_std" else -math.inf
+        sound = [type(n) in (int, float) and lowest < n < math.inf for n in numbers]
+        if len(sound) != vae.get("z_dim", 16) or not all(sound):
             raise ValueError(
-                f"{file} needs {key}, a number for each latent channel: latents are scaled by them"
+                f"{file} needs {key}, a number for each latent channel (std above 0): latents are "
+                "scaled by them"
             )
 
 

@@ -70,7 +70,8 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
 
         # The prompts, and the table of everything that a row depends on.
         inputs = [cfg.prompts, cfg.generator.path, cfg.adapter]
-        inputs += [reward.checkpoint for reward in cfg.rewards.values()]
+        for reward in cfg.rewards.values():
+            inputs += reward.files
         with user_errors():
             prompts = read_prompts(cfg.prompts)[: cfg.limit]
             table = open_table(cfg, inputs, resume)

@@ -62,8 +62,9 @@ def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
 
     # stop here when the set is complete
     prompts = read_prompts(cfg.prompts)[: cfg.limit]
-    checkpoints = [reward.checkpoint for reward in cfg.rewards.values()]
-    inputs = [cfg.prompts, cfg.generator.path, cfg.adapter, *checkpoints]
+    inputs = [cfg.prompts, cfg.generator.path, cfg.adapter]
+    for reward in cfg.rewards.values():
+        inputs += reward.files
     output = start_output(cfg, resume, inputs)
     if output is None:
         return

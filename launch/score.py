@@ -93,11 +93,11 @@ def open_scores(cfg: ScoreRun, out: Path, resume: str) -> ResultsTable:
 
     if out.suffix != ".jsonl":
         raise ValueError(f"--out must end in .jsonl, got {out}")
-    # A row depends on the rewards and on the content of their checkpoints.
+    # A row depends on the rewards, and on the content of their weights and code.
     files = {}
     for reward in cfg.rewards.values():
-        if reward.checkpoint:
-            files[reward.checkpoint] = fingerprint(reward.checkpoint)
+        for file in reward.files:
+            files[file] = fingerprint(file)
     identity = {
         "rewards": plain(cfg.rewards),
         "max_frames": cfg.max_frames,

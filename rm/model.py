@@ -33,7 +33,12 @@ from common.files import (
     read_json,
 )
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
-from common.strict_loading import errors_of, load_pretrained, require_finite
+from common.strict_loading import (
+    errors_of,
+    load_pretrained,
+    require_finite,
+    require_floats,
+)
 from common.weight_files import load_safetensors
 from rm.config import (
     BackboneLora,
@@ -46,6 +51,7 @@ from rm.config import (
 )
 from rm.lora import (
     ADAPTER_CONFIG,
+    ADAPTER_FILE,
     add_lora,
     apply_adapter,
     is_adapter,
@@ -417,6 +423,11 @@ class DeScore(nn.Module):
                 dimensions[name] = RewardDimension(**values)
             query_id = record["query_id"]
             generation = Generation(**record["generation"])
+        rows = len(backbone.get_input_embeddings().weight)
+        if type(query_id) is not int or not 0 <= query_id < rows:
+            raise ValueError(
+                f"{path / DESCORE_FILE}: query_id is {query_id!r}, want an id below {rows}"
+            )
         model = cls(
             backbone,
             tokenizer,
@@ -439,6 +450,7 @@ class DeScore(nn.Module):
         own = {"query": self.query, "head": self.head.weight}
         problems = state_dict_problems(shapes_in(tensors), shapes_in(own))
         raise_problems(problems, f"{source} does not fit {DESCORE_FILE}")
+        require_floats(tensors, source)
         require_finite(tensors, source)
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
@@ -582,6 +594,10 @@ def _load_backbone(
     # transformers would put the adapter into peft's layers, where stage 2 puts its own.
     adapter_file = folder / ADAPTER_CONFIG
     options = {}
+    if (folder / ADAPTER_FILE).is_file() and not adapter_file.is_file():
+        raise FileNotFoundError(
+            f"{adapter_file} is missing: {ADAPTER_FILE} belongs to it"
+        )
     if adapter_file.is_file():
         options = {"adapter_kwargs": {"subfolder": "none"}}
     backbone = load_pretrained(

@@ -39,45 +39,90 @@ class NamedReward:
     def score(
         self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
     ) -> Score:
-        with reward_errors(self.name, RewardFailedError), contained():
-            score = self.reward.score(video_BTYXC, prompts, fps=fps)
+        with reward_errors(self.name, RewardFailedError):
+            score = contained_score(self.reward, video_BTYXC, prompts, fps=fps)
             check_count(self.name, len(score.value_B), len(prompts))
-            return _checked(score)
+            return score
+
+
+def contained_score(
+    reward: RewardModel, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+) -> Score:
+    """Call a reward so that nothing but its scores and its errors comes out.
+
+    Every command calls rewards through this function. Raises what the reward raises, where that
+    is an Exception; RuntimeError for sys.exit, StopIteration and the like, which would end loops
+    and processes without a word; ValueError for numbers or texts that cannot be used.
+    """
+    try:
+        with contained():
+            return _checked(reward.score(video_BTYXC, prompts, fps=fps))
+    except (Exception, KeyboardInterrupt) as error:
+        # a for loop around this call would take it for its end
+        if isinstance(error, StopIteration):
+            raise RuntimeError("the reward raised StopIteration") from error
+        raise
+    except BaseException as error:
+        kind = type(error).__name__
+        raise RuntimeError(f"the reward raised {kind}: {text_of(error)}") from error
 
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Undo what a reward does to the process: its folder, its gradient mode, its end.
+    """Undo what a reward does to the process: its folder, torch's modes, its end.
 
     A call of sys.exit inside becomes a RuntimeError: on a single rank it would end the run with
     exit code 0, which looks like success.
     """
     import torch
 
+    dtype = torch.get_default_dtype()
+    device = torch.get_default_device()
     try:
         # both contexts restore what they found
         with contextlib.chdir("."), torch.set_grad_enabled(torch.is_grad_enabled()):
             yield
     except SystemExit as error:
         raise RuntimeError(f"the reward called sys.exit({error.code!r})") from error
+    finally:
+        torch.set_default_dtype(dtype)
+        # setting a device costs every later call, so only what changed is set back
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
 
 
 def _checked(score: Score) -> Score:
     """Return a score whose numbers are dense fp32 on the CPU and whose texts can be written.
 
-    Raises ValueError for complex or sparse numbers and for texts that are no strings.
+    Raises ValueError for complex or sparse numbers, for texts that are no strings, and for names
+    of parts that no table could show.
     """
     value_B = _numbers("value_B", score.value_B)
-    parts = {name: _numbers(name, part_B) for name, part_B in score.parts.items()}
-    texts = []
-    for text in score.texts:
+    parts = {}
+    for name, part_B in score.parts.items():
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise ValueError(
+                f"a part of the score is called {name!r}, want a printable text"
+            )
+        parts[name] = _numbers(name, part_B)
+    return type(score)(value_B, parts, _texts(score.texts), _texts(score.reasons))
+
+
+def _texts(texts: Sequence[str]) -> list[str]:
+    """Texts that can be written to a file: half of an emoji cannot."""
+    written = []
+    for text in texts:
         if not isinstance(text, str):
             raise ValueError(
                 f"a text of the score is a {type(text).__name__}, not a str"
             )
-        # half of an emoji cannot be written to a file
-        texts.append(text.encode("utf-8", errors="replace").decode())
-    return type(score)(value_B, parts, texts, score.reasons)
+        written.append(text.encode("utf-8", errors="replace").decode())
+    return written
+
+
+def text_of(error: BaseException) -> str:
+    """The message of an error; traceback knows what to do where a user's class has none."""
+    return traceback.format_exception_only(error)[0].strip().partition(": ")[2]
 
 
 def _numbers(name: str, number_B: Tensor) -> Tensor:
@@ -119,7 +164,7 @@ def format_error(name: str, error: BaseException, *, file: str | None = None) ->
     ``file`` is the user's file: its line is named when the error passed through it, else the
     file alone. The kind is left out where the message says enough.
     """
-    text = " ".join(str(error).split())
+    text = " ".join(text_of(error).split())
     if text.startswith(f"rewards.{name}"):
         return text
     kind = type(error).__name__

@@ -99,7 +99,7 @@ class FunctionReward:
         # float() of a row of a tensor is a RuntimeError
         try:
             return [math.nan if value is None else float(value) for value in returned]
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             # name what was returned instead of numbers
             kind = type(returned).__name__
             if hasattr(returned, "shape"):

@@ -152,11 +152,13 @@ def _read_rows(path: Path) -> list[_TableRow] | None:
             raise ValueError(f"{path}:{number}: {error}") from error
         rows.append((f"{path}:{number}", row if isinstance(row, dict) else {}))
 
-    # The first row has the names of the columns.
-    columns = rows[0][1] if rows else {}
+    # A table names the video of every row, prompts alone name none.
+    columns = {key for _, row in rows for key in row}
     names = [name for name in VIDEO_COLUMNS if name in columns]
-    if not names or "prompt" not in columns:
+    if not names:
         return None
+    if len(names) > 1:
+        raise ValueError(f"{path}: has the keys {' and '.join(names)}, one must go")
     return [
         _TableRow(where, row.get(names[0], ""), row.get("prompt"))
         for where, row in rows

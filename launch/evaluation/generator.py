@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignment.rewards.errors import contained_score
 from launch.schemas.evaluation import GeneratorEvaluation
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def score_samples(
             require_finite_latents(clean, prompts, seeds)
         video_BTYXC = generator.decode(clean)
         scores = {
-            name: reward.score(video_BTYXC, prompts, fps=fps)
+            name: contained_score(reward, video_BTYXC, prompts, fps=fps)
             for name, reward in rewards.items()
         }
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alignment.rewards.errors import contained
+from alignment.rewards.errors import check_count, contained_score
 from common.types import Score
 
 if TYPE_CHECKING:
@@ -173,5 +173,13 @@ class Batcher:
         prompts: list[str] = []
         for request in batch:
             prompts += request.prompts
-        with torch.no_grad(), contained():
-            return self.reward.score(video_BTYXC, prompts, fps=batch[0].fps)
+        try:
+            with torch.no_grad():
+                score = contained_score(
+                    self.reward, video_BTYXC, prompts, fps=batch[0].fps
+                )
+        except KeyboardInterrupt as error:
+            # in this thread it is the reward's; the user's goes to the main thread
+            raise RuntimeError("the reward raised KeyboardInterrupt") from error
+        check_count("score", len(score.value_B), len(prompts))
+        return score

@@ -18,6 +18,7 @@ import torch
 
 from alignment.pair_store import LatentPair, write_pairs
 from alignment.pairs import Choices, choose
+from alignment.rewards.errors import contained_score
 from common import distributed
 from common.checkpoint import load_tensors, save_tensors
 from common.cli import user_errors
@@ -155,7 +156,7 @@ def sample_candidates(
         # score
         scores = {}
         for name, reward in rewards.items():
-            score = reward.score(video_KTYXC, prompts, fps=generator.cfg.fps)
+            score = contained_score(reward, video_KTYXC, prompts, fps=generator.cfg.fps)
             scores[name] = [json_number(value) for value in score.value_B]
         # what training needs of this item
         tensors = {

@@ -208,7 +208,9 @@ def test_cached_hub_name_is_checked_and_loaded(
 
 
 @pytest.mark.parametrize("key", ["latents_mean", "latents_std"])
-@pytest.mark.parametrize("value", [None, [0.5] * 4, 0.5])
+@pytest.mark.parametrize(
+    "value", [None, [0.5] * 4, 0.5, ["1"] * 16, [float("nan")] * 16, [True] * 16]
+)
 def test_vae_without_statistics_of_its_latents_is_refused(
     tmp_path: Path, key: str, value: object
 ) -> None:

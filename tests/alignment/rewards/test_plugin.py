@@ -13,7 +13,11 @@ import torch
 from alignment.config import RewardConfig
 from alignment.rewards import build_rewards, factory_of, plugin
 from alignment.rewards.brightness import Brightness
-from alignment.rewards.errors import NamedReward, RewardFailedError
+from alignment.rewards.errors import (
+    NamedReward,
+    RewardFailedError,
+    contained_score,
+)
 from common.types import RewardModel, Score
 from tests.alignment.test_grpo import loop_of
 
@@ -341,3 +345,53 @@ def test_reward_cannot_change_the_process(tmp_path: Path) -> None:
 def test_file_that_exits_is_an_error_of_the_reward(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rewards\.mine"):
         reward_of(tmp_path, "import sys\nsys.exit(0)\n")
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "next(iter([]))",
+        "raise asyncio.CancelledError",
+        "raise GeneratorExit",
+        "raise Odd('x')",
+        "raise Mute",
+    ],
+)
+def test_every_kind_of_exception_is_an_error_of_the_reward(
+    raised: str, tmp_path: Path
+) -> None:
+    text = (
+        "import asyncio\n"
+        "class Odd(BaseException):\n    pass\n"
+        "class Mute(Exception):\n    def __str__(self):\n        raise ValueError\n"
+        f"def score(video, prompts):\n    {raised}\n"
+    )
+    named = NamedReward("mine", reward_of(tmp_path, text))
+    with pytest.raises(RewardFailedError, match=r"rewards\.mine"):
+        named.score(VIDEO, PROMPTS, fps=8.0)
+
+
+@pytest.mark.parametrize("name", ["3", "'a\\nb'", "''", "'\\ud83d'"])
+def test_part_whose_name_cannot_be_shown_is_refused(name: str, tmp_path: Path) -> None:
+    text = (
+        "import torch\nfrom common.types import Score\n"
+        "def score(video, prompts):\n"
+        f"    return Score(torch.zeros(6), parts={{{name}: torch.zeros(6)}})\n"
+    )
+    with pytest.raises(ValueError, match="part"):
+        contained_score(reward_of(tmp_path, text), VIDEO, PROMPTS, fps=8.0)
+
+
+def test_default_dtype_and_device_of_torch_are_restored(tmp_path: Path) -> None:
+    text = (
+        "import torch\n"
+        "def score(video, prompts):\n"
+        "    torch.set_default_dtype(torch.float64)\n"
+        "    torch.set_default_device('meta')\n"
+        "    return [0.0] * 6\n"
+    )
+    # its scores are on the meta device, without data
+    with pytest.raises(ValueError, match="meta"):
+        contained_score(reward_of(tmp_path, text), VIDEO, PROMPTS, fps=8.0)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.zeros(1).device.type == "cpu"

@@ -476,3 +476,25 @@ def test_bad_request_fails_alone() -> None:
 def test_full_queue_raises() -> None:
     answers = batched(Picky(), [(VIDEO, PROMPTS, 8.0)] * 5, max_waiting=2)
     assert sum(isinstance(answer, QueueFullError) for answer in answers) == 3
+
+
+@pytest.mark.parametrize("returned", ["stop", "sparse", "keyboard", "complex"])
+def test_odd_reward_fails_its_request_and_the_next_is_answered(returned: str) -> None:
+    class Odd(Brightness):
+        def score(self, video_BTYXC: Any, prompts: Any, *, fps: float) -> Score:
+            if "odd" not in prompts:
+                return super().score(video_BTYXC, prompts, fps=fps)
+            if returned == "stop":
+                next(iter([]))
+            if returned == "keyboard":
+                raise KeyboardInterrupt
+            if returned == "sparse":
+                return Score(torch.zeros(3).to_sparse())
+            return Score(torch.zeros(3, dtype=torch.complex64))
+
+    with client_of(Odd()) as client:
+        assert client.post("/v1/score", **body(prompts=["odd"] * 3)).status_code in (
+            422,
+            500,
+        )
+        assert client.post("/v1/score", **body()).status_code == 200
