@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.files import read_json
+from common.log import say
 from common.state_dicts import raise_problems
 from common.weight_files import require_whole_folder, tensor_places
 
@@ -70,7 +71,25 @@ def load_pretrained(
     model = model.to(device)
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     require_finite(state, _source(places), places)
+    _say_zeros(model, places)
     return model
+
+
+def _say_zeros(model: Any, places: Mapping[str, Path]) -> None:
+    """Report matrices of zeros: an aborted download may leave them behind a sound header.
+
+    It is no error, because a layer may begin with zeros.
+    """
+    zeros = []
+    for name, weight in model.named_parameters():
+        # nearly always the first number tells
+        if weight.dim() > 1 and not weight.flatten()[0] and not weight.any():
+            zeros.append(name)
+    if zeros:
+        say(
+            f"WARNING: {_source(places)} holds nothing but zeros in {len(zeros)} matrices, first "
+            f"{zeros[0]}: is it a whole download?"
+        )
 
 
 @contextmanager

@@ -580,15 +580,30 @@ def _load_pipeline(
             dtype=dtype,
             device=device,
         )
-        require_whole_folder(folder / "tokenizer")
 
     # Tokenizer and scheduler have no weights.
-    require_whole_folder(folder / "scheduler")
+    for part in ("scheduler",) if transformer_only else ("scheduler", "tokenizer"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"{folder / part}: no such folder; a Wan has it")
+        require_whole_folder(folder / part)
     with errors_of(folder, "WanPipeline"):
         pipeline = WanPipeline.from_pretrained(folder, **parts)
+    if not transformer_only:
+        _require_vocabulary(pipeline, folder)
     pipeline.set_progress_bar_config(disable=True)
     # Only the transformer is trained.
     for frozen in (pipeline.vae, pipeline.text_encoder):
         if frozen is not None:
             frozen.requires_grad_(requires_grad=False).eval()
     return pipeline
+
+
+def _require_vocabulary(pipeline: WanPipeline, folder: Path) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the text encoder has rows."""
+    tokens = len(pipeline.tokenizer)
+    rows = pipeline.text_encoder.config.vocab_size
+    if tokens > rows:
+        raise ValueError(
+            f"{folder / 'tokenizer'} has {tokens} tokens, but the text encoder has {rows}: it is "
+            "the tokenizer of another model"
+        )

@@ -57,12 +57,12 @@ def contained_score(
     try:
         with contained():
             return _checked(reward.score(video_BTYXC, prompts, fps=fps))
-    except (Exception, KeyboardInterrupt) as error:
+    except StopIteration as error:
         # a for loop around this call would take it for its end
-        if isinstance(error, StopIteration):
-            raise RuntimeError("the reward raised StopIteration") from error
-        raise
+        raise RuntimeError("the reward raised StopIteration") from error
     except BaseException as error:
+        if isinstance(error, Exception | KeyboardInterrupt):
+            raise
         kind = type(error).__name__
         raise RuntimeError(f"the reward raised {kind}: {text_of(error)}") from error
 

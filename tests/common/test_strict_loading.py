@@ -320,3 +320,34 @@ def test_no_file_loads_weights_another_way() -> None:
         ("rm/convert/weights.py", "model_class"),
         ("generator/wan.py", "WanPipeline"),
     }
+
+
+def test_matrices_of_zeros_are_reported(
+    model: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A preallocated file whose download was aborted has a sound header."""
+    model.load()
+    assert "zeros" not in capsys.readouterr().out
+    name = model.names()[1]
+    model.change(lambda tensors: tensors[name].zero_())
+    model.load()
+    assert name.rpartition(".")[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_weights_stored_as_integers_are_refused(
+    model: Folder, dtype: torch.dtype
+) -> None:
+    name = model.names()[0]
+    model.change(lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(ValueError, match=re.escape(name)):
+        model.load()
+
+
+def test_folder_with_a_quantization_config_is_refused(model: Folder) -> None:
+    file = model.path / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quantization_config"):
+        model.load()

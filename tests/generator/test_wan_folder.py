@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
 
-from generator.wan import WanGenerator
+from generator.wan import WanGenerator, _require_vocabulary
 from generator.wan_folder import find_wan, require_supported
 from tests.tiny import tiny_config
 
@@ -217,3 +218,12 @@ def test_vae_without_statistics_of_its_latents_is_refused(
     """diffusers would take those of Wan 2.1, whatever the VAE."""
     with pytest.raises(ValueError, match=key):
         require_supported(write(tmp_path, vae={key: value}))
+
+
+def test_tokenizer_with_more_tokens_than_the_text_encoder_is_refused() -> None:
+    pipeline = SimpleNamespace(
+        tokenizer=range(10),
+        text_encoder=SimpleNamespace(config=SimpleNamespace(vocab_size=9)),
+    )
+    with pytest.raises(ValueError, match="10 tokens"):
+        _require_vocabulary(pipeline, Path("wan"))
