@@ -64,7 +64,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def counts(text: str) -> dict[str, int]:
     """Read the last line of the output, "5 prompts, 4 pairs, ..."."""
-    found = re.findall(r"(\d+) (\w+)(?:,|$)", text.strip().splitlines()[-1])
+    # the last line names the next command
+    *_, line, _ = text.strip().splitlines()
+    found = re.findall(r"(\d+) (\w+)(?:,|$)", line)
     return {name: int(number) for number, name in found}
 
 
