@@ -70,9 +70,7 @@ def test_run_goes_on_when_a_rank_has_no_parts(tiny: Path, tmp_path: Path) -> Non
 
 def with_parts(content: bytes) -> tuple[int, bytes]:
     """An answer of a server whose reward has parts."""
-    request = wire.decode_request(
-        content, wire.SAFETENSORS, max_frames=99, max_videos=99
-    )
+    request = wire.decode_request(content, wire.SAFETENSORS, wire.RequestLimits(99, 99))
     red = torch.stack(
         [item.video_TYXC[..., 0].float().mean() for item in request.items]
     )
