@@ -175,10 +175,14 @@ class RewardConfig:
     def files(self) -> list[str]:
         """The files and folders that decide what the reward returns: weights and code."""
         files = [] if self.checkpoint is None else [self.checkpoint]
-        if self.target is not None:
-            # path/to/file.py:name
-            files.append(str(shipped(self.target.rpartition(":")[0])))
-        return files
+        return files if self.target_file is None else [*files, self.target_file]
+
+    @property
+    def target_file(self) -> str | None:
+        """The file of ``target``, found from any folder if it ships with the project."""
+        if self.target is None:
+            return None
+        return str(shipped(self.target.rpartition(":")[0]))
 
     @property
     def urls(self) -> tuple[str, ...]:

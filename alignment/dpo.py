@@ -25,6 +25,7 @@ from common.distributed import (
 )
 from common.log import say
 from common.schedule import IndexSchedule
+from common.updates import backward_and_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,10 +159,7 @@ class DpoLoop:
                 )
 
             # 4. Backward; the engine takes the optimizer step on the last micro-batch.
-            faults.point("backward")
-            self.engine.backward(loss)
-            faults.point("update")
-            self.engine.step()
+            backward_and_step(self.engine, loss)
             rows.append(_metric_rows(draw, terms))
 
         # 5. Metrics over the pairs of all ranks.

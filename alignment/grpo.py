@@ -25,8 +25,9 @@ from alignment.rank_groups import RankGroups
 from alignment.rewards.errors import NamedReward
 from alignment.scoring import FlatRewardGuard, Scorer, SilentRewardGuard
 from alignment.timing import PhaseTimer
-from common import faults, gaussian
+from common import gaussian
 from common.log import say
+from common.updates import backward_and_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,10 +210,7 @@ class GrpoLoop:
                     say(f"the loss is {output.metrics['loss']} for {group.prompt!r}")
 
                 # the engine counts backwards and steps the optimizer on the last of them
-                faults.point("backward")
-                self.engine.backward(output.loss)
-                faults.point("update")
-                self.engine.step()
+                backward_and_step(self.engine, output.loss)
                 outputs.append(output)
 
         # the engine knows the norm since its optimizer step

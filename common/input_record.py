@@ -6,12 +6,11 @@ inputs.json    {"prompts": {"path": "prompts.txt", "files": {".": "sha256 ..."}}
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.files import read_json, replace_text, sha256
+from common.files import read_json, sha256, write_json
 
 INPUTS = "inputs.json"
 # Larger files are hashed in parts: 10 GB of weights would take a minute.
@@ -39,8 +38,7 @@ def record_inputs(inputs: Mapping[str, str | Path | None]) -> dict[str, Any]:
 
 def write_inputs(folder: Path, record: Mapping[str, Any]) -> None:
     """Write inputs.json into a folder."""
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    replace_text(folder / INPUTS, text + "\n")
+    write_json(folder / INPUTS, record)
 
 
 def changed_inputs(folder: Path, record: Mapping[str, Any]) -> list[str]:

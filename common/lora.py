@@ -1,4 +1,4 @@
-"""LoRA layers: pair the A and B matrices of a file, switch adapters off."""
+"""LoRA layers: pair the A and B matrices of a file, merge them, switch adapters off."""
 
 from __future__ import annotations
 
@@ -33,6 +33,39 @@ class LowRank:
     def change(self) -> Tensor:
         """scaling * B A in fp32, (O, I)."""
         return self.scaling * (self.b_OR.float() @ self.a_RI.float())
+
+
+@dataclass
+class MergeLoss:
+    """What rounding takes of an adapter: |merged - (W + change)| / |change| over all layers."""
+
+    lost: float = 0.0
+    total: float = 0.0
+
+    def merge(
+        self, weight_OI: Tensor, pair: LowRank, *, name: str = "a weight"
+    ) -> Tensor:
+        """Return W + change, added in fp32 and stored in W's dtype, and count what is lost.
+
+        Raises ValueError, with the name, when W's dtype cannot hold the result.
+        """
+        change_OI = pair.change()
+        exact_OI = weight_OI.float() + change_OI
+        merged_OI = exact_OI.to(weight_OI.dtype)
+        if not merged_OI.isfinite().all():
+            raise ValueError(f"merging {name} gives numbers beyond {weight_OI.dtype}")
+        self.add(change_OI, exact_OI, merged_OI)
+        return merged_OI
+
+    def add(self, change_OI: Tensor, exact_OI: Tensor, merged_OI: Tensor) -> None:
+        """Count a layer, in fp64."""
+        self.lost += float((merged_OI.float() - exact_OI).double().square().sum())
+        self.total += float(change_OI.double().square().sum())
+
+    @property
+    def share(self) -> float:
+        """The relative error; 0 without a change."""
+        return (self.lost / self.total) ** 0.5 if self.total else 0.0
 
 
 @dataclass(frozen=True)

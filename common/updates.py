@@ -1,4 +1,4 @@
-"""An optimizer step on pairs, over several ranks and micro-batches."""
+"""An optimizer step over several ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def rank_micro_batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
     return [items[i : i + size] for i in range(first, first + share, size)]
 
 
-def backward_and_step(engine: Engine, loss: Tensor, backwards: int) -> None:
+def backward_and_step(engine: Engine, loss: Tensor) -> None:
     """Add a loss to the step's; the engine takes the optimizer step on the last one.
 
-    backwards  Those of all ranks in a step. The engine averages over them, which is undone.
+    The engine averages over the backwards of all ranks in a step.
     """
     faults.point("backward")
-    engine.backward(loss * backwards)
+    engine.backward(loss)
     faults.point("update")
     engine.step()
 

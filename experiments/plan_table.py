@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from common.config import load
 from experiments import tables
 from experiments.runner import ROOT, commit, replace_section
-from launch.planning.dry_run import plan_of
 from launch.planning.plan import DEVICES, GIB, Device, Plan, Where
+from launch.planning.runs import plan_of
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
 

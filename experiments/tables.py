@@ -111,4 +111,5 @@ def save_figure(figure: Any, path: Path, *, legend_of: Any = None) -> None:
     figure.tight_layout(rect=(0, bottom, 1, 1))
 
     # Without a date, equal runs write equal files.
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})

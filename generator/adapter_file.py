@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.lora import LoraScales, LowRank, low_ranks
+from common.lora import LoraScales, LowRank, MergeLoss, low_ranks
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
-from common.strict_loading import is_finite, require_finite, require_floats
+from common.strict_loading import require_finite, require_floats
 from common.weight_files import load_safetensors, open_safetensors
 
 # the file that `load_lora_weights` looks for in a folder
@@ -239,23 +239,13 @@ def original_name(linear: str) -> str:
 def merge(base: Mapping[str, Tensor], adapter: StoredAdapter) -> Merged:
     """Merge: W + scaling B A in fp32, stored in W's dtype; other weights stay as they are.
 
-    Raises ValueError when the adapter belongs to another model.
+    Raises ValueError when the adapter belongs to another model, or a merged weight overflows.
     """
     require_fit(adapter, shapes_in(base))
     # Weights without an adapter are not copied.
     state = dict(base)
-    lost = 0.0
-    total = 0.0
+    loss = MergeLoss()
     for linear, pair in adapter.pairs.items():
         name = f"{linear}.weight"
-        change_OI = pair.change()
-        exact_OI = base[name].float() + change_OI
-        state[name] = exact_OI.to(base[name].dtype)
-        if not is_finite(state[name]):
-            raise ValueError(
-                f"{adapter.source}: merging {name} gives numbers beyond {base[name].dtype}"
-            )
-        # summed in fp64, over all layers
-        lost += float((state[name].float() - exact_OI).double().square().sum())
-        total += float(change_OI.double().square().sum())
-    return Merged(state, (lost / total) ** 0.5 if total else 0.0)
+        state[name] = loss.merge(base[name], pair, name=f"{name} of {adapter.source}")
+    return Merged(state, loss.share)

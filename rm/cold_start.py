@@ -144,7 +144,9 @@ class ColdStart:
         loss_value = loss.item()
         if not math.isfinite(loss_value):
             say(f"the loss is {loss_value} in step {step}")
-        backward_and_step(self.engine, loss, cfg.pairs_per_step // cfg.micro_batch)
+        # The loss is a part of the step's SUM: undo the engine's average over all backwards.
+        backwards = cfg.pairs_per_step // cfg.micro_batch
+        backward_and_step(self.engine, loss * backwards)
 
         # The margin is positive where the reward prefers the video that people chose.
         label_N = total_labels(pairs, self.model.dimensions).to(device)

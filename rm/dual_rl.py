@@ -250,8 +250,9 @@ class DualRl:
             if not math.isfinite(terms["loss"]):
                 parts_of_loss = [f"{name} {value}" for name, value in terms.items()]
                 say(f"the loss is not finite: {', '.join(parts_of_loss)}")
+            # The loss is a part of the update's SUM: undo the engine's average.
             backwards = cfg.pairs_per_update // cfg.micro_batch
-            backward_and_step(self.engine, loss, backwards)
+            backward_and_step(self.engine, loss * backwards)
             for name, value in terms.items():
                 rank_sums[name] += value
 

@@ -9,7 +9,6 @@ nothing that matters, and both saving and loading merge.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -249,32 +248,3 @@ def apply_adapter(
         else:
             layer = name.removesuffix(".weight")
             backbone.set_submodule(layer, AdaptedLinear(linear, pair))
-
-
-# ---------------------------------------------------------------------- merging
-
-
-@dataclass
-class MergeLoss:
-    """What rounding takes of an adapter: |merged - (W + change)| / |change| over all layers."""
-
-    lost: float = 0.0
-    total: float = 0.0
-
-    def merge(self, weight_OI: Tensor, pair: LowRank) -> Tensor:
-        """Return W + change, added in fp32 and stored in W's dtype, and count what is lost."""
-        change_OI = pair.change()
-        exact_OI = weight_OI.float() + change_OI
-        merged_OI = exact_OI.to(weight_OI.dtype)
-        self.add(change_OI, exact_OI, merged_OI)
-        return merged_OI
-
-    def add(self, change_OI: Tensor, exact_OI: Tensor, merged_OI: Tensor) -> None:
-        """Count a layer, in fp64."""
-        self.lost += float((merged_OI.float() - exact_OI).double().square().sum())
-        self.total += float(change_OI.double().square().sum())
-
-    @property
-    def share(self) -> float:
-        """The relative error; 0 without a change."""
-        return (self.lost / self.total) ** 0.5 if self.total else 0.0

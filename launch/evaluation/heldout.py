@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignment.rewards.errors import contained_score
 from common.distributed import (
     derive_seed,
     gather_objects,
@@ -102,9 +101,7 @@ def _score_prompts(
         try:
             scores = {}
             for name, reward in heldout.rewards.items():
-                scores[name] = contained_score(
-                    reward, video_BTYXC, prompts, fps=generator.cfg.fps
-                )
+                scores[name] = reward.score(video_BTYXC, prompts, fps=generator.cfg.fps)
         except RewardUnavailableError as error:
             problem = error
             continue

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import distributed
-from common.files import read_json, read_jsonl, replace_text, sha256
+from common.files import read_json, read_jsonl, replace_text, sha256, write_json
 from common.run_record import differences
 from common.types import json_number
 from engine import guard
@@ -131,8 +131,7 @@ class ResultsTable:
                     "output, or use --resume none"
                 )
         # Merge what a killed run has left.
-        text = json.dumps(self._identity, indent=1, ensure_ascii=False)
-        replace_text(self._identity_path, text + "\n")
+        write_json(self._identity_path, self._identity)
         self._write(list(self._read().values()))
         return None
 

@@ -25,13 +25,8 @@ from generator.wan_folder import require_supported
 from launch.planning.plan import DEVICES, GIB, RESERVE, Plan, Where
 from launch.planning.runs import (
     is_descore,
-    plan_dpo,
-    plan_grpo,
-    plan_pairs,
-    plan_reward_model,
+    plan_of,
 )
-from launch.schemas.pairs import DpoRun, PairsRun
-from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
 
 REDUCES_MEMORY = (
     "  Less memory: more ranks with a higher zero_stage, gradient_checkpointing=true, a smaller "
@@ -96,26 +91,6 @@ def check_generator(cfg: Any) -> None:
     folder = value_at(plain(cfg), "generator.path")
     if folder is not None and Path(folder).is_dir():
         require_supported(Path(folder))
-
-
-def plan_of(cfg: Any, where: Where) -> Plan | None:
-    """Plan a run of any kind; None for a kind that has no plan."""
-    # The schema tells the kind.
-    if isinstance(cfg, GrpoRun):
-        return plan_grpo(cfg, where)
-    if isinstance(cfg, DpoRun):
-        return plan_dpo(cfg, where, pairs=_count_pairs(Path(cfg.pairs)))
-    if isinstance(cfg, ColdStartRun | DualRlRun):
-        return plan_reward_model(cfg, where)
-    if isinstance(cfg, PairsRun) and cfg.prompts is not None:
-        return plan_pairs(cfg, where)
-    return None
-
-
-def _count_pairs(folder: Path) -> int | None:
-    from alignment.pair_store import MANIFEST, PairSet
-
-    return len(PairSet(folder)) if (folder / MANIFEST).is_file() else None
 
 
 def parse_where(text: str) -> Where:

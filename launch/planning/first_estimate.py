@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from launch.planning.plan import DEVICES, Plan, Where
+from launch.planning.plan import DEVICES, Where
+from launch.planning.runs import plan_of
 
 if TYPE_CHECKING:
     from engine.config import TrainingRun
@@ -38,19 +39,7 @@ def planned_seconds(run: TrainingRun, gpu: str, ranks: int) -> float | None:
     try:
         # Modules of the plan must not take random numbers from the run.
         with torch.random.fork_rng(devices=[]):
-            return _plan(run, Where(known[0], ranks)).seconds
+            return plan_of(run, Where(known[0], ranks)).seconds
     except (ValueError, OSError):
         # A run does not need its plan.
         return None
-
-
-def _plan(run: TrainingRun, where: Where) -> Plan:
-    from launch.planning.runs import plan_dpo, plan_grpo, plan_reward_model
-    from launch.schemas.pairs import DpoRun
-    from launch.schemas.training import GrpoRun
-
-    if isinstance(run, GrpoRun):
-        return plan_grpo(run, where)
-    if isinstance(run, DpoRun):
-        return plan_dpo(run, where, pairs=None)
-    return plan_reward_model(run, where)

@@ -8,7 +8,8 @@ other, the weights that each of them reads set the time if they take longer.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from alignment.dpo import steps_of
 from launch.planning.forwards import branches, samples_per_rollout, samples_per_update
@@ -21,12 +22,32 @@ from launch.planning.models import (
     sizes_of,
 )
 from launch.planning.plan import Plan, Where, training_parts
+from launch.schemas.pairs import DpoRun, PairsRun
+from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
 
 if TYPE_CHECKING:
     from alignment.config import RewardConfig
     from generator.config import GeneratorConfig
-    from launch.schemas.pairs import DpoRun, PairsRun
-    from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
+
+
+def plan_of(cfg: Any, where: Where) -> Plan | None:
+    """Plan a run of any kind; None for a kind that has no plan."""
+    # The schema tells the kind.
+    if isinstance(cfg, GrpoRun):
+        return plan_grpo(cfg, where)
+    if isinstance(cfg, DpoRun):
+        return plan_dpo(cfg, where, pairs=_count_pairs(Path(cfg.pairs)))
+    if isinstance(cfg, ColdStartRun | DualRlRun):
+        return plan_reward_model(cfg, where)
+    if isinstance(cfg, PairsRun) and cfg.prompts is not None:
+        return plan_pairs(cfg, where)
+    return None
+
+
+def _count_pairs(folder: Path) -> int | None:
+    from alignment.pair_store import MANIFEST, PairSet
+
+    return len(PairSet(folder)) if (folder / MANIFEST).is_file() else None
 
 
 def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.shipped import shipped
-
 if TYPE_CHECKING:
     from alignment.config import RewardConfig
     from engine.config import TrainingRun
@@ -94,8 +92,6 @@ def _inputs_of_rewards(section: str, rewards: Mapping[str, RewardConfig]) -> Inp
     inputs: Inputs = {}
     for name, reward in rewards.items():
         inputs[f"{section}.{name}.checkpoint"] = reward.checkpoint
-        if reward.target is not None:
-            # path/to/file.py:name
-            file = reward.target.rpartition(":")[0]
-            inputs[f"{section}.{name}.target"] = shipped(file)
+        if reward.target_file is not None:
+            inputs[f"{section}.{name}.target"] = reward.target_file
     return inputs

@@ -128,7 +128,7 @@ def checked(files: list[Path], run_dir: str) -> dict[Path, str]:
     All ranks call it.
     """
     from common import distributed
-    from common.files import replace_text
+    from common.files import read_json, write_json
     from common.log import say
     from rm.video_check import bad_videos, stamp
 
@@ -139,7 +139,7 @@ def checked(files: list[Path], run_dir: str) -> dict[Path, str]:
     if distributed.is_main():
         stamp_now = stamp(files)
         if record.is_file():
-            earlier = json.loads(record.read_text(encoding="utf-8"))
+            earlier = read_json(record)
             if earlier["stamp"] == stamp_now:
                 bad = earlier["bad"]
     bad = distributed.from_main(bad)
@@ -152,7 +152,5 @@ def checked(files: list[Path], run_dir: str) -> dict[Path, str]:
         for bad_of_rank in distributed.gather_objects(bad_videos(share)):
             bad.update({str(file): why for file, why in bad_of_rank.items()})
         if distributed.is_main():
-            content = {"stamp": stamp_now, "bad": bad}
-            text = json.dumps(content, indent=1, ensure_ascii=False)
-            replace_text(record, text + "\n")
+            write_json(record, {"stamp": stamp_now, "bad": bad})
     return {Path(file): why for file, why in bad.items()}

@@ -40,11 +40,11 @@ import torch
 from torch import Tensor
 
 from common.files import read_json
-from common.lora import LowRank, stock_name
+from common.lora import LowRank, MergeLoss, stock_name
 from common.weight_files import open_safetensors, weight_files
 from rm.config import VideoSettings
 from rm.convert.weights import build_model, load_tensor_file, merge_lora
-from rm.lora import ADAPTER_CONFIG, ADAPTER_FILE, MergeLoss, read_peft_adapter
+from rm.lora import ADAPTER_CONFIG, ADAPTER_FILE, read_peft_adapter
 from rm.model import DeScore
 from rm.prompt import PROMPT_SLOT, PromptTemplate
 

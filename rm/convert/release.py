@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import read_json
-from common.lora import LowRank, stock_name
+from common.lora import LowRank, MergeLoss, stock_name
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 from common.weight_files import load_safetensors, open_safetensors
 from rm.calibration import CALIBRATION_FILE
@@ -29,7 +29,7 @@ from rm.convert.official import (
     read_qwen3_config,
 )
 from rm.convert.weights import require_weights
-from rm.lora import ADAPTER_CONFIG, MergeLoss, read_peft_adapter
+from rm.lora import ADAPTER_CONFIG, read_peft_adapter
 from rm.model import DESCORE_FILE, HEAD_FILE, PROMPT_FILE, VIDEO_FILE, DeScore
 
 REQUIRED_FILES = (DESCORE_FILE, HEAD_FILE, PROMPT_FILE, VIDEO_FILE, "config.json")
@@ -156,7 +156,7 @@ def _write_merged(
     for key, tensor in tensors.items():
         pair = adapter.get(stock_name(key))
         if pair is not None:
-            tensors[key] = loss.merge(tensor, pair)
+            tensors[key] = loss.merge(tensor, pair, name=f"{key} of {file}")
     save_file(tensors, out, metadata={"format": "pt"})
 
 

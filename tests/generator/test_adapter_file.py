@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -491,6 +492,11 @@ def test_adapter_with_nan_is_refused_everywhere(
         (None, {}, "rank"),
         ({"transformer.r": 5}, {}, "r=5"),
         ({"transformer.use_dora": True}, {}, "use_dora"),
+        ({"transformer.layers_to_transform": [0]}, {}, "layers_to_transform"),
+        ({"transformer.exclude_modules": ["attn2"]}, {}, "exclude_modules"),
+        ({"transformer.init_lora_weights": "pissa"}, {}, "pissa"),
+        ({"transformer.use_rslora": "false"}, {}, "use_rslora"),
+        ({}, {FIRST: torch.zeros(4, 24, dtype=torch.int64)}, "int64"),
         ({}, {FIRST: None}, r"\(24, 4\)"),
         (
             {},
@@ -524,3 +530,27 @@ def test_merge_of_another_models_adapter_raises(folder: Path, tmp_path: Path) ->
         adapter_file.merge(base, replace(own, pairs=pairs))
     with pytest.raises(ValueError, match="add_k_proj"):
         adapter_file.original_name("blocks.0.attn1.add_k_proj")
+
+
+def test_merge_that_overflows_names_the_layer(folder: Path, tmp_path: Path) -> None:
+    """1e20 x 1e20 is finite in no format of weights."""
+    own = stored(tiny_generator(folder), tmp_path)
+    base = weights.read(folder).state
+    name = "blocks.0.attn1.to_q"
+    pair = own.pairs[name]
+    huge = LowRank(
+        torch.full_like(pair.a_RI, 1e20), torch.full_like(pair.b_OR, 1e20), 1.0
+    )
+    with pytest.raises(ValueError, match=rf"{name}\.weight"):
+        adapter_file.merge(base, replace(own, pairs={name: huge}))
+
+
+def test_folder_of_both_a_transformer_and_an_adapter_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Which of them was meant is unknown; before, the adapter was silently left out."""
+    generator = tiny_generator(folder)
+    generator.save_trained(tmp_path)
+    shutil.copytree(folder / "transformer", tmp_path / "transformer")
+    with pytest.raises(ValueError, match=ADAPTER_FILE):
+        tiny_generator(folder).load_trained(tmp_path)

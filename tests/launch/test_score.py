@@ -398,3 +398,34 @@ def test_video_without_a_score_is_a_failure_with_its_reason(
         assert row["error"] == "mine: too bright"
         assert row["rewards"]["mine"] is None
     assert "2 failures" in capsys.readouterr().out
+
+
+def test_scores_of_a_reward_file_that_changed_are_refused(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows that are there came from other code."""
+    file = tmp_path / "mine.py"
+    words = ["--videos", f"{clips}/*.mp4", "--prompts", str(tmp_path / "prompts.txt")]
+    words.append(f"rewards.mine.target={file}:score")
+    file.write_text("def score(video, prompts):\n    return [1.0] * len(prompts)\n")
+    scored(tmp_path, *words)
+    scored(tmp_path, *words)
+    file.write_text("def score(video, prompts):\n    return [7.0] * len(prompts)\n")
+    scored(tmp_path, *words, code=2)
+    assert "mine.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "x"}, {"video": "a.mp4", "prompt": "y"}], r"t\.jsonl:1"),
+        ([{"video": "a.mp4", "file": "b.mp4", "prompt": "x"}], "video and file"),
+    ],
+)
+def test_jsonl_whose_rows_name_videos_differently_is_refused(
+    tmp_path: Path, rows: list[dict], message: str
+) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "t.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        find_items(None, tmp_path / "t.jsonl")

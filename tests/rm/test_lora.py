@@ -12,14 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
-from common.lora import LowRank, adapters_off
+from common.lora import LowRank, MergeLoss, adapters_off
 from rm.config import BackboneLora, LearningRates
 from rm.convert import release
 from rm.lora import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
     AdaptedLinear,
-    MergeLoss,
     read_peft_adapter,
     save_adapter,
     split_state,
@@ -278,3 +277,29 @@ def test_adapter_of_layers_that_differ_in_rank_cannot_be_saved(tmp_path: Path) -
     }
     with pytest.raises(ValueError, match="rank"):
         save_adapter(tmp_path, adapter)
+
+
+def test_adapter_without_its_config_is_refused(base: Path, tmp_path: Path) -> None:
+    """A half-finished download; without the config the adapter would be left out."""
+    trained(base, std=1e-2).save(tmp_path)
+    (tmp_path / ADAPTER_CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match=ADAPTER_CONFIG):
+        DeScore.load(tmp_path, dtype=BF16)
+
+
+@pytest.mark.parametrize("query_id", [-1, 10**7, 2.5, "264", None, True])
+def test_query_id_that_is_no_row_is_refused(
+    base: Path, tmp_path: Path, query_id: object
+) -> None:
+    trained(base, std=1e-2).save(tmp_path)
+    record = json.loads((tmp_path / "descore.json").read_text())
+    text = json.dumps({**record, "query_id": query_id})
+    (tmp_path / "descore.json").write_text(text)
+    with pytest.raises(ValueError, match="query_id"):
+        DeScore.load(tmp_path, dtype=BF16)
+
+
+def test_merged_weight_beyond_its_dtype_is_an_error() -> None:
+    pair = LowRank(torch.full((1, 2), 1e20), torch.full((2, 1), 1e20), 1.0)
+    with pytest.raises(ValueError, match=r"to_q.*bfloat16"):
+        MergeLoss().merge(torch.zeros(2, 2, dtype=BF16), pair, name="to_q")
