@@ -88,6 +88,11 @@ class GrpoRun(TrainingRun):
                 "zero_stage 3 needs generator.sampler.tail_cache=1: all ranks must run the "
                 "same transformer blocks"
             )
+        if self.zero_stage == 3 and sampler.merge_adapter:
+            raise ValueError(
+                "zero_stage 3 needs generator.sampler.merge_adapter=false: it splits the weights "
+                "that an adapter would be merged into"
+            )
         if sampler.noise_level == 0:
             raise ValueError(
                 "generator.sampler.noise_level must be positive, got 0: without noise the "
