@@ -47,11 +47,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Metrics of a step over all ranks, and the samples of this rank (B = P * M, group-major)."""
+    """Metrics of a step over all ranks, and the samples of this rank (B = P * M, group-major).
+
+    video_BTYXC  The videos of the first groups that were to be kept; None if none were.
+    """
 
     metrics: dict[str, float]
     batch: PromptBatch
-    video_BTYXC: Tensor
+    video_BTYXC: Tensor | None
     scores: Mapping[str, Score]
     advantage_PM: Tensor
 
@@ -105,11 +108,13 @@ class GrpoLoop:
         self.silent_guard = SilentRewardGuard(weights)
         self.flat_guard = FlatRewardGuard(weights, patience=cfg.flat_reward_patience)
 
-    def step(self, step: int) -> StepResult:
+    def step(self, step: int, *, keep_groups: int = 0) -> StepResult:
         """One optimizer step: sample groups, score them, normalise the rewards, update.
 
-        ``step`` counts from 0. Raises RewardUnavailableError on every rank, before anything is
-        trained, when a reward fails on any rank, and by `SilentRewardGuard` and `FlatRewardGuard`.
+        ``step`` counts from 0. Frames are let go once they are scored, except those of the first
+        ``keep_groups`` groups of this rank. Raises RewardUnavailableError on every rank, before
+        anything is trained, when a reward fails on any rank, and by `SilentRewardGuard` and
+        `FlatRewardGuard`.
         """
         timer = PhaseTimer()
         batch = self.batch(step)
@@ -117,15 +122,19 @@ class GrpoLoop:
             self.rewards,
             fps=self.fps,
             group_size=self.ranks.members,
+            groups=len(batch.prompts),
+            videos_per_call=self.cfg.videos_per_call,
             timer=timer,
             overlap=self.cfg.overlap_scoring,
         )
         with scorer:
             # 1. Sample G videos per prompt from the current policy.
-            groups, video_BTYXC = self.sample(batch, step, scorer, timer)
+            groups, video_BTYXC = self.sample(
+                batch, step, scorer, timer, keep_groups=keep_groups
+            )
 
             # 2. Score every video with every reward; NaN means "could not be scored".
-            scores = scorer.scores(video_BTYXC, _prompts_of(groups))
+            scores = scorer.scores()
 
         # 3. Group-relative advantages over all ranks (LongCat-Video, equations 9 and 10).
         advantages = group_relative_advantages(
@@ -146,7 +155,7 @@ class GrpoLoop:
             # the console line shows the first of these
             **advantages.means,
             **train_metrics,
-            **timer.metrics(videos=len(video_BTYXC)),
+            **timer.metrics(videos=advantages.advantage_PM.numel()),
             **advantages.details,
         }
         return StepResult(metrics, batch, video_BTYXC, scores, advantages.advantage_PM)
@@ -156,14 +165,20 @@ class GrpoLoop:
         return self.prompts.at(step).share(self.ranks.shard_index, self.ranks.shards)
 
     def sample(
-        self, batch: PromptBatch, step: int, scorer: Scorer, timer: PhaseTimer
-    ) -> tuple[list[Group], Tensor]:
-        """Sample and decode this rank's members of every group, and show them to the scorer.
+        self,
+        batch: PromptBatch,
+        step: int,
+        scorer: Scorer,
+        timer: PhaseTimer,
+        *,
+        keep_groups: int,
+    ) -> tuple[list[Group], Tensor | None]:
+        """Sample and decode this rank's members of every group, and hand them to the scorer.
 
-        Returns the groups and their videos (B, T, Y, X, 3).
+        Returns the groups, and the videos (B, T, Y, X, 3) of the first ``keep_groups``.
         """
         groups: list[Group] = []
-        videos: list[Tensor] = []
+        kept: list[Tensor] = []
         # an overlapping scorer works on each prompt's group while the next is sampled
         parts = batch.single_prompts() if self.cfg.overlap_scoring else [batch]
         for part in parts:
@@ -180,9 +195,12 @@ class GrpoLoop:
             for group in sampled:
                 with timer("decode"):
                     video_GTYXC = self.generator.decode(group.clean_GCFHW)
-                videos.append(video_GTYXC)
-                scorer.start(video_GTYXC, _prompts_of([group]))
-        return groups, torch.cat(videos)
+                if len(kept) < keep_groups:
+                    kept.append(video_GTYXC)
+                scorer.add(video_GTYXC, _prompts_of([group]))
+                # not held while the next group is decoded
+                del video_GTYXC
+        return groups, torch.cat(kept) if kept else None
 
     def update(
         self, groups: Sequence[Group], advantages: Advantages
