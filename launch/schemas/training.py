@@ -10,7 +10,11 @@ from pydantic import Field
 from alignment.config import GrpoConfig
 from common.schema import Fraction, NonNegativeInt, PositiveInt, config, run_config
 from engine.config import EmaConfig, TrainingRun, check_grad_accumulation
-from generator.config import GeneratorConfig
+from generator.config import (
+    GeneratorConfig,
+    check_one_rank_per_video,
+    check_zero_stage,
+)
 from launch.schemas.rewards import TrainingRewards
 from rm.config import (
     BackboneLora,
@@ -84,10 +88,16 @@ class GrpoRun(TrainingRun):
 
     def __post_init__(self) -> None:
         sampler = self.generator.sampler
+        check_zero_stage(self.generator, self.zero_stage)
         if self.zero_stage == 3 and sampler.tail_cache > 1:
             raise ValueError(
                 "zero_stage 3 needs generator.sampler.tail_cache=1: all ranks must run the "
                 "same transformer blocks"
+            )
+        if self.zero_stage == 3 and sampler.merge_adapter:
+            raise ValueError(
+                "zero_stage 3 needs generator.sampler.merge_adapter=false: it splits the weights "
+                "that an adapter would be merged into"
             )
         if sampler.noise_level == 0:
             raise ValueError(
@@ -263,3 +273,6 @@ class SampleRun:
     limit: PositiveInt | None = None
     scheduler: Scheduler = "euler"
     crf: Crf = 12
+
+    def __post_init__(self) -> None:
+        check_one_rank_per_video(self.generator)

@@ -18,6 +18,20 @@ from common.types import RewardUnavailableError, Score
 NAN = math.nan
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_rank_without_a_group_to_score_has_no_scores(*, overlap: bool) -> None:
+    scorer = Scorer(
+        {"bright": NamedReward("bright", Brightness())},
+        fps=8.0,
+        group_size=2,
+        timer=PhaseTimer(),
+        overlap=overlap,
+    )
+    with scorer:
+        found = scorer.scores(torch.empty((0, 1, 1, 1, 3), dtype=torch.uint8), [])
+    assert found["bright"].value_B.shape == (0,)
+
+
 class FakeCuda:
     """Records, in place of CUDA on the rank with GPU 3, what which thread asks for."""
 
@@ -150,4 +164,14 @@ def test_silent_reward_tells_the_first_reason() -> None:
     for _ in range(2):
         guard.check(means(mine=NAN), scores)
     with pytest.raises(RewardUnavailableError, match="it was too long"):
+        guard.check(means(mine=NAN), scores)
+
+
+def test_silent_run_of_fewer_steps_ends_at_its_last_step() -> None:
+    """A run of two steps in which nothing was scored has not succeeded."""
+    guard = SilentRewardGuard({"mine": 1.0})
+    guard.expect(2)
+    scores = {"mine": Score(torch.tensor([NAN, NAN]), reasons=[])}
+    guard.check(means(mine=NAN), scores)
+    with pytest.raises(RewardUnavailableError, match="first 2 steps"):
         guard.check(means(mine=NAN), scores)
