@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.files import write_json
 from launch.planning.plan import GIB
 from launch.rehearsal.ledger import LOADING, OPTIMIZER_STEP, Costs, rounded, source_line
 
 if TYPE_CHECKING:
-    from common.config import CommandLine
     from launch.planning.plan import Where
     from launch.rehearsal.cots import ShortCots
     from launch.rehearsal.device import SimulatedGpu
@@ -41,8 +40,7 @@ class Rehearsal:
 
     phases  Costs of each phase of a whole unit.
     notes   What stands for what, and what was counted by multiplication.
-    faults  What the device refused, with the line.
-    error   The traceback of a command that failed.
+    faults  What was refused, with the line.
     """
 
     command: str
@@ -54,7 +52,6 @@ class Rehearsal:
     phases: dict[str, Costs]
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    error: str = ""
     cpu_minutes: float = 0.0
     process_gib: float = 0.0
 
@@ -71,12 +68,11 @@ class Rehearsal:
 
 
 def rehearsal_of(
-    command: CommandLine[Any],
+    command: str,
     where: Where,
     gpu: SimulatedGpu,
     adapted: Adapted,
     cots: ShortCots,
-    error: str,
 ) -> Rehearsal:
     """Collect a result; parts of a unit that were left out are counted by multiplication."""
     notes = list(adapted.notes)
@@ -98,7 +94,7 @@ def rehearsal_of(
             + ", ".join(repeated)
         )
     return Rehearsal(
-        command=type(command.cfg).__name__,
+        command=command,
         device=where.device.name,
         ranks=where.ranks,
         memory=where.device.memory,
@@ -107,7 +103,6 @@ def rehearsal_of(
         phases={n: c for n, c in gpu.ledger.phases.items() if c.kernels},
         notes=notes,
         faults=list(gpu.faults),
-        error=error,
     )
 
 
@@ -139,7 +134,6 @@ def write(result: Rehearsal, file: Path) -> None:
         "phases": phases,
         "notes": result.notes,
         "faults": result.faults,
-        "error": result.error,
         "blind_spots": list(BLIND_SPOTS),
         "cpu_minutes": result.cpu_minutes,
         "process_gib": result.process_gib,
@@ -206,14 +200,11 @@ def _by_line(title: str, counts: Counter[str], unit: float, name: str) -> Iterat
 
 
 def _verdict(result: Rehearsal) -> Iterator[str]:
-    """Faults, the error, and whether the peak fits."""
+    """Faults, and whether the peak fits."""
     for fault in dict.fromkeys(result.faults):
         yield f"  FAULT {fault}"
         where = fault.partition(": ")[0]
         yield f"        {source_line(where)}"
-    if result.error:
-        yield "  FAILED"
-        yield result.error
     peak = result.peak / GIB
     memory = result.memory / GIB
     fits = "fits" if peak <= memory else "DOES NOT FIT"
