@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from launch.planning.plan import Where
     from launch.rehearsal.cots import ShortCots
     from launch.rehearsal.device import SimulatedGpu
+    from launch.rehearsal.ledger import Ledger
     from launch.rehearsal.stand_ins import Adapted
 
 BLIND_SPOTS = (
@@ -77,7 +78,7 @@ def rehearsal_of(
     """Collect a result; parts of a unit that were left out are counted by multiplication."""
     notes = list(adapted.notes)
     for note, times in cots.notes.items():
-        notes.append(f"{note}, in {times} batches; the rest is extrapolated")
+        notes.append(f"{note} ({times} batches); the rest is extrapolated")
     if adapted.repeats > 1:
         once = {LOADING}
         if adapted.unit == "update":
@@ -93,6 +94,13 @@ def rehearsal_of(
             f"1 / {adapted.repeats:g} of a {adapted.unit} was run and multiplied, in the phases "
             + ", ".join(repeated)
         )
+        grown = _growth(gpu.ledger, adapted.repeats)
+        if grown:
+            for name, costs in gpu.ledger.phases.items():
+                costs.peak += 0 if name == LOADING else grown
+            notes.append(
+                f"what all parts hold at the same time adds {grown / GIB:.2f} GiB"
+            )
     return Rehearsal(
         command=command,
         device=where.device.name,
@@ -104,6 +112,18 @@ def rehearsal_of(
         notes=notes,
         faults=list(gpu.faults),
     )
+
+
+def _growth(ledger: Ledger, repeats: float) -> int:
+    """Bytes that parts of a unit that were not run would hold, by the growth from part to part.
+
+    All videos of a step are scored before any is trained on, so their inputs add up.
+    """
+    alive = ledger.entered.get("score", [])
+    if len(alive) < 2:
+        return 0
+    each = (alive[-1] - alive[0]) / (len(alive) - 1)
+    return round(each * len(alive) * (repeats - 1))
 
 
 def write(result: Rehearsal, file: Path) -> None:
