@@ -242,7 +242,11 @@ class GrpoLoop:
     def loss(
         self, prompt: str, step: Step, advantage_G: Tensor, weights: StepWeights
     ) -> LossOutput:
-        """Compute `grpo_group_loss` of a group at a stochastic step, in a single forward."""
+        """Compute `grpo_group_loss` of a group at a stochastic step, in a single forward.
+
+        With one update a rollout the policy that sampled is the policy of now: its log-prob is
+        that of this forward, detached, and the ratio is 1 by construction.
+        """
         # the reference first, so that the policy's activations are not held meanwhile
         reference = None
         if self.cfg.kl_weight > 0:
@@ -261,6 +265,7 @@ class GrpoLoop:
             kl_weight_scaled=self.cfg.kl_weight * weights.kl,
             clip_low=self.cfg.clip_low,
             clip_high=self.cfg.clip_high,
+            on_policy=self.cfg.updates == 1,
         )
 
 

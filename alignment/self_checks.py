@@ -63,9 +63,12 @@ def first_ratio(
     fatal: bool = True,
     group_size: int = 2,
     seed: int | None = None,
+    on_policy: bool = False,
 ) -> Finding:
     """Check that sampling and training agree on log-probs: before any update every ratio is 1.
 
+    on_policy         The loss takes the update's log-prob for the rollout's, which this check
+                      justifies: the stochastic step is computed by the same module.
     group_size, seed  Those of a group of the run check its own batch: kernels may round otherwise
                       at another size.
     """
@@ -82,10 +85,13 @@ def first_ratio(
             ratio_G = (log_prob_G - step.log_prob_G.to(log_prob_G.device)).exp()
             worst = max(worst, float((ratio_G - 1).abs().max()))
     limit = REPLAY_LIMIT[dtype]
+    fact = f"max |ratio - 1| before any update is {worst:.1e}, allowed {limit:g}"
+    if on_policy:
+        fact += "; with one update a rollout the loss takes it as 1"
     return Finding(
         name="first ratio",
         ok=worst <= limit,
-        fact=f"max |ratio - 1| before any update is {worst:.1e}, allowed {limit:g}",
+        fact=fact,
         advice="sampling and training compute different velocities: is guidance_in_update off, "
         "dropout on, or the dtype different?",
         fatal=fatal,

@@ -99,6 +99,7 @@ def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: str) -> list[Findi
             fatal=run.generator.guidance_in_update,
             group_size=loop.ranks.members,
             seed=batch.seeds[0],
+            on_policy=run.grpo.updates == 1,
         ),
     ]
 

@@ -165,3 +165,13 @@ def test_silent_reward_tells_the_first_reason() -> None:
         guard.check(means(mine=NAN), scores)
     with pytest.raises(RewardUnavailableError, match="it was too long"):
         guard.check(means(mine=NAN), scores)
+
+
+def test_silent_run_of_fewer_steps_ends_at_its_last_step() -> None:
+    """A run of two steps in which nothing was scored has not succeeded."""
+    guard = SilentRewardGuard({"mine": 1.0})
+    guard.expect(2)
+    scores = {"mine": Score(torch.tensor([NAN, NAN]), reasons=[])}
+    guard.check(means(mine=NAN), scores)
+    with pytest.raises(RewardUnavailableError, match="first 2 steps"):
+        guard.check(means(mine=NAN), scores)
