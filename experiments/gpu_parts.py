@@ -18,6 +18,7 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -43,7 +44,11 @@ from experiments.gpu_rates import (
 from experiments.runner import ROOT
 from generator import adapter
 from generator.attention import backend, require_backend
-from generator.config import FORWARD_ONLY_ATTENTION, TRAINABLE_ATTENTION, GeneratorConfig
+from generator.config import (
+    FORWARD_ONLY_ATTENTION,
+    TRAINABLE_ATTENTION,
+    GeneratorConfig,
+)
 from generator.latents import store_channels_last
 from generator.wan import WanGenerator, compile_blocks
 from launch.planning.known_models import QWEN3_VL, WAN, WAN_VAE
@@ -57,6 +62,22 @@ PROMPT = "A paper boat drifts down a gutter in the rain."
 WAN_NAME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 TEXT_TOKENS = 24
 GIB = 2.0**30
+# They only describe memory.
+NO_KERNELS = {
+    "aten::_unsafe_view",
+    "aten::empty",
+    "aten::empty_like",
+    "aten::new_empty",
+}
+# What a missing package, kernel or download raises.
+UNAVAILABLE = (
+    ValueError,
+    RuntimeError,
+    NotImplementedError,
+    ImportError,
+    OSError,
+    AssertionError,
+)
 # The limits of two CoTs; a CoT that does not end is written to twice its limit.
 SHORT_COT = 8
 LONG_COT = 32
@@ -127,7 +148,7 @@ def dit(subject: Subject, device: torch.device) -> PartResult:
                 raise ValueError("stores all scores, for tests only")
             with backend(transformer, name):
                 measured[key] = seconds_of(forward, device)
-        except (ValueError, RuntimeError, NotImplementedError, ImportError) as error:
+        except UNAVAILABLE as error:
             left_out[key] = first_line(error)
     with generator.reference():
         measured["dit_forward_s/without adapter"] = seconds_of(forward, device)
@@ -153,33 +174,47 @@ def dit(subject: Subject, device: torch.device) -> PartResult:
     try:
         compile_blocks(transformer)
         measured["dit_forward_s/compiled"] = seconds_of(forward, device)
-    except (RuntimeError, ImportError) as error:
+    except UNAVAILABLE as error:
         left_out["dit_forward_s/compiled"] = first_line(error)
     return PartResult(rates, measured, left_out)
 
 
 def decode(subject: Subject, device: torch.device) -> PartResult:
     """Time the VAE's decoding of a video, in fp32 and in bfloat16 with channels last."""
-    cfg = run_config(subject).generator
+    exact = decode_in("float32", subject, device)
+    fast = decode_in("bfloat16", subject, device)
     measured = {}
-    exact = None
-    for dtype in ("float32", "bfloat16"):
-        changed = dataclasses.replace(
-            cfg, vae_dtype=dtype, vae_channels_last=dtype == "bfloat16"
-        )
-        generator = random_wan(subject, changed, device)
-        source = seeded_generator("gpu check")
-        latent = torch.randn((1, *generator.latent_shape), generator=source)
-        with peak_of(device) as peak:
-            seconds = seconds_of(lambda: generator.decode(latent), device, repeats=1)
-        measured[f"decode_s/{dtype}"] = seconds
-        measured[f"decode_peak_gib/{dtype}"] = peak.gib
-        video = generator.decode(latent).float()
-        if exact is None:
-            exact = video
+    for name, timed in (("float32", exact), ("bfloat16", fast)):
+        measured[f"decode_s/{name}"] = timed.seconds
+        measured[f"decode_peak_gib/{name}"] = timed.peak_gib
     # in steps of 1 / 255, with random weights
-    measured["decode_error/bfloat16"] = float((video - exact).abs().mean())
+    difference = fast.video_BTYXC.float() - exact.video_BTYXC.float()
+    measured["decode_error/bfloat16"] = float(difference.abs().mean())
     return PartResult(measured=measured)
+
+
+@dataclass(frozen=True)
+class TimedDecode:
+    """A decoded video, its seconds, and the peak of memory."""
+
+    video_BTYXC: Tensor
+    seconds: float
+    peak_gib: float
+
+
+def decode_in(dtype: str, subject: Subject, device: torch.device) -> TimedDecode:
+    """Decode a random latent by a VAE of this dtype."""
+    cfg = dataclasses.replace(
+        run_config(subject).generator,
+        vae_dtype=dtype,
+        vae_channels_last=dtype == "bfloat16",
+    )
+    generator = random_wan(subject, cfg, device)
+    source = seeded_generator("gpu check")
+    latent = torch.randn((1, *generator.latent_shape), generator=source)
+    with peak_of(device) as peak:
+        seconds = seconds_of(lambda: generator.decode(latent), device, repeats=1)
+    return TimedDecode(generator.decode(latent), seconds, peak.gib)
 
 
 def reward_model(subject: Subject, device: torch.device) -> PartResult:
@@ -197,7 +232,10 @@ def reward_model(subject: Subject, device: torch.device) -> PartResult:
 
     def score(cots: int, limit: int) -> None:
         model.generation = dataclasses.replace(model.generation, max_new_tokens=limit)
-        DeScoreScorer(model, cots=cots).score(video, [PROMPT], fps=cfg.fps)
+        found = DeScoreScorer(model, cots=cots).score(video, [PROMPT], fps=cfg.fps)
+        # A CoT that the limit cut has no score.
+        if cots and not bool(found.value_B.isnan().all()):
+            raise RuntimeError("a random CoT has ended, so that its tokens are unknown")
 
     with peak_of(device) as peak:
         without = seconds_of(lambda: score(0, SHORT_COT), device)
@@ -232,6 +270,8 @@ def update(subject: Subject, device: torch.device) -> PartResult:
     with generator.given_prompts(embeddings), peak_of(device) as peak:
         loop.step(0)
         metrics = loop.step(1).metrics
+    if metrics["train/skipped"]:
+        raise RuntimeError("all videos have the same brightness: nothing was trained")
     measured = {"update_peak_gib": peak.gib}
     for phase in ("rollout", "decode", "update"):
         measured[f"grpo_s/{phase}"] = metrics[f"seconds/{phase}"]
@@ -257,7 +297,8 @@ class CountKernels(TorchDispatchMode):
         # a view returns its input's memory without writing to it
         returns = func._schema.returns
         alias = returns[0].alias_info if returns else None
-        if alias is None or alias.is_write:
+        is_view = alias is not None and not alias.is_write
+        if not is_view and func._schema.name not in NO_KERNELS:
             self.count += 1
         return func(*args, **(kwargs or {}))
 
@@ -313,9 +354,7 @@ def latent_shape(cfg: GeneratorConfig) -> tuple[int, ...]:
     return (16, frames, cfg.height // 8, cfg.width // 8)
 
 
-def dit_inputs(
-    generator: WanGenerator, shape: tuple[int, ...]
-) -> dict[str, Tensor]:
+def dit_inputs(generator: WanGenerator, shape: tuple[int, ...]) -> dict[str, Tensor]:
     """A random latent of this shape with a random prompt, as the transformer takes them."""
     transformer = generator._active()[1]
     dtype = transformer.patch_embedding.weight.dtype
@@ -351,7 +390,7 @@ def random_wan(
         with device:
             decoder = AutoencoderKLWan.from_config(dict(subject.vae)).eval()
         decoder.requires_grad_(requires_grad=False)
-        decoder.to(getattr(torch, cfg.vae_dtype))
+        store_as_loaded(decoder, getattr(torch, cfg.vae_dtype))
         if cfg.vae_channels_last:
             store_channels_last(decoder)
 
@@ -367,10 +406,10 @@ def random_wan(
     return WanGenerator(cfg, pipeline, module.to(device), device)
 
 
-def store_as_loaded(transformer: WanTransformer3DModel, dtype: torch.dtype) -> None:
+def store_as_loaded(model: ModelMixin, dtype: torch.dtype) -> None:
     """Give weights the dtypes that diffusers' loading gives them: a few stay fp32."""
-    kept = transformer._keep_in_fp32_modules or []
-    for name, parameter in transformer.named_parameters():
+    kept = model._keep_in_fp32_modules or []
+    for name, parameter in model.named_parameters():
         if not any(part in name.split(".") for part in kept):
             parameter.data = parameter.data.to(dtype)
 
@@ -388,6 +427,16 @@ def random_descore(subject: Subject, device: torch.device) -> DeScore:
         ROOT / "configs/wan/cold_start.yaml",
         ["base=x", "run_dir=x", "data.train=none.csv"],
     )
+    # Videos are cut as the vision tower reads them.
+    tower = config.vision_config
+    video = dataclasses.replace(
+        settings.video,
+        patch_size=tower.patch_size,
+        merge_size=tower.spatial_merge_size,
+        temporal_patch_size=tower.temporal_patch_size,
+    )
+
+    # Random weights are drawn on the device, in their dtype.
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -399,7 +448,7 @@ def random_descore(subject: Subject, device: torch.device) -> DeScore:
         qwen,
         tokenizer,
         DEFAULT_TEMPLATE,
-        settings.video,
+        video,
         max(tokenizer.get_vocab().values()) + 1,
         settings.generation,
     )
@@ -411,9 +460,7 @@ def random_embedding(subject: Subject, seed: int) -> Tensor:
     return torch.randn(TEXT_TOKENS, subject.wan["text_dim"], generator=draw)
 
 
-PARTS = {
-    part.__name__: part for part in (rates, dit, decode, reward_model, update)
-}
+PARTS = {part.__name__: part for part in (rates, dit, decode, reward_model, update)}
 
 
 def measure(name: str, subject: Subject, device: torch.device) -> dict[str, Any]:
