@@ -67,15 +67,6 @@ def say_long_prompts(prompts: Sequence[str], cfg: GeneratorConfig) -> None:
             say(remark)
 
 
-def rank_device() -> str:
-    """Return this rank's GPU, or "cpu"."""
-    import torch
-
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return "cpu"
-
-
 def build_generator(
     cfg: GeneratorConfig, *, seed: int = 0, transformer_only: bool = False
 ) -> WanGenerator:
@@ -83,13 +74,14 @@ def build_generator(
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    from common.memory import default_device
     from generator.wan import WanGenerator
 
     # Every rank would print several bars.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     return WanGenerator.load(
-        cfg, device=rank_device(), seed=seed, transformer_only=transformer_only
+        cfg, device=default_device(), seed=seed, transformer_only=transformer_only
     )
 
 

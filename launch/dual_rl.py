@@ -132,7 +132,7 @@ def load_reward_model(run: DualRlRun) -> DeScore:
     """Load the reward model of stage 1, or put a new head on a plain Qwen3-VL."""
     import torch
 
-    from launch.compose import rank_device
+    from common.memory import default_device
     from rm.model import DESCORE_FILE, DeScore
 
     dtype = getattr(torch, run.dtype)
@@ -143,7 +143,7 @@ def load_reward_model(run: DualRlRun) -> DeScore:
     # The run's settings override those of the checkpoint.
     if run.generation is not None:
         model.generation = run.generation
-    return model.to(rank_device())
+    return model.to(default_device())
 
 
 if __name__ == "__main__":

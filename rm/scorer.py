@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.distributed import derive_seed
 from common.log import say
-from common.memory import AdaptiveBatcher
+from common.memory import AdaptiveBatcher, default_device
 from common.renamed_keys import NEW_NAME
 from common.types import Score
 from rm.calibration import Calibration
@@ -110,9 +110,7 @@ class DeScoreScorer:
         _require_known(cls, options)
         # Where the model runs, and in which precision.
         if device is None:
-            device = "cpu"
-            if torch.cuda.is_available():
-                device = torch.device("cuda", torch.cuda.current_device())
+            device = default_device()
         if dtype is None:
             on_cpu = torch.device(device).type == "cpu"
             dtype = "float32" if on_cpu else "bfloat16"
