@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,8 @@ from common import distributed
 from experiments import gpu_check, gpu_parts, gpu_rates
 from experiments.gpu_parts import Subject
 from experiments.gpu_rates import RateSizes
+from experiments.runner import write_json
+from launch.planning.roofline import Rates, rates_of
 from tests.launch.processes import ROOT, run
 
 CPU = torch.device("cpu")
@@ -109,6 +112,9 @@ def test_kernels_that_the_device_lacks_are_left_out_with_a_reason() -> None:
         found.left_out.keys()
     )
     assert "only CUDA" in found.left_out["launch"]
+    # "host" is measured with the transformer
+    names = {field.name for field in dataclasses.fields(Rates)} - {"host"}
+    assert found.rates.keys() | found.left_out.keys() == names
     assert not found.rates.keys() & found.left_out.keys()
 
 
@@ -156,7 +162,7 @@ def test_parts_of_the_command_are_those_that_exist() -> None:
     assert tuple(gpu_parts.PARTS) == gpu_check.PARTS
 
 
-def test_record_has_the_keys_that_plans_read() -> None:
+def test_record_has_the_keys_that_plans_read(tmp_path: Path) -> None:
     record = {
         "device": "h100",
         "rates": {},
@@ -171,6 +177,10 @@ def test_record_has_the_keys_that_plans_read() -> None:
     gpu_check.merge(record, "dit", part)
     assert record["rates"] == {"gemm_bf16": 6e14, "launch": 4e-6}
     assert record["measured"]["seconds"] == {"dit": 3.0}
+    write_json(tmp_path / "h100.json", record)
+    planned = rates_of("h100", tmp_path / "h100.json")
+    assert planned.gemm_bf16 == 6e14
+    assert planned.launch == 4e-6
     lines = "\n".join(gpu_check.table(record))
     for text in ("600.00 T/s", "4.00 us", "1.25", "yes", "- not installed"):
         assert text in lines
