@@ -62,6 +62,13 @@ PROMPT = "A paper boat drifts down a gutter in the rain."
 WAN_NAME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 TEXT_TOKENS = 24
 GIB = 2.0**30
+# Of NPUs and ROCm, and one that stores the scores of all tokens.
+OTHERS = {"_native_npu", "aiter_fa2_hub", "_native_math"}
+BACKENDS = tuple(
+    name
+    for name in (*TRAINABLE_ATTENTION, *FORWARD_ONLY_ATTENTION)
+    if name not in OTHERS
+)
 # They only describe memory.
 NO_KERNELS = {
     "aten::_unsafe_view",
@@ -90,6 +97,7 @@ class Subject:
     wan, vae, qwen  configs of the models' classes.
     words   overrides of configs/wan/grpo.yaml.
     rates   sizes of the kernels.
+    backends  attention backends that are tried.
     """
 
     wan: Mapping[str, Any]
@@ -97,6 +105,7 @@ class Subject:
     qwen: Mapping[str, Any]
     words: tuple[str, ...] = ()
     rates: RateSizes = field(default_factory=RateSizes)
+    backends: tuple[str, ...] = BACKENDS
 
 
 @dataclass(frozen=True)
@@ -139,13 +148,10 @@ def dit(subject: Subject, device: torch.device) -> PartResult:
     def forward() -> Tensor:
         return generator.module(**inputs, return_dict=False)[0]
 
-    for name in (*TRAINABLE_ATTENTION, *FORWARD_ONLY_ATTENTION):
+    for name in subject.backends:
         key = f"dit_forward_s/{name}"
         try:
             require_backend("attention", name, device)
-            # the plain scores of all tokens do not fit
-            if name == "_native_math" and device.type == "cuda":
-                raise ValueError("stores all scores, for tests only")
             with backend(transformer, name):
                 measured[key] = seconds_of(forward, device)
         except UNAVAILABLE as error:
