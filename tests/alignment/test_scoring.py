@@ -14,7 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alignment.grpo import StepResult
 from alignment.rewards.brightness import Brightness
 from alignment.rewards.errors import NamedReward
-from alignment.scoring import FlatRewardGuard, Scorer, SilentRewardGuard
+from alignment.scoring import (
+    FlatRewardGuard,
+    Scorer,
+    SilentRewardGuard,
+    scoring_stream,
+)
 from alignment.timing import PhaseTimer
 from common.types import RewardUnavailableError, Score
 from tests.alignment.test_grpo import loop_of
@@ -46,11 +51,17 @@ class FakeCuda:
         self.calls: list[tuple[str, object, bool]] = []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+        self.streams = 0
+        scoring_stream.cache_clear()
+        monkeypatch.setattr(torch.cuda, "Stream", self.stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self)
         for name in ("set_device", "set_stream"):
             monkeypatch.setattr(torch.cuda, name, self.recorder(name))
         monkeypatch.setattr(torch.cuda, "synchronize", self.recorder("device sync"))
+
+    def stream(self, device: int) -> str:
+        self.streams += 1
+        return f"stream of {device}"
 
     def recorder(self, name: str) -> object:
         def record(value: object = None) -> None:
@@ -105,6 +116,23 @@ def test_scoring_thread_has_the_gpu_and_a_stream_of_its_rank(
         ("set_stream", "stream of 3"),
         *[("score", None)] * 3,
     ]
+
+
+def test_scorers_of_all_steps_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    for _ in range(3):
+        scorer = Scorer(
+            {"bright": NamedReward("bright", Brightness())},
+            fps=8.0,
+            group_size=2,
+            timer=PhaseTimer(),
+            overlap=True,
+        )
+        with scorer:
+            scorer.start(torch.zeros((2, 3, 4, 4, 3), dtype=torch.uint8), ["a", "a"])
+    assert [name for name, *_ in cuda.calls].count("set_stream") == 3
+    assert cuda.streams == 1
+    scoring_stream.cache_clear()
 
 
 def test_timer_waits_for_its_own_stream_only(monkeypatch: pytest.MonkeyPatch) -> None:
