@@ -375,7 +375,7 @@ class DualRl:
             videos, encoded = encode_pairs(self.model, batch_pairs)
             batch = self.model.batch(encoded, videos, query=False)
             written = generate(self.model, batch, self.model.generation)
-            reward_BK = rewards_from_cache(self.model, written)
+            reward_BK = rewards_from_cache(self.model, written).cpu()
             reward_BK[~written.finished_B] = math.nan
             for n, row in enumerate(rows):
                 cots = (written.cot(2 * n), written.cot(2 * n + 1))
