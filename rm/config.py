@@ -197,6 +197,9 @@ class DualRlConfig:
     cots_per_row      CoTs behind one prompt, see `rm.packed`; null is all. The attention
                       mask has (prompt + cots_per_row * CoT)^2 entries, so long CoTs need
                       fewer.
+    attention         of packed rows: "flex" (FlexAttention, on a GPU) skips the blocks of
+                      that mask in which nobody sees anybody, "mask" fills them; "auto" is
+                      flex on a GPU.
     temperature       of sampling and of the log-probabilities.
     advantage_std     standard deviation that divides a group's advantages. "population" divides
                       the squares by group_size, "sample" by group_size - 1 as the release
@@ -213,6 +216,7 @@ class DualRlConfig:
     micro_batch: PositiveInt = 1
     group_size: Annotated[int, Field(ge=2)] = 8
     cots_per_row: PositiveInt | None = None
+    attention: Literal["auto", "mask", "flex"] = "auto"
     temperature: PositiveFloat = 1.0
     advantage_std: Literal["population", "sample"] = "population"
     max_new_tokens: PositiveInt = 4_096

@@ -37,6 +37,7 @@ from common.updates import (
     backward_and_step,
     rank_micro_batches,
 )
+from rm.block_attention import use_attention
 from rm.config import Generation
 from rm.cot_rollout import (
     Rollouts,
@@ -89,6 +90,9 @@ class DualRl:
     def __post_init__(self) -> None:
         # Every reward of this stage follows a CoT.
         self.model.cot_in_training = "always"
+        use_attention(self.model, self.cfg.attention)
+        if self.reference is not None:
+            use_attention(self.reference, self.cfg.attention)
 
     def step(self, step: int) -> dict[str, float]:
         """Sample and reward ``pairs_per_step`` pairs, then make all updates on them."""
