@@ -50,6 +50,8 @@ class StepResult:
     """Metrics of a step over all ranks, and the samples of this rank (B = P * M, group-major).
 
     video_BTYXC  The videos of the first groups that were to be kept; None if none were.
+
+    Of ranks that hold the same samples, each has the groups that it decoded and scored.
     """
 
     metrics: dict[str, float]
@@ -64,7 +66,8 @@ def backwards_per_update(
 ) -> int:
     """Return the engine's gradient accumulation: backwards of an optimizer step on each rank.
 
-    ``prompts_per_step`` is the number of groups of a step over all ranks.
+    ``prompts_per_step`` is the number of groups of a step over all ranks. Ranks that compute
+    each sample together count as one of ``ranks``.
     """
     groups = prompts_per_step * cfg.ranks_per_group // ranks
     return groups * steps_per_group
@@ -77,6 +80,8 @@ class GrpoLoop:
     weights    The factor of each reward's advantages; 0 scores and logs without training.
     engine     It must accumulate `backwards_per_update` gradients before it takes a step.
     fps        The frame rate of the generator's videos, for the rewards.
+    ranks_per_sample  How many consecutive ranks compute each sample together; the engine must
+               then sum their gradients.
     grad_norm  Returns the gradient's norm before clipping, or None, after an optimizer step.
     """
 
@@ -90,6 +95,7 @@ class GrpoLoop:
         engine: Engine,
         prompts: PromptSchedule,
         fps: float,
+        ranks_per_sample: int = 1,
         grad_norm: Callable[[], float | Tensor | None] = lambda: None,
     ) -> None:
         self.cfg = cfg
@@ -103,7 +109,7 @@ class GrpoLoop:
         self.fps = fps
         self.grad_norm = grad_norm
         # how ranks share groups, and stops for rewards that teach nothing
-        self.ranks = RankGroups(cfg.group_size, cfg.ranks_per_group)
+        self.ranks = RankGroups(cfg.group_size, cfg.ranks_per_group, ranks_per_sample)
         self.ranks.check(self.rewards.values())
         self.silent_guard = SilentRewardGuard(weights)
         self.flat_guard = FlatRewardGuard(weights, patience=cfg.flat_reward_patience)
@@ -118,11 +124,12 @@ class GrpoLoop:
         """
         timer = PhaseTimer()
         batch = self.batch(step)
+        scored = self.ranks.scored_groups(len(batch.prompts))
         scorer = Scorer(
             self.rewards,
             fps=self.fps,
             group_size=self.ranks.members,
-            groups=len(batch.prompts),
+            groups=len(scored),
             videos_per_call=self.cfg.videos_per_call,
             timer=timer,
             overlap=self.cfg.overlap_scoring,
@@ -155,10 +162,16 @@ class GrpoLoop:
             # the console line shows the first of these
             **advantages.means,
             **train_metrics,
-            **timer.metrics(videos=advantages.advantage_PM.numel()),
+            **timer.metrics(videos=len(scored) * self.ranks.members),
             **advantages.details,
         }
-        return StepResult(metrics, batch, video_BTYXC, scores, advantages.advantage_PM)
+        return StepResult(
+            metrics,
+            batch.take(scored),
+            video_BTYXC,
+            scores,
+            advantages.advantage_PM[list(scored)],
+        )
 
     def batch(self, step: int) -> PromptBatch:
         """Return the prompts of a step that this rank's shard samples."""
@@ -173,9 +186,10 @@ class GrpoLoop:
         *,
         keep_groups: int,
     ) -> tuple[list[Group], Tensor | None]:
-        """Sample and decode this rank's members of every group, and hand them to the scorer.
+        """Sample this rank's members of every group, decode them, and hand them to the scorer.
 
-        Returns the groups, and the videos (B, T, Y, X, 3) of the first ``keep_groups``.
+        Only the groups that this rank scores are decoded. Returns all groups, and the videos
+        (B, T, Y, X, 3) of the first ``keep_groups`` that were decoded.
         """
         groups: list[Group] = []
         kept: list[Tensor] = []
@@ -190,9 +204,13 @@ class GrpoLoop:
                     iteration=step,
                     first_member=self.ranks.first_member,
                 )
-            groups += sampled
             # decoding group by group gives the same bytes however many ranks share the groups
+            scored = self.ranks.scored_groups(len(batch.prompts))
             for group in sampled:
+                groups.append(group)
+                if len(groups) - 1 not in scored:
+                    # another rank of the same samples scores it
+                    continue
                 with timer("decode"):
                     video_GTYXC = self.generator.decode(group.clean_GCFHW)
                 if len(kept) < keep_groups:
@@ -238,7 +256,11 @@ class GrpoLoop:
     def loss(
         self, prompt: str, step: Step, advantage_G: Tensor, weights: StepWeights
     ) -> LossOutput:
-        """Compute `grpo_group_loss` of a group at a stochastic step, in a single forward."""
+        """Compute `grpo_group_loss` of a group at a stochastic step, in a single forward.
+
+        With one update a rollout the policy that sampled is the policy of now: its log-prob is
+        that of this forward, detached, and the ratio is 1 by construction.
+        """
         # the reference first, so that the policy's activations are not held meanwhile
         reference = None
         if self.cfg.kl_weight > 0:
@@ -257,6 +279,7 @@ class GrpoLoop:
             kl_weight_scaled=self.cfg.kl_weight * weights.kl,
             clip_low=self.cfg.clip_low,
             clip_high=self.cfg.clip_high,
+            on_policy=self.cfg.updates == 1,
         )
 
 

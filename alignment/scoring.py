@@ -31,7 +31,7 @@ class Scorer(AbstractContextManager[None]):
     a reward then sees the videos of one group at a time.
 
     group_size       Videos of a group on this rank.
-    groups           Groups of the step on this rank.
+    groups           Groups of the step that this rank scores.
     videos_per_call  Rounded down to whole groups, and at least a group.
     """
 
@@ -97,6 +97,9 @@ class Scorer(AbstractContextManager[None]):
             self._wait()
         # every rank must learn of an error on any rank, or the others would wait for it
         raise_on_all(self.problem)
+        if not self.parts:
+            # other ranks score all videos of this one
+            return {name: Score(torch.zeros(0)) for name in self.rewards}
         scores = {}
         for name in self.rewards:
             scores[name] = Score.concat([part[name] for part in self.parts])
@@ -193,20 +196,25 @@ class SilentRewardGuard:
     """Stops a run in which no reward returned a finite score in the first 3 steps.
 
     Such rewards will return none later either. Rewards with weight 0 do not count. The steps
-    are those since the process started.
+    are those since the process started; of a run that ends before, all of them.
     """
 
     PATIENCE = 3
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.trained = [name for name, weight in weights.items() if weight != 0]
+        self.patience = self.PATIENCE
         self.silent_steps = 0
         self.done = not self.trained
+
+    def expect(self, steps: int) -> None:
+        """Take the number of steps that are left, when that is less than `PATIENCE`."""
+        self.patience = min(self.PATIENCE, steps)
 
     def check(self, means: Mapping[str, float], scores: Mapping[str, Score]) -> None:
         """Count a step by its ``reward/NAME`` means over all ranks, the same on every rank.
 
-        Raises RewardUnavailableError after `PATIENCE` steps without a finite score, with the first
+        Raises RewardUnavailableError after `patience` steps without a finite score, with the first
         reason among this rank's ``scores``.
         """
         # a reward that returned a score before may fail on later prompts
@@ -218,7 +226,7 @@ class SilentRewardGuard:
             self.done = True
             return
         self.silent_steps += 1
-        if self.silent_steps == self.PATIENCE:
+        if self.silent_steps == self.patience:
             # all ranks have the same means, so all of them raise
             names = ", ".join(f"rewards.{name}" for name in self.trained)
             reasons = [
@@ -226,7 +234,7 @@ class SilentRewardGuard:
             ]
             first = next((f" ({reason})" for reason in reasons if reason), "")
             raise RewardUnavailableError(
-                f"{names} returned no finite score in the first {self.PATIENCE} steps "
+                f"{names} returned no finite score in the first {self.patience} steps "
                 f"since this start: every score is NaN or None{first}, so nothing is learned"
             )
 

@@ -75,6 +75,7 @@ def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> Training
 
     # The parts that only GRPO has.
     def prepare(start: int) -> None:
+        loop.silent_guard.expect(run.steps - start)
         if run.self_checks and start == 0:
             run_self_checks(run, loop, prompts)
         if run.cache_prompts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -21,6 +22,22 @@ from tests.alignment.test_grpo import loop_of
 from tests.fakes import FakeGenerator
 
 NAN = math.nan
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_rank_without_a_group_to_score_has_no_scores(*, overlap: bool) -> None:
+    scorer = Scorer(
+        {"bright": NamedReward("bright", Brightness())},
+        fps=8.0,
+        group_size=2,
+        groups=0,
+        videos_per_call=4,
+        timer=PhaseTimer(),
+        overlap=overlap,
+    )
+    with scorer:
+        found = scorer.scores()
+    assert found["bright"].value_B.shape == (0,)
 
 
 class FakeCuda:
@@ -121,10 +138,20 @@ class FrameMemory(TorchDispatchMode):
         return result
 
 
+class Slow(Brightness):
+    """Slower than the rollout, so that groups wait for it."""
+
+    def score(
+        self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
+        time.sleep(0.05)
+        return super().score(video_BTYXC, prompts, fps=fps)
+
+
 def peak_frames(*, prompts: int, videos_per_call: int, **options: object) -> int:
     """Peak of a step's uint8 frames, in videos of the fake generator."""
     loop = loop_of(
-        {"bright": Brightness()},
+        {"bright": Slow()},
         prompts=prompts,
         videos_per_call=videos_per_call,
         **options,
@@ -149,7 +176,7 @@ def test_frames_of_a_step_grow_with_the_chunk_and_not_with_the_prompts() -> None
 
 
 def test_frames_that_wait_for_the_thread_are_bounded() -> None:
-    """A chunk of 2 groups waits or is scored, while the next is sampled."""
+    """Two groups wait or are scored, while the next is decoded."""
     peak = peak_frames(prompts=24, videos_per_call=8, overlap_scoring=True)
     assert peak <= 12
 
@@ -280,4 +307,14 @@ def test_silent_reward_tells_the_first_reason() -> None:
     for _ in range(2):
         guard.check(means(mine=NAN), scores)
     with pytest.raises(RewardUnavailableError, match="it was too long"):
+        guard.check(means(mine=NAN), scores)
+
+
+def test_silent_run_of_fewer_steps_ends_at_its_last_step() -> None:
+    """A run of two steps in which nothing was scored has not succeeded."""
+    guard = SilentRewardGuard({"mine": 1.0})
+    guard.expect(2)
+    scores = {"mine": Score(torch.tensor([NAN, NAN]), reasons=[])}
+    guard.check(means(mine=NAN), scores)
+    with pytest.raises(RewardUnavailableError, match="first 2 steps"):
         guard.check(means(mine=NAN), scores)
