@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 class StepResult:
     """Metrics of a step over all ranks, and the samples of this rank (B = P * M, group-major).
 
-    video_BTYXC  The videos of the first groups that were to be kept; None if none were.
-
     Of ranks that hold the same samples, each has the groups that it decoded and scored.
+
+    video_BTYXC  The videos of the first groups that were to be kept; None if none were.
     """
 
     metrics: dict[str, float]
@@ -162,7 +162,7 @@ class GrpoLoop:
             # the console line shows the first of these
             **advantages.means,
             **train_metrics,
-            **timer.metrics(videos=len(scored) * self.ranks.members),
+            **timer.metrics(videos=advantages.advantage_PM.numel()),
             **advantages.details,
         }
         return StepResult(
@@ -186,10 +186,9 @@ class GrpoLoop:
         *,
         keep_groups: int,
     ) -> tuple[list[Group], Tensor | None]:
-        """Sample this rank's members of every group, decode them, and hand them to the scorer.
+        """Sample this rank's members of every group; decode and hand on those that it scores.
 
-        Only the groups that this rank scores are decoded. Returns all groups, and the videos
-        (B, T, Y, X, 3) of the first ``keep_groups`` that were decoded.
+        Returns the groups, and the videos (B, T, Y, X, 3) of the first ``keep_groups`` scored.
         """
         groups: list[Group] = []
         kept: list[Tensor] = []
