@@ -100,8 +100,8 @@ class DualRl:
         # Of the weights: the number of updates that this process has made.
         self.version = 0
         if self.backend is None:
-            # Both videos of each pair of a micro-batch go through the model together.
-            batch = 2 * self.cfg.micro_batch
+            # By default, both videos of each pair of a micro-batch go through the model together.
+            batch = self.cfg.cot_batch or 2 * self.cfg.micro_batch
             self.backend = BuiltinBackend(self.model, batch=batch)
 
     def step(self, step: int) -> dict[str, float]:
