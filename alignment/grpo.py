@@ -47,7 +47,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Metrics of a step over all ranks, and the samples of this rank (B = P * M, group-major)."""
+    """Metrics of a step over all ranks, and the samples of this rank (B = P * M, group-major).
+
+    Of ranks that hold the same samples, each has the groups that it decoded and scored.
+    """
 
     metrics: dict[str, float]
     batch: PromptBatch
@@ -61,7 +64,8 @@ def backwards_per_update(
 ) -> int:
     """Return the engine's gradient accumulation: backwards of an optimizer step on each rank.
 
-    ``prompts_per_step`` is the number of groups of a step over all ranks.
+    ``prompts_per_step`` is the number of groups of a step over all ranks. Ranks that compute
+    each sample together count as one of ``ranks``.
     """
     groups = prompts_per_step * cfg.ranks_per_group // ranks
     return groups * steps_per_group
@@ -74,6 +78,8 @@ class GrpoLoop:
     weights    The factor of each reward's advantages; 0 scores and logs without training.
     engine     It must accumulate `backwards_per_update` gradients before it takes a step.
     fps        The frame rate of the generator's videos, for the rewards.
+    ranks_per_sample  How many consecutive ranks compute each sample together; the engine must
+               then sum their gradients.
     grad_norm  Returns the gradient's norm before clipping, or None, after an optimizer step.
     """
 
@@ -87,6 +93,7 @@ class GrpoLoop:
         engine: Engine,
         prompts: PromptSchedule,
         fps: float,
+        ranks_per_sample: int = 1,
         grad_norm: Callable[[], float | Tensor | None] = lambda: None,
     ) -> None:
         self.cfg = cfg
@@ -100,7 +107,7 @@ class GrpoLoop:
         self.fps = fps
         self.grad_norm = grad_norm
         # how ranks share groups, and stops for rewards that teach nothing
-        self.ranks = RankGroups(cfg.group_size, cfg.ranks_per_group)
+        self.ranks = RankGroups(cfg.group_size, cfg.ranks_per_group, ranks_per_sample)
         self.ranks.check(self.rewards.values())
         self.silent_guard = SilentRewardGuard(weights)
         self.flat_guard = FlatRewardGuard(weights, patience=cfg.flat_reward_patience)
@@ -125,7 +132,9 @@ class GrpoLoop:
             groups, video_BTYXC = self.sample(batch, step, scorer, timer)
 
             # 2. Score every video with every reward; NaN means "could not be scored".
-            scores = scorer.scores(video_BTYXC, _prompts_of(groups))
+            scored = self.ranks.scored_groups(len(groups))
+            scored_prompts = _prompts_of([groups[i] for i in scored])
+            scores = scorer.scores(video_BTYXC, scored_prompts)
 
         # 3. Group-relative advantages over all ranks (LongCat-Video, equations 9 and 10).
         advantages = group_relative_advantages(
@@ -149,7 +158,13 @@ class GrpoLoop:
             **timer.metrics(videos=len(video_BTYXC)),
             **advantages.details,
         }
-        return StepResult(metrics, batch, video_BTYXC, scores, advantages.advantage_PM)
+        return StepResult(
+            metrics,
+            batch.take(scored),
+            video_BTYXC,
+            scores,
+            advantages.advantage_PM[list(scored)],
+        )
 
     def batch(self, step: int) -> PromptBatch:
         """Return the prompts of a step that this rank's shard samples."""
@@ -158,9 +173,9 @@ class GrpoLoop:
     def sample(
         self, batch: PromptBatch, step: int, scorer: Scorer, timer: PhaseTimer
     ) -> tuple[list[Group], Tensor]:
-        """Sample and decode this rank's members of every group, and show them to the scorer.
+        """Sample this rank's members of every group, decode them, and show them to the scorer.
 
-        Returns the groups and their videos (B, T, Y, X, 3).
+        Returns the groups, and the videos (B, T, Y, X, 3) of those that this rank scores.
         """
         groups: list[Group] = []
         videos: list[Tensor] = []
@@ -175,13 +190,20 @@ class GrpoLoop:
                     iteration=step,
                     first_member=self.ranks.first_member,
                 )
-            groups += sampled
             # decoding group by group gives the same bytes however many ranks share the groups
+            scored = self.ranks.scored_groups(len(batch.prompts))
             for group in sampled:
+                groups.append(group)
+                if len(groups) - 1 not in scored:
+                    # another rank of the same samples scores it
+                    continue
                 with timer("decode"):
                     video_GTYXC = self.generator.decode(group.clean_GCFHW)
                 videos.append(video_GTYXC)
                 scorer.start(video_GTYXC, _prompts_of([group]))
+        if not videos:
+            # more ranks to a sample than groups
+            return groups, torch.empty((0, 1, 1, 1, 3), dtype=torch.uint8)
         return groups, torch.cat(videos)
 
     def update(

@@ -71,7 +71,10 @@ class Scorer(AbstractContextManager[None]):
         problem = None
         scores = {}
         try:
-            if self.thread is None:
+            if not prompts:
+                # another rank scores all videos of this one
+                scores = {name: Score(torch.zeros(0)) for name in self.rewards}
+            elif self.thread is None:
                 for name, reward in self.rewards.items():
                     with self.timer(f"score/{name}"):
                         scores[name] = self._score(reward, video_BTYXC, prompts)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 REPLAY_LIMIT = {"float32": 1e-4, "bfloat16": 1e-3}
 # Relative difference from the stock pipeline, which mixes guidance in bf16.
 STOCK_LIMIT = {"float32": 1e-5, "bfloat16": 5e-2}
+# Relative difference of a gradient, by the dtype of what is exchanged.
+SHARED_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}
 # In units of the scores' spread: kernels may round differently by place in a batch.
 PERMUTATION_LIMIT = 1e-3
 
@@ -108,6 +110,22 @@ def stock_trajectory(gap: Callable[[], float], *, dtype: str) -> Finding:
         fact=f"differs from the stock pipeline by {difference:.1e}, allowed {limit:g}",
         advice="the run would train another model than people sample from: "
         "check the folder's scheduler and text encoder",
+    )
+
+
+def shared_tokens(gap: Callable[[], float], *, dtype: str) -> Finding:
+    """Check that ranks which share the tokens of a sample compute the gradient of one rank.
+
+    ``gap`` measures the relative difference.
+    """
+    difference = gap()
+    limit = SHARED_LIMIT[dtype]
+    return Finding(
+        name="context parallelism",
+        ok=difference <= limit,
+        fact=f"the gradient differs from that of one rank by {difference:.1e}, allowed {limit:g}",
+        advice="the attention backend goes wrong on shared tokens: choose another, or "
+        "generator.context_parallel=1",
     )
 
 

@@ -65,6 +65,9 @@ class CommandLine(Generic[C]):
 
     resume   auto, none or a path.
     dry_run  the devices to plan for, None for a real run.
+    rehearse the devices to rehearse on, None for a real run.
+    rehearse_out  the file for the result of a rehearsal, None for the usual place.
+    measured a file of measured rates, see `launch.planning.roofline.read_measured`.
     args     all arguments as argparse read them.
     """
 
@@ -72,6 +75,9 @@ class CommandLine(Generic[C]):
     resume: str
     dry_run: str | None
     args: argparse.Namespace
+    rehearse: str | None = None
+    rehearse_out: Path | None = None
+    measured: Path | None = None
 
 
 def load(
@@ -102,12 +108,12 @@ def parse_command_line(
     description: str,
     extend: Callable[[argparse.ArgumentParser], object] | None = None,
 ) -> CommandLine[C]:
-    """Parse ``--config x.yaml [--resume auto|none|PATH] [--dry-run] [a.b=c ...]``.
+    """Parse ``--config x.yaml [--resume auto|none|PATH] [--dry-run] [--rehearse] [a.b=c ...]``.
 
-    ``description`` is for `common.cli.command_parser`. ``extend`` may add options; they
-    come back in ``args``, and none of them is required with ``--dry-run``. With mistakes,
-    rank 0 writes each of them to stderr and the process exits with code 2; without
-    ``--config`` it names the recipes of the command. ``--local_rank``, which launchers
+    ``description`` is for `common.cli.command_parser`. ``extend`` may add options; they come
+    back in ``args``, and none of them is required with ``--dry-run`` or ``--rehearse``. With
+    mistakes, rank 0 writes each of them to stderr and the process exits with code 2;
+    without ``--config`` it names the recipes of the command. ``--local_rank``, which launchers
     append, is ignored.
     """
     parser = command_parser(description)
@@ -136,6 +142,22 @@ def parse_command_line(
         help="print what the run needs on these devices: 8xh100, 1xa100",
     )
     parser.add_argument(
+        "--rehearse",
+        nargs="?",
+        const="1xh100",
+        metavar="GPUSxDEVICE",
+        help="run one step on a simulated device, without weights: 8xh100, 1xa100",
+    )
+    parser.add_argument(
+        "--rehearse-out", type=Path, metavar="FILE", help="the rehearsal's JSON"
+    )
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="JSON of measured rates of the device, for --rehearse",
+    )
+    parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS
     )
     if extend is not None:
@@ -144,13 +166,21 @@ def parse_command_line(
     if all(word.startswith("--local") for word in words):
         # The recipe comes before the options that argparse requires.
         _load_or_exit(schema, [], [])
-    # A plan needs no videos and no output file.
-    if any(word.startswith("--dry-run") for word in words):
+    # A plan and a rehearsal need no videos and no output file.
+    if any(word.startswith(("--dry-run", "--rehearse")) for word in words):
         for action in parser._actions:
             action.required = False
     args = parser.parse_intermixed_args(words)
     cfg = _load_or_exit(schema, args.config, args.overrides)
-    return CommandLine(cfg, args.resume, args.dry_run, args)
+    return CommandLine(
+        cfg,
+        args.resume,
+        args.dry_run,
+        args,
+        rehearse=args.rehearse,
+        rehearse_out=args.rehearse_out,
+        measured=args.measured,
+    )
 
 
 def _load_or_exit(

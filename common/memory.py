@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 R = TypeVar("R")
+# The device of a rehearsal.
+_simulated: torch.device | None = None
 
 
 def peak_memory() -> dict[str, float]:
@@ -34,10 +37,24 @@ def peak_memory() -> dict[str, float]:
 
 
 def default_device() -> torch.device:
-    """Return the current CUDA device, or the CPU where there is none."""
+    """Return this rank's device: the current CUDA device, or the CPU where there is none."""
+    if _simulated is not None:
+        return _simulated
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+@contextmanager
+def device_is(device: torch.device) -> Iterator[None]:
+    """Inside, `default_device` returns this device; for a device that is simulated."""
+    global _simulated
+    before = _simulated
+    _simulated = device
+    try:
+        yield
+    finally:
+        _simulated = before
 
 
 class AdaptiveBatcher:

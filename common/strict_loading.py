@@ -45,11 +45,18 @@ def load_pretrained(
     and for a number that is NaN or infinite.
     """
     folder = Path(folder)
-    # 1. The files, by their names and headers.
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it lacks config.json")
-    require_whole_folder(folder)
     _require_kind(model_class, folder / "config.json")
+    return _read_weights(model_class, folder, device, **options)
+
+
+def _read_weights(
+    model_class: Any, folder: Path, device: torch.device | str, **options: Any
+) -> Any:
+    """Do what `load_pretrained` says. A rehearsal builds shapes without numbers instead."""
+    # 1. The files, by their names and headers.
+    require_whole_folder(folder)
     by_diffusers = model_class.__module__.startswith("diffusers.")
     places = tensor_places(
         folder, DIFFUSERS_FILE if by_diffusers else TRANSFORMERS_FILE

@@ -235,6 +235,10 @@ class GeneratorConfig:
     guidance_in_update      false computes the transition from the conditional branch alone,
                             at half the cost. It then differs from the guided transition
                             that sampled, so the first ratios are not 1.
+    context_parallel        ranks that compute each sample together, each a part of its
+                            tokens (`generator.context_parallel`): for videos whose forward
+                            or update does not fit a GPU. It must divide the ranks, the
+                            attention heads and the tokens; for training, without ZeRO 3.
     max_sequence_length     text tokens after padding. Attention has no mask, so the padding
                             is part of the model.
     """
@@ -256,7 +260,26 @@ class GeneratorConfig:
     decode_batch: PositiveInt | None = 1
     rollout_batch: PositiveInt | None = 4
     guidance_in_update: bool = True
+    context_parallel: Literal[1, 2, 4, 8] = 1
     max_sequence_length: PositiveInt = 512
 
     def __post_init__(self) -> None:
         check_attention("generator.attention", self.attention)
+
+
+def check_one_rank_per_video(cfg: GeneratorConfig) -> None:
+    """Raise ValueError if ranks shall share a video that each of them samples by itself."""
+    if cfg.context_parallel > 1:
+        raise ValueError(
+            f"generator.context_parallel={cfg.context_parallel} is for training: here every "
+            "rank samples videos of its own, so it must be 1"
+        )
+
+
+def check_zero_stage(cfg: GeneratorConfig, zero_stage: int) -> None:
+    """Raise ValueError for ZeRO 3, which gathers weights, where ranks share tokens."""
+    if zero_stage == 3 and cfg.context_parallel > 1:
+        raise ValueError(
+            f"generator.context_parallel={cfg.context_parallel} needs zero_stage 0, 1 or 2, "
+            "got 3: gathering weights between exchanges of tokens is not tested"
+        )

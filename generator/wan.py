@@ -18,7 +18,7 @@ from common.memory import AdaptiveBatcher, default_device
 from common.strict_loading import errors_of, load_pretrained
 from common.types import Group, Step
 from common.weight_files import require_whole_folder
-from generator import adapter, adapter_file, attention, weights
+from generator import adapter, adapter_file, attention, context_parallel, weights
 from generator.adapter_file import ADAPTER_FILE
 from generator.block_cache import BlockCache
 from generator.flow import Kernel, guide, interpolate, velocity_target
@@ -83,11 +83,15 @@ class WanGenerator:
         # Without a VAE no video size is known: it is for training on stored latents.
         if pipeline.vae is not None:
             self.codec = LatentCodec(pipeline.vae, batch=cfg.decode_batch)
+            patch = pipeline.transformer.config.patch_size
             self.latent_shape = self.codec.latent_shape(
                 height=cfg.height,
                 width=cfg.width,
                 num_frames=cfg.num_frames,
-                patch=pipeline.transformer.config.patch_size,
+                patch=patch,
+            )
+            context_parallel.check_tokens(
+                self.latent_shape, patch, cfg.context_parallel
             )
         # Latents go through the transformer a few together.
         self.portions = AdaptiveBatcher(
@@ -121,7 +125,8 @@ class WanGenerator:
 
         Raises FileNotFoundError when cfg.path is no WanPipeline folder, ValueError when it is
         another kind of Wan, its weights are not complete and finite, the video size does not fit
-        the VAE, a LoRA target matches nothing, or an attention backend cannot run here.
+        the VAE, a LoRA target matches nothing, an attention backend cannot run here, or ranks
+        cannot share the tokens of a sample.
         """
         # 1. The stock pipeline, frozen, on its device.
         folder = find_wan(cfg.path)
@@ -141,6 +146,14 @@ class WanGenerator:
             module.requires_grad_(requires_grad=True)
         else:
             module = adapter.attach(transformer, cfg.lora, seed=seed)
+
+        # 3. Ranks that share the tokens of a sample; before blocks are compiled.
+        parallel = context_parallel.join_ranks(cfg.context_parallel, device)
+        context_parallel.share_tokens(transformer, parallel)
+        for name in (cfg.sampler.attention, cfg.sampler.tail_attention):
+            if name is not None and parallel is not None:
+                with attention.backend(transformer, name):
+                    context_parallel.check_backend(transformer)
         if cfg.compile:
             compile_blocks(transformer)
         if cfg.tf32:
@@ -171,7 +184,7 @@ class WanGenerator:
         """
         self._require_vae()
         # 1. Compare the number of calls with other ranks'.
-        self.portions.fixed = self.sharded
+        self.portions.fixed = self.calls_together
         missing_calls = 0
         if self.sharded:
             # compared before sampling, while all ranks are at the same place
@@ -236,7 +249,7 @@ class WanGenerator:
             return ode(self._guided_velocity(*texts), x_BCFHW, sigmas)
 
         # In batches, as many videos as fit.
-        self.portions.fixed = self.sharded
+        self.portions.fixed = self.calls_together
         with self._held_copies(), self._fast(cfg.attention):
             return self.portions.over(sample_rows, torch.arange(len(prompts)))
 
@@ -575,6 +588,20 @@ class WanGenerator:
 
     # ---- the module in use ----
 
+    @property
+    def calls_together(self) -> bool:
+        """True when a rank may not call the module more often than others, after lack of memory."""
+        return self.sharded or self.cfg.context_parallel > 1
+
+    def context_gap(self) -> float:
+        """Compare the gradient of ranks that share tokens with one rank's; all must call it."""
+        return context_parallel.gradient_gap(*self._active())
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Latent frames, rows and columns of a token."""
+        return self._active()[1].config.patch_size
+
     def _active(self) -> tuple[nn.Module, WanTransformer3DModel]:
         """(module to call, transformer inside it) of the policy, or of the reference."""
         if self.cfg.lora is not None:
@@ -594,6 +621,7 @@ class WanGenerator:
         )
         model = weights.of_one_dtype(model, self.cfg.dtype)
         attention.set_backend(model, self.cfg.attention)
+        context_parallel.share_tokens(model, self.module._parallel_config)
         return model.requires_grad_(requires_grad=False).eval()
 
 

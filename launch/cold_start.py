@@ -113,7 +113,7 @@ def build_reward_model(run: ColdStartRun) -> DeScore:
     """Put a new DeScore on the base model, on this rank's device."""
     import torch
 
-    from launch.compose import rank_device
+    from common.memory import default_device
     from rm.model import DeScore
     from rm.prompt import PromptTemplate
 
@@ -126,7 +126,7 @@ def build_reward_model(run: ColdStartRun) -> DeScore:
         dtype=getattr(torch, run.dtype),
         seed=run.seed,
     )
-    return model.to(rank_device())
+    return model.to(default_device())
 
 
 if __name__ == "__main__":

@@ -29,14 +29,50 @@ def read_command(
     """Parse the command line with `common.config.parse_command_line`.
 
     With ``--dry-run`` the process ends here, after printing a plan. Exits with code 2 when
-    ``run_dir`` or ``out`` cannot be a folder.
+    ``run_dir`` or ``out`` cannot be a folder, and with ``--rehearse``, which `run_command` takes.
     """
+    command = _parse(schema, argv, description, extend)
+    if command.rehearse is not None:
+        exit_with_error("this command cannot be rehearsed")
+    return _checked(command)
+
+
+def run_command(
+    schema: type[C],
+    run: Callable[[CommandLine[C]], Any],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str,
+    extend: Callable[[argparse.ArgumentParser], object] | None = None,
+) -> Any:
+    """Parse the command line as `read_command` does, then ``run`` it.
+
+    With ``--rehearse`` one unit of it runs on a simulated device, and the process ends.
+    """
+    command = _parse(schema, argv, description, extend)
+    if command.rehearse is not None:
+        from launch.rehearsal.rehearse import rehearse
+
+        rehearse(command, run)
+    return run(_checked(command))
+
+
+def _parse(
+    schema: type[C],
+    argv: Sequence[str] | None,
+    description: str,
+    extend: Callable[[argparse.ArgumentParser], object] | None,
+) -> CommandLine[C]:
     command = parse_command_line(schema, argv, description=description, extend=extend)
     if command.dry_run is not None:
         from launch.planning.dry_run import dry_run
 
         dry_run(command.cfg, command.dry_run)
+    return command
 
+
+def _checked(command: CommandLine[C]) -> CommandLine[C]:
+    """Check the folders of a run, and prepare the process for training."""
     # Found now instead of after loading everything.
     for name in ("run_dir", "out"):
         if hasattr(command.cfg, name):
@@ -66,8 +102,11 @@ def train_command(
     build_task: Callable[..., TrainingTask],
 ) -> None:
     """Read the command line of a training command, then `train`."""
-    command = read_command(schema, description=description)
-    train(command.cfg, read_input, build_task, resume=command.resume)
+
+    def run(command: CommandLine[R]) -> None:
+        train(command.cfg, read_input, build_task, resume=command.resume)
+
+    run_command(schema, run, description=description)
 
 
 def train(

@@ -67,15 +67,6 @@ def say_long_prompts(prompts: Sequence[str], cfg: GeneratorConfig) -> None:
             say(remark)
 
 
-def rank_device() -> str:
-    """Return this rank's GPU, or "cpu"."""
-    import torch
-
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return "cpu"
-
-
 def build_generator(
     cfg: GeneratorConfig, *, seed: int = 0, transformer_only: bool = False
 ) -> WanGenerator:
@@ -83,13 +74,14 @@ def build_generator(
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    from common.memory import default_device
     from generator.wan import WanGenerator
 
     # Every rank would print several bars.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     return WanGenerator.load(
-        cfg, device=rank_device(), seed=seed, transformer_only=transformer_only
+        cfg, device=default_device(), seed=seed, transformer_only=transformer_only
     )
 
 
@@ -116,7 +108,11 @@ def generator_engine(
         overrides=run.deepspeed,
     )
     generator.sharded = run.zero_stage == 3
-    return SkipNonFinite(engine, patience=run.max_nonfinite_updates)
+    return SkipNonFinite(
+        engine,
+        patience=run.max_nonfinite_updates,
+        ranks_per_sample=run.generator.context_parallel,
+    )
 
 
 def size_of_training(run: TrainingRun, module: nn.Module) -> str:
@@ -146,13 +142,16 @@ def generator_task(
     generator = loop.generator
     expect_step(run)
     report = f"python launch/report.py {run.run_dir} --out {run.run_dir}/report.html"
+    counter = ForwardCounter(
+        generator.module, ranks_per_sample=run.generator.context_parallel
+    )
     use = f"launch/sample.py or launch/evaluate.py with adapter={run.run_dir}/final"
     return TrainingTask(
         engine=loop.engine,
         next_command=f"{report}, then {use}",
         export=lambda: export(generator, ema, Path(run.run_dir)),
         ema=ema,
-        take_forwards=ForwardCounter(generator.module).take,
+        take_forwards=counter.take,
         write_extra=lambda folder: write_trained(generator, folder / "trained"),
         **options,
     )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.config import dump
 from common.files import write_json
-from launch.command import read_command, take_kind
+from launch.command import run_command, take_kind
 from launch.evaluation.generator import score_samples, summarise
 from launch.schemas.evaluation import GeneratorEvaluation, RewardEvaluation
 from launch.schemas.vbench import VbenchEvaluation
@@ -51,8 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Read the config of the kind and run it.
     schema, evaluate = kinds[kind]
-    command = read_command(schema, words, description=__doc__)
-    evaluate(command.cfg, resume=command.resume)
+    run_command(
+        schema,
+        lambda command: evaluate(command.cfg, resume=command.resume),
+        words,
+        description=__doc__,
+    )
 
 
 def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config import dump
-from launch.command import read_command
+from launch.command import run_command
 from launch.schemas.pairs import PairsRun
 
 if TYPE_CHECKING:
@@ -30,8 +30,11 @@ NOT_IN_A_PAIR = ("out", "keep_candidates")
 
 
 def main() -> None:
-    command = read_command(PairsRun, description=__doc__)
-    run(command.cfg, resume=command.resume)
+    run_command(
+        PairsRun,
+        lambda command: run(command.cfg, resume=command.resume),
+        description=__doc__,
+    )
 
 
 def run(cfg: PairsRun, *, resume: str) -> None:

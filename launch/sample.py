@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.command import read_command, take_kind
+from launch.command import read_command, run_command, take_kind
 from launch.schemas.training import SampleRun
 
 if TYPE_CHECKING:
@@ -30,8 +30,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     # Without a kind, the prompts of a file.
     if take_kind(words, ["vbench"]) is None:
-        command = read_command(SampleRun, words, description=__doc__)
-        sample(command.cfg, resume=command.resume)
+        run_command(
+            SampleRun,
+            lambda command: sample(command.cfg, resume=command.resume),
+            words,
+            description=__doc__,
+        )
         return
     # VBench's schema is read only where it is needed.
     from launch.schemas.vbench import VbenchSampleRun

@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.command import read_command
+from launch.command import run_command
 from launch.evaluation.files import ScoreItem, find_items, score_files
 from launch.schemas.evaluation import ScoreRun
 
 if TYPE_CHECKING:
+    from common.config import CommandLine
     from launch.evaluation.results_table import ResultsTable, Row
 
 
@@ -41,11 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         add("--prompts", type=Path, required=True, help=".txt, .jsonl or .csv")
         add("--out", type=Path, required=True, help="the .jsonl to write")
 
-    command = read_command(ScoreRun, argv, description=__doc__, extend=extend)
-    args = command.args
-    failed = score(
-        command.cfg, args.videos, args.prompts, args.out, resume=command.resume
-    )
+    def run(command: CommandLine[ScoreRun]) -> bool:
+        args = command.args
+        return score(
+            command.cfg, args.videos, args.prompts, args.out, resume=command.resume
+        )
+
+    failed = run_command(ScoreRun, run, argv, description=__doc__, extend=extend)
     sys.exit(1 if failed else 0)
 
 

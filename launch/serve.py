@@ -14,12 +14,16 @@ from __future__ import annotations
 import os
 
 from common.cli import exit_with_error, user_errors
-from launch.command import read_command
+from launch.command import run_command
 from launch.schemas.server import LOOPBACK, ServeRun
 
 
 def main() -> None:
-    serve_rewards(read_command(ServeRun, description=__doc__).cfg)
+    run_command(
+        ServeRun,
+        lambda command: serve_rewards(command.cfg),
+        description=__doc__,
+    )
 
 
 def serve_rewards(cfg: ServeRun) -> None:

@@ -12,28 +12,31 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from common.distributed import derive_seed
 from common.log import say
-from common.memory import AdaptiveBatcher
+from common.memory import AdaptiveBatcher, default_device
 from common.renamed_keys import NEW_NAME
 from common.types import Score
 from rm.calibration import Calibration
-from rm.config import CotInTraining, Generation
+from rm.config import CotEngine, CotInTraining, Generation, VllmConfig
+from rm.cot_backend import CotBackend
 from rm.generate import GeneratedCots, extend, generate, rewards_from_cache
 from rm.model import DeScore
-from rm.prompt import DIMENSIONS, parse_answer
+from rm.packed import PackedCot
+from rm.prompt import DIMENSIONS, Encoded, parse_answer
 from rm.video import PreparedVideo, prepare
 
 
 class DeScoreScorer:
     """DeScore behind the Protocol `common.types.RewardModel`.
 
-    The reward is one more token on the KV cache that the CoT was generated with.
+    The reward is one more token on the KV cache that the CoT was generated with. Behind a CoT
+    that vLLM wrote, it comes from a forward over prompt, video and CoT.
 
     batch   Videos per forward; halved for good when memory runs out.
     cots    CoTs per video. 0 scores without a CoT, which random masking in stage 1 trains.
@@ -43,6 +46,7 @@ class DeScoreScorer:
     value   "head" is the reward of the linear head. "overall" is the overall score that the
             CoT states (the coupled generative baseline), NaN if it states none.
     calibration  Turns rewards into (r - mean) / std of validation videos, by dimension.
+    backend      Writes the CoTs with these weights, see `load`. None is the model itself.
     """
 
     name = "descore"
@@ -55,6 +59,7 @@ class DeScoreScorer:
         cots: int | None = None,
         value: Literal["head", "overall"] = "head",
         calibration: Calibration | None = None,
+        backend: CotBackend | None = None,
     ) -> None:
         # Settings that do not fit together.
         if batch < 1:
@@ -76,6 +81,7 @@ class DeScoreScorer:
         self.model = model.eval().requires_grad_(requires_grad=False)
         self.value = value
         self.calibration = calibration
+        self.backend = backend
         self.portions = AdaptiveBatcher(batch, what="videos in the reward model")
 
     @classmethod
@@ -86,6 +92,8 @@ class DeScoreScorer:
         device: str | torch.device | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
         calibrated: bool = False,
+        engine: CotEngine = "builtin",
+        vllm: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> DeScoreScorer:
         """Load a checkpoint folder that `DeScore.save` wrote; errors as `DeScore.load`.
@@ -95,14 +103,14 @@ class DeScoreScorer:
                     float32 on a CPU.
         calibrated  Uses the folder's calibration.json. Raises FileNotFoundError if
                     launch/calibrate.py has not written it.
+        engine      "vllm" lets vLLM write the CoTs, in a process on the same GPU.
+        vllm        The settings of `rm.config.VllmConfig` for it: ``python``, at least.
         options     Further arguments of the class. Raises ValueError for others.
         """
         _require_known(cls, options)
         # Where the model runs, and in which precision.
         if device is None:
-            device = "cpu"
-            if torch.cuda.is_available():
-                device = torch.device("cuda", torch.cuda.current_device())
+            device = default_device()
         if dtype is None:
             on_cpu = torch.device(device).type == "cpu"
             dtype = "float32" if on_cpu else "bfloat16"
@@ -110,6 +118,7 @@ class DeScoreScorer:
         if calibrated:
             options["calibration"] = Calibration.load(path)
         model = DeScore.load(path, dtype=getattr(torch, dtype)).to(device)
+        options["backend"] = _backend(engine, vllm, model, Path(path))
         return cls(model, **options)
 
     @torch.no_grad()
@@ -163,8 +172,15 @@ class DeScoreScorer:
         *,
         fps: float | None,
     ) -> Score:
+        # Another engine writes all CoTs first.
+        written = None
+        if self.backend is not None and self.cots > 0:
+            written = self._write_elsewhere(videos, prompts, fps=fps)
+
         # Portions of the batch that fit into memory.
         def score_part(part: slice) -> _CotRewards:
+            if written is not None:
+                return self._rewards_behind(written[part])
             settings = self.model.settings
             prepared = [prepare(video, settings, fps=fps) for video in videos[part]]
             return self._cot_rewards(prompts[part], prepared)
@@ -274,6 +290,62 @@ class DeScoreScorer:
             finished_R.view(-1, self.cots),
         )
 
+    def _write_elsewhere(
+        self,
+        videos: Sequence[Tensor | str | Path],
+        prompts: Sequence[str],
+        *,
+        fps: float | None,
+    ) -> list[_WrittenVideo]:
+        """Write N CoTs for every video with the backend, up to twice the limit."""
+        model = self.model
+        prepared = [prepare(video, model.settings, fps=fps) for video in videos]
+        encoded = []
+        for prompt, video in zip(prompts, prepared, strict=True):
+            encoded.append(model.encode(prompt, video))
+        how = self._generation()
+        seeds = None
+        if how.temperature > 0:
+            seeds = self._seeds(prompts)
+
+        # Its memory is ours again before the forward.
+        self.backend.sync(0)
+        groups = self.backend.write(
+            encoded,
+            prepared,
+            replace(how, max_new_tokens=2 * how.max_new_tokens),
+            version=0,
+            seeds=seeds,
+            copies=self.cots,
+        )
+        self.backend.rest()
+        columns = zip(prepared, encoded, groups, strict=True)
+        return [_WrittenVideo(*column) for column in columns]
+
+    def _rewards_behind(self, written: Sequence[_WrittenVideo]) -> _CotRewards:
+        """Compute the rewards behind CoTs that are written; NaN where one did not finish."""
+        model = self.model
+        texts = []
+        finished = []
+        sequences = []
+        videos = []
+        for video in written:
+            texts.append([model.tokenizer.decode(list(cot.ids)) for cot in video.cots])
+            finished.append([cot.finished for cot in video.cots])
+            for cot in video.cots:
+                if cot.finished:
+                    sequences.append(Encoded(video.encoded.prompt_ids, cot.ids))
+                    videos.append(video.prepared)
+
+        # One forward over prompt, video, CoT and query.
+        finished_BN = torch.tensor(finished)
+        shape = (*finished_BN.shape, len(model.dimensions))
+        reward_BNK = torch.full(shape, math.nan)
+        if sequences:
+            batch = model.batch(sequences, videos).to(model.device)
+            reward_BNK[finished_BN] = model(batch).float().cpu()
+        return _CotRewards(reward_BNK, texts, finished_BN)
+
     def _read(self, written: GeneratedCots) -> tuple[Tensor, list[str]]:
         """Rewards (R, K) and texts of R CoTs; a CoT that did not finish has reward NaN."""
         reward_RK = rewards_from_cache(self.model, written).float()
@@ -297,6 +369,14 @@ class DeScoreScorer:
             seeds.append(first)
             seeds += [derive_seed(first, n) for n in range(1, self.cots)]
         return seeds
+
+
+class _WrittenVideo(NamedTuple):
+    """A video, its prompt, and the N CoTs that another engine wrote about it."""
+
+    prepared: PreparedVideo
+    encoded: Encoded
+    cots: Sequence[PackedCot]
 
 
 @dataclass(frozen=True)
@@ -324,6 +404,24 @@ def cots_of(cot_in_training: CotInTraining | None, cots: int | None) -> int:
             "thought: its rewards behind one are not what it learned (leave out cots, or 0)"
         )
     return cots
+
+
+def _backend(
+    engine: str, vllm: Mapping[str, Any] | None, model: DeScore, path: Path
+) -> CotBackend | None:
+    """Make the backend that writes the CoTs of a checkpoint; None is the model itself."""
+    if engine not in get_args(CotEngine):
+        known = " or ".join(get_args(CotEngine))
+        raise ValueError(f"engine={engine!r} must be {known}")
+    if engine == "builtin":
+        return None
+    if "python" not in (vllm or {}):
+        raise ValueError(
+            "engine=vllm needs vllm.python, the interpreter of vLLM's environment"
+        )
+    from rm.vllm.client import VllmBackend
+
+    return VllmBackend(VllmConfig(**vllm), model, checkpoint=path)
 
 
 def _require_known(cls: type, options: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from alignment.rewards.frames import evenly_spaced, mean_of_best
 from common.files import TRANSFORMERS_PATTERNS, model_folder
-from common.memory import AdaptiveBatcher
+from common.memory import AdaptiveBatcher, default_device
 from common.strict_loading import errors_of, load_pretrained
 from common.types import Score
 
@@ -54,7 +54,7 @@ class Similarity:
         self.frames = frames
         self.best = best
         self.batcher = AdaptiveBatcher(batch, what="images of the similarity reward")
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or default_device()
 
         # the model, its tokenizer and its image processor
         folder = model_folder(checkpoint, "config.json", patterns=TRANSFORMERS_PATTERNS)

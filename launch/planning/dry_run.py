@@ -93,7 +93,7 @@ def check_generator(cfg: Any) -> None:
         require_supported(Path(folder))
 
 
-def parse_where(text: str) -> Where:
+def parse_where(text: str, *, option: str = "--dry-run") -> Where:
     """Parse ``8xh100@0.5``: ranks (default 1), device, share of its peak (default 0.5).
 
     Exits with code 2 for anything else.
@@ -101,7 +101,7 @@ def parse_where(text: str) -> Where:
     match = _WHERE.fullmatch(text.lower())
     if match is None or match[2] not in DEVICES or match[1] == "0":
         exit_with_error(
-            f"--dry-run {text}: want GPUSxDEVICE@UTILISATION, such as 8xh100 or 1xa100@0.4, "
+            f"{option} {text}: want GPUSxDEVICE@UTILISATION, such as 8xh100 or 1xa100@0.4, "
             f"with a device of {', '.join(DEVICES)}"
         )
     return Where(DEVICES[match[2]], int(match[1] or 1), float(match[3] or 0.5))

@@ -89,6 +89,11 @@ class Where:
     ranks: int = 1
     utilisation: float = 0.5
 
+    @property
+    def key(self) -> str:
+        """The device's key in `DEVICES`."""
+        return next(key for key, device in DEVICES.items() if device == self.device)
+
 
 @dataclass
 class Plan:

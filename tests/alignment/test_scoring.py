@@ -18,6 +18,20 @@ from common.types import RewardUnavailableError, Score
 NAN = math.nan
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_rank_without_a_group_to_score_has_no_scores(*, overlap: bool) -> None:
+    scorer = Scorer(
+        {"bright": NamedReward("bright", Brightness())},
+        fps=8.0,
+        group_size=2,
+        timer=PhaseTimer(),
+        overlap=overlap,
+    )
+    with scorer:
+        found = scorer.scores(torch.empty((0, 1, 1, 1, 3), dtype=torch.uint8), [])
+    assert found["bright"].value_B.shape == (0,)
+
+
 class FakeCuda:
     """Records, in place of CUDA on the rank with GPU 3, what which thread asks for."""
 

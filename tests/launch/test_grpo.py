@@ -210,7 +210,7 @@ def continued(tiny: Path, half: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resumed_grpo_run_equals_an_uninterrupted_run(
     tiny: Path, whole: Path, half: Path
 ) -> None:
@@ -249,7 +249,7 @@ def test_one_rank_matches_two_ranks_and_resumes_their_run(
                 assert one[key] == pytest.approx(two[key], abs=1e-5, rel=2e-3), key
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_zero_3_resumes_from_zero_1_and_matches_it(
     tiny: Path, whole: Path, half: Path
 ) -> None:

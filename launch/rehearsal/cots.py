@@ -1,0 +1,148 @@
+"""Chains of thought of a planned length, of which a few tokens are written.
+
+Without weights no token is likelier than another, and no chain of thought would end. So the
+rehearsal chooses: every chain writes `WRITTEN` tokens, then ends. Written tokens cost more the
+longer the cache is, and by the roofline nearly in proportion: the costs of the tokens that are
+left out follow from a line through those of an early and of the last written token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+
+from launch.rehearsal.ledger import Costs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from launch.rehearsal.device import SimulatedGpu
+
+WRITTEN = 16
+# The first tokens may fill caches.
+EARLY = 4
+# Any id that is no special token.
+_WORD = 65
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The costs so far when a token is chosen, and the bytes alive."""
+
+    costs: Costs
+    live: int
+
+
+class ShortCots:
+    """Ends every chain of thought after a few tokens, and counts those of its planned length.
+
+    length  Tokens of a chain of thought.
+    """
+
+    def __init__(
+        self, gpu: SimulatedGpu, *, length: int, written: int = WRITTEN
+    ) -> None:
+        self.gpu = gpu
+        self.length = length
+        self.written = min(written, length)
+        self.notes: dict[str, int] = {}
+        self._end = 0
+        self._snapshots: list[Snapshot] = []
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Inside, `rm.generate` writes such chains."""
+        from rm import generate
+
+        with ExitStack() as stack:
+            write = generate._write
+            ids = generate.GeneratedCots.ids
+            patch = mock.patch.object
+
+            def short_write(model: Any, *arguments: Any) -> Any:
+                return self._measure(model, lambda: write(model, *arguments))
+
+            def long_ids(cots: Any, row: int) -> list[int]:
+                return self._lengthen(ids(cots, row))
+
+            stack.enter_context(patch(generate, "_write", short_write))
+            stack.enter_context(patch(generate.GeneratedCots, "ids", long_ids))
+            self.gpu.choose_tokens = self._choose
+            yield
+            self.gpu.choose_tokens = None
+
+    def _choose(self, result: Tensor) -> Tensor:
+        """Choose the next token of every row: a word, or the end of the turn."""
+        costs = Costs()
+        costs.add(self.gpu.ledger.now)
+        self._snapshots.append(Snapshot(costs, self.gpu.ledger.live))
+        token = _WORD if len(self._snapshots) <= self.written else self._end
+        return torch.full(result.shape, token, dtype=result.dtype)
+
+    def _measure(self, model: Any, write: Any) -> Any:
+        """Write, then add the costs of the tokens that a whole chain would have."""
+        self._end = model.end_id
+        self._snapshots = []
+        ledger = self.gpu.ledger
+        with ledger.record() as costs:
+            result = write()
+            missing = self.length - self.written
+            if missing > 0 and len(self._snapshots) > self.written:
+                ledger.now.add(self._missing_costs(missing))
+                grown = self._growth() * missing
+                ledger.allocated(grown)
+                ledger.freed(grown)
+        note = f"{self.written} of {self.length} tokens of a chain of thought written"
+        self.notes[note] = self.notes.get(note, 0) + 1
+        del costs
+        return result
+
+    def _missing_costs(self, missing: int) -> Costs:
+        """Costs of the tokens after the last written one, by a line through two tokens."""
+        points = self._snapshots
+        early = _difference(points[EARLY], points[EARLY - 1])
+        last = _difference(points[self.written], points[self.written - 1])
+        distance = self.written - EARLY
+        # SUM over the tokens n = 1 .. missing of last + n * slope.
+        total = Costs()
+        total.add(last, missing)
+        steps = missing * (missing + 1) / 2 / distance
+        total.add(last, steps)
+        total.add(early, -steps)
+        _drop_rounding(total)
+        return total
+
+    def _growth(self) -> int:
+        """Bytes that a token adds to what is alive."""
+        points = self._snapshots
+        grown = points[self.written].live - points[EARLY].live
+        return max(0, grown // (self.written - EARLY))
+
+    def _lengthen(self, ids: list[int]) -> list[int]:
+        if len(ids) != self.written:
+            return ids
+        return ids + [_WORD] * (self.length - self.written)
+
+
+def _difference(after: Snapshot, before: Snapshot) -> Costs:
+    """What was counted between two snapshots."""
+    costs = Costs()
+    costs.add(after.costs)
+    costs.add(before.costs, -1)
+    costs.peak = 0
+    return costs
+
+
+def _drop_rounding(costs: Costs) -> None:
+    """Remove entries that differences of equal numbers have left."""
+    for entry in fields(costs):
+        counter = getattr(costs, entry.name)
+        if isinstance(counter, Counter):
+            for key in [key for key, value in counter.items() if value <= 1e-12]:
+                del counter[key]
