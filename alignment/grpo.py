@@ -50,11 +50,13 @@ class StepResult:
     """Metrics of a step over all ranks, and the samples of this rank (B = P * M, group-major).
 
     Of ranks that hold the same samples, each has the groups that it decoded and scored.
+
+    video_BTYXC  The videos of the first groups that were to be kept; None if none were.
     """
 
     metrics: dict[str, float]
     batch: PromptBatch
-    video_BTYXC: Tensor
+    video_BTYXC: Tensor | None
     scores: Mapping[str, Score]
     advantage_PM: Tensor
 
@@ -112,29 +114,34 @@ class GrpoLoop:
         self.silent_guard = SilentRewardGuard(weights)
         self.flat_guard = FlatRewardGuard(weights, patience=cfg.flat_reward_patience)
 
-    def step(self, step: int) -> StepResult:
+    def step(self, step: int, *, keep_groups: int = 0) -> StepResult:
         """One optimizer step: sample groups, score them, normalise the rewards, update.
 
-        ``step`` counts from 0. Raises RewardUnavailableError on every rank, before anything is
-        trained, when a reward fails on any rank, and by `SilentRewardGuard` and `FlatRewardGuard`.
+        ``step`` counts from 0. Frames are let go once they are scored, except those of the first
+        ``keep_groups`` groups of this rank. Raises RewardUnavailableError on every rank, before
+        anything is trained, when a reward fails on any rank, and by `SilentRewardGuard` and
+        `FlatRewardGuard`.
         """
         timer = PhaseTimer()
         batch = self.batch(step)
+        scored = self.ranks.scored_groups(len(batch.prompts))
         scorer = Scorer(
             self.rewards,
             fps=self.fps,
             group_size=self.ranks.members,
+            groups=len(scored),
+            videos_per_call=self.cfg.videos_per_call,
             timer=timer,
             overlap=self.cfg.overlap_scoring,
         )
         with scorer:
             # 1. Sample G videos per prompt from the current policy.
-            groups, video_BTYXC = self.sample(batch, step, scorer, timer)
+            groups, video_BTYXC = self.sample(
+                batch, step, scorer, timer, keep_groups=keep_groups
+            )
 
             # 2. Score every video with every reward; NaN means "could not be scored".
-            scored = self.ranks.scored_groups(len(groups))
-            scored_prompts = _prompts_of([groups[i] for i in scored])
-            scores = scorer.scores(video_BTYXC, scored_prompts)
+            scores = scorer.scores()
 
         # 3. Group-relative advantages over all ranks (LongCat-Video, equations 9 and 10).
         advantages = group_relative_advantages(
@@ -155,7 +162,7 @@ class GrpoLoop:
             # the console line shows the first of these
             **advantages.means,
             **train_metrics,
-            **timer.metrics(videos=len(video_BTYXC)),
+            **timer.metrics(videos=advantages.advantage_PM.numel()),
             **advantages.details,
         }
         return StepResult(
@@ -171,14 +178,20 @@ class GrpoLoop:
         return self.prompts.at(step).share(self.ranks.shard_index, self.ranks.shards)
 
     def sample(
-        self, batch: PromptBatch, step: int, scorer: Scorer, timer: PhaseTimer
-    ) -> tuple[list[Group], Tensor]:
-        """Sample this rank's members of every group, decode them, and show them to the scorer.
+        self,
+        batch: PromptBatch,
+        step: int,
+        scorer: Scorer,
+        timer: PhaseTimer,
+        *,
+        keep_groups: int,
+    ) -> tuple[list[Group], Tensor | None]:
+        """Sample this rank's members of every group; decode and hand on those that it scores.
 
-        Returns the groups, and the videos (B, T, Y, X, 3) of those that this rank scores.
+        Returns the groups, and the videos (B, T, Y, X, 3) of the first ``keep_groups`` scored.
         """
         groups: list[Group] = []
-        videos: list[Tensor] = []
+        kept: list[Tensor] = []
         # an overlapping scorer works on each prompt's group while the next is sampled
         parts = batch.single_prompts() if self.cfg.overlap_scoring else [batch]
         for part in parts:
@@ -199,12 +212,12 @@ class GrpoLoop:
                     continue
                 with timer("decode"):
                     video_GTYXC = self.generator.decode(group.clean_GCFHW)
-                videos.append(video_GTYXC)
-                scorer.start(video_GTYXC, _prompts_of([group]))
-        if not videos:
-            # more ranks to a sample than groups
-            return groups, torch.empty((0, 1, 1, 1, 3), dtype=torch.uint8)
-        return groups, torch.cat(videos)
+                if len(kept) < keep_groups:
+                    kept.append(video_GTYXC)
+                scorer.add(video_GTYXC, _prompts_of([group]))
+                # not held while the next group is decoded
+                del video_GTYXC
+        return groups, torch.cat(kept) if kept else None
 
     def update(
         self, groups: Sequence[Group], advantages: Advantages

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from rm.config import CotEngine, CotInTraining, Generation, VllmConfig
 from rm.cot_backend import CotBackend
 from rm.generate import GeneratedCots, extend, generate, rewards_from_cache
 from rm.model import DeScore
-from rm.packed import PackedCot
 from rm.prompt import DIMENSIONS, Encoded, parse_answer
 from rm.video import PreparedVideo, prepare
 
@@ -172,15 +171,8 @@ class DeScoreScorer:
         *,
         fps: float | None,
     ) -> Score:
-        # Another engine writes all CoTs first.
-        written = None
-        if self.backend is not None and self.cots > 0:
-            written = self._write_elsewhere(videos, prompts, fps=fps)
-
         # Portions of the batch that fit into memory.
         def score_part(part: slice) -> _CotRewards:
-            if written is not None:
-                return self._rewards_behind(written[part])
             settings = self.model.settings
             prepared = [prepare(video, settings, fps=fps) for video in videos[part]]
             return self._cot_rewards(prompts[part], prepared)
@@ -264,6 +256,8 @@ class DeScoreScorer:
         seeds = None
         if how.temperature > 0:
             seeds = self._seeds(prompts)
+        if self.backend is not None:
+            return self._rewards_with_backend(encoded, videos, how, seeds)
         batch = model.batch(encoded, videos, query=False)
         written = generate(model, batch, how, seeds=seeds, copies=self.cots)
         reward_RK, texts = self._read(written)
@@ -290,60 +284,42 @@ class DeScoreScorer:
             finished_R.view(-1, self.cots),
         )
 
-    def _write_elsewhere(
+    def _rewards_with_backend(
         self,
-        videos: Sequence[Tensor | str | Path],
-        prompts: Sequence[str],
-        *,
-        fps: float | None,
-    ) -> list[_WrittenVideo]:
-        """Write N CoTs for every video with the backend, up to twice the limit."""
-        model = self.model
-        prepared = [prepare(video, model.settings, fps=fps) for video in videos]
-        encoded = []
-        for prompt, video in zip(prompts, prepared, strict=True):
-            encoded.append(model.encode(prompt, video))
-        how = self._generation()
-        seeds = None
-        if how.temperature > 0:
-            seeds = self._seeds(prompts)
-
-        # Its memory is ours again before the forward.
+        encoded: Sequence[Encoded],
+        videos: Sequence[PreparedVideo],
+        how: Generation,
+        seeds: Sequence[int] | None,
+    ) -> _CotRewards:
+        """Let the backend write N CoTs for every video, and compute the rewards behind them."""
+        # 1. Up to twice the limit. The backend's memory is free again before our forward.
+        longer = replace(how, max_new_tokens=2 * how.max_new_tokens)
         self.backend.sync(0)
         groups = self.backend.write(
-            encoded,
-            prepared,
-            replace(how, max_new_tokens=2 * how.max_new_tokens),
-            version=0,
-            seeds=seeds,
-            copies=self.cots,
+            encoded, videos, longer, version=0, seeds=seeds, copies=self.cots
         )
         self.backend.rest()
-        columns = zip(prepared, encoded, groups, strict=True)
-        return [_WrittenVideo(*column) for column in columns]
 
-    def _rewards_behind(self, written: Sequence[_WrittenVideo]) -> _CotRewards:
-        """Compute the rewards behind CoTs that are written; NaN where one did not finish."""
-        model = self.model
+        # 2. The sequences whose CoT has ended.
         texts = []
         finished = []
         sequences = []
-        videos = []
-        for video in written:
-            texts.append([model.tokenizer.decode(list(cot.ids)) for cot in video.cots])
-            finished.append([cot.finished for cot in video.cots])
-            for cot in video.cots:
+        shown = []
+        for item, video, cots in zip(encoded, videos, groups, strict=True):
+            texts.append([self.model.tokenizer.decode(list(cot.ids)) for cot in cots])
+            finished.append([cot.finished for cot in cots])
+            for cot in cots:
                 if cot.finished:
-                    sequences.append(Encoded(video.encoded.prompt_ids, cot.ids))
-                    videos.append(video.prepared)
+                    sequences.append(Encoded(item.prompt_ids, cot.ids))
+                    shown.append(video)
 
-        # One forward over prompt, video, CoT and query.
+        # 3. One forward over prompt, video, CoT and query.
         finished_BN = torch.tensor(finished)
-        shape = (*finished_BN.shape, len(model.dimensions))
+        shape = (*finished_BN.shape, len(self.model.dimensions))
         reward_BNK = torch.full(shape, math.nan)
         if sequences:
-            batch = model.batch(sequences, videos).to(model.device)
-            reward_BNK[finished_BN] = model(batch).float().cpu()
+            batch = self.model.batch(sequences, shown).to(self.model.device)
+            reward_BNK[finished_BN] = self.model(batch).float().cpu()
         return _CotRewards(reward_BNK, texts, finished_BN)
 
     def _read(self, written: GeneratedCots) -> tuple[Tensor, list[str]]:
@@ -369,14 +345,6 @@ class DeScoreScorer:
             seeds.append(first)
             seeds += [derive_seed(first, n) for n in range(1, self.cots)]
         return seeds
-
-
-class _WrittenVideo(NamedTuple):
-    """A video, its prompt, and the N CoTs that another engine wrote about it."""
-
-    prepared: PreparedVideo
-    encoded: Encoded
-    cots: Sequence[PackedCot]
 
 
 @dataclass(frozen=True)
