@@ -170,7 +170,7 @@ ENTRY_POINTS = [
     path
     for path in SOURCES
     if path.parent.name == "launch"
-    and re.search(r"(read|train)_command\(", path.read_text(encoding="utf-8"))
+    and re.search(r"(read|run|train)_command\(", path.read_text(encoding="utf-8"))
 ]
 
 

@@ -85,9 +85,7 @@ def test_page_command_with_config_parses(
         raise ParsedError
 
     program = importlib.import_module(module_of(words[0]))
-    # training commands leave reading the command line to launch.command
-    reader = program if hasattr(program, "read_command") else launch.command
-    monkeypatch.setattr(reader, "read_command", stop_there)
+    monkeypatch.setattr(launch.command, "parse_command_line", stop_there)
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(ParsedError):
         program.main()

@@ -199,12 +199,16 @@ def score_files(
     ValueError when a file cannot be read or scored.
     """
     from alignment.reward_check import score_clips
+    from common import progress as phases
     from launch.evaluation.results_table import score_fields
 
     # Another process decodes the files first, and dies of a broken one in our place.
     checker.require(*(item.path for item in items))
     clips = [read_clip(item, max_frames=max_frames) for item in items]
-    scores = {name: score_clips(reward, clips) for name, reward in rewards.items()}
+    scores = {}
+    for name, reward in rewards.items():
+        phases.enter(f"score/{name}")
+        scores[name] = score_clips(reward, clips)
     rows = []
     for b in range(len(items)):
         row = score_fields(scores, b)

@@ -19,6 +19,7 @@ def score_samples(
     table: ResultsTable,
 ) -> None:
     """Sample and score this rank's rows, batch by batch, and add them to the table."""
+    from common import progress as phases
     from common.cli import user_errors
     from common.log import say
     from launch.compose import build_rewards, quiet, trained_generator
@@ -41,14 +42,16 @@ def score_samples(
         # Sample the batch and score it with every reward.
         prompts = [row["prompt"] for row in batch]
         seeds = [row["seed"] for row in batch]
+        phases.enter("sampling")
         clean = generator.sample(prompts, seeds=seeds, scheduler=cfg.scheduler)
         with user_errors():
             require_finite_latents(clean, prompts, seeds)
+        phases.enter("decode")
         video_BTYXC = generator.decode(clean)
-        scores = {
-            name: contained_score(reward, video_BTYXC, prompts, fps=fps)
-            for name, reward in rewards.items()
-        }
+        scores = {}
+        for name, reward in rewards.items():
+            phases.enter(f"score/{name}")
+            scores[name] = contained_score(reward, video_BTYXC, prompts, fps=fps)
 
         # Complete the rows, and keep the first videos of the run.
         for b, row in enumerate(batch):

@@ -117,6 +117,7 @@ def _sample_share(
     table: ResultsTable,
 ) -> None:
     """Sample this rank's videos; each file is complete before it gets its name and its row."""
+    from common import progress as phases
     from common.cli import user_errors
     from common.distributed import rank
     from common.log import progress
@@ -129,11 +130,13 @@ def _sample_share(
     # A killed run leaves this file behind; it lies outside ``folder``.
     partial = Path(cfg.out) / f".partial.rank-{rank()}.mp4"
     for request in progress(requests, len(requests), "sample"):
+        phases.enter("sampling")
         clean = generator.sample(
             [request.text], seeds=[request.seed], scheduler=cfg.scheduler
         )
         with user_errors():
             require_finite_latents(clean, [request.text], [request.seed])
+        phases.enter("decode")
         # On the disk before the name and the row.
         video_TYXC = generator.decode(clean)[0]
         write_mp4(partial, video_TYXC, cfg.generator.fps, crf=cfg.crf)

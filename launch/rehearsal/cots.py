@@ -9,7 +9,7 @@ left out follow from a line through those of an early and of the last written to
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from launch.rehearsal.device import SimulatedGpu
 
 WRITTEN = 16
+# A batch writes until its longest chain ends, which is about so much longer than the others.
+LONGEST = 1.5
 # The first tokens may fill caches.
 EARLY = 4
 # Any id that is no special token.
@@ -42,7 +44,7 @@ class Snapshot:
 class ShortCots:
     """Ends every chain of thought after a few tokens, and counts those of its planned length.
 
-    length  Tokens of a chain of thought.
+    length  Tokens of a chain of thought; ``now`` those under the limit of the current batch.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class ShortCots:
     ) -> None:
         self.gpu = gpu
         self.length = length
+        self.now = length
         self.written = min(written, length)
         self.notes: dict[str, int] = {}
         self._end = 0
@@ -65,8 +68,12 @@ class ShortCots:
             ids = generate.GeneratedCots.ids
             patch = mock.patch.object
 
-            def short_write(model: Any, *arguments: Any) -> Any:
-                return self._measure(model, lambda: write(model, *arguments))
+            def short_write(model: Any, start: Any, how: Any, seeds: Any) -> Any:
+                self.now = min(self.length, how.max_new_tokens)
+                steps = self._steps(len(start.token_BL), how.max_new_tokens)
+                return self._measure(
+                    model, steps, lambda: write(model, start, how, seeds)
+                )
 
             def long_ids(cots: Any, row: int) -> list[int]:
                 return self._lengthen(ids(cots, row))
@@ -85,22 +92,29 @@ class ShortCots:
         token = _WORD if len(self._snapshots) <= self.written else self._end
         return torch.full(result.shape, token, dtype=result.dtype)
 
-    def _measure(self, model: Any, write: Any) -> Any:
-        """Write, then add the costs of the tokens that a whole chain would have."""
+    def _steps(self, rows: int, limit: int) -> int:
+        """Tokens of the longest chain of a batch."""
+        longest = self.now if rows == 1 else round(self.now * LONGEST)
+        return min(longest, limit)
+
+    def _measure(self, model: Any, steps: int, write: Callable[[], Any]) -> Any:
+        """Write, then add the costs of the tokens up to ``steps``."""
         self._end = model.end_id
         self._snapshots = []
         ledger = self.gpu.ledger
-        with ledger.record() as costs:
+        with ledger.record():
             result = write()
-            missing = self.length - self.written
+            missing = steps - self.written
             if missing > 0 and len(self._snapshots) > self.written:
                 ledger.now.add(self._missing_costs(missing))
                 grown = self._growth() * missing
                 ledger.allocated(grown)
                 ledger.freed(grown)
-        note = f"{self.written} of {self.length} tokens of a chain of thought written"
+        note = (
+            f"chains of thought of {self.now} tokens: {self.written} of {steps} steps "
+            "are written, which end with the longest of a batch"
+        )
         self.notes[note] = self.notes.get(note, 0) + 1
-        del costs
         return result
 
     def _missing_costs(self, missing: int) -> Costs:
@@ -127,7 +141,7 @@ class ShortCots:
     def _lengthen(self, ids: list[int]) -> list[int]:
         if len(ids) != self.written:
             return ids
-        return ids + [_WORD] * (self.length - self.written)
+        return ids + [_WORD] * (self.now - self.written)
 
 
 def _difference(after: Snapshot, before: Snapshot) -> Costs:

@@ -85,6 +85,8 @@ class Ledger:
         self.phases: dict[str, Costs] = {}
         self.live = 0
         self.phase = ""
+        # What was alive whenever a phase began.
+        self.entered: dict[str, list[int]] = {}
         # Recordings of calls, the innermost last.
         self._recording: list[Costs] = []
         self.enter(LOADING)
@@ -93,6 +95,7 @@ class Ledger:
         """Begin a phase, or go on with it."""
         self.phase = phase or "step"
         self.phases.setdefault(self.phase, Costs())
+        self.entered.setdefault(self.phase, []).append(self.live)
         self._note_peak()
 
     @property

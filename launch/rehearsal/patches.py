@@ -223,12 +223,9 @@ def _inline(gpu: SimulatedGpu) -> type[Executor]:
             future: Future[Any] = Future()
             before = gpu.ledger.phase
             gpu.ledger.enter("in a thread")
-            try:
-                future.set_result(fn(*args, **kwargs))
-            except Exception as error:  # noqa: BLE001
-                future.set_exception(error)
-            finally:
-                gpu.ledger.enter(before)
+            # An error ends the rehearsal here.
+            future.set_result(fn(*args, **kwargs))
+            gpu.ledger.enter(before)
             return future
 
     return InlineExecutor

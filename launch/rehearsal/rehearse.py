@@ -14,9 +14,8 @@ import resource
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -26,8 +25,9 @@ from common.cli import user_errors
 
 if TYPE_CHECKING:
     from common.config import CommandLine
+    from launch.rehearsal.cots import ShortCots
     from launch.rehearsal.device import SimulatedGpu
-    from launch.rehearsal.report import Rehearsal
+    from launch.rehearsal.stand_ins import Adapted
 
 C = TypeVar("C")
 FILE = "rehearsal.json"
@@ -45,28 +45,35 @@ def rehearse(command: CommandLine[C], run: Callable[[CommandLine[C]], Any]) -> N
     # Where it runs, and by which rates.
     where = parse_where(command.rehearse, option="--rehearse")
     quiet()
+    from launch.planning.models import COT_TOKENS
     from launch.planning.roofline import rates_of
+    from launch.rehearsal.cots import ShortCots
     from launch.rehearsal.device import SimulatedGpu
-    from launch.rehearsal.report import lines_of, write
+    from launch.rehearsal.report import lines_of, rehearsal_of, write
+    from launch.rehearsal.stand_ins import adapt
 
-    name = where.key
     with user_errors():
-        rates = rates_of(name, command.measured)
+        rates = rates_of(where.key, command.measured)
+    gpu = SimulatedGpu(rates)
+    cots = ShortCots(gpu, length=COT_TOKENS)
     began = time.process_time()
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:
-        gpu = SimulatedGpu(rates)
-        result = run_unit(command, run, gpu, Path(temporary), where)
-    result.cpu_minutes = round((time.process_time() - began) / 60, 2)
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result.process_gib = round(used / 2**20, 2)
-
-    # The result, on the console and as JSON.
-    print("\n".join(lines_of(result)), flush=True)
-    file = output_file(command)
-    if file is not None:
-        write(result, file)
-        print(f"  {file} has all of it")
-    sys.exit(1 if result.faults or result.error else 0)
+        with user_errors():
+            adapted = adapt(command.cfg, Path(temporary), where.ranks)
+        # An error travels, after the result is printed.
+        try:
+            run_unit(command, run, gpu, cots, adapted, ranks=where.ranks)
+        finally:
+            result = rehearsal_of(type(command.cfg).__name__, where, gpu, adapted, cots)
+            result.cpu_minutes = round((time.process_time() - began) / 60, 2)
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            result.process_gib = round(used / 2**20, 2)
+            print("\n".join(lines_of(result)), flush=True)
+            file = output_file(command)
+            if file is not None:
+                write(result, file)
+                print(f"  {file} has all of it", flush=True)
+    sys.exit(1 if result.faults else 0)
 
 
 def output_file(command: CommandLine[Any]) -> Path | None:
@@ -84,18 +91,12 @@ def run_unit(
     command: CommandLine[C],
     run: Callable[[CommandLine[C]], Any],
     gpu: SimulatedGpu,
-    folder: Path,
-    where: Any,
-) -> Rehearsal:
-    """Run one unit on the simulated device and return what was counted."""
-    from launch.planning.models import COT_TOKENS
-    from launch.rehearsal.cots import ShortCots
-    from launch.rehearsal.ledger import describe
-    from launch.rehearsal.report import rehearsal_of
-    from launch.rehearsal.stand_ins import adapt
-
-    with user_errors():
-        adapted = adapt(command.cfg, folder, where.ranks)
+    cots: ShortCots,
+    adapted: Adapted,
+    *,
+    ranks: int,
+) -> None:
+    """Run one unit on the simulated device. Errors of the command travel."""
     flags = {**vars(command.args), **adapted.flags}
     short = replace(
         command,
@@ -103,23 +104,24 @@ def run_unit(
         resume="none",
         args=type(command.args)(**flags),
     )
+    with suppress(UnitDone), simulated(gpu, ranks), cots.used(), Noted(gpu):
+        run(short)
 
-    cots = ShortCots(gpu, length=COT_TOKENS)
-    error = ""
-    with simulated(gpu, where.ranks), cots.used():
-        try:
-            run(short)
-        except UnitDone:
-            pass
-        except SystemExit as ended:
-            if ended.code:
-                error = f"the command ended with exit code {ended.code}"
-        except Exception as failure:  # noqa: BLE001
-            # A refusal may travel inside another exception.
-            error = "".join(traceback.format_exception(failure))
-            if not gpu.faults:
-                gpu.faults.append(describe(failure))
-    return rehearsal_of(command, where, gpu, adapted, cots, error)
+
+class Noted(AbstractContextManager[None]):
+    """Notes an error that ends the command among the faults, with its line; it travels on."""
+
+    def __init__(self, gpu: SimulatedGpu) -> None:
+        self.gpu = gpu
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from launch.rehearsal.ledger import describe
+
+        if isinstance(error, SystemExit) and error.code:
+            self.gpu.faults.append(f"the command ended with exit code {error.code}")
+        elif isinstance(error, Exception) and not self.gpu.faults:
+            # PyTorch refuses some operations before the device sees them.
+            self.gpu.faults.append(describe(error))
 
 
 @contextmanager

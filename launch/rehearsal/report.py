@@ -6,17 +6,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.files import write_json
 from launch.planning.plan import GIB
 from launch.rehearsal.ledger import LOADING, OPTIMIZER_STEP, Costs, rounded, source_line
 
 if TYPE_CHECKING:
-    from common.config import CommandLine
     from launch.planning.plan import Where
     from launch.rehearsal.cots import ShortCots
     from launch.rehearsal.device import SimulatedGpu
+    from launch.rehearsal.ledger import Ledger
     from launch.rehearsal.stand_ins import Adapted
 
 BLIND_SPOTS = (
@@ -41,8 +41,7 @@ class Rehearsal:
 
     phases  Costs of each phase of a whole unit.
     notes   What stands for what, and what was counted by multiplication.
-    faults  What the device refused, with the line.
-    error   The traceback of a command that failed.
+    faults  What was refused, with the line.
     """
 
     command: str
@@ -54,7 +53,6 @@ class Rehearsal:
     phases: dict[str, Costs]
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    error: str = ""
     cpu_minutes: float = 0.0
     process_gib: float = 0.0
 
@@ -71,17 +69,16 @@ class Rehearsal:
 
 
 def rehearsal_of(
-    command: CommandLine[Any],
+    command: str,
     where: Where,
     gpu: SimulatedGpu,
     adapted: Adapted,
     cots: ShortCots,
-    error: str,
 ) -> Rehearsal:
     """Collect a result; parts of a unit that were left out are counted by multiplication."""
     notes = list(adapted.notes)
     for note, times in cots.notes.items():
-        notes.append(f"{note}, in {times} batches; the rest is extrapolated")
+        notes.append(f"{note} ({times} batches); the rest is extrapolated")
     if adapted.repeats > 1:
         once = {LOADING}
         if adapted.unit == "update":
@@ -97,8 +94,15 @@ def rehearsal_of(
             f"1 / {adapted.repeats:g} of a {adapted.unit} was run and multiplied, in the phases "
             + ", ".join(repeated)
         )
+        grown = _growth(gpu.ledger, adapted.repeats)
+        if grown:
+            for name, costs in gpu.ledger.phases.items():
+                costs.peak += 0 if name == LOADING else grown
+            notes.append(
+                f"what all parts hold at the same time adds {grown / GIB:.2f} GiB"
+            )
     return Rehearsal(
-        command=type(command.cfg).__name__,
+        command=command,
         device=where.device.name,
         ranks=where.ranks,
         memory=where.device.memory,
@@ -107,8 +111,19 @@ def rehearsal_of(
         phases={n: c for n, c in gpu.ledger.phases.items() if c.kernels},
         notes=notes,
         faults=list(gpu.faults),
-        error=error,
     )
+
+
+def _growth(ledger: Ledger, repeats: float) -> int:
+    """Bytes that parts of a unit that were not run would hold, by the growth from part to part.
+
+    All videos of a step are scored before any is trained on, so their inputs add up.
+    """
+    alive = ledger.entered.get("score", [])
+    if len(alive) < 2:
+        return 0
+    each = (alive[-1] - alive[0]) / (len(alive) - 1)
+    return round(each * len(alive) * (repeats - 1))
 
 
 def write(result: Rehearsal, file: Path) -> None:
@@ -139,7 +154,6 @@ def write(result: Rehearsal, file: Path) -> None:
         "phases": phases,
         "notes": result.notes,
         "faults": result.faults,
-        "error": result.error,
         "blind_spots": list(BLIND_SPOTS),
         "cpu_minutes": result.cpu_minutes,
         "process_gib": result.process_gib,
@@ -206,14 +220,11 @@ def _by_line(title: str, counts: Counter[str], unit: float, name: str) -> Iterat
 
 
 def _verdict(result: Rehearsal) -> Iterator[str]:
-    """Faults, the error, and whether the peak fits."""
+    """Faults, and whether the peak fits."""
     for fault in dict.fromkeys(result.faults):
         yield f"  FAULT {fault}"
         where = fault.partition(": ")[0]
         yield f"        {source_line(where)}"
-    if result.error:
-        yield "  FAILED"
-        yield result.error
     peak = result.peak / GIB
     memory = result.memory / GIB
     fits = "fits" if peak <= memory else "DOES NOT FIT"

@@ -20,6 +20,7 @@ from alignment.pair_store import LatentPair, write_pairs
 from alignment.pairs import Choices, choose
 from alignment.rewards.errors import contained_score
 from common import distributed
+from common import progress as phases
 from common.checkpoint import load_tensors, save_tensors
 from common.cli import user_errors
 from common.log import progress, say
@@ -146,16 +147,19 @@ def sample_candidates(
 
     def make(i: int, prompt: str) -> Candidate:
         # sample
+        phases.enter("sampling")
         seeds = [distributed.derive_seed(seed, "pairs", i, k) for k in range(count)]
         prompts = [prompt] * count
         clean_KCFHW = generator.sample(prompts, seeds)
         with user_errors():
             require_finite_latents(clean_KCFHW, prompts, seeds)
+        phases.enter("decode")
         video_KTYXC = generator.decode(clean_KCFHW)
 
         # score
         scores = {}
         for name, reward in rewards.items():
+            phases.enter(f"score/{name}")
             score = contained_score(reward, video_KTYXC, prompts, fps=generator.cfg.fps)
             scores[name] = [json_number(value) for value in score.value_B]
         # what training needs of this item
