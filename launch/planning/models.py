@@ -424,6 +424,10 @@ class MetaRewardModel:
                 lora=lora,
                 weight_decay=0.0,
             )
+        # The engine puts what is trained into the run's dtype, adapters too.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(self.dtype)
         self.checkpointing = checkpointing
         if checkpointing:
             self.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})

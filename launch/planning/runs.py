@@ -8,6 +8,7 @@ Seconds are those of the kernels by their roofline: each call is made once on th
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,7 +222,11 @@ def _add_cold_start(
     plan.divide("pairs_per_step", how.pairs_per_step)
     # Both videos of a pair, each with its chain of thought.
     rank_pairs = how.pairs_per_step // plan.where.ranks
-    cost = model.read(2 * how.micro_batch, lengths, grad=True)
+    whole = model.read(2 * how.micro_batch, lengths, grad=True)
+    bare = model.read(2 * how.micro_batch, replace(lengths, chain=1), grad=True)
+    # Masking drops a share of the text, and memory must hold all of it.
+    dropped = how.masking.probability
+    cost = whole * (1 - dropped) + bare * dropped
     plan.phase("update", cost * (rank_pairs / how.micro_batch))
     plan.facts.append(f"one update = {how.pairs_per_step} pairs, {rank_pairs} a rank")
 
