@@ -38,6 +38,7 @@ from launch.rehearsal.fusion import Fusion
 from launch.rehearsal.kernels import Kernel, kernel_of
 from launch.rehearsal.ledger import Ledger, place
 from launch.rehearsal.memory import DeviceMemory, is_note
+from launch.rehearsal.quick_shapes import quick_result
 from launch.rehearsal.twins import Twins
 
 if TYPE_CHECKING:
@@ -159,7 +160,9 @@ class SimulatedGpu(TorchDispatchMode):
             meta_args, meta_kwargs = tree_map_only(
                 torch.Tensor, _on_meta, (args, kwargs)
             )
-        result = func(*meta_args, **meta_kwargs)
+        result = quick_result(func, meta_args, meta_kwargs)
+        if result is None:
+            result = func(*meta_args, **meta_kwargs)
         outputs = [tensor for tensor in _tensors((result,), {}) if tensor.is_meta]
 
         # 5. The costs and the numbers.
@@ -210,9 +213,12 @@ class SimulatedGpu(TorchDispatchMode):
         if target.type != "meta":
             return self._to_host(source, dtype, waits=waits)
         layout = kwargs.get("memory_format") or torch.preserve_format
-        result = torch.empty_like(
-            source, dtype=dtype, device="meta", memory_format=layout
-        )
+        if layout == torch.preserve_format and source.is_contiguous():
+            result = torch.empty(source.shape, dtype=dtype, device="meta")
+        else:
+            result = torch.empty_like(
+                source, dtype=dtype, device="meta", memory_format=layout
+            )
         self.memory.track(result)
         if source.is_meta:
             if source.dtype != dtype:

@@ -10,6 +10,7 @@ device or has the wrong dtype, 2 where the run cannot be rehearsed.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import tempfile
@@ -42,6 +43,8 @@ def rehearse(command: CommandLine[C], run: Callable[[CommandLine[C]], Any]) -> N
     from launch.compose import quiet
     from launch.planning.dry_run import parse_where
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        exit_with_error("a rehearsal plays all ranks: start it without a launcher")
     # Where it runs, and by which rates.
     where = parse_where(command.rehearse, option="--rehearse")
     quiet()
