@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from unittest import mock
 
-from common.cli import user_errors
+from common.cli import exit_with_error, user_errors
 
 if TYPE_CHECKING:
     from common.config import CommandLine
