@@ -313,3 +313,22 @@ def test_quick_shapes_are_those_of_pytorch():
         assert quick.stride() == wanted.stride()
         checked += 1
     assert checked > 20
+
+
+def test_guessed_videos_differ_and_take_no_memory(gpu):
+    import resource
+
+    def resident() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+    before = resident()
+    parts = []
+    for _ in range(4):
+        video = big(1, 81, 480, 832, 3, dtype=torch.uint8)
+        parts.append(video.cpu())
+    together = torch.cat([torch.cat(parts[:2]), torch.cat(parts[2:])])
+    # 4 videos of 97 MB, three times.
+    assert resident() - before < 100
+    assert together.shape == (4, 81, 480, 832, 3)
+    assert len({bytes(video[0, 0].flatten().tolist()) for video in together}) == 4
+    assert torch.equal(together[3, 0], parts[3][0, 0])
