@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -260,9 +260,8 @@ class MetaWan:
             for step, weight in zip(group.steps, weights, strict=True):
                 advantage_G = torch.zeros(members)
                 loop.loss(PROMPT, step, advantage_G, weight).loss.backward()
-                self.module.zero_grad(set_to_none=True)
 
-        with self._given_prompts():
+        with self._given_prompts(), gradients_dropped(self.module):
             (group,) = generator.rollout([PROMPT], group_size=members, seeds=[0])
             return self.meter.cost(lambda: losses(group))
 
@@ -389,7 +388,7 @@ class MetaRewardModel:
         )
 
         from rm.model import DeScore
-        from rm.prompt import DEFAULT_TEMPLATE, VIDEO_PAD, token_id
+        from rm.prompt import VIDEO_PAD, PromptTemplate, token_id
 
         # The patches of the vision tower follow the model, not the defaults.
         config = _config_of(self.name, "", known_models.QWEN3_VL.get(self.name))
@@ -404,7 +403,8 @@ class MetaRewardModel:
             return DeScore(
                 backbone,
                 tokenizer,
-                DEFAULT_TEMPLATE,
+                # Its length is made up for by `_inputs`.
+                PromptTemplate("{prompt}", ""),
                 self.settings,
                 max(tokenizer.get_vocab().values()) + 1,
                 None,
@@ -541,7 +541,7 @@ def _cost_of_pass(
     *,
     grad: bool,
 ) -> Cost:
-    """Measure ``output``, and with ``grad`` a backward from it; gradients are freed afterwards."""
+    """Measure ``output``, and with ``grad`` a backward from it."""
 
     def run() -> None:
         with torch.set_grad_enabled(grad):
@@ -549,9 +549,25 @@ def _cost_of_pass(
             if grad:
                 # Any scalar of the output has the same backward.
                 result.float().square().mean().backward()
-        module.zero_grad(set_to_none=True)
 
-    return meter.cost(run)
+    with gradients_dropped(module):
+        return meter.cost(run)
+
+
+@contextmanager
+def gradients_dropped(module: nn.Module) -> Iterator[None]:
+    """Inside, gradients are freed as they come: `training_parts` counts where they go."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    trained = [p for p in module.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

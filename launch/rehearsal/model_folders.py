@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Tokenizers, scheduler and the ids of special tokens; no weights of these are read.
 _TINY_WAN = "assets/shapes/wan"
 _TINY_QWEN = "assets/shapes/qwen"
+# Tokens of the chat, the time stamps and the short prompt around the instruction.
+CHAT_TOKENS = 56
 
 
 def wan_folder(name: str, folder: Path) -> Path:
@@ -69,7 +71,7 @@ def qwen_folder(name: str, folder: Path) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny / file, folder)
     # An instruction of the released length.
-    words = text_of(tiny, PROMPT_TOKENS)
+    words = text_of(tiny, PROMPT_TOKENS - CHAT_TOKENS)
     write_json(folder / "prompt.json", {"before": f"{{prompt}}{words}", "after": ""})
     return folder
 
