@@ -36,6 +36,7 @@ HEIGHT = 480
 WIDTH = 832
 FPS = 16.0
 EMBEDDED_TOKENS = 40
+WITHOUT_VLLM = "engine builtin instead of vllm, whose process is not simulated"
 SCORED_VIDEOS = 4
 
 
@@ -101,6 +102,10 @@ class StandIns:
                     reward, kind="brightness", url=None, checkpoint=None, options={}
                 )
                 self.notes.append(f"rewards.{name}: not rehearsed, brightness instead")
+            if done[name].options.get("engine") == "vllm":
+                builtin = {**reward.options, "engine": "builtin"}
+                done[name] = replace(done[name], options=builtin)
+                self.notes.append(f"rewards.{name}.options: {WITHOUT_VLLM}")
         return done
 
     # ------------------------------------------------------------------ data
@@ -328,6 +333,9 @@ def _dual_rl(cfg: DualRlRun, made: StandIns) -> Adapted:
         folder = descore_folder(size, made._new("checkpoint"))
         checkpoint = str(folder)
         made.notes.append(f"checkpoint: a DeScore on {size}")
+    if how.engine == "vllm":
+        how = replace(how, engine="builtin")
+        made.notes.append(f"dual_rl: {WITHOUT_VLLM}")
     count = run * how.pairs_per_update
     cfg = _one_step(
         cfg,
