@@ -32,7 +32,7 @@ class Scorer(AbstractContextManager[None]):
     a reward then sees the videos of one group at a time.
 
     group_size       Videos of a group on this rank.
-    groups           Groups of the step on this rank.
+    groups           Groups of the step that this rank scores.
     videos_per_call  Rounded down to whole groups, and at least a group.
     """
 

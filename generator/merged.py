@@ -1,7 +1,7 @@
 """Sample with the adapter merged into a copy of the weights, at the cost of the base model.
 
-The adapter's own products are a third of a full-size forward. Sampling without gradient can do
-without them: each target's weight is replaced by W + scaling B A for the time of a walk.
+By a roofline the adapter's products are a third of a full-size forward. Sampling can do without
+them: each target's weight is replaced by W + scaling B A for the time of a walk.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ ADAPTER = "default"
 @torch.no_grad()
 def merged_weight(layer: Any) -> Tensor:
     """Return W + scaling B A (O, I) of a layer: computed in fp32, rounded ONCE to W's dtype.
+
+    On CUDA with `GeneratorConfig.tf32` the factors of B A are rounded to TF32.
 
     Raises ValueError when this rank holds a part of W only (ZeRO 3).
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -35,7 +36,7 @@ def test_rank_without_a_group_to_score_has_no_scores(*, overlap: bool) -> None:
         fps=8.0,
         group_size=2,
         groups=0,
-        videos_per_call=64,
+        videos_per_call=4,
         timer=PhaseTimer(),
         overlap=overlap,
     )
@@ -165,10 +166,20 @@ class FrameMemory(TorchDispatchMode):
         return result
 
 
+class Slow(Brightness):
+    """Slower than the rollout, so that groups wait for it."""
+
+    def score(
+        self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
+        time.sleep(0.05)
+        return super().score(video_BTYXC, prompts, fps=fps)
+
+
 def peak_frames(*, prompts: int, videos_per_call: int, **options: object) -> int:
     """Peak of a step's uint8 frames, in videos of the fake generator."""
     loop = loop_of(
-        {"bright": Brightness()},
+        {"bright": Slow()},
         prompts=prompts,
         videos_per_call=videos_per_call,
         **options,
@@ -193,7 +204,7 @@ def test_frames_of_a_step_grow_with_the_chunk_and_not_with_the_prompts() -> None
 
 
 def test_frames_that_wait_for_the_thread_are_bounded() -> None:
-    """A chunk of 2 groups waits or is scored, while the next is sampled."""
+    """Two groups wait or are scored, while the next is decoded."""
     peak = peak_frames(prompts=24, videos_per_call=8, overlap_scoring=True)
     assert peak <= 12
 

@@ -335,6 +335,19 @@ def test_bf16_products_keep_fp32_weights_and_gradients(
     assert {parameter.dtype for parameter in trained} == {torch.float32}
 
 
+def test_bf16_products_do_not_widen_activations(folder: Path) -> None:
+    """A cast to fp32 and back would change no number, but move twice the bytes."""
+    lora = LoraConfig(rank=4, alpha=8.0, compute_dtype="bfloat16")
+    generator = generator_of(folder, sampler={}, lora=lora, dtype="bfloat16")
+    seen: set[torch.dtype] = set()
+    for layer in adapter_layers(generator.module):
+        layer.lora_A["default"].register_forward_pre_hook(
+            lambda _, inputs: seen.add(inputs[0].dtype)
+        )
+    generator.sample([PROMPT], [1])
+    assert seen == {torch.bfloat16}
+
+
 def test_bf16_products_sample_and_replay_alike(folder: Path) -> None:
     lora = LoraConfig(rank=4, alpha=8.0, compute_dtype="bfloat16")
     generator = generator_of(

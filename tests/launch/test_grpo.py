@@ -103,6 +103,14 @@ def test_grpo_config_that_cannot_learn_raises() -> None:
             "tail_cache",
         ),
         (
+            [
+                "rewards.brightness.weight=1",
+                "zero_stage=3",
+                "generator.sampler.merge_adapter=true",
+            ],
+            "merge_adapter",
+        ),
+        (
             ["rewards.brightness.weight=1", "grpo.ranks_per_group=3"],
             "group_size",
         ),
