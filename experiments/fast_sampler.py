@@ -98,10 +98,10 @@ def job_of(
     return Job(folder, [training_step("launch/grpo.py", words, folder), evaluation])
 
 
-def timing_job(root: Path, rounds: int) -> Job:
-    """Command that times a step of every arm."""
+def timing_job(root: Path, arms: list[str], rounds: int) -> Job:
+    """Command that times a step of these arms."""
     out = root / "timing.json"
-    words = ["--rounds", str(rounds), "--out", str(out)]
+    words = ["--rounds", str(rounds), "--out", str(out), "--arms", *arms]
     step = CommandStep("time steps", "experiments/bench/grpo_fast.py", words, out)
     return Job(root, [step])
 
@@ -185,7 +185,7 @@ def main() -> None:
             )
             jobs.append([job])
     recipe.run(jobs)
-    recipe.run([[timing_job(args.run_dir, args.rounds)]])
+    recipe.run([[timing_job(args.run_dir, args.arms, args.rounds)]])
 
     # Compare the arms.
     root = ROOT / args.run_dir

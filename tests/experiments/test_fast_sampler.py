@@ -64,6 +64,6 @@ def test_smallest_comparison_of_samplers(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "fast_sampler.json").read_text(encoding="utf-8"))
     assert list(record["arms"]) == ["base", "plain", "fast"]
     assert "against the plain sampler" in record["arms"]["fast"]
-    assert set(record["timing"]["arms"]) == set(ARMS)
+    assert list(record["timing"]["arms"]) == ["plain", "fast"]
     fast = forwards_of(run_folder(tmp_path / "run", 0, "fast"))
     assert fast < forwards_of(run_folder(tmp_path / "run", 0, "plain"))
