@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -31,7 +32,7 @@ class Scorer(AbstractContextManager[None]):
     a reward then sees the videos of one group at a time.
 
     group_size       Videos of a group on this rank.
-    groups           Groups of the step on this rank.
+    groups           Groups of the step that this rank scores.
     videos_per_call  Rounded down to whole groups, and at least a group.
     """
 
@@ -189,7 +190,17 @@ def claim_device(device: int | None) -> None:
     if device is None:
         return
     torch.cuda.set_device(device)
-    torch.cuda.set_stream(torch.cuda.Stream(device))
+    torch.cuda.set_stream(scoring_stream(device))
+
+
+@functools.cache
+def scoring_stream(device: int) -> torch.cuda.Stream:
+    """Return the stream of a GPU that rewards run on beside the rollout, made once.
+
+    PyTorch keeps freed memory by stream. A new stream for each step would keep the rewards'
+    activations as often as it has streams: 32 times.
+    """
+    return torch.cuda.Stream(device)
 
 
 class SilentRewardGuard:

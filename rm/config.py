@@ -232,9 +232,16 @@ class DualRlConfig:
     pairs_per_update  pairs of an optimizer step; pairs_per_step is a multiple.
     micro_batch       pairs in a forward, with two rows of group_size CoTs each.
     group_size        CoTs of each VIDEO.
+    cot_batch         videos whose CoTs the built-in engine writes together, halved when memory
+                      runs out; null is both of each pair of a micro-batch. A token reads all
+                      weights whatever the batch, so a larger one is faster; the cache of
+                      keys and values grows with it.
     cots_per_row      CoTs behind one prompt, see `rm.packed`; null is all. The attention
                       mask has (prompt + cots_per_row * CoT)^2 entries, so long CoTs need
                       fewer.
+    attention         of packed rows: "flex" (FlexAttention, on a GPU) skips the blocks of
+                      that mask in which nobody sees anybody, "mask" fills them; "auto" is
+                      flex on a GPU.
     temperature       of sampling and of the log-probabilities.
     advantage_std     standard deviation that divides a group's advantages. "population" divides
                       the squares by group_size, "sample" by group_size - 1 as the release
@@ -251,7 +258,9 @@ class DualRlConfig:
     pairs_per_update: PositiveInt = 4
     micro_batch: PositiveInt = 1
     group_size: Annotated[int, Field(ge=2)] = 8
+    cot_batch: PositiveInt | None = None
     cots_per_row: PositiveInt | None = None
+    attention: Literal["auto", "mask", "flex"] = "auto"
     temperature: PositiveFloat = 1.0
     advantage_std: Literal["population", "sample"] = "population"
     max_new_tokens: PositiveInt = 4_096

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from common.memory import AdaptiveBatcher
 from rm.config import Generation
 from rm.generate import generate
 from rm.model import DeScore
@@ -57,14 +58,16 @@ class CotBackend(Protocol):
 class BuiltinBackend:
     """Writes with the trained model itself, so its weights are never stale.
 
-    ``batch`` is the number of sequences in a forward; each counts ``copies`` times.
+    ``batch`` is the number of sequences in a forward; each counts ``copies`` times. It is halved
+    for good when memory runs out, but with a sharded model, whose ranks must call it equally
+    often.
     """
 
     def __init__(self, model: DeScore, *, batch: int) -> None:
         if batch < 1:
             raise ValueError(f"batch={batch} must be at least 1")
         self.model = model
-        self.batch = batch
+        self.portions = AdaptiveBatcher(batch, what="videos of stage 2 in generation")
 
     def sync(self, version: int) -> None: ...
 
@@ -79,21 +82,25 @@ class BuiltinBackend:
         copies: int = 1,
     ) -> list[list[PackedCot]]:
         """Write CoTs with `rm.generate.generate`, ``batch`` sequences at a time."""
-        groups: list[list[PackedCot]] = []
-        for first in range(0, len(encoded), self.batch):
+
+        def write_part(part: slice) -> list[list[PackedCot]]:
             # 1. Generate for the next sequences.
-            last = min(first + self.batch, len(encoded))
-            batch = self.model.batch(
-                encoded[first:last], videos[first:last], query=False
-            )
-            batch_seeds = None
+            batch = self.model.batch(encoded[part], videos[part], query=False)
+            part_seeds = None
             if seeds is not None:
-                batch_seeds = seeds[first * copies : last * copies]
-            written = generate(self.model, batch, how, seeds=batch_seeds, copies=copies)
+                part_seeds = seeds[part.start * copies : part.stop * copies]
+            written = generate(self.model, batch, how, seeds=part_seeds, copies=copies)
 
             # 2. Rows of the result are in the order (sequence, copy).
-            for row in range(0, (last - first) * copies, copies):
+            groups = []
+            for row in range(0, len(batch.ids_BL) * copies, copies):
                 groups.append([written.cot(row + copy) for copy in range(copies)])
+            return groups
+
+        self.portions.fixed = self.model.sharded
+        groups = []
+        for part_groups in self.portions.each(write_part, len(encoded)):
+            groups += part_groups
         return groups
 
     def rest(self) -> None: ...

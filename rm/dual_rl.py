@@ -37,6 +37,7 @@ from common.updates import (
     backward_and_step,
     rank_micro_batches,
 )
+from rm.block_attention import use_attention
 from rm.config import Generation
 from rm.cot_backend import BuiltinBackend
 from rm.cot_rollout import (
@@ -93,11 +94,14 @@ class DualRl:
     def __post_init__(self) -> None:
         # Every reward of this stage follows a CoT.
         self.model.cot_in_training = "always"
+        use_attention(self.model, self.cfg.attention)
+        if self.reference is not None:
+            use_attention(self.reference, self.cfg.attention)
         # Of the weights: the number of updates that this process has made.
         self.version = 0
         if self.backend is None:
-            # Both videos of each pair of a micro-batch go through the model together.
-            batch = 2 * self.cfg.micro_batch
+            # By default, both videos of each pair of a micro-batch go through the model together.
+            batch = self.cfg.cot_batch or 2 * self.cfg.micro_batch
             self.backend = BuiltinBackend(self.model, batch=batch)
 
     def step(self, step: int) -> dict[str, float]:
@@ -390,7 +394,7 @@ class DualRl:
             videos, encoded = encode_pairs(self.model, batch_pairs)
             batch = self.model.batch(encoded, videos, query=False)
             written = generate(self.model, batch, self.model.generation)
-            reward_BK = rewards_from_cache(self.model, written)
+            reward_BK = rewards_from_cache(self.model, written).cpu()
             reward_BK[~written.finished_B] = math.nan
             for n, row in enumerate(rows):
                 cots = (written.cot(2 * n), written.cot(2 * n + 1))

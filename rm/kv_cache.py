@@ -115,6 +115,17 @@ class KvCache:
                 buffers[i] = _spread(filled, 1, slots)
         return True
 
+    def bytes_to_reserve(self, tokens: int) -> int:
+        """Bytes by which the buffers grow for so many more tokens."""
+        needed = self.used + tokens
+        if needed <= self.slots:
+            return 0
+        more = rounded_up(needed) - self.slots
+        total = 0
+        for buffer in (*self.keys, *self.values):
+            total += more * (buffer.nbytes // self.slots)
+        return total
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows only, in this order."""
         device = self.slot_1.device

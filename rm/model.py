@@ -86,7 +86,7 @@ class Batch:
     """Right-padded sequences with a video each.
 
     ids_BL        Token ids, long.
-    mask_BL       long, 1 on real tokens; or bool (B, 1, L, L), True where a query sees a key.
+    mask_BL       long, 1 on real tokens; or a mask of `rm.block_attention`.
     position_3BL  M-RoPE positions (time, height, width), long. They are given explicitly
                   because the backbone otherwise keeps position state between calls.
     last_B        The index of each row's last real token.

@@ -27,8 +27,9 @@ from rm.config import CotEngine, CotInTraining, Generation, VllmConfig
 from rm.cot_backend import CotBackend
 from rm.generate import GeneratedCots, extend, generate, rewards_from_cache
 from rm.model import DeScore
+from rm.prepare_ahead import PreparedAhead
 from rm.prompt import DIMENSIONS, Encoded, parse_answer
-from rm.video import PreparedVideo, prepare
+from rm.video import PreparedVideo
 
 
 class DeScoreScorer:
@@ -150,10 +151,12 @@ class DeScoreScorer:
         if not len(prompts):
             return Score(torch.zeros(0))
 
-        # Sums of floats depend on the place in a batch, so sort the rows by their content.
+        # Sums of floats depend on the place in a batch, so sort the rows by their content:
+        # by length first, so that a batch has little padding.
         keys = []
         for video, prompt in zip(videos, prompts, strict=True):
-            keys.append(_identity(video, prompt))
+            length = _length(self.model, video, prompt)
+            keys.append((*length, _identity(video, prompt)))
         unique_keys = sorted(set(keys))
         rows = [keys.index(key) for key in unique_keys]
         unique_videos = [videos[row] for row in rows]
@@ -171,13 +174,12 @@ class DeScoreScorer:
         *,
         fps: float | None,
     ) -> Score:
-        # Portions of the batch that fit into memory.
-        def score_part(part: slice) -> _CotRewards:
-            settings = self.model.settings
-            prepared = [prepare(video, settings, fps=fps) for video in videos[part]]
-            return self._cot_rewards(prompts[part], prepared)
-
-        results = self.portions.each(score_part, len(prompts))
+        # A stream of batches that fit into memory, the next prepared meanwhile.
+        with PreparedAhead(videos, self.model.settings, fps=fps) as ahead:
+            results = self.portions.each(
+                lambda part: self._cot_rewards(prompts[part], ahead.take(part)),
+                len(prompts),
+            )
         reward_BNK = torch.cat([result.reward_BNK for result in results])
         reward_BNK = self._calibrated(reward_BNK)
         texts = []
@@ -261,7 +263,7 @@ class DeScoreScorer:
         batch = model.batch(encoded, videos, query=False)
         written = generate(model, batch, how, seeds=seeds, copies=self.cots)
         reward_RK, texts = self._read(written)
-        finished_R = written.finished_B.clone().cpu()
+        finished_R = written.finished_B.clone()
 
         # Those that the limit cut off go on to twice the limit.
         rows = (~finished_R).nonzero().squeeze(1).tolist()
@@ -274,7 +276,7 @@ class DeScoreScorer:
                 seeds=None if seeds is None else [seeds[row] for row in rows],
             )
             reward_RK[rows], longer_texts = self._read(longer)
-            finished_R[rows] = longer.finished_B.cpu()
+            finished_R[rows] = longer.finished_B
             for row, text in zip(rows, longer_texts, strict=True):
                 texts[row] = text
         firsts = range(0, len(texts), self.cots)
@@ -324,11 +326,11 @@ class DeScoreScorer:
 
     def _read(self, written: GeneratedCots) -> tuple[Tensor, list[str]]:
         """Rewards (R, K) and texts of R CoTs; a CoT that did not finish has reward NaN."""
-        reward_RK = rewards_from_cache(self.model, written).float()
+        reward_RK = rewards_from_cache(self.model, written).float().cpu()
         reward_RK[~written.finished_B] = math.nan
         decode = self.model.tokenizer.decode
         texts = [decode(written.ids(row)) for row in range(len(reward_RK))]
-        return reward_RK.cpu(), texts
+        return reward_RK, texts
 
     def _generation(self) -> Generation:
         """The checkpoint's settings; several CoTs need a temperature."""
@@ -416,6 +418,14 @@ def _require_fit(calibration: Calibration, model: DeScore, cots: int) -> None:
         raise ValueError(
             f"the calibration was made with cots={calibration.cots}, not cots={cots}"
         )
+
+
+def _length(model: DeScore, video: Tensor | str | Path, prompt: str) -> tuple[int, int]:
+    """What orders sequences by length: the pixels of frames, and the tokens of the prompt."""
+    pixels = 0
+    if isinstance(video, Tensor):
+        pixels = video.numel()
+    return pixels, len(model.tokenizer(prompt)["input_ids"])
 
 
 def _identity(video: Tensor | str | Path, prompt: str) -> bytes:

@@ -294,11 +294,13 @@ class SimulatedGpu(TorchDispatchMode):
             numbers = torch.linspace(0, 1, tensor.numel(), dtype=torch.float32)
             return numbers.view(tensor.shape).to(tensor.dtype)
         if tensor.dtype == torch.uint8 and tensor.dim() > 3:
-            # Videos of equal bytes would be scored once.
+            # Videos of equal bytes would be scored once, and get equal rewards. What is not
+            # written takes no memory of this machine.
             for video in value:
                 self._videos += 1
-                number = self._videos.to_bytes(4, "little")
-                video.view(-1)[:4] = torch.tensor(list(number), dtype=torch.uint8)
+                number = list(self._videos.to_bytes(4, "little"))
+                video.view(-1)[: 1 << 16] = 11 * self._videos % 256
+                video.view(-1)[:4] = torch.tensor(number, dtype=torch.uint8)
         return value
 
     # ------------------------------------------------------------------ sizes by data

@@ -161,7 +161,8 @@ class StandIns:
         noise = torch.Generator().manual_seed(0)
         chosen = torch.randn(wan.latent_shape, generator=noise)
         width = wan.transformer.config.text_dim
-        embedding = torch.randn(EMBEDDED_TOKENS, width, generator=noise)
+        tokens = min(EMBEDDED_TOKENS, cfg.max_sequence_length)
+        embedding = torch.randn(tokens, width, generator=noise)
         pair = LatentPair(
             "A boat drifts.", chosen, -chosen, embedding.to(torch.bfloat16)
         )

@@ -71,10 +71,18 @@ def print_cause(error: Exception) -> None:
 
 def run_self_checks(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
     """Run `alignment.self_checks` on all ranks; exit with code 2 if one fails that must not."""
+    from common.log import say
+
+    # At full size they take minutes, before there is a progress bar.
+    say("self-checks: sampling a video two ways and a group twice")
     findings = _generator_findings(run, loop, prompts[0])
     # A wrong prompt must be another one.
     different = list(dict.fromkeys(prompts))
     if len(different) > 1:
+        say(
+            f"self-checks: scoring {CHECKED_VIDEOS} or more sampled videos by every reward; "
+            "self_checks=false leaves them out"
+        )
         findings += _reward_findings(run, loop, different[:MOST_CHECKED_VIDEOS])
 
     report(findings)

@@ -61,7 +61,9 @@ def write_samples(run: GrpoRun, result: StepResult, step: int, log: RunLog) -> N
     rows = list(rows_of_step(result, step=step, groups=run.video_groups))
     folder = Path(run.run_dir) / "samples" / f"step-{step:06d}"
     writer = SampleWriter(folder, fps=run.generator.fps)
-    writer.add(result.video_BTYXC, rows)
+    # None where other ranks score all of this rank's groups.
+    if result.video_BTYXC is not None:
+        writer.add(result.video_BTYXC, rows)
 
     # The trackers.
     captions = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alignment.grpo import StepResult
 from alignment.rewards.brightness import Brightness
 from alignment.rewards.errors import NamedReward
-from alignment.scoring import FlatRewardGuard, Scorer, SilentRewardGuard
+from alignment.scoring import (
+    FlatRewardGuard,
+    Scorer,
+    SilentRewardGuard,
+    scoring_stream,
+)
 from alignment.timing import PhaseTimer
 from common.types import RewardUnavailableError, Score
 from tests.alignment.test_grpo import loop_of
@@ -30,7 +36,7 @@ def test_rank_without_a_group_to_score_has_no_scores(*, overlap: bool) -> None:
         fps=8.0,
         group_size=2,
         groups=0,
-        videos_per_call=64,
+        videos_per_call=4,
         timer=PhaseTimer(),
         overlap=overlap,
     )
@@ -46,11 +52,17 @@ class FakeCuda:
         self.calls: list[tuple[str, object, bool]] = []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+        self.streams = 0
+        scoring_stream.cache_clear()
+        monkeypatch.setattr(torch.cuda, "Stream", self.stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self)
         for name in ("set_device", "set_stream"):
             monkeypatch.setattr(torch.cuda, name, self.recorder(name))
         monkeypatch.setattr(torch.cuda, "synchronize", self.recorder("device sync"))
+
+    def stream(self, device: int) -> str:
+        self.streams += 1
+        return f"stream of {device}"
 
     def recorder(self, name: str) -> object:
         def record(value: object = None) -> None:
@@ -107,6 +119,23 @@ def test_scoring_thread_has_the_gpu_and_a_stream_of_its_rank(
     ]
 
 
+def test_scorers_of_all_steps_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    for _ in range(3):
+        scorer = Scorer(
+            {"bright": NamedReward("bright", Brightness())},
+            fps=8.0,
+            group_size=2,
+            timer=PhaseTimer(),
+            overlap=True,
+        )
+        with scorer:
+            scorer.start(torch.zeros((2, 3, 4, 4, 3), dtype=torch.uint8), ["a", "a"])
+    assert [name for name, *_ in cuda.calls].count("set_stream") == 3
+    assert cuda.streams == 1
+    scoring_stream.cache_clear()
+
+
 def test_timer_waits_for_its_own_stream_only(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     with PhaseTimer()("rollout"):
@@ -137,10 +166,20 @@ class FrameMemory(TorchDispatchMode):
         return result
 
 
+class Slow(Brightness):
+    """Slower than the rollout, so that groups wait for it."""
+
+    def score(
+        self, video_BTYXC: torch.Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
+        time.sleep(0.05)
+        return super().score(video_BTYXC, prompts, fps=fps)
+
+
 def peak_frames(*, prompts: int, videos_per_call: int, **options: object) -> int:
     """Peak of a step's uint8 frames, in videos of the fake generator."""
     loop = loop_of(
-        {"bright": Brightness()},
+        {"bright": Slow()},
         prompts=prompts,
         videos_per_call=videos_per_call,
         **options,
@@ -165,7 +204,7 @@ def test_frames_of_a_step_grow_with_the_chunk_and_not_with_the_prompts() -> None
 
 
 def test_frames_that_wait_for_the_thread_are_bounded() -> None:
-    """A chunk of 2 groups waits or is scored, while the next is sampled."""
+    """Two groups wait or are scored, while the next is decoded."""
     peak = peak_frames(prompts=24, videos_per_call=8, overlap_scoring=True)
     assert peak <= 12
 

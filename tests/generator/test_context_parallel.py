@@ -24,7 +24,7 @@ def two_ranks(folder: Path) -> dict[str, Any]:
     return json.loads(torchrun(2, script, str(folder)).stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["lora", "checkpointing", "full"])
 def test_shared_tokens_give_the_bits_of_one_rank(
     two_ranks: dict[str, Any], case: str
@@ -35,7 +35,7 @@ def test_shared_tokens_give_the_bits_of_one_rank(
     assert found["alone bits"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["lora", "checkpointing", "full"])
 def test_gradient_is_the_sum_over_the_ranks_of_a_sample(
     two_ranks: dict[str, Any], case: str
@@ -46,7 +46,7 @@ def test_gradient_is_the_sum_over_the_ranks_of_a_sample(
     assert found["part"] > 0.3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [1, 2])
 def test_engine_has_the_gradient_of_one_rank(
     two_ranks: dict[str, Any], stage: int
@@ -56,7 +56,7 @@ def test_engine_has_the_gradient_of_one_rank(
     assert found["norm"] < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_start_up_check_sees_parts_that_are_not_summed(
     two_ranks: dict[str, Any],
 ) -> None:

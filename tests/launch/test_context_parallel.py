@@ -42,8 +42,8 @@ def one_rank(tiny: Path) -> dict[str, Any]:
     return steps_of(tiny, 1, *SIZE, "zero_stage=1")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2])
 def test_two_ranks_sharing_tokens_equal_one_rank(
     tiny: Path, one_rank: dict[str, Any], stage: int
 ) -> None:
@@ -68,7 +68,7 @@ def test_four_ranks_of_two_samples_equal_one_rank(
     assert_same(steps_of(tiny, 4, *words), one_rank)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_grpo_command_trains_with_shared_tokens_after_checking_the_gradient(
     tiny: Path, tmp_path: Path
 ) -> None:
@@ -95,7 +95,7 @@ def larger_pairs(dpo_config: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dpo_on_two_ranks_sharing_tokens_equals_one_rank(
     dpo_config: Path, larger_pairs: Path, tmp_path: Path
 ) -> None:

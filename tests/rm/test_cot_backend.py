@@ -131,3 +131,27 @@ def test_settings_of_vllm_are_checked_with_the_config():
     ):
         with pytest.raises(ConfigError, match=message):
             load(DualRlRun, YAML, overrides)
+
+
+def test_cot_batch_changes_no_token_and_halves_when_memory_runs_out(pairs, monkeypatch):
+    """Eight videos in batches of 2, of 3, and of 8 that only fit by twos."""
+    want = build(pairs, micro_batch=1).sample([0, 1, 2, 3], 0).cots
+    loop = build(pairs, micro_batch=1, cot_batch=3)
+    assert loop.sample([0, 1, 2, 3], 0).cots == want
+
+    loop = build(pairs, micro_batch=1, cot_batch=8)
+    sizes = []
+
+    def small_memory(size: int) -> None:
+        sizes.append(size)
+        if size > 2:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("common.faults.memory", small_memory)
+    assert loop.sample([0, 1, 2, 3], 0).cots == want
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    # ranks that share the weights make the same number of calls
+    monkeypatch.setattr(loop.model, "sharded", True, raising=False)
+    loop.backend.portions.size = 8
+    with pytest.raises(torch.OutOfMemoryError):
+        loop.sample([0, 1, 2, 3], 0)

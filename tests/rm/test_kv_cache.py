@@ -105,6 +105,9 @@ def test_token_copies_no_slots_within_a_block() -> None:
     cache.advance(1)
     assert not cache.reserve(2)
     # 9 slots do not fit into 8: the buffers move, and their content with them.
+    # Two buffers of 2 x 3 x 4 numbers of 4 bytes, 248 slots more.
+    assert cache.bytes_to_reserve(2) == 0
+    assert cache.bytes_to_reserve(3) == 2 * 2 * 3 * 4 * 4 * 248
     assert cache.reserve(3)
     assert cache.slots == 256
     assert torch.equal(cache.keys[0][:, :, :6], keys[:, :, :6])

@@ -87,7 +87,8 @@ def test_parts_of_an_update_that_are_left_out_are_multiplied(tmp_path):
             f"prompts_per_step={prompts}",
             "grpo.group_size=2",
             "rewards.descore=null",
-            "rewards.shapes.weight=1",
+            "rewards.shapes=null",
+            "rewards.brightness.weight=1",
             out=tmp_path / f"{prompts}.json",
         )
 
@@ -174,6 +175,7 @@ def test_score(tmp_path, descore):
         "launch/score.py",
         "--config=configs/shapes/score.yaml",
         "--rehearse=1xh100",
+        "batch=2",
         f"rewards.descore.checkpoint={descore}",
         out=tmp_path / "score.json",
     )
