@@ -513,26 +513,6 @@ class MetaRewardModel:
         batch = self.model.batch(encoded, videos, query=cot)
         return batch.to(self.meter.gpu.device)
 
-    def cache_bytes(self, places: int) -> float:
-        """Bytes of the keys and values of a sequence of ``places`` tokens."""
-        # Keys and values of every layer.
-        text = self.model.backbone.config.text_config
-        width = text.num_key_value_heads * text.head_dim
-        values = 2.0 * text.num_hidden_layers * width * places
-        return values * self.dtype.itemsize
-
-    @cached_property
-    def decoder(self) -> Sizes:
-        """Sizes of what every written token passes: the language model and the output matrix.
-
-        The embedding does not count, because its rows are read and not multiplied.
-        """
-        # The output matrix may be that of the embedding.
-        backbone = self.model.backbone
-        language = backbone.model.language_model
-        passed = [language.layers, language.norm, backbone.lm_head]
-        return sizes_of(torch.nn.ModuleList(passed))
-
 
 def _cost_of_pass(
     meter: Meter,

@@ -98,11 +98,11 @@ class Plan:
     disk: float
     # What it needs, and what is wrong with it.
     parts: list[Part] = field(default_factory=list)
-    host: list[Part] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
+    host: list[Part] = field(default_factory=list)
 
     def add(self, name: str, size: float, *, temporary: bool = False) -> None:
         """Add a part of the memory."""

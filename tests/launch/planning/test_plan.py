@@ -412,21 +412,28 @@ def test_dry_run_needs_no_required_options(
     assert "--prompts" in capsys.readouterr().err
 
 
+# The paper's 16 steps with the exact module.
+PLAIN = [
+    "generator.lora.compute_dtype=float32",
+    "generator.sampler.merge_adapter=false",
+    "generator.sampler.tail_solver=euler",
+    "generator.sampler.tail_steps=null",
+]
+
+
 @pytest.mark.long
 def test_grpo_recipe_cost_matches_longcat() -> None:
-    """2,119 PFLOP an update on Wan 1.3B take 535 s on eight H100 at 50 %.
+    """2,119 PFLOP an update on Wan 1.3B, and 1.304 s a forward on an H100.
 
-    64 groups of 117 forwards of 283 TFLOP. The adapter's own products come on top here.
+    64 groups of 117 forwards of 283 TFLOP; the adapter's own products come on top here. The
+    seconds are the sum of a forward's kernels by another script.
     """
-    paper = ["generator.sampler.tail_steps=null"]
-    cfg = load(GrpoRun, ROOT / "configs" / "wan" / "grpo.yaml", paper)
+    cfg = load(GrpoRun, ROOT / "configs" / "wan" / "grpo.yaml", PLAIN)
     plan = plan_grpo(cfg, H100)
     found = {phase.name: phase for phase in plan.phases}
     transformer = found["rollout"].flops + found["update"].flops
     assert 8 * transformer == pytest.approx(2_119e15, rel=0.15)
-    assert found["rollout"].seconds + found["update"].seconds == pytest.approx(
-        535, rel=0.15
-    )
+    assert found["rollout"].seconds == pytest.approx(8 * 107 * 1.304, rel=0.03)
     assert found["rollout"].flops / found["update"].flops == pytest.approx(
         107 / 10, rel=0.1
     )
@@ -441,14 +448,15 @@ def test_grpo_recipe_cost_matches_longcat() -> None:
 @pytest.mark.long
 def test_cold_start_8b_cost_by_hand() -> None:
     cfg = load(ColdStartRun, ROOT / "configs" / "wan" / "cold_start.yaml")
-    short = Lengths((5, 20, 36), 900, prompt=100, chain=200)
+    short = Lengths((5, 20, 36), 900, prompt=200, chain=200)
     plan = plan_reward_model(cfg, H100, short)
     weights = next(part for part in plan.parts if part.name == "reward model: weights")
     assert weights.bytes == pytest.approx(
         2 * 8.767e9 + 2 * 0.175e9, rel=0.02
     )  # and LoRA of rank 64
     # a frozen linear costs its forward, its recomputation and the gradient of its input
-    once = 2 * 6.95e9 * short.total + 2 * 0.576e9 * 3600
+    # half of the chains of thought are dropped
+    once = 2 * 6.95e9 * (short.total - 100) + 2 * 0.576e9 * 3600
     assert 8 * plan.phases[0].flops == pytest.approx(32 * 2 * 3 * once, rel=0.15)
     assert plan.peak < 79 * GIB
 
