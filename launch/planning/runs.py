@@ -252,8 +252,9 @@ def _add_dual_rl(
         repetition_penalty=1.0,
     )
     videos = 2 * how.micro_batch
-    written = model.write(videos, lengths, how=sampling, copies=how.group_size)
-    plan.phase("chains of thought", written * micro_batches)
+    together = min(how.cot_batch or videos, 2 * rank_pairs)
+    written = model.write(together, lengths, how=sampling, copies=how.group_size)
+    plan.phase("chains of thought", written * (2 * rank_pairs / together))
 
     # Log-probabilities: the reference's, and with several updates a step the old policy's.
     cots_per_row = how.cots_per_row or how.group_size

@@ -8,6 +8,7 @@ pairs of the planned sizes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -326,7 +327,10 @@ def _dual_rl(cfg: DualRlRun, made: StandIns) -> Adapted:
     how = cfg.dual_rl
     _share("dual_rl.pairs_per_update", how.pairs_per_update, made.ranks)
     updates = how.pairs_per_step // how.pairs_per_update
-    run = min(updates, MOST_UPDATES)
+    # As many updates as fill a batch of chains of thought.
+    videos = 2 * how.pairs_per_update // made.ranks
+    filled = math.ceil((how.cot_batch or 0) / videos)
+    run = min(updates, max(MOST_UPDATES, filled))
     checkpoint = cfg.checkpoint
     if not Path(checkpoint).is_dir():
         size = known_models.closest_qwen3_vl(checkpoint)
