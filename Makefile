@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # the deepspeed launcher starts `python` from the PATH
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo fullsize reproduce-rm lint style check test test-all clean
+.PHONY: help install demo fullsize gpu-check reproduce-rm vllm-check lint style check test test-all clean
 
 help:
 	@echo "make demo     train a reward, align the tiny Wan with it, write runs/demo/report.html"
@@ -23,8 +23,10 @@ help:
 	@echo "make style    how dense the source is, and what breaks the limits"
 	@echo "make reproduce-rm  the paper's comparison of reward models in the embedded world, three seeds, over an hour"
 	@echo "make fullsize Wan 1.3B and Qwen3-VL 2B at their true sizes on a CPU with 24 GB, under 25 minutes"
+	@echo "make gpu-check on a GPU: the tests that need one, and a table of measured speeds that plans read"
+	@echo "make vllm-check  chains of thought by a real vLLM against ours, on a CPU; installs 3 GB into .venv-vllm once"
 	@echo "make install  only create .venv"
-	@echo "make clean    remove runs and caches, keep .venv"
+	@echo "make clean    remove runs and caches, keep .venv and .venv-vllm"
 
 install: .venv/.installed
 
@@ -45,8 +47,21 @@ demo: .venv/.installed
 fullsize: .venv/.installed
 	$(PY) experiments/fullsize.py
 
+# exit code 2 without a GPU; HF_HUB_OFFLINE=0 behind it lets attention kernels of the hub be downloaded
+gpu-check: .venv/.installed
+	$(PY) experiments/gpu_check.py
+
 reproduce-rm: .venv/.installed
 	$(PY) experiments/reproduce_rm.py
+
+vllm-check: .venv/.installed .venv-vllm/.installed
+	$(PY) experiments/vllm_check.py
+
+# vLLM's pins clash with ours
+.venv-vllm/.installed: experiments/vllm_environment.py
+	@echo "== installing vLLM into .venv-vllm, once: about five minutes and 3 GB"
+	$(BOOT) experiments/vllm_environment.py .venv-vllm
+	@touch $@
 
 # rules, format, import layers, density
 lint: .venv/.installed
@@ -69,4 +84,4 @@ test-all: lint
 
 clean:
 	rm -rf runs build .pytest_cache .ruff_cache *.egg-info
-	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -47,7 +47,8 @@ def group_relative_advantages(
 
         A = sum_k w_k A_k        (LongCat-Video 2510.22200, equations 9 and 10)
 
-    ``scores`` are of this rank's videos, (P * M,) each with P = ``groups``. The rows of all
+    ``scores`` are of this rank's videos, (P * M,) each with P = ``groups``; of ranks that hold
+    the same videos each has scores of its `RankGroups.scored_groups` only. The rows of all
     ranks are gathered, so that the largest spread is taken over all groups and the order of
     ranks changes nothing. A NaN score counts in no mean, and its member gets advantage 0 from
     that reward. All ranks must call this.
@@ -58,13 +59,13 @@ def group_relative_advantages(
     total_PG = torch.zeros(groups * ranks.shards, cfg.group_size)
     for name, score in scores.items():
         # metrics of this reward
-        local_PM = score.value_B.float().view(groups, ranks.members)
+        local_PM = ranks.place(score.value_B.float(), groups)
         reward_PG = ranks.gather_groups(local_PM)
         means[f"reward/{name}"] = mean_of_scored(reward_PG)
-        missing_B = torch.full_like(local_PM.flatten(), math.nan)
+        missing_B = torch.full_like(score.value_B, math.nan)
         for part in part_names[name]:
             part_B = score.parts.get(part, missing_B)
-            all_B = gather_rows(part_B.float())
+            all_B = gather_rows(ranks.place(part_B.float(), groups).flatten())
             details[f"reward/{name}.{part}"] = mean_of_scored(all_B)
         for key, value in _spread(reward_PG).items():
             details[f"reward/{name}_{key}"] = value

@@ -44,6 +44,9 @@ class GrpoConfig:
                     Each of these ranks computes what the members share.
     overlap_scoring score a group in a thread while the next is sampled, for rewards that
                     wait for another process or machine.
+    videos_per_call videos of a rank that rewards score in one call, in whole groups. Frames
+                    are let go after it, so it bounds the host memory of a step; with
+                    overlap_scoring, it bounds the videos that wait for the thread.
     flat_reward_patience  the run stops when no trained reward told two videos of a group
                     apart in its first so many steps; null never stops.
     """
@@ -60,6 +63,7 @@ class GrpoConfig:
     updates: PositiveInt = 1
     ranks_per_group: PositiveInt = 1
     overlap_scoring: bool = False
+    videos_per_call: PositiveInt = 64
     flat_reward_patience: PositiveInt | None = 10
 
     def __post_init__(self) -> None:

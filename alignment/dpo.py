@@ -15,14 +15,7 @@ import torch
 
 from alignment.dpo_losses import DpoTerms, beta_at, flow_dpo_terms, rwr_weights
 from common import faults
-from common.distributed import (
-    gather_objects,
-    gather_rows,
-    rank,
-    rank_batches,
-    seeded_generator,
-    world_size,
-)
+from common.distributed import DataRanks, seeded_generator
 from common.log import say
 from common.schedule import IndexSchedule
 from common.updates import backward_and_step
@@ -61,7 +54,8 @@ def steps_of(cfg: DpoConfig, pairs: int) -> int:
 def backwards_per_update(cfg: DpoConfig, ranks: int) -> int:
     """Return the backwards of an optimizer step on each rank.
 
-    Raises ValueError when ranks and micro-batches do not divide ``pairs_per_step``.
+    Ranks that compute each sample together count as one of ``ranks``. Raises ValueError when
+    ranks and micro-batches do not divide ``pairs_per_step``.
     """
     together = ranks * cfg.micro_batch
     if cfg.pairs_per_step % together:
@@ -90,6 +84,8 @@ class DpoLoop:
 
     pairs      The pairs to train on; `use` replaces them during an online run.
     engine     It must accumulate ``backwards`` gradients before it takes a step.
+    ranks_per_sample  How many consecutive ranks compute each pair together; the engine must
+               then sum their gradients.
     grad_norm  Returns the gradient's norm before clipping, or None, after an optimizer step.
 
     Raises ValueError when ranks and micro-batches do not divide ``pairs_per_step``, and when
@@ -104,6 +100,7 @@ class DpoLoop:
         engine: Engine,
         pairs: PairSet,
         seed: int,
+        ranks_per_sample: int = 1,
         grad_norm: Callable[[], float | Tensor | None] = lambda: None,
     ) -> None:
         self.cfg = cfg
@@ -111,7 +108,8 @@ class DpoLoop:
         self.engine = engine
         self.seed = seed
         self.grad_norm = grad_norm
-        self.backwards = backwards_per_update(cfg, world_size())
+        self.ranks = DataRanks(ranks_per_sample)
+        self.backwards = backwards_per_update(cfg, self.ranks.count)
         self.use(pairs)
 
     def use(self, pairs: PairSet) -> None:
@@ -137,8 +135,8 @@ class DpoLoop:
         gradient is decided by the engine.
         """
         scheduled = self.schedule.at(step)
-        share = len(scheduled) // world_size()
-        first = rank() * share
+        share = len(scheduled) // self.ranks.count
+        first = self.ranks.index * share
         rows = []
         for start in range(first, first + share, self.cfg.micro_batch):
             # 1. Read the latents and prompt embeddings of a micro-batch.
@@ -163,7 +161,8 @@ class DpoLoop:
             rows.append(_metric_rows(draw, terms))
 
         # 5. Metrics over the pairs of all ranks.
-        metrics = summarise(gather_rows(torch.cat(rows)), self.cfg, "train")
+        rows_N4 = self.ranks.gather_rows(torch.cat(rows))
+        metrics = summarise(rows_N4, self.cfg, "train")
         # the engine knows the norm since its optimizer step
         norm = self.grad_norm()
         if norm is not None:
@@ -182,7 +181,8 @@ class DpoLoop:
         The noise is the same in every evaluation. All methods are measured by the DPO loss.
         """
         rows = []
-        for indices in rank_batches(min(limit, len(pairs)), self.cfg.micro_batch):
+        count = min(limit, len(pairs))
+        for indices in self.ranks.batches(count, self.cfg.micro_batch):
             # all ranks must call a sharded module equally often: without a pair, on the first
             places = indices or [0]
             batch = pairs.read(places)
@@ -190,7 +190,7 @@ class DpoLoop:
             measured_N4 = _metric_rows(draw, self.dpo_terms(batch, draw))
             rows.append(measured_N4[: len(indices)])
         # ranks may have different numbers of pairs
-        pairs_N4 = torch.cat(gather_objects(torch.cat(rows)))
+        pairs_N4 = torch.cat(self.ranks.gather_objects(torch.cat(rows)))
         return summarise(pairs_N4, self.cfg, "heldout")
 
     def draw(

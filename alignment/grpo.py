@@ -47,11 +47,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Metrics of a step over all ranks, and the samples of this rank (B = P * M, group-major)."""
+    """Metrics of a step over all ranks, and the samples of this rank (B = P * M, group-major).
+
+    Of ranks that hold the same samples, each has the groups that it decoded and scored.
+
+    video_BTYXC  The videos of the first groups that were to be kept; None if none were.
+    """
 
     metrics: dict[str, float]
     batch: PromptBatch
-    video_BTYXC: Tensor
+    video_BTYXC: Tensor | None
     scores: Mapping[str, Score]
     advantage_PM: Tensor
 
@@ -61,7 +66,8 @@ def backwards_per_update(
 ) -> int:
     """Return the engine's gradient accumulation: backwards of an optimizer step on each rank.
 
-    ``prompts_per_step`` is the number of groups of a step over all ranks.
+    ``prompts_per_step`` is the number of groups of a step over all ranks. Ranks that compute
+    each sample together count as one of ``ranks``.
     """
     groups = prompts_per_step * cfg.ranks_per_group // ranks
     return groups * steps_per_group
@@ -74,6 +80,8 @@ class GrpoLoop:
     weights    The factor of each reward's advantages; 0 scores and logs without training.
     engine     It must accumulate `backwards_per_update` gradients before it takes a step.
     fps        The frame rate of the generator's videos, for the rewards.
+    ranks_per_sample  How many consecutive ranks compute each sample together; the engine must
+               then sum their gradients.
     grad_norm  Returns the gradient's norm before clipping, or None, after an optimizer step.
     """
 
@@ -87,6 +95,7 @@ class GrpoLoop:
         engine: Engine,
         prompts: PromptSchedule,
         fps: float,
+        ranks_per_sample: int = 1,
         grad_norm: Callable[[], float | Tensor | None] = lambda: None,
     ) -> None:
         self.cfg = cfg
@@ -100,32 +109,39 @@ class GrpoLoop:
         self.fps = fps
         self.grad_norm = grad_norm
         # how ranks share groups, and stops for rewards that teach nothing
-        self.ranks = RankGroups(cfg.group_size, cfg.ranks_per_group)
+        self.ranks = RankGroups(cfg.group_size, cfg.ranks_per_group, ranks_per_sample)
         self.ranks.check(self.rewards.values())
         self.silent_guard = SilentRewardGuard(weights)
         self.flat_guard = FlatRewardGuard(weights, patience=cfg.flat_reward_patience)
 
-    def step(self, step: int) -> StepResult:
+    def step(self, step: int, *, keep_groups: int = 0) -> StepResult:
         """One optimizer step: sample groups, score them, normalise the rewards, update.
 
-        ``step`` counts from 0. Raises RewardUnavailableError on every rank, before anything is
-        trained, when a reward fails on any rank, and by `SilentRewardGuard` and `FlatRewardGuard`.
+        ``step`` counts from 0. Frames are let go once they are scored, except those of the first
+        ``keep_groups`` groups of this rank. Raises RewardUnavailableError on every rank, before
+        anything is trained, when a reward fails on any rank, and by `SilentRewardGuard` and
+        `FlatRewardGuard`.
         """
         timer = PhaseTimer()
         batch = self.batch(step)
+        scored = self.ranks.scored_groups(len(batch.prompts))
         scorer = Scorer(
             self.rewards,
             fps=self.fps,
             group_size=self.ranks.members,
+            groups=len(scored),
+            videos_per_call=self.cfg.videos_per_call,
             timer=timer,
             overlap=self.cfg.overlap_scoring,
         )
         with scorer:
             # 1. Sample G videos per prompt from the current policy.
-            groups, video_BTYXC = self.sample(batch, step, scorer, timer)
+            groups, video_BTYXC = self.sample(
+                batch, step, scorer, timer, keep_groups=keep_groups
+            )
 
             # 2. Score every video with every reward; NaN means "could not be scored".
-            scores = scorer.scores(video_BTYXC, _prompts_of(groups))
+            scores = scorer.scores()
 
         # 3. Group-relative advantages over all ranks (LongCat-Video, equations 9 and 10).
         advantages = group_relative_advantages(
@@ -146,24 +162,36 @@ class GrpoLoop:
             # the console line shows the first of these
             **advantages.means,
             **train_metrics,
-            **timer.metrics(videos=len(video_BTYXC)),
+            **timer.metrics(videos=advantages.advantage_PM.numel()),
             **advantages.details,
         }
-        return StepResult(metrics, batch, video_BTYXC, scores, advantages.advantage_PM)
+        return StepResult(
+            metrics,
+            batch.take(scored),
+            video_BTYXC,
+            scores,
+            advantages.advantage_PM[list(scored)],
+        )
 
     def batch(self, step: int) -> PromptBatch:
         """Return the prompts of a step that this rank's shard samples."""
         return self.prompts.at(step).share(self.ranks.shard_index, self.ranks.shards)
 
     def sample(
-        self, batch: PromptBatch, step: int, scorer: Scorer, timer: PhaseTimer
-    ) -> tuple[list[Group], Tensor]:
-        """Sample and decode this rank's members of every group, and show them to the scorer.
+        self,
+        batch: PromptBatch,
+        step: int,
+        scorer: Scorer,
+        timer: PhaseTimer,
+        *,
+        keep_groups: int,
+    ) -> tuple[list[Group], Tensor | None]:
+        """Sample this rank's members of every group; decode and hand on those that it scores.
 
-        Returns the groups and their videos (B, T, Y, X, 3).
+        Returns the groups, and the videos (B, T, Y, X, 3) of the first ``keep_groups`` scored.
         """
         groups: list[Group] = []
-        videos: list[Tensor] = []
+        kept: list[Tensor] = []
         # an overlapping scorer works on each prompt's group while the next is sampled
         parts = batch.single_prompts() if self.cfg.overlap_scoring else [batch]
         for part in parts:
@@ -175,14 +203,21 @@ class GrpoLoop:
                     iteration=step,
                     first_member=self.ranks.first_member,
                 )
-            groups += sampled
             # decoding group by group gives the same bytes however many ranks share the groups
+            scored = self.ranks.scored_groups(len(batch.prompts))
             for group in sampled:
+                groups.append(group)
+                if len(groups) - 1 not in scored:
+                    # another rank of the same samples scores it
+                    continue
                 with timer("decode"):
                     video_GTYXC = self.generator.decode(group.clean_GCFHW)
-                videos.append(video_GTYXC)
-                scorer.start(video_GTYXC, _prompts_of([group]))
-        return groups, torch.cat(videos)
+                if len(kept) < keep_groups:
+                    kept.append(video_GTYXC)
+                scorer.add(video_GTYXC, _prompts_of([group]))
+                # not held while the next group is decoded
+                del video_GTYXC
+        return groups, torch.cat(kept) if kept else None
 
     def update(
         self, groups: Sequence[Group], advantages: Advantages
@@ -220,7 +255,11 @@ class GrpoLoop:
     def loss(
         self, prompt: str, step: Step, advantage_G: Tensor, weights: StepWeights
     ) -> LossOutput:
-        """Compute `grpo_group_loss` of a group at a stochastic step, in a single forward."""
+        """Compute `grpo_group_loss` of a group at a stochastic step, in a single forward.
+
+        With one update a rollout the policy that sampled is the policy of now: its log-prob is
+        that of this forward, detached, and the ratio is 1 by construction.
+        """
         # the reference first, so that the policy's activations are not held meanwhile
         reference = None
         if self.cfg.kl_weight > 0:
@@ -239,6 +278,7 @@ class GrpoLoop:
             kl_weight_scaled=self.cfg.kl_weight * weights.kl,
             clip_low=self.cfg.clip_low,
             clip_high=self.cfg.clip_high,
+            on_policy=self.cfg.updates == 1,
         )
 
 

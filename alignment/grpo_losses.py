@@ -110,6 +110,7 @@ def grpo_group_loss(
     kl_weight_scaled: float,
     clip_low: float | None = None,
     clip_high: float | None = None,
+    on_policy: bool = False,
 ) -> LossOutput:
     """GRPO's loss of one group at one stochastic step; MEAN over members.
 
@@ -130,20 +131,36 @@ def grpo_group_loss(
     transition, and its MEAN is taken; None for no KL term. Clips of None never bind. Gradient
     flows through log_prob_G and kl.
 
+    With ``on_policy`` the old log-prob in the loss is log_prob_G, detached, and r = 1 by
+    construction: for the first update on a rollout, whose policy is the policy of now.
+
     Metrics: loss, kl (the plain KL, unweighted), ratio_mean, ratio_dev (max |r - 1|), clip_frac.
+    The ratios are always to ``old_log_prob_G``: on-policy they show whether the rollout and the
+    update compute the same transition.
     """
+    # the ratios to what the rollout recorded
+    replay = clipped_surrogate(
+        log_prob_G.detach(),
+        old_log_prob_G,
+        advantage_G,
+        clip_low=math.inf,
+        clip_high=math.inf,
+    )
+
     # the policy term
     surrogate = clipped_surrogate(
         log_prob_G,
-        old_log_prob_G,
+        log_prob_G if on_policy else old_log_prob_G,
         advantage_G,
         clip_low=math.inf if clip_low is None else clip_low,
         clip_high=math.inf if clip_high is None else clip_high,
     )
     loss = policy_weight * surrogate.loss
-    metrics = {}
-    for name in ("ratio_mean", "ratio_dev", "clip_frac"):
-        metrics[name] = surrogate.metrics[name]
+    metrics = {
+        "ratio_mean": replay.metrics["ratio_mean"],
+        "ratio_dev": replay.metrics["ratio_dev"],
+        "clip_frac": surrogate.metrics["clip_frac"],
+    }
 
     # the KL to the reference policy
     if kl is not None:

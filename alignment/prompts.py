@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,12 @@ class PromptBatch:
             )
         part = slice(rank * size, (rank + 1) * size)
         return PromptBatch(self.prompts[part], self.seeds[part])
+
+    def take(self, places: Iterable[int]) -> PromptBatch:
+        """Select prompts, in the given order."""
+        rows = list(places)
+        prompts = tuple(self.prompts[i] for i in rows)
+        return PromptBatch(prompts, tuple(self.seeds[i] for i in rows))
 
     def single_prompts(self) -> list[PromptBatch]:
         """Split into batches of a single prompt."""

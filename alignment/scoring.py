@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,17 @@ if TYPE_CHECKING:
 
 
 class Scorer(AbstractContextManager[None]):
-    """Scores the videos of one step with every reward.
+    """Scores the videos of one step with every reward, and lets go of their frames.
 
-    Use it as a context manager: `start` every sampled group, then take the `scores` of all.
+    Use it as a context manager: `add` every sampled group, then take the `scores` of all.
+    Groups are collected to chunks of up to ``videos_per_call`` videos, and each chunk is scored
+    when it is complete: a step then holds the frames of a chunk and not of all its videos.
     With ``overlap`` each group is scored in a thread, while the caller samples the next group;
     a reward then sees the videos of one group at a time.
+
+    group_size       Videos of a group on this rank.
+    groups           Groups of the step that this rank scores.
+    videos_per_call  Rounded down to whole groups, and at least a group.
     """
 
     def __init__(
@@ -35,6 +42,8 @@ class Scorer(AbstractContextManager[None]):
         *,
         fps: float,
         group_size: int,
+        groups: int,
+        videos_per_call: int,
         timer: PhaseTimer,
         overlap: bool,
     ) -> None:
@@ -51,45 +60,78 @@ class Scorer(AbstractContextManager[None]):
             )
         self.pending: list[Future[dict[str, Score]]] = []
 
+        # the chunk that is being filled, and the scores of those before it
+        self.groups_left = groups
+        self.groups_per_call = max(1, videos_per_call // group_size)
+        self.chunk: _Chunk | None = None
+        self.parts: list[dict[str, Score]] = []
+        self.problem: RewardUnavailableError | None = None
+
     def __exit__(self, *_: object) -> None:
         # wait for what is being scored, also after an error
         if self.thread is not None:
             self.thread.shutdown()
 
-    def start(self, video_GTYXC: Tensor, prompts: Sequence[str]) -> None:
-        """Announce the videos (G, T, Y, X, 3) of a sampled group."""
+    def add(self, video_GTYXC: Tensor, prompts: Sequence[str]) -> None:
+        """Take the videos (G, T, Y, X, 3) of a sampled group."""
         if self.thread is not None:
+            self._limit_waiting_groups()
             future = self.thread.submit(self._score_group, video_GTYXC, prompts)
             self.pending.append(future)
+            return
+        if self.chunk is None:
+            groups = min(self.groups_per_call, self.groups_left)
+            self.chunk = _Chunk(video_GTYXC, groups)
+        self.chunk.add(video_GTYXC, prompts)
+        self.groups_left -= 1
+        if self.chunk.is_full:
+            chunk = self.chunk
+            self.chunk = None
+            self._score_chunk(chunk)
 
-    def scores(self, video_BTYXC: Tensor, prompts: Sequence[str]) -> dict[str, Score]:
+    def scores(self) -> dict[str, Score]:
         """Return the scores of all videos of the step by reward. All ranks must call this.
 
         Raises RewardUnavailableError on every rank when a reward raised an error on any rank.
         """
+        if self.thread is not None:
+            self._wait()
         # every rank must learn of an error on any rank, or the others would wait for it
-        problem = None
-        scores = {}
-        try:
-            if self.thread is None:
-                for name, reward in self.rewards.items():
-                    with self.timer(f"score/{name}"):
-                        scores[name] = self._score(reward, video_BTYXC, prompts)
-            else:
-                scores = self._wait()
-        except RewardUnavailableError as error:
-            problem = error
-        raise_on_all(problem)
-        return scores
-
-    def _wait(self) -> dict[str, Score]:
-        with self.timer("score/wait"):
-            # an error inside the thread is raised here
-            parts = [future.result() for future in self.pending]
+        raise_on_all(self.problem)
+        if not self.parts:
+            # other ranks score all videos of this one
+            return {name: Score(torch.zeros(0)) for name in self.rewards}
         scores = {}
         for name in self.rewards:
-            scores[name] = Score.concat([part[name] for part in parts])
+            scores[name] = Score.concat([part[name] for part in self.parts])
         return scores
+
+    def _limit_waiting_groups(self) -> None:
+        """Wait until no more groups wait for the thread than a chunk holds."""
+        # the error of a reward is raised later, on all ranks together
+        if len(self.pending) >= self.groups_per_call:
+            wait([self.pending[-self.groups_per_call]])
+
+    def _wait(self) -> None:
+        with self.timer("score/wait"):
+            try:
+                # an error inside the thread is raised here
+                self.parts = [future.result() for future in self.pending]
+            except RewardUnavailableError as error:
+                self.problem = error
+
+    def _score_chunk(self, chunk: _Chunk) -> None:
+        """Score a chunk, unless an earlier one failed: `scores` raises that error."""
+        if self.problem is not None:
+            return
+        scores = {}
+        try:
+            for name, reward in self.rewards.items():
+                with self.timer(f"score/{name}"):
+                    scores[name] = self._score(reward, chunk.video_BTYXC, chunk.prompts)
+        except RewardUnavailableError as error:
+            self.problem = error
+        self.parts.append(scores)
 
     @torch.no_grad()
     def _score_group(
@@ -115,6 +157,30 @@ class Scorer(AbstractContextManager[None]):
         return Score.concat(scores)
 
 
+class _Chunk:
+    """Videos (B, T, Y, X, 3) of a few groups in one tensor, which is filled group by group."""
+
+    def __init__(self, like_GTYXC: Tensor, groups: int) -> None:
+        size = groups * len(like_GTYXC)
+        self.video_BTYXC = like_GTYXC
+        # a single group is its own chunk, without a copy
+        if groups > 1:
+            self.video_BTYXC = like_GTYXC.new_empty((size, *like_GTYXC.shape[1:]))
+        self.prompts: list[str] = []
+
+    def add(self, video_GTYXC: Tensor, prompts: Sequence[str]) -> None:
+        """Copy the videos of a group behind the others."""
+        start = len(self.prompts)
+        self.prompts += prompts
+        place = self.video_BTYXC[start : len(self.prompts)]
+        if place.data_ptr() != video_GTYXC.data_ptr():
+            place.copy_(video_GTYXC)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.prompts) == len(self.video_BTYXC)
+
+
 def claim_device(device: int | None) -> None:
     """Give the calling thread this rank's GPU, and a stream for everything that it starts.
 
@@ -124,27 +190,42 @@ def claim_device(device: int | None) -> None:
     if device is None:
         return
     torch.cuda.set_device(device)
-    torch.cuda.set_stream(torch.cuda.Stream(device))
+    torch.cuda.set_stream(scoring_stream(device))
+
+
+@functools.cache
+def scoring_stream(device: int) -> torch.cuda.Stream:
+    """Return the stream of a GPU that rewards run on beside the rollout, made once.
+
+    PyTorch keeps freed memory by stream. A new stream for each step would keep the rewards'
+    activations as often as it has streams: 32 times.
+    """
+    return torch.cuda.Stream(device)
 
 
 class SilentRewardGuard:
     """Stops a run in which no reward returned a finite score in the first 3 steps.
 
     Such rewards will return none later either. Rewards with weight 0 do not count. The steps
-    are those since the process started.
+    are those since the process started; of a run that ends before, all of them.
     """
 
     PATIENCE = 3
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.trained = [name for name, weight in weights.items() if weight != 0]
+        self.patience = self.PATIENCE
         self.silent_steps = 0
         self.done = not self.trained
+
+    def expect(self, steps: int) -> None:
+        """Take the number of steps that are left, when that is less than `PATIENCE`."""
+        self.patience = min(self.PATIENCE, steps)
 
     def check(self, means: Mapping[str, float], scores: Mapping[str, Score]) -> None:
         """Count a step by its ``reward/NAME`` means over all ranks, the same on every rank.
 
-        Raises RewardUnavailableError after `PATIENCE` steps without a finite score, with the first
+        Raises RewardUnavailableError after `patience` steps without a finite score, with the first
         reason among this rank's ``scores``.
         """
         # a reward that returned a score before may fail on later prompts
@@ -156,7 +237,7 @@ class SilentRewardGuard:
             self.done = True
             return
         self.silent_steps += 1
-        if self.silent_steps == self.PATIENCE:
+        if self.silent_steps == self.patience:
             # all ranks have the same means, so all of them raise
             names = ", ".join(f"rewards.{name}" for name in self.trained)
             reasons = [
@@ -164,7 +245,7 @@ class SilentRewardGuard:
             ]
             first = next((f" ({reason})" for reason in reasons if reason), "")
             raise RewardUnavailableError(
-                f"{names} returned no finite score in the first {self.PATIENCE} steps "
+                f"{names} returned no finite score in the first {self.patience} steps "
                 f"since this start: every score is NaN or None{first}, so nothing is learned"
             )
 

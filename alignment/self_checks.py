@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 REPLAY_LIMIT = {"float32": 1e-4, "bfloat16": 1e-3}
 # Relative difference from the stock pipeline, which mixes guidance in bf16.
 STOCK_LIMIT = {"float32": 1e-5, "bfloat16": 5e-2}
+# Relative difference of a gradient, by the dtype of what is exchanged.
+SHARED_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}
 # In units of the scores' spread: kernels may round differently by place in a batch.
 PERMUTATION_LIMIT = 1e-3
 
@@ -61,9 +63,12 @@ def first_ratio(
     fatal: bool = True,
     group_size: int = 2,
     seed: int | None = None,
+    on_policy: bool = False,
 ) -> Finding:
     """Check that sampling and training agree on log-probs: before any update every ratio is 1.
 
+    on_policy         The loss takes the update's log-prob for the rollout's, which this check
+                      justifies: the stochastic step is computed by the same module.
     group_size, seed  Those of a group of the run check its own batch: kernels may round otherwise
                       at another size.
     """
@@ -80,10 +85,13 @@ def first_ratio(
             ratio_G = (log_prob_G - step.log_prob_G.to(log_prob_G.device)).exp()
             worst = max(worst, float((ratio_G - 1).abs().max()))
     limit = REPLAY_LIMIT[dtype]
+    fact = f"max |ratio - 1| before any update is {worst:.1e}, allowed {limit:g}"
+    if on_policy:
+        fact += "; with one update a rollout the loss takes it as 1"
     return Finding(
         name="first ratio",
         ok=worst <= limit,
-        fact=f"max |ratio - 1| before any update is {worst:.1e}, allowed {limit:g}",
+        fact=fact,
         advice="sampling and training compute different velocities: is guidance_in_update off, "
         "dropout on, or the dtype different?",
         fatal=fatal,
@@ -102,6 +110,22 @@ def stock_trajectory(gap: Callable[[], float], *, dtype: str) -> Finding:
         fact=f"differs from the stock pipeline by {difference:.1e}, allowed {limit:g}",
         advice="the run would train another model than people sample from: "
         "check the folder's scheduler and text encoder",
+    )
+
+
+def shared_tokens(gap: Callable[[], float], *, dtype: str) -> Finding:
+    """Check that ranks which share the tokens of a sample compute the gradient of one rank.
+
+    ``gap`` measures the relative difference.
+    """
+    difference = gap()
+    limit = SHARED_LIMIT[dtype]
+    return Finding(
+        name="context parallelism",
+        ok=difference <= limit,
+        fact=f"the gradient differs from that of one rank by {difference:.1e}, allowed {limit:g}",
+        advice="the attention backend goes wrong on shared tokens: choose another, or "
+        "generator.context_parallel=1",
     )
 
 

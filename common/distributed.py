@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -164,15 +165,56 @@ def barrier() -> None:
 
 
 def rank_batches(count: int, size: int) -> list[list[int]]:
-    """Batches of this rank's rows (rank, rank + world, ...), the same NUMBER on every rank.
+    """Batches of this rank's rows, see `DataRanks.batches`."""
+    return DataRanks().batches(count, size)
 
-    The last batch may be empty where another rank has a row more. A sharded model (ZeRO 3) must be
-    called for an empty batch too, on any input, since its weights are gathered from all ranks.
+
+@dataclass(frozen=True)
+class DataRanks:
+    """Ranks by the data that they hold: sets of consecutive ranks hold the same samples.
+
+    ranks_per_sample  ranks of a set; 1 unless ranks share the tokens of a sample
+                      (`generator.context_parallel`)
     """
-    # Rank 0 has most rows, and every rank makes as many batches.
-    rows = range(rank(), count, world_size())
-    most = len(range(0, count, world_size()))
-    return [list(rows[start : start + size]) for start in range(0, most, size)]
+
+    ranks_per_sample: int = 1
+
+    @property
+    def count(self) -> int:
+        """The number of sets."""
+        return world_size() // self.ranks_per_sample
+
+    @property
+    def index(self) -> int:
+        """The number of this rank's set."""
+        return rank() // self.ranks_per_sample
+
+    @property
+    def place(self) -> int:
+        """The number of this rank within its set."""
+        return rank() % self.ranks_per_sample
+
+    def batches(self, count: int, size: int) -> list[list[int]]:
+        """Batches of this set's rows (index, index + sets, ...), the same NUMBER on every rank.
+
+        The last batch may be empty where another set has a row more. A sharded model (ZeRO 3)
+        must be called for an empty batch too, on any input, since its weights are gathered from
+        all ranks.
+        """
+        # The first set has most rows, and every set makes as many batches.
+        rows = range(self.index, count, self.count)
+        most = len(range(0, count, self.count))
+        return [list(rows[start : start + size]) for start in range(0, most, size)]
+
+    def gather_rows(self, x: Tensor) -> Tensor:
+        """Rows (n, ...) of every set, in order, as its first rank has them; see `gather_rows`."""
+        rows = gather_rows(x)
+        sets = rows.view(self.count, self.ranks_per_sample, *x.shape)
+        return sets[:, 0].flatten(0, 1)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """The small Python value of every set, in order, as its first rank has it."""
+        return gather_objects(value)[:: self.ranks_per_sample]
 
 
 # ---- gathering ----

@@ -150,17 +150,20 @@ def stock_name(key: str) -> str:
     return key.replace(".base_layer.", ".")
 
 
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """Return peft's layers with an adapter, in the order of the model's modules."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Switch the model's LoRA layers off inside the block.
 
     Raises ValueError if it has none: the model would be its own reference.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [
-        module for module in model.modules() if isinstance(module, BaseTunerLayer)
-    ]
+    layers = adapter_layers(model)
     if not layers:
         raise ValueError(
             "the model has no adapter to switch off; give a frozen copy as the reference"

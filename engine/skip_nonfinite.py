@@ -26,11 +26,16 @@ class SkipNonFinite:
 
     patience  number of skipped steps in a row that are allowed; one more raises
               FloatingPointError on all ranks
+    ranks_per_sample  ranks that hold parts of each sample's gradient: DeepSpeed takes the
+              MEAN over ranks, and a sample needs the SUM over its ranks
     """
 
-    def __init__(self, engine: DeepSpeedEngine, *, patience: int) -> None:
+    def __init__(
+        self, engine: DeepSpeedEngine, *, patience: int, ranks_per_sample: int = 1
+    ) -> None:
         self.engine = engine
         self.patience = patience
+        self.ranks_per_sample = ranks_per_sample
         self.skipped_in_a_row = 0
         self._skipped = 0
         # Hooks see a gradient before ZeRO reduces it over ranks.
@@ -41,7 +46,8 @@ class SkipNonFinite:
 
     def backward(self, loss: Tensor) -> None:
         progress.enter("update")
-        self.engine.backward(loss)
+        # mean over W ranks of D parts = mean over W / D samples
+        self.engine.backward(loss * self.ranks_per_sample)
         progress.tick()
 
     def step(self) -> None:

@@ -1,56 +1,72 @@
 """Trained weights and Adam moments of a DeepSpeed engine as safetensors.
 
 DeepSpeed's own checkpoints are pickles, hold one part per rank and load on the same number
-of ranks only. Here every parameter is gathered whole, so a run may resume with other ranks
-or another ZeRO stage, and reading runs no code.
+of ranks only. Here a parameter is saved whole or in pieces that know their place in it
+(`engine.state_files`), so a run may resume with other ranks or another ZeRO stage, and reading
+runs no code.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from common.checkpoint import load_tensors, save_tensors
-from common.distributed import differing_ranks, is_main, rank, world_size
-from common.state_dicts import raise_problems, shapes_in, state_dict_problems
+from common.checkpoint import save_tensors
+from common.distributed import (
+    differing_ranks,
+    gather_objects,
+    is_main,
+    rank,
+    world_size,
+)
+from common.state_dicts import raise_problems, state_dict_problems
 from engine.optimizer import rewind_schedule
-from engine.zero3 import is_split
+from engine.state_files import (
+    STEPS_KEY,
+    WHOLE_FILE,
+    SavedState,
+    plan_parts,
+    write_index,
+    write_parts,
+)
+from engine.zero3 import elements, is_split
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch import Tensor, nn
 
-ENGINE_FILE = "engine.safetensors"
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STEPS_KEY = "optimizer_steps"
+# A larger state is not gathered: each rank writes its own pieces.
+WHOLE_FILE_BYTES = 2**31
 
 
 def save_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
-    """Write engine.safetensors into a folder. All ranks call it, rank 0 writes.
+    """Write the training state into a folder. All ranks call it.
 
-    The file holds the fp32 ``weight.<name>`` of each trained parameter, the number of
-    optimizer steps and, after the first step, ``exp_avg.<name>`` and ``exp_avg_sq.<name>``.
+    That is the fp32 ``weight.<name>`` of each trained parameter, the number of optimizer steps
+    and, after the first step, ``exp_avg.<name>`` and ``exp_avg_sq.<name>``. Up to
+    `WHOLE_FILE_BYTES`, rank 0 gathers them into engine.safetensors. A larger state is written by
+    all ranks in parts, and no rank holds more than a part of it.
+
     Raises RuntimeError on all ranks if their weights differ.
     """
     # A checkpoint of ranks that have drifted apart would be worth nothing.
     trained = _trained_parameters(engine)
     _check_ranks_agree(trained)
 
-    # Gather weights and moments one by one, and write them.
+    # Whole, or in parts.
     steps = _steps_done(engine)
-    tensors: dict[str, Tensor] = {STEPS_KEY: torch.tensor([steps])}
     if steps:
         _link_moments(engine)
-    for name, parameter in trained.items():
-        for kind in _kinds(steps):
-            value = _gather(engine, parameter, kind)
-            if is_main():
-                tensors[f"{kind}.{name}"] = value.detach().float().cpu()
-    if is_main():
-        save_tensors(Path(folder) / ENGINE_FILE, tensors)
+    size = 4 * len(_kinds(steps)) * elements(trained.values())
+    if size <= WHOLE_FILE_BYTES:
+        _save_whole(engine, trained, steps, Path(folder))
+    else:
+        _save_parts(engine, trained, steps, Path(folder))
 
 
 def load_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
@@ -59,18 +75,18 @@ def load_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
     Raises ValueError if the saved parameters have other names or shapes than the engine's.
     """
     # Check before anything is overwritten.
-    tensors = load_tensors(Path(folder) / ENGINE_FILE)
+    saved = SavedState(folder)
     trained = _trained_parameters(engine)
-    _check_same_parameters(trained, load_weights(folder))
+    _check_same_parameters(trained, saved.shapes)
 
-    # Weights and moments.
-    steps = int(tensors[STEPS_KEY])
+    # Weights and moments, one by one.
+    steps = saved.steps
     if steps:
         _make_moments(engine, list(trained.values()))
         _link_moments(engine)
     for name, parameter in trained.items():
         for kind in _kinds(steps):
-            value = tensors[f"{kind}.{name}"].to(parameter.device)
+            value = saved.read(kind, name).to(parameter.device)
             _scatter(engine, parameter, kind, value)
 
     # The step count decides Adam's bias correction and the learning rate.
@@ -82,12 +98,52 @@ def load_engine(engine: DeepSpeedEngine, folder: str | Path) -> None:
 
 def load_weights(folder: str | Path) -> dict[str, Tensor]:
     """Return the trained fp32 weights of a checkpoint by name, on the CPU."""
-    weights = {}
-    for key, tensor in load_tensors(Path(folder) / ENGINE_FILE).items():
-        kind, _, name = key.partition(".")
-        if kind == WEIGHT:
-            weights[name] = tensor
-    return weights
+    saved = SavedState(folder)
+    return {name: saved.read(WEIGHT, name) for name in saved.shapes}
+
+
+def _save_whole(
+    engine: DeepSpeedEngine,
+    trained: dict[str, nn.Parameter],
+    steps: int,
+    folder: Path,
+) -> None:
+    """Gather weights and moments one by one, and write them on rank 0."""
+    tensors: dict[str, Tensor] = {STEPS_KEY: torch.tensor([steps])}
+    for name, parameter in trained.items():
+        for kind in _kinds(steps):
+            value = _gather(engine, parameter, kind)
+            if is_main():
+                tensors[f"{kind}.{name}"] = value.detach().float().cpu()
+    if is_main():
+        save_tensors(folder / WHOLE_FILE, tensors)
+
+
+def _save_parts(
+    engine: DeepSpeedEngine,
+    trained: dict[str, nn.Parameter],
+    steps: int,
+    folder: Path,
+) -> None:
+    """Write this rank's pieces, and on rank 0 the index of all."""
+    # Which numbers are here, and the file that each piece goes to.
+    kinds = _kinds(steps)
+    places = {}
+    for name, parameter in trained.items():
+        places[name] = _place_of_piece(parameter)
+    pieces = plan_parts(places, rank=rank(), kinds=len(kinds))
+
+    # The ranks talk before they write: one that fails must not leave the others waiting.
+    pieces_of_ranks = gather_objects(pieces)
+    if is_main():
+        shapes = {name: _whole_shape(p) for name, p in trained.items()}
+        write_index(folder, steps, shapes, pieces_of_ranks)
+    write_parts(
+        folder,
+        pieces,
+        kinds,
+        lambda kind, name: _piece(engine, trained[name], kind),
+    )
 
 
 def _check_ranks_agree(trained: dict[str, nn.Parameter]) -> None:
@@ -103,15 +159,17 @@ def _check_ranks_agree(trained: dict[str, nn.Parameter]) -> None:
 
 
 def _check_same_parameters(
-    trained: dict[str, nn.Parameter], saved: dict[str, Tensor]
+    trained: dict[str, nn.Parameter], saved: dict[str, tuple[int, ...]]
 ) -> None:
-    # Under ZeRO 3 a parameter's shape is that of its slice.
-    wanted = {}
-    for name, parameter in trained.items():
-        shape = parameter.ds_shape if is_split(parameter) else parameter.shape
-        wanted[name] = tuple(shape)
-    problems = state_dict_problems(shapes_in(saved), wanted)
+    wanted = {name: _whole_shape(p) for name, p in trained.items()}
+    problems = state_dict_problems(saved, wanted)
     raise_problems(problems, "the checkpoint is of other trained parameters")
+
+
+def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return a parameter's shape; under ZeRO 3, its own is that of its slice."""
+    shape = parameter.ds_shape if is_split(parameter) else parameter.shape
+    return tuple(shape)
 
 
 def _trained_parameters(engine: DeepSpeedEngine) -> dict[str, nn.Parameter]:
@@ -151,6 +209,54 @@ def _gather(
     if kind == WEIGHT:
         return safe_get_full_fp32_param(parameter)
     return safe_get_full_optimizer_state(parameter, kind)
+
+
+def _place_of_piece(parameter: nn.Parameter) -> tuple[int, int]:
+    """Return where this rank's piece of a flattened parameter starts, and its length."""
+    # ZeRO 1 and 2: a rank's partition may begin and end within a parameter.
+    if hasattr(parameter, "_hp_mapping"):
+        if parameter._hp_mapping is None:
+            return 0, 0
+        address = parameter._hp_mapping.lp_fragment_address
+        return address.start, address.numel
+
+    # ZeRO 3: slices of equal lengths, the last with padding. ZeRO 0: the same, of a whole.
+    if is_split(parameter):
+        count = parameter.ds_numel
+        length = parameter.ds_tensor.numel()
+    else:
+        count = parameter.numel()
+        length = math.ceil(count / world_size())
+    start = min(rank() * length, count)
+    return start, min(length, count - start)
+
+
+def _piece(
+    engine: DeepSpeedEngine,
+    parameter: nn.Parameter,
+    kind: str,
+) -> Tensor:
+    """Return this rank's piece (length,) of a parameter's fp32 weight or moment."""
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_get_local_optimizer_state,
+    )
+
+    # ZeRO 1 and 2: the piece itself.
+    start, length = _place_of_piece(parameter)
+    if hasattr(parameter, "_hp_mapping"):
+        key = None if kind == WEIGHT else kind
+        return parameter._hp_mapping.get_hp_fragment(key)
+
+    # ZeRO 3 without the padding, and a slice of a whole.
+    if is_split(parameter):
+        if kind == WEIGHT:
+            padded = safe_get_local_fp32_param(parameter)
+        else:
+            padded = safe_get_local_optimizer_state(parameter, kind)
+        return padded.flatten()[:length]
+    whole = _gather(engine, parameter, kind)
+    return whole.flatten()[start : start + length]
 
 
 def _scatter(

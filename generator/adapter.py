@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.files import give_usual_mode, sort_header
-from common.lora import stock_name
+from common.lora import adapter_layers, stock_name
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 from generator.adapter_file import ADAPTER_FILE
 
@@ -23,6 +23,35 @@ if TYPE_CHECKING:
 
     from generator.adapter_file import StoredAdapter
     from generator.config import LoraConfig
+
+
+class CastLinear(torch.nn.Linear):
+    """A linear layer whose product runs in another dtype than its weight's.
+
+    Gradients reach the weight through the cast, in the weight's dtype.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, bias=False)
+        # the same parameter, so that optimizers and files see no difference
+        self.weight = linear.weight
+        self.compute_dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., I) -> (..., O) in the compute dtype."""
+        weight_OI = self.weight.to(self.compute_dtype)
+        return torch.nn.functional.linear(x.to(self.compute_dtype), weight_OI)
+
+
+def cast_products(model: PeftModel, dtype: torch.dtype) -> None:
+    """Run the products of every adapter in ``dtype``; the adapter's weights keep theirs."""
+    for layer in adapter_layers(model):
+        for matrices in (layer.lora_A, layer.lora_B):
+            for name, linear in matrices.items():
+                matrices[name] = CastLinear(linear, dtype)
+        # peft would widen the activations to the dtype of A first
+        layer.cast_input_dtype_enabled = False
 
 
 def attach(
@@ -73,6 +102,9 @@ def attach(
     }
     if dtypes != {torch.float32}:
         raise RuntimeError(f"expected fp32 adapter weights to train, got {dtypes}")
+    # Their products may run in half precision.
+    if lora.compute_dtype != "float32":
+        cast_products(model, getattr(torch, lora.compute_dtype))
     return model
 
 

@@ -20,6 +20,46 @@ WAN_LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
 
 GuidanceScale = Annotated[float, Field(ge=1.0)]
 
+# diffusers' names of attention backends. These have a backward pass.
+TRAINABLE_ATTENTION = (
+    "native",
+    "_native_cudnn",
+    "_native_efficient",
+    "_native_flash",
+    "_native_math",
+    "_native_npu",
+    "flash",
+    "flash_hub",
+    "_flash_3_hub",
+    "aiter_fa2_hub",
+    "xformers",
+)
+# These have none, or none that diffusers states. Those of sage compute in int8.
+FORWARD_ONLY_ATTENTION = (
+    "_flash_3",
+    "flash_4_hub",
+    "sage",
+    "sage_hub",
+    "sage_blackwell_hub",
+    "_sage_qk_int8_pv_fp8_cuda",
+    "_sage_qk_int8_pv_fp8_cuda_sm90",
+    "_sage_qk_int8_pv_fp16_cuda",
+    "_sage_qk_int8_pv_fp16_triton",
+)
+
+
+def check_attention(key: str, name: str | None, *, forward_only: bool = False) -> None:
+    """Raise ValueError for an unknown attention backend, or one without a needed backward pass."""
+    if name is None or name in TRAINABLE_ATTENTION:
+        return
+    if name not in FORWARD_ONLY_ATTENTION:
+        known = (*TRAINABLE_ATTENTION, *FORWARD_ONLY_ATTENTION)
+        raise ValueError(f"{key}={name} is unknown; known are {', '.join(known)}")
+    if not forward_only:
+        raise ValueError(
+            f"{key}={name} has no backward pass; only sampler.tail_attention may name it"
+        )
+
 
 @config
 class LoraConfig:
@@ -30,12 +70,15 @@ class LoraConfig:
     targets  suffixes of linear layers. The default names all linears of self-attention,
              cross-attention and feed-forward.
     init     of A: "gaussian" is N(0, 1 / rank^2), "kaiming" is uniform. B starts at zero.
+    compute_dtype  of the adapter's products with activations, in sampling and in the update.
+             With bfloat16 its weights, gradients and optimizer state stay fp32.
     """
 
     rank: PositiveInt = 128
     alpha: PositiveFloat = 64.0
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = WAN_LINEARS
     init: Literal["gaussian", "kaiming"] = "gaussian"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @config
@@ -69,6 +112,14 @@ class SamplerConfig:
     tail_cache        in the tail, every n-th step runs all transformer blocks; the others
                       reuse what the middle blocks added (`generator.block_cache`). 1 turns
                       the cache off.
+    merge_adapter     walk prefix and tail, and sample for evaluation, with W + (alpha / rank)
+                      B A in a copy of each target's weight, rounded to its dtype. The
+                      stochastic steps keep the adapter apart. Without an adapter it
+                      changes nothing.
+    attention         attention backend of prefix, tail and evaluation; null keeps
+                      generator.attention.
+    tail_attention    attention backend of the tail; null keeps ``attention``. Only here a
+                      backend without a backward pass is allowed, such as "sage" (int8).
     """
 
     num_steps: PositiveInt = 16
@@ -88,8 +139,15 @@ class SamplerConfig:
     tail_solver: Literal["euler", "ab2"] = "euler"
     tail_guidance: GuidanceScale | None = None
     tail_cache: PositiveInt = 1
+    merge_adapter: bool = False
+    attention: str | None = None
+    tail_attention: str | None = None
 
     def __post_init__(self) -> None:
+        check_attention("sampler.attention", self.attention)
+        check_attention(
+            "sampler.tail_attention", self.tail_attention, forward_only=True
+        )
         if self.stochastic_range > self.num_steps:
             raise ValueError(
                 f"stochastic_range={self.stochastic_range} must be at most "
@@ -153,13 +211,22 @@ class GeneratorConfig:
     num_frames              frames of a video, one more than a multiple of the VAE's
                             temporal factor.
     fps                     frames per second of a video.
-    dtype                   of the frozen transformer and prompt encoder. The VAE, the
-                            adapter and latents are fp32. Without an adapter it is the dtype
-                            of all weights, which DeepSpeed's optimizer also holds in fp32.
+    dtype                   of the frozen transformer and prompt encoder. The adapter and
+                            latents are fp32. Without an adapter it is the dtype of all
+                            weights, which DeepSpeed's optimizer also holds in fp32.
     lora                    null trains every weight of the transformer.
     gradient_checkpointing  recompute each block in the backward pass.
     compile                 torch.compile the transformer's blocks. The first call of each
                             shape takes a minute.
+    attention               attention backend of the transformer, by diffusers' name: native,
+                            _native_cudnn, flash, _flash_3_hub and others. Null keeps the
+                            process's (DIFFUSERS_ATTN_BACKEND, or native). Those of the hub
+                            are downloaded and run.
+    tf32                    fp32 matrix products of the whole process run in TF32 on CUDA;
+                            elsewhere it changes nothing.
+    vae_dtype               of the VAE. With bfloat16 videos are no longer WanPipeline's byte
+                            for byte: in the embedded world pixels differ by at most 1 of 255.
+    vae_channels_last       store the VAE's kernels with channels last, which is faster.
     decode_batch            videos in a VAE call; null decodes all together. Halved for the
                             rest of the run when memory runs out.
     rollout_batch           latents in a forward of sampling, twice as many samples with
@@ -168,6 +235,10 @@ class GeneratorConfig:
     guidance_in_update      false computes the transition from the conditional branch alone,
                             at half the cost. It then differs from the guided transition
                             that sampled, so the first ratios are not 1.
+    context_parallel        ranks that compute each sample together, each a part of its
+                            tokens (`generator.context_parallel`): for videos whose forward
+                            or update does not fit a GPU. It must divide the ranks, the
+                            attention heads and the tokens; for training, without ZeRO 3.
     max_sequence_length     text tokens after padding. Attention has no mask, so the padding
                             is part of the model.
     """
@@ -182,7 +253,33 @@ class GeneratorConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     gradient_checkpointing: bool = True
     compile: bool = False
+    attention: str | None = None
+    tf32: bool = False
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    vae_channels_last: bool = False
     decode_batch: PositiveInt | None = 1
     rollout_batch: PositiveInt | None = 4
     guidance_in_update: bool = True
+    context_parallel: Literal[1, 2, 4, 8] = 1
     max_sequence_length: PositiveInt = 512
+
+    def __post_init__(self) -> None:
+        check_attention("generator.attention", self.attention)
+
+
+def check_one_rank_per_video(cfg: GeneratorConfig) -> None:
+    """Raise ValueError if ranks shall share a video that each of them samples by itself."""
+    if cfg.context_parallel > 1:
+        raise ValueError(
+            f"generator.context_parallel={cfg.context_parallel} is for training: here every "
+            "rank samples videos of its own, so it must be 1"
+        )
+
+
+def check_zero_stage(cfg: GeneratorConfig, zero_stage: int) -> None:
+    """Raise ValueError for ZeRO 3, which gathers weights, where ranks share tokens."""
+    if zero_stage == 3 and cfg.context_parallel > 1:
+        raise ValueError(
+            f"generator.context_parallel={cfg.context_parallel} needs zero_stage 0, 1 or 2, "
+            "got 3: gathering weights between exchanges of tokens is not tested"
+        )

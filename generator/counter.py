@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 class ForwardCounter:
     """Counts samples by a hook on the module; under guidance a latent is two samples.
 
-    A block that gradient checkpointing computes again is not counted again.
+    A block that gradient checkpointing computes again is not counted again. A sample counts
+    once, also where ``ranks_per_sample`` ranks compute it together.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, ranks_per_sample: int = 1) -> None:
+        self.ranks_per_sample = ranks_per_sample
         self.grad = 0
         self.no_grad = 0
         module.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -39,8 +41,8 @@ class ForwardCounter:
     def take(self) -> dict[str, float]:
         """Counts since the last call, SUM over ranks."""
         counts = {
-            "forwards/no_grad": sum_over_ranks(self.no_grad),
-            "forwards/grad": sum_over_ranks(self.grad),
+            "forwards/no_grad": sum_over_ranks(self.no_grad) / self.ranks_per_sample,
+            "forwards/grad": sum_over_ranks(self.grad) / self.ranks_per_sample,
         }
         # the next step counts from 0
         self.grad = 0

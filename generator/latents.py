@@ -1,4 +1,4 @@
-"""LatentCodec: uint8 video <-> normalised latents, through `AutoencoderKLWan` in fp32."""
+"""LatentCodec: uint8 video <-> normalised latents, through `AutoencoderKLWan`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from common.strict_loading import is_finite
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
     from torch import Tensor
+
+
+def store_channels_last(vae: AutoencoderKLWan) -> None:
+    """Store a VAE's kernels with channels last. No weight changes, but sums may run otherwise."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in vae.parameters():
+        # biases and norms of other shapes have no such layout
+        layout = layouts.get(parameter.dim())
+        if layout is not None:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 class LatentCodec:
@@ -86,13 +96,15 @@ class LatentCodec:
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
         """Normalised latents -> uint8 video (B, T, Y, X, 3) on the CPU.
 
-        The arithmetic and its order are `WanPipeline`'s, so the same latents give the same bytes.
+        The arithmetic and its order are `WanPipeline`'s, so the same latents give the same bytes
+        if the VAE is fp32. Latents and pixels are fp32 around a VAE of another dtype.
         """
         mean, std = self._mean_and_std(clean_BCFHW.device)
 
         def decode_part(part_BCFHW: Tensor) -> Tensor:
             latents = part_BCFHW / (1.0 / std) + mean
-            pixels = self.vae.decode(latents, return_dict=False)[0]
+            pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+            pixels = pixels.float()
             progress.tick()
             # -1..1 to bytes
             unit = (pixels * 0.5 + 0.5).clamp(0, 1)
@@ -123,8 +135,8 @@ class LatentCodec:
         def encode_part(part_BTYXC: Tensor) -> Tensor:
             video = part_BTYXC.to(device, torch.float32).permute(0, 4, 1, 2, 3)
             # bytes to -1..1
-            pixels = video / 127.5 - 1
-            return (self.vae.encode(pixels).latent_dist.mode() - mean) / std
+            pixels = (video / 127.5 - 1).to(self.vae.dtype)
+            return (self.vae.encode(pixels).latent_dist.mode().float() - mean) / std
 
         return self.portions.over(encode_part, video_BTYXC)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common import progress
+
 if TYPE_CHECKING:
     from diffusers import WanPipeline
     from torch import Tensor
@@ -93,6 +95,7 @@ class PromptCache:
             # Store the rows up to the last that is not zero.
             used = int(padded_1LD[0].any(dim=1).nonzero().max()) + 1
             self._rows[prompt] = padded_1LD[0, :used].cpu().clone()
+            progress.tick()
 
     def get(
         self,
@@ -136,3 +139,6 @@ class PromptCache:
     def free_text_encoder(self) -> None:
         """Free the text encoder (11 GB for umt5-xxl in bf16); cached prompts still work."""
         self._pipeline.text_encoder = None
+        if torch.cuda.is_available():
+            # for others on this GPU, such as vLLM: PyTorch would keep the memory
+            torch.cuda.empty_cache()

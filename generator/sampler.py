@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from generator.flow import Kernel
 
 Velocity: TypeAlias = Callable[["Tensor", float], "Tensor"]
-Tail: TypeAlias = Callable[["Tensor", Sequence[float]], "Tensor"]
+# A deterministic walk from (x, descending sigmas).
+DeterministicWalk: TypeAlias = Callable[["Tensor", Sequence[float]], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,11 @@ class Walk:
     kernel        of the stochastic steps
     shared_noise  False starts every member from its own noise, so that no prefix is shared
     tail          deterministic walk to sigma = 0 from (x, remaining sigmas)
+    prefix        deterministic walk to the first stochastic step; None takes Euler steps with
+                  the velocity that the stochastic steps have
 
+    Only stochastic steps have a density, so the policy gradient is exact for whatever prefix and
+    tail compute: they decide which x_k and which video a group gets.
     Raises ValueError when the steps are empty, not consecutive, or not on the grid.
     """
 
@@ -69,8 +74,9 @@ class Walk:
     sigmas: Sequence[float]
     steps: Sequence[int]
     kernel: Kernel
-    tail: Tail
+    tail: DeterministicWalk
     shared_noise: bool = True
+    prefix: DeterministicWalk | None = None
 
     def __post_init__(self) -> None:
         # A step has a noise level before and after it.
@@ -188,7 +194,11 @@ def rollout_group(
         seeds = [derive_seed(members.seed, "initial", g) for g in members.numbers]
     x_MCFHW = torch.stack([initial_noise(s, walk.shape) for s in seeds]).to(device)
     faults.point("prefix")
-    x_MCFHW = ode(in_batches, x_MCFHW, walk.sigmas[: walk.steps[0] + 1])
+    before = walk.sigmas[: walk.steps[0] + 1]
+    if walk.prefix is None:
+        x_MCFHW = ode(in_batches, x_MCFHW, before)
+    elif len(before) > 1:
+        x_MCFHW = batch.over(lambda part: walk.prefix(part, before), x_MCFHW)
 
     # 2. Stochastic steps: every member draws its own noise.
     taken = []

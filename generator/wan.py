@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,11 +18,12 @@ from common.memory import AdaptiveBatcher, default_device
 from common.strict_loading import errors_of, load_pretrained
 from common.types import Group, Step
 from common.weight_files import require_whole_folder
-from generator import adapter, adapter_file, weights
+from generator import adapter, adapter_file, attention, context_parallel, weights
 from generator.adapter_file import ADAPTER_FILE
 from generator.block_cache import BlockCache
 from generator.flow import Kernel, guide, interpolate, velocity_target
-from generator.latents import LatentCodec
+from generator.latents import LatentCodec, store_channels_last
+from generator.merged import MergedAdapter
 from generator.prompts import PromptCache
 from generator.sampler import (
     Members,
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
     from generator.config import GeneratorConfig
 
+# graphs of one block, see `compile_blocks`
+COMPILED_GRAPHS = 64
+
 
 class WanGenerator:
     """Implements `common.types.Generator` for Wan 2.1 text-to-video.
@@ -54,7 +58,9 @@ class WanGenerator:
 
     Latents, velocities and log-probs are fp32; the transformer runs in cfg.dtype. The module runs
     in eval mode while sampling and while training: both must compute the same numbers for the
-    first ratio to be 1.
+    first ratio to be 1. Prefix, tail and evaluation may compute faster and less exactly, by
+    ``merge_adapter``, ``attention`` and the options of the tail in cfg.sampler: only stochastic
+    steps have a density.
     """
 
     sharded = False
@@ -77,11 +83,15 @@ class WanGenerator:
         # Without a VAE no video size is known: it is for training on stored latents.
         if pipeline.vae is not None:
             self.codec = LatentCodec(pipeline.vae, batch=cfg.decode_batch)
+            patch = pipeline.transformer.config.patch_size
             self.latent_shape = self.codec.latent_shape(
                 height=cfg.height,
                 width=cfg.width,
                 num_frames=cfg.num_frames,
-                patch=pipeline.transformer.config.patch_size,
+                patch=patch,
+            )
+            context_parallel.check_tokens(
+                self.latent_shape, patch, cfg.context_parallel
             )
         # Latents go through the transformer a few together.
         self.portions = AdaptiveBatcher(
@@ -89,6 +99,10 @@ class WanGenerator:
         )
         self.prompts = PromptCache(pipeline, max_length=cfg.max_sequence_length)
         self._pipeline = pipeline
+        # Copies of the targets' weights for sampling, made when a rollout begins.
+        self._merged: MergedAdapter | None = None
+        if cfg.lora is not None and cfg.sampler.merge_adapter:
+            self._merged = MergedAdapter(module)
         # The reference of full fine-tuning is read when it is first needed.
         self._in_reference = False
         self._frozen: WanTransformer3DModel | None = None
@@ -111,17 +125,20 @@ class WanGenerator:
 
         Raises FileNotFoundError when cfg.path is no WanPipeline folder, ValueError when it is
         another kind of Wan, its weights are not complete and finite, the video size does not fit
-        the VAE, or a LoRA target matches nothing.
+        the VAE, a LoRA target matches nothing, an attention backend cannot run here, or ranks
+        cannot share the tokens of a sample.
         """
         # 1. The stock pipeline, frozen, on its device.
         folder = find_wan(cfg.path)
         device = torch.device(device or default_device())
+        _require_attention(cfg, device)
         pipeline = _load_pipeline(
             cfg, folder, device=device, transformer_only=transformer_only
         )
 
         # 2. What is trained: an adapter, or every weight of the transformer.
         transformer = pipeline.transformer
+        attention.set_backend(transformer, cfg.attention)
         if cfg.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if cfg.lora is None:
@@ -129,8 +146,19 @@ class WanGenerator:
             module.requires_grad_(requires_grad=True)
         else:
             module = adapter.attach(transformer, cfg.lora, seed=seed)
+
+        # 3. Ranks that share the tokens of a sample; before blocks are compiled.
+        parallel = context_parallel.join_ranks(cfg.context_parallel, device)
+        context_parallel.share_tokens(transformer, parallel)
+        for name in (cfg.sampler.attention, cfg.sampler.tail_attention):
+            if name is not None and parallel is not None:
+                with attention.backend(transformer, name):
+                    context_parallel.check_backend(transformer)
         if cfg.compile:
-            transformer.compile_repeated_blocks()
+            compile_blocks(transformer)
+        if cfg.tf32:
+            # For the whole process: rewards compute with it too.
+            torch.backends.cuda.matmul.allow_tf32 = True
         return cls(cfg, pipeline, module.eval(), device)
 
     # ---- sampling, without gradient ----
@@ -156,23 +184,24 @@ class WanGenerator:
         """
         self._require_vae()
         # 1. Compare the number of calls with other ranks'.
-        self.portions.fixed = self.sharded
+        self.portions.fixed = self.calls_together
         missing_calls = 0
         if self.sharded:
             # compared before sampling, while all ranks are at the same place
             missing_calls = self._missing_calls(group_size, seeds, iteration)
 
-        # 2. Sample group after group.
+        # 2. Sample group after group; the adapter is the same for all of them.
         groups = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            group = rollout_group(
-                self._guided_velocity(prompt),
-                Members(prompt, seed, group_size, first_member),
-                self._walk(prompt, seed, iteration),
-                batch=self.portions,
-                device=self.device,
-            )
-            groups.append(group)
+        with self._held_copies():
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                group = rollout_group(
+                    self._guided_velocity(prompt),
+                    Members(prompt, seed, group_size, first_member),
+                    self._walk(prompt, seed, iteration),
+                    batch=self.portions,
+                    device=self.device,
+                )
+                groups.append(group)
 
         # calls that only keep the ranks in step, on the smallest latent there is
         for _ in range(missing_calls):
@@ -220,11 +249,15 @@ class WanGenerator:
             return ode(self._guided_velocity(*texts), x_BCFHW, sigmas)
 
         # In batches, as many videos as fit.
-        self.portions.fixed = self.sharded
-        return self.portions.over(sample_rows, torch.arange(len(prompts)))
+        self.portions.fixed = self.calls_together
+        with self._held_copies(), self._fast(cfg.attention):
+            return self.portions.over(sample_rows, torch.arange(len(prompts)))
 
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
-        """Decode to uint8 video (B, T, Y, X, 3) on the CPU, byte for byte like WanPipeline."""
+        """Decode to uint8 video (B, T, Y, X, 3) on the CPU.
+
+        With an fp32 VAE it is WanPipeline's byte for byte.
+        """
         return self.codec.decode(clean_BCFHW.to(self.device))
 
     def encode(self, video_BTYXC: Tensor) -> Tensor:
@@ -282,10 +315,15 @@ class WanGenerator:
         """v at (x, sigma), one prompt per sample -> (B, C, F, H, W), fp32 (fp64 for fp64 weights).
 
         A scale of 1 is one forward of B samples; otherwise the conditional and the unconditional
-        branch go through the module as one batch of 2 B. Raises RuntimeError under `reference`
-        with gradients enabled.
+        branch go through the module as one batch of 2 B. Raises RuntimeError under `reference`,
+        or with a merged adapter, with gradients enabled.
         """
         # 1. Checks.
+        merged = self._merged is not None and self._merged.in_use
+        if merged and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a merged adapter gets no gradient: sample under torch.no_grad()"
+            )
         if self._in_reference and torch.is_grad_enabled():
             raise RuntimeError(
                 "the reference runs under torch.no_grad() only: gradient checkpointing recomputes "
@@ -425,6 +463,7 @@ class WanGenerator:
             kernel=self.kernel,
             shared_noise=cfg.initial_noise == "shared",
             tail=lambda x_BCFHW, sigmas: self._tail(x_BCFHW, sigmas, prompt),
+            prefix=lambda x_BCFHW, sigmas: self._prefix(x_BCFHW, sigmas, prompt),
         )
 
     def _guided_velocity(
@@ -439,6 +478,31 @@ class WanGenerator:
             return self.velocity(x_BCFHW, sigma_B, texts, guidance_scale=guidance)
 
         return velocity
+
+    def _held_copies(self) -> AbstractContextManager[None]:
+        """Inside, the merged adapter of now is ready for `_fast`; the reference has none."""
+        if self._merged is None or self._in_reference:
+            return nullcontext()
+        return self._merged.held()
+
+    @contextmanager
+    def _fast(self, backend: str | None) -> Iterator[None]:
+        """Inside, the policy computes with its merged adapter and with an attention backend."""
+        with ExitStack() as stack:
+            stack.enter_context(attention.backend(self._active()[1], backend))
+            if self._merged is not None:
+                stack.enter_context(self._merged.applied())
+            yield
+
+    def _prefix(
+        self,
+        x_BCFHW: Tensor,
+        sigmas: Sequence[float],
+        prompt: str,
+    ) -> Tensor:
+        """Walk to the first stochastic step."""
+        with self._fast(self.cfg.sampler.attention):
+            return ode(self._guided_velocity(prompt), x_BCFHW, sigmas)
 
     def _tail(
         self,
@@ -458,7 +522,8 @@ class WanGenerator:
             # every tail_cache-th call runs all blocks of the transformer
             cache = BlockCache(self._active()[1])
             velocity = cache.wrap(velocity, every=cfg.tail_cache)
-        return solver(velocity, x_BCFHW, sigmas)
+        with self._fast(cfg.tail_attention or cfg.attention):
+            return solver(velocity, x_BCFHW, sigmas)
 
     def _missing_calls(
         self,
@@ -523,6 +588,20 @@ class WanGenerator:
 
     # ---- the module in use ----
 
+    @property
+    def calls_together(self) -> bool:
+        """True when a rank may not call the module more often than others, after lack of memory."""
+        return self.sharded or self.cfg.context_parallel > 1
+
+    def context_gap(self) -> float:
+        """Compare the gradient of ranks that share tokens with one rank's; all must call it."""
+        return context_parallel.gradient_gap(*self._active())
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Latent frames, rows and columns of a token."""
+        return self._active()[1].config.patch_size
+
     def _active(self) -> tuple[nn.Module, WanTransformer3DModel]:
         """(module to call, transformer inside it) of the policy, or of the reference."""
         if self.cfg.lora is not None:
@@ -541,7 +620,33 @@ class WanGenerator:
             device=self.device,
         )
         model = weights.of_one_dtype(model, self.cfg.dtype)
+        attention.set_backend(model, self.cfg.attention)
+        context_parallel.share_tokens(model, self.module._parallel_config)
         return model.requires_grad_(requires_grad=False).eval()
+
+
+def compile_blocks(transformer: WanTransformer3DModel) -> None:
+    """Let torch.compile the blocks, each of them with the same graphs.
+
+    A block has a graph for each way in which it is called: with and without gradient, with the
+    adapter on and off, for each attention backend, and for each shape until shapes are dynamic.
+    """
+    # dynamo's default of 8 would leave some of them uncompiled, silently
+    torch._dynamo.config.recompile_limit = max(
+        COMPILED_GRAPHS, torch._dynamo.config.recompile_limit
+    )
+    transformer.compile_repeated_blocks()
+
+
+def _require_attention(cfg: GeneratorConfig, device: torch.device) -> None:
+    """Raise ValueError for an attention backend that cannot run here."""
+    for key, name in (
+        ("generator.attention", cfg.attention),
+        ("generator.sampler.attention", cfg.sampler.attention),
+        ("generator.sampler.tail_attention", cfg.sampler.tail_attention),
+    ):
+        if name is not None:
+            attention.require_backend(key, name, device)
 
 
 def _load_pipeline(
@@ -567,13 +672,15 @@ def _load_pipeline(
     else:
         from transformers import UMT5EncoderModel
 
-        # The VAE computes in fp32, whatever the transformer's dtype is.
+        # The VAE has a dtype of its own, whatever the transformer's is.
         parts["vae"] = load_pretrained(
             AutoencoderKLWan,
             folder / "vae",
-            dtype=torch.float32,
+            dtype=getattr(torch, cfg.vae_dtype),
             device=device,
         )
+        if cfg.vae_channels_last:
+            store_channels_last(parts["vae"])
         parts["text_encoder"] = load_pretrained(
             UMT5EncoderModel,
             folder / "text_encoder",

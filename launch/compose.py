@@ -108,7 +108,11 @@ def generator_engine(
         overrides=run.deepspeed,
     )
     generator.sharded = run.zero_stage == 3
-    return SkipNonFinite(engine, patience=run.max_nonfinite_updates)
+    return SkipNonFinite(
+        engine,
+        patience=run.max_nonfinite_updates,
+        ranks_per_sample=run.generator.context_parallel,
+    )
 
 
 def size_of_training(run: TrainingRun, module: nn.Module) -> str:
@@ -138,13 +142,16 @@ def generator_task(
     generator = loop.generator
     expect_step(run)
     report = f"python launch/report.py {run.run_dir} --out {run.run_dir}/report.html"
+    counter = ForwardCounter(
+        generator.module, ranks_per_sample=run.generator.context_parallel
+    )
     use = f"launch/sample.py or launch/evaluate.py with adapter={run.run_dir}/final"
     return TrainingTask(
         engine=loop.engine,
         next_command=f"{report}, then {use}",
         export=lambda: export(generator, ema, Path(run.run_dir)),
         ema=ema,
-        take_forwards=ForwardCounter(generator.module).take,
+        take_forwards=counter.take,
         write_extra=lambda folder: write_trained(generator, folder / "trained"),
         **options,
     )

@@ -55,6 +55,7 @@ def build_task(run: DpoRun, pairs: PairSet, heldout: PairSet | None) -> Training
     from launch.training.dpo_displacement import DisplacementWatch
     from launch.training.dpo_loop import batch_arithmetic, build, evaluate_average
     from launch.training.dpo_refresh import Refresher
+    from launch.training.start_checks import context_findings, report
 
     # Build, and tell how large an update is.
     with user_errors():
@@ -85,6 +86,7 @@ def build_task(run: DpoRun, pairs: PairSet, heldout: PairSet | None) -> Training
         label="dpo",
         steps=steps,
         step=step,
+        prepare=lambda start: report(context_findings(loop.generator)),
         measure_after=no_metrics if heldout is None else evaluate,
         measure_every=run.eval_every,
         state=watch.state,

@@ -25,6 +25,7 @@ from launch.training.rm_runs import (
 
 if TYPE_CHECKING:
     from engine.trainer import TrainingTask
+    from rm.cot_backend import CotBackend
     from rm.data import Pair
     from rm.dual_rl import DualRl
     from rm.model import DeScore
@@ -83,6 +84,7 @@ def build(run: DualRlRun, pairs: list[Pair], accumulation: int) -> DualRl:
     from rm.dual_rl import DualRl
 
     model = load_reward_model(run)
+    backend = build_backend(run, model)
     reference = build_reference(run)
     # Each group of weights is clipped by its norm (see engine/optimizer.py).
     engine = build_rm_engine(
@@ -96,8 +98,21 @@ def build(run: DualRlRun, pairs: list[Pair], accumulation: int) -> DualRl:
         **loop_options(run, run.dual_rl, model, pairs, engine),
         rules=run.rules,
         reference=reference,
+        backend=backend,
         grad_norms=engine.client_optimizer.take_norms,
     )
+
+
+def build_backend(run: DualRlRun, model: DeScore) -> CotBackend | None:
+    """Build this rank's backend that samples the chains of thought; None is the model itself.
+
+    Raises ValueError or FileNotFoundError if vLLM or the model do not suit.
+    """
+    if run.dual_rl.engine == "builtin":
+        return None
+    from rm.vllm.client import VllmBackend
+
+    return VllmBackend(run.vllm, model)
 
 
 def build_reference(run: DualRlRun) -> DeScore | None:

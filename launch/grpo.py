@@ -60,7 +60,11 @@ def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> Training
     from engine.trainer import StepReport
     from launch.compose import generator_task
     from launch.training.grpo_loop import build, cache_prompts
-    from launch.training.grpo_outputs import evaluate_heldout, write_samples
+    from launch.training.grpo_outputs import (
+        evaluate_heldout,
+        groups_to_write,
+        write_samples,
+    )
 
     # Build, and tell how large an update is.
     with user_errors():
@@ -71,13 +75,14 @@ def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> Training
 
     # The parts that only GRPO has.
     def prepare(start: int) -> None:
+        loop.silent_guard.expect(run.steps - start)
         if run.self_checks and start == 0:
             run_self_checks(run, loop, prompts)
         if run.cache_prompts:
             cache_prompts(run, loop, heldout, start)
 
     def step(number: int) -> StepReport:
-        result = loop.step(number)
+        result = loop.step(number, keep_groups=groups_to_write(run, number))
         return StepReport(result.metrics, result)
 
     return generator_task(

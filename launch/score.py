@@ -9,8 +9,9 @@ prompt for each of --videos, in the natural order of their names: 2.mp4 before 1
 the output has the value of each reward, its parts and its text (the chain of thought).
 
 A video that cannot be read or scored gets ``error`` and null rewards, and the next call tries it
-again; finished rows are not repeated. Another process decodes each file first, so that a file that
-kills its decoder costs a single row. Under a launcher, ranks share the videos.
+again; finished rows are not repeated while their files keep their content. Another process decodes
+each file first, so that a file that kills its decoder costs a single row. Under a launcher, ranks
+share the videos.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def score(
         # A video that is listed twice with the same prompt has a single row.
         with user_errors():
             listed = find_items(pattern, prompts)
-            table = open_scores(cfg, out, resume)
+            table = open_scores(cfg, listed, out, resume)
         items = {(item.name, item.prompt): item for item in listed}
         if len(items) < len(listed):
             say(
@@ -89,10 +90,16 @@ def score(
     return report(rows, list(cfg.rewards), out)
 
 
-def open_scores(cfg: ScoreRun, out: Path, resume: str) -> ResultsTable:
-    """Open the output as a table. Raises ValueError if it holds scores of other settings."""
+def open_scores(
+    cfg: ScoreRun, items: Sequence[ScoreItem], out: Path, resume: str
+) -> ResultsTable:
+    """Open the output as a table. Raises ValueError if it holds scores of other settings.
+
+    Rows with an error are scored again, and rows of files whose content has changed.
+    """
+    from common.log import say
     from common.run_record import plain
-    from launch.evaluation.results_table import ResultsTable, fingerprint
+    from launch.evaluation.results_table import ResultsTable, failed, fingerprint
 
     if out.suffix != ".jsonl":
         raise ValueError(f"--out must end in .jsonl, got {out}")
@@ -106,8 +113,31 @@ def open_scores(cfg: ScoreRun, out: Path, resume: str) -> ResultsTable:
         "max_frames": cfg.max_frames,
         "files": files,
     }
-    key = ("video", "prompt")
-    return ResultsTable(out, identity=identity, key=key, resume=resume, retry="error")
+    paths = {item.name: item.path for item in items}
+
+    def replaced(row: Row) -> bool:
+        # Rows of an earlier version name no content, and stay; so do those of deleted files.
+        path = paths.get(row["video"])
+        content = None if path is None else content_of(path)
+        if content is None or row.get("sha256") in (None, content):
+            return False
+        say(f"{path} is not the file that {out} scored; it is scored again")
+        return True
+
+    return ResultsTable(
+        out,
+        identity=identity,
+        key=("video", "prompt"),
+        resume=resume,
+        retry=lambda row: failed(row) or replaced(row),
+    )
+
+
+def content_of(path: Path) -> str | None:
+    """Return the SHA-256 of a file, None if there is none."""
+    from common.files import sha256
+
+    return sha256(path) if path.is_file() else None
 
 
 def score_share(cfg: ScoreRun, items: list[ScoreItem], table: ResultsTable) -> None:
@@ -138,6 +168,7 @@ def score_share(cfg: ScoreRun, items: list[ScoreItem], table: ResultsTable) -> N
             scored = attempt(score_batch, batch)
             for item, fields in zip(batch, scored, strict=True):
                 row = {"video": item.name, "prompt": item.prompt}
+                row["sha256"] = content_of(item.path)
                 # a file that could not be read has an error alone
                 rows.append(row | no_scores | fields)
             table.add(rows)

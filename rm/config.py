@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -186,17 +186,62 @@ class ColdStartConfig:
             )
 
 
+# What generates the CoTs: the model itself, or vLLM in a process beside it.
+CotEngine = Literal["builtin", "vllm"]
+
+
+@config
+class VllmConfig:
+    """How vLLM generates chains of thought, in a process beside this one (`rm.vllm.client`).
+
+    python         interpreter of an environment with vLLM 0.32.
+    gpu_memory     share of the GPU's memory for vLLM's weights, activations and KV cache; null is
+                   what is free when vLLM starts, less reserve_gb. On a CPU null is a KV cache of
+                   1 GiB.
+    reserve_gb     memory in GiB that stays free for this process. Without ``sleep`` everything
+                   that training or sampling needs beside vLLM must fit in.
+    max_model_len  tokens of prompt and CoT together.
+    sleep          free the GPU's memory whenever nothing is generated. Not on a CPU, where vLLM
+                   cannot.
+    folder         where a private folder for weights and videos is made; null is the
+                   system's temporary folder.
+    timeout_s      how long a request may take.
+    env            environment variables of the process.
+    engine_args    arguments of vLLM's ``LLM``; they override the computed ones.
+    """
+
+    python: str
+    gpu_memory: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    reserve_gb: NonNegativeFloat = 4.0
+    max_model_len: PositiveInt = 16_384
+    sleep: bool = True
+    folder: str | None = None
+    timeout_s: PositiveFloat = 3_600.0
+    env: dict[str, str] = field(default_factory=dict)
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+
 @config
 class DualRlConfig:
     """Stage 2, dual-objective RL. Defaults are DeScore's released run, but for advantage_std.
 
+    engine            what generates the CoTs: the trained model itself ("builtin"), or a vLLM
+                      process of each rank, on the rank's GPU ("vllm", with the section vllm).
+                      All log-probabilities are the trained model's.
     pairs_per_step    preference pairs whose CoTs are sampled together, over ALL ranks.
     pairs_per_update  pairs of an optimizer step; pairs_per_step is a multiple.
     micro_batch       pairs in a forward, with two rows of group_size CoTs each.
     group_size        CoTs of each VIDEO.
+    cot_batch         videos whose CoTs the built-in engine writes together, halved when memory
+                      runs out; null is both of each pair of a micro-batch. A token reads all
+                      weights whatever the batch, so a larger one is faster; the cache of
+                      keys and values grows with it.
     cots_per_row      CoTs behind one prompt, see `rm.packed`; null is all. The attention
                       mask has (prompt + cots_per_row * CoT)^2 entries, so long CoTs need
                       fewer.
+    attention         of packed rows: "flex" (FlexAttention, on a GPU) skips the blocks of
+                      that mask in which nobody sees anybody, "mask" fills them; "auto" is
+                      flex on a GPU.
     temperature       of sampling and of the log-probabilities.
     advantage_std     standard deviation that divides a group's advantages. "population" divides
                       the squares by group_size, "sample" by group_size - 1 as the release
@@ -208,11 +253,14 @@ class DualRlConfig:
     """
 
     steps: PositiveInt = 65
+    engine: CotEngine = "builtin"
     pairs_per_step: PositiveInt = 128
     pairs_per_update: PositiveInt = 4
     micro_batch: PositiveInt = 1
     group_size: Annotated[int, Field(ge=2)] = 8
+    cot_batch: PositiveInt | None = None
     cots_per_row: PositiveInt | None = None
+    attention: Literal["auto", "mask", "flex"] = "auto"
     temperature: PositiveFloat = 1.0
     advantage_std: Literal["population", "sample"] = "population"
     max_new_tokens: PositiveInt = 4_096

@@ -6,7 +6,7 @@ videos A and B of each pair in turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,6 +36,19 @@ class SampledPairs(NamedTuple):
     videos: Sequence[PreparedVideo]
     encoded: Sequence[Encoded]
     cots: Sequence[Sequence[PackedCot]]
+
+    def parts(self, size: int) -> Iterator[SampledPairs]:
+        """Yield ``size`` pairs at a time, the micro-batches of an update."""
+        for first in range(0, len(self.pairs), size):
+            last = first + size
+            # Each pair has two videos.
+            videos = slice(2 * first, 2 * last)
+            yield SampledPairs(
+                pairs=self.pairs[first:last],
+                videos=self.videos[videos],
+                encoded=self.encoded[videos],
+                cots=self.cots[videos],
+            )
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ from common.updates import (
     backward_and_step,
     rank_micro_batches,
 )
+from rm.block_attention import use_attention
 from rm.config import Generation
+from rm.cot_backend import BuiltinBackend
 from rm.cot_rollout import (
     Rollouts,
     SampledPairs,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 
     from common.types import Engine
     from rm.config import DualRlConfig
+    from rm.cot_backend import CotBackend
     from rm.data import Pair, PairSchedule
     from rm.model import DeScore
     from rm.text_rewards import RuleRewardConfig
@@ -72,6 +75,7 @@ class DualRl:
 
     engine      The engine; it accumulates the gradients of an optimizer step.
     reference   The frozen stage-1 model. None: ``model`` with its adapters switched off.
+    backend     Samples the CoTs. None: ``model`` itself, a micro-batch at a time.
     grad_norms  Returns gradient norms before clipping by part of the model; called after
                 each optimizer step.
     """
@@ -84,11 +88,21 @@ class DualRl:
     schedule: PairSchedule
     seed: int
     reference: DeScore | None = None
+    backend: CotBackend | None = None
     grad_norms: Callable[[], Mapping[str, float]] = dict
 
     def __post_init__(self) -> None:
         # Every reward of this stage follows a CoT.
         self.model.cot_in_training = "always"
+        use_attention(self.model, self.cfg.attention)
+        if self.reference is not None:
+            use_attention(self.reference, self.cfg.attention)
+        # Of the weights: the number of updates that this process has made.
+        self.version = 0
+        if self.backend is None:
+            # By default, both videos of each pair of a micro-batch go through the model together.
+            batch = self.cfg.cot_batch or 2 * self.cfg.micro_batch
+            self.backend = BuiltinBackend(self.model, batch=batch)
 
     def step(self, step: int) -> dict[str, float]:
         """Sample and reward ``pairs_per_step`` pairs, then make all updates on them."""
@@ -97,11 +111,19 @@ class DualRl:
 
         # 1. Sample G CoTs for both videos of every pair, with the current policy.
         faults.point("chains")
-        sampled = [[self.sample(rows, step) for rows in update] for update in updates]
+        rows = []
+        for update in updates:
+            for micro_batch in update:
+                rows += micro_batch
+        self.backend.sync(self.version)
+        sampled = self.sample(rows, step).parts(self.cfg.micro_batch)
+        self.backend.rest()
 
         # 2. Reward the CoTs and normalise the rewards within each group.
         faults.point("reward")
-        rollouts = [[self.rollouts(part) for part in update] for update in sampled]
+        rollouts = []
+        for update in updates:
+            rollouts.append([self.rollouts(next(sampled)) for _ in update])
         sampling_done = time.perf_counter()
 
         # 3. One optimizer step per update: GRPO on the CoTs, Bradley-Terry on the rewards.
@@ -137,7 +159,7 @@ class DualRl:
 
     @torch.no_grad()
     def sample(self, rows: Sequence[int], step: int) -> SampledPairs:
-        """Sample G CoTs for both videos of the pairs of a micro-batch.
+        """Sample G CoTs for both videos of some pairs; the backend decides on batches.
 
         Only the tokens are used: log-probabilities come from `packed_forward`, the old
         policy's too, so that a ratio compares policies and not two ways of computing.
@@ -156,25 +178,20 @@ class DualRl:
             for i in range(cfg.group_size)
         ]
 
-        # All videos of the micro-batch go through the model together.
+        # A group of CoTs for every video.
         how = Generation(
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
             repetition_penalty=1.0,
         )
-        written = generate(
-            self.model,
-            self.model.batch(encoded, videos, query=False),
+        cots = self.backend.write(
+            encoded,
+            videos,
             how,
+            version=self.version,
             seeds=seeds,
             copies=cfg.group_size,
         )
-
-        # Rows of the result are in the order (video, rollout).
-        cots = []
-        for first in range(0, len(seeds), cfg.group_size):
-            group = range(first, first + cfg.group_size)
-            cots.append([written.cot(row) for row in group])
         return SampledPairs(pairs, videos, encoded, cots)
 
     @torch.no_grad()
@@ -255,6 +272,8 @@ class DualRl:
             backward_and_step(self.engine, loss * backwards)
             for name, value in terms.items():
                 rank_sums[name] += value
+        # The weights have moved: a backend's copy of them is stale.
+        self.version += 1
 
         # 3. Metrics over all ranks.
         sums = all_ranks(rank_sums)
@@ -375,7 +394,7 @@ class DualRl:
             videos, encoded = encode_pairs(self.model, batch_pairs)
             batch = self.model.batch(encoded, videos, query=False)
             written = generate(self.model, batch, self.model.generation)
-            reward_BK = rewards_from_cache(self.model, written)
+            reward_BK = rewards_from_cache(self.model, written).cpu()
             reward_BK[~written.finished_B] = math.nan
             for n, row in enumerate(rows):
                 cots = (written.cot(2 * n), written.cot(2 * n + 1))

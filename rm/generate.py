@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +17,17 @@ from torch import Tensor, nn
 from common import progress
 from common.distributed import any_rank, seeded_generator
 from rm.config import Generation
+from rm.cuda_graph import CapturedFunction
+from rm.kv_cache import KvCache, rounded_up
 from rm.model import Batch, DeScore
 from rm.packed import PackedCot
-
-if TYPE_CHECKING:
-    from transformers import Cache
 
 
 @dataclass(frozen=True)
 class GeneratedCots:
     """Generated CoTs and the state of the model after them.
+
+    The tokens, lengths and ends are on the CPU, everything else is on the model's device.
 
     prompt_BL   long, the ids of the prompts, padded on the right.
     token_BL    long, without end-of-turn tokens, padded with the pad id; L is the length of
@@ -44,7 +44,7 @@ class GeneratedCots:
     token_BL: Tensor
     length_B: Tensor
     finished_B: Tensor
-    cache: Cache
+    cache: KvCache
     mask_BK: Tensor
     position_B: Tensor
     hidden_BD: Tensor
@@ -98,14 +98,15 @@ def extend(
     ``seeds`` are the rows' seeds. The cache is cut to the rows, so ``cots`` is used up.
     """
     # Memory of the finished rows is free from here on.
+    cots.cache.select(rows)
     row_B = torch.tensor(rows, device=model.device)
-    cots.cache.batch_select_indices(row_B)
+    host_row_B = torch.tensor(rows)
     start = replace(
         cots,
         prompt_BL=cots.prompt_BL[row_B],
-        token_BL=cots.token_BL[row_B],
-        length_B=cots.length_B[row_B],
-        finished_B=cots.finished_B[row_B],
+        token_BL=cots.token_BL[host_row_B],
+        length_B=cots.length_B[host_row_B],
+        finished_B=cots.finished_B[host_row_B],
         mask_BK=cots.mask_BK[row_B],
         position_B=cots.position_B[row_B],
         hidden_BD=cots.hidden_BD[row_B],
@@ -120,13 +121,19 @@ def rewards_from_cache(model: DeScore, cots: GeneratedCots) -> Tensor:
     One forward of K tokens, which leaves the cache as it was. An unfinished CoT gets a reward
     too; the caller decides whether it counts.
     """
-    query_K = torch.tensor(model.query_ids, device=model.device)
-    offset_K = torch.arange(len(query_K), device=model.device)
+    query_K = model.query_id_K
+    count = len(query_K)
+    offset_K = torch.arange(count, device=model.device)
     position_BK = cots.position_B.unsqueeze(1) + offset_K
     token_BK = query_K.expand_as(position_BK)
-    mask_BK = torch.cat([cots.mask_BK, torch.ones_like(token_BK, dtype=torch.bool)], 1)
-    hidden_BKD = _feed(model, token_BK, position_BK, mask_BK, cots.cache)
-    cots.cache.crop(-len(query_K))
+
+    # A query token sees the sequence, itself and the query tokens before it.
+    shape = (len(token_BK), count, count)
+    before_BKK = torch.ones(shape, dtype=torch.bool, device=model.device).tril()
+    sequence_BKK = cots.mask_BK.unsqueeze(1).expand(-1, count, -1)
+    mask_B1KK = torch.cat([sequence_BKK, before_BKK], -1).unsqueeze(1)
+    cots.cache.reserve(count)
+    hidden_BKD = _feed(model, token_BK, position_BK, mask_B1KK, cots.cache)
     return model.reward_from_hidden(hidden_BKD)
 
 
@@ -143,16 +150,15 @@ def _read_prompts(model: DeScore, batch: Batch, copies: int) -> GeneratedCots:
     position_B = batch.position_3BL[0, row_B, batch.last_B] + 1
 
     # Every CoT has its copy of everything.
-    if copies > 1:
-        cache.batch_repeat_interleave(copies)
     prompt_BL = batch.ids_BL.repeat_interleave(copies, 0)
-    length_B = torch.zeros_like(prompt_BL[:, 0])
+    slots = rounded_up(prompt_BL.shape[1] + 1)
+    length_B = torch.zeros(len(prompt_BL), dtype=torch.long)
     return GeneratedCots(
         prompt_BL=prompt_BL,
-        token_BL=prompt_BL[:, :0],
+        token_BL=torch.zeros(len(prompt_BL), 0, dtype=torch.long),
         length_B=length_B,
         finished_B=torch.zeros_like(length_B, dtype=torch.bool),
-        cache=cache,
+        cache=KvCache.of_prompts(cache, copies, slots),
         mask_BK=batch.mask_BL.bool().repeat_interleave(copies, 0),
         position_B=position_B.repeat_interleave(copies, 0),
         hidden_BD=hidden_BD.repeat_interleave(copies, 0),
@@ -171,61 +177,159 @@ def _write(
             "seeds go with a temperature above 0, "
             f"got temperature={how.temperature} and seeds={seeds}"
         )
+    # 1. Choose a token, feed it, until every row has ended.
+    decoder = _Decoder(model, start, how, seeds)
+    decoder.run()
 
-    # 1. The state of every row, with room for the new tokens.
-    size, written = start.token_BL.shape
-    more = how.max_new_tokens - written
-    token_BL = nn.functional.pad(start.token_BL, (0, more), value=model.pad_id)
-    mask_BK = nn.functional.pad(start.mask_BK, (0, more), value=False)
-    length_B = start.length_B.clone()
-    alive_B = torch.ones(size, dtype=torch.bool, device=model.device)
-    hidden_BD = start.hidden_BD
-    seen_BL = torch.cat([start.prompt_BL, start.token_BL], 1)
-    sampler = _TokenSampler(model, seen_BL, how, seeds)
-
-    # 2. Choose a token, feed it, until every row has ended.
-    used = start.mask_BK.shape[1]
-    for step in range(written, how.max_new_tokens):
-        chosen_B = sampler(_logits(model, hidden_BD), step)
-        alive_B = alive_B & (chosen_B != model.end_id)
-        any_alive = any_rank(alive_B) if model.sharded else alive_B.any()
-        if not any_alive:
-            break
-        token_BL[:, step] = torch.where(alive_B, chosen_B, model.pad_id)
-        length_B += alive_B
-        mask_BK[:, used] = alive_B
-        used += 1
-        position_B = start.position_B + step - written
-        hidden_B1D = _feed(
-            model,
-            token_BL[:, step : step + 1],
-            position_B.unsqueeze(1),
-            mask_BK[:, :used],
-            start.cache,
-        )
-        progress.tick()
-        hidden_BD = hidden_B1D[:, 0]
-
-    # 3. Cut everything to what was used.
+    # 2. To the host, in a single wait; a few tokens may have been fed after the last end.
+    written = start.token_BL.shape[1]
+    length_B = decoder.length_B.cpu()
+    longest = int(length_B.max())
+    used = start.mask_BK.shape[1] + longest - written
+    start.cache.cut(used)
     return replace(
         start,
-        token_BL=token_BL[:, : int(length_B.max())],
+        token_BL=decoder.token_BL[:, :longest].cpu(),
         length_B=length_B,
-        finished_B=~alive_B,
-        mask_BK=mask_BK[:, :used],
-        position_B=start.position_B + length_B - start.length_B,
-        hidden_BD=hidden_BD,
+        finished_B=~decoder.alive_B.cpu(),
+        mask_BK=decoder.mask_BK[:, :used],
+        position_B=start.position_B + decoder.length_B - written,
+        hidden_BD=decoder.hidden_BD,
     )
 
 
+class _Decoder:
+    """Writes CoTs token by token. Its state is tensors on the device, changed in place.
+
+    No step waits for the device, which can so run behind the host. On a GPU a step is captured
+    as a CUDA graph. Whether all rows have ended is looked up every `steps_per_look` tokens.
+    """
+
+    def __init__(
+        self,
+        model: DeScore,
+        start: GeneratedCots,
+        how: Generation,
+        seeds: Sequence[int] | None,
+    ) -> None:
+        device = model.device
+        self.model = model
+        self.cache = start.cache
+        size, written = start.token_BL.shape
+        self.more = how.max_new_tokens - written
+
+        # The state of every row, with room for the new tokens.
+        token_BL = start.token_BL.to(device)
+        seen_BL = torch.cat([start.prompt_BL, token_BL], 1)
+        self.sampler = _TokenSampler(model, seen_BL, how, seeds)
+        self.token_BL = nn.functional.pad(token_BL, (0, self.more), value=model.pad_id)
+        # The mask has a place for every slot that the cache may come to have.
+        used = start.mask_BK.shape[1]
+        places = rounded_up(used + self.more + len(model.query_ids))
+        self.mask_BK = nn.functional.pad(start.mask_BK, (0, places - used), value=False)
+        self.length_B = start.length_B.to(device)
+        self.alive_B = torch.ones(size, dtype=torch.bool, device=device)
+        self.hidden_BD = start.hidden_BD.clone()
+
+        # Where the next token goes. These numbers are read by kernels only.
+        self.position_B = start.position_B.clone()
+        self.step_1 = torch.tensor([written], device=device)
+
+    def run(self) -> None:
+        """Write up to ``more`` tokens per row."""
+        model = self.model
+        captured = None
+        self.cache.whole = can_capture(model)
+        if self.cache.whole:
+            captured = CapturedFunction(self.step)
+        steps_per_look = steps_between_looks(model.device)
+        for number in range(1, self.more + 1):
+            is_due = number % steps_per_look == 0
+            if self.cache.reserve(1) and captured is not None:
+                captured.reset()
+
+            # A step as one graph, or as two parts: the look between them saves a forward.
+            if captured is None:
+                self.choose()
+                if is_due and self._all_ended():
+                    break
+                self.feed()
+            else:
+                captured()
+                if is_due and self._all_ended():
+                    break
+            self.cache.advance(1)
+            progress.tick()
+        self.cache.whole = False
+
+    def step(self) -> None:
+        """Write a token."""
+        self.choose()
+        self.feed()
+
+    def choose(self) -> None:
+        """Choose the next token of every row; rows that have ended get the pad id."""
+        chosen_B = self.sampler(_logits(self.model, self.hidden_BD), self.step_1)
+        self.alive_B &= chosen_B != self.model.end_id
+        token_B = torch.where(self.alive_B, chosen_B, self.model.pad_id)
+        self.token_BL.index_copy_(1, self.step_1, token_B.unsqueeze(1))
+        self.length_B += self.alive_B
+
+    def feed(self) -> None:
+        """Feed the chosen token to the language model."""
+        # The new slot is hidden from its own row where the row has ended.
+        cache = self.cache
+        self.mask_BK.index_copy_(1, cache.slot_1, self.alive_B.unsqueeze(1))
+        seen = cache.slots if cache.whole else cache.used + 1
+        hidden_B1D = _feed(
+            self.model,
+            self.token_BL.index_select(1, self.step_1),
+            self.position_B.unsqueeze(1),
+            self.mask_BK[:, None, None, :seen],
+            cache,
+        )
+        self.hidden_BD.copy_(hidden_B1D[:, 0])
+
+        # On to the next place.
+        self.position_B += 1
+        self.step_1 += 1
+        cache.slot_1 += 1
+
+    def _all_ended(self) -> bool:
+        """Wait for the device: has every row ended? With a sharded model, on every rank."""
+        if self.model.sharded:
+            return not any_rank(self.alive_B)
+        return not self.alive_B.any()
+
+
+def can_capture(model: DeScore) -> bool:
+    """Whether a step can be a CUDA graph; gathering the weights of a sharded model cannot."""
+    return model.device.type == "cuda" and not model.sharded
+
+
+def steps_between_looks(device: torch.device) -> int:
+    """How many tokens are written between two looks whether all rows have ended.
+
+    A look waits for the device, and a CPU never has to be waited for.
+    """
+    return 1 if device.type == "cpu" else 16
+
+
 def _feed(
-    model: DeScore, token_BL: Tensor, position_BL: Tensor, mask_BK: Tensor, cache: Cache
+    model: DeScore,
+    token_BL: Tensor,
+    position_BL: Tensor,
+    mask_B1LK: Tensor,
+    cache: KvCache,
 ) -> Tensor:
-    """Feed a few more text tokens per row to the language model; hidden states (B, L, D)."""
+    """Feed a few more text tokens per row to the language model; hidden states (B, L, D).
+
+    A mask of four dimensions is taken as it is. One of two would be looked at on the host.
+    """
     output = model.backbone.model.language_model(
         input_ids=token_BL,
         position_ids=position_BL.unsqueeze(0).expand(3, -1, -1),
-        attention_mask=mask_BK,
+        attention_mask=mask_B1LK,
         past_key_values=cache,
         use_cache=True,
     )
@@ -269,7 +373,8 @@ class _TokenSampler:
             ]
             self.uniform_BS = torch.stack(draws).to(model.device)
 
-    def __call__(self, logits_BV: Tensor, step: int) -> Tensor:
+    def __call__(self, logits_BV: Tensor, step_1: Tensor) -> Tensor:
+        """Choose; ``step_1`` is the number of the token, on the device."""
         # Weaken the tokens that are already in the sequence.
         if self.seen_BV is not None:
             penalty = self.how.repetition_penalty
@@ -283,7 +388,7 @@ class _TokenSampler:
         if self.uniform_BS is None:
             chosen_B = logits_BV.argmax(-1)
         else:
-            chosen_B = self._draw(logits_BV, self.uniform_BS[:, step : step + 1])
+            chosen_B = self._draw(logits_BV, self.uniform_BS.index_select(1, step_1))
         if self.seen_BV is not None:
             self.seen_BV.scatter_(1, chosen_B.unsqueeze(1), value=True)
         return chosen_B

@@ -86,7 +86,7 @@ class Batch:
     """Right-padded sequences with a video each.
 
     ids_BL        Token ids, long.
-    mask_BL       long, 1 on real tokens; or bool (B, 1, L, L), True where a query sees a key.
+    mask_BL       long, 1 on real tokens; or a mask of `rm.block_attention`.
     position_3BL  M-RoPE positions (time, height, width), long. They are given explicitly
                   because the backbone otherwise keeps position state between calls.
     last_B        The index of each row's last real token.
@@ -165,6 +165,9 @@ class DeScore(nn.Module):
         self.query = nn.Parameter(mean.repeat(count, 1))
         self.head = Head(width, count, bias=False, device=rows.device)
         nn.init.normal_(self.head.weight, std=HEAD_INIT_STD)
+        # On the device once and for all: a forward must not wait for a copy from the host.
+        query_id_K = torch.tensor(self.query_ids, device=rows.device)
+        self.register_buffer("query_id_K", query_id_K, persistent=False)
         embeddings.register_forward_hook(self._place_query)
 
     # ------------------------------------------------------------------ the forward
@@ -207,8 +210,7 @@ class DeScore(nn.Module):
         self, module: nn.Module, args: tuple[Tensor, ...], embedded: Tensor
     ) -> Tensor:
         """Embedding hook: replace the embeddings of the query tokens by the trained ones."""
-        query_ids_K = torch.tensor(self.query_ids, device=embedded.device)
-        is_query_BLK = args[0].unsqueeze(-1) == query_ids_K
+        is_query_BLK = args[0].unsqueeze(-1) == self.query_id_K
         query_BLD = is_query_BLK.to(embedded.dtype) @ self.query.to(embedded.dtype)
         return torch.where(is_query_BLK.any(-1, keepdim=True), query_BLD, embedded)
 

@@ -7,8 +7,8 @@ while prompt and video are computed once. The same forward gives the log-probabi
 CoT's tokens and the reward at its query: the query is last, so causal attention keeps it from
 changing any hidden state before it.
 
-The mask is four-dimensional; torch's attention ("sdpa", "eager") takes it, FlashAttention
-does not.
+The mask is dense (torch's attention, "sdpa" and "eager", takes it, FlashAttention does not) or
+FlexAttention's, see `rm.block_attention`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from common.distributed import max_over_ranks
+from rm.block_attention import packed_mask
 from rm.model import Batch, DeScore, rope_positions
 from rm.prompt import Encoded
 from rm.video import PreparedVideo
@@ -44,7 +45,8 @@ class PackedCot:
 class Packed:
     """Rows of G CoTs each. T is the longest CoT with its end token; shorter ones are padded.
 
-    batch       The input of `DeScore.hidden`; its ``mask_BL`` is bool (B, 1, L, L).
+    batch       The input of `DeScore.hidden`, but for the mask of `rm.block_attention`.
+    segment_BL  long, the CoT that a token belongs to, from 1 on; 0 is the prompt, -1 padding.
     before_BGT  The index of the hidden state that predicts token t.
     target_BGT  The token ids, with the end-of-turn token last if the CoT finished.
     token_BGT   bool, True where there is a token.
@@ -52,6 +54,7 @@ class Packed:
     """
 
     batch: Batch
+    segment_BL: Tensor
     before_BGT: Tensor
     target_BGT: Tensor
     token_BGT: Tensor
@@ -83,7 +86,8 @@ def packed_forward(
     over the ids that may be sampled.
     """
     # The hidden states, and the row that each entry of (B, G, T) belongs to.
-    hidden_BLD = model.hidden(packed.batch)
+    mask = packed_mask(model, packed.segment_BL)
+    hidden_BLD = model.hidden(replace(packed.batch, mask_BL=mask))
     device = hidden_BLD.device
     row_B = torch.arange(len(hidden_BLD), device=device)
     row_B11 = row_B.view(-1, 1, 1)
@@ -157,11 +161,6 @@ def pack(
 
     # A token sees its CoT and the prompt (segment 0), causally.
     segment_BL = _padded([row.segment for row in rows], -1)
-    index_L = torch.arange(ids_BL.shape[1])
-    is_causal_LL = index_L[:, None] >= index_L[None, :]
-    is_same_BLL = segment_BL[:, :, None] == segment_BL[:, None, :]
-    is_prompt_B1L = segment_BL[:, None, :] == 0
-    visible_BLL = (is_same_BLL | is_prompt_B1L) & is_causal_LL
 
     # Every CoT continues at the position after the prompt.
     grid_B3 = torch.tensor([video.grid for video in videos])
@@ -173,7 +172,7 @@ def pack(
     shift_BL = _padded([row.shift for row in rows], 0)
     batch = Batch(
         ids_BL=ids_BL,
-        mask_BL=visible_BLL.unsqueeze(1),
+        mask_BL=(segment_BL >= 0).long(),
         position_3BL=position_3BL - shift_BL,
         last_B=torch.tensor([len(row.ids) - 1 for row in rows]),
         patches=torch.cat([video.patches for video in videos]),
@@ -188,6 +187,7 @@ def pack(
     target_BGT = _padded(targets, 0).unflatten(0, shape)
     return Packed(
         batch=batch,
+        segment_BL=segment_BL,
         before_BGT=_padded(before, 0).unflatten(0, shape),
         target_BGT=target_BGT,
         token_BGT=torch.arange(target_BGT.shape[-1]) < lengths_BG.unsqueeze(-1),

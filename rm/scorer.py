@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,17 +23,20 @@ from common.memory import AdaptiveBatcher, default_device
 from common.renamed_keys import NEW_NAME
 from common.types import Score
 from rm.calibration import Calibration
-from rm.config import CotInTraining, Generation
+from rm.config import CotEngine, CotInTraining, Generation, VllmConfig
+from rm.cot_backend import CotBackend
 from rm.generate import GeneratedCots, extend, generate, rewards_from_cache
 from rm.model import DeScore
-from rm.prompt import DIMENSIONS, parse_answer
-from rm.video import PreparedVideo, prepare
+from rm.prepare_ahead import PreparedAhead
+from rm.prompt import DIMENSIONS, Encoded, parse_answer
+from rm.video import PreparedVideo
 
 
 class DeScoreScorer:
     """DeScore behind the Protocol `common.types.RewardModel`.
 
-    The reward is one more token on the KV cache that the CoT was generated with.
+    The reward is one more token on the KV cache that the CoT was generated with. Behind a CoT
+    that vLLM wrote, it comes from a forward over prompt, video and CoT.
 
     batch   Videos per forward; halved for good when memory runs out.
     cots    CoTs per video. 0 scores without a CoT, which random masking in stage 1 trains.
@@ -43,6 +46,7 @@ class DeScoreScorer:
     value   "head" is the reward of the linear head. "overall" is the overall score that the
             CoT states (the coupled generative baseline), NaN if it states none.
     calibration  Turns rewards into (r - mean) / std of validation videos, by dimension.
+    backend      Writes the CoTs with these weights, see `load`. None is the model itself.
     """
 
     name = "descore"
@@ -55,6 +59,7 @@ class DeScoreScorer:
         cots: int | None = None,
         value: Literal["head", "overall"] = "head",
         calibration: Calibration | None = None,
+        backend: CotBackend | None = None,
     ) -> None:
         # Settings that do not fit together.
         if batch < 1:
@@ -76,6 +81,7 @@ class DeScoreScorer:
         self.model = model.eval().requires_grad_(requires_grad=False)
         self.value = value
         self.calibration = calibration
+        self.backend = backend
         self.portions = AdaptiveBatcher(batch, what="videos in the reward model")
 
     @classmethod
@@ -86,6 +92,8 @@ class DeScoreScorer:
         device: str | torch.device | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
         calibrated: bool = False,
+        engine: CotEngine = "builtin",
+        vllm: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> DeScoreScorer:
         """Load a checkpoint folder that `DeScore.save` wrote; errors as `DeScore.load`.
@@ -95,6 +103,8 @@ class DeScoreScorer:
                     float32 on a CPU.
         calibrated  Uses the folder's calibration.json. Raises FileNotFoundError if
                     launch/calibrate.py has not written it.
+        engine      "vllm" lets vLLM write the CoTs, in a process on the same GPU.
+        vllm        The settings of `rm.config.VllmConfig` for it: ``python``, at least.
         options     Further arguments of the class. Raises ValueError for others.
         """
         _require_known(cls, options)
@@ -108,6 +118,7 @@ class DeScoreScorer:
         if calibrated:
             options["calibration"] = Calibration.load(path)
         model = DeScore.load(path, dtype=getattr(torch, dtype)).to(device)
+        options["backend"] = _backend(engine, vllm, model, Path(path))
         return cls(model, **options)
 
     @torch.no_grad()
@@ -140,10 +151,12 @@ class DeScoreScorer:
         if not len(prompts):
             return Score(torch.zeros(0))
 
-        # Sums of floats depend on the place in a batch, so sort the rows by their content.
+        # Sums of floats depend on the place in a batch, so sort the rows by their content:
+        # by length first, so that a batch has little padding.
         keys = []
         for video, prompt in zip(videos, prompts, strict=True):
-            keys.append(_identity(video, prompt))
+            length = _length(self.model, video, prompt)
+            keys.append((*length, _identity(video, prompt)))
         unique_keys = sorted(set(keys))
         rows = [keys.index(key) for key in unique_keys]
         unique_videos = [videos[row] for row in rows]
@@ -161,13 +174,12 @@ class DeScoreScorer:
         *,
         fps: float | None,
     ) -> Score:
-        # Portions of the batch that fit into memory.
-        def score_part(part: slice) -> _CotRewards:
-            settings = self.model.settings
-            prepared = [prepare(video, settings, fps=fps) for video in videos[part]]
-            return self._cot_rewards(prompts[part], prepared)
-
-        results = self.portions.each(score_part, len(prompts))
+        # A stream of batches that fit into memory, the next prepared meanwhile.
+        with PreparedAhead(videos, self.model.settings, fps=fps) as ahead:
+            results = self.portions.each(
+                lambda part: self._cot_rewards(prompts[part], ahead.take(part)),
+                len(prompts),
+            )
         reward_BNK = torch.cat([result.reward_BNK for result in results])
         reward_BNK = self._calibrated(reward_BNK)
         texts = []
@@ -246,10 +258,12 @@ class DeScoreScorer:
         seeds = None
         if how.temperature > 0:
             seeds = self._seeds(prompts)
+        if self.backend is not None:
+            return self._rewards_with_backend(encoded, videos, how, seeds)
         batch = model.batch(encoded, videos, query=False)
         written = generate(model, batch, how, seeds=seeds, copies=self.cots)
         reward_RK, texts = self._read(written)
-        finished_R = written.finished_B.clone().cpu()
+        finished_R = written.finished_B.clone()
 
         # Those that the limit cut off go on to twice the limit.
         rows = (~finished_R).nonzero().squeeze(1).tolist()
@@ -262,7 +276,7 @@ class DeScoreScorer:
                 seeds=None if seeds is None else [seeds[row] for row in rows],
             )
             reward_RK[rows], longer_texts = self._read(longer)
-            finished_R[rows] = longer.finished_B.cpu()
+            finished_R[rows] = longer.finished_B
             for row, text in zip(rows, longer_texts, strict=True):
                 texts[row] = text
         firsts = range(0, len(texts), self.cots)
@@ -272,13 +286,51 @@ class DeScoreScorer:
             finished_R.view(-1, self.cots),
         )
 
+    def _rewards_with_backend(
+        self,
+        encoded: Sequence[Encoded],
+        videos: Sequence[PreparedVideo],
+        how: Generation,
+        seeds: Sequence[int] | None,
+    ) -> _CotRewards:
+        """Let the backend write N CoTs for every video, and compute the rewards behind them."""
+        # 1. Up to twice the limit. The backend's memory is free again before our forward.
+        longer = replace(how, max_new_tokens=2 * how.max_new_tokens)
+        self.backend.sync(0)
+        groups = self.backend.write(
+            encoded, videos, longer, version=0, seeds=seeds, copies=self.cots
+        )
+        self.backend.rest()
+
+        # 2. The sequences whose CoT has ended.
+        texts = []
+        finished = []
+        sequences = []
+        shown = []
+        for item, video, cots in zip(encoded, videos, groups, strict=True):
+            texts.append([self.model.tokenizer.decode(list(cot.ids)) for cot in cots])
+            finished.append([cot.finished for cot in cots])
+            for cot in cots:
+                if cot.finished:
+                    sequences.append(Encoded(item.prompt_ids, cot.ids))
+                    shown.append(video)
+
+        # 3. One forward over prompt, video, CoT and query.
+        finished_BN = torch.tensor(finished)
+        shape = (*finished_BN.shape, len(self.model.dimensions))
+        reward_BNK = torch.full(shape, math.nan)
+        if sequences:
+            batch = self.model.batch(sequences, shown).to(self.model.device)
+            reward_BNK[finished_BN] = self.model(batch).float().cpu()
+        return _CotRewards(reward_BNK, texts, finished_BN)
+
     def _read(self, written: GeneratedCots) -> tuple[Tensor, list[str]]:
         """Rewards (R, K) and texts of R CoTs; a CoT that did not finish has reward NaN."""
-        reward_RK = rewards_from_cache(self.model, written).float()
+        reward_RK = rewards_from_cache(self.model, written).float().cpu()
         reward_RK[~written.finished_B] = math.nan
         decode = self.model.tokenizer.decode
         texts = [decode(written.ids(row)) for row in range(len(reward_RK))]
-        return reward_RK.cpu(), texts
+        return reward_RK, texts
 
     def _generation(self) -> Generation:
         """The checkpoint's settings; several CoTs need a temperature."""
@@ -324,6 +376,24 @@ def cots_of(cot_in_training: CotInTraining | None, cots: int | None) -> int:
     return cots
 
 
+def _backend(
+    engine: str, vllm: Mapping[str, Any] | None, model: DeScore, path: Path
+) -> CotBackend | None:
+    """Make the backend that writes the CoTs of a checkpoint; None is the model itself."""
+    if engine not in get_args(CotEngine):
+        known = " or ".join(get_args(CotEngine))
+        raise ValueError(f"engine={engine!r} must be {known}")
+    if engine == "builtin":
+        return None
+    if "python" not in (vllm or {}):
+        raise ValueError(
+            "engine=vllm needs vllm.python, the interpreter of vLLM's environment"
+        )
+    from rm.vllm.client import VllmBackend
+
+    return VllmBackend(VllmConfig(**vllm), model, checkpoint=path)
+
+
 def _require_known(cls: type, options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that the class does not take, with the nearest it takes."""
     known = list(inspect.signature(cls).parameters)[1:]
@@ -348,6 +418,14 @@ def _require_fit(calibration: Calibration, model: DeScore, cots: int) -> None:
         raise ValueError(
             f"the calibration was made with cots={calibration.cots}, not cots={cots}"
         )
+
+
+def _length(model: DeScore, video: Tensor | str | Path, prompt: str) -> tuple[int, int]:
+    """What orders sequences by length: the pixels of frames, and the tokens of the prompt."""
+    pixels = 0
+    if isinstance(video, Tensor):
+        pixels = video.numel()
+    return pixels, len(model.tokenizer(prompt)["input_ids"])
 
 
 def _identity(video: Tensor | str | Path, prompt: str) -> bytes:

@@ -91,11 +91,13 @@ def tiny_config(folder: Path, **changes: object) -> GeneratorConfig:
     return GeneratorConfig(**{**values, **changes})
 
 
-def tiny_generator(folder: Path, **changes: object) -> WanGenerator:
+def tiny_generator(
+    folder: Path, *, device: torch.device | str = "cpu", **changes: object
+) -> WanGenerator:
     """Load with a random B in each adapter, so that policy and reference differ."""
     from generator.wan import WanGenerator
 
-    generator = WanGenerator.load(tiny_config(folder, **changes), device="cpu")
+    generator = WanGenerator.load(tiny_config(folder, **changes), device=device)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in generator.module.named_parameters():

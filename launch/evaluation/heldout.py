@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.distributed import (
+    DataRanks,
     derive_seed,
     gather_objects,
     is_main,
     raise_on_all,
-    rank_batches,
 )
 from common.types import RewardUnavailableError
 from launch.evaluation.generator import columns, flatten_scores
@@ -83,7 +83,9 @@ def _score_prompts(
     generator = heldout.generator
     rows: dict[int, Row] = {}
     problem: RewardUnavailableError | None = None
-    for places in rank_batches(len(heldout.prompts), generator.portions.size or BATCH):
+    ranks = DataRanks(generator.cfg.context_parallel)
+    batches = ranks.batches(len(heldout.prompts), generator.portions.size or BATCH)
+    for number, places in enumerate(batches):
         # A sharded module must run on all ranks or on none: without prompts, repeat the first.
         batch = places
         if not batch and generator.sharded:
@@ -93,7 +95,8 @@ def _score_prompts(
         prompts = [heldout.prompts[i] for i in batch]
         seeds = [derive_seed(heldout.seed, "evaluate", i) for i in batch]
         clean = generator.sample(prompts, seeds, scheduler=scheduler)
-        if not places:
+        # Ranks that have sampled the same videos take turns in scoring them.
+        if not places or number % ranks.ranks_per_sample != ranks.place:
             continue
 
         # After a failed reward the sampling continues, because other ranks may be waiting.

@@ -44,7 +44,7 @@ class ResultsTable:
     identity  Settings, as JSON, that decide a row beyond its key.
     key       Names of the fields that identify a row.
     resume    "auto" keeps existing rows, "none" deletes them.
-    retry     Name of a field; finished rows that have it are computed again.
+    retry     Tells of a finished row whether it is computed again; rank 0 alone asks.
 
     Raises ValueError on every rank when the file holds rows of another identity, was not written by
     this class, or when the ranks do not share its folder.
@@ -57,7 +57,7 @@ class ResultsTable:
         identity: Mapping[str, Any],
         key: Sequence[str] = ("index",),
         resume: str = "auto",
-        retry: str | None = None,
+        retry: Callable[[Row], bool] = lambda row: False,
     ) -> None:
         self.path = Path(path)
         self.key = tuple(key)
@@ -72,7 +72,7 @@ class ResultsTable:
         if not problem and distributed.is_main():
             problem = self._open(resume)
             rows = {} if problem else self._read()
-        done = [row_key for row_key, row in rows.items() if retry not in row]
+        done = [row_key for row_key, row in rows.items() if not retry(row)]
         # All ranks continue, or all of them raise.
         problem, done = distributed.from_main((problem, done))
         if problem:
@@ -163,6 +163,11 @@ class ResultsTable:
         replace_text(self.path, "".join(map(_line, rows)))
         for part in self._parts():
             part.unlink()
+
+
+def failed(row: Row) -> bool:
+    """Whether the row holds an error instead of a result."""
+    return "error" in row
 
 
 def score_fields(scores: Mapping[str, Score], index: int) -> Row:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from launch.rehearsal.device import SimulatedGpu
+    from launch.rehearsal.ledger import Ledger
 
-WRITTEN = 16
+# The next token ends, and is the 16th: there the decode loop looks whether all rows have ended.
+WRITTEN = 15
 # A batch writes until its longest chain ends, which is about so much longer than the others.
 LONGEST = 1.5
 # The first tokens may fill caches.
@@ -33,12 +35,25 @@ EARLY = 4
 _WORD = 65
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The costs so far when a token is chosen, and the bytes alive."""
+class SimulatedGraph:
+    """Stands for `rm.cuda_graph.CapturedFunction`: Python starts the graph, and not its kernels."""
 
-    costs: Costs
-    live: int
+    def __init__(self, function: Callable[[], None], ledger: Ledger) -> None:
+        self.function = function
+        self.ledger = ledger
+        self.is_warm = False
+
+    def reset(self) -> None:
+        """Capture again at the next call, which Python has to start kernel by kernel."""
+        self.is_warm = False
+
+    def __call__(self) -> None:
+        before = self.ledger.now.num_kernels
+        self.function()
+        if self.is_warm:
+            kernels = self.ledger.now.num_kernels - before
+            self.ledger.now.captured += kernels
+        self.is_warm = True
 
 
 class ShortCots:
@@ -56,7 +71,8 @@ class ShortCots:
         self.written = min(written, length)
         self.notes: dict[str, int] = {}
         self._end = 0
-        self._snapshots: list[Snapshot] = []
+        # The costs so far when each token is chosen.
+        self._snapshots: list[Costs] = []
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -78,6 +94,14 @@ class ShortCots:
             def long_ids(cots: Any, row: int) -> list[int]:
                 return self._lengthen(ids(cots, row))
 
+            # On a GPU a token is a graph, unless the weights are gathered for it.
+            def graph_of(function: Callable[[], None]) -> SimulatedGraph:
+                return SimulatedGraph(function, self.gpu.ledger)
+
+            stack.enter_context(
+                patch(generate, "can_capture", lambda model: not model.sharded)
+            )
+            stack.enter_context(patch(generate, "CapturedFunction", graph_of))
             stack.enter_context(patch(generate, "_write", short_write))
             stack.enter_context(patch(generate.GeneratedCots, "ids", long_ids))
             self.gpu.choose_tokens = self._choose
@@ -88,7 +112,7 @@ class ShortCots:
         """Choose the next token of every row: a word, or the end of the turn."""
         costs = Costs()
         costs.add(self.gpu.ledger.now)
-        self._snapshots.append(Snapshot(costs, self.gpu.ledger.live))
+        self._snapshots.append(costs)
         token = _WORD if len(self._snapshots) <= self.written else self._end
         return torch.full(result.shape, token, dtype=result.dtype)
 
@@ -107,7 +131,8 @@ class ShortCots:
             missing = steps - self.written
             if missing > 0 and len(self._snapshots) > self.written:
                 ledger.now.add(self._missing_costs(missing))
-                grown = self._growth() * missing
+                # Buffers of keys and values grow in blocks.
+                grown = result.cache.bytes_to_reserve(missing)
                 ledger.allocated(grown)
                 ledger.freed(grown)
         note = (
@@ -132,23 +157,17 @@ class ShortCots:
         _drop_rounding(total)
         return total
 
-    def _growth(self) -> int:
-        """Bytes that a token adds to what is alive."""
-        points = self._snapshots
-        grown = points[self.written].live - points[EARLY].live
-        return max(0, grown // (self.written - EARLY))
-
     def _lengthen(self, ids: list[int]) -> list[int]:
         if len(ids) != self.written:
             return ids
         return ids + [_WORD] * (self.now - self.written)
 
 
-def _difference(after: Snapshot, before: Snapshot) -> Costs:
-    """What was counted between two snapshots."""
+def _difference(after: Costs, before: Costs) -> Costs:
+    """What was counted between two tokens."""
     costs = Costs()
-    costs.add(after.costs)
-    costs.add(before.costs, -1)
+    costs.add(after)
+    costs.add(before, -1)
     costs.peak = 0
     return costs
 

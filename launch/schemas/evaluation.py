@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from common.schema import NonNegativeInt, PositiveInt, config
-from generator.config import GeneratorConfig
+from generator.config import GeneratorConfig, check_one_rank_per_video
 from launch.schemas.pairs import RewardDimensionName
 from launch.schemas.rewards import ScoringRewards
 from launch.schemas.training import Crf, Scheduler, TableLayout
@@ -41,6 +41,9 @@ class GeneratorEvaluation:
     keep_videos: NonNegativeInt = 16
     crf: Crf = 12
     resamples: PositiveInt = 10_000
+
+    def __post_init__(self) -> None:
+        check_one_rank_per_video(self.generator)
 
 
 @config

@@ -8,7 +8,11 @@ from typing import Literal
 from alignment.config import DpoConfig, PairConfig
 from common.schema import NonNegativeInt, PositiveInt, config, run_config
 from engine.config import EmaConfig, OptimizerConfig, TrainingRun
-from generator.config import GeneratorConfig
+from generator.config import (
+    GeneratorConfig,
+    check_one_rank_per_video,
+    check_zero_stage,
+)
 from launch.schemas.rewards import Rewards, TrainingRewards, check_some_weight
 from launch.schemas.training import TableLayout
 
@@ -59,6 +63,7 @@ class PairsRun:
     keep_candidates: bool = False
 
     def __post_init__(self) -> None:
+        check_one_rank_per_video(self.generator)
         if (self.prompts is None) == (self.table is None):
             raise ValueError(
                 "set prompts or table, and not both: pairs come from one of them"
@@ -111,6 +116,10 @@ class DpoRun(TrainingRun):
     save_every: PositiveInt = 100
 
     def __post_init__(self) -> None:
+        check_zero_stage(self.generator, self.zero_stage)
+        if self.refresh is not None:
+            # the ranks share the videos of new pairs
+            check_one_rank_per_video(self.generator)
         if self.refresh is not None and self.zero_stage == 3:
             raise ValueError(
                 "zero_stage=3 excludes refresh: ranks make unequal numbers of videos"

@@ -10,7 +10,11 @@ from pydantic import Field
 from alignment.config import GrpoConfig
 from common.schema import Fraction, NonNegativeInt, PositiveInt, config, run_config
 from engine.config import EmaConfig, TrainingRun, check_grad_accumulation
-from generator.config import GeneratorConfig
+from generator.config import (
+    GeneratorConfig,
+    check_one_rank_per_video,
+    check_zero_stage,
+)
 from launch.schemas.rewards import TrainingRewards
 from rm.config import (
     BackboneLora,
@@ -21,6 +25,7 @@ from rm.config import (
     RewardDimension,
     RuleRewardConfig,
     VideoSettings,
+    VllmConfig,
     one_reward,
 )
 
@@ -83,10 +88,16 @@ class GrpoRun(TrainingRun):
 
     def __post_init__(self) -> None:
         sampler = self.generator.sampler
+        check_zero_stage(self.generator, self.zero_stage)
         if self.zero_stage == 3 and sampler.tail_cache > 1:
             raise ValueError(
                 "zero_stage 3 needs generator.sampler.tail_cache=1: all ranks must run the "
                 "same transformer blocks"
+            )
+        if self.zero_stage == 3 and sampler.merge_adapter:
+            raise ValueError(
+                "zero_stage 3 needs generator.sampler.merge_adapter=false: it splits the weights "
+                "that an adapter would be merged into"
             )
         if sampler.noise_level == 0:
             raise ValueError(
@@ -199,6 +210,7 @@ class DualRlRun(RewardModelRun):
                 plain Qwen3-VL, which gets a new head (the generative baseline).
     generation  null takes the checkpoint's.
     rules       rule rewards of the chains of thought.
+    vllm        how vLLM generates them, for dual_rl.engine=vllm; zero_stage is then at most 2.
     lr, lora    learning rates of the parts, and the adapter. lora null trains the whole
                 language model beside a frozen copy, which zero_stage 3 shards as well.
     optimizer   ``max_grad_norm`` clips each parameter group by its own norm.
@@ -207,6 +219,7 @@ class DualRlRun(RewardModelRun):
     checkpoint: str
     dual_rl: DualRlConfig = field(default_factory=DualRlConfig)
     rules: RuleRewardConfig = field(default_factory=RuleRewardConfig)
+    vllm: VllmConfig | None = None
     lr: LearningRates = field(default_factory=_dual_rl_rates)
     lora: BackboneLora | None = None
     generation: Generation | None = None
@@ -225,6 +238,17 @@ class DualRlRun(RewardModelRun):
                 f"lora.dropout must be 0, got {self.lora.dropout}: dropout would change the "
                 "importance ratio"
             )
+        if self.dual_rl.engine == "vllm":
+            self._check_vllm()
+
+    def _check_vllm(self) -> None:
+        if self.vllm is None:
+            raise ValueError(
+                "dual_rl.engine=vllm needs vllm.python, the interpreter of vLLM's environment"
+            )
+        # A rank then holds a part of each weight, and vLLM needs them all.
+        if self.zero_stage == 3:
+            raise ValueError("dual_rl.engine=vllm needs zero_stage 0 to 2, got 3")
 
 
 @config
@@ -249,3 +273,6 @@ class SampleRun:
     limit: PositiveInt | None = None
     scheduler: Scheduler = "euler"
     crf: Crf = 12
+
+    def __post_init__(self) -> None:
+        check_one_rank_per_video(self.generator)

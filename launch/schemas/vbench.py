@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from common.schema import PositiveInt, run_config
-from generator.config import GeneratorConfig
+from generator.config import GeneratorConfig, check_one_rank_per_video
 from launch.schemas.training import Crf, Scheduler
 from launch.vbench_eval.suite import DIMENSIONS, INDICES
 
@@ -57,6 +57,9 @@ class VbenchSampleRun:
     limit: PositiveInt | None = None
     scheduler: Scheduler = "euler"
     crf: Crf = 12
+
+    def __post_init__(self) -> None:
+        check_one_rank_per_video(self.generator)
 
 
 @run_config

@@ -9,8 +9,10 @@ from alignment.dpo import DpoLoop, backwards_per_update
 from alignment.pair_store import PairSet
 from alignment.prompts import read_prompts
 from common import distributed
+from common.distributed import DataRanks
 from common.log import say
 from common.schedule import describe_draws
+from generator.context_parallel import check_tokens
 from launch.compose import build_generator, generator_engine, size_of_training
 
 if TYPE_CHECKING:
@@ -62,13 +64,30 @@ def build(run: DpoRun, pairs: PairSet) -> DpoLoop:
     Raises ValueError if the ranks cannot share the pairs of a step, or the pairs do not fit
     the method.
     """
-    accumulation = backwards_per_update(run.dpo, distributed.world_size())
+    ranks = data_ranks(run)
+    accumulation = backwards_per_update(run.dpo, ranks.count)
     say(f"loading the generator {run.generator.path}")
     # Without refresh the pairs hold all that VAE and text encoder would compute.
     generator = build_generator(
         run.generator, seed=run.seed, transformer_only=run.refresh is None
     )
+    check_tokens(
+        pairs.read([0]).chosen_NCFHW.shape[1:],
+        generator.patch_size,
+        run.generator.context_parallel,
+    )
     return loop_of(run, pairs, generator, accumulation=accumulation)
+
+
+def data_ranks(run: DpoRun) -> DataRanks:
+    """Return which ranks hold the same pairs. Raises ValueError if a set of ranks is not whole."""
+    together = run.generator.context_parallel
+    world = distributed.world_size()
+    if world % together:
+        raise ValueError(
+            f"generator.context_parallel={together} must divide the {world} ranks"
+        )
+    return DataRanks(together)
 
 
 def loop_of(
@@ -82,6 +101,7 @@ def loop_of(
         engine=engine,
         pairs=pairs,
         seed=run.seed,
+        ranks_per_sample=run.generator.context_parallel,
         grad_norm=engine.engine.get_global_grad_norm,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from common.cli import exit_with_error
+from launch.training.start_checks import context_findings, report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,22 +24,36 @@ CHECK_SECONDS = 10.0
 
 def check_ranks(run: GrpoRun, *, ranks: int) -> None:
     """Exit with code 2, before anything is loaded, if the ranks cannot share the groups."""
+    # Ranks that compute each sample together count as one.
+    together = run.generator.context_parallel
+    check_context_ranks(together, ranks=ranks)
+    sets = ranks // together
+
     # Sets of ranks share groups.
     per_group = run.grpo.ranks_per_group
-    if ranks % per_group:
+    if sets % per_group:
+        of_ranks = f"sets of {together} ranks" if together > 1 else "ranks"
         exit_with_error(
-            f"grpo.ranks_per_group={per_group} must divide the {ranks} ranks"
+            f"grpo.ranks_per_group={per_group} must divide the {sets} {of_ranks}"
         )
     # Every set has the same number of groups.
-    blocks = ranks // per_group
+    blocks = sets // per_group
     if run.prompts_per_step % blocks:
         groups = run.prompts_per_step / blocks
         who = "ranks, which"
-        if per_group > 1:
-            who = f"sets of {per_group} ranks, whose number"
+        if per_group * together > 1:
+            who = f"sets of {per_group * together} ranks, whose number"
         exit_with_error(
             f"prompts_per_step is over all {who} must divide it: "
             f"{run.prompts_per_step} / {blocks} = {groups:.2f} groups each"
+        )
+
+
+def check_context_ranks(together: int, *, ranks: int) -> None:
+    """Exit with code 2 if sets of so many ranks, which share tokens, are not whole."""
+    if ranks % together:
+        exit_with_error(
+            f"generator.context_parallel={together} must divide the {ranks} ranks"
         )
 
 
@@ -58,25 +73,19 @@ def run_self_checks(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
     """Run `alignment.self_checks` on all ranks; exit with code 2 if one fails that must not."""
     from common.log import say
 
+    # At full size they take minutes, before there is a progress bar.
+    say("self-checks: sampling a video two ways and a group twice")
     findings = _generator_findings(run, loop, prompts[0])
     # A wrong prompt must be another one.
     different = list(dict.fromkeys(prompts))
     if len(different) > 1:
+        say(
+            f"self-checks: scoring {CHECKED_VIDEOS} or more sampled videos by every reward; "
+            "self_checks=false leaves them out"
+        )
         findings += _reward_findings(run, loop, different[:MOST_CHECKED_VIDEOS])
 
-    # Print every finding before the process may end.
-    failed = []
-    for finding in findings:
-        outcome = "ok"
-        if not finding.ok:
-            outcome = "FAILED" if finding.fatal else "WARNING"
-        if outcome == "FAILED":
-            failed.append(finding.name)
-        say(f"self-check {outcome}: {finding.message}")
-    if failed:
-        exit_with_error(
-            f"self-checks failed: {', '.join(failed)}; self_checks=false trains all the same"
-        )
+    report(findings)
 
 
 def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: str) -> list[Finding]:
@@ -88,6 +97,7 @@ def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: str) -> list[Findi
     # The first group of the run's first step, which costs a small part of that step.
     batch = loop.batch(0)
     return [
+        *context_findings(generator),
         self_checks.same_weights(generator.module),
         self_checks.stock_trajectory(lambda: stock_gap(generator, prompt), dtype=dtype),
         self_checks.first_ratio(
@@ -97,6 +107,7 @@ def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: str) -> list[Findi
             fatal=run.generator.guidance_in_update,
             group_size=loop.ranks.members,
             seed=batch.seeds[0],
+            on_policy=run.grpo.updates == 1,
         ),
     ]
 
@@ -191,6 +202,8 @@ def batch_arithmetic(run: GrpoRun, loop: GrpoLoop) -> list[str]:
     videos = run.prompts_per_step * group_size
     groups = run.prompts_per_step // loop.ranks.shards
     shared = f", {per_group} ranks to a group" if per_group > 1 else ""
+    if loop.ranks.ranks_per_sample > 1:
+        shared += f", {loop.ranks.ranks_per_sample} ranks to a sample"
     backwards = groups * run.generator.sampler.steps_per_group
     lines = [
         f"one update = {run.prompts_per_step} prompts x {group_size} members = {videos} "

@@ -34,10 +34,11 @@ def loop_of(
 ) -> GrpoLoop:
     """Build the loop and the engine around a generator and rewards."""
     # The engine steps the optimizer after as many backwards as the loop makes.
+    together = run.generator.context_parallel
     accumulation = backwards_per_update(
         run.grpo,
         run.prompts_per_step,
-        ranks=distributed.world_size(),
+        ranks=distributed.DataRanks(together).count,
         steps_per_group=run.generator.sampler.steps_per_group,
     )
     engine = generator_engine(run, generator, accumulation=accumulation)
@@ -51,6 +52,7 @@ def loop_of(
             prompts, seed=run.seed, prompts_per_step=run.prompts_per_step
         ),
         fps=run.generator.fps,
+        ranks_per_sample=together,
         grad_norm=engine.engine.get_global_grad_norm,
     )
 

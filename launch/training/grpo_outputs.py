@@ -43,18 +43,27 @@ def evaluate_heldout(
         )
 
 
+def groups_to_write(run: GrpoRun, step: int) -> int:
+    """How many of this rank's groups `write_samples` writes at a step."""
+    if not is_main() or not run.video_every:
+        return 0
+    if step % run.video_every and step + 1 != run.steps:
+        return 0
+    return run.video_groups
+
+
 def write_samples(run: GrpoRun, result: StepResult, step: int, log: RunLog) -> None:
     """Write the videos of rank 0's first groups with their rewards, where it is due."""
-    if not is_main() or not run.video_every:
-        return
-    if step % run.video_every and step + 1 != run.steps:
+    if not groups_to_write(run, step):
         return
 
     # The files.
     rows = list(rows_of_step(result, step=step, groups=run.video_groups))
     folder = Path(run.run_dir) / "samples" / f"step-{step:06d}"
     writer = SampleWriter(folder, fps=run.generator.fps)
-    writer.add(result.video_BTYXC[: len(rows)], rows)
+    # None where other ranks score all of this rank's groups.
+    if result.video_BTYXC is not None:
+        writer.add(result.video_BTYXC, rows)
 
     # The trackers.
     captions = []

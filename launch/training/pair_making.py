@@ -26,7 +26,7 @@ from common.cli import user_errors
 from common.log import progress, say
 from common.types import json_number
 from generator.latents import require_finite_latents
-from launch.evaluation.results_table import ResultsTable, Row, attempt
+from launch.evaluation.results_table import ResultsTable, Row, attempt, failed
 
 if TYPE_CHECKING:
     from alignment.config import PairConfig
@@ -104,7 +104,7 @@ def make_candidates(
         folder / f"{CANDIDATES}.jsonl",
         identity=output.identity,
         resume=output.resume,
-        retry="error",
+        retry=failed,
     )
     # a finished item is not made again
     keys = [(i,) for i in range(len(items))]

@@ -65,6 +65,7 @@ def per_member_gradient(
                     kl_weight_scaled=cfg.kl_weight * weights.kl,
                     clip_low=cfg.clip_low,
                     clip_high=cfg.clip_high,
+                    on_policy=cfg.updates == 1,
                 ).loss
                 losses.append(loss.detach())
                 gradient = torch.autograd.grad(loss / count, trained)

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from alignment import dpo
 from alignment.config import DpoConfig
 from alignment.dpo import DpoLoop, backwards_per_update, draw_sigma, steps_of, summarise
 from alignment.pair_store import LatentPair, PairSet, write_pairs
+from common import distributed
 from common.distributed import seeded_generator
 from engine.config import EmaConfig
 from engine.ema import Ema
@@ -163,8 +163,9 @@ def test_micro_batches_and_ranks_do_not_change_the_gradient(
     # each of two ranks does its half; the mean of their gradients is the whole's
     gradients = []
     for me in (0, 1):
-        monkeypatch.setattr(dpo, "rank", lambda me=me: me)
-        monkeypatch.setattr(dpo, "world_size", lambda: 2)
+        monkeypatch.setattr(distributed, "rank", lambda me=me: me)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        monkeypatch.setattr(distributed, "gather_objects", lambda rows: [rows] * 2)
         one = loop_of(pairs, lr=0.0, micro_batch=2, dtype=torch.float64)
         one.backwards = 1
         one.engine.accumulation = 1

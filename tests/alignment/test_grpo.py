@@ -367,7 +367,8 @@ def test_overlapped_scoring_gives_the_same_numbers() -> None:
 
     plain = loop_of({"bright": Brightness()})
     beside = loop_of({"bright": Waiting()}, generator=Telling(), overlap_scoring=True)
-    want, got = plain.step(0), beside.step(0)
+    want = plain.step(0, keep_groups=9)
+    got = beside.step(0, keep_groups=9)
     assert torch.equal(got.video_BTYXC, want.video_BTYXC)
     assert torch.equal(got.scores["bright"].value_B, want.scores["bright"].value_B)
     assert torch.equal(got.advantage_PM, want.advantage_PM)
@@ -431,8 +432,8 @@ def test_score_take_and_placed_follow_the_order() -> None:
 def test_step_depends_on_its_number_only() -> None:
     """Going on at step 2 with the weights of step 2 is the run that never stopped."""
     whole = loop_of({"bright": Brightness()}, lr=0.0)
-    history = [whole.step(step) for step in range(3)]
-    later = loop_of({"bright": Brightness()}, lr=0.0).step(2)
+    history = [whole.step(step, keep_groups=9) for step in range(3)]
+    later = loop_of({"bright": Brightness()}, lr=0.0).step(2, keep_groups=9)
     assert later.batch == history[2].batch
     assert torch.equal(later.video_BTYXC, history[2].video_BTYXC)
     assert torch.equal(later.advantage_PM, history[2].advantage_PM)

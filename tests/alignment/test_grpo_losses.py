@@ -70,6 +70,28 @@ def test_loss_by_hand() -> None:
     assert output.metrics["loss"] == pytest.approx(by_hand)
 
 
+def test_on_policy_ratio_is_one_with_the_gradient_of_the_log_prob() -> None:
+    """d/dlogp of -w mean(r A) at r = 1 is -w A / G; the ratio to the old log-probs is a metric."""
+    log_prob_G = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    output = grpo_group_loss(
+        log_prob_G,
+        torch.tensor([0.3, -0.3], dtype=torch.float64),
+        torch.tensor([1.0, -2.0], dtype=torch.float64),
+        None,
+        policy_weight=10.0,
+        kl_weight_scaled=0.0,
+        clip_low=0.05,
+        clip_high=0.05,
+        on_policy=True,
+    )
+    assert float(output.loss.detach()) == pytest.approx(5.0, rel=1e-12)
+    output.loss.backward()
+    assert log_prob_G.grad.tolist() == pytest.approx([-5.0, 10.0], rel=1e-12)
+    assert output.metrics["ratio_dev"] == pytest.approx(math.exp(0.1) - 1)
+    assert output.metrics["ratio_mean"] == pytest.approx((1 + math.exp(0.1)) / 2)
+    assert output.metrics["clip_frac"] == 0.0
+
+
 def test_clip_of_none_is_never_active() -> None:
     log_prob_G = torch.tensor([3.0, -3.0], dtype=torch.float64, requires_grad=True)
     zero_G = torch.zeros(2, dtype=torch.float64)

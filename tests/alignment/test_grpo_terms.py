@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -58,6 +59,8 @@ def test_ratio_is_clipped_by_its_side() -> None:
         clip_low=0.2,
         clip_high=0.5,
         kl_weight=0.0,
+        # with one update the ratio would be 1 by construction
+        updates=2,
     )
     (group,) = loop.generator.rollout(["a"], group_size=4, seeds=[5])
     (step,) = group.steps
@@ -71,6 +74,26 @@ def test_ratio_is_clipped_by_its_side() -> None:
     # min(r A, clipped r A): max(0.7, 0.8) of a bad member, 1.4 as it is, 1.7 cut to 1.5
     surrogate = (-0.8 + 1.4 + 1.5 + 0.0) / 4
     assert float(output.loss.detach()) == pytest.approx(-2.0 * surrogate, rel=1e-5)
+
+
+def test_one_update_takes_its_log_prob_for_the_rollouts() -> None:
+    """loss = -w mean(A) whatever the rollout recorded; the metrics still show its ratio of 1.4."""
+    loop = loop_of(
+        {"red": FunctionReward("red", redness)},
+        generator=moved_generator(),
+        kl_weight=0.0,
+    )
+    (group,) = loop.generator.rollout(["a"], group_size=4, seeds=[5])
+    (step,) = group.steps
+    policy = loop.generator.transition("a", step)
+    now_G = gaussian.log_prob(policy, step.next_GCFHW).detach()
+    old = replace(step, log_prob_G=now_G - math.log(1.4))
+    advantage_G = torch.tensor([-1.0, 1.0, 3.0, 0.0])
+
+    output = loop.loss("a", old, advantage_G, StepWeights(2.0, 4.0))
+    assert float(output.loss.detach()) == pytest.approx(-2.0 * 0.75, rel=1e-6)
+    assert output.metrics["ratio_mean"] == pytest.approx(1.4, rel=1e-4)
+    assert output.metrics["ratio_dev"] == pytest.approx(0.4, rel=1e-3)
 
 
 def test_advantage_eps_is_added_to_the_spread() -> None:

@@ -163,8 +163,8 @@ def check_nothing_is_lost(run: StartedRun, how: str) -> None:
 
 HOWS = [
     "SIGINT to the group",
-    "SIGHUP to the group",
     "SIGTERM to deepspeed",
+    "SIGHUP to the group",
     "SIGKILL to deepspeed",
     "SIGINT to deepspeed",
     "SIGTERM to the group",
@@ -176,7 +176,7 @@ HOWS = [
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param(how, marks=pytest.mark.slow if i < 4 else pytest.mark.long)
+        pytest.param(how, marks=pytest.mark.slow if i < 2 else pytest.mark.long)
         for i, how in enumerate(HOWS)
     ],
 )
@@ -201,7 +201,7 @@ def test_step_longer_than_the_launcher_waits_is_finished(
     check_nothing_is_lost(run, how)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_relays_lose_no_finished_step(started) -> None:
     """As the launcher does in the end: the ranks have left its tree of processes."""
     run = started(ranks=2, seconds=3.0)
@@ -214,7 +214,7 @@ def test_killed_relays_lose_no_finished_step(started) -> None:
     assert run.checkpoints() == [f"step-{run.rows():06d}"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_second_signal_ends_the_ranks_and_names_the_loss(started) -> None:
     run = started(ranks=2, seconds=20.0)
     run.wait_for_rows(1)
@@ -266,7 +266,7 @@ def test_failed_rank_ends_the_others(started) -> None:
     assert run.process.returncode != 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resume_none_killed_before_its_first_save_starts_anew(
     tiny: Path, tmp_path: Path
 ) -> None:

@@ -136,3 +136,52 @@ def test_a_config_that_contradicts_the_layers_is_refused(tmp_path: Path) -> None
 def test_encode_refuses_floats(generator: WanGenerator) -> None:
     with pytest.raises(ValueError, match="uint8"):
         generator.encode(torch.zeros(1, 9, 32, 32, 3))
+
+
+# ---- faster VAEs ----
+
+SHAPES = Path(__file__).resolve().parents[2] / "assets" / "shapes" / "wan"
+
+
+@pytest.fixture(scope="module")
+def picture() -> torch.Tensor:
+    """Latents (2, C, F, H, W) of two moving squares, by the trained VAE of the embedded world."""
+    video = torch.zeros(2, 5, 32, 32, 3, dtype=torch.uint8)
+    for frame in range(5):
+        video[0, frame, 4 + frame : 12 + frame, 6:14, 0] = 220
+        video[1, frame, 18:28, 4 * frame : 4 * frame + 9, 2] = 200
+    return shapes_generator().encode(video)
+
+
+def shapes_generator(**changes: object) -> WanGenerator:
+    config = tiny_config(SHAPES, num_frames=5, max_sequence_length=32, **changes)
+    return WanGenerator.load(config, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "largest", "mean"),
+    [
+        ({"vae_channels_last": True}, 1, 1e-3),
+        ({"vae_dtype": "bfloat16"}, 2, 0.5),
+        ({"vae_dtype": "bfloat16", "vae_channels_last": True}, 2, 0.5),
+    ],
+)
+def test_faster_vae_differs_by_a_level(
+    picture: torch.Tensor, changes: dict[str, object], largest: int, mean: float
+) -> None:
+    plain, fast = shapes_generator(), shapes_generator(**changes)
+    want = plain.decode(picture)
+    assert want.float().std() > 20
+    error = (fast.decode(picture).int() - want.int()).abs()
+    assert int(error.max()) <= largest
+    assert float(error.float().mean()) < mean
+    # it did compute otherwise
+    assert fast.codec.vae.dtype == getattr(torch, changes.get("vae_dtype", "float32"))
+    kernel = next(p for p in fast.codec.vae.parameters() if p.dim() == 5)
+    wanted = bool(changes.get("vae_channels_last"))
+    assert kernel.is_contiguous(memory_format=torch.channels_last_3d) == wanted
+
+    latents = fast.encode(want)
+    assert latents.dtype == torch.float32
+    close = plain.encode(want)
+    assert float((latents - close).norm() / close.norm()) < 0.02

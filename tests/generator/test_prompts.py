@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanPipeline
 
+from common import progress
 from generator.prompts import PromptCache, count_tokens
 from tests.tiny import MAX_LENGTH
 
@@ -66,6 +68,29 @@ def test_each_prompt_is_encoded_once_and_alone(pipeline: WanPipeline) -> None:
     cache.get(["b", "a", "b"], device=torch.device("cpu"), dtype=torch.bfloat16)
     assert calls == [1, 1]
     assert len(cache) == 2
+
+
+def test_memory_of_the_freed_encoder_goes_back_to_the_device(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    weight = weakref.ref(pipeline.text_encoder.shared.weight)
+    gone: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: gone.append(weight() is None)
+    )
+    PromptCache(pipeline, max_length=MAX_LENGTH).free_text_encoder()
+    assert gone == [True]
+
+
+def test_each_encoded_prompt_is_progress(
+    pipeline: WanPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks: list[int] = []
+    monkeypatch.setattr(progress, "tick", lambda: ticks.append(1))
+    PromptCache(pipeline, max_length=MAX_LENGTH).encode(["a", "b", "a"])
+    assert len(ticks) == 2
 
 
 def test_freed_encoder_serves_known_prompts_only(pipeline: WanPipeline) -> None:

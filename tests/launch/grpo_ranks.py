@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ for _dtype in ("float32", "bfloat16"):
             f"zero_stage={_stage}",
             FULL,
         ]
+for _stage in (1, 2):
+    # also with the adapter merged in prefix and tail
+    CASES[f"float32 {_stage} merged"] = [
+        "generator.dtype=float32",
+        f"zero_stage={_stage}",
+        "generator.sampler.merge_adapter=true",
+    ]
 ALONE = {"float32 0": ["generator.dtype=float32", "zero_stage=0"]}
 SHARED = {
     f"float32 {stage} shared": [f"zero_stage={stage}", "grpo.ranks_per_group=2"]
@@ -64,6 +72,15 @@ def moved(cfg: Any, *, seed: int = 0) -> WanGenerator:
     return generator
 
 
+def checksums_of_frozen(generator: WanGenerator) -> list[str]:
+    """Of every weight that is not trained; those that ZeRO 3 splits are empty between uses."""
+    weights = [p for p in generator.module.parameters() if not p.requires_grad]
+    return [
+        sha256(weight.detach().float().numpy().tobytes()).hexdigest()
+        for weight in weights
+    ]
+
+
 def check(config: str, overrides: list[str]) -> dict[str, Any]:
     stage = [word for word in ZERO_3[1:] if "zero_stage=3" in overrides]
     cfg = load(
@@ -76,6 +93,7 @@ def check(config: str, overrides: list[str]) -> dict[str, Any]:
     generator = loop.generator
     ema = Ema(EmaConfig(decay=0.5), generator.module)
     start = {name: tensor.clone() for name, tensor in ema.average.items()}
+    frozen = checksums_of_frozen(generator)
     history, seen = [], []
     for step in range(2):
         history.append(loop.step(step))
@@ -107,6 +125,7 @@ def check(config: str, overrides: list[str]) -> dict[str, Any]:
             default=0.0,
         ),
         "swapped": all(torch.equal(inside[n], state[n]) for n in inside),
+        "frozen": checksums_of_frozen(generator) == frozen,
         "restored": all(torch.equal(after[n], seen[1][n]) for n in after),
     }
 

@@ -116,7 +116,7 @@ def test_dpo_metrics_of_three_steps(whole: Path) -> None:
     assert "heldout/loss" not in rows[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_one_rank_and_zero_3_match_two_ranks(
     dpo_config: Path, whole: Path, ranks: int
@@ -202,7 +202,7 @@ def test_dpo_loads_neither_vae_nor_text_encoder(dpo_config: Path) -> None:
         generator.sample(["rain"], [1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_refresh_replaces_pairs_and_resumes_equal(dpo_config: Path) -> None:
     """New pairs every two steps; a run that stopped at step 3 makes the same round again."""
     (dpo_config.parent / "prompts.txt").write_text("rain\nsnow\nfog\n")

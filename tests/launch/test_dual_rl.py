@@ -24,51 +24,53 @@ from tests.launch.processes import ZERO_3, deepspeed, run
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, a reward model of stage 1, and runs of stage 2 on it."""
+    """Data, and a reward model of stage 1."""
     folder = tmp_path_factory.mktemp("dual_rl")
     write_pairs_table(folder)
     write_reward_model(folder / "judge")
-
-    def words(name: str, steps: int, *more: str) -> list[str]:
-        return [
-            "launch/dual_rl.py",
-            "--config",
-            "configs/shapes/dual_rl.yaml",
-            f"run_dir={folder / name}",
-            f"checkpoint={folder / 'judge'}",
-            f"data.train={folder / 'pairs.csv'}",
-            f"data.heldout={folder / 'pairs.csv'}",
-            f"dual_rl.steps={steps}",
-            "dual_rl.pairs_per_step=4",
-            "dual_rl.pairs_per_update=2",
-            "dual_rl.micro_batch=1",
-            "dual_rl.group_size=3",
-            "dual_rl.max_new_tokens=6",
-            "rules.length=1",
-            "rules.length_low=0",
-            "rules.length_high=6",
-            "save_every=1",
-            "eval_every=1",
-            "lora.rank=4",
-            "heldout_pairs=3",
-            "optimizer.max_grad_norm=0.01",
-            *more,
-        ]
-
-    run(sys.executable, *words("whole", 2))
-    run(sys.executable, *words("stopped", 1))
-    resumed = run(sys.executable, *words("stopped", 2))
-    assert "after 1 " in resumed.stdout
-    deepspeed(2, *words("two", 2, "zero_stage=2"))
-    deepspeed(2, *words("three", 2, *ZERO_3))
-    (folder / "back").mkdir()
-    shutil.copytree(
-        folder / "three" / "checkpoints" / "step-000001",
-        folder / "back" / "checkpoints" / "step-000001",
-    )
-    run(sys.executable, *words("back", 2))
-    run(sys.executable, *words("half", 1, "dtype=bfloat16", "lr.head=1e-6"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """A run of two steps on one rank."""
+    run(sys.executable, *words(folder, "whole", 2))
+    return folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def three(folder: Path) -> Path:
+    """The same run on two ranks under ZeRO 3."""
+    deepspeed(2, *words(folder, "three", 2, *ZERO_3))
+    return folder / "three"
+
+
+def words(folder: Path, name: str, steps: int, *more: str) -> list[str]:
+    """The command line of a run of stage 2."""
+    return [
+        "launch/dual_rl.py",
+        "--config",
+        "configs/shapes/dual_rl.yaml",
+        f"run_dir={folder / name}",
+        f"checkpoint={folder / 'judge'}",
+        f"data.train={folder / 'pairs.csv'}",
+        f"data.heldout={folder / 'pairs.csv'}",
+        f"dual_rl.steps={steps}",
+        "dual_rl.pairs_per_step=4",
+        "dual_rl.pairs_per_update=2",
+        "dual_rl.micro_batch=1",
+        "dual_rl.group_size=3",
+        "dual_rl.max_new_tokens=6",
+        "rules.length=1",
+        "rules.length_low=0",
+        "rules.length_high=6",
+        "save_every=1",
+        "eval_every=1",
+        "lora.rank=4",
+        "heldout_pairs=3",
+        "optimizer.max_grad_norm=0.01",
+        *more,
+    ]
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -79,23 +81,27 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.slow
-def test_resumed_dual_rl_run_equals_an_uninterrupted_run(folder: Path) -> None:
-    whole, stopped = metrics(folder / "whole"), metrics(folder / "stopped")
-    assert [row["step"] for row in whole] == [0, 1]
-    assert whole == stopped
+@pytest.mark.long
+def test_resumed_dual_rl_run_equals_an_uninterrupted_run(
+    folder: Path, whole: Path
+) -> None:
+    run(sys.executable, *words(folder, "stopped", 1))
+    resumed = run(sys.executable, *words(folder, "stopped", 2))
+    assert "after 1 " in resumed.stdout
+    stopped = folder / "stopped"
+    assert [row["step"] for row in metrics(whole)] == [0, 1]
+    assert metrics(whole) == metrics(stopped)
     file = "checkpoints/step-000002/engine.safetensors"
-    one, other = (load_tensors(folder / name / file) for name in ("whole", "stopped"))
+    one, other = (load_tensors(path / file) for path in (whole, stopped))
     assert one.keys() == other.keys()
     assert one["exp_avg.head.weight"].abs().max() > 0
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.slow
-def test_two_ranks_under_zero_2_match_one_rank(folder: Path) -> None:
-    for one, two in zip(
-        metrics(folder / "whole"), metrics(folder / "two"), strict=True
-    ):
+@pytest.mark.long
+def test_two_ranks_under_zero_2_match_one_rank(folder: Path, whole: Path) -> None:
+    deepspeed(2, *words(folder, "two", 2, "zero_stage=2"))
+    for one, two in zip(metrics(whole), metrics(folder / "two"), strict=True):
         assert one.keys() == two.keys()
         for name, value in one.items():
             assert two[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
@@ -104,28 +110,34 @@ def test_two_ranks_under_zero_2_match_one_rank(folder: Path) -> None:
     )[0].keys()
 
 
-@pytest.mark.slow
-def test_two_ranks_under_zero_3_match_one_rank(folder: Path) -> None:
+@pytest.mark.long
+def test_two_ranks_under_zero_3_match_one_rank(whole: Path, three: Path) -> None:
     """CoTs have other lengths on each rank; three held-out pairs make unequal shares."""
-    whole, three = metrics(folder / "whole"), metrics(folder / "three")
-    assert 0.1 < whole[0]["cot/finished"] < 1.0
-    for one, two in zip(whole, three, strict=True):
+    rows = metrics(whole)
+    assert 0.1 < rows[0]["cot/finished"] < 1.0
+    for one, two in zip(rows, metrics(three), strict=True):
         assert one.keys() == two.keys()
         for name, value in one.items():
             assert two[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
     for part in ("llm", "query"):
         assert (
-            whole[0][f"train/grad_norm/{part}"] > 0.01
+            rows[0][f"train/grad_norm/{part}"] > 0.01
         )  # so they were clipped, each by its own norm
 
 
-@pytest.mark.slow
-def test_zero_3_and_zero_1_resume_from_each_other(folder: Path) -> None:
+@pytest.mark.long
+def test_zero_3_and_zero_1_resume_from_each_other(
+    folder: Path, whole: Path, three: Path
+) -> None:
     """Checkpoints hold the same weights and moments, and the exports are equal."""
+    back = folder / "back"
+    name = Path("checkpoints", "step-000001")
+    shutil.copytree(three / name, back / name)
+    run(sys.executable, *words(folder, "back", 2))
     file = "checkpoints/step-000002/engine.safetensors"
-    one = load_tensors(folder / "whole" / file)
-    for name in ("three", "back"):
-        other = load_tensors(folder / name / file)
+    one = load_tensors(whole / file)
+    for path in (three, back):
+        other = load_tensors(path / file)
         assert one.keys() == other.keys()
         for key, tensor in one.items():
             torch.testing.assert_close(
@@ -135,21 +147,18 @@ def test_zero_3_and_zero_1_resume_from_each_other(folder: Path) -> None:
                 rtol=1e-3,
                 msg=lambda m, key=key: f"{key}: {m}",
             )
-    assert metrics(folder / "back")[0]["step"] == 1
+    assert metrics(back)[0]["step"] == 1
     before, after = (
-        DeScore.load(folder / name / "final").state_dict()
-        for name in ("whole", "three")
+        DeScore.load(path / "final").state_dict() for path in (whole, three)
     )
     assert before.keys() == after.keys()
     assert max(float((before[key] - after[key]).abs().max()) for key in before) < 1e-5
 
 
 @pytest.mark.slow
-def test_stage_2_exports_a_loadable_reward_model(folder: Path) -> None:
-    before, after = (
-        DeScore.load(folder / "judge"),
-        DeScore.load(folder / "whole" / "final"),
-    )
+def test_stage_2_exports_a_loadable_reward_model(folder: Path, whole: Path) -> None:
+    before = DeScore.load(folder / "judge")
+    after = DeScore.load(whole / "final")
     assert not torch.equal(before.head.weight, after.head.weight)
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(
@@ -162,15 +171,16 @@ def test_stage_2_exports_a_loadable_reward_model(folder: Path) -> None:
         before.generation,
     )
     value_B = (
-        DeScoreScorer.load(folder / "whole" / "final", cots=0)
+        DeScoreScorer.load(whole / "final", cots=0)
         .score([folder / "0A.mp4"], ["p0"])
         .value_B
     )
     assert value_B.isfinite().all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_updates_below_bfloat16_resolution_are_exported(folder: Path) -> None:
+    run(sys.executable, *words(folder, "half", 1, "dtype=bfloat16", "lr.head=1e-6"))
     before, after = (
         DeScore.load(folder / name).head.weight for name in ("judge", "half/final")
     )

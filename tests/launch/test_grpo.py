@@ -103,6 +103,14 @@ def test_grpo_config_that_cannot_learn_raises() -> None:
             "tail_cache",
         ),
         (
+            [
+                "rewards.brightness.weight=1",
+                "zero_stage=3",
+                "generator.sampler.merge_adapter=true",
+            ],
+            "merge_adapter",
+        ),
+        (
             ["rewards.brightness.weight=1", "grpo.ranks_per_group=3"],
             "group_size",
         ),
@@ -202,7 +210,7 @@ def continued(tiny: Path, half: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resumed_grpo_run_equals_an_uninterrupted_run(
     tiny: Path, whole: Path, half: Path
 ) -> None:
@@ -241,7 +249,7 @@ def test_one_rank_matches_two_ranks_and_resumes_their_run(
                 assert one[key] == pytest.approx(two[key], abs=1e-5, rel=2e-3), key
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_zero_3_resumes_from_zero_1_and_matches_it(
     tiny: Path, whole: Path, half: Path
 ) -> None:

@@ -67,8 +67,10 @@ def test_equal_prompts_leave_the_rewards_unchecked(
     monkeypatch.setattr(grpo_checks, "_reward_findings", record)
     grpo_checks.run_self_checks(None, None, ["a", "a", "a"])
     assert checked == []
+    assert "self-checks: sampling" in capsys.readouterr().out
     grpo_checks.run_self_checks(None, None, ["a", "a", "b"])
     assert checked == [["a", "b"]]
+    assert "self-checks: scoring" in capsys.readouterr().out
 
 
 class PromptFree:

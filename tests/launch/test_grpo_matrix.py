@@ -55,7 +55,7 @@ def test_losses_do_not_depend_on_stage_and_ranks(
         for name, one in results.items()
         if name.startswith("float32") and name.endswith(" full") == bool(kind)
     }
-    assert len(cases) == (10 if not kind else 4)
+    assert len(cases) == (14 if not kind else 4)
     want = found[1][f"float32 1{kind}"]
     assert min(want["kl"]) > 1e-4
     assert min(want["grad_norm"]) > 1e-3
@@ -72,6 +72,12 @@ def test_losses_do_not_depend_on_stage_and_ranks(
             assert got["reward"][step] == pytest.approx(
                 want["reward"][step], abs=1e-5
             ), name
+
+
+@pytest.mark.long
+def test_frozen_weights_stay_bit_equal(found: dict[int, Found]) -> None:
+    for results in found.values():
+        assert all(one["frozen"] for one in results.values())
 
 
 @pytest.mark.long

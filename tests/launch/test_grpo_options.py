@@ -107,7 +107,7 @@ def test_out_of_memory_halves_batches_and_changes_no_bit(tiny: Path) -> None:
     assert numbers(tiny.parent / "told") == numbers(tiny.parent / "found")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_out_of_memory_with_one_item_ends_the_run(tiny: Path) -> None:
     """The error names settings that take less memory, and earlier checkpoints stay."""
     words = [

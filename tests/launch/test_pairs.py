@@ -122,7 +122,7 @@ def test_pair_is_the_best_and_the_worst_video(config: Path, made: Path) -> None:
         assert found.rows[i].source.split()[1:] == [str(best), str(worst)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_write_equal_bytes_and_a_restart_writes_none(
     config: Path, made: Path
 ) -> None:
@@ -145,7 +145,7 @@ def test_two_ranks_write_equal_bytes_and_a_restart_writes_none(
     assert "Traceback" not in other.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_pairs_run_resumes_to_equal_bytes(config: Path, made: Path) -> None:
     folder = config.parent / "killed"
     words = [sys.executable, SCRIPT, "--config", str(config), f"out={folder}"]

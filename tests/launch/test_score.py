@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_table_with_videos_needs_no_glob(
 
 
 def test_broken_files_lose_their_row_and_are_retried(
-    clips: Path, tmp_path: Path
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--videos", f"{clips}/*.mp4", "--prompts", str(tmp_path / "prompts.txt"))
     good = (clips / "b.mp4").read_bytes()
@@ -123,9 +124,9 @@ def test_broken_files_lose_their_row_and_are_retried(
     assert "b.mp4:" in rows[1]["error"]
 
     (clips / "b.mp4").write_bytes(good)
-    for name in ("a.mp4", "c.mp4"):
-        (clips / name).write_bytes(b"")  # would fail, if they were judged again
+    capsys.readouterr()
     rows = scored(tmp_path, *words)
+    assert "1 of 3 videos to score" in capsys.readouterr().out
     assert [row["rewards"]["brightness"] for row in rows] == pytest.approx(
         [0.2, 0.4, 0.8], abs=2.5 / 255
     )
@@ -413,6 +414,23 @@ def test_scores_of_a_reward_file_that_changed_are_refused(
     file.write_text("def score(video, prompts):\n    return [7.0] * len(prompts)\n")
     scored(tmp_path, *words, code=2)
     assert "mine.py" in capsys.readouterr().err
+
+
+def test_video_that_was_replaced_is_scored_again(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file's row is that of its content; the others keep theirs."""
+    films = tmp_path / "films"
+    shutil.copytree(clips, films)
+    names = sorted(path.name for path in films.glob("*.mp4"))
+    words = ["--videos", f"{films}/*.mp4", "--prompts", str(tmp_path / "prompts.txt")]
+    before = scored(tmp_path, *words)
+    (films / names[0]).write_bytes((films / names[1]).read_bytes())
+    capsys.readouterr()
+    after = scored(tmp_path, *words)
+    assert "1 of 3 videos to score" in capsys.readouterr().out
+    assert after[0]["rewards"] == before[1]["rewards"] != before[0]["rewards"]
+    assert after[1:] == before[1:]
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_resumed_cold_start_run_equals_an_uninterrupted_run(folder):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["two", "three"])
 def test_two_ranks_under_zero_2_and_3_match_one_rank(ranks, name):
     """Four backwards on one rank, two on each of two; unequal shares of the held-out pairs."""
@@ -91,7 +91,7 @@ def test_two_ranks_under_zero_2_and_3_match_one_rank(ranks, name):
             assert together[key] == pytest.approx(value, abs=1e-4, rel=1e-4), key
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resumed_zero_3_run_equals_an_uninterrupted_run(ranks):
     assert metrics(ranks / "three") == metrics(ranks / "three_stopped")
     name = "checkpoints/step-000002/engine.safetensors"
@@ -102,7 +102,7 @@ def test_resumed_zero_3_run_equals_an_uninterrupted_run(ranks):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_zero_3_exports_the_reward_model_of_one_rank(ranks):
     one, other = (
         DeScore.load(ranks / run / "final").state_dict() for run in ("one", "three")

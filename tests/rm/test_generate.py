@@ -113,8 +113,12 @@ def test_a_sharded_model_goes_on_until_the_last_rank_stops(
         lambda alive_B: len(steps.append(1) or steps) <= longest + 10,
     )
     monkeypatch.setattr(speaker, "sharded", True, raising=False)
-    together = generate(speaker, batch, how, seeds=range(2))
-    assert together.mask_BK.shape[1] == alone.mask_BK.shape[1] + 10
+    fed = []
+    language_model = speaker.backbone.model.language_model
+    with language_model.register_forward_pre_hook(lambda *_: fed.append(1)):
+        together = generate(speaker, batch, how, seeds=range(2))
+    assert len(fed) == 1 + longest + 10
+    assert torch.equal(together.mask_BK, alone.mask_BK)
     assert torch.equal(together.token_BL, alone.token_BL)
     assert torch.equal(together.length_B, alone.length_B)
     assert torch.equal(together.finished_B, alone.finished_B)
@@ -256,7 +260,8 @@ def choose(
     rows = 1 if seeds is None else len(seeds)
     logits = torch.full((rows, 320), -50.0)
     logits[:, : len(logits_V)] = torch.tensor(logits_V)
-    return _TokenSampler(model, torch.tensor([prompt] * rows), how, seeds)(logits, 0)
+    sampler = _TokenSampler(model, torch.tensor([prompt] * rows), how, seeds)
+    return sampler(logits, torch.tensor([0]))
 
 
 def test_sampling_follows_the_softmax(model):
@@ -281,12 +286,12 @@ def test_draw_of_zero_skips_zero_probability_ids(model):
     chooser.uniform_BS.zero_()
     logits = torch.zeros(1, 320)
     logits[0, :3] = -math.inf
-    assert int(chooser(logits, 0)) == 3
+    assert int(chooser(logits, torch.tensor([0]))) == 3
     chooser.uniform_BS.fill_(
         1 - 2.0**-53
     )  # the largest draw there is: the last id that is not banned
     allowed = (~model.banned_ids()).nonzero().squeeze(1)
-    assert int(chooser(logits, 0)) == allowed[-1]
+    assert int(chooser(logits, torch.tensor([0]))) == allowed[-1]
 
 
 def test_draws_depend_on_the_seed_of_the_row_alone(model):
@@ -321,7 +326,7 @@ def test_repetition_penalty_counts_new_tokens(model):
     )
     logits = torch.full((1, 320), -50.0)
     logits[0, :2] = torch.tensor([2.0, 1.9])
-    assert [int(chooser(logits, step)) for step in range(2)] == [0, 1]
+    assert [int(chooser(logits, torch.tensor([step]))) for step in range(2)] == [0, 1]
 
 
 def test_seeds_go_with_a_temperature(model, encoded, videos):

@@ -397,3 +397,20 @@ def test_scorer_arguments_that_do_not_fit_raise(scorer, folder, video_BTYXC, tmp
     with pytest.raises(ValueError, match="cots=-1"):
         DeScoreScorer.load(folder, cots=-1)
     assert len(scorer.score([], []).value_B) == 0
+
+
+def test_batches_are_of_like_lengths(folder, video_BTYXC, monkeypatch) -> None:
+    """Prompts of 1 to 40 tokens in batches of two: sorted, the padding is the least."""
+    scorer = speaking(folder, batch=2)
+    batches = []
+    plain = scorer.model.batch
+
+    def recording(encoded, videos, **options):
+        batches.append([len(item.prompt_ids) for item in encoded])
+        return plain(encoded, videos, **options)
+
+    monkeypatch.setattr(scorer.model, "batch", recording)
+    scorer.score(video_BTYXC, PROMPTS, fps=4.0)
+    lengths = [length for batch in batches for length in batch]
+    assert len(lengths) == 8
+    assert lengths == sorted(lengths)

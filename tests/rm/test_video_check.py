@@ -167,7 +167,7 @@ def test_pair_with_a_bad_video_is_bad(videos: dict[str, Path]) -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_run_drops_bad_pairs_or_does_not_start(tmp_path: Path) -> None:
     """One video of eight is a text: 25 % of the pairs."""
     write_data(tmp_path)

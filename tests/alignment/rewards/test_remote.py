@@ -507,7 +507,7 @@ def test_lost_server_stops_all_ranks_with_a_checkpoint(tiny: Path) -> None:
         assert [row[name] for row in found] == [row[name] for row in wanted]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_unscored_group_gives_no_update_and_is_counted(tiny: Path) -> None:
     script, folder = str(ROOT / "launch" / "grpo.py"), tiny.parent / "skipping"
     words = [

@@ -260,7 +260,7 @@ def test_a_mistake_is_exit_2_and_names_the_key(
     assert "flickering" in message
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_and_kills_change_no_bit_of_the_tiny_wan(
     config: Path, tmp_path: Path
 ) -> None:
