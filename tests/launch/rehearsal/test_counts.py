@@ -80,6 +80,7 @@ def counted(calls: int, *, seen: int) -> tuple[Costs, int, int]:
         return costs, costs.peak, ran.call_count
 
 
+@pytest.mark.slow
 def test_calls_that_repeat_count_as_if_they_were_run():
     repeated, peak, ran = counted(6, seen=SEEN)
     every, real_peak, real_ran = counted(6, seen=99)
@@ -119,6 +120,7 @@ def scored(descore: Path, *, length: int, written: int) -> Costs:
     return gpu.ledger.phases["score"]
 
 
+@pytest.mark.slow
 def test_tokens_that_are_not_written_cost_what_written_ones_do(descore, monkeypatch):
     monkeypatch.setattr("launch.rehearsal.cots.LONGEST", 1.0)
     short = scored(descore, length=23, written=9)
@@ -127,10 +129,12 @@ def test_tokens_that_are_not_written_cost_what_written_ones_do(descore, monkeypa
     for name, number in whole.kernels.items():
         assert short.kernels[name] == pytest.approx(number), name
     assert short.waits == whole.waits
-    assert short.device_seconds == pytest.approx(whole.device_seconds, rel=0.01)
+    # Without the growth of the cache 2e-3 would be missing.
+    assert short.device_seconds == pytest.approx(whole.device_seconds, rel=5e-4)
     assert short.peak == pytest.approx(whole.peak, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_batch_writes_until_its_longest_chain_ends(descore):
     def tokens(length: int) -> float:
         waits = scored(descore, length=length, written=8).waits
@@ -167,6 +171,7 @@ def adapted(schema: type, name: str, folder: Path, ranks: int, *overrides: str) 
     return adapt(cfg, folder, ranks)
 
 
+@pytest.mark.slow
 def test_grpo_keeps_the_batch_of_a_rank_up_to_eight_groups(tmp_path):
     on_8 = adapted(GrpoRun, "grpo", tmp_path / "8", 8)
     assert (on_8.cfg.prompts_per_step, on_8.repeats) == (64, 1)
@@ -175,6 +180,7 @@ def test_grpo_keeps_the_batch_of_a_rank_up_to_eight_groups(tmp_path):
     assert on_1.cfg.generator.sampler.num_steps == 16
 
 
+@pytest.mark.slow
 def test_the_stand_in_of_a_published_wan_has_its_parameters(tmp_path):
     from diffusers import WanTransformer3DModel
 
@@ -197,6 +203,7 @@ def test_dual_rl_runs_two_of_its_sixteen_updates(tmp_path):
     assert made.repeats == 8
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_divide_a_batch_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pairs_per_step=64"):
         adapted(DpoRun, "dpo", tmp_path, 3)
