@@ -22,6 +22,7 @@ from experiments import tables
 from experiments.runner import ROOT, commit
 
 HEAD = ("recipe", "unit", "seconds", "peak GiB", "seconds by phase")
+HEAD_OF_PLANS = ("recipe", "seconds", "planned", "", "peak GiB", "planned", "")
 OUT = ROOT / "docs" / "results" / "rehearsal.json"
 WORK = ROOT / "runs" / "rehearsal"
 
@@ -35,6 +36,7 @@ class RecipeVariant:
     script       The command, in launch/.
     config       Its recipe, in configs/wan.
     overrides    Changes of the recipe.
+    planned      Whether its plan stands beside it.
     """
 
     name: str
@@ -42,6 +44,7 @@ class RecipeVariant:
     script: str
     config: str
     overrides: tuple[str, ...] = ()
+    planned: bool = False
 
     def words(self, where: str) -> list[str]:
         """The command line, without the file of the result."""
@@ -84,7 +87,9 @@ def grpo(name: str, title: str, *changes: str) -> RecipeVariant:
 
 
 VARIANTS = (
-    RecipeVariant("grpo-plain", "Longcat-GRPO of 0.3.0", "grpo", "grpo", PLAIN),
+    RecipeVariant(
+        "grpo-plain", "Longcat-GRPO of 0.3.0", "grpo", "grpo", PLAIN, planned=True
+    ),
     grpo("merged", "adapter merged in prefix and tail", *MERGED),
     grpo("half", "adapter products in bf16", *HALF),
     grpo("tf32", "TF32", *TF32),
@@ -96,8 +101,8 @@ VARIANTS = (
     grpo("exact", "16 steps: merged, bf16 products, cuDNN, compiled, VAE", *EXACT),
     grpo("exact-sage", "and int8 attention in the tail", *EXACT, *SAGE),
     grpo("all", "and 6 `ab2` steps", *EXACT, *SAGE, *AB2),
-    RecipeVariant("grpo", "Longcat-GRPO, the recipe", "grpo", "grpo"),
-    RecipeVariant("dpo", "Flow-DPO", "dpo", "dpo"),
+    RecipeVariant("grpo", "Longcat-GRPO, the recipe", "grpo", "grpo", planned=True),
+    RecipeVariant("dpo", "Flow-DPO", "dpo", "dpo", planned=True),
     RecipeVariant(
         "dpo-all",
         "the same, bf16 products, cuDNN, compiled",
@@ -105,7 +110,7 @@ VARIANTS = (
         "dpo",
         (*HALF, *CUDNN, *COMPILED),
     ),
-    RecipeVariant("pairs", "pairs, one prompt", "pairs", "pairs"),
+    RecipeVariant("pairs", "pairs, one prompt", "pairs", "pairs", planned=True),
     RecipeVariant(
         "pairs-all",
         "the same, merged, cuDNN, compiled, VAE",
@@ -113,8 +118,16 @@ VARIANTS = (
         "pairs",
         (*MERGED, *CUDNN, *COMPILED, *VAE),
     ),
-    RecipeVariant("cold-start", "DeScore, cold start (8B)", "cold_start", "cold_start"),
-    RecipeVariant("dual-rl", "DeScore, dual RL (8B)", "dual_rl", "dual_rl"),
+    RecipeVariant(
+        "cold-start",
+        "DeScore, cold start (8B)",
+        "cold_start",
+        "cold_start",
+        planned=True,
+    ),
+    RecipeVariant(
+        "dual-rl", "DeScore, dual RL (8B)", "dual_rl", "dual_rl", planned=True
+    ),
     RecipeVariant(
         "dual-rl-together",
         "the same, chains of thought of 8 videos together",
@@ -144,6 +157,9 @@ def main() -> None:
             run(variant, args.where, file)
         if file.is_file():
             cells[variant.name] = read_json(file)
+            if variant.planned and "plan" not in cells[variant.name]:
+                cells[variant.name]["plan"] = plan(variant, args.where)
+                write_json(file, cells[variant.name])
     write_json(args.out, {"commit": commit(), "where": args.where, "cells": cells})
     tables.write_page(args.out.with_suffix(".md"), list(page_of(cells, args.where)))
     print(f"{args.out} and {args.out.with_suffix('.md')}")
@@ -176,6 +192,50 @@ def run(variant: RecipeVariant, where: str, file: Path) -> None:
     partial.unlink()
 
 
+def plan(variant: RecipeVariant, where: str) -> dict[str, float]:
+    """Plan a variant; the reserve is not part of the peak here."""
+    from common.config import load
+    from launch.compose import quiet
+    from launch.planning.dry_run import parse_where
+    from launch.planning.plan import GIB, RESERVE
+    from launch.planning.runs import plan_of
+    from launch.schemas.pairs import DpoRun, PairsRun
+    from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
+
+    quiet()
+    schemas = {
+        "grpo": GrpoRun,
+        "dpo": DpoRun,
+        "pairs": PairsRun,
+        "cold_start": ColdStartRun,
+        "dual_rl": DualRlRun,
+    }
+    file = ROOT / "configs" / "wan" / f"{variant.config}.yaml"
+    cfg = load(schemas[variant.script], file, variant.overrides)
+    planned = plan_of(cfg, parse_where(where))
+    return {
+        "seconds": round(planned.seconds, 2),
+        "peak_gib": round((planned.peak - RESERVE) / GIB, 2),
+    }
+
+
+def comparison_of(cells: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of rehearsals beside their plans."""
+    rows = []
+    for variant in VARIANTS:
+        cell = cells.get(variant.name, {})
+        if "plan" not in cell:
+            continue
+        row = [variant.title]
+        for key, digits in (("seconds", 1), ("peak_gib", 1)):
+            found = cell[key]
+            planned = cell["plan"][key]
+            row += [f"{found:,.{digits}f}", f"{planned:,.{digits}f}"]
+            row.append(f"{planned / found - 1:+.1%}")
+        rows.append(tuple(row))
+    return rows
+
+
 def page_of(cells: Mapping[str, Any], where: str) -> Iterator[str]:
     """Lines of the page."""
     rows = []
@@ -206,6 +266,15 @@ def page_of(cells: Mapping[str, Any], where: str) -> Iterator[str]:
         "",
         *tables.markdown_table(HEAD, rows),
     )
+    compared = comparison_of(cells)
+    if compared:
+        yield from (
+            "",
+            "Rehearsals beside the plans of `--dry-run`, without its reserve. A rehearsal draws the "
+            "places of its stochastic steps, a plan takes the MEAN over all of them.",
+            "",
+            *tables.markdown_table(HEAD_OF_PLANS, compared),
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from torch import Tensor, nn
 
-    from common.types import Group
     from generator.config import GeneratorConfig
     from generator.wan import WanGenerator
     from launch.schemas.training import GrpoRun
@@ -251,19 +250,26 @@ class MetaWan:
             fps=self.cfg.fps,
         )
 
-        def losses(group: Group) -> None:
+        with self._given_prompts(), gradients_dropped(self.module):
+            (group,) = generator.rollout([PROMPT], group_size=members, seeds=[0])
             weights = weights_of_steps(
                 group.steps,
                 form=cfg.grpo.reweight,
                 normalize=cfg.grpo.normalize_step_weights,
             )
-            for step, weight in zip(group.steps, weights, strict=True):
-                advantage_G = torch.zeros(members)
-                loop.loss(PROMPT, step, advantage_G, weight).loss.backward()
 
-        with self._given_prompts(), gradients_dropped(self.module):
-            (group,) = generator.rollout([PROMPT], group_size=members, seeds=[0])
-            return self.meter.cost(lambda: losses(group))
+            def backward(place: int) -> None:
+                output = loop.loss(
+                    PROMPT, group.steps[place], torch.zeros(members), weights[place]
+                )
+                output.loss.backward()
+
+            # Only at the first step may members share their latent; the others cost the same.
+            total = self.meter.cost(lambda: backward(0))
+            others = len(group.steps) - 1
+            if others:
+                total += self.meter.cost(lambda: backward(1)) * others
+            return total
 
     def flow_error(self, videos: int, *, reference: bool) -> Cost:
         """Measure the flow-matching error of ``videos`` latents, with its backward.

@@ -32,8 +32,9 @@ DEVICES = {
 }
 # An estimate for the driver, the communication library and gaps between allocated blocks.
 RESERVE = 4 * GIB
-# Elements, DeepSpeed's default of zero_optimization.reduce_bucket_size.
+# Elements, DeepSpeed's default of zero_optimization.reduce_bucket_size, and the name of the part.
 REDUCE_BUCKET = 5e8
+BUCKET = "reduce bucket"
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,6 @@ def training_parts(
         Part(f"{name}: weights", sizes.bytes / share(3)),
         Part(f"{name}: gradients", gradients / share(2)),
         Part(f"{name}: optimizer", state / share(1)),
-        Part(f"{name}: reduce bucket", buffer),
+        Part(f"{name}: {BUCKET}", buffer),
         Part(f"{name}: optimizer's step", step / share(1), temporary=True),
     ]
