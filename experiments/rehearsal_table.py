@@ -270,8 +270,8 @@ def page_of(cells: Mapping[str, Any], where: str) -> Iterator[str]:
     if compared:
         yield from (
             "",
-            "Rehearsals beside the plans of `--dry-run`, without its reserve. A rehearsal draws the "
-            "places of its stochastic steps, a plan takes the MEAN over all of them.",
+            "Rehearsals beside the plans of `--dry-run`, without the reserve. A rehearsal draws "
+            "the places of its stochastic steps, a plan takes the MEAN over all of them.",
             "",
             *tables.markdown_table(HEAD_OF_PLANS, compared),
         )
