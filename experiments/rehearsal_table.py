@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ class RecipeVariant:
     script       The command, in launch/.
     config       Its recipe, in configs/wan.
     overrides    Changes of the recipe.
-    environment  Variables for the command.
     """
 
     name: str
@@ -43,7 +42,6 @@ class RecipeVariant:
     script: str
     config: str
     overrides: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
 
     def words(self, where: str) -> list[str]:
         """The command line, without the file of the result."""
@@ -57,43 +55,73 @@ class RecipeVariant:
         ]
 
 
-COMPILED = "generator.compile=true"
-AB2 = ("generator.sampler.tail_steps=6", "generator.sampler.tail_solver=ab2")
-CUDNN = {"DIFFUSERS_ATTN_BACKEND": "_native_cudnn"}
+# The paper's 16 steps with the exact module: the recipe of 0.3.0.
+PLAIN = (
+    "generator.lora.compute_dtype=float32",
+    "generator.sampler.merge_adapter=false",
+    "generator.sampler.tail_solver=euler",
+    "generator.sampler.tail_steps=null",
+)
+MERGED = ("generator.sampler.merge_adapter=true",)
+HALF = ("generator.lora.compute_dtype=bfloat16",)
+TF32 = ("generator.tf32=true",)
+CUDNN = ("generator.attention=_native_cudnn",)
+COMPILED = ("generator.compile=true",)
+VAE = ("generator.vae_dtype=bfloat16", "generator.vae_channels_last=true")
+SAGE = ("generator.sampler.tail_attention=sage",)
+AB2 = ("generator.sampler.tail_solver=ab2", "generator.sampler.tail_steps=6")
+# Changes that keep the 16 steps and exact kernels, and what is faster still.
+EXACT = (*MERGED, *HALF, *CUDNN, *COMPILED, *VAE)
+# Chains of thought of several micro-batches together.
+TOGETHER = ("dual_rl.cot_batch=8",)
+
+
+def grpo(name: str, title: str, *changes: str) -> RecipeVariant:
+    """A variant of Longcat-GRPO: the plain recipe with changes."""
+    return RecipeVariant(
+        f"grpo-{name}", f"the same, {title}", "grpo", "grpo", (*PLAIN, *changes)
+    )
+
+
 VARIANTS = (
-    RecipeVariant("grpo", "Longcat-GRPO", "grpo", "grpo"),
-    RecipeVariant(
-        "grpo-cudnn", "the same, cuDNN's attention", "grpo", "grpo", (), CUDNN
-    ),
-    RecipeVariant(
-        "grpo-compiled", "the same, compiled blocks", "grpo", "grpo", (COMPILED,)
-    ),
-    RecipeVariant(
-        "grpo-ab2", "the same, 6 `ab2` steps of the tail", "grpo", "grpo", AB2
-    ),
-    RecipeVariant(
-        "grpo-all", "the same, all three", "grpo", "grpo", (COMPILED, *AB2), CUDNN
-    ),
+    RecipeVariant("grpo-plain", "Longcat-GRPO of 0.3.0", "grpo", "grpo", PLAIN),
+    grpo("merged", "adapter merged in prefix and tail", *MERGED),
+    grpo("half", "adapter products in bf16", *HALF),
+    grpo("tf32", "TF32", *TF32),
+    grpo("cudnn", "cuDNN's attention", *CUDNN),
+    grpo("compiled", "compiled blocks", *COMPILED),
+    grpo("vae", "VAE in bf16, channels last", *VAE),
+    grpo("sage", "int8 attention in the tail", *SAGE),
+    grpo("ab2", "6 `ab2` steps of the tail", *AB2),
+    grpo("exact", "16 steps: merged, bf16 products, cuDNN, compiled, VAE", *EXACT),
+    grpo("exact-sage", "and int8 attention in the tail", *EXACT, *SAGE),
+    grpo("all", "and 6 `ab2` steps", *EXACT, *SAGE, *AB2),
+    RecipeVariant("grpo", "Longcat-GRPO, the recipe", "grpo", "grpo"),
     RecipeVariant("dpo", "Flow-DPO", "dpo", "dpo"),
     RecipeVariant(
         "dpo-all",
-        "the same, compiled blocks and cuDNN's attention",
+        "the same, bf16 products, cuDNN, compiled",
         "dpo",
         "dpo",
-        (COMPILED,),
-        CUDNN,
+        (*HALF, *CUDNN, *COMPILED),
     ),
     RecipeVariant("pairs", "pairs, one prompt", "pairs", "pairs"),
     RecipeVariant(
         "pairs-all",
-        "the same, compiled blocks and cuDNN's attention",
+        "the same, merged, cuDNN, compiled, VAE",
         "pairs",
         "pairs",
-        (COMPILED,),
-        CUDNN,
+        (*MERGED, *CUDNN, *COMPILED, *VAE),
     ),
     RecipeVariant("cold-start", "DeScore, cold start (8B)", "cold_start", "cold_start"),
     RecipeVariant("dual-rl", "DeScore, dual RL (8B)", "dual_rl", "dual_rl"),
+    RecipeVariant(
+        "dual-rl-together",
+        "the same, chains of thought of 8 videos together",
+        "dual_rl",
+        "dual_rl",
+        TOGETHER,
+    ),
 )
 
 
@@ -136,15 +164,15 @@ def run(variant: RecipeVariant, where: str, file: Path) -> None:
         done = subprocess.run(
             [sys.executable, *words, "--rehearse-out", str(partial)],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **variant.environment},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=log,
             stderr=subprocess.STDOUT,
             check=False,
         )
     if done.returncode:
         sys.exit(f"{variant.name} ended with {done.returncode}, see {log.name}")
-    record = {"words": words, "environment": dict(variant.environment)}
-    write_json(file, {**record, "commit": commit(), **read_json(partial)})
+    record = {"words": words, "commit": commit(), **read_json(partial)}
+    write_json(file, record)
     partial.unlink()
 
 

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from launch.planning.roofline import kernel_seconds
+from launch.rehearsal.blank_videos import BlankVideos
 from launch.rehearsal.cuda_rules import (
     INDEXED,
     SimulatedCudaError,
@@ -38,6 +39,7 @@ from launch.rehearsal.fusion import Fusion
 from launch.rehearsal.kernels import Kernel, kernel_of
 from launch.rehearsal.ledger import Ledger, place
 from launch.rehearsal.memory import DeviceMemory, is_note
+from launch.rehearsal.quick_shapes import quick_result
 from launch.rehearsal.twins import Twins
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ class SimulatedGpu(TorchDispatchMode):
         self._attention_of: dict[int, str] = {}
         # Tokens that a language model without numbers chooses.
         self.choose_tokens: Callable[[Tensor], Tensor] | None = None
-        self._videos = 0
+        self.videos = BlankVideos()
         self._lock = threading.RLock()
         self._silent = False
 
@@ -121,7 +123,10 @@ class SimulatedGpu(TorchDispatchMode):
         target = kwargs.get("device")
         target = None if target is None else torch.device(target)
         if not on_gpu and (target is None or target.type != "meta"):
-            return func(*args, **kwargs)
+            blank = None
+            if func is aten.cat.default and args[1:] in ((), (0,)):
+                blank = self.videos.cat(args[0])
+            return func(*args, **kwargs) if blank is None else blank
         # Rewards may run in a thread beside the rollout.
         with self._lock:
             return self._run(func, args, dict(kwargs), tensors, target)
@@ -159,7 +164,9 @@ class SimulatedGpu(TorchDispatchMode):
             meta_args, meta_kwargs = tree_map_only(
                 torch.Tensor, _on_meta, (args, kwargs)
             )
-        result = func(*meta_args, **meta_kwargs)
+        result = quick_result(func, meta_args, meta_kwargs)
+        if result is None:
+            result = func(*meta_args, **meta_kwargs)
         outputs = [tensor for tensor in _tensors((result,), {}) if tensor.is_meta]
 
         # 5. The costs and the numbers.
@@ -210,9 +217,12 @@ class SimulatedGpu(TorchDispatchMode):
         if target.type != "meta":
             return self._to_host(source, dtype, waits=waits)
         layout = kwargs.get("memory_format") or torch.preserve_format
-        result = torch.empty_like(
-            source, dtype=dtype, device="meta", memory_format=layout
-        )
+        if layout == torch.preserve_format and source.is_contiguous():
+            result = torch.empty(source.shape, dtype=dtype, device="meta")
+        else:
+            result = torch.empty_like(
+                source, dtype=dtype, device="meta", memory_format=layout
+            )
         self.memory.track(result)
         if source.is_meta:
             if source.dtype != dtype:
@@ -241,7 +251,7 @@ class SimulatedGpu(TorchDispatchMode):
             self.ledger.now.waits[place()] += 1
         value = self.twins.real(source)
         if value is None:
-            value = self.guess(source)
+            return self.guess(source).to(dtype)
         return value.to(dtype, copy=True).contiguous()
 
     def _copy_into(
@@ -284,6 +294,8 @@ class SimulatedGpu(TorchDispatchMode):
     def guess(self, tensor: Tensor) -> Tensor:
         """Make numbers for a tensor that Python reads and that nobody computed."""
         self.ledger.now.guesses[place()] += 1
+        if tensor.dtype == torch.uint8 and tensor.dim() > 3:
+            return self.videos.make(tensor.shape)
         value = torch.zeros(tensor.shape, dtype=tensor.dtype)
         expected = self.twins.uniform(tensor)
         if expected is not None:
@@ -293,14 +305,6 @@ class SimulatedGpu(TorchDispatchMode):
         if tensor.is_floating_point() and 1 < tensor.numel() <= SMALL:
             numbers = torch.linspace(0, 1, tensor.numel(), dtype=torch.float32)
             return numbers.view(tensor.shape).to(tensor.dtype)
-        if tensor.dtype == torch.uint8 and tensor.dim() > 3:
-            # Videos of equal bytes would be scored once, and get equal rewards. What is not
-            # written takes no memory of this machine.
-            for video in value:
-                self._videos += 1
-                number = list(self._videos.to_bytes(4, "little"))
-                video.view(-1)[: 1 << 16] = 11 * self._videos % 256
-                video.view(-1)[:4] = torch.tensor(number, dtype=torch.uint8)
         return value
 
     # ------------------------------------------------------------------ sizes by data
@@ -378,6 +382,7 @@ class SimulatedGpu(TorchDispatchMode):
     def _charge(self, kernel: Kernel) -> None:
         costs = self.ledger.now
         costs.kernels[kernel.name] += 1
+        costs.flops += kernel.flops
         costs.seconds[kernel.name] += kernel_seconds(
             kernel.kind,
             flops=kernel.flops,

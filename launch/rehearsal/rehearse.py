@@ -10,6 +10,7 @@ device or has the wrong dtype, 2 where the run cannot be rehearsed.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from unittest import mock
 
-from common.cli import user_errors
+from common.cli import exit_with_error, user_errors
 
 if TYPE_CHECKING:
     from common.config import CommandLine
@@ -42,6 +43,8 @@ def rehearse(command: CommandLine[C], run: Callable[[CommandLine[C]], Any]) -> N
     from launch.compose import quiet
     from launch.planning.dry_run import parse_where
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        exit_with_error("a rehearsal plays all ranks: start it without a launcher")
     # Where it runs, and by which rates.
     where = parse_where(command.rehearse, option="--rehearse")
     quiet()

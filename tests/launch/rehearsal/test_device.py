@@ -279,3 +279,56 @@ def test_a_compiled_region_reads_its_inputs_and_writes_its_result_once(gpu):
     assert gpu.ledger.now.seconds == {"compiled pointwise": 8000.0}
     assert gpu.ledger.now.kernels.total() == 1
     assert result.shape == (1000,)
+
+
+def some_tensors() -> list[torch.Tensor]:
+    return [
+        big(3, 4),
+        big(4, 3).t(),
+        big(4),
+        big(2, 1, 4),
+        big(3, 4, dtype=torch.bfloat16),
+        torch.ones(3, 4, dtype=torch.long, device=GPU),
+        big(()),
+    ]
+
+
+def test_quick_shapes_are_those_of_pytorch():
+    from launch.rehearsal.quick_shapes import quick_result
+
+    aten = torch.ops.aten
+    checked = 0
+    pairs = [(x, y) for x in some_tensors() for y in [*some_tensors(), 2.0, 3]]
+    calls = [(aten.add.Tensor, pair) for pair in pairs]
+    calls += [(aten.mul.Tensor, pair) for pair in pairs]
+    calls += [(aten.silu.default, (x,)) for x in some_tensors()]
+    calls += [(aten.mm.default, (big(3, 4), big(4, 5)))]
+    calls += [(aten.addmm.default, (big(5), big(3, 4), big(4, 5)))]
+    for func, args in calls:
+        quick = quick_result(func, args, {})
+        if quick is None:
+            continue
+        wanted = func(*args)
+        assert (quick.shape, quick.dtype) == (wanted.shape, wanted.dtype)
+        assert quick.stride() == wanted.stride()
+        checked += 1
+    assert checked > 20
+
+
+def test_guessed_videos_differ_and_take_no_memory(gpu):
+    import resource
+
+    def resident() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+    before = resident()
+    parts = []
+    for _ in range(4):
+        video = big(1, 81, 480, 832, 3, dtype=torch.uint8)
+        parts.append(video.cpu())
+    together = torch.cat([torch.cat(parts[:2]), torch.cat(parts[2:])])
+    # 4 videos of 97 MB, three times.
+    assert resident() - before < 100
+    assert together.shape == (4, 81, 480, 832, 3)
+    assert len({bytes(video[0, 0].flatten().tolist()) for video in together}) == 4
+    assert torch.equal(together[3, 0], parts[3][0, 0])
