@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,11 @@ WORK = ROOT / "runs" / "rehearsal"
 class RecipeVariant:
     """A row of the table.
 
-    name         Of the cell's file.
-    title        "the same, ..." is a variant of the recipe above it.
-    script       The command, in launch/.
-    config       Its recipe, in configs/wan.
-    overrides    Changes of the recipe.
-    environment  Variables for the command.
+    name       Of the cell's file.
+    title      "the same, ..." is a variant of the recipe above it.
+    script     The command, in launch/.
+    config     Its recipe, in configs/wan.
+    overrides  Changes of the recipe.
     """
 
     name: str
@@ -43,7 +42,6 @@ class RecipeVariant:
     script: str
     config: str
     overrides: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
 
     def words(self, where: str) -> list[str]:
         """The command line, without the file of the result."""
@@ -57,40 +55,51 @@ class RecipeVariant:
         ]
 
 
-COMPILED = "generator.compile=true"
+# Changes of the generator, each of which may be tried alone.
+ADAPTER = ("generator.lora.compute_dtype=bfloat16",)
+MERGED = ("generator.sampler.merge_adapter=true",)
+ATTENTION = ("generator.attention=_native_cudnn",)
+COMPILED = ("generator.compile=true",)
+VAE = ("generator.vae_dtype=bfloat16", "generator.vae_channels_last=true")
+INT8 = ("generator.sampler.tail_attention=sage",)
 AB2 = ("generator.sampler.tail_steps=6", "generator.sampler.tail_solver=ab2")
-CUDNN = {"DIFFUSERS_ATTN_BACKEND": "_native_cudnn"}
+EXACT = (*ADAPTER, *MERGED, *ATTENTION, *COMPILED, *VAE)
+NO_ADAPTER = (*ATTENTION, *COMPILED, *VAE)
+
+
+def _grpo(name: str, change: str, overrides: tuple[str, ...]) -> RecipeVariant:
+    return RecipeVariant(
+        f"grpo-{name}", f"the same, {change}", "grpo", "grpo", overrides
+    )
+
+
 VARIANTS = (
     RecipeVariant("grpo", "Longcat-GRPO", "grpo", "grpo"),
-    RecipeVariant(
-        "grpo-cudnn", "the same, cuDNN's attention", "grpo", "grpo", (), CUDNN
-    ),
-    RecipeVariant(
-        "grpo-compiled", "the same, compiled blocks", "grpo", "grpo", (COMPILED,)
-    ),
-    RecipeVariant(
-        "grpo-ab2", "the same, 6 `ab2` steps of the tail", "grpo", "grpo", AB2
-    ),
-    RecipeVariant(
-        "grpo-all", "the same, all three", "grpo", "grpo", (COMPILED, *AB2), CUDNN
-    ),
+    _grpo("adapter", "adapter products in bf16", ADAPTER),
+    _grpo("merged", "merged adapter in prefix and tail", MERGED),
+    _grpo("attention", "cuDNN's attention", ATTENTION),
+    _grpo("compiled", "compiled blocks", COMPILED),
+    _grpo("vae", "VAE in bf16", VAE),
+    _grpo("int8", "int8 attention in the tail", INT8),
+    _grpo("ab2", "6 `ab2` steps of the tail", AB2),
+    _grpo("exact", "all of these that keep the sampler", EXACT),
+    _grpo("exact-int8", "these, and int8 attention in the tail", (*EXACT, *INT8)),
+    _grpo("all", "these, and 6 `ab2` steps", (*EXACT, *INT8, *AB2)),
     RecipeVariant("dpo", "Flow-DPO", "dpo", "dpo"),
     RecipeVariant(
         "dpo-all",
-        "the same, compiled blocks and cuDNN's attention",
+        "the same, bf16 adapter, cuDNN's attention, compiled blocks",
         "dpo",
         "dpo",
-        (COMPILED,),
-        CUDNN,
+        (*ADAPTER, *ATTENTION, *COMPILED),
     ),
     RecipeVariant("pairs", "pairs, one prompt", "pairs", "pairs"),
     RecipeVariant(
         "pairs-all",
-        "the same, compiled blocks and cuDNN's attention",
+        "the same, cuDNN's attention, compiled blocks, VAE in bf16",
         "pairs",
         "pairs",
-        (COMPILED,),
-        CUDNN,
+        NO_ADAPTER,
     ),
     RecipeVariant("cold-start", "DeScore, cold start (8B)", "cold_start", "cold_start"),
     RecipeVariant("dual-rl", "DeScore, dual RL (8B)", "dual_rl", "dual_rl"),
@@ -136,15 +145,15 @@ def run(variant: RecipeVariant, where: str, file: Path) -> None:
         done = subprocess.run(
             [sys.executable, *words, "--rehearse-out", str(partial)],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **variant.environment},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=log,
             stderr=subprocess.STDOUT,
             check=False,
         )
     if done.returncode:
         sys.exit(f"{variant.name} ended with {done.returncode}, see {log.name}")
-    record = {"words": words, "environment": dict(variant.environment)}
-    write_json(file, {**record, "commit": commit(), **read_json(partial)})
+    record = {"words": words, "commit": commit()}
+    write_json(file, {**record, **read_json(partial)})
     partial.unlink()
 
 
