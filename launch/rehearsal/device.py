@@ -36,7 +36,7 @@ from launch.rehearsal.cuda_rules import (
     generator_problem,
 )
 from launch.rehearsal.fusion import Fusion
-from launch.rehearsal.kernels import Kernel, kernel_of
+from launch.rehearsal.kernels import DeviceKernel, kernel_of
 from launch.rehearsal.ledger import Ledger, place
 from launch.rehearsal.memory import DeviceMemory, is_note
 from launch.rehearsal.quick_shapes import quick_result
@@ -379,7 +379,7 @@ class SimulatedGpu(TorchDispatchMode):
         self.fusion.flush()
         self._charge(kernel)
 
-    def _charge(self, kernel: Kernel) -> None:
+    def _charge(self, kernel: DeviceKernel) -> None:
         costs = self.ledger.now
         costs.kernels[kernel.name] += 1
         costs.flops += kernel.flops

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from launch.rehearsal.kernels import Kernel
+from launch.rehearsal.kernels import DeviceKernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class Fusion:
     with_backward   also the backward pass is compiled, once a region has run with gradients.
     """
 
-    def __init__(self, charge: Callable[[Kernel], None]) -> None:
+    def __init__(self, charge: Callable[[DeviceKernel], None]) -> None:
         self.charge = charge
         self.with_backward = False
         self._depth = 0
@@ -48,7 +48,7 @@ class Fusion:
             self._depth -= 1
             self.flush()
 
-    def takes(self, kernel: Kernel) -> bool:
+    def takes(self, kernel: DeviceKernel) -> bool:
         """True if a kernel becomes a part of the current one."""
         if not kernel.fusable:
             return False
@@ -78,4 +78,4 @@ class Fusion:
                 moved += storage.nbytes()
         self._read = {}
         self._made = {}
-        self.charge(Kernel(NAME, None, 0.0, float(moved), fusable=True))
+        self.charge(DeviceKernel(NAME, None, 0.0, float(moved), fusable=True))

@@ -27,7 +27,7 @@ _BACKWARD = 2.5
 
 
 @dataclass(frozen=True)
-class Kernel:
+class DeviceKernel:
     """A kernel for `launch.planning.roofline.kernel_seconds`.
 
     name     Under which its seconds are added up.
@@ -49,7 +49,7 @@ def kernel_of(
     outputs: Sequence[Tensor],
     *,
     attention: str = "flash",
-) -> Kernel | None:
+) -> DeviceKernel | None:
     """Describe an operation; None for a view and for what starts no kernel.
 
     attention  says which implementation computes a fused attention.
@@ -76,12 +76,12 @@ def kernel_of(
         first = _PRODUCTS[name]
         a, b = args[first], args[first + 1]
         kind = f"gemm_{_precision(a.dtype, _tf32(torch.backends.cuda.matmul))}"
-        return Kernel(kind, kind, 2.0 * a.numel() * b.shape[-1], moved)
+        return DeviceKernel(kind, kind, 2.0 * a.numel() * b.shape[-1], moved)
     if name.startswith("_scaled_dot_product"):
         return _attention(name, args, moved, attention)
     if name.startswith("convolution"):
         return _convolution(name, args, outputs, moved)
-    return Kernel(name, None, 0.0, moved, fusable=True)
+    return DeviceKernel(name, None, 0.0, moved, fusable=True)
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -110,7 +110,7 @@ def _attention(
     args: Sequence[Any],
     moved: float,
     implementation: str,
-) -> Kernel:
+) -> DeviceKernel:
     """Attention of (B, H, L, D): 4 B H L_q L_k D FLOPs, a half of them with a causal mask."""
     backward = "backward" in name
     first = 1 if backward else 0
@@ -123,11 +123,11 @@ def _attention(
         flops /= 2
     if not backward:
         kind = f"attention_{implementation}"
-        return Kernel(kind, kind, flops, moved)
+        return DeviceKernel(kind, kind, flops, moved)
     fast = implementation in ("cudnn", "fa3", "sage")
     known = "fast" if fast else implementation
     kind = f"attention_{known}_backward"
-    return Kernel(kind, kind, _BACKWARD * flops, moved)
+    return DeviceKernel(kind, kind, _BACKWARD * flops, moved)
 
 
 def _convolution(
@@ -135,7 +135,7 @@ def _convolution(
     args: Sequence[Any],
     outputs: Sequence[Tensor],
     moved: float,
-) -> Kernel:
+) -> DeviceKernel:
     """A convolution: 2 FLOPs for every output and every weight of its channel."""
     if name == "convolution_backward":
         result, _, weight = args[:3]
@@ -147,4 +147,4 @@ def _convolution(
         passes = 1
     kind = f"conv_{_precision(weight.dtype, _tf32(torch.backends.cudnn.conv))}"
     flops = 2.0 * passes * result.numel() * weight[0].numel()
-    return Kernel(kind, kind, flops, moved)
+    return DeviceKernel(kind, kind, flops, moved)
