@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import rm.cot_backend
 import rm.dual_rl
 from rm.cot_rollout import Rollouts
 from rm.data import Pair
@@ -196,13 +197,13 @@ def test_first_ratio_and_kl_are_neutral_at_any_temperature(pairs) -> None:
 def test_every_rollout_has_its_seed(pairs, monkeypatch) -> None:
     loop = build(pairs)
     seen: list[int] = []
-    original = rm.dual_rl.generate
+    original = rm.cot_backend.generate
 
     def note(*args, seeds, **options):
         seen.extend(seeds)
         return original(*args, seeds=seeds, **options)
 
-    monkeypatch.setattr(rm.dual_rl, "generate", note)
+    monkeypatch.setattr(rm.cot_backend, "generate", note)
     for step in range(2):
         loop.sample([0, 3], step)
     # 2 steps, 2 pairs, 2 sides, G rollouts
