@@ -155,7 +155,7 @@ def parse_command_line(
         "--measured",
         type=Path,
         metavar="FILE",
-        help="JSON of measured rates of the device, for --rehearse",
+        help="JSON of measured rates of the device, for --dry-run and --rehearse",
     )
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS

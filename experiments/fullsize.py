@@ -91,7 +91,7 @@ def measure_part(name: str, threads: int) -> dict[str, Any]:
     from common import distributed
     from common.memory import peak_memory
     from experiments import fullsize_parts
-    from launch.planning.plan import GIB, RESERVE
+    from launch.planning.plan import BUCKET, GIB, RESERVE
 
     torch.set_num_threads(threads)
     distributed.init_process_group()
@@ -104,7 +104,9 @@ def measure_part(name: str, threads: int) -> dict[str, Any]:
         plan, module, facts = part(Path(folder))
     process = peak_memory()["memory/peak_gb"] * GIB
     peak = process - libraries
-    predicted = plan.peak - RESERVE
+    # A CPU gives no memory to the reduce bucket, of which a part is written at most.
+    buckets = [part.bytes for part in plan.parts if part.name.endswith(BUCKET)]
+    predicted = plan.peak - RESERVE - sum(buckets)
     distributed.shutdown()
     return {
         "parameters": sum(p.numel() for p in module.parameters()),

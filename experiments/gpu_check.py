@@ -7,6 +7,9 @@ parallelism need two. The JSON is what `--measured FILE` of the commands reads:
 
     {"device": "h100", "rates": {...}, "measured": {...}}
 
+The parts are also rehearsed (`experiments.gpu_rehearsal`), so that measured figures stand beside
+those of the roofline. `--rehearse h100` does that alone, on a machine without a GPU.
+
 Exit codes: 0 all is well, 1 a test or a part failed, 2 there is no GPU.
 """
 
@@ -24,6 +27,8 @@ from experiments.runner import ROOT, commit, write_json
 
 # Names of parts, so that asking for help loads nothing.
 PARTS = ("rates", "dit", "decode", "reward_model", "update")
+# Those that have seconds by a roofline.
+REHEARSED = PARTS[1:]
 # A part that hangs must not hold the others up.
 PART_TIMEOUT_S = 600
 COMMAND = "python experiments/gpu_check.py"
@@ -35,7 +40,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu_check.json")
     parser.add_argument("--part", choices=PARTS, help="run this part, print its JSON")
     parser.add_argument("--no-tests", action="store_true", help="measure only")
+    parser.add_argument(
+        "--rehearse",
+        metavar="DEVICE",
+        help="only rehearse, on h100, h200, a100 or 4090",
+    )
     args = parser.parse_args()
+    if args.rehearse is not None:
+        rehearse(args.rehearse, args.part)
+        return
     require_gpu()
     if args.part is not None:
         # A part runs here, and its parent reads the last line.
@@ -57,7 +70,11 @@ def main() -> None:
         else:
             print(f"{part:14} done", flush=True)
 
-    # 3. The table, and the file that plans read.
+    # 3. How fast should it be?
+    if is_known(record["device"]):
+        record["measured"]["rehearsed"] = rehearse_all(record["device"])
+
+    # 4. The table, and the file that plans read.
     record["measured"]["minutes"] = round((time.time() - began) / 60, 1)
     print("\n".join(table(record)))
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +93,47 @@ def require_gpu() -> None:
     if not torch.cuda.is_available():
         sys.stderr.write("no CUDA device: nothing to check\n")
         sys.exit(2)
+
+
+def rehearse(device: str, part: str | None) -> None:
+    """Rehearse a part and print its JSON, or all of them and print a table."""
+    if not is_known(device):
+        sys.stderr.write(f"--rehearse {device}: plans do not know this device\n")
+        sys.exit(2)
+    if part is None:
+        for name, value in rehearse_all(device).items():
+            print(f"  {name:42}{value:10.4g}")
+        return
+    from launch.compose import quiet
+
+    quiet()
+
+    import torch
+
+    from experiments.gpu_parts import published
+    from experiments.gpu_rehearsal import rehearse_part
+
+    subject = published(torch.device("cpu"))
+    print(json.dumps(rehearse_part(part, subject, device)))
+
+
+def rehearse_all(device: str) -> dict[str, float]:
+    """Rehearse every part in its process; one that fails says so and has no figures."""
+    figures = {}
+    for part in REHEARSED:
+        found = last_line_of("--part", part, "--rehearse", device)
+        if isinstance(found, str):
+            print(f"{part:14} rehearsal FAILED: {found}", flush=True)
+        else:
+            figures |= found
+    return figures
+
+
+def is_known(device: str) -> bool:
+    """Whether plans know the rates of a device."""
+    from launch.planning.roofline import RATES
+
+    return device in RATES
 
 
 def run_tests() -> int:
@@ -136,10 +194,18 @@ def short_name(device: str) -> str:
 
 def add_part(record: dict[str, Any], part: str) -> str:
     """Run a part in its process and add its figures; return why that failed, or ""."""
-    words = [sys.executable, __file__, "--part", part]
+    found = last_line_of("--part", part)
+    if isinstance(found, str):
+        return found
+    merge(record, part, found)
+    return ""
+
+
+def last_line_of(*words: str) -> dict[str, Any] | str:
+    """Run this program in a process; return the JSON of its last line, or why there is none."""
     try:
         done = subprocess.run(
-            words,
+            [sys.executable, __file__, *words],
             stdout=subprocess.PIPE,
             text=True,
             check=False,
@@ -150,8 +216,7 @@ def add_part(record: dict[str, Any], part: str) -> str:
         return f"more than {PART_TIMEOUT_S} s"
     if done.returncode:
         return f"exit code {done.returncode}, see its traceback above"
-    merge(record, part, json.loads(done.stdout.splitlines()[-1]))
-    return ""
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def merge(record: dict[str, Any], part: str, found: dict[str, Any]) -> None:
@@ -164,8 +229,9 @@ def merge(record: dict[str, Any], part: str, found: dict[str, Any]) -> None:
 
 
 def table(record: dict[str, Any]) -> list[str]:
-    """Lines for the terminal: rates, seconds, and what could not be measured."""
-    lines = [f"{record['measured']['device_name']}"]
+    """Lines for the terminal: rates, figures beside the rehearsed ones, what is left out."""
+    rehearsed = record["measured"].get("rehearsed", {})
+    lines = [f"{record['measured']['device_name']}: measured, and by roofline"]
     for name, value in sorted(record["rates"].items()):
         # rates of work, or seconds of a kernel
         if value > 1:
@@ -177,7 +243,8 @@ def table(record: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             lines.append(f"  {name:42}{'yes' if value else 'NO':>10}")
         elif isinstance(value, int | float):
-            lines.append(f"  {name:42}{value:10.4g}")
+            expected = f"{rehearsed[name]:10.4g}" if name in rehearsed else ""
+            lines.append(f"  {name:42}{value:10.4g}{expected}")
     for name, reason in record["measured"]["left_out"].items():
         lines.append(f"  {name:42}{'-':>10} {reason}")
     return lines

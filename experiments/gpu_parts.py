@@ -33,6 +33,7 @@ from transformers import (
 from alignment.rewards.brightness import Brightness
 from common.config import load
 from common.distributed import seeded_generator
+from common.types import Score
 from experiments.gpu_rates import (
     RateSizes,
     first_line,
@@ -118,10 +119,10 @@ class PartResult:
 
 
 def published(device: torch.device) -> Subject:
-    """Wan 2.1 1.3B, and the larger Qwen3-VL that fits this device with room for a KV cache."""
-    size = "2B"
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 40 * GIB:
-        size = "8B"
+    """Wan 2.1 1.3B and Qwen3-VL 8B, or 2B where 8B has no room for a KV cache."""
+    size = "8B"
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 40 * GIB:
+        size = "2B"
     return Subject(WAN[WAN_NAME], WAN_VAE, QWEN3_VL[f"Qwen/Qwen3-VL-{size}-Instruct"])
 
 
@@ -239,9 +240,8 @@ def reward_model(subject: Subject, device: torch.device) -> PartResult:
     def score(cots: int, limit: int) -> None:
         model.generation = dataclasses.replace(model.generation, max_new_tokens=limit)
         found = DeScoreScorer(model, cots=cots).score(video, [PROMPT], fps=cfg.fps)
-        # A CoT that the limit cut has no score.
-        if cots and not bool(found.value_B.isnan().all()):
-            raise RuntimeError("a random CoT has ended, so that its tokens are unknown")
+        if cots:
+            require_cut(found)
 
     with peak_of(device) as peak:
         without = seconds_of(lambda: score(0, SHORT_COT), device)
@@ -257,6 +257,13 @@ def reward_model(subject: Subject, device: torch.device) -> PartResult:
             "reward_model_peak_gib": peak.gib,
         }
     )
+
+
+def require_cut(found: Score) -> None:
+    """Raise RuntimeError for a CoT that ended before its limit: its tokens are unknown."""
+    # a CoT that the limit cut has no score
+    if not bool(found.value_B.isnan().all()):
+        raise RuntimeError("a random CoT has ended, so that its tokens are unknown")
 
 
 def update(subject: Subject, device: torch.device) -> PartResult:

@@ -11,18 +11,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import torch
+
 from experiments import gpu_parts
 from experiments.gpu_parts import GIB, Peak, Subject
 
 if TYPE_CHECKING:
-    import torch
-
     from launch.rehearsal.device import SimulatedGpu
 
 # Nothing is computed in a rehearsal: these figures would mean nothing.
 NUMBERS = ("repeats/", "decode_error/", "ratio_", "grad_norm")
 # Of both updates of the part.
 UPDATES = 2
+# A token that ends nothing.
+WORD = 100
 
 
 def rehearse_part(name: str, subject: Subject, device: str) -> dict[str, float]:
@@ -71,11 +73,20 @@ def instruments_of(gpu: SimulatedGpu) -> Iterator[None]:
     @contextmanager
     def peak_of(device: torch.device) -> Iterator[Peak]:
         peak = Peak()
-        with gpu.ledger.record() as costs:
-            yield peak
-        peak.gib = costs.peak / GIB
+        for costs in gpu.ledger.phases.values():
+            costs.peak = gpu.ledger.live
+        yield peak
+        peaks = [costs.peak for costs in gpu.ledger.phases.values()]
+        peak.gib = max(peaks) / GIB
 
+    stand_ins = {
+        "seconds_of": seconds_of,
+        "peak_of": peak_of,
+        # no CoT ends, since no chosen token is the end
+        "require_cut": lambda _: None,
+    }
+    gpu.choose_tokens = lambda result: torch.full_like(result, WORD, device="cpu")
     with ExitStack() as stack:
-        for name, stand_in in (("seconds_of", seconds_of), ("peak_of", peak_of)):
+        for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(gpu_parts, name, stand_in))
         yield

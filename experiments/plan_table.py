@@ -31,6 +31,7 @@ class PlannedRecipe(NamedTuple):
 
 # A smaller video.
 SMALL = "../sizes/240x416x33.yaml"
+SISTERS = "../sisters/"
 # "the same" marks a variant of the recipe above it.
 RECIPES = (
     PlannedRecipe("DeScore, cold start (8B)", ColdStartRun, ("cold_start.yaml",)),
@@ -46,6 +47,15 @@ RECIPES = (
     ),
     PlannedRecipe("Longcat-GRPO", GrpoRun, ("grpo.yaml",)),
     PlannedRecipe("the same, 240 x 416 x 33", GrpoRun, ("grpo.yaml", SMALL)),
+    PlannedRecipe(
+        "the same, Flow-GRPO", GrpoRun, ("grpo.yaml", SISTERS + "flow_grpo.yaml")
+    ),
+    PlannedRecipe(
+        "the same, Flash-GRPO", GrpoRun, ("grpo.yaml", SISTERS + "flash_grpo.yaml")
+    ),
+    PlannedRecipe(
+        "the same, MixGRPO", GrpoRun, ("grpo.yaml", SISTERS + "mixgrpo.yaml")
+    ),
     PlannedRecipe("pairs, one prompt", PairsRun, ("pairs.yaml",)),
     PlannedRecipe("Flow-DPO", DpoRun, ("dpo.yaml",)),
     PlannedRecipe("the same, 240 x 416 x 33", DpoRun, ("dpo.yaml", SMALL)),
@@ -109,7 +119,7 @@ def page_of(device: Device, table: Sequence[str]) -> list[str]:
         "",
         f"Made by `python experiments/plan_table.py` at commit {commit()}: what `--dry-run` "
         "predicts; nothing ran on a GPU. Peak memory of a rank (4 GiB of it a reserve) and time "
-        f"of a step on {device.name} at half its peak.",
+        f"of a step on {device.name}, by the roofline of its kernels and without communication.",
         "",
         *table,
     ]

@@ -22,6 +22,7 @@ from experiments import tables
 from experiments.runner import ROOT, commit
 
 HEAD = ("recipe", "unit", "seconds", "peak GiB", "seconds by phase")
+HEAD_OF_PLANS = ("recipe", "seconds", "planned", "", "peak GiB", "planned", "")
 OUT = ROOT / "docs" / "results" / "rehearsal.json"
 WORK = ROOT / "runs" / "rehearsal"
 
@@ -30,11 +31,12 @@ WORK = ROOT / "runs" / "rehearsal"
 class RecipeVariant:
     """A row of the table.
 
-    name       Of the cell's file.
-    title      "the same, ..." is a variant of the recipe above it.
-    script     The command, in launch/.
-    config     Its recipe, in configs/wan.
-    overrides  Changes of the recipe.
+    name         Of the cell's file.
+    title        "the same, ..." is a variant of the recipe above it.
+    script       The command, in launch/.
+    config       Its recipe, in configs/wan.
+    overrides    Changes of the recipe.
+    planned      Whether its plan stands beside it.
     """
 
     name: str
@@ -42,6 +44,7 @@ class RecipeVariant:
     script: str
     config: str
     overrides: tuple[str, ...] = ()
+    planned: bool = False
 
     def words(self, where: str) -> list[str]:
         """The command line, without the file of the result."""
@@ -55,54 +58,83 @@ class RecipeVariant:
         ]
 
 
-# Changes of the generator, each of which may be tried alone.
-ADAPTER = ("generator.lora.compute_dtype=bfloat16",)
+# The paper's 16 steps with the exact module: the recipe of 0.3.0.
+PLAIN = (
+    "generator.lora.compute_dtype=float32",
+    "generator.sampler.merge_adapter=false",
+    "generator.sampler.tail_solver=euler",
+    "generator.sampler.tail_steps=null",
+)
 MERGED = ("generator.sampler.merge_adapter=true",)
-ATTENTION = ("generator.attention=_native_cudnn",)
+HALF = ("generator.lora.compute_dtype=bfloat16",)
+TF32 = ("generator.tf32=true",)
+CUDNN = ("generator.attention=_native_cudnn",)
 COMPILED = ("generator.compile=true",)
 VAE = ("generator.vae_dtype=bfloat16", "generator.vae_channels_last=true")
-INT8 = ("generator.sampler.tail_attention=sage",)
-AB2 = ("generator.sampler.tail_steps=6", "generator.sampler.tail_solver=ab2")
-EXACT = (*ADAPTER, *MERGED, *ATTENTION, *COMPILED, *VAE)
-NO_ADAPTER = (*ATTENTION, *COMPILED, *VAE)
+SAGE = ("generator.sampler.tail_attention=sage",)
+AB2 = ("generator.sampler.tail_solver=ab2", "generator.sampler.tail_steps=6")
+# Changes that keep the 16 steps and exact kernels, and what is faster still.
+EXACT = (*MERGED, *HALF, *CUDNN, *COMPILED, *VAE)
+# Chains of thought of several micro-batches together.
+TOGETHER = ("dual_rl.cot_batch=8",)
 
 
-def _grpo(name: str, change: str, overrides: tuple[str, ...]) -> RecipeVariant:
+def grpo(name: str, title: str, *changes: str) -> RecipeVariant:
+    """A variant of Longcat-GRPO: the plain recipe with changes."""
     return RecipeVariant(
-        f"grpo-{name}", f"the same, {change}", "grpo", "grpo", overrides
+        f"grpo-{name}", f"the same, {title}", "grpo", "grpo", (*PLAIN, *changes)
     )
 
 
 VARIANTS = (
-    RecipeVariant("grpo", "Longcat-GRPO", "grpo", "grpo"),
-    _grpo("adapter", "adapter products in bf16", ADAPTER),
-    _grpo("merged", "merged adapter in prefix and tail", MERGED),
-    _grpo("attention", "cuDNN's attention", ATTENTION),
-    _grpo("compiled", "compiled blocks", COMPILED),
-    _grpo("vae", "VAE in bf16", VAE),
-    _grpo("int8", "int8 attention in the tail", INT8),
-    _grpo("ab2", "6 `ab2` steps of the tail", AB2),
-    _grpo("exact", "all of these that keep the sampler", EXACT),
-    _grpo("exact-int8", "these, and int8 attention in the tail", (*EXACT, *INT8)),
-    _grpo("all", "these, and 6 `ab2` steps", (*EXACT, *INT8, *AB2)),
-    RecipeVariant("dpo", "Flow-DPO", "dpo", "dpo"),
+    RecipeVariant(
+        "grpo-plain", "Longcat-GRPO of 0.3.0", "grpo", "grpo", PLAIN, planned=True
+    ),
+    grpo("merged", "adapter merged in prefix and tail", *MERGED),
+    grpo("half", "adapter products in bf16", *HALF),
+    grpo("tf32", "TF32", *TF32),
+    grpo("cudnn", "cuDNN's attention", *CUDNN),
+    grpo("compiled", "compiled blocks", *COMPILED),
+    grpo("vae", "VAE in bf16, channels last", *VAE),
+    grpo("sage", "int8 attention in the tail", *SAGE),
+    grpo("ab2", "6 `ab2` steps of the tail", *AB2),
+    grpo("exact", "16 steps: merged, bf16 products, cuDNN, compiled, VAE", *EXACT),
+    grpo("exact-sage", "and int8 attention in the tail", *EXACT, *SAGE),
+    grpo("all", "and 6 `ab2` steps", *EXACT, *SAGE, *AB2),
+    RecipeVariant("grpo", "Longcat-GRPO, the recipe", "grpo", "grpo", planned=True),
+    RecipeVariant("dpo", "Flow-DPO", "dpo", "dpo", planned=True),
     RecipeVariant(
         "dpo-all",
-        "the same, bf16 adapter, cuDNN's attention, compiled blocks",
+        "the same, bf16 products, cuDNN, compiled",
         "dpo",
         "dpo",
-        (*ADAPTER, *ATTENTION, *COMPILED),
+        (*HALF, *CUDNN, *COMPILED),
     ),
-    RecipeVariant("pairs", "pairs, one prompt", "pairs", "pairs"),
+    RecipeVariant("pairs", "pairs, one prompt", "pairs", "pairs", planned=True),
     RecipeVariant(
         "pairs-all",
-        "the same, cuDNN's attention, compiled blocks, VAE in bf16",
+        "the same, merged, cuDNN, compiled, VAE",
         "pairs",
         "pairs",
-        NO_ADAPTER,
+        (*MERGED, *CUDNN, *COMPILED, *VAE),
     ),
-    RecipeVariant("cold-start", "DeScore, cold start (8B)", "cold_start", "cold_start"),
-    RecipeVariant("dual-rl", "DeScore, dual RL (8B)", "dual_rl", "dual_rl"),
+    RecipeVariant(
+        "cold-start",
+        "DeScore, cold start (8B)",
+        "cold_start",
+        "cold_start",
+        planned=True,
+    ),
+    RecipeVariant(
+        "dual-rl", "DeScore, dual RL (8B)", "dual_rl", "dual_rl", planned=True
+    ),
+    RecipeVariant(
+        "dual-rl-together",
+        "the same, chains of thought of 8 videos together",
+        "dual_rl",
+        "dual_rl",
+        TOGETHER,
+    ),
 )
 
 
@@ -125,6 +157,9 @@ def main() -> None:
             run(variant, args.where, file)
         if file.is_file():
             cells[variant.name] = read_json(file)
+            if variant.planned and "plan" not in cells[variant.name]:
+                cells[variant.name]["plan"] = plan(variant, args.where)
+                write_json(file, cells[variant.name])
     write_json(args.out, {"commit": commit(), "where": args.where, "cells": cells})
     tables.write_page(args.out.with_suffix(".md"), list(page_of(cells, args.where)))
     print(f"{args.out} and {args.out.with_suffix('.md')}")
@@ -152,9 +187,53 @@ def run(variant: RecipeVariant, where: str, file: Path) -> None:
         )
     if done.returncode:
         sys.exit(f"{variant.name} ended with {done.returncode}, see {log.name}")
-    record = {"words": words, "commit": commit()}
-    write_json(file, {**record, **read_json(partial)})
+    record = {"words": words, "commit": commit(), **read_json(partial)}
+    write_json(file, record)
     partial.unlink()
+
+
+def plan(variant: RecipeVariant, where: str) -> dict[str, float]:
+    """Plan a variant; the reserve is not part of the peak here."""
+    from common.config import load
+    from launch.compose import quiet
+    from launch.planning.dry_run import parse_where
+    from launch.planning.plan import GIB, RESERVE
+    from launch.planning.runs import plan_of
+    from launch.schemas.pairs import DpoRun, PairsRun
+    from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
+
+    quiet()
+    schemas = {
+        "grpo": GrpoRun,
+        "dpo": DpoRun,
+        "pairs": PairsRun,
+        "cold_start": ColdStartRun,
+        "dual_rl": DualRlRun,
+    }
+    file = ROOT / "configs" / "wan" / f"{variant.config}.yaml"
+    cfg = load(schemas[variant.script], file, variant.overrides)
+    planned = plan_of(cfg, parse_where(where))
+    return {
+        "seconds": round(planned.seconds, 2),
+        "peak_gib": round((planned.peak - RESERVE) / GIB, 2),
+    }
+
+
+def comparison_of(cells: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of rehearsals beside their plans."""
+    rows = []
+    for variant in VARIANTS:
+        cell = cells.get(variant.name, {})
+        if "plan" not in cell:
+            continue
+        row = [variant.title]
+        for key, digits in (("seconds", 1), ("peak_gib", 1)):
+            found = cell[key]
+            planned = cell["plan"][key]
+            row += [f"{found:,.{digits}f}", f"{planned:,.{digits}f}"]
+            row.append(f"{planned / found - 1:+.1%}")
+        rows.append(tuple(row))
+    return rows
 
 
 def page_of(cells: Mapping[str, Any], where: str) -> Iterator[str]:
@@ -187,6 +266,15 @@ def page_of(cells: Mapping[str, Any], where: str) -> Iterator[str]:
         "",
         *tables.markdown_table(HEAD, rows),
     )
+    compared = comparison_of(cells)
+    if compared:
+        yield from (
+            "",
+            "Rehearsals beside the plans of `--dry-run`, without the reserve. A rehearsal draws "
+            "the places of its stochastic steps, a plan takes the MEAN over all of them.",
+            "",
+            *tables.markdown_table(HEAD_OF_PLANS, compared),
+        )
 
 
 if __name__ == "__main__":

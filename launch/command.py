@@ -67,7 +67,7 @@ def _parse(
     if command.dry_run is not None:
         from launch.planning.dry_run import dry_run
 
-        dry_run(command.cfg, command.dry_run)
+        dry_run(command.cfg, command.dry_run, command.measured)
     return command
 
 

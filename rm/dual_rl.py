@@ -251,6 +251,7 @@ class DualRl:
 
     def update(self, parts: Sequence[Rollouts]) -> dict[str, float]:
         """Take one optimizer step on this rank's micro-batches of an update."""
+        progress.enter("update")
         # 1. Count tokens and decided (pair, rollout) over all ranks: the divisors of the loss.
         cfg = self.cfg
         tokens = max(1.0, sum_over_ranks(sum(part.tokens for part in parts)))

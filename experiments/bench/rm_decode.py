@@ -9,7 +9,8 @@ Two loops write CoTs of the same length, with the same tokens:
     buffers   `rm.generate`
 
 Milliseconds a token are medians of alternating rounds, in fp32, without the forward of the
-prompts. CoTs never end by themselves here.
+prompts: of the processor (``ratio`` is theirs) and by the clock, which counts what else the
+machine does. Short CoTs are written more often. CoTs never end by themselves here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -49,7 +51,11 @@ def write_with_dynamic_cache(
     # 1. The prompts.
     cache = DynamicCache(config=model.backbone.config.text_config)
     row_B = torch.arange(len(batch.ids_BL))
-    hidden_BLD = model.hidden(batch, past_key_values=cache, use_cache=True)
+    hidden_BLD = model.hidden(
+        batch,
+        past_key_values=cache,
+        use_cache=True,
+    )
     last_BD = hidden_BLD[row_B, batch.last_B]
     position_B = batch.position_3BL[0, row_B, batch.last_B]
 
@@ -110,14 +116,32 @@ def make_batch(model: DeScore, videos: int) -> Batch:
     return model.batch(encoded, prepared, query=False)
 
 
-def time_dynamic(
-    model: DeScore, batch: Batch, how: Generation
-) -> tuple[float, list[PackedCot]]:
-    """Seconds of the decode loop on DynamicCache, and its CoTs."""
+@dataclass(frozen=True)
+class Timed:
+    """CoTs, and the seconds of their loop: of the processor, and by the clock."""
+
+    cots: list[PackedCot]
+    processor: float
+    clock: float
+
+
+def now() -> tuple[float, float]:
+    """Seconds of the processor and of the clock."""
+    return time.process_time(), time.perf_counter()
+
+
+def timed(cots: list[PackedCot], start: tuple[float, float]) -> Timed:
+    """The seconds since ``start``."""
+    processor, clock = now()
+    return Timed(cots, processor - start[0], clock - start[1])
+
+
+def time_dynamic(model: DeScore, batch: Batch, how: Generation) -> Timed:
+    """Time the decode loop on DynamicCache."""
     times = []
 
     def on_prompts() -> None:
-        times.append(time.perf_counter())
+        times.append(now())
 
     cots = write_with_dynamic_cache(
         model,
@@ -127,22 +151,18 @@ def time_dynamic(
         1,
         on_prompts,
     )
-    seconds = time.perf_counter() - times[0]
-    return seconds, cots
+    return timed(cots, times[0])
 
 
-def time_buffers(
-    model: DeScore, batch: Batch, how: Generation
-) -> tuple[float, list[PackedCot]]:
-    """Seconds of the decode loop of `rm.generate`, and its CoTs."""
+def time_buffers(model: DeScore, batch: Batch, how: Generation) -> Timed:
+    """Time the decode loop of `rm.generate`."""
     seeds = range(len(batch.ids_BL))
     with torch.no_grad():
         prompts = _read_prompts(model, batch, 1)
-        start = time.perf_counter()
+        start = now()
         written = _write(model, prompts, how, seeds)
-        seconds = time.perf_counter() - start
     cots = [written.cot(row) for row in seeds]
-    return seconds, cots
+    return timed(cots, start)
 
 
 def measure(model: DeScore, batch: Batch, tokens: int, rounds: int) -> dict[str, float]:
@@ -155,27 +175,31 @@ def measure(model: DeScore, batch: Batch, tokens: int, rounds: int) -> dict[str,
         temperature=1.0,
         repetition_penalty=1.0,
     )
-    seconds: dict[str, list[float]] = {"dynamic": [], "buffers": []}
+    runs: dict[str, list[Timed]] = {"dynamic": [], "buffers": []}
 
     # The loops in turn.
     for _ in range(rounds):
-        dynamic, wanted = time_dynamic(model, batch, how)
-        buffers, found = time_buffers(model, batch, how)
-        seconds["dynamic"].append(dynamic)
-        seconds["buffers"].append(buffers)
+        runs["dynamic"].append(time_dynamic(model, batch, how))
+        runs["buffers"].append(time_buffers(model, batch, how))
 
         # A comparison of two different things would be worth nothing.
-        if found != wanted:
+        cots = runs["buffers"][-1].cots
+        if cots != runs["dynamic"][-1].cots:
             raise RuntimeError(f"the tokens of the two loops differ at {tokens} tokens")
-        if min(len(cot.ids) for cot in found) < tokens:
+        if min(len(cot.ids) for cot in cots) < tokens:
             raise RuntimeError("a chain of thought ended by itself")
 
     # Medians over the rounds.
     result = {}
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        result[name] = 1000 * median / tokens
-    result["ratio"] = result["buffers"] / result["dynamic"]
+    for name, loops in runs.items():
+        processor = statistics.median(loop.processor for loop in loops)
+        clock = statistics.median(loop.clock for loop in loops)
+        result[name] = 1000 * processor / tokens
+        result[f"{name}_clock"] = 1000 * clock / tokens
+    for clock in ("", "_clock"):
+        dynamic = result[f"dynamic{clock}"]
+        buffers = result[f"buffers{clock}"]
+        result[f"ratio{clock}"] = buffers / dynamic
     return result
 
 
@@ -200,7 +224,8 @@ def main() -> None:
     # Every length.
     table = {}
     for tokens in args.tokens:
-        table[str(tokens)] = measure(model, batch, tokens, args.rounds)
+        rounds = args.rounds * max(1, 256 // tokens)
+        table[str(tokens)] = measure(model, batch, tokens, rounds)
     record = {
         "videos": args.videos,
         "prompt_tokens": batch.ids_BL.shape[1],

@@ -1,12 +1,13 @@
-"""``--dry-run``: print the resolved config and what the run needs, before anything is loaded.
+"""``--dry-run``: print what the run needs and its resolved config, before anything is loaded.
 
     python launch/grpo.py --config configs/wan/grpo.yaml --dry-run 8xh100
-    python launch/grpo.py --config configs/wan/grpo.yaml --dry-run 64xa100@0.4   # 40 % of the peak
+    python launch/grpo.py --config configs/wan/grpo.yaml --dry-run 64xa100@0.8  # 80 % of it
 
-The modules are built on the meta device from their configs, so that parameters and FLOPs are those
-of the code that will run; memory is that of its tensors (`launch.planning.meta_device`). Seconds
-and the reserve are predictions. Missing input files are listed. Exit code 1 where the plan does not
-fit the device's memory, or the ranks do not divide the batch.
+The modules are built without weights from their configs, and each call of a step is made once on
+the simulated GPU of ``--rehearse``: kernels and tensors are those of the code that will run, and
+seconds are those of their roofline (`launch.planning.roofline`), or of the rates of ``--measured``.
+The reserve and the host's memory are estimates. Missing input files are listed. Exit code 1 where
+the plan does not fit the device's memory, or the ranks do not divide the batch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,38 +51,42 @@ _INPUTS = (
 )
 
 
-def dry_run(cfg: Any, text: str) -> NoReturn:
-    """Print the config and the plan of a run, then exit.
+def dry_run(cfg: Any, text: str, measured: Path | None = None) -> NoReturn:
+    """Print the plan and the config of a run, then exit.
 
     The exit code is 0 if it fits, 1 if it does not, and 2 if it cannot be planned.
     """
-    where = parse_where(text)
+    where = replace(parse_where(text), measured=measured)
     from launch.compose import quiet
 
-    # The config, before anything that may fail.
+    # The plan, or the reason why there is none.
+    quiet()
+    with user_errors():
+        check_generator(cfg)
+        plan = plan_of(cfg, where)
+    missing = missing_inputs(cfg, planned=plan is not None)
+    if plan is None:
+        name = type(cfg).__name__
+        lines = [f"nothing is planned for a {name}: the config is valid", *missing]
+    else:
+        lines = lines_of(plan, missing=missing)
+    print("\n".join(lines))
+
+    # The config, which is longer.
     settings = yaml.safe_dump(
         plain(cfg),
         sort_keys=False,
         allow_unicode=True,
         width=120,
     )
-    print(hide_secrets(settings))
-    quiet()
+    print(f"\n{hide_secrets(settings)}")
+    fits = plan is None or fits_device(plan)
+    sys.exit(0 if fits else 1)
 
-    # The plan.
-    with user_errors():
-        check_generator(cfg)
-        plan = plan_of(cfg, where)
 
-    # What it needs, or the reason why there is no plan.
-    missing = missing_inputs(cfg, planned=plan is not None)
-    if plan is None:
-        name = type(cfg).__name__
-        lines = [f"nothing is planned for a {name}: the config is valid", *missing]
-        print("\n".join(lines))
-        sys.exit(0)
-    print("\n".join(lines_of(plan, missing=missing)))
-    sys.exit(1 if plan.problems or plan.peak > where.device.memory else 0)
+def fits_device(plan: Plan) -> bool:
+    """Whether the ranks divide the batch and a rank's memory suffices."""
+    return not plan.problems and plan.peak <= plan.where.device.memory
 
 
 def check_generator(cfg: Any) -> None:
@@ -94,17 +100,17 @@ def check_generator(cfg: Any) -> None:
 
 
 def parse_where(text: str, *, option: str = "--dry-run") -> Where:
-    """Parse ``8xh100@0.5``: ranks (default 1), device, share of its peak (default 0.5).
+    """Parse ``8xh100@0.8``: ranks (default 1), device, share of its roofline (default 1).
 
     Exits with code 2 for anything else.
     """
     match = _WHERE.fullmatch(text.lower())
     if match is None or match[2] not in DEVICES or match[1] == "0":
         exit_with_error(
-            f"{option} {text}: want GPUSxDEVICE@UTILISATION, such as 8xh100 or 1xa100@0.4, "
+            f"{option} {text}: want GPUSxDEVICE@UTILISATION, such as 8xh100 or 1xa100@0.8, "
             f"with a device of {', '.join(DEVICES)}"
         )
-    return Where(DEVICES[match[2]], int(match[1] or 1), float(match[3] or 0.5))
+    return Where(DEVICES[match[2]], int(match[1] or 1), float(match[3] or 1.0))
 
 
 def missing_inputs(cfg: Any, *, planned: bool) -> list[str]:
@@ -138,7 +144,7 @@ def lines_of(
     where = plan.where
     assumed = [f"  NOTE {line}" for line in plan.assumed]
     lines = [
-        f"plan for {where.ranks} x {where.device.name} at {where.utilisation:.0%} of its peak",
+        f"plan for {where.ranks} x {where.device.name}, {_rates(where)}",
         *assumed,
         *(f"  NOTE {line}" for line in missing),
         "",
@@ -156,6 +162,9 @@ def lines_of(
         _memory("peak", plan.peak),
         _memory("of the device", where.device.memory),
     ]
+    if plan.host:
+        lines += ["", f"  memory of the host, for a rank{'':10}GiB"]
+        lines += [_memory(part.name, part.bytes) for part in plan.host]
 
     # Time.
     lines += ["", f"  one {plan.unit:32}TFLOP a rank   seconds"]
@@ -165,9 +174,20 @@ def lines_of(
     lines.append(_time("together", flops, plan.seconds))
     if plan.count:
         hours = plan.count * plan.seconds / 3600
-        lines.append(f"  {plan.count:,} of them: {hours:,.1f} hours")
+        lines.append(
+            f"  the whole run, {plan.count:,} of them: {hours:,.1f} hours, "
+            f"{hours * where.ranks:,.0f} GPU hours"
+        )
     lines += [*assumed, f"  disk for what is saved: {plan.disk / GIB:.1f} GiB"]
     return [*lines, *_verdict(plan)]
+
+
+def _rates(where: Where) -> str:
+    """Say by which rates the seconds are."""
+    rates = "at the roofline of its kernels"
+    if where.utilisation < 1:
+        rates = f"at {where.utilisation:.0%} of the roofline of its kernels"
+    return rates if where.measured is None else f"{rates}, by {where.measured}"
 
 
 def _memory(name: str, size: float) -> str:
@@ -186,14 +206,14 @@ def _verdict(plan: Plan) -> list[str]:
     """Say whether the run fits; if not, list the largest parts and what reduces memory."""
     memory = plan.where.device.memory / GIB
     peak = plan.peak / GIB
-    lines = [f"  DOES NOT FIT: {problem}" for problem in plan.problems]
+    lines = [f"  does not fit: {problem}" for problem in plan.problems]
     if peak <= memory:
         start = "" if lines else "fits: "
         return [*lines, f"  {start}a rank needs {peak:.1f} of {memory:.1f} GiB"]
 
     # The largest parts, whether temporary or not.
     lines += [
-        f"  DOES NOT FIT: a rank needs {peak:.1f} GiB and has {memory:.1f}, "
+        f"  does not fit: a rank needs {peak:.1f} GiB and has {memory:.1f}, "
         f"{peak - memory:.1f} are missing.",
         "  The largest parts:",
     ]

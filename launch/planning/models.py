@@ -1,8 +1,9 @@
-"""Build the models of a plan on the meta device, and measure their sizes and the cost of a call."""
+"""Build the models of a plan without weights, and measure their sizes and what calls cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,19 +14,32 @@ import torch
 from common.files import read_json
 from common.shipped import shipped
 from launch.planning import known_models
-from launch.planning.meta_device import Cost, cost_of
+from launch.planning.meter import Cost, Meter
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from torch import Tensor, nn
 
     from generator.config import GeneratorConfig
-    from rm.config import BackboneLora, LearningRates, VideoSettings
-    from rm.model import DeScore
+    from generator.wan import WanGenerator
+    from launch.schemas.training import GrpoRun
+    from rm.config import BackboneLora, Generation, LearningRates, VideoSettings
+    from rm.model import Batch, DeScore
+    from rm.prompt import Encoded
+    from rm.video import PreparedVideo
 
 # Token counts of the released runs: DeScore's instruction with its prompt, a chain of thought
 PROMPT_TOKENS = 500
 COT_TOKENS = 800
+# What is generated and scored: its text does not matter.
+PROMPT = "A paper boat drifts down a gutter in the rain."
+EMBEDDED_TOKENS = 40
+# Any id that is no special token.
+_WORD = 65
+# Of the released settings.
+_PENALTY = 1.05
+# So many seeds find every place of the stochastic steps.
+_TRIED = 64
 # No text is read, so that any tokenizer serves.
 _TOKENIZER = "assets/shapes/qwen"
 
@@ -53,10 +67,14 @@ def sizes_of(module: nn.Module) -> Sizes:
 
 
 class MetaWan:
-    """Transformer, VAE and text encoder of a `GeneratorConfig` on the meta device."""
+    """Transformer, VAE and text encoder of a `GeneratorConfig`, without weights.
 
-    def __init__(self, cfg: GeneratorConfig) -> None:
+    meter  Measures calls; None where only sizes are asked for.
+    """
+
+    def __init__(self, cfg: GeneratorConfig, meter: Meter | None = None) -> None:
         self.cfg = cfg
+        self.meter = meter
         self.dtype = getattr(torch, cfg.dtype)
         self._published = cfg.path in known_models.WAN
 
@@ -65,11 +83,14 @@ class MetaWan:
         """The transformer without adapter, in the data types of a run."""
         from diffusers import WanTransformer3DModel
 
+        from generator import attention
+
         # Weights are not needed, only shapes.
         known = known_models.WAN.get(self.cfg.path)
         config = _config_of(self.cfg.path, "transformer", known)
         with torch.device("meta"):
             module = WanTransformer3DModel.from_config(config)
+        attention.set_backend(module, self.cfg.attention)
         if self.cfg.gradient_checkpointing:
             module.enable_gradient_checkpointing()
 
@@ -95,14 +116,16 @@ class MetaWan:
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
-        """The VAE, in fp32."""
+        """The VAE, in its dtype."""
         from diffusers import AutoencoderKLWan
 
         # A folder has its config; published sizes share that of Wan 2.1.
         known = known_models.WAN_VAE if self._published else None
         config = _config_of(self.cfg.path, "vae", known)
         with torch.device("meta"):
-            return AutoencoderKLWan.from_config(config).eval()
+            vae = AutoencoderKLWan.from_config(config)
+        vae = vae.to(getattr(torch, self.cfg.vae_dtype))
+        return vae.requires_grad_(requires_grad=False).eval()
 
     @cached_property
     def text_encoder(self) -> nn.Module:
@@ -113,6 +136,35 @@ class MetaWan:
         config = UMT5Config(**_config_of(self.cfg.path, "text_encoder", known))
         with torch.device("meta"):
             return UMT5EncoderModel(config).to(self.dtype)
+
+    @cached_property
+    def generator(self) -> WanGenerator:
+        """The generator of a run, whose calls with equal shapes are measured twice at most."""
+        from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+        from generator.latents import store_channels_last
+        from generator.wan import WanGenerator, compile_blocks
+        from launch.rehearsal.repeats import repeat_calls
+
+        # As `WanGenerator.load` prepares them.
+        gpu = self.meter.gpu
+        module = self.module
+        if self.cfg.compile:
+            compile_blocks(self.transformer)
+        if self.cfg.vae_channels_last:
+            store_channels_last(self.vae)
+        for model in (self.transformer, self.vae):
+            repeat_calls(gpu, model)
+        pipeline = WanPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=self.vae,
+            transformer=self.transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        )
+        # Ranks that share tokens are not there: the plan divides by their number.
+        cfg = replace(self.cfg, context_parallel=1)
+        return WanGenerator(cfg, pipeline, module, gpu.device)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -134,12 +186,7 @@ class MetaWan:
         t, y, x = self.transformer.config.patch_size
         return (frames // t) * (height // y) * (width // x)
 
-    def forward(
-        self,
-        samples: int,
-        *,
-        grad: bool,
-    ) -> Cost:
+    def forward(self, samples: int, *, grad: bool) -> Cost:
         """Measure the transformer on ``samples`` latents; ``grad`` includes the backward."""
         # The prompt is padded to its longest length.
         text_shape = (
@@ -156,17 +203,104 @@ class MetaWan:
                 return_dict=False,
             )[0]
 
-        return _cost_of_pass(self.module, velocity, grad=grad)
+        return _cost_of_pass(self.meter, self.module, velocity, grad=grad)
+
+    def rollout(self, members: int) -> Cost:
+        """Measure the rollout of a group, MEAN over where its stochastic steps may be."""
+        # Steps follow from the seed, and those of a moving window from the iteration.
+        how = self.cfg.sampler
+        places = {}
+        for i in range(_TRIED):
+            iteration = i * (how.window_every or 1)
+            steps = tuple(self.generator._walk(PROMPT, i, iteration).steps)
+            places.setdefault(steps, (i, iteration))
+        total = Cost()
+        with self._given_prompts():
+            for seed, iteration in places.values():
+                total += self.meter.cost(
+                    lambda seed=seed, iteration=iteration: self.generator.rollout(
+                        [PROMPT],
+                        group_size=members,
+                        seeds=[seed],
+                        iteration=iteration,
+                    )
+                )
+        return total * (1 / len(places))
+
+    def sample(self, videos: int) -> Cost:
+        """Measure sampling videos for an evaluation or for pairs."""
+        with self._given_prompts():
+            return self.meter.cost(
+                lambda: self.generator.sample([PROMPT] * videos, range(videos))
+            )
+
+    def update(self, cfg: GrpoRun, members: int) -> Cost:
+        """Measure the losses and backwards of one group: all of its stochastic steps."""
+        from alignment.grpo import GrpoLoop
+        from alignment.grpo_losses import weights_of_steps
+
+        generator = self.generator
+        loop = GrpoLoop(
+            cfg.grpo,
+            generator=generator,
+            rewards={},
+            weights={},
+            engine=None,
+            prompts=None,
+            fps=self.cfg.fps,
+        )
+
+        with self._given_prompts(), gradients_dropped(self.module):
+            (group,) = generator.rollout([PROMPT], group_size=members, seeds=[0])
+            weights = weights_of_steps(
+                group.steps,
+                form=cfg.grpo.reweight,
+                normalize=cfg.grpo.normalize_step_weights,
+            )
+
+            def backward(place: int) -> None:
+                output = loop.loss(
+                    PROMPT, group.steps[place], torch.zeros(members), weights[place]
+                )
+                output.loss.backward()
+
+            # Only at the first step may members share their latent; the others cost the same.
+            total = self.meter.cost(lambda: backward(0))
+            others = len(group.steps) - 1
+            if others:
+                total += self.meter.cost(lambda: backward(1)) * others
+            return total
+
+    def flow_error(self, videos: int, *, reference: bool) -> Cost:
+        """Measure the flow-matching error of ``videos`` latents, with its backward.
+
+        ``reference`` is that of the reference policy, without a backward.
+        """
+        x_BCFHW = _meta(videos, *self.latent_shape)
+
+        def error() -> Tensor:
+            sigma_B = torch.full((videos,), 0.5)
+            return self.generator.flow_error(
+                x_BCFHW, x_BCFHW, sigma_B, [PROMPT] * videos
+            )
+
+        with self._given_prompts():
+            if not reference:
+                return _cost_of_pass(self.meter, self.module, error, grad=True)
+            with torch.no_grad(), self.generator.reference():
+                return self.meter.cost(error)
 
     def decode(self, videos: int) -> Cost:
-        """Measure the VAE from the latents of ``videos`` to pixels."""
+        """Measure the VAE from the latents of ``videos`` to pixels on the host."""
         latent_BCFHW = _meta(videos, *self.latent_shape)
+        return self.meter.cost(lambda: self.generator.decode(latent_BCFHW))
 
-        def run() -> None:
-            with torch.no_grad():
-                self.vae.decode(latent_BCFHW, return_dict=False)
-
-        return cost_of(run)
+    def _given_prompts(self) -> AbstractContextManager[None]:
+        """Embeddings of the prompt and of the negative prompt, as if they were cached."""
+        width = self.transformer.config.text_dim
+        embedding_LD = torch.zeros(EMBEDDED_TOKENS, width, dtype=self.dtype)
+        texts = [PROMPT, self.cfg.sampler.negative_prompt]
+        return self.generator.given_prompts(dict.fromkeys(texts, embedding_LD))
 
 
 @dataclass(frozen=True)
@@ -220,11 +354,12 @@ def lengths_of(
 
 
 class MetaRewardModel:
-    """A DeScore on a Qwen3-VL, on the meta device.
+    """A DeScore on a Qwen3-VL, without weights.
 
     name      A folder of a DeScore or of a Qwen3-VL, or a hub name. Where the folder does not
               exist, `known_models.closest_qwen3_vl` replaces it.
     settings  How it reads videos; None takes the folder's video.json, or the defaults.
+    meter     Measures calls; None where only sizes are asked for.
     """
 
     def __init__(
@@ -233,6 +368,7 @@ class MetaRewardModel:
         *,
         dtype: str,
         settings: VideoSettings | None = None,
+        meter: Meter | None = None,
     ) -> None:
         from rm.config import VideoSettings
 
@@ -240,6 +376,7 @@ class MetaRewardModel:
         there = name and Path(name).is_dir()
         self.name = name if there else known_models.closest_qwen3_vl(name)
         self.dtype = getattr(torch, dtype)
+        self.meter = meter
         self.checkpointing = False
 
         file = Path(self.name, "video.json")
@@ -257,22 +394,25 @@ class MetaRewardModel:
         )
 
         from rm.model import DeScore
-        from rm.prompt import DEFAULT_TEMPLATE
+        from rm.prompt import VIDEO_PAD, PromptTemplate, token_id
 
         # The patches of the vision tower follow the model, not the defaults.
         config = _config_of(self.name, "", known_models.QWEN3_VL.get(self.name))
         patch_size = config["vision_config"]["patch_size"]
         self.settings = replace(self.settings, patch_size=patch_size)
+        # Any tokenizer serves, with its ids of special tokens.
         tokenizer = AutoTokenizer.from_pretrained(shipped(_TOKENIZER).as_posix())
+        config["video_token_id"] = token_id(tokenizer, VIDEO_PAD)
         with torch.device("meta"):
             backbone = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
             backbone = backbone.to(self.dtype)
             return DeScore(
                 backbone,
                 tokenizer,
-                DEFAULT_TEMPLATE,
+                # Its length is made up for by `_inputs`.
+                PromptTemplate("{prompt}", ""),
                 self.settings,
-                0,
+                max(tokenizer.get_vocab().values()) + 1,
                 None,
             )
 
@@ -290,95 +430,104 @@ class MetaRewardModel:
                 lora=lora,
                 weight_decay=0.0,
             )
+        # The engine puts what is trained into the run's dtype, adapters too.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(self.dtype)
         self.checkpointing = checkpointing
         if checkpointing:
             self.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def read(
-        self,
-        rows: int,
-        lengths: Lengths,
-        *,
-        places: int,
-        grad: bool,
-    ) -> Cost:
-        """Measure ``rows`` sequences of ``places`` tokens, each with its video.
+    def read(self, rows: int, lengths: Lengths, *, grad: bool) -> Cost:
+        """Measure the rewards of ``rows`` videos, each with its chain of thought."""
+        batch = self._batch(rows, lengths, cot=True)
+        return self._pass(lambda: self.model(batch), grad=grad)
 
-        The cost is that of the vision tower and the language model; ``grad`` includes the backward.
-        """
-        backbone = self.model.backbone.model
+    def packed(
+        self, rows: int, lengths: Lengths, *, cots: int, temperature: float, grad: bool
+    ) -> Cost:
+        """Measure stage 2's forward of ``rows`` sequences with ``cots`` chains of thought each."""
+        from rm.packed import PackedCot, pack, packed_forward
+
+        encoded, videos = self._inputs(rows, lengths)
+        cot = PackedCot((_WORD,) * lengths.chain, finished=True)
+        packed = pack(self.model, encoded, videos, [[cot] * cots] * rows)
+        packed = packed.to(self.meter.gpu.device)
+
+        def terms() -> Tensor:
+            output = packed_forward(self.model, packed, temperature=temperature)
+            return output.log_prob_BGT.sum() + output.reward_BGK.sum()
+
+        return self._pass(terms, grad=grad)
+
+    def write(
+        self, rows: int, lengths: Lengths, *, how: Generation, copies: int = 1
+    ) -> Cost:
+        """Measure the writing of ``copies`` chains of thought for each of ``rows`` videos."""
+        from launch.rehearsal.cots import ShortCots
+        from rm.generate import generate
+
+        self.model.eval()
+        batch = self._batch(rows, lengths, cot=False)
+        seeds = None if how.temperature == 0 else list(range(rows * copies))
+        with ShortCots(self.meter.gpu, length=lengths.chain).used():
+            return self.meter.cost(
+                lambda: generate(self.model, batch, how, seeds=seeds, copies=copies)
+            )
+
+    def score(self, videos: int, lengths: Lengths, *, cots: int) -> Cost:
+        """Measure a batch of the scorer: chains of thought by its settings, and the rewards."""
+        from rm.config import Generation
+
+        if not cots:
+            return self.read(videos, replace(lengths, chain=0), grad=False)
+        how = Generation(
+            temperature=0.0 if cots == 1 else 1.0, repetition_penalty=_PENALTY
+        )
+        return self.write(videos, lengths, how=how, copies=cots)
+
+    def _pass(self, output: Callable[[], Tensor], *, grad: bool) -> Cost:
         # transformers recomputes blocks in training mode alone.
         self.model.train(self.checkpointing and grad)
-        width = self.model.head.weight.shape[1]
-        num_patches = rows * lengths.grid[0] * lengths.grid[1] * lengths.grid[2]
+        return _cost_of_pass(self.meter, self.model, output, grad=grad)
+
+    def _inputs(
+        self, rows: int, lengths: Lengths
+    ) -> tuple[list[Encoded], list[PreparedVideo]]:
+        """Encoded prompts and videos of zeros."""
+        from rm.prompt import Encoded
+        from rm.video import PreparedVideo
+
+        model = self.model
         patch_values = (
             self.settings.temporal_patch_size * 3 * self.settings.patch_size**2
         )
+        frames, height, width = lengths.grid
+        patches = torch.zeros(frames * height * width, patch_values)
+        video = PreparedVideo(patches, lengths.grid, tuple(map(float, range(frames))))
+        # The text is as long as that of the released instruction.
+        ids = model.encode(PROMPT, video).prompt_ids
+        missing = max(0, lengths.prefix - len(ids))
+        encoded = Encoded((*ids, *[_WORD] * missing), ())
+        return [encoded] * rows, [video] * rows
 
-        def hidden_states() -> Tensor:
-            # The vision tower turns patches into tokens of the language model. The
-            # patches stay alive, as the batch of a run does.
-            patches = _meta(num_patches, patch_values, dtype=self.dtype)
-            grids = torch.tensor([lengths.grid] * rows)
-            video = backbone.visual(patches, grid_thw=grids).pooler_output
-            if not isinstance(video, torch.Tensor):
-                video = torch.cat(list(video))
-            video = video.view(rows, lengths.video, width)
-
-            # The language model reads them together with the texts.
-            text = _meta(
-                rows,
-                places - lengths.video,
-                width,
-                dtype=self.dtype,
-            )
-            embedded = torch.cat([video, text], dim=1)
-            if grad and not embedded.requires_grad:
-                embedded.requires_grad_()
-            return backbone.language_model(
-                inputs_embeds=embedded,
-                position_ids=position,
-                use_cache=False,
-            )[0]
-
-        # Positions carry no cost; zeros serve.
-        position = torch.zeros(
-            3,
-            rows,
-            places,
-            dtype=torch.long,
-            device="meta",
-        )
-        return _cost_of_pass(self.model, hidden_states, grad=grad)
-
-    def cache_bytes(self, places: int) -> float:
-        """Bytes of the keys and values of a sequence of ``places`` tokens."""
-        # Keys and values of every layer.
-        text = self.model.backbone.config.text_config
-        width = text.num_key_value_heads * text.head_dim
-        values = 2.0 * text.num_hidden_layers * width * places
-        return values * self.dtype.itemsize
-
-    @cached_property
-    def decoder(self) -> Sizes:
-        """Sizes of what every written token passes: the language model and the output matrix.
-
-        The embedding does not count, because its rows are read and not multiplied.
-        """
-        # The output matrix may be that of the embedding.
-        backbone = self.model.backbone
-        language = backbone.model.language_model
-        passed = [language.layers, language.norm, backbone.lm_head]
-        return sizes_of(torch.nn.ModuleList(passed))
+    def _batch(self, rows: int, lengths: Lengths, *, cot: bool) -> Batch:
+        encoded, videos = self._inputs(rows, lengths)
+        if cot:
+            words = (_WORD,) * lengths.chain
+            encoded = [replace(item, cot_ids=words) for item in encoded]
+        batch = self.model.batch(encoded, videos, query=cot)
+        return batch.to(self.meter.gpu.device)
 
 
 def _cost_of_pass(
+    meter: Meter,
     module: nn.Module,
     output: Callable[[], Tensor],
     *,
     grad: bool,
 ) -> Cost:
-    """Measure ``output``, and with ``grad`` a backward from it; gradients are freed afterwards."""
+    """Measure ``output``, and with ``grad`` a backward from it."""
 
     def run() -> None:
         with torch.set_grad_enabled(grad):
@@ -386,9 +535,25 @@ def _cost_of_pass(
             if grad:
                 # Any scalar of the output has the same backward.
                 result.float().square().mean().backward()
-        module.zero_grad(set_to_none=True)
 
-    return cost_of(run)
+    with gradients_dropped(module):
+        return meter.cost(run)
+
+
+@contextmanager
+def gradients_dropped(module: nn.Module) -> Iterator[None]:
+    """Inside, gradients are freed as they come: `training_parts` counts where they go."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    trained = [p for p in module.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

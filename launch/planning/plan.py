@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.planning.roofline import Rates, rates_of
+
 if TYPE_CHECKING:
+    from launch.planning.meter import Cost
     from launch.planning.models import Sizes
 
 GIB = 2.0**30
@@ -13,54 +17,24 @@ GIB = 2.0**30
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator.
-
-    memory      Bytes that a process can allocate.
-    flops       Dense FLOP/s in bfloat16.
-    flops_fp32  FLOP/s of fp32 convolutions.
-    bandwidth   Bytes a second from its memory.
-    """
+    """An accelerator; ``memory`` is what a process can allocate, in bytes."""
 
     name: str
     memory: float
-    flops: float
-    flops_fp32: float
-    bandwidth: float
 
 
-# Data sheets of the makers: dense, without sparsity.
+# Rates of their kernels are in `launch.planning.roofline`.
 DEVICES = {
-    "h100": Device(
-        "H100 SXM 80 GB",
-        79.6 * GIB,
-        989e12,
-        494e12,
-        3.35e12,
-    ),
-    "h200": Device(
-        "H200 SXM 141 GB",
-        140.4 * GIB,
-        989e12,
-        494e12,
-        4.8e12,
-    ),
-    "a100": Device(
-        "A100 SXM 80 GB",
-        79.3 * GIB,
-        312e12,
-        156e12,
-        2.04e12,
-    ),
-    "4090": Device(
-        "RTX 4090 24 GB",
-        23.6 * GIB,
-        165e12,
-        83e12,
-        1.01e12,
-    ),
+    "h100": Device("H100 SXM 80 GB", 79.6 * GIB),
+    "h200": Device("H200 SXM 141 GB", 140.4 * GIB),
+    "a100": Device("A100 SXM 80 GB", 79.3 * GIB),
+    "4090": Device("RTX 4090 24 GB", 23.6 * GIB),
 }
 # An estimate for the driver, the communication library and gaps between allocated blocks.
 RESERVE = 4 * GIB
+# Elements, DeepSpeed's default of zero_optimization.reduce_bucket_size, and the name of the part.
+REDUCE_BUCKET = 5e8
+BUCKET = "reduce bucket"
 
 
 @dataclass(frozen=True)
@@ -83,16 +57,26 @@ class Phase:
 
 @dataclass(frozen=True)
 class Where:
-    """Ranks and their device; ``utilisation`` is the share of its peak that is reached."""
+    """Ranks and their device.
+
+    utilisation  The share of the roofline that is reached.
+    measured     A file of measured rates, see `launch.planning.roofline.read_measured`.
+    """
 
     device: Device
     ranks: int = 1
-    utilisation: float = 0.5
+    utilisation: float = 1.0
+    measured: Path | None = None
 
     @property
     def key(self) -> str:
         """The device's key in `DEVICES`."""
         return next(key for key, device in DEVICES.items() if device == self.device)
+
+    @property
+    def rates(self) -> Rates:
+        """Rates of the device's kernels."""
+        return rates_of(self.key, self.measured)
 
 
 @dataclass
@@ -102,6 +86,7 @@ class Plan:
     unit      The phases are those of a unit: update, step or prompt.
     count     Number of units that a rank does, 0 where it is not known.
     disk      Bytes of what the run saves.
+    host      Bytes of a rank in the memory of its machine.
     facts     Lines about the models and the batch.
     problems  Why the ranks cannot share the batch.
     assumed   Which models do not exist, and which are planned instead.
@@ -118,29 +103,22 @@ class Plan:
     facts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
+    host: list[Part] = field(default_factory=list)
 
     def add(self, name: str, size: float, *, temporary: bool = False) -> None:
         """Add a part of the memory."""
         self.parts.append(Part(name, size, temporary))
 
-    def phase(
-        self,
-        name: str,
-        flops: float,
-        *,
-        read_bytes: float = 0.0,
-        peak: float | None = None,
-    ) -> None:
-        """Add a phase. Its seconds are those of its FLOPs or of its reads, the longer.
+    def hold(self, name: str, size: float) -> None:
+        """Add a part of the host's memory."""
+        self.host.append(Part(name, size))
 
-        read_bytes  Weights that are read again for every written token.
-        peak        FLOP/s of the device; None for those in bfloat16.
-        """
-        # Reads and FLOPs overlap.
-        device = self.where.device
-        seconds = flops / (self.where.utilisation * (peak or device.flops))
-        seconds = max(seconds, read_bytes / device.bandwidth)
-        self.phases.append(Phase(name, flops, seconds))
+    def phase(self, name: str, cost: Cost) -> None:
+        """Add a phase: what it costs, and the bytes that it needs while it runs."""
+        seconds = cost.seconds / self.where.utilisation
+        self.phases.append(Phase(name, cost.flops, seconds))
+        if cost.peak:
+            self.add(name, cost.peak, temporary=True)
 
     def divide(self, key: str, count: int) -> None:
         """Note a problem where the ranks do not divide a batch of ``count``."""
@@ -171,13 +149,15 @@ def training_parts(
     *,
     zero_stage: int,
     ranks: int,
+    bucket: float = REDUCE_BUCKET,
 ) -> list[Part]:
     """List the memory of a trained model under ZeRO (Rajbhandari et al. 2020, section 5).
 
     The fp32 master, exp_avg and exp_avg_sq take 12 bytes a trained parameter, and 8 in ZeRO 0,
     whose masters are the weights. Stage 1 splits them over ranks, stage 2 the gradients too, which
     are fp32 from there on, and stage 3 the weights too. A step of the optimizer takes an fp32
-    gradient and two more copies.
+    gradient and two more copies. DeepSpeed collects gradients in a buffer of ``bucket`` elements
+    before it reduces them.
     """
 
     def share(stage: int) -> int:
@@ -187,9 +167,12 @@ def training_parts(
     state = (12.0 if zero_stage else 8.0) * sizes.trained
     step = 12.0 * sizes.trained
     gradients = 4.0 * sizes.trained if zero_stage >= 2 else sizes.trained_bytes
+    # In the dtype of the gradients, and only under ZeRO.
+    buffer = bucket * sizes.trained_bytes / sizes.trained if zero_stage else 0.0
     return [
         Part(f"{name}: weights", sizes.bytes / share(3)),
         Part(f"{name}: gradients", gradients / share(2)),
         Part(f"{name}: optimizer", state / share(1)),
+        Part(f"{name}: {BUCKET}", buffer),
         Part(f"{name}: optimizer's step", step / share(1), temporary=True),
     ]

@@ -1,18 +1,20 @@
 """Plan each kind of run from its config alone.
 
 Every count is that of a rank and, of phases, of one optimizer step (for pairs: of one prompt).
-Seconds are FLOPs over a stated share of the device's peak. Where tokens are written one after the
-other, the weights that each of them reads set the time if they take longer.
+Seconds are those of the kernels by their roofline: each call is made once on the simulated GPU of
+``--rehearse``, and multiplied by how often a unit makes it. Communication is not counted.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.dpo import steps_of
-from launch.planning.forwards import branches, samples_per_rollout, samples_per_update
+from launch.planning.forwards import samples_per_rollout, samples_per_update
+from launch.planning.meter import Cost, Meter
 from launch.planning.models import (
     Lengths,
     MetaRewardModel,
@@ -21,11 +23,13 @@ from launch.planning.models import (
     lengths_of,
     sizes_of,
 )
-from launch.planning.plan import Plan, Where, training_parts
+from launch.planning.plan import REDUCE_BUCKET, Plan, Where, training_parts
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from alignment.config import RewardConfig
     from generator.config import GeneratorConfig
 
@@ -54,48 +58,46 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
     """Plan an optimizer step of GRPO: rollout, decoding, rewards, update."""
     # What a rank does in a step.
     how = cfg.generator.sampler
-    wan = MetaWan(cfg.generator)
     shared = cfg.grpo.ranks_per_group
-    groups = cfg.prompts_per_step * shared // where.ranks
+    together = cfg.generator.context_parallel
+    shards = where.ranks // (shared * together)
+    groups = cfg.prompts_per_step // max(1, shards)
     members = cfg.grpo.group_size // shared
-    guided = branches(how)
+    # Of ranks that share every sample, each decodes and scores its part of the groups.
+    videos = math.ceil(groups / together) * members
 
-    # Rollout: forwards without gradient.
-    batch = min(cfg.generator.rollout_batch or members, members) * guided
-    rollout = wan.forward(batch, grad=False)
-    sample_flops = rollout.flops / batch
-    num_rolled = groups * samples_per_rollout(how, members)
+    with _meter(where, cfg.generator) as meter:
+        wan = MetaWan(cfg.generator, meter)
+        plan = _train_wan(cfg, where, wan, cfg.steps)
+        plan.divide(
+            "prompts_per_step x ranks_per_group",
+            cfg.prompts_per_step * shared * together,
+        )
+        plan.facts.append(
+            f"one update = {cfg.prompts_per_step} prompts x {cfg.grpo.group_size} = "
+            f"{cfg.prompts_per_step * cfg.grpo.group_size} videos; a rank rolls out "
+            f"{groups} groups with {groups * samples_per_rollout(how, members):,.0f} DiT "
+            f"forwards and updates along {groups * samples_per_update(cfg):g} latents"
+        )
 
-    # Update: forwards with gradient, and the reference policy's for the KL.
-    latents = samples_per_update(cfg)
-    update_guided = guided if cfg.generator.guidance_in_update else 1
-    update = wan.forward(update_guided, grad=True)
-    update_flops = groups * latents * cfg.grpo.updates * update.flops
-    if cfg.grpo.kl_weight:
-        update_flops += groups * latents * update_guided * sample_flops
+        # The phases of a step.
+        per_rank = groups / together
+        plan.phase("rollout", wan.rollout(members) * per_rank)
+        _add_decoding(plan, wan, videos, text_encoder=not cfg.cache_prompts)
+        plan.phase("update", wan.update(cfg, members) * (per_rank * cfg.grpo.updates))
 
-    # The training state.
-    plan = _train_wan(cfg, where, wan, cfg.steps)
-    plan.divide("prompts_per_step x ranks_per_group", cfg.prompts_per_step * shared)
-    plan.facts.append(
-        f"one update = {cfg.prompts_per_step} prompts x {cfg.grpo.group_size} = "
-        f"{cfg.prompts_per_step * cfg.grpo.group_size} videos; a rank rolls out "
-        f"{groups} groups with {num_rolled:,.0f} DiT forwards and updates along "
-        f"{groups * latents:g} latents"
-    )
-    # What comes on top of it, in the order of a step.
-    plan.phase("rollout", num_rolled * sample_flops)
-    plan.add("rollout: activations", rollout.peak, temporary=True)
-    videos = groups * members
-    _add_decoding(plan, wan, videos, members, text_encoder=not cfg.cache_prompts)
-    sizes = sizes_of(wan.module)
-    if cfg.ema is not None:
-        plan.add("average of the trained weights", 4.0 * sizes.trained)
-    if cfg.generator.lora is None and cfg.grpo.kl_weight:
-        plan.add("frozen copy for KL", sizes.bytes)
-    plan.phase("update", update_flops)
-    plan.add("update: activations", update.peak, temporary=True)
-    _add_rewards(plan, cfg.rewards, videos, members, cfg.generator)
+        # What else is in memory.
+        sizes = sizes_of(wan.module)
+        if cfg.ema is not None:
+            plan.add("average of the trained weights", 4.0 * sizes.trained)
+        if cfg.generator.lora is None and cfg.grpo.kl_weight:
+            plan.add("frozen copy for KL", sizes.bytes)
+        at_once = max(members, min(videos, cfg.grpo.videos_per_call))
+        _add_rewards(plan, meter, cfg.rewards, videos, at_once, cfg.generator)
+        plan.hold(
+            "frames of the videos that are scored together",
+            at_once * _frames(cfg.generator),
+        )
     return plan
 
 
@@ -106,56 +108,48 @@ def plan_dpo(
     pairs: int | None = None,
 ) -> Plan:
     """Plan an optimizer step of Flow-DPO; ``pairs`` is the size of the set, None if unknown."""
-    wan = MetaWan(cfg.generator)
-    rank_pairs = cfg.dpo.pairs_per_step // where.ranks
-
+    together = cfg.generator.context_parallel
+    rank_pairs = cfg.dpo.pairs_per_step * together // where.ranks
     # The policy sees both videos of a pair, SFT only the chosen one; DPO adds the reference.
     samples = cfg.dpo.micro_batch * (1 if cfg.dpo.method == "sft" else 2)
-    update = wan.forward(samples, grad=True)
-    flops = update.flops
-    if cfg.dpo.method == "dpo":
-        flops += wan.forward(samples, grad=False).flops
-    flops = rank_pairs / cfg.dpo.micro_batch * flops
 
-    # Neither VAE nor text encoder: the latents and embeddings are saved.
-    plan = _train_wan(cfg, where, wan, steps_of(cfg.dpo, pairs) if pairs else 0)
-    plan.divide("pairs_per_step", cfg.dpo.pairs_per_step)
-    plan.facts.append(
-        f"one update = {cfg.dpo.pairs_per_step} pairs, {rank_pairs} a rank; "
-        "neither VAE nor text encoder is in memory"
-    )
-    plan.phase("update", flops)
-    plan.add("update: activations", update.peak, temporary=True)
+    with _meter(where, cfg.generator) as meter:
+        wan = MetaWan(cfg.generator, meter)
+        # Neither VAE nor text encoder: the latents and embeddings are saved.
+        plan = _train_wan(cfg, where, wan, steps_of(cfg.dpo, pairs) if pairs else 0)
+        plan.divide("pairs_per_step", cfg.dpo.pairs_per_step * together)
+        plan.facts.append(
+            f"one update = {cfg.dpo.pairs_per_step} pairs, {rank_pairs} a rank; "
+            "neither VAE nor text encoder is in memory"
+        )
+        cost = wan.flow_error(samples, reference=False)
+        if cfg.dpo.method == "dpo":
+            cost += wan.flow_error(samples, reference=True)
+        plan.phase("update", cost * (rank_pairs / cfg.dpo.micro_batch / together))
     return plan
 
 
 def plan_pairs(cfg: PairsRun, where: Where) -> Plan:
     """Plan the candidates of a prompt: sampling, decoding, rewards."""
-    # Sampling: every step of every candidate.
-    wan = MetaWan(cfg.generator)
-    how = cfg.generator.sampler
     count = cfg.pairs.candidates
-    guided = branches(how)
-    batch = min(cfg.generator.rollout_batch or count, count) * guided
-    forward = wan.forward(batch, grad=False)
-    flops = count * how.num_steps * guided * forward.flops / batch
+    with _meter(where, cfg.generator) as meter:
+        # A pair is two latents.
+        wan = MetaWan(cfg.generator, meter)
+        bytes_per_value = 2 if cfg.latent_dtype == "bfloat16" else 4
+        pair_bytes = 2.0 * math.prod(wan.latent_shape) * bytes_per_value
+        disk = pair_bytes * (cfg.limit or 1)
+        plan = Plan(where, "prompt", -(-(cfg.limit or 0) // where.ranks), disk)
+        plan.facts += _wan_facts(wan)
+        plan.facts.append(
+            f"{count} candidates a prompt; one pair takes {pair_bytes / 1e6:.1f} MB"
+        )
 
-    # A pair is two latents.
-    bytes_per_value = 2 if cfg.latent_dtype == "bfloat16" else 4
-    pair_bytes = 2.0 * math.prod(wan.latent_shape) * bytes_per_value
-    disk = pair_bytes * (cfg.limit or 1)
-    plan = Plan(where, "prompt", -(-(cfg.limit or 0) // where.ranks), disk)
-    plan.facts += _wan_facts(wan)
-    plan.facts.append(
-        f"{count} candidates a prompt; one pair takes {pair_bytes / 1e6:.1f} MB"
-    )
-
-    # Nothing is trained: weights alone.
-    plan.add("transformer: weights", sizes_of(wan.module).bytes)
-    plan.phase("sampling", flops)
-    plan.add("sampling: activations", forward.peak, temporary=True)
-    _add_decoding(plan, wan, count, count, text_encoder=True)
-    _add_rewards(plan, cfg.rewards, count, count, cfg.generator)
+        # Nothing is trained: weights alone.
+        plan.add("transformer: weights", sizes_of(wan.module).bytes)
+        plan.phase("sampling", wan.sample(count))
+        _add_decoding(plan, wan, count, text_encoder=True)
+        _add_rewards(plan, meter, cfg.rewards, count, count, cfg.generator)
+        plan.hold("frames of the candidates", count * _frames(cfg.generator))
     return plan
 
 
@@ -168,47 +162,52 @@ def plan_reward_model(
 
     None stands for five seconds of 480 x 832.
     """
-    from launch.schemas.training import ColdStartRun
-
-    # The model that is trained.
     cold_start = isinstance(cfg, ColdStartRun)
     key = "base" if cold_start else "checkpoint"
     name = getattr(cfg, key)
-    settings = cfg.video if cold_start else None
-    model = MetaRewardModel(name, dtype=cfg.dtype, settings=settings)
-    model.train(cfg.lr, cfg.lora, checkpointing=cfg.gradient_checkpointing)
-    sizes = sizes_of(model.model)
-    # Five seconds at 16 frames a second.
-    if lengths is None:
-        lengths = lengths_of(
-            model.settings,
-            frames=81,
-            fps=16.0,
-            height=480,
-            width=832,
+    with _meter(where) as meter:
+        # The model that is trained.
+        model = MetaRewardModel(
+            name,
+            dtype=cfg.dtype,
+            settings=cfg.video if cold_start else None,
+            meter=meter,
         )
+        model.train(cfg.lr, cfg.lora, checkpointing=cfg.gradient_checkpointing)
+        sizes = sizes_of(model.model)
+        # Five seconds at 16 frames a second.
+        if lengths is None:
+            lengths = lengths_of(
+                model.settings,
+                frames=81,
+                fps=16.0,
+                height=480,
+                width=832,
+            )
 
-    # What both stages need.
-    disk = _checkpoint_bytes(sizes) * cfg.keep + sizes.bytes
-    unit, count = ("update", 0) if cold_start else ("step", cfg.dual_rl.steps)
-    plan = Plan(where, unit, count, disk)
-    plan.parts += training_parts(
-        "reward model",
-        sizes,
-        zero_stage=cfg.zero_stage,
-        ranks=where.ranks,
-    )
-    plan.facts += [
-        f"{model.name}: {sizes.trained:,} of {sizes.parameters:,} parameters are trained",
-        f"a video is {lengths.video} tokens, its prompt about {lengths.prompt}, "
-        f"a chain of thought about {lengths.chain}",
-    ]
-    _note_assumed(plan, key, name, model)
-    # What each stage adds.
-    if cold_start:
-        _add_cold_start(plan, cfg, model, lengths)
-    else:
-        _add_dual_rl(plan, cfg, model, lengths)
+        # What both stages need.
+        disk = _checkpoint_bytes(sizes) * cfg.keep + sizes.bytes
+        unit, count = ("update", 0) if cold_start else ("step", cfg.dual_rl.steps)
+        plan = Plan(where, unit, count, disk)
+        plan.parts += training_parts(
+            "reward model",
+            sizes,
+            zero_stage=cfg.zero_stage,
+            ranks=where.ranks,
+            bucket=_bucket(cfg.deepspeed),
+        )
+        plan.facts += [
+            f"{model.name}: {sizes.trained:,} of {sizes.parameters:,} parameters are trained",
+            f"a video is {lengths.video} tokens, its prompt about {lengths.prompt}, "
+            f"a chain of thought about {lengths.chain}",
+        ]
+        _note_assumed(plan, key, name, model)
+        plan.hold("weights while they are read", sizes.bytes)
+        # What each stage adds.
+        if cold_start:
+            _add_cold_start(plan, cfg, model, lengths)
+        else:
+            _add_dual_rl(plan, cfg, model, lengths)
     return plan
 
 
@@ -223,9 +222,12 @@ def _add_cold_start(
     plan.divide("pairs_per_step", how.pairs_per_step)
     # Both videos of a pair, each with its chain of thought.
     rank_pairs = how.pairs_per_step // plan.where.ranks
-    cost = model.read(2 * how.micro_batch, lengths, places=lengths.total, grad=True)
-    plan.phase("update", rank_pairs / how.micro_batch * cost.flops)
-    plan.add("update: activations", cost.peak, temporary=True)
+    whole = model.read(2 * how.micro_batch, lengths, grad=True)
+    bare = model.read(2 * how.micro_batch, replace(lengths, chain=1), grad=True)
+    # Masking drops a share of the text, and memory must hold all of it.
+    dropped = how.masking.probability
+    cost = whole * (1 - dropped) + bare * dropped
+    plan.phase("update", cost * (rank_pairs / how.micro_batch))
     plan.facts.append(f"one update = {how.pairs_per_step} pairs, {rank_pairs} a rank")
 
 
@@ -236,62 +238,77 @@ def _add_dual_rl(
     lengths: Lengths,
 ) -> None:
     """Add the writing of chains of thought and the packed update of stage 2."""
+    from rm.config import Generation
+
     how = cfg.dual_rl
     plan.divide("pairs_per_step", how.pairs_per_step)
     rank_pairs = how.pairs_per_step // plan.where.ranks
-    videos = 2 * rank_pairs
+    micro_batches = rank_pairs / how.micro_batch
 
-    # Update: rows of several chains of thought, old log-probabilities, and the reference's.
+    # Writing: the prefix once a video, then every token of all chains of thought together.
+    sampling = Generation(
+        max_new_tokens=how.max_new_tokens,
+        temperature=how.temperature,
+        repetition_penalty=1.0,
+    )
+    videos = 2 * how.micro_batch
+    together = min(how.cot_batch or videos, 2 * rank_pairs)
+    written = model.write(together, lengths, how=sampling, copies=how.group_size)
+    plan.phase("chains of thought", written * (2 * rank_pairs / together))
+
+    # Log-probabilities: the reference's, and with several updates a step the old policy's.
     cots_per_row = how.cots_per_row or how.group_size
-    num_rows = videos * how.group_size // cots_per_row
-    places = lengths.prefix + cots_per_row * lengths.chain
-    batch = 2 * how.micro_batch
-    update = model.read(batch, lengths, places=places, grad=True)
-    compared = model.read(batch, lengths, places=places, grad=False)
-    compared_flops = (2 if how.kl_weight else 1) * compared.flops
+    rows = videos * how.group_size // cots_per_row
 
-    # Writing: the prefix once a video, then every token of every chain of thought.
-    prefill = model.read(1, lengths, places=lengths.prefix, grad=False)
-    num_written = videos * how.group_size * lengths.chain
-    write_flops = videos * prefill.flops + 2.0 * model.decoder.parameters * num_written
-    # The weights are read again for every token, by all chains of thought of a video
-    # together.
-    read_bytes = videos * lengths.chain * model.decoder.bytes
-    plan.phase("chains of thought", write_flops, read_bytes=read_bytes)
-    plan.phase("update", num_rows / batch * (update.flops + compared_flops))
+    def packed(*, grad: bool) -> Cost:
+        return model.packed(
+            rows,
+            lengths,
+            cots=cots_per_row,
+            temperature=how.temperature,
+            grad=grad,
+        )
+
+    passes = int(how.pairs_per_step > how.pairs_per_update) + int(how.kl_weight > 0)
+    if passes:
+        plan.phase("log-probabilities", packed(grad=False) * (passes * micro_batches))
+    plan.phase("update", packed(grad=True) * micro_batches)
 
     # Memory besides the training state.
     if cfg.lora is None and how.kl_weight:
         shards = plan.where.ranks if cfg.zero_stage == 3 else 1
         plan.add("frozen copy for KL", sizes_of(model.model).bytes / shards)
-    cache = how.group_size * model.cache_bytes(lengths.total)
-    plan.add("chains of thought: keys and values", cache, temporary=True)
-    plan.add("update: activations", update.peak, temporary=True)
     plan.facts.append(
         f"one step = {how.pairs_per_step} pairs x 2 videos x {how.group_size} chains of thought, "
         f"{rank_pairs} pairs a rank, {how.pairs_per_step // how.pairs_per_update} optimizer "
-        f"steps; rows of {places:,} places"
+        f"steps; rows of {lengths.prefix + cots_per_row * lengths.chain:,} places"
     )
 
 
 def _add_rewards(
     plan: Plan,
+    meter: Meter,
     rewards: dict[str, RewardConfig],
     videos: int,
-    batch: int,
+    at_once: int,
     how: GeneratorConfig,
 ) -> None:
-    """Add the rewards that are a DeScore in this process; the cost of others is not known."""
+    """Add the rewards that are a DeScore in this process; the cost of others is not known.
+
+    videos   of a rank in a unit
+    at_once  of them in one call of the rewards
+    """
     for name, reward in rewards.items():
         # Other rewards may run anywhere.
         if not is_descore(name, reward):
             plan.facts.append(f"reward {name}: not counted")
             continue
-        model = MetaRewardModel(reward.checkpoint or "", dtype="bfloat16")
+        model = MetaRewardModel(reward.checkpoint or "", dtype="bfloat16", meter=meter)
         _note_assumed(plan, f"rewards.{name}.checkpoint", reward.checkpoint, model)
 
         # The default batch is that of rm.scorer.DeScoreScorer.
-        at_once = min(int(reward.options.get("batch", 32)), batch)
+        batch = min(int(reward.options.get("batch", 32)), at_once)
+        cots = int(reward.options.get("cots", 1))
         lengths = lengths_of(
             model.settings,
             frames=how.num_frames,
@@ -299,41 +316,24 @@ def _add_rewards(
             height=how.height,
             width=how.width,
         )
-        cost = model.read(at_once, lengths, places=lengths.prefix, grad=False)
-        # Reading the video, and then writing the chain of thought.
-        written = 2.0 * model.decoder.parameters * lengths.chain
-        flops = videos * (cost.flops / at_once + written)
-        read_bytes = videos / at_once * lengths.chain * model.decoder.bytes
-        plan.phase(f"reward {name}", flops, read_bytes=read_bytes)
-
-        # The weights stay; keys and values go after each batch.
+        plan.phase(
+            f"reward {name}", model.score(batch, lengths, cots=cots) * (videos / batch)
+        )
         plan.add(f"reward {name}: weights", sizes_of(model.model).bytes)
-        activations = cost.peak + at_once * model.cache_bytes(lengths.total)
-        plan.add(f"reward {name}: activations, cache", activations, temporary=True)
 
 
 def _add_decoding(
     plan: Plan,
     wan: MetaWan,
     videos: int,
-    at_once: int,
     *,
     text_encoder: bool,
 ) -> None:
-    """Add the VAE, which decodes in fp32, and with ``text_encoder`` that of the prompts.
-
-    A batch holds ``decode_batch`` videos, or ``at_once``.
-    """
-    # 4 bytes a parameter.
-    plan.add("VAE: weights", 4.0 * sizes_of(wan.vae).parameters)
+    """Add the VAE, and with ``text_encoder`` that of the prompts."""
+    plan.add("VAE: weights", sizes_of(wan.vae).bytes)
     if text_encoder:
         plan.add("text encoder: weights", sizes_of(wan.text_encoder).bytes)
-    # null decodes all together.
-    batch = wan.cfg.decode_batch or at_once
-    cost = wan.decode(batch)
-    flops = videos * cost.flops / batch
-    plan.add("decoding: activations", cost.peak, temporary=True)
-    plan.phase("decoding", flops, peak=plan.where.device.flops_fp32)
+    plan.phase("decoding", wan.decode(1) * videos)
 
 
 def is_descore(name: str, reward: RewardConfig) -> bool:
@@ -356,6 +356,21 @@ def _note_assumed(
         )
 
 
+def _meter(where: Where, cfg: GeneratorConfig | None = None) -> Meter:
+    return Meter(where.rates, tf32=cfg is not None and cfg.tf32)
+
+
+def _bucket(overrides: Mapping[str, Any]) -> float:
+    """Elements of DeepSpeed's reduce bucket, from the run's ``deepspeed`` section."""
+    zero = overrides.get("zero_optimization") or {}
+    return float(zero.get("reduce_bucket_size", REDUCE_BUCKET))
+
+
+def _frames(cfg: GeneratorConfig) -> float:
+    """Bytes of a decoded video."""
+    return 3.0 * cfg.num_frames * cfg.height * cfg.width
+
+
 def _train_wan(
     cfg: GrpoRun | DpoRun,
     where: Where,
@@ -371,7 +386,9 @@ def _train_wan(
         sizes,
         zero_stage=cfg.zero_stage,
         ranks=where.ranks,
+        bucket=_bucket(cfg.deepspeed),
     )
+    plan.hold("weights while they are read", sizes.bytes)
     return plan
 
 

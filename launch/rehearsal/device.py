@@ -382,6 +382,7 @@ class SimulatedGpu(TorchDispatchMode):
     def _charge(self, kernel: DeviceKernel) -> None:
         costs = self.ledger.now
         costs.kernels[kernel.name] += 1
+        costs.flops += kernel.flops
         costs.seconds[kernel.name] += kernel_seconds(
             kernel.kind,
             flops=kernel.flops,

@@ -34,6 +34,7 @@ class Costs:
     h2d, d2h   Bytes from host to device and back, by line.
     casts      Bytes that changes of the dtype move.
     guesses    Values that nobody computed and that Python read, by line.
+    flops      Of products, attentions and convolutions; a multiply-add is two.
     peak       Bytes of tensors alive on the device, at most.
     captured   Kernels that a graph starts, so that Python does not.
     """
@@ -45,6 +46,7 @@ class Costs:
     d2h: Counter[str] = field(default_factory=Counter)
     casts: Counter[str] = field(default_factory=Counter)
     guesses: Counter[str] = field(default_factory=Counter)
+    flops: float = 0.0
     peak: int = 0
     captured: float = 0.0
 
@@ -56,6 +58,7 @@ class Costs:
             if isinstance(mine, Counter):
                 for key, value in theirs.items():
                     mine[key] += value * times
+        self.flops += other.flops * times
         self.captured += other.captured * times
         self.peak = max(self.peak, other.peak)
 

@@ -13,6 +13,7 @@ import torch
 from common.files import read_json, write_json
 from common.shipped import shipped
 from launch.planning import known_models
+from launch.planning.models import PROMPT_TOKENS
 from launch.rehearsal.repeats import repeat_calls
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 # Tokenizers, scheduler and the ids of special tokens; no weights of these are read.
 _TINY_WAN = "assets/shapes/wan"
 _TINY_QWEN = "assets/shapes/qwen"
-# A released instruction with its prompt has about this many tokens of Qwen's tokenizer.
-PROMPT_WORDS = 300
+# Tokens of the chat, the time stamps and the short prompt around the instruction.
+CHAT_TOKENS = 56
 
 
 def wan_folder(name: str, folder: Path) -> Path:
@@ -67,9 +68,21 @@ def qwen_folder(name: str, folder: Path) -> Path:
         video_token_id=small["video_token_id"],
     )
     config.save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json", "prompt.json"):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny / file, folder)
+    # An instruction of the released length.
+    words = text_of(tiny, PROMPT_TOKENS - CHAT_TOKENS)
+    write_json(folder / "prompt.json", {"before": f"{{prompt}}{words}", "after": ""})
     return folder
+
+
+def text_of(tokenizer_folder: Path, tokens: int) -> str:
+    """Return a text of about so many tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder.as_posix())
+    each = len(tokenizer(" word" * 100, add_special_tokens=False).input_ids) / 100
+    return " word" * round(tokens / each)
 
 
 def descore_folder(

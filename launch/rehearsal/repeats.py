@@ -7,6 +7,7 @@ counted again, and its results are empty tensors of the same shapes.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,19 +50,23 @@ class SeenCall:
 def repeat_calls(gpu: SimulatedGpu, model: nn.Module) -> None:
     """Let the calls of a large frozen module count without running, from the third on."""
     for name in _METHODS.get(type(model).__name__, ()):
-        method = getattr(model, name)
         # Set on the object: a wrapper around the module calls it.
-        object.__setattr__(model, name, _repeated(gpu, model, method))
+        repeated = _repeated(gpu, weakref.ref(model), getattr(type(model), name))
+        object.__setattr__(model, name, repeated)
 
 
 def _repeated(
-    gpu: SimulatedGpu, model: nn.Module, method: Callable[..., Any]
+    gpu: SimulatedGpu,
+    model_ref: weakref.ref[nn.Module],
+    method: Callable[..., Any],
 ) -> Callable[..., Any]:
+    """Return the method of a model, which it does not keep alive."""
     seen: dict[Any, SeenCall] = {}
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        model = model_ref()
         if torch.is_grad_enabled():
-            return method(*args, **kwargs)
+            return method(model, *args, **kwargs)
         key = (_shapes((args, kwargs)), _state(model))
         known = seen.get(key)
         if known is not None and known.times >= SEEN:
@@ -73,7 +78,7 @@ def _repeated(
             return result
         before = gpu.ledger.live
         with gpu.ledger.record() as costs:
-            result = method(*args, **kwargs)
+            result = method(model, *args, **kwargs)
         times = 1 if known is None else known.times + 1
         shapes = tree_map_only(torch.Tensor, _Shape.of, result)
         above = costs.peak - before

@@ -8,7 +8,8 @@ pairs of the planned sizes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ HEIGHT = 480
 WIDTH = 832
 FPS = 16.0
 EMBEDDED_TOKENS = 40
+WITHOUT_VLLM = "engine builtin instead of vllm, whose process is not simulated"
 SCORED_VIDEOS = 4
 
 
@@ -101,6 +103,10 @@ class StandIns:
                     reward, kind="brightness", url=None, checkpoint=None, options={}
                 )
                 self.notes.append(f"rewards.{name}: not rehearsed, brightness instead")
+            if done[name].options.get("engine") == "vllm":
+                builtin = {**reward.options, "engine": "builtin"}
+                done[name] = replace(done[name], options=builtin)
+                self.notes.append(f"rewards.{name}.options: {WITHOUT_VLLM}")
         return done
 
     # ------------------------------------------------------------------ data
@@ -115,11 +121,18 @@ class StandIns:
         self.notes.append(f"{path}: {count} prompts instead")
         return str(file)
 
-    def table(self, count: int, tokenizer: Path) -> str:
-        """Write a table of ``count`` pairs of two videos, with chains of thought and scores."""
+    def table(
+        self, count: int, tokenizer: Path, *, masked: Collection[int] = ()
+    ) -> str:
+        """Write a table of ``count`` pairs of two videos, with chains of thought and scores.
+
+        Those of the rows ``masked`` have a single word.
+        """
+        from launch.rehearsal.model_folders import text_of
+
         folder = self._new("table")
         videos = [str(file) for file in self.videos(folder, 2)]
-        cot = cot_text(tokenizer, COT_TOKENS)
+        cot = text_of(tokenizer, COT_TOKENS)
         scores = {"subject": 1}
         answer = {"video_1_scores": scores, "video_2_scores": {"subject": 2}}
         row = {
@@ -132,6 +145,8 @@ class StandIns:
         for i in range(count):
             label = "B" if i % 2 else "A"
             rows.append({"prompt": f"Boat {i} drifts.", "GSB": label, **row})
+            if i in masked:
+                rows[-1].update(CoT_A="word", CoT_B="word")
         _write_csv(folder / "pairs.csv", rows)
         return str(folder / "pairs.csv")
 
@@ -276,6 +291,7 @@ def _part_of(share: int, micro_batch: int, most: int) -> int:
 
 def _cold_start(cfg: ColdStartRun, made: StandIns) -> Adapted:
     from launch.rehearsal.model_folders import qwen_folder
+    from rm.data import PairSchedule
 
     how = cfg.cold_start
     share = _share("cold_start.pairs_per_step", how.pairs_per_step, made.ranks)
@@ -284,15 +300,25 @@ def _cold_start(cfg: ColdStartRun, made: StandIns) -> Adapted:
     if not Path(base).is_dir():
         base = str(qwen_folder(base, made._new("base")))
     count = run * made.ranks
-    # The published patch size, unless the run has its own settings.
+
+    # Masking drops its share of rank 0's chains of thought, exactly.
+    dropped = round(run * how.masking.probability)
+    draws = PairSchedule(count, pairs_per_step=count, seed=cfg.seed).at(0)
+    masked = [draw.row for draw in draws[:run]][run - dropped :]
+    notes = [f"{dropped} of {run} pairs without their chains of thought"]
     cfg = _one_step(
         cfg,
         made,
         base=base,
-        data=_data(cfg.data, made.table(count, Path(base))),
-        cold_start=replace(how, pairs_per_step=count, epochs=1),
+        data=_data(cfg.data, made.table(count, Path(base), masked=masked)),
+        cold_start=replace(
+            how,
+            pairs_per_step=count,
+            epochs=1,
+            masking=replace(how.masking, probability=0.0),
+        ),
     )
-    return Adapted(cfg, "update", share / run)
+    return Adapted(cfg, "update", share / run, notes)
 
 
 def _dual_rl(cfg: DualRlRun, made: StandIns) -> Adapted:
@@ -301,13 +327,19 @@ def _dual_rl(cfg: DualRlRun, made: StandIns) -> Adapted:
     how = cfg.dual_rl
     _share("dual_rl.pairs_per_update", how.pairs_per_update, made.ranks)
     updates = how.pairs_per_step // how.pairs_per_update
-    run = min(updates, MOST_UPDATES)
+    # As many updates as fill a batch of chains of thought.
+    videos = 2 * how.pairs_per_update // made.ranks
+    filled = math.ceil((how.cot_batch or 0) / videos)
+    run = min(updates, max(MOST_UPDATES, filled))
     checkpoint = cfg.checkpoint
     if not Path(checkpoint).is_dir():
         size = known_models.closest_qwen3_vl(checkpoint)
         folder = descore_folder(size, made._new("checkpoint"))
         checkpoint = str(folder)
         made.notes.append(f"checkpoint: a DeScore on {size}")
+    if how.engine == "vllm":
+        how = replace(how, engine="builtin")
+        made.notes.append(f"dual_rl: {WITHOUT_VLLM}")
     count = run * how.pairs_per_update
     cfg = _one_step(
         cfg,
@@ -390,15 +422,6 @@ def _score(cfg: ScoreRun, made: StandIns) -> Adapted:
 def _serve(cfg: ServeRun, made: StandIns) -> Adapted:
     cfg = replace(cfg, rewards=made.rewards(cfg.rewards), host="127.0.0.1", wait_ms=0.0)
     return Adapted(cfg, f"request of {SCORED_VIDEOS} videos")
-
-
-def cot_text(tokenizer_folder: Path, tokens: int) -> str:
-    """A text of about so many tokens."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder.as_posix())
-    each = len(tokenizer(" word" * 100, add_special_tokens=False).input_ids) / 100
-    return " word" * round(tokens / each)
 
 
 def _write_csv(file: Path, rows: list[dict[str, str]]) -> None:

@@ -10,6 +10,7 @@ tokenizer, and processor settings that treat frames as `rm.video` does.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -271,7 +272,9 @@ def check_release(python: str, versions: dict[str, Any]) -> None:
     found = versions["vllm"]
     if found is None:
         raise ValueError(f"vllm.python={python} has no vLLM: {wanted}")
-    release = tuple(int(part) for part in found.split(".")[:2])
+    # Release candidates and builds have letters behind: 0.32.1rc2, 0.32.0+cpu.
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    release = tuple(map(int, numbers.groups())) if numbers else (0, 0)
     if not SUPPORTED[0] <= release < SUPPORTED[1]:
         raise ValueError(
             f"vllm.python={python} has vLLM {found}, which is not supported: {wanted}"

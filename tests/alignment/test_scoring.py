@@ -126,11 +126,13 @@ def test_scorers_of_all_steps_share_a_stream(monkeypatch: pytest.MonkeyPatch) ->
             {"bright": NamedReward("bright", Brightness())},
             fps=8.0,
             group_size=2,
+            groups=1,
+            videos_per_call=4,
             timer=PhaseTimer(),
             overlap=True,
         )
         with scorer:
-            scorer.start(torch.zeros((2, 3, 4, 4, 3), dtype=torch.uint8), ["a", "a"])
+            scorer.add(torch.zeros((2, 3, 4, 4, 3), dtype=torch.uint8), ["a", "a"])
     assert [name for name, *_ in cuda.calls].count("set_stream") == 3
     assert cuda.streams == 1
     scoring_stream.cache_clear()

@@ -33,16 +33,17 @@ def test_arms_of_a_pair_share_grid_and_kernel() -> None:
         assert same == one.sampler
         assert two.sampler.merge_adapter
         assert two.sampler.tail_solver == "ab2"
-        assert (one.dtype, two.dtype) == ("float32", "bfloat16")
+        assert one.dtype == "float32"
+        assert two.dtype == ("float32" if fast == "fast_fp32" else "bfloat16")
     assert (
         generator_of("plain") == load(GrpoRun, CONFIGS / "grpo_oracle.yaml").generator
     )
 
 
 def test_forwards_of_the_arms_by_hand() -> None:
-    """k + 1 and G steps of the tail: 2.5 + 8 * 5.5, 2.5 + 8 * 3, 3.5 + 8 * 12.5, 3.5 + 8 * 6."""
+    """MEAN of k + 1, and G tails: 2.5 + 8 * 5.5, 2.5 + 8 * 3, 3.5 + 8 * 12.5, 3.5 + 8 * 6."""
     counts = [samples_per_rollout(generator_of(arm).sampler, 8) for arm in ARMS]
-    assert counts == [46.5, 26.5, 103.5, 51.5]
+    assert counts == [46.5, 26.5, 26.5, 103.5, 51.5]
 
 
 @pytest.mark.long
@@ -63,6 +64,6 @@ def test_smallest_comparison_of_samplers(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "fast_sampler.json").read_text(encoding="utf-8"))
     assert list(record["arms"]) == ["base", "plain", "fast"]
     assert "against the plain sampler" in record["arms"]["fast"]
-    assert set(record["timing"]["arms"]) == set(ARMS)
+    assert list(record["timing"]["arms"]) == ["plain", "fast"]
     fast = forwards_of(run_folder(tmp_path / "run", 0, "fast"))
     assert fast < forwards_of(run_folder(tmp_path / "run", 0, "plain"))

@@ -15,28 +15,13 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from common import distributed
 from experiments import gpu_check, gpu_parts, gpu_rates
-from experiments.gpu_parts import Subject
-from experiments.gpu_rates import RateSizes
 from experiments.runner import write_json
 from launch.planning.roofline import Rates, rates_of
+from tests.experiments.small_gpu_parts import SMALL
 from tests.launch.processes import ROOT, run
 
 CPU = torch.device("cpu")
-SMALL = RateSizes(
-    gemm=64,
-    heads=2,
-    tokens=48,
-    head_dim=16,
-    math_tokens=32,
-    channels=4,
-    frames=2,
-    height=6,
-    width=8,
-    copied=1 << 10,
-)
-SIZE = ("generator.height=32", "generator.width=32", "generator.num_frames=5")
 
 
 class Clock:
@@ -50,21 +35,10 @@ class Clock:
         monkeypatch.setattr(gpu_rates, "seconds_of", seconds_of)
 
 
-@pytest.fixture(scope="module")
-def subject() -> Subject:
-    """Classes of the published models, in small."""
-    wan = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "text_dim": 32,
-        "ffn_dim": 32,
-        "num_layers": 2,
-    }
-    vae = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-    config = json.loads((ROOT / "assets/shapes/qwen/config.json").read_text())
-    names = ("text_config", "vision_config", "tie_word_embeddings", "image_token_id")
-    qwen = {name: config[name] for name in names}
-    return Subject(wan, vae, qwen, words=(*SIZE, "generator.lora.rank=4"), rates=SMALL)
+def figures_of(part: str, mode: str) -> dict[str, Any]:
+    """What `tests.experiments.small_gpu_parts` prints."""
+    script = str(ROOT / "tests/experiments/small_gpu_parts.py")
+    return json.loads(run(sys.executable, script, part, mode).stdout.splitlines()[-1])
 
 
 def test_command_without_a_gpu_exits_with_2(tmp_path: Path) -> None:
@@ -127,15 +101,10 @@ def test_views_are_no_kernels() -> None:
     assert counter.count == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("part", gpu_check.PARTS)
-def test_part_runs_on_small_models(
-    subject: Subject, part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_parts, "compile_blocks", lambda _: None)
-    with distributed.joined():
-        found = gpu_parts.measure(part, subject, CPU)
-    json.dumps(found)
+def test_part_runs_on_small_models(part: str) -> None:
+    found = figures_of(part, "measure")
     figures = found["measured"]
     for name in {
         "rates": [],
@@ -186,6 +155,46 @@ def test_record_has_the_keys_that_plans_read(tmp_path: Path) -> None:
         assert text in lines
 
 
+def test_table_shows_rehearsed_figures_beside_measured_ones() -> None:
+    record = {
+        "rates": {},
+        "measured": {
+            "device_name": "H100",
+            "left_out": {},
+            "rehearsed": {"decode_s/float32": 3.25, "decode_s/bfloat16": 2.5},
+            "decode_s/float32": 4.5,
+            "minutes": 9.5,
+        },
+    }
+    first, *others = gpu_check.table(record)
+    assert first.startswith("H100")
+    assert [line.split() for line in others] == [
+        ["decode_s/float32", "4.5", "3.25"],
+        ["minutes", "9.5"],
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", gpu_check.REHEARSED)
+def test_part_is_rehearsed_on_small_models(part: str) -> None:
+    """The simulated device refuses tensors of two devices; no figure is missing or zero."""
+    figures = figures_of(part, "rehearse")
+    wanted = {
+        "dit": {"dit_forward_s/native", "dit_forward_s/_native_cudnn"},
+        "decode": {"decode_s/float32", "decode_peak_gib/bfloat16"},
+        "reward_model": {"reward_model_ms_a_token"},
+        "update": {"grpo_s/rollout", "grpo_s/decode", "grpo_s/update"},
+    }[part]
+    assert wanted <= figures.keys()
+    assert all(value > 0 for value in figures.values()), figures
+
+
+def test_rehearsal_on_an_unknown_device_exits_with_2() -> None:
+    script = str(ROOT / "experiments/gpu_check.py")
+    done = run(sys.executable, script, "--rehearse", "abacus", expect=2)
+    assert "abacus" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("full", "short"),
     [
@@ -213,7 +222,7 @@ def test_tests_of_the_gpu_run_on_a_cpu_where_they_can() -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tests_of_the_gpu_are_skipped_without_one() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -17,7 +17,7 @@ from launch import score
 from launch.command import read_command
 from launch.planning.dry_run import lines_of, missing_inputs, parse_where
 from launch.planning.known_models import closest_qwen3_vl
-from launch.planning.meta_device import LiveMemory, cost_of
+from launch.planning.meter import Cost, Meter
 from launch.planning.models import (
     Lengths,
     MetaRewardModel,
@@ -51,30 +51,48 @@ REWARD = "rewards.descore.checkpoint"
 
 
 def test_cost_of_products_and_attention_by_hand() -> None:
-    a, b = torch.empty(30, 40, device="meta"), torch.empty(40, 50, device="meta")
-    assert cost_of(lambda: a @ b).flops == 2 * 30 * 40 * 50
-    q = torch.empty(1, 2, 1000, 16, device="meta")
-    cost = cost_of(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    with Meter(H100.rates) as meter:
+        a = torch.empty(30, 40, device="meta")
+        b = torch.empty(40, 50, device="meta")
+        assert meter.cost(lambda: a @ b).flops == 2 * 30 * 40 * 50
+        q = torch.empty(1, 2, 1000, 16, device="meta", dtype=torch.bfloat16)
+        cost = meter.cost(
+            lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        )
     assert cost.flops == 2 * (2 * 2 * 1000 * 1000 * 16)
-    assert (
-        cost.peak < 2 * 1000 * 1000
-    )  # bytes: one head's scores alone would be twice that
+    # bytes: one head's scores alone would be as many
+    assert cost.peak < 2 * 1000 * 1000
 
 
-def test_live_memory_counts_storages_once_and_frees_them() -> None:
-    before = torch.empty(1000, device="meta")
-    with LiveMemory() as memory:
-        before.add_(1).view(10, 100)  # was there already
-        x = torch.empty(1000, device="meta")  # 4,000 bytes
-        y = x + 1  # 8,000
-        view = y[:10]  # nothing new
-        x.add_(1)
-        del x  # 4,000
-        z = torch.cat([y, y])  # 12,000
-        del y  # the view holds it
-        assert (memory.live, memory.peak) == (12_000, 12_000)
-        del view, z
-        assert (memory.live, memory.peak) == (0, 12_000)
+def test_seconds_of_a_call_are_those_of_its_slowest_limit() -> None:
+    """A large product by its FLOPs, a sum by its bytes, a tiny call by Python."""
+    rates = H100.rates
+    with Meter(rates) as meter:
+        a = torch.empty(8192, 8192, device="meta", dtype=torch.bfloat16)
+        b = torch.empty(8, device="meta")
+        product = meter.cost(lambda: a @ a)
+        copy = meter.cost(lambda: a + 1)
+        tiny = meter.cost(lambda: b + 1)
+    assert product.seconds == pytest.approx(2 * 8192**3 / rates.gemm_bf16)
+    assert copy.seconds == pytest.approx(4 * 8192**2 / rates.bytes)
+    assert tiny.seconds == pytest.approx(rates.host)
+
+
+def test_costs_add_up_and_keep_the_largest_peak() -> None:
+    total = Cost(1.0, 2.0, 30.0) * 3 + Cost(4.0, 5.0, 6.0)
+    assert total == Cost(7.0, 11.0, 30.0)
+
+
+def test_tf32_is_as_before_after_a_plan() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    a = torch.empty(4096, 4096, device="meta")
+    seconds = {}
+    for tf32 in (False, True):
+        with Meter(H100.rates, tf32=tf32) as meter:
+            seconds[tf32] = meter.cost(lambda: a @ a).seconds
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+    ratio = H100.rates.gemm_tf32 / H100.rates.gemm_fp32
+    assert seconds[False] / seconds[True] == pytest.approx(ratio)
 
 
 def test_cost_of_backward_peak_within_bounds() -> None:
@@ -82,15 +100,16 @@ def test_cost_of_backward_peak_within_bounds() -> None:
     linear = torch.nn.Linear(100, 100, bias=False, device="meta")
 
     def run() -> None:
-        linear(
-            torch.empty(1000, 100, device="meta", requires_grad=True)
-        ).square().sum().backward()
+        rows = torch.empty(1000, 100, device="meta", requires_grad=True)
+        linear(rows).square().sum().backward()
         linear.weight.grad = None
 
+    with Meter(H100.rates) as meter:
+        cost = meter.cost(run)
     rows, weight = 4 * 1000 * 100, 4 * 100 * 100
     # input, output, square; then of square: 2 x output and gradient;
     # the largest moment is known to a row or two
-    assert 4 * rows <= cost_of(run).peak <= 6 * rows + 2 * weight
+    assert 4 * rows <= cost.peak <= 6 * rows + 3 * weight
 
 
 # ------------------------------------------------------------------ models
@@ -118,10 +137,11 @@ def test_wan_tokens_and_flops_match_published_counts(
     height: int, width: int, frames: int, tokens: int, published: float
 ) -> None:
     cfg = GeneratorConfig(WAN, height=height, width=width, num_frames=frames, lora=None)
-    wan = MetaWan(cfg)
-    assert wan.tokens == tokens
-    assert sizes_of(wan.transformer).parameters == 1_418_996_800
-    flops = wan.forward(1, grad=False).flops
+    with Meter(H100.rates) as meter:
+        wan = MetaWan(cfg, meter)
+        assert wan.tokens == tokens
+        assert sizes_of(wan.transformer).parameters == 1_418_996_800
+        flops = wan.forward(1, grad=False).flops
     assert flops == pytest.approx(flops_by_hand(tokens), rel=0.002)
     assert flops == pytest.approx(published, rel=0.02)
 
@@ -129,17 +149,17 @@ def test_wan_tokens_and_flops_match_published_counts(
 @pytest.mark.slow
 def test_wan_14b_flops_match_published_count() -> None:
     """98 TFLOP a forward at 240 x 416 x 33, published count."""
-    wan = MetaWan(
-        GeneratorConfig(
-            "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-            height=240,
-            width=416,
-            num_frames=33,
-            lora=None,
-        )
+    cfg = GeneratorConfig(
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        height=240,
+        width=416,
+        num_frames=33,
+        lora=None,
     )
-    assert sizes_of(wan.transformer).parameters == pytest.approx(14.29e9, rel=0.001)
-    flops = wan.forward(1, grad=False).flops
+    with Meter(H100.rates) as meter:
+        wan = MetaWan(cfg, meter)
+        assert sizes_of(wan.transformer).parameters == pytest.approx(14.29e9, rel=0.001)
+        flops = wan.forward(1, grad=False).flops
     assert flops == pytest.approx(
         flops_by_hand(3_510, d=5120, wide=13_824, layers=40), rel=0.005
     )
@@ -163,9 +183,13 @@ def test_reward_model_read_cost_matches_count_by_hand() -> None:
     """
     lengths = lengths_of(VideoSettings(), frames=81, fps=16.0, height=480, width=832)
     assert (lengths.grid, lengths.video) == ((5, 20, 36), 5 * 10 * 18)
-    model = MetaRewardModel("Qwen/Qwen3-VL-8B-Instruct", dtype="bfloat16")
+    lengths = replace(lengths, chain=0)
+    with Meter(H100.rates) as meter:
+        model = MetaRewardModel(
+            "Qwen/Qwen3-VL-8B-Instruct", dtype="bfloat16", meter=meter
+        )
+        cost = model.read(1, lengths, grad=False)
     places = lengths.video + lengths.prompt
-    cost = model.read(1, lengths, places=places, grad=False)
     inside = (
         sizes_of(model.model.backbone.model.language_model).parameters - 151_936 * 4096
     )
@@ -176,8 +200,6 @@ def test_reward_model_read_cost_matches_count_by_hand() -> None:
         + 2 * eye * math.prod(lengths.grid)
     )
     assert cost.flops == pytest.approx(by_hand, rel=0.05)
-    assert model.cache_bytes(1000) == 36 * 2 * 8 * 128 * 1000 * 2
-    assert model.decoder.parameters == inside + 151_936 * 4096
 
 
 def test_qwen3_vl_8b_weight_names_match_public_index() -> None:
@@ -207,10 +229,17 @@ def test_training_parts_by_zero_stage() -> None:
     module.append(
         torch.nn.Parameter(torch.zeros(3000, dtype=torch.bfloat16), requires_grad=False)
     )
-    want = {0: (10_000, 4_000, 8_000, 12_000), 1: (10_000, 4_000, 3_000, 3_000)}
-    want |= {2: (10_000, 1_000, 3_000, 3_000), 3: (2_500, 1_000, 3_000, 3_000)}
+    # weights, gradients, optimizer, reduce bucket of 50 fp32 numbers, a step
+    want = {
+        0: (10_000, 4_000, 8_000, 0, 12_000),
+        1: (10_000, 4_000, 3_000, 200, 3_000),
+        2: (10_000, 1_000, 3_000, 200, 3_000),
+        3: (2_500, 1_000, 3_000, 200, 3_000),
+    }
     for stage, expected in want.items():
-        parts = training_parts("m", sizes_of(module), zero_stage=stage, ranks=4)
+        parts = training_parts(
+            "m", sizes_of(module), zero_stage=stage, ranks=4, bucket=50
+        )
         assert tuple(part.bytes for part in parts) == expected
 
 
@@ -224,8 +253,9 @@ def test_plan_peak_adds_only_the_largest_temporary_part() -> None:
     phases = [Phase("x", 1e12, 2.0), Phase("y", 1e12, 3.0)]
     plan = Plan(H100, "update", 720, 0.0, parts, phases)
     assert plan.peak == 24.0 + RESERVE
+    # 720 times 5 seconds on 8 ranks
     count = next(line for line in lines_of(plan) if "720" in line)
-    assert "1.0" in count
+    assert "1.0 hours, 8 GPU hours" in count
 
 
 def test_plan_too_large_lists_largest_parts_first() -> None:
@@ -347,7 +377,7 @@ def test_missing_inputs_lists_keys(
 
 def test_parse_where() -> None:
     assert parse_where("8xH100@0.4") == Where(DEVICES["h100"], 8, 0.4)
-    assert parse_where("a100") == Where(DEVICES["a100"], 1, 0.5)
+    assert parse_where("a100") == Where(DEVICES["a100"], 1, 1.0)
     for wrong in ("8xh999", "0xh100", "8h100", "h100@2", ""):
         with pytest.raises(SystemExit) as ended:
             parse_where(wrong)
@@ -382,20 +412,28 @@ def test_dry_run_needs_no_required_options(
     assert "--prompts" in capsys.readouterr().err
 
 
+# The paper's 16 steps with the exact module.
+PLAIN = [
+    "generator.lora.compute_dtype=float32",
+    "generator.sampler.merge_adapter=false",
+    "generator.sampler.tail_solver=euler",
+    "generator.sampler.tail_steps=null",
+]
+
+
 @pytest.mark.long
 def test_grpo_recipe_cost_matches_longcat() -> None:
-    """2,119 PFLOP an update on Wan 1.3B take 535 s on eight H100 at 50 %.
+    """2,119 PFLOP an update on Wan 1.3B, and 1.304 s a forward on an H100.
 
-    64 groups of 117 forwards of 283 TFLOP. The adapter's own products come on top here.
+    64 groups of 117 forwards of 283 TFLOP; the adapter's own products come on top here. The
+    seconds are the sum of a forward's kernels by another script.
     """
-    cfg = load(GrpoRun, ROOT / "configs" / "wan" / "grpo.yaml")
+    cfg = load(GrpoRun, ROOT / "configs" / "wan" / "grpo.yaml", PLAIN)
     plan = plan_grpo(cfg, H100)
     found = {phase.name: phase for phase in plan.phases}
     transformer = found["rollout"].flops + found["update"].flops
     assert 8 * transformer == pytest.approx(2_119e15, rel=0.15)
-    assert found["rollout"].seconds + found["update"].seconds == pytest.approx(
-        535, rel=0.15
-    )
+    assert found["rollout"].seconds == pytest.approx(8 * 107 * 1.304, rel=0.03)
     assert found["rollout"].flops / found["update"].flops == pytest.approx(
         107 / 10, rel=0.1
     )
@@ -410,14 +448,15 @@ def test_grpo_recipe_cost_matches_longcat() -> None:
 @pytest.mark.long
 def test_cold_start_8b_cost_by_hand() -> None:
     cfg = load(ColdStartRun, ROOT / "configs" / "wan" / "cold_start.yaml")
-    short = Lengths((5, 20, 36), 900, prompt=100, chain=200)
+    short = Lengths((5, 20, 36), 900, prompt=200, chain=200)
     plan = plan_reward_model(cfg, H100, short)
     weights = next(part for part in plan.parts if part.name == "reward model: weights")
     assert weights.bytes == pytest.approx(
         2 * 8.767e9 + 2 * 0.175e9, rel=0.02
     )  # and LoRA of rank 64
     # a frozen linear costs its forward, its recomputation and the gradient of its input
-    once = 2 * 6.95e9 * short.total + 2 * 0.576e9 * 3600
+    # half of the chains of thought are dropped
+    once = 2 * 6.95e9 * (short.total - 100) + 2 * 0.576e9 * 3600
     assert 8 * plan.phases[0].flops == pytest.approx(32 * 2 * 3 * once, rel=0.15)
     assert plan.peak < 79 * GIB
 

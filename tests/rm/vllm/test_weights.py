@@ -31,6 +31,8 @@ def load():
 weights.hand_over(load)
 distributed.barrier()
 out["after"] = [str(path) for path in parent.rglob(WEIGHTS)]
+# The next hand-over writes the file again.
+distributed.barrier()
 
 def fail():
     if me == 1:
