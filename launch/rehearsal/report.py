@@ -91,8 +91,8 @@ def rehearsal_of(
             part.peak = 0
             costs.add(part)
         notes.append(
-            f"1 / {adapted.repeats:g} of a {adapted.unit} was run and multiplied, in the phases "
-            + ", ".join(repeated)
+            f"1 / {adapted.repeats:g} of the {adapted.unit} was run and multiplied, in the phases "
+            + ", ".join(n for n in repeated if gpu.ledger.phases[n].kernels)
         )
         grown = _growth(gpu.ledger, adapted.repeats)
         if grown:

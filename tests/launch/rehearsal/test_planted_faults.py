@@ -117,8 +117,8 @@ FAULTS = [
     PlantedFault(
         "reward model: query ids stay on the CPU",
         "rm/model.py",
-        "torch.tensor(self.query_ids, device=embedded.device)",
-        "torch.tensor(self.query_ids)",
+        "args[0].unsqueeze(-1) == self.query_id_K",
+        "args[0].unsqueeze(-1) == torch.tensor(self.query_ids)",
         SCORE,
     ),
     PlantedFault(
