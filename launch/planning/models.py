@@ -124,7 +124,8 @@ class MetaWan:
         config = _config_of(self.cfg.path, "vae", known)
         with torch.device("meta"):
             vae = AutoencoderKLWan.from_config(config)
-        vae = vae.to(getattr(torch, self.cfg.vae_dtype))
+        for parameter in vae.parameters():
+            parameter.data = parameter.data.to(getattr(torch, self.cfg.vae_dtype))
         return vae.requires_grad_(requires_grad=False).eval()
 
     @cached_property
