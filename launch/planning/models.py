@@ -299,7 +299,8 @@ class MetaWan:
     def _given_prompts(self) -> AbstractContextManager[None]:
         """Embeddings of the prompt and of the negative prompt, as if they were cached."""
         width = self.transformer.config.text_dim
-        embedding_LD = torch.zeros(EMBEDDED_TOKENS, width, dtype=self.dtype)
+        tokens = min(EMBEDDED_TOKENS, self.cfg.max_sequence_length)
+        embedding_LD = torch.zeros(tokens, width, dtype=self.dtype)
         texts = [PROMPT, self.cfg.sampler.negative_prompt]
         return self.generator.given_prompts(dict.fromkeys(texts, embedding_LD))
 

@@ -242,7 +242,7 @@ def test_signal_to_a_single_process_is_its_exit_code(
     assert run.checkpoints() == [f"step-{run.rows():06d}"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_second_signal_ends_a_single_process(started) -> None:
     run = started(ranks=0, seconds=20.0)
     run.wait_for_rows(1)
@@ -254,7 +254,7 @@ def test_second_signal_ends_a_single_process(started) -> None:
     assert "1 are lost" in run.text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_failed_rank_ends_the_others(started) -> None:
     run = started(ranks=2, seconds=1.0)
     run.wait_for_rows(1)

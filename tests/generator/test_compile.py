@@ -56,7 +56,7 @@ def test_compiled_blocks_are_the_same_model(folder: Path, *, merge: bool) -> Non
     )  # checkpoints keep their names
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_blocks_serve_fast_and_exact_calls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +67,8 @@ def test_compiled_blocks_serve_fast_and_exact_calls(
         "compile_repeated_blocks",
         lambda self: plain_compile(self, backend="eager"),
     )
+    # what other tests have compiled does not count
+    torch._dynamo.reset()
     folder = build_tiny_wan(tmp_path, layers=3)
     sampler = dataclasses.replace(
         tiny_config(folder).sampler,

@@ -227,7 +227,7 @@ def test_resumed_grpo_run_equals_an_uninterrupted_run(
     )  # something was learned
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_rank_matches_two_ranks_and_resumes_their_run(
     tiny: Path, whole: Path, half: Path
 ) -> None:

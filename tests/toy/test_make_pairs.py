@@ -33,7 +33,7 @@ def make(out: Path, workers: int) -> Path:
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_made_pairs_are_readable_and_fixed_by_seed(tmp_path: Path) -> None:
     first, second = make(tmp_path / "one", 1), make(tmp_path / "two", 2)
     for split, count in (("train", 20), ("heldout", 4)):

@@ -13,7 +13,6 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 QWEN = ROOT / "assets" / "shapes" / "qwen"
-pytestmark = pytest.mark.slow
 
 
 def rehearse(*words: object, out: Path, code: int = 0) -> dict[str, Any]:
@@ -43,6 +42,7 @@ def traffic(result: dict[str, Any], direction: str, file: str) -> int:
 VIDEO = 5 * 32 * 32 * 3  # bytes of a video of the embedded world
 
 
+@pytest.mark.slow
 def test_grpo(tmp_path, descore):
     result = rehearse(
         "launch/grpo.py",
@@ -64,6 +64,7 @@ def test_grpo(tmp_path, descore):
     assert result["faults"] == []
 
 
+@pytest.mark.long
 def test_grpo_with_overlapping_scores(tmp_path, descore):
     result = rehearse(
         "launch/grpo.py",
@@ -78,6 +79,7 @@ def test_grpo_with_overlapping_scores(tmp_path, descore):
     assert result["phases"]["in a thread"]["kernels"]["gemm_bf16"] > 0
 
 
+@pytest.mark.long
 def test_parts_of_an_update_that_are_left_out_are_multiplied(tmp_path):
     def update(prompts: int) -> dict[str, Any]:
         return rehearse(
@@ -100,6 +102,7 @@ def test_parts_of_an_update_that_are_left_out_are_multiplied(tmp_path):
     assert whole[step]["kernels"] == half[step]["kernels"]
 
 
+@pytest.mark.long
 def test_dpo_under_zero_3(tmp_path):
     result = rehearse(
         "launch/dpo.py",
@@ -114,6 +117,7 @@ def test_dpo_under_zero_3(tmp_path):
     assert result["phases"]["optimizer step"]["seconds"] > 0
 
 
+@pytest.mark.long
 def test_pairs(tmp_path, descore):
     result = rehearse(
         "launch/pairs.py",
@@ -127,6 +131,7 @@ def test_pairs(tmp_path, descore):
     assert moved == 3 * VIDEO
 
 
+@pytest.mark.long
 def test_cold_start(tmp_path):
     result = rehearse(
         "launch/cold_start.py",
@@ -140,6 +145,7 @@ def test_cold_start(tmp_path):
     assert {"update", "optimizer step"} < result["phases"].keys()
 
 
+@pytest.mark.slow
 def test_dual_rl_samples_its_own_chains(tmp_path):
     result = rehearse(
         "launch/dual_rl.py",
@@ -159,6 +165,7 @@ def test_dual_rl_samples_its_own_chains(tmp_path):
     assert max(waits) == 4
 
 
+@pytest.mark.long
 def test_sample(tmp_path):
     result = rehearse(
         "launch/sample.py",
@@ -171,6 +178,7 @@ def test_sample(tmp_path):
     assert moved == VIDEO
 
 
+@pytest.mark.long
 def test_score(tmp_path, descore):
     result = rehearse(
         "launch/score.py",
@@ -183,6 +191,7 @@ def test_score(tmp_path, descore):
     assert traffic(result, "host_to_device_bytes", "rm/model.py") > 0
 
 
+@pytest.mark.long
 def test_evaluate_generator(tmp_path, descore):
     result = rehearse(
         "launch/evaluate.py",
@@ -198,6 +207,7 @@ def test_evaluate_generator(tmp_path, descore):
     assert moved == 2 * VIDEO
 
 
+@pytest.mark.long
 def test_serve(tmp_path, descore):
     result = rehearse(
         "launch/serve.py",
@@ -209,6 +219,7 @@ def test_serve(tmp_path, descore):
     assert result["phases"]["in a thread"]["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_command_that_cannot_be_rehearsed_says_so(tmp_path):
     words = ["launch/evaluate.py", "rm", "--config=configs/shapes/evaluate_rm.yaml"]
     done = subprocess.run(
