@@ -63,6 +63,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     write_files_to_score(folder)
     write_published_releases(folder)
+    (folder / "runs").mkdir()
+    rates = {"device": "h100", "rates": {"gemm_bf16": 6.2e14}}
+    (folder / "runs/gpu_check.json").write_text(json.dumps(rates))
     for name in ("runs/demo/descore/final", "runs/wan/descore/final"):
         writing = Generation(max_new_tokens=40, temperature=2.0, repetition_penalty=1.0)
         DeScore(tiny_qwen(), tiny_tokenizer(), TEMPLATE, SETTINGS, 264, writing).save(

@@ -402,8 +402,11 @@ class MetaRewardModel:
         config = _config_of(self.name, "", known_models.QWEN3_VL.get(self.name))
         patch_size = config["vision_config"]["patch_size"]
         self.settings = replace(self.settings, patch_size=patch_size)
-        # Any tokenizer serves, with its ids of special tokens.
-        tokenizer = AutoTokenizer.from_pretrained(shipped(_TOKENIZER).as_posix())
+        # The folder's tokenizer, or any other with its ids of special tokens.
+        folder = Path(self.name)
+        if not (folder / "tokenizer.json").is_file():
+            folder = shipped(_TOKENIZER)
+        tokenizer = AutoTokenizer.from_pretrained(folder.as_posix())
         config["video_token_id"] = token_id(tokenizer, VIDEO_PAD)
         with torch.device("meta"):
             backbone = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
