@@ -76,7 +76,9 @@ class Scorer(AbstractContextManager[None]):
         """Take the videos (G, T, Y, X, 3) of a sampled group."""
         if self.thread is not None:
             self._limit_waiting_groups()
-            future = self.thread.submit(self._score_group, video_GTYXC, prompts)
+            # The executor may hold its arguments a moment longer than the scores need them.
+            held = [video_GTYXC]
+            future = self.thread.submit(self._score_group, held, prompts)
             self.pending.append(future)
             return
         if self.chunk is None:
@@ -135,8 +137,10 @@ class Scorer(AbstractContextManager[None]):
 
     @torch.no_grad()
     def _score_group(
-        self, video_GTYXC: Tensor, prompts: Sequence[str]
+        self, held: list[Tensor], prompts: Sequence[str]
     ) -> dict[str, Score]:
+        """Score the only group of a list, and take it out, so that it is freed with the scores."""
+        video_GTYXC = held.pop()
         scores = {}
         for name, reward in self.rewards.items():
             scores[name] = self._score(reward, video_GTYXC, prompts)
