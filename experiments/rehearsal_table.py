@@ -23,6 +23,7 @@ from experiments.runner import ROOT, commit
 
 HEAD = ("recipe", "unit", "seconds", "peak GiB", "seconds by phase")
 HEAD_OF_PLANS = ("recipe", "seconds", "planned", "", "peak GiB", "planned", "")
+KEPT_OF_PHASES = ("seconds", "peak_gib", "seconds_by_kernel")
 OUT = ROOT / "docs" / "results" / "rehearsal.json"
 WORK = ROOT / "runs" / "rehearsal"
 
@@ -160,7 +161,8 @@ def main() -> None:
             if variant.planned and "plan" not in cells[variant.name]:
                 cells[variant.name]["plan"] = plan(variant, args.where)
                 write_json(file, cells[variant.name])
-    write_json(args.out, {"commit": commit(), "where": args.where, "cells": cells})
+    kept = {name: summary_of(cell) for name, cell in cells.items()}
+    write_json(args.out, {"commit": commit(), "where": args.where, "cells": kept})
     tables.write_page(args.out.with_suffix(".md"), list(page_of(cells, args.where)))
     print(f"{args.out} and {args.out.with_suffix('.md')}")
 
@@ -219,6 +221,15 @@ def plan(variant: RecipeVariant, where: str) -> dict[str, float]:
     }
 
 
+def summary_of(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a cell without its counts by line, which its file in ``--work`` keeps."""
+    phases = {}
+    for name, phase in cell["phases"].items():
+        phases[name] = {key: phase[key] for key in KEPT_OF_PHASES}
+    others = {key: value for key, value in cell.items() if key != "blind_spots"}
+    return {**others, "phases": phases}
+
+
 def comparison_of(cells: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rows of rehearsals beside their plans."""
     rows = []
@@ -256,10 +267,12 @@ def page_of(cells: Mapping[str, Any], where: str) -> Iterator[str]:
                 ", ".join(phases),
             )
         )
+    # A cell may be older than the page.
+    commits = sorted({cell.get("commit", commit()) for cell in cells.values()})
     yield from (
         "# The full-size recipes on a simulated GPU",
         "",
-        f"Made by `python experiments/rehearsal_table.py` at commit {commit()}: rank 0 of "
+        f"Made by `python experiments/rehearsal_table.py` at commit {', '.join(commits)}: rank 0 of "
         f"{where}, rooflines of the operations that the commands run, and the peak of their "
         "tensors. Nothing ran on a GPU; collectives take no time. How it is counted and what it "
         "does not see: [rehearsal.md](../rehearsal.md).",
