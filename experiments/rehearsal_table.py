@@ -273,9 +273,9 @@ def page_of(cells: Mapping[str, Any], where: str) -> Iterator[str]:
         "# The full-size recipes on a simulated GPU",
         "",
         f"Made by `python experiments/rehearsal_table.py` at commit {', '.join(commits)}: "
-        f"rank 0 of {where}, rooflines of the operations that the commands run, and the peak of "
-        "their tensors. Nothing ran on a GPU; collectives take no time. How it is counted and what it "
-        "does not see: [rehearsal.md](../rehearsal.md).",
+        f"rank 0 of {where}, rooflines of the operations that the commands run, and the peak "
+        "of their tensors. Nothing ran on a GPU; collectives take no time. How it is counted "
+        "and what it does not see: [rehearsal.md](../rehearsal.md).",
         "",
         *tables.markdown_table(HEAD, rows),
     )
