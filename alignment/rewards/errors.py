@@ -86,8 +86,11 @@ def contained() -> Iterator[None]:
         raise RuntimeError(f"the reward called sys.exit({error.code!r})") from error
     finally:
         torch.set_default_dtype(dtype)
-        # setting a device costs every later call, so only what changed is set back
-        if torch.get_default_device() != device:
+        # a default device, the CPU too, is a mode that costs every later call and that
+        # torch.compile cannot trace: none stays where none was
+        if device.type == "cpu":
+            torch.set_default_device(None)
+        elif torch.get_default_device() != device:
             torch.set_default_device(device)
 
 

@@ -382,16 +382,25 @@ def test_part_whose_name_cannot_be_shown_is_refused(name: str, tmp_path: Path) -
         contained_score(reward_of(tmp_path, text), VIDEO, PROMPTS, fps=8.0)
 
 
-def test_default_dtype_and_device_of_torch_are_restored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_default_dtype_and_device_of_torch_are_restored(
+    device: str, tmp_path: Path
+) -> None:
     text = (
         "import torch\n"
         "def score(video, prompts):\n"
         "    torch.set_default_dtype(torch.float64)\n"
-        "    torch.set_default_device('meta')\n"
+        f"    torch.set_default_device('{device}')\n"
         "    return [0.0] * 6\n"
     )
-    # its scores are on the meta device, without data
-    with pytest.raises(ValueError, match="meta"):
-        contained_score(reward_of(tmp_path, text), VIDEO, PROMPTS, fps=8.0)
+    reward = reward_of(tmp_path, text)
+    if device == "meta":
+        # its scores are on the meta device, without data
+        with pytest.raises(ValueError, match="meta"):
+            contained_score(reward, VIDEO, PROMPTS, fps=8.0)
+    else:
+        contained_score(reward, VIDEO, PROMPTS, fps=8.0)
+    # a default device is a mode, and torch.compile cannot trace a model under it
+    assert torch.overrides._len_torch_function_stack() == 0
     assert torch.get_default_dtype() == torch.float32
     assert torch.zeros(1).device.type == "cpu"
