@@ -176,7 +176,7 @@ HOWS = [
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param(how, marks=pytest.mark.slow if i < 2 else pytest.mark.long)
+        pytest.param(how, marks=pytest.mark.slow if i < 1 else pytest.mark.long)
         for i, how in enumerate(HOWS)
     ],
 )
