@@ -1,17 +1,22 @@
-"""Train the tiny Qwen3-VL to see the shapes world and to write chains of thought about it.
+"""Train the tiny Qwen3-VL to describe the shapes world, and to answer as annotated examples do.
 
-It first learns from renders, clean and degraded, then also from videos of the tiny Wan, which it
-will score in the end. The language-model loss covers the chain of thought only. Prompt and video
-are drawn apart (each attribute agrees by chance or with probability `AGREE`), because a model
-whose prompts always match copies the prompt and never looks at the video.
+It learns to describe: what a prompt asks for and what a video shows, line by line, from renders
+and from videos of the tiny Wan. The form of the answer, five scores and an overall one, it learns
+from `ANNOTATED` examples whose scores are wrong in a fifth of the cases (`toy.annotator`). It
+never sees a preference, the people's utility, the oracle's total or a held-out combination, and
+its renders have other sizes than those of every test.
+
+Prompt and video are drawn apart (each attribute agrees by chance or with probability `AGREE`),
+because a model whose prompts always match copies the prompt and never looks at the video.
 """
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -27,6 +32,7 @@ from transformers import (
 from rm.model import DeScore
 from rm.prompt import CONTROL_TOKENS, IM_END, PromptTemplate, parse_answer
 from rm.video import PreparedVideo, VideoSettings, prepare
+from toy.annotator import annotate, overall_score
 from toy.make_pairs import load_generator, spoilt, write_cots
 from toy.measure import compare, observe
 from toy.tokenizer import train_tokenizer
@@ -35,14 +41,15 @@ from toy.world import (
     SUB_DIMENSIONS,
     VALUES,
     Attributes,
-    all_attributes,
     caption,
     captions,
     mix_attributes,
     random_attributes,
     random_scenes,
+    redrawn,
     render,
     split_attributes,
+    training_attributes,
 )
 
 TEMPLATE = PromptTemplate(before="prompt: {prompt}\nvideo:", after="\njudge:")
@@ -57,16 +64,22 @@ SETTINGS = VideoSettings(
 UNCLEAR = "unclear"
 # Probability with which an attribute of a prompt is that of its video.
 AGREE = 0.35
-# Weight of the tokens that name what is seen: a sixth of the text, nearly all its information.
+# Weight of the tokens that name what is seen and of the answer: a small part of the text, and
+# nearly all its information.
 SEEN_WEIGHT = 3.0
 
 # The first stage trains the vision tower.
 EYE_BATCH = 48
 EYE_STEPS = 1000
 EYE_PEAK = 2e-3
-# Then (name, steps, peak rate, share of videos of the tiny Wan): renders, later half and half.
+# Then it describes (name, steps, peak rate, share of videos of the tiny Wan): renders, later half
+# and half.
 BATCH = 32
 PHASES = (("qwen", 1200, 2e-3, 0.0), ("qwen_wan", 1400, 1e-3, 0.5))
+# At last it answers: half of every batch are annotated examples, and the rest go on describing.
+ANNOTATED = 2000
+ANSWER_STEPS = 600
+ANSWER_PEAK = 6e-4
 WAN_VIDEOS = 4000
 WAN_HELDOUT = 512
 # Videos of the tiny Wan that are sampled together, with one guidance scale.
@@ -87,19 +100,22 @@ _PIECES = [
 ]
 
 
-def chain_of_thought(wish: Attributes, seen: Attributes) -> str:
-    """Write the wanted and the seen attributes line by line, then the scores."""
-    # The attributes first, so that the scores follow from them.
+def description(wish: Attributes, seen: Attributes) -> str:
+    """Write the wanted and the seen attributes line by line."""
     text = ""
     for dimension, names in _ASPECTS.items():
         wanted = " ".join(_word(wish, name) for name in names)
         shown = " ".join(_word(seen, name) for name in names)
         text += f"{dimension} asked {wanted} seen {shown}\n"
+    return text
 
-    # The scores, in pieces that are a token each.
-    score = compare(wish, seen)
-    digits = [str(score.scores[name]) for name in SUB_DIMENSIONS]
-    overall = f"{1 + 4 * score.total:.2f}"
+
+def answer_text(scores: Mapping[str, int]) -> str:
+    """Write the answer block of five scores and the overall score that follows from them."""
+    # In pieces that are a token each.
+    digits = [str(scores[name]) for name in SUB_DIMENSIONS]
+    text = ""
+    overall = f"{overall_score(scores):.2f}"
     for piece, value in zip(_PIECES, [*digits, overall, ""], strict=True):
         text += piece + value
     return text
@@ -110,17 +126,20 @@ def _word(attributes: Attributes, name: str) -> str:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train the tokenizer on all captions, 864 chains of thought and the fixed text."""
+    """Train the tokenizer on the training captions, a chain of thought of each, fixed text."""
     rng = random.Random("qwen tokenizer")
+    train, _ = split_attributes()
     cots = []
-    for attributes in all_attributes():
-        cots.append(chain_of_thought(attributes, random_attributes(rng)))
+    for attributes in train:
+        shown = training_attributes(rng)
+        answer = answer_text(compare(attributes, shown).scores)
+        cots.append(description(attributes, shown) + answer)
 
     # The fixed text is repeated so that its words become tokens.
     names = " ".join(SUB_DIMENSIONS)
     template = f"{TEMPLATE.before}{TEMPLATE.after}"
     fixed = f"{template}user\nassistant\n 1.5 seconds> {UNCLEAR} {names}"
-    texts = captions(all_attributes()) + cots + [fixed] * 400
+    texts = captions(train) + cots + [fixed] * 400
     return train_tokenizer(
         texts,
         size=490,
@@ -225,8 +244,16 @@ def _blur_and_noise(video_TYXC: Tensor, rng: random.Random) -> Tensor:
 def agreeing(
     attributes: Attributes, rng: random.Random, probability: float
 ) -> Attributes:
-    """Keep each attribute with a probability and draw it anew otherwise."""
-    return mix_attributes(random_attributes(rng), attributes, rng, share=probability)
+    """Keep each attribute with a probability and draw it anew otherwise.
+
+    The result is no held-out combination.
+    """
+
+    def draw(rng: random.Random) -> Attributes:
+        other = random_attributes(rng)
+        return mix_attributes(other, attributes, rng, share=probability)
+
+    return redrawn(draw, rng)
 
 
 def examples(
@@ -241,6 +268,7 @@ def examples(
     return video, wishes
 
 
+@lru_cache(maxsize=1)
 def generated(wan: Path, cache: Path) -> tuple[Tensor, list[Attributes]]:
     """Sample `WAN_VIDEOS` videos of the tiny Wan and return them with their prompts' attributes.
 
@@ -276,32 +304,87 @@ def generated(wan: Path, cache: Path) -> tuple[Tensor, list[Attributes]]:
     return cached(cache, "video", sample), wishes
 
 
-def cot_loss(
-    model: DeScore, videos: Tensor, wishes: Sequence[Attributes], rng: random.Random
-) -> Tensor:
-    """Cross entropy of the right chain of thought and its end token.
+@dataclass(frozen=True)
+class Lesson:
+    """Videos with prompts and the texts to write; ``ends`` says which texts are whole."""
+
+    videos: Tensor
+    prompts: list[str]
+    texts: list[str]
+    ends: list[bool]
+
+    def __add__(self, other: Lesson) -> Lesson:
+        return Lesson(
+            torch.cat([self.videos, other.videos]),
+            self.prompts + other.prompts,
+            self.texts + other.texts,
+            self.ends + other.ends,
+        )
+
+
+def describing(
+    videos: Tensor, wishes: Sequence[Attributes], rng: random.Random
+) -> Lesson:
+    """Descriptions of videos. What comes after them is left open."""
+    prompts = [caption(wish, wording=rng.randrange(4)) for wish in wishes]
+    texts = []
+    for video, wish in zip(videos, wishes, strict=True):
+        texts.append(description(wish, observe(video).attributes))
+    return Lesson(videos, prompts, texts, [False] * len(texts))
+
+
+def annotated_examples(
+    wan_videos: Tensor, wan_wishes: Sequence[Attributes], *, shuffled: bool = False
+) -> Lesson:
+    """`ANNOTATED` examples, half renders and half videos of the tiny Wan; always the same.
+
+    ``shuffled`` gives every example the scores of another one: a control, from which nothing can
+    be learned about what a score means.
+    """
+    rng = random.Random("annotated")
+    rendered, wishes = examples(ANNOTATED // 2, rng, clean=False)
+    videos = torch.cat([rendered, wan_videos[: ANNOTATED // 2]])
+    wishes += [agreeing(wish, rng, 0.7) for wish in wan_wishes[: ANNOTATED // 2]]
+
+    # The annotator's scores.
+    scores = []
+    for video, wish in zip(videos, wishes, strict=True):
+        right = compare(wish, observe(video).attributes).scores
+        scores.append(annotate(right, rng))
+    if shuffled:
+        rng.shuffle(scores)
+    lesson = describing(videos, wishes, rng)
+    texts = [a + answer_text(b) for a, b in zip(lesson.texts, scores, strict=True)]
+    return Lesson(videos, lesson.prompts, texts, [True] * len(texts))
+
+
+def text_loss(model: DeScore, lesson: Lesson) -> Tensor:
+    """Cross entropy of the texts, and of the end token where a text is whole.
 
     Weighted MEAN over the tokens of all videos.
     """
-    # Encode the prompts with the right chains of thought.
-    prepared = _prepare(videos)
+    prepared = _prepare(lesson.videos)
     encoded = []
     targets = []
     weights = []
-    for video, inputs, wish in zip(videos, prepared, wishes, strict=True):
-        cot = chain_of_thought(wish, observe(video).attributes)
-        prompt = caption(wish, wording=rng.randrange(4))
-        item = model.encode(prompt, inputs, cot)
+    counts = []
+    columns = zip(lesson.prompts, prepared, lesson.texts, lesson.ends, strict=True)
+    for prompt, inputs, text, is_whole in columns:
+        item = model.encode(prompt, inputs, text)
         encoded.append(item)
-        targets += [*item.cot_ids, model.tokenizer.eos_token_id]
-        weights += _token_weights(model, item.cot_ids)
+        ids = list(item.cot_ids)
+        if is_whole:
+            ids.append(model.tokenizer.eos_token_id)
+        targets += ids
+        weights += _token_weights(model, ids)
+        counts.append(len(ids))
 
     # Position i predicts token i + 1.
     hidden_BLD = model.hidden(model.batch(encoded, prepared, query=False))
     rows = []
-    for i, item in enumerate(encoded):
+    for i, (item, count) in enumerate(zip(encoded, counts, strict=True)):
         first = len(item.prompt_ids) - 1
-        rows.append(hidden_BLD[i, first : len(item.ids)])
+        rows.append(hidden_BLD[i, first : first + count])
     logits = model.backbone.lm_head(torch.cat(rows))
     loss = F.cross_entropy(logits, torch.tensor(targets), reduction="none")
     weight = torch.tensor(weights)
@@ -312,17 +395,18 @@ def _prepare(videos: Tensor) -> list[PreparedVideo]:
     return [prepare(video, SETTINGS, fps=8.0) for video in videos]
 
 
-def _token_weights(model: DeScore, cot_ids: Sequence[int]) -> list[float]:
-    """Weight the tokens between " seen" and the end of its line by `SEEN_WEIGHT`."""
+def _token_weights(model: DeScore, ids: Sequence[int]) -> list[float]:
+    """Weight the tokens from " seen" to the end of its line, and the answer, by `SEEN_WEIGHT`."""
     newline = model.tokenizer.encode("\n")[0]
     seen = model.tokenizer.encode(" seen")[0]
+    answer = model.tokenizer.encode(_PIECES[0])[0]
     weights = []
     inside = False
-    for token in cot_ids:
+    for token in ids:
         inside = inside and token != newline
         weights.append(SEEN_WEIGHT if inside else 1.0)
-        inside = inside or token == seen
-    return [*weights, 1.0]
+        inside = inside or token in (seen, answer)
+    return weights
 
 
 class Eye(nn.Module):
@@ -385,11 +469,11 @@ def evaluate(
     """Compare greedy chains of thought with the oracle on held-out videos.
 
     Returns shares of the videos: by attribute, read as the oracle reads it; ``parsed``, answers
-    in the right format; ``scores``, answers with all scores right.
+    in the right format; ``scores``, right sub-dimension scores.
     """
     rng = random.Random(seed)
     model.eval()
-    counts = dict.fromkeys([*VALUES, "parsed", "scores"], 0)
+    counts: dict[str, float] = dict.fromkeys([*VALUES, "parsed", "scores"], 0)
     for start in range(0, len(videos), 64):
         part = videos[start : start + 64]
         part_wishes = wishes[start : start + 64]
@@ -405,8 +489,9 @@ def evaluate(
             answer = parse_answer(cot)
             if answer is not None:
                 counts["parsed"] += 1
-                right = dict(answer.scores) == compare(wish, truth).scores
-                counts["scores"] += int(right)
+                for name, score in compare(wish, truth).scores.items():
+                    counts["scores"] += int(answer.scores.get(name) == score)
+    counts["scores"] /= len(SUB_DIMENSIONS)
     return {name: count / len(videos) for name, count in counts.items()}
 
 
@@ -429,38 +514,95 @@ def _seen_words(cot: str) -> dict[str, str]:
 
 
 def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
-    """Train in three stages, save to ``out/qwen`` and measure on 512 held-out videos."""
+    """Train in four stages, save to ``out/qwen`` and measure on 512 held-out videos."""
+    model = described(out, work, steps=steps)
+    measured = answer(model, "qwen_answer", out, work, steps=steps)
+    save(model, out / "qwen")
+    return measured
+
+
+def build_shuffled(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
+    """Train the last stage on shuffled annotations, and measure as `build` does; saves nothing."""
+    model = described(out, work, steps=steps)
+    return answer(model, "qwen_shuffled", out, work, steps=steps, shuffled=True)
+
+
+def described(out: Path, work: Path, *, steps: int | None) -> DeScore:
+    """Train a new model to see and to describe."""
     # The query and the head belong to score training, not to this model.
     model = new_model()
     model.query.requires_grad_(requires_grad=False)
     model.head.requires_grad_(requires_grad=False)
     train_eye(model, work, steps=steps or EYE_STEPS)
-    videos, wishes = generated(out / "wan", work / "wan_videos.safetensors")
-
-    def loss_at(step: int, *, name: str, share: float) -> Tensor:
-        rng = random.Random(f"{name}-{step}")
-        count = round(BATCH * share)
-        rows = [rng.randrange(WAN_VIDEOS - WAN_HELDOUT) for _ in range(count)]
-        rendered, mixed = examples(BATCH - count, rng, clean=False)
-        mixed += [agreeing(wishes[row], rng, 0.7) for row in rows]
-        return cot_loss(model, torch.cat([rendered, videos[rows]]), mixed, rng)
-
-    # The last videos of the tiny Wan are not trained on.
-    unseen = videos[-WAN_HELDOUT:]
-    unseen_wishes = wishes[-WAN_HELDOUT:]
-
-    def check(count: int) -> dict[str, float]:
-        rendered, mixed = examples(count, random.Random(2), clean=True)
-        measured = evaluate(model, rendered, mixed, seed=2)
-        on_wan = evaluate(model, unseen[:count], unseen_wishes[:count], seed=3)
-        return measured | {f"wan_{name}": value for name, value in on_wan.items()}
-
     for name, phase_steps, peak, share in PHASES:
+        loss = partial(_describing_loss, model, out, work, name=name, share=share)
         settings = Fit(name, steps or phase_steps, peak, work, slow=".visual.")
-        loss = partial(loss_at, name=name, share=share)
-        fit(settings, model, loss, lambda: check(64))
-    save(model, out / "qwen")
-    return check(512)
+        check = partial(_measure, model, out, work, 64)
+        fit(settings, model, loss, check)
+    return model
+
+
+def answer(
+    model: DeScore,
+    name: str,
+    out: Path,
+    work: Path,
+    *,
+    steps: int | None,
+    shuffled: bool = False,
+) -> dict[str, float]:
+    """Train on annotated examples and measure."""
+    videos, wishes = generated(out / "wan", work / "wan_videos.safetensors")
+    lesson = annotated_examples(videos, wishes, shuffled=shuffled)
+
+    def loss_at(step: int) -> Tensor:
+        rng = random.Random(f"{name}-{step}")
+        rows = [rng.randrange(ANNOTATED) for _ in range(BATCH // 2)]
+        part = Lesson(
+            lesson.videos[rows],
+            [lesson.prompts[row] for row in rows],
+            [lesson.texts[row] for row in rows],
+            [True] * len(rows),
+        )
+        other = _batch(out, work, BATCH // 2, rng, share=0.5)
+        return text_loss(model, part + other)
+
+    settings = Fit(name, steps or ANSWER_STEPS, ANSWER_PEAK, work, slow=".visual.")
+    fit(settings, model, loss_at, partial(_measure, model, out, work, 64))
+    return _measure(model, out, work, 512)
+
+
+def _describing_loss(
+    model: DeScore, out: Path, work: Path, step: int, *, name: str, share: float
+) -> Tensor:
+    rng = random.Random(f"{name}-{step}")
+    return text_loss(model, _batch(out, work, BATCH, rng, share=share))
+
+
+def _batch(
+    out: Path, work: Path, count: int, rng: random.Random, *, share: float
+) -> Lesson:
+    """Draw ``count`` videos to describe, a share of them videos of the tiny Wan."""
+    sampled = round(count * share)
+    videos, wishes = examples(count - sampled, rng, clean=False)
+    if sampled:
+        wan_videos, wan_wishes = generated(out / "wan", work / "wan_videos.safetensors")
+        rows = [rng.randrange(WAN_VIDEOS - WAN_HELDOUT) for _ in range(sampled)]
+        videos = torch.cat([videos, wan_videos[rows]])
+        wishes += [agreeing(wan_wishes[row], rng, 0.7) for row in rows]
+    return describing(videos, wishes, rng)
+
+
+def _measure(model: DeScore, out: Path, work: Path, count: int) -> dict[str, float]:
+    """Evaluate on new renders and on the last videos of the tiny Wan, which nothing trains on."""
+    rendered, wishes = examples(count, random.Random(2), clean=True)
+    measured = evaluate(model, rendered, wishes, seed=2)
+    if not (out / "wan" / "model_index.json").exists():
+        return measured
+    wan_videos, wan_wishes = generated(out / "wan", work / "wan_videos.safetensors")
+    unseen = slice(WAN_VIDEOS - WAN_HELDOUT, WAN_VIDEOS - WAN_HELDOUT + count)
+    on_wan = evaluate(model, wan_videos[unseen], wan_wishes[unseen], seed=3)
+    return measured | {f"wan_{name}": value for name, value in on_wan.items()}
 
 
 def train_eye(model: DeScore, work: Path, *, steps: int) -> None:

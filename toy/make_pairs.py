@@ -3,9 +3,10 @@
 `python toy/make_pairs.py --out runs/data` writes ``train.csv`` and ``heldout.csv`` (disjoint
 combinations of attributes) with ``videos/``; ``--pairs`` names other `SPLITS`. The two videos of a
 pair come from the renderer, with some attributes changed, or from the tiny Wan, with or without
-spoilt latents: the kinds of videos that a reward model will meet. The oracle labels them as people
-would, and the base Qwen3-VL writes the chains of thought. The data is a pure function of the seed;
-the number of workers and the other splits change no byte.
+spoilt latents: the kinds of videos that a reward model will meet. The people of `toy.people` label
+them by a utility that the table tells nobody who trains, and the base Qwen3-VL writes the chains of
+thought. The data is a pure function of the seed; the number of workers and the other splits change
+no byte.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ if TYPE_CHECKING:
     from generator.wan import WanGenerator
     from rm.model import DeScore
     from rm.video import PreparedVideo
-    from toy.measure import OracleScore
     from toy.world import Attributes
 
 SOURCES = ("render", "render", "wan", "wan", "wan", "wan", "wan", "spoilt")
+# The words of an answer for a label.
+PREFERENCES = {
+    "A": "Video 1 is better",
+    "B": "Video 2 is better",
+    "same": "same",
+}
 # Pairs per task of a worker.
 CHUNK = 16
 # The generator of the videos, and the Qwen3-VL that writes the chains of thought.
@@ -47,17 +53,20 @@ class Split:
     sources    Sources of a video, drawn with equal odds.
     shares     Shares of attributes that a render redraws by chance; each video draws one of them.
     look       Fields of `toy.world.Look` for renders; {} is what the base models have seen.
-    grain      Greatest standard deviation of film grain, of 255; each video draws a smaller one.
+    wear       Share of renders with each fault of `worn`: blur, grain, flicker, pumping.
     accidents  Share of renders that stand still or have lost their colour.
     heldout    Use combinations of attributes that no training split has.
+    annotated  The table holds the annotator's scores, a fifth of them wrong, instead of the
+               oracle's, with which a test is evaluated.
     """
 
     sources: tuple[str, ...] = SOURCES
     shares: tuple[float, ...] = (0.0, 0.15, 0.3, 0.5)
     look: Mapping[str, Any] = field(default_factory=dict)
-    grain: float = 0.0
+    wear: float = 0.4
     accidents: float = 0.0
     heldout: bool = False
+    annotated: bool = False
 
 
 # Good and bad alike: a reward model learns nothing about what it never saw.
@@ -66,31 +75,31 @@ ANYTHING: dict[str, Any] = {
     "shares": (0.0, 0.25, 0.5, 0.75, 1.0),
     "accidents": 0.15,
 }
-# Smaller, slower and grainier than anything the base Qwen3-VL was trained to describe.
+# Smaller and slower than anything the base Qwen3-VL was trained to describe.
 FILMED = ANYTHING | {
     "look": {
-        "scale": (0.13, 0.18),
+        "scale": (0.13, 0.165),
         "travel": (0.2, 0.3),
         "pan": (0.025, 0.045),
         "light": 20.0,
     },
-    "grain": 8.0,
 }
+# Sizes that no training of any model has.
 OTHER_LOOK = {
-    "scale": (0.22, 0.28),
+    "scale": (0.235, 0.28),
     "travel": (0.12, 0.2),
     "pan": (0.055, 0.1),
     "light": 30.0,
 }
 SPLITS = {
-    "train": Split(),
-    "heldout": Split(heldout=True),
+    "train": Split(annotated=True),
+    "heldout": Split(heldout=True, look=OTHER_LOOK),
     # `make reproduce-rm` trains and tests in the first domain and tests in four others, each of
     # which differs from it in a single respect.
-    "filmed": Split(**FILMED),
+    "filmed": Split(**FILMED, annotated=True),
     "indomain": Split(**FILMED),
     "combinations": Split(**FILMED, heldout=True),
-    "renderer": Split(**ANYTHING, look=OTHER_LOOK, grain=12.0),
+    "renderer": Split(**ANYTHING, look=OTHER_LOOK),
     "wan": Split(("wan",)),
     "spoilt": Split(("spoilt",)),
 }
@@ -117,6 +126,14 @@ class Side:
     rng: random.Random
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What is known of a video: the sub-dimension scores of its table, and the people's utility."""
+
+    scores: Mapping[str, int]
+    utility: float
+
+
 @lru_cache(maxsize=3)
 def load_generator(*overrides: str) -> WanGenerator:
     """Load the generator of `SAMPLE_CONFIG`, once in each worker."""
@@ -140,18 +157,23 @@ def make(job: VideoJob) -> list[dict[str, object]]:
     """Write the mp4 files of a job and return its CSV rows."""
     import torch
 
+    from common.distributed import derive_seed
     from common.video_io import write_mp4
     from rm.video import prepare
+    from toy.annotator import annotate
     from toy.measure import measure
+    from toy.people import utility
     from toy.world import FPS
 
     torch.set_num_threads(1)
     sides = list_sides(job)
     videos, sources = draw_videos(job, sides)
-    scores = []
+    seen = []
     for side, video in zip(sides, videos, strict=True):
         write_mp4(job.out / side.name, video, FPS)
-        scores.append(measure(video, side.prompt))
+        scores = measure(video, side.prompt).scores
+        told = annotate(scores, side.rng) if SPLITS[job.split].annotated else scores
+        seen.append(Seen(told, utility(video, side.prompt).value))
 
     # The chains of thought are about the files, as a training run reads them.
     model = load_base_model()
@@ -160,7 +182,9 @@ def make(job: VideoJob) -> list[dict[str, object]]:
     rows = []
     for a in range(0, len(sides), 2):
         pair = slice(a, a + 2)
-        rows.append(csv_row(sides[pair], scores[pair], cots[pair], sources[pair]))
+        rng = random.Random(derive_seed(job.seed, job.split, job.start + a // 2, "label"))
+        row = csv_row(sides[pair], seen[pair], cots[pair], sources[pair], rng)
+        rows.append(row)
     return rows
 
 
@@ -210,8 +234,7 @@ def draw_videos(job: VideoJob, sides: Sequence[Side]) -> tuple[Tensor, list[str]
     for i, side in enumerate(sides):
         if split.accidents:
             videos[i] = hurt(videos[i], split.accidents, side.rng)
-        if split.grain:
-            videos[i] = grainy(videos[i], split.grain, side.rng)
+        videos[i] = worn(videos[i], split.wear, side.rng)
 
     # Videos of the generator take the places of the other renders.
     sampled = [i for i, source in enumerate(sources) if source != "render"]
@@ -236,14 +259,38 @@ def hurt(video_TYXC: Tensor, share: float, rng: random.Random) -> Tensor:
     return video_TYXC.float().mean(-1, keepdim=True).round()
 
 
-def grainy(video_TYXC: Tensor, most: float, rng: random.Random) -> Tensor:
-    """Add film grain: normal noise of luminance with a standard deviation up to ``most``."""
-    import torch
+def worn(video_TYXC: Tensor, share: float, rng: random.Random) -> Tensor:
+    """Give a uint8 video the faults of its quality, each with probability ``share``.
 
+    They change nothing that a prompt asks for: the picture is soft; it has grain, normal noise of
+    luminance with a standard deviation up to 9 of 255; its light flickers by up to 12 from frame
+    to frame; it pumps, every second frame being drawn up to 15 % larger.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    frames = video_TYXC.float().permute(0, 3, 1, 2)
     draw = torch.Generator().manual_seed(rng.getrandbits(62))
-    deviation = rng.uniform(0.0, most)
-    noise = torch.randn((*video_TYXC.shape[:-1], 1), generator=draw)
-    return (video_TYXC.float() + deviation * noise).round().clamp(0, 255)
+    soft, grainy, flickers, pumps = (rng.random() < share for _ in range(4))
+    if pumps:
+        side = frames.shape[-1]
+        larger = round(side * rng.uniform(1.06, 1.15))
+        margin = (larger - side) // 2
+        part = F.interpolate(frames[1::2], (larger, larger), mode="bilinear")
+        inner = slice(margin, margin + side)
+        frames[1::2] = part[:, :, inner, inner]
+    if soft:
+        for _ in range(rng.choice((1, 2))):
+            frames = F.avg_pool2d(frames, 3, 1, 1, count_include_pad=False)
+    if flickers:
+        size = rng.uniform(3.0, 12.0)
+        light = torch.randn(len(frames), generator=draw)
+        frames = frames + size * light[:, None, None, None]
+    if grainy:
+        noise = torch.randn(frames[:, :1].shape, generator=draw)
+        frames = frames + rng.uniform(2.0, 9.0) * noise
+    pixels = frames.round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1)
 
 
 def spoilt(clean_CFHW: Tensor, rng: random.Random) -> Tensor:
@@ -275,28 +322,22 @@ def write_cots(
 
 def csv_row(
     sides: Sequence[Side],
-    scores: Sequence[OracleScore],
+    seen: Sequence[Seen],
     cots: Sequence[str],
     sources: Sequence[str],
+    rng: random.Random,
 ) -> dict[str, object]:
-    """Build the row of a pair; the oracle's totals decide its label."""
+    """Build the row of a pair; people draw its label from the two utilities."""
+    from toy.people import PEOPLE
     from toy.world import FPS, FRAMES
 
-    total_A, total_B = (score.total for score in scores)
-    if total_A > total_B:
-        label = "A"
-        preference = "Video 1 is better"
-    elif total_A < total_B:
-        label = "B"
-        preference = "Video 2 is better"
-    else:
-        label = "same"
-        preference = "same"
+    difference = seen[0].utility - seen[1].utility
+    label = PEOPLE.label(difference, rng)
     # Stage 2 learns from the preference and from the sub-dimension scores of both videos.
     answer = {
-        "gsb_result": preference,
-        "video_1_scores": scores[0].scores,
-        "video_2_scores": scores[1].scores,
+        "gsb_result": PREFERENCES[label],
+        "video_1_scores": seen[0].scores,
+        "video_2_scores": seen[1].scores,
     }
     prompt = sides[0].prompt
     return {
@@ -308,8 +349,8 @@ def csv_row(
         "CoT_B": cots[1],
         "GSB": label,
         "answer": f"<answer>{json.dumps(answer)}</answer>",
-        "oracle_A": total_A,
-        "oracle_B": total_B,
+        "utility_A": seen[0].utility,
+        "utility_B": seen[1].utility,
         "sources": " ".join(sources),
     }
 
@@ -350,7 +391,7 @@ def main() -> None:
         "--pairs",
         type=split_size,
         nargs="+",
-        default=[("train", 2000), ("heldout", 700)],
+        default=[("train", 2000), ("heldout", 800)],
         metavar="SPLIT=COUNT",
         help=f"tables and their numbers of pairs; the splits are {', '.join(SPLITS)}",
     )
