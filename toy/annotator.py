@@ -15,7 +15,14 @@ from toy.world import SUB_DIMENSIONS
 
 # Share of the sub-dimension scores that an annotation has right.
 RIGHT = 0.78
-_PRIMARY = ("subject", "dynamics")
+PRIMARY = ("subject", "dynamics")
+# Band of the overall score by the lower and the higher primary score; 2 for (0, 1) and (0, 2).
+BANDS = {
+    (0, 0): 1,
+    (1, 1): 3,
+    (1, 2): 3,
+    (2, 2): 4,
+}
 
 
 def annotate(scores: Mapping[str, int], rng: random.Random) -> dict[str, int]:
@@ -36,12 +43,14 @@ def overall_score(scores: Mapping[str, int]) -> float:
     primary ones are 2; 3.00 to 3.99 if a primary one is 1 and none 0; 2.00 to 2.99 if one is 0;
     1.00 to 1.99 if both are. Inside a band the three secondary scores decide, in equal steps.
     """
-    primary = sorted(scores[name] for name in _PRIMARY)
-    secondary = sum(scores[name] for name in SUB_DIMENSIONS if name not in _PRIMARY)
-    if primary == [2, 2] and secondary == 6:
+    first, second = (scores[name] for name in PRIMARY)
+    band = BANDS.get((min(first, second), max(first, second)), 2)
+
+    # The secondary ones decide inside the band.
+    secondary = 0
+    for name in SUB_DIMENSIONS:
+        if name not in PRIMARY:
+            secondary += scores[name]
+    if band == 4 and secondary == 6:
         return 5.0
-    if primary[0] > 0:
-        band = 4 if primary == [2, 2] else 3
-    else:
-        band = 1 if primary == [0, 0] else 2
     return band + 0.99 * secondary / 6

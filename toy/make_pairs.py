@@ -1,7 +1,8 @@
 """Write preference data of the embedded world: mp4 files and the CSV columns that users have.
 
 `python toy/make_pairs.py --out runs/data` writes ``train.csv`` and ``heldout.csv`` (disjoint
-combinations of attributes) with ``videos/``; ``--pairs`` names other `SPLITS`. The two videos of a
+combinations of attributes) with ``videos/``, and the videos that people like best of each, as
+``train_best.csv``; ``--pairs`` names other `SPLITS`. The two videos of a
 pair come from the renderer, with some attributes changed, or from the tiny Wan, with or without
 spoilt latents: the kinds of videos that a reward model will meet. The people of `toy.people` label
 them by a utility that the table tells nobody who trains, and the base Qwen3-VL writes the chains of
@@ -12,6 +13,7 @@ no byte.
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import json
 import random
@@ -30,9 +32,10 @@ if TYPE_CHECKING:
     from generator.wan import WanGenerator
     from rm.model import DeScore
     from rm.video import PreparedVideo
+    from toy.people import Utility
     from toy.world import Attributes
 
-SOURCES = ("render", "render", "wan", "wan", "wan", "wan", "wan", "spoilt")
+SOURCES = ("render", "render", "render", "wan", "wan", "wan", "wan", "spoilt")
 # The words of an answer for a label.
 PREFERENCES = {
     "A": "Video 1 is better",
@@ -41,6 +44,8 @@ PREFERENCES = {
 }
 # Pairs per task of a worker.
 CHUNK = 16
+# Videos of a split that people like best, in a table of their own.
+BEST = 64
 # The generator of the videos, and the Qwen3-VL that writes the chains of thought.
 SAMPLE_CONFIG = Path("configs/shapes/sample.yaml")
 BASE_MODEL = Path("assets/shapes/qwen")
@@ -50,11 +55,11 @@ BASE_MODEL = Path("assets/shapes/qwen")
 class Split:
     """Where the pairs of a table come from.
 
-    sources    Sources of a video, drawn with equal odds.
+    sources    Sources of a pair's two videos, drawn with equal odds.
     shares     Shares of attributes that a render redraws by chance; each video draws one of them.
     look       Fields of `toy.world.Look` for renders; {} is what the base models have seen.
     wear       Share of renders with each fault of `worn`: blur, grain, flicker, pumping.
-    accidents  Share of renders that stand still or have lost their colour.
+    accidents  Share of renders that stand still, have lost their colour or are noise.
     heldout    Use combinations of attributes that no training split has.
     annotated  The table holds the annotator's scores, a fifth of them wrong, instead of the
                oracle's, with which a test is evaluated.
@@ -64,7 +69,7 @@ class Split:
     shares: tuple[float, ...] = (0.0, 0.15, 0.3, 0.5)
     look: Mapping[str, Any] = field(default_factory=dict)
     wear: float = 0.4
-    accidents: float = 0.0
+    accidents: float = 0.1
     heldout: bool = False
     annotated: bool = False
 
@@ -118,9 +123,10 @@ class VideoJob:
 
 @dataclass(frozen=True)
 class Side:
-    """A video of a pair before it is drawn: file name, attributes, prompt, random stream."""
+    """A video of a pair before it is drawn: file, source, attributes, prompt, random stream."""
 
     name: str
+    source: str
     wish: Attributes
     prompt: str
     rng: random.Random
@@ -131,7 +137,7 @@ class Seen:
     """What is known of a video: the sub-dimension scores of its table, and the people's utility."""
 
     scores: Mapping[str, int]
-    utility: float
+    utility: Utility
 
 
 @lru_cache(maxsize=3)
@@ -167,13 +173,13 @@ def make(job: VideoJob) -> list[dict[str, object]]:
 
     torch.set_num_threads(1)
     sides = list_sides(job)
-    videos, sources = draw_videos(job, sides)
+    videos = draw_videos(job, sides)
     seen = []
     for side, video in zip(sides, videos, strict=True):
         write_mp4(job.out / side.name, video, FPS)
         scores = measure(video, side.prompt).scores
         told = annotate(scores, side.rng) if SPLITS[job.split].annotated else scores
-        seen.append(Seen(told, utility(video, side.prompt).value))
+        seen.append(Seen(told, utility(video, side.prompt)))
 
     # The chains of thought are about the files, as a training run reads them.
     model = load_base_model()
@@ -182,8 +188,10 @@ def make(job: VideoJob) -> list[dict[str, object]]:
     rows = []
     for a in range(0, len(sides), 2):
         pair = slice(a, a + 2)
-        rng = random.Random(derive_seed(job.seed, job.split, job.start + a // 2, "label"))
-        row = csv_row(sides[pair], seen[pair], cots[pair], sources[pair], rng)
+        rng = random.Random(
+            derive_seed(job.seed, job.split, job.start + a // 2, "label")
+        )
+        row = csv_row(sides[pair], seen[pair], cots[pair], rng)
         rows.append(row)
     return rows
 
@@ -200,15 +208,16 @@ def list_sides(job: VideoJob) -> list[Side]:
         rng = random.Random(derive_seed(job.seed, job.split, row))
         wish = rng.choice(combinations)
         prompt = caption(wish, wording=rng.randrange(4))
+        source = rng.choice(SPLITS[job.split].sources)
         for letter in "AB":
             name = f"videos/{job.split}_{row:05d}_{letter}.mp4"
             rng = random.Random(derive_seed(job.seed, job.split, row, letter))
-            sides.append(Side(name, wish, prompt, rng))
+            sides.append(Side(name, source, wish, prompt, rng))
     return sides
 
 
-def draw_videos(job: VideoJob, sides: Sequence[Side]) -> tuple[Tensor, list[str]]:
-    """Draw a video per side: uint8 (B, T, Y, X, 3), and the source of each."""
+def draw_videos(job: VideoJob, sides: Sequence[Side]) -> Tensor:
+    """Draw a video per side: uint8 (B, T, Y, X, 3)."""
     import torch
 
     from toy.world import (
@@ -220,8 +229,6 @@ def draw_videos(job: VideoJob, sides: Sequence[Side]) -> tuple[Tensor, list[str]
     )
 
     split = SPLITS[job.split]
-    sources = [side.rng.choice(split.sources) for side in sides]
-
     # Renders, some attributes changed; the share of changes varies from video to video.
     look = Look(**split.look)
     scenes = []
@@ -237,26 +244,32 @@ def draw_videos(job: VideoJob, sides: Sequence[Side]) -> tuple[Tensor, list[str]
         videos[i] = worn(videos[i], split.wear, side.rng)
 
     # Videos of the generator take the places of the other renders.
-    sampled = [i for i, source in enumerate(sources) if source != "render"]
+    sampled = [i for i, side in enumerate(sides) if side.source != "render"]
     if sampled:
         generator = load_generator()
         prompts = [sides[i].prompt for i in sampled]
         seeds = [sides[i].rng.getrandbits(62) for i in sampled]
         clean = generator.sample(prompts, seeds=seeds)
         for row, i in enumerate(sampled):
-            if sources[i] == "spoilt":
+            if sides[i].source == "spoilt":
                 clean[row] = spoilt(clean[row], sides[i].rng)
         videos[torch.tensor(sampled)] = generator.decode(clean)
-    return videos, sources
+    return videos
 
 
 def hurt(video_TYXC: Tensor, share: float, rng: random.Random) -> Tensor:
-    """With probability ``share`` return a still of the video or a copy without colour."""
+    """With probability ``share`` return a still of the video, a grey copy, or noise."""
+    import torch
+
     if rng.random() >= share:
         return video_TYXC
-    if rng.random() < 0.5:
-        return video_TYXC[:1].clone()
-    return video_TYXC.float().mean(-1, keepdim=True).round()
+    kind = rng.choice(("still", "grey", "noise"))
+    if kind == "still":
+        return video_TYXC[:1].expand_as(video_TYXC)
+    if kind == "grey":
+        return video_TYXC.float().mean(-1, keepdim=True).expand_as(video_TYXC).round()
+    draw = torch.Generator().manual_seed(rng.getrandbits(62))
+    return torch.randint(0, 256, video_TYXC.shape, generator=draw, dtype=torch.uint8)
 
 
 def worn(video_TYXC: Tensor, share: float, rng: random.Random) -> Tensor:
@@ -324,14 +337,14 @@ def csv_row(
     sides: Sequence[Side],
     seen: Sequence[Seen],
     cots: Sequence[str],
-    sources: Sequence[str],
     rng: random.Random,
 ) -> dict[str, object]:
     """Build the row of a pair; people draw its label from the two utilities."""
     from toy.people import PEOPLE
     from toy.world import FPS, FRAMES
 
-    difference = seen[0].utility - seen[1].utility
+    first, second = (side.utility for side in seen)
+    difference = first.value - second.value
     label = PEOPLE.label(difference, rng)
     # Stage 2 learns from the preference and from the sub-dimension scores of both videos.
     answer = {
@@ -349,9 +362,11 @@ def csv_row(
         "CoT_B": cots[1],
         "GSB": label,
         "answer": f"<answer>{json.dumps(answer)}</answer>",
-        "utility_A": seen[0].utility,
-        "utility_B": seen[1].utility,
-        "sources": " ".join(sources),
+        "utility_A": first.value,
+        "utility_B": second.value,
+        "seen_A": json.dumps(first.parts),
+        "seen_B": json.dumps(second.parts),
+        "source": sides[0].source,
     }
 
 
@@ -385,7 +400,7 @@ def main() -> None:
         "--out",
         type=Path,
         required=True,
-        help="folder for SPLIT.csv of each split, videos/ and done.json",
+        help="folder for SPLIT.csv and SPLIT_best.csv of each split, videos/ and done.json",
     )
     parser.add_argument(
         "--pairs",
@@ -421,11 +436,24 @@ def main() -> None:
     counts = {}
     for split, table in tables.items():
         write_csv(args.out / f"{split}.csv", table)
+        write_csv(args.out / f"{split}_best.csv", best_videos(table))
         labels = Counter(row["GSB"] for row in table)
         counts[split] = {label: labels[label] for label in ("A", "B", "same")}
     text = json.dumps(counts, indent=1) + "\n"
     (args.out / "done.json").write_text(text, encoding="utf-8")
     print(json.dumps(counts))
+
+
+def best_videos(table: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
+    """List the `BEST` videos of greatest utility, for launch/check_rewards.py."""
+    videos = []
+    for row in table:
+        names = ast.literal_eval(row["videos"])
+        for name, letter in zip(names, "AB", strict=True):
+            video = {"video": name, "prompt": row["prompt"]}
+            videos.append(video | {"utility": row[f"utility_{letter}"]})
+    videos.sort(key=lambda video: -video["utility"])
+    return videos[:BEST]
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from common.types import Score
 from toy.measure import Observation, RoomReading, ShapeReading, observe
+from toy.quality import falling, mean_quality, quality_of, rising
 from toy.world import (
     CHROMA,
     COLORS,
@@ -32,13 +33,13 @@ from toy.world import (
 
 # What people weigh; the sum is 1.
 WEIGHTS: Mapping[str, float] = {
-    "subject": 0.22,
-    "dynamics": 0.28,
-    "camera": 0.10,
-    "environment": 0.04,
-    "style": 0.06,
+    "subject": 0.16,
+    "dynamics": 0.24,
+    "camera": 0.04,
+    "environment": 0.12,
+    "style": 0.04,
 }
-QUALITY_WEIGHT = 0.30
+QUALITY_WEIGHT = 0.40
 
 # Distances at which a grade reaches 0, and motions at which it reaches 1.
 _HUE = 120.0
@@ -48,13 +49,6 @@ _PAN = 0.040
 _SHAKE = 0.030
 _LIGHT = 100.0
 _COLOUR = 110.0
-# Faults at which a part of the quality reaches 1 and 0.
-_EDGE = (0.9, 4.0)
-_GRAIN = (1.5, 10.0)
-_FLICKER = (2.0, 25.0)
-_WOBBLE = (0.02, 0.40)
-# A change of the room's light is seen more easily than one of the shape's colour.
-_ROOM_FLICKER = 5.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +63,11 @@ class Utility:
     grades: Mapping[str, float]
     quality: Mapping[str, float]
     value: float
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The terms of U before they are weighed: the grades, and the MEAN quality."""
+        return {**self.grades, "quality": mean_quality(self.quality)}
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class People:
 
 
 # On the demo's pairs two people who decide agree on 85 in a hundred, and a fifth are ties.
-PEOPLE = People(temperature=0.06, theta=1.9)
+PEOPLE = People(temperature=0.07, theta=2.3)
 
 
 def utility(video_TYXC: Tensor, prompt: str) -> Utility:
@@ -129,7 +128,7 @@ def utility(video_TYXC: Tensor, prompt: str) -> Utility:
     grades = grade(parse(prompt), seen)
     quality = quality_of(video_TYXC, seen)
     value = sum(WEIGHTS[name] * grades[name] for name in SUB_DIMENSIONS)
-    value += QUALITY_WEIGHT * sum(quality.values()) / len(quality)
+    value += QUALITY_WEIGHT * mean_quality(quality)
     return Utility(grades, quality, value)
 
 
@@ -147,121 +146,63 @@ def grade(wish: Attributes, seen: Observation) -> dict[str, float]:
     """
     grades = dict.fromkeys(SUB_DIMENSIONS, 0.0)
     if seen.shape is not None:
-        grades["subject"] = _grade_subject(wish, seen.shape)
-        grades["dynamics"] = _grade_motion(wish, seen.shape)
-        grades["style"] = 1.0
-        if wish.style is not None:
-            distance = abs(seen.shape.chroma - CHROMA[wish.style])
-            grades["style"] = _falling(distance, 0.0, _COLOUR)
+        color = _grade_color(wish.color, seen.shape)
+        form = _grade_form(wish.shape, seen.shape)
+        grades["subject"] = (color + form) / 2
+        grades["dynamics"] = _grade_motion(wish.motion, seen.shape)
+        grades["style"] = _near(seen.shape.chroma, CHROMA, wish.style, _COLOUR)
     if seen.room is not None:
-        grades["camera"] = _grade_camera(wish, seen.room)
-        grades["environment"] = 1.0
-        if wish.background is not None:
-            distance = abs(seen.room.level - LEVEL[wish.background])
-            grades["environment"] = _falling(distance, 0.0, _LIGHT)
+        grades["camera"] = _grade_camera(wish.camera, seen.room)
+        grades["environment"] = _near(seen.room.level, LEVEL, wish.background, _LIGHT)
     return grades
 
 
-def _grade_subject(wish: Attributes, shape: ShapeReading) -> float:
-    color = 1.0
-    if wish.color is not None:
-        turn = (shape.hue - 60 * COLORS.index(wish.color) + 180) % 360 - 180
-        color = _falling(abs(turn), 0.0, _HUE)
-    form = 1.0
-    if wish.shape is not None:
-        # How much worse the wanted template fits than the best one.
-        excess = shape.misfits[wish.shape] - min(shape.misfits.values())
-        form = _falling(excess / shape.mask_TYX.sum().item(), 0.0, _MISFIT)
-    return (color + form) / 2
-
-
-def _grade_motion(wish: Attributes, shape: ShapeReading) -> float:
-    if wish.motion is None:
+def _near(
+    value: float, targets: Mapping[str, float], wish: str | None, reach: float
+) -> float:
+    """Grade a distance to the target of a wish."""
+    if wish is None:
         return 1.0
-    x, y = direction_of(wish.motion)
+    distance = abs(value - targets[wish])
+    return falling(distance, 0.0, reach)
+
+
+def _grade_color(wish: str | None, shape: ShapeReading) -> float:
+    if wish is None:
+        return 1.0
+    wanted = 60 * COLORS.index(wish)
+    # The shorter way around the circle of hues.
+    turn = (shape.hue - wanted) % 360
+    distance = min(turn, 360 - turn)
+    return falling(distance, 0.0, _HUE)
+
+
+def _grade_form(wish: str | None, shape: ShapeReading) -> float:
+    if wish is None:
+        return 1.0
+    # How much worse the wanted template fits than the best one, by area of the shape.
+    best = min(shape.misfits.values())
+    excess = shape.misfits[wish] - best
+    area = shape.mask_TYX.sum().item()
+    return falling(excess / area, 0.0, _MISFIT)
+
+
+def _grade_motion(wish: str | None, shape: ShapeReading) -> float:
+    if wish is None:
+        return 1.0
+    x, y = direction_of(wish)
     along = shape.speed_x * x + shape.speed_y * y
-    across = abs(shape.speed_x * y - shape.speed_y * x)
-    return (1 - _falling(along, 0.0, _TRAVEL)) * _falling(across, 0.0, _TRAVEL)
+    across = shape.speed_x * y - shape.speed_y * x
+    straight = falling(abs(across), 0.0, _TRAVEL)
+    return rising(along, _TRAVEL) * straight
 
 
-def _grade_camera(wish: Attributes, room: RoomReading) -> float:
-    if wish.camera is None:
+def _grade_camera(wish: str | None, room: RoomReading) -> float:
+    if wish is None:
         return 1.0
-    if wish.camera == "panning":
-        return 1 - _falling(room.slide, 0.0, _PAN)
-    return _falling(abs(room.slide), 0.0, _SHAKE)
-
-
-def quality_of(video_TYXC: Tensor, seen: Observation) -> dict[str, float]:
-    """Measure the quality in four parts, each in [0, 1].
-
-    sharp       Narrow edges of the shape.
-    clean       Little grain in the room.
-    steady      Light of the room and colour of the shape that do not flicker.
-    consistent  A shape that keeps its size and moves along a straight line.
-
-    Without a shape, sharp and consistent are 0; without stripes, clean and steady.
-    """
-    quality = dict.fromkeys(("sharp", "clean", "steady", "consistent"), 0.0)
-    flicker = 0.0
-    if seen.shape is not None:
-        mask = seen.shape.mask_TYX
-        quality["sharp"] = _falling(_edge_width(video_TYXC, seen.shape), *_EDGE)
-        quality["consistent"] = _falling(_wobble(mask), *_WOBBLE)
-        flicker = _chroma_by_frame(video_TYXC, mask).std(correction=0).item()
-    if seen.room is not None:
-        quality["clean"] = _falling(seen.room.grain, *_GRAIN)
-        flicker += _ROOM_FLICKER * seen.room.level_T.std(correction=0).item()
-        quality["steady"] = _falling(flicker, *_FLICKER)
-    return quality
-
-
-def _falling(value: float, best: float, worst: float) -> float:
-    """1 up to ``best``, 0 from ``worst``, linear in between."""
-    return min(1.0, max(0.0, (worst - value) / (worst - best)))
-
-
-def _chroma(video_TYXC: Tensor) -> Tensor:
-    rgb = video_TYXC.float()
-    return rgb.amax(-1) - rgb.amin(-1)
-
-
-def _chroma_by_frame(video_TYXC: Tensor, mask_TYX: Tensor) -> Tensor:
-    """Mean chroma of the shape in each frame, (T,)."""
-    inside = (mask_TYX > 0.8).float()
-    total = (_chroma(video_TYXC) * inside).sum((1, 2))
-    return total / inside.sum((1, 2)).clamp(min=1.0)
-
-
-def _edge_width(video_TYXC: Tensor, shape: ShapeReading) -> float:
-    """Width of the shape's edge in pixels of a frame of 32: its area over its length.
-
-    The edge is where the chroma lies between 20 % and 80 % of the plateau; the length is that of
-    a circle with the shape's area.
-    """
-    relative = _chroma(video_TYXC) / shape.chroma
-    edge = ((relative > 0.2) & (relative < 0.8)).float().sum((1, 2))
-    area = shape.mask_TYX.sum((1, 2))
-    length = 2 * torch.sqrt(math.pi * area)
-    return (edge / length.clamp(min=1.0)).mean().item() * 32 / video_TYXC.shape[2]
-
-
-def _wobble(mask_TYX: Tensor) -> float:
-    """Relative spread of the shape's area, plus its distance from a straight line in sides."""
-    frames, height, width = mask_TYX.shape
-    area = mask_TYX.sum((1, 2)).clamp(min=1e-6)
-    spread = area.std(correction=0) / area.mean()
-
-    # Root mean square distance of the centroids from their least-squares line in time.
-    x = (mask_TYX.sum(1) * torch.arange(width)).sum(1) / area / width
-    y = (mask_TYX.sum(2) * torch.arange(height)).sum(1) / area / height
-    time = torch.arange(frames) - (frames - 1) / 2
-    residuals = []
-    for path in (x - x.mean(), y - y.mean()):
-        slope = (path * time).sum() / (time**2).sum()
-        residuals.append(path - slope * time)
-    distance = torch.stack(residuals).pow(2).sum(0).mean().sqrt()
-    return (spread + distance).item()
+    if wish == "panning":
+        return rising(room.slide, _PAN)
+    return falling(abs(room.slide), 0.0, _SHAKE)
 
 
 class PeopleUtility:
@@ -278,8 +219,6 @@ class PeopleUtility:
 
         # One tensor of all videos for each part.
         parts = {}
-        for name in SUB_DIMENSIONS:
-            parts[name] = torch.tensor([u.grades[name] for u in seen])
-        means = [sum(u.quality.values()) / len(u.quality) for u in seen]
-        parts["quality"] = torch.tensor(means)
+        for name in (*SUB_DIMENSIONS, "quality"):
+            parts[name] = torch.tensor([u.parts[name] for u in seen])
         return Score(value_B=torch.tensor([u.value for u in seen]), parts=parts)
