@@ -49,7 +49,8 @@ def test_vae_preserves_oracle_attributes() -> None:
 @pytest.mark.slow
 def test_the_vision_language_model_sees_every_attribute() -> None:
     from rm.model import DeScore
-    from toy.build_qwen import evaluate, examples
+    from toy.build_qwen import evaluate
+    from toy.lessons import examples
     from toy.world import VALUES
 
     videos, wishes = examples(192, random.Random(12), clean=True)

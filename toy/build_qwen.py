@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -32,7 +31,20 @@ from transformers import (
 from rm.model import DeScore
 from rm.prompt import CONTROL_TOKENS, IM_END, PromptTemplate, parse_answer
 from rm.video import PreparedVideo, VideoSettings, prepare
-from toy.annotator import annotate, overall_score
+from toy.lessons import (
+    ANNOTATED,
+    ASPECTS,
+    PIECES,
+    UNCLEAR,
+    Lesson,
+    agreeing,
+    annotated_examples,
+    answer_text,
+    describing,
+    description,
+    examples,
+    word_of,
+)
 from toy.make_pairs import load_generator, spoilt, write_cots
 from toy.measure import compare, observe
 from toy.tokenizer import train_tokenizer
@@ -43,10 +55,7 @@ from toy.world import (
     Attributes,
     caption,
     captions,
-    mix_attributes,
-    random_attributes,
     random_scenes,
-    redrawn,
     render,
     split_attributes,
     training_attributes,
@@ -61,9 +70,6 @@ SETTINGS = VideoSettings(
     max_pixels=1024,
     patch_size=4,
 )
-UNCLEAR = "unclear"
-# Probability with which an attribute of a prompt is that of its video.
-AGREE = 0.35
 # Weight of the tokens that name what is seen and of the answer: a small part of the text, and
 # nearly all its information.
 SEEN_WEIGHT = 3.0
@@ -77,52 +83,12 @@ EYE_PEAK = 2e-3
 BATCH = 32
 PHASES = (("qwen", 1200, 2e-3, 0.0), ("qwen_wan", 1400, 1e-3, 0.5))
 # At last it answers: half of every batch are annotated examples, and the rest go on describing.
-ANNOTATED = 2000
 ANSWER_STEPS = 600
 ANSWER_PEAK = 6e-4
 WAN_VIDEOS = 4000
 WAN_HELDOUT = 512
 # Videos of the tiny Wan that are sampled together, with one guidance scale.
 CHUNK = 40
-
-_ASPECTS = {
-    "subject": ("color", "shape"),
-    "dynamics": ("motion",),
-    "camera": ("camera",),
-    "environment": ("background",),
-    "style": ("style",),
-}
-_PIECES = [
-    '<answer>{"dimensional_scores": {"subject": "',
-    *(f'", "{name}": "' for name in SUB_DIMENSIONS[1:]),
-    '"}, "overall_score": "',
-    '"}</answer>',
-]
-
-
-def description(wish: Attributes, seen: Attributes) -> str:
-    """Write the wanted and the seen attributes line by line."""
-    text = ""
-    for dimension, names in _ASPECTS.items():
-        wanted = " ".join(_word(wish, name) for name in names)
-        shown = " ".join(_word(seen, name) for name in names)
-        text += f"{dimension} asked {wanted} seen {shown}\n"
-    return text
-
-
-def answer_text(scores: Mapping[str, int]) -> str:
-    """Write the answer block of five scores and the overall score that follows from them."""
-    # In pieces that are a token each.
-    digits = [str(scores[name]) for name in SUB_DIMENSIONS]
-    text = ""
-    overall = f"{overall_score(scores):.2f}"
-    for piece, value in zip(_PIECES, [*digits, overall, ""], strict=True):
-        text += piece + value
-    return text
-
-
-def _word(attributes: Attributes, name: str) -> str:
-    return getattr(attributes, name) or UNCLEAR
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -144,7 +110,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         texts,
         size=490,
         special=CONTROL_TOKENS,
-        words=_PIECES,
+        words=PIECES,
         pad="<|endoftext|>",
         eos=IM_END,
         end_with_eos=False,
@@ -212,62 +178,6 @@ def new_model() -> DeScore:
     return DeScore(backbone, tokenizer, TEMPLATE, SETTINGS, query_id)
 
 
-def degrade(video_BTYXC: Tensor, rng: random.Random) -> Tensor:
-    """Spoil a third of the videos as generators do: blur, noise, a still, no colour, a ghost."""
-    out = video_BTYXC.clone()
-    for i in range(len(out)):
-        kind = rng.random()
-        if kind < 0.20:
-            out[i] = _blur_and_noise(out[i], rng)
-        elif kind < 0.23:
-            # A still: every frame is the same.
-            out[i] = out[i, rng.randrange(out.shape[1])]
-        elif kind < 0.26:
-            grey = out[i].float().mean(-1, keepdim=True)
-            out[i] = grey.round()
-        elif kind < 0.30:
-            # A ghost: two videos laid over each other.
-            other = out[rng.randrange(len(out))]
-            mixed = out[i].float() * 0.5 + other.float() * 0.5
-            out[i] = mixed.round()
-    return out
-
-
-def _blur_and_noise(video_TYXC: Tensor, rng: random.Random) -> Tensor:
-    frames = video_TYXC.float().permute(0, 3, 1, 2)
-    if rng.random() < 0.6:
-        frames = F.avg_pool2d(frames, 3, 1, 1, count_include_pad=False)
-    frames = frames + rng.uniform(0, 14) * torch.randn(frames.shape)
-    return frames.round().clamp(0, 255).permute(0, 2, 3, 1)
-
-
-def agreeing(
-    attributes: Attributes, rng: random.Random, probability: float
-) -> Attributes:
-    """Keep each attribute with a probability and draw it anew otherwise.
-
-    The result is no held-out combination.
-    """
-
-    def draw(rng: random.Random) -> Attributes:
-        other = random_attributes(rng)
-        return mix_attributes(other, attributes, rng, share=probability)
-
-    return redrawn(draw, rng)
-
-
-def examples(
-    count: int, rng: random.Random, *, clean: bool
-) -> tuple[Tensor, list[Attributes]]:
-    """Render videos and draw prompts that agree with them in about half of the attributes."""
-    scenes = random_scenes(count, rng)
-    wishes = [agreeing(scene.attributes, rng, AGREE) for scene in scenes]
-    video = render(scenes)
-    if not clean:
-        video = degrade(video, rng)
-    return video, wishes
-
-
 @lru_cache(maxsize=1)
 def generated(wan: Path, cache: Path) -> tuple[Tensor, list[Attributes]]:
     """Sample `WAN_VIDEOS` videos of the tiny Wan and return them with their prompts' attributes.
@@ -302,60 +212,6 @@ def generated(wan: Path, cache: Path) -> tuple[Tensor, list[Attributes]]:
         return torch.cat(chunks)
 
     return cached(cache, "video", sample), wishes
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """Videos with prompts and the texts to write; ``ends`` says which texts are whole."""
-
-    videos: Tensor
-    prompts: list[str]
-    texts: list[str]
-    ends: list[bool]
-
-    def __add__(self, other: Lesson) -> Lesson:
-        return Lesson(
-            torch.cat([self.videos, other.videos]),
-            self.prompts + other.prompts,
-            self.texts + other.texts,
-            self.ends + other.ends,
-        )
-
-
-def describing(
-    videos: Tensor, wishes: Sequence[Attributes], rng: random.Random
-) -> Lesson:
-    """Descriptions of videos. What comes after them is left open."""
-    prompts = [caption(wish, wording=rng.randrange(4)) for wish in wishes]
-    texts = []
-    for video, wish in zip(videos, wishes, strict=True):
-        texts.append(description(wish, observe(video).attributes))
-    return Lesson(videos, prompts, texts, [False] * len(texts))
-
-
-def annotated_examples(
-    wan_videos: Tensor, wan_wishes: Sequence[Attributes], *, shuffled: bool = False
-) -> Lesson:
-    """`ANNOTATED` examples, half renders and half videos of the tiny Wan; always the same.
-
-    ``shuffled`` gives every example the scores of another one: a control, from which nothing can
-    be learned about what a score means.
-    """
-    rng = random.Random("annotated")
-    rendered, wishes = examples(ANNOTATED // 2, rng, clean=False)
-    videos = torch.cat([rendered, wan_videos[: ANNOTATED // 2]])
-    wishes += [agreeing(wish, rng, 0.7) for wish in wan_wishes[: ANNOTATED // 2]]
-
-    # The annotator's scores.
-    scores = []
-    for video, wish in zip(videos, wishes, strict=True):
-        right = compare(wish, observe(video).attributes).scores
-        scores.append(annotate(right, rng))
-    if shuffled:
-        rng.shuffle(scores)
-    lesson = describing(videos, wishes, rng)
-    texts = [a + answer_text(b) for a, b in zip(lesson.texts, scores, strict=True)]
-    return Lesson(videos, lesson.prompts, texts, [True] * len(texts))
 
 
 def text_loss(model: DeScore, lesson: Lesson) -> Tensor:
@@ -399,7 +255,7 @@ def _token_weights(model: DeScore, ids: Sequence[int]) -> list[float]:
     """Weight the tokens from " seen" to the end of its line, and the answer, by `SEEN_WEIGHT`."""
     newline = model.tokenizer.encode("\n")[0]
     seen = model.tokenizer.encode(" seen")[0]
-    answer = model.tokenizer.encode(_PIECES[0])[0]
+    answer = model.tokenizer.encode(PIECES[0])[0]
     weights = []
     inside = False
     for token in ids:
@@ -485,7 +341,7 @@ def evaluate(
         for cot, video, wish in zip(cots, part, part_wishes, strict=True):
             truth = observe(video).attributes
             for name, word in _seen_words(cot).items():
-                counts[name] += int(word == _word(truth, name))
+                counts[name] += int(word == word_of(truth, name))
             answer = parse_answer(cot)
             if answer is not None:
                 counts["parsed"] += 1
@@ -505,7 +361,7 @@ def _seen_words(cot: str) -> dict[str, str]:
 
     # The words after "seen" belong to the attributes of the line, in their order.
     seen = {}
-    for dimension, names in _ASPECTS.items():
+    for dimension, names in ASPECTS.items():
         words = lines.get(dimension, [])
         if "seen" in words:
             after = words[words.index("seen") + 1 :]

@@ -41,16 +41,24 @@ def quality_of(video_TYXC: Tensor, seen: Observation) -> dict[str, float]:
     """
     quality = dict.fromkeys(PARTS, 0.0)
     flicker = 0.0
-    if seen.shape is not None:
+
+    # What the shape shows.
+    shape = seen.shape
+    if shape is not None:
         chroma = _chroma(video_TYXC)
-        width = _edge_width(chroma, seen.shape)
-        wobble = _wobble(seen.shape.mask_TYX)
+        width = _edge_width(chroma, shape)
+        wobble = _wobble(shape.mask_TYX)
         quality["sharp"] = falling(width, *_EDGE)
         quality["consistent"] = falling(wobble, *_WOBBLE)
-        flicker = _spread(_chroma_by_frame(chroma, seen.shape.mask_TYX))
-    if seen.room is not None:
-        quality["clean"] = falling(seen.room.grain, *_GRAIN)
-        flicker += _ROOM_FLICKER * _spread(seen.room.level_T)
+        by_frame = _chroma_by_frame(chroma, shape.mask_TYX)
+        flicker = _spread(by_frame)
+
+    # What the room shows.
+    room = seen.room
+    if room is not None:
+        light = _spread(room.level_T)
+        flicker += _ROOM_FLICKER * light
+        quality["clean"] = falling(room.grain, *_GRAIN)
         quality["steady"] = falling(flicker, *_FLICKER)
     return quality
 
@@ -86,8 +94,8 @@ def _chroma(video_TYXC: Tensor) -> Tensor:
 def _chroma_by_frame(chroma_TYX: Tensor, mask_TYX: Tensor) -> Tensor:
     """Mean chroma of the shape in each frame, (T,)."""
     inside = (mask_TYX > 0.8).float()
-    total = (chroma_TYX * inside).sum((1, 2))
-    pixels = inside.sum((1, 2))
+    total = _sum(chroma_TYX * inside)
+    pixels = _sum(inside)
     return total / pixels.clamp(min=1.0)
 
 
@@ -97,37 +105,49 @@ def _edge_width(chroma_TYX: Tensor, shape: ShapeReading) -> float:
     The edge is where the chroma lies between 20 % and 80 % of the plateau; the length is that of
     a circle with the shape's area.
     """
-    relative = chroma_TYX / shape.chroma
-    edge = (relative > 0.2) & (relative < 0.8)
-    edge_area = edge.float().sum((1, 2))
-    area = shape.mask_TYX.sum((1, 2))
+    low = 0.2 * shape.chroma
+    high = 0.8 * shape.chroma
+    edge = (chroma_TYX > low) & (chroma_TYX < high)
+    edge_area = _sum(edge.float())
+    area = _sum(shape.mask_TYX)
     length = 2 * torch.sqrt(math.pi * area)
     width = edge_area / length.clamp(min=1.0)
-    side = chroma_TYX.shape[2]
-    return width.mean().item() * 32 / side
+
+    # As if the frame had 32 columns.
+    columns = chroma_TYX.shape[2]
+    scale = 32 / columns
+    return scale * width.mean().item()
 
 
 def _wobble(mask_TYX: Tensor) -> float:
     """Relative spread of the shape's area, plus its distance from a straight line in sides."""
-    frames, height, width = mask_TYX.shape
-    area = mask_TYX.sum((1, 2))
+    _, height, width = mask_TYX.shape
+    area = _sum(mask_TYX)
     area = area.clamp(min=1e-6)
     spread = _spread(area) / area.mean().item()
 
-    # Centroids in sides.
-    x = (mask_TYX.sum(1) * torch.arange(width)).sum(1)
-    y = (mask_TYX.sum(2) * torch.arange(height)).sum(1)
-    path = torch.stack(
-        [
-            x / area / width,
-            y / area / height,
-        ]
-    )
-
-    # Root mean square distance from their least-squares line in time.
-    time = torch.arange(frames) - (frames - 1) / 2
-    path = path - path.mean(1, keepdim=True)
-    slope = (path * time).sum(1, keepdim=True) / (time**2).sum()
-    rest = path - slope * time
-    distance = (rest**2).sum(0).mean().sqrt()
+    # Squared distances of the centroids from a straight line, in sides.
+    column = torch.arange(width) / width
+    row = torch.arange(height) / height
+    x = _sum(mask_TYX * column) / area
+    y = _sum(mask_TYX * row[:, None]) / area
+    squares = _bend(x) + _bend(y)
+    distance = squares.mean().sqrt()
     return spread + distance.item()
+
+
+def _bend(value_T: Tensor) -> Tensor:
+    """Squared distance of each value from the least-squares line in time, (T,)."""
+    frames = len(value_T)
+    time = torch.arange(frames) - (frames - 1) / 2
+    value = value_T - value_T.mean()
+    covariance = (value * time).sum()
+    variance = (time**2).sum()
+    slope = covariance / variance
+    rest = value - slope * time
+    return rest**2
+
+
+def _sum(value_TYX: Tensor) -> Tensor:
+    """SUM over the pixels of each frame, (T,)."""
+    return value_TYX.sum((1, 2))

@@ -143,9 +143,10 @@ def seeds_ci95(values_SI: Runs | NDArray[np.float64]) -> Interval:
     mean = float(x_SI.mean())
 
     # Deviations of the seeds, of the items, and what both leave.
-    seed_S1 = x_SI.mean(axis=1, keepdims=True) - mean
-    item_1I = x_SI.mean(axis=0, keepdims=True) - mean
-    rest_SI = x_SI - mean - seed_S1 - item_1I
+    centred_SI = x_SI - mean
+    seed_S1 = centred_SI.mean(axis=1, keepdims=True)
+    item_1I = centred_SI.mean(axis=0, keepdims=True)
+    rest_SI = centred_SI - seed_S1 - item_1I
 
     # Mean squares and their degrees of freedom.
     freedoms = (
@@ -191,7 +192,8 @@ def nested_ci95(runs: Runs) -> Interval:
         raise ValueError("an interval over seeds needs two seeds or more with values")
     means = []
     for run in runs:
-        means.append(np.mean([np.mean(table) for table in run]))
+        of_tables = [np.mean(table) for table in run]
+        means.append(np.mean(of_tables))
     mean = float(np.mean(means))
     error = float(np.std(means, ddof=1)) / math.sqrt(len(runs))
     low, high = _student(mean, error, len(runs) - 1)

@@ -236,8 +236,8 @@ def test_looks_of_tests_are_those_of_no_training() -> None:
 
 
 def test_no_training_of_a_base_model_draws_a_heldout_combination() -> None:
-    from toy.build_qwen import agreeing, examples
     from toy.build_wan import noisy_caption
+    from toy.lessons import agreeing, examples
     from toy.world import parse
 
     heldout = set(split_attributes()[1])
