@@ -228,10 +228,9 @@ def main() -> None:
     largest = [cell for cell in cells if cell.size == sizes[-1]]
     curves = watched_curves(ROOT / run, largest)
     plot_training(curves, out / "reproduce_rm_training.svg")
-    values = values_of(outcomes, best)
-    tables.write_values(out / "reproduce_rm.values.json.gz", values)
     page = page_of(outcomes, sizes, record, curves, args.workers)
-    tables.write_results(out, "reproduce_rm", record, page)
+    values = values_of(outcomes, best)
+    tables.write_results(out, "reproduce_rm", record, page, values)
 
 
 if __name__ == "__main__":

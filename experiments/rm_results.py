@@ -296,23 +296,32 @@ def _best_row(best: Mapping[str, float]) -> str:
     return f"| best possible | {' | '.join(cells)} |"
 
 
+# Differences on the same pairs: a field, a method and the other method.
+_THOUGHT = (
+    ("descore", "stage1"),
+    ("descore_p0", "stage1_p0"),
+)
+_RIGHT = (
+    ("descore", "base"),
+    ("descore", "stage1"),
+    ("descore", "generative"),
+    ("descore", "discriminative"),
+    ("descore_p0", "stage1_p0"),
+    ("descore_p0", "generative"),
+    ("descore_p0", "discriminative"),
+    ("descore", "descore_p0"),
+    ("stage1", "discriminative"),
+)
+COMPARED = (
+    *(("thought", *pair) for pair in _THOUGHT),
+    *(("right", *pair) for pair in _RIGHT),
+)
+
+
 def _differences(outcomes: Outcomes, size: int) -> list[str]:
-    compared = [
-        ("descore", "base", "right"),
-        ("descore", "stage1", "thought"),
-        ("descore_p0", "stage1_p0", "thought"),
-        ("descore", "stage1", "right"),
-        ("descore", "generative", "right"),
-        ("descore", "discriminative", "right"),
-        ("descore_p0", "stage1_p0", "right"),
-        ("descore_p0", "generative", "right"),
-        ("descore_p0", "discriminative", "right"),
-        ("descore", "descore_p0", "right"),
-        ("stage1", "discriminative", "right"),
-    ]
     labels = {"right": "accuracy", "thought": "right sub-dimension scores"}
     rows = []
-    for method, other, field in compared:
+    for field, method, other in COMPARED:
         row = [f"{labels[field]}: {METHODS[method].title} - {METHODS[other].title}"]
         for tests in GROUPS.values():
             # Both methods are compared on the same pairs.
@@ -359,56 +368,76 @@ def watched_curves(run: Path, cells: Sequence[Cell]) -> dict[str, dict[int, Curv
     """
     curves: dict[str, dict[int, Curve]] = {name: {} for name in CURVES}
     for cell in cells:
-        if cell.method in CURVES:
-            before = METHODS[cell.method].after
-            start = 0
-            if before is not None:
-                earlier = Cell(cell.seed, cell.size, before)
-                start = read_metrics(earlier.folder(run) / "metrics.jsonl")[-1]["step"]
-            curve = []
-            for row in read_metrics(cell.folder(run) / "metrics.jsonl"):
-                if row.get(WATCHED) is not None:
-                    curve.append((start + row["step"], row[WATCHED]))
-            curves[cell.method][cell.seed] = curve
+        if cell.method not in CURVES:
+            continue
+        start = 0
+        before = METHODS[cell.method].after
+        if before is not None:
+            earlier = Cell(cell.seed, cell.size, before)
+            start = _log_of(earlier, run)[-1]["step"]
+        curve = []
+        for row in _log_of(cell, run):
+            accuracy = row.get(WATCHED)
+            if accuracy is not None:
+                curve.append((start + row["step"], accuracy))
+        curves[cell.method][cell.seed] = curve
     return {name: by_seed for name, by_seed in curves.items() if by_seed}
+
+
+def _log_of(cell: Cell, run: Path) -> list[dict[str, Any]]:
+    """Rows of the training log of a cell."""
+    return read_metrics(cell.folder(run) / "metrics.jsonl")
 
 
 def efficiency_table(curves: Mapping[str, Mapping[int, Curve]]) -> list[str]:
     """Updates to reach the generative model's best, and how steady training is."""
-    goal = None
-    if "generative" in curves:
-        best = [max(value for _, value in c) for c in curves["generative"].values()]
-        goal = statistics.fmean(best)
+    goal = _mean_best(curves.get("generative", {}))
     rows = []
     for name, by_seed in curves.items():
         last = [curve[-1][1] for curve in by_seed.values()]
-        wobble = []
-        reached = []
-        for curve in by_seed.values():
-            tail = [value for _, value in curve[-max(2, len(curve) // 10) :]]
-            wobble.append(statistics.pstdev(tail))
-            if goal is not None:
-                hits = [step for step, value in curve if value >= goal]
-                reached.append(str(hits[0]) if hits else "not reached")
-        spread = f"{statistics.stdev(last):.3f}" if len(last) > 1 else ""
-        rows.append(
-            [
-                METHODS[name].title,
-                ", ".join(reached),
-                f"{statistics.fmean(last):.3f}",
-                spread,
-                f"{statistics.fmean(wobble):.3f}",
-            ]
-        )
-    goal_text = "" if goal is None else f" ({goal:.3f})"
+        wobble = [_wobble(curve) for curve in by_seed.values()]
+        reached = [_first_update(curve, goal) for curve in by_seed.values()]
+        spread = ""
+        if len(last) > 1:
+            spread = f"{statistics.stdev(last):.3f}"
+        cells = [
+            METHODS[name].title,
+            ", ".join(reached),
+            f"{statistics.fmean(last):.3f}",
+            spread,
+            f"{statistics.fmean(wobble):.3f}",
+        ]
+        rows.append(cells)
     head = (
         "reward model",
-        f"updates to the generative model's best{goal_text}, by seed",
+        f"updates to {goal:.3f}, the generative model's best, by seed",
         "accuracy at the end",
         "its std over seeds",
         "std over the last tenth of training",
     )
     return tables.markdown_table(head, rows)
+
+
+def _mean_best(by_seed: Mapping[int, Curve]) -> float:
+    """MEAN over seeds of the best accuracy of each; NaN without a curve."""
+    best = []
+    for curve in by_seed.values():
+        best.append(max(accuracy for _, accuracy in curve))
+    return statistics.fmean(best) if best else math.nan
+
+
+def _first_update(curve: Curve, goal: float) -> str:
+    """Number of updates after which the accuracy is first at the goal."""
+    for update, accuracy in curve:
+        if accuracy >= goal:
+            return str(update)
+    return "not reached"
+
+
+def _wobble(curve: Curve) -> float:
+    """Standard deviation of the accuracy over the last tenth of training, two values or more."""
+    count = max(2, len(curve) // 10)
+    return statistics.pstdev(accuracy for _, accuracy in curve[-count:])
 
 
 def plot_training(curves: Mapping[str, Mapping[int, Curve]], path: Path) -> None:

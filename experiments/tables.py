@@ -79,14 +79,19 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 
 
 def write_results(
-    folder: Path, name: str, record: Mapping[str, Any], page: Sequence[str]
+    folder: Path,
+    name: str,
+    record: Mapping[str, Any],
+    page: Sequence[str],
+    values: Mapping[Any, Any],
 ) -> None:
-    """Write NAME.json and NAME.md."""
+    """Write NAME.json, NAME.md and NAME.values.json.gz, what the intervals are made of."""
     write_json(folder / f"{name}.json", record)
+    write_values(folder / f"{name}.values.json.gz", values)
     write_page(folder / f"{name}.md", page)
 
 
-def write_values(path: Path, values: Mapping[str, Any]) -> None:
+def write_values(path: Path, values: Mapping[Any, Any]) -> None:
     """Write the values behind a page as compressed JSON; equal values give equal bytes."""
     text = json.dumps(values, separators=(",", ":"))
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
