@@ -150,12 +150,14 @@ def values_of(
     outcomes: Outcomes, best: Mapping[str, Sequence[float]]
 ) -> dict[str, Any]:
     """Values of every pair, from which every interval of the page can be made again."""
-    values = []
+    judges = []
     for cell, by_test in outcomes.items():
-        values.append(
-            {**asdict(cell), "tests": {k: asdict(v) for k, v in by_test.items()}}
-        )
-    return {"best_possible": best, "judges": values}
+        judge = asdict(cell)
+        judge["tests"] = {}
+        for name, outcome in by_test.items():
+            judge["tests"][name] = asdict(outcome)
+        judges.append(judge)
+    return {"best_possible": best, "judges": judges}
 
 
 def record_of(cell: Cell, by_test: Mapping[str, RmOutcome]) -> dict[str, Any]:
@@ -355,7 +357,12 @@ def plot_sizes(outcomes: Outcomes, sizes: Sequence[int], path: Path) -> None:
                 capsize=2,
                 label=method.title,
             )
-        axis.set(title=group, xlabel="training pairs", ylabel="accuracy", xscale="log")
+        axis.set(
+            title=group,
+            xlabel="training pairs",
+            ylabel="accuracy",
+            xscale="log",
+        )
         axis.set_xticks(sizes, labels=map(str, sizes), minor=False)
         axis.minorticks_off()
     tables.save_figure(figure, path, legend_of=axes[0])
@@ -445,7 +452,13 @@ def plot_training(curves: Mapping[str, Mapping[int, Curve]], path: Path) -> None
     figure, axes = tables.new_figure(len(curves))
     for axis, (name, by_seed) in zip(axes, curves.items(), strict=True):
         for seed, curve in by_seed.items():
-            axis.plot(*zip(*curve, strict=True), label=f"seed {seed}", lw=1)
-        title = METHODS[name].title
-        axis.set(title=title, xlabel="updates", ylabel="accuracy", ylim=(0.4, 1.0))
+            updates = [update for update, _ in curve]
+            accuracies = [accuracy for _, accuracy in curve]
+            axis.plot(updates, accuracies, label=f"seed {seed}", lw=1)
+        axis.set(
+            title=METHODS[name].title,
+            xlabel="updates",
+            ylabel="accuracy",
+            ylim=(0.4, 1.0),
+        )
     tables.save_figure(figure, path, legend_of=axes[0])
