@@ -352,12 +352,12 @@ def evaluate(
 
 
 def _seen_words(cot: str) -> dict[str, str]:
-    """Words that a chain of thought writes for the attributes it saw; of two lines the last."""
+    """Words that a chain of thought writes for the attributes it saw; of two lines the first."""
     lines = {}
     for line in cot.splitlines():
         if " seen " in line:
             words = line.split()
-            lines[words[0]] = words
+            lines.setdefault(words[0], words)
 
     # The words after "seen" belong to the attributes of the line, in their order.
     seen = {}
