@@ -32,6 +32,11 @@ HEAD = (
 )
 
 
+def demo_folder(seed: int) -> Path:
+    """Run folder of the demo of a seed."""
+    return Path("runs", "demo" if seed == 0 else f"demo-seed{seed}")
+
+
 def row_of(seed: int, summary: dict[str, Any]) -> list[str]:
     """Cells of a seed's row."""
     # The reward model, then the arms of the generator.
@@ -71,7 +76,7 @@ def main() -> None:
     # Run the demos.
     summaries = {}
     for seed in args.seeds:
-        folder = Path("runs", "demo" if seed == 0 else f"demo-seed{seed}")
+        folder = demo_folder(seed)
         options = ["--seed", str(seed), "--run-dir", str(folder)]
         words = [sys.executable, "experiments/demo.py", *options]
         subprocess.run(words, cwd=ROOT, check=True)

@@ -109,7 +109,7 @@ def write_page(path: Path, lines: Sequence[str]) -> None:
     print(page)
 
 
-def new_figure(count: int) -> tuple[Any, Any]:
+def new_figure(count: int, *, share_y: bool = True) -> tuple[Any, Any]:
     """Make a matplotlib figure with ``count`` panels in a row, and return it with its axes."""
     import matplotlib
 
@@ -127,7 +127,7 @@ def new_figure(count: int) -> tuple[Any, Any]:
         1,
         count,
         figsize=(4.2 * count, 3.4),
-        sharey=True,
+        sharey=share_y,
     )
 
 
