@@ -6,6 +6,7 @@ it does not know, and says so in a log line at most. Here both are errors.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -103,16 +104,32 @@ def _say_zeros(model: Any, places: Mapping[str, Path]) -> None:
 def errors_of(folder: str | Path, name: str) -> Iterator[None]:
     """Inside, what a library raises for unusual contents of a folder is a ValueError.
 
-    ``name`` says what is read: a model, a config, a tokenizer.
+    ``name`` says what is read: a model, a config, a tokenizer. The error names the first file of
+    the folder that should be JSON and is not, or the folder.
     """
     from huggingface_hub.errors import StrictDataclassError
 
+    unusual = (RuntimeError, TypeError, KeyError, StrictDataclassError)
     try:
         yield
-    except (RuntimeError, TypeError, KeyError, StrictDataclassError) as error:
+    except Exception as error:
+        # The tokenizers library raises a bare Exception for a file that is no JSON.
+        broken = _broken_json(Path(folder))
+        if broken is None and not isinstance(error, unusual):
+            raise
         raise ValueError(
-            f"{folder} holds no usable {name} ({type(error).__name__}: {error})"
+            f"{broken or folder} holds no usable {name} ({type(error).__name__}: {error})"
         ) from error
+
+
+def _broken_json(folder: Path) -> Path | None:
+    """The first .json file of a folder that cannot be parsed; None if all can."""
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            return path
+    return None
 
 
 def _require_kind(model_class: Any, config_file: Path) -> None:
