@@ -25,14 +25,16 @@ BANDS = {
 }
 
 
-def annotate(scores: Mapping[str, int], rng: random.Random) -> dict[str, int]:
-    """Copy the scores; each is replaced by another of 0, 1 and 2 with probability 1 - `RIGHT`."""
+def annotate(
+    scores: Mapping[str, int], rng: random.Random, right: float = RIGHT
+) -> dict[str, int]:
+    """Copy the scores; each is replaced by another of 0, 1 and 2 with probability 1 - ``right``."""
     annotated = {}
     for name, score in scores.items():
         others = [other for other in (0, 1, 2) if other != score]
         # Both are drawn always, so that a score does not depend on the mistakes before it.
         mistake = rng.choice(others)
-        annotated[name] = score if rng.random() < RIGHT else mistake
+        annotated[name] = score if rng.random() < right else mistake
     return annotated
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from toy.lessons import (
     PIECES,
     UNCLEAR,
     Lesson,
+    Teaching,
     agreeing,
     annotated_examples,
     answer_text,
@@ -369,96 +371,105 @@ def _seen_words(cot: str) -> dict[str, str]:
     return seen
 
 
+@dataclass(frozen=True)
+class Course:
+    """Where a base model is trained: ``out`` holds the tiny Wan, ``work`` unfinished stages.
+
+    ``steps`` replaces the steps of every stage, for a trial.
+    """
+
+    out: Path
+    work: Path
+    steps: int | None = None
+
+    def fit(
+        self,
+        stage: tuple[str, int, float],
+        model: DeScore,
+        lesson_at: Callable[[random.Random], Lesson],
+    ) -> None:
+        """Train a stage (name, steps, peak rate) on lessons that are drawn from its step."""
+        name, steps, peak = stage
+
+        def loss_at(step: int) -> Tensor:
+            lesson = lesson_at(random.Random(f"{name}-{step}"))
+            return text_loss(model, lesson)
+
+        settings = Fit(name, self.steps or steps, peak, self.work, slow=".visual.")
+        fit(settings, model, loss_at, lambda: self.measure(model, 64))
+
+    def wan(self) -> tuple[Tensor, list[Attributes]]:
+        """Videos of the tiny Wan."""
+        return generated(self.out / "wan", self.work / "wan_videos.safetensors")
+
+    def draw(
+        self,
+        rng: random.Random,
+        *,
+        count: int,
+        share: float,
+        described: Sequence[str] = SUB_DIMENSIONS,
+    ) -> Lesson:
+        """Draw ``count`` videos to describe, a share of them videos of the tiny Wan."""
+        sampled = round(count * share)
+        videos, wishes = examples(count - sampled, rng, clean=False)
+        if sampled:
+            wan_videos, wan_wishes = self.wan()
+            known = WAN_VIDEOS - WAN_HELDOUT
+            rows = [rng.randrange(known) for _ in range(sampled)]
+            videos = torch.cat([videos, wan_videos[rows]])
+            wishes += [agreeing(wan_wishes[row], rng, 0.7) for row in rows]
+        return describing(videos, wishes, rng, described)
+
+    def measure(self, model: DeScore, count: int) -> dict[str, float]:
+        """Evaluate on new renders and on the last videos of the Wan, which nothing trains on."""
+        rendered, wishes = examples(count, random.Random(2), clean=True)
+        measured = evaluate(model, rendered, wishes, seed=2)
+        wan_videos, wan_wishes = self.wan()
+        first = WAN_VIDEOS - WAN_HELDOUT
+        unseen = slice(first, first + count)
+        on_wan = evaluate(model, wan_videos[unseen], wan_wishes[unseen], seed=3)
+        return measured | {f"wan_{name}": value for name, value in on_wan.items()}
+
+
 def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
     """Train in four stages, save to ``out/qwen`` and measure on 512 held-out videos."""
-    model = described(out, work, steps=steps)
-    measured = answer(model, "qwen_answer", out, work, steps=steps)
+    course = Course(out, work, steps)
+    model = taught(course, "qwen_answer", Teaching())
     save(model, out / "qwen")
-    return measured
+    return course.measure(model, 512)
 
 
 def build_shuffled(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
     """Train the last stage on shuffled annotations, and measure as `build` does; saves nothing."""
-    model = described(out, work, steps=steps)
-    return answer(model, "qwen_shuffled", out, work, steps=steps, shuffled=True)
+    course = Course(out, work, steps)
+    model = taught(course, "qwen_shuffled", Teaching(shuffled=True))
+    return course.measure(model, 512)
 
 
-def described(out: Path, work: Path, *, steps: int | None) -> DeScore:
-    """Train a new model to see and to describe."""
+def taught(course: Course, name: str, teaching: Teaching) -> DeScore:
+    """Train a new model to see, to describe and to answer; ``name`` is that of the last stage."""
     # The query and the head belong to score training, not to this model.
     model = new_model()
     model.query.requires_grad_(requires_grad=False)
     model.head.requires_grad_(requires_grad=False)
-    train_eye(model, work, steps=steps or EYE_STEPS)
-    for name, phase_steps, peak, share in PHASES:
-        loss = partial(_describing_loss, model, out, work, name=name, share=share)
-        settings = Fit(name, steps or phase_steps, peak, work, slow=".visual.")
-        check = partial(_measure, model, out, work, 64)
-        fit(settings, model, loss, check)
-    return model
+    train_eye(model, course.work, steps=course.steps or EYE_STEPS)
+    for phase, steps, peak, share in PHASES:
+        draw = partial(course.draw, count=BATCH, share=share)
+        course.fit((phase, steps, peak), model, draw)
 
+    # Half annotated examples, half descriptions.
+    annotated = annotated_examples(*course.wan(), teaching)
 
-def answer(
-    model: DeScore,
-    name: str,
-    out: Path,
-    work: Path,
-    *,
-    steps: int | None,
-    shuffled: bool = False,
-) -> dict[str, float]:
-    """Train on annotated examples and measure."""
-    videos, wishes = generated(out / "wan", work / "wan_videos.safetensors")
-    lesson = annotated_examples(videos, wishes, shuffled=shuffled)
-
-    def loss_at(step: int) -> Tensor:
-        rng = random.Random(f"{name}-{step}")
+    def lesson_at(rng: random.Random) -> Lesson:
         rows = [rng.randrange(ANNOTATED) for _ in range(BATCH // 2)]
-        part = Lesson(
-            lesson.videos[rows],
-            [lesson.prompts[row] for row in rows],
-            [lesson.texts[row] for row in rows],
-            [True] * len(rows),
+        other = course.draw(
+            rng, count=BATCH // 2, share=0.5, described=teaching.described
         )
-        other = _batch(out, work, BATCH // 2, rng, share=0.5)
-        return text_loss(model, part + other)
+        return annotated.take(rows) + other
 
-    settings = Fit(name, steps or ANSWER_STEPS, ANSWER_PEAK, work, slow=".visual.")
-    fit(settings, model, loss_at, partial(_measure, model, out, work, 64))
-    return _measure(model, out, work, 512)
-
-
-def _describing_loss(
-    model: DeScore, out: Path, work: Path, step: int, *, name: str, share: float
-) -> Tensor:
-    rng = random.Random(f"{name}-{step}")
-    return text_loss(model, _batch(out, work, BATCH, rng, share=share))
-
-
-def _batch(
-    out: Path, work: Path, count: int, rng: random.Random, *, share: float
-) -> Lesson:
-    """Draw ``count`` videos to describe, a share of them videos of the tiny Wan."""
-    sampled = round(count * share)
-    videos, wishes = examples(count - sampled, rng, clean=False)
-    if sampled:
-        wan_videos, wan_wishes = generated(out / "wan", work / "wan_videos.safetensors")
-        rows = [rng.randrange(WAN_VIDEOS - WAN_HELDOUT) for _ in range(sampled)]
-        videos = torch.cat([videos, wan_videos[rows]])
-        wishes += [agreeing(wan_wishes[row], rng, 0.7) for row in rows]
-    return describing(videos, wishes, rng)
-
-
-def _measure(model: DeScore, out: Path, work: Path, count: int) -> dict[str, float]:
-    """Evaluate on new renders and on the last videos of the tiny Wan, which nothing trains on."""
-    rendered, wishes = examples(count, random.Random(2), clean=True)
-    measured = evaluate(model, rendered, wishes, seed=2)
-    if not (out / "wan" / "model_index.json").exists():
-        return measured
-    wan_videos, wan_wishes = generated(out / "wan", work / "wan_videos.safetensors")
-    unseen = slice(WAN_VIDEOS - WAN_HELDOUT, WAN_VIDEOS - WAN_HELDOUT + count)
-    on_wan = evaluate(model, wan_videos[unseen], wan_wishes[unseen], seed=3)
-    return measured | {f"wan_{name}": value for name, value in on_wan.items()}
+    course.fit((name, ANSWER_STEPS, ANSWER_PEAK), model, lesson_at)
+    return model
 
 
 def train_eye(model: DeScore, work: Path, *, steps: int) -> None:

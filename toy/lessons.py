@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toy.annotator import annotate, overall_score
+from toy.annotator import RIGHT, annotate, overall_score
 from toy.measure import compare, observe
 from toy.world import (
     SUB_DIMENSIONS,
@@ -43,10 +43,28 @@ PIECES = [
 ]
 
 
-def description(wish: Attributes, seen: Attributes) -> str:
+@dataclass(frozen=True)
+class Teaching:
+    """What a base model learns to write; the defaults are those of the shipped one.
+
+    described  Sub-dimensions that get a line of the description.
+    right      Share of the annotated scores that are right.
+    shuffled   Give every annotated example the scores of another one: a control, from which
+               nothing can be learned about what a score means.
+    """
+
+    described: tuple[str, ...] = SUB_DIMENSIONS
+    right: float = RIGHT
+    shuffled: bool = False
+
+
+def description(
+    wish: Attributes, seen: Attributes, described: Sequence[str] = SUB_DIMENSIONS
+) -> str:
     """Write the wanted and the seen attributes line by line."""
     text = ""
-    for dimension, names in ASPECTS.items():
+    for dimension in described:
+        names = ASPECTS[dimension]
         wanted = " ".join(word_of(wish, name) for name in names)
         shown = " ".join(word_of(seen, name) for name in names)
         text += f"{dimension} asked {wanted} seen {shown}\n"
@@ -133,6 +151,15 @@ class Lesson:
     texts: list[str]
     ends: list[bool]
 
+    def take(self, rows: Sequence[int]) -> Lesson:
+        """Some of the videos with their texts."""
+        return Lesson(
+            self.videos[list(rows)],
+            [self.prompts[row] for row in rows],
+            [self.texts[row] for row in rows],
+            [self.ends[row] for row in rows],
+        )
+
     def __add__(self, other: Lesson) -> Lesson:
         return Lesson(
             torch.cat([self.videos, other.videos]),
@@ -143,24 +170,24 @@ class Lesson:
 
 
 def describing(
-    videos: Tensor, wishes: Sequence[Attributes], rng: random.Random
+    videos: Tensor,
+    wishes: Sequence[Attributes],
+    rng: random.Random,
+    described: Sequence[str] = SUB_DIMENSIONS,
 ) -> Lesson:
     """Descriptions of videos. What comes after them is left open."""
     prompts = [caption(wish, wording=rng.randrange(4)) for wish in wishes]
     texts = []
     for video, wish in zip(videos, wishes, strict=True):
-        texts.append(description(wish, observe(video).attributes))
+        shown = observe(video).attributes
+        texts.append(description(wish, shown, described))
     return Lesson(videos, prompts, texts, [False] * len(texts))
 
 
 def annotated_examples(
-    wan_videos: Tensor, wan_wishes: Sequence[Attributes], *, shuffled: bool = False
+    wan_videos: Tensor, wan_wishes: Sequence[Attributes], teaching: Teaching
 ) -> Lesson:
-    """`ANNOTATED` examples, half renders and half videos of the tiny Wan; always the same.
-
-    ``shuffled`` gives every example the scores of another one: a control, from which nothing can
-    be learned about what a score means.
-    """
+    """`ANNOTATED` examples, half renders and half videos of the tiny Wan; always the same."""
     rng = random.Random("annotated")
     rendered, wishes = examples(ANNOTATED // 2, rng, clean=False)
     videos = torch.cat([rendered, wan_videos[: ANNOTATED // 2]])
@@ -170,9 +197,9 @@ def annotated_examples(
     scores = []
     for video, wish in zip(videos, wishes, strict=True):
         right = compare(wish, observe(video).attributes).scores
-        scores.append(annotate(right, rng))
-    if shuffled:
+        scores.append(annotate(right, rng, teaching.right))
+    if teaching.shuffled:
         rng.shuffle(scores)
-    lesson = describing(videos, wishes, rng)
+    lesson = describing(videos, wishes, rng, teaching.described)
     texts = [a + answer_text(b) for a, b in zip(lesson.texts, scores, strict=True)]
     return Lesson(videos, lesson.prompts, texts, [True] * len(texts))
