@@ -189,6 +189,8 @@ def annotated_examples(
 ) -> Lesson:
     """`ANNOTATED` examples, half renders and half videos of the tiny Wan; always the same."""
     rng = random.Random("annotated")
+    # The noise of `degrade` comes from torch, as in a training step.
+    torch.manual_seed(0)
     rendered, wishes = examples(ANNOTATED // 2, rng, clean=False)
     videos = torch.cat([rendered, wan_videos[: ANNOTATED // 2]])
     wishes += [agreeing(wish, rng, 0.7) for wish in wan_wishes[: ANNOTATED // 2]]
