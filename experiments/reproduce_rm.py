@@ -40,6 +40,7 @@ from experiments.runner import (
 )
 from toy.make_pairs import write_csv
 
+BASE = Path("assets/shapes/qwen")
 MAKE_PAIRS = "toy/make_pairs.py"
 # Seed of the test pairs.
 TEST_SEED = 1000
@@ -66,6 +67,7 @@ def steps_of(
     *,
     rl_steps: int,
     watched: bool = False,
+    base: Path = BASE,
     more: Sequence[str] = (),
 ) -> list[CommandStep]:
     """Commands that train a cell's model and evaluate it on all tests.
@@ -98,6 +100,9 @@ def steps_of(
             words.append(f"dual_rl.steps={rl_steps}")
         if method.after is not None:
             words.append(f"checkpoint={cell.start(run)}")
+        else:
+            key = "checkpoint" if method.script == DUAL_RL else "base"
+            words.append(f"{key}={base}")
 
         # The command line of the user comes last and wins.
         words += [*method.extra, *more]
@@ -121,16 +126,19 @@ def steps_of(
     return steps
 
 
-def make_training_pairs(run: Path, seed: int, count: int) -> None:
+def make_training_pairs(
+    run: Path, seed: int, count: int, *, options: Sequence[str] = ()
+) -> None:
     """Make the training pairs of a seed, filmed.csv."""
     data = run / f"seed{seed}" / "data"
-    words = ["--out", str(data), "--seed", str(seed), "--pairs", f"filmed={count}"]
+    words = ["--out", str(data), "--seed", str(seed), *options]
+    words += ["--pairs", f"filmed={count}"]
     step = CommandStep("training pairs", MAKE_PAIRS, words, data / "done.json")
     if not step.is_done:
         run_step(step)
 
 
-def make_tests(run: Path, count: int) -> None:
+def make_tests(run: Path, count: int, *, options: Sequence[str] = ()) -> None:
     """Make the test pairs of all seeds, tests.csv; no training has their seed."""
     data = run / "tests"
     if (ROOT / data / "tests.csv").exists():
@@ -138,7 +146,8 @@ def make_tests(run: Path, count: int) -> None:
 
     # Make all sets with a single command.
     counts = [f"{name}={count}" for name in TESTS]
-    words = ["--out", str(data), "--seed", str(TEST_SEED), "--pairs", *counts]
+    words = ["--out", str(data), "--seed", str(TEST_SEED), *options]
+    words += ["--pairs", *counts]
     done = data / "done.json"
     run_step(CommandStep("test pairs", MAKE_PAIRS, words, done))
 
@@ -151,8 +160,8 @@ def make_tests(run: Path, count: int) -> None:
         write_csv(partial, rows)
 
 
-def make_base(run: Path) -> None:
-    """Save the base Qwen3-VL as a reward model with an untrained head, which is not used."""
+def make_base(run: Path, qwen: Path = BASE) -> None:
+    """Save a base Qwen3-VL as a reward model with an untrained head, which is not used."""
     folder = ROOT / run / "base"
     if (folder / "descore.json").exists():
         return
@@ -160,8 +169,7 @@ def make_base(run: Path) -> None:
     from rm.model import DeScore
 
     generation = Generation(max_new_tokens=96, repetition_penalty=1.0)
-    qwen = ROOT / "assets/shapes/qwen"
-    DeScore.from_base(qwen, generation=generation).save(folder)
+    DeScore.from_base(ROOT / qwen, generation=generation).save(folder)
 
 
 def main() -> None:

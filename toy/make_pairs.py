@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from generator.wan import WanGenerator
     from rm.model import DeScore
     from rm.video import PreparedVideo
-    from toy.people import Utility
     from toy.world import Attributes
 
 SOURCES = ("render", "render", "render", "wan", "wan", "wan", "wan", "spoilt")
@@ -112,13 +111,19 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class VideoJob:
-    """``count`` consecutive pairs of a split."""
+    """``count`` consecutive pairs of a split.
+
+    base            Folder of the Qwen3-VL that writes the chains of thought.
+    quality_weight  What people weigh the quality by, see `toy.people`.
+    """
 
     out: Path
     split: str
     start: int
     count: int
     seed: int
+    base: Path = BASE_MODEL
+    quality_weight: float = 0.4
 
 
 @dataclass(frozen=True)
@@ -134,10 +139,15 @@ class Side:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of a video: the sub-dimension scores of its table, and the people's utility."""
+    """What is known of a video: the sub-dimension scores of its table, and what people see.
+
+    parts    The terms of the utility.
+    utility  What people draw their label from.
+    """
 
     scores: Mapping[str, int]
-    utility: Utility
+    parts: Mapping[str, float]
+    utility: float
 
 
 @lru_cache(maxsize=3)
@@ -152,11 +162,11 @@ def load_generator(*overrides: str) -> WanGenerator:
 
 
 @lru_cache(maxsize=1)
-def load_base_model() -> DeScore:
-    """Load the base Qwen3-VL with its template, once in each worker."""
+def load_base_model(path: Path) -> DeScore:
+    """Load a base Qwen3-VL with its template, once in each worker."""
     from rm.model import DeScore
 
-    return DeScore.from_base(BASE_MODEL).eval()
+    return DeScore.from_base(path).eval()
 
 
 def make(job: VideoJob) -> list[dict[str, object]]:
@@ -168,7 +178,7 @@ def make(job: VideoJob) -> list[dict[str, object]]:
     from rm.video import prepare
     from toy.annotator import annotate
     from toy.measure import measure
-    from toy.people import utility
+    from toy.people import utility, value_of
     from toy.world import FPS
 
     torch.set_num_threads(1)
@@ -179,10 +189,13 @@ def make(job: VideoJob) -> list[dict[str, object]]:
         write_mp4(job.out / side.name, video, FPS)
         scores = measure(video, side.prompt).scores
         told = annotate(scores, side.rng) if SPLITS[job.split].annotated else scores
-        seen.append(Seen(told, utility(video, side.prompt)))
+        found = utility(video, side.prompt)
+        quality = found.parts["quality"]
+        value = value_of(found.grades, quality, job.quality_weight)
+        seen.append(Seen(told, found.parts, value))
 
     # The chains of thought are about the files, as a training run reads them.
-    model = load_base_model()
+    model = load_base_model(job.base)
     prepared = [prepare(job.out / side.name, model.settings) for side in sides]
     cots = write_cots(model, [side.prompt for side in sides], prepared)
     rows = []
@@ -343,14 +356,14 @@ def csv_row(
     from toy.people import PEOPLE
     from toy.world import FPS, FRAMES
 
-    first, second = (side.utility for side in seen)
-    difference = first.value - second.value
+    first, second = seen
+    difference = first.utility - second.utility
     label = PEOPLE.label(difference, rng)
     # Stage 2 learns from the preference and from the sub-dimension scores of both videos.
     answer = {
         "gsb_result": PREFERENCES[label],
-        "video_1_scores": seen[0].scores,
-        "video_2_scores": seen[1].scores,
+        "video_1_scores": first.scores,
+        "video_2_scores": second.scores,
     }
     prompt = sides[0].prompt
     return {
@@ -362,8 +375,8 @@ def csv_row(
         "CoT_B": cots[1],
         "GSB": label,
         "answer": f"<answer>{json.dumps(answer)}</answer>",
-        "utility_A": first.value,
-        "utility_B": second.value,
+        "utility_A": first.utility,
+        "utility_B": second.utility,
         "seen_A": json.dumps(first.parts),
         "seen_B": json.dumps(second.parts),
         "source": sides[0].source,
@@ -386,7 +399,16 @@ def list_jobs(args: argparse.Namespace) -> list[VideoJob]:
     for split, count in args.pairs:
         for start in range(0, count, CHUNK):
             size = min(CHUNK, count - start)
-            jobs.append(VideoJob(args.out, split, start, size, args.seed))
+            job = VideoJob(
+                out=args.out,
+                split=split,
+                start=start,
+                count=size,
+                seed=args.seed,
+                base=args.base,
+                quality_weight=args.quality_weight,
+            )
+            jobs.append(job)
     return jobs
 
 
@@ -412,6 +434,18 @@ def main() -> None:
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of all videos and labels"
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        default=BASE_MODEL,
+        help="the Qwen3-VL that writes the chains of thought",
+    )
+    parser.add_argument(
+        "--quality-weight",
+        type=float,
+        default=0.4,
+        help="what people weigh the quality by, which no chain of thought states",
     )
     parser.add_argument(
         "--workers", type=int, default=2, help="processes; they change no byte"

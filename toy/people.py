@@ -127,9 +127,18 @@ def utility(video_TYXC: Tensor, prompt: str) -> Utility:
     seen = observe(video_TYXC)
     grades = grade(parse(prompt), seen)
     quality = quality_of(video_TYXC, seen)
-    value = sum(WEIGHTS[name] * grades[name] for name in SUB_DIMENSIONS)
-    value += QUALITY_WEIGHT * mean_quality(quality)
-    return Utility(grades, quality, value)
+    return Utility(grades, quality, value_of(grades, mean_quality(quality)))
+
+
+def value_of(
+    grades: Mapping[str, float],
+    quality: float,
+    quality_weight: float = QUALITY_WEIGHT,
+) -> float:
+    """Weigh the terms of U; with another weight of the quality the others keep their ratios."""
+    stated = sum(WEIGHTS[name] * grades[name] for name in SUB_DIMENSIONS)
+    share = (1 - quality_weight) / (1 - QUALITY_WEIGHT)
+    return share * stated + quality_weight * quality
 
 
 def grade(wish: Attributes, seen: Observation) -> dict[str, float]:

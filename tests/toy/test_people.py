@@ -22,6 +22,7 @@ from toy.people import (
     People,
     PeopleUtility,
     utility,
+    value_of,
 )
 from toy.world import (
     SUB_DIMENSIONS,
@@ -53,6 +54,16 @@ def draw(**changes: object) -> Tensor:
 def test_weights_are_a_share_each() -> None:
     assert sum(WEIGHTS.values()) + QUALITY_WEIGHT == pytest.approx(1.0)
     assert set(WEIGHTS) == set(SUB_DIMENSIONS)
+
+
+def test_another_weight_of_the_quality_keeps_the_ratios_of_the_others() -> None:
+    """At 0 and 1 only one kind of term is left; at the usual weight nothing changes."""
+    seen = utility(draw(motion="left", color="yellow"), PROMPT)
+    quality = seen.parts["quality"]
+    stated = sum(WEIGHTS[name] * seen.grades[name] for name in SUB_DIMENSIONS)
+    assert value_of(seen.grades, quality) == pytest.approx(seen.value)
+    assert value_of(seen.grades, quality, 1.0) == pytest.approx(quality)
+    assert value_of(seen.grades, quality, 0.0) == pytest.approx(stated / 0.6)
 
 
 def test_a_clean_video_of_its_prompt_has_nearly_all_utility() -> None:
