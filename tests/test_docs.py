@@ -44,8 +44,9 @@ def test_page_names_existing_tests(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page_names_existing_files(page: Path) -> None:
-    rooms = "common|rm|generator|engine|alignment|launch|toy|experiments|configs|tests"
-    pattern = rf"(?<![\w/])((?:{rooms})/[\w/]+\.(?:py|yaml))\b"
+    rooms = "common|rm|generator|engine|alignment|launch|toy|experiments|examples"
+    rooms += "|configs|tests"
+    pattern = rf"(?<![\w/])((?:{rooms})/[\w/]+\.(?:py|ipynb|yaml))\b"
     named = set(re.findall(pattern, page.read_text(encoding="utf-8")))
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
