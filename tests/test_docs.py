@@ -172,3 +172,15 @@ def test_config_reference_shows_types_limits_and_defaults() -> None:
     assert "`lr=5e-06`" in text
     assert "[GeneratorConfig](#generatorconfig)" in text
     assert "`alignment/config.py`" in text
+
+
+def test_config_reference_starts_with_ten_keys() -> None:
+    """Their types and defaults are those of the schemas: 4 videos in a group, 64 prompts a step."""
+    head, _, _ = config_reference.page().partition("## The commands")
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \|", head, re.M)
+    assert len(rows) == 10
+    given = {key: (kind, default) for key, kind, default in rows}
+    assert given["grpo.group_size"] == ("int, at least 2", "`4`")
+    assert given["prompts_per_step"] == ("int, above 0", "`64`")
+    assert given["rewards.NAME.weight"][1] == "`1.0`"
+    assert given["generator.path"][1] == "required"
