@@ -186,6 +186,15 @@ def test_own_generator_is_a_generator_of_the_loop(example: Loader) -> None:
     assert torch.allclose(difference, torch.full_like(difference, moved), atol=1e-5)
 
 
+def test_own_generator_walks_to_pixels_of_its_spread(example: Loader) -> None:
+    """The exact flow from N(0, 1) to N(0, 1 / 4) halves every number, and so do 500 Euler steps."""
+    module = example("own_generator")
+    sigmas = module.sigma_grid(500, shift=3.0).tolist()
+    with torch.no_grad():
+        clean = module.TintGenerator().denoise(torch.ones(1, *module.SHAPE), sigmas)
+    torch.testing.assert_close(clean, torch.full_like(clean, 0.5), atol=5e-3, rtol=0)
+
+
 def test_own_generator_saves_what_it_loads(example: Loader, tmp_path: Path) -> None:
     kind = example("own_generator").TintGenerator
     trained = kind()
