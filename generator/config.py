@@ -280,6 +280,11 @@ class GeneratorConfig:
             )
 
     @property
+    def source(self) -> str:
+        """What is loaded, for messages: the target, or the path of a Wan."""
+        return self.path if self.target is None else self.target
+
+    @property
     def target_file(self) -> str | None:
         """The file of ``target``; None for Wan and for an installed package."""
         if self.target is None or ":" not in self.target:
