@@ -39,7 +39,7 @@ def generated_pages() -> dict[str, str]:
 
 def moved_links(text: str) -> str:
     """Turn links of a file in the root into links between pages of the site."""
-    text = re.sub(r"(\]\(|src=\")docs/", r"\1", text)
+    text = re.sub(r"(\]\(|src=\"|srcset=\")docs/", r"\1", text)
     for page, file in FROM_ROOT.items():
         text = re.sub(rf"\]\((?:\.\./)?{file}", f"]({page}", text)
     return text

@@ -53,6 +53,7 @@ def test_links_of_the_root_lead_to_pages() -> None:
     want = "[a](runs.md#scoring) [b](changes.md) [c](contributing.md)"
     assert moved(text) == want
     assert moved('<img src="docs/films/a.webp">') == '<img src="films/a.webp">'
+    assert moved('<source srcset="docs/a.webp">') == '<source srcset="a.webp">'
     assert moved("[d](results/README.md)") == "[d](results/README.md)"
 
 

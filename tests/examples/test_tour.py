@@ -35,7 +35,7 @@ def test_notebook_is_of_jupyters_format() -> None:
         assert set(cell) == wanted
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_notebook_runs_from_the_first_cell_to_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
