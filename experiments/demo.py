@@ -87,6 +87,7 @@ def _reward_model_steps(run: Path, seed: int) -> list[CommandStep]:
             "launch/check_rewards.py",
             _check_words(run),
             run / "checks.json",
+            alone=True,
         ),
     ]
 
