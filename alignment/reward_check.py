@@ -11,7 +11,7 @@ import torch
 
 from alignment.rewards.errors import contained_score
 from common.distributed import seeded_generator
-from common.types import Score
+from common.types import Score, json_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +85,17 @@ class SensitivityResult:
     def changes_nothing(self) -> bool:
         """True if every scored video has the same score both times, to the bit."""
         return self.scored > 0 and self.same == self.scored
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Counts and means for JSON; a mean is None where no video has a score."""
+        return {
+            "fell": self.below,
+            "same": self.same,
+            "rose": self.above,
+            "unscored": self.unscored,
+            "mean_right": json_number(self.right),
+            "mean_spoilt": json_number(self.spoilt),
+        }
 
     @property
     def description(self) -> str:

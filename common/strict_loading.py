@@ -6,6 +6,7 @@ it does not know, and says so in a log line at most. Here both are errors.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -103,16 +104,27 @@ def _say_zeros(model: Any, places: Mapping[str, Path]) -> None:
 def errors_of(folder: str | Path, name: str) -> Iterator[None]:
     """Inside, what a library raises for unusual contents of a folder is a ValueError.
 
-    ``name`` says what is read: a model, a config, a tokenizer.
+    ``name`` says what is read: a model, a config, a tokenizer. A .json file of the folder, or of a
+    folder in it, that cannot be parsed is refused before anything is read.
     """
     from huggingface_hub.errors import StrictDataclassError
 
+    _require_json(Path(folder), name)
     try:
         yield
     except (RuntimeError, TypeError, KeyError, StrictDataclassError) as error:
         raise ValueError(
             f"{folder} holds no usable {name} ({type(error).__name__}: {error})"
         ) from error
+
+
+def _require_json(folder: Path, name: str) -> None:
+    """Raise ValueError for the first .json file that is none; it names the file."""
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} holds no usable {name} ({error})") from error
 
 
 def _require_kind(model_class: Any, config_file: Path) -> None:

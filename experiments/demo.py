@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_json
-from experiments import tables
+from experiments import heldout, tables
 from experiments.runner import (
     ROOT,
     CommandStep,
@@ -82,7 +82,22 @@ def _reward_model_steps(run: Path, seed: int) -> list[CommandStep]:
             ["rm", *test],
             run / "eval_rm" / "summary.json",
         ),
+        CommandStep(
+            "DeScore on good videos that are spoilt, or shown with a wrong prompt",
+            "launch/check_rewards.py",
+            _check_words(run),
+            run / "checks.json",
+            alone=True,
+        ),
     ]
+
+
+def _check_words(run: Path) -> list[str]:
+    """Command line that checks DeScore on the held-out videos that people like best."""
+    words = config_words("score", _descore(run))
+    prompts = str(run / "data" / "heldout_best.csv")
+    out = str(run / "checks.json")
+    return [*words, "--prompts", prompts, "--limit", "64", "--out", out]
 
 
 def _generator_steps(run: Path, seed: int) -> list[CommandStep]:
@@ -155,8 +170,7 @@ def _evaluation_steps(run: Path, seed: int) -> list[CommandStep]:
 
 def summarise(run: Path, seconds: dict[str, float], peak_bytes: int) -> dict[str, Any]:
     """Collect the results of the demo from the files of its steps."""
-    # Summaries of the four evaluations.
-    reward_model = read_json(run / "eval_rm" / "summary.json")
+    # Summaries of the evaluations of the generator.
     arms = {}
     for arm in ("base", "tuned", "dpo"):
         arms[arm] = read_json(run / f"eval_{arm}" / "summary.json")
@@ -164,16 +178,18 @@ def summarise(run: Path, seconds: dict[str, float], peak_bytes: int) -> dict[str
     def of_arms(key: str) -> dict[str, Any]:
         return {arm: results[key] for arm, results in arms.items()}
 
-    # Sub-dimensions of the oracle.
+    # Parts of the utility: five sub-dimensions and the quality.
     sub_dimensions = {}
     for key in sorted(arms["base"]):
-        if key.startswith("shapes."):
-            sub_dimensions[key.removeprefix("shapes.")] = of_arms(key)
+        if key.startswith("people."):
+            sub_dimensions[key.removeprefix("people.")] = of_arms(key)
 
     # Seconds of the steps and of all together.
     rounded = {name: round(value, 1) for name, value in seconds.items()}
     return {
-        "rm": {"heldout_accuracy": reward_model["without_ties"]},
+        "rm": heldout.summarise(run),
+        "checks": read_json(run / "checks.json")["descore"],
+        "utility": of_arms("people"),
         "oracle": of_arms("shapes"),
         "descore": of_arms("descore"),
         "sub_dimensions": sub_dimensions,
@@ -215,18 +231,22 @@ def run_steps(
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """Print the accuracy of DeScore and the oracle of every arm."""
+    """Print the accuracy of DeScore, its checks, and utility and oracle of every arm."""
     # Rows of mean and interval.
     rows = dict(summary["rm"])
-    for arm, value in summary["oracle"].items():
-        rows[f"oracle.{arm}"] = value
+    for group in ("utility", "oracle"):
+        for arm, value in summary[group].items():
+            rows[f"{group}.{arm}"] = value
     for name, value in rows.items():
-        print(f"{name:>18}  {tables.show(value)}, n = {value['n']}")
+        print(f"{name:>22}  {tables.show(value)}, n = {value['n']}")
+    for case, counts in summary["checks"].items():
+        total = counts["fell"] + counts["same"] + counts["rose"]
+        print(f"{case:>22}  lowers the reward of {counts['fell']} of {total} videos")
 
     # Cost of the demo.
     minutes = summary["seconds"]["all"] / 60
     memory = summary["peak_memory_gb"]
-    print(f"{'all steps':>18}  {minutes:.1f} minutes, peak memory {memory} GB")
+    print(f"{'all steps':>22}  {minutes:.1f} minutes, peak memory {memory} GB")
 
 
 def main() -> None:

@@ -21,18 +21,26 @@ COMMAND = "python experiments/demo_seeds.py"
 HEAD = (
     "seed",
     "DeScore accuracy",
-    "oracle, base Wan",
-    "oracle, Longcat-GRPO",
-    "oracle, Flow-DPO",
+    "base Qwen3-VL, its stated score",
+    "gain",
+    "best possible",
+    "utility, base Wan",
+    "utility, Longcat-GRPO",
+    "utility, Flow-DPO",
     "minutes",
     "peak memory, GB",
 )
 
 
+def demo_folder(seed: int) -> Path:
+    """Run folder of the demo of a seed."""
+    return Path("runs", "demo" if seed == 0 else f"demo-seed{seed}")
+
+
 def row_of(seed: int, summary: dict[str, Any]) -> list[str]:
     """Cells of a seed's row."""
-    # DeScore, then the arms of the oracle.
-    results = [summary["rm"]["heldout_accuracy"], *summary["oracle"].values()]
+    # The reward model, then the arms of the generator.
+    results = [*summary["rm"].values(), *summary["utility"].values()]
     cells = [str(seed), *map(tables.show, results)]
     minutes = summary["seconds"]["all"] / 60
     return [*cells, f"{minutes:.1f}", f"{summary['peak_memory_gb']:.1f}"]
@@ -43,13 +51,15 @@ def section_of(summaries: dict[int, dict[str, Any]], commit_name: str) -> list[s
     first_seed = min(summaries)
     summary = summaries[first_seed]
     pairs = summary["rm"]["heldout_accuracy"]["n"]
-    prompts = summary["oracle"]["base"]["n"]
+    prompts = summary["utility"]["base"]["n"]
     rows = [row_of(seed, summary) for seed, summary in summaries.items()]
     return [
         f"Measured by `{COMMAND}` at commit {commit_name}, on two CPU cores; mean and 95 % "
         f"bootstrap interval. Accuracy: DeScore on {pairs} held-out pairs (seed {first_seed}; "
-        f"ties left out). Oracle: total score in [0, 1] of {prompts} held-out prompts at fixed "
-        "seeds, before, and after Longcat-GRPO or Flow-DPO, with DeScore as the only reward.",
+        "ties left out), the score that the base model states on the same pairs, the gain pair by "
+        "pair, and what no model can exceed, because people's labels are drawn. Utility: what "
+        f"people see in the videos of {prompts} held-out prompts at fixed seeds, in [0, 1], "
+        "before, and after Longcat-GRPO or Flow-DPO, with DeScore as the only reward.",
         "",
         *tables.markdown_table(HEAD, rows),
         "",
@@ -66,7 +76,7 @@ def main() -> None:
     # Run the demos.
     summaries = {}
     for seed in args.seeds:
-        folder = Path("runs", "demo" if seed == 0 else f"demo-seed{seed}")
+        folder = demo_folder(seed)
         options = ["--seed", str(seed), "--run-dir", str(folder)]
         words = [sys.executable, "experiments/demo.py", *options]
         subprocess.run(words, cwd=ROOT, check=True)

@@ -207,7 +207,7 @@ def main() -> None:
         "timing": read_json(root / "timing.json"),
     }
     page = page_of(record, args.seeds)
-    tables.write_results(ROOT / args.out, "fast_sampler", record, page)
+    tables.write_results(ROOT / args.out, "fast_sampler", record, page, scores)
 
 
 if __name__ == "__main__":

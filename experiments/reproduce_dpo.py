@@ -276,7 +276,7 @@ def write_comparison(
         logs = [run_folder(root, seed, arm) / "metrics.jsonl" for seed in seeds]
         last[arm] = [read_metrics(log)[-1] for log in logs]
     page = page_of(record, last, seeds)
-    tables.write_results(out, "reproduce_dpo", record, page)
+    tables.write_results(out, "reproduce_dpo", record, page, scores)
 
 
 def main() -> None:

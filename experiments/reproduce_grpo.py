@@ -333,7 +333,8 @@ def main() -> None:
     }
     out = ROOT / args.out
     plot(trainings, out / "reproduce_grpo.svg")
-    tables.write_results(out, "reproduce_grpo", record, page_of(record, args.seeds))
+    page = page_of(record, args.seeds)
+    tables.write_results(out, "reproduce_grpo", record, page, scores)
 
 
 if __name__ == "__main__":

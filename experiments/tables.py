@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.files import read_jsonl
 from experiments.runner import write_json
-from launch.evaluation.intervals import difference_ci95, runs_ci95
+from launch.evaluation.intervals import mean_ci95, nested_ci95, seeds_ci95
 
 # Value lists of a training run, for example the scores on each of its test sets.
 Tables = Sequence[Sequence[float]]
@@ -23,20 +27,31 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def over_seeds(
-    runs: Mapping[int, Tables], minus: Mapping[int, Tables] | None = None
+    runs: Mapping[int, Tables],
+    minus: Mapping[int, Tables] | None = None,
+    *,
+    shared: bool = True,
 ) -> dict[str, Any]:
     """MEAN over seeds, tables and values with its 95 % interval, from tables by seed.
 
-    ``minus`` gives the mean difference to other runs, value by value at the same seeds.
+    ``minus`` gives the mean difference to other runs, value by value at the same seeds. ``shared``
+    says whether all seeds are tested on the same items (`seeds_ci95`) or each on items of its own
+    (`nested_ci95`). A single seed has the bootstrap over its values, which knows no spread of
+    training.
     """
-    # The bootstrap draws seeds first, so their order is fixed.
-    seeds = sorted(runs)
-    values = [runs[seed] for seed in seeds]
-    if minus is None:
-        interval = runs_ci95(values, seed=0)
+    values = []
+    for seed in sorted(runs):
+        tables = [np.asarray(table, dtype=np.float64) for table in runs[seed]]
+        if minus is not None:
+            others = zip(tables, minus[seed], strict=True)
+            tables = [table - np.asarray(other) for table, other in others]
+        values.append(tables)
+    if len(values) == 1:
+        interval = mean_ci95(np.concatenate(values[0]), seed=0)
+    elif shared:
+        interval = seeds_ci95([np.concatenate(tables) for tables in values])
     else:
-        others = [minus[seed] for seed in seeds]
-        interval = difference_ci95(values, others, seed=0)
+        interval = nested_ci95(values)
     return interval.as_dict()
 
 
@@ -64,11 +79,27 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 
 
 def write_results(
-    folder: Path, name: str, record: Mapping[str, Any], page: Sequence[str]
+    folder: Path,
+    name: str,
+    record: Mapping[str, Any],
+    page: Sequence[str],
+    values: Mapping[Any, Any],
 ) -> None:
-    """Write NAME.json and NAME.md."""
+    """Write NAME.json, NAME.md and NAME.values.json.gz, what the intervals are made of."""
     write_json(folder / f"{name}.json", record)
+    write_values(folder / f"{name}.values.json.gz", values)
     write_page(folder / f"{name}.md", page)
+
+
+def write_values(path: Path, values: Mapping[Any, Any]) -> None:
+    """Write the values behind a page as compressed JSON; equal values give equal bytes."""
+    text = json.dumps(values, separators=(",", ":"))
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read what `write_values` wrote."""
+    return json.loads(gzip.decompress(path.read_bytes()))
 
 
 def write_page(path: Path, lines: Sequence[str]) -> None:
@@ -78,7 +109,7 @@ def write_page(path: Path, lines: Sequence[str]) -> None:
     print(page)
 
 
-def new_figure(count: int) -> tuple[Any, Any]:
+def new_figure(count: int, *, share_y: bool = True) -> tuple[Any, Any]:
     """Make a matplotlib figure with ``count`` panels in a row, and return it with its axes."""
     import matplotlib
 
@@ -96,7 +127,7 @@ def new_figure(count: int) -> tuple[Any, Any]:
         1,
         count,
         figsize=(4.2 * count, 3.4),
-        sharey=True,
+        sharey=share_y,
     )
 
 

@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The exit code is for scripts.
     command = read_command(ScoreRun, argv, description=__doc__, extend=add_options)
     args = command.args
-    sensible = run_checks(command.cfg, args.videos, args.prompts, limit=args.limit)
+    files = (args.videos, args.prompts)
+    sensible = run_checks(command.cfg, *files, limit=args.limit, out=args.out)
     sys.exit(0 if sensible else 1)
 
 
@@ -43,14 +44,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=".txt, .jsonl or .csv",
     )
     add("--limit", type=int, default=8, help="use the first LIMIT videos")
+    add("--out", type=Path, metavar="FILE", help="also write all counts as JSON")
 
 
 def run_checks(
-    cfg: ScoreRun, pattern: str | None, prompts: Path, *, limit: int
+    cfg: ScoreRun,
+    pattern: str | None,
+    prompts: Path,
+    *,
+    limit: int,
+    out: Path | None = None,
 ) -> bool:
-    """Print the results of every reward; return False when one prefers wrong videos or is mute."""
+    """Print the results of every reward, and write them to ``out`` as JSON if it is given.
+
+    Returns False when a reward prefers wrong videos or scores none.
+    """
     # Heavy imports come after the command line.
     from common.cli import user_errors
+    from common.files import write_json
     from launch.compose import build_rewards, quiet
     from launch.evaluation.files import find_items, read_clip
 
@@ -66,6 +77,13 @@ def run_checks(
         results = {
             name: reward_check.check(reward, clips) for name, reward in rewards.items()
         }
+
+    # Counts and means of every corruption, by reward.
+    if out is not None:
+        record = {}
+        for name, cases in results.items():
+            record[name] = {result.case: result.as_dict() for result in cases}
+        write_json(out, record)
 
     # Print a line for every corruption.
     sensible = True

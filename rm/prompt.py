@@ -245,7 +245,10 @@ def _lower_keys(raw: object) -> dict[str, object]:
 
 
 def _answer_json(text: str) -> dict[str, object]:
-    """The JSON object in the last complete ``<answer>`` block, empty if there is none."""
+    """The JSON object in the last complete ``<answer>`` block, empty if there is none.
+
+    An object that says a key twice contradicts itself and is none.
+    """
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     if start < 0:
@@ -254,10 +257,18 @@ def _answer_json(text: str) -> dict[str, object]:
     if body.startswith("```"):
         body = body.removeprefix("```").removeprefix("json").removesuffix("```")
     try:
-        raw = json.loads(body)
+        raw = json.loads(body, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError):
         return {}
     return raw if isinstance(raw, dict) else {}
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Build a JSON object. Raises ValueError for a key that stands twice."""
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        raise ValueError("a key stands twice")
+    return read
 
 
 def _scores(raw: object) -> dict[str, int | None]:

@@ -7,7 +7,8 @@ continues from its last saved state when the command is started again. The stage
     prompts  training and held-out prompts with disjoint combinations of attributes
     vae      AutoencoderKLWan on rendered clips
     wan      WanTransformer3DModel and UMT5 by flow matching on captions that are sometimes wrong
-    qwen     Qwen3-VL on renders, then on videos of that Wan, writing chains of thought
+    qwen     Qwen3-VL on renders, then on videos of that Wan, describing and answering
+    shuffled a control: the last part of qwen on shuffled annotations, measured and not saved
 
 Every stage measures on held-out data, prints the result and writes it to ``STAGE.measured.json``.
 Together they take hours on one CPU core.
@@ -20,7 +21,7 @@ import json
 import random
 from pathlib import Path
 
-STAGES = ("prompts", "vae", "wan", "qwen")
+STAGES = ("prompts", "vae", "wan", "qwen", "shuffled")
 
 
 def write_prompts(out: Path, work: Path, *, steps: int | None) -> dict[str, int]:
@@ -64,6 +65,7 @@ def main() -> None:
         "vae": build_vae.build,
         "wan": build_wan.build,
         "qwen": build_qwen.build,
+        "shuffled": build_qwen.build_shuffled,
     }
     for name in args.stages:
         measured = stages[name](args.out, args.work, steps=args.steps)

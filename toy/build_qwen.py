@@ -1,17 +1,22 @@
-"""Train the tiny Qwen3-VL to see the shapes world and to write chains of thought about it.
+"""Train the tiny Qwen3-VL to describe the shapes world, and to answer as annotated examples do.
 
-It first learns from renders, clean and degraded, then also from videos of the tiny Wan, which it
-will score in the end. The language-model loss covers the chain of thought only. Prompt and video
-are drawn apart (each attribute agrees by chance or with probability `AGREE`), because a model
-whose prompts always match copies the prompt and never looks at the video.
+It learns to describe: what a prompt asks for and what a video shows, line by line, from renders
+and from videos of the tiny Wan. The form of the answer, five scores and an overall one, it learns
+from `ANNOTATED` examples whose scores are wrong in a fifth of the cases (`toy.annotator`). It
+never sees a preference, the people's utility, the oracle's total or a held-out combination, and
+its renders have other sizes than those of every test.
+
+Prompt and video are drawn apart (each attribute agrees by chance or with probability `AGREE`),
+because a model whose prompts always match copies the prompt and never looks at the video.
 """
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -27,6 +32,21 @@ from transformers import (
 from rm.model import DeScore
 from rm.prompt import CONTROL_TOKENS, IM_END, PromptTemplate, parse_answer
 from rm.video import PreparedVideo, VideoSettings, prepare
+from toy.lessons import (
+    ANNOTATED,
+    ASPECTS,
+    PIECES,
+    UNCLEAR,
+    Lesson,
+    Teaching,
+    agreeing,
+    annotated_examples,
+    answer_text,
+    describing,
+    description,
+    examples,
+    word_of,
+)
 from toy.make_pairs import load_generator, spoilt, write_cots
 from toy.measure import compare, observe
 from toy.tokenizer import train_tokenizer
@@ -35,14 +55,12 @@ from toy.world import (
     SUB_DIMENSIONS,
     VALUES,
     Attributes,
-    all_attributes,
     caption,
     captions,
-    mix_attributes,
-    random_attributes,
     random_scenes,
     render,
     split_attributes,
+    training_attributes,
 )
 
 TEMPLATE = PromptTemplate(before="prompt: {prompt}\nvideo:", after="\njudge:")
@@ -54,78 +72,47 @@ SETTINGS = VideoSettings(
     max_pixels=1024,
     patch_size=4,
 )
-UNCLEAR = "unclear"
-# Probability with which an attribute of a prompt is that of its video.
-AGREE = 0.35
-# Weight of the tokens that name what is seen: a sixth of the text, nearly all its information.
+# Weight of the tokens that name what is seen and of the answer: a small part of the text, and
+# nearly all its information.
 SEEN_WEIGHT = 3.0
 
 # The first stage trains the vision tower.
 EYE_BATCH = 48
 EYE_STEPS = 1000
 EYE_PEAK = 2e-3
-# Then (name, steps, peak rate, share of videos of the tiny Wan): renders, later half and half.
+# Then it describes (name, steps, peak rate, share of videos of the tiny Wan): renders, later half
+# and half.
 BATCH = 32
 PHASES = (("qwen", 1200, 2e-3, 0.0), ("qwen_wan", 1400, 1e-3, 0.5))
+# At last it answers: half of every batch are annotated examples, and the rest go on describing.
+ANSWER_STEPS = 600
+ANSWER_PEAK = 6e-4
 WAN_VIDEOS = 4000
 WAN_HELDOUT = 512
 # Videos of the tiny Wan that are sampled together, with one guidance scale.
 CHUNK = 40
 
-_ASPECTS = {
-    "subject": ("color", "shape"),
-    "dynamics": ("motion",),
-    "camera": ("camera",),
-    "environment": ("background",),
-    "style": ("style",),
-}
-_PIECES = [
-    '<answer>{"dimensional_scores": {"subject": "',
-    *(f'", "{name}": "' for name in SUB_DIMENSIONS[1:]),
-    '"}, "overall_score": "',
-    '"}</answer>',
-]
-
-
-def chain_of_thought(wish: Attributes, seen: Attributes) -> str:
-    """Write the wanted and the seen attributes line by line, then the scores."""
-    # The attributes first, so that the scores follow from them.
-    text = ""
-    for dimension, names in _ASPECTS.items():
-        wanted = " ".join(_word(wish, name) for name in names)
-        shown = " ".join(_word(seen, name) for name in names)
-        text += f"{dimension} asked {wanted} seen {shown}\n"
-
-    # The scores, in pieces that are a token each.
-    score = compare(wish, seen)
-    digits = [str(score.scores[name]) for name in SUB_DIMENSIONS]
-    overall = f"{1 + 4 * score.total:.2f}"
-    for piece, value in zip(_PIECES, [*digits, overall, ""], strict=True):
-        text += piece + value
-    return text
-
-
-def _word(attributes: Attributes, name: str) -> str:
-    return getattr(attributes, name) or UNCLEAR
-
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train the tokenizer on all captions, 864 chains of thought and the fixed text."""
+    """Train the tokenizer on the training captions, a chain of thought of each, fixed text."""
     rng = random.Random("qwen tokenizer")
+    train, _ = split_attributes()
     cots = []
-    for attributes in all_attributes():
-        cots.append(chain_of_thought(attributes, random_attributes(rng)))
+    for attributes in train:
+        shown = training_attributes(rng)
+        answer = answer_text(compare(attributes, shown).scores)
+        cots.append(description(attributes, shown) + answer)
 
     # The fixed text is repeated so that its words become tokens.
     names = " ".join(SUB_DIMENSIONS)
     template = f"{TEMPLATE.before}{TEMPLATE.after}"
     fixed = f"{template}user\nassistant\n 1.5 seconds> {UNCLEAR} {names}"
-    texts = captions(all_attributes()) + cots + [fixed] * 400
+    texts = captions(train) + cots + [fixed] * 400
     return train_tokenizer(
         texts,
         size=490,
         special=CONTROL_TOKENS,
-        words=_PIECES,
+        words=PIECES,
         pad="<|endoftext|>",
         eos=IM_END,
         end_with_eos=False,
@@ -193,54 +180,7 @@ def new_model() -> DeScore:
     return DeScore(backbone, tokenizer, TEMPLATE, SETTINGS, query_id)
 
 
-def degrade(video_BTYXC: Tensor, rng: random.Random) -> Tensor:
-    """Spoil a third of the videos as generators do: blur, noise, a still, no colour, a ghost."""
-    out = video_BTYXC.clone()
-    for i in range(len(out)):
-        kind = rng.random()
-        if kind < 0.20:
-            out[i] = _blur_and_noise(out[i], rng)
-        elif kind < 0.23:
-            # A still: every frame is the same.
-            out[i] = out[i, rng.randrange(out.shape[1])]
-        elif kind < 0.26:
-            grey = out[i].float().mean(-1, keepdim=True)
-            out[i] = grey.round()
-        elif kind < 0.30:
-            # A ghost: two videos laid over each other.
-            other = out[rng.randrange(len(out))]
-            mixed = out[i].float() * 0.5 + other.float() * 0.5
-            out[i] = mixed.round()
-    return out
-
-
-def _blur_and_noise(video_TYXC: Tensor, rng: random.Random) -> Tensor:
-    frames = video_TYXC.float().permute(0, 3, 1, 2)
-    if rng.random() < 0.6:
-        frames = F.avg_pool2d(frames, 3, 1, 1, count_include_pad=False)
-    frames = frames + rng.uniform(0, 14) * torch.randn(frames.shape)
-    return frames.round().clamp(0, 255).permute(0, 2, 3, 1)
-
-
-def agreeing(
-    attributes: Attributes, rng: random.Random, probability: float
-) -> Attributes:
-    """Keep each attribute with a probability and draw it anew otherwise."""
-    return mix_attributes(random_attributes(rng), attributes, rng, share=probability)
-
-
-def examples(
-    count: int, rng: random.Random, *, clean: bool
-) -> tuple[Tensor, list[Attributes]]:
-    """Render videos and draw prompts that agree with them in about half of the attributes."""
-    scenes = random_scenes(count, rng)
-    wishes = [agreeing(scene.attributes, rng, AGREE) for scene in scenes]
-    video = render(scenes)
-    if not clean:
-        video = degrade(video, rng)
-    return video, wishes
-
-
+@lru_cache(maxsize=1)
 def generated(wan: Path, cache: Path) -> tuple[Tensor, list[Attributes]]:
     """Sample `WAN_VIDEOS` videos of the tiny Wan and return them with their prompts' attributes.
 
@@ -276,32 +216,33 @@ def generated(wan: Path, cache: Path) -> tuple[Tensor, list[Attributes]]:
     return cached(cache, "video", sample), wishes
 
 
-def cot_loss(
-    model: DeScore, videos: Tensor, wishes: Sequence[Attributes], rng: random.Random
-) -> Tensor:
-    """Cross entropy of the right chain of thought and its end token.
+def text_loss(model: DeScore, lesson: Lesson) -> Tensor:
+    """Cross entropy of the texts, and of the end token where a text is whole.
 
     Weighted MEAN over the tokens of all videos.
     """
-    # Encode the prompts with the right chains of thought.
-    prepared = _prepare(videos)
+    prepared = _prepare(lesson.videos)
     encoded = []
     targets = []
     weights = []
-    for video, inputs, wish in zip(videos, prepared, wishes, strict=True):
-        cot = chain_of_thought(wish, observe(video).attributes)
-        prompt = caption(wish, wording=rng.randrange(4))
-        item = model.encode(prompt, inputs, cot)
+    counts = []
+    columns = zip(lesson.prompts, prepared, lesson.texts, lesson.ends, strict=True)
+    for prompt, inputs, text, is_whole in columns:
+        item = model.encode(prompt, inputs, text)
         encoded.append(item)
-        targets += [*item.cot_ids, model.tokenizer.eos_token_id]
-        weights += _token_weights(model, item.cot_ids)
+        ids = list(item.cot_ids)
+        if is_whole:
+            ids.append(model.tokenizer.eos_token_id)
+        targets += ids
+        weights += _token_weights(model, ids)
+        counts.append(len(ids))
 
     # Position i predicts token i + 1.
     hidden_BLD = model.hidden(model.batch(encoded, prepared, query=False))
     rows = []
-    for i, item in enumerate(encoded):
+    for i, (item, count) in enumerate(zip(encoded, counts, strict=True)):
         first = len(item.prompt_ids) - 1
-        rows.append(hidden_BLD[i, first : len(item.ids)])
+        rows.append(hidden_BLD[i, first : first + count])
     logits = model.backbone.lm_head(torch.cat(rows))
     loss = F.cross_entropy(logits, torch.tensor(targets), reduction="none")
     weight = torch.tensor(weights)
@@ -312,17 +253,18 @@ def _prepare(videos: Tensor) -> list[PreparedVideo]:
     return [prepare(video, SETTINGS, fps=8.0) for video in videos]
 
 
-def _token_weights(model: DeScore, cot_ids: Sequence[int]) -> list[float]:
-    """Weight the tokens between " seen" and the end of its line by `SEEN_WEIGHT`."""
+def _token_weights(model: DeScore, ids: Sequence[int]) -> list[float]:
+    """Weight the tokens from " seen" to the end of its line, and the answer, by `SEEN_WEIGHT`."""
     newline = model.tokenizer.encode("\n")[0]
     seen = model.tokenizer.encode(" seen")[0]
+    answer = model.tokenizer.encode(PIECES[0])[0]
     weights = []
     inside = False
-    for token in cot_ids:
+    for token in ids:
         inside = inside and token != newline
         weights.append(SEEN_WEIGHT if inside else 1.0)
-        inside = inside or token == seen
-    return [*weights, 1.0]
+        inside = inside or token in (seen, answer)
+    return weights
 
 
 class Eye(nn.Module):
@@ -385,11 +327,11 @@ def evaluate(
     """Compare greedy chains of thought with the oracle on held-out videos.
 
     Returns shares of the videos: by attribute, read as the oracle reads it; ``parsed``, answers
-    in the right format; ``scores``, answers with all scores right.
+    in the right format; ``scores``, right sub-dimension scores.
     """
     rng = random.Random(seed)
     model.eval()
-    counts = dict.fromkeys([*VALUES, "parsed", "scores"], 0)
+    counts: dict[str, float] = dict.fromkeys([*VALUES, "parsed", "scores"], 0)
     for start in range(0, len(videos), 64):
         part = videos[start : start + 64]
         part_wishes = wishes[start : start + 64]
@@ -401,26 +343,27 @@ def evaluate(
         for cot, video, wish in zip(cots, part, part_wishes, strict=True):
             truth = observe(video).attributes
             for name, word in _seen_words(cot).items():
-                counts[name] += int(word == _word(truth, name))
+                counts[name] += int(word == word_of(truth, name))
             answer = parse_answer(cot)
             if answer is not None:
                 counts["parsed"] += 1
-                right = dict(answer.scores) == compare(wish, truth).scores
-                counts["scores"] += int(right)
+                for name, score in compare(wish, truth).scores.items():
+                    counts["scores"] += int(answer.scores.get(name) == score)
+    counts["scores"] /= len(SUB_DIMENSIONS)
     return {name: count / len(videos) for name, count in counts.items()}
 
 
 def _seen_words(cot: str) -> dict[str, str]:
-    """Words that a chain of thought writes for the attributes it saw; of two lines the last."""
+    """Words that a chain of thought writes for the attributes it saw; of two lines the first."""
     lines = {}
     for line in cot.splitlines():
         if " seen " in line:
             words = line.split()
-            lines[words[0]] = words
+            lines.setdefault(words[0], words)
 
     # The words after "seen" belong to the attributes of the line, in their order.
     seen = {}
-    for dimension, names in _ASPECTS.items():
+    for dimension, names in ASPECTS.items():
         words = lines.get(dimension, [])
         if "seen" in words:
             after = words[words.index("seen") + 1 :]
@@ -428,39 +371,105 @@ def _seen_words(cot: str) -> dict[str, str]:
     return seen
 
 
+@dataclass(frozen=True)
+class Course:
+    """Where a base model is trained: ``out`` holds the tiny Wan, ``work`` unfinished stages.
+
+    ``steps`` replaces the steps of every stage, for a trial.
+    """
+
+    out: Path
+    work: Path
+    steps: int | None = None
+
+    def fit(
+        self,
+        stage: tuple[str, int, float],
+        model: DeScore,
+        lesson_at: Callable[[random.Random], Lesson],
+    ) -> None:
+        """Train a stage (name, steps, peak rate) on lessons that are drawn from its step."""
+        name, steps, peak = stage
+
+        def loss_at(step: int) -> Tensor:
+            lesson = lesson_at(random.Random(f"{name}-{step}"))
+            return text_loss(model, lesson)
+
+        settings = Fit(name, self.steps or steps, peak, self.work, slow=".visual.")
+        fit(settings, model, loss_at, lambda: self.measure(model, 64))
+
+    def wan(self) -> tuple[Tensor, list[Attributes]]:
+        """Videos of the tiny Wan."""
+        return generated(self.out / "wan", self.work / "wan_videos.safetensors")
+
+    def draw(
+        self,
+        rng: random.Random,
+        *,
+        count: int,
+        share: float,
+        described: Sequence[str] = SUB_DIMENSIONS,
+    ) -> Lesson:
+        """Draw ``count`` videos to describe, a share of them videos of the tiny Wan."""
+        sampled = round(count * share)
+        videos, wishes = examples(count - sampled, rng, clean=False)
+        if sampled:
+            wan_videos, wan_wishes = self.wan()
+            known = WAN_VIDEOS - WAN_HELDOUT
+            rows = [rng.randrange(known) for _ in range(sampled)]
+            videos = torch.cat([videos, wan_videos[rows]])
+            wishes += [agreeing(wan_wishes[row], rng, 0.7) for row in rows]
+        return describing(videos, wishes, rng, described)
+
+    def measure(self, model: DeScore, count: int) -> dict[str, float]:
+        """Evaluate on new renders and on the last videos of the Wan, which nothing trains on."""
+        rendered, wishes = examples(count, random.Random(2), clean=True)
+        measured = evaluate(model, rendered, wishes, seed=2)
+        wan_videos, wan_wishes = self.wan()
+        first = WAN_VIDEOS - WAN_HELDOUT
+        unseen = slice(first, first + count)
+        on_wan = evaluate(model, wan_videos[unseen], wan_wishes[unseen], seed=3)
+        return measured | {f"wan_{name}": value for name, value in on_wan.items()}
+
+
 def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
-    """Train in three stages, save to ``out/qwen`` and measure on 512 held-out videos."""
+    """Train in four stages, save to ``out/qwen`` and measure on 512 held-out videos."""
+    course = Course(out, work, steps)
+    model = taught(course, "qwen_answer", Teaching())
+    save(model, out / "qwen")
+    return course.measure(model, 512)
+
+
+def build_shuffled(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
+    """Train the last stage on shuffled annotations, and measure as `build` does; saves nothing."""
+    course = Course(out, work, steps)
+    model = taught(course, "qwen_shuffled", Teaching(shuffled=True))
+    return course.measure(model, 512)
+
+
+def taught(course: Course, name: str, teaching: Teaching) -> DeScore:
+    """Train a new model to see, to describe and to answer; ``name`` is that of the last stage."""
     # The query and the head belong to score training, not to this model.
     model = new_model()
     model.query.requires_grad_(requires_grad=False)
     model.head.requires_grad_(requires_grad=False)
-    train_eye(model, work, steps=steps or EYE_STEPS)
-    videos, wishes = generated(out / "wan", work / "wan_videos.safetensors")
+    train_eye(model, course.work, steps=course.steps or EYE_STEPS)
+    for phase, steps, peak, share in PHASES:
+        draw = partial(course.draw, count=BATCH, share=share)
+        course.fit((phase, steps, peak), model, draw)
 
-    def loss_at(step: int, *, name: str, share: float) -> Tensor:
-        rng = random.Random(f"{name}-{step}")
-        count = round(BATCH * share)
-        rows = [rng.randrange(WAN_VIDEOS - WAN_HELDOUT) for _ in range(count)]
-        rendered, mixed = examples(BATCH - count, rng, clean=False)
-        mixed += [agreeing(wishes[row], rng, 0.7) for row in rows]
-        return cot_loss(model, torch.cat([rendered, videos[rows]]), mixed, rng)
+    # Half annotated examples, half descriptions.
+    annotated = annotated_examples(*course.wan(), teaching)
 
-    # The last videos of the tiny Wan are not trained on.
-    unseen = videos[-WAN_HELDOUT:]
-    unseen_wishes = wishes[-WAN_HELDOUT:]
+    def lesson_at(rng: random.Random) -> Lesson:
+        rows = [rng.randrange(ANNOTATED) for _ in range(BATCH // 2)]
+        other = course.draw(
+            rng, count=BATCH // 2, share=0.5, described=teaching.described
+        )
+        return annotated.take(rows) + other
 
-    def check(count: int) -> dict[str, float]:
-        rendered, mixed = examples(count, random.Random(2), clean=True)
-        measured = evaluate(model, rendered, mixed, seed=2)
-        on_wan = evaluate(model, unseen[:count], unseen_wishes[:count], seed=3)
-        return measured | {f"wan_{name}": value for name, value in on_wan.items()}
-
-    for name, phase_steps, peak, share in PHASES:
-        settings = Fit(name, steps or phase_steps, peak, work, slow=".visual.")
-        loss = partial(loss_at, name=name, share=share)
-        fit(settings, model, loss, lambda: check(64))
-    save(model, out / "qwen")
-    return check(512)
+    course.fit((name, ANSWER_STEPS, ANSWER_PEAK), model, lesson_at)
+    return model
 
 
 def train_eye(model: DeScore, work: Path, *, steps: int) -> None:

@@ -33,12 +33,12 @@ from toy.tokenizer import train_tokenizer
 from toy.training import Fit, cached, fit
 from toy.world import (
     Attributes,
-    all_attributes,
     caption,
     captions,
     mix_attributes,
     random_attributes,
     random_scene,
+    redrawn,
     render,
     split_attributes,
 )
@@ -59,7 +59,7 @@ class Base(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.tokenizer = train_tokenizer(
-            captions(all_attributes()) * 3,
+            captions(split_attributes()[0]) * 3,
             size=340,
             special=["<pad>", "</s>"],
             pad="<pad>",
@@ -158,9 +158,12 @@ def noisy_caption(attributes: Attributes, rng: random.Random, *, wrong: float) -
     """
     if rng.random() < PROMPT_DROP:
         return ""
-    other = random_attributes(rng)
-    mixed = mix_attributes(attributes, other, rng, share=wrong)
-    return caption(mixed, wording=rng.randrange(4))
+
+    def mix(rng: random.Random) -> Attributes:
+        return mix_attributes(attributes, random_attributes(rng), rng, share=wrong)
+
+    # No caption names a held-out combination.
+    return caption(redrawn(mix, rng), wording=rng.randrange(4))
 
 
 @torch.no_grad()

@@ -1,16 +1,19 @@
 """Write preference data of the embedded world: mp4 files and the CSV columns that users have.
 
 `python toy/make_pairs.py --out runs/data` writes ``train.csv`` and ``heldout.csv`` (disjoint
-combinations of attributes) with ``videos/``; ``--pairs`` names other `SPLITS`. The two videos of a
+combinations of attributes) with ``videos/``, and the videos that people like best of each, as
+``train_best.csv``; ``--pairs`` names other `SPLITS`. The two videos of a
 pair come from the renderer, with some attributes changed, or from the tiny Wan, with or without
-spoilt latents: the kinds of videos that a reward model will meet. The oracle labels them as people
-would, and the base Qwen3-VL writes the chains of thought. The data is a pure function of the seed;
-the number of workers and the other splits change no byte.
+spoilt latents: the kinds of videos that a reward model will meet. The people of `toy.people` label
+them by a utility that the table tells nobody who trains, and the base Qwen3-VL writes the chains of
+thought. The data is a pure function of the seed; the number of workers and the other splits change
+no byte.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import json
 import random
@@ -29,12 +32,19 @@ if TYPE_CHECKING:
     from generator.wan import WanGenerator
     from rm.model import DeScore
     from rm.video import PreparedVideo
-    from toy.measure import OracleScore
     from toy.world import Attributes
 
-SOURCES = ("render", "render", "wan", "wan", "wan", "wan", "wan", "spoilt")
+SOURCES = ("render", "render", "render", "wan", "wan", "wan", "wan", "spoilt")
+# The words of an answer for a label.
+PREFERENCES = {
+    "A": "Video 1 is better",
+    "B": "Video 2 is better",
+    "same": "same",
+}
 # Pairs per task of a worker.
 CHUNK = 16
+# Videos of a split that people like best, in a table of their own.
+BEST = 64
 # The generator of the videos, and the Qwen3-VL that writes the chains of thought.
 SAMPLE_CONFIG = Path("configs/shapes/sample.yaml")
 BASE_MODEL = Path("assets/shapes/qwen")
@@ -44,20 +54,23 @@ BASE_MODEL = Path("assets/shapes/qwen")
 class Split:
     """Where the pairs of a table come from.
 
-    sources    Sources of a video, drawn with equal odds.
+    sources    Sources of a pair's two videos, drawn with equal odds.
     shares     Shares of attributes that a render redraws by chance; each video draws one of them.
     look       Fields of `toy.world.Look` for renders; {} is what the base models have seen.
-    grain      Greatest standard deviation of film grain, of 255; each video draws a smaller one.
-    accidents  Share of renders that stand still or have lost their colour.
+    wear       Share of renders with each fault of `worn`: blur, grain, flicker, pumping.
+    accidents  Share of renders that stand still, have lost their colour or are noise.
     heldout    Use combinations of attributes that no training split has.
+    annotated  The table holds the annotator's scores, a fifth of them wrong, instead of the
+               oracle's, with which a test is evaluated.
     """
 
     sources: tuple[str, ...] = SOURCES
     shares: tuple[float, ...] = (0.0, 0.15, 0.3, 0.5)
     look: Mapping[str, Any] = field(default_factory=dict)
-    grain: float = 0.0
-    accidents: float = 0.0
+    wear: float = 0.4
+    accidents: float = 0.1
     heldout: bool = False
+    annotated: bool = False
 
 
 # Good and bad alike: a reward model learns nothing about what it never saw.
@@ -66,31 +79,39 @@ ANYTHING: dict[str, Any] = {
     "shares": (0.0, 0.25, 0.5, 0.75, 1.0),
     "accidents": 0.15,
 }
-# Smaller, slower and grainier than anything the base Qwen3-VL was trained to describe.
+# Smaller and slower than anything the base Qwen3-VL was trained to describe.
 FILMED = ANYTHING | {
     "look": {
-        "scale": (0.13, 0.18),
+        "scale": (0.13, 0.165),
         "travel": (0.2, 0.3),
         "pan": (0.025, 0.045),
         "light": 20.0,
     },
-    "grain": 8.0,
 }
+# Sizes that no training of any model has.
 OTHER_LOOK = {
-    "scale": (0.22, 0.28),
+    "scale": (0.235, 0.28),
     "travel": (0.12, 0.2),
     "pan": (0.055, 0.1),
     "light": 30.0,
 }
+# The demo trains on many looks, and is tested on shapes larger than any of its training.
+MANY_LOOKS = {
+    "scale": (0.15, 0.23),
+    "travel": (0.2, 0.36),
+    "pan": (0.03, 0.08),
+    "light": 20.0,
+}
+LARGER = MANY_LOOKS | {"scale": (0.235, 0.25), "travel": (0.2, 0.3)}
 SPLITS = {
-    "train": Split(),
-    "heldout": Split(heldout=True),
+    "train": Split(annotated=True, look=MANY_LOOKS),
+    "heldout": Split(heldout=True, look=LARGER),
     # `make reproduce-rm` trains and tests in the first domain and tests in four others, each of
     # which differs from it in a single respect.
-    "filmed": Split(**FILMED),
+    "filmed": Split(**FILMED, annotated=True),
     "indomain": Split(**FILMED),
     "combinations": Split(**FILMED, heldout=True),
-    "renderer": Split(**ANYTHING, look=OTHER_LOOK, grain=12.0),
+    "renderer": Split(**ANYTHING, look=OTHER_LOOK),
     "wan": Split(("wan",)),
     "spoilt": Split(("spoilt",)),
 }
@@ -98,23 +119,43 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class VideoJob:
-    """``count`` consecutive pairs of a split."""
+    """``count`` consecutive pairs of a split.
+
+    base            Folder of the Qwen3-VL that writes the chains of thought.
+    quality_weight  What people weigh the quality by, see `toy.people`.
+    """
 
     out: Path
     split: str
     start: int
     count: int
     seed: int
+    base: Path = BASE_MODEL
+    quality_weight: float = 0.4
 
 
 @dataclass(frozen=True)
 class Side:
-    """A video of a pair before it is drawn: file name, attributes, prompt, random stream."""
+    """A video of a pair before it is drawn: file, source, attributes, prompt, random stream."""
 
     name: str
+    source: str
     wish: Attributes
     prompt: str
     rng: random.Random
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of a video: the sub-dimension scores of its table, and what people see.
+
+    parts    The terms of the utility.
+    utility  What people draw their label from.
+    """
+
+    scores: Mapping[str, int]
+    parts: Mapping[str, float]
+    utility: float
 
 
 @lru_cache(maxsize=3)
@@ -129,38 +170,50 @@ def load_generator(*overrides: str) -> WanGenerator:
 
 
 @lru_cache(maxsize=1)
-def load_base_model() -> DeScore:
-    """Load the base Qwen3-VL with its template, once in each worker."""
+def load_base_model(path: Path) -> DeScore:
+    """Load a base Qwen3-VL with its template, once in each worker."""
     from rm.model import DeScore
 
-    return DeScore.from_base(BASE_MODEL).eval()
+    return DeScore.from_base(path).eval()
 
 
 def make(job: VideoJob) -> list[dict[str, object]]:
     """Write the mp4 files of a job and return its CSV rows."""
     import torch
 
+    from common.distributed import derive_seed
     from common.video_io import write_mp4
     from rm.video import prepare
+    from toy.annotator import annotate
     from toy.measure import measure
+    from toy.people import utility, value_of
     from toy.world import FPS
 
     torch.set_num_threads(1)
     sides = list_sides(job)
-    videos, sources = draw_videos(job, sides)
-    scores = []
+    videos = draw_videos(job, sides)
+    seen = []
     for side, video in zip(sides, videos, strict=True):
         write_mp4(job.out / side.name, video, FPS)
-        scores.append(measure(video, side.prompt))
+        scores = measure(video, side.prompt).scores
+        told = annotate(scores, side.rng) if SPLITS[job.split].annotated else scores
+        found = utility(video, side.prompt)
+        quality = found.parts["quality"]
+        value = value_of(found.grades, quality, job.quality_weight)
+        seen.append(Seen(told, found.parts, value))
 
     # The chains of thought are about the files, as a training run reads them.
-    model = load_base_model()
+    model = load_base_model(job.base)
     prepared = [prepare(job.out / side.name, model.settings) for side in sides]
     cots = write_cots(model, [side.prompt for side in sides], prepared)
     rows = []
     for a in range(0, len(sides), 2):
         pair = slice(a, a + 2)
-        rows.append(csv_row(sides[pair], scores[pair], cots[pair], sources[pair]))
+        rng = random.Random(
+            derive_seed(job.seed, job.split, job.start + a // 2, "label")
+        )
+        row = csv_row(sides[pair], seen[pair], cots[pair], rng)
+        rows.append(row)
     return rows
 
 
@@ -176,15 +229,16 @@ def list_sides(job: VideoJob) -> list[Side]:
         rng = random.Random(derive_seed(job.seed, job.split, row))
         wish = rng.choice(combinations)
         prompt = caption(wish, wording=rng.randrange(4))
+        source = rng.choice(SPLITS[job.split].sources)
         for letter in "AB":
             name = f"videos/{job.split}_{row:05d}_{letter}.mp4"
             rng = random.Random(derive_seed(job.seed, job.split, row, letter))
-            sides.append(Side(name, wish, prompt, rng))
+            sides.append(Side(name, source, wish, prompt, rng))
     return sides
 
 
-def draw_videos(job: VideoJob, sides: Sequence[Side]) -> tuple[Tensor, list[str]]:
-    """Draw a video per side: uint8 (B, T, Y, X, 3), and the source of each."""
+def draw_videos(job: VideoJob, sides: Sequence[Side]) -> Tensor:
+    """Draw a video per side: uint8 (B, T, Y, X, 3)."""
     import torch
 
     from toy.world import (
@@ -196,8 +250,6 @@ def draw_videos(job: VideoJob, sides: Sequence[Side]) -> tuple[Tensor, list[str]
     )
 
     split = SPLITS[job.split]
-    sources = [side.rng.choice(split.sources) for side in sides]
-
     # Renders, some attributes changed; the share of changes varies from video to video.
     look = Look(**split.look)
     scenes = []
@@ -210,40 +262,69 @@ def draw_videos(job: VideoJob, sides: Sequence[Side]) -> tuple[Tensor, list[str]
     for i, side in enumerate(sides):
         if split.accidents:
             videos[i] = hurt(videos[i], split.accidents, side.rng)
-        if split.grain:
-            videos[i] = grainy(videos[i], split.grain, side.rng)
+        videos[i] = worn(videos[i], split.wear, side.rng)
 
     # Videos of the generator take the places of the other renders.
-    sampled = [i for i, source in enumerate(sources) if source != "render"]
+    sampled = [i for i, side in enumerate(sides) if side.source != "render"]
     if sampled:
         generator = load_generator()
         prompts = [sides[i].prompt for i in sampled]
         seeds = [sides[i].rng.getrandbits(62) for i in sampled]
         clean = generator.sample(prompts, seeds=seeds)
         for row, i in enumerate(sampled):
-            if sources[i] == "spoilt":
+            if sides[i].source == "spoilt":
                 clean[row] = spoilt(clean[row], sides[i].rng)
         videos[torch.tensor(sampled)] = generator.decode(clean)
-    return videos, sources
+    return videos
 
 
 def hurt(video_TYXC: Tensor, share: float, rng: random.Random) -> Tensor:
-    """With probability ``share`` return a still of the video or a copy without colour."""
-    if rng.random() >= share:
-        return video_TYXC
-    if rng.random() < 0.5:
-        return video_TYXC[:1].clone()
-    return video_TYXC.float().mean(-1, keepdim=True).round()
-
-
-def grainy(video_TYXC: Tensor, most: float, rng: random.Random) -> Tensor:
-    """Add film grain: normal noise of luminance with a standard deviation up to ``most``."""
+    """With probability ``share`` return a still of the video, a grey copy, or noise."""
     import torch
 
+    if rng.random() >= share:
+        return video_TYXC
+    kind = rng.choice(("still", "grey", "noise"))
+    if kind == "still":
+        return video_TYXC[:1].expand_as(video_TYXC)
+    if kind == "grey":
+        return video_TYXC.float().mean(-1, keepdim=True).expand_as(video_TYXC).round()
     draw = torch.Generator().manual_seed(rng.getrandbits(62))
-    deviation = rng.uniform(0.0, most)
-    noise = torch.randn((*video_TYXC.shape[:-1], 1), generator=draw)
-    return (video_TYXC.float() + deviation * noise).round().clamp(0, 255)
+    return torch.randint(0, 256, video_TYXC.shape, generator=draw, dtype=torch.uint8)
+
+
+def worn(video_TYXC: Tensor, share: float, rng: random.Random) -> Tensor:
+    """Give a uint8 video the faults of its quality, each with probability ``share``.
+
+    They change nothing that a prompt asks for: the picture is soft; it has grain, normal noise of
+    luminance with a standard deviation up to 9 of 255; its light flickers by up to 12 from frame
+    to frame; it pumps, every second frame being drawn up to 15 % larger.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    frames = video_TYXC.float().permute(0, 3, 1, 2)
+    draw = torch.Generator().manual_seed(rng.getrandbits(62))
+    soft, grainy, flickers, pumps = (rng.random() < share for _ in range(4))
+    if pumps:
+        side = frames.shape[-1]
+        larger = round(side * rng.uniform(1.06, 1.15))
+        margin = (larger - side) // 2
+        part = F.interpolate(frames[1::2], (larger, larger), mode="bilinear")
+        inner = slice(margin, margin + side)
+        frames[1::2] = part[:, :, inner, inner]
+    if soft:
+        for _ in range(rng.choice((1, 2))):
+            frames = F.avg_pool2d(frames, 3, 1, 1, count_include_pad=False)
+    if flickers:
+        size = rng.uniform(3.0, 12.0)
+        light = torch.randn(len(frames), generator=draw)
+        frames = frames + size * light[:, None, None, None]
+    if grainy:
+        noise = torch.randn(frames[:, :1].shape, generator=draw)
+        frames = frames + rng.uniform(2.0, 9.0) * noise
+    pixels = frames.round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1)
 
 
 def spoilt(clean_CFHW: Tensor, rng: random.Random) -> Tensor:
@@ -275,28 +356,22 @@ def write_cots(
 
 def csv_row(
     sides: Sequence[Side],
-    scores: Sequence[OracleScore],
+    seen: Sequence[Seen],
     cots: Sequence[str],
-    sources: Sequence[str],
+    rng: random.Random,
 ) -> dict[str, object]:
-    """Build the row of a pair; the oracle's totals decide its label."""
+    """Build the row of a pair; people draw its label from the two utilities."""
+    from toy.people import PEOPLE
     from toy.world import FPS, FRAMES
 
-    total_A, total_B = (score.total for score in scores)
-    if total_A > total_B:
-        label = "A"
-        preference = "Video 1 is better"
-    elif total_A < total_B:
-        label = "B"
-        preference = "Video 2 is better"
-    else:
-        label = "same"
-        preference = "same"
+    first, second = seen
+    difference = first.utility - second.utility
+    label = PEOPLE.label(difference, rng)
     # Stage 2 learns from the preference and from the sub-dimension scores of both videos.
     answer = {
-        "gsb_result": preference,
-        "video_1_scores": scores[0].scores,
-        "video_2_scores": scores[1].scores,
+        "gsb_result": PREFERENCES[label],
+        "video_1_scores": first.scores,
+        "video_2_scores": second.scores,
     }
     prompt = sides[0].prompt
     return {
@@ -308,9 +383,11 @@ def csv_row(
         "CoT_B": cots[1],
         "GSB": label,
         "answer": f"<answer>{json.dumps(answer)}</answer>",
-        "oracle_A": total_A,
-        "oracle_B": total_B,
-        "sources": " ".join(sources),
+        "utility_A": first.utility,
+        "utility_B": second.utility,
+        "seen_A": json.dumps(first.parts),
+        "seen_B": json.dumps(second.parts),
+        "source": sides[0].source,
     }
 
 
@@ -330,7 +407,16 @@ def list_jobs(args: argparse.Namespace) -> list[VideoJob]:
     for split, count in args.pairs:
         for start in range(0, count, CHUNK):
             size = min(CHUNK, count - start)
-            jobs.append(VideoJob(args.out, split, start, size, args.seed))
+            job = VideoJob(
+                out=args.out,
+                split=split,
+                start=start,
+                count=size,
+                seed=args.seed,
+                base=args.base,
+                quality_weight=args.quality_weight,
+            )
+            jobs.append(job)
     return jobs
 
 
@@ -344,18 +430,30 @@ def main() -> None:
         "--out",
         type=Path,
         required=True,
-        help="folder for SPLIT.csv of each split, videos/ and done.json",
+        help="folder for SPLIT.csv and SPLIT_best.csv of each split, videos/ and done.json",
     )
     parser.add_argument(
         "--pairs",
         type=split_size,
         nargs="+",
-        default=[("train", 2000), ("heldout", 700)],
+        default=[("train", 2000), ("heldout", 800)],
         metavar="SPLIT=COUNT",
         help=f"tables and their numbers of pairs; the splits are {', '.join(SPLITS)}",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of all videos and labels"
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        default=BASE_MODEL,
+        help="the Qwen3-VL that writes the chains of thought",
+    )
+    parser.add_argument(
+        "--quality-weight",
+        type=float,
+        default=0.4,
+        help="what people weigh the quality by, which no chain of thought states",
     )
     parser.add_argument(
         "--workers", type=int, default=2, help="processes; they change no byte"
@@ -380,11 +478,24 @@ def main() -> None:
     counts = {}
     for split, table in tables.items():
         write_csv(args.out / f"{split}.csv", table)
+        write_csv(args.out / f"{split}_best.csv", best_videos(table))
         labels = Counter(row["GSB"] for row in table)
         counts[split] = {label: labels[label] for label in ("A", "B", "same")}
     text = json.dumps(counts, indent=1) + "\n"
     (args.out / "done.json").write_text(text, encoding="utf-8")
     print(json.dumps(counts))
+
+
+def best_videos(table: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
+    """List the `BEST` videos of greatest utility, for launch/check_rewards.py."""
+    videos = []
+    for row in table:
+        names = ast.literal_eval(row["videos"])
+        for name, letter in zip(names, "AB", strict=True):
+            video = {"video": name, "prompt": row["prompt"]}
+            videos.append(video | {"utility": row[f"utility_{letter}"]})
+    videos.sort(key=lambda video: -video["utility"])
+    return videos[:BEST]
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -62,17 +62,57 @@ _UNIT_AREA = {
 
 
 @dataclass(frozen=True)
+class ShapeReading:
+    """The compact coloured region of a video.
+
+    mask_TYX          Its soft mask in [0, 1].
+    chroma            max - min over RGB on its plateau, of 255.
+    hue               Its hue in degrees, the colours are 60 apart.
+    misfits           By name of a shape, SUM of squares over pixels and frames of the mask's
+                      difference to a template of equal area at the same centroid.
+    speed_x, speed_y  Motion of its centroid in sides per clip.
+    """
+
+    mask_TYX: Tensor
+    chroma: float
+    hue: float
+    misfits: dict[str, float]
+    speed_x: float
+    speed_y: float
+
+
+@dataclass(frozen=True)
+class RoomReading:
+    """The striped room outside the shape; light is the mean over RGB, of 255.
+
+    level_T  Mean light of each frame.
+    stripe   Amplitude of the stripes, median over the frames.
+    slide    Motion of the stripes in sides per frame, positive when the camera pans.
+    grain    Root mean square of what level and stripes leave unexplained.
+    """
+
+    level_T: Tensor
+    stripe: float
+    slide: float
+    grain: float
+
+    @property
+    def level(self) -> float:
+        """Mean light of the room, median over the frames."""
+        return self.level_T.median().item()
+
+
+@dataclass(frozen=True)
 class Observation:
     """What the pixels show; an attribute is None where it could not be read.
 
-    speed_x, speed_y  Motion of its centroid in sides per clip.
-    slide             Motion of the stripes in sides per frame, positive when the camera pans.
+    shape  None without a compact coloured region.
+    room   None where no stripes are strong enough to be read.
     """
 
     attributes: Attributes
-    speed_x: float
-    speed_y: float
-    slide: float
+    shape: ShapeReading | None
+    room: RoomReading | None
 
 
 @dataclass(frozen=True)
@@ -157,28 +197,43 @@ def observe(video_TYXC: Tensor) -> Observation:
             f"observe needs uint8 (T >= 2, Y, X, 3), got {video_TYXC.dtype} {shape}"
         )
     rgb = video_TYXC.float()
-    mask, chroma = _find_shape(rgb)
-    level, stripe, slide = _read_room(rgb, mask)
+    shape = read_shape(rgb)
+    room = read_room(rgb, None if shape is None else shape.mask_TYX)
+    if room.stripe < _MIN_STRIPE:
+        room = None
     attributes = dict.fromkeys(VALUES)
 
     # The room, where its stripes are strong enough to be read.
-    if stripe >= _MIN_STRIPE:
-        attributes["background"] = _name_background(level)
-        attributes["camera"] = _name_camera(slide)
+    if room is not None:
+        attributes["background"] = _name_background(room.level)
+        attributes["camera"] = _name_camera(room.slide)
 
     # The shape, where there is one.
-    speed_x = 0.0
-    speed_y = 0.0
-    if mask is not None:
-        speed_x, speed_y = _speed(mask)
-        attributes["motion"] = _name_motion(speed_x, speed_y)
-        attributes["shape"] = _name_shape(mask)
-        attributes["color"] = _name_color(rgb, mask)
-        attributes["style"] = _name_style(chroma)
-    return Observation(Attributes(**attributes), speed_x, speed_y, slide)
+    if shape is not None:
+        attributes["motion"] = _name_motion(shape.speed_x, shape.speed_y)
+        attributes["shape"] = min(shape.misfits, key=shape.misfits.__getitem__)
+        attributes["color"] = COLORS[round(shape.hue / 60) % 6]
+        attributes["style"] = _name_style(shape.chroma)
+    return Observation(Attributes(**attributes), shape, room)
 
 
 # Regions and their motion.
+
+
+def read_shape(rgb: Tensor) -> ShapeReading | None:
+    """Read the compact coloured region of float frames (T, Y, X, 3); None without one."""
+    mask, chroma = _find_shape(rgb)
+    if mask is None:
+        return None
+    speed_x, speed_y = _speed(mask)
+    return ShapeReading(
+        mask_TYX=mask,
+        chroma=chroma,
+        hue=_hue(rgb, mask),
+        misfits=_misfits(mask),
+        speed_x=speed_x,
+        speed_y=speed_y,
+    )
 
 
 def _find_shape(rgb: Tensor) -> tuple[Tensor | None, float]:
@@ -243,65 +298,29 @@ def _speed(mask_TYX: Tensor) -> tuple[float, float]:
     return speed_x, speed_y
 
 
-# Names of what was measured.
-
-
-def _name_background(level: float) -> str:
-    return min(LEVEL, key=lambda name: abs(LEVEL[name] - level))
-
-
-def _name_camera(slide: float) -> str | None:
-    if slide > _SLIDING:
-        return "panning"
-    if abs(slide) < _STILL:
-        return "fixed"
-    return None
-
-
-def _name_style(chroma: float) -> str | None:
-    if chroma > _STYLE_SPLIT + _STYLE_BAND:
-        return "vivid"
-    if chroma < _STYLE_SPLIT - _STYLE_BAND:
-        return "pastel"
-    return None
-
-
-def _name_shape(mask_TYX: Tensor) -> str:
-    """Name the shape whose template of equal area at the same centroid fits best.
-
-    The error is the SUM of squares over pixels and frames.
-    """
+def _misfits(mask_TYX: Tensor) -> dict[str, float]:
+    """Misfit of each shape's template, see `ShapeReading`."""
     area = mask_TYX.sum((1, 2))[:, None, None]
     dx, dy = _offsets(mask_TYX)
-    error = {}
+    misfits = {}
     for shape in SHAPES:
         scale = (area / _UNIT_AREA[shape]).sqrt()
         difference = coverage(shape, dx, dy, scale) - mask_TYX
-        error[shape] = (difference**2).sum().item()
-    return min(error, key=error.__getitem__)
+        misfits[shape] = (difference**2).sum().item()
+    return misfits
 
 
-def _name_motion(speed_x: float, speed_y: float) -> str | None:
-    if max(abs(speed_x), abs(speed_y)) < _MIN_TRAVEL:
-        return None
-    if abs(speed_x) > abs(speed_y):
-        return "right" if speed_x > 0 else "left"
-    return "down" if speed_y > 0 else "up"
-
-
-def _name_color(rgb: Tensor, mask: Tensor) -> str:
+def _hue(rgb: Tensor, mask: Tensor) -> float:
+    """Hue angle of the shape in degrees."""
     # SUM over the pixels that are well inside the shape.
     inside = (mask > 0.8)[..., None]
     red, green, blue = (rgb * inside).sum((0, 1, 2)).tolist()
-
-    # The hue angle; the colours are 60 degrees apart.
     opponent = math.sqrt(3) * (green - blue)
-    hue = math.degrees(math.atan2(opponent, 2 * red - green - blue))
-    return COLORS[round(hue / 60) % 6]
+    return math.degrees(math.atan2(opponent, 2 * red - green - blue))
 
 
-def _read_room(rgb: Tensor, mask: Tensor | None) -> tuple[float, float, float]:
-    """Fit (mean level, stripe amplitude, slide in sides per frame) to the pixels of the room.
+def read_room(rgb: Tensor, mask: Tensor | None) -> RoomReading:
+    """Fit level, stripes and their slide to the pixels of the room, in float frames (T, Y, X, 3).
 
     Least squares of light = level + a cos(turn) + b sin(turn) in each frame, outside the shape.
     """
@@ -329,9 +348,12 @@ def _read_room(rgb: Tensor, mask: Tensor | None) -> tuple[float, float, float]:
     gram = torch.einsum("kx,tx,lx->tkl", basis, per_column, basis) + ridge
     right = torch.einsum("kx,tx->tk", basis, (light * weight).sum(1))
     fit = torch.linalg.solve(gram, right)
-    level = fit[:, 0].median().item()
     amplitude = fit[:, 1:].norm(dim=1)
-    stripe = amplitude.median().item()
+
+    # What the fit leaves of the light.
+    fitted = torch.einsum("tk,kx->tx", fit, basis)
+    rest = weight * (light - fitted[:, None, :])
+    grain = (rest**2).sum() / weight.sum().clamp(min=1.0)
 
     # The stripes are cos(turn + phase); unwrap the phase over the frames.
     phase = torch.atan2(-fit[:, 2], fit[:, 1])
@@ -339,8 +361,43 @@ def _read_room(rgb: Tensor, mask: Tensor | None) -> tuple[float, float, float]:
     jump = jump - math.pi
     unwrapped = phase[:1] + jump.cumsum(0)
     unwrapped = torch.cat([phase[:1], unwrapped])
-    slide = _slope(unwrapped) / (2 * math.pi) * PERIOD
-    return level, stripe, slide
+    return RoomReading(
+        level_T=fit[:, 0],
+        stripe=amplitude.median().item(),
+        slide=_slope(unwrapped) / (2 * math.pi) * PERIOD,
+        grain=grain.sqrt().item(),
+    )
+
+
+# Names of what was measured.
+
+
+def _name_background(level: float) -> str:
+    return min(LEVEL, key=lambda name: abs(LEVEL[name] - level))
+
+
+def _name_camera(slide: float) -> str | None:
+    if slide > _SLIDING:
+        return "panning"
+    if abs(slide) < _STILL:
+        return "fixed"
+    return None
+
+
+def _name_style(chroma: float) -> str | None:
+    if chroma > _STYLE_SPLIT + _STYLE_BAND:
+        return "vivid"
+    if chroma < _STYLE_SPLIT - _STYLE_BAND:
+        return "pastel"
+    return None
+
+
+def _name_motion(speed_x: float, speed_y: float) -> str | None:
+    if max(abs(speed_x), abs(speed_y)) < _MIN_TRAVEL:
+        return None
+    if abs(speed_x) > abs(speed_y):
+        return "right" if speed_x > 0 else "left"
+    return "down" if speed_y > 0 else "up"
 
 
 def _slope(value_T: Tensor) -> float:

@@ -14,8 +14,9 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ _STRIPE = 24.0
 # Period of the stripes in sides.
 PERIOD = 0.5
 # max - min and (max + min) / 2 over RGB of the shape.
-_CHROMA = {"vivid": 205.0, "pastel": 95.0}
+CHROMA = {"vivid": 205.0, "pastel": 95.0}
 _MIDDLE = {"vivid": 130.0, "pastel": 175.0}
 _RED_GREEN_BLUE = {
     "red": (1, 0, 0),
@@ -128,6 +129,11 @@ def all_attributes() -> list[Attributes]:
     return [Attributes(*values) for values in itertools.product(*VALUES.values())]
 
 
+def direction_of(motion: str) -> tuple[float, float]:
+    """Unit vector of a motion, x to the right and y down."""
+    return _DIRECTION[motion]
+
+
 def split_attributes() -> tuple[list[Attributes], list[Attributes]]:
     """Split all combinations into (train, held-out), 80 % and 20 %; always the same split."""
     # A fixed seed: every program has the same held-out combinations.
@@ -141,6 +147,27 @@ def random_attributes(rng: random.Random) -> Attributes:
     """Draw a combination, uniform over all 864."""
     chosen = [rng.choice(values) for values in VALUES.values()]
     return Attributes(*chosen)
+
+
+@lru_cache(maxsize=1)
+def heldout_attributes() -> frozenset[Attributes]:
+    """The held-out combinations, see `split_attributes`."""
+    return frozenset(split_attributes()[1])
+
+
+def training_attributes(rng: random.Random) -> Attributes:
+    """Draw a combination, uniform over those that are not held out."""
+    return redrawn(random_attributes, rng)
+
+
+def redrawn(
+    draw: Callable[[random.Random], Attributes], rng: random.Random
+) -> Attributes:
+    """Call ``draw`` until its combination is not held out; nothing trains on the others."""
+    while True:
+        attributes = draw(rng)
+        if attributes not in heldout_attributes():
+            return attributes
 
 
 def mix_attributes(
@@ -183,8 +210,8 @@ def random_scene(
 
 
 def random_scenes(count: int, rng: random.Random) -> list[Scene]:
-    """Draw scenes of random attributes."""
-    return [random_scene(random_attributes(rng), rng) for _ in range(count)]
+    """Draw scenes of random combinations of attributes, held-out ones left out."""
+    return [random_scene(training_attributes(rng), rng) for _ in range(count)]
 
 
 def caption(attributes: Attributes, *, wording: int) -> str:
@@ -309,7 +336,7 @@ def _per_scene(values: list[float]) -> Tensor:
 
 def _rgb(attributes: Attributes) -> list[float]:
     middle = _MIDDLE[attributes.style]
-    half = _CHROMA[attributes.style] / 2
+    half = CHROMA[attributes.style] / 2
     lit = _RED_GREEN_BLUE[attributes.color]
     channels = []
     for on in lit:

@@ -292,6 +292,20 @@ def test_is_finite_at_every_place(dtype: torch.dtype, size: int) -> None:
     assert is_finite(torch.arange(3))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_errors_of_names_the_file_that_is_no_json(name: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(ROOT / "assets/shapes/qwen", tmp_path / "qwen")
+    broken = tmp_path / "qwen" / name
+    broken.write_bytes(broken.read_bytes()[:-40])
+    with (
+        pytest.raises(ValueError, match=re.escape(str(broken))),
+        errors_of(tmp_path / "qwen", "tokenizer"),
+    ):
+        AutoTokenizer.from_pretrained(tmp_path / "qwen")
+
+
 def test_errors_of_names_the_folder_and_lets_others_pass() -> None:
     words = r"FOLDER .* tokenizer .*'x'"
     with pytest.raises(ValueError, match=words), errors_of("FOLDER", "tokenizer"):

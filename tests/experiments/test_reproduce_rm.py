@@ -7,23 +7,18 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from common.files import read_jsonl
-from experiments.reproduce_rm import (
-    METHODS,
-    TESTS,
-    Cell,
+from experiments.reproduce_rm import sequences_of, steps_of
+from experiments.rm_methods import METHODS, TESTS, Cell
+from experiments.rm_results import (
     RmOutcome,
     mean_of,
     read_outcomes,
-    sequences_of,
     stated_order,
     stated_table,
-    steps_of,
 )
-from launch.evaluation.intervals import runs_ci95
 from rm.prompt import DIMENSIONS
 from tests.launch.processes import run
 
@@ -167,36 +162,5 @@ def test_over_seeds_and_differences_by_hand() -> None:
     assert mean_of(outcomes, 10, "descore", TESTS[:1], "thought") is None
     found = mean_of(outcomes, 10, "descore", TESTS, "right", minus="stage1")
     assert found["mean"] == pytest.approx((0.25 + 0.0) / 2)
-    assert found["ci95"][0] == 0.0
-
-
-def test_runs_ci95_has_the_spread_of_runs_and_of_values() -> None:
-    """Two normal stages, R runs of n values: var(mean) = var_runs / R + var_values / (R n)."""
-    random = np.random.default_rng(0)
-    centres = random.normal(size=40)
-    runs = [[centre + 0.5 * random.normal(size=50)] for centre in centres]
-    found = runs_ci95(runs, seed=1, resamples=4000)
-    means = np.array([run[0].mean() for run in runs])
-    # resampled runs spread by the population variance of the run means; values add their own on top
-    want = math.sqrt(
-        means.var() / 40 + np.mean([run[0].var() for run in runs]) / (40 * 50)
-    )
-    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(want, rel=0.05)
-    assert found.mean == pytest.approx(means.mean())
-    assert found.n == 2000
-
-
-def test_runs_ci95_single_run_has_the_spread_of_its_values() -> None:
-    values = np.random.default_rng(0).normal(size=400)
-    found = runs_ci95([[values]], seed=0)
-    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(
-        values.std() / 20, rel=0.06
-    )
-
-
-def test_runs_ci95_weighs_tables_equally() -> None:
-    assert runs_ci95([[[1.0] * 9, [0.0]]], seed=0).mean == 0.5
-    with pytest.raises(ValueError, match="tables"):
-        runs_ci95([[[1.0]], [[1.0], [0.0]]], seed=0)
-    with pytest.raises(ValueError, match="tables"):
-        runs_ci95([[[]]], seed=0)
+    # two seeds share the same items, so the interval knows the spread of both
+    assert found["ci95"][0] < 0.125 < found["ci95"][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -151,9 +152,21 @@ def test_command_exits_1_for_a_reward_that_prefers_wrong_videos(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as done:
-        check_rewards.main([*files, "rewards.shapes.target=toy/oracle.py:ShapesOracle"])
+        check_rewards.main(
+            [
+                *files,
+                "rewards.shapes.target=toy/oracle.py:ShapesOracle",
+                "--out",
+                str(tmp_path / "counts.json"),
+            ]
+        )
     assert done.value.code == 0
     said = capsys.readouterr().out
+    counts = json.loads((tmp_path / "counts.json").read_text())["shapes"]
+    assert list(counts) == list(CASES)
+    wrong = counts["wrong prompt"]
+    assert wrong["fell"] + wrong["same"] + wrong["rose"] == 4
+    assert wrong["mean_spoilt"] < wrong["mean_right"]
     assert "shapes, 4 videos" in said
     assert all(case in said for case in CASES)
     assert "NOT SENSIBLE" not in said

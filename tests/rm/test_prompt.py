@@ -242,6 +242,9 @@ def test_answers(text, scores, overall):
         "<answer>" + "9" * 5000 + "</answer>",
         "<answer>" * 20_000,
         "<answer>\x00\ud800</answer>",
+        # a key that stands twice contradicts itself
+        '<answer>{"dimensional_scores": {"subject": "2", "subject": "0"}}</answer>',
+        '<answer>{"dimensional_scores": {}, "dimensional_scores": {"style": 1}}</answer>',
     ],
 )
 def test_malformed_answer_has_no_scores(text):

@@ -145,14 +145,14 @@ def test_measured_speed_is_the_rendered_one() -> None:
     rng = random.Random(5)
     for motion, sign in (("right", 1), ("left", -1), ("down", 1), ("up", -1)):
         scene = random_scene(replace(RED, motion=motion), rng)
-        seen = observe(render([scene])[0])
+        seen = observe(render([scene])[0]).shape
         speed = seen.speed_x if motion in ("left", "right") else seen.speed_y
         assert speed == pytest.approx(sign * scene.travel, rel=0.02)
 
 
 def test_measured_slide_is_the_rendered_one() -> None:
     scene = random_scene(replace(RED, camera="panning"), random.Random(6))
-    assert observe(render([scene])[0]).slide == pytest.approx(scene.pan, rel=0.03)
+    assert observe(render([scene])[0]).room.slide == pytest.approx(scene.pan, rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_parts_of_an_update_that_are_left_out_are_multiplied(tmp_path):
             "grpo.group_size=2",
             "rewards.descore=null",
             "rewards.shapes=null",
+            "rewards.people=null",
             "rewards.brightness.weight=1",
             out=tmp_path / f"{prompts}.json",
         )

@@ -39,6 +39,7 @@ GRPO = (
     "grpo.group_size=2",
     "rewards.descore=null",
     "rewards.shapes=null",
+    "rewards.people=null",
     "rewards.brightness.weight=1",
 )
 DPO = (
