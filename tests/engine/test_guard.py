@@ -214,14 +214,9 @@ def ranks_of(folder: Path) -> list[psutil.Process]:
     return sorted(found, key=lambda process: int(process.environ()["RANK"]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("ranks", "victim"),
-    [
-        (1, "itself"),
-        pytest.param(2, "rank 1", marks=pytest.mark.long),
-        pytest.param(2, "launcher", marks=pytest.mark.long),
-    ],
+    ("ranks", "victim"), [(1, "itself"), (2, "rank 1"), (2, "launcher")]
 )
 def test_sigterm_saves_and_the_run_resumes(
     ranks: int, victim: str, tiny: Path, tmp_path: Path
