@@ -2,8 +2,8 @@
 
 `python toy/make_pairs.py --out runs/data` writes ``train.csv`` and ``heldout.csv`` (disjoint
 combinations of attributes) with ``videos/``, and the videos that people like best of each, as
-``train_best.csv``; ``--pairs`` names other `SPLITS`. The videos of a
-prompt come from the renderer, with some attributes changed, or from the tiny Wan, with or without
+``train_best.csv``; ``--pairs`` names other `SPLITS`. The two videos of a
+pair come from the renderer, with some attributes changed, or from the tiny Wan, with or without
 spoilt latents: the kinds of videos that a reward model will meet. The people of `toy.people` label
 them by a utility that the table tells nobody who trains, and the base Qwen3-VL writes the chains of
 thought. The data is a pure function of the seed; the number of workers and the other splits change
@@ -16,14 +16,12 @@ import argparse
 import ast
 import csv
 import json
-import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,10 +41,8 @@ PREFERENCES = {
     "B": "Video 2 is better",
     "same": "same",
 }
-# Videos per task of a worker.
-CHUNK = 32
-# Names of the videos of a prompt.
-LETTERS = "ABCDEFGH"
+# Pairs per task of a worker.
+CHUNK = 16
 # Videos of a split that people like best, in a table of their own.
 BEST = 64
 # The generator of the videos, and the Qwen3-VL that writes the chains of thought.
@@ -58,8 +54,7 @@ BASE_MODEL = Path("assets/shapes/qwen")
 class Split:
     """Where the pairs of a table come from.
 
-    videos     Videos of a prompt, of which people compare every two.
-    sources    Sources of a prompt's videos, drawn with equal odds.
+    sources    Sources of a pair's two videos, drawn with equal odds.
     shares     Shares of attributes that a render redraws by chance; each video draws one of them.
     look       Fields of `toy.world.Look` for renders; {} is what the base models have seen.
     wear       Share of renders with each fault of `worn`: blur, grain, flicker, pumping.
@@ -69,7 +64,6 @@ class Split:
                oracle's, with which a test is evaluated.
     """
 
-    videos: int = 2
     sources: tuple[str, ...] = SOURCES
     shares: tuple[float, ...] = (0.0, 0.15, 0.3, 0.5)
     look: Mapping[str, Any] = field(default_factory=dict)
@@ -77,11 +71,6 @@ class Split:
     accidents: float = 0.1
     heldout: bool = False
     annotated: bool = False
-
-    @property
-    def pairs(self) -> int:
-        """Pairs of a prompt."""
-        return math.comb(self.videos, 2)
 
 
 # Good and bad alike: a reward model learns nothing about what it never saw.
@@ -115,7 +104,7 @@ MANY_LOOKS = {
 }
 LARGER = MANY_LOOKS | {"scale": (0.235, 0.25), "travel": (0.2, 0.3)}
 SPLITS = {
-    "train": Split(annotated=True, look=MANY_LOOKS, videos=4),
+    "train": Split(annotated=True, look=MANY_LOOKS),
     "heldout": Split(heldout=True, look=LARGER),
     # `make reproduce-rm` trains and tests in the first domain and tests in four others, each of
     # which differs from it in a single respect.
@@ -130,7 +119,7 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class VideoJob:
-    """``count`` consecutive prompts of a split.
+    """``count`` consecutive pairs of a split.
 
     base            Folder of the Qwen3-VL that writes the chains of thought.
     quality_weight  What people weigh the quality by, see `toy.people`.
@@ -147,7 +136,7 @@ class VideoJob:
 
 @dataclass(frozen=True)
 class Side:
-    """A video before it is drawn: file, source, attributes, prompt, random stream."""
+    """A video of a pair before it is drawn: file, source, attributes, prompt, random stream."""
 
     name: str
     source: str
@@ -218,44 +207,30 @@ def make(job: VideoJob) -> list[dict[str, object]]:
     prepared = [prepare(job.out / side.name, model.settings) for side in sides]
     cots = write_cots(model, [side.prompt for side in sides], prepared)
     rows = []
-    for first, second in compared(job):
+    for a in range(0, len(sides), 2):
+        pair = slice(a, a + 2)
         rng = random.Random(
-            derive_seed(job.seed, sides[first].name, sides[second].name, "label")
+            derive_seed(job.seed, job.split, job.start + a // 2, "label")
         )
-        pair = [first, second]
-        row = csv_row(
-            [sides[i] for i in pair],
-            [seen[i] for i in pair],
-            [cots[i] for i in pair],
-            rng,
-        )
+        row = csv_row(sides[pair], seen[pair], cots[pair], rng)
         rows.append(row)
     return rows
 
 
-def compared(job: VideoJob) -> list[tuple[int, int]]:
-    """Places of the videos that people compare: every two of a prompt."""
-    videos = SPLITS[job.split].videos
-    pairs = []
-    for start in range(0, job.count * videos, videos):
-        pairs += combinations(range(start, start + videos), 2)
-    return pairs
-
-
 def list_sides(job: VideoJob) -> list[Side]:
-    """Draw the prompts of a job; the videos of a prompt follow each other."""
+    """Draw the prompts of a job; A and B of a pair share theirs and follow each other."""
     from common.distributed import derive_seed
     from toy.world import caption, split_attributes
 
     train, heldout = split_attributes()
-    wishes = heldout if SPLITS[job.split].heldout else train
+    combinations = heldout if SPLITS[job.split].heldout else train
     sides = []
     for row in range(job.start, job.start + job.count):
         rng = random.Random(derive_seed(job.seed, job.split, row))
-        wish = rng.choice(wishes)
+        wish = rng.choice(combinations)
         prompt = caption(wish, wording=rng.randrange(4))
         source = rng.choice(SPLITS[job.split].sources)
-        for letter in LETTERS[: SPLITS[job.split].videos]:
+        for letter in "AB":
             name = f"videos/{job.split}_{row:05d}_{letter}.mp4"
             rng = random.Random(derive_seed(job.seed, job.split, row, letter))
             sides.append(Side(name, source, wish, prompt, rng))
@@ -427,14 +402,11 @@ def split_size(word: str) -> tuple[str, int]:
 
 
 def list_jobs(args: argparse.Namespace) -> list[VideoJob]:
-    """Cut the prompts of every split into jobs of at most `CHUNK` videos."""
+    """Cut every split into jobs of at most `CHUNK` pairs."""
     jobs = []
-    for split, pairs in args.pairs:
-        # The last prompt may have more pairs than are wanted.
-        count = math.ceil(pairs / SPLITS[split].pairs)
-        step = CHUNK // SPLITS[split].videos
-        for start in range(0, count, step):
-            size = min(step, count - start)
+    for split, count in args.pairs:
+        for start in range(0, count, CHUNK):
+            size = min(CHUNK, count - start)
             job = VideoJob(
                 out=args.out,
                 split=split,
@@ -464,7 +436,7 @@ def main() -> None:
         "--pairs",
         type=split_size,
         nargs="+",
-        default=[("train", 4000), ("heldout", 800)],
+        default=[("train", 2000), ("heldout", 1000)],
         metavar="SPLIT=COUNT",
         help=f"tables and their numbers of pairs; the splits are {', '.join(SPLITS)}",
     )
@@ -496,9 +468,7 @@ def main() -> None:
     tables: dict[str, list[dict[str, object]]] = {split: [] for split, _ in args.pairs}
     with (
         ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool,
-        tqdm(
-            total=sum(job.count for job in jobs), desc="prompts", unit="prompt"
-        ) as bar,
+        tqdm(total=sum(job.count for job in jobs), desc="pairs", unit="pair") as bar,
     ):
         for job, rows in zip(jobs, pool.map(make, jobs), strict=True):
             tables[job.split] += rows
@@ -506,8 +476,7 @@ def main() -> None:
 
     # The tables, and how often each label was given.
     counts = {}
-    for split, count in args.pairs:
-        table = tables[split][:count]
+    for split, table in tables.items():
         write_csv(args.out / f"{split}.csv", table)
         write_csv(args.out / f"{split}_best.csv", best_videos(table))
         labels = Counter(row["GSB"] for row in table)
@@ -519,15 +488,14 @@ def main() -> None:
 
 def best_videos(table: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
     """List the `BEST` videos of greatest utility, for launch/check_rewards.py."""
-    # A video may be in several pairs.
-    videos = {}
+    videos = []
     for row in table:
         names = ast.literal_eval(row["videos"])
         for name, letter in zip(names, "AB", strict=True):
-            utility = row[f"utility_{letter}"]
-            videos[name] = {"video": name, "prompt": row["prompt"], "utility": utility}
-    best = sorted(videos.values(), key=lambda video: -video["utility"])
-    return best[:BEST]
+            video = {"video": name, "prompt": row["prompt"]}
+            videos.append(video | {"utility": row[f"utility_{letter}"]})
+    videos.sort(key=lambda video: -video["utility"])
+    return videos[:BEST]
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import json
 import sys
@@ -66,11 +65,6 @@ def test_made_pairs_are_readable_and_fixed_by_seed(tmp_path: Path) -> None:
             kept.append(abs(utility(frames, pair.prompt).value - value))
     # mp4 moves the utility of a few videos, those that stand at the edge of a threshold
     assert sum(change < 0.05 for change in kept) >= 0.8 * len(kept)
-    # Four videos of a prompt make six pairs; the table ends after two pairs of the fourth prompt.
-    names = [ast.literal_eval(row["videos"]) for row in rows]
-    letters = [first[-5] + second[-5] for first, second in names]
-    every_two = ["AB", "AC", "AD", "BC", "BD", "CD"]
-    assert letters == [*every_two * 3, "AB", "AC"]
     (best, *_) = csv.DictReader((first / "train_best.csv").open(encoding="utf-8"))
     assert (first / best["video"]).exists()
     values = [float(row[f"utility_{letter}"]) for row in rows for letter in "AB"]
