@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import command_parser, user_errors
@@ -30,16 +33,54 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors():
         if args.videos < 0 or args.max_mb < 0:
             raise ValueError("--videos and --max-mb must not be negative")
-        page, sources = _render(args)
+        if args.every < 1:
+            raise ValueError("--every must be at least a second")
+        refresh = args.every if args.watch else 0.0
+        report = _report(args, refresh=refresh)
 
-    # A reader sees the old page or the new one.
     out = _out(args)
+    _write(out, report)
+    size = len(report.page.encode()) / 1e6
+    print(f"{out}: {size:.1f} MB, from {report.sources}")
+    if args.watch:
+        _watch(args, out, report)
+
+
+@dataclass(frozen=True)
+class RenderedPage:
+    """A page, the runs that it is of in words, and whether all of them have finished."""
+
+    page: str
+    sources: str
+    finished: bool
+
+
+def _write(out: Path, report: RenderedPage) -> None:
+    # A reader sees the old page or the new one.
     out.parent.mkdir(
         parents=True,
         exist_ok=True,
     )
-    replace_text(out, page)
-    print(f"{out}: {len(page.encode()) / 1e6:.1f} MB, from {sources}")
+    replace_text(out, report.page)
+
+
+def _watch(args: argparse.Namespace, out: Path, report: RenderedPage) -> None:
+    """Write the page again and again until all runs have finished, or Ctrl-C."""
+    if not report.finished:
+        print(f"writing it every {args.every:g} s until the runs end; Ctrl-C stops")
+    with suppress(KeyboardInterrupt):
+        while not report.finished:
+            time.sleep(args.every)
+            try:
+                report = _report(args, refresh=args.every)
+                _write(out, report)
+            except (ValueError, OSError) as error:
+                # A file that is just being replaced: the page of before stays.
+                print(f"not written this time: {error}", file=sys.stderr)
+    # The last page does not load itself again.
+    with user_errors():
+        _write(out, _report(args))
+    print(f"{out}: the last page is written")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +111,18 @@ def _parser() -> argparse.ArgumentParser:
         default=64.0,
         help="largest size of all videos",
     )
+    add(
+        "--watch",
+        action="store_true",
+        help="write the page again while the runs go on; an open page follows",
+    )
+    add(
+        "--every",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="with --watch: seconds between two pages",
+    )
     # A folder of each kind.
     for kind, text in KINDS.items():
         option = f"--{kind.replace('_', '-')}"
@@ -90,16 +143,19 @@ def _out(args: argparse.Namespace) -> Path:
     return folder / "report.html"
 
 
-def _render(args: argparse.Namespace) -> tuple[str, str]:
-    """Read the runs of the command line; return the page and what it is made from."""
+def _report(args: argparse.Namespace, *, refresh: float = 0.0) -> RenderedPage:
+    """Read the runs of the command line and render their page."""
     from launch.reporting.page import PageOptions, render, render_peers
     from launch.reporting.peers import find_peers
+    from launch.reporting.status import status_of
 
     options = PageOptions(
         args.title or _title(args.folders),
         videos=args.videos,
         max_mb=args.max_mb,
+        refresh=refresh,
     )
+    # One folder, or options, or folders that are compared.
     if len(args.folders) < 2:
         runs = _runs(args)
         root = args.folders[0] if args.folders else None
@@ -113,7 +169,9 @@ def _render(args: argparse.Namespace) -> tuple[str, str]:
         peers = find_peers(args.folders)
         page = render_peers(peers, options)
         found = [run for peer in peers for run in peer.runs.all()]
-    return page, ", ".join(f"{folder} ({kind})" for kind, folder in found)
+    sources = ", ".join(f"{folder} ({kind})" for kind, folder in found)
+    finished = all(status_of(kind, folder, "").finished for kind, folder in found)
+    return RenderedPage(page, sources, finished)
 
 
 def _title(folders: Sequence[Path]) -> str:

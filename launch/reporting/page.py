@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.reporting import data, films, peers, sections, texts
+from launch.reporting import data, films, peers, rollouts, sections, texts
 from launch.reporting.data import Runs
 from launch.reporting.metric_charts import metric_charts
 from launch.reporting.status import Status, status_of, utc
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from launch.reporting.peers import Peer
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
-# Scripts of the page, in their order.
-SCRIPTS = ("report.js",)
-STYLES = ("report.css",)
+# Scripts and styles of the page, in their order. uPlot 1.6.32 draws curves with values and zoom.
+SCRIPTS = ("uPlot.min.js", "report.js")
+STYLES = ("uPlot.min.css", "report.css")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def render(runs: Runs, options: PageOptions, root: Path | None = None) -> str:
     """Render the page of runs. Names of folders begin at ``root``, see `texts.folder_names`."""
     names = texts.folder_names([folder for _, folder in runs.all()], root)
 
+    grpo = runs.shown.get("grpo")
+
     # Columns of the comparison: rewards, and their parts as "reward.part".
     shown = runs.shown
     columns = data.summary(shown.get("base")) | data.summary(shown.get("tuned"))
@@ -58,8 +60,9 @@ def render(runs: Runs, options: PageOptions, root: Path | None = None) -> str:
         label: shown[kind] for kind, label in labels.items() if kind in shown
     }
     cards = films.evaluated_videos(evaluations, store, options.videos)
-    rollouts = data.sampled_steps(shown.get("grpo"))
-    samples = films.rollout_slides(rollouts, store)
+    heldout = data.sampled_steps(grpo, "evaluation")
+    same_prompts = films.same_seed_slides({"": heldout}, store, options.videos)
+    samples = films.rollout_slides(data.sampled_steps(grpo), store)
     pairs = films.pair_cards(shown.get("rm"), store)
     # The template leaves out empty sections.
     return _page(
@@ -72,12 +75,16 @@ def render(runs: Runs, options: PageOptions, root: Path | None = None) -> str:
         dpo_rewards=data.compare(runs, after_dpo, tuned="dpo_tuned"),
         parts=data.compare(runs, parts),
         cards=cards,
+        same_prompts=same_prompts,
         samples=samples,
+        rollouts=rollouts.rollout_table(grpo),
+        part_table=rollouts.part_table(grpo),
+        judged=rollouts.judged_charts(grpo, evaluations),
         pairs=pairs,
-        grpo_charts=metric_charts("grpo", shown.get("grpo")),
+        grpo_charts=metric_charts("grpo", grpo),
         dpo_charts=metric_charts("dpo", shown.get("dpo")),
         cold_start_charts=metric_charts("cold_start", shown.get("cold_start")),
-        seconds=data.mean_seconds(data.metrics(shown.get("grpo"))),
+        seconds=data.mean_seconds(data.metrics(grpo)),
         distributions=sections.distributions(runs),
         further=sections.further_runs(runs, names),
         files=sections.environments(runs, names),
@@ -89,7 +96,7 @@ def render(runs: Runs, options: PageOptions, root: Path | None = None) -> str:
 def render_peers(compared: Sequence[Peer], options: PageOptions) -> str:
     """Render the page that compares runs."""
     store = films.Videos(int(options.max_mb * 1e6))
-    cards, heldout, rollouts = peers.peer_videos(compared, store, options.videos)
+    cards, heldout, sampled = peers.peer_videos(compared, store, options.videos)
     statuses = [status for peer in compared for status in peer.statuses()]
     return _page(
         "report_peers.html",
@@ -102,7 +109,7 @@ def render_peers(compared: Sequence[Peer], options: PageOptions) -> str:
         charts=peers.peer_charts(compared),
         cards=cards,
         heldout=heldout,
-        rollouts=rollouts,
+        rollouts=sampled,
         left_out=store.left_out,
     )
 
