@@ -215,4 +215,5 @@ if (before.scroll !== undefined) {
   addEventListener("load", () => scrollTo(0, before.scroll));
 }
 const seconds = Number(document.body.dataset.refresh);
-if (seconds > 0) setInterval(loadAgain, seconds * 1000);
+// From when all films are there, so that a slow machine gets to show the page.
+if (seconds > 0) addEventListener("load", () => setInterval(loadAgain, seconds * 1000));
