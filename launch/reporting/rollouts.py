@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,24 +85,24 @@ def judged_charts(grpo: Path | None, evaluations: Mapping[str, Path]) -> list[Ch
     groups = {}
     if steps:
         middle = steps[len(steps) // 2]
-        early = [row for row in rows if row["step"] < middle]
-        late = [row for row in rows if row["step"] >= middle]
-        groups["Rollouts"] = {f"before step {middle}": early, "after": late}
+        groups["Rollouts"] = {
+            f"before step {middle}": [row for row in rows if row["step"] < middle],
+            "after": [row for row in rows if row["step"] >= middle],
+        }
     # Videos of the same held-out prompts.
     scored = {label: data.results(folder) for label, folder in evaluations.items()}
     if scored:
         groups["Held-out prompts"] = scored
 
-    charts = []
+    # A run that does not say its weights has no judge.
     names = {name: None for row in rows for name in row.get("rewards", {})}
-    for trained in names:
-        # A run that does not say its weights has no judge.
-        if not data.weight_of(grpo, trained):
-            continue
-        for judge in names:
-            if data.weight_of(grpo, judge) == 0.0:
-                for title, series in groups.items():
-                    charts.append(_judged(title, series, trained, judge))
+    weights = {name: data.weight_of(grpo, name) for name in names}
+    trained = [name for name, weight in weights.items() if weight]
+    judges = [name for name, weight in weights.items() if weight == 0.0]
+    charts = []
+    for pair in itertools.product(trained, judges):
+        for title, series in groups.items():
+            charts.append(_judged(title, series, *pair))
     return [chart for chart in charts if chart is not None]
 
 
@@ -120,27 +121,41 @@ def _judged(
     labels = []
     for name, rows in groups.items():
         # Videos with both scores.
-        both = []
+        xs = []
+        ys = []
+        texts = []
         for row in rows:
             x = row["rewards"].get(trained)
             y = row["rewards"].get(judge)
-            if x is not None and y is not None:
-                both.append((x, y, _origin(row)))
+            if x is None or y is None:
+                continue
+            xs.append(x)
+            ys.append(y)
+            texts.append(f"{_origin(row)}\n{trained} {x:.4g}, {judge} {y:.4g}")
         color = COLORS[0] if series else _GREY
         series.append(
-            Series(name, [y for _, y, _ in both], [x for x, _, _ in both], color)
+            Series(
+                name,
+                ys,
+                xs,
+                color,
+            )
         )
-        labels.append(
-            [f"{where}\n{trained} {x:.4g}, {judge} {y:.4g}" for x, y, where in both]
-        )
+        labels.append(texts)
+
     # The order is what counts: rewards have scales of their own.
-    xs = [x for curve in series for x in curve.x]
-    ys = [y for curve in series for y in curve.y]
+    every_x = [x for points in series for x in points.x]
+    every_y = [y for points in series for y in points.y]
     note = f"to the right {trained} (trained), upwards {judge} (watched only)"
-    correlation = rank_correlation(xs, ys)
+    correlation = rank_correlation(every_x, every_y)
     if correlation is not None:
-        note += f"; rank correlation {correlation:.2f} of {len(xs)} videos"
-    return scatter(f"{title}: {trained} and {judge}", series, labels, note=note)
+        note += f"; rank correlation {correlation:.2f} of {len(every_x)} videos"
+    return scatter(
+        f"{title}: {trained} and {judge}",
+        series,
+        labels,
+        note=note,
+    )
 
 
 def _origin(row: Row) -> str:
