@@ -28,8 +28,9 @@ from launch.reporting.texts import distinct_names, hide_folders
 _PLACES = ("run_dir", "out")
 # Of an environment.json: what may change a result.
 _CODE = ("git", "packages", "python")
-# For a setting that a run does not have.
+# For a setting that a run does not have, and how settings say that nothing is asked for.
 NOTHING = "\N{EN DASH}"
+_UNSET = {NOTHING, "null", "{}", "[]"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def _differing(settings: Sequence[Mapping[str, str]]) -> list[tuple[str, list[st
     rows = []
     for key in keys:
         found = [values.get(key, NOTHING) for values in settings]
-        if len(set(found)) > 1:
+        # A section that a run lacks is shown by what the others set in it.
+        if len(set(found)) > 1 and not _UNSET.issuperset(found):
             rows.append((key, found))
     return rows
 

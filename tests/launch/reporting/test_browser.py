@@ -83,6 +83,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     evaluation(demo / "eval_dpo", [0.3, 0.5, 0.7, 0.7], adapter="x/dpo/final")
     other = alignment_run(root / "other" / "grpo")
     add_heldout(other)
+    with (other / "config.yaml").open("a") as config:
+        config.write(f"checkpoint: runs/{'long_' * 30}\n")
     report.main([str(demo)])
     both = [str(demo / "grpo"), str(other)]
     report.main([*both, "--out", str(root / "compared.html")])

@@ -41,7 +41,9 @@ def two_runs(tmp_path: Path) -> tuple[Path, Path]:
     first = alignment_run(tmp_path / "a" / "grpo")
     second = alignment_run(tmp_path / "b" / "grpo")
     (first / "config.yaml").write_text(CONFIG % (0.01, first))
-    (second / "config.yaml").write_text(CONFIG % (0.02, second) + "ema: {decay: 0.9}\n")
+    (second / "config.yaml").write_text(
+        CONFIG % (0.02, second) + "ema: {decay: 0.9, note: null}\n"
+    )
     rows = read_jsonl(second / "metrics.jsonl")
     lines(
         second / "metrics.jsonl",
