@@ -78,7 +78,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         file = demo / "grpo" / "samples" / f"step-{step:06d}" / "samples.jsonl"
         rows = read_jsonl(file)
         for row in rows:
-            row["rewards"] |= {"shapes": row["member"] / 2, LONG: -1234.5678}
+            scored = None if (step, row["member"]) == (0, 0) else -1234.5678
+            row["rewards"] |= {"shapes": row["member"] / 2, LONG: scored}
         lines(file, rows)
     evaluation(demo / "eval_dpo", [0.3, 0.5, 0.7, 0.7], adapter="x/dpo/final")
     other = alignment_run(root / "other" / "grpo")
@@ -248,6 +249,12 @@ def test_table_is_sorted_by_its_headings(
     assert column.all_inner_texts() == ["-0.5"] * 2 + ["-0.25"] * 2 + ["0.75"] * 2
     button.click()
     assert column.all_inner_texts() == ["0.75"] * 2 + ["-0.25"] * 2 + ["-0.5"] * 2
+    # what has no score comes last either way
+    button = table.get_by_role("button", name=LONG)
+    for _ in range(2):
+        button.click()
+        scores = table.locator("tbody tr td:nth-child(7)").all_inner_texts()
+        assert scores == ["-1.23e+03"] * 5 + ["–"]
     # chains of thought are folded until somebody asks
     chain = table.locator("pre").first
     assert not chain.is_visible()
