@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.reporting import data
-from launch.reporting.charts import COLORS, Chart, Series, histogram
+from launch.reporting.charts import COLORS, GREY, Chart, Series, histogram
 from launch.reporting.data import EVALUATIONS, KINDS, Row, Runs
 from launch.reporting.metric_charts import metric_charts
-
-_GREY = COLORS[-1]
-
 
 # ------------------------------------------------------------------ distributions
 
@@ -28,7 +25,7 @@ def distributions(runs: Runs) -> list[Chart]:
         before = [data.value_of(row, name) for row in base]
         after = [data.value_of(row, name) for row in tuned]
         series = [
-            Series("base", before, color=_GREY),
+            Series("base", before, color=GREY),
             Series("tuned", after),
         ]
         title = f"Reward of {name}"
