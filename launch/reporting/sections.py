@@ -73,7 +73,8 @@ def environments(runs: Runs, names: Mapping[Path, str]) -> list[tuple[str, str]]
     for _, folder in runs.all():
         text = data.text_of(folder, "environment.json")
         if text is not None:
-            files.append((f"{names[folder]}/environment.json", text))
+            name = f"{names[folder]}/environment.json"
+            files.append((name, text))
     return files
 
 
@@ -89,8 +90,9 @@ def missing(runs: Runs, names: Mapping[Path, str]) -> list[str]:
     if "base" in shown and "tuned" in shown:
         base = data.results(shown["base"])
         tuned = data.results(shown["tuned"])
-        videos = data.by_video(base)
-        if videos.keys().isdisjoint(data.by_video(tuned)):
+        before = data.by_video(base)
+        after = data.by_video(tuned)
+        if before.keys().isdisjoint(after):
             notes.append(
                 "base and tuned share no prompt and seed, so their videos are not compared"
             )
