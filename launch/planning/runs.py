@@ -165,7 +165,7 @@ def plan_reward_model(
     None stands for five seconds of 480 x 832.
     """
     cold_start = isinstance(cfg, ColdStartRun)
-    key = "base" if cold_start else "checkpoint"
+    key = "checkpoint" if cfg.checkpoint is not None else "base"
     name = getattr(cfg, key)
     with _meter(where) as meter:
         # The model that is trained.
