@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
-from common import progress
 from common.distributed import max_over_ranks
-from common.gaussian import Gaussian, widen
+from common.gaussian import Gaussian
 from common.lora import adapters_off
 from common.memory import AdaptiveBatcher, default_device
-from common.strict_loading import errors_of, load_pretrained
 from common.types import Group, Step
-from common.weight_files import require_whole_folder
 from generator import adapter, adapter_file, attention, context_parallel, weights
 from generator.adapter_file import ADAPTER_FILE
 from generator.block_cache import BlockCache
-from generator.flow import Kernel, guide, interpolate, velocity_target
-from generator.latents import LatentCodec, store_channels_last
+from generator.denoiser import Conditions, Denoiser, Expert
+from generator.flow import Kernel, interpolate, velocity_target
+from generator.latents import LatentCodec
 from generator.merged import MergedAdapter
+from generator.pipeline import (
+    compile_blocks,
+    load_pipeline,
+    read_transformer,
+    require_attention,
+)
 from generator.prompts import PromptCache
 from generator.sampler import (
     Members,
@@ -38,12 +41,10 @@ from generator.schedule import sigma_grid, stochastic_steps, tail_grid
 from generator.wan_folder import find_wan
 
 if TYPE_CHECKING:
+    from diffusers import WanPipeline, WanTransformer3DModel
     from torch import Tensor, nn
 
     from generator.config import GeneratorConfig
-
-# graphs of one block, see `compile_blocks`
-COMPILED_GRAPHS = 64
 
 
 class WanGenerator:
@@ -79,6 +80,8 @@ class WanGenerator:
         )
         self.module = module
         self.device = device
+        transformer = module if cfg.lora is None else module.get_base_model()
+        self._policy = Denoiser(Expert(module, transformer), device)
         self.latent_shape: tuple[int, ...] = ()
         # Without a VAE no video size is known: it is for training on stored latents.
         if pipeline.vae is not None:
@@ -105,7 +108,7 @@ class WanGenerator:
             self._merged = MergedAdapter(module)
         # The reference of full fine-tuning is read when it is first needed.
         self._in_reference = False
-        self._frozen: WanTransformer3DModel | None = None
+        self._frozen: Denoiser | None = None
 
     @classmethod
     def load(
@@ -131,8 +134,8 @@ class WanGenerator:
         # 1. The stock pipeline, frozen, on its device.
         folder = find_wan(cfg.path)
         device = torch.device(device or default_device())
-        _require_attention(cfg, device)
-        pipeline = _load_pipeline(
+        require_attention(cfg, device)
+        pipeline = load_pipeline(
             cfg, folder, device=device, transformer_only=transformer_only
         )
 
@@ -205,7 +208,7 @@ class WanGenerator:
 
         # calls that only keep the ranks in step, on the smallest latent there is
         for _ in range(missing_calls):
-            patch = self._active()[1].config.patch_size
+            patch = self.patch_size
             x_1CFHW = torch.zeros(1, self.latent_shape[0], *patch)
             self.velocity(x_1CFHW, torch.ones(1), prompts[:1], guidance_scale=1.0)
         return groups
@@ -335,35 +338,11 @@ class WanGenerator:
                 f"velocity got {len(x_BCFHW)} latents, {len(sigma_B)} sigmas, {len(texts)} prompts"
             )
 
-        # 2. The unconditional branch is the second half of the batch.
-        guided = guidance_scale != 1
-        if guided:
-            texts += [self.cfg.sampler.negative_prompt] * len(texts)
-            x_BCFHW = torch.cat([x_BCFHW, x_BCFHW])
-            sigma_B = torch.cat([sigma_B, sigma_B])
-
-        # 3. One forward of the transformer.
-        module, transformer = self._active()
-        # the check is free; eval() on every submodule was a tenth of a tiny model's forward
-        if module.training:
-            module.eval()
-        dtype = transformer.patch_embedding.weight.dtype
-        out = module(
-            hidden_states=x_BCFHW.to(self.device, dtype),
-            # not an integer, rounded as diffusers' Euler scheduler rounds it
-            timestep=1000 * sigma_B.to(self.device, torch.float32),
-            encoder_hidden_states=self.prompts.get(
-                texts,
-                device=self.device,
-                dtype=dtype,
-            ),
-            return_dict=False,
-        )[0]
-
-        # 4. Guidance in fp32.
-        progress.tick()
-        v = widen(out)
-        return guide(*v.chunk(2), guidance_scale) if guided else v
+        # 2. Embeddings of the prompts, and under guidance of the negative prompt.
+        conditions = self._conditions(texts, guided=guidance_scale != 1)
+        return self.denoiser.velocity(
+            x_BCFHW, sigma_B, conditions, guidance_scale=guidance_scale
+        )
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -379,7 +358,7 @@ class WanGenerator:
             return
         self._in_reference = True
         try:
-            # An adapter is switched off; without one a frozen copy is used, see `_active`.
+            # An adapter is switched off; without one a frozen copy is used, see `denoiser`.
             if self.cfg.lora is not None:
                 with adapters_off(self.module):
                     yield
@@ -434,7 +413,7 @@ class WanGenerator:
                 f"{folder} holds both a transformer and {ADAPTER_FILE}: keep the wanted one only"
             )
         if weights.is_whole(folder):
-            weights.load(self._active()[1], folder)
+            weights.load(self.transformer, folder)
         elif self.cfg.lora is None:
             raise ValueError(
                 f"GeneratorConfig.lora is null and {folder} holds no transformer folder"
@@ -489,7 +468,7 @@ class WanGenerator:
     def _fast(self, backend: str | None) -> Iterator[None]:
         """Inside, the policy computes with its merged adapter and with an attention backend."""
         with ExitStack() as stack:
-            stack.enter_context(attention.backend(self._active()[1], backend))
+            stack.enter_context(attention.backend(self.transformer, backend))
             if self._merged is not None:
                 stack.enter_context(self._merged.applied())
             yield
@@ -520,7 +499,7 @@ class WanGenerator:
         velocity = self._guided_velocity(prompt, scale=cfg.tail_guidance)
         if cfg.tail_cache > 1:
             # every tail_cache-th call runs all blocks of the transformer
-            cache = BlockCache(self._active()[1])
+            cache = BlockCache(self.transformer)
             velocity = cache.wrap(velocity, every=cfg.tail_cache)
         with self._fast(cfg.tail_attention or cfg.attention):
             return solver(velocity, x_BCFHW, sigmas)
@@ -553,23 +532,13 @@ class WanGenerator:
         num_steps: int,
     ) -> Tensor:
         """Sample with the stock pipeline's loop and scheduler."""
-        _, transformer = self._active()
         # the pipeline gets the policy, or the reference
-        self._pipeline.transformer = transformer
-        dtype = transformer.patch_embedding.weight.dtype
+        self._pipeline.transformer = self.transformer
         # Embeddings come from the cache: the text encoder may have been freed.
-        negative = [self.cfg.sampler.negative_prompt] * len(prompts)
+        conditions = self._conditions(prompts, guided=True)
         return self._pipeline(
-            prompt_embeds=self.prompts.get(
-                prompts,
-                device=self.device,
-                dtype=dtype,
-            ),
-            negative_prompt_embeds=self.prompts.get(
-                negative,
-                device=self.device,
-                dtype=dtype,
-            ),
+            prompt_embeds=conditions.text_BLD,
+            negative_prompt_embeds=conditions.negative_BLD,
             height=self.cfg.height,
             width=self.cfg.width,
             num_frames=self.cfg.num_frames,
@@ -586,6 +555,18 @@ class WanGenerator:
                 "it cannot sample"
             )
 
+    def _conditions(self, prompts: Sequence[str], *, guided: bool) -> Conditions:
+        """Embeddings of these prompts and, if guided, of as many negative prompts."""
+        negative = [self.cfg.sampler.negative_prompt] * len(prompts) if guided else []
+        # Encoded together, so that both are there before a forward.
+        self.prompts.encode([*prompts, *negative])
+        dtype = self.denoiser.expert.dtype
+        text_BLD = self.prompts.get(prompts, device=self.device, dtype=dtype)
+        if not guided:
+            return Conditions(text_BLD)
+        negative_BLD = self.prompts.get(negative, device=self.device, dtype=dtype)
+        return Conditions(text_BLD, negative_BLD)
+
     # ---- the module in use ----
 
     @property
@@ -595,122 +576,34 @@ class WanGenerator:
 
     def context_gap(self) -> float:
         """Compare the gradient of ranks that share tokens with one rank's; all must call it."""
-        return context_parallel.gradient_gap(*self._active())
+        expert = self.denoiser.expert
+        return context_parallel.gradient_gap(expert.module, expert.transformer)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The policy, or inside `reference` the reference."""
+        # with an adapter they are one module
+        if self._in_reference and self._frozen is not None:
+            return self._frozen
+        return self._policy
+
+    @property
+    def transformer(self) -> WanTransformer3DModel:
+        """The stock module of the denoiser in use, without the adapter's wrapper."""
+        return self.denoiser.expert.transformer
 
     @property
     def patch_size(self) -> tuple[int, ...]:
         """Latent frames, rows and columns of a token."""
-        return self._active()[1].config.patch_size
+        return self.transformer.config.patch_size
 
-    def _active(self) -> tuple[nn.Module, WanTransformer3DModel]:
-        """(module to call, transformer inside it) of the policy, or of the reference."""
-        if self.cfg.lora is not None:
-            return self.module, self.module.get_base_model()
-        module = self._frozen if self._in_reference else self.module
-        return module, module
-
-    def _load_frozen(self) -> WanTransformer3DModel:
+    def _load_frozen(self) -> Denoiser:
         """Read the base model once more, as the reference of a full fine-tuning."""
         # Read again, since the module in use may have been trained or resumed.
-        dtype = getattr(torch, self.cfg.dtype)
-        model = load_pretrained(
-            WanTransformer3DModel,
-            find_wan(self.cfg.path) / "transformer",
-            dtype=dtype,
-            device=self.device,
-        )
+        folder = find_wan(self.cfg.path)
+        model = read_transformer(self.cfg, folder, device=self.device)
         model = weights.of_one_dtype(model, self.cfg.dtype)
         attention.set_backend(model, self.cfg.attention)
         context_parallel.share_tokens(model, self.module._parallel_config)
-        return model.requires_grad_(requires_grad=False).eval()
-
-
-def compile_blocks(transformer: WanTransformer3DModel) -> None:
-    """Let torch.compile the blocks, each of them with the same graphs.
-
-    A block has a graph for each way in which it is called: with and without gradient, with the
-    adapter on and off, for each attention backend, and for each shape until shapes are dynamic.
-    """
-    # dynamo's default of 8 would leave some of them uncompiled, silently
-    torch._dynamo.config.recompile_limit = max(
-        COMPILED_GRAPHS, torch._dynamo.config.recompile_limit
-    )
-    transformer.compile_repeated_blocks()
-
-
-def _require_attention(cfg: GeneratorConfig, device: torch.device) -> None:
-    """Raise ValueError for an attention backend that cannot run here."""
-    for key, name in (
-        ("generator.attention", cfg.attention),
-        ("generator.sampler.attention", cfg.sampler.attention),
-        ("generator.sampler.tail_attention", cfg.sampler.tail_attention),
-    ):
-        if name is not None:
-            attention.require_backend(key, name, device)
-
-
-def _load_pipeline(
-    cfg: GeneratorConfig,
-    folder: Path,
-    *,
-    device: torch.device,
-    transformer_only: bool,
-) -> WanPipeline:
-    """Read the stock pipeline, every weight of it, and freeze its VAE and text encoder."""
-    # `WanPipeline.from_pretrained` would fill missing weights with random numbers.
-    dtype = getattr(torch, cfg.dtype)
-    parts: dict[str, Any] = {}
-    parts["transformer"] = load_pretrained(
-        WanTransformer3DModel,
-        folder / "transformer",
-        dtype=dtype,
-        device=device,
-    )
-    if transformer_only:
-        # None leaves a part out
-        parts |= {"vae": None, "text_encoder": None, "tokenizer": None}
-    else:
-        from transformers import UMT5EncoderModel
-
-        # The VAE has a dtype of its own, whatever the transformer's is.
-        parts["vae"] = load_pretrained(
-            AutoencoderKLWan,
-            folder / "vae",
-            dtype=getattr(torch, cfg.vae_dtype),
-            device=device,
-        )
-        if cfg.vae_channels_last:
-            store_channels_last(parts["vae"])
-        parts["text_encoder"] = load_pretrained(
-            UMT5EncoderModel,
-            folder / "text_encoder",
-            dtype=dtype,
-            device=device,
-        )
-
-    # Tokenizer and scheduler have no weights.
-    for part in ("scheduler",) if transformer_only else ("scheduler", "tokenizer"):
-        if not (folder / part).is_dir():
-            raise FileNotFoundError(f"{folder / part}: no such folder; a Wan has it")
-        require_whole_folder(folder / part)
-    with errors_of(folder, "WanPipeline"):
-        pipeline = WanPipeline.from_pretrained(folder, **parts)
-    if not transformer_only:
-        _require_vocabulary(pipeline, folder)
-    pipeline.set_progress_bar_config(disable=True)
-    # Only the transformer is trained.
-    for frozen in (pipeline.vae, pipeline.text_encoder):
-        if frozen is not None:
-            frozen.requires_grad_(requires_grad=False).eval()
-    return pipeline
-
-
-def _require_vocabulary(pipeline: WanPipeline, folder: Path) -> None:
-    """Raise ValueError for a tokenizer with more tokens than the text encoder has rows."""
-    tokens = len(pipeline.tokenizer)
-    rows = pipeline.text_encoder.config.vocab_size
-    if tokens > rows:
-        raise ValueError(
-            f"{folder / 'tokenizer'} has {tokens} tokens, but the text encoder has {rows}: it is "
-            "the tokenizer of another model"
-        )
+        model.requires_grad_(requires_grad=False).eval()
+        return Denoiser(Expert(model, model), self.device)

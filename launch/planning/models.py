@@ -144,7 +144,8 @@ class MetaWan:
         from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
         from generator.latents import store_channels_last
-        from generator.wan import WanGenerator, compile_blocks
+        from generator.pipeline import compile_blocks
+        from generator.wan import WanGenerator
         from launch.rehearsal.repeats import repeat_calls
 
         # As `WanGenerator.load` prepares them.

@@ -12,7 +12,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from generator.wan import WanGenerator, _require_vocabulary
+from generator.pipeline import require_vocabulary
+from generator.wan import WanGenerator
 from generator.wan_folder import find_wan, require_supported
 from tests.tiny import tiny_config
 
@@ -226,4 +227,4 @@ def test_tokenizer_with_more_tokens_than_the_text_encoder_is_refused() -> None:
         text_encoder=SimpleNamespace(config=SimpleNamespace(vocab_size=9)),
     )
     with pytest.raises(ValueError, match="10 tokens"):
-        _require_vocabulary(pipeline, Path("wan"))
+        require_vocabulary(pipeline, Path("wan"))

@@ -1,0 +1,118 @@
+"""Load a Wan: the stock pipeline, every weight of it checked, and what is prepared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+
+from common.strict_loading import errors_of, load_pretrained
+from common.weight_files import require_whole_folder
+from generator import attention
+from generator.latents import store_channels_last
+
+if TYPE_CHECKING:
+    from generator.config import GeneratorConfig
+
+# graphs of one block, see `compile_blocks`
+COMPILED_GRAPHS = 64
+
+
+def compile_blocks(transformer: WanTransformer3DModel) -> None:
+    """Let torch.compile the blocks, each of them with the same graphs.
+
+    A block has a graph for each way in which it is called: with and without gradient, with the
+    adapter on and off, for each attention backend, and for each shape until shapes are dynamic.
+    """
+    # dynamo's default of 8 would leave some of them uncompiled, silently
+    torch._dynamo.config.recompile_limit = max(
+        COMPILED_GRAPHS, torch._dynamo.config.recompile_limit
+    )
+    transformer.compile_repeated_blocks()
+
+
+def require_attention(cfg: GeneratorConfig, device: torch.device) -> None:
+    """Raise ValueError for an attention backend that cannot run here."""
+    for key, name in (
+        ("generator.attention", cfg.attention),
+        ("generator.sampler.attention", cfg.sampler.attention),
+        ("generator.sampler.tail_attention", cfg.sampler.tail_attention),
+    ):
+        if name is not None:
+            attention.require_backend(key, name, device)
+
+
+def load_pipeline(
+    cfg: GeneratorConfig,
+    folder: Path,
+    *,
+    device: torch.device,
+    transformer_only: bool,
+) -> WanPipeline:
+    """Read the stock pipeline, every weight of it, and freeze its VAE and text encoder."""
+    # `WanPipeline.from_pretrained` would fill missing weights with random numbers.
+    dtype = getattr(torch, cfg.dtype)
+    parts: dict[str, Any] = {}
+    parts["transformer"] = read_transformer(cfg, folder, device=device)
+    if transformer_only:
+        # None leaves a part out
+        parts |= {"vae": None, "text_encoder": None, "tokenizer": None}
+    else:
+        from transformers import UMT5EncoderModel
+
+        # The VAE has a dtype of its own, whatever the transformer's is.
+        parts["vae"] = load_pretrained(
+            AutoencoderKLWan,
+            folder / "vae",
+            dtype=getattr(torch, cfg.vae_dtype),
+            device=device,
+        )
+        if cfg.vae_channels_last:
+            store_channels_last(parts["vae"])
+        parts["text_encoder"] = load_pretrained(
+            UMT5EncoderModel,
+            folder / "text_encoder",
+            dtype=dtype,
+            device=device,
+        )
+
+    # Tokenizer and scheduler have no weights.
+    for part in ("scheduler",) if transformer_only else ("scheduler", "tokenizer"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"{folder / part}: no such folder; a Wan has it")
+        require_whole_folder(folder / part)
+    with errors_of(folder, "WanPipeline"):
+        pipeline = WanPipeline.from_pretrained(folder, **parts)
+    if not transformer_only:
+        require_vocabulary(pipeline, folder)
+    pipeline.set_progress_bar_config(disable=True)
+    # Only the transformer is trained.
+    for frozen in (pipeline.vae, pipeline.text_encoder):
+        if frozen is not None:
+            frozen.requires_grad_(requires_grad=False).eval()
+    return pipeline
+
+
+def read_transformer(
+    cfg: GeneratorConfig, folder: Path, *, device: torch.device
+) -> WanTransformer3DModel:
+    """Read a transformer in the config's dtype; a weight that is missing or not finite raises."""
+    return load_pretrained(
+        WanTransformer3DModel,
+        folder / "transformer",
+        dtype=getattr(torch, cfg.dtype),
+        device=device,
+    )
+
+
+def require_vocabulary(pipeline: WanPipeline, folder: Path) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the text encoder has rows."""
+    tokens = len(pipeline.tokenizer)
+    rows = pipeline.text_encoder.config.vocab_size
+    if tokens > rows:
+        raise ValueError(
+            f"{folder / 'tokenizer'} has {tokens} tokens, but the text encoder has {rows}: it is "
+            "the tokenizer of another model"
+        )
