@@ -14,7 +14,7 @@ import torch
 from common.files import give_usual_mode, sort_header
 from common.lora import adapter_layers, stock_name
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
-from generator.adapter_file import ADAPTER_FILE
+from generator.adapter_file import ADAPTER_FILE, require_fit
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -106,6 +106,42 @@ def attach(
     if lora.compute_dtype != "float32":
         cast_products(model, getattr(torch, lora.compute_dtype))
     return model
+
+
+def attach_stored(
+    transformer: WanTransformer3DModel, stored: StoredAdapter, *, device: torch.device
+) -> PeftModel:
+    """Put a saved adapter on a transformer that is not trained; its weights are on ``device``.
+
+    A transformer that has an adapter gets the saved one instead. Raises ValueError when the adapter
+    belongs to another model.
+    """
+    from generator.config import LoraConfig
+
+    _detach(transformer)
+    require_fit(stored, shapes_in(dict(transformer.named_parameters())))
+    lora = LoraConfig(
+        rank=stored.scales.rank,
+        alpha=stored.scales.alpha,
+        targets=tuple(stored.pairs),
+    )
+    model = attach(transformer, lora, seed=0)
+    load(model, stored)
+    # the base may wait in the host's memory
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(device)
+            parameter.requires_grad_(requires_grad=False)
+    return model.eval()
+
+
+def _detach(transformer: WanTransformer3DModel) -> None:
+    """Put the linear layers of a transformer back where an adapter wraps them."""
+    # a list, since modules are replaced
+    for name, layer in list(transformer.named_modules()):
+        if hasattr(layer, "base_layer"):
+            parent, _, last = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), last, layer.base_layer)
 
 
 def save(

@@ -1,7 +1,7 @@
 """Which Wan a folder holds: facts from its JSON files, never from its name.
 
 diffusers has a pipeline class for each kind of Wan, and loads many kinds into `WanPipeline` without
-a word: the second transformer of a Wan 2.2 A14B would be used or lie idle, an image ignored. What
+a word: the second transformer of a Wan 2.2 A14B would lie idle, an image would be ignored. What
 this project does not run is refused here, before any weight is read. Nothing heavy is imported.
 """
 
@@ -23,8 +23,8 @@ PARTS = {
     "text_encoder": "UMT5EncoderModel",
 }
 SUPPORTED = (
-    "this project runs text-to-video folders of Wan 2.1: WanPipeline with a single "
-    "WanTransformer3DModel, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    "this project runs text-to-video folders of WanPipeline: Wan 2.1 (such as "
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, and 14B), Wan 2.2 TI2V-5B, and Wan 2.2 T2V-A14B"
 )
 # Kinds of pipelines, by a part of their class's name.
 _KINDS = {
@@ -50,76 +50,126 @@ _OTHER_TRANSFORMERS = {
 class Family:
     """What decides how a Wan is called.
 
-    pipeline  class of the stock pipeline that samples from it
-    experts   folders of its transformers
+    experts   folders of its transformers, that of high noise first
+    boundary  the lowest sigma that is the first expert's; None for a single transformer
     """
 
-    pipeline: str = "WanPipeline"
     experts: tuple[str, ...] = ("transformer",)
+    boundary: float | None = None
 
     @staticmethod
     def of(folder: Path) -> Family:
         """Read a folder's JSON files; raise ValueError for a model that is not supported."""
-        what = _other_kind(folder)
-        if what is not None:
-            raise ValueError(f"{folder} {what}; {SUPPORTED}")
-        return Family()
+        index = read_object(folder / INDEX)
+        try:
+            _check_index(index)
+            configs = {"transformer": read_object(folder / "transformer" / CONFIG)}
+            for part in ("transformer_2", "vae"):
+                if (folder / part / CONFIG).is_file():
+                    configs[part] = read_object(folder / part / CONFIG)
+            return Family.from_configs(index, configs)
+        except OtherModelError as error:
+            raise ValueError(f"{folder} {error}; {SUPPORTED}") from None
+
+    @staticmethod
+    def from_configs(
+        index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
+    ) -> Family:
+        """Tell the family from model_index.json and the config.json of transformers and VAE.
+
+        Raises OtherModelError that says what the model is, for one that is not supported.
+        """
+        _check_index(index)
+        first = configs["transformer"]
+        second = configs.get("transformer_2")
+        # Training on stored latents needs no VAE.
+        latent = first.get("out_channels", 16)
+        if "vae" in configs:
+            latent = configs["vae"].get("z_dim", 16)
+        _check_transformer(first, latent)
+
+        # Two transformers, or one.
+        boundary = index.get("boundary_ratio")
+        named = class_of(index, "transformer_2")
+        if named is None and second is None and boundary is None:
+            return Family()
+        if named != PARTS["transformer"] or second is None or boundary is None:
+            raise OtherModelError(
+                f"has a part of two transformers only: boundary_ratio {boundary}, transformer_2 of "
+                f"class {named}, {'a' if second else 'no'} folder transformer_2"
+            )
+        _check_experts(index, first, second)
+        return Family(("transformer", "transformer_2"), float(boundary))
 
 
-def _other_kind(folder: Path) -> str | None:
-    """Say what a folder is if it is no text-to-video Wan 2.1."""
-    index = read_object(folder / INDEX)
+class OtherModelError(ValueError):
+    """A folder holds a model that this project does not run; the message says which."""
+
+
+def _check_index(index: Mapping[str, Any]) -> None:
+    """Raise OtherModelError unless an index is of a text-to-video Wan."""
     # The pipeline.
     name = index.get("_class_name")
     if name != "WanPipeline":
         for part, kind in _KINDS.items():
             if part in str(name):
-                return f"is {kind} ({name})"
-        return f"is a {name}"
+                raise OtherModelError(f"is {kind} ({name})")
+        raise OtherModelError(f"is a {name}")
 
-    # Parts and settings of the pipeline.
-    if (
-        class_of(index, "transformer_2")
-        or index.get("boundary_ratio") is not None
-        or (folder / "transformer_2").is_dir()
-    ):
-        return "has two transformers, of which each denoises a part of the way (Wan 2.2 A14B)"
-    if index.get("expand_timesteps"):
-        return "gives every token its own time (expand_timesteps, Wan 2.2 TI2V-5B)"
+    # The parts of the pipeline.
     if class_of(index, "image_encoder"):
-        return "has an image encoder, so it is conditioned on an image"
+        raise OtherModelError("has an image encoder, so it is conditioned on an image")
     for part, wanted in PARTS.items():
         found = class_of(index, part)
         if found != wanted:
-            return f"has a {part} of class {found} instead of {wanted}"
-    return _other_transformer(folder)
+            raise OtherModelError(f"has a {part} of class {found} instead of {wanted}")
 
 
-def _other_transformer(folder: Path) -> str | None:
-    """Say what a folder is if its transformer or VAE is not that of a text-to-video Wan 2.1."""
-    transformer = read_object(folder / "transformer" / CONFIG)
-    name = transformer.get("_class_name")
+def _check_transformer(config: Mapping[str, Any], latent: int) -> None:
+    """Raise OtherModelError for a transformer that takes more than text.
+
+    latent  channels of the VAE's latents
+    """
+    name = config.get("_class_name")
     if name != PARTS["transformer"]:
-        return f"has a transformer of class {name}"
+        raise OtherModelError(f"has a transformer of class {name}")
     for key, kind in _OTHER_TRANSFORMERS.items():
-        if transformer.get(key) is not None:
-            return f"has a transformer that {kind} ({key}={transformer[key]!r})"
+        value = config.get(key)
+        if value is not None:
+            raise OtherModelError(f"has a transformer that {kind} ({key}={value!r})")
 
     # The transformer reads and writes latents of the VAE, and nothing else.
-    channels = (transformer.get("in_channels", 16), transformer.get("out_channels", 16))
-    latent = 16
-    # Training on stored latents needs no VAE.
-    vae_file = folder / "vae" / CONFIG
-    if vae_file.is_file():
-        latent = read_object(vae_file).get("z_dim", 16)
-    if channels == (48, 48) and latent == 48:
-        return "has latents of 48 channels (Wan 2.2 TI2V-5B)"
+    channels = (config.get("in_channels", 16), config.get("out_channels", 16))
     if channels != (latent, latent):
-        return (
+        raise OtherModelError(
             f"has a transformer that reads {channels[0]} and writes {channels[1]} channels, but "
             f"latents of {latent}: it is conditioned on something else than text"
         )
-    return None
+
+
+def _check_experts(
+    index: Mapping[str, Any],
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+) -> None:
+    """Raise OtherModelError unless two transformers of one shape share the way at a boundary."""
+    boundary = index.get("boundary_ratio")
+    is_number = isinstance(boundary, int | float) and not isinstance(boundary, bool)
+    if not is_number or not 0 < boundary < 1:
+        raise OtherModelError(
+            f"has boundary_ratio={boundary!r}, want a sigma between 0 and 1"
+        )
+    if index.get("expand_timesteps"):
+        raise OtherModelError(
+            "has two transformers and expand_timesteps, which no Wan has together"
+        )
+    for key in sorted({*first, *second}):
+        # the library's version, and the path where it was saved
+        if not key.startswith("_") and first.get(key) != second.get(key):
+            raise OtherModelError(
+                f"has transformers of two shapes: {key} is {first.get(key)!r} and "
+                f"{second.get(key)!r}"
+            )
 
 
 def class_of(index: Mapping[str, Any], part: str) -> str | None:

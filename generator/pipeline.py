@@ -15,6 +15,7 @@ from generator.latents import store_channels_last
 
 if TYPE_CHECKING:
     from generator.config import GeneratorConfig
+    from generator.family import Family
 
 # graphs of one block, see `compile_blocks`
 COMPILED_GRAPHS = 64
@@ -44,20 +45,37 @@ def require_attention(cfg: GeneratorConfig, device: torch.device) -> None:
             attention.require_backend(key, name, device)
 
 
+def trained_first(cfg: GeneratorConfig, family: Family) -> list[str]:
+    """Folders of the transformers, that of the trained one first."""
+    names = list(family.experts)
+    return names[::-1] if cfg.experts.train == "low" else names
+
+
 def load_pipeline(
     cfg: GeneratorConfig,
     folder: Path,
+    family: Family,
     *,
     device: torch.device,
     transformer_only: bool,
 ) -> WanPipeline:
-    """Read the stock pipeline, every weight of it, and freeze its VAE and text encoder."""
+    """Read the stock pipeline, every weight of it, and freeze all but what is trained.
+
+    A transformer that waits in the host's memory is not put on the device.
+    """
     # `WanPipeline.from_pretrained` would fill missing weights with random numbers.
     dtype = getattr(torch, cfg.dtype)
     parts: dict[str, Any] = {}
-    parts["transformer"] = read_transformer(cfg, folder, device=device)
-    if transformer_only:
+    trained, *others = trained_first(cfg, family)
+    parts[trained] = read_transformer(cfg, folder / trained, device=device)
+    place = torch.device("cpu") if cfg.experts.offload else device
+    for other in others:
         # None leaves a part out
+        parts[other] = None
+        if not transformer_only:
+            frozen = read_transformer(cfg, folder / other, device=place)
+            parts[other] = frozen.requires_grad_(requires_grad=False).eval()
+    if transformer_only:
         parts |= {"vae": None, "text_encoder": None, "tokenizer": None}
     else:
         from transformers import UMT5EncoderModel
@@ -101,7 +119,7 @@ def read_transformer(
     """Read a transformer in the config's dtype; a weight that is missing or not finite raises."""
     return load_pretrained(
         WanTransformer3DModel,
-        folder / "transformer",
+        folder,
         dtype=getattr(torch, cfg.dtype),
         device=device,
     )

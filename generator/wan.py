@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,14 +19,18 @@ from generator import adapter, adapter_file, attention, context_parallel, weight
 from generator.adapter_file import ADAPTER_FILE
 from generator.block_cache import BlockCache
 from generator.denoiser import Conditions, Denoiser, Expert
+from generator.experts import check_sampling
+from generator.family import Family
 from generator.flow import Kernel, interpolate, velocity_target
 from generator.latents import LatentCodec
 from generator.merged import MergedAdapter
+from generator.offload import Waiting
 from generator.pipeline import (
     compile_blocks,
     load_pipeline,
     read_transformer,
     require_attention,
+    trained_first,
 )
 from generator.prompts import PromptCache
 from generator.sampler import (
@@ -72,21 +77,34 @@ class WanGenerator:
         pipeline: WanPipeline,
         module: nn.Module,
         device: torch.device,
+        *,
+        family: Family | None = None,
+        frozen: Expert | None = None,
     ) -> None:
-        """``pipeline`` may lack VAE and text encoder; then nothing can be decoded or sampled."""
+        """Make a generator of parts that are loaded.
+
+        pipeline  may lack VAE and text encoder; then nothing can be decoded or sampled
+        module    what is trained, with its adapter
+        family    None is a Wan with a single transformer
+        frozen    the other one of two transformers; without it only the trained one's noise
+                  levels have a velocity
+        """
         self.cfg = cfg
         self.kernel = Kernel(
             cfg.sampler.kernel, cfg.sampler.noise_level, cfg.sampler.max_std
         )
         self.module = module
         self.device = device
+        self.family = family or Family()
         transformer = module if cfg.lora is None else module.get_base_model()
-        self._policy = Denoiser(Expert(module, transformer), device)
+        self._policy = denoiser_of(
+            cfg, self.family, Expert(module, transformer), frozen, device
+        )
         self.latent_shape: tuple[int, ...] = ()
         # Without a VAE no video size is known: it is for training on stored latents.
         if pipeline.vae is not None:
             self.codec = LatentCodec(pipeline.vae, batch=cfg.decode_batch)
-            patch = pipeline.transformer.config.patch_size
+            patch = transformer.config.patch_size
             self.latent_shape = self.codec.latent_shape(
                 height=cfg.height,
                 width=cfg.width,
@@ -133,15 +151,21 @@ class WanGenerator:
         """
         # 1. The stock pipeline, frozen, on its device.
         folder = find_wan(cfg.path)
+        family = Family.of(folder)
+        check_sampling(cfg, family)
         device = torch.device(device or default_device())
         require_attention(cfg, device)
         pipeline = load_pipeline(
-            cfg, folder, device=device, transformer_only=transformer_only
+            cfg, folder, family, device=device, transformer_only=transformer_only
         )
 
         # 2. What is trained: an adapter, or every weight of the transformer.
-        transformer = pipeline.transformer
-        attention.set_backend(transformer, cfg.attention)
+        name, *others = trained_first(cfg, family)
+        transformer = getattr(pipeline, name)
+        idle = [getattr(pipeline, other) for other in others]
+        all_loaded = [transformer, *(model for model in idle if model is not None)]
+        for model in all_loaded:
+            attention.set_backend(model, cfg.attention)
         if cfg.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if cfg.lora is None:
@@ -152,17 +176,25 @@ class WanGenerator:
 
         # 3. Ranks that share the tokens of a sample; before blocks are compiled.
         parallel = context_parallel.join_ranks(cfg.context_parallel, device)
-        context_parallel.share_tokens(transformer, parallel)
-        for name in (cfg.sampler.attention, cfg.sampler.tail_attention):
-            if name is not None and parallel is not None:
-                with attention.backend(transformer, name):
+        for model in all_loaded:
+            context_parallel.share_tokens(model, parallel)
+        for backend in (cfg.sampler.attention, cfg.sampler.tail_attention):
+            if backend is not None and parallel is not None:
+                with attention.backend(transformer, backend):
                     context_parallel.check_backend(transformer)
         if cfg.compile:
-            compile_blocks(transformer)
+            for model in all_loaded:
+                compile_blocks(model)
         if cfg.tf32:
             # For the whole process: rewards compute with it too.
             torch.backends.cuda.matmul.allow_tf32 = True
-        return cls(cfg, pipeline, module.eval(), device)
+
+        # 4. The transformer of two that is not trained.
+        frozen = None
+        for model in all_loaded[1:]:
+            waiting = Waiting(model, device) if cfg.experts.offload else None
+            frozen = Expert(model, model, waiting)
+        return cls(cfg, pipeline, module.eval(), device, family=family, frozen=frozen)
 
     # ---- sampling, without gradient ----
 
@@ -195,7 +227,7 @@ class WanGenerator:
 
         # 2. Sample group after group; the adapter is the same for all of them.
         groups = []
-        with self._held_copies():
+        with self._held_copies(), self.denoiser.kept():
             for prompt, seed in zip(prompts, seeds, strict=True):
                 group = rollout_group(
                     self._guided_velocity(prompt),
@@ -253,7 +285,7 @@ class WanGenerator:
 
         # In batches, as many videos as fit.
         self.portions.fixed = self.calls_together
-        with self._held_copies(), self._fast(cfg.attention):
+        with self._held_copies(), self.denoiser.kept(), self._fast(cfg.attention):
             return self.portions.over(sample_rows, torch.arange(len(prompts)))
 
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
@@ -276,7 +308,7 @@ class WanGenerator:
         c' = c, or 1 when guidance_in_update is off.
         """
         # Without guidance an update costs half as much.
-        scale = self.cfg.sampler.guidance_scale if self.cfg.guidance_in_update else 1.0
+        scale = self.guidance_at(step.sigma) if self.cfg.guidance_in_update else 1.0
         # All members are at the same noise level and have the same prompt.
         x_MCFHW = step.latent_MCFHW.to(self.device)
         sigma_M = torch.full((len(x_MCFHW),), step.sigma)
@@ -360,7 +392,11 @@ class WanGenerator:
         try:
             # An adapter is switched off; without one a frozen copy is used, see `denoiser`.
             if self.cfg.lora is not None:
-                with adapters_off(self.module):
+                with ExitStack() as stack:
+                    for expert in self._policy.loaded:
+                        # the frozen one of two transformers may have none
+                        if expert.module is not expert.transformer:
+                            stack.enter_context(adapters_off(expert.module))
                     yield
             else:
                 if self._frozen is None:
@@ -397,18 +433,30 @@ class WanGenerator:
         """
         if self.cfg.lora is None:
             return weights.save(self.module, Path(folder), state_dict)
-        return adapter.save(self.module, Path(folder), state_dict)
+        folders = self._adapter_folders(Path(folder))
+        for place, expert in enumerate(self._policy.experts):
+            # an adapter that was loaded belongs to the model that was sampled from
+            frozen = place != self._policy.trained and expert is not None
+            if frozen and expert.module is not expert.transformer:
+                adapter.save(expert.module, folders[place])
+        return adapter.save(self.module, folders[self._policy.trained], state_dict)
 
     def load_trained(self, folder: Path | str) -> None:
         """Read what `save_trained` wrote, before an engine is built.
 
-        A complete transformer also replaces the base under an adapter. Raises ValueError when it
+        A complete transformer also replaces the base under an adapter. Of two transformers each
+        may have an adapter; that of the frozen one stays as it is. Raises ValueError when it
         does not fit, or is an adapter and GeneratorConfig.lora is null; FileNotFoundError when the
         folder holds neither.
         """
         folder = Path(folder)
         # The folder's files decide what is loaded.
-        if weights.is_whole(folder) and (folder / ADAPTER_FILE).is_file():
+        places = [
+            place
+            for place, part in enumerate(self._adapter_folders(folder))
+            if (part / ADAPTER_FILE).is_file()
+        ]
+        if weights.is_whole(folder) and places:
             raise ValueError(
                 f"{folder} holds both a transformer and {ADAPTER_FILE}: keep the wanted one only"
             )
@@ -418,12 +466,24 @@ class WanGenerator:
             raise ValueError(
                 f"GeneratorConfig.lora is null and {folder} holds no transformer folder"
             )
-        elif not (folder / ADAPTER_FILE).is_file():
+        elif not places:
             raise FileNotFoundError(
                 f"{folder} holds no {ADAPTER_FILE}; a run leaves its adapter in RUN/final"
             )
-        else:
-            adapter.load(self.module, adapter_file.read(folder))
+        for place in places:
+            stored = adapter_file.read(self._adapter_folders(folder)[place])
+            if place == self._policy.trained:
+                adapter.load(self.module, stored)
+            else:
+                expert = self._policy.at(place)
+                module = adapter.attach_stored(
+                    expert.transformer, stored, device=self.device
+                )
+                self._policy.experts[place] = replace(expert, module=module)
+
+    def _adapter_folders(self, folder: Path) -> list[Path]:
+        """Where the adapter of each transformer is: the folder, and one inside it."""
+        return [folder, *(folder / name for name in self.family.experts[1:])]
 
     # ---- parts of a rollout ----
 
@@ -449,9 +509,9 @@ class WanGenerator:
         self, *prompts: str, scale: float | None = None
     ) -> Callable[[Tensor, float], Tensor]:
         """The velocity as a function of (x, sigma); a single prompt serves every sample."""
-        guidance = self.cfg.sampler.guidance_scale if scale is None else scale
 
         def velocity(x_BCFHW: Tensor, sigma: float) -> Tensor:
+            guidance = self.guidance_at(sigma) if scale is None else scale
             texts = prompts if len(prompts) > 1 else prompts * len(x_BCFHW)
             sigma_B = torch.full((len(x_BCFHW),), sigma)
             return self.velocity(x_BCFHW, sigma_B, texts, guidance_scale=guidance)
@@ -468,7 +528,8 @@ class WanGenerator:
     def _fast(self, backend: str | None) -> Iterator[None]:
         """Inside, the policy computes with its merged adapter and with an attention backend."""
         with ExitStack() as stack:
-            stack.enter_context(attention.backend(self.transformer, backend))
+            for expert in self.denoiser.loaded:
+                stack.enter_context(attention.backend(expert.transformer, backend))
             if self._merged is not None:
                 stack.enter_context(self._merged.applied())
             yield
@@ -496,13 +557,18 @@ class WanGenerator:
             sigmas = tail_grid(sigmas[0], cfg.tail_steps, shift=cfg.shift).tolist()
         # Solver and guidance.
         solver = ode_ab2 if cfg.tail_solver == "ab2" else ode
-        velocity = self._guided_velocity(prompt, scale=cfg.tail_guidance)
-        if cfg.tail_cache > 1:
-            # every tail_cache-th call runs all blocks of the transformer
-            cache = BlockCache(self.transformer)
-            velocity = cache.wrap(velocity, every=cfg.tail_cache)
+        guided = self._guided_velocity(prompt, scale=cfg.tail_guidance)
         with self._fast(cfg.tail_attention or cfg.attention):
-            return solver(velocity, x_BCFHW, sigmas)
+            # Another expert's velocity is another function: its part begins anew.
+            for part in self.denoiser.parts(sigmas):
+                velocity = guided
+                if cfg.tail_cache > 1:
+                    # every tail_cache-th call runs all blocks of the transformer
+                    place = self.denoiser.place_at(part[0])
+                    cache = BlockCache(self.denoiser.at(place).transformer)
+                    velocity = cache.wrap(guided, every=cfg.tail_cache)
+                x_BCFHW = solver(velocity, x_BCFHW, part)
+        return x_BCFHW
 
     def _missing_calls(
         self,
@@ -532,8 +598,16 @@ class WanGenerator:
         num_steps: int,
     ) -> Tensor:
         """Sample with the stock pipeline's loop and scheduler."""
-        # the pipeline gets the policy, or the reference
-        self._pipeline.transformer = self.transformer
+        # The pipeline gets the policy, or the reference.
+        for name, expert in zip(
+            self.family.experts, self.denoiser.experts, strict=True
+        ):
+            setattr(self._pipeline, name, expert.transformer)
+            if expert.waiting is not None:
+                expert.waiting.fetch()
+        second: dict[str, float | None] = {}
+        if self.family.boundary is not None:
+            second["guidance_scale_2"] = self.cfg.sampler.guidance_scale_2
         # Embeddings come from the cache: the text encoder may have been freed.
         conditions = self._conditions(prompts, guided=True)
         return self._pipeline(
@@ -546,6 +620,7 @@ class WanGenerator:
             guidance_scale=self.cfg.sampler.guidance_scale,
             latents=x_BCFHW,
             output_type="latent",
+            **second,
         ).frames.float()
 
     def _require_vae(self) -> None:
@@ -574,6 +649,13 @@ class WanGenerator:
         """True when a rank may not call the module more often than others, after lack of memory."""
         return self.sharded or self.cfg.context_parallel > 1
 
+    def guidance_at(self, sigma: float) -> float:
+        """Guidance scale at a noise level: that of its transformer."""
+        cfg = self.cfg.sampler
+        if cfg.guidance_scale_2 is not None and self.denoiser.place_at(sigma) == 1:
+            return cfg.guidance_scale_2
+        return cfg.guidance_scale
+
     def context_gap(self) -> float:
         """Compare the gradient of ranks that share tokens with one rank's; all must call it."""
         expert = self.denoiser.expert
@@ -589,7 +671,7 @@ class WanGenerator:
 
     @property
     def transformer(self) -> WanTransformer3DModel:
-        """The stock module of the denoiser in use, without the adapter's wrapper."""
+        """The stock module that is trained, or of the reference, without the adapter's wrapper."""
         return self.denoiser.expert.transformer
 
     @property
@@ -600,10 +682,28 @@ class WanGenerator:
     def _load_frozen(self) -> Denoiser:
         """Read the base model once more, as the reference of a full fine-tuning."""
         # Read again, since the module in use may have been trained or resumed.
-        folder = find_wan(self.cfg.path)
+        folder = find_wan(self.cfg.path) / "transformer"
         model = read_transformer(self.cfg, folder, device=self.device)
         model = weights.of_one_dtype(model, self.cfg.dtype)
         attention.set_backend(model, self.cfg.attention)
         context_parallel.share_tokens(model, self.module._parallel_config)
         model.requires_grad_(requires_grad=False).eval()
-        return Denoiser(Expert(model, model), self.device)
+        return Denoiser([Expert(model, model)], self.device)
+
+
+def denoiser_of(
+    cfg: GeneratorConfig,
+    family: Family,
+    trained: Expert,
+    frozen: Expert | None,
+    device: torch.device,
+) -> Denoiser:
+    """The policy's denoiser, with its experts in the order of their noise levels."""
+    place = family.experts.index(trained_first(cfg, family)[0])
+    experts = [trained, frozen] if place == 0 else [frozen, trained]
+    return Denoiser(
+        experts[: len(family.experts)],
+        device,
+        boundary=family.boundary,
+        trained=place,
+    )

@@ -16,12 +16,12 @@ def find_wan(path: str) -> Path:
     is none, and ValueError where it is of another kind.
     """
     folder = model_folder(path, INDEX, patterns=["*.json"])
-    require_supported(folder)
+    family = require_supported(folder)
     if Path(path).is_dir():
         return folder
     # Weights that are not read are not downloaded.
     wanted = ["*.json", "tokenizer/*"]
-    wanted += [f"{part}/*.safetensors" for part in PARTS]
+    wanted += [f"{part}/*.safetensors" for part in {*PARTS, *family.experts}]
     return model_folder(path, INDEX, patterns=wanted)
 
 

@@ -310,7 +310,7 @@ def test_collapsed_gradient_is_the_plain_one_in_fp64(
     double = copy.copy(generator)
     double.module = copy.deepcopy(generator.module).double()
     expert = Expert(double.module, double.module.get_base_model())
-    double._policy = Denoiser(expert, generator.device)
+    double._policy = Denoiser([expert], generator.device)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     (step,) = group.steps
     tensors = ("latent_MCFHW", "next_GCFHW", "log_prob_G")

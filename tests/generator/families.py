@@ -1,0 +1,128 @@
+"""Tiny folders of each family of Wan, with loud random weights, and samples of stock diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from generator.schedule import sigma_grid
+from generator.stock_check import OwnGrid
+from tests.tiny import FRAMES, HEIGHT, MAX_LENGTH, WIDTH, _louder, byte_tokenizer
+from tests.tiny import _text_encoder as text_encoder
+from tests.tiny import _vae as vae_21
+
+
+def transformer(channels: int = 16, **changes: Any) -> nn.Module:
+    """A transformer of three blocks that reads and writes so many channels."""
+    from diffusers import WanTransformer3DModel
+
+    sizes = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": 32,
+        "freq_dim": 32,
+        "ffn_dim": 48,
+        "num_layers": 3,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 64,
+    }
+    return _louder(WanTransformer3DModel(**{**sizes, **changes}), gain=1.5)
+
+
+def vae_22() -> nn.Module:
+    """The layout of Wan 2.2 TI2V-5B's VAE: 48 channels, 16 pixels to a latent."""
+    from diffusers import AutoencoderKLWan
+
+    model = AutoencoderKLWan(
+        base_dim=8,
+        decoder_base_dim=12,
+        z_dim=48,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        scale_factor_spatial=16,
+        scale_factor_temporal=4,
+        latents_mean=[0.1] * 48,
+        latents_std=[0.7] * 48,
+    )
+    return _louder(model, gain=1.0)
+
+
+def build_family(folder: Path, kind: str) -> Path:
+    """Write a tiny folder of "T2V-A14B" or "TI2V-5B"."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = byte_tokenizer()
+        parts: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "text_encoder": text_encoder(len(tokenizer)),
+            "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        }
+        if kind == "TI2V-5B":
+            parts |= {"vae": vae_22(), "transformer": transformer(48)}
+            parts["expand_timesteps"] = True
+        if kind == "T2V-A14B":
+            parts |= {"vae": vae_21(8, 4), "transformer": transformer()}
+            parts |= {"transformer_2": transformer(), "boundary_ratio": 0.875}
+        WanPipeline(**parts).save_pretrained(folder)
+    return folder
+
+
+def stock(folder: Path) -> Any:
+    """The folder's WanPipeline in fp32."""
+    from diffusers import WanPipeline
+
+    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def stock_latents(
+    pipeline: Any,
+    noise_BCFHW: Tensor,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    shift: float,
+    **options: Any,
+) -> Tensor:
+    """Clean latents of a stock pipeline on our grid, from this noise."""
+    pipeline.scheduler = OwnGrid(shift=shift)
+    values = {
+        "negative_prompt": [""] * len(prompts),
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_frames": FRAMES,
+        "max_sequence_length": MAX_LENGTH,
+    }
+    return pipeline(
+        prompt=list(prompts),
+        num_inference_steps=steps,
+        latents=noise_BCFHW,
+        output_type="latent",
+        **{**values, **options},
+    ).frames
+
+
+def gap(ours: Tensor, theirs: Tensor) -> float:
+    """max |ours - theirs| / max |theirs|."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def sigmas_of(steps: int, shift: float) -> list[float]:
+    """Noise levels of a grid."""
+    return sigma_grid(steps, shift=shift).tolist()
