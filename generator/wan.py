@@ -649,6 +649,15 @@ class WanGenerator:
         """True when a rank may not call the module more often than others, after lack of memory."""
         return self.sharded or self.cfg.context_parallel > 1
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """What is called: the trained module, and the other one of two transformers."""
+        return [expert.module for expert in self._policy.loaded]
+
+    def trains_at(self, sigma: float) -> bool:
+        """Whether the velocity at a noise level is that of the transformer that is trained."""
+        return self._policy.place_at(sigma) == self._policy.trained
+
     def guidance_at(self, sigma: float) -> float:
         """Guidance scale at a noise level: that of its transformer."""
         cfg = self.cfg.sampler

@@ -165,6 +165,51 @@ def test_plan_leaves_no_trace_in_what_pytorch_caches() -> None:
     run(sys.executable, "-c", _LOAD_AFTER_A_PLAN)
 
 
+# Counted on meta by another script: one forward of one sample, in TFLOP.
+FORWARDS = [
+    ("Wan2.1-T2V-14B", (480, 832, 81), 32_760, 1678.4),
+    ("Wan2.1-T2V-14B", (720, 1280, 81), 75_600, 6523.4),
+    ("Wan2.2-T2V-A14B", (480, 832, 81), 32_760, 1678.4),
+    ("Wan2.2-T2V-A14B", (720, 1280, 81), 75_600, 6523.4),
+    ("Wan2.2-TI2V-5B", (704, 1280, 121), 27_280, 517.0),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size", "tokens", "tflop"), FORWARDS)
+def test_forward_flops_of_each_family(
+    name: str, size: tuple[int, int, int], tokens: int, tflop: float
+) -> None:
+    height, width, frames = size
+    path = f"Wan-AI/{name}-Diffusers"
+    cfg = GeneratorConfig(
+        path, height=height, width=width, num_frames=frames, lora=None
+    )
+    with Meter(H100.rates) as meter:
+        wan = MetaWan(cfg, meter)
+        assert wan.tokens == tokens
+        flops = wan.forward(1, grad=False).flops
+    assert flops == pytest.approx(tflop * 1e12, rel=0.01)
+
+
+@pytest.mark.slow
+def test_wan_22_components_have_published_parameters() -> None:
+    """Parameters of the published checkpoints, and adapters of rank 128 on the six linears."""
+    ti2v = MetaWan(
+        GeneratorConfig("Wan-AI/Wan2.2-TI2V-5B-Diffusers", height=704, width=1280)
+    )
+    assert sizes_of(ti2v.transformer).parameters == 4_999_787_712
+    assert sizes_of(ti2v.vae).parameters == 704_688_668
+    assert sizes_of(ti2v.module).trained == 322_437_120
+    assert ti2v.frozen is None
+    a14b = MetaWan(GeneratorConfig("Wan-AI/Wan2.2-T2V-A14B-Diffusers"))
+    for expert in (a14b.transformer, a14b.frozen):
+        assert sizes_of(expert).parameters == 14_288_491_584
+        # 29.2 M of them rest in fp32
+        assert sizes_of(expert).bytes == 28_635_351_168
+    assert sizes_of(a14b.module).trained == 613_416_960
+
+
 @pytest.mark.slow
 def test_wan_14b_flops_match_published_count() -> None:
     """98 TFLOP a forward at 240 x 416 x 33, published count."""
