@@ -68,8 +68,9 @@ class LoraConfig:
 
     Defaults are those of LongCat-Video (2510.22200, Table 9).
 
-    targets  suffixes of linear layers. The default names all linears of self-attention,
-             cross-attention and feed-forward.
+    targets  suffixes of linear layers in the blocks. The default names all linears of
+             self-attention, cross-attention and feed-forward; add_k_proj and add_v_proj are
+             those of an image's tokens in Wan 2.1 I2V.
     init     of A: "gaussian" is N(0, 1 / rank^2), "kaiming" is uniform. B starts at zero.
     compute_dtype  of the adapter's products with activations, in sampling and in the update.
              With bfloat16 its weights, gradients and optimizer state stay fp32.
