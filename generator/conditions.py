@@ -37,8 +37,9 @@ def check_image_prompts(prompts: Iterable[Prompt], family: Family, source: str) 
         has_image = isinstance(prompt, ImagePrompt)
         if family.needs_image and not has_image:
             raise ValueError(
-                f"{source} makes videos of images, and this prompt has none: {prompt!r:.80}; give "
-                'lines {"prompt": ..., "image": FILE} in a .jsonl file'
+                f"{source} makes videos of images, and this prompt has none: {prompt!r:.80}; "
+                'launch/grpo.py and launch/sample.py take lines {"prompt": ..., "image": FILE} of '
+                "a .jsonl file"
             )
         if family.image == "none" and has_image:
             raise ValueError(
