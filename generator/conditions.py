@@ -94,6 +94,10 @@ class ImageCache:
             )
         return self._conditions[path]
 
+    def give(self, path: str, condition: ImageCondition) -> None:
+        """Use this condition for an image, whose file is then not read."""
+        self._conditions[path] = condition
+
     def free_encoder(self) -> None:
         """Free CLIP; images that are known still work."""
         if self._family.image == "channels+clip":

@@ -30,6 +30,9 @@ from launch.planning.vllm import add_vllm
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
 
+# CLIP ViT-H/14's vision model, as Wan 2.1 I2V reads it.
+CLIP_PARAMETERS = 630_766_080
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -406,6 +409,9 @@ def _add_decoding(
     plan.add("VAE: weights", sizes_of(wan.vae).bytes)
     if text_encoder:
         plan.add("text encoder: weights", sizes_of(wan.text_encoder).bytes)
+        if wan.family.image == "channels+clip":
+            size = CLIP_PARAMETERS * wan.dtype.itemsize
+            plan.add("image encoder: weights", size)
     plan.phase("decoding", wan.decode(1) * videos)
 
 

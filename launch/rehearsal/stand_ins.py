@@ -76,6 +76,11 @@ class StandIns:
         """
         from launch.rehearsal.model_folders import wan_folder
 
+        if known_models.wan_family(cfg.path).needs_image:
+            raise ValueError(
+                f"generator.path={cfg.path} makes videos of images, which cannot be rehearsed; "
+                "--dry-run plans it"
+            )
         if Path(cfg.path).is_dir():
             return cfg
         if cfg.path not in known_models.WAN:

@@ -34,7 +34,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_goes_on_with_query_and_head(checkpoint: Path) -> None:
     """The base is not read: it does not exist."""
-    run = run_of(f"checkpoint={checkpoint}", "base=nowhere", "generation.max_new_tokens=7")
+    run = run_of(
+        f"checkpoint={checkpoint}", "base=nowhere", "generation.max_new_tokens=7"
+    )
     model = build_reward_model(run)
     assert torch.equal(model.query, torch.full_like(model.query, 0.25))
     assert torch.equal(model.head.weight, torch.full_like(model.head.weight, -0.5))
