@@ -47,6 +47,15 @@ def check_image_prompts(prompts: Iterable[Prompt], family: Family, source: str) 
             )
 
 
+def check_pairs(family: Family, source: str) -> None:
+    """Raise ValueError for a model that cannot be trained on stored pairs."""
+    if family.needs_image:
+        raise ValueError(
+            f"{source} makes videos of images, and pairs are stored without images; train it with "
+            "launch/grpo.py"
+        )
+
+
 def read_image(path: str) -> Image:
     """Read an image file as RGB; ValueError names a file that is none."""
     from PIL import Image, UnidentifiedImageError

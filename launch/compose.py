@@ -130,8 +130,9 @@ def build_generator(
 def check_family(run: GrpoRun | DpoRun, *, stochastic: bool = False) -> None:
     """Raise ValueError for settings that the JSON files of the generator's folder rule out.
 
-    stochastic  checks the stochastic steps of a rollout too
+    stochastic  the run has rollouts, whose stochastic steps are checked; else it reads pairs
     """
+    from generator.conditions import check_pairs
     from generator.experts import check_stochastic_steps, check_training
     from generator.family import Family
     from generator.wan_folder import find_wan
@@ -143,6 +144,8 @@ def check_family(run: GrpoRun | DpoRun, *, stochastic: bool = False) -> None:
     check_training(run.generator, family, zero_stage=run.zero_stage)
     if stochastic:
         check_stochastic_steps(run.generator, family)
+    else:
+        check_pairs(family, run.generator.path)
 
 
 def trained_generator(cfg: GeneratorConfig, adapter: str | None) -> WanGenerator:
