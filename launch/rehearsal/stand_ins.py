@@ -76,7 +76,14 @@ class StandIns:
         """
         from launch.rehearsal.model_folders import wan_folder
 
-        if known_models.wan_family(cfg.path).needs_image:
+        family = known_models.wan_family(cfg.path)
+        if family.boundary is not None and cfg.experts.offload:
+            # weights without numbers cannot lie on the host
+            cfg = replace(cfg, experts=replace(cfg.experts, offload=False))
+            self.notes.append(
+                "generator.experts.offload: both transformers are on the device all the time"
+            )
+        if family.needs_image:
             raise ValueError(
                 f"generator.path={cfg.path} makes videos of images, which cannot be rehearsed; "
                 "--dry-run plans it"
