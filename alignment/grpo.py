@@ -27,6 +27,7 @@ from alignment.scoring import FlatRewardGuard, Scorer, SilentRewardGuard
 from alignment.timing import PhaseTimer
 from common import gaussian
 from common.log import say
+from common.types import text_of
 from common.updates import backward_and_step
 
 if TYPE_CHECKING:
@@ -283,5 +284,5 @@ class GrpoLoop:
 
 
 def _prompts_of(groups: Sequence[Group]) -> list[str]:
-    """Return the prompt of every video of these groups."""
-    return [group.prompt for group in groups for _ in range(group.size)]
+    """Return the text of every video of these groups."""
+    return [text_of(group.prompt) for group in groups for _ in range(group.size)]

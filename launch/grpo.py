@@ -24,6 +24,7 @@ from launch.training.grpo_checks import (
 )
 
 if TYPE_CHECKING:
+    from common.types import Prompt
     from engine.trainer import TrainingTask
 
 
@@ -33,18 +34,19 @@ def main() -> None:
     )
 
 
-def read_input(run: GrpoRun) -> tuple[list[str], list[str]]:
+def read_input(run: GrpoRun) -> tuple[list[Prompt], list[Prompt]]:
     """Read training and held-out prompts; exit with code 2 if a file or the ranks are wrong."""
-    from alignment.prompts import describe_shared_prompts, read_prompts
+    from alignment.prompts import describe_shared_prompts, read_image_prompts
     from common.log import say
     from launch.compose import say_long_prompts
 
     check_ranks(run, ranks=int(os.environ.get("WORLD_SIZE", "1")))
-    heldout: list[str] = []
+    heldout: list[Prompt] = []
     with user_errors():
-        prompts = read_prompts(run.prompts)
+        prompts = read_image_prompts(run.prompts)
         if run.evaluation is not None:
-            heldout = read_prompts(run.evaluation.prompts)[: run.evaluation.limit]
+            heldout = read_image_prompts(run.evaluation.prompts)
+            heldout = heldout[: run.evaluation.limit]
         # Prompts that do not do what the user thinks.
         say_long_prompts([*prompts, *heldout], run.generator)
     shared = describe_shared_prompts(prompts, heldout)
@@ -53,7 +55,9 @@ def read_input(run: GrpoRun) -> tuple[list[str], list[str]]:
     return prompts, heldout
 
 
-def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> TrainingTask:
+def build_task(
+    run: GrpoRun, prompts: list[Prompt], heldout: list[Prompt]
+) -> TrainingTask:
     """Build everything and describe the run to the training loop."""
     from common.log import say
     from engine.ema import Ema

@@ -13,12 +13,13 @@ from launch.evaluation.samples import SampleWriter, rows_of_step
 if TYPE_CHECKING:
     from alignment.grpo import GrpoLoop, StepResult
     from common.log import RunLog
+    from common.types import Prompt
     from engine.ema import Ema
     from launch.schemas.training import GrpoRun
 
 
 def evaluate_heldout(
-    run: GrpoRun, loop: GrpoLoop, ema: Ema | None, prompts: list[str], step: int
+    run: GrpoRun, loop: GrpoLoop, ema: Ema | None, prompts: list[Prompt], step: int
 ) -> dict[str, float]:
     """Measure the generator on held-out prompts before a step, where it is due.
 
