@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent
 SERVER = ["fastapi>=0.115", "uvicorn>=0.30"]  # launch/serve.py
 SIGNALS = ["opencv-python-headless>=4.9"]  # the reward dynamics
 TENSORBOARD = ["tensorboard>=2.16"]  # the key tensorboard of a run
+BROWSER = ["playwright>=1.50"]  # drives an installed Chromium in a test of the report
 # `make docs` installs these into an environment of their own.
 DOCS = [
     "mkdocs>=1.6,<2",
@@ -50,7 +51,7 @@ setup(
     long_description_content_type="text/markdown",
     author="The video-alignment authors",
     license="Apache-2.0",
-    license_files=["LICENSE"],
+    license_files=["LICENSE", "launch/templates/uPlot.LICENSE"],
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
@@ -105,6 +106,7 @@ setup(
         "server": SERVER,
         "signals": SIGNALS,
         "tensorboard": TENSORBOARD,
+        "browser": BROWSER,
         "docs": DOCS,
         "test": [
             *SERVER,

@@ -165,7 +165,7 @@ def parse_command_line(
     words = sys.argv[1:] if argv is None else argv
     if all(word.startswith("--local") for word in words):
         # The recipe comes before the options that argparse requires.
-        _load_or_exit(schema, [], [])
+        exit_with_error(_how_to_start(parser, schema))
     # A plan and a rehearsal need no videos and no output file.
     if any(word.startswith(("--dry-run", "--rehearse")) for word in words):
         for action in parser._actions:
@@ -194,11 +194,29 @@ def _load_or_exit(
         lines = [f"{len(error.errors)} mistake{plural} in the configuration"]
         lines += error.errors
     if not files:
-        names = ", ".join(recipes_of(schema)) or "FILE.yaml"
-        advice = f"give a recipe with --config: {names}; --help shows examples"
-        # Without a recipe and without overrides everything is missing.
-        lines = [advice, *lines] if overrides else [advice]
+        lines.insert(0, _advice(recipes_of(schema)))
     exit_with_error("\n  ".join(lines))
+
+
+def _advice(recipes: Sequence[str]) -> str:
+    names = ", ".join(recipes) or "FILE.yaml"
+    return f"give a recipe with --config: {names}; --help shows examples"
+
+
+def _how_to_start(parser: argparse.ArgumentParser, schema: type) -> str:
+    """Name the recipes, an example, and how to see what a run would need."""
+    recipes = recipes_of(schema)
+    lines = [_advice(recipes)]
+    # Without its heading, the epilog holds the examples of the help.
+    examples = (parser.epilog or "").splitlines()[1:]
+    if examples:
+        lines += ["start it:", *examples]
+    # The program as the example calls it.
+    program = re.search(r"(\S+\.py(?: [a-z]+)?) ", "\n".join(examples))
+    if program and recipes:
+        lines.append("see what it needs first, without weights and without a GPU:")
+        lines.append(f"    python {program[1]} --config {recipes[-1]} --dry-run 8xh100")
+    return "\n".join(lines)
 
 
 def recipes_of(schema: type) -> list[str]:

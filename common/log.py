@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tqdm import tqdm
 
 from common.files import append_line, read_jsonl, replace_text
+from common.progress import clock
 from common.tracking import TensorboardTracker, Trackers, WandbTracker
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # seconds between the lines of a log file that tell where a long step is
 DESCRIBE_S = float(os.environ.get("PROGRESS_S", "60"))
+# seconds between the lines that stand for a progress bar in a log file
+LINES_S = 10.0
 # columns of a console line
 WIDTH = 118
 # metrics of held-out data, measured now and then, get a console line of their own
@@ -47,41 +51,71 @@ def progress(
     *,
     describe: Callable[[], str] | None = None,
 ) -> Iterator[T]:
-    """Iterate with a progress bar on stderr; in a log file, a line every ten seconds.
+    """Iterate with a progress bar on stderr; in a log file, a plain line every ten seconds.
 
     describe  tells where a long item is: behind the bar, or in a log file a line every minute
     """
-    bar = tqdm(
-        iterable,
-        total=total,
-        desc=label,
-        disable=not _is_main(),
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        dynamic_ncols=True,
-    )
-    if describe is None or not _is_main():
-        yield from bar
+    if not _is_main():
+        yield from iterable
         return
-    with _described(bar, label, describe):
-        yield from bar
+    is_terminal = sys.stderr.isatty()
+    # A bar is redrawn with control characters, which make a file unreadable.
+    if is_terminal:
+        bar = tqdm(
+            iterable,
+            total=total,
+            desc=label,
+            dynamic_ncols=True,
+        )
+        items: Iterable[T] = bar
+    else:
+        items = _in_lines(iterable, total, label)
+    if describe is None:
+        yield from items
+        return
+
+    # The description comes from a thread, because an item may take hours.
+    def show() -> None:
+        if is_terminal:
+            bar.set_postfix_str(describe())
+        else:
+            say(f"{label}: {describe()}")
+
+    with _repeated(show, 1.0 if is_terminal else DESCRIBE_S):
+        yield from items
+
+
+def _in_lines(iterable: Iterable[T], total: int | None, label: str) -> Iterator[T]:
+    """Tell every `LINES_S` seconds, and at the end, how many items are done."""
+    began = time.monotonic()
+    told = began
+    for done, item in enumerate(iterable, start=1):
+        yield item
+        now = time.monotonic()
+        if now - told < LINES_S and done != total:
+            continue
+        told = now
+        line = f"{label}: {done}"
+        # The rest takes as long an item as what is done.
+        if total is not None:
+            line += f" of {total}"
+        line += f", {clock(now - began)}"
+        if total is not None and done < total:
+            line += f", about {clock((now - began) / done * (total - done))} left"
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 @contextmanager
-def _described(
-    bar: tqdm[Any], label: str, describe: Callable[[], str]
-) -> Iterator[None]:
-    """Show the description from a thread, because an item may take hours."""
+def _repeated(show: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call ``show`` again and again from a thread while the block runs."""
     stopped = threading.Event()
-    is_terminal = sys.stderr.isatty()
 
-    def show() -> None:
-        while not stopped.wait(1.0 if is_terminal else DESCRIBE_S):
-            if is_terminal:
-                bar.set_postfix_str(describe())
-            else:
-                say(f"{label}: {describe()}")
+    def repeat() -> None:
+        while not stopped.wait(seconds):
+            show()
 
-    threading.Thread(target=show, daemon=True, name="progress").start()
+    threading.Thread(target=repeat, daemon=True, name="progress").start()
     try:
         yield
     finally:

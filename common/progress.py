@@ -84,10 +84,10 @@ def describe() -> str:
             parts.append(_phase())
         # A phase may be longer than in the step before.
         seconds = time.monotonic() - _step.began
-        clock = _clock(seconds)
+        passed = clock(seconds)
         if _step.expected_s is not None and seconds <= _step.expected_s:
-            clock += f" of about {_clock(_step.expected_s)}"
-        return ", ".join([*parts, clock])
+            passed += f" of about {clock(_step.expected_s)}"
+        return ", ".join([*parts, passed])
 
 
 def _phase() -> str:
@@ -100,7 +100,8 @@ def _phase() -> str:
     return f"{_step.phase} {done}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Format seconds: "3:20", from an hour on "1:03:20"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -6,16 +6,21 @@ take the colour of the page's text, so that they are readable on a light and on 
 
 from __future__ import annotations
 
+import html
 import io
+import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+
+from launch.reporting.texts import clean
 
 # Readable on white and on black.
 COLORS = (
@@ -31,6 +36,8 @@ _INK = "#010101"
 _STYLE = matplotlib.rc_context(
     fname=Path(__file__).parents[1] / "templates" / "charts.mplstyle"
 )
+# A point of a scatter plot in matplotlib's SVG.
+_POINT = re.compile(r"(<use [^>]*?)/>")
 # Curves with fewer points are drawn as they are, without a moving average.
 _SMOOTH_FROM = 30
 
@@ -47,12 +54,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing. ``svg`` may enter a page as it is; the other texts have to be escaped."""
+    """A drawing. ``svg`` may enter a page as it is; the other texts have to be escaped.
+
+    ``plot`` is JSON with the curves of the drawing, from which the page's script makes a chart with
+    values and zoom; "" for a drawing that stays as it is.
+    """
 
     title: str
     svg: str
     legend: Sequence[Series]
     note: str = ""
+    plot: str = ""
 
 
 @_STYLE
@@ -78,13 +90,17 @@ def line_chart(
     # Curves.
     figure = Figure()
     axes = figure.add_subplot()
+    plotted = []
     for curve in drawn:
         num_points = len(curve.y)
         # Short curves are drawn as they are.
-        y = curve.y
+        line = curve
         if num_points >= _SMOOTH_FROM:
-            y = moving_average(curve.y, max(5, num_points // 15))
+            average = moving_average(curve.y, max(5, num_points // 15))
+            name = f"{curve.name}, average" if curve.name else "average"
+            line = replace(curve, y=average, name=name)
             if len(drawn) < 3:
+                plotted.append(_plotted(curve, faint=True))
                 axes.plot(
                     curve.x,
                     curve.y,
@@ -92,10 +108,11 @@ def line_chart(
                     linewidth=0.8,
                     alpha=0.35,
                 )
+        plotted.append(_plotted(line, faint=False))
         axes.plot(
-            curve.x,
-            y,
-            color=curve.color,
+            line.x,
+            line.y,
+            color=line.color,
             marker="o" if num_points <= 12 else None,
         )
     if log:
@@ -110,7 +127,19 @@ def line_chart(
         last = sum(y[-tenth:]) / tenth
         ends = f"{first:.3g} → {last:.3g}"
         note = f"{note}; {ends}" if note else ends
-    return _chart(title, figure, drawn, note)
+    chart = _chart(title, figure, drawn, note)
+    return replace(chart, plot=json.dumps({"log": log, "curves": plotted}))
+
+
+def _plotted(curve: Series, *, faint: bool) -> dict[str, Any]:
+    """Return a curve for the page's script, with six digits of its values."""
+    return {
+        "name": clean(curve.name) or "value",
+        "color": curve.color,
+        "faint": faint,
+        "x": list(curve.x),
+        "y": [float(f"{value:.6g}") for value in curve.y],
+    }
 
 
 @_STYLE
@@ -155,6 +184,65 @@ def histogram(
         )
     axes.set_ylabel("share")
     return _chart(title, figure, drawn, note)
+
+
+@_STYLE
+def scatter(
+    title: str,
+    series: Sequence[Series],
+    labels: Sequence[Sequence[str]],
+    *,
+    note: str = "",
+) -> Chart | None:
+    """Draw points with finite coordinates; None without any.
+
+    ``labels`` are the texts under the pointer, for each point of each series.
+    """
+    if not any(points.y for points in series):
+        return None
+    figure = Figure()
+    axes = figure.add_subplot()
+    for i, points in enumerate(series):
+        axes.scatter(
+            points.x,
+            points.y,
+            s=14,
+            color=points.color,
+            alpha=0.6,
+            linewidths=0,
+            gid=f"points-{i}",
+        )
+    axes.grid(visible=True)
+    chart = _chart(title, figure, series, note)
+
+    # Every point is an element of its group, in order; a browser shows its title.
+    svg = chart.svg
+    for i, texts in enumerate(labels):
+        head, group, tail = svg.partition(f'<g id="points-{i}">')
+        rest = iter(texts)
+        titled = _POINT.sub(
+            lambda point, rest=rest: f"{point[1]}>{_title(next(rest))}</use>",
+            tail,
+            count=len(texts),
+        )
+        svg = head + group + titled
+    return replace(chart, svg=svg)
+
+
+def _title(text: str) -> str:
+    return f"<title>{html.escape(clean(text))}</title>"
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Spearman's rank correlation; equal values share their MEAN rank. None where it is undefined.
+
+    It is undefined where all values of a side are equal.
+    """
+    from scipy.stats import spearmanr
+
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    return float(spearmanr(x, y).statistic)
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:

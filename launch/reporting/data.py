@@ -32,6 +32,12 @@ KINDS = {
 }
 # Kinds that write a summary.json when they have finished.
 EVALUATIONS = ("rm", "base", "tuned", "dpo_tuned")
+# What people said about a pair.
+PAIR_LABELS = {
+    1: "A preferred",
+    -1: "B preferred",
+    0: "tie",
+}
 
 
 @dataclass(frozen=True)
@@ -107,17 +113,29 @@ def summary(folder: Path | None) -> Row:
     return json_object(text, f"{folder}/summary.json") if text else {}
 
 
-def sampled_steps(folder: Path | None) -> dict[int, list[Row]]:
-    """Read samples/step-N/samples.jsonl by step; each row gets its ``path``."""
+def intervals(folder: Path | None) -> dict[str, Row]:
+    """Means of an evaluation with their intervals; counts and thresholds have none."""
+    return {
+        name: value
+        for name, value in summary(folder).items()
+        if isinstance(value, dict) and "mean" in value
+    }
+
+
+def sampled_steps(folder: Path | None, place: str = "samples") -> dict[int, list[Row]]:
+    """Read PLACE/step-N/samples.jsonl by step; each row gets its ``path``.
+
+    The place is "samples" for the rollouts of a run with video_every, and "evaluation" for its
+    held-out prompts.
+    """
     if folder is None:
         return {}
-    # The rollouts that a run with video_every saved.
     steps = {}
-    for place in sorted(folder.glob("samples/step-*")):
-        rows = _jsonl(place, "samples.jsonl")
+    for saved in sorted(folder.glob(f"{place}/step-*")):
+        rows = _jsonl(saved, "samples.jsonl")
         if rows:
-            step = int(place.name.removeprefix("step-"))
-            steps[step] = [{**row, "path": place / row["file"]} for row in rows]
+            step = int(saved.name.removeprefix("step-"))
+            steps[step] = [{**row, "path": saved / row["file"]} for row in rows]
     return steps
 
 
@@ -126,6 +144,19 @@ def _jsonl(folder: Path | None, name: str) -> list[Row]:
     if folder is None or not (folder / name).is_file():
         return []
     return read_jsonl(folder / name)
+
+
+def scored_pairs(folder: Path | None) -> list[Row]:
+    """Rows of a reward model's evaluation whose two videos have a reward."""
+    rows = results(folder)
+    return [
+        row for row in rows if None not in (row.get("reward_A"), row.get("reward_B"))
+    ]
+
+
+def margin(row: Row) -> float:
+    """Reward of video A minus that of video B."""
+    return float(row["reward_A"] - row["reward_B"])
 
 
 def weight_of(grpo: Path | None, reward: str) -> float | None:
@@ -170,11 +201,7 @@ def compare(
         # The interval of the difference needs both values of a pair.
         difference = None
         if common and name in before and name in after:
-            changes = [
-                value_of(tuned_rows[video], name) - value_of(base_rows[video], name)
-                for video in common
-            ]
-            difference = mean_ci95(changes, seed=0).as_dict()
+            difference = _difference(tuned_rows, base_rows, common, name)
         comparisons.append(
             Comparison(
                 name,
@@ -185,6 +212,27 @@ def compare(
             )
         )
     return comparisons
+
+
+def difference(folder: Path, other: Path, name: str) -> Row | None:
+    """Compare a quantity of two evaluations; None where they share no prompt and seed."""
+    rows = by_video(results(folder))
+    other_rows = by_video(results(other))
+    common = [video for video in other_rows if video in rows]
+    return _difference(rows, other_rows, common, name) if common else None
+
+
+def _difference(
+    after: Mapping[tuple[str, int], Row],
+    before: Mapping[tuple[str, int], Row],
+    common: Iterable[tuple[str, int]],
+    name: str,
+) -> Row:
+    """MEAN change over the videos that both have, with a bootstrap interval over them."""
+    changes = [
+        value_of(after[video], name) - value_of(before[video], name) for video in common
+    ]
+    return mean_ci95(changes, seed=0).as_dict()
 
 
 def columns(rows: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:

@@ -23,7 +23,7 @@ _PREFERRED = {
     "tuned": "eval_tuned",
     "dpo_tuned": "eval_dpo",
 }
-_STAGES = ("grpo", "dpo", "dual_rl", "cold_start")
+STAGES = ("grpo", "dpo", "dual_rl", "cold_start")
 
 
 def discover(root: Path) -> Runs:
@@ -84,7 +84,7 @@ def kind_of(folder: Path, trained: Mapping[str, str | None]) -> str | None:
 
 
 def _stage_of(cfg: Row) -> str | None:
-    return next((stage for stage in _STAGES if stage in cfg), None)
+    return next((stage for stage in STAGES if stage in cfg), None)
 
 
 def _trainer_of(adapter: Path, trained: Mapping[str, str | None]) -> str | None:

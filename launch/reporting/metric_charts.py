@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,69 @@ FILE = Path(__file__).parents[1] / "templates" / "charts.yaml"
 def metric_charts(kind: str, folder: Path | None) -> list[Chart]:
     """Draw the metrics of a training run; those of an evaluation are none."""
     rows = data.metrics(folder)
-    metrics = sorted({name for row in rows for name in row})
+    metrics = _names_in(rows)
+    drawn = []
+    for spec, reward, title in _wanted(kind, metrics, [folder]):
+        curves = []
+        for metric, name in _curves_of(spec, reward, metrics).items():
+            if metric in metrics:
+                curves.append(_series(name, rows, metric, len(curves)))
+        drawn.append(_draw(spec, title, curves))
+    return [chart for chart in drawn if chart is not None]
+
+
+def overlaid_charts(kind: str, folders: Mapping[str, Path | None]) -> list[Chart]:
+    """Draw each metric of training runs of a kind, the runs over each other.
+
+    ``folders`` are the runs by the names in the legend; None keeps the colour of a run that has no
+    curve.
+    """
+    tables = {name: data.metrics(folder) for name, folder in folders.items()}
+    metrics = _names_in([row for rows in tables.values() for row in rows])
+    drawn = []
+    present = [folder for folder in folders.values() if folder is not None]
+    for spec, reward, title in _wanted(kind, metrics, present):
+        names = _curves_of(spec, reward, metrics)
+        for metric, label in names.items():
+            if metric not in metrics:
+                continue
+            curves = [
+                _series(name, rows, metric, i)
+                for i, (name, rows) in enumerate(tables.items())
+            ]
+            # A chart of several metrics becomes a chart of each.
+            own = f"{title}: {label}" if len(names) > 1 else title
+            chart = _draw(spec, own, curves)
+            # A run alone in a chart is named too.
+            if chart is not None:
+                legend = [curve for curve in curves if curve.y]
+                drawn.append(replace(chart, legend=legend))
+    return drawn
+
+
+def _names_in(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    return sorted({name for row in rows for name in row})
+
+
+def _wanted(
+    kind: str,
+    metrics: Sequence[str],
+    folders: Sequence[Path | None],
+) -> list[tuple[Mapping[str, Any], str, str]]:
+    """List the charts of a kind of run: description, reward ("" for none), and title."""
+    charts = safe_yaml.parse(FILE.read_text(encoding="utf-8")).value
     rewards = [
         name.removeprefix("reward/") for name in metrics if name.startswith("reward/")
     ]
-    # What to draw: a chart, and for some the reward and its title.
-    charts = safe_yaml.parse(FILE.read_text(encoding="utf-8")).value
     wanted = []
-
     # Every reward of GRPO logs its mean, and its spread with _std after its name.
     if kind == "grpo":
         for name in rewards:
             if f"reward/{name}_std" not in metrics:
                 continue
             # A reward of weight 0 is measured and not trained on.
-            weight = data.weight_of(folder, name)
+            weights = {data.weight_of(folder, name) for folder in folders}
+            weight = weights.pop() if len(weights) == 1 else None
             title = name
             if weight is not None:
                 role = f"trained, weight {weight:g}" if weight else "watched only"
@@ -44,19 +93,15 @@ def metric_charts(kind: str, folder: Path | None) -> list[Chart]:
     wanted += [(spec, "", "") for spec in charts.get(kind, ())]
     if kind == "dual_rl":
         wanted += [(spec, name, name) for name in rewards for spec in charts["cot"]]
-    drawn = [_draw(rows, metrics, *item) for item in wanted]
-    return [chart for chart in drawn if chart is not None]
+    return [
+        (spec, name, spec["title"].replace("{}", title)) for spec, name, title in wanted
+    ]
 
 
-def _draw(
-    rows: Sequence[Mapping[str, float]],
-    metrics: Sequence[str],
-    spec: Mapping[str, Any],
-    reward: str,
-    title: str,
-) -> Chart | None:
-    """Draw a chart of a ``reward``, if it is that of a reward; None without values."""
-    # Metrics and their names in the legend.
+def _curves_of(
+    spec: Mapping[str, Any], reward: str, metrics: Sequence[str]
+) -> dict[str, str]:
+    """Metrics of a chart and their names in the legend."""
     names = {}
     for pattern, label in spec["curves"].items():
         metric = pattern.replace("{}", reward)
@@ -67,20 +112,35 @@ def _draw(
         for name in metrics:
             if name.startswith(start):
                 names[name] = label + name.removeprefix(start)
+    return names
 
-    # The values of every curve, over the logged steps that have them.
-    curves: list[Series] = []
-    for metric, name in names.items():
-        points = [(row["step"], row[metric]) for row in rows if metric in row]
-        if points:
-            x, y = zip(*points, strict=True)
-            color = COLORS[len(curves) % len(COLORS)]
-            curves.append(Series(name, y, x, color))
+
+def _series(
+    name: str,
+    rows: Sequence[Mapping[str, float]],
+    metric: str,
+    place: int,
+) -> Series:
+    """Values of a metric over the logged steps that have it."""
+    having = [row for row in rows if metric in row]
+    return Series(
+        name,
+        [row[metric] for row in having],
+        [row["step"] for row in having],
+        COLORS[place % len(COLORS)],
+    )
+
+
+def _draw(
+    spec: Mapping[str, Any], title: str, curves: Sequence[Series]
+) -> Chart | None:
+    """Draw the curves that have values; None without any."""
+    curves = [curve for curve in curves if curve.y]
     # Charts of failures that did not happen.
     if spec.get("unless_zero") and not any(y > 0 for curve in curves for y in curve.y):
         return None
     return line_chart(
-        spec["title"].replace("{}", title),
+        title,
         curves,
         note=spec.get("description", ""),
         log=spec.get("log", False),

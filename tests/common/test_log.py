@@ -94,6 +94,29 @@ def test_progress_shows_the_label_and_passes_items(capsys):
     assert "decoding" in capsys.readouterr().err
 
 
+def test_progress_in_a_log_file_is_plain_lines(capsys, monkeypatch):
+    """30 s an item: after the first of four 90 s are left. 5 s after a line comes none."""
+    now = iter([0.0, 30.0, 60.0, 65.0, 120.0])
+    monkeypatch.setattr("common.log.time.monotonic", lambda: next(now))
+    assert list(progress("abcd", 4, "scored")) == list("abcd")
+    assert capsys.readouterr().err.splitlines() == [
+        "scored: 1 of 4, 0:30, about 1:30 left",
+        "scored: 2 of 4, 1:00, about 1:00 left",
+        "scored: 4 of 4, 2:00",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar_and_elsewhere_has_no_control_characters(
+    capsys, monkeypatch
+):
+    for is_terminal in (True, False):
+        monkeypatch.setattr("sys.stderr.isatty", lambda on=is_terminal: on)
+        list(progress([1, 2], 2, "grpo", describe=lambda: "rollout"))
+        err = capsys.readouterr().err
+        assert ("\r" in err) == is_terminal
+        assert "2" in err
+
+
 class FakeWandb(types.ModuleType):
     """Stands for the wandb module; ``broken`` names the call that fails."""
 

@@ -43,15 +43,30 @@ def exit_code(
 
 
 @pytest.mark.parametrize("name", WITH_CONFIG)
-def test_command_without_arguments_names_its_recipes_in_one_line(
+def test_command_without_arguments_names_its_recipes_and_how_to_start(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A launcher adds a word that is not the user's.
     assert exit_code(name, ["--local_rank=0"], monkeypatch) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line, *others = capsys.readouterr().err.splitlines()
     recipes = re.findall(r"configs/\S+?\.yaml", line)
     assert f"configs/wan/{WITH_CONFIG[name]}.yaml" in recipes
     assert all((ROOT / recipe).is_file() for recipe in recipes)
+    # an example of the command, and its plan
+    assert others[0] == "start it:"
+    assert f"launch/{name.split()[0]}.py " in others[1]
+    assert others[-2].startswith("see what it needs first")
+    script = f"launch/{name.split()[0]}.py"
+    assert others[-1].startswith(f"    python {script} ")
+    assert others[-1].endswith(".yaml --dry-run 8xh100")
+
+
+def test_plan_of_a_command_of_two_words_has_both(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exit_code("evaluate generator", [], monkeypatch)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("    python launch/evaluate.py generator --config configs/")
 
 
 @pytest.mark.parametrize("name", [*WITH_CONFIG, *OTHERS])
