@@ -1,0 +1,232 @@
+"""Measure rollout, update, decoding and evaluation of a generator against the own route.
+
+Each function returns numbers by name. A gap is a relative difference; gaps of the variants of
+`own_route.VARIANTS` tell which mistake explains a difference from the policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from common import gaussian
+from generator.sampler import initial_noise, member_noise
+from launch.diagnosis.own_route import OwnRoute, gaps, rms
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.types import Group, Step
+
+# Members of a replayed group: two tell whether members differ.
+MEMBERS = 2
+# A gap above this wants its explanation.
+NOTABLE = 1e-5
+
+
+def replay(
+    own: OwnRoute, prompt: str, seed: int, *, other: str, step: int
+) -> dict[str, float]:
+    """Sample a small group again, and compute everything about it another way.
+
+    other  another prompt of the step, with which embeddings may have been mixed up
+    """
+    generator = own.generator
+    (group,) = generator.rollout(
+        [prompt], group_size=MEMBERS, seeds=[seed], iteration=step
+    )
+    found = {}
+    if own.knows(prompt, other):
+        found |= embeddings(own, prompt, other)
+        found |= _rollout(own, group, seed, other)
+        found |= _adapter_effect(own, group, prompt, seed, step)
+        found |= _tail(own, group, other)
+    found |= decoding(own, group.clean_GCFHW)
+    return found
+
+
+def _rollout(own: OwnRoute, group: Group, seed: int, other: str) -> dict[str, float]:
+    """The transition of rollout and update at a stochastic step, and their log-probs."""
+    generator = own.generator
+    step = group.steps[0]
+    shape = tuple(step.next_GCFHW.shape[1:])
+    noises = [member_noise(seed, g, shape) for g in range(group.size)]
+    xi_GCFHW = torch.stack(noises).to(step.next_GCFHW.device)
+
+    # 1. The mean that the rollout used: what is left of its result without its noise.
+    sampled_GCFHW = step.next_GCFHW - step.std * xi_GCFHW
+    with torch.no_grad():
+        update = generator.transition(group.prompt, step)
+        again = generator.transition(group.prompt, step)
+    velocities = own.velocities(step.latent_MCFHW, step.sigma, group.prompt, other)
+    means = {
+        name: generator.kernel.transition(
+            step.latent_MCFHW, v_MCFHW, step.sigma, step.sigma_next
+        ).mean
+        for name, v_MCFHW in velocities.items()
+    }
+    found = _velocity_gaps("rollout", sampled_GCFHW, means, velocities, step)
+    found |= _velocity_gaps("update", update.mean, means, velocities, step)
+    found["update/repeat"] = rms(update.mean - again.mean) / rms(update.mean)
+
+    # 2. Log-probs in fp64, from the noise alone and from the update's mean.
+    exact_G = _log_density(step.std * xi_GCFHW, step.std)
+    found["rollout/log_prob_gap"] = _largest(step.log_prob_G.cpu() - exact_G.cpu())
+    log_prob_G = gaussian.log_prob(update, step.next_GCFHW)
+    exact_G = _log_density(step.next_GCFHW.double() - update.mean.double(), step.std)
+    found["update/log_prob_gap"] = _largest(log_prob_G.cpu() - exact_G.cpu())
+    found["update/replay_gap"] = _largest(log_prob_G.cpu() - step.log_prob_G.cpu())
+
+    # 3. The noise level lies on the grid, and members went different ways.
+    grid = own.sigmas()
+    found["rollout/sigma_gap"] = min(abs(step.sigma - sigma) for sigma in grid)
+    apart = rms(step.next_GCFHW[0] - step.next_GCFHW[1])
+    found["rollout/members_apart"] = apart / (math.sqrt(2) * step.std)
+
+    # 4. How far training has moved the policy, and how much the prompt matters.
+    if "reference" in velocities:
+        moved = rms(velocities["policy"] - velocities["reference"])
+        found["adapter/drift"] = moved / rms(velocities["reference"])
+    found["text/effect"] = rms(velocities["policy"] - velocities["other-prompt"])
+    found["text/effect"] /= rms(velocities["policy"])
+    return found
+
+
+def _velocity_gaps(
+    name: str,
+    mean: Tensor,
+    means: Mapping[str, Tensor],
+    velocities: Mapping[str, Tensor],
+    step: Step,
+) -> dict[str, float]:
+    """Differences of a mean from every variant's, in units of the policy's velocity."""
+    size = rms(velocities["policy"]) * step.gain
+    return {
+        f"{name}/gap/{variant}": rms(mean - variant_mean) / size
+        for variant, variant_mean in means.items()
+    }
+
+
+def _adapter_effect(
+    own: OwnRoute, group: Group, prompt: str, seed: int, step: int
+) -> dict[str, float]:
+    """How far rollout and update change when the adapter is switched off; 0 is no effect."""
+    generator = own.generator
+    if generator.cfg.lora is None:
+        return {}
+    with torch.no_grad(), generator.reference():
+        (base,) = generator.rollout(
+            [prompt], group_size=MEMBERS, seeds=[seed], iteration=step
+        )
+        transition = generator.transition(prompt, group.steps[0])
+    with torch.no_grad():
+        policy = generator.transition(prompt, group.steps[0])
+    size = rms(group.clean_GCFHW)
+    moved = group.steps[0].next_GCFHW - base.steps[0].next_GCFHW
+    return {
+        "rollout/adapter_effect": rms(group.clean_GCFHW - base.clean_GCFHW) / size,
+        "rollout/adapter_effect_at_step": rms(moved) / size,
+        "update/adapter_effect": rms(policy.mean - transition.mean) / size,
+    }
+
+
+def _tail(own: OwnRoute, group: Group, other: str) -> dict[str, float]:
+    """The walk behind the stochastic steps; only where nothing makes it faster and less exact."""
+    sampler = own.generator.cfg.sampler
+    fast = (
+        sampler.merge_adapter
+        or sampler.tail_cache > 1
+        or sampler.tail_solver != "euler"
+        or sampler.tail_guidance is not None
+        or sampler.tail_attention is not None
+        or sampler.attention is not None
+        or (sampler.tail_steps or sampler.num_steps) < sampler.num_steps
+    )
+    if fast:
+        return {}
+    last = group.steps[-1]
+    sigmas = [sigma for sigma in own.sigmas() if sigma <= last.sigma_next + 1e-9]
+    return _walk_gaps(
+        own, "tail", group.clean_GCFHW, last.next_GCFHW, sigmas, group.prompt, other
+    )
+
+
+def embeddings(own: OwnRoute, prompt: str, other: str) -> dict[str, float]:
+    """The generator's embeddings of two prompts against the text encoder's."""
+    ours_BLD = own.generator.prompts.get(
+        [prompt, other], device=own.generator.device, dtype=torch.float32
+    )
+    own_BLD = torch.cat([own.embedding_1LD[prompt], own.embedding_1LD[other]]).float()
+    return {"text/gap": rms(ours_BLD.cpu() - own_BLD) / rms(own_BLD)}
+
+
+def evaluation(
+    own: OwnRoute, video_1TYXC: Tensor, prompt: str, seed: int, *, other: str
+) -> dict[str, float]:
+    """Compare a video of an evaluation with walks over the training grid, in levels of 255."""
+    noise = initial_noise(seed, own.generator.latent_shape)[None]
+    x_1CFHW = noise.to(own.generator.device)
+    variants = ["policy", "unguided", "other-prompt", "no-prompt"]
+    if own.generator.cfg.lora is not None:
+        variants.append("reference")
+    found = {}
+    for variant in variants:
+        clean_1CFHW = own.walk(
+            x_1CFHW, own.sigmas(), prompt, variant=variant, other=other
+        )
+        difference = own.decode(clean_1CFHW).float() - video_1TYXC.float()
+        found[f"evaluation/gap/{variant}"] = float(difference.abs().mean())
+    return found
+
+
+def _walk_gaps(
+    own: OwnRoute,
+    name: str,
+    clean_BCFHW: Tensor,
+    start_BCFHW: Tensor,
+    sigmas: Sequence[float],
+    prompt: str,
+    other: str,
+) -> dict[str, float]:
+    """Gaps of a walk's end; variants are only walked where the policy's differs."""
+    ends = {}
+    variants = ["policy"]
+    found: dict[str, float] = {}
+    for variant in variants:
+        ends[variant] = own.walk(
+            start_BCFHW, sigmas, prompt, variant=variant, other=other
+        )
+        found = gaps(clean_BCFHW, ends)
+        if variant == "policy" and found["policy"] > NOTABLE:
+            variants += ["unguided", "other-prompt", "no-prompt", "half"]
+            if own.generator.cfg.lora is not None:
+                variants.append("reference")
+    return {f"{name}/gap/{variant}": gap for variant, gap in found.items()}
+
+
+def decoding(own: OwnRoute, clean_GCFHW: Tensor) -> dict[str, float]:
+    """Decoded bytes by two routes, and how well the VAE finds its latents again."""
+    ours_GTYXC = own.generator.decode(clean_GCFHW)
+    own_GTYXC = own.decode(clean_GCFHW)
+    again_GCFHW = own.encode(own_GTYXC)
+    difference = ours_GTYXC.float() - own_GTYXC.float()
+    return {
+        "decode/gap": float(difference.abs().mean()),
+        "decode/turned": float((255 - difference.abs()).abs().mean()),
+        "latents/std": float(clean_GCFHW.float().std()),
+        "latents/mean": float(clean_GCFHW.float().mean()),
+        "vae/round_trip": rms(again_GCFHW - clean_GCFHW) / rms(clean_GCFHW),
+    }
+
+
+def _log_density(difference_GCFHW: Tensor, std: float) -> Tensor:
+    """Log-density of a Gaussian from x - mean, MEAN over elements, in fp64 -> (G,)."""
+    squared_G = difference_GCFHW.double().square().flatten(1).mean(dim=1)
+    return -squared_G / (2 * std**2) - math.log(std * math.sqrt(2 * math.pi))
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max())

@@ -1,0 +1,692 @@
+"""Rules over measurements.jsonl: what two routes to the same number say about a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from launch.diagnosis.evidence import Diagnosis, Evidence
+
+# Relative differences of velocities, by the generator's dtype: rounding is far below.
+VELOCITY_LIMIT = {"float32": 1e-4, "bfloat16": 2e-2}
+# Log-probs are fp32 whatever the generator's dtype is.
+LOG_PROB_LIMIT = 2e-5
+# |ratio - 1| of the loop's own steps, with one update a rollout.
+RATIO_LIMIT = {"float32": 1e-4, "bfloat16": 5e-3}
+# MEAN difference of two videos in levels of 255.
+PIXEL_LIMIT = 1.5
+# A variant explains a gap if it leaves this part of it.
+EXPLAINS = 0.2
+# The engine's gradient norm against that of the loss.
+NORM_LIMIT = 0.05
+# rms change of the velocity by the first update, relative to the velocity.
+DRIFT_TOO_LARGE = 0.5
+DRIFT_TOO_SMALL = 1e-5
+# Share of the gradient that is the KL term's.
+KL_SHARE = 0.5
+# In units of the spread of the scores.
+SCORE_LIMIT = 0.1
+AT_THE_END = 0.8
+# Kinds of rewards of this project that read the prompt, whatever their options are.
+READERS = ("descore", "generative")
+
+
+def measurement_rules(evidence: Evidence) -> Iterator[Diagnosis]:
+    """Apply every rule over measurements; without any, nothing is found."""
+    if not evidence.measurements:
+        return
+    yield from _adapter(evidence)
+    yield from _rollout(evidence)
+    yield from _update(evidence)
+    yield from _log_prob(evidence)
+    yield from _text(evidence)
+    yield from _videos(evidence)
+    yield from _evaluation(evidence)
+    yield from _gradient(evidence)
+    yield from _size_of_update(evidence)
+    yield from _direction(evidence)
+    yield from _batch(evidence)
+    for name in evidence.rewards:
+        yield from _received(evidence, name)
+        yield from _scores(evidence, name)
+        yield from _sense(evidence, name)
+
+
+# ---- adapter and sampler ----
+
+
+def _adapter(evidence: Evidence) -> Iterator[Diagnosis]:
+    if evidence.setting("generator.lora") is None:
+        return
+    norm_b = evidence.measured("adapter/lora_B_norm")
+    moved = evidence.measured("weights/moved")
+    gradient = evidence.measured("gradient/norm")
+    # Without an advantage nothing should move.
+    if not norm_b or not moved or _all_skipped(evidence):
+        return
+    if max(moved) == 0 and max(gradient, default=0.0) > 0:
+        yield Diagnosis(
+            "adapter-frozen",
+            "certain",
+            "the adapter is frozen: gradients reach it, and no weight moves",
+            f"gradient norm {max(gradient):.2g}, change of the weights 0 over {len(moved)} updates",
+            "check that the optimizer holds the adapter's parameters, and its learning rate",
+        )
+        return
+    if norm_b[-1] == 0:
+        count = evidence.measured("adapter/lora_B_trained")
+        yield Diagnosis(
+            "lora-b-zero",
+            "certain",
+            "every lora_B is zero, so the adapter changes nothing",
+            f"norm of all lora_B after {len(norm_b)} updates is 0, {count[-1]:.0f} of them are "
+            f"trained, the gradient's norm is {max(gradient, default=0.0):.2g}",
+            "train lora_B, do not reset it between updates, and start lora_A from random numbers",
+        )
+        return
+    # The adapter has weights; does it have an effect?
+    drift = evidence.measured("adapter/drift")
+    if drift and drift[-1] == 0:
+        yield Diagnosis(
+            "adapter-without-effect",
+            "certain",
+            "the adapter has weights and never reaches the sampler or the update: it is switched "
+            "off in the transformer",
+            f"norm of lora_B {norm_b[-1]:.2g}, change of the velocity 0",
+            "check that the adapter is active (peft's disable_adapter), and its scaling",
+        )
+        return
+    effect = evidence.measured("update/adapter_effect")
+    if drift and effect and drift[-1] > 0 and effect[-1] == 0:
+        yield Diagnosis(
+            "reference-is-policy",
+            "certain",
+            "the reference policy is the policy itself: KL is always 0",
+            "switching to the reference changes nothing, switching the adapter off does",
+            "check WanGenerator.reference: it must switch the adapter off",
+        )
+
+
+def _rollout(evidence: Evidence) -> Iterator[Diagnosis]:
+    """What the sampler computed at stochastic steps and in the tail."""
+    for name in ("rollout", "tail"):
+        gap, variant = worst_gap(evidence, name)
+        if gap <= _velocity_limit(evidence):
+            continue
+        because = f"{name}: relative difference from the policy {gap:.2g}"
+        yield _of_sampler(variant, because)
+        return
+
+    # Fast samplers have no exact counterpart, but the adapter must change what they sample.
+    effect = evidence.measured("rollout/adapter_effect")
+    drift = evidence.measured("adapter/drift")
+    if effect and drift and effect[-1] == 0 and drift[-1] > 0:
+        yield _of_sampler("reference", "switching the adapter off changes no sample")
+
+
+def _of_sampler(variant: str, because: str) -> Diagnosis:
+    if variant == "reference":
+        return Diagnosis(
+            "adapter-not-in-sampler",
+            "certain",
+            "the adapter never reaches the sampler: videos are sampled by the base model, while "
+            "the update trains the policy",
+            f"{because}; without the adapter the difference vanishes",
+            "sample with the weights that are trained; check merging and syncing of weights",
+        )
+    if variant in ("other-prompt", "no-prompt"):
+        return Diagnosis(
+            "wrong-embeddings",
+            "certain",
+            "the sampler uses text embeddings of other prompts",
+            f"{because}; with another prompt's embedding the difference vanishes",
+            "check the order of prompts and embeddings, and any cache of them",
+        )
+    if variant == "unguided":
+        return Diagnosis(
+            "guidance-not-in-rollout",
+            "certain",
+            "the rollout is not guided as the settings say",
+            f"{because}; without guidance the difference vanishes",
+            "use one guidance scale in rollout and update",
+        )
+    if variant == "half":
+        return Diagnosis(
+            "rollout-dtype",
+            "likely",
+            "the rollout computes in half precision and the update does not",
+            f"{because}; in half precision the difference is small",
+            "use one dtype in rollout and update",
+        )
+    return Diagnosis(
+        "rollout-differs",
+        "likely",
+        "the sampler does not compute what the transformer predicts",
+        f"{because}; no known mistake explains it",
+        "compare rollout and update: timestep, guidance, embeddings, weights, dtype",
+    )
+
+
+def _update(evidence: Evidence) -> Iterator[Diagnosis]:
+    """What the update computes at a stochastic step."""
+    gap, variant = worst_gap(evidence, "update")
+    limit = _velocity_limit(evidence)
+    if gap > limit:
+        because = f"update: relative difference from the policy {gap:.2g}"
+        causes = {
+            "unguided": (
+                "guidance-not-in-update",
+                "the rollout is guided and the update is not",
+            ),
+            "half": (
+                "log-prob-dtype",
+                "the update computes log-probs in another dtype than the rollout",
+            ),
+            "other-prompt": (
+                "wrong-embeddings",
+                "the update uses text embeddings of other prompts",
+            ),
+            "no-prompt": (
+                "wrong-embeddings",
+                "the update uses the embedding of another prompt: the negative one",
+            ),
+            "reference": (
+                "adapter-not-in-update",
+                "the update computes the base model: the adapter is off in it",
+            ),
+        }
+        other = (
+            "update-differs",
+            "the update does not compute what the rollout sampled from",
+        )
+        cause, what = causes.get(variant, other)
+        yield Diagnosis(
+            cause,
+            "certain" if variant in causes else "likely",
+            what,
+            because,
+            "rollout and update must compute the same transition, or the ratio means nothing",
+        )
+    repeat = evidence.measured("update/repeat")
+    if repeat and max(repeat) > limit:
+        yield Diagnosis(
+            "random-forward",
+            "certain",
+            "two forwards of the same input differ: dropout is on, or the module is in training "
+            "mode",
+            f"relative difference {max(repeat):.2g}",
+            "set dropout to 0 and the module to eval()",
+        )
+
+
+def _log_prob(evidence: Evidence) -> Iterator[Diagnosis]:
+    rollout = evidence.measured("rollout/log_prob_gap")
+    update = evidence.measured("update/log_prob_gap")
+    worst = max(rollout + update, default=0.0)
+    ratio = max(evidence.column("train/ratio_max_dev"), default=0.0)
+    limit = RATIO_LIMIT[evidence.setting("generator.dtype", "bfloat16")]
+    one_update = evidence.setting("grpo.updates", 1) == 1
+    if worst > LOG_PROB_LIMIT:
+        yield Diagnosis(
+            "log-prob-dtype",
+            "likely",
+            "log-probs are computed in another dtype than fp32, or by another formula",
+            f"they differ by {worst:.2g} from fp64 on the same latents",
+            "compute log-probs in fp32: their differences are far smaller than their values",
+        )
+    elif one_update and ratio > limit:
+        gap = max(worst_gap(evidence, "rollout")[0], worst_gap(evidence, "update")[0])
+        if gap > _velocity_limit(evidence):
+            # The velocities explain the ratio.
+            return
+        yield Diagnosis(
+            "log-prob-dtype",
+            "likely",
+            "the ratio is not 1 before an update, though rollout and update compute the same "
+            "velocity: the loss computes its log-prob in another dtype or by another formula",
+            f"largest |ratio - 1| is {ratio:.2g}",
+            "compute log-probs in fp32, by one function, in rollout and update",
+        )
+
+
+def _text(evidence: Evidence) -> Iterator[Diagnosis]:
+    gap = max(evidence.measured("text/gap"), default=0.0)
+    if gap > _velocity_limit(evidence):
+        yield Diagnosis(
+            "wrong-embeddings",
+            "certain",
+            "the generator has text embeddings of other prompts, or wrong ones",
+            f"relative difference from the text encoder's {gap:.2g}",
+            "check the order of prompts and embeddings, and any cache of them",
+        )
+    effect = evidence.measured("text/effect")
+    if effect and max(effect) < 1e-6:
+        yield Diagnosis(
+            "prompt-without-effect",
+            "certain",
+            "the prompt has no effect on the generator: all prompts have one embedding",
+            f"change of the velocity by another prompt {max(effect):.2g}",
+            "check the text encoder, its padding and the cross-attention",
+        )
+
+
+def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
+    sigma = max(evidence.measured("rollout/sigma_gap"), default=0.0)
+    if sigma > 1e-6:
+        yield Diagnosis(
+            "wrong-shift",
+            "certain",
+            "the sampler's noise levels are not those of the settings: the shift has another size",
+            f"a stochastic step lies {sigma:.2g} away from the grid of "
+            f"shift={evidence.setting('generator.sampler.shift', 3.0):g}",
+            "use one grid of noise levels",
+        )
+    gap = max(evidence.measured("decode/gap"), default=0.0)
+    round_trip = max(evidence.measured("vae/round_trip"), default=0.0)
+    if gap > PIXEL_LIMIT:
+        yield Diagnosis(
+            "vae-scaling",
+            "certain",
+            "latents are scaled wrongly before the VAE, or its output is not turned into bytes "
+            "rightly",
+            f"pixels differ by {gap:.1f} of 255 from latents * latents_std + latents_mean of the "
+            "VAE's config",
+            "undo the normalisation of the VAE's config before decoding",
+        )
+    elif round_trip > evidence.certificate.get("round_trip_limit", 0.8):
+        yield Diagnosis(
+            "vae-scaling",
+            "likely",
+            "the VAE does not find its latents again: its config may state a wrong scaling",
+            f"relative difference after decoding and encoding {round_trip:.2f}",
+            "compare latents_mean and latents_std of vae/config.json with the released ones",
+        )
+    apart = evidence.measured("rollout/members_apart")
+    if (
+        apart
+        and not 0.5 < apart[-1] < 2
+        and evidence.setting("generator.sampler.initial_noise", "shared") == "shared"
+    ):
+        yield Diagnosis(
+            "members-alike" if apart[-1] <= 0.5 else "noise-size",
+            "certain",
+            "members of a group do not differ by the noise that their density has",
+            f"they are {apart[-1]:.2f} times as far apart as the step's std says",
+            "each member needs noise of its own, of the size that the log-prob assumes",
+        )
+
+
+# ---- evaluation ----
+
+
+def _evaluation(evidence: Evidence) -> Iterator[Diagnosis]:
+    """What the evaluation of the run sampled, in levels of 255."""
+    gap, variant = worst_gap(evidence, "evaluation")
+    limit = PIXEL_LIMIT
+    # Options of the sampler that are allowed to be less exact.
+    sampler = evidence.setting("generator.sampler", {})
+    if sampler.get("merge_adapter") or sampler.get("attention"):
+        limit *= 3
+    guidance = evidence.measured("evaluation/guidance")
+    scale = evidence.setting("generator.sampler.guidance_scale", 4.5)
+    other_scale = bool(guidance) and not math.isclose(guidance[-1], scale)
+    if gap > limit and variant == "reference":
+        yield Diagnosis(
+            "evaluation-without-adapter",
+            "certain",
+            "the evaluation samples without the adapter: it measures the base model",
+            f"its video differs by {gap:.1f} of 255 from the policy's and is the base model's",
+            "evaluate with the trained weights",
+        )
+    elif gap > limit or other_scale:
+        known = f", its guidance is {guidance[-1]:g}" if other_scale else ""
+        yield Diagnosis(
+            "evaluation-settings",
+            "certain" if other_scale or variant == "unguided" else "likely",
+            "the evaluation samples with another guidance or other settings than training",
+            f"its video differs by {gap:.1f} of 255 from the policy's{known}; nearest to "
+            f"{variant or 'no known variant'}",
+            f"evaluate at guidance_scale={scale:g} and with the sampler of the run",
+        )
+    ratio = evidence.measured("evaluation/fps_ratio")
+    if ratio and not math.isclose(ratio[-1], 1, rel_tol=0.01):
+        yield _wrong_fps("the evaluation", ratio[-1])
+
+
+# ---- update ----
+
+
+def _gradient(evidence: Evidence) -> Iterator[Diagnosis]:
+    ranks = int(max(evidence.measured("ranks"), default=1))
+    apart = max(evidence.measured("weights/ranks_apart"), default=0.0)
+    worst = 0.0
+    numbers = ""
+    for row in evidence.measurements:
+        norm = row.get("gradient/norm", math.nan)
+        engine = _of_step(evidence, row, "train/grad_norm")
+        if not (math.isfinite(norm) and math.isfinite(engine)) or norm == 0:
+            continue
+        difference = abs(engine / norm - 1)
+        if difference > worst:
+            worst = difference
+            numbers = f"the engine's norm is {engine:.3g}, that of the mean over ranks {norm:.3g}"
+    single_update = evidence.setting("grpo.updates", 1) == 1
+    if apart > 0 or (worst > NORM_LIMIT and ranks > 1 and single_update):
+        because = numbers
+        if apart > 0:
+            because = f"{apart:.0f} of {ranks} ranks have other weights than rank 0"
+        yield Diagnosis(
+            "gradients-not-averaged",
+            "certain",
+            f"gradients are not averaged over the {ranks} ranks: each trains on its own videos",
+            because,
+            "check the all-reduce of gradients (DeepSpeed's ZeRO stage, DDP wrapping, no_sync)",
+        )
+    elif worst > NORM_LIMIT and single_update:
+        yield Diagnosis(
+            "gradient-differs",
+            "likely",
+            "the engine steps along another gradient than the loss has",
+            numbers,
+            "check accumulation, zero_grad between updates, and frozen parameters",
+        )
+
+
+def _size_of_update(evidence: Evidence) -> Iterator[Diagnosis]:
+    drift = evidence.measured("adapter/drift")
+    first = evidence.measurements[0]
+    if drift and first.get("step") == 0 and drift[0] > 0:
+        low, high = drift_limits(evidence)
+        lr = evidence.setting("optimizer.lr", 1e-4)
+        because = f"the first update at lr={lr:g} changes the velocity by {100 * drift[0]:.3g} %"
+        if drift[0] > high:
+            yield Diagnosis(
+                "lr-too-large",
+                "likely",
+                "the learning rate is far too large: single updates throw the policy about",
+                f"{because}, at most {100 * high:.2g} % is sound",
+                f"try optimizer.lr={lr * high / drift[0] / 3:.1g}",
+            )
+        elif drift[0] < low:
+            yield Diagnosis(
+                "lr-too-small",
+                "likely",
+                "the learning rate is far too small: the policy hardly moves",
+                f"{because}, at least {100 * low:.2g} % is usual",
+                f"try optimizer.lr={lr * low / drift[0] * 3:.1g}",
+            )
+
+    # The share of the KL term once the policy has moved.
+    shares = []
+    for row in evidence.measurements[1:]:
+        norm = row.get("gradient/norm", 0.0)
+        if norm > 0 and "kl/pull" in row:
+            shares.append(row["kl/pull"] / norm)
+    if len(shares) >= 2 and sorted(shares)[len(shares) // 2] > KL_SHARE:
+        share = sorted(shares)[len(shares) // 2]
+        yield Diagnosis(
+            "kl-holds",
+            "likely",
+            "the KL weight holds the policy: its gradient is as large as the reward's",
+            f"grpo.kl_weight={evidence.setting('grpo.kl_weight', 3e-4):g}, gradient of the KL term "
+            f"is {share:.2f} of the whole within the first updates",
+            "lower grpo.kl_weight, by a factor of 10 or more",
+        )
+
+
+def drift_limits(evidence: Evidence) -> tuple[float, float]:
+    """Smallest and largest sound change of the velocity by the first update."""
+    band = evidence.certificate.get("bands", {}).get("adapter/drift")
+    if not band:
+        return DRIFT_TOO_SMALL, DRIFT_TOO_LARGE
+    low, high = band[0]
+    return low, min(high, DRIFT_TOO_LARGE)
+
+
+def _direction(evidence: Evidence) -> Iterator[Diagnosis]:
+    sign = evidence.measured("advantage/sign")
+    if sign and max(sign) < 0:
+        yield Diagnosis(
+            "reward-sign",
+            "certain",
+            "the sign of the reward is turned: advantages fall where rewards rise",
+            f"correlation of advantages and rewards {sum(sign) / len(sign):.2f}",
+            "a larger reward must give a larger advantage",
+        )
+    elif sign and sum(sign) / len(sign) < 0.2:
+        yield Diagnosis(
+            "advantage-differs",
+            "likely",
+            "advantages do not follow the rewards",
+            f"correlation of advantages and rewards {sum(sign) / len(sign):.2f}",
+            "check that rewards and rollouts are in the same order",
+        )
+    gain = evidence.measured("update/gain")
+    if len(gain) >= 3 and sum(value < 0 for value in gain) > 0.7 * len(gain):
+        yield Diagnosis(
+            "reward-sign-in-update",
+            "likely",
+            "updates make the rewarded videos less likely: a sign is turned in the loss",
+            f"gain of the updates {_list(gain)} of 1",
+            "minimise -A log p: check the sign of the loss and of the optimizer",
+        )
+
+
+def _batch(evidence: Evidence) -> Iterator[Diagnosis]:
+    before = evidence.measured("batch/as_before")
+    if before and max(before) > 0.5:
+        yield Diagnosis(
+            "same-seeds",
+            "certain",
+            "every step samples with the seeds of the step before",
+            f"{100 * max(before):.0f} % of the seeds are repeated",
+            "derive seeds from the number of the step",
+        )
+    repeated = evidence.measured("batch/repeated")
+    if repeated and max(repeated) > 0:
+        yield Diagnosis(
+            "ranks-repeat",
+            "certain",
+            "several ranks sample the same videos",
+            f"{100 * max(repeated):.0f} % of the seeds of a step occur twice",
+            "give every rank its own share of the prompts",
+        )
+    apart = evidence.measured("batch/members_apart")
+    if apart and min(apart) == 0:
+        yield Diagnosis(
+            "members-alike",
+            "certain",
+            "members of a group are the same video",
+            "the difference of two members' latents is 0",
+            "each member needs noise of its own",
+        )
+
+
+# ---- rewards ----
+
+
+def _received(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
+    ratio = evidence.measured(f"rewards/{name}/fps_ratio")
+    if ratio and not math.isclose(ratio[-1], 1, rel_tol=0.01):
+        yield _wrong_fps(f"the reward {name}", ratio[-1])
+    wrong = max(evidence.measured(f"rewards/{name}/wrong_prompt"), default=0.0)
+    other = max(evidence.measured(f"rewards/{name}/other_video"), default=0.0)
+    if wrong > 0:
+        yield Diagnosis(
+            "reward-swapped",
+            "certain",
+            f"prompts and videos are swapped for the reward {name}: it gets videos with the "
+            "prompts of others",
+            f"{100 * wrong:.0f} % of the videos",
+            "keep videos and prompts in one order on the way to the reward",
+        )
+    elif other > 0:
+        yield Diagnosis(
+            "reward-other-videos",
+            "likely",
+            f"the reward {name} gets other videos than the rollout's: changed on the way, or "
+            "not those of this step",
+            f"{100 * other:.0f} % of the videos",
+            "hand the decoded frames to the reward as they are",
+        )
+
+
+def _wrong_fps(who: str, ratio: float) -> Diagnosis:
+    return Diagnosis(
+        "wrong-fps",
+        "certain",
+        f"{who} is told a wrong fps",
+        f"{ratio:.3g} times generator.fps",
+        "pass generator.fps: rewards judge speed by it",
+    )
+
+
+def _scores(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
+    """Scores of a step against the same videos scored one by one."""
+    alone = mean(evidence.measured(f"rewards/{name}/alone_gap"))
+    turned = mean(evidence.measured(f"rewards/{name}/turned_gap"))
+    random = mean(evidence.measured(f"rewards/{name}/random"))
+    if alone > max(SCORE_LIMIT, 3 * random):
+        because = (
+            f"they differ by {alone:.2g} spreads from the same videos scored one by one"
+        )
+        if turned < alone / 5:
+            yield Diagnosis(
+                "reward-sign",
+                "certain",
+                f"the sign of the reward {name} is turned on its way into training",
+                because,
+                "higher is better: do not negate the score",
+            )
+        else:
+            yield Diagnosis(
+                "reward-swapped",
+                "likely",
+                f"scores of the reward {name} belong to other videos or prompts of the batch: they "
+                "are swapped",
+                because,
+                "the reward must answer in the order of its videos",
+            )
+    # Scores at the end of their scale say no more which video is better.
+    at_max = mean(evidence.measured(f"rewards/{name}/at_max"))
+    at_min = mean(evidence.measured(f"rewards/{name}/at_min"))
+    if max(at_max, at_min) >= AT_THE_END and name in evidence.trained_rewards:
+        yield Diagnosis(
+            "reward-saturated",
+            "likely",
+            f"the reward {name} is saturated: most videos have the same, most extreme score",
+            f"{100 * max(at_max, at_min):.0f} % of the scores",
+            "use a finer scale, or the raw value before any clamp or sigmoid",
+        )
+
+
+def _sense(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
+    """How the reward answers wrong prompts and shuffled pixels."""
+    wrong = counts(evidence, name, "wrong_prompt")
+    shuffled = counts(evidence, name, "shuffled_pixels")
+    compared = sum(wrong)
+    if compared < 8:
+        return
+    fell, same, rose = wrong
+    if same == compared:
+        yield _blind(evidence, name, compared)
+        return
+    prefers_wrong = rose - fell > 2 * math.sqrt(fell + rose)
+    prefers_shuffled = shuffled[2] - shuffled[0] > 2 * math.sqrt(sum(shuffled))
+    if prefers_shuffled:
+        yield Diagnosis(
+            "reward-sign",
+            "likely",
+            f"the sign of the reward {name} is turned: shuffled pixels score higher than videos",
+            f"{shuffled[2]} of {sum(shuffled)} rose with shuffled pixels, {rose} of {compared} "
+            "with a wrong prompt",
+            "higher must be better",
+        )
+    elif prefers_wrong:
+        yield Diagnosis(
+            "reward-swapped",
+            "likely",
+            f"the reward {name} prefers wrong prompts: prompt and video are swapped in it, or its "
+            "sign is turned",
+            f"{rose} of {compared} scores rose with the prompt of another video",
+            "check the order of prompts inside the reward, and its prompt format",
+        )
+
+
+def _blind(evidence: Evidence, name: str, compared: int) -> Diagnosis:
+    entry = evidence.rewards[name]
+    kind = entry.get("kind") or name
+    certified = evidence.certificate.get("rewards", {}).get(_identity(entry), {})
+    reads = certified.get(
+        "reads_prompt", entry.get("target") is None and kind in READERS
+    )
+    return Diagnosis(
+        "reward-blind",
+        "certain" if reads else "possible",
+        f"the reward {name} is blind to the prompt: other prompts change no score",
+        f"{compared} of {compared} scores are the same with the prompt of another video",
+        "check that the prompt reaches the model"
+        if reads
+        else "all is well if the reward judges the picture alone; if not, check that the prompt "
+        "reaches it",
+    )
+
+
+def _identity(entry: Any) -> str:
+    return str(entry.get("target") or entry.get("kind") or "")
+
+
+# ---- helpers ----
+
+
+def worst_gap(evidence: Evidence, name: str) -> tuple[float, str]:
+    """Largest gap to the policy over the updates, and the variant that explains it ("" if none)."""
+    worst = 0.0
+    variant = ""
+    for row in evidence.measurements:
+        gap = row.get(f"{name}/gap/policy", math.nan)
+        if not gap > worst:
+            continue
+        worst = gap
+        others = {
+            key.rpartition("/")[2]: value
+            for key, value in row.items()
+            if key.startswith(f"{name}/gap/") and not key.endswith("/policy")
+        }
+        best = min(others, key=others.get, default="")
+        variant = best if best and others[best] < EXPLAINS * gap else ""
+    return worst, variant
+
+
+def counts(evidence: Evidence, name: str, case: str) -> tuple[int, int, int]:
+    """How many scores fell, stayed and rose over all measured updates."""
+    totals = []
+    for answer in ("fell", "same", "rose"):
+        totals.append(int(sum(evidence.measured(f"rewards/{name}/{case}/{answer}"))))
+    return totals[0], totals[1], totals[2]
+
+
+def mean(values: Sequence[float]) -> float:
+    """MEAN; 0 without values."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def _velocity_limit(evidence: Evidence) -> float:
+    return VELOCITY_LIMIT[evidence.setting("generator.dtype", "bfloat16")]
+
+
+def _of_step(evidence: Evidence, row: dict[str, float], name: str) -> float:
+    for step in evidence.steps:
+        if step["step"] == row["step"]:
+            return step.get(name, math.nan)
+    return math.nan
+
+
+def _all_skipped(evidence: Evidence) -> bool:
+    skipped = evidence.column("train/skipped")
+    return bool(skipped) and min(skipped) == 1
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values)

@@ -1,0 +1,186 @@
+"""The generator's numbers by another route: from the transformer, the VAE and the text encoder.
+
+A measurement compares these with what `WanGenerator` computes. Nothing here goes through its
+prompt cache, its guidance, its sampler or its codec, so that a mistake in one of them shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.lora import adapters_off
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from generator.wan import WanGenerator
+
+# How a velocity may have been computed instead of by the policy.
+VARIANTS = ("policy", "reference", "unguided", "other-prompt", "no-prompt", "half")
+
+
+class OwnRoute:
+    """Velocities, walks and videos of a generator, without its own code for them.
+
+    Embeddings are made once for a few prompts, because the text encoder may be freed later.
+    """
+
+    def __init__(self, generator: WanGenerator, prompts: Sequence[str]) -> None:
+        self.generator = generator
+        self.embedding_1LD: dict[str, Tensor] = {}
+        cfg = generator.cfg
+        self.guidance = cfg.sampler.guidance_scale
+        self.negative = cfg.sampler.negative_prompt
+        self.remember([*prompts, self.negative])
+
+    @torch.no_grad()
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Encode prompts as the stock pipeline does, while there is a text encoder."""
+        pipeline = self.generator._pipeline
+        if pipeline.text_encoder is None:
+            return
+        for prompt in prompts:
+            if prompt in self.embedding_1LD:
+                continue
+            embedding_1LD, _ = pipeline.encode_prompt(
+                prompt,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.generator.cfg.max_sequence_length,
+            )
+            self.embedding_1LD[prompt] = embedding_1LD.cpu()
+
+    def knows(self, *prompts: str) -> bool:
+        """True if these prompts were encoded in time."""
+        return all(prompt in self.embedding_1LD for prompt in (*prompts, self.negative))
+
+    @torch.no_grad()
+    def velocity(
+        self, x_BCFHW: Tensor, sigma: float, prompt: str, *, variant: str, other: str
+    ) -> Tensor:
+        """v of one of `VARIANTS`, (B, C, F, H, W) fp32: a forward for each guidance branch."""
+        text = {"other-prompt": other, "no-prompt": self.negative}.get(variant, prompt)
+        with self._as(variant):
+            conditional = self._forward(x_BCFHW, sigma, text)
+            if self.guidance == 1 or variant == "unguided":
+                return conditional
+            # u + s (c - u), classifier-free guidance
+            unconditional = self._forward(x_BCFHW, sigma, self.negative)
+        return unconditional + self.guidance * (conditional - unconditional)
+
+    def velocities(
+        self, x_BCFHW: Tensor, sigma: float, prompt: str, other: str
+    ) -> dict[str, Tensor]:
+        """The velocity of every variant that can differ from the policy's."""
+        found = {}
+        for variant in VARIANTS:
+            if variant == "unguided" and self.guidance == 1:
+                continue
+            if variant == "reference" and self.generator.cfg.lora is None:
+                continue
+            found[variant] = self.velocity(
+                x_BCFHW, sigma, prompt, variant=variant, other=other
+            )
+        return found
+
+    def walk(
+        self,
+        x_BCFHW: Tensor,
+        sigmas: Sequence[float],
+        prompt: str,
+        *,
+        variant: str,
+        other: str,
+    ) -> Tensor:
+        """Euler steps along descending sigmas: x - (sigma - sigma_next) v."""
+        for sigma, after in pairwise(sigmas):
+            v_BCFHW = self.velocity(
+                x_BCFHW, sigma, prompt, variant=variant, other=other
+            )
+            x_BCFHW = x_BCFHW - (sigma - after) * v_BCFHW
+        return x_BCFHW
+
+    def sigmas(self) -> list[float]:
+        """The training grid: shift u / (1 + (shift - 1) u) for u = 1 - i / N."""
+        sampler = self.generator.cfg.sampler
+        grid = []
+        for i in range(sampler.num_steps + 1):
+            u = 1 - i / sampler.num_steps
+            grid.append(sampler.shift * u / (1 + (sampler.shift - 1) * u))
+        return grid
+
+    @torch.no_grad()
+    def decode(self, clean_BCFHW: Tensor) -> Tensor:
+        """uint8 video (B, T, Y, X, 3) with the scaling that the VAE's config states."""
+        vae = self.generator.codec.vae
+        mean, std = _of_config(clean_BCFHW, vae.config)
+        pixels = vae.decode((clean_BCFHW.float() * std + mean).to(vae.dtype)).sample
+        bytes_ = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
+        return bytes_.round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+
+    @torch.no_grad()
+    def encode(self, video_BTYXC: Tensor) -> Tensor:
+        """Normalised latents (B, C, F, H, W) of a uint8 video, the posterior's mean."""
+        vae = self.generator.codec.vae
+        pixels = video_BTYXC.to(self.generator.device).permute(0, 4, 1, 2, 3).float()
+        latents = vae.encode((pixels / 127.5 - 1).to(vae.dtype)).latent_dist.mode()
+        mean, std = _of_config(latents, vae.config)
+        return (latents.float() - mean) / std
+
+    def _forward(self, x_BCFHW: Tensor, sigma: float, prompt: str) -> Tensor:
+        # the module of the policy, as the optimizer trains it
+        generator = self.generator
+        dtype = next(_base(generator).parameters()).dtype
+        count = len(x_BCFHW)
+        embedding_1LD = self.embedding_1LD[prompt].to(generator.device, dtype)
+        out = generator.module(
+            hidden_states=x_BCFHW.to(generator.device, dtype),
+            timestep=torch.full((count,), 1000 * sigma, device=generator.device),
+            encoder_hidden_states=embedding_1LD.expand(count, -1, -1),
+            return_dict=False,
+        )[0]
+        return out.float()
+
+    @contextmanager
+    def _as(self, variant: str) -> Iterator[None]:
+        """Inside, the module computes as the reference, or in half precision."""
+        context = nullcontext()
+        if variant == "reference":
+            context = adapters_off(self.generator.module)
+        elif variant == "half":
+            context = torch.autocast(self.generator.device.type, torch.bfloat16)
+        with context:
+            yield
+
+
+def gaps(observed: Tensor, variants: Mapping[str, Tensor]) -> dict[str, float]:
+    """Relative difference from every variant: rms(observed - variant) / rms(policy)."""
+    size = rms(variants["policy"])
+    return {
+        name: rms(observed.float().cpu() - value.float().cpu()) / max(size, 1e-12)
+        for name, value in variants.items()
+    }
+
+
+def rms(x: Tensor) -> float:
+    """Root of the MEAN square over all elements."""
+    return math.sqrt(float(x.double().square().mean()))
+
+
+def _of_config(latents: Tensor, config: Mapping[str, Sequence[float]]) -> list[Tensor]:
+    """Mean and std of every latent channel, (1, C, 1, 1, 1)."""
+    tables = []
+    for name in ("latents_mean", "latents_std"):
+        values = torch.tensor(config[name], device=latents.device)
+        tables.append(values.view(1, -1, 1, 1, 1))
+    return tables
+
+
+def _base(generator: WanGenerator) -> torch.nn.Module:
+    module = generator.module
+    return module.get_base_model() if hasattr(module, "get_base_model") else module

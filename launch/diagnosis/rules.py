@@ -1,0 +1,57 @@
+"""All rules of a diagnosis, and the order of what they find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from launch.diagnosis.certificates import certificate_rules
+from launch.diagnosis.evidence import CERTAINTIES, Diagnosis, Evidence
+from launch.diagnosis.measurement_rules import measurement_rules
+from launch.diagnosis.metric_rules import metric_rules
+from launch.diagnosis.setting_rules import setting_rules
+
+RULES = (setting_rules, measurement_rules, metric_rules, certificate_rules)
+# What a cause explains: its consequences are not reported beside it.
+EXPLAINS = {
+    "adapter-frozen": {"lr-too-small", "no-gradient", "lora-b-zero"},
+    "lora-b-zero": {"lr-too-small", "no-gradient"},
+    "lr-too-large": {
+        "update-lowers-reward",
+        "reward-sign-in-update",
+        "kl-holds",
+        "reward-saturated",
+    },
+    "kl-holds": {"update-lowers-reward"},
+    "scores-missing": {"reward-saturated"},
+    "adapter-not-in-sampler": {"ratio-not-1", "evaluation-without-adapter"},
+    "guidance-not-in-update": {"ratio-not-1", "update-lowers-reward"},
+    "log-prob-dtype": {"ratio-not-1"},
+    "wrong-embeddings": {"ratio-not-1", "evaluation-settings"},
+    "reward-swapped": {"reward-prefers-wrong", "reward-order"},
+}
+
+
+def diagnose(evidence: Evidence) -> list[Diagnosis]:
+    """Apply all rules: one diagnosis a cause, the most certain first."""
+    found: dict[str, Diagnosis] = {}
+    for diagnosis in _all(evidence):
+        known = found.get(diagnosis.cause)
+        if known is None or _place(diagnosis) < _place(known):
+            found[diagnosis.cause] = diagnosis
+
+    # Consequences of another cause say nothing new.
+    explained: set[str] = set()
+    for cause, diagnosis in found.items():
+        if diagnosis.accuses:
+            explained |= EXPLAINS.get(cause, set())
+    kept = [diagnosis for cause, diagnosis in found.items() if cause not in explained]
+    return sorted(kept, key=_place)
+
+
+def _all(evidence: Evidence) -> Iterator[Diagnosis]:
+    for rule in RULES:
+        yield from rule(evidence)
+
+
+def _place(diagnosis: Diagnosis) -> int:
+    return CERTAINTIES.index(diagnosis.certainty)

@@ -1,0 +1,260 @@
+"""Watch a GRPO run while it trains: measure its first updates, and say what is off.
+
+The measurements go to measurements.jsonl in the run's folder, which `launch/diagnose.py` reads.
+No measurement draws from a global random generator or changes a weight, so that a run is the same
+with and without them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.distributed import derive_seed, is_main, rank, world_size
+from common.files import append_line, replace_text
+from common.log import say
+from common.run_record import plain
+from common.types import Score
+from launch.diagnosis import generator_measures, reward_measures, update_measures
+from launch.diagnosis.certificates import certificate_of
+from launch.diagnosis.evidence import MEASUREMENTS, Evidence, folder_facts, rows_of
+from launch.diagnosis.own_route import OwnRoute
+from launch.diagnosis.rules import diagnose
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from alignment.grpo import GrpoLoop, StepResult
+    from alignment.prompts import PromptBatch
+    from generator.wan import WanGenerator
+    from launch.schemas.training import GrpoRun
+
+# Videos of a step that are kept for the rewards.
+KEPT_VIDEOS = 16
+
+
+class Watch:
+    """Measures the first updates of a run. All ranks hold one and call every method.
+
+    Ranks that share weights, groups or samples (ZeRO 3, ``ranks_per_group``,
+    ``context_parallel``) must all call the transformer equally often: their runs are judged by
+    settings and metrics alone.
+    """
+
+    def __init__(self, run: GrpoRun, loop: GrpoLoop, heldout: Sequence[str]) -> None:
+        self.run = run
+        self.loop = loop
+        self.heldout = list(heldout)
+        self.settings = plain(run)
+        self.file = Path(run.run_dir) / MEASUREMENTS
+        self.facts = folder_facts(self.settings)
+        self.certificate = certificate_of(self.settings)
+        self.metrics: list[dict[str, float]] = []
+        self.told: set[str] = set()
+        self.before: PromptBatch | None = None
+        self.updates = 0
+        self.start = 0
+
+    def prepare(self, start: int) -> None:
+        """Before the first step: remember embeddings, weights, and what was measured before."""
+        self.start = start
+        config = self.run.diagnosis
+        alone = self.run.grpo.ranks_per_group * self.run.generator.context_parallel == 1
+        if config is not None and alone and self.run.zero_stage < 3:
+            self.updates = config.updates
+        if is_main() and config is not None:
+            # A resumed run goes on after what it has measured.
+            kept = [row for row in rows_of(self.file) if row["step"] < start]
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(self.file, "".join(_line(row) for row in kept))
+            if not kept and not self.updates:
+                self.file.unlink()
+        if not self.measures(start):
+            self.updates = 0
+            return
+
+        prompts = self._evaluated_prompts()
+        for step in range(start, self.updates):
+            prompts += [*self.loop.batch(step).prompts[:1]]
+            prompts += [*self.loop.batch(step).prompts[-1:]]
+        self.own = OwnRoute(self.loop.generator, list(dict.fromkeys(prompts)))
+        self.gradients = update_measures.GradientRecorder(self.loop.generator.module)
+        self.weights = update_measures.WeightRecorder(self.loop.generator.module)
+        self.recorders = reward_measures.record(self.loop.rewards)
+
+    def measures(self, step: int) -> bool:
+        """True if this update is measured."""
+        return step < self.updates
+
+    def groups_to_keep(self, step: int) -> int:
+        """How many groups' videos a step keeps for the measurements."""
+        if not self.measures(step):
+            return 0
+        return max(2, math.ceil(KEPT_VIDEOS / self.loop.ranks.members))
+
+    def begin(self, step: int) -> None:
+        """Begin a step."""
+        if not self.measures(step):
+            return
+        self.gradients.start()
+        for recorder in self.recorders.values():
+            recorder.forget()
+
+    def look(self, step: int, result: StepResult, metrics: Mapping[str, float]) -> None:
+        """Measure an update after its optimizer step, and say what is off."""
+        if self.run.diagnosis is None:
+            return
+        row: dict[str, float] = {"step": step}
+        if self.measures(step):
+            row |= self._measure(step, result)
+            if is_main():
+                append_line(self.file, _line(row).rstrip("\n"))
+        if step + 1 == self.updates:
+            self._release()
+
+        # The rules of launch/diagnose.py, on what there is until now.
+        if is_main() and self.run.diagnosis.said:
+            self.metrics.append({"step": step, **metrics})
+            self._say()
+
+    def _measure(self, step: int, result: StepResult) -> dict[str, float]:
+        loop = self.loop
+        batch = result.batch
+        row = update_measures.repeats(result, self.before, result.groups)
+        row["ranks"] = world_size()
+        self.before = batch
+
+        # 1. The update: gradient, weights, and what became more likely.
+        row["gradient/norm"] = self.gradients.norm()
+        row |= self.weights.look(rate=self._rate(step))
+        row |= update_measures.gain(
+            loop.generator, loop.cfg, result.groups, result.advantage_PM
+        )
+        row |= update_measures.kl_pull(
+            loop.generator, loop.generator.module, loop.cfg, result.groups[0]
+        )
+
+        # 2. The generator: a group of this step once more.
+        row |= generator_measures.replay(
+            self.own,
+            batch.prompts[-1],
+            batch.seeds[-1],
+            other=batch.prompts[0],
+            step=step,
+        )
+        if step + 1 == min(self.updates, self.run.steps):
+            row |= self._evaluation(step)
+
+        # 3. The rewards: what they got, and how they answer.
+        row["advantage/sign"] = reward_measures.advantage_sign(
+            result.scores, loop.weights, result.advantage_PM
+        )
+        for name, score in result.scores.items():
+            found = reward_measures.shape_of_scores(score)
+            recorder = self.recorders[name]
+            found |= reward_measures.received(
+                recorder, result, fps=self.run.generator.fps
+            )
+            if not loop.rewards[name].group_level:
+                found |= reward_measures.answers(
+                    recorder.reward, score, result, fps=self.run.generator.fps
+                )
+            row |= {f"rewards/{name}/{key}": value for key, value in found.items()}
+        return row
+
+    def _evaluation(self, step: int) -> dict[str, float]:
+        """Let the evaluation of the run measure two prompts, and look at what it samples."""
+        from dataclasses import replace
+
+        from launch.schemas.training import EvaluationConfig
+        from launch.training import grpo_outputs
+
+        # A rank that has none of the two prompts has nothing to compare.
+        prompts = self._evaluated_prompts()
+        if not self.own.knows(*prompts):
+            return {}
+        settings = EvaluationConfig(prompts="", every=1, videos=0)
+        run = replace(self.run, evaluation=settings)
+        spy = _VideoSpy(self.loop.generator)
+        loop = SimpleNamespace(generator=self.loop.generator, rewards={"spy": spy})
+        grpo_outputs.evaluate_heldout(run, loop, None, prompts, step)
+        if not spy.videos or rank() != 0:
+            return {}
+
+        # The first prompt's video, by the own route.
+        found = generator_measures.evaluation(
+            self.own,
+            spy.videos[0][:1],
+            prompts[0],
+            derive_seed(self.run.seed, "evaluate", 0),
+            other=prompts[-1],
+        )
+        found["evaluation/fps_ratio"] = spy.fps / self.run.generator.fps
+        found["evaluation/guidance"] = spy.guidance
+        return found
+
+    def _evaluated_prompts(self) -> list[str]:
+        return (self.heldout or list(self.loop.prompts.prompts))[:2]
+
+    def _rate(self, step: int) -> float:
+        optimizer = self.run.optimizer
+        if step + 1 >= optimizer.warmup_steps:
+            return optimizer.lr
+        return optimizer.lr * (step + 1) / optimizer.warmup_steps
+
+    def _release(self) -> None:
+        self.gradients.close()
+        reward_measures.release(self.loop.rewards)
+        self.updates = 0
+
+    def _say(self) -> None:
+        """Say every accusation once."""
+        evidence = Evidence(
+            settings=self.settings,
+            metrics=self.metrics,
+            measurements=rows_of(self.file),
+            facts=self.facts,
+            certificate=self.certificate,
+        )
+        for diagnosis in diagnose(evidence):
+            if diagnosis.accuses and diagnosis.cause not in self.told:
+                self.told.add(diagnosis.cause)
+                say(f"diagnosis, {diagnosis.line}")
+
+
+class _VideoSpy:
+    """A reward that keeps the videos that it is given, and scores all of them 0."""
+
+    name = "spy"
+    group_level = False
+
+    def __init__(self, generator: WanGenerator) -> None:
+        self.generator = generator
+        self.videos = []
+        self.fps = math.nan
+        self.guidance = math.nan
+
+    def score(
+        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+    ) -> Score:
+        self.videos.append(video_BTYXC)
+        self.fps = fps
+        self.guidance = self.generator.cfg.sampler.guidance_scale
+        return Score(torch.zeros(len(prompts)))
+
+
+def watch_of(run: GrpoRun, loop: GrpoLoop, heldout: Sequence[str]) -> Watch:
+    """The watch of a run; with ``diagnosis: null`` it does nothing."""
+    return Watch(run, loop, heldout)
+
+
+def _line(row: Mapping[str, float]) -> str:
+    """A row as a line of JSON, which has no NaN."""
+    values = {k: v if math.isfinite(v) else None for k, v in row.items()}
+    return json.dumps(values) + "\n"

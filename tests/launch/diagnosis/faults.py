@@ -1,0 +1,303 @@
+"""Twenty faults, planted by replacing functions in the process of a run; see `planted.py`.
+
+The product has no option for any of them, except those that are settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+def nothing() -> None:
+    """The fault is in the settings, or there is none."""
+
+
+@dataclass(frozen=True)
+class PlantedFault:
+    """How a fault is planted, and what a diagnosis must call it.
+
+    causes     any of them is the right name
+    plant      replaces functions, before the run starts
+    overrides  of the run's settings
+    ranks      of the run
+    """
+
+    causes: tuple[str, ...]
+    plant: Callable[[], None] = nothing
+    overrides: tuple[str, ...] = ()
+    ranks: int = 1
+
+
+def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def gradients_stay_local() -> None:
+    """Each rank keeps its own gradients: the reduction of ZeRO does nothing."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    def average_tensor(self: Any, tensor: Any, *_: Any, **__: Any) -> None:
+        """Do not reduce."""
+
+    _replace(DeepSpeedZeroOptimizer, "average_tensor", lambda _: average_tensor)
+
+
+def sampler_without_adapter() -> None:
+    from generator.wan import WanGenerator
+
+    def make(rollout: Any) -> Any:
+        def without(self: Any, *args: Any, **options: Any) -> Any:
+            with self.reference():
+                return rollout(self, *args, **options)
+
+        return without
+
+    _replace(WanGenerator, "rollout", make)
+
+
+def lora_b_reset() -> None:
+    """lora_B is set back to zero after every optimizer step."""
+    import torch
+
+    from engine.skip_nonfinite import SkipNonFinite
+
+    def make(step: Any) -> Any:
+        def reset(self: Any) -> None:
+            step(self)
+            with torch.no_grad():
+                for name, parameter in self.engine.module.named_parameters():
+                    if "lora_B" in name:
+                        parameter.zero_()
+
+        return reset
+
+    _replace(SkipNonFinite, "step", make)
+
+
+def adapter_frozen() -> None:
+    """The optimizer's step changes nothing."""
+    from torch.optim import AdamW
+
+    from engine import optimizer
+
+    for owner in (AdamW, optimizer.PerGroupClippedAdamW):
+        owner.step = lambda self, closure=None: None
+
+
+def prompts_swapped() -> None:
+    from alignment.rewards.errors import NamedReward
+
+    def make(score: Any) -> Any:
+        def swapped(self: Any, video: Any, prompts: Any, *, fps: float) -> Any:
+            return score(self, video, list(prompts)[::-1], fps=fps)
+
+        return swapped
+
+    _replace(NamedReward, "score", make)
+
+
+def _of_oracle(change: Callable[[Any, Any, Any, float], Any]) -> None:
+    from alignment.rewards.errors import NamedReward
+
+    def make(score: Any) -> Any:
+        def changed(self: Any, video: Any, prompts: Any, *, fps: float) -> Any:
+            oracle = type(self.reward)
+            # the class of the user's reward, whatever module it was loaded as
+            if not hasattr(oracle, "planted"):
+                inner = getattr(self.reward, "reward", self.reward)
+                kind = type(inner)
+                plain = kind.score
+                if not hasattr(kind, "planted"):
+                    kind.score = lambda me, v, p, *, fps: change(
+                        lambda a, b, c: plain(me, a, b, fps=c), v, p, fps
+                    )
+                    kind.planted = True
+            return score(self, video, prompts, fps=fps)
+
+        return changed
+
+    _replace(NamedReward, "score", make)
+
+
+def _value(score: Any, change: Callable[[Any], Any]) -> Any:
+    from dataclasses import replace
+
+    return replace(score, value_B=change(score.value_B))
+
+
+def reward_blind() -> None:
+    fixed = "a vivid video: a red circle moves left in a dark room, fixed camera"
+    _of_oracle(lambda score, v, p, fps: score(v, [fixed] * len(p), fps))
+
+
+def reward_negated() -> None:
+    _of_oracle(lambda score, v, p, fps: _value(score(v, p, fps), lambda x: -x))
+
+
+def reward_saturated() -> None:
+    _of_oracle(
+        lambda score, v, p, fps: _value(score(v, p, fps), lambda x: x.clamp(max=0.1))
+    )
+
+
+def reward_swapped_inside() -> None:
+    """The reward answers in another order than its videos."""
+    _of_oracle(lambda score, v, p, fps: _value(score(v, p, fps), lambda x: x.roll(3)))
+
+
+def half_nan() -> None:
+    import torch
+
+    def change(x: Any) -> Any:
+        bad = torch.arange(len(x)) % 2 == 0
+        return torch.where(bad, torch.full_like(x, float("nan")), x)
+
+    _of_oracle(lambda score, v, p, fps: _value(score(v, p, fps), change))
+
+
+def fps_of_another() -> None:
+    from alignment.grpo import GrpoLoop
+
+    def make(init: Any) -> Any:
+        def wrong(self: Any, *args: Any, **options: Any) -> None:
+            init(self, *args, **options)
+            self.fps = 24.0
+
+        return wrong
+
+    _replace(GrpoLoop, "__init__", make)
+
+
+def guidance_left_out() -> None:
+    from generator.wan import WanGenerator
+
+    def make(transition: Any) -> Any:
+        def unguided(self: Any, prompt: str, step: Any) -> Any:
+            import torch
+
+            x = step.latent_MCFHW.to(self.device)
+            sigma = torch.full((len(x),), step.sigma)
+            v = self.velocity(x, sigma, [prompt] * len(x), guidance_scale=1.0)
+            return self.kernel.transition(x, v, step.sigma, step.sigma_next)
+
+        return unguided
+
+    _replace(WanGenerator, "transition", make)
+
+
+def log_prob_in_half() -> None:
+    import torch
+
+    from common import gaussian
+
+    def make(log_prob: Any) -> Any:
+        def half(p: Any, x: Any) -> Any:
+            rounded = gaussian.Gaussian(p.mean.to(torch.bfloat16), p.std)
+            return log_prob(rounded, x.to(torch.bfloat16))
+
+        return half
+
+    _replace(gaussian, "log_prob", make)
+
+
+def latents_not_scaled() -> None:
+    import torch
+
+    from generator.latents import LatentCodec
+
+    def plain(self: Any, device: Any) -> Any:
+        count = len(self.vae.config.latents_mean)
+        shape = (1, count, 1, 1, 1)
+        return torch.zeros(shape, device=device), torch.ones(shape, device=device)
+
+    _replace(LatentCodec, "_mean_and_std", lambda _: plain)
+
+
+def embeddings_mixed_up() -> None:
+    """Every prompt gets the embedding of the prompt that was encoded before it."""
+    from generator.prompts import PromptCache
+
+    def make(get: Any) -> Any:
+        def mixed(self: Any, prompts: Any, *, device: Any, dtype: Any) -> Any:
+            self.encode(prompts)
+            known = list(self._rows)
+            others = [known[known.index(prompt) - 1] for prompt in prompts]
+            return get(self, others, device=device, dtype=dtype)
+
+        return mixed
+
+    _replace(PromptCache, "get", make)
+
+
+def evaluation_without_adapter() -> None:
+    from generator.wan import WanGenerator
+
+    def make(sample: Any) -> Any:
+        def base(self: Any, *args: Any, **options: Any) -> Any:
+            with self.reference():
+                return sample(self, *args, **options)
+
+        return base
+
+    _replace(WanGenerator, "sample", make)
+
+
+def evaluation_at_other_guidance() -> None:
+    from generator.wan import WanGenerator
+
+    def make(sample: Any) -> Any:
+        def guided(self: Any, *args: Any, **options: Any) -> Any:
+            plain = self._guided_velocity
+            self._guided_velocity = lambda *prompts: plain(*prompts, scale=3.0)
+            try:
+                return sample(self, *args, **options)
+            finally:
+                del self._guided_velocity
+
+        return guided
+
+    _replace(WanGenerator, "sample", make)
+
+
+GUIDED = ("generator.sampler.guidance_scale=3.0",)
+FAULTS = {
+    "gradients-not-averaged": PlantedFault(
+        ("gradients-not-averaged",), gradients_stay_local, ranks=2
+    ),
+    "adapter-not-in-sampler": PlantedFault(
+        ("adapter-not-in-sampler",), sampler_without_adapter
+    ),
+    "lora-b-zero": PlantedFault(("lora-b-zero",), lora_b_reset),
+    "adapter-frozen": PlantedFault(("adapter-frozen",), adapter_frozen),
+    "prompts-swapped": PlantedFault(("reward-swapped",), prompts_swapped),
+    "reward-blind": PlantedFault(("reward-blind",), reward_blind),
+    "reward-sign": PlantedFault(("reward-sign",), reward_negated),
+    "reward-saturated": PlantedFault(("reward-saturated",), reward_saturated),
+    "wrong-fps": PlantedFault(("wrong-fps",), fps_of_another),
+    "half-nan": PlantedFault(("scores-missing",), half_nan),
+    "wrong-shift": PlantedFault(
+        ("wrong-shift",), overrides=("generator.sampler.shift=12",)
+    ),
+    "guidance-not-in-update": PlantedFault(
+        ("guidance-not-in-update",), guidance_left_out, overrides=GUIDED
+    ),
+    "log-prob-dtype": PlantedFault(("log-prob-dtype",), log_prob_in_half),
+    "vae-scaling": PlantedFault(("vae-scaling",), latents_not_scaled),
+    "wrong-embeddings": PlantedFault(("wrong-embeddings",), embeddings_mixed_up),
+    "lr-too-large": PlantedFault(("lr-too-large",), overrides=("optimizer.lr=0.2",)),
+    "lr-too-small": PlantedFault(("lr-too-small",), overrides=("optimizer.lr=2e-5",)),
+    "kl-holds": PlantedFault(("kl-holds",), overrides=("grpo.kl_weight=2",)),
+    "few-videos": PlantedFault(
+        ("few-videos",), overrides=("prompts_per_step=1", "grpo.group_size=8")
+    ),
+    "evaluation-without-adapter": PlantedFault(
+        ("evaluation-without-adapter",), evaluation_without_adapter
+    ),
+    # Not among the twenty, but of the same kinds.
+    "evaluation-guidance": PlantedFault(
+        ("evaluation-settings",), evaluation_at_other_guidance
+    ),
+    "swapped-inside": PlantedFault(("reward-swapped",), reward_swapped_inside),
+}
