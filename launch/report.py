@@ -160,6 +160,7 @@ def render(
         samples=samples,
         pairs=pairs,
         grpo_charts=metric_charts("grpo", shown.get("grpo")),
+        diagnoses=sections.diagnoses_of(shown.get("grpo")),
         dpo_charts=metric_charts("dpo", shown.get("dpo")),
         cold_start_charts=metric_charts("cold_start", shown.get("cold_start")),
         seconds=data.mean_seconds(data.metrics(shown.get("grpo"))),

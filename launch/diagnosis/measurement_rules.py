@@ -11,7 +11,7 @@ from launch.diagnosis.evidence import Diagnosis, Evidence
 # Relative differences of velocities, by the generator's dtype: rounding is far below.
 VELOCITY_LIMIT = {"float32": 1e-4, "bfloat16": 2e-2}
 # Log-probs are fp32 whatever the generator's dtype is.
-LOG_PROB_LIMIT = 2e-5
+LOG_PROB_LIMIT = 5e-6
 # |ratio - 1| of the loop's own steps, with one update a rollout.
 RATIO_LIMIT = {"float32": 1e-4, "bfloat16": 5e-3}
 # MEAN difference of two videos in levels of 255.

@@ -21,6 +21,7 @@ EXPLAINS = {
         "kl-holds",
         "reward-saturated",
     },
+    "reward-saturated": {"reward-blind"},
     "kl-holds": {"update-lowers-reward"},
     "scores-missing": {"reward-saturated"},
     "adapter-not-in-sampler": {"ratio-not-1", "evaluation-without-adapter"},

@@ -1,0 +1,158 @@
+"""Write the certificate of a GRPO recipe: its first updates, with several seeds.
+
+    python launch/diagnosis/certificate.py --config configs/shapes/grpo_oracle.yaml --seeds 6
+    python launch/diagnosis/certificate.py --config configs/wan/grpo.yaml --seeds 0
+
+Each seed is a short run of launch/grpo.py. The entry of the recipe in configs/certificates.json is
+replaced. With --seeds 0 nothing is run, and the entry holds the recipe's settings only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.cli import command_parser, exit_with_error
+from common.config import load
+from common.files import read_json, write_json
+from common.run_record import plain, value_at
+from launch.diagnosis.certificates import (
+    FACTORS,
+    FILE,
+    MARGINS,
+    REMEMBERED,
+    band,
+    values_of,
+)
+from launch.diagnosis.evidence import Evidence, read_run
+from launch.schemas.training import GrpoRun
+
+ROOT = Path(__file__).resolve().parents[2]
+UPDATES = 5
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    names = [str(file) for file in args.config]
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="certificate-") as folder:
+        for seed in range(args.seeds):
+            place = Path(folder) / f"seed-{seed}"
+            run(names, args.override, seed=seed, place=place)
+            runs.append(read_run(place))
+            print(f"{' + '.join(names)}, seed {seed}: {len(runs[-1].steps)} updates")
+
+    # The other recipes' entries stay.
+    file = ROOT / FILE
+    recipes = read_json(file)["recipes"] if file.is_file() else []
+    made = certificate(names, args.override, runs)
+    kept = [entry for entry in recipes if entry["recipe"] != made["recipe"]]
+    entries = sorted([*kept, made], key=lambda entry: entry["recipe"])
+    write_json(file, {"recipes": entries})
+    print(file.relative_to(ROOT))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("--config", action="append", required=True, metavar="YAML")
+    add("--seeds", type=int, default=6, help="runs with seeds 0, 1, ...")
+    add("override", nargs="*", help="a.b=c, for every run")
+    return parser
+
+
+def run(
+    configs: Sequence[str], overrides: Sequence[str], *, seed: int, place: Path
+) -> None:
+    """Make the first updates of a recipe."""
+    words = [word for name in configs for word in ("--config", name)]
+    settings = [f"seed={seed}", f"steps={UPDATES}", f"run_dir={place}"]
+    settings += [f"diagnosis.updates={UPDATES}", "video_every=0", "evaluation=null"]
+    command = [sys.executable, "launch/grpo.py", *words, *overrides, *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        exit_with_error(f"seed {seed} failed: {done.stderr.strip()[-600:]}")
+
+
+def certificate(
+    configs: Sequence[str], overrides: Sequence[str], runs: Sequence[Evidence]
+) -> dict[str, Any]:
+    """The entry of a recipe from the evidence of its runs; bands are null-free lists by update."""
+    settings = plain(load(GrpoRun, configs, overrides))
+    bands: dict[str, list[list[float]]] = {}
+    for name in (*FACTORS, *MARGINS):
+        rows = bands_of([values_of(evidence, name) for evidence in runs], name)
+        if rows:
+            bands[name] = rows
+    command = [f"--config {name}" for name in configs]
+    words = " ".join([*command, f"--seeds {len(runs)}", *overrides])
+    return {
+        "recipe": " + ".join([*configs, *overrides]),
+        "made_by": f"python launch/diagnosis/certificate.py {words}",
+        "runs": len(runs),
+        "settings": _nested({key: value_at(settings, key) for key in REMEMBERED}),
+        "rewards": rewards_of(runs),
+        "bands": bands,
+        "round_trip_limit": round_trip_limit(runs),
+        "seconds_per_step": _mean(runs, "seconds/step"),
+        "peak_gb": _mean(runs, "memory/peak_gb"),
+    }
+
+
+def bands_of(columns: Sequence[Sequence[float]], name: str) -> list[list[float]]:
+    """The band of each update over the runs; [] where some run lacks the quantity."""
+    rows = []
+    for values in zip(*columns, strict=False):
+        if not all(math.isfinite(value) for value in values):
+            return []
+        low, high = band(name, min(values), max(values))
+        rows.append([float(f"{low:.3g}"), float(f"{high:.3g}")])
+    return rows
+
+
+def rewards_of(runs: Sequence[Evidence]) -> dict[str, Any]:
+    """Whether each reward read the prompt: some score changed with another prompt."""
+    found: dict[str, Any] = {}
+    for evidence in runs:
+        for name, entry in evidence.rewards.items():
+            identity = str(entry.get("target") or entry.get("kind") or name)
+            key = f"rewards/{name}/wrong_prompt"
+            changed = sum(evidence.measured(f"{key}/fell"))
+            changed += sum(evidence.measured(f"{key}/rose"))
+            before = found.get(identity, {}).get("reads_prompt", False)
+            found[identity] = {"reads_prompt": before or changed > 0}
+    return found
+
+
+def round_trip_limit(runs: Sequence[Evidence]) -> float:
+    """Twice the largest relative error of decoding and encoding; 0.8 without runs."""
+    values = [v for evidence in runs for v in evidence.measured("vae/round_trip")]
+    return round(2 * max(values), 3) if values else 0.8
+
+
+def _mean(runs: Sequence[Evidence], name: str) -> float | None:
+    # The first step warms up.
+    values = [value for evidence in runs for value in evidence.column(name)[1:]]
+    return round(sum(values) / len(values), 3) if values else None
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} -> {"a": {"b": 1}}."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *folders, last = key.split(".")
+        place = nested
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = value
+    return nested
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Planted faults are named, and sound runs are not accused: five updates in the embedded world."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.diagnosis.evidence import Diagnosis, read_run
+from launch.diagnosis.rules import diagnose
+from tests.launch.diagnosis.clean import CLEAN
+from tests.launch.diagnosis.faults import FAULTS
+from tests.launch.processes import ROOT
+
+# Of these, five are quick enough for `make test`.
+QUICK = ("adapter-not-in-sampler", "prompts-swapped", "vae-scaling", "lr-too-large")
+RECIPE = (
+    "--config",
+    "configs/shapes/grpo_oracle.yaml",
+    "steps=5",
+    "prompts_per_step=4",
+    "evaluation=null",
+    "self_checks=false",
+    "video_every=0",
+)
+
+
+def diagnosed(
+    folder: Path, fault: str, *words: str, ranks: int = 1
+) -> list[Diagnosis]:
+    """Train in a process of its own, and diagnose the run here."""
+    program = [sys.executable]
+    if ranks > 1:
+        program += ["-m", "torch.distributed.run", "--standalone"]
+        program += ["--nproc-per-node", str(ranks)]
+    script = "tests/launch/diagnosis/planted.py"
+    configs = [word for word in words if word == "--config" or word.endswith(".yaml")]
+    settings = [word for word in words if word not in configs]
+    command = [*program, script, fault, *RECIPE[:2], *configs, *RECIPE[2:], *settings]
+    done = subprocess.run(
+        [*command, f"run_dir={folder}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return diagnose(read_run(folder))
+
+
+def marked(names: list[str]) -> list[object]:
+    return [
+        pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.long)
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("name", marked(list(FAULTS)))
+def test_planted_fault_is_named(name: str, tmp_path: Path) -> None:
+    fault = FAULTS[name]
+    found = diagnosed(tmp_path / "run", name, *fault.overrides, ranks=fault.ranks)
+    accusing = [diagnosis.cause for diagnosis in found if diagnosis.accuses]
+    # the right cause comes first
+    assert accusing[:1] and accusing[0] in fault.causes, found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", list(CLEAN))
+def test_sound_run_is_not_accused(name: str, tmp_path: Path) -> None:
+    found = diagnosed(tmp_path / "run", "none", *CLEAN[name])
+    assert [diagnosis for diagnosis in found if diagnosis.accuses] == []
+
+
+@pytest.mark.slow
+def test_measured_run_has_the_metrics_of_one_that_is_not(tmp_path: Path) -> None:
+    """Measurements draw no random number and change no weight; the log says what is off."""
+    rows = {}
+    for name, words in (
+        ("with", ("optimizer.lr=0.2",)),
+        ("without", ("optimizer.lr=0.2", "diagnosis=null")),
+    ):
+        diagnosed(tmp_path / name, "none", "steps=2", *words)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows[name] = [json.loads(line) for line in lines]
+    for one, other in zip(rows["with"], rows["without"], strict=True):
+        same = [key for key in one if not key.startswith(("seconds", "memory", "videos"))]
+        assert {key: one[key] for key in same} == {key: other[key] for key in same}
+    assert (tmp_path / "with" / "measurements.jsonl").is_file()
+    assert not (tmp_path / "without" / "measurements.jsonl").exists()
