@@ -176,15 +176,24 @@ def folder_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluations_of(folder: Path) -> Iterator[Path]:
-    """Find evaluations beside a run whose adapter lies inside the run's folder, or that name none.
+    """Find evaluations beside a run: their adapter lies inside the run's folder.
 
-    An evaluation without an adapter belongs to the run only if its folder's name says that it is
-    of the tuned generator.
+    An evaluation without an adapter belongs to the run if its folder's name says that it is of the
+    tuned generator: "tuned" or the run's name is a part of it.
     """
-    for file in sorted(folder.resolve().parent.glob("*/config.yaml")):
+    own = folder.resolve()
+    for file in sorted(own.parent.glob("*/config.yaml")):
         settings = read_settings_or_nothing(file)
-        adapter = settings.get("adapter")
-        if adapter and Path(str(adapter)).resolve().is_relative_to(folder.resolve()):
+        if file.parent == own or "adapter" not in settings:
+            continue
+        adapter = settings["adapter"]
+        name = file.parent.name
+        if not adapter:
+            words = name.replace("-", "_").split("_")
+            mine = "eval" in name and ("tuned" in words or own.name in words)
+        else:
+            mine = Path(str(adapter)).resolve().is_relative_to(own)
+        if mine:
             yield file.parent
 
 

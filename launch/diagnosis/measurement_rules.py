@@ -28,6 +28,9 @@ KL_SHARE = 0.5
 # In units of the spread of the scores.
 SCORE_LIMIT = 0.1
 AT_THE_END = 0.8
+# More scores rise than fall by this many standard deviations of a coin.
+SIGMAS = 2.5
+FEW_COMPARED = 24
 # Kinds of rewards of this project that read the prompt, whatever their options are.
 READERS = ("descore", "generative")
 
@@ -339,6 +342,14 @@ def _evaluation(evidence: Evidence) -> Iterator[Diagnosis]:
             f"its video differs by {gap:.1f} of 255 from the policy's and is the base model's",
             "evaluate with the trained weights",
         )
+    elif gap > limit and variant in ("other-prompt", "no-prompt"):
+        yield Diagnosis(
+            "wrong-embeddings",
+            "certain",
+            "the evaluation samples with text embeddings of other prompts",
+            f"its video differs by {gap:.1f} of 255 from the policy's and is another prompt's",
+            "check the order of prompts and embeddings within a batch",
+        )
     elif gap > limit or other_scale:
         known = f", its guidance is {guidance[-1]:g}" if other_scale else ""
         yield Diagnosis(
@@ -592,8 +603,11 @@ def _sense(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
     if same == compared:
         yield _blind(evidence, name, compared)
         return
-    prefers_wrong = rose - fell > 2 * math.sqrt(fell + rose)
-    prefers_shuffled = shuffled[2] - shuffled[0] > 2 * math.sqrt(sum(shuffled))
+    # The videos of a group have one wrong prompt together, so that more of them are needed.
+    prefers_wrong = (
+        compared >= FEW_COMPARED and rose - fell > SIGMAS * math.sqrt(fell + rose)
+    )
+    prefers_shuffled = shuffled[2] - shuffled[0] > SIGMAS * math.sqrt(sum(shuffled))
     if prefers_shuffled:
         yield Diagnosis(
             "reward-sign",

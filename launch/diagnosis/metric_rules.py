@@ -17,6 +17,7 @@ SKIPPED_SHARE = 0.2
 SMALL_SPREAD = 1e-3
 # Rules about updates need some of them.
 SEEN_UPDATES = 2
+SEEN_STEPS = 3
 # A watched reward that falls while the trained one rises: over how many steps.
 LONG = 20
 
@@ -55,7 +56,7 @@ def _flat(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
     zero = evidence.column(f"reward/{name}_zero_spread")
     spread = evidence.column(f"reward/{name}_group_std_max")
     means = evidence.column(f"reward/{name}")
-    if not zero or not spread or not means:
+    if len(zero) < SEEN_STEPS or not spread or not means:
         return
     share = sum(zero) / len(zero)
     largest = max(spread)

@@ -23,12 +23,13 @@ EXPLAINS = {
     },
     "reward-saturated": {"reward-blind"},
     "kl-holds": {"update-lowers-reward"},
+    "vae-scaling": {"evaluation-settings", "evaluation-without-adapter"},
+    "wrong-shift": {"evaluation-settings"},
+    "rollout-differs": {"evaluation-settings"},
     "scores-missing": {"reward-saturated"},
-    "adapter-not-in-sampler": {"ratio-not-1", "evaluation-without-adapter"},
-    "guidance-not-in-update": {"ratio-not-1", "update-lowers-reward"},
-    "log-prob-dtype": {"ratio-not-1"},
-    "wrong-embeddings": {"ratio-not-1", "evaluation-settings"},
-    "reward-swapped": {"reward-prefers-wrong", "reward-order"},
+    "adapter-not-in-sampler": {"evaluation-without-adapter"},
+    "guidance-not-in-update": {"reward-sign-in-update"},
+    "wrong-embeddings": {"rollout-differs", "update-differs", "evaluation-settings"},
 }
 
 

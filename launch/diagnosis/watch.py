@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # Videos of a step that are kept for the rewards.
 KEPT_VIDEOS = 16
+# The rules are applied after each of so many steps, then after every so many.
+OFTEN = 20
 
 
 class Watch:
@@ -121,7 +123,8 @@ class Watch:
         # The rules of launch/diagnose.py, on what there is until now.
         if is_main() and self.run.diagnosis.said:
             self.metrics.append({"step": step, **metrics})
-            self._say()
+            if step < OFTEN or step % OFTEN == 0:
+                self._say()
 
     def _measure(self, step: int, result: StepResult) -> dict[str, float]:
         loop = self.loop

@@ -336,3 +336,13 @@ def test_evaluation_beside_the_run_is_found_by_its_adapter(tmp_path: Path) -> No
         (tmp_path / name / "config.yaml").write_text(text)
     found = read_run(folder).facts["evaluations"]
     assert [Path(name).name for name in found] == ["mine"]
+
+
+def test_evaluation_of_the_tuned_without_an_adapter_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", evidence())
+    for name in ("eval_base", "eval_tuned"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("adapter: null\n")
+    assert accused(read_run(folder)) == ["evaluation-without-adapter"]
+    found = read_run(folder).facts["evaluations"]
+    assert [Path(name).name for name in found] == ["eval_tuned"]
