@@ -106,7 +106,9 @@ def certificate_rules(evidence: Evidence) -> Iterator[Diagnosis]:
         ]
         if wrong and len(wrong) >= OUTSIDE * len(compared):
             value, low, high = wrong[-1]
-            outside.append(f"{NAMES[name]} is {value:.2g}, usual {low:.2g} to {high:.2g}")
+            outside.append(
+                f"{NAMES[name]} is {value:.2g}, usual {low:.2g} to {high:.2g}"
+            )
     if outside:
         yield Diagnosis(
             "unlike-certificate",

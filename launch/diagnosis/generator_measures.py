@@ -44,7 +44,6 @@ def replay(
         found |= _rollout(own, group, seed, other)
         found |= _adapter_effect(own, group, prompt, seed, step)
         found |= _tail(own, group, other)
-    found |= decoding(own, group.clean_GCFHW)
     return found
 
 
@@ -90,8 +89,9 @@ def _rollout(own: OwnRoute, group: Group, seed: int, other: str) -> dict[str, fl
     if "reference" in velocities:
         moved = rms(velocities["policy"] - velocities["reference"])
         found["adapter/drift"] = moved / rms(velocities["reference"])
-    found["text/effect"] = rms(velocities["policy"] - velocities["other-prompt"])
-    found["text/effect"] /= rms(velocities["policy"])
+    if other != group.prompt:
+        changed = rms(velocities["policy"] - velocities["other-prompt"])
+        found["text/effect"] = changed / rms(velocities["policy"])
     return found
 
 

@@ -286,7 +286,8 @@ def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
             "use one grid of noise levels",
         )
     gap = max(evidence.measured("decode/gap"), default=0.0)
-    round_trip = max(evidence.measured("vae/round_trip"), default=0.0)
+    # Of the base model: training may lead latents anywhere.
+    round_trip = evidence.measurements[0].get("vae/round_trip", 0.0)
     if gap > PIXEL_LIMIT:
         yield Diagnosis(
             "vae-scaling",
@@ -604,8 +605,8 @@ def _sense(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
         yield _blind(evidence, name, compared)
         return
     # The videos of a group have one wrong prompt together, so that more of them are needed.
-    prefers_wrong = (
-        compared >= FEW_COMPARED and rose - fell > SIGMAS * math.sqrt(fell + rose)
+    prefers_wrong = compared >= FEW_COMPARED and rose - fell > SIGMAS * math.sqrt(
+        fell + rose
     )
     prefers_shuffled = shuffled[2] - shuffled[0] > SIGMAS * math.sqrt(sum(shuffled))
     if prefers_shuffled:

@@ -7,6 +7,7 @@ prompt cache, its guidance, its sampler or its codec, so that a mistake in one o
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
@@ -58,6 +59,13 @@ class OwnRoute:
     def knows(self, *prompts: str) -> bool:
         """True if these prompts were encoded in time."""
         return all(prompt in self.embedding_1LD for prompt in (*prompts, self.negative))
+
+    def another(self, prompt: str, preferred: Sequence[str]) -> str:
+        """Another prompt that is known, of ``preferred`` if possible; the prompt if there is none."""
+        for other in (*preferred, *self.embedding_1LD):
+            if other not in (prompt, self.negative) and self.knows(other):
+                return other
+        return prompt
 
     @torch.no_grad()
     def velocity(
@@ -154,7 +162,9 @@ class OwnRoute:
             context = adapters_off(self.generator.module)
         elif variant == "half":
             context = torch.autocast(self.generator.device.type, torch.bfloat16)
-        with context:
+        with context, warnings.catch_warnings():
+            # autocast leaves some norms in fp32, and says so
+            warnings.simplefilter("ignore")
             yield
 
 

@@ -144,13 +144,17 @@ class Watch:
         )
 
         # 2. The generator: a group of this step once more.
+        prompt = batch.prompts[-1]
         row |= generator_measures.replay(
             self.own,
-            batch.prompts[-1],
+            prompt,
             batch.seeds[-1],
-            other=batch.prompts[0],
+            other=self.own.another(prompt, [batch.prompts[0]]),
             step=step,
         )
+        # Latents of the policy before this update: those of the first are the base model's.
+        clean_GCFHW = result.groups[-1].clean_GCFHW[: generator_measures.MEMBERS]
+        row |= generator_measures.decoding(self.own, clean_GCFHW)
         if step + 1 == min(self.updates, self.run.steps):
             row |= self._evaluation(step)
 
@@ -196,7 +200,7 @@ class Watch:
             spy.videos[0][:1],
             prompts[0],
             derive_seed(self.run.seed, "evaluate", 0),
-            other=prompts[-1],
+            other=self.own.another(prompts[0], prompts),
         )
         found["evaluation/fps_ratio"] = spy.fps / self.run.generator.fps
         found["evaluation/guidance"] = spy.guidance

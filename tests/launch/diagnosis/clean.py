@@ -20,7 +20,12 @@ CLEAN: dict[str, tuple[str, ...]] = {
     "seed-5": ("seed=5", "zero_stage=2"),
     "flow_grpo": ("--config", "configs/sisters/flow_grpo.yaml", *_SAME, f"{_RANGE}=8"),
     "mixgrpo": ("--config", "configs/sisters/mixgrpo.yaml", *_SAME, f"{_RANGE}=8"),
-    "flash_grpo": ("--config", "configs/sisters/flash_grpo.yaml", *_SAME, f"{_RANGE}=4"),
+    "flash_grpo": (
+        "--config",
+        "configs/sisters/flash_grpo.yaml",
+        *_SAME,
+        f"{_RANGE}=4",
+    ),
     "flow_cps": ("--config", "configs/sisters/flow_cps.yaml"),
     "mixgrpo-as-it-stands": (
         "--config",

@@ -28,9 +28,7 @@ RECIPE = (
 )
 
 
-def diagnosed(
-    folder: Path, fault: str, *words: str, ranks: int = 1
-) -> list[Diagnosis]:
+def diagnosed(folder: Path, fault: str, *words: str, ranks: int = 1) -> list[Diagnosis]:
     """Train in a process of its own, and diagnose the run here."""
     program = [sys.executable]
     if ranks > 1:
@@ -49,7 +47,9 @@ def diagnosed(
 
 def marked(names: list[str]) -> list[object]:
     return [
-        pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.long)
+        pytest.param(
+            name, marks=pytest.mark.slow if name in QUICK else pytest.mark.long
+        )
         for name in names
     ]
 
@@ -82,7 +82,9 @@ def test_measured_run_has_the_metrics_of_one_that_is_not(tmp_path: Path) -> None
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         rows[name] = [json.loads(line) for line in lines]
     for one, other in zip(rows["with"], rows["without"], strict=True):
-        same = [key for key in one if not key.startswith(("seconds", "memory", "videos"))]
+        same = [
+            key for key in one if not key.startswith(("seconds", "memory", "videos"))
+        ]
         assert {key: one[key] for key in same} == {key: other[key] for key in same}
     assert (tmp_path / "with" / "measurements.jsonl").is_file()
     assert not (tmp_path / "without" / "measurements.jsonl").exists()
