@@ -24,10 +24,12 @@ from launch.diagnosis.rules import diagnose
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     with user_errors():
+        # A folder that is no run ends with exit code 2.
         evidence = read_run(args.run, args.evaluation)
         diagnoses = diagnose(evidence)
         if args.json is not None:
             replace_text(args.json, as_json(diagnoses))
+    # For people, then for scripts.
     print(text_of(evidence, diagnoses))
     sys.exit(1 if any(diagnosis.accuses for diagnosis in diagnoses) else 0)
 

@@ -39,7 +39,8 @@ UPDATES = 5
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    names = [str(file) for file in args.config]
+    names = list(args.config)
+    # A short run for every seed.
     runs = []
     with tempfile.TemporaryDirectory(prefix="certificate-") as folder:
         for seed in range(args.seeds):
@@ -50,10 +51,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The other recipes' entries stay.
     file = ROOT / FILE
-    recipes = read_json(file)["recipes"] if file.is_file() else []
+    recipes = []
+    if file.is_file():
+        recipes = read_json(file)["recipes"]
     made = certificate(names, args.override, runs)
-    kept = [entry for entry in recipes if entry["recipe"] != made["recipe"]]
-    entries = sorted([*kept, made], key=lambda entry: entry["recipe"])
+    entries = [made]
+    for entry in recipes:
+        if entry["recipe"] != made["recipe"]:
+            entries.append(entry)
+    entries.sort(key=lambda entry: entry["recipe"])
     write_json(file, {"recipes": entries})
     print(file.relative_to(ROOT))
 
@@ -68,35 +74,56 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(
-    configs: Sequence[str], overrides: Sequence[str], *, seed: int, place: Path
+    configs: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    seed: int,
+    place: Path,
 ) -> None:
     """Make the first updates of a recipe."""
-    words = [word for name in configs for word in ("--config", name)]
-    settings = [f"seed={seed}", f"steps={UPDATES}", f"run_dir={place}"]
-    settings += [f"diagnosis.updates={UPDATES}", "video_every=0", "evaluation=null"]
-    command = [sys.executable, "launch/grpo.py", *words, *overrides, *settings]
+    command = [sys.executable, "launch/grpo.py"]
+    for name in configs:
+        command += ["--config", name]
+    # The user's settings, then those of a certificate.
+    command += overrides
+    command += [
+        f"seed={seed}",
+        f"steps={UPDATES}",
+        f"run_dir={place}",
+        f"diagnosis.updates={UPDATES}",
+        "video_every=0",
+        "evaluation=null",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         exit_with_error(f"seed {seed} failed: {done.stderr.strip()[-600:]}")
 
 
 def certificate(
-    configs: Sequence[str], overrides: Sequence[str], runs: Sequence[Evidence]
+    configs: Sequence[str],
+    overrides: Sequence[str],
+    runs: Sequence[Evidence],
 ) -> dict[str, Any]:
-    """The entry of a recipe from the evidence of its runs; bands are null-free lists by update."""
+    """The entry of a recipe from the evidence of its runs; a band is [low, high] by update."""
     settings = plain(load(GrpoRun, configs, overrides))
-    bands: dict[str, list[list[float]]] = {}
+    remembered = {key: value_at(settings, key) for key in REMEMBERED}
+
+    # A band for every quantity that all runs have.
+    bands = {}
     for name in (*FACTORS, *MARGINS):
-        rows = bands_of([values_of(evidence, name) for evidence in runs], name)
+        columns = [values_of(evidence, name) for evidence in runs]
+        rows = bands_of(columns, name)
         if rows:
             bands[name] = rows
-    command = [f"--config {name}" for name in configs]
-    words = " ".join([*command, f"--seeds {len(runs)}", *overrides])
+
+    # The command that makes it again.
+    words = [f"--config {name}" for name in configs]
+    words += [f"--seeds {len(runs)}", *overrides]
     return {
         "recipe": " + ".join([*configs, *overrides]),
-        "made_by": f"python launch/diagnosis/certificate.py {words}",
+        "made_by": f"python launch/diagnosis/certificate.py {' '.join(words)}",
         "runs": len(runs),
-        "settings": _nested({key: value_at(settings, key) for key in REMEMBERED}),
+        "settings": _nested(remembered),
         "rewards": rewards_of(runs),
         "bands": bands,
         "round_trip_limit": round_trip_limit(runs),
@@ -111,8 +138,9 @@ def bands_of(columns: Sequence[Sequence[float]], name: str) -> list[list[float]]
     for values in zip(*columns, strict=False):
         if not all(math.isfinite(value) for value in values):
             return []
-        low, high = band(name, min(values), max(values))
-        rows.append([float(f"{low:.3g}"), float(f"{high:.3g}")])
+        # Three digits are enough for a margin.
+        limits = band(name, min(values), max(values))
+        rows.append([float(f"{limit:.3g}") for limit in limits])
     return rows
 
 
@@ -121,6 +149,7 @@ def rewards_of(runs: Sequence[Evidence]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for evidence in runs:
         for name, entry in evidence.rewards.items():
+            # By what it is, since its name is the user's choice.
             identity = str(entry.get("target") or entry.get("kind") or name)
             key = f"rewards/{name}/wrong_prompt"
             changed = sum(evidence.measured(f"{key}/fell"))
@@ -132,20 +161,27 @@ def rewards_of(runs: Sequence[Evidence]) -> dict[str, Any]:
 
 def round_trip_limit(runs: Sequence[Evidence]) -> float:
     """Twice the largest relative error of decoding and encoding; 0.8 without runs."""
-    values = [v for evidence in runs for v in evidence.measured("vae/round_trip")]
+    values = []
+    for evidence in runs:
+        values += evidence.measured("vae/round_trip")
     return round(2 * max(values), 3) if values else 0.8
 
 
 def _mean(runs: Sequence[Evidence], name: str) -> float | None:
-    # The first step warms up.
-    values = [value for evidence in runs for value in evidence.column(name)[1:]]
-    return round(sum(values) / len(values), 3) if values else None
+    values = []
+    for evidence in runs:
+        # The first step warms up.
+        values += evidence.column(name)[1:]
+    if not values:
+        return None
+    return round(sum(values) / len(values), 3)
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:
     """{"a.b": 1} -> {"a": {"b": 1}}."""
     nested: dict[str, Any] = {}
     for key, value in values.items():
+        # Down to the section of the key.
         *folders, last = key.split(".")
         place = nested
         for folder in folders:

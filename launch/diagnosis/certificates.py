@@ -72,10 +72,10 @@ def certificate_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     for entry in read_json(file)["recipes"]:
         if not _same_folder(entry["settings"], settings):
             continue
-        if all(_same(entry["settings"], settings, key) for key in DECISIVE):
-            # One with bands, if there is one.
-            if entry["bands"]:
-                return entry
+        # One with bands, if there is one.
+        fits = all(_same(entry["settings"], settings, key) for key in DECISIVE)
+        if fits and entry["bands"]:
+            return entry
         nearest = nearest or {**entry, "bands": {}}
     return nearest
 

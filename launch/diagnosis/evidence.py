@@ -141,9 +141,11 @@ def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Evidence:
     """
     from launch.diagnosis.certificates import certificate_of
 
+    # Settings decide whether this is a run at all.
     settings = read_settings(folder / "config.yaml")
     if "grpo" not in settings:
         raise ValueError(f"{folder} holds no GRPO run: its config.yaml has no grpo")
+    # Evaluations named by the user, and those beside the run.
     found = {*evaluations, *evaluations_of(folder)}
     facts = {
         **folder_facts(settings),
@@ -166,10 +168,12 @@ def folder_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     flow_shift  the shift of its scheduler
     """
+    # A name on the hub is no folder here.
     path = value_at(settings, "generator.path")
     file = Path(str(path)) / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return {}
+    # Schedulers of flow matching call it by either name.
     scheduler = json_object(file.read_text(encoding="utf-8"), str(file))
     shift = scheduler.get("flow_shift", scheduler.get("shift"))
     return {} if shift is None else {"flow_shift": float(shift)}
@@ -188,6 +192,7 @@ def evaluations_of(folder: Path) -> Iterator[Path]:
             continue
         adapter = settings["adapter"]
         name = file.parent.name
+        # Without an adapter only the folder's name can tell.
         if not adapter:
             words = name.replace("-", "_").split("_")
             mine = "eval" in name and ("tuned" in words or own.name in words)

@@ -28,7 +28,12 @@ NOTABLE = 1e-5
 
 
 def replay(
-    own: OwnRoute, prompt: str, seed: int, *, other: str, step: int
+    own: OwnRoute,
+    prompt: str,
+    seed: int,
+    *,
+    other: str,
+    step: int,
 ) -> dict[str, float]:
     """Sample a small group again, and compute everything about it another way.
 
@@ -36,8 +41,12 @@ def replay(
     """
     generator = own.generator
     (group,) = generator.rollout(
-        [prompt], group_size=MEMBERS, seeds=[seed], iteration=step
+        [prompt],
+        group_size=MEMBERS,
+        seeds=[seed],
+        iteration=step,
     )
+    # Without embeddings of its own a route has nothing to compare.
     found = {}
     if own.knows(prompt, other):
         found |= embeddings(own, prompt, other)
@@ -50,6 +59,7 @@ def replay(
 def _rollout(own: OwnRoute, group: Group, seed: int, other: str) -> dict[str, float]:
     """The transition of rollout and update at a stochastic step, and their log-probs."""
     generator = own.generator
+    # The first stochastic step, with the noise of its seeds.
     step = group.steps[0]
     shape = tuple(step.next_GCFHW.shape[1:])
     noises = [member_noise(seed, g, shape) for g in range(group.size)]
@@ -63,7 +73,10 @@ def _rollout(own: OwnRoute, group: Group, seed: int, other: str) -> dict[str, fl
     velocities = own.velocities(step.latent_MCFHW, step.sigma, group.prompt, other)
     means = {
         name: generator.kernel.transition(
-            step.latent_MCFHW, v_MCFHW, step.sigma, step.sigma_next
+            step.latent_MCFHW,
+            v_MCFHW,
+            step.sigma,
+            step.sigma_next,
         ).mean
         for name, v_MCFHW in velocities.items()
     }
@@ -111,19 +124,28 @@ def _velocity_gaps(
 
 
 def _adapter_effect(
-    own: OwnRoute, group: Group, prompt: str, seed: int, step: int
+    own: OwnRoute,
+    group: Group,
+    prompt: str,
+    seed: int,
+    step: int,
 ) -> dict[str, float]:
     """How far rollout and update change when the adapter is switched off; 0 is no effect."""
     generator = own.generator
     if generator.cfg.lora is None:
         return {}
+    # The same seeds with the adapter switched off.
     with torch.no_grad(), generator.reference():
         (base,) = generator.rollout(
-            [prompt], group_size=MEMBERS, seeds=[seed], iteration=step
+            [prompt],
+            group_size=MEMBERS,
+            seeds=[seed],
+            iteration=step,
         )
         transition = generator.transition(prompt, group.steps[0])
     with torch.no_grad():
         policy = generator.transition(prompt, group.steps[0])
+    # In units of the latents.
     size = rms(group.clean_GCFHW)
     moved = group.steps[0].next_GCFHW - base.steps[0].next_GCFHW
     return {
@@ -147,26 +169,42 @@ def _tail(own: OwnRoute, group: Group, other: str) -> dict[str, float]:
     )
     if fast:
         return {}
+    # From the last stochastic step along the grid.
     last = group.steps[-1]
     sigmas = [sigma for sigma in own.sigmas() if sigma <= last.sigma_next + 1e-9]
     return _walk_gaps(
-        own, "tail", group.clean_GCFHW, last.next_GCFHW, sigmas, group.prompt, other
+        own,
+        "tail",
+        group.clean_GCFHW,
+        last.next_GCFHW,
+        sigmas,
+        group.prompt,
+        other,
     )
 
 
 def embeddings(own: OwnRoute, prompt: str, other: str) -> dict[str, float]:
     """The generator's embeddings of two prompts against the text encoder's."""
+    # In one batch, whose order may be wrong.
     ours_BLD = own.generator.prompts.get(
-        [prompt, other], device=own.generator.device, dtype=torch.float32
+        [prompt, other],
+        device=own.generator.device,
+        dtype=torch.float32,
     )
     own_BLD = torch.cat([own.embedding_1LD[prompt], own.embedding_1LD[other]]).float()
     return {"text/gap": rms(ours_BLD.cpu() - own_BLD) / rms(own_BLD)}
 
 
 def evaluation(
-    own: OwnRoute, video_1TYXC: Tensor, prompt: str, seed: int, *, other: str
+    own: OwnRoute,
+    video_1TYXC: Tensor,
+    prompt: str,
+    seed: int,
+    *,
+    other: str,
 ) -> dict[str, float]:
     """Compare a video of an evaluation with walks over the training grid, in levels of 255."""
+    # The evaluation starts from the noise of its seed.
     noise = initial_noise(seed, own.generator.latent_shape)[None]
     x_1CFHW = noise.to(own.generator.device)
     variants = ["policy", "unguided", "other-prompt", "no-prompt"]
@@ -175,7 +213,11 @@ def evaluation(
     found = {}
     for variant in variants:
         clean_1CFHW = own.walk(
-            x_1CFHW, own.sigmas(), prompt, variant=variant, other=other
+            x_1CFHW,
+            own.sigmas(),
+            prompt,
+            variant=variant,
+            other=other,
         )
         difference = own.decode(clean_1CFHW).float() - video_1TYXC.float()
         found[f"evaluation/gap/{variant}"] = float(difference.abs().mean())
@@ -192,12 +234,17 @@ def _walk_gaps(
     other: str,
 ) -> dict[str, float]:
     """Gaps of a walk's end; variants are only walked where the policy's differs."""
+    # The policy first: most runs need no other walk.
     ends = {}
     variants = ["policy"]
     found: dict[str, float] = {}
     for variant in variants:
         ends[variant] = own.walk(
-            start_BCFHW, sigmas, prompt, variant=variant, other=other
+            start_BCFHW,
+            sigmas,
+            prompt,
+            variant=variant,
+            other=other,
         )
         found = gaps(clean_BCFHW, ends)
         if variant == "policy" and found["policy"] > NOTABLE:
@@ -209,6 +256,7 @@ def _walk_gaps(
 
 def decoding(own: OwnRoute, clean_GCFHW: Tensor) -> dict[str, float]:
     """Decoded bytes by two routes, and how well the VAE finds its latents again."""
+    # Levels of 255, and a relative error of the latents.
     ours_GTYXC = own.generator.decode(clean_GCFHW)
     own_GTYXC = own.decode(clean_GCFHW)
     again_GCFHW = own.encode(own_GTYXC)

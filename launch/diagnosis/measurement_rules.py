@@ -100,6 +100,7 @@ def _adapter(evidence: Evidence) -> Iterator[Diagnosis]:
             "check that the adapter is active (peft's disable_adapter), and its scaling",
         )
         return
+    # And does the reference differ from the policy?
     effect = evidence.measured("update/adapter_effect")
     if drift and effect and drift[-1] > 0 and effect[-1] == 0:
         yield Diagnosis(
@@ -176,6 +177,7 @@ def _update(evidence: Evidence) -> Iterator[Diagnosis]:
     gap, variant = worst_gap(evidence, "update")
     limit = _velocity_limit(evidence)
     if gap > limit:
+        # Known mistakes by the variant that explains the gap.
         because = f"update: relative difference from the policy {gap:.2g}"
         causes = {
             "unguided": (
@@ -211,6 +213,7 @@ def _update(evidence: Evidence) -> Iterator[Diagnosis]:
             because,
             "rollout and update must compute the same transition, or the ratio means nothing",
         )
+    # The same input twice.
     repeat = evidence.measured("update/repeat")
     if repeat and max(repeat) > limit:
         yield Diagnosis(
@@ -254,6 +257,7 @@ def _log_prob(evidence: Evidence) -> Iterator[Diagnosis]:
 
 
 def _text(evidence: Evidence) -> Iterator[Diagnosis]:
+    # Embeddings in the generator's cache, then their effect.
     gap = max(evidence.measured("text/gap"), default=0.0)
     if gap > _velocity_limit(evidence):
         yield Diagnosis(
@@ -275,6 +279,7 @@ def _text(evidence: Evidence) -> Iterator[Diagnosis]:
 
 
 def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
+    # Noise levels.
     sigma = max(evidence.measured("rollout/sigma_gap"), default=0.0)
     if sigma > 1e-6:
         yield Diagnosis(
@@ -285,6 +290,7 @@ def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
             f"shift={evidence.setting('generator.sampler.shift', 3.0):g}",
             "use one grid of noise levels",
         )
+    # Latents and pixels.
     gap = max(evidence.measured("decode/gap"), default=0.0)
     # Of the base model: training may lead latents anywhere.
     round_trip = evidence.measurements[0].get("vae/round_trip", 0.0)
@@ -306,6 +312,7 @@ def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
             f"relative difference after decoding and encoding {round_trip:.2f}",
             "compare latents_mean and latents_std of vae/config.json with the released ones",
         )
+    # Members that share their start are apart by the noise alone.
     apart = evidence.measured("rollout/members_apart")
     if (
         apart
@@ -361,6 +368,7 @@ def _evaluation(evidence: Evidence) -> Iterator[Diagnosis]:
             f"{variant or 'no known variant'}",
             f"evaluate at guidance_scale={scale:g} and with the sampler of the run",
         )
+    # The rewards of an evaluation are told a frame rate too.
     ratio = evidence.measured("evaluation/fps_ratio")
     if ratio and not math.isclose(ratio[-1], 1, rel_tol=0.01):
         yield _wrong_fps("the evaluation", ratio[-1])
@@ -372,6 +380,7 @@ def _evaluation(evidence: Evidence) -> Iterator[Diagnosis]:
 def _gradient(evidence: Evidence) -> Iterator[Diagnosis]:
     ranks = int(max(evidence.measured("ranks"), default=1))
     apart = max(evidence.measured("weights/ranks_apart"), default=0.0)
+    # The largest difference between the two norms over the updates.
     worst = 0.0
     numbers = ""
     for row in evidence.measurements:
@@ -408,6 +417,7 @@ def _gradient(evidence: Evidence) -> Iterator[Diagnosis]:
 def _size_of_update(evidence: Evidence) -> Iterator[Diagnosis]:
     drift = evidence.measured("adapter/drift")
     first = evidence.measurements[0]
+    # A resumed run may have measured later updates only.
     if drift and first.get("step") == 0 and drift[0] > 0:
         low, high = drift_limits(evidence)
         lr = evidence.setting("optimizer.lr", 1e-4)
@@ -436,6 +446,7 @@ def _size_of_update(evidence: Evidence) -> Iterator[Diagnosis]:
         if norm > 0 and "kl/pull" in row:
             shares.append(row["kl/pull"] / norm)
     if len(shares) >= 2 and sorted(shares)[len(shares) // 2] > KL_SHARE:
+        # The median, since single groups scatter.
         share = sorted(shares)[len(shares) // 2]
         yield Diagnosis(
             "kl-holds",
@@ -474,6 +485,7 @@ def _direction(evidence: Evidence) -> Iterator[Diagnosis]:
             f"correlation of advantages and rewards {sum(sign) / len(sign):.2f}",
             "check that rewards and rollouts are in the same order",
         )
+    # Did the updates make rewarded videos more likely?
     gain = evidence.measured("update/gain")
     if len(gain) >= 3 and sum(value < 0 for value in gain) > 0.7 * len(gain):
         yield Diagnosis(
@@ -486,6 +498,7 @@ def _direction(evidence: Evidence) -> Iterator[Diagnosis]:
 
 
 def _batch(evidence: Evidence) -> Iterator[Diagnosis]:
+    # Seeds of the step before.
     before = evidence.measured("batch/as_before")
     if before and max(before) > 0.5:
         yield Diagnosis(
@@ -495,6 +508,7 @@ def _batch(evidence: Evidence) -> Iterator[Diagnosis]:
             f"{100 * max(before):.0f} % of the seeds are repeated",
             "derive seeds from the number of the step",
         )
+    # Seeds of other ranks.
     repeated = evidence.measured("batch/repeated")
     if repeated and max(repeated) > 0:
         yield Diagnosis(
@@ -504,6 +518,7 @@ def _batch(evidence: Evidence) -> Iterator[Diagnosis]:
             f"{100 * max(repeated):.0f} % of the seeds of a step occur twice",
             "give every rank its own share of the prompts",
         )
+    # Members of one group.
     apart = evidence.measured("batch/members_apart")
     if apart and min(apart) == 0:
         yield Diagnosis(
@@ -522,6 +537,7 @@ def _received(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
     ratio = evidence.measured(f"rewards/{name}/fps_ratio")
     if ratio and not math.isclose(ratio[-1], 1, rel_tol=0.01):
         yield _wrong_fps(f"the reward {name}", ratio[-1])
+    # Videos of the step, as they reached the reward.
     wrong = max(evidence.measured(f"rewards/{name}/wrong_prompt"), default=0.0)
     other = max(evidence.measured(f"rewards/{name}/other_video"), default=0.0)
     if wrong > 0:
@@ -630,11 +646,13 @@ def _sense(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
 
 
 def _blind(evidence: Evidence, name: str, compared: int) -> Diagnosis:
+    # Is it known to read the prompt?
     entry = evidence.rewards[name]
     kind = entry.get("kind") or name
     certified = evidence.certificate.get("rewards", {}).get(_identity(entry), {})
     reads = certified.get(
-        "reads_prompt", entry.get("target") is None and kind in READERS
+        "reads_prompt",
+        entry.get("target") is None and kind in READERS,
     )
     return Diagnosis(
         "reward-blind",
@@ -664,6 +682,7 @@ def worst_gap(evidence: Evidence, name: str) -> tuple[float, str]:
         if not gap > worst:
             continue
         worst = gap
+        # The variant that comes nearest, if it is near enough.
         others = {
             key.rpartition("/")[2]: value
             for key, value in row.items()

@@ -58,6 +58,7 @@ def _flat(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
     means = evidence.column(f"reward/{name}")
     if len(zero) < SEEN_STEPS or not spread or not means:
         return
+    # From most to least certain.
     share = sum(zero) / len(zero)
     largest = max(spread)
     mean = sum(means) / len(means)
@@ -88,6 +89,7 @@ def _flat(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
 
 
 def _nonfinite(evidence: Evidence) -> Iterator[Diagnosis]:
+    # Updates that the engine skipped, and losses that are no number.
     skipped = evidence.column("train/nonfinite_updates")
     losses = [row["train/loss"] for row in evidence.steps if "train/loss" in row]
     bad = sum(not math.isfinite(loss) for loss in losses)
@@ -135,6 +137,7 @@ def _clip(evidence: Evidence) -> Iterator[Diagnosis]:
 
 def _hacking(evidence: Evidence) -> Iterator[Diagnosis]:
     """A watched reward falls while the trained one rises."""
+    # A change counts from the scatter of single steps on.
     trained = evidence.trained_rewards
     watched = [name for name in evidence.rewards if name not in trained]
     rising = [name for name in trained if trend(evidence, name) > 1]

@@ -34,6 +34,7 @@ class OwnRoute:
 
     def __init__(self, generator: WanGenerator, prompts: Sequence[str]) -> None:
         self.generator = generator
+        # Padded embeddings by prompt, on the CPU.
         self.embedding_1LD: dict[str, Tensor] = {}
         cfg = generator.cfg
         self.guidance = cfg.sampler.guidance_scale
@@ -61,7 +62,7 @@ class OwnRoute:
         return all(prompt in self.embedding_1LD for prompt in (*prompts, self.negative))
 
     def another(self, prompt: str, preferred: Sequence[str]) -> str:
-        """Another prompt that is known, of ``preferred`` if possible; the prompt if there is none."""
+        """Another known prompt, of ``preferred`` if possible; ``prompt`` if there is none."""
         for other in (*preferred, *self.embedding_1LD):
             if other not in (prompt, self.negative) and self.knows(other):
                 return other
@@ -69,7 +70,13 @@ class OwnRoute:
 
     @torch.no_grad()
     def velocity(
-        self, x_BCFHW: Tensor, sigma: float, prompt: str, *, variant: str, other: str
+        self,
+        x_BCFHW: Tensor,
+        sigma: float,
+        prompt: str,
+        *,
+        variant: str,
+        other: str,
     ) -> Tensor:
         """v of one of `VARIANTS`, (B, C, F, H, W) fp32: a forward for each guidance branch."""
         text = {"other-prompt": other, "no-prompt": self.negative}.get(variant, prompt)
@@ -82,9 +89,14 @@ class OwnRoute:
         return unconditional + self.guidance * (conditional - unconditional)
 
     def velocities(
-        self, x_BCFHW: Tensor, sigma: float, prompt: str, other: str
+        self,
+        x_BCFHW: Tensor,
+        sigma: float,
+        prompt: str,
+        other: str,
     ) -> dict[str, Tensor]:
         """The velocity of every variant that can differ from the policy's."""
+        # Variants that cannot differ here are left out.
         found = {}
         for variant in VARIANTS:
             if variant == "unguided" and self.guidance == 1:
@@ -92,7 +104,11 @@ class OwnRoute:
             if variant == "reference" and self.generator.cfg.lora is None:
                 continue
             found[variant] = self.velocity(
-                x_BCFHW, sigma, prompt, variant=variant, other=other
+                x_BCFHW,
+                sigma,
+                prompt,
+                variant=variant,
+                other=other,
             )
         return found
 
@@ -108,7 +124,11 @@ class OwnRoute:
         """Euler steps along descending sigmas: x - (sigma - sigma_next) v."""
         for sigma, after in pairwise(sigmas):
             v_BCFHW = self.velocity(
-                x_BCFHW, sigma, prompt, variant=variant, other=other
+                x_BCFHW,
+                sigma,
+                prompt,
+                variant=variant,
+                other=other,
             )
             x_BCFHW = x_BCFHW - (sigma - after) * v_BCFHW
         return x_BCFHW
@@ -116,6 +136,7 @@ class OwnRoute:
     def sigmas(self) -> list[float]:
         """The training grid: shift u / (1 + (shift - 1) u) for u = 1 - i / N."""
         sampler = self.generator.cfg.sampler
+        # The last of them is 0.
         grid = []
         for i in range(sampler.num_steps + 1):
             u = 1 - i / sampler.num_steps
@@ -127,6 +148,7 @@ class OwnRoute:
         """uint8 video (B, T, Y, X, 3) with the scaling that the VAE's config states."""
         vae = self.generator.codec.vae
         mean, std = _of_config(clean_BCFHW, vae.config)
+        # x_0 = z std + mean, then -1..1 to bytes.
         pixels = vae.decode((clean_BCFHW.float() * std + mean).to(vae.dtype)).sample
         bytes_ = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
         return bytes_.round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
@@ -136,6 +158,7 @@ class OwnRoute:
         """Normalised latents (B, C, F, H, W) of a uint8 video, the posterior's mean."""
         vae = self.generator.codec.vae
         pixels = video_BTYXC.to(self.generator.device).permute(0, 4, 1, 2, 3).float()
+        # The way back: z = (x_0 - mean) / std.
         latents = vae.encode((pixels / 127.5 - 1).to(vae.dtype)).latent_dist.mode()
         mean, std = _of_config(latents, vae.config)
         return (latents.float() - mean) / std
@@ -184,6 +207,7 @@ def rms(x: Tensor) -> float:
 
 def _of_config(latents: Tensor, config: Mapping[str, Sequence[float]]) -> list[Tensor]:
     """Mean and std of every latent channel, (1, C, 1, 1, 1)."""
+    # One number a channel, over frames and pixels.
     tables = []
     for name in ("latents_mean", "latents_std"):
         values = torch.tensor(config[name], device=latents.device)

@@ -20,6 +20,7 @@ def text_of(evidence: Evidence, diagnoses: Sequence[Diagnosis]) -> str:
     """What was read, and every diagnosis with its numbers and its advice."""
     lines = [what_was_read(evidence), ""]
     for number, diagnosis in enumerate(diagnoses, start=1):
+        # The cause, what is wrong, the numbers, the advice.
         head = f"{number}. {SURE[diagnosis.certainty]} [{diagnosis.cause}]"
         lines.append(head)
         for label, text in (
@@ -41,6 +42,7 @@ def text_of(evidence: Evidence, diagnoses: Sequence[Diagnosis]) -> str:
 
 def what_was_read(evidence: Evidence) -> str:
     """A sentence about the evidence."""
+    # Say what is missing, too: it limits what can be found.
     parts = [f"{len(evidence.steps)} steps", "the settings"]
     if evidence.measurements:
         parts.append(f"measurements of {len(evidence.measurements)} updates")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alignment.reward_check import MUST, RewardClip, check, score_clips
-from common.types import RewardUnavailableError, Score
+from alignment.rewards.errors import RewardFailedError, reward_errors
+from common.types import Score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,11 @@ class RewardRecorder:
         return getattr(self.reward, name)
 
     def score(
-        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+        self,
+        video_BTYXC: Tensor,
+        prompts: Sequence[str],
+        *,
+        fps: float,
     ) -> Score:
         self.fps.append(float(fps))
         for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=False):
@@ -51,8 +56,10 @@ class RewardRecorder:
 
 def fingerprint(video_TYXC: Tensor) -> str:
     """Identify a video by some of its pixels."""
-    rows = max(1, video_TYXC.shape[1] // 64)
-    columns = max(1, video_TYXC.shape[2] // 64)
+    # At full size a part of the pixels is enough.
+    _, height, width, _ = video_TYXC.shape
+    rows = max(1, height // 64)
+    columns = max(1, width // 64)
     part = video_TYXC[:, ::rows, ::columns].contiguous()
     return hashlib.sha256(part.cpu().numpy().tobytes()).hexdigest()
 
@@ -74,13 +81,18 @@ def release(rewards: Mapping[str, NamedReward]) -> None:
 
 
 def received(
-    recorder: RewardRecorder, result: StepResult, *, fps: float
+    recorder: RewardRecorder,
+    result: StepResult,
+    *,
+    fps: float,
 ) -> dict[str, float]:
     """Compare what a reward got in a step with the step's own videos and prompts."""
     # The videos that were kept, group by group.
     if result.video_BTYXC is None:
         return {}
     members = result.advantage_PM.shape[1]
+
+    # Which prompt did the reward get with each of them?
     wrong = 0
     lost = 0
     for b, video_TYXC in enumerate(result.video_BTYXC):
@@ -90,7 +102,10 @@ def received(
         elif prompt != result.batch.prompts[b // members]:
             wrong += 1
     count = len(result.video_BTYXC)
-    found = {"wrong_prompt": wrong / count, "other_video": lost / count}
+    found = {}
+    found["wrong_prompt"] = wrong / count
+    found["other_video"] = lost / count
+    # And which frame rate?
     if recorder.fps:
         found["fps"] = recorder.fps[-1]
         found["fps_ratio"] = recorder.fps[-1] / fps
@@ -98,48 +113,68 @@ def received(
 
 
 def answers(
-    reward: RewardModel, score: Score, result: StepResult, *, fps: float
+    reward: RewardModel,
+    score: Score,
+    result: StepResult,
+    *,
+    fps: float,
 ) -> dict[str, float]:
     """Score videos of a step again: alone, with wrong prompts, and with shuffled pixels.
 
     score  what the step recorded for them
     """
     clips, places = clips_of(result, fps)
+    # A wrong prompt must be another one.
     if len({clip.prompt for clip in clips}) < 2:
         return {}
+    # Whatever the reward raises, training goes on without these numbers.
     try:
-        # One call a video: nothing can be mixed up within a batch.
-        alone = torch.cat([score_clips(reward, [clip]).value_B for clip in clips])
-        again = torch.cat([score_clips(reward, [clip]).value_B for clip in clips])
-        cases = check(reward, clips, cases=MUST)
-    except (RewardUnavailableError, ValueError):
+        with reward_errors(reward.name, RewardFailedError):
+            alone_B = _one_by_one(reward, clips[::2])
+            again_B = _one_by_one(reward, clips[:1])
+            cases = check(reward, clips, cases=MUST)
+    except RewardFailedError:
         return {}
-    recorded = score.value_B[places].float()
+
+    # Differences in spreads of the step's scores.
+    recorded_B = score.value_B[places[::2]].float()
     spread = _spread(score.value_B)
     found = {
-        "alone_gap": _mean_gap(alone, recorded) / spread,
-        "turned_gap": _mean_gap(alone, -recorded) / spread,
-        "random": _mean_gap(alone, again) / spread,
+        "alone_gap": _mean_gap(alone_B, recorded_B) / spread,
+        "turned_gap": _mean_gap(alone_B, -recorded_B) / spread,
+        "random": _mean_gap(alone_B[:1], again_B) / spread,
     }
-    for result_of_case in cases:
-        name = result_of_case.case.replace(" ", "_")
-        found[f"{name}/fell"] = result_of_case.below
-        found[f"{name}/same"] = result_of_case.same
-        found[f"{name}/rose"] = result_of_case.above
+    # How many scores fell, stayed and rose in each case.
+    for answer in cases:
+        name = answer.case.replace(" ", "_")
+        found[f"{name}/fell"] = answer.below
+        found[f"{name}/same"] = answer.same
+        found[f"{name}/rose"] = answer.above
     return found
+
+
+def _one_by_one(reward: RewardModel, clips: Sequence[RewardClip]) -> Tensor:
+    """Scores (B,) of clips in one call each: nothing can be mixed up within a batch."""
+    scores = []
+    for clip in clips:
+        scores.append(score_clips(reward, [clip]).value_B)
+    return torch.cat(scores)
 
 
 def shape_of_scores(score: Score) -> dict[str, float]:
     """How scores lie: shares at the largest and at the smallest value, and without a score."""
-    value_B = score.value_B.float()
+    value_B = score.value_B.double()
     scored = value_B[value_B.isfinite()]
-    found = {"unscored": 1 - len(scored) / max(1, len(value_B))}
-    if len(scored):
-        found["at_max"] = float((scored == scored.max()).double().mean())
-        found["at_min"] = float((scored == scored.min()).double().mean())
-        found["distinct"] = float(len(scored.unique()))
-        found["mean"] = float(scored.double().mean())
-        found["std"] = float(scored.double().std(correction=0))
+    count = max(1, len(value_B))
+    found = {"unscored": 1 - len(scored) / count}
+    if not len(scored):
+        return found
+    # Equal to the last bit: a clamp makes such scores.
+    found["at_max"] = float((scored == scored.max()).double().mean())
+    found["at_min"] = float((scored == scored.min()).double().mean())
+    found["distinct"] = float(len(scored.unique()))
+    found["mean"] = float(scored.mean())
+    found["std"] = float(scored.std(correction=0))
     return found
 
 
@@ -149,6 +184,7 @@ def clips_of(result: StepResult, fps: float) -> tuple[list[RewardClip], list[int
         return [], []
     members = result.advantage_PM.shape[1]
     groups = len(result.video_BTYXC) // members
+    # The same number of every group.
     each = max(1, CHECKED // max(1, groups))
     clips = []
     places = []
@@ -162,24 +198,30 @@ def clips_of(result: StepResult, fps: float) -> tuple[list[RewardClip], list[int
 
 
 def advantage_sign(
-    scores: Mapping[str, Score], weights: Mapping[str, float], advantage_PM: Tensor
+    scores: Mapping[str, Score],
+    weights: Mapping[str, float],
+    advantage_PM: Tensor,
 ) -> float:
     """Correlation of advantages with the weighted rewards, each in its own spread; in [-1, 1]."""
     total_PM = torch.zeros_like(advantage_PM, dtype=torch.float64)
     for name, score in scores.items():
         reward_PM = score.value_B.double().reshape(advantage_PM.shape)
+        # A video without a score has no advantage.
         scored_PM = reward_PM.isfinite()
-        count_P1 = scored_PM.sum(dim=1, keepdim=True).clamp(min=1)
         known_PM = torch.where(scored_PM, reward_PM, 0.0)
+        count_P1 = scored_PM.sum(dim=1, keepdim=True).clamp(min=1)
         mean_P1 = known_PM.sum(dim=1, keepdim=True) / count_P1
         centred_PM = torch.where(scored_PM, known_PM - mean_P1, 0.0)
-        # one scale for all groups: the largest, as of the recipe
-        total_PM += weights[name] * centred_PM / max(_spread(score.value_B), 1e-12)
+        # The spread of all scores puts rewards on one scale.
+        total_PM += weights[name] * centred_PM / _spread(score.value_B)
+
+    # Correlation, since both have a mean of 0 in every group.
     advantage_PM = advantage_PM.double()
     size = float(total_PM.norm() * advantage_PM.norm())
     if size == 0:
         return math.nan
-    return float((total_PM * advantage_PM).sum()) / size
+    product = float((total_PM * advantage_PM).sum())
+    return product / size
 
 
 def _spread(value_B: Tensor) -> float:

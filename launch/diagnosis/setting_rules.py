@@ -55,6 +55,7 @@ def _shift(evidence: Evidence) -> Iterator[Diagnosis]:
     native = evidence.facts.get("flow_shift")
     if native is None or math.isclose(shift, native, rel_tol=0.01):
         return
+    # A little more noise is a choice; another model's shift is not.
     ratio = max(shift / native, native / shift)
     yield Diagnosis(
         "wrong-shift",
@@ -82,6 +83,7 @@ def _guidance(evidence: Evidence) -> Iterator[Diagnosis]:
 
 def _fps(evidence: Evidence) -> Iterator[Diagnosis]:
     fps = evidence.setting("generator.fps", 16.0)
+    # The folder of a generator does not tell its rate; a recipe does.
     known = value_at(evidence.certificate, "settings.generator.fps")
     if known is None or math.isclose(fps, known, rel_tol=0.01):
         return
@@ -126,6 +128,7 @@ def _weights(evidence: Evidence) -> Iterator[Diagnosis]:
             ", ".join(f"rewards.{name}.weight=0" for name in evidence.rewards),
             "give one of them a weight",
         )
+    # A negative weight lowers the reward.
     for name, entry in evidence.rewards.items():
         weight = entry.get("weight", 1.0)
         if weight < 0:
@@ -141,6 +144,7 @@ def _weights(evidence: Evidence) -> Iterator[Diagnosis]:
 def _evaluations(evidence: Evidence) -> Iterator[Diagnosis]:
     generator = evidence.setting("generator", {})
     for folder, settings in evidence.facts.get("evaluations", {}).items():
+        # What the evaluation's own config says.
         changes = different_settings(generator, settings.get("generator") or {})
         if changes:
             yield Diagnosis(
@@ -162,7 +166,8 @@ def _evaluations(evidence: Evidence) -> Iterator[Diagnosis]:
 
 
 def different_settings(
-    trained: Mapping[str, Any], evaluated: Mapping[str, Any]
+    trained: Mapping[str, Any],
+    evaluated: Mapping[str, Any],
 ) -> list[str]:
     """Name the keys of `SAME_IN_EVALUATION` that differ: ``guidance_scale 1.0, trained 4.5``."""
     changes = []

@@ -29,6 +29,7 @@ class GradientRecorder:
         self.total: dict[str, Tensor] = {}
         self.active = False
         self._handles = []
+        # A hook on the tensor: it sees each backward, before ZeRO reduces it.
         for name, parameter in trained(module).items():
             handle = parameter.register_hook(lambda g, name=name: self._add(name, g))
             self._handles.append(handle)
@@ -36,6 +37,7 @@ class GradientRecorder:
     def _add(self, name: str, gradient: Tensor) -> None:
         if not self.active:
             return
+        # Accumulated in fp32, whatever the engine accumulates in.
         gradient = gradient.detach().float()
         if name in self.total:
             self.total[name] += gradient
@@ -51,6 +53,7 @@ class GradientRecorder:
         """The norm of the MEAN over ranks. All ranks must call this."""
         self.active = False
         square = 0.0
+        # A rank may lack the gradient of a parameter that it did not use.
         names = sorted(set().union(*gather_objects(list(self.total))))
         for name in names:
             square += float(_mean_over_ranks(self.total[name]).double().square().sum())
@@ -66,6 +69,7 @@ class GradientRecorder:
 def _mean_over_ranks(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
+    # all_gather and not all_reduce: the latter may be what is broken.
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.stack(parts).mean(dim=0)
@@ -81,6 +85,7 @@ class WeightRecorder:
     def look(self, *, rate: float) -> dict[str, float]:
         """Measure all trained weights; ``rate`` is the learning rate. All ranks must call this."""
         now = self._copies()
+        # Squares over all weights, and over each of the adapter's matrices.
         moved = 0.0
         count = 0
         norms = {"lora_A": 0.0, "lora_B": 0.0}
@@ -93,6 +98,7 @@ class WeightRecorder:
                     norms[matrix] += float(weight.double().square().sum())
                     numbers[matrix] += 1
         self.before = now
+        # rms per weight, absolute and in learning rates.
         found = {
             "weights/moved": math.sqrt(moved / max(1, count)),
             "weights/moved_per_rate": math.sqrt(moved / max(1, count))
@@ -141,6 +147,7 @@ def gain(
             normalize=cfg.normalize_step_weights,
         )
     )
+    # The old log-probs are those that the rollout recorded.
     signed = 0.0
     absolute = 0.0
     for group, advantage_G in zip(groups, advantage_PM, strict=True):
@@ -151,17 +158,22 @@ def gain(
             term_G = next(weights).policy * advantage_G.double().cpu() * change_G
             signed += float(term_G.sum())
             absolute += float(term_G.abs().sum())
+    # Over all ranks, since they made the update together.
     sums = gather_objects((signed, absolute))
     total = sum(size for _, size in sums)
     return {"update/gain": sum(part for part, _ in sums) / total if total else 0.0}
 
 
 def kl_pull(
-    generator: Generator, module: nn.Module, cfg: GrpoConfig, group: Group
+    generator: Generator,
+    module: nn.Module,
+    cfg: GrpoConfig,
+    group: Group,
 ) -> dict[str, float]:
     """Norm of the gradient of a group's KL term, as the loss weighs it."""
     if cfg.kl_weight == 0:
         return {}
+    # The KL term as `grpo_group_loss` weighs it.
     step = group.steps[0]
     (weights,) = weights_of_steps([step], form=cfg.reweight, normalize=False)
     with torch.no_grad(), generator.reference():
@@ -169,23 +181,30 @@ def kl_pull(
     policy = generator.transition(group.prompt, step)
     kl = gaussian.kl_same_std(policy, reference).mean()
     loss = cfg.kl_weight * weights.kl * kl
+    # Not backward(), which would add to the engine's gradients.
     gradients = torch.autograd.grad(
-        loss, list(trained(module).values()), allow_unused=True
+        loss,
+        list(trained(module).values()),
+        allow_unused=True,
     )
     square = sum(float(g.double().square().sum()) for g in gradients if g is not None)
     return {"kl/pull": math.sqrt(square)}
 
 
 def repeats(
-    result: StepResult, before: PromptBatch | None, groups: Sequence[Group]
+    result: StepResult,
+    before: PromptBatch | None,
+    groups: Sequence[Group],
 ) -> dict[str, float]:
     """Shares of seeds that another rank or the previous step has, and of equal videos."""
+    # The same seed twice is the same video twice.
     seeds = list(result.batch.seeds)
     everyone = [seed for part in gather_objects(seeds) for seed in part]
     found = {"batch/repeated": 1 - len(set(everyone)) / max(1, len(everyone))}
     if before is not None:
         old = set(before.seeds)
         found["batch/as_before"] = sum(seed in old for seed in seeds) / len(seeds)
+    # Members of a group start from one latent and end apart.
     first = groups[0].clean_GCFHW
     apart = float((first[0] - first[-1]).abs().max())
     found["batch/members_apart"] = apart

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # Videos of a step that are kept for the rewards.
 KEPT_VIDEOS = 16
+# Weights beyond this number are not copied: 1.6 GB in fp32.
+MOST_TRAINED = 400_000_000
 # The rules are applied after each of so many steps, then after every so many.
 OFTEN = 20
 
@@ -61,34 +63,50 @@ class Watch:
         self.told: set[str] = set()
         self.before: PromptBatch | None = None
         self.updates = 0
-        self.start = 0
 
     def prepare(self, start: int) -> None:
         """Before the first step: remember embeddings, weights, and what was measured before."""
-        self.start = start
-        config = self.run.diagnosis
-        alone = self.run.grpo.ranks_per_group * self.run.generator.context_parallel == 1
-        if config is not None and alone and self.run.zero_stage < 3:
-            self.updates = config.updates
-        if is_main() and config is not None:
-            # A resumed run goes on after what it has measured.
-            kept = [row for row in rows_of(self.file) if row["step"] < start]
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(self.file, "".join(_line(row) for row in kept))
-            if not kept and not self.updates:
-                self.file.unlink()
+        if self.run.diagnosis is None:
+            return
+        if self._can_measure():
+            self.updates = self.run.diagnosis.updates
+        if is_main():
+            self._keep_rows_before(start)
         if not self.measures(start):
             self.updates = 0
             return
 
+        # The text encoder may be freed before the first step.
         prompts = self._evaluated_prompts()
         for step in range(start, self.updates):
-            prompts += [*self.loop.batch(step).prompts[:1]]
-            prompts += [*self.loop.batch(step).prompts[-1:]]
-        self.own = OwnRoute(self.loop.generator, list(dict.fromkeys(prompts)))
-        self.gradients = update_measures.GradientRecorder(self.loop.generator.module)
-        self.weights = update_measures.WeightRecorder(self.loop.generator.module)
+            batch = self.loop.batch(step)
+            prompts += batch.prompts[:1]
+            prompts += batch.prompts[-1:]
+        self.own = OwnRoute(self.loop.generator, prompts)
+        # What the update does to the weights, and what rewards get.
+        module = self.loop.generator.module
+        self.gradients = update_measures.GradientRecorder(module)
+        self.weights = update_measures.WeightRecorder(module)
         self.recorders = reward_measures.record(self.loop.rewards)
+
+    def _can_measure(self) -> bool:
+        """False where ranks share samples or weights, or copies of the weights are too large."""
+        run = self.run
+        shared = run.grpo.ranks_per_group * run.generator.context_parallel > 1
+        if shared or run.zero_stage == 3:
+            return False
+        weights = update_measures.trained(self.loop.generator.module).values()
+        return sum(weight.numel() for weight in weights) <= MOST_TRAINED
+
+    def _keep_rows_before(self, start: int) -> None:
+        """A resumed run goes on after what it has measured."""
+        kept = []
+        for row in rows_of(self.file):
+            if row["step"] < start:
+                kept.append(_line(row))
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if kept or self.file.is_file():
+            replace_text(self.file, "".join(kept))
 
     def measures(self, step: int) -> bool:
         """True if this update is measured."""
@@ -127,52 +145,76 @@ class Watch:
                 self._say()
 
     def _measure(self, step: int, result: StepResult) -> dict[str, float]:
-        loop = self.loop
-        batch = result.batch
+        """Everything about one update. All ranks must call this."""
         row = update_measures.repeats(result, self.before, result.groups)
         row["ranks"] = world_size()
-        self.before = batch
+        self.before = result.batch
+        # 1. What the update did.
+        row |= self._update(step, result)
+        # 2. The generator, once more and by another route.
+        row |= self._generator(step, result)
+        # 3. The rewards: what they got, and how they answer.
+        if is_main():
+            row |= self._rewards(result)
+        return row
 
-        # 1. The update: gradient, weights, and what became more likely.
-        row["gradient/norm"] = self.gradients.norm()
+    def _update(self, step: int, result: StepResult) -> dict[str, float]:
+        """Gradient, weights, and what became more likely."""
+        loop = self.loop
+        row = {"gradient/norm": self.gradients.norm()}
         row |= self.weights.look(rate=self._rate(step))
         row |= update_measures.gain(
-            loop.generator, loop.cfg, result.groups, result.advantage_PM
+            loop.generator,
+            loop.cfg,
+            result.groups,
+            result.advantage_PM,
         )
         row |= update_measures.kl_pull(
-            loop.generator, loop.generator.module, loop.cfg, result.groups[0]
+            loop.generator,
+            loop.generator.module,
+            loop.cfg,
+            result.groups[0],
         )
+        return row
 
-        # 2. The generator: a group of this step once more.
-        prompt = batch.prompts[-1]
-        row |= generator_measures.replay(
+    def _generator(self, step: int, result: StepResult) -> dict[str, float]:
+        """Rollout, update, decoding, and after the last measured update the evaluation."""
+        prompt = result.batch.prompts[-1]
+        other = self.own.another(prompt, result.batch.prompts[:1])
+        row = generator_measures.replay(
             self.own,
             prompt,
-            batch.seeds[-1],
-            other=self.own.another(prompt, [batch.prompts[0]]),
+            result.batch.seeds[-1],
+            other=other,
             step=step,
         )
         # Latents of the policy before this update: those of the first are the base model's.
-        clean_GCFHW = result.groups[-1].clean_GCFHW[: generator_measures.MEMBERS]
-        row |= generator_measures.decoding(self.own, clean_GCFHW)
+        clean_GCFHW = result.groups[-1].clean_GCFHW
+        some_GCFHW = clean_GCFHW[: generator_measures.MEMBERS]
+        row |= generator_measures.decoding(self.own, some_GCFHW)
         if step + 1 == min(self.updates, self.run.steps):
             row |= self._evaluation(step)
+        return row
 
-        # 3. The rewards: what they got, and how they answer.
+    def _rewards(self, result: StepResult) -> dict[str, float]:
+        """The rewards of this rank's videos, by ``rewards/NAME/``."""
+        fps = self.run.generator.fps
+        row = {}
         row["advantage/sign"] = reward_measures.advantage_sign(
-            result.scores, loop.weights, result.advantage_PM
+            result.scores,
+            self.loop.weights,
+            result.advantage_PM,
         )
         for name, score in result.scores.items():
-            found = reward_measures.shape_of_scores(score)
             recorder = self.recorders[name]
-            found |= reward_measures.received(
-                recorder, result, fps=self.run.generator.fps
-            )
-            if not loop.rewards[name].group_level:
-                found |= reward_measures.answers(
-                    recorder.reward, score, result, fps=self.run.generator.fps
-                )
-            row |= {f"rewards/{name}/{key}": value for key, value in found.items()}
+            found = reward_measures.shape_of_scores(score)
+            found |= reward_measures.received(recorder, result, fps=fps)
+            # A reward of whole groups cannot score a single video.
+            if not self.loop.rewards[name].group_level:
+                reward = recorder.reward
+                found |= reward_measures.answers(reward, score, result, fps=fps)
+            for key, value in found.items():
+                row[f"rewards/{name}/{key}"] = value
         return row
 
     def _evaluation(self, step: int) -> dict[str, float]:
@@ -186,10 +228,12 @@ class Watch:
         prompts = self._evaluated_prompts()
         if not self.own.knows(*prompts):
             return {}
+        # The evaluation as the run makes it, with a reward that keeps the videos.
         settings = EvaluationConfig(prompts="", every=1, videos=0)
         run = replace(self.run, evaluation=settings)
-        spy = _VideoSpy(self.loop.generator)
-        loop = SimpleNamespace(generator=self.loop.generator, rewards={"spy": spy})
+        generator = self.loop.generator
+        spy = _VideoSpy(generator)
+        loop = SimpleNamespace(generator=generator, rewards={"spy": spy})
         grpo_outputs.evaluate_heldout(run, loop, None, prompts, step)
         if not spy.videos or rank() != 0:
             return {}
@@ -210,6 +254,7 @@ class Watch:
         return (self.heldout or list(self.loop.prompts.prompts))[:2]
 
     def _rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
         optimizer = self.run.optimizer
         if step + 1 >= optimizer.warmup_steps:
             return optimizer.lr
@@ -230,9 +275,11 @@ class Watch:
             certificate=self.certificate,
         )
         for diagnosis in diagnose(evidence):
-            if diagnosis.accuses and diagnosis.cause not in self.told:
-                self.told.add(diagnosis.cause)
-                say(f"diagnosis, {diagnosis.line}")
+            # What is only worth knowing waits for the report.
+            if not diagnosis.accuses or diagnosis.cause in self.told:
+                continue
+            self.told.add(diagnosis.cause)
+            say(f"diagnosis, {diagnosis.line}")
 
 
 class _VideoSpy:
@@ -248,7 +295,11 @@ class _VideoSpy:
         self.guidance = math.nan
 
     def score(
-        self, video_BTYXC: Tensor, prompts: Sequence[str], *, fps: float
+        self,
+        video_BTYXC: Tensor,
+        prompts: Sequence[str],
+        *,
+        fps: float,
     ) -> Score:
         self.videos.append(video_BTYXC)
         self.fps = fps
@@ -263,5 +314,7 @@ def watch_of(run: GrpoRun, loop: GrpoLoop, heldout: Sequence[str]) -> Watch:
 
 def _line(row: Mapping[str, float]) -> str:
     """A row as a line of JSON, which has no NaN."""
-    values = {k: v if math.isfinite(v) else None for k, v in row.items()}
+    values = {}
+    for name, value in row.items():
+        values[name] = value if math.isfinite(value) else None
     return json.dumps(values) + "\n"

@@ -51,6 +51,7 @@ CLEAN: dict[str, tuple[str, ...]] = {
     ),
     "two-updates": ("grpo.updates=2", "grpo.clip_low=0.2", "grpo.clip_high=0.2"),
     "half-precision": ("generator.dtype=bfloat16", "cache_prompts=true"),
-    # And one more.
+    # And two more.
+    "two-ranks": (),
     "whole-transformer": ("generator.lora=null", "optimizer.lr=1e-4"),
 }
