@@ -78,9 +78,9 @@ def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> Training
     # The parts that only GRPO has.
     def prepare(start: int) -> None:
         loop.silent_guard.expect(run.steps - start)
+        watch.prepare(start)
         if run.self_checks and start == 0:
             run_self_checks(run, loop, prompts)
-        watch.prepare(start)
         if run.cache_prompts:
             cache_prompts(run, loop, heldout, start)
 

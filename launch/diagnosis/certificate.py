@@ -10,11 +10,10 @@ replaced. With --seeds 0 nothing is run, and the entry holds the recipe's settin
 from __future__ import annotations
 
 import argparse
-import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +131,12 @@ def certificate(
     }
 
 
-def bands_of(columns: Sequence[Sequence[float]], name: str) -> list[list[float]]:
+def bands_of(columns: Sequence[Mapping[int, float]], name: str) -> list[list[float]]:
     """The band of each update over the runs; [] where some run lacks the quantity."""
     rows = []
-    for values in zip(*columns, strict=False):
-        if not all(math.isfinite(value) for value in values):
+    for step in range(UPDATES):
+        values = [column[step] for column in columns if step in column]
+        if not values or len(values) < len(columns):
             return []
         # Three digits are enough for a margin.
         limits = band(name, min(values), max(values))

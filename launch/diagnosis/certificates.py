@@ -97,14 +97,17 @@ def certificate_rules(evidence: Evidence) -> Iterator[Diagnosis]:
     bands = evidence.certificate.get("bands", {})
     outside = []
     for name, rows in bands.items():
+        # The band of each update that the certificate knows.
         values = values_of(evidence, name)
-        compared = list(zip(values, rows, strict=False))
-        wrong = [
-            (value, low, high)
-            for value, (low, high) in compared
-            if math.isfinite(value) and not low <= value <= high
-        ]
-        if wrong and len(wrong) >= OUTSIDE * len(compared):
+        wrong = []
+        compared = 0
+        for step, (low, high) in enumerate(rows):
+            if step not in values:
+                continue
+            compared += 1
+            if not low <= values[step] <= high:
+                wrong.append((values[step], low, high))
+        if wrong and len(wrong) >= OUTSIDE * compared:
             value, low, high = wrong[-1]
             outside.append(
                 f"{NAMES[name]} is {value:.2g}, usual {low:.2g} to {high:.2g}"
@@ -119,12 +122,18 @@ def certificate_rules(evidence: Evidence) -> Iterator[Diagnosis]:
         )
 
 
-def values_of(evidence: Evidence, name: str) -> list[float]:
-    """A quantity of the first updates, in order; NaN where it is missing."""
-    rows = evidence.measurements if name.startswith("adapter/") else evidence.steps
+def values_of(evidence: Evidence, name: str) -> dict[int, float]:
+    """The finite values of a quantity by the number of the update."""
+    rows = evidence.steps
+    if name.startswith("adapter/"):
+        rows = evidence.measured_updates
     key = name
     if "/" not in name:
         # Of the first reward that is trained on.
         trained = evidence.trained_rewards
         key = f"reward/{trained[0]}_{name}" if trained else name
-    return [row.get(key, math.nan) for row in rows]
+    values = {}
+    for row in rows:
+        if math.isfinite(row.get(key, math.nan)):
+            values[int(row["step"])] = row[key]
+    return values

@@ -21,6 +21,8 @@ Certainty = Literal["certain", "likely", "possible"]
 
 # Measurements of the first updates: a line per update.
 MEASUREMENTS = "measurements.jsonl"
+# The "step" of the row that was measured before any update.
+START = -1
 # In the order in which a reader wants them.
 CERTAINTIES: tuple[Certainty, ...] = ("certain", "likely", "possible")
 
@@ -100,8 +102,13 @@ class Evidence:
         return _finite(self.steps, name)
 
     def measured(self, name: str) -> list[float]:
-        """The finite values of a measurement over the measured updates."""
+        """The finite values of a measurement: at the start, then over the measured updates."""
         return _finite(self.measurements, name)
+
+    @property
+    def measured_updates(self) -> list[Row]:
+        """The rows of measurements that follow an update."""
+        return [row for row in self.measurements if row["step"] != START]
 
 
 def _finite(rows: Sequence[Row], name: str) -> list[float]:

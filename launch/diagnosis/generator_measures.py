@@ -52,7 +52,7 @@ def replay(
         found |= embeddings(own, prompt, other)
         found |= _rollout(own, group, seed, other)
         found |= _adapter_effect(own, group, prompt, seed, step)
-        found |= _tail(own, group, other)
+        found |= _walks(own, group, seed, other)
     return found
 
 
@@ -155,32 +155,50 @@ def _adapter_effect(
     }
 
 
-def _tail(own: OwnRoute, group: Group, other: str) -> dict[str, float]:
-    """The walk behind the stochastic steps; only where nothing makes it faster and less exact."""
+def _walks(
+    own: OwnRoute,
+    group: Group,
+    seed: int,
+    other: str,
+) -> dict[str, float]:
+    """Prefix and tail around the stochastic steps, where nothing makes them less exact."""
     sampler = own.generator.cfg.sampler
-    fast = (
-        sampler.merge_adapter
-        or sampler.tail_cache > 1
-        or sampler.tail_solver != "euler"
-        or sampler.tail_guidance is not None
-        or sampler.tail_attention is not None
-        or sampler.attention is not None
-        or (sampler.tail_steps or sampler.num_steps) < sampler.num_steps
-    )
-    if fast:
+    if sampler.attention is not None or own.generator.cfg.dtype != "float32":
         return {}
-    # From the last stochastic step along the grid.
+    grid = own.sigmas()
+    found = {}
+    # From the noise to the first stochastic step.
+    first = group.steps[0]
+    sigmas = [sigma for sigma in grid if sigma >= first.sigma - 1e-9]
+    if sampler.initial_noise == "shared" and len(sigmas) > 1:
+        start = initial_noise(seed, own.generator.latent_shape)[None]
+        found |= _walk_gaps(
+            own,
+            "prefix",
+            first.latent_MCFHW,
+            start.to(own.generator.device),
+            sigmas,
+            group.prompt,
+            other,
+        )
+
+    # From the last stochastic step to the video.
     last = group.steps[-1]
-    sigmas = [sigma for sigma in own.sigmas() if sigma <= last.sigma_next + 1e-9]
-    return _walk_gaps(
-        own,
-        "tail",
-        group.clean_GCFHW,
-        last.next_GCFHW,
-        sigmas,
-        group.prompt,
-        other,
-    )
+    sigmas = [sigma for sigma in grid if sigma <= last.sigma_next + 1e-9]
+    fewer = sampler.tail_steps is not None and sampler.tail_steps < len(sigmas) - 1
+    other_tail = sampler.tail_guidance is not None or sampler.tail_solver != "euler"
+    cached = sampler.tail_cache > 1 or sampler.tail_attention is not None
+    if len(sigmas) > 1 and not (fewer or other_tail or cached):
+        found |= _walk_gaps(
+            own,
+            "tail",
+            group.clean_GCFHW,
+            last.next_GCFHW,
+            sigmas,
+            group.prompt,
+            other,
+        )
+    return found
 
 
 def embeddings(own: OwnRoute, prompt: str, other: str) -> dict[str, float]:

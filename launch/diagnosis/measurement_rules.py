@@ -25,6 +25,8 @@ DRIFT_TOO_LARGE = 0.5
 DRIFT_TOO_SMALL = 1e-5
 # Share of the gradient that is the KL term's.
 KL_SHARE = 0.5
+# A group's mean advantage, relative to the size of advantages.
+OFF_CENTRE = 1e-2
 # In units of the spread of the scores.
 SCORE_LIMIT = 0.1
 AT_THE_END = 0.8
@@ -114,9 +116,13 @@ def _adapter(evidence: Evidence) -> Iterator[Diagnosis]:
 
 def _rollout(evidence: Evidence) -> Iterator[Diagnosis]:
     """What the sampler computed at stochastic steps and in the tail."""
-    for name in ("rollout", "tail"):
+    limit = _velocity_limit(evidence)
+    if evidence.setting("generator.sampler.merge_adapter"):
+        # Merging rounds otherwise than the adapter's own products.
+        limit *= 10
+    for name in ("rollout", "prefix", "tail"):
         gap, variant = worst_gap(evidence, name)
-        if gap <= _velocity_limit(evidence):
+        if gap <= limit:
             continue
         because = f"{name}: relative difference from the policy {gap:.2g}"
         yield _of_sampler(variant, because)
@@ -293,7 +299,7 @@ def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
     # Latents and pixels.
     gap = max(evidence.measured("decode/gap"), default=0.0)
     # Of the base model: training may lead latents anywhere.
-    round_trip = evidence.measurements[0].get("vae/round_trip", 0.0)
+    round_trip = (evidence.measured("vae/round_trip") or [0.0])[0]
     if gap > PIXEL_LIMIT:
         yield Diagnosis(
             "vae-scaling",
@@ -415,10 +421,10 @@ def _gradient(evidence: Evidence) -> Iterator[Diagnosis]:
 
 
 def _size_of_update(evidence: Evidence) -> Iterator[Diagnosis]:
-    drift = evidence.measured("adapter/drift")
-    first = evidence.measurements[0]
     # A resumed run may have measured later updates only.
-    if drift and first.get("step") == 0 and drift[0] > 0:
+    first = [row for row in evidence.measurements if row["step"] == 0]
+    drift = [row.get("adapter/drift", 0.0) for row in first]
+    if drift and drift[0] > 0:
         low, high = drift_limits(evidence)
         lr = evidence.setting("optimizer.lr", 1e-4)
         because = f"the first update at lr={lr:g} changes the velocity by {100 * drift[0]:.3g} %"
@@ -441,7 +447,7 @@ def _size_of_update(evidence: Evidence) -> Iterator[Diagnosis]:
 
     # The share of the KL term once the policy has moved.
     shares = []
-    for row in evidence.measurements[1:]:
+    for row in evidence.measured_updates[1:]:
         norm = row.get("gradient/norm", 0.0)
         if norm > 0 and "kl/pull" in row:
             shares.append(row["kl/pull"] / norm)
@@ -486,6 +492,17 @@ def _direction(evidence: Evidence) -> Iterator[Diagnosis]:
             "check that rewards and rollouts are in the same order",
         )
     # Did the updates make rewarded videos more likely?
+    centre = evidence.measured("advantage/off_centre")
+    clipped = evidence.setting("grpo.advantage_clip") is not None
+    if centre and max(centre) > OFF_CENTRE and not clipped:
+        yield Diagnosis(
+            "advantage-differs",
+            "likely",
+            "advantages are not centred within their groups, so that easy prompts push all their "
+            "videos up",
+            f"a group's mean advantage is {max(centre):.2g} of their size",
+            "subtract the mean of each group",
+        )
     gain = evidence.measured("update/gain")
     if len(gain) >= 3 and sum(value < 0 for value in gain) > 0.7 * len(gain):
         yield Diagnosis(

@@ -14,7 +14,9 @@ UNSCORED_SHARE = 0.1
 FLAT_SHARE = 0.5
 SKIPPED_SHARE = 0.2
 # Scores of a group that differ by less than this part of their size hardly differ.
-SMALL_SPREAD = 1e-3
+SMALL_SPREAD = 1e-4
+# Half of the groups have less than this part of the largest group's spread.
+FAR_BELOW = 0.02
 # Rules about updates need some of them.
 SEEN_UPDATES = 2
 SEEN_STEPS = 3
@@ -61,6 +63,8 @@ def _flat(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
     # From most to least certain.
     share = sum(zero) / len(zero)
     largest = max(spread)
+    median = evidence.column(f"reward/{name}_group_std_median")
+    typical = sum(median) / len(median) if median else largest
     mean = sum(means) / len(means)
     eps = evidence.setting("grpo.advantage_eps", 1e-4)
     what = ""
@@ -71,7 +75,7 @@ def _flat(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
             f"the reward {name} is saturated: it gives all videos of most groups the same "
             "score"
         )
-    elif largest < SMALL_SPREAD * abs(mean) or largest < eps:
+    elif largest < max(eps, SMALL_SPREAD * abs(mean)) or typical < FAR_BELOW * largest:
         what = (
             f"the reward {name} is saturated: its scores hardly differ within a group"
         )

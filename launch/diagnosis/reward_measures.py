@@ -224,6 +224,15 @@ def advantage_sign(
     return product / size
 
 
+def off_centre(advantage_PM: Tensor) -> float:
+    """Largest |MEAN of a group's advantages|, relative to their rms; NaN without any."""
+    advantage_PM = advantage_PM.double()
+    size = float(advantage_PM.square().mean().sqrt())
+    if size == 0:
+        return math.nan
+    return float(advantage_PM.mean(dim=1).abs().max()) / size
+
+
 def _spread(value_B: Tensor) -> float:
     scored = value_B[value_B.isfinite()].double()
     spread = float(scored.std(correction=0)) if len(scored) > 1 else 0.0

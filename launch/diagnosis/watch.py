@@ -23,7 +23,13 @@ from common.run_record import plain
 from common.types import Score
 from launch.diagnosis import generator_measures, reward_measures, update_measures
 from launch.diagnosis.certificates import certificate_of
-from launch.diagnosis.evidence import MEASUREMENTS, Evidence, folder_facts, rows_of
+from launch.diagnosis.evidence import (
+    MEASUREMENTS,
+    START,
+    Evidence,
+    folder_facts,
+    rows_of,
+)
 from launch.diagnosis.own_route import OwnRoute
 from launch.diagnosis.rules import diagnose
 
@@ -62,23 +68,23 @@ class Watch:
         self.metrics: list[dict[str, float]] = []
         self.told: set[str] = set()
         self.before: PromptBatch | None = None
-        self.updates = 0
+        # measured are the steps from the start of this process up to this one
+        self.until = 0
 
     def prepare(self, start: int) -> None:
         """Before the first step: remember embeddings, weights, and what was measured before."""
-        if self.run.diagnosis is None:
+        config = self.run.diagnosis
+        if config is None:
             return
-        if self._can_measure():
-            self.updates = self.run.diagnosis.updates
         if is_main():
             self._keep_rows_before(start)
-        if not self.measures(start):
-            self.updates = 0
+        if not config.updates or not self._can_measure():
             return
+        self.until = start + config.updates
 
         # The text encoder may be freed before the first step.
         prompts = self._evaluated_prompts()
-        for step in range(start, self.updates):
+        for step in range(start, min(self.until, self.run.steps)):
             batch = self.loop.batch(step)
             prompts += batch.prompts[:1]
             prompts += batch.prompts[-1:]
@@ -88,6 +94,25 @@ class Watch:
         self.gradients = update_measures.GradientRecorder(module)
         self.weights = update_measures.WeightRecorder(module)
         self.recorders = reward_measures.record(self.loop.rewards)
+        if start == 0:
+            self._measure_start()
+
+    def _measure_start(self) -> None:
+        """The generator before any update: self-checks may end the run right after."""
+        batch = self.loop.batch(0)
+        prompt = batch.prompts[-1]
+        row = {"step": START}
+        row |= generator_measures.replay(
+            self.own,
+            prompt,
+            batch.seeds[-1],
+            other=self.own.another(prompt, batch.prompts[:1]),
+            step=0,
+        )
+        if is_main():
+            append_line(self.file, _line(row).rstrip("\n"))
+            if self.run.diagnosis.said:
+                self._say()
 
     def _can_measure(self) -> bool:
         """False where ranks share samples or weights, or copies of the weights are too large."""
@@ -102,7 +127,7 @@ class Watch:
         """A resumed run goes on after what it has measured."""
         kept = []
         for row in rows_of(self.file):
-            if row["step"] < start:
+            if start > 0 and row["step"] < start:
                 kept.append(_line(row))
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if kept or self.file.is_file():
@@ -110,7 +135,7 @@ class Watch:
 
     def measures(self, step: int) -> bool:
         """True if this update is measured."""
-        return step < self.updates
+        return step < self.until
 
     def groups_to_keep(self, step: int) -> int:
         """How many groups' videos a step keeps for the measurements."""
@@ -135,7 +160,7 @@ class Watch:
             row |= self._measure(step, result)
             if is_main():
                 append_line(self.file, _line(row).rstrip("\n"))
-        if step + 1 == self.updates:
+        if step + 1 == self.until:
             self._release()
 
         # The rules of launch/diagnose.py, on what there is until now.
@@ -192,7 +217,7 @@ class Watch:
         clean_GCFHW = result.groups[-1].clean_GCFHW
         some_GCFHW = clean_GCFHW[: generator_measures.MEMBERS]
         row |= generator_measures.decoding(self.own, some_GCFHW)
-        if step + 1 == min(self.updates, self.run.steps):
+        if step + 1 == min(self.until, self.run.steps):
             row |= self._evaluation(step)
         return row
 
@@ -205,6 +230,7 @@ class Watch:
             self.loop.weights,
             result.advantage_PM,
         )
+        row["advantage/off_centre"] = reward_measures.off_centre(result.advantage_PM)
         for name, score in result.scores.items():
             recorder = self.recorders[name]
             found = reward_measures.shape_of_scores(score)
@@ -263,7 +289,7 @@ class Watch:
     def _release(self) -> None:
         self.gradients.close()
         reward_measures.release(self.loop.rewards)
-        self.updates = 0
+        self.until = 0
 
     def _say(self) -> None:
         """Say every accusation once."""
