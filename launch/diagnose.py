@@ -16,9 +16,10 @@ from pathlib import Path
 
 from common.cli import command_parser, user_errors
 from common.files import replace_text
-from launch.diagnosis.evidence import as_json, read_run
+from launch.diagnosis.evidence import as_json
 from launch.diagnosis.report import text_of
 from launch.diagnosis.rules import diagnose
+from launch.diagnosis.run_files import read_run
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,7 +29,8 @@ from launch.diagnosis.certificates import (
     band,
     values_of,
 )
-from launch.diagnosis.evidence import Evidence, read_run
+from launch.diagnosis.evidence import Evidence
+from launch.diagnosis.run_files import read_run
 from launch.schemas.training import GrpoRun
 
 ROOT = Path(__file__).resolve().parents[2]

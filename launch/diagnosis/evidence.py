@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from common import safe_yaml
-from common.files import json_object, read_jsonl
 from common.run_record import value_at
 
 Row = dict[str, float]
@@ -62,7 +59,7 @@ class Evidence:
     settings      config.yaml as nested dicts
     metrics       rows of metrics.jsonl, NaN for null
     measurements  rows of measurements.jsonl, which `launch.diagnosis.watch` writes
-    facts         of the generator's folder and of evaluations, by name; see `read_run`
+    facts         of the folder and of evaluations, by name; see `run_files.read_run`
     certificate   first updates of the same recipe, {} where none fits
     """
 
@@ -114,114 +111,6 @@ class Evidence:
 def _finite(rows: Sequence[Row], name: str) -> list[float]:
     values = [row[name] for row in rows if name in row]
     return [value for value in values if math.isfinite(value)]
-
-
-def rows_of(path: Path) -> list[Row]:
-    """Read a file of rows, with NaN for null; [] where there is none."""
-    if not path.is_file():
-        return []
-    rows = []
-    for row in read_jsonl(path):
-        # JSON has no NaN.
-        rows.append({k: math.nan if v is None else v for k, v in row.items()})
-    return rows
-
-
-def read_settings(file: Path) -> dict[str, Any]:
-    """Read a config.yaml. Raises ValueError where it is missing or no mapping."""
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist: a run folder has a config.yaml")
-    try:
-        loaded = safe_yaml.parse(file.read_text(encoding="utf-8")).value
-    except safe_yaml.YamlError as error:
-        raise ValueError(f"{file}: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{file} must hold a mapping")
-    return loaded
-
-
-def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Evidence:
-    """Read a GRPO run, and evaluations that used what it trained.
-
-    Evaluations beside the run's folder are found by the adapter in their config.yaml. Raises
-    ValueError where the folder holds no GRPO run.
-    """
-    from launch.diagnosis.certificates import certificate_of
-
-    # Settings decide whether this is a run at all.
-    settings = read_settings(folder / "config.yaml")
-    if "grpo" not in settings:
-        raise ValueError(f"{folder} holds no GRPO run: its config.yaml has no grpo")
-    # Evaluations named by the user, and those beside the run.
-    found = {*evaluations, *evaluations_of(folder)}
-    facts = {
-        **folder_facts(settings),
-        "environment": _environment(folder),
-        "evaluations": {
-            str(place): read_settings(place / "config.yaml") for place in sorted(found)
-        },
-    }
-    return Evidence(
-        settings=settings,
-        metrics=rows_of(folder / "metrics.jsonl"),
-        measurements=rows_of(folder / MEASUREMENTS),
-        facts=facts,
-        certificate=certificate_of(settings),
-    )
-
-
-def folder_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts of the generator's folder, as far as it is on this machine.
-
-    flow_shift  the shift of its scheduler
-    """
-    # A name on the hub is no folder here.
-    path = value_at(settings, "generator.path")
-    file = Path(str(path)) / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        return {}
-    # Schedulers of flow matching call it by either name.
-    scheduler = json_object(file.read_text(encoding="utf-8"), str(file))
-    shift = scheduler.get("flow_shift", scheduler.get("shift"))
-    return {} if shift is None else {"flow_shift": float(shift)}
-
-
-def evaluations_of(folder: Path) -> Iterator[Path]:
-    """Find evaluations beside a run: their adapter lies inside the run's folder.
-
-    An evaluation without an adapter belongs to the run if its folder's name says that it is of the
-    tuned generator: "tuned" or the run's name is a part of it.
-    """
-    own = folder.resolve()
-    for file in sorted(own.parent.glob("*/config.yaml")):
-        settings = read_settings_or_nothing(file)
-        if file.parent == own or "adapter" not in settings:
-            continue
-        adapter = settings["adapter"]
-        name = file.parent.name
-        # Without an adapter only the folder's name can tell.
-        if not adapter:
-            words = name.replace("-", "_").split("_")
-            mine = "eval" in name and ("tuned" in words or own.name in words)
-        else:
-            mine = Path(str(adapter)).resolve().is_relative_to(own)
-        if mine:
-            yield file.parent
-
-
-def read_settings_or_nothing(file: Path) -> dict[str, Any]:
-    """Read a config.yaml of another program; {} where it cannot be read."""
-    try:
-        return read_settings(file)
-    except ValueError:
-        return {}
-
-
-def _environment(folder: Path) -> dict[str, Any]:
-    file = folder / "environment.json"
-    if not file.is_file():
-        return {}
-    return json_object(file.read_text(encoding="utf-8"), str(file))
 
 
 def as_json(diagnoses: Sequence[Diagnosis]) -> str:

@@ -23,15 +23,10 @@ from common.run_record import plain
 from common.types import Score
 from launch.diagnosis import generator_measures, reward_measures, update_measures
 from launch.diagnosis.certificates import certificate_of
-from launch.diagnosis.evidence import (
-    MEASUREMENTS,
-    START,
-    Evidence,
-    folder_facts,
-    rows_of,
-)
+from launch.diagnosis.evidence import MEASUREMENTS, START, Evidence
 from launch.diagnosis.own_route import OwnRoute
 from launch.diagnosis.rules import diagnose
+from launch.diagnosis.run_files import folder_facts, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.diagnosis.evidence import Diagnosis, read_run
+from launch.diagnosis.evidence import Diagnosis
 from launch.diagnosis.report import SURE
 from launch.diagnosis.rules import diagnose
+from launch.diagnosis.run_files import read_run
 from launch.reporting import data
 from launch.reporting.charts import COLORS, Chart, Series, histogram
 from launch.reporting.data import EVALUATIONS, KINDS, Row, Runs

@@ -223,6 +223,6 @@ def test_moved_weights_are_measured_in_learning_rates() -> None:
 
 
 def test_tiny_folder_has_no_measurements_of_its_own(tmp_path: Path) -> None:
-    from launch.diagnosis.evidence import rows_of
+    from launch.diagnosis.run_files import rows_of
 
     assert rows_of(tmp_path / "measurements.jsonl") == []

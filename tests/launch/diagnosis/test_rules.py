@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from launch import diagnose as command
-from launch.diagnosis.evidence import Evidence, read_run
+from launch.diagnosis.evidence import Evidence
 from launch.diagnosis.metric_rules import trend
 from launch.diagnosis.rules import diagnose
+from launch.diagnosis.run_files import read_run
 
 SETTINGS: dict[str, Any] = {
     "steps": 100,

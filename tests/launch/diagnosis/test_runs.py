@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.diagnosis.evidence import Diagnosis, read_run
+from launch.diagnosis.evidence import Diagnosis
 from launch.diagnosis.rules import diagnose
+from launch.diagnosis.run_files import read_run
 from tests.launch.diagnosis.clean import CLEAN
 from tests.launch.diagnosis.faults import FAULTS
 from tests.launch.processes import ROOT
