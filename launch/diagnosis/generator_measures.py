@@ -266,7 +266,7 @@ def _walk_gaps(
         )
         found = gaps(clean_BCFHW, ends)
         if variant == "policy" and found["policy"] > NOTABLE:
-            variants += ["unguided", "other-prompt", "no-prompt", "half"]
+            variants += ["unguided", "other-prompt", "no-prompt"]
             if own.generator.cfg.lora is not None:
                 variants.append("reference")
     return {f"{name}/gap/{variant}": gap for variant, gap in found.items()}

@@ -80,12 +80,15 @@ class OwnRoute:
     ) -> Tensor:
         """v of one of `VARIANTS`, (B, C, F, H, W) fp32: a forward for each guidance branch."""
         text = {"other-prompt": other, "no-prompt": self.negative}.get(variant, prompt)
+        guided = self.guidance != 1 and variant != "unguided"
+        # Both branches in one batch, as kernels round otherwise at another size.
+        texts = [text, self.negative] if guided else [text]
         with self._as(variant):
-            conditional = self._forward(x_BCFHW, sigma, text)
-            if self.guidance == 1 or variant == "unguided":
-                return conditional
-            # u + s (c - u), classifier-free guidance
-            unconditional = self._forward(x_BCFHW, sigma, self.negative)
+            branches = self._forward(x_BCFHW, sigma, texts)
+        if not guided:
+            return branches[0]
+        # u + s (c - u), classifier-free guidance
+        conditional, unconditional = branches
         return unconditional + self.guidance * (conditional - unconditional)
 
     def velocities(
@@ -102,6 +105,8 @@ class OwnRoute:
             if variant == "unguided" and self.guidance == 1:
                 continue
             if variant == "reference" and self.generator.cfg.lora is None:
+                continue
+            if variant == "half" and self.generator.cfg.dtype != "float32":
                 continue
             found[variant] = self.velocity(
                 x_BCFHW,
@@ -148,34 +153,49 @@ class OwnRoute:
         """uint8 video (B, T, Y, X, 3) with the scaling that the VAE's config states."""
         vae = self.generator.codec.vae
         mean, std = _of_config(clean_BCFHW, vae.config)
-        # x_0 = z std + mean, then -1..1 to bytes.
-        pixels = vae.decode((clean_BCFHW.float() * std + mean).to(vae.dtype)).sample
-        bytes_ = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
-        return bytes_.round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+        videos = []
+        # One by one, which any GPU has room for that decodes at all.
+        for clean_1CFHW in clean_BCFHW.float().split(1):
+            # x_0 = z std + mean, then -1..1 to bytes.
+            latents = clean_1CFHW * std + mean
+            pixels = vae.decode(latents.to(vae.dtype)).sample.float()
+            levels = (pixels / 2 + 0.5).clamp(0, 1) * 255
+            videos.append(levels.round().to(torch.uint8).cpu())
+        return torch.cat(videos).permute(0, 2, 3, 4, 1)
 
     @torch.no_grad()
     def encode(self, video_BTYXC: Tensor) -> Tensor:
         """Normalised latents (B, C, F, H, W) of a uint8 video, the posterior's mean."""
         vae = self.generator.codec.vae
-        pixels = video_BTYXC.to(self.generator.device).permute(0, 4, 1, 2, 3).float()
-        # The way back: z = (x_0 - mean) / std.
-        latents = vae.encode((pixels / 127.5 - 1).to(vae.dtype)).latent_dist.mode()
-        mean, std = _of_config(latents, vae.config)
-        return (latents.float() - mean) / std
+        found = []
+        for video_1TYXC in video_BTYXC.to(self.generator.device).split(1):
+            pixels = video_1TYXC.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+            latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float()
+            # The way back: z = (x_0 - mean) / std.
+            mean, std = _of_config(latents, vae.config)
+            found.append((latents - mean) / std)
+        return torch.cat(found)
 
-    def _forward(self, x_BCFHW: Tensor, sigma: float, prompt: str) -> Tensor:
+    def _forward(
+        self, x_BCFHW: Tensor, sigma: float, texts: Sequence[str]
+    ) -> tuple[Tensor, ...]:
+        """The module's output for the latents with each text, in one call."""
         # the module of the policy, as the optimizer trains it
         generator = self.generator
-        dtype = next(_base(generator).parameters()).dtype
+        # norms may be fp32 in a transformer of another dtype
+        dtype = _base(generator).patch_embedding.weight.dtype
         count = len(x_BCFHW)
-        embedding_1LD = self.embedding_1LD[prompt].to(generator.device, dtype)
+        embeddings = []
+        for text in texts:
+            embeddings.append(self.embedding_1LD[text].expand(count, -1, -1))
+        x = torch.cat([x_BCFHW] * len(texts))
         out = generator.module(
-            hidden_states=x_BCFHW.to(generator.device, dtype),
-            timestep=torch.full((count,), 1000 * sigma, device=generator.device),
-            encoder_hidden_states=embedding_1LD.expand(count, -1, -1),
+            hidden_states=x.to(generator.device, dtype),
+            timestep=torch.full((len(x),), 1000 * sigma, device=generator.device),
+            encoder_hidden_states=torch.cat(embeddings).to(generator.device, dtype),
             return_dict=False,
         )[0]
-        return out.float()
+        return out.float().chunk(len(texts))
 
     @contextmanager
     def _as(self, variant: str) -> Iterator[None]:

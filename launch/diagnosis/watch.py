@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,7 @@ from common.run_record import plain
 from common.types import Score
 from launch.diagnosis import generator_measures, reward_measures, update_measures
 from launch.diagnosis.certificates import certificate_of
-from launch.diagnosis.evidence import MEASUREMENTS, START, Evidence
+from launch.diagnosis.evidence import MEASUREMENTS, START, Evidence, Row
 from launch.diagnosis.own_route import OwnRoute
 from launch.diagnosis.rules import diagnose
 from launch.diagnosis.run_files import folder_facts, rows_of
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from generator.wan import WanGenerator
     from launch.schemas.training import GrpoRun
 
+Measure = Callable[..., Row]
 # Videos of a step that are kept for the rewards.
 KEPT_VIDEOS = 16
 # Weights beyond this number are not copied: 1.6 GB in fp32.
@@ -97,7 +98,8 @@ class Watch:
         batch = self.loop.batch(0)
         prompt = batch.prompts[-1]
         row = {"step": START}
-        row |= generator_measures.replay(
+        row |= self._if_possible(
+            generator_measures.replay,
             self.own,
             prompt,
             batch.seeds[-1],
@@ -175,8 +177,17 @@ class Watch:
         row |= self._generator(step, result)
         # 3. The rewards: what they got, and how they answer.
         if is_main():
-            row |= self._rewards(result)
+            row |= self._if_possible(self._rewards, result)
         return row
+
+    def _if_possible(self, measure: Measure, *args: Any, **options: Any) -> Row:
+        """What a measurement of this rank alone finds; an error in it must not end the run."""
+        try:
+            return measure(*args, **options)
+        except (RuntimeError, ValueError, TypeError) as error:
+            first = str(error).partition("\n")[0]
+            say(f"diagnosis: {measure.__name__} cannot be measured: {first:.200}")
+            return {}
 
     def _update(self, step: int, result: StepResult) -> dict[str, float]:
         """Gradient, weights, and what became more likely."""
@@ -189,7 +200,8 @@ class Watch:
             result.groups,
             result.advantage_PM,
         )
-        row |= update_measures.kl_pull(
+        row |= self._if_possible(
+            update_measures.kl_pull,
             loop.generator,
             loop.generator.module,
             loop.cfg,
@@ -201,7 +213,8 @@ class Watch:
         """Rollout, update, decoding, and after the last measured update the evaluation."""
         prompt = result.batch.prompts[-1]
         other = self.own.another(prompt, result.batch.prompts[:1])
-        row = generator_measures.replay(
+        row = self._if_possible(
+            generator_measures.replay,
             self.own,
             prompt,
             result.batch.seeds[-1],
@@ -211,7 +224,7 @@ class Watch:
         # Latents of the policy before this update: those of the first are the base model's.
         clean_GCFHW = result.groups[-1].clean_GCFHW
         some_GCFHW = clean_GCFHW[: generator_measures.MEMBERS]
-        row |= generator_measures.decoding(self.own, some_GCFHW)
+        row |= self._if_possible(generator_measures.decoding, self.own, some_GCFHW)
         if step + 1 == min(self.until, self.run.steps):
             row |= self._evaluation(step)
         return row
