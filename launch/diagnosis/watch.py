@@ -258,9 +258,10 @@ class Watch:
         from launch.schemas.training import EvaluationConfig
         from launch.training import grpo_outputs
 
-        # A rank that has none of the two prompts has nothing to compare.
+        # Prompts that nobody has encoded cannot be sampled once the text encoder is freed.
         prompts = self._evaluated_prompts()
-        if not self.own.knows(*prompts):
+        freed = self.run.cache_prompts and not self.heldout
+        if freed or not self.own.knows(*prompts):
             return {}
         # The evaluation as the run makes it, with a reward that keeps the videos.
         settings = EvaluationConfig(prompts="", every=1, videos=0)

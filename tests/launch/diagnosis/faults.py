@@ -261,6 +261,89 @@ def evaluation_at_other_guidance() -> None:
     _replace(WanGenerator, "sample", make)
 
 
+# ---- further faults of the same kinds ----
+
+
+def loss_negated() -> None:
+    from dataclasses import replace
+
+    from alignment.grpo import GrpoLoop
+
+    def make(loss: Any) -> Any:
+        def negated(self: Any, *args: Any, **options: Any) -> Any:
+            output = loss(self, *args, **options)
+            return replace(output, loss=-output.loss)
+
+        return negated
+
+    _replace(GrpoLoop, "loss", make)
+
+
+def seeds_of_step_0() -> None:
+    from alignment.prompts import PromptSchedule
+
+    _replace(PromptSchedule, "at", lambda at: lambda self, step: at(self, 0))
+
+
+def reference_is_policy() -> None:
+    from contextlib import contextmanager
+
+    from generator import wan
+
+    @contextmanager
+    def left_on(module: Any) -> Any:
+        yield
+
+    _replace(wan, "adapters_off", lambda _: left_on)
+
+
+def members_share_noise() -> None:
+    from generator import sampler
+
+    def make(noise: Any) -> Any:
+        return lambda seed, member, shape, **options: noise(seed, 0, shape, **options)
+
+    _replace(sampler, "member_noise", make)
+
+
+def advantages_over_the_batch() -> None:
+    from alignment import advantages
+
+    def over_all(reward: Any, **_: Any) -> Any:
+        return (reward - reward.mean()) / (reward.std() + 1e-4)
+
+    _replace(advantages, "group_advantages", lambda _: over_all)
+
+
+def frames_reversed() -> None:
+    from alignment.rewards.errors import NamedReward
+
+    def make(score: Any) -> Any:
+        return lambda self, video, prompts, *, fps: score(
+            self, video.flip(1), prompts, fps=fps
+        )
+
+    _replace(NamedReward, "score", make)
+
+
+def timestep_not_scaled() -> None:
+    from generator.wan import WanGenerator
+
+    def make(velocity: Any) -> Any:
+        return lambda self, x, sigma, prompts, *, guidance_scale: velocity(
+            self, x, sigma / 2, prompts, guidance_scale=guidance_scale
+        )
+
+    _replace(WanGenerator, "velocity", make)
+
+
+def reward_compressed() -> None:
+    """A sigmoid far from its middle."""
+    _of_oracle(
+        lambda score, v, p, fps: _value(score(v, p, fps), lambda x: (40 * x).sigmoid())
+    )
+
+
 GUIDED = ("generator.sampler.guidance_scale=3.0",)
 FAULTS = {
     "gradients-not-averaged": PlantedFault(
@@ -300,4 +383,16 @@ FAULTS = {
         ("evaluation-settings",), evaluation_at_other_guidance
     ),
     "swapped-inside": PlantedFault(("reward-swapped",), reward_swapped_inside),
+    "loss-negated": PlantedFault(("reward-sign-in-update",), loss_negated),
+    "same-seeds": PlantedFault(("same-seeds",), seeds_of_step_0),
+    "reference-is-policy": PlantedFault(("reference-is-policy",), reference_is_policy),
+    "members-alike": PlantedFault(("members-alike",), members_share_noise),
+    "advantages-over-batch": PlantedFault(
+        ("advantage-differs",), advantages_over_the_batch
+    ),
+    "frames-reversed": PlantedFault(("reward-other-videos",), frames_reversed),
+    "timestep": PlantedFault(("rollout-differs",), timestep_not_scaled),
+    "reward-compressed": PlantedFault(("reward-saturated",), reward_compressed),
+    "kl-holds-100": PlantedFault(("kl-holds",), overrides=("grpo.kl_weight=0.2",)),
+    "fps-setting": PlantedFault(("wrong-fps",), overrides=("generator.fps=24",)),
 }
