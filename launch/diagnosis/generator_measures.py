@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from common import gaussian
+from generator.prompts import count_tokens
 from generator.sampler import initial_noise, member_noise
 from launch.diagnosis.own_route import OwnRoute, gaps, rms
 
@@ -211,6 +213,18 @@ def embeddings(own: OwnRoute, prompt: str, other: str) -> dict[str, float]:
     )
     own_BLD = torch.cat([own.embedding_1LD[prompt], own.embedding_1LD[other]]).float()
     return {"text/gap": rms(ours_BLD.cpu() - own_BLD) / rms(own_BLD)}
+
+
+def cut_prompts(own: OwnRoute) -> dict[str, float]:
+    """The share of the known prompts that are longer than what the text encoder reads."""
+    cfg = own.generator.cfg
+    prompts = [prompt for prompt in own.embedding_1LD if prompt != own.negative]
+    # A name on the hub has no tokenizer to count with.
+    if not prompts or not (Path(cfg.path) / "tokenizer").is_dir():
+        return {}
+    tokens = count_tokens(prompts, cfg.path)
+    cut = [count for count in tokens if count > cfg.max_sequence_length]
+    return {"text/cut": len(cut) / len(tokens)}
 
 
 def evaluation(

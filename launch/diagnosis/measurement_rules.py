@@ -283,6 +283,18 @@ def _text(evidence: Evidence) -> Iterator[Diagnosis]:
             "check the text encoder, its padding and the cross-attention",
         )
 
+    cut = max(evidence.measured("text/cut"), default=0.0)
+    if cut > 0.2:
+        yield Diagnosis(
+            "prompts-cut",
+            "likely" if cut > 0.5 else "possible",
+            "prompts are cut off for the generator, while rewards read all of them",
+            f"{100 * cut:.0f} % have more than "
+            f"{evidence.setting('generator.max_sequence_length', 512)} tokens",
+            "raise generator.max_sequence_length to what the model was trained with, or shorten "
+            "the prompts",
+        )
+
 
 def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
     # Noise levels.

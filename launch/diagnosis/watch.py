@@ -98,6 +98,7 @@ class Watch:
         batch = self.loop.batch(0)
         prompt = batch.prompts[-1]
         row = {"step": START}
+        row |= self._if_possible(generator_measures.cut_prompts, self.own)
         row |= self._if_possible(
             generator_measures.replay,
             self.own,

@@ -394,5 +394,8 @@ FAULTS = {
     "timestep": PlantedFault(("rollout-differs",), timestep_not_scaled),
     "reward-compressed": PlantedFault(("reward-saturated",), reward_compressed),
     "kl-holds-100": PlantedFault(("kl-holds",), overrides=("grpo.kl_weight=0.2",)),
+    "prompts-cut": PlantedFault(
+        ("prompts-cut",), overrides=("generator.max_sequence_length=8",)
+    ),
     "fps-setting": PlantedFault(("wrong-fps",), overrides=("generator.fps=24",)),
 }

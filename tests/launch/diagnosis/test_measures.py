@@ -92,6 +92,13 @@ def test_decoded_bytes_agree(own: OwnRoute, generator: WanGenerator) -> None:
     assert not torch.equal(generator.decode(clean + 0.5), own.decode(clean))
 
 
+def test_prompts_over_the_limit_are_counted(own: OwnRoute) -> None:
+    # a token per byte: 12 and 8 of 24 and an end each; then one with 30
+    assert generator_measures.cut_prompts(own) == {"text/cut": 0.0}
+    longer = OwnRoute(own.generator, [*PROMPTS, "x" * 30])
+    assert generator_measures.cut_prompts(longer) == {"text/cut": 1 / 3}
+
+
 def test_gap_is_relative_to_the_policy() -> None:
     # rms(3 - 1) / rms(1) = 2, and 0 for the variant that was used
     observed = torch.full((2, 2), 3.0)

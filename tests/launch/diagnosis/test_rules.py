@@ -190,6 +190,7 @@ def test_half_of_the_scores_missing_says_50_percent() -> None:
         ({"rollout/log_prob_gap": 1e-3}, "log-prob-dtype"),
         ({"text/gap": 0.5}, "wrong-embeddings"),
         ({"text/effect": 0.0}, "prompt-without-effect"),
+        ({"text/cut": 1.0}, "prompts-cut"),
         ({"decode/gap": 30.0}, "vae-scaling"),
         ({"vae/round_trip": 1.5}, "vae-scaling"),
         ({"rollout/sigma_gap": 0.1}, "wrong-shift"),

@@ -16,8 +16,14 @@ from tests.launch.diagnosis.clean import CLEAN
 from tests.launch.diagnosis.faults import FAULTS
 from tests.launch.processes import ROOT
 
-# Of these, five are quick enough for `make test`.
-QUICK = ("adapter-not-in-sampler", "prompts-swapped", "vae-scaling", "lr-too-large")
+# Five of the twenty are for `make test`.
+QUICK = (
+    "adapter-not-in-sampler",
+    "few-videos",
+    "lr-too-large",
+    "prompts-swapped",
+    "vae-scaling",
+)
 RECIPE = (
     "--config",
     "configs/shapes/grpo_oracle.yaml",
