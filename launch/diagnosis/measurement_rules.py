@@ -22,7 +22,7 @@ EXPLAINS = 0.2
 NORM_LIMIT = 0.05
 # rms change of the velocity by the first update, relative to the velocity.
 DRIFT_TOO_LARGE = 0.5
-DRIFT_TOO_SMALL = 1e-5
+DRIFT_TOO_SMALL = 1e-6
 # Share of the gradient that is the KL term's.
 KL_SHARE = 0.5
 # A group's mean advantage, relative to the size of advantages.

@@ -202,7 +202,7 @@ def test_half_of_the_scores_missing_says_50_percent() -> None:
         ({"batch/as_before": 1.0}, "same-seeds"),
         ({"batch/repeated": 0.5}, "ranks-repeat"),
         ({"adapter/drift": 3.0}, "lr-too-large"),
-        ({"adapter/drift": 1e-7}, "lr-too-small"),
+        ({"adapter/drift": 1e-8}, "lr-too-small"),
         ({"ranks": 2, "gradient/norm": 0.007}, "gradients-not-averaged"),
         ({"ranks": 2, "weights/ranks_apart": 1.0}, "gradients-not-averaged"),
         ({"gradient/norm": 0.02}, "gradient-differs"),
