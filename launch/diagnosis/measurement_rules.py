@@ -90,6 +90,15 @@ def _adapter(evidence: Evidence) -> Iterator[Diagnosis]:
             "train lora_B, do not reset it between updates, and start lora_A from random numbers",
         )
         return
+    frozen = max(evidence.measured("adapter/frozen"), default=0.0)
+    if frozen > 0:
+        yield Diagnosis(
+            "adapter-frozen",
+            "certain",
+            "a part of the adapter is frozen",
+            f"{frozen:.0f} of its matrices do not require a gradient",
+            "train all matrices of the adapter",
+        )
     # The adapter has weights; does it have an effect?
     drift = evidence.measured("adapter/drift")
     if drift and drift[-1] == 0:

@@ -13,6 +13,9 @@ from common.run_record import value_at
 from launch.diagnosis.certificates import certificate_of
 from launch.diagnosis.evidence import MEASUREMENTS, Evidence, Row
 
+# As diffusers names it.
+ADAPTER = "pytorch_lora_weights.safetensors"
+
 
 def rows_of(path: Path) -> list[Row]:
     """Read a file of rows, with NaN for null; [] where there is none."""
@@ -52,6 +55,7 @@ def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Evidence:
     found = {*evaluations, *evaluations_of(folder)}
     facts = {
         **folder_facts(settings),
+        **adapter_facts(folder),
         "environment": _environment(folder),
         "evaluations": {
             str(place): read_settings(place / "config.yaml") for place in sorted(found)
@@ -83,26 +87,46 @@ def folder_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluations_of(folder: Path) -> Iterator[Path]:
-    """Find evaluations beside a run: their adapter lies inside the run's folder.
+    """Find evaluations beside a run or inside of it: their adapter lies in the run's folder.
 
-    An evaluation without an adapter belongs to the run if its folder's name says that it is of the
-    tuned generator: "tuned" or the run's name is a part of it.
+    An evaluation without an adapter may be one of the base generator. It belongs to the run if it
+    lies inside, or its folder's name has "eval" and not "base" in it.
     """
     own = folder.resolve()
-    for file in sorted(own.parent.glob("*/config.yaml")):
+    files = [*own.parent.glob("*/config.yaml"), *own.glob("*/config.yaml")]
+    for file in sorted(files):
         settings = read_settings_or_nothing(file)
         if file.parent == own or "adapter" not in settings:
             continue
         adapter = settings["adapter"]
         name = file.parent.name
-        # Without an adapter only the folder's name can tell.
-        if not adapter:
-            words = name.replace("-", "_").split("_")
-            mine = "eval" in name and ("tuned" in words or own.name in words)
-        else:
+        if adapter:
             mine = Path(str(adapter)).resolve().is_relative_to(own)
+        else:
+            mine = "eval" in name or file.parent.parent == own
+            mine = mine and "base" not in name
         if mine:
             yield file.parent
+
+
+def adapter_facts(folder: Path) -> dict[str, Any]:
+    """Norm of all lora_B of the exported adapter, and whether its weights are finite.
+
+    {} where the run has not ended, or trained without an adapter.
+    """
+    file = folder / "final" / ADAPTER
+    if not file.is_file():
+        return {}
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    square = 0.0
+    finite = True
+    for name, weight in load_file(file).items():
+        finite = finite and bool(np.isfinite(weight).all())
+        if ".lora_B." in name:
+            square += float((weight.astype(np.float64) ** 2).sum())
+    return {"exported_lora_b": math.sqrt(square), "exported_finite": finite}
 
 
 def read_settings_or_nothing(file: Path) -> dict[str, Any]:

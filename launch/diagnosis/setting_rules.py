@@ -33,6 +33,7 @@ def setting_rules(evidence: Evidence) -> Iterator[Diagnosis]:
     yield from _optimizer(evidence)
     yield from _weights(evidence)
     yield from _evaluations(evidence)
+    yield from _exported(evidence)
 
 
 def _batch(evidence: Evidence) -> Iterator[Diagnosis]:
@@ -178,3 +179,23 @@ def different_settings(
         if old is not None and new is not None and old != new:
             changes.append(f"generator.{key} is {new}, trained with {old}")
     return changes
+
+
+def _exported(evidence: Evidence) -> Iterator[Diagnosis]:
+    """The adapter in final/, which people will use."""
+    if not evidence.facts.get("exported_finite", True):
+        yield Diagnosis(
+            "adapter-not-finite",
+            "certain",
+            "the exported adapter holds NaN or infinity",
+            "weights of final/",
+            "go on from an earlier checkpoint, at a lower optimizer.lr",
+        )
+    elif evidence.facts.get("exported_lora_b") == 0:
+        yield Diagnosis(
+            "lora-b-zero",
+            "certain",
+            "every lora_B of the exported adapter is zero, so it changes nothing",
+            "norm of all lora_B in final/ is 0",
+            "check that training moves lora_B, and what the export writes",
+        )

@@ -105,6 +105,12 @@ class WeightRecorder:
             / max(rate, 1e-30),
             "weights/ranks_apart": float(len(differing_ranks(now))),
         }
+        # Matrices of the adapter that nobody trains.
+        frozen = 0
+        for name, parameter in self.module.named_parameters():
+            if "lora_" in name and not parameter.requires_grad:
+                frozen += 1
+        found["adapter/frozen"] = float(frozen)
         for matrix, square in norms.items():
             found[f"adapter/{matrix}_norm"] = math.sqrt(square)
             found[f"adapter/{matrix}_trained"] = float(numbers[matrix])

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from launch import diagnose as command
 from launch.diagnosis.evidence import Evidence
@@ -180,6 +182,7 @@ def test_half_of_the_scores_missing_says_50_percent() -> None:
         ({"rollout/adapter_effect": 0.0}, "adapter-not-in-sampler"),
         ({"adapter/lora_B_norm": 0.0}, "lora-b-zero"),
         ({"weights/moved": 0.0}, "adapter-frozen"),
+        ({"adapter/frozen": 3.0}, "adapter-frozen"),
         ({"adapter/drift": 0.0}, "adapter-without-effect"),
         ({"update/adapter_effect": 0.0}, "reference-is-policy"),
         (
@@ -340,6 +343,22 @@ def test_evaluation_beside_the_run_is_found_by_its_adapter(tmp_path: Path) -> No
         (tmp_path / name / "config.yaml").write_text(text)
     found = read_run(folder).facts["evaluations"]
     assert [Path(name).name for name in found] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("b", "cause"),
+    [(0.0, ["lora-b-zero"]), (math.nan, ["adapter-not-finite"]), (0.1, [])],
+)
+def test_exported_adapter_is_read(tmp_path: Path, b: float, cause: list[str]) -> None:
+    folder = write(tmp_path / "run", evidence())
+    (folder / "final").mkdir()
+    name = "transformer.blocks.0.attn1.to_q"
+    weights = {
+        f"{name}.lora_A.weight": torch.ones(2, 3),
+        f"{name}.lora_B.weight": torch.full((3, 2), b),
+    }
+    save_file(weights, folder / "final" / "pytorch_lora_weights.safetensors")
+    assert accused(read_run(folder)) == cause
 
 
 def test_evaluation_of_the_tuned_without_an_adapter_is_named(tmp_path: Path) -> None:
