@@ -23,6 +23,9 @@ NORM_LIMIT = 0.05
 # rms change of the velocity by the first update, relative to the velocity.
 DRIFT_TOO_LARGE = 0.5
 DRIFT_TOO_SMALL = 1e-6
+# Of the measured updates, and their least number.
+MOST_UPDATES = 0.7
+FEW_UPDATES = 3
 # Share of the gradient that is the KL term's.
 KL_SHARE = 0.5
 # A group's mean advantage, relative to the size of advantages.
@@ -442,29 +445,36 @@ def _gradient(evidence: Evidence) -> Iterator[Diagnosis]:
 
 
 def _size_of_update(evidence: Evidence) -> Iterator[Diagnosis]:
+    drift = {}
+    for row in evidence.measured_updates:
+        if row.get("adapter/drift", 0.0) > 0:
+            drift[int(row["step"])] = row["adapter/drift"]
+    lr = evidence.setting("optimizer.lr", 1e-4)
     # A resumed run may have measured later updates only.
-    first = [row for row in evidence.measurements if row["step"] == 0]
-    drift = [row.get("adapter/drift", 0.0) for row in first]
-    if drift and drift[0] > 0:
-        low, high = drift_limits(evidence)
-        lr = evidence.setting("optimizer.lr", 1e-4)
-        because = f"the first update at lr={lr:g} changes the velocity by {100 * drift[0]:.3g} %"
-        if drift[0] > high:
-            yield Diagnosis(
-                "lr-too-large",
-                "likely",
-                "the learning rate is far too large: single updates throw the policy about",
-                f"{because}, at most {100 * high:.2g} % is sound",
-                f"try optimizer.lr={lr * high / drift[0] / 3:.1g}",
-            )
-        elif drift[0] < low:
-            yield Diagnosis(
-                "lr-too-small",
-                "likely",
-                "the learning rate is far too small: the policy hardly moves",
-                f"{because}, at least {100 * low:.2g} % is usual",
-                f"try optimizer.lr={lr * low / drift[0] * 3:.1g}",
-            )
+    first = drift.get(0)
+    _, high = drift_limits(evidence, 0)
+    if first is not None and first > high:
+        yield Diagnosis(
+            "lr-too-large",
+            "likely",
+            "the learning rate is far too large: single updates throw the policy about",
+            f"the first update at lr={lr:g} changes the velocity by {100 * first:.3g} %, at most "
+            f"{100 * high:.2g} % is sound",
+            f"try optimizer.lr={lr * high / first / 3:.1g}",
+        )
+    # Single updates at a small rate may happen to change one video more.
+    below = [step for step in drift if drift[step] < drift_limits(evidence, step)[0]]
+    if len(below) >= max(FEW_UPDATES, MOST_UPDATES * len(drift)):
+        last = max(below)
+        low, _ = drift_limits(evidence, last)
+        yield Diagnosis(
+            "lr-too-small",
+            "likely",
+            "the learning rate is far too small: the policy hardly moves",
+            f"{last + 1} updates at lr={lr:g} change the velocity by {100 * drift[last]:.3g} %, at "
+            f"least {100 * low:.2g} % is usual",
+            f"try optimizer.lr={lr * low / drift[last] * 10:.1g}",
+        )
 
     # The share of the KL term once the policy has moved.
     shares = []
@@ -485,12 +495,12 @@ def _size_of_update(evidence: Evidence) -> Iterator[Diagnosis]:
         )
 
 
-def drift_limits(evidence: Evidence) -> tuple[float, float]:
-    """Smallest and largest sound change of the velocity by the first update."""
-    band = evidence.certificate.get("bands", {}).get("adapter/drift")
-    if not band:
+def drift_limits(evidence: Evidence, step: int) -> tuple[float, float]:
+    """Smallest and largest sound change of the velocity after an update."""
+    bands = evidence.certificate.get("bands", {}).get("adapter/drift", [])
+    if step >= len(bands):
         return DRIFT_TOO_SMALL, DRIFT_TOO_LARGE
-    low, high = band[0]
+    low, high = bands[step]
     return low, min(high, DRIFT_TOO_LARGE)
 
 
