@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from launch.diagnosis.evidence import Diagnosis, Evidence
+from launch.diagnosis.setting_rules import all_skipped
 
 # Relative differences of velocities, by the generator's dtype: rounding is far below.
 VELOCITY_LIMIT = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -71,7 +72,7 @@ def _adapter(evidence: Evidence) -> Iterator[Diagnosis]:
     moved = evidence.measured("weights/moved")
     gradient = evidence.measured("gradient/norm")
     # Without an advantage nothing should move.
-    if not norm_b or not moved or _all_skipped(evidence):
+    if not norm_b or not moved or all_skipped(evidence):
         return
     if max(moved) == 0 and max(gradient, default=0.0) > 0:
         yield Diagnosis(
@@ -142,8 +143,8 @@ def _rollout(evidence: Evidence) -> Iterator[Diagnosis]:
 
     # Fast samplers have no exact counterpart, but the adapter must change what they sample.
     effect = evidence.measured("rollout/adapter_effect")
-    drift = evidence.measured("adapter/drift")
-    if effect and drift and effect[-1] == 0 and drift[-1] > 0:
+    in_update = evidence.measured("update/adapter_effect")
+    if effect and in_update and effect[-1] == 0 and in_update[-1] > 0:
         yield _of_sampler("reference", "switching the adapter off changes no sample")
 
 
@@ -763,11 +764,6 @@ def _of_step(evidence: Evidence, row: dict[str, float], name: str) -> float:
         if step["step"] == row["step"]:
             return step.get(name, math.nan)
     return math.nan
-
-
-def _all_skipped(evidence: Evidence) -> bool:
-    skipped = evidence.column("train/skipped")
-    return bool(skipped) and min(skipped) == 1
 
 
 def _list(values: Sequence[float]) -> str:

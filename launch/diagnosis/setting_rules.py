@@ -181,6 +181,12 @@ def different_settings(
     return changes
 
 
+def all_skipped(evidence: Evidence) -> bool:
+    """True if no update had an advantage: then nothing should have moved."""
+    skipped = evidence.column("train/skipped")
+    return bool(skipped) and min(skipped) == 1
+
+
 def _exported(evidence: Evidence) -> Iterator[Diagnosis]:
     """The adapter in final/, which people will use."""
     if not evidence.facts.get("exported_finite", True):
@@ -191,7 +197,7 @@ def _exported(evidence: Evidence) -> Iterator[Diagnosis]:
             "weights of final/",
             "go on from an earlier checkpoint, at a lower optimizer.lr",
         )
-    elif evidence.facts.get("exported_lora_b") == 0:
+    elif evidence.facts.get("exported_lora_b") == 0 and not all_skipped(evidence):
         yield Diagnosis(
             "lora-b-zero",
             "certain",
