@@ -59,6 +59,7 @@ def measurement_rules(evidence: Evidence) -> Iterator[Diagnosis]:
     for name in evidence.rewards:
         yield from _received(evidence, name)
         yield from _scores(evidence, name)
+    for name in evidence.trained_rewards:
         yield from _sense(evidence, name)
 
 

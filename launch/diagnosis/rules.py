@@ -10,7 +10,8 @@ from launch.diagnosis.measurement_rules import measurement_rules
 from launch.diagnosis.metric_rules import metric_rules
 from launch.diagnosis.setting_rules import setting_rules
 
-RULES = (setting_rules, measurement_rules, metric_rules, certificate_rules)
+# Of two rules with the same cause and certainty, the first is reported.
+RULES = (measurement_rules, setting_rules, metric_rules, certificate_rules)
 # What a cause explains: its consequences are not reported beside it.
 EXPLAINS = {
     "adapter-frozen": {"lr-too-small", "no-gradient", "lora-b-zero"},
