@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # the deepspeed launcher starts `python` from the PATH
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo fullsize gpu-check reproduce-rm vllm-check lint style check test test-all clean
+.PHONY: help install demo fullsize gpu-check reproduce-rm vllm-check docs lint style check test test-all clean
 
 help:
 	@echo "make demo     train a reward, align the tiny Wan with it, write runs/demo/report.html"
@@ -25,8 +25,9 @@ help:
 	@echo "make fullsize Wan 1.3B and Qwen3-VL 2B at their true sizes on a CPU with 24 GB, under 25 minutes"
 	@echo "make gpu-check on a GPU: the tests that need one, and a table of measured speeds that plans read"
 	@echo "make vllm-check  chains of thought by a real vLLM against ours, on a CPU; installs 3 GB into .venv-vllm once"
+	@echo "make docs     the documentation as a site in site/; installs 200 MB into .venv-docs once"
 	@echo "make install  only create .venv"
-	@echo "make clean    remove runs and caches, keep .venv and .venv-vllm"
+	@echo "make clean    remove runs and caches, keep the environments"
 
 install: .venv/.installed
 
@@ -63,6 +64,17 @@ vllm-check: .venv/.installed .venv-vllm/.installed
 	$(BOOT) experiments/vllm_environment.py .venv-vllm
 	@touch $@
 
+# NO_MKDOCS_2_WARNING: a remark of mkdocs-material about mkdocs 2
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+# the extra docs of setup.py without this project, whose sources are read and not imported
+.venv-docs/.installed: setup.py
+	@echo "== installing mkdocs into .venv-docs, once"
+	test -x .venv-docs/bin/python || $(BOOT) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install "mkdocs>=1.6,<2" "mkdocs-material>=9.5" "mkdocstrings[python]>=0.30" "ruff>=0.11"
+	@touch $@
+
 # rules, format, import layers, density
 lint: .venv/.installed
 	$(PY) -m ruff check .
@@ -83,5 +95,5 @@ test-all: lint
 	$(PY) -m pytest $(WORKERS) -m "not gpu" $(PYTEST_ARGS)
 
 clean:
-	rm -rf runs build .pytest_cache .ruff_cache *.egg-info
+	rm -rf runs build site .pytest_cache .ruff_cache *.egg-info
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,6 +21,14 @@ ROOMS = (
 ROOT = Path(__file__).parent
 SERVER = ["fastapi>=0.115", "uvicorn>=0.30"]  # launch/serve.py
 SIGNALS = ["opencv-python-headless>=4.9"]  # the reward dynamics
+TENSORBOARD = ["tensorboard>=2.16"]  # the key tensorboard of a run
+# `make docs` installs these into an environment of their own.
+DOCS = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.5",
+    "mkdocstrings[python]>=0.30",
+    "ruff>=0.11",
+]
 
 
 def packages() -> list[str]:
@@ -96,9 +104,12 @@ setup(
     extras_require={
         "server": SERVER,
         "signals": SIGNALS,
+        "tensorboard": TENSORBOARD,
+        "docs": DOCS,
         "test": [
             *SERVER,
             *SIGNALS,
+            *TENSORBOARD,
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from common.plugin_file import file_of
 from common.schema import (
     NonEmptyText,
     NonNegativeFloat,
@@ -14,7 +15,6 @@ from common.schema import (
     PositiveInt,
     config,
 )
-from common.shipped import shipped
 
 # A group or a set of candidates of one has nothing to compare with.
 AtLeastTwo = Annotated[int, Field(ge=2)]
@@ -186,7 +186,7 @@ class RewardConfig:
         """The file of ``target``, found from any folder if it ships with the project."""
         if self.target is None:
             return None
-        return str(shipped(self.target.rpartition(":")[0]))
+        return file_of(self.target)
 
     @property
     def urls(self) -> tuple[str, ...]:

@@ -104,32 +104,27 @@ def _say_zeros(model: Any, places: Mapping[str, Path]) -> None:
 def errors_of(folder: str | Path, name: str) -> Iterator[None]:
     """Inside, what a library raises for unusual contents of a folder is a ValueError.
 
-    ``name`` says what is read: a model, a config, a tokenizer. The error names the first file of
-    the folder that should be JSON and is not, or the folder.
+    ``name`` says what is read: a model, a config, a tokenizer. A .json file of the folder, or of a
+    folder in it, that cannot be parsed is refused before anything is read.
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    unusual = (RuntimeError, TypeError, KeyError, StrictDataclassError)
+    _require_json(Path(folder), name)
     try:
         yield
-    except Exception as error:
-        # The tokenizers library raises a bare Exception for a file that is no JSON.
-        broken = _broken_json(Path(folder))
-        if broken is None and not isinstance(error, unusual):
-            raise
+    except (RuntimeError, TypeError, KeyError, StrictDataclassError) as error:
         raise ValueError(
-            f"{broken or folder} holds no usable {name} ({type(error).__name__}: {error})"
+            f"{folder} holds no usable {name} ({type(error).__name__}: {error})"
         ) from error
 
 
-def _broken_json(folder: Path) -> Path | None:
-    """The first .json file of a folder that cannot be parsed; None if all can."""
-    for path in sorted(folder.rglob("*.json")):
+def _require_json(folder: Path, name: str) -> None:
+    """Raise ValueError for the first .json file that is none; it names the file."""
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
         try:
             json.loads(path.read_bytes())
-        except ValueError:
-            return path
-    return None
+        except ValueError as error:
+            raise ValueError(f"{path} holds no usable {name} ({error})") from error
 
 
 def _require_kind(model_class: Any, config_file: Path) -> None:

@@ -97,7 +97,8 @@ class TrainingRun:
                            forwards, backwards, tokens and scores count.
     max_nonfinite_updates  optimizer steps with a non-finite gradient are skipped; after so
                            many in a row the run stops.
-    tensorboard            also write TensorBoard files, if that package is installed.
+    tensorboard            also write TensorBoard files in run_dir/tensorboard; the extra
+                           "tensorboard" installs that package.
     """
 
     run_dir: str

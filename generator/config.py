@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from common.plugin_file import check_target, file_of
 from common.schema import (
     NonEmptyText,
     NonNegativeFloat,
@@ -241,6 +242,10 @@ class GeneratorConfig:
                             attention heads and the tokens; for training, without ZeRO 3.
     max_sequence_length     text tokens after padding. Attention has no mask, so the padding
                             is part of the model.
+    target                  path/to/file.py:Class of a generator of your own, instead of Wan, or
+                            a name that an installed package offers as an entry point of
+                            video_alignment.generators (`generator.plugin`). It is called with
+                            this config and a seed, and what the keys above mean is its choice.
     """
 
     path: NonEmptyText
@@ -262,9 +267,29 @@ class GeneratorConfig:
     guidance_in_update: bool = True
     context_parallel: Literal[1, 2, 4, 8] = 1
     max_sequence_length: PositiveInt = 512
+    target: str | None = None
 
     def __post_init__(self) -> None:
         check_attention("generator.attention", self.attention)
+        if self.target is not None and ":" in self.target:
+            check_target("generator.target", self.target)
+        if self.target is not None and self.context_parallel > 1:
+            raise ValueError(
+                f"generator.context_parallel={self.context_parallel} is of Wan, and "
+                f"generator.target={self.target} is another generator"
+            )
+
+    @property
+    def source(self) -> str:
+        """What is loaded, for messages: the target, or the path of a Wan."""
+        return self.path if self.target is None else self.target
+
+    @property
+    def target_file(self) -> str | None:
+        """The file of ``target``; None for Wan and for an installed package."""
+        if self.target is None or ":" not in self.target:
+            return None
+        return file_of(self.target)
 
 
 def check_one_rank_per_video(cfg: GeneratorConfig) -> None:
@@ -273,6 +298,14 @@ def check_one_rank_per_video(cfg: GeneratorConfig) -> None:
         raise ValueError(
             f"generator.context_parallel={cfg.context_parallel} is for training: here every "
             "rank samples videos of its own, so it must be 1"
+        )
+
+
+def check_wan(cfg: GeneratorConfig, what: str) -> None:
+    """Raise ValueError for a generator of another class, where only Wan will do."""
+    if cfg.target is not None:
+        raise ValueError(
+            f"generator.target={cfg.target} cannot be used here: {what} knows Wan only"
         )
 
 

@@ -60,6 +60,9 @@ def say_long_prompts(prompts: Sequence[str], cfg: GeneratorConfig) -> None:
     from common.log import say
     from generator.prompts import describe_long_prompts
 
+    # A generator of another class has its own limits.
+    if cfg.target is not None:
+        return
     # Every prompt is tokenized, which is work for one rank.
     if prompts and os.environ.get("RANK", "0") == "0":
         remark = describe_long_prompts(prompts, cfg)
@@ -70,7 +73,14 @@ def say_long_prompts(prompts: Sequence[str], cfg: GeneratorConfig) -> None:
 def build_generator(
     cfg: GeneratorConfig, *, seed: int = 0, transformer_only: bool = False
 ) -> WanGenerator:
-    """Load a Wan generator on this rank's device; ``seed`` initialises a new adapter."""
+    """Load a generator on this rank's device; ``seed`` initialises what is new in it.
+
+    With ``target`` in its config it is an object of another class (`generator.plugin`).
+    """
+    if cfg.target is not None:
+        from generator.plugin import load_own
+
+        return load_own(cfg, seed=seed)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

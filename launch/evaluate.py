@@ -74,6 +74,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
 
         # The prompts, and the table of everything that a row depends on.
         inputs = [cfg.prompts, cfg.generator.path, cfg.adapter]
+        inputs.append(cfg.generator.target_file)
         for reward in cfg.rewards.values():
             inputs += reward.files
         with user_errors():

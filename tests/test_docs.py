@@ -44,8 +44,9 @@ def test_page_names_existing_tests(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page_names_existing_files(page: Path) -> None:
-    rooms = "common|rm|generator|engine|alignment|launch|toy|experiments|configs|tests"
-    pattern = rf"(?<![\w/])((?:{rooms})/[\w/]+\.(?:py|yaml))\b"
+    rooms = "common|rm|generator|engine|alignment|launch|toy|experiments|examples"
+    rooms += "|configs|tests"
+    pattern = rf"(?<![\w/])((?:{rooms})/[\w/]+\.(?:py|ipynb|yaml))\b"
     named = set(re.findall(pattern, page.read_text(encoding="utf-8")))
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
@@ -171,3 +172,15 @@ def test_config_reference_shows_types_limits_and_defaults() -> None:
     assert "`lr=5e-06`" in text
     assert "[GeneratorConfig](#generatorconfig)" in text
     assert "`alignment/config.py`" in text
+
+
+def test_config_reference_starts_with_ten_keys() -> None:
+    """Their types and defaults are those of the schemas: 4 videos in a group, 64 prompts a step."""
+    head, _, _ = config_reference.page().partition("## The commands")
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \|", head, re.M)
+    assert len(rows) == 10
+    given = {key: (kind, default) for key, kind, default in rows}
+    assert given["grpo.group_size"] == ("int, at least 2", "`4`")
+    assert given["prompts_per_step"] == ("int, above 0", "`64`")
+    assert given["rewards.NAME.weight"][1] == "`1.0`"
+    assert given["generator.path"][1] == "required"

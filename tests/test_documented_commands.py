@@ -56,6 +56,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "engine",
         "toy",
         "experiments",
+        "examples",
         "common",
     ):
         shutil.copytree(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.rewards.addresses import check_address
+from common.plugin_file import check_target
 from common.types import RewardUnavailableError
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def factory_of(name: str, cfg: RewardConfig) -> Callable[[RewardConfig], RewardM
 
     # a file of the user
     if cfg.target is not None:
-        plugin.check_target(name, cfg.target)
+        check_target(f"rewards.{name}.target", cfg.target)
         return lambda cfg: plugin.from_file(name, cfg.target, cfg.options)
 
     # a reward of this folder

@@ -11,18 +11,14 @@ for each group, with exactly the members of that group: for win rates within a g
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from importlib.metadata import EntryPoint, entry_points
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from alignment.rewards.errors import check_count, contained, reward_errors
-from common.shipped import shipped
+from common.plugin_file import check_target, file_of, load_target
 from common.types import Score
 
 if TYPE_CHECKING:
@@ -127,39 +123,17 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> N
     raise ValueError(f"{_name_of(function)} takes no {', '.join(unknown)}; {hint}")
 
 
-def check_target(name: str, target: str) -> None:
-    """Raise ValueError when ``file.py:attribute`` cannot be a target. The file is not run.
-
-    A file of the project (toy/oracle.py) is found from any folder.
-    """
-    file, _, attribute = target.rpartition(":")
-    if not file.endswith(".py") or not attribute.isidentifier():
-        raise ValueError(
-            f"rewards.{name}.target must be path/to/file.py:name, got {target!r}"
-        )
-    if not shipped(file).is_file():
-        raise ValueError(f"rewards.{name}.target: there is no file {file}")
-
-
 def from_file(name: str, target: str, options: Mapping[str, Any]) -> RewardModel:
     """Run the file of a target, and make a reward of the attribute that it names.
 
     Raises ValueError when the attribute is no reward, and for whatever the file raises, with
     the line.
     """
-    check_target(name, target)
-    path, _, attribute = target.rpartition(":")
-    file = str(shipped(path))
-    with reward_errors(name, ValueError, file=file), contained():
-        module = _run_file(f"own_reward_{name}", file)
-        if not hasattr(module, attribute):
-            # perhaps a typo
-            close = difflib.get_close_matches(attribute, vars(module), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"rewards.{name}.target: {file} has no {attribute!r}{hint}"
-            )
-        return as_reward(name, getattr(module, attribute), options)
+    key = f"rewards.{name}.target"
+    check_target(key, target)
+    with reward_errors(name, ValueError, file=file_of(target)), contained():
+        plugin = load_target(key, target, module=f"own_reward_{name}")
+        return as_reward(name, plugin, options)
 
 
 def as_reward(name: str, plugin: Any, options: Mapping[str, Any]) -> RewardModel:
@@ -189,14 +163,6 @@ def as_reward(name: str, plugin: Any, options: Mapping[str, Any]) -> RewardModel
 def installed() -> dict[str, EntryPoint]:
     """Return what installed packages offer under the entry point group, by name."""
     return {point.name: point for point in entry_points(group=GROUP)}
-
-
-def _run_file(module_name: str, file: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def _takes_any(signature: inspect.Signature) -> bool:

@@ -31,7 +31,7 @@ def score_samples(
 
     # Load the models.
     names = ", ".join(cfg.rewards)
-    say(f"loading the generator {cfg.generator.path} and the rewards {names}")
+    say(f"loading the generator {cfg.generator.source} and the rewards {names}")
     with user_errors():
         generator = trained_generator(cfg.generator, cfg.adapter)
         rewards = build_rewards(cfg.rewards)

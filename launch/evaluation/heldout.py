@@ -84,7 +84,11 @@ def _score_prompts(
     rows: dict[int, Row] = {}
     problem: RewardUnavailableError | None = None
     ranks = DataRanks(generator.cfg.context_parallel)
-    batches = ranks.batches(len(heldout.prompts), generator.portions.size or BATCH)
+    # A generator of another class than Wan has no portions.
+    size = None
+    if generator.cfg.target is None:
+        size = generator.portions.size
+    batches = ranks.batches(len(heldout.prompts), size or BATCH)
     for number, places in enumerate(batches):
         # A sharded module must run on all ranks or on none: without prompts, repeat the first.
         batch = places

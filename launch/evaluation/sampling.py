@@ -51,6 +51,9 @@ def open_table(
     for name in without:
         identity.pop(name, None)
     files = {**inputs, "generator": cfg.generator.path, "adapter": cfg.adapter}
+    # the code of a generator of one's own
+    if cfg.generator.target_file is not None:
+        files["target"] = cfg.generator.target_file
     identity["files"] = {
         name: fingerprint(path) for name, path in files.items() if path is not None
     }

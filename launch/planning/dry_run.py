@@ -23,6 +23,7 @@ import yaml
 
 from common.cli import exit_with_error, user_errors
 from common.run_record import hide_secrets, plain, value_at
+from generator.config import check_wan
 from generator.wan_folder import require_supported
 from launch.planning.plan import DEVICES, GIB, RESERVE, Plan, Where
 from launch.planning.runs import (
@@ -90,10 +91,13 @@ def fits_device(plan: Plan) -> bool:
 
 
 def check_generator(cfg: Any) -> None:
-    """Raise ValueError or FileNotFoundError if the generator's folder is of another kind.
+    """Raise ValueError or FileNotFoundError if the generator is of another kind than Wan.
 
     A name on the hub is checked when it is loaded.
     """
+    generator = getattr(cfg, "generator", None)
+    if generator is not None:
+        check_wan(generator, "a plan")
     folder = value_at(plain(cfg), "generator.path")
     if folder is not None and Path(folder).is_dir():
         require_supported(Path(folder))

@@ -42,8 +42,14 @@ BACKENDS = {
 @contextmanager
 def as_on_cuda(gpu: SimulatedGpu) -> Iterator[None]:
     """Inside, attention, tensors of numbers, threads and compilation are those of the device."""
+    from torch.utils._device import _device_constructors
+
     from launch.server import app
 
+    # PyTorch caches the functions that obey `with torch.device(...)` at their first use. With the
+    # replacements in that cache, the real torch.tensor would ignore the device ever after, and
+    # transformers would leave the buffers of every model that it loads uninitialised.
+    _device_constructors()
     functional = torch.nn.functional
     with ExitStack() as stack:
         for owner, name, value in (

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from generator.config import check_wan
 from launch.planning import known_models
 from launch.planning.models import COT_TOKENS
 from launch.schemas.evaluation import GeneratorEvaluation, ScoreRun
@@ -218,6 +219,8 @@ def adapt(cfg: Any, folder: Path, ranks: int) -> Adapted:
     }
     if type(cfg) not in kinds:
         raise ValueError(f"a {type(cfg).__name__} cannot be rehearsed")
+    if hasattr(cfg, "generator"):
+        check_wan(cfg.generator, "a rehearsal")
     adapted = kinds[type(cfg)](cfg, made)
     adapted.notes[:0] = made.notes
     return adapted

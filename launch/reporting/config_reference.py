@@ -43,6 +43,24 @@ on the command line sets a key of a section inside a section; a mapping such as 
 any names. A key without a default is required.
 """
 
+# What people change first, with the schema that has the key and what to know.
+FIRST: tuple[tuple[str, type, str], ...] = (
+    ("run_dir", GrpoRun, "folder of the run; started again, it resumes from there"),
+    ("generator.path", GrpoRun, "folder or hub name of the Wan pipeline"),
+    ("prompts", GrpoRun, "a text file, one prompt on each line"),
+    ("rewards.NAME.weight", GrpoRun, "0 scores and logs without training on it"),
+    ("steps", GrpoRun, "optimizer steps"),
+    (
+        "prompts_per_step",
+        GrpoRun,
+        "groups of an update over all ranks; noise falls with it",
+    ),
+    ("grpo.group_size", GrpoRun, "videos of a prompt that are compared"),
+    ("optimizer.lr", GrpoRun, "too small: no rise; too large: the KL runs away"),
+    ("grpo.kl_weight", GrpoRun, "holds the policy near the base model"),
+    ("generator.num_frames", GrpoRun, "with height and width what a step costs"),
+)
+
 # How limits of annotated_types read behind a type.
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
@@ -58,12 +76,42 @@ def page() -> str:
     others = set().union(*map(_sections_inside, commands)).difference(commands)
     sections = sorted(others, key=lambda section: section.__name__)
 
-    lines = [HEAD]
+    lines = [HEAD, *_first_keys()]
     for program, schema in PROGRAMS.items():
         lines.append(f"- `{program}`: {_link(schema)}")
     for schema in [*commands, *sections]:
         lines += _chapter(schema)
     return "\n".join(lines) + "\n"
+
+
+def _first_keys() -> list[str]:
+    """Return the table of the keys that people change first, with their types and defaults."""
+    lines = ["## The ten keys that people change first", ""]
+    lines += ["| key | type | default | |", "|---|---|---|---|"]
+    for key, schema, remark in FIRST:
+        *sections, name = key.split(".")
+        # Down the sections; NAME stands for any entry of a mapping.
+        for section in sections:
+            if section != "NAME":
+                annotation = typing.get_type_hints(schema, include_extras=True)[section]
+                (schema,) = _outermost(annotation)
+        types = typing.get_type_hints(schema, include_extras=True)
+        fields = {field.name: field for field in dataclasses.fields(schema)}
+        row = (f"`{key}`", _type(types[name]), _default(fields[name]), remark)
+        lines.append(f"| {' | '.join(row)} |")
+    lines += [
+        "",
+        "They are of `launch/grpo.py`; the other commands share most of them.",
+    ]
+    return [*lines, "", "## The commands", ""]
+
+
+def _outermost(annotation: Any) -> set[type]:
+    """Return the section that a type is or holds, without those inside of it."""
+    # validators of a type are dataclasses too, but no types
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return {annotation}
+    return set().union(*map(_outermost, typing.get_args(annotation)))
 
 
 def _chapter(schema: type) -> list[str]:

@@ -11,6 +11,7 @@ from engine.config import EmaConfig, OptimizerConfig, TrainingRun
 from generator.config import (
     GeneratorConfig,
     check_one_rank_per_video,
+    check_wan,
     check_zero_stage,
 )
 from launch.schemas.rewards import Rewards, TrainingRewards, check_some_weight
@@ -63,6 +64,7 @@ class PairsRun:
     keep_candidates: bool = False
 
     def __post_init__(self) -> None:
+        check_wan(self.generator, "a set of pairs")
         check_one_rank_per_video(self.generator)
         if (self.prompts is None) == (self.table is None):
             raise ValueError(
@@ -116,6 +118,7 @@ class DpoRun(TrainingRun):
     save_every: PositiveInt = 100
 
     def __post_init__(self) -> None:
+        check_wan(self.generator, "training on stored pairs")
         check_zero_stage(self.generator, self.zero_stage)
         if self.refresh is not None:
             # the ranks share the videos of new pairs

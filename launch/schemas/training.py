@@ -13,6 +13,7 @@ from engine.config import EmaConfig, TrainingRun, check_grad_accumulation
 from generator.config import (
     GeneratorConfig,
     check_one_rank_per_video,
+    check_wan,
     check_zero_stage,
 )
 from launch.schemas.rewards import TrainingRewards
@@ -114,6 +115,10 @@ class GrpoRun(TrainingRun):
                 "zero_stage 3 needs generator.sampler.merge_adapter=false: it splits the weights "
                 "that an adapter would be merged into"
             )
+        if self.cache_prompts:
+            check_wan(self.generator, "cache_prompts")
+        if self.zero_stage == 3:
+            check_wan(self.generator, "zero_stage 3")
         if sampler.noise_level == 0:
             raise ValueError(
                 "generator.sampler.noise_level must be positive, got 0: without noise the "

@@ -96,10 +96,18 @@ def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: str) -> list[Findi
     dtype = run.generator.dtype
     # The first group of the run's first step, which costs a small part of that step.
     batch = loop.batch(0)
-    return [
+    findings = [
         *context_findings(generator),
         self_checks.same_weights(generator.module),
-        self_checks.stock_trajectory(lambda: stock_gap(generator, prompt), dtype=dtype),
+    ]
+    # Only Wan has a stock pipeline to compare with.
+    if run.generator.target is None:
+        gap = self_checks.stock_trajectory(
+            lambda: stock_gap(generator, prompt), dtype=dtype
+        )
+        findings.append(gap)
+    return [
+        *findings,
         self_checks.first_ratio(
             generator,
             batch.prompts[0],

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def build(run: GrpoRun, prompts: list[str]) -> GrpoLoop:
     """Build rewards, generator, engine and loop on this rank."""
     names = ", ".join(run.rewards)
-    say(f"loading the rewards {names} and the generator {run.generator.path}")
+    say(f"loading the rewards {names} and the generator {run.generator.source}")
     # Rewards first: a missing reward server is noticed before weights are loaded.
     rewards = build_rewards(run.rewards)
     generator = build_generator(run.generator, seed=run.seed)

@@ -53,6 +53,8 @@ def inputs_of(run: TrainingRun) -> Inputs:
 
 def _inputs_of_grpo(run: GrpoRun) -> Inputs:
     inputs: Inputs = {"prompts": run.prompts, "generator.path": run.generator.path}
+    if run.generator.target_file is not None:
+        inputs["generator.target"] = run.generator.target_file
     if run.evaluation is not None:
         inputs["evaluation.prompts"] = run.evaluation.prompts
     return inputs | _inputs_of_rewards("rewards", run.rewards)

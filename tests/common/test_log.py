@@ -282,3 +282,52 @@ def test_progress_tells_where_a_long_item_is(capsys, monkeypatch):
     assert "grpo: rollout 3 of 8\n" in capsys.readouterr().out
     time.sleep(0.05)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_tensorboard_reads_a_resumed_run(tmp_path):
+    """Its own reader sees every step once: steps 1 and 2 of the resumed run, not of the killed."""
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    for start, scale in ((0, 1.0), (1, 10.0)):
+        log = RunLog(tmp_path, start=start, tensorboard=True)
+        for step in range(start, 3):
+            log.log(step, {"train/loss": scale * step, "reward/mine": 0.5})
+        log.close()
+    board = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == {"train/loss", "reward/mine"}
+    loss = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    assert loss == [(0, 0.0), (1, 10.0), (2, 20.0)]
+
+
+@pytest.mark.slow
+def test_wandb_reads_the_offline_folders_of_a_resumed_run(tmp_path):
+    """Its own reader finds each session's metrics and the id that joins them when they are sent."""
+    (tmp_path / "config.yaml").write_text("steps: 2\n")
+    for step, loss in ((0, 0.5), (1, 0.25)):
+        log = RunLog(tmp_path, start=step, wandb=WandbConfig("offline"))
+        log.log(step, {"train/loss": loss})
+        log.close()
+    found = {}
+    for file in tmp_path.glob("wandb/offline-run-*/*.wandb"):
+        words = ["-m", "wandb", "leet", "inspect", "--json", str(file)]
+        done = subprocess.run(
+            [sys.executable, *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "No such command" in done.stderr:
+            pytest.skip("this wandb has no reader of its own without a network")
+        assert done.returncode == 0, done.stderr
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        (run,) = [record["run"] for record in records if record["type"] == "run"]
+        (row,) = [
+            record["history"] for record in records if record["type"] == "history"
+        ]
+        found[row["item"]["_step"]] = (run["run_id"], row["item"]["train/loss"])
+    joined = json.loads((tmp_path / "wandb.json").read_text())["id"]
+    assert found == {0: (joined, 0.5), 1: (joined, 0.25)}

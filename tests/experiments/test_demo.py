@@ -24,6 +24,8 @@ def less(script: str, words: list[str]) -> list[str]:
     """The last of two values of a key counts."""
     if script == "launch/evaluate.py":
         return [*words, "limit=8"]
+    if script == "launch/check_rewards.py":
+        return [*words, "--limit", "8"]
     return [*words, *LESS[script]]
 
 
@@ -43,8 +45,15 @@ def test_demo_runs_all_steps_and_ends_with_a_report(
     monkeypatch.setattr(sys, "argv", ["demo.py", "--run-dir", str(tmp_path)])
     demo.main()
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["rm"]["heldout_accuracy"]["n"] > 0
-    for reward in ("oracle", "descore"):
+    for name in (
+        "heldout_accuracy",
+        "base_stated_score",
+        "gain_over_base",
+        "best_possible",
+    ):
+        assert summary["rm"][name]["n"] > 0
+    assert summary["checks"]["noise"]["fell"] >= 0
+    for reward in ("utility", "oracle", "descore"):
         assert {name: one["n"] for name, one in summary[reward].items()} == {
             "base": 8,
             "tuned": 8,

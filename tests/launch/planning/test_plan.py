@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,32 @@ def test_wan_tokens_and_flops_match_published_counts(
         flops = wan.forward(1, grad=False).flops
     assert flops == pytest.approx(flops_by_hand(tokens), rel=0.002)
     assert flops == pytest.approx(published, rel=0.02)
+
+
+_LOAD_AFTER_A_PLAN = """
+import torch
+from launch.planning.meter import Meter
+from launch.planning.plan import DEVICES, Where
+
+with Meter(Where(DEVICES["h100"], 8).rates) as meter:
+    meter.cost(lambda: torch.zeros(2, device=meter.gpu.device))
+    with torch.device("meta"):
+        torch.nn.Linear(2, 2)
+with torch.device("meta"):
+    assert torch.tensor([]).device.type == "meta"
+"""
+
+
+def test_plan_leaves_no_trace_in_what_pytorch_caches() -> None:
+    """In a process of its own: the cache is filled once."""
+    process = subprocess.run(
+        [sys.executable, "-c", _LOAD_AFTER_A_PLAN],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.slow
