@@ -113,8 +113,13 @@ class Watch:
                 self._say()
 
     def _can_measure(self) -> bool:
-        """False where ranks share samples or weights, or copies of the weights are too large."""
+        """False where ranks share samples or weights, or copies of the weights are too large.
+
+        There is no other route to the numbers of a generator that is not Wan.
+        """
         run = self.run
+        if run.generator.target is not None:
+            return False
         shared = run.grpo.ranks_per_group * run.generator.context_parallel > 1
         if shared or run.zero_stage == 3:
             return False
