@@ -53,14 +53,20 @@ def check_grad_accumulation(
         )
 
 
+# Share of the learning rate at which a falling one stays.
+LEAST_RATE = 0.1
+
+
 @config
 class OptimizerConfig:
-    """AdamW with a linear warm-up, then a constant rate.
+    """AdamW with a linear warm-up, then a constant rate or one that falls.
 
     Defaults are those of GenRL, the open reproduction of LongCat-Video.
 
     max_grad_norm  gradients are scaled down to this norm; 0 leaves them as they are.
     warmup_steps   step i, counted from 1, uses lr * min(1, i / warmup_steps).
+    decay_steps    step at which the rate has fallen linearly to a tenth of lr, where it stays;
+                   0 keeps it constant.
     """
 
     lr: NonNegativeFloat = 1e-4
@@ -69,6 +75,25 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 1e-4
     max_grad_norm: NonNegativeFloat = 1.0
     warmup_steps: NonNegativeInt = 0
+    decay_steps: NonNegativeInt = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if the rate would fall before it has risen."""
+        if self.decay_steps and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps={self.decay_steps} must be 0 or greater than "
+                f"warmup_steps={self.warmup_steps}"
+            )
+
+    def rate_share(self, step: int) -> float:
+        """Share of lr that a step uses, counted from 1."""
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        if not self.decay_steps:
+            return 1.0
+        length = self.decay_steps - self.warmup_steps
+        done = min(1.0, (step - self.warmup_steps) / length)
+        return 1.0 - (1.0 - LEAST_RATE) * done
 
 
 @config

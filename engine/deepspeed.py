@@ -205,18 +205,17 @@ def build_engine(
             f"DeepSpeed seems not to know these keys and ignores them: {', '.join(unknown)}"
         )
 
-    # The engine. The rate rises linearly over the warm-up.
+    # The engine.
     buffers = [
         (owner, name, buffer)
         for owner in module.modules()
         for name, buffer in owner.named_buffers(recurse=False)
     ]
-    warmup = max(1, optimizer.warmup_steps)
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=adamw,
         config=config,
-        lr_scheduler=LambdaLR(adamw, lambda done: min(1.0, (done + 1) / warmup)),
+        lr_scheduler=LambdaLR(adamw, lambda done: optimizer.rate_share(done + 1)),
     )
 
     # Buffers keep their dtype: rotary frequencies in bfloat16 would be other positions.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from experiments import tables
 from experiments.intervals import ORACLE_PAGES, SUFFIX
 from experiments.runner import ROOT, commit, write_json
-from launch.evaluation.intervals import mean_ci95, seeds_ci95
+from launch.evaluation.intervals import mean_ci95, mean_squares, seeds_ci95
 
 COMMAND = "python experiments/coverage.py"
 # Spread of seeds, of items and of the rest; the values are scores in [0, 1].
@@ -42,13 +42,7 @@ Spreads = tuple[float, float, float]
 def spreads_of(x_SI: NDArray[np.float64]) -> Spreads:
     """Estimate the standard deviations of seeds, items and the rest by their mean squares."""
     seeds, items = x_SI.shape
-    centred_SI = x_SI - x_SI.mean()
-    seed_S1 = centred_SI.mean(axis=1, keepdims=True)
-    item_1I = centred_SI.mean(axis=0, keepdims=True)
-    rest_SI = centred_SI - seed_S1 - item_1I
-    rest = (rest_SI**2).sum() / ((seeds - 1) * (items - 1))
-    of_seeds = items * (seed_S1**2).sum() / (seeds - 1)
-    of_items = seeds * (item_1I**2).sum() / (items - 1)
+    (of_seeds, of_items, rest), _ = mean_squares(x_SI)
     variances = (
         max(0.0, of_seeds - rest) / items,
         max(0.0, of_items - rest) / seeds,

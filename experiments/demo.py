@@ -87,6 +87,7 @@ def _reward_model_steps(run: Path, seed: int) -> list[CommandStep]:
             "launch/check_rewards.py",
             _check_words(run),
             run / "checks.json",
+            alone=True,
         ),
     ]
 
@@ -96,7 +97,9 @@ def _check_words(run: Path) -> list[str]:
     words = config_words("score", _descore(run))
     prompts = str(run / "data" / "heldout_best.csv")
     out = str(run / "checks.json")
-    return [*words, "--prompts", prompts, "--limit", "64", "--out", out]
+    # What a reward model got wrong is a result, and does not end the demo.
+    options = ["--limit", "64", "--out", out, "--no-fail"]
+    return [*words, "--prompts", prompts, *options]
 
 
 def _generator_steps(run: Path, seed: int) -> list[CommandStep]:

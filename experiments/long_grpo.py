@@ -35,6 +35,12 @@ TRAINED = "eval/descore"
 UTILITY = "eval/people"
 ORACLE = "eval/shapes"
 PARTS = (*DIMENSIONS, "quality")
+KEYS = (
+    TRAINED,
+    UTILITY,
+    ORACLE,
+    *(f"{UTILITY}.{part}" for part in PARTS),
+)
 
 # The rows of a training log with held-out measurements, by seed.
 Curves = Mapping[int, Sequence[Mapping[str, float]]]
@@ -89,9 +95,8 @@ def page_of(curves: Curves, record: Mapping[str, Any]) -> list[str]:
     """Lines of the page."""
     steps = [int(row["step"]) for row in next(iter(curves.values()))]
     peak = record["peak"]
-    keys = [TRAINED, UTILITY, ORACLE, *(f"{UTILITY}.{part}" for part in PARTS)]
     rows = []
-    for key in keys:
+    for key in KEYS:
         cells = [key.removeprefix("eval/")]
         for place in (0, peak, -1):
             values = [rows_of[place][key] for rows_of in curves.values()]
@@ -172,14 +177,13 @@ def main() -> None:
     # Up to the highest utility, and from there to the end.
     curves = read_curves(ROOT / args.run_dir, args.seeds)
     peak = peak_of(curves)
-    keys = [TRAINED, UTILITY, ORACLE, *(f"{UTILITY}.{part}" for part in PARTS)]
     record = {
         "command": COMMAND,
         "commit": commit(),
         "seconds": recipe.seconds,
         "peak": peak,
-        "rise": {key: change(curves, key, 0, peak) for key in keys},
-        "fall": {key: change(curves, key, peak, -1) for key in keys},
+        "rise": {key: change(curves, key, 0, peak) for key in KEYS},
+        "fall": {key: change(curves, key, peak, -1) for key in KEYS},
     }
     out = ROOT / args.out
     plot(curves, 16 * 8, out / "long_grpo.svg")

@@ -44,7 +44,7 @@ PASSES = (
     "cold_start.pairs_per_step=16",
     "cold_start.micro_batch=16",
 )
-# Half the demo's rates: nothing in stage 1 holds the chains of thought in place.
+# Low rates: nothing in stage 1 holds the chains of thought in place.
 STAGE1 = (*PASSES, "lr.llm=2e-4", "lr.vision=3e-5", "lr.merger=3e-5")
 UNMASKED = (*STAGE1, "cold_start.masking.probability=0.0")
 MASKED = (*STAGE1, "cold_start.masking.probability=0.5")

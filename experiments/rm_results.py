@@ -142,7 +142,8 @@ def mean_of(
         others = _runs(outcomes, size, minus, tests, field)
         # The base is the same for all seeds, which have the same tests.
         if minus == "base":
-            others = dict.fromkeys(runs, others[0])
+            (of_base,) = others.values()
+            others = dict.fromkeys(runs, of_base)
     return tables.over_seeds(runs, others)
 
 

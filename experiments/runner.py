@@ -35,12 +35,14 @@ class CommandStep:
     script     Program, relative to the repository.
     arguments  Its command line.
     done       File that exists once the step has finished, relative to the repository.
+    alone      The command works in a single process, whatever the number of ranks.
     """
 
     title: str
     script: str
     arguments: list[str]
     done: Path
+    alone: bool = False
 
     @property
     def is_done(self) -> bool:
@@ -115,7 +117,7 @@ def run_step(
     program = "python"
     path = sys.executable
     options = [step.script, *step.arguments]
-    if step.script.startswith("launch/") and ranks > 1:
+    if step.script.startswith("launch/") and ranks > 1 and not step.alone:
         program = "deepspeed"
         path = str(Path(sys.executable).with_name("deepspeed"))
         options = ["--num_accelerators", str(ranks), *options]

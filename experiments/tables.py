@@ -12,7 +12,7 @@ import numpy as np
 
 from common.files import read_jsonl
 from experiments.runner import write_json
-from launch.evaluation.intervals import mean_ci95, nested_ci95, seeds_ci95
+from launch.evaluation.intervals import mean_ci95, seeds_ci95
 
 # Value lists of a training run, for example the scores on each of its test sets.
 Tables = Sequence[Sequence[float]]
@@ -27,17 +27,13 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def over_seeds(
-    runs: Mapping[int, Tables],
-    minus: Mapping[int, Tables] | None = None,
-    *,
-    shared: bool = True,
+    runs: Mapping[int, Tables], minus: Mapping[int, Tables] | None = None
 ) -> dict[str, Any]:
     """MEAN over seeds, tables and values with its 95 % interval, from tables by seed.
 
-    ``minus`` gives the mean difference to other runs, value by value at the same seeds. ``shared``
-    says whether all seeds are tested on the same items (`seeds_ci95`) or each on items of its own
-    (`nested_ci95`). A single seed has the bootstrap over its values, which knows no spread of
-    training.
+    ``minus`` gives the mean difference to other runs, value by value at the same seeds. All seeds
+    are tested on the same items (`seeds_ci95`). A single seed has the bootstrap over its values,
+    which knows no spread of training.
     """
     values = []
     for seed in sorted(runs):
@@ -48,10 +44,8 @@ def over_seeds(
         values.append(tables)
     if len(values) == 1:
         interval = mean_ci95(np.concatenate(values[0]), seed=0)
-    elif shared:
-        interval = seeds_ci95([np.concatenate(tables) for tables in values])
     else:
-        interval = nested_ci95(values)
+        interval = seeds_ci95([np.concatenate(tables) for tables in values])
     return interval.as_dict()
 
 

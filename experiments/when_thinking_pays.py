@@ -25,7 +25,9 @@ from experiments.reproduce_rm import (
 from experiments.rm_methods import METHODS, OUTSIDE, TESTS, Cell
 from experiments.rm_results import Outcomes, best_possible, mean_of, read_outcomes
 from experiments.runner import ROOT, Job, Recipe, commit, comparison_parser
+from toy.annotator import RIGHT
 from toy.people import QUALITY_WEIGHT
+from toy.world import SUB_DIMENSIONS
 
 COMMAND = "python experiments/when_thinking_pays.py"
 COMPARED = ("base", "discriminative", "generative", "stage1_p0", "descore_p0")
@@ -76,8 +78,8 @@ WORLDS = {
 # The shipped world is a point of every factor.
 SHIPPED_VALUES = {
     UNSTATED: QUALITY_WEIGHT,
-    ANNOTATOR: 0.78,
-    LINES: 5,
+    ANNOTATOR: RIGHT,
+    LINES: len(SUB_DIMENSIONS),
 }
 
 

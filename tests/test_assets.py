@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -77,3 +78,13 @@ def test_train_and_heldout_prompts_share_no_combination() -> None:
     assert read["train"] == set(train)
     assert read["heldout"] <= set(heldout)
     assert len((ASSETS / "prompts_heldout.txt").read_text().splitlines()) >= 200
+
+
+def test_shuffled_annotations_teach_nothing() -> None:
+    """The control of `toy/build.py --stages shuffled`: it sees as well, and cannot score."""
+    taught = json.loads((ASSETS / "qwen.measured.json").read_text())
+    shuffled = json.loads((ASSETS / "shuffled.measured.json").read_text())
+    assert shuffled["wan_color"] == pytest.approx(taught["wan_color"], abs=0.05)
+    assert shuffled["parsed"] > 0.95
+    for name in ("scores", "wan_scores"):
+        assert shuffled[name] < taught[name] - 0.15

@@ -95,9 +95,17 @@ OTHER_LOOK = {
     "pan": (0.055, 0.1),
     "light": 30.0,
 }
+# The demo trains on many looks, and is tested on shapes larger than any of its training.
+MANY_LOOKS = {
+    "scale": (0.15, 0.23),
+    "travel": (0.2, 0.36),
+    "pan": (0.03, 0.08),
+    "light": 20.0,
+}
+LARGER = MANY_LOOKS | {"scale": (0.235, 0.25), "travel": (0.2, 0.3)}
 SPLITS = {
-    "train": Split(annotated=True),
-    "heldout": Split(heldout=True, look=OTHER_LOOK),
+    "train": Split(annotated=True, look=MANY_LOOKS),
+    "heldout": Split(heldout=True, look=LARGER),
     # `make reproduce-rm` trains and tests in the first domain and tests in four others, each of
     # which differs from it in a single respect.
     "filmed": Split(**FILMED, annotated=True),

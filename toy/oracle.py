@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,10 +27,19 @@ class ShapesOracle:
         for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True):
             results.append(measure(video_TYXC, prompt))
 
-        # One tensor of all videos for each sub-dimension.
-        parts = {}
-        for name in SUB_DIMENSIONS:
-            values = [float(result.scores[name]) for result in results]
-            parts[name] = torch.tensor(values)
-        totals = torch.tensor([result.total for result in results])
-        return Score(value_B=totals, parts=parts)
+        totals = [result.total for result in results]
+        scores = [result.scores for result in results]
+        return to_score(totals, scores, SUB_DIMENSIONS)
+
+
+def to_score(
+    values: Sequence[float],
+    parts: Sequence[Mapping[str, float]],
+    names: Sequence[str],
+) -> Score:
+    """Collect the values of videos, and the parts of these names, one tensor (B,) for each."""
+    tensors = {}
+    for name in names:
+        column = [float(of_video[name]) for of_video in parts]
+        tensors[name] = torch.tensor(column)
+    return Score(value_B=torch.tensor(values), parts=tensors)

@@ -15,11 +15,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from common.types import Score
 from toy.measure import Observation, RoomReading, ShapeReading, observe
+from toy.oracle import to_score
 from toy.quality import falling, mean_quality, quality_of, rising
 from toy.world import (
     CHROMA,
@@ -226,8 +226,6 @@ class PeopleUtility:
         for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=True):
             seen.append(utility(video_TYXC, prompt))
 
-        # One tensor of all videos for each part.
-        parts = {}
-        for name in (*SUB_DIMENSIONS, "quality"):
-            parts[name] = torch.tensor([u.parts[name] for u in seen])
-        return Score(value_B=torch.tensor([u.value for u in seen]), parts=parts)
+        values = [found.value for found in seen]
+        parts = [found.parts for found in seen]
+        return to_score(values, parts, (*SUB_DIMENSIONS, "quality"))

@@ -139,16 +139,31 @@ def seeds_ci95(values_SI: Runs | NDArray[np.float64]) -> Interval:
             f"at least two, got {counts} items"
         )
     x_SI = np.asarray(values_SI, dtype=np.float64)
-    seeds, items = x_SI.shape
     mean = float(x_SI.mean())
+    squares, freedoms = mean_squares(x_SI)
+    of_seeds, of_items, of_rest = squares
+    total = of_seeds + of_items - of_rest
+    total = max(total, _FLOOR * max(of_seeds, of_items))
+    if total == 0:
+        return Interval(mean, mean, mean, x_SI.size)
+    weights = squares**2 / freedoms
+    freedom = total**2 / weights.sum()
+    variance = total / x_SI.size
+    error = math.sqrt(variance)
+    low, high = _student(mean, error, freedom)
+    return Interval(mean, low, high, x_SI.size)
 
+
+def mean_squares(
+    x_SI: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], tuple[int, int, int]]:
+    """Mean squares of seeds, items and the rest, and the degrees of freedom of each."""
     # Deviations of the seeds, of the items, and what both leave.
-    centred_SI = x_SI - mean
+    seeds, items = x_SI.shape
+    centred_SI = x_SI - float(x_SI.mean())
     seed_S1 = centred_SI.mean(axis=1, keepdims=True)
     item_1I = centred_SI.mean(axis=0, keepdims=True)
     rest_SI = centred_SI - seed_S1 - item_1I
-
-    # Mean squares and their degrees of freedom.
     freedoms = (
         seeds - 1,
         items - 1,
@@ -160,15 +175,7 @@ def seeds_ci95(values_SI: Runs | NDArray[np.float64]) -> Interval:
         (rest_SI**2).sum(),
     )
     squares = np.array(sums) / freedoms
-    of_seeds, of_items, of_rest = squares
-    total = of_seeds + of_items - of_rest
-    total = max(total, _FLOOR * max(of_seeds, of_items))
-    if total == 0:
-        return Interval(mean, mean, mean, x_SI.size)
-    freedom = total**2 / (squares**2 / freedoms).sum()
-    error = math.sqrt(total / x_SI.size)
-    low, high = _student(mean, error, freedom)
-    return Interval(mean, low, high, x_SI.size)
+    return squares, freedoms
 
 
 def _student(mean: float, error: float, freedom: float) -> tuple[float, float]:

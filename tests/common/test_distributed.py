@@ -144,7 +144,12 @@ class TestAlone:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ending", "code"), [("", 0), ("sys.exit(2)", 2), ("raise ValueError", 1)]
+    ("ending", "code"),
+    [
+        pytest.param("", 0, marks=pytest.mark.long),
+        pytest.param("sys.exit(2)", 2, marks=pytest.mark.long),
+        ("raise ValueError", 1),
+    ],
 )
 def test_process_ends_with_its_exit_code(tmp_path, ending, code):
     """The exit waits for the collective threads; otherwise about half of the exits are 134."""

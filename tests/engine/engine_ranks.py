@@ -30,8 +30,10 @@ NOT_FINITE = [
     (3, torch.bfloat16),
 ]
 OPTIMIZER = OptimizerConfig(
-    lr=1e-2, weight_decay=0.1, max_grad_norm=0.0, warmup_steps=3
+    lr=1e-2, weight_decay=0.1, max_grad_norm=0.0, warmup_steps=3, decay_steps=5
 )
+# What each step uses of the learning rate, by hand.
+SHARES = (1 / 3, 2 / 3, 1.0, 0.55, 0.1)
 
 
 def network(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -85,13 +87,13 @@ def whole(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def plain(steps: int) -> list[torch.Tensor]:
-    """torch alone, with the warm-up written out."""
+    """torch alone, with the rates written out."""
     module = network()
     engine = PlainEngine(
         module, accumulation=BACKWARDS, weight_decay=OPTIMIZER.weight_decay
     )
     for step in range(steps):
-        engine.optimizer.param_groups[0]["lr"] = OPTIMIZER.lr * min(1.0, (step + 1) / 3)
+        engine.optimizer.param_groups[0]["lr"] = OPTIMIZER.lr * SHARES[step]
         for i in range(BACKWARDS):
             engine.backward(loss(module, step, i))
             engine.step()

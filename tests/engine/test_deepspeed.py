@@ -163,7 +163,7 @@ def test_build_engine_without_trainable_parameter_raises() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_engine_matches_torch_and_resumes_bit_by_bit(ranks: int) -> None:
     """ZeRO 0 to 3 and changes between them; four backwards a step over one or two ranks.
 

@@ -214,7 +214,7 @@ def ranks_of(folder: Path) -> list[psutil.Process]:
     return sorted(found, key=lambda process: int(process.environ()["RANK"]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ranks", "victim"), [(1, "itself"), (2, "rank 1"), (2, "launcher")]
 )

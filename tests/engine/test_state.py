@@ -19,7 +19,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_parts_hold_what_the_whole_file_holds(ranks: int, tmp_path: Path) -> None:
     """ZeRO 0 to 3. Read here by a single process, whatever the number of ranks that wrote."""
     script = str(ROOT / "tests" / "engine" / "parts_ranks.py")

@@ -176,7 +176,7 @@ HOWS = [
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param(how, marks=pytest.mark.slow if i < 2 else pytest.mark.long)
+        pytest.param(how, marks=pytest.mark.slow if i < 1 else pytest.mark.long)
         for i, how in enumerate(HOWS)
     ],
 )
@@ -229,8 +229,14 @@ def test_second_signal_ends_the_ranks_and_names_the_loss(started) -> None:
     assert "the last 1 are lost" in run.text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.long),
+    ],
+)
 def test_signal_to_a_single_process_is_its_exit_code(
     number: signal.Signals, started
 ) -> None:

@@ -60,7 +60,7 @@ def test_demo_runs_all_steps_and_ends_with_a_report(
             "dpo": 8,
         }
     assert (
-        len({one["mean"] for one in summary["oracle"].values()}) == 3
+        len({one["mean"] for one in summary["utility"].values()}) == 3
     )  # both runs moved the generator
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("data:video/mp4") > 3

@@ -96,7 +96,9 @@ def test_reward_models_of_all_methods_differ(made: Path) -> None:
     assert (
         sum(base.right) / len(base.right) > 0.5
     )  # the base states scores that mean something
-    assert sum(base.thought) / len(base.thought) > 0.7
+    # The base is right in 0.74 of the scores of renders (qwen.measured.json); 120 scores have a
+    # standard deviation of 0.04, and shuffled annotations give 0.52.
+    assert sum(base.thought) / len(base.thought) > 0.74 - 3 * 0.04
 
 
 def test_steps_start_from_the_earlier_checkpoint() -> None:

@@ -96,7 +96,7 @@ def test_what_knows_wan_only_says_so(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_own_generator_trains_resumes_and_samples_by_the_commands(
     tmp_path: Path,
 ) -> None:

@@ -181,6 +181,15 @@ def test_command_exits_1_for_a_reward_that_prefers_wrong_videos(
         )
     assert done.value.code == 1
     assert capsys.readouterr().out.count("NOT SENSIBLE") == 2
+    with pytest.raises(SystemExit) as done:
+        check_rewards.main(
+            [
+                *files,
+                f"rewards.mine.target={tmp_path / 'upside_down.py'}:score",
+                "--no-fail",
+            ]
+        )
+    assert done.value.code == 0
 
 
 def test_command_reports_a_reward_that_ignores_prompts(

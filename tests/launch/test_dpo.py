@@ -137,7 +137,7 @@ def test_one_rank_and_zero_3_match_two_ranks(
         assert float((weight - adapter_of(whole)[name]).abs().max()) < 2e-5, name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resumed_dpo_run_equals_an_uninterrupted_run(
     dpo_config: Path, whole: Path
 ) -> None:

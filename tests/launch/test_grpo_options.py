@@ -81,7 +81,7 @@ def test_heldout_evaluation_ema_and_cached_prompts_under_zero_3(tiny: Path) -> N
     assert rows[0]["forwards/grad"] == 4 * 2  # a step's, not an evaluation's
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_out_of_memory_halves_batches_and_changes_no_bit(tiny: Path) -> None:
     """Memory for two videos: a run that starts with all four ends as one with two."""
     words = [

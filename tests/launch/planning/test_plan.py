@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -163,14 +162,7 @@ with torch.device("meta"):
 
 def test_plan_leaves_no_trace_in_what_pytorch_caches() -> None:
     """In a process of its own: the cache is filled once."""
-    process = subprocess.run(
-        [sys.executable, "-c", _LOAD_AFTER_A_PLAN],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    run(sys.executable, "-c", _LOAD_AFTER_A_PLAN)
 
 
 @pytest.mark.slow

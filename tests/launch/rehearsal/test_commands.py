@@ -146,7 +146,7 @@ def test_cold_start(tmp_path):
     assert {"update", "optimizer step"} < result["phases"].keys()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dual_rl_samples_its_own_chains(tmp_path):
     result = rehearse(
         "launch/dual_rl.py",
