@@ -297,9 +297,7 @@ class Watch:
     def _rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         optimizer = self.run.optimizer
-        if step + 1 >= optimizer.warmup_steps:
-            return optimizer.lr
-        return optimizer.lr * (step + 1) / optimizer.warmup_steps
+        return optimizer.lr * optimizer.rate_share(step + 1)
 
     def _release(self) -> None:
         self.gradients.close()
