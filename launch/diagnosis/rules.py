@@ -6,12 +6,21 @@ from collections.abc import Iterator
 
 from launch.diagnosis.certificates import certificate_rules
 from launch.diagnosis.evidence import CERTAINTIES, Diagnosis, Evidence
-from launch.diagnosis.measurement_rules import measurement_rules
+from launch.diagnosis.generator_rules import generator_rules
 from launch.diagnosis.metric_rules import metric_rules
+from launch.diagnosis.reward_rules import reward_rules
 from launch.diagnosis.setting_rules import setting_rules
+from launch.diagnosis.update_rules import update_rules
 
 # Of two rules with the same cause and certainty, the first is reported.
-RULES = (measurement_rules, setting_rules, metric_rules, certificate_rules)
+RULES = (
+    generator_rules,
+    update_rules,
+    reward_rules,
+    setting_rules,
+    metric_rules,
+    certificate_rules,
+)
 # What a cause explains: its consequences are not reported beside it.
 EXPLAINS = {
     "adapter-frozen": {"lr-too-small", "no-gradient", "lora-b-zero"},

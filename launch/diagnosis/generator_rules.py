@@ -1,12 +1,15 @@
-"""Rules over measurements.jsonl: what two routes to the same number say about a run."""
+"""Rules over a generator's measurements: what two routes to its numbers say.
+
+Adapter, sampler, update's transitions, log-probs, text, videos and the evaluation.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from launch.diagnosis.evidence import Diagnosis, Evidence
+from launch.diagnosis.reward_rules import wrong_fps
 from launch.diagnosis.setting_rules import all_skipped
 
 # Relative differences of velocities, by the generator's dtype: rounding is far below.
@@ -19,32 +22,10 @@ RATIO_LIMIT = {"float32": 1e-4, "bfloat16": 5e-3}
 PIXEL_LIMIT = 1.5
 # A variant explains a gap if it leaves this part of it.
 EXPLAINS = 0.2
-# The engine's gradient norm against that of the loss.
-NORM_LIMIT = 0.05
-# rms change of the velocity by the first update, relative to the velocity.
-DRIFT_TOO_LARGE = 0.5
-DRIFT_TOO_SMALL = 1e-6
-# Of the measured updates, and their least number.
-MOST_UPDATES = 0.7
-FEW_UPDATES = 3
-# Share of the gradient that is the KL term's.
-KL_SHARE = 0.5
-# A group's mean advantage, relative to the size of advantages.
-OFF_CENTRE = 1e-2
-# In units of the spread of the scores.
-SCORE_LIMIT = 0.1
-AT_THE_END = 0.8
-# More scores rise than fall by this many standard deviations of a coin.
-SIGMAS = 2.5
-FEW_COMPARED = 24
-# Kinds of rewards of this project that read the prompt, whatever their options are.
-READERS = ("descore", "generative")
 
 
-def measurement_rules(evidence: Evidence) -> Iterator[Diagnosis]:
-    """Apply every rule over measurements; without any, nothing is found."""
-    if not evidence.measurements:
-        return
+def generator_rules(evidence: Evidence) -> Iterator[Diagnosis]:
+    """Apply every rule over measurements of the generator."""
     yield from _adapter(evidence)
     yield from _rollout(evidence)
     yield from _update(evidence)
@@ -52,18 +33,6 @@ def measurement_rules(evidence: Evidence) -> Iterator[Diagnosis]:
     yield from _text(evidence)
     yield from _videos(evidence)
     yield from _evaluation(evidence)
-    yield from _gradient(evidence)
-    yield from _size_of_update(evidence)
-    yield from _direction(evidence)
-    yield from _batch(evidence)
-    for name in evidence.rewards:
-        yield from _received(evidence, name)
-        yield from _scores(evidence, name)
-    for name in evidence.trained_rewards:
-        yield from _sense(evidence, name)
-
-
-# ---- adapter and sampler ----
 
 
 def _adapter(evidence: Evidence) -> Iterator[Diagnosis]:
@@ -404,321 +373,7 @@ def _evaluation(evidence: Evidence) -> Iterator[Diagnosis]:
     # The rewards of an evaluation are told a frame rate too.
     ratio = evidence.measured("evaluation/fps_ratio")
     if ratio and not math.isclose(ratio[-1], 1, rel_tol=0.01):
-        yield _wrong_fps("the evaluation", ratio[-1])
-
-
-# ---- update ----
-
-
-def _gradient(evidence: Evidence) -> Iterator[Diagnosis]:
-    ranks = int(max(evidence.measured("ranks"), default=1))
-    apart = max(evidence.measured("weights/ranks_apart"), default=0.0)
-    # The largest difference between the two norms over the updates.
-    worst = 0.0
-    numbers = ""
-    for row in evidence.measurements:
-        norm = row.get("gradient/norm", math.nan)
-        engine = _of_step(evidence, row, "train/grad_norm")
-        if not (math.isfinite(norm) and math.isfinite(engine)) or norm == 0:
-            continue
-        difference = abs(engine / norm - 1)
-        if difference > worst:
-            worst = difference
-            numbers = f"the engine's norm is {engine:.3g}, that of the mean over ranks {norm:.3g}"
-    single_update = evidence.setting("grpo.updates", 1) == 1
-    if apart > 0 or (worst > NORM_LIMIT and ranks > 1 and single_update):
-        because = numbers
-        if apart > 0:
-            because = f"{apart:.0f} of {ranks} ranks have other weights than rank 0"
-        yield Diagnosis(
-            "gradients-not-averaged",
-            "certain",
-            f"gradients are not averaged over the {ranks} ranks: each trains on its own videos",
-            because,
-            "check the all-reduce of gradients (DeepSpeed's ZeRO stage, DDP wrapping, no_sync)",
-        )
-    elif worst > NORM_LIMIT and single_update:
-        yield Diagnosis(
-            "gradient-differs",
-            "likely",
-            "the engine steps along another gradient than the loss has",
-            numbers,
-            "check accumulation, zero_grad between updates, and frozen parameters",
-        )
-
-
-def _size_of_update(evidence: Evidence) -> Iterator[Diagnosis]:
-    drift = {}
-    for row in evidence.measured_updates:
-        if row.get("adapter/drift", 0.0) > 0:
-            drift[int(row["step"])] = row["adapter/drift"]
-    lr = evidence.setting("optimizer.lr", 1e-4)
-    # A resumed run may have measured later updates only.
-    first = drift.get(0)
-    _, high = drift_limits(evidence, 0)
-    if first is not None and first > high:
-        yield Diagnosis(
-            "lr-too-large",
-            "likely",
-            "the learning rate is far too large: single updates throw the policy about",
-            f"the first update at lr={lr:g} changes the velocity by {100 * first:.3g} %, at most "
-            f"{100 * high:.2g} % is sound",
-            f"try optimizer.lr={lr * high / first / 3:.1g}",
-        )
-    # Single updates at a small rate may happen to change one video more.
-    below = [step for step in drift if drift[step] < drift_limits(evidence, step)[0]]
-    if len(below) >= max(FEW_UPDATES, MOST_UPDATES * len(drift)):
-        last = max(below)
-        low, _ = drift_limits(evidence, last)
-        yield Diagnosis(
-            "lr-too-small",
-            "likely",
-            "the learning rate is far too small: the policy hardly moves",
-            f"{last + 1} updates at lr={lr:g} change the velocity by {100 * drift[last]:.3g} %, at "
-            f"least {100 * low:.2g} % is usual",
-            f"try optimizer.lr={lr * low / drift[last] * 10:.1g}",
-        )
-
-    # The share of the KL term once the policy has moved.
-    shares = []
-    for row in evidence.measured_updates[1:]:
-        norm = row.get("gradient/norm", 0.0)
-        if norm > 0 and "kl/pull" in row:
-            shares.append(row["kl/pull"] / norm)
-    if len(shares) >= 2 and sorted(shares)[len(shares) // 2] > KL_SHARE:
-        # The median, since single groups scatter.
-        share = sorted(shares)[len(shares) // 2]
-        yield Diagnosis(
-            "kl-holds",
-            "likely",
-            "the KL weight holds the policy: its gradient is as large as the reward's",
-            f"grpo.kl_weight={evidence.setting('grpo.kl_weight', 3e-4):g}, gradient of the KL term "
-            f"is {share:.2f} of the whole within the first updates",
-            "lower grpo.kl_weight, by a factor of 10 or more",
-        )
-
-
-def drift_limits(evidence: Evidence, step: int) -> tuple[float, float]:
-    """Smallest and largest sound change of the velocity after an update."""
-    bands = evidence.certificate.get("bands", {}).get("adapter/drift", [])
-    if step >= len(bands):
-        return DRIFT_TOO_SMALL, DRIFT_TOO_LARGE
-    low, high = bands[step]
-    return low, min(high, DRIFT_TOO_LARGE)
-
-
-def _direction(evidence: Evidence) -> Iterator[Diagnosis]:
-    sign = evidence.measured("advantage/sign")
-    if sign and max(sign) < 0:
-        yield Diagnosis(
-            "reward-sign",
-            "certain",
-            "the sign of the reward is turned: advantages fall where rewards rise",
-            f"correlation of advantages and rewards {sum(sign) / len(sign):.2f}",
-            "a larger reward must give a larger advantage",
-        )
-    elif sign and sum(sign) / len(sign) < 0.2:
-        yield Diagnosis(
-            "advantage-differs",
-            "likely",
-            "advantages do not follow the rewards",
-            f"correlation of advantages and rewards {sum(sign) / len(sign):.2f}",
-            "check that rewards and rollouts are in the same order",
-        )
-    # Did the updates make rewarded videos more likely?
-    centre = evidence.measured("advantage/off_centre")
-    clipped = evidence.setting("grpo.advantage_clip") is not None
-    if centre and max(centre) > OFF_CENTRE and not clipped:
-        yield Diagnosis(
-            "advantage-differs",
-            "likely",
-            "advantages are not centred within their groups, so that easy prompts push all their "
-            "videos up",
-            f"a group's mean advantage is {max(centre):.2g} of their size",
-            "subtract the mean of each group",
-        )
-    gain = evidence.measured("update/gain")
-    if len(gain) >= 3 and sum(value < 0 for value in gain) > 0.7 * len(gain):
-        yield Diagnosis(
-            "reward-sign-in-update",
-            "likely",
-            "updates make the rewarded videos less likely: a sign is turned in the loss",
-            f"gain of the updates {_list(gain)} of 1",
-            "minimise -A log p: check the sign of the loss and of the optimizer",
-        )
-
-
-def _batch(evidence: Evidence) -> Iterator[Diagnosis]:
-    # Seeds of the step before.
-    before = evidence.measured("batch/as_before")
-    if before and max(before) > 0.5:
-        yield Diagnosis(
-            "same-seeds",
-            "certain",
-            "every step samples with the seeds of the step before",
-            f"{100 * max(before):.0f} % of the seeds are repeated",
-            "derive seeds from the number of the step",
-        )
-    # Seeds of other ranks.
-    repeated = evidence.measured("batch/repeated")
-    if repeated and max(repeated) > 0:
-        yield Diagnosis(
-            "ranks-repeat",
-            "certain",
-            "several ranks sample the same videos",
-            f"{100 * max(repeated):.0f} % of the seeds of a step occur twice",
-            "give every rank its own share of the prompts",
-        )
-    # Members of one group.
-    apart = evidence.measured("batch/members_apart")
-    if apart and min(apart) == 0:
-        yield Diagnosis(
-            "members-alike",
-            "certain",
-            "members of a group are the same video",
-            "the difference of two members' latents is 0",
-            "each member needs noise of its own",
-        )
-
-
-# ---- rewards ----
-
-
-def _received(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
-    ratio = evidence.measured(f"rewards/{name}/fps_ratio")
-    if ratio and not math.isclose(ratio[-1], 1, rel_tol=0.01):
-        yield _wrong_fps(f"the reward {name}", ratio[-1])
-    # Videos of the step, as they reached the reward.
-    wrong = max(evidence.measured(f"rewards/{name}/wrong_prompt"), default=0.0)
-    other = max(evidence.measured(f"rewards/{name}/other_video"), default=0.0)
-    if wrong > 0:
-        yield Diagnosis(
-            "reward-swapped",
-            "certain",
-            f"prompts and videos are swapped for the reward {name}: it gets videos with the "
-            "prompts of others",
-            f"{100 * wrong:.0f} % of the videos",
-            "keep videos and prompts in one order on the way to the reward",
-        )
-    elif other > 0:
-        yield Diagnosis(
-            "reward-other-videos",
-            "likely",
-            f"the reward {name} gets other videos than the rollout's: changed on the way, or "
-            "not those of this step",
-            f"{100 * other:.0f} % of the videos",
-            "hand the decoded frames to the reward as they are",
-        )
-
-
-def _wrong_fps(who: str, ratio: float) -> Diagnosis:
-    return Diagnosis(
-        "wrong-fps",
-        "certain",
-        f"{who} is told a wrong fps",
-        f"{ratio:.3g} times generator.fps",
-        "pass generator.fps: rewards judge speed by it",
-    )
-
-
-def _scores(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
-    """Scores of a step against the same videos scored one by one."""
-    alone = mean(evidence.measured(f"rewards/{name}/alone_gap"))
-    turned = mean(evidence.measured(f"rewards/{name}/turned_gap"))
-    random = mean(evidence.measured(f"rewards/{name}/random"))
-    if alone > max(SCORE_LIMIT, 3 * random):
-        because = (
-            f"they differ by {alone:.2g} spreads from the same videos scored one by one"
-        )
-        if turned < alone / 5:
-            yield Diagnosis(
-                "reward-sign",
-                "certain",
-                f"the sign of the reward {name} is turned on its way into training",
-                because,
-                "higher is better: do not negate the score",
-            )
-        else:
-            yield Diagnosis(
-                "reward-swapped",
-                "likely",
-                f"scores of the reward {name} belong to other videos or prompts of the batch: they "
-                "are swapped",
-                because,
-                "the reward must answer in the order of its videos",
-            )
-    # Scores at the end of their scale say no more which video is better.
-    at_max = mean(evidence.measured(f"rewards/{name}/at_max"))
-    at_min = mean(evidence.measured(f"rewards/{name}/at_min"))
-    if max(at_max, at_min) >= AT_THE_END and name in evidence.trained_rewards:
-        yield Diagnosis(
-            "reward-saturated",
-            "likely",
-            f"the reward {name} is saturated: most videos have the same, most extreme score",
-            f"{100 * max(at_max, at_min):.0f} % of the scores",
-            "use a finer scale, or the raw value before any clamp or sigmoid",
-        )
-
-
-def _sense(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
-    """How the reward answers wrong prompts and shuffled pixels."""
-    wrong = counts(evidence, name, "wrong_prompt")
-    shuffled = counts(evidence, name, "shuffled_pixels")
-    compared = sum(wrong)
-    if compared < 8:
-        return
-    fell, same, rose = wrong
-    if same == compared:
-        yield _blind(evidence, name, compared)
-        return
-    # The videos of a group have one wrong prompt together, so that more of them are needed.
-    prefers_wrong = compared >= FEW_COMPARED and rose - fell > SIGMAS * math.sqrt(
-        fell + rose
-    )
-    prefers_shuffled = shuffled[2] - shuffled[0] > SIGMAS * math.sqrt(sum(shuffled))
-    if prefers_shuffled:
-        yield Diagnosis(
-            "reward-sign",
-            "likely",
-            f"the sign of the reward {name} is turned: shuffled pixels score higher than videos",
-            f"{shuffled[2]} of {sum(shuffled)} rose with shuffled pixels, {rose} of {compared} "
-            "with a wrong prompt",
-            "higher must be better",
-        )
-    elif prefers_wrong:
-        yield Diagnosis(
-            "reward-swapped",
-            "likely",
-            f"the reward {name} prefers wrong prompts: prompt and video are swapped in it, or its "
-            "sign is turned",
-            f"{rose} of {compared} scores rose with the prompt of another video",
-            "check the order of prompts inside the reward, and its prompt format",
-        )
-
-
-def _blind(evidence: Evidence, name: str, compared: int) -> Diagnosis:
-    # Is it known to read the prompt?
-    entry = evidence.rewards[name]
-    kind = entry.get("kind") or name
-    certified = evidence.certificate.get("rewards", {}).get(_identity(entry), {})
-    reads = certified.get(
-        "reads_prompt",
-        entry.get("target") is None and kind in READERS,
-    )
-    return Diagnosis(
-        "reward-blind",
-        "certain" if reads else "possible",
-        f"the reward {name} is blind to the prompt: other prompts change no score",
-        f"{compared} of {compared} scores are the same with the prompt of another video",
-        "check that the prompt reaches the model"
-        if reads
-        else "all is well if the reward judges the picture alone; if not, check that the prompt "
-        "reaches it",
-    )
-
-
-def _identity(entry: Any) -> str:
-    return str(entry.get("target") or entry.get("kind") or "")
+        yield wrong_fps("the evaluation", ratio[-1])
 
 
 # ---- helpers ----
@@ -744,29 +399,5 @@ def worst_gap(evidence: Evidence, name: str) -> tuple[float, str]:
     return worst, variant
 
 
-def counts(evidence: Evidence, name: str, case: str) -> tuple[int, int, int]:
-    """How many scores fell, stayed and rose over all measured updates."""
-    totals = []
-    for answer in ("fell", "same", "rose"):
-        totals.append(int(sum(evidence.measured(f"rewards/{name}/{case}/{answer}"))))
-    return totals[0], totals[1], totals[2]
-
-
-def mean(values: Sequence[float]) -> float:
-    """MEAN; 0 without values."""
-    return sum(values) / len(values) if values else 0.0
-
-
 def _velocity_limit(evidence: Evidence) -> float:
     return VELOCITY_LIMIT[evidence.setting("generator.dtype", "bfloat16")]
-
-
-def _of_step(evidence: Evidence, row: dict[str, float], name: str) -> float:
-    for step in evidence.steps:
-        if step["step"] == row["step"]:
-            return step.get(name, math.nan)
-    return math.nan
-
-
-def _list(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.2f}" for value in values)
