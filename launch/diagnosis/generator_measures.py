@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from common import gaussian
+from common.distributed import seeded_generator
 from generator.prompts import count_tokens
-from generator.sampler import initial_noise, member_noise
 from launch.diagnosis.own_route import OwnRoute, gaps, rms
+from launch.diagnosis.reward_measures import pixel_mistakes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,11 +42,11 @@ def replay(
 
     other  another prompt of the step, with which embeddings may have been mixed up
     """
-    generator = own.generator
-    (group,) = generator.rollout(
-        [prompt],
+    # The last of two prompts, which may be mixed up on the way.
+    *_, group = own.generator.rollout(
+        [other, prompt] if other != prompt else [prompt],
         group_size=MEMBERS,
-        seeds=[seed],
+        seeds=[seed + 1, seed] if other != prompt else [seed],
         iteration=step,
     )
     # Without embeddings of its own a route has nothing to compare.
@@ -64,7 +65,7 @@ def _rollout(own: OwnRoute, group: Group, seed: int, other: str) -> dict[str, fl
     # The first stochastic step, with the noise of its seeds.
     step = group.steps[0]
     shape = tuple(step.next_GCFHW.shape[1:])
-    noises = [member_noise(seed, g, shape) for g in range(group.size)]
+    noises = [seed_noise(shape, seed, "member", g) for g in range(group.size)]
     xi_GCFHW = torch.stack(noises).to(step.next_GCFHW.device)
 
     # 1. The mean that the rollout used: what is left of its result without its noise.
@@ -172,8 +173,10 @@ def _walks(
     # From the noise to the first stochastic step.
     first = group.steps[0]
     sigmas = [sigma for sigma in grid if sigma >= first.sigma - 1e-9]
-    if sampler.initial_noise == "shared" and len(sigmas) > 1:
-        start = initial_noise(seed, own.generator.latent_shape)[None]
+    start = seed_noise(own.generator.latent_shape, seed, "noise")[None]
+    if sampler.initial_noise == "shared" and len(sigmas) == 1:
+        found["rollout/start_gap"] = rms(first.latent_MCFHW.cpu() - start) / rms(start)
+    elif sampler.initial_noise == "shared":
         found |= _walk_gaps(
             own,
             "prefix",
@@ -201,6 +204,11 @@ def _walks(
             other,
         )
     return found
+
+
+def seed_noise(shape: Sequence[int], *purpose: object) -> Tensor:
+    """The noise that a seed and its purpose decide, fp32 on the CPU."""
+    return torch.randn(tuple(shape), generator=seeded_generator(*purpose))
 
 
 def embeddings(own: OwnRoute, prompt: str, other: str) -> dict[str, float]:
@@ -237,7 +245,7 @@ def evaluation(
 ) -> dict[str, float]:
     """Compare a video of an evaluation with walks over the training grid, in levels of 255."""
     # The evaluation starts from the noise of its seed.
-    noise = initial_noise(seed, own.generator.latent_shape)[None]
+    noise = seed_noise(own.generator.latent_shape, seed, "noise")[None]
     x_1CFHW = noise.to(own.generator.device)
     variants = ["policy", "unguided", "other-prompt", "no-prompt"]
     if own.generator.cfg.lora is not None:
@@ -251,8 +259,10 @@ def evaluation(
             variant=variant,
             other=other,
         )
-        difference = own.decode(clean_1CFHW).float() - video_1TYXC.float()
-        found[f"evaluation/gap/{variant}"] = float(difference.abs().mean())
+        found[f"evaluation/gap/{variant}"] = mean_gap(
+            own.decode(clean_1CFHW),
+            video_1TYXC,
+        )
     return found
 
 
@@ -292,14 +302,19 @@ def decoding(own: OwnRoute, clean_GCFHW: Tensor) -> dict[str, float]:
     ours_GTYXC = own.generator.decode(clean_GCFHW)
     own_GTYXC = own.decode(clean_GCFHW)
     again_GCFHW = own.encode(own_GTYXC)
-    difference = ours_GTYXC.float() - own_GTYXC.float()
-    return {
-        "decode/gap": float(difference.abs().mean()),
-        "decode/turned": float((255 - difference.abs()).abs().mean()),
-        "latents/std": float(clean_GCFHW.float().std()),
-        "latents/mean": float(clean_GCFHW.float().mean()),
+    found = {
+        "decode/gap/policy": mean_gap(ours_GTYXC, own_GTYXC),
         "vae/round_trip": rms(again_GCFHW - clean_GCFHW) / rms(clean_GCFHW),
     }
+    for name, changed in pixel_mistakes(own_GTYXC).items():
+        if changed.shape == ours_GTYXC.shape:
+            found[f"decode/gap/{name}"] = mean_gap(ours_GTYXC, changed)
+    return found
+
+
+def mean_gap(one: Tensor, other: Tensor) -> float:
+    """MEAN difference of two videos, in levels of 255."""
+    return float((one.float() - other.float()).abs().mean())
 
 
 def _log_density(difference_GCFHW: Tensor, std: float) -> Tensor:

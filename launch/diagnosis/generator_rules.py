@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 
 from launch.diagnosis.evidence import Diagnosis, Evidence
-from launch.diagnosis.reward_rules import wrong_fps
+from launch.diagnosis.reward_rules import PIXEL_MISTAKES, wrong_fps
 from launch.diagnosis.setting_rules import all_skipped
 
 # Relative differences of velocities, by the generator's dtype: rounding is far below.
@@ -22,6 +22,8 @@ RATIO_LIMIT = {"float32": 1e-4, "bfloat16": 5e-3}
 PIXEL_LIMIT = 1.5
 # A variant explains a gap if it leaves this part of it.
 EXPLAINS = 0.2
+# Relative difference of the latents of two members.
+LEAST_APART = 0.01
 
 
 def generator_rules(evidence: Evidence) -> Iterator[Diagnosis]:
@@ -110,6 +112,16 @@ def _rollout(evidence: Evidence) -> Iterator[Diagnosis]:
         because = f"{name}: relative difference from the policy {gap:.2g}"
         yield _of_sampler(variant, because)
         return
+
+    start = max(evidence.measured("rollout/start_gap"), default=0.0)
+    if start > limit:
+        yield Diagnosis(
+            "wrong-noise",
+            "certain",
+            "rollouts do not start from the noise of their seeds: prompts or steps may share one",
+            f"relative difference from the seed's noise {start:.2g}",
+            "draw the first noise from the group's seed",
+        )
 
     # Fast samplers have no exact counterpart, but the adapter must change what they sample.
     effect = evidence.measured("rollout/adapter_effect")
@@ -292,19 +304,11 @@ def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
             "use one grid of noise levels",
         )
     # Latents and pixels.
-    gap = max(evidence.measured("decode/gap"), default=0.0)
+    gap, variant = worst_gap(evidence, "decode")
     # Of the base model: training may lead latents anywhere.
     round_trip = (evidence.measured("vae/round_trip") or [0.0])[0]
     if gap > PIXEL_LIMIT:
-        yield Diagnosis(
-            "vae-scaling",
-            "certain",
-            "latents are scaled wrongly before the VAE, or its output is not turned into bytes "
-            "rightly",
-            f"pixels differ by {gap:.1f} of 255 from latents * latents_std + latents_mean of the "
-            "VAE's config",
-            "undo the normalisation of the VAE's config before decoding",
-        )
+        yield _of_pixels(gap, variant)
     elif round_trip > evidence.certificate.get("round_trip_limit", 0.8):
         yield Diagnosis(
             "vae-scaling",
@@ -328,6 +332,44 @@ def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
             f"they are {apart[-1]:.2f} times as far apart as the step's std says",
             "each member needs noise of its own, of the size that the log-prob assumes",
         )
+    # The noise may be as large as its density says, and still too small to explore.
+    differ = evidence.measured("samples/apart")
+    if differ and max(differ) < LEAST_APART:
+        yield Diagnosis(
+            "members-alike",
+            "likely",
+            "members of a group are nearly the same video, so there is nothing to compare",
+            f"their latents differ by {100 * max(differ):.2g} % at most",
+            "raise generator.sampler.noise_level, or let earlier steps be stochastic",
+        )
+
+
+def _of_pixels(gap: float, variant: str) -> Diagnosis:
+    because = f"pixels differ by {gap:.1f} of 255 from those by the VAE's config"
+    mistakes = {
+        "channels": "channels-swapped",
+        "reversed": "frames-reversed",
+        "upside-down": "frames-turned",
+        "mirrored": "frames-turned",
+        "transposed": "frames-turned",
+    }
+    if variant in mistakes:
+        return Diagnosis(
+            mistakes[variant],
+            "certain",
+            f"decoded videos are changed: {PIXEL_MISTAKES[variant]}",
+            f"{because}; changed so, they are equal",
+            "decode to RGB frames (time, height, width, channel), in the order of time",
+        )
+    also = f": {PIXEL_MISTAKES[variant]}" if variant else ""
+    return Diagnosis(
+        "vae-scaling",
+        "certain",
+        "latents are scaled wrongly before the VAE, or its output is not turned into bytes "
+        f"rightly{also}",
+        f"{because}, latents * latents_std + latents_mean",
+        "undo the normalisation of the VAE's config before decoding",
+    )
 
 
 # ---- evaluation ----
@@ -365,7 +407,8 @@ def _evaluation(evidence: Evidence) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "evaluation-settings",
             "certain" if other_scale or variant == "unguided" else "likely",
-            "the evaluation samples with another guidance or other settings than training",
+            "the evaluation samples with another guidance, other settings or other weights than "
+            "training",
             f"its video differs by {gap:.1f} of 255 from the policy's{known}; nearest to "
             f"{variant or 'no known variant'}",
             f"evaluate at guidance_scale={scale:g} and with the sampler of the run",

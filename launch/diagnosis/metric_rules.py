@@ -81,8 +81,12 @@ def _flat(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
         )
     if not what:
         return
+    spread_of_all = max(evidence.column(f"reward/{name}_std"), default=0.0)
+    of_prompt = largest == 0 and spread_of_all > 0
+    if of_prompt:
+        what = f"the reward {name} depends on the prompt alone: it does not look at the video"
     yield Diagnosis(
-        "reward-saturated",
+        "reward-blind-to-video" if of_prompt else "reward-saturated",
         "likely",
         what,
         f"{100 * share:.0f} % of the groups have no spread, the largest spread is {largest:.2g} "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Videos of a step that are scored again.
 CHECKED = 8
+# Fewer scores than these do not tell whether scores repeat.
+FEW_OTHERS = 6
 
 
 @dataclass
@@ -32,6 +34,12 @@ class RewardRecorder:
     reward: RewardModel
     fps: list[float] = field(default_factory=list)
     prompt_of: dict[str, str] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
+    largest: float = 0.0
+    # Of the step before: its videos, its scores, and the scores of some alone.
+    videos_before: set[str] = field(default_factory=set)
+    value_before_B: Tensor | None = None
+    alone_before_B: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.reward, name)
@@ -44,6 +52,8 @@ class RewardRecorder:
         fps: float,
     ) -> Score:
         self.fps.append(float(fps))
+        self.shape = tuple(video_BTYXC.shape[1:])
+        self.largest = max(self.largest, float(video_BTYXC.max()))
         for video_TYXC, prompt in zip(video_BTYXC, prompts, strict=False):
             self.prompt_of[fingerprint(video_TYXC)] = prompt
         return self.reward.score(video_BTYXC, prompts, fps=fps)
@@ -52,6 +62,7 @@ class RewardRecorder:
         """Start a new step."""
         self.fps.clear()
         self.prompt_of.clear()
+        self.largest = 0.0
 
 
 def fingerprint(video_TYXC: Tensor) -> str:
@@ -94,17 +105,25 @@ def received(
 
     # Which prompt did the reward get with each of them?
     wrong = 0
-    lost = 0
+    changed = 0
+    lost = []
     for b, video_TYXC in enumerate(result.video_BTYXC):
         prompt = recorder.prompt_of.get(fingerprint(video_TYXC))
         if prompt is None:
-            lost += 1
+            lost.append(video_TYXC)
+        elif prompt not in result.batch.prompts:
+            changed += 1
         elif prompt != result.batch.prompts[b // members]:
             wrong += 1
     count = len(result.video_BTYXC)
-    found = {}
-    found["wrong_prompt"] = wrong / count
-    found["other_video"] = lost / count
+    found = {
+        "wrong_prompt": wrong / count,
+        "changed_prompt": changed / count,
+        "other_video": len(lost) / count,
+    }
+    if lost and recorder.prompt_of:
+        found |= _mistake_of(recorder, lost[0])
+    recorder.videos_before = {fingerprint(video) for video in result.video_BTYXC}
     # And which frame rate?
     if recorder.fps:
         found["fps"] = recorder.fps[-1]
@@ -112,8 +131,43 @@ def received(
     return found
 
 
+def _mistake_of(recorder: RewardRecorder, video_TYXC: Tensor) -> dict[str, float]:
+    """What was done to a video that did not reach the reward as it is: 1 by its name."""
+    # Found by making the mistakes on purpose.
+    found = {}
+    for name, changed in pixel_mistakes(video_TYXC[None]).items():
+        if fingerprint(changed[0]) in recorder.prompt_of:
+            found[f"other/{name}"] = 1.0
+    if recorder.videos_before & set(recorder.prompt_of):
+        found["other/before"] = 1.0
+    # Or by its range and size.
+    if recorder.largest <= 1 < float(video_TYXC.max()):
+        found["other/unit"] = 1.0
+    elif recorder.shape and recorder.shape[0] != video_TYXC.shape[0]:
+        found["other/frames"] = 1.0
+    elif recorder.shape and recorder.shape != tuple(video_TYXC.shape):
+        found["other/size"] = 1.0
+    return found
+
+
+def pixel_mistakes(video_BTYXC: Tensor) -> dict[str, Tensor]:
+    """Videos as common mistakes leave them, by name."""
+    levels = video_BTYXC.float()
+    return {
+        "channels": video_BTYXC.flip(-1),
+        "reversed": video_BTYXC.flip(1),
+        "upside-down": video_BTYXC.flip(2),
+        "mirrored": video_BTYXC.flip(3),
+        "transposed": video_BTYXC.transpose(2, 3),
+        "inverted": 255 - video_BTYXC,
+        "frozen": video_BTYXC[:, :1].expand_as(video_BTYXC),
+        # -1..1 taken for 0..1
+        "clipped": (2 * levels - 255).clamp(min=0).to(video_BTYXC.dtype),
+    }
+
+
 def answers(
-    reward: RewardModel,
+    recorder: RewardRecorder,
     score: Score,
     result: StepResult,
     *,
@@ -125,14 +179,16 @@ def answers(
     """
     clips, places = clips_of(result, fps)
     # A wrong prompt must be another one.
+    reward = recorder.reward
     if len({clip.prompt for clip in clips}) < 2:
         return {}
     # Whatever the reward raises, training goes on without these numbers.
     try:
         with reward_errors(reward.name, RewardFailedError):
             alone_B = _one_by_one(reward, clips[::2])
-            again_B = _one_by_one(reward, clips[:1])
+            again_B = _one_by_one(reward, clips[:3:2])
             cases = check(reward, clips, cases=MUST)
+            swapped_B = score_clips(reward, _with_channels_swapped(clips)).value_B
     except RewardFailedError:
         return {}
 
@@ -142,8 +198,21 @@ def answers(
     found = {
         "alone_gap": _mean_gap(alone_B, recorded_B) / spread,
         "turned_gap": _mean_gap(alone_B, -recorded_B) / spread,
-        "random": _mean_gap(alone_B[:1], again_B) / spread,
+        "random": _mean_gap(alone_B[: len(again_B)], again_B) / spread,
     }
+    # Recorded scores that the same videos do not have alone, if they are one value.
+    differs_B = (alone_B.float() - recorded_B).abs() > 1e-3 * spread
+    found["differ"] = float(differs_B.sum())
+    found["compared"] = float(len(alone_B))
+    if differs_B.any() and len(recorded_B[differs_B].unique()) == 1:
+        found["default"] = float(recorded_B[differs_B][0])
+    # Scores that come a step late, or always the same.
+    if recorder.alone_before_B is not None:
+        found["late_gap"] = _mean_gap(recorder.alone_before_B, recorded_B) / spread
+        found["as_before"] = float(torch.equal(recorder.value_before_B, score.value_B))
+    recorder.alone_before_B = alone_B.float()
+    recorder.value_before_B = score.value_B
+    found |= _answer("swapped_channels", score.value_B[places], swapped_B)
     # How many scores fell, stayed and rose in each case.
     for answer in cases:
         name = answer.case.replace(" ", "_")
@@ -151,6 +220,20 @@ def answers(
         found[f"{name}/same"] = answer.same
         found[f"{name}/rose"] = answer.above
     return found
+
+
+def _with_channels_swapped(clips: Sequence[RewardClip]) -> list[RewardClip]:
+    return [replace(clip, video_TYXC=clip.video_TYXC.flip(-1)) for clip in clips]
+
+
+def _answer(name: str, right_B: Tensor, spoilt_B: Tensor) -> dict[str, float]:
+    """How many scores fell, stayed and rose."""
+    change_B = spoilt_B.double() - right_B.double()
+    return {
+        f"{name}/fell": float((change_B < 0).sum()),
+        f"{name}/same": float((change_B == 0).sum()),
+        f"{name}/rose": float((change_B > 0).sum()),
+    }
 
 
 def _one_by_one(reward: RewardModel, clips: Sequence[RewardClip]) -> Tensor:
@@ -169,12 +252,16 @@ def shape_of_scores(score: Score) -> dict[str, float]:
     found = {"unscored": 1 - len(scored) / count}
     if not len(scored):
         return found
-    # Equal to the last bit: a clamp makes such scores.
-    found["at_max"] = float((scored == scored.max()).double().mean())
-    found["at_min"] = float((scored == scored.min()).double().mean())
-    found["distinct"] = float(len(scored.unique()))
-    found["mean"] = float(scored.mean())
-    found["std"] = float(scored.std(correction=0))
+    # Equal to the last bit: a clamp makes such scores, or a default for what failed.
+    values, counts = scored.unique(return_counts=True)
+    found["at_max"] = float(counts[-1]) / len(scored)
+    found["at_min"] = float(counts[0]) / len(scored)
+    usual = values[counts.argmax()]
+    others = scored[scored != usual]
+    found["usual"] = float(counts.max()) / len(scored)
+    # 1 if all other scores differ from each other; NaN with too few of them.
+    if len(others) >= FEW_OTHERS:
+        found["others_distinct"] = len(others.unique()) / len(others)
     return found
 
 

@@ -23,21 +23,22 @@ RULES = (
 )
 # What a cause explains: its consequences are not reported beside it.
 EXPLAINS = {
-    "adapter-frozen": {"lr-too-small", "no-gradient", "lora-b-zero"},
+    "adapter-frozen": {"lr-too-small", "no-gradient", "lora-b-zero", "lr-differs"},
+    "gradient-clipped": {"lr-too-small"},
+    "weight-decay": {"lr-too-small"},
     "lora-b-zero": {"lr-too-small", "no-gradient"},
     "lr-too-large": {
-        "update-lowers-reward",
         "reward-sign-in-update",
         "kl-holds",
         "reward-saturated",
     },
     "reward-saturated": {"reward-blind"},
-    "kl-holds": {"update-lowers-reward"},
     "vae-scaling": {"evaluation-settings", "evaluation-without-adapter"},
     "wrong-shift": {"evaluation-settings"},
     "rollout-differs": {"update-differs", "evaluation-settings"},
     "members-alike": {"reward-saturated", "lora-b-zero"},
     "reward-other-videos": {"reward-swapped"},
+    "reward-stale": {"reward-swapped"},
     "scores-missing": {"reward-saturated"},
     "adapter-not-in-sampler": {"evaluation-without-adapter"},
     "guidance-not-in-update": {"reward-sign-in-update"},

@@ -11,6 +11,8 @@ from launch.diagnosis.evidence import Diagnosis, Evidence
 
 # An update with fewer videos than this is noisy; with half of them it hardly learns.
 FEW_VIDEOS = 32
+# Share of every weight that an update takes away.
+MOST_DECAY = 0.01
 # Keys of a generator that decide what an evaluation measures.
 SAME_IN_EVALUATION = (
     "sampler.guidance_scale",
@@ -106,6 +108,17 @@ def _optimizer(evidence: Evidence) -> Iterator[Diagnosis]:
             "nothing is trained: the adapter is frozen by a learning rate of 0",
             "optimizer.lr=0",
             "set optimizer.lr",
+        )
+    # Decay forgets an update within 1 / (lr x weight_decay) others.
+    lost = lr * evidence.setting("optimizer.weight_decay", 1e-4)
+    if lost > MOST_DECAY:
+        yield Diagnosis(
+            "weight-decay",
+            "likely",
+            "the adapter dies: weight decay takes more than the updates give",
+            f"each update takes {100 * lost:.2g} % of every weight away: optimizer.lr x "
+            "optimizer.weight_decay",
+            "lower optimizer.weight_decay",
         )
     # A warm-up that never ends trains at a part of the rate.
     warmup = evidence.setting("optimizer.warmup_steps", 0)

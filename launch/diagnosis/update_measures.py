@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from alignment.grpo_losses import weights_of_steps
+from alignment.grpo_losses import StepWeights, weights_of_steps
 from common import gaussian
 from common.distributed import differing_ranks, gather_objects, world_size
 
@@ -17,9 +20,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from alignment.config import GrpoConfig
-    from alignment.grpo import StepResult
     from alignment.prompts import PromptBatch
     from common.types import Generator, Group
+
+# A matrix whose gradient is smaller than this part of the largest may stand still.
+SMALL_GRADIENT = 1e-3
+# The KL term must have this part of the policy term's gradient, or its factor is rounding.
+KL_TELLS = 3e-3
 
 
 class GradientRecorder:
@@ -27,6 +34,8 @@ class GradientRecorder:
 
     def __init__(self, module: nn.Module) -> None:
         self.total: dict[str, Tensor] = {}
+        # Of the step's first backward, which is that of the first group.
+        self.first: dict[str, Tensor] = {}
         self.active = False
         self._handles = []
         # A hook on the tensor: it sees each backward, before ZeRO reduces it.
@@ -43,10 +52,12 @@ class GradientRecorder:
             self.total[name] += gradient
         else:
             self.total[name] = gradient.clone()
+            self.first[name] = gradient.cpu()
 
     def start(self) -> None:
         """Begin a step."""
         self.total = {}
+        self.first = {}
         self.active = True
 
     def norm(self) -> float:
@@ -64,6 +75,7 @@ class GradientRecorder:
         for handle in self._handles:
             handle.remove()
         self.total = {}
+        self.first = {}
 
 
 def _mean_over_ranks(x: Tensor) -> Tensor:
@@ -82,8 +94,17 @@ class WeightRecorder:
         self.module = module
         self.before = self._copies()
 
-    def look(self, *, rate: float) -> dict[str, float]:
-        """Measure all trained weights; ``rate`` is the learning rate. All ranks must call this."""
+    def look(
+        self,
+        gradients: Mapping[str, Tensor],
+        *,
+        rate: float,
+    ) -> dict[str, float]:
+        """Measure all trained weights. All ranks must call this.
+
+        gradients  of this step, by name
+        rate       the learning rate
+        """
         now = self._copies()
         # Squares over all weights, and over each of the adapter's matrices.
         moved = 0.0
@@ -97,9 +118,10 @@ class WeightRecorder:
                 if matrix in name:
                     norms[matrix] += float(weight.double().square().sum())
                     numbers[matrix] += 1
+        found = {"weights/still": _standing(self.before, now, gradients)}
         self.before = now
         # rms per weight, absolute and in learning rates.
-        found = {
+        found |= {
             "weights/moved": math.sqrt(moved / max(1, count)),
             "weights/moved_per_rate": math.sqrt(moved / max(1, count))
             / max(rate, 1e-30),
@@ -116,11 +138,40 @@ class WeightRecorder:
             found[f"adapter/{matrix}_trained"] = float(numbers[matrix])
         return found
 
+    @contextmanager
+    def put_back(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the module has these weights; its own come back to the bit."""
+        own = {name: p.detach().clone() for name, p in trained(self.module).items()}
+        self._write(weights)
+        try:
+            yield
+        finally:
+            self._write(own)
+
+    @torch.no_grad()
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in trained(self.module).items():
+            parameter.copy_(weights[name])
+
     def _copies(self) -> dict[str, Tensor]:
         copies = {}
         for name, parameter in trained(self.module).items():
             copies[name] = parameter.detach().float().cpu().clone()
         return copies
+
+
+def _standing(
+    before: Mapping[str, Tensor],
+    now: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+) -> float:
+    """Share of the matrices with a gradient in which no number moved."""
+    norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
+    largest = max(norms.values(), default=0.0)
+    # A gradient near 0 may round away.
+    pushed = [name for name in now if norms.get(name, 0.0) > SMALL_GRADIENT * largest]
+    still = [name for name in pushed if torch.equal(before[name], now[name])]
+    return len(still) / max(1, len(pushed))
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -170,48 +221,159 @@ def gain(
     return {"update/gain": sum(part for part, _ in sums) / total if total else 0.0}
 
 
-def kl_pull(
+def loss_terms(
     generator: Generator,
     module: nn.Module,
     cfg: GrpoConfig,
     group: Group,
+    advantage_G: Tensor,
+    weights: StepWeights,
+    first: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    """Norm of the gradient of a group's KL term, as the loss weighs it."""
-    if cfg.kl_weight == 0:
-        return {}
-    # The KL term as `grpo_group_loss` weighs it.
+    """Explain the gradient of a step's first backward by the two terms of the loss.
+
+        first = a g_policy + b g_kl,     g_policy = d/dw -lambda mean_g[A_g log p_g]
+                                         g_kl = d/dw beta lambda_KL KL
+
+    by least squares, at the weights before the update. ``group`` is the first of the step. Both
+    factors are those of the engine, equal and positive, if the loss is right:
+
+    loss/policy    a |g_policy| / |first|: 1, or -1 with a turned sign
+    loss/kl_factor b / a: 1; only where the KL term is large enough to tell
+    loss/rest      what neither of them explains, relative to |first|
+    kl/pull        |g_kl|
+    """
+    # The two terms, as `grpo_group_loss` weighs them, by formulas of their own.
     step = group.steps[0]
-    (weights,) = weights_of_steps([step], form=cfg.reweight, normalize=False)
-    with torch.no_grad(), generator.reference():
-        reference = generator.transition(group.prompt, step)
     policy = generator.transition(group.prompt, step)
-    kl = gaussian.kl_same_std(policy, reference).mean()
-    loss = cfg.kl_weight * weights.kl * kl
+    difference_GCFHW = step.next_GCFHW.to(policy.mean.device) - policy.mean
+    log_prob_G = -difference_GCFHW.square().flatten(1).mean(1) / (2 * policy.std**2)
+    gain = (advantage_G.to(log_prob_G.device) * log_prob_G).mean()
+    found = {}
+    parameters = trained(module)
+    policy_gradient = _gradient(-weights.policy * gain, parameters)
+    kl_gradient: dict[str, Tensor] = {}
+    if cfg.kl_weight > 0:
+        policy = generator.transition(group.prompt, step)
+        with torch.no_grad(), generator.reference():
+            reference = generator.transition(group.prompt, step)
+        apart = (policy.mean - reference.mean).square().mean() / (2 * policy.std**2)
+        kl_gradient = _gradient(cfg.kl_weight * weights.kl * apart, parameters)
+        found["kl/pull"] = math.sqrt(_dot(kl_gradient, kl_gradient))
+
+    # Least squares with one or two columns.
+    size = math.sqrt(_dot(first, first))
+    of_policy = math.sqrt(_dot(policy_gradient, policy_gradient))
+    if size == 0 or of_policy == 0:
+        return found
+    columns = [policy_gradient]
+    if found.get("kl/pull", 0.0) > KL_TELLS * of_policy:
+        columns.append(kl_gradient)
+    factors = _fit(first, columns)
+    rest = dict(first)
+    for factor, column in zip(factors, columns, strict=True):
+        rest = {name: rest[name] - factor * column[name] for name in rest}
+    found["loss/policy"] = factors[0] * of_policy / size
+    found["loss/rest"] = math.sqrt(_dot(rest, rest)) / size
+    if len(factors) > 1 and factors[0] != 0:
+        found["loss/kl_factor"] = factors[1] / factors[0]
+    return found
+
+
+def _gradient(
+    loss: Tensor, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
     # Not backward(), which would add to the engine's gradients.
-    gradients = torch.autograd.grad(
-        loss,
-        list(trained(module).values()),
-        allow_unused=True,
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    found = {}
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        used = torch.zeros_like(parameter) if gradient is None else gradient
+        found[name] = used.float().cpu()
+    return found
+
+
+def _dot(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Inner product over the parameters that both have, in fp64."""
+    total = 0.0
+    for name in one:
+        if name in other:
+            total += float((one[name].double() * other[name].double()).sum())
+    return total
+
+
+def _fit(
+    target: Mapping[str, Tensor], columns: Sequence[Mapping[str, Tensor]]
+) -> list[float]:
+    """The factors of the columns whose sum is nearest to the target."""
+    normal = torch.tensor([[_dot(a, b) for b in columns] for a in columns])
+    right = torch.tensor([_dot(column, target) for column in columns])
+    return (
+        torch.linalg.lstsq(normal.double(), right.double()[:, None])
+        .solution[:, 0]
+        .tolist()
     )
-    square = sum(float(g.double().square().sum()) for g in gradients if g is not None)
-    return {"kl/pull": math.sqrt(square)}
 
 
 def repeats(
-    result: StepResult,
+    batch: PromptBatch,
     before: PromptBatch | None,
-    groups: Sequence[Group],
+    known: Sequence[str],
 ) -> dict[str, float]:
-    """Shares of seeds that another rank or the previous step has, and of equal videos."""
-    # The same seed twice is the same video twice.
-    seeds = list(result.batch.seeds)
-    everyone = [seed for part in gather_objects(seeds) for seed in part]
-    found = {"batch/repeated": 1 - len(set(everyone)) / max(1, len(everyone))}
+    """Seeds and prompts of a step that occur twice, or that the step before had.
+
+    known  all prompts of the run
+    """
+    # Over all ranks; the same seed twice is the same noise twice.
+    parts = gather_objects((list(batch.seeds), list(batch.prompts)))
+    seeds = [seed for part, _ in parts for seed in part]
+    prompts = [prompt for _, part in parts for prompt in part]
+    found = {
+        "batch/repeated": 1 - len(set(seeds)) / max(1, len(seeds)),
+        "batch/prompts": len(set(prompts)) / min(len(prompts), len(set(known))),
+        "batch/prompts_known": float(len(set(known))),
+        "batch/groups": float(len(prompts)),
+    }
     if before is not None:
-        old = set(before.seeds)
-        found["batch/as_before"] = sum(seed in old for seed in seeds) / len(seeds)
-    # Members of a group start from one latent and end apart.
-    first = groups[0].clean_GCFHW
-    apart = float((first[0] - first[-1]).abs().max())
-    found["batch/members_apart"] = apart
+        found["batch/as_before"] = _share(batch.seeds, before.seeds)
+        found["batch/prompts_as_before"] = _share(batch.prompts, before.prompts)
     return found
+
+
+def _share(items: Sequence[object], others: Sequence[object]) -> float:
+    known = set(others)
+    return sum(item in known for item in items) / len(items)
+
+
+def samples(
+    groups: Sequence[Group], before: set[str]
+) -> tuple[dict[str, float], set[str]]:
+    """Compare the samples of a step with each other, and with those of the step before.
+
+    Returns the numbers, and the samples' fingerprints for the next step.
+    """
+    found = {}
+    seen: set[str] = set()
+    twins = 0
+    apart = []
+    for group in groups:
+        # Members of a group start from one latent and end apart.
+        prints = [_fingerprint(clean_CFHW) for clean_CFHW in group.clean_GCFHW]
+        twins += len(prints) - len(set(prints) - seen)
+        seen |= set(prints)
+        first = group.clean_GCFHW[0].float()
+        last = group.clean_GCFHW[-1].float()
+        apart.append(float((first - last).norm() / first.norm().clamp(min=1e-12)))
+    count = sum(group.size for group in groups)
+    found["samples/twins"] = twins / count
+    found["samples/apart"] = statistics.median(apart)
+    found["samples/as_before"] = len(seen & before) / count
+    # Noise levels at which the step learns.
+    levels = {round(group.steps[0].sigma, 6) for group in groups}
+    found["samples/level_min"] = min(levels)
+    found["samples/level_max"] = max(levels)
+    return found, seen
+
+
+def _fingerprint(x: Tensor) -> str:
+    numbers = x.detach().float().cpu().contiguous().numpy()
+    return hashlib.sha256(numbers.tobytes()).hexdigest()

@@ -17,6 +17,19 @@ MOST_UPDATES = 0.7
 FEW_UPDATES = 3
 # Share of the gradient that is the KL term's.
 KL_SHARE = 0.5
+# Learning rates by which an update moves a weight.
+SLOW = 0.1
+FAST = 5.0
+# max_grad_norm is below this part of every gradient.
+CLIPPED = 0.01
+# Share of lora_A's norm that an update takes away.
+DECAY = 0.01
+# What the two terms of the loss may leave unexplained.
+REST = {"float32": 0.05, "bfloat16": 0.3}
+# Rounding of a KL.
+NEGATIVE_KL = 1e-9
+# Draws of a noise level, before their being equal says anything.
+MANY_GROUPS = 12
 # A group's mean advantage, relative to the size of advantages.
 OFF_CENTRE = 1e-2
 
@@ -24,6 +37,7 @@ OFF_CENTRE = 1e-2
 def update_rules(evidence: Evidence) -> Iterator[Diagnosis]:
     """Apply every rule over measurements of updates."""
     yield from _gradient(evidence)
+    yield from _optimizer(evidence)
     yield from _size_of_update(evidence)
     yield from _direction(evidence)
     yield from _batch(evidence)
@@ -64,6 +78,61 @@ def _gradient(evidence: Evidence) -> Iterator[Diagnosis]:
             numbers,
             "check accumulation, zero_grad between updates, and frozen parameters",
         )
+
+
+def _optimizer(evidence: Evidence) -> Iterator[Diagnosis]:
+    """What the optimizer made of the gradient."""
+    still = evidence.measured("weights/still")
+    if still and 0 < min(still) < 1:
+        yield Diagnosis(
+            "adapter-frozen",
+            "certain",
+            "a part of what should be trained is frozen: it has a gradient and never moves",
+            f"{100 * min(still):.0f} % of the weight matrices with a gradient",
+            "check which parameters the optimizer holds, and that it was built after the adapter",
+        )
+    # AdamW moves a weight by about one learning rate an update.
+    updates = evidence.setting("grpo.updates", 1)
+    moved = [m / updates for m in evidence.measured("weights/moved_per_rate")]
+    moved = [m for m in moved if m > 0]
+    fp32 = evidence.setting("generator.lora.compute_dtype", "float32") == "float32"
+    adapter = evidence.setting("generator.lora") is not None
+    if len(moved) >= FEW_UPDATES and adapter and fp32:
+        norms = evidence.column("train/grad_norm")
+        largest = evidence.setting("optimizer.max_grad_norm", 1.0)
+        clipped = norms and 0 < largest < CLIPPED * min(norms)
+        if clipped:
+            yield Diagnosis(
+                "gradient-clipped",
+                "certain",
+                "gradients are clipped to nearly nothing: what is left is near Adam's eps",
+                f"optimizer.max_grad_norm={largest:g}, gradients have a norm of {min(norms):.2g} "
+                f"and more, weights move by {max(moved):.2g} learning rates an update",
+                "raise optimizer.max_grad_norm above the usual norm, or set 0",
+            )
+        elif max(moved) < SLOW or min(moved) > FAST:
+            yield Diagnosis(
+                "lr-differs",
+                "likely",
+                "the optimizer does not step at the learning rate of the settings",
+                f"weights move by {_list(moved)} learning rates an update; AdamW's steps are about "
+                "one",
+                "check the scheduler of the learning rate, clipping, and the size of gradients "
+                "against Adam's eps",
+            )
+    # Decay that outweighs the steps; a start at random numbers hardly grows or shrinks.
+    norm = evidence.measured("adapter/lora_A_norm")
+    if len(norm) >= FEW_UPDATES and norm[0] > 0:
+        falls = (norm[-1] / norm[0]) ** (1 / (len(norm) - 1))
+        if falls < 1 - DECAY:
+            yield Diagnosis(
+                "weight-decay",
+                "likely",
+                "the adapter dies: weight decay takes more than the updates give",
+                f"the norm of lora_A falls by {100 * (1 - falls):.2g} % an update, "
+                f"optimizer.weight_decay={evidence.setting('optimizer.weight_decay', 1e-4):g}",
+                "lower optimizer.weight_decay; lr x weight_decay is the share lost in an update",
+            )
 
 
 def _size_of_update(evidence: Evidence) -> Iterator[Diagnosis]:
@@ -156,6 +225,7 @@ def _direction(evidence: Evidence) -> Iterator[Diagnosis]:
             f"a group's mean advantage is {max(centre):.2g} of their size",
             "subtract the mean of each group",
         )
+    yield from _terms_of_the_loss(evidence)
     gain = evidence.measured("update/gain")
     if len(gain) >= 3 and sum(value < 0 for value in gain) > 0.7 * len(gain):
         yield Diagnosis(
@@ -165,6 +235,60 @@ def _direction(evidence: Evidence) -> Iterator[Diagnosis]:
             f"gain of the updates {_list(gain)} of 1",
             "minimise -A log p: check the sign of the loss and of the optimizer",
         )
+
+
+def _terms_of_the_loss(evidence: Evidence) -> Iterator[Diagnosis]:
+    """The gradient of a step's first backward against the two terms of GRPO's loss."""
+    share = evidence.measured("loss/policy")
+    rest = evidence.measured("loss/rest")
+    limit = REST[evidence.setting("generator.dtype", "bfloat16")]
+    if share and max(share) < -0.5:
+        yield Diagnosis(
+            "reward-sign-in-update",
+            "certain",
+            "a sign is turned in the loss: its gradient points away from the rewarded videos",
+            f"the policy term's share of the gradient is {_list(share)}, 1 is right",
+            "minimise -A log p: check the sign of the loss and of the advantages",
+        )
+    elif rest and sorted(rest)[len(rest) // 2] > limit:
+        yield Diagnosis(
+            "loss-differs",
+            "likely",
+            "the loss is not GRPO's of these samples and advantages: other samples, advantages of "
+            "others, or another formula",
+            f"parts of the gradient that neither the policy term nor the KL explains: "
+            f"{_list(rest)}",
+            "check that the update uses the groups of this rollout with their own advantages",
+        )
+
+    # The KL term, where it is large enough.
+    factors = evidence.measured("loss/kl_factor")
+    kl = evidence.column("train/kl")
+    if kl and min(kl) < -NEGATIVE_KL:
+        yield _kl_sign(f"train/kl is {min(kl):.2g}, a KL is never negative")
+    elif len(factors) >= 2 and max(factors) < 0:
+        yield _kl_sign(
+            f"its gradient has the factor {_list(factors)} beside the policy term's"
+        )
+    elif len(factors) >= 2 and not 0.5 < sorted(factors)[len(factors) // 2] < 2:
+        yield Diagnosis(
+            "kl-differs",
+            "likely",
+            "the KL term has another weight than the settings say",
+            f"its gradient has {_list(factors)} times the size of grpo.kl_weight="
+            f"{evidence.setting('grpo.kl_weight', 3e-4):g}",
+            "check the weight of the KL term, and that its gradient reaches the policy",
+        )
+
+
+def _kl_sign(because: str) -> Diagnosis:
+    return Diagnosis(
+        "kl-sign",
+        "certain",
+        "the KL term has its sign turned: it pushes the policy away from the reference",
+        because,
+        "the loss is the policy term plus grpo.kl_weight times a KL that is never negative",
+    )
 
 
 def _batch(evidence: Evidence) -> Iterator[Diagnosis]:
@@ -178,25 +302,85 @@ def _batch(evidence: Evidence) -> Iterator[Diagnosis]:
             f"{100 * max(before):.0f} % of the seeds are repeated",
             "derive seeds from the number of the step",
         )
-    # Seeds of other ranks.
+    # Seeds of other groups.
     repeated = evidence.measured("batch/repeated")
     if repeated and max(repeated) > 0:
+        ranks = max(evidence.measured("ranks"), default=1)
         yield Diagnosis(
-            "ranks-repeat",
+            "ranks-repeat" if ranks > 1 else "same-seeds",
             "certain",
-            "several ranks sample the same videos",
-            f"{100 * max(repeated):.0f} % of the seeds of a step occur twice",
-            "give every rank its own share of the prompts",
+            "several groups of a step are sampled from the same seed",
+            f"{100 * max(repeated):.0f} % of the seeds of a step occur twice, on {ranks:.0f} ranks",
+            "give every group a seed of its own, and every rank its own share of the prompts",
         )
-    # Members of one group.
-    apart = evidence.measured("batch/members_apart")
-    if apart and min(apart) == 0:
+    # Samples that are equal, whatever their seeds are.
+    twins = evidence.measured("samples/twins")
+    if twins and min(twins) > 0:
         yield Diagnosis(
             "members-alike",
             "certain",
-            "members of a group are the same video",
-            "the difference of two members' latents is 0",
-            "each member needs noise of its own",
+            "videos of a step are duplicates of each other",
+            f"{100 * min(twins):.0f} % of the samples are equal to another, to the bit",
+            "each member needs noise of its own, and each group its own samples",
+        )
+    stale = evidence.measured("samples/as_before")
+    if stale and max(stale) > 0:
+        yield Diagnosis(
+            "stale-samples",
+            "certain",
+            "an update trains on samples of the step before",
+            f"{100 * max(stale):.0f} % of the samples are repeated, to the bit",
+            "sample every step anew",
+        )
+    yield from _prompts(evidence)
+
+    # A step that is drawn for each group is drawn from a range.
+    low = evidence.measured("samples/level_min")
+    sampler = evidence.setting("generator.sampler", {})
+    drawn = sampler.get("stochastic", "one") == "one"
+    some = sampler.get("stochastic_range", 6) - sampler.get("stochastic_first", 0) > 1
+    groups = sum(evidence.measured("batch/groups"))
+    high = evidence.measured("samples/level_max")
+    if low and drawn and some and groups >= MANY_GROUPS and min(low) == max(high):
+        yield Diagnosis(
+            "one-noise-level",
+            "likely",
+            "all groups are trained at one noise level, though a range is set",
+            f"sigma is {low[0]:.3g} for all of {groups:.0f} groups",
+            "draw the stochastic step from the group's seed",
+        )
+
+
+def _prompts(evidence: Evidence) -> Iterator[Diagnosis]:
+    known = max(evidence.measured("batch/prompts_known"), default=0.0)
+    share = evidence.measured("batch/prompts")
+    groups = max(evidence.measured("batch/groups"), default=0.0)
+    if len(share) >= 2 and max(share) <= 0.5:
+        yield Diagnosis(
+            "prompts-repeat",
+            "certain",
+            "a step repeats few prompts, though more are known",
+            f"at most {100 * max(share):.0f} % of the prompts that {groups:.0f} groups could have, "
+            f"of {known:.0f} known",
+            "draw the prompts of a step without repetition",
+        )
+    elif groups > 1 and known == 1:
+        yield Diagnosis(
+            "few-prompts",
+            "possible",
+            "there is a single prompt: what is learnt may hold for it alone",
+            "the file of prompts has one line",
+            "train on many prompts",
+        )
+    # With many prompts, steps have hardly any in common.
+    before = evidence.measured("batch/prompts_as_before")
+    if len(before) >= 2 and min(before) == 1 and known > 2 * groups:
+        yield Diagnosis(
+            "same-prompts",
+            "certain",
+            "every step has the prompts of the step before",
+            f"all of them, of {known:.0f} known",
+            "choose prompts by the number of the step",
         )
 
 

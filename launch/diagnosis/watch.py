@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from alignment.grpo_losses import weights_of_steps
 from common.distributed import derive_seed, is_main, rank, world_size
 from common.files import append_line, replace_text
 from common.log import say
@@ -64,6 +65,7 @@ class Watch:
         self.metrics: list[dict[str, float]] = []
         self.told: set[str] = set()
         self.before: PromptBatch | None = None
+        self.samples_before: set[str] = set()
         # measured are the steps from the start of this process up to this one
         self.until = 0
 
@@ -174,9 +176,14 @@ class Watch:
 
     def _measure(self, step: int, result: StepResult) -> dict[str, float]:
         """Everything about one update. All ranks must call this."""
-        row = update_measures.repeats(result, self.before, result.groups)
+        known = self.loop.prompts.prompts
+        row = update_measures.repeats(result.batch, self.before, known)
         row["ranks"] = world_size()
         self.before = result.batch
+        numbers, self.samples_before = update_measures.samples(
+            result.groups, self.samples_before
+        )
+        row |= numbers
         # 1. What the update did.
         row |= self._update(step, result)
         # 2. The generator, once more and by another route.
@@ -199,20 +206,31 @@ class Watch:
         """Gradient, weights, and what became more likely."""
         loop = self.loop
         row = {"gradient/norm": self.gradients.norm()}
-        row |= self.weights.look(rate=self._rate(step))
+        old = self.weights.before
+        row |= self.weights.look(self.gradients.total, rate=self._rate(step))
         row |= update_measures.gain(
             loop.generator,
             loop.cfg,
             result.groups,
             result.advantage_PM,
         )
-        row |= self._if_possible(
-            update_measures.kl_pull,
-            loop.generator,
-            loop.generator.module,
-            loop.cfg,
-            result.groups[0],
+        # The first backward, at the weights that it had.
+        weights = weights_of_steps(
+            [step for group in result.groups for step in group.steps],
+            form=loop.cfg.reweight,
+            normalize=loop.cfg.normalize_step_weights,
         )
+        with self.weights.put_back(old):
+            row |= self._if_possible(
+                update_measures.loss_terms,
+                loop.generator,
+                loop.generator.module,
+                loop.cfg,
+                result.groups[0],
+                result.advantage_PM[0],
+                weights[0],
+                self.gradients.first,
+            )
         return row
 
     def _generator(self, step: int, result: StepResult) -> dict[str, float]:
@@ -251,8 +269,7 @@ class Watch:
             found |= reward_measures.received(recorder, result, fps=fps)
             # A reward of whole groups cannot score a single video.
             if not self.loop.rewards[name].group_level:
-                reward = recorder.reward
-                found |= reward_measures.answers(reward, score, result, fps=fps)
+                found |= reward_measures.answers(recorder, score, result, fps=fps)
             for key, value in found.items():
                 row[f"rewards/{name}/{key}"] = value
         return row

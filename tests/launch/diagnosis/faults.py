@@ -5,33 +5,15 @@ The product has no option for any of them, except those that are settings.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-
-def nothing() -> None:
-    """The fault is in the settings, or there is none."""
-
-
-@dataclass(frozen=True)
-class PlantedFault:
-    """How a fault is planted, and what a diagnosis must call it.
-
-    causes     any of them is the right name
-    plant      replaces functions, before the run starts
-    overrides  of the run's settings
-    ranks      of the run
-    """
-
-    causes: tuple[str, ...]
-    plant: Callable[[], None] = nothing
-    overrides: tuple[str, ...] = ()
-    ranks: int = 1
-
-
-def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    setattr(owner, name, make(getattr(owner, name)))
+from tests.launch.diagnosis.other_faults import OTHER_FAULTS
+from tests.launch.diagnosis.planting import (
+    PlantedFault,
+    change_value,
+    of_oracle,
+    replace_in,
+)
 
 
 def gradients_stay_local() -> None:
@@ -41,7 +23,7 @@ def gradients_stay_local() -> None:
     def average_tensor(self: Any, tensor: Any, *_: Any, **__: Any) -> None:
         """Do not reduce."""
 
-    _replace(DeepSpeedZeroOptimizer, "average_tensor", lambda _: average_tensor)
+    replace_in(DeepSpeedZeroOptimizer, "average_tensor", lambda _: average_tensor)
 
 
 def sampler_without_adapter() -> None:
@@ -54,7 +36,7 @@ def sampler_without_adapter() -> None:
 
         return without
 
-    _replace(WanGenerator, "rollout", make)
+    replace_in(WanGenerator, "rollout", make)
 
 
 def lora_b_reset() -> None:
@@ -73,7 +55,7 @@ def lora_b_reset() -> None:
 
         return reset
 
-    _replace(SkipNonFinite, "step", make)
+    replace_in(SkipNonFinite, "step", make)
 
 
 def adapter_frozen() -> None:
@@ -95,56 +77,31 @@ def prompts_swapped() -> None:
 
         return swapped
 
-    _replace(NamedReward, "score", make)
-
-
-def _of_oracle(change: Callable[[Any, Any, Any, float], Any]) -> None:
-    from alignment.rewards.errors import NamedReward
-
-    def make(score: Any) -> Any:
-        def changed(self: Any, video: Any, prompts: Any, *, fps: float) -> Any:
-            oracle = type(self.reward)
-            # the class of the user's reward, whatever module it was loaded as
-            if not hasattr(oracle, "planted"):
-                inner = getattr(self.reward, "reward", self.reward)
-                kind = type(inner)
-                plain = kind.score
-                if not hasattr(kind, "planted"):
-                    kind.score = lambda me, v, p, *, fps: change(
-                        lambda a, b, c: plain(me, a, b, fps=c), v, p, fps
-                    )
-                    kind.planted = True
-            return score(self, video, prompts, fps=fps)
-
-        return changed
-
-    _replace(NamedReward, "score", make)
-
-
-def _value(score: Any, change: Callable[[Any], Any]) -> Any:
-    from dataclasses import replace
-
-    return replace(score, value_B=change(score.value_B))
+    replace_in(NamedReward, "score", make)
 
 
 def reward_blind() -> None:
     fixed = "a vivid video: a red circle moves left in a dark room, fixed camera"
-    _of_oracle(lambda score, v, p, fps: score(v, [fixed] * len(p), fps))
+    of_oracle(lambda score, v, p, fps: score(v, [fixed] * len(p), fps))
 
 
 def reward_negated() -> None:
-    _of_oracle(lambda score, v, p, fps: _value(score(v, p, fps), lambda x: -x))
+    of_oracle(lambda score, v, p, fps: change_value(score(v, p, fps), lambda x: -x))
 
 
 def reward_saturated() -> None:
-    _of_oracle(
-        lambda score, v, p, fps: _value(score(v, p, fps), lambda x: x.clamp(max=0.1))
+    of_oracle(
+        lambda score, v, p, fps: change_value(
+            score(v, p, fps), lambda x: x.clamp(max=0.1)
+        )
     )
 
 
 def reward_swapped_inside() -> None:
     """The reward answers in another order than its videos."""
-    _of_oracle(lambda score, v, p, fps: _value(score(v, p, fps), lambda x: x.roll(3)))
+    of_oracle(
+        lambda score, v, p, fps: change_value(score(v, p, fps), lambda x: x.roll(3))
+    )
 
 
 def half_nan() -> None:
@@ -154,7 +111,7 @@ def half_nan() -> None:
         bad = torch.arange(len(x)) % 2 == 0
         return torch.where(bad, torch.full_like(x, float("nan")), x)
 
-    _of_oracle(lambda score, v, p, fps: _value(score(v, p, fps), change))
+    of_oracle(lambda score, v, p, fps: change_value(score(v, p, fps), change))
 
 
 def fps_of_another() -> None:
@@ -167,7 +124,7 @@ def fps_of_another() -> None:
 
         return wrong
 
-    _replace(GrpoLoop, "__init__", make)
+    replace_in(GrpoLoop, "__init__", make)
 
 
 def guidance_left_out() -> None:
@@ -184,7 +141,7 @@ def guidance_left_out() -> None:
 
         return unguided
 
-    _replace(WanGenerator, "transition", make)
+    replace_in(WanGenerator, "transition", make)
 
 
 def log_prob_in_half() -> None:
@@ -199,7 +156,7 @@ def log_prob_in_half() -> None:
 
         return half
 
-    _replace(gaussian, "log_prob", make)
+    replace_in(gaussian, "log_prob", make)
 
 
 def latents_not_scaled() -> None:
@@ -212,7 +169,7 @@ def latents_not_scaled() -> None:
         shape = (1, count, 1, 1, 1)
         return torch.zeros(shape, device=device), torch.ones(shape, device=device)
 
-    _replace(LatentCodec, "_mean_and_std", lambda _: plain)
+    replace_in(LatentCodec, "_mean_and_std", lambda _: plain)
 
 
 def embeddings_mixed_up() -> None:
@@ -228,7 +185,7 @@ def embeddings_mixed_up() -> None:
 
         return mixed
 
-    _replace(PromptCache, "get", make)
+    replace_in(PromptCache, "get", make)
 
 
 def evaluation_without_adapter() -> None:
@@ -241,7 +198,7 @@ def evaluation_without_adapter() -> None:
 
         return base
 
-    _replace(WanGenerator, "sample", make)
+    replace_in(WanGenerator, "sample", make)
 
 
 def evaluation_at_other_guidance() -> None:
@@ -258,7 +215,7 @@ def evaluation_at_other_guidance() -> None:
 
         return guided
 
-    _replace(WanGenerator, "sample", make)
+    replace_in(WanGenerator, "sample", make)
 
 
 # ---- further faults of the same kinds ----
@@ -276,13 +233,13 @@ def loss_negated() -> None:
 
         return negated
 
-    _replace(GrpoLoop, "loss", make)
+    replace_in(GrpoLoop, "loss", make)
 
 
 def seeds_of_step_0() -> None:
     from alignment.prompts import PromptSchedule
 
-    _replace(PromptSchedule, "at", lambda at: lambda self, step: at(self, 0))
+    replace_in(PromptSchedule, "at", lambda at: lambda self, step: at(self, 0))
 
 
 def reference_is_policy() -> None:
@@ -294,7 +251,7 @@ def reference_is_policy() -> None:
     def left_on(module: Any) -> Any:
         yield
 
-    _replace(wan, "adapters_off", lambda _: left_on)
+    replace_in(wan, "adapters_off", lambda _: left_on)
 
 
 def members_share_noise() -> None:
@@ -303,7 +260,7 @@ def members_share_noise() -> None:
     def make(noise: Any) -> Any:
         return lambda seed, member, shape, **options: noise(seed, 0, shape, **options)
 
-    _replace(sampler, "member_noise", make)
+    replace_in(sampler, "member_noise", make)
 
 
 def advantages_over_the_batch() -> None:
@@ -312,7 +269,7 @@ def advantages_over_the_batch() -> None:
     def over_all(reward: Any, **_: Any) -> Any:
         return (reward - reward.mean()) / (reward.std() + 1e-4)
 
-    _replace(advantages, "group_advantages", lambda _: over_all)
+    replace_in(advantages, "group_advantages", lambda _: over_all)
 
 
 def frames_reversed() -> None:
@@ -323,7 +280,7 @@ def frames_reversed() -> None:
             self, video.flip(1), prompts, fps=fps
         )
 
-    _replace(NamedReward, "score", make)
+    replace_in(NamedReward, "score", make)
 
 
 def timestep_not_scaled() -> None:
@@ -334,13 +291,15 @@ def timestep_not_scaled() -> None:
             self, x, sigma / 2, prompts, guidance_scale=guidance_scale
         )
 
-    _replace(WanGenerator, "velocity", make)
+    replace_in(WanGenerator, "velocity", make)
 
 
 def reward_compressed() -> None:
     """A sigmoid far from its middle."""
-    _of_oracle(
-        lambda score, v, p, fps: _value(score(v, p, fps), lambda x: (40 * x).sigmoid())
+    of_oracle(
+        lambda score, v, p, fps: change_value(
+            score(v, p, fps), lambda x: (40 * x).sigmoid()
+        )
     )
 
 
@@ -399,3 +358,4 @@ FAULTS = {
     ),
     "fps-setting": PlantedFault(("wrong-fps",), overrides=("generator.fps=24",)),
 }
+FAULTS |= OTHER_FAULTS

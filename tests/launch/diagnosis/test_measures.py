@@ -87,7 +87,7 @@ def test_adapter_that_is_off_in_the_sampler_is_explained_by_the_reference(
 def test_decoded_bytes_agree(own: OwnRoute, generator: WanGenerator) -> None:
     clean = generator.sample(PROMPTS[:1], [5])
     found = generator_measures.decoding(own, clean)
-    assert found["decode/gap"] == 0
+    assert found["decode/gap/policy"] == 0
     # a mean of 0.5 more in a latent changes pixels
     assert not torch.equal(generator.decode(clean + 0.5), own.decode(clean))
 
@@ -155,7 +155,9 @@ def test_negated_scores_are_told_from_the_reward_itself() -> None:
     negated = Score(-score.value_B)
     for recorded, alone, turned in ((score, 0.0, 1.0), (negated, 1.0, 0.0)):
         result = result_of(recorded, video, torch.zeros(2, 2))
-        found = reward_measures.answers(Mean(), recorded, result, fps=8.0)
+        found = reward_measures.answers(
+            reward_measures.RewardRecorder(Mean()), recorded, result, fps=8.0
+        )
         assert (found["alone_gap"] > 0.1) == bool(alone)
         assert (found["turned_gap"] > 0.1) == bool(turned)
         # red loses its 100, cats gain them
@@ -223,10 +225,10 @@ def test_moved_weights_are_measured_in_learning_rates() -> None:
     recorder = update_measures.WeightRecorder(module)
     with torch.no_grad():
         module.weight += 0.02
-    found = recorder.look(rate=0.01)
+    found = recorder.look({}, rate=0.01)
     assert found["weights/moved"] == pytest.approx(0.02, rel=1e-4)
     assert found["weights/moved_per_rate"] == pytest.approx(2.0, rel=1e-4)
-    assert recorder.look(rate=0.01)["weights/moved"] == 0
+    assert recorder.look({}, rate=0.01)["weights/moved"] == 0
 
 
 def test_tiny_folder_has_no_measurements_of_its_own(tmp_path: Path) -> None:
