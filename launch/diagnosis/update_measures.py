@@ -52,7 +52,7 @@ class GradientRecorder:
             self.total[name] += gradient
         else:
             self.total[name] = gradient.clone()
-            self.first[name] = gradient.cpu()
+            self.first[name] = gradient.cpu().clone()
 
     def start(self) -> None:
         """Begin a step."""

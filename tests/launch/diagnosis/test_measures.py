@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from alignment.config import GrpoConfig
-from alignment.grpo import StepResult
+from alignment.grpo import GrpoLoop, StepResult
+from alignment.grpo_losses import weights_of_steps
 from alignment.prompts import PromptBatch
 from alignment.rewards.errors import NamedReward
 from common.types import Score
@@ -148,6 +151,61 @@ def test_recorder_tells_swapped_prompts_and_the_frame_rate() -> None:
     assert isinstance(named.reward, Mean)
 
 
+@pytest.mark.parametrize(
+    ("mistake", "change"),
+    [
+        ("channels", lambda video: video.flip(-1)),
+        ("reversed", lambda video: video.flip(1)),
+        ("upside-down", lambda video: video.flip(2)),
+        ("frozen", lambda video: video[:, :1].expand_as(video)),
+        ("inverted", lambda video: 255 - video),
+        ("unit", lambda video: video / 255),
+        ("frames", lambda video: video[:, ::2]),
+        ("size", lambda video: video[:, :, ::2]),
+    ],
+)
+def test_what_became_of_a_video_on_its_way_to_the_reward_is_found(
+    mistake: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    video = some_videos()
+    named = NamedReward("mean", Mean())
+    (recorder,) = reward_measures.record({"mean": named}).values()
+    right = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    score = named.score(change(video), right, fps=16.0)
+    found = reward_measures.received(
+        recorder, result_of(score, video, torch.zeros(2, 2)), fps=16.0
+    )
+    assert found["other_video"] == 1
+    made = [key for key in found if key.startswith("other/")]
+    assert made == [f"other/{mistake}"]
+
+
+def test_scores_of_the_step_before_are_told() -> None:
+    recorder = reward_measures.RewardRecorder(Mean())
+    prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    first = some_videos()
+    second = first.flip(0)
+    old = Mean().score(first, prompts, fps=8.0)
+    for video in (first, second):
+        result = result_of(old, video, torch.zeros(2, 2))
+        found = reward_measures.answers(recorder, old, result, fps=8.0)
+    assert found["late_gap"] == 0
+    assert found["as_before"] == 1
+    assert found["alone_gap"] > 0
+
+
+def test_default_is_the_one_value_of_scores_that_differ() -> None:
+    video = some_videos()
+    prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    value_B = Mean().score(video, prompts, fps=8.0).value_B
+    # the videos at even places are scored alone
+    value_B[2] = 0.5
+    recorder = reward_measures.RewardRecorder(Mean())
+    result = result_of(Score(value_B), video, torch.zeros(2, 2))
+    found = reward_measures.answers(recorder, Score(value_B), result, fps=8.0)
+    assert (found["differ"], found["compared"], found["default"]) == (1, 2, 0.5)
+
+
 def test_negated_scores_are_told_from_the_reward_itself() -> None:
     video = some_videos()
     right = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
@@ -229,6 +287,107 @@ def test_moved_weights_are_measured_in_learning_rates() -> None:
     assert found["weights/moved"] == pytest.approx(0.02, rel=1e-4)
     assert found["weights/moved_per_rate"] == pytest.approx(2.0, rel=1e-4)
     assert recorder.look({}, rate=0.01)["weights/moved"] == 0
+
+
+def test_matrix_that_has_a_gradient_and_stays_is_counted() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    recorder = update_measures.WeightRecorder(module)
+    names = ["0.weight", "0.bias", "1.weight", "1.bias"]
+    gradients = {name: torch.ones(2) for name in names}
+    # a gradient of 0 moves nothing, rightly
+    gradients["1.bias"] = torch.zeros(2)
+    with torch.no_grad():
+        module[0].weight += 1
+        module[0].bias += 1
+    found = recorder.look(gradients, rate=1.0)
+    assert found["weights/still"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kl", "share", "factor"),
+    [(1, 1, 1, 1), (-1, 1, -1, -1), (1, -1, 1, -1), (1, 0, 1, 0), (0.25, 0.5, 1, 2)],
+)
+def test_gradient_is_taken_apart_into_the_terms_of_the_loss(
+    generator: WanGenerator, policy: float, kl: float, share: float, factor: float
+) -> None:
+    """The factors of the loss's own two terms are found, whatever they are."""
+    cfg = GrpoConfig(group_size=2, kl_weight=0.05)
+    advantage_G = torch.tensor([1.0, -1.0])
+    (group,) = generator.rollout(PROMPTS[:1], group_size=2, seeds=[4])
+    (weights,) = weights_of_steps(group.steps, form=cfg.reweight, normalize=False)
+    # the loss of the product, with other factors
+    step = group.steps[0]
+    loop = SimpleNamespace(cfg=cfg, generator=generator)
+    with_kl = GrpoLoop.loss(loop, group.prompt, step, advantage_G, weights).loss
+    loop.cfg = replace(cfg, kl_weight=0.0)
+    without = GrpoLoop.loss(loop, group.prompt, step, advantage_G, weights).loss
+    loss = policy * without + kl * (with_kl - without)
+    parameters = update_measures.trained(generator.module)
+    slopes = torch.autograd.grad(loss, list(parameters.values()))
+    found = update_measures.loss_terms(
+        generator,
+        generator.module,
+        cfg,
+        group,
+        advantage_G,
+        weights,
+        dict(zip(parameters, slopes, strict=True)),
+    )
+    assert found["loss/rest"] < 1e-3
+    assert math.copysign(1, found["loss/policy"]) == share
+    assert found["loss/kl_factor"] == pytest.approx(factor, abs=1e-2)
+
+
+def test_gradient_of_other_advantages_is_not_explained(generator: WanGenerator) -> None:
+    cfg = GrpoConfig(group_size=2, kl_weight=0.0)
+    ours, other = generator.rollout(PROMPTS, group_size=2, seeds=[4, 5])
+    (weights,) = weights_of_steps(ours.steps, form=cfg.reweight, normalize=False)
+    loop = SimpleNamespace(cfg=cfg, generator=generator)
+    advantage_G = torch.tensor([1.0, -1.0])
+    loss = GrpoLoop.loss(loop, other.prompt, other.steps[0], advantage_G, weights).loss
+    parameters = update_measures.trained(generator.module)
+    slopes = torch.autograd.grad(loss, list(parameters.values()))
+    found = update_measures.loss_terms(
+        generator,
+        generator.module,
+        cfg,
+        ours,
+        advantage_G,
+        weights,
+        dict(zip(parameters, slopes, strict=True)),
+    )
+    assert found["loss/rest"] > 0.3
+
+
+def test_weights_put_back_for_a_measurement_are_those_of_now_afterwards() -> None:
+    module = torch.nn.Linear(2, 2)
+    recorder = update_measures.WeightRecorder(module)
+    old = recorder.before
+    with torch.no_grad():
+        module.weight += 1
+    now = module.weight.detach().clone()
+    with recorder.put_back(old):
+        assert torch.equal(module.weight, old["weight"])
+    assert torch.equal(module.weight, now)
+
+
+def test_samples_that_occur_twice_are_counted(generator: WanGenerator) -> None:
+    one, other = generator.rollout(PROMPTS, group_size=2, seeds=[4, 5])
+    found, seen = update_measures.samples([one, other], set())
+    assert (found["samples/twins"], found["samples/as_before"]) == (0, 0)
+    # three of four samples are another's copy
+    copy = replace(one, clean_GCFHW=one.clean_GCFHW[:1].expand(2, -1, -1, -1, -1))
+    found, _ = update_measures.samples([copy, copy], seen)
+    assert (found["samples/twins"], found["samples/as_before"]) == (0.75, 0.25)
+    assert found["samples/apart"] == 0
+
+
+def test_prompts_and_seeds_that_repeat_are_counted() -> None:
+    batch = PromptBatch(("a", "a", "b", "c"), (1, 2, 3, 3))
+    found = update_measures.repeats(batch, batch, ["a", "b", "c", "d", "e"])
+    assert found["batch/repeated"] == 0.25
+    assert found["batch/prompts"] == 0.75
+    assert (found["batch/as_before"], found["batch/prompts_as_before"]) == (1, 1)
 
 
 def test_tiny_folder_has_no_measurements_of_its_own(tmp_path: Path) -> None:
