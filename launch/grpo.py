@@ -59,7 +59,7 @@ def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> Training
     from engine.ema import Ema
     from engine.trainer import StepReport
     from launch.compose import generator_task
-    from launch.diagnosis.watch import watch_of
+    from launch.diagnosis.watch import Watch
     from launch.training.grpo_loop import build, cache_prompts
     from launch.training.grpo_outputs import (
         evaluate_heldout,
@@ -73,7 +73,7 @@ def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> Training
     for line in batch_arithmetic(run, loop):
         say(line)
     ema = None if run.ema is None else Ema(run.ema, loop.generator.module)
-    watch = watch_of(run, loop, heldout)
+    watch = Watch(run, loop, heldout, ema)
 
     # The parts that only GRPO has.
     def prepare(start: int) -> None:

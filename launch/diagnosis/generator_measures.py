@@ -93,7 +93,6 @@ def _rollout(own: OwnRoute, group: Group, seed: int, other: str) -> dict[str, fl
     log_prob_G = gaussian.log_prob(update, step.next_GCFHW)
     exact_G = _log_density(step.next_GCFHW.double() - update.mean.double(), step.std)
     found["update/log_prob_gap"] = _largest(log_prob_G.cpu() - exact_G.cpu())
-    found["update/replay_gap"] = _largest(log_prob_G.cpu() - step.log_prob_G.cpu())
 
     # 3. The noise level lies on the grid, and members went different ways.
     grid = own.sigmas()
@@ -150,10 +149,8 @@ def _adapter_effect(
         policy = generator.transition(prompt, group.steps[0])
     # In units of the latents.
     size = rms(group.clean_GCFHW)
-    moved = group.steps[0].next_GCFHW - base.steps[0].next_GCFHW
     return {
         "rollout/adapter_effect": rms(group.clean_GCFHW - base.clean_GCFHW) / size,
-        "rollout/adapter_effect_at_step": rms(moved) / size,
         "update/adapter_effect": rms(policy.mean - transition.mean) / size,
     }
 

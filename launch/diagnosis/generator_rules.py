@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from launch.diagnosis.evidence import Diagnosis, Evidence
 from launch.diagnosis.reward_rules import PIXEL_MISTAKES, wrong_fps
 from launch.diagnosis.setting_rules import all_skipped
+from launch.diagnosis.update_rules import other_loss
 
 # Relative differences of velocities, by the generator's dtype: rounding is far below.
 VELOCITY_LIMIT = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -242,7 +243,7 @@ def _log_prob(evidence: Evidence) -> Iterator[Diagnosis]:
             f"they differ by {worst:.2g} from fp64 on the same latents",
             "compute log-probs in fp32: their differences are far smaller than their values",
         )
-    elif one_update and ratio > limit:
+    elif one_update and ratio > limit and not other_loss(evidence):
         gap = max(worst_gap(evidence, "rollout")[0], worst_gap(evidence, "update")[0])
         if gap > _velocity_limit(evidence):
             # The velocities explain the ratio.

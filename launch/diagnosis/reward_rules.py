@@ -18,6 +18,7 @@ DEFAULTS = 0.2
 # More scores rise than fall by this many standard deviations of a coin.
 SIGMAS = 2.5
 FEW_COMPARED = 24
+FEW_SWAPPED = 8
 # Kinds of rewards of this project that read the prompt, whatever their options are.
 READERS = ("descore", "generative")
 
@@ -211,7 +212,7 @@ def _sense(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
     swapped = counts(evidence, name, "swapped_channels")
     prefers_swapped = (
         reads_prompt(evidence, name)
-        and swapped[2] >= FEW_COMPARED / 2
+        and swapped[2] >= FEW_SWAPPED
         and swapped[2] - swapped[0] > SIGMAS * math.sqrt(swapped[0] + swapped[2])
     )
     prefers_shuffled = shuffled[2] - shuffled[0] > SIGMAS * math.sqrt(sum(shuffled))
@@ -229,7 +230,7 @@ def _sense(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
             "channels-swapped",
             "likely",
             f"the reward {name} prefers videos with swapped colour channels: it takes RGB for BGR",
-            f"{swapped[2]} of {sum(swapped)} scores rose, {swapped[0]} fell",
+            f"{swapped[2]} scores rose with swapped channels, {swapped[0]} fell",
             "hand frames to the reward's model as RGB",
         )
     elif prefers_wrong:

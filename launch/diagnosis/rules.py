@@ -39,6 +39,8 @@ EXPLAINS = {
     "members-alike": {"reward-saturated", "lora-b-zero"},
     "reward-other-videos": {"reward-swapped"},
     "reward-stale": {"reward-swapped"},
+    "log-prob-dtype": {"loss-differs"},
+    "loss-differs": {"kl-holds"},
     "scores-missing": {"reward-saturated"},
     "adapter-not-in-sampler": {"evaluation-without-adapter"},
     "guidance-not-in-update": {"reward-sign-in-update"},

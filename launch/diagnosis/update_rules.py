@@ -22,6 +22,8 @@ SLOW = 0.1
 FAST = 5.0
 # max_grad_norm is below this part of every gradient.
 CLIPPED = 0.01
+# An average has gone this part of the weights' way.
+LAGS = 0.05
 # Share of lora_A's norm that an update takes away.
 DECAY = 0.01
 # What the two terms of the loss may leave unexplained.
@@ -90,6 +92,16 @@ def _optimizer(evidence: Evidence) -> Iterator[Diagnosis]:
             "a part of what should be trained is frozen: it has a gradient and never moves",
             f"{100 * min(still):.0f} % of the weight matrices with a gradient",
             "check which parameters the optimizer holds, and that it was built after the adapter",
+        )
+    # The average starts at the weights and follows them quickly at first.
+    came = evidence.measured("ema/came")
+    if came and came[-1] < LAGS and len(evidence.measured_updates) >= FEW_UPDATES:
+        yield Diagnosis(
+            "ema-frozen",
+            "certain",
+            "the average of the weights, which is evaluated and exported, does not follow them",
+            f"it has gone {100 * came[-1]:.2g} % of their way",
+            "update the average after every step",
         )
     # AdamW moves a weight by about one learning rate an update.
     updates = evidence.setting("grpo.updates", 1)
@@ -241,7 +253,6 @@ def _terms_of_the_loss(evidence: Evidence) -> Iterator[Diagnosis]:
     """The gradient of a step's first backward against the two terms of GRPO's loss."""
     share = evidence.measured("loss/policy")
     rest = evidence.measured("loss/rest")
-    limit = REST[evidence.setting("generator.dtype", "bfloat16")]
     if share and max(share) < -0.5:
         yield Diagnosis(
             "reward-sign-in-update",
@@ -250,7 +261,7 @@ def _terms_of_the_loss(evidence: Evidence) -> Iterator[Diagnosis]:
             f"the policy term's share of the gradient is {_list(share)}, 1 is right",
             "minimise -A log p: check the sign of the loss and of the advantages",
         )
-    elif rest and sorted(rest)[len(rest) // 2] > limit:
+    elif other_loss(evidence):
         yield Diagnosis(
             "loss-differs",
             "likely",
@@ -260,6 +271,7 @@ def _terms_of_the_loss(evidence: Evidence) -> Iterator[Diagnosis]:
             f"{_list(rest)}",
             "check that the update uses the groups of this rollout with their own advantages",
         )
+        return
 
     # The KL term, where it is large enough.
     factors = evidence.measured("loss/kl_factor")
@@ -279,6 +291,13 @@ def _terms_of_the_loss(evidence: Evidence) -> Iterator[Diagnosis]:
             f"{evidence.setting('grpo.kl_weight', 3e-4):g}",
             "check the weight of the KL term, and that its gradient reaches the policy",
         )
+
+
+def other_loss(evidence: Evidence) -> bool:
+    """True if the gradient is neither the policy term's nor the KL's, in half of the updates."""
+    rest = sorted(evidence.measured("loss/rest"))
+    limit = REST[evidence.setting("generator.dtype", "bfloat16")]
+    return bool(rest) and rest[len(rest) // 2] > limit
 
 
 def _kl_sign(because: str) -> Diagnosis:

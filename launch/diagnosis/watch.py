@@ -22,7 +22,14 @@ from common.files import append_line, replace_text
 from common.log import say
 from common.run_record import plain
 from common.types import Score
-from launch.diagnosis import generator_measures, reward_measures, update_measures
+from launch.diagnosis import (
+    batch_measures,
+    generator_measures,
+    loss_measures,
+    reward_measures,
+    score_measures,
+    update_measures,
+)
 from launch.diagnosis.certificates import certificate_of
 from launch.diagnosis.evidence import MEASUREMENTS, START, Evidence, Row
 from launch.diagnosis.own_route import OwnRoute
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
 
     from alignment.grpo import GrpoLoop, StepResult
     from alignment.prompts import PromptBatch
+    from engine.ema import Ema
     from generator.wan import WanGenerator
     from launch.schemas.training import GrpoRun
 
@@ -54,9 +62,16 @@ class Watch:
     settings and metrics alone.
     """
 
-    def __init__(self, run: GrpoRun, loop: GrpoLoop, heldout: Sequence[str]) -> None:
+    def __init__(
+        self,
+        run: GrpoRun,
+        loop: GrpoLoop,
+        heldout: Sequence[str],
+        ema: Ema | None = None,
+    ) -> None:
         self.run = run
         self.loop = loop
+        self.ema = ema
         self.heldout = list(heldout)
         self.settings = plain(run)
         self.file = Path(run.run_dir) / MEASUREMENTS
@@ -91,6 +106,7 @@ class Watch:
         module = self.loop.generator.module
         self.gradients = update_measures.GradientRecorder(module)
         self.weights = update_measures.WeightRecorder(module)
+        self.weights_at_start = {} if self.ema is None else self.weights.before
         self.recorders = reward_measures.record(self.loop.rewards)
         if start == 0:
             self._measure_start()
@@ -177,10 +193,10 @@ class Watch:
     def _measure(self, step: int, result: StepResult) -> dict[str, float]:
         """Everything about one update. All ranks must call this."""
         known = self.loop.prompts.prompts
-        row = update_measures.repeats(result.batch, self.before, known)
+        row = batch_measures.repeats(result.batch, self.before, known)
         row["ranks"] = world_size()
         self.before = result.batch
-        numbers, self.samples_before = update_measures.samples(
+        numbers, self.samples_before = batch_measures.samples(
             result.groups, self.samples_before
         )
         row |= numbers
@@ -208,7 +224,7 @@ class Watch:
         row = {"gradient/norm": self.gradients.norm()}
         old = self.weights.before
         row |= self.weights.look(self.gradients.total, rate=self._rate(step))
-        row |= update_measures.gain(
+        row |= loss_measures.gain(
             loop.generator,
             loop.cfg,
             result.groups,
@@ -222,7 +238,7 @@ class Watch:
         )
         with self.weights.put_back(old):
             row |= self._if_possible(
-                update_measures.loss_terms,
+                loss_measures.loss_terms,
                 loop.generator,
                 loop.generator.module,
                 loop.cfg,
@@ -251,25 +267,29 @@ class Watch:
         row |= self._if_possible(generator_measures.decoding, self.own, some_GCFHW)
         if step + 1 == min(self.until, self.run.steps):
             row |= self._evaluation(step)
+            if self.ema is not None:
+                row |= update_measures.follows(
+                    self.ema.average, self.weights_at_start, self.weights.before
+                )
         return row
 
     def _rewards(self, result: StepResult) -> dict[str, float]:
         """The rewards of this rank's videos, by ``rewards/NAME/``."""
         fps = self.run.generator.fps
         row = {}
-        row["advantage/sign"] = reward_measures.advantage_sign(
+        row["advantage/sign"] = score_measures.advantage_sign(
             result.scores,
             self.loop.weights,
             result.advantage_PM,
         )
-        row["advantage/off_centre"] = reward_measures.off_centre(result.advantage_PM)
+        row["advantage/off_centre"] = score_measures.off_centre(result.advantage_PM)
         for name, score in result.scores.items():
             recorder = self.recorders[name]
-            found = reward_measures.shape_of_scores(score)
+            found = score_measures.shape_of_scores(score)
             found |= reward_measures.received(recorder, result, fps=fps)
             # A reward of whole groups cannot score a single video.
             if not self.loop.rewards[name].group_level:
-                found |= reward_measures.answers(recorder, score, result, fps=fps)
+                found |= score_measures.answers(recorder, score, result, fps=fps)
             for key, value in found.items():
                 row[f"rewards/{name}/{key}"] = value
         return row
@@ -361,11 +381,6 @@ class _VideoSpy:
         self.fps = fps
         self.guidance = self.generator.cfg.sampler.guidance_scale
         return Score(torch.zeros(len(prompts)))
-
-
-def watch_of(run: GrpoRun, loop: GrpoLoop, heldout: Sequence[str]) -> Watch:
-    """The watch of a run; with ``diagnosis: null`` it does nothing."""
-    return Watch(run, loop, heldout)
 
 
 def _line(row: Mapping[str, float]) -> str:

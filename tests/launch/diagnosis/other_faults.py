@@ -348,6 +348,12 @@ def rate_of_a_forgotten_schedule() -> None:
     replace_in(lr_scheduler.LambdaLR, "__init__", make)
 
 
+def average_never_updated() -> None:
+    from engine.ema import Ema
+
+    replace_in(Ema, "update", lambda _: lambda self: None)
+
+
 def evaluation_of_old_weights() -> None:
     """As an average that lags behind: half of the adapter's effect."""
     import torch
@@ -412,6 +418,9 @@ OTHER_FAULTS = {
     ),
     "weight-decay": PlantedFault(
         ("weight-decay",), overrides=("optimizer.weight_decay=50",)
+    ),
+    "ema-frozen": PlantedFault(
+        ("ema-frozen",), average_never_updated, overrides=("ema.decay=0.9",)
     ),
     "evaluation-lags": PlantedFault(
         ("evaluation-settings",), evaluation_of_old_weights

@@ -20,7 +20,14 @@ from alignment.rewards.errors import NamedReward
 from common.types import Score
 from generator.config import GeneratorConfig, LoraConfig, SamplerConfig
 from generator.wan import WanGenerator
-from launch.diagnosis import generator_measures, reward_measures, update_measures
+from launch.diagnosis import (
+    batch_measures,
+    generator_measures,
+    loss_measures,
+    reward_measures,
+    score_measures,
+    update_measures,
+)
 from launch.diagnosis.own_route import OwnRoute, gaps
 from tests.tiny import build_tiny_wan
 
@@ -188,7 +195,7 @@ def test_scores_of_the_step_before_are_told() -> None:
     old = Mean().score(first, prompts, fps=8.0)
     for video in (first, second):
         result = result_of(old, video, torch.zeros(2, 2))
-        found = reward_measures.answers(recorder, old, result, fps=8.0)
+        found = score_measures.answers(recorder, old, result, fps=8.0)
     assert found["late_gap"] == 0
     assert found["as_before"] == 1
     assert found["alone_gap"] > 0
@@ -202,7 +209,7 @@ def test_default_is_the_one_value_of_scores_that_differ() -> None:
     value_B[2] = 0.5
     recorder = reward_measures.RewardRecorder(Mean())
     result = result_of(Score(value_B), video, torch.zeros(2, 2))
-    found = reward_measures.answers(recorder, Score(value_B), result, fps=8.0)
+    found = score_measures.answers(recorder, Score(value_B), result, fps=8.0)
     assert (found["differ"], found["compared"], found["default"]) == (1, 2, 0.5)
 
 
@@ -213,7 +220,7 @@ def test_negated_scores_are_told_from_the_reward_itself() -> None:
     negated = Score(-score.value_B)
     for recorded, alone, turned in ((score, 0.0, 1.0), (negated, 1.0, 0.0)):
         result = result_of(recorded, video, torch.zeros(2, 2))
-        found = reward_measures.answers(
+        found = score_measures.answers(
             reward_measures.RewardRecorder(Mean()), recorded, result, fps=8.0
         )
         assert (found["alone_gap"] > 0.1) == bool(alone)
@@ -226,18 +233,18 @@ def test_sign_of_advantages_is_their_correlation_with_the_rewards() -> None:
     score = Score(torch.tensor([0.0, 1.0, 2.0, 5.0]))
     centred = torch.tensor([[-0.5, 0.5], [-1.5, 1.5]])
     for sign in (1, -1):
-        found = reward_measures.advantage_sign(
+        found = score_measures.advantage_sign(
             {"mean": score}, {"mean": 1.0}, sign * centred
         )
         assert found == pytest.approx(sign)
     assert math.isnan(
-        reward_measures.advantage_sign({"mean": score}, {"mean": 1.0}, 0 * centred)
+        score_measures.advantage_sign({"mean": score}, {"mean": 1.0}, 0 * centred)
     )
 
 
 def test_shares_at_the_ends_of_the_scores() -> None:
     score = Score(torch.tensor([1.0, 1.0, 1.0, 0.5, math.nan]))
-    found = reward_measures.shape_of_scores(score)
+    found = score_measures.shape_of_scores(score)
     assert (found["at_max"], found["at_min"]) == (0.75, 0.25)
     assert found["unscored"] == pytest.approx(0.2)
 
@@ -259,7 +266,7 @@ def test_gain_has_the_sign_of_a_step_along_the_loss(generator: WanGenerator) -> 
         with torch.no_grad():
             for weight, old, slope in zip(weights, before, slopes, strict=True):
                 weight.copy_(old - direction * slope)
-        found = update_measures.gain(generator, cfg, [group], advantage_PM)
+        found = loss_measures.gain(generator, cfg, [group], advantage_PM)
         assert found["update/gain"] * direction > 0.5
     with torch.no_grad():
         for weight, old in zip(weights, before, strict=True):
@@ -324,7 +331,7 @@ def test_gradient_is_taken_apart_into_the_terms_of_the_loss(
     loss = policy * without + kl * (with_kl - without)
     parameters = update_measures.trained(generator.module)
     slopes = torch.autograd.grad(loss, list(parameters.values()))
-    found = update_measures.loss_terms(
+    found = loss_measures.loss_terms(
         generator,
         generator.module,
         cfg,
@@ -347,7 +354,7 @@ def test_gradient_of_other_advantages_is_not_explained(generator: WanGenerator) 
     loss = GrpoLoop.loss(loop, other.prompt, other.steps[0], advantage_G, weights).loss
     parameters = update_measures.trained(generator.module)
     slopes = torch.autograd.grad(loss, list(parameters.values()))
-    found = update_measures.loss_terms(
+    found = loss_measures.loss_terms(
         generator,
         generator.module,
         cfg,
@@ -357,6 +364,13 @@ def test_gradient_of_other_advantages_is_not_explained(generator: WanGenerator) 
         dict(zip(parameters, slopes, strict=True)),
     )
     assert found["loss/rest"] > 0.3
+
+
+def test_average_that_went_half_of_the_way_is_told() -> None:
+    start = {"w": torch.zeros(2)}
+    now = {"w": torch.tensor([3.0, 4.0])}
+    found = update_measures.follows({"w": torch.tensor([1.5, 2.0])}, start, now)
+    assert found["ema/came"] == pytest.approx(0.5)
 
 
 def test_weights_put_back_for_a_measurement_are_those_of_now_afterwards() -> None:
@@ -373,18 +387,18 @@ def test_weights_put_back_for_a_measurement_are_those_of_now_afterwards() -> Non
 
 def test_samples_that_occur_twice_are_counted(generator: WanGenerator) -> None:
     one, other = generator.rollout(PROMPTS, group_size=2, seeds=[4, 5])
-    found, seen = update_measures.samples([one, other], set())
+    found, seen = batch_measures.samples([one, other], set())
     assert (found["samples/twins"], found["samples/as_before"]) == (0, 0)
     # three of four samples are another's copy
     copy = replace(one, clean_GCFHW=one.clean_GCFHW[:1].expand(2, -1, -1, -1, -1))
-    found, _ = update_measures.samples([copy, copy], seen)
+    found, _ = batch_measures.samples([copy, copy], seen)
     assert (found["samples/twins"], found["samples/as_before"]) == (0.75, 0.25)
     assert found["samples/apart"] == 0
 
 
 def test_prompts_and_seeds_that_repeat_are_counted() -> None:
     batch = PromptBatch(("a", "a", "b", "c"), (1, 2, 3, 3))
-    found = update_measures.repeats(batch, batch, ["a", "b", "c", "d", "e"])
+    found = batch_measures.repeats(batch, batch, ["a", "b", "c", "d", "e"])
     assert found["batch/repeated"] == 0.25
     assert found["batch/prompts"] == 0.75
     assert (found["batch/as_before"], found["batch/prompts_as_before"]) == (1, 1)

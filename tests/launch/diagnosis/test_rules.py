@@ -228,6 +228,7 @@ def test_half_of_the_scores_missing_says_50_percent() -> None:
         ({"weights/still": 0.5}, "adapter-frozen"),
         ({"weights/moved_per_rate": 0.01}, "lr-differs"),
         ({"weights/moved_per_rate": 9.0}, "lr-differs"),
+        ({"ema/came": 0.0}, "ema-frozen"),
         ({"loss/policy": -1.0}, "reward-sign-in-update"),
         ({"loss/rest": 0.9}, "loss-differs"),
         ({"loss/kl_factor": -1.0}, "kl-sign"),
