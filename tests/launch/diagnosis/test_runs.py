@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,23 +34,55 @@ RECIPE = (
     "self_checks=false",
     "video_every=0",
 )
+SCRIPT = "tests/launch/diagnosis/planted.py"
 
 
-def diagnosed(folder: Path, fault: str, *words: str, ranks: int = 1) -> list[Diagnosis]:
-    """Train in a process of its own, and diagnose the run here."""
-    program = [sys.executable]
-    if ranks > 1:
-        program += ["-m", "torch.distributed.run", "--standalone"]
-        program += ["--nproc-per-node", str(ranks)]
-    script = "tests/launch/diagnosis/planted.py"
-    configs = [word for word in words if word == "--config" or word.endswith(".yaml")]
-    settings = [word for word in words if word not in configs]
-    command = [*program, script, fault, *RECIPE[:2], *configs, *RECIPE[2:], *settings]
-    done = subprocess.run(
-        [*command, f"run_dir={folder}"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return diagnose(read_run(folder))
+class Trainer:
+    """Trains with planted faults; each run of one rank is a fork of a single process."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, SCRIPT, "--serve"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def diagnosed(
+        self, folder: Path, fault: str, *words: str, ranks: int = 1
+    ) -> list[Diagnosis]:
+        """Train in a process of its own, and diagnose the run here."""
+        configs = [word for word in words if word == "--config" or word[-5:] == ".yaml"]
+        settings = [word for word in words if word not in configs]
+        command = [fault, *RECIPE[:2], *configs, *RECIPE[2:], *settings]
+        command.append(f"run_dir={folder}")
+        log = folder.with_suffix(".log")
+        if ranks > 1:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            launcher += ["--nproc-per-node", str(ranks), SCRIPT]
+            with log.open("w") as file:
+                code = subprocess.call(
+                    [*launcher, *command], cwd=ROOT, stdout=file, stderr=file
+                )
+        else:
+            print(json.dumps([str(log), *command]), file=self.process.stdin, flush=True)
+            # libraries may print a line while they are imported
+            code = int(next(x for x in self.process.stdout if x.strip().isdigit()))
+        assert code == 0, log.read_text()[-2000:]
+        return diagnose(read_run(folder))
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def trainer() -> Iterator[Trainer]:
+    made = Trainer()
+    yield made
+    made.close()
 
 
 def marked(names: list[str]) -> list[object]:
@@ -62,9 +95,13 @@ def marked(names: list[str]) -> list[object]:
 
 
 @pytest.mark.parametrize("name", marked(list(FAULTS)))
-def test_planted_fault_is_named(name: str, tmp_path: Path) -> None:
+def test_planted_fault_is_named(name: str, tmp_path: Path, trainer: Trainer) -> None:
     fault = FAULTS[name]
-    found = diagnosed(tmp_path / "run", name, *fault.overrides, ranks=fault.ranks)
+    # two updates are enough for these
+    few = ("steps=2",) if name in QUICK else ()
+    found = trainer.diagnosed(
+        tmp_path / "run", name, *few, *fault.overrides, ranks=fault.ranks
+    )
     accusing = [diagnosis.cause for diagnosis in found if diagnosis.accuses]
     # the right cause comes first
     assert accusing, found
@@ -73,21 +110,23 @@ def test_planted_fault_is_named(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", list(CLEAN))
-def test_sound_run_is_not_accused(name: str, tmp_path: Path) -> None:
+def test_sound_run_is_not_accused(name: str, tmp_path: Path, trainer: Trainer) -> None:
     ranks = 2 if name == "two-ranks" else 1
-    found = diagnosed(tmp_path / "run", "none", *CLEAN[name], ranks=ranks)
+    found = trainer.diagnosed(tmp_path / "run", "none", *CLEAN[name], ranks=ranks)
     assert [diagnosis for diagnosis in found if diagnosis.accuses] == []
 
 
 @pytest.mark.slow
-def test_measured_run_has_the_metrics_of_one_that_is_not(tmp_path: Path) -> None:
+def test_measured_run_has_the_metrics_of_one_that_is_not(
+    tmp_path: Path, trainer: Trainer
+) -> None:
     """Measurements draw no random number and change no weight; the log says what is off."""
     rows = {}
     for name, words in (
         ("with", ("optimizer.lr=0.2",)),
         ("without", ("optimizer.lr=0.2", "diagnosis=null")),
     ):
-        diagnosed(tmp_path / name, "none", "steps=2", *words)
+        trainer.diagnosed(tmp_path / name, "none", "steps=2", *words)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         rows[name] = [json.loads(line) for line in lines]
     for one, other in zip(rows["with"], rows["without"], strict=True):
