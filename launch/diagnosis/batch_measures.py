@@ -76,6 +76,7 @@ def samples(
         apart.append(float((first - last).norm()) / size)
         levels.append(group.steps[0].sigma)
     found = {
+        "samples/groups": float(len(groups)),
         "samples/twins": twins / count,
         "samples/apart": statistics.median(apart),
         "samples/as_before": len(seen & before) / count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -89,39 +90,36 @@ def loss_terms(
     # Only weights that the first backward reached.
     trained_now = trained(module)
     parameters = [trained_now[name] for name in first]
-    first_N = _flat(list(first.values()))
-    policy_N = _flat(
-        _slopes(
-            _policy_term(generator, group, advantage_G, weights),
-            parameters,
-        )
-    )
+    gradient = list(first.values())
+    term = _policy_term(generator, group, advantage_G, weights)
+    policy = _slopes(term, parameters)
     found = {}
-    columns = [policy_N]
+    terms = [policy]
     if cfg.kl_weight > 0:
-        kl = _kl_term(generator, module, group)
-        kl_N = _flat(_slopes(cfg.kl_weight * weights.kl * kl, parameters))
-        found["kl/pull"] = float(kl_N.norm())
+        term = cfg.kl_weight * weights.kl * _kl_term(generator, module, group)
+        kl = _slopes(term, parameters)
+        found["kl/pull"] = _norm(kl)
         # A term that is rounding has no factor.
-        tells = KL_TELLS[generator.cfg.dtype]
-        if kl_N.norm() > tells * policy_N.norm():
-            columns.append(kl_N)
-
-    # Least squares with one or two columns.
-    size = float(first_N.norm())
-    of_policy = float(policy_N.norm())
-    if size == 0 or of_policy == 0:
+        if _norm(kl) > KL_TELLS[generator.cfg.dtype] * _norm(policy):
+            terms.append(kl)
+    if _norm(gradient) == 0 or _norm(policy) == 0:
         return found
-    columns_NK = torch.stack(columns, dim=1)
-    factor_K1 = torch.linalg.lstsq(
-        columns_NK.T @ columns_NK,
-        columns_NK.T @ first_N[:, None],
-    ).solution
-    rest_N1 = first_N[:, None] - columns_NK @ factor_K1
+
+    # Least squares, by the inner products of the terms.
+    count = len(terms)
+    normal_KK = torch.zeros(count, count, dtype=torch.float64)
+    right_K1 = torch.zeros(count, 1, dtype=torch.float64)
+    for i, one in enumerate(terms):
+        right_K1[i] = _dot(one, gradient)
+        for j, other in enumerate(terms):
+            normal_KK[i, j] = _dot(one, other)
+    factor_K1 = torch.linalg.lstsq(normal_KK, right_K1).solution
+    explained = factor_K1.T @ (2 * right_K1 - normal_KK @ factor_K1)
+    rest = max(0.0, _dot(gradient, gradient) - float(explained))
     factors = factor_K1[:, 0].tolist()
-    found["loss/policy"] = factors[0] * of_policy / size
-    found["loss/rest"] = float(rest_N1.norm()) / size
-    if len(factors) > 1 and factors[0] != 0:
+    found["loss/policy"] = factors[0] * _norm(policy) / _norm(gradient)
+    found["loss/rest"] = math.sqrt(rest) / _norm(gradient)
+    if count > 1 and factors[0] != 0:
         found["loss/kl_factor"] = factors[1] / factors[0]
     return found
 
@@ -158,19 +156,22 @@ def _kl_term(generator: WanGenerator, module: nn.Module, group: Group) -> Tensor
 
 def _slopes(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     # Not backward(), which would add to the engine's gradients.
-    return list(
-        torch.autograd.grad(
-            loss,
-            parameters,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+    gradients = torch.autograd.grad(
+        loss,
+        parameters,
+        allow_unused=True,
+        materialize_grads=True,
     )
+    return [gradient.float().cpu() for gradient in gradients]
 
 
-def _flat(gradients: Sequence[Tensor]) -> Tensor:
-    """All numbers of some gradients as one vector (N,), fp64 on the CPU."""
-    flat = []
-    for gradient in gradients:
-        flat.append(gradient.detach().double().cpu().flatten())
-    return torch.cat(flat)
+def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Inner product over all weights, in fp64."""
+    total = 0.0
+    for a, b in zip(one, other, strict=True):
+        total += float((a.double() * b.double()).sum())
+    return total
+
+
+def _norm(one: Sequence[Tensor]) -> float:
+    return math.sqrt(_dot(one, one))

@@ -165,9 +165,9 @@ def _scores(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
     if distinct and min(distinct) == 1 and usual > DEFAULTS:
         yield Diagnosis(
             "reward-default",
-            "likely",
+            "possible",
             f"the reward {name} gives many videos one and the same score, and no two others are "
-            "equal: a default for what failed",
+            "equal: is it a default for what failed?",
             f"{100 * usual:.0f} % of the scores",
             "return NaN for a video that could not be scored: it counts as no information",
         )

@@ -26,7 +26,7 @@ EXPLAINS = {
     "adapter-frozen": {"lr-too-small", "no-gradient", "lora-b-zero", "lr-differs"},
     "gradient-clipped": {"lr-too-small"},
     "weight-decay": {"lr-too-small"},
-    "lora-b-zero": {"adapter-frozen", "lr-too-small", "no-gradient"},
+    "lora-b-zero": {"adapter-frozen", "lr-differs", "lr-too-small", "no-gradient"},
     "lr-too-large": {
         "reward-sign-in-update",
         "kl-holds",

@@ -19,6 +19,7 @@ FEW_UPDATES = 3
 KL_SHARE = 0.5
 # Learning rates by which an update moves a weight.
 SLOW = 0.1
+SLOWED = 0.3
 FAST = 5.0
 # max_grad_norm is below this part of every gradient.
 CLIPPED = 0.01
@@ -116,7 +117,8 @@ def _optimizer(evidence: Evidence) -> Iterator[Diagnosis]:
         if clipped:
             yield Diagnosis(
                 "gradient-clipped",
-                "certain",
+                # Adam's step does not depend on the size of gradients far above its eps.
+                "certain" if max(moved) < SLOWED else "possible",
                 "gradients are clipped to nearly nothing: what is left is near Adam's eps",
                 f"optimizer.max_grad_norm={largest:g}, gradients have a norm of {min(norms):.2g} "
                 f"and more, weights move by {max(moved):.2g} learning rates an update",
@@ -358,7 +360,7 @@ def _batch(evidence: Evidence) -> Iterator[Diagnosis]:
     sampler = evidence.setting("generator.sampler", {})
     drawn = sampler.get("stochastic", "one") == "one"
     some = sampler.get("stochastic_range", 6) - sampler.get("stochastic_first", 0) > 1
-    groups = sum(evidence.measured("batch/groups"))
+    groups = sum(evidence.measured("samples/groups"))
     high = evidence.measured("samples/level_max")
     if low and drawn and some and groups >= MANY_GROUPS and min(low) == max(high):
         yield Diagnosis(

@@ -92,6 +92,7 @@ def measurement(number: int, changes: dict[str, float]) -> dict[str, float]:
         "batch/prompts_known": 500.0,
         "batch/prompts_as_before": 0.0,
         "batch/groups": 8.0,
+        "samples/groups": 8.0,
         "samples/twins": 0.0,
         "samples/apart": 0.3,
         "samples/as_before": 0.0,
@@ -279,10 +280,6 @@ def test_half_of_the_scores_missing_says_50_percent() -> None:
             },
             "reward-default",
         ),
-        (
-            {"rewards/descore/usual": 0.4, "rewards/descore/others_distinct": 1.0},
-            "reward-default",
-        ),
         ({"rewards/descore/random": 1.5}, "reward-random"),
         (
             {
@@ -326,6 +323,20 @@ def test_half_of_the_scores_missing_says_50_percent() -> None:
 )
 def test_measurement_is_named(measured: dict[str, float], cause: str) -> None:
     assert accused(evidence(measured=measured)) == [cause]
+
+
+def test_frequent_score_among_distinct_ones_is_worth_knowing() -> None:
+    usual = {"rewards/descore/usual": 0.4, "rewards/descore/others_distinct": 1.0}
+    (found,) = diagnose(evidence(measured=usual))
+    assert (found.cause, found.certainty) == ("reward-default", "possible")
+
+
+def test_clipped_gradients_accuse_if_they_come_near_the_eps_of_adam() -> None:
+    settings = {"optimizer.max_grad_norm": 1e-6}
+    for moved, certainty in ((0.1, "certain"), (0.6, "possible")):
+        run = evidence(settings, measured={"weights/moved_per_rate": moved})
+        (found,) = diagnose(run)
+        assert (found.cause, found.certainty) == ("gradient-clipped", certainty)
 
 
 def test_blind_reward_of_a_user_is_worth_knowing_and_no_accusation() -> None:
