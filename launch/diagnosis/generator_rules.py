@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from launch.diagnosis.evidence import Diagnosis, Evidence
+from launch.diagnosis.evidence import Certainty, Diagnosis, Evidence
 from launch.diagnosis.reward_rules import PIXEL_MISTAKES, wrong_fps
 from launch.diagnosis.setting_rules import all_skipped
 from launch.diagnosis.update_rules import other_loss
@@ -24,7 +24,9 @@ PIXEL_LIMIT = 1.5
 # A variant explains a gap if it leaves this part of it.
 EXPLAINS = 0.2
 # Relative difference of the latents of two members.
-LEAST_APART = 0.01
+LEAST_APART = 0.02
+# Latents from independent noise differ by about sqrt(2) of their size.
+UNRELATED = 1.0
 
 
 def generator_rules(evidence: Evidence) -> Iterator[Diagnosis]:
@@ -111,24 +113,33 @@ def _rollout(evidence: Evidence) -> Iterator[Diagnosis]:
         if gap <= limit:
             continue
         because = f"{name}: relative difference from the policy {gap:.2g}"
+        if name == "prefix" and gap > UNRELATED and not variant:
+            # The velocity was right: the walk must have begun elsewhere.
+            yield _wrong_noise("likely", because)
+            return
         yield _of_sampler(variant, because)
         return
 
     start = max(evidence.measured("rollout/start_gap"), default=0.0)
     if start > limit:
-        yield Diagnosis(
-            "wrong-noise",
-            "certain",
-            "rollouts do not start from the noise of their seeds: prompts or steps may share one",
-            f"relative difference from the seed's noise {start:.2g}",
-            "draw the first noise from the group's seed",
-        )
+        because = f"relative difference from the seed's noise {start:.2g}"
+        yield _wrong_noise("certain", because)
 
     # Fast samplers have no exact counterpart, but the adapter must change what they sample.
     effect = evidence.measured("rollout/adapter_effect")
     in_update = evidence.measured("update/adapter_effect")
     if effect and in_update and effect[-1] == 0 and in_update[-1] > 0:
         yield _of_sampler("reference", "switching the adapter off changes no sample")
+
+
+def _wrong_noise(certainty: Certainty, because: str) -> Diagnosis:
+    return Diagnosis(
+        "wrong-noise",
+        certainty,
+        "rollouts do not start from the noise of their seeds: prompts or steps may share one",
+        because,
+        "draw the first noise from the group's seed",
+    )
 
 
 def _of_sampler(variant: str, because: str) -> Diagnosis:
@@ -334,13 +345,13 @@ def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
             "each member needs noise of its own, of the size that the log-prob assumes",
         )
     # The noise may be as large as its density says, and still too small to explore.
-    differ = evidence.measured("samples/apart")
-    if differ and max(differ) < LEAST_APART:
+    differ = sorted(evidence.measured("samples/apart"))
+    if differ and differ[len(differ) // 2] < LEAST_APART:
         yield Diagnosis(
             "members-alike",
             "likely",
             "members of a group are nearly the same video, so there is nothing to compare",
-            f"their latents differ by {100 * max(differ):.2g} % at most",
+            f"their latents differ by {100 * differ[len(differ) // 2]:.2g} %",
             "raise generator.sampler.noise_level, or let earlier steps be stochastic",
         )
 

@@ -93,6 +93,9 @@ def received(
         return {}
     members = result.advantage_PM.shape[1]
 
+    # A cache may answer instead of it.
+    if not recorder.prompt_of:
+        return {"asked": 0.0}
     # Which prompt did the reward get with each of them?
     wrong = 0
     changed = 0
@@ -107,11 +110,12 @@ def received(
             wrong += 1
     count = len(result.video_BTYXC)
     found = {
+        "asked": 1.0,
         "wrong_prompt": wrong / count,
         "changed_prompt": changed / count,
         "other_video": len(lost) / count,
     }
-    if lost and recorder.prompt_of:
+    if lost:
         found |= _mistake_of(recorder, lost[0])
     recorder.videos_before = {fingerprint(video) for video in result.video_BTYXC}
     # And which frame rate?

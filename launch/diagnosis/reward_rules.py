@@ -11,8 +11,9 @@ from launch.diagnosis.evidence import Diagnosis, Evidence
 # In units of the spread of the scores.
 SCORE_LIMIT = 0.1
 AT_THE_END = 0.8
-# Two scores of one video, in spreads of the scores.
+# Two scores of one video, in spreads of the scores; noise alone gives 2 / sqrt(pi) = 1.13.
 NOISY = 0.5
+VERY_NOISY = 0.8
 # Share of the videos with the most frequent score.
 DEFAULTS = 0.2
 # More scores rise than fall by this many standard deviations of a coin.
@@ -53,6 +54,15 @@ def _received(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
     ratio = evidence.measured(f"rewards/{name}/fps_ratio")
     if ratio and not math.isclose(ratio[-1], 1, rel_tol=0.01):
         yield wrong_fps(f"the reward {name}", ratio[-1])
+    asked = evidence.measured(f"rewards/{name}/asked")
+    if asked and min(asked) == 0:
+        yield Diagnosis(
+            "reward-stale",
+            "certain",
+            f"the reward {name} is not asked for every step's scores: they come from elsewhere",
+            f"in {asked.count(0)} of {len(asked)} steps it got no video",
+            "score every step's videos; check caches on the way",
+        )
     # Videos and prompts of the step, as they reached the reward.
     wrong = max(evidence.measured(f"rewards/{name}/wrong_prompt"), default=0.0)
     changed = max(evidence.measured(f"rewards/{name}/changed_prompt"), default=0.0)
@@ -154,7 +164,7 @@ def _scores(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
     elif random > NOISY:
         yield Diagnosis(
             "reward-random",
-            "likely" if random > 2 * NOISY else "possible",
+            "likely" if random > VERY_NOISY else "possible",
             f"the reward {name} gives one and the same video different scores",
             f"they differ by {random:.2g} spreads",
             "switch dropout and sampling off in the reward, or average several scores",

@@ -25,6 +25,7 @@ RULES = (
 EXPLAINS = {
     "adapter-frozen": {"lr-too-small", "no-gradient", "lora-b-zero", "lr-differs"},
     "gradient-clipped": {"lr-too-small"},
+    "lr-differs": {"lr-too-small"},
     "weight-decay": {"lr-too-small"},
     "lora-b-zero": {"adapter-frozen", "lr-differs", "lr-too-small", "no-gradient"},
     "lr-too-large": {
@@ -34,9 +35,15 @@ EXPLAINS = {
     },
     "reward-saturated": {"reward-blind"},
     "vae-scaling": {"evaluation-settings", "evaluation-without-adapter"},
+    "wrong-noise": {"evaluation-settings", "rollout-differs"},
     "wrong-shift": {"evaluation-settings"},
     "rollout-differs": {"update-differs", "evaluation-settings"},
-    "members-alike": {"reward-saturated", "lora-b-zero"},
+    "members-alike": {
+        "reward-saturated",
+        "reward-blind-to-video",
+        "rollout-differs",
+        "lora-b-zero",
+    },
     "reward-other-videos": {"reward-swapped"},
     "reward-stale": {"reward-swapped"},
     "log-prob-dtype": {"loss-differs"},

@@ -242,6 +242,9 @@ def test_half_of_the_scores_missing_says_50_percent() -> None:
         ({"samples/as_before": 0.5}, "stale-samples"),
         ({"samples/level_max": 0.8}, "one-noise-level"),
         ({"rollout/start_gap": 1.4}, "wrong-noise"),
+        ({"prefix/gap/policy": 1.4, "prefix/gap/no-prompt": 1.4}, "wrong-noise"),
+        ({"prefix/gap/policy": 0.3, "prefix/gap/no-prompt": 0.2}, "rollout-differs"),
+        ({"rewards/descore/asked": 0.0}, "reward-stale"),
         (
             {"decode/gap/policy": 30.0, "decode/gap/channels": 0.0},
             "channels-swapped",
