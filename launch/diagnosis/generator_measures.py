@@ -119,10 +119,32 @@ def _velocity_gaps(
 ) -> dict[str, float]:
     """Differences of a mean from every variant's, in units of the policy's velocity."""
     size = rms(velocities["policy"]) * step.gain
-    return {
+    found = {
         f"{name}/gap/{variant}": rms(mean - variant_mean) / size
         for variant, variant_mean in means.items()
     }
+    # Guidance or adapter of another strength lie on a line with those of strength 0 and 1.
+    for variant in ("unguided", "reference"):
+        if variant not in means:
+            continue
+        strength, rest = place_on_line(mean, means[variant], means["policy"])
+        found[f"{name}/strength/{variant}"] = strength
+        found[f"{name}/beside/{variant}"] = rest / size
+    return found
+
+
+def place_on_line(x: Tensor, start: Tensor, end: Tensor) -> tuple[float, float]:
+    """Where the point of the line nearest to x lies (0 is start, 1 is end), and x's rms distance.
+
+    NaN and NaN where start and end are one point.
+    """
+    along = (end - start).double()
+    length = float(along.square().sum())
+    if length == 0:
+        return math.nan, math.nan
+    offset = (x - start).double()
+    place = float((offset * along).sum()) / length
+    return place, rms(offset - place * along)
 
 
 def _adapter_effect(
@@ -307,6 +329,11 @@ def decoding(own: OwnRoute, clean_GCFHW: Tensor) -> dict[str, float]:
         if changed.shape == ours_GTYXC.shape:
             found[f"decode/gap/{name}"] = mean_gap(ours_GTYXC, changed)
     return found
+
+
+def scored(own: OwnRoute, video_GTYXC: Tensor, clean_GCFHW: Tensor) -> dict[str, float]:
+    """Compare videos that were scored with the samples that are trained."""
+    return {"scored/gap": mean_gap(video_GTYXC, own.decode(clean_GCFHW))}
 
 
 def mean_gap(one: Tensor, other: Tensor) -> float:

@@ -117,6 +117,10 @@ def _rollout(evidence: Evidence) -> Iterator[Diagnosis]:
             # The velocity was right: the walk must have begun elsewhere.
             yield _wrong_noise("likely", because)
             return
+        known = strength(evidence, name, gap)
+        if not variant and known is not None:
+            yield known
+            return
         yield _of_sampler(variant, because)
         return
 
@@ -219,13 +223,17 @@ def _update(evidence: Evidence) -> Iterator[Diagnosis]:
             "the update does not compute what the rollout sampled from",
         )
         cause, what = causes.get(variant, other)
-        yield Diagnosis(
-            cause,
-            "certain" if variant in causes else "likely",
-            what,
-            because,
-            "rollout and update must compute the same transition, or the ratio means nothing",
-        )
+        known = strength(evidence, "update", gap)
+        if not variant and known is not None:
+            yield known
+        else:
+            yield Diagnosis(
+                cause,
+                "certain" if variant in causes else "likely",
+                what,
+                because,
+                "rollout and update must compute the same transition, or the ratio means nothing",
+            )
     # The same input twice.
     repeat = evidence.measured("update/repeat")
     if repeat and max(repeat) > limit:
@@ -329,6 +337,15 @@ def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
             "the VAE does not find its latents again: its config may state a wrong scaling",
             f"relative difference after decoding and encoding {round_trip:.2f}",
             "compare latents_mean and latents_std of vae/config.json with the released ones",
+        )
+    scored = max(evidence.measured("scored/gap"), default=0.0)
+    if scored > PIXEL_LIMIT and gap <= PIXEL_LIMIT:
+        yield Diagnosis(
+            "reward-other-videos",
+            "certain",
+            "the videos that rewards score are not those of the samples that are trained",
+            f"they differ by {scored:.1f} of 255 from the samples, decoded",
+            "keep samples and videos in one order between decoding and scoring",
         )
     # Members that share their start are apart by the noise alone.
     apart = evidence.measured("rollout/members_apart")
@@ -452,6 +469,40 @@ def worst_gap(evidence: Evidence, name: str) -> tuple[float, str]:
         best = min(others, key=others.get, default="")
         variant = best if best and others[best] < EXPLAINS * gap else ""
     return worst, variant
+
+
+def strength(evidence: Evidence, name: str, gap: float) -> Diagnosis | None:
+    """Guidance or adapter of another strength, if that explains a gap; None if it does not."""
+    row = {}
+    for measured in evidence.measurements:
+        if measured.get(f"{name}/gap/policy") == gap:
+            row = measured
+    for variant in ("unguided", "reference"):
+        part = row.get(f"{name}/strength/{variant}", math.nan)
+        beside = row.get(f"{name}/beside/{variant}", math.nan)
+        if not beside < EXPLAINS * gap or math.isclose(part, 1, abs_tol=0.02):
+            continue
+        because = f"{name}: relative difference from the policy {gap:.2g}"
+        advice = (
+            "rollout and update must compute the same transition at the same strength"
+        )
+        if variant == "reference":
+            return Diagnosis(
+                "adapter-scaling",
+                "certain",
+                f"the {name} uses the adapter at {part:.2g} times its strength",
+                because,
+                f"{advice}: check alpha / rank, and merging",
+            )
+        scale = evidence.setting("generator.sampler.guidance_scale", 4.5)
+        return Diagnosis(
+            "guidance-differs",
+            "certain",
+            f"the {name} is guided at {1 + part * (scale - 1):.2g}, the settings say {scale:g}",
+            because,
+            advice,
+        )
+    return None
 
 
 def _velocity_limit(evidence: Evidence) -> float:

@@ -102,8 +102,10 @@ def loss_terms(
         # A term that is rounding has no factor.
         if _norm(kl) > KL_TELLS[generator.cfg.dtype] * _norm(policy):
             terms.append(kl)
-    if _norm(gradient) == 0 or _norm(policy) == 0:
+    if _norm(policy) == 0:
         return found
+    if _norm(gradient) == 0:
+        return {**found, "loss/policy": 0.0, "loss/rest": 1.0}
 
     # Least squares, by the inner products of the terms.
     count = len(terms)

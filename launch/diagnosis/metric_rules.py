@@ -91,7 +91,9 @@ def _flat(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
         what,
         f"{100 * share:.0f} % of the groups have no spread, the largest spread is {largest:.2g} "
         f"around a mean of {mean:.3g}",
-        "use a reward with a finer scale, take its raw logit before any clamp or sigmoid, or "
+        "check that the frames reach the reward's model"
+        if of_prompt
+        else "use a reward with a finer scale, take its raw logit before any clamp or sigmoid, or "
         "choose harder prompts",
     )
 

@@ -265,6 +265,18 @@ class Watch:
         clean_GCFHW = result.groups[-1].clean_GCFHW
         some_GCFHW = clean_GCFHW[: generator_measures.MEMBERS]
         row |= self._if_possible(generator_measures.decoding, self.own, some_GCFHW)
+        # The last group whose videos were kept.
+        video_BTYXC = result.video_BTYXC
+        if video_BTYXC is not None:
+            members = self.loop.ranks.members
+            place = len(video_BTYXC) // members - 1
+            first = place * members
+            row |= self._if_possible(
+                generator_measures.scored,
+                self.own,
+                video_BTYXC[first : first + generator_measures.MEMBERS],
+                result.groups[place].clean_GCFHW[: generator_measures.MEMBERS],
+            )
         if step + 1 == min(self.until, self.run.steps):
             row |= self._evaluation(step)
             if self.ema is not None:

@@ -208,6 +208,71 @@ def videos_duplicated() -> None:
     replace_in(WanGenerator, "rollout", make)
 
 
+def guidance_of_another_scale() -> None:
+    from generator.wan import WanGenerator
+
+    def make(velocity: Any) -> Any:
+        return lambda self, prompt, scale=None: velocity(self, prompt, scale=6.0)
+
+    replace_in(WanGenerator, "_guided_velocity", make)
+
+
+def adapter_twice_as_strong_in_the_sampler() -> None:
+    from generator.wan import WanGenerator
+
+    def make(rollout: Any) -> Any:
+        def strong(self: Any, *args: Any, **options: Any) -> Any:
+            scale_adapter(self.module, 2.0)
+            try:
+                return rollout(self, *args, **options)
+            finally:
+                scale_adapter(self.module, 0.5)
+
+        return strong
+
+    replace_in(WanGenerator, "rollout", make)
+
+
+def videos_of_the_group_before() -> None:
+    """Decoding runs ahead of scoring by a group."""
+    from generator.wan import WanGenerator
+
+    before: list[Any] = []
+
+    def make(decode: Any) -> Any:
+        def late(self: Any, clean: Any) -> Any:
+            video = decode(self, clean)
+            if len(clean) < 8:
+                return video
+            used = before.pop() if before else video
+            before.append(video)
+            return used
+
+        return late
+
+    replace_in(WanGenerator, "decode", make)
+
+
+def group_mean_for_every_member() -> None:
+    from alignment.rewards.errors import NamedReward
+
+    def make(score: Any) -> Any:
+        def averaged(self: Any, video: Any, prompts: Any, *, fps: float) -> Any:
+            known = score(self, video, prompts, fps=fps)
+            if len(prompts) < 32:
+                return known
+            return change_value(
+                known,
+                lambda x: (
+                    x.reshape(-1, 8).mean(1, keepdim=True).expand(-1, 8).flatten()
+                ),
+            )
+
+        return averaged
+
+    replace_in(NamedReward, "score", make)
+
+
 def one_noise_level() -> None:
     from generator import wan
 
@@ -231,7 +296,49 @@ def embeddings_of_a_batch_turned() -> None:
     replace_in(WanGenerator, "rollout", make)
 
 
+def scale_adapter(module: Any, factor: float) -> None:
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(factor)
+
+
 # ---- update ----
+
+
+def last_group_only() -> None:
+    """All groups but the last of a step have no weight in the loss."""
+    from dataclasses import replace
+
+    from alignment.grpo import GrpoLoop
+
+    count = [0]
+
+    def make(loss: Any) -> Any:
+        def without(self: Any, *args: Any, **options: Any) -> Any:
+            output = loss(self, *args, **options)
+            count[0] += 1
+            return (
+                output if count[0] % 4 == 0 else replace(output, loss=0 * output.loss)
+            )
+
+        return without
+
+    replace_in(GrpoLoop, "loss", make)
+
+
+def only_good_members() -> None:
+    """Negative advantages are cut in the loss."""
+    from alignment import grpo
+
+    def make(loss: Any) -> Any:
+        return lambda log_prob, old, advantage, kl, **options: loss(
+            log_prob, old, advantage.clamp(min=0), kl, **options
+        )
+
+    replace_in(grpo, "grpo_group_loss", make)
 
 
 def advantages_over_prompts() -> None:
@@ -355,24 +462,16 @@ def average_never_updated() -> None:
 
 
 def evaluation_of_old_weights() -> None:
-    """As an average that lags behind: half of the adapter's effect."""
-    import torch
-
+    """As an average that lags behind: a quarter of the adapter's effect."""
     from generator.wan import WanGenerator
-
-    def scale(module: Any, factor: float) -> None:
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                if "lora_B" in name:
-                    parameter.mul_(factor)
 
     def make(sample: Any) -> Any:
         def lagging(self: Any, *args: Any, **options: Any) -> Any:
-            scale(self.module, 0.25)
+            scale_adapter(self.module, 0.25)
             try:
                 return sample(self, *args, **options)
             finally:
-                scale(self.module, 4.0)
+                scale_adapter(self.module, 4.0)
 
         return lagging
 
@@ -405,6 +504,20 @@ OTHER_FAULTS = {
         ("members-alike",), overrides=("generator.sampler.noise_level=0.003",)
     ),
     "prompts-turned": PlantedFault(("wrong-embeddings",), embeddings_of_a_batch_turned),
+    "guidance-scale": PlantedFault(
+        ("guidance-differs",),
+        guidance_of_another_scale,
+        overrides=("generator.sampler.guidance_scale=3.0",),
+    ),
+    "adapter-strength": PlantedFault(
+        ("adapter-scaling",), adapter_twice_as_strong_in_the_sampler
+    ),
+    "videos-late": PlantedFault(("reward-other-videos",), videos_of_the_group_before),
+    "score-of-group": PlantedFault(
+        ("reward-blind-to-video",), group_mean_for_every_member
+    ),
+    "last-group": PlantedFault(("loss-differs",), last_group_only),
+    "only-good": PlantedFault(("loss-differs",), only_good_members),
     "advantages-axis": PlantedFault(("advantage-differs",), advantages_over_prompts),
     "advantages-of-others": PlantedFault(("loss-differs",), advantages_of_other_groups),
     "old-groups": PlantedFault(("loss-differs",), update_on_old_groups),

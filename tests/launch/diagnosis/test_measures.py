@@ -109,6 +109,18 @@ def test_prompts_over_the_limit_are_counted(own: OwnRoute) -> None:
     assert generator_measures.cut_prompts(longer) == {"text/cut": 1 / 3}
 
 
+def test_place_on_a_line_is_that_of_the_nearest_point() -> None:
+    start = torch.tensor([1.0, 0.0])
+    end = torch.tensor([3.0, 0.0])
+    place, beside = generator_measures.place_on_line(
+        torch.tensor([4.0, 1.0]), start, end
+    )
+    assert place == pytest.approx(1.5)
+    # (0, 1) from the line, rms over two numbers
+    assert beside == pytest.approx(math.sqrt(0.5))
+    assert math.isnan(generator_measures.place_on_line(end, start, start)[0])
+
+
 def test_gap_is_relative_to_the_policy() -> None:
     # rms(3 - 1) / rms(1) = 2, and 0 for the variant that was used
     observed = torch.full((2, 2), 3.0)

@@ -210,6 +210,25 @@ def test_half_of_the_scores_missing_says_50_percent() -> None:
             {"update/gap/policy": 0.3, "update/gap/unguided": 1e-7},
             "guidance-not-in-update",
         ),
+        (
+            {
+                "rollout/gap/policy": 0.3,
+                "rollout/gap/reference": 0.3,
+                "rollout/gap/unguided": 0.4,
+                "rollout/strength/unguided": 2.0,
+                "rollout/beside/unguided": 0.01,
+            },
+            "guidance-differs",
+        ),
+        (
+            {
+                "update/gap/policy": 0.3,
+                "update/strength/reference": 0.5,
+                "update/beside/reference": 0.01,
+            },
+            "adapter-scaling",
+        ),
+        ({"scored/gap": 9.0}, "reward-other-videos"),
         ({"update/repeat": 0.1}, "random-forward"),
         ({"rollout/log_prob_gap": 1e-3}, "log-prob-dtype"),
         ({"text/gap": 0.5}, "wrong-embeddings"),
