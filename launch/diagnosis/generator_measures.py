@@ -138,7 +138,8 @@ def place_on_line(x: Tensor, start: Tensor, end: Tensor) -> tuple[float, float]:
 
     NaN and NaN where start and end are one point.
     """
-    along = (end - start).double()
+    # x may hold several samples with one start and end.
+    along = (end - start).double().expand_as(x)
     length = float(along.square().sum())
     if length == 0:
         return math.nan, math.nan

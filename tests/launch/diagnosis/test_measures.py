@@ -118,6 +118,11 @@ def test_place_on_a_line_is_that_of_the_nearest_point() -> None:
     assert place == pytest.approx(1.5)
     # (0, 1) from the line, rms over two numbers
     assert beside == pytest.approx(math.sqrt(0.5))
+    # several samples on one line
+    place, _ = generator_measures.place_on_line(
+        torch.tensor([[4.0, 1.0], [4.0, 1.0]]), start[None], end[None]
+    )
+    assert place == pytest.approx(1.5)
     assert math.isnan(generator_measures.place_on_line(end, start, start)[0])
 
 
