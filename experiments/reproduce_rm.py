@@ -12,10 +12,12 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from common.files import replaced
 from experiments import tables
+from experiments.rm_claims import claims_table, findings_of
 from experiments.rm_methods import DUAL_RL, METHODS, TESTS, Cell
 from experiments.rm_results import (
     COMMAND,
@@ -240,7 +242,10 @@ def main() -> None:
     largest = [cell for cell in cells if cell.size == sizes[-1]]
     curves = watched_curves(ROOT / run, largest)
     plot_training(curves, out / "reproduce_rm_training.svg")
-    page = page_of(outcomes, sizes, record, curves, args.workers)
+    findings = findings_of(outcomes, sizes[-1], curves)
+    record["claims"] = [asdict(finding) for finding in findings]
+    claims = claims_table(findings)
+    page = page_of(outcomes, sizes, record, curves, claims, args.workers)
     values = values_of(outcomes, best)
     tables.write_results(out, "reproduce_rm", record, page, values)
 

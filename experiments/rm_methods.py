@@ -44,10 +44,8 @@ PASSES = (
     "cold_start.pairs_per_step=16",
     "cold_start.micro_batch=16",
 )
-# Low rates: nothing in stage 1 holds the chains of thought in place.
-STAGE1 = (*PASSES, "lr.llm=2e-4", "lr.vision=3e-5", "lr.merger=3e-5")
-UNMASKED = (*STAGE1, "cold_start.masking.probability=0.0")
-MASKED = (*STAGE1, "cold_start.masking.probability=0.5")
+UNMASKED = (*PASSES, "cold_start.masking.probability=0.0")
+MASKED = (*PASSES, "cold_start.masking.probability=0.5")
 RL = ("dual_rl.pairs_per_step=16", "dual_rl.pairs_per_update=16")
 # Methods by name; "descore" starts from "stage1".
 METHODS = {

@@ -107,7 +107,7 @@ def stated_order(row: dict[str, Any]) -> float:
     return math.copysign(1.0, lead) if lead else 0.0
 
 
-def _runs(
+def runs_of(
     outcomes: Outcomes, size: int, method: str, tests: Sequence[str], field: str
 ) -> dict[int, tables.Tables]:
     """Values of a method, by seed and test."""
@@ -133,13 +133,13 @@ def mean_of(
 
     ``minus`` gives the mean difference to another method, pair by pair at the same seeds.
     """
-    runs = _runs(outcomes, size, method, tests, field)
+    runs = runs_of(outcomes, size, method, tests, field)
     complete = all(len(values) for run in runs.values() for values in run)
     if not runs or not complete:
         return None
     others = None
     if minus is not None:
-        others = _runs(outcomes, size, minus, tests, field)
+        others = runs_of(outcomes, size, minus, tests, field)
         # The base is the same for all seeds, which have the same tests.
         if minus == "base":
             (of_base,) = others.values()
@@ -179,9 +179,10 @@ def page_of(
     sizes: Sequence[int],
     record: dict[str, Any],
     curves: Mapping[str, Mapping[int, Curve]],
+    claims: Sequence[str],
     workers: int,
 ) -> list[str]:
-    """Lines of the page."""
+    """Lines of the page; ``claims`` are those of a table (`experiments.rm_claims`)."""
     # Facts of the first paragraph.
     seeds = sorted({cell.seed for cell in outcomes})
     largest = sizes[-1]
@@ -198,6 +199,14 @@ def page_of(
         "(`seeds_ci95`). Accuracy leaves ties out; equal scores are half right. People's labels "
         "are drawn, so no model can exceed the best possible accuracy. The page compares "
         f"{record['comparisons']} means; one interval in twenty misses by chance.",
+        "",
+        "## The paper's claims",
+        "",
+        "A claim holds where the interval of its number lies above 0, does not hold where it "
+        "lies below, and cannot be told where it contains 0. Why: "
+        "[README.md](README.md#the-papers-claims).",
+        "",
+        *claims,
         "",
         f"## Accuracy on {largest} training pairs",
         "",
@@ -282,7 +291,7 @@ def _right_by_stated_order(
     by_order: dict[float, list[float]] = {1.0: [], 0.0: [], -1.0: []}
     flat = []
     for field in ("right", "stated"):
-        runs = _runs(outcomes, size, method, tests, field)
+        runs = runs_of(outcomes, size, method, tests, field)
         flat.append(
             [value for run in runs.values() for table in run for value in table]
         )
@@ -403,8 +412,9 @@ def efficiency_table(curves: Mapping[str, Mapping[int, Curve]]) -> list[str]:
     rows = []
     for name, by_seed in curves.items():
         last = [curve[-1][1] for curve in by_seed.values()]
-        wobble = [_wobble(curve) for curve in by_seed.values()]
-        reached = [_first_update(curve, goal) for curve in by_seed.values()]
+        spreads = [wobble(curve) for curve in by_seed.values()]
+        updates = [first_update(curve, goal) for curve in by_seed.values()]
+        reached = ["never" if update is None else str(update) for update in updates]
         spread = ""
         if len(last) > 1:
             spread = f"{statistics.stdev(last):.3f}"
@@ -413,7 +423,7 @@ def efficiency_table(curves: Mapping[str, Mapping[int, Curve]]) -> list[str]:
             ", ".join(reached),
             f"{statistics.fmean(last):.3f}",
             spread,
-            f"{statistics.fmean(wobble):.3f}",
+            f"{statistics.fmean(spreads):.3f}",
         ]
         rows.append(cells)
     head = (
@@ -434,15 +444,15 @@ def _mean_best(by_seed: Mapping[int, Curve]) -> float:
     return statistics.fmean(best) if best else math.nan
 
 
-def _first_update(curve: Curve, goal: float) -> str:
-    """Number of updates after which the accuracy is first at the goal."""
+def first_update(curve: Curve, goal: float) -> int | None:
+    """Number of updates after which the accuracy is first at the goal; None if never."""
     for update, accuracy in curve:
         if accuracy >= goal:
-            return str(update)
-    return "not reached"
+            return update
+    return None
 
 
-def _wobble(curve: Curve) -> float:
+def wobble(curve: Curve) -> float:
     """Standard deviation of the accuracy over the last tenth of training, two values or more."""
     count = max(2, len(curve) // 10)
     return statistics.pstdev(accuracy for _, accuracy in curve[-count:])

@@ -57,8 +57,8 @@ LINES = "lines of the description"
 WORLDS = {
     "shipped": World("as shipped", UNSTATED, QUALITY_WEIGHT),
     "quality_0": World("people want only what is stated", UNSTATED, 0.0, 0.0),
-    "quality_20": World("quality weighs 0.2", UNSTATED, 0.2, 0.2),
-    "quality_60": World("quality weighs 0.6", UNSTATED, 0.6, 0.6),
+    "quality_25": World("quality weighs 0.25", UNSTATED, 0.25, 0.25),
+    "quality_75": World("quality weighs 0.75", UNSTATED, 0.75, 0.75),
     "annotator_60": World(
         "annotator right in 60 of 100", ANNOTATOR, 0.6, teaching={"right": 0.6}
     ),

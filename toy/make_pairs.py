@@ -131,7 +131,7 @@ class VideoJob:
     count: int
     seed: int
     base: Path = BASE_MODEL
-    quality_weight: float = 0.4
+    quality_weight: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -436,7 +436,7 @@ def main() -> None:
         "--pairs",
         type=split_size,
         nargs="+",
-        default=[("train", 2000), ("heldout", 800)],
+        default=[("train", 2000), ("heldout", 1000)],
         metavar="SPLIT=COUNT",
         help=f"tables and their numbers of pairs; the splits are {', '.join(SPLITS)}",
     )
@@ -452,7 +452,7 @@ def main() -> None:
     parser.add_argument(
         "--quality-weight",
         type=float,
-        default=0.4,
+        default=0.5,
         help="what people weigh the quality by, which no chain of thought states",
     )
     parser.add_argument(

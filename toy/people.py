@@ -33,13 +33,13 @@ from toy.world import (
 
 # What people weigh; the sum is 1.
 WEIGHTS: Mapping[str, float] = {
-    "subject": 0.16,
-    "dynamics": 0.24,
-    "camera": 0.04,
-    "environment": 0.12,
+    "subject": 0.13,
+    "dynamics": 0.20,
+    "camera": 0.03,
+    "environment": 0.10,
     "style": 0.04,
 }
-QUALITY_WEIGHT = 0.40
+QUALITY_WEIGHT = 0.50
 
 # Distances at which a grade reaches 0, and motions at which it reaches 1.
 _HUE = 120.0

@@ -63,7 +63,7 @@ def test_another_weight_of_the_quality_keeps_the_ratios_of_the_others() -> None:
     stated = sum(WEIGHTS[name] * seen.grades[name] for name in SUB_DIMENSIONS)
     assert value_of(seen.grades, quality) == pytest.approx(seen.value)
     assert value_of(seen.grades, quality, 1.0) == pytest.approx(quality)
-    assert value_of(seen.grades, quality, 0.0) == pytest.approx(stated / 0.6)
+    assert value_of(seen.grades, quality, 0.0) == pytest.approx(stated / 0.5)
 
 
 def test_a_clean_video_of_its_prompt_has_nearly_all_utility() -> None:
