@@ -47,6 +47,7 @@ def answers(
             alone_B = _one_by_one(reward, clips[::2])
             again_B = _one_by_one(reward, clips[:3:2])
             cases = check(reward, clips, cases=MUST)
+            right_B = score_clips(reward, clips).value_B
             swapped_B = score_clips(reward, _with_channels_swapped(clips)).value_B
     except RewardFailedError:
         return {}
@@ -65,11 +66,13 @@ def answers(
         late = _mean_gap(recorder.alone_before_B, recorded_B)
         same = torch.equal(recorder.value_before_B, score.value_B)
         found["late_gap"] = late / spread
-        found["as_before"] = float(same)
+        # A constant is no sign of a cache.
+        varied = len(score.value_B.unique()) > 1
+        found["as_before"] = float(same and varied)
     recorder.alone_before_B = alone_B.float()
     recorder.value_before_B = score.value_B
     # Colours that a reward reads in another order.
-    change_B = swapped_B - score.value_B[places]
+    change_B = swapped_B - right_B
     found["swapped_channels/fell"] = float((change_B < 0).sum())
     found["swapped_channels/rose"] = float((change_B > 0).sum())
     # How many scores fell, stayed and rose in each case.
