@@ -82,6 +82,7 @@ def render(runs: Runs, options: PageOptions, root: Path | None = None) -> str:
         judged=rollouts.judged_charts(grpo, evaluations),
         pairs=pairs,
         grpo_charts=metric_charts("grpo", grpo),
+        diagnoses=sections.diagnoses_of(grpo),
         dpo_charts=metric_charts("dpo", shown.get("dpo")),
         cold_start_charts=metric_charts("cold_start", shown.get("cold_start")),
         seconds=data.mean_seconds(data.metrics(grpo)),
