@@ -33,7 +33,7 @@ WRONG = -1.0
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Claim:
     """A claim that ``method`` has more of a field than ``other`` on the same pairs."""
 
     text: str
@@ -44,7 +44,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Finding:
+class ClaimResult:
     """A claim with its number: what it is, and its interval."""
 
     text: str
@@ -63,42 +63,40 @@ class Finding:
 
 
 COMPARISONS = (
-    Comparison(
+    Claim(
         "DeScore beats a generative reward model", "descore", "generative", "in domain"
     ),
-    Comparison("... and out of its domain", "descore", "generative", "out of domain"),
-    Comparison(
+    Claim("... and out of its domain", "descore", "generative", "out of domain"),
+    Claim(
         "DeScore beats a discriminative reward model",
         "descore",
         "discriminative",
         "in domain",
     ),
-    Comparison(
-        "... and out of its domain", "descore", "discriminative", "out of domain"
-    ),
-    Comparison(
+    Claim("... and out of its domain", "descore", "discriminative", "out of domain"),
+    Claim(
         "A discriminative model generalises worse than a generative one",
         "generative",
         "discriminative",
         "out of domain",
     ),
-    Comparison("Training adds to what the base states", "descore", "base", "in domain"),
-    Comparison("Stage 2 adds to stage 1", "descore", "stage1", "in domain"),
-    Comparison("... and out of its domain", "descore", "stage1", "out of domain"),
-    Comparison(
+    Claim("Training adds to what the base states", "descore", "base", "in domain"),
+    Claim("Stage 2 adds to stage 1", "descore", "stage1", "in domain"),
+    Claim("... and out of its domain", "descore", "stage1", "out of domain"),
+    Claim(
         "Stage 2 refines the chains of thought",
         "descore",
         "stage1",
         "in domain",
         "thought",
     ),
-    Comparison(
+    Claim(
         "Masking chains of thought in stage 1 helps both stages together",
         "descore",
         "descore_p0",
         "in domain",
     ),
-    Comparison(
+    Claim(
         "The chain of thought helps the score at test time",
         "stage1",
         "stage1_at_once",
@@ -112,7 +110,7 @@ def findings_of(
     outcomes: Outcomes,
     size: int,
     curves: Mapping[str, Mapping[int, Curve]],
-) -> list[Finding]:
+) -> list[ClaimResult]:
     """All claims with their numbers, on the models that were trained on ``size`` pairs."""
     found = []
     for claim in COMPARISONS:
@@ -126,7 +124,7 @@ def findings_of(
         )
         names = f"{claim.method} - {claim.other}"
         measure = f"{_LABELS[claim.field]}, {names}, {claim.group}"
-        found.append(Finding(claim.text, measure, value))
+        found.append(ClaimResult(claim.text, measure, value))
     for text, order, measure in (
         (
             "The score tells videos apart that the chain of thought states as equal",
@@ -140,7 +138,7 @@ def findings_of(
         ),
     ):
         value = lead_on(outcomes, size, order)
-        found.append(Finding(text, f"{measure}, descore, all tests", value))
+        found.append(ClaimResult(text, f"{measure}, descore, all tests", value))
     return [*found, *training_findings(curves)]
 
 
@@ -161,7 +159,7 @@ def lead_on(outcomes: Outcomes, size: int, order: float) -> dict[str, Any] | Non
     return nested_ci95([[leads] for leads in by_seed]).as_dict()
 
 
-def training_findings(curves: Mapping[str, Mapping[int, Curve]]) -> list[Finding]:
+def training_findings(curves: Mapping[str, Mapping[int, Curve]]) -> list[ClaimResult]:
     """Efficiency and stability of stage 1 against the generative model, seed by seed."""
     theirs = curves.get("generative", {})
     ours = curves.get("stage1", {})
@@ -175,12 +173,12 @@ def training_findings(curves: Mapping[str, Mapping[int, Curve]]) -> list[Finding
         saved.append(_log_ratio(taken, needed))
         calmer.append(wobble(theirs[seed]) - wobble(ours[seed]))
     return [
-        Finding(
+        ClaimResult(
             "DeScore reaches the generative model's best accuracy in fewer updates",
             "log of the ratio of updates, generative over stage 1",
             _of_seeds(saved),
         ),
-        Finding(
+        ClaimResult(
             "DeScore trains more steadily",
             "std over the last tenth of training, generative - stage 1",
             _of_seeds(calmer),
@@ -202,7 +200,7 @@ def _of_seeds(values: Sequence[float]) -> dict[str, Any] | None:
     return nested_ci95([[[value]] for value in values]).as_dict()
 
 
-def claims_table(findings: Sequence[Finding]) -> list[str]:
+def claims_table(findings: Sequence[ClaimResult]) -> list[str]:
     """Lines of the table: the claim, the verdict, the number and what it is."""
     rows = []
     for finding in findings:

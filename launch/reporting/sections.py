@@ -6,10 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.diagnosis.evidence import Diagnosis
-from launch.diagnosis.report import SURE
-from launch.diagnosis.rules import diagnose
-from launch.diagnosis.run_files import read_run
 from launch.reporting import data
 from launch.reporting.charts import COLORS, Chart, Series, histogram
 from launch.reporting.data import EVALUATIONS, KINDS, Row, Runs
@@ -56,17 +52,6 @@ def distributions(runs: Runs) -> list[Chart]:
     title = "Margin by label: reward A − reward B"
     charts.append(histogram(title, series, note="held-out pairs"))
     return [chart for chart in charts if chart is not None]
-
-
-# ------------------------------------------------------------------ diagnosis
-
-
-def diagnoses_of(folder: Path | None) -> list[tuple[str, Diagnosis]] | None:
-    """How sure and what the diagnosis of a GRPO run is; None without steps to judge by."""
-    if folder is None or not data.metrics(folder) or not data.config(folder):
-        return None
-    found = diagnose(read_run(folder))
-    return [(SURE[diagnosis.certainty], diagnosis) for diagnosis in found]
 
 
 # ------------------------------------------------------------------ further runs and files

@@ -10,7 +10,7 @@ from experiments.rm_claims import (
     FAILS,
     HOLDS,
     UNKNOWN,
-    Finding,
+    ClaimResult,
     claims_table,
     findings_of,
     lead_on,
@@ -30,11 +30,11 @@ from experiments.rm_results import Outcomes, RmOutcome
     ],
 )
 def test_verdict_is_the_side_of_the_interval(interval: list, verdict: str) -> None:
-    assert Finding("c", "m", {"mean": 0.1, "ci95": interval}).verdict == verdict
+    assert ClaimResult("c", "m", {"mean": 0.1, "ci95": interval}).verdict == verdict
 
 
 def test_no_number_is_no_verdict() -> None:
-    finding = Finding("c", "m", None)
+    finding = ClaimResult("c", "m", None)
     assert finding.verdict == UNKNOWN
     assert claims_table([finding])[-1] == f"| c | {UNKNOWN} | not in every seed | m |"
 
