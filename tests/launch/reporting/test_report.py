@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -206,6 +207,21 @@ def test_page_of_reward_model_evaluation_alone(demo: Path) -> None:
     assert "wrong" not in page.text  # pair 1 is among the first
     assert "no video" in page.text  # gone.mp4
     assert "kind grpo" in page.text
+
+
+def test_page_has_no_absolute_path(demo: Path) -> None:
+    """Neither of the folders of the report, nor of settings, commands and remarks."""
+    with (demo / "grpo" / "config.yaml").open("a") as config:
+        config.write("generator: {path: /data/anna/models/wan}\n")
+    command = ["/opt/anna/bin/python", "--config=/data/anna/grpo.yaml"]
+    (demo / "grpo" / "environment.json").write_text(json.dumps({"command": command}))
+    (demo / "eval_rm" / "summary.json").unlink()
+    text, page = rendered(demo)
+    assert "demo/eval_rm has no summary.json" in page.text
+    assert "…/models/wan" in page.text
+    assert "…/bin/python" in page.text
+    for folder in (str(demo.parent), "/data/anna", "/opt/anna"):
+        assert folder not in text
 
 
 def test_videos_above_max_mb_are_counted(demo: Path) -> None:
