@@ -479,14 +479,14 @@ def test_evaluation_of_the_tuned_without_an_adapter_is_named(tmp_path: Path) -> 
 
 
 def test_report_has_a_section_of_the_diagnosis(tmp_path: Path) -> None:
-    from launch.report import render
     from launch.reporting.find_runs import discover
+    from launch.reporting.page import PageOptions, render
 
     folder = write(tmp_path / "grpo", evidence(measured={"weights/moved": 0.0}))
-    page = render(discover(folder), title="t")
+    page = render(discover(folder), PageOptions("t"))
     section = page.partition('id="diagnosis"')[2].partition("</section>")[0]
     assert "CERTAIN" in section
     assert "adapter-frozen" in section
     sound = write(tmp_path / "sound" / "grpo", evidence())
-    section = render(discover(sound), title="t").partition('id="diagnosis"')[2]
+    section = render(discover(sound), PageOptions("t")).partition('id="diagnosis"')[2]
     assert "Nothing is wrong" in section.partition("</section>")[0]
