@@ -11,10 +11,12 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.files import read_json
+from common.progress import clock
 from experiments import heldout, tables
 from experiments.runner import (
     ROOT,
@@ -28,6 +30,8 @@ from experiments.runner import (
 # Flow-DPO sees a third of the prompts of configs/shapes, twice as often.
 PAIR_PROMPTS = 224
 PAIR_EPOCHS = 8
+# The seconds of its steps where they were measured last.
+MEASURED = ROOT / "docs/results/demo.json"
 # The last file of a training run.
 ADAPTER = Path("final", "pytorch_lora_weights.safetensors")
 
@@ -213,6 +217,11 @@ def run_steps(
     seconds: dict[str, float] = read_json(timings) if timings.exists() else {}
     memory = PeakMemory()
     memory.peak = int(seconds.pop("peak_bytes", 0))
+    usual = next(iter(read_json(MEASURED)["seeds"].values()))["seconds"]
+    names = [
+        f"{number} {Path(step.script).name}"
+        for number, step in enumerate(steps, start=1)
+    ]
     for number, step in enumerate(steps, start=1):
         print(f"\n== {number}/{len(steps)}  {step.title}", flush=True)
         if step.is_done:
@@ -226,10 +235,30 @@ def run_steps(
             sys.exit(f"demo: {error}\nfix it and start the demo again to continue here")
 
         # Record it, so that a restart counts it too.
-        seconds[f"{number} {Path(step.script).name}"] = duration
+        seconds[names[number - 1]] = duration
         write_json(timings, {**seconds, "peak_bytes": memory.peak})
-        print(f"   {duration:.0f} s", flush=True)
+        line = f"   {duration:.0f} s; {clock(sum(seconds.values()))} so far"
+        rest = seconds_left(seconds, usual, names)
+        if rest:
+            line += f", about {clock(rest)} left"
+        print(line, flush=True)
     return seconds, memory.peak
+
+
+def seconds_left(
+    seconds: Mapping[str, float], usual: Mapping[str, float], names: Sequence[str]
+) -> float | None:
+    """Seconds of the steps that are not done, at the pace of those that are; None if unknown.
+
+    ``usual`` are the seconds of every step on another machine.
+    """
+    known = [name for name in seconds if name in usual]
+    rest = [name for name in names if name not in seconds]
+    if not known or any(name not in usual for name in rest):
+        return None
+    done = sum(seconds[name] for name in known)
+    pace = done / sum(usual[name] for name in known)
+    return pace * sum(usual[name] for name in rest)
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -120,7 +120,8 @@ def run_step(
     if step.script.startswith("launch/") and ranks > 1 and not step.alone:
         program = "deepspeed"
         path = str(Path(sys.executable).with_name("deepspeed"))
-        options = ["--num_accelerators", str(ranks), *options]
+        # Quiet: the launcher says eight lines about itself.
+        options = ["-q", "--num_accelerators", str(ranks), *options]
 
     # Print the command as a user would type it.
     command = shlex.join([program, *options])

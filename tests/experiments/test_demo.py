@@ -70,3 +70,16 @@ def test_demo_runs_all_steps_and_ends_with_a_report(
     again = capfd.readouterr().out
     assert again.count("done before") == len(whole(tmp_path, 0))
     assert "$ " not in again
+
+
+def test_seconds_left_follow_the_pace_of_the_steps_that_are_done() -> None:
+    """Twice as slow so far: the rest, usually 30 s and 20 s, takes 100 s."""
+    usual = {"1 a": 10.0, "2 b": 40.0, "3 c": 30.0, "4 d": 20.0, "all": 100.0}
+    names = ["1 a", "2 b", "3 c", "4 d"]
+    done = {"1 a": 30.0, "2 b": 70.0}
+    assert demo.seconds_left(done, usual, names) == pytest.approx(100.0)
+
+
+def test_seconds_left_are_unknown_for_steps_that_were_never_measured() -> None:
+    assert demo.seconds_left({"1 a": 1.0}, {"1 a": 1.0}, ["1 a", "2 new"]) is None
+    assert demo.seconds_left({}, {"1 a": 1.0}, ["1 a"]) is None
