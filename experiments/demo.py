@@ -25,8 +25,8 @@ from experiments.runner import (
     write_json,
 )
 
-# Flow-DPO sees half of the prompts of configs/shapes, twice as often.
-PAIR_PROMPTS = 350
+# Flow-DPO sees a third of the prompts of configs/shapes, twice as often.
+PAIR_PROMPTS = 224
 PAIR_EPOCHS = 8
 # The last file of a training run.
 ADAPTER = Path("final", "pytorch_lora_weights.safetensors")

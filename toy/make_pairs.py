@@ -58,7 +58,8 @@ class Split:
     shares     Shares of attributes that a render redraws by chance; each video draws one of them.
     look       Fields of `toy.world.Look` for renders; {} is what the base models have seen.
     wear       Share of renders with each fault of `worn`: blur, grain, flicker, pumping.
-    accidents  Share of renders that stand still, have lost their colour or are noise.
+    accidents  Share of videos that stand still (half of them), have lost their colour or are
+               noise.
     heldout    Use combinations of attributes that no training split has.
     annotated  The table holds the annotator's scores, a fifth of them wrong, instead of the
                oracle's, with which a test is evaluated.
@@ -104,7 +105,7 @@ MANY_LOOKS = {
 }
 LARGER = MANY_LOOKS | {"scale": (0.235, 0.25), "travel": (0.2, 0.3)}
 SPLITS = {
-    "train": Split(annotated=True, look=MANY_LOOKS),
+    "train": Split(annotated=True, look=MANY_LOOKS, accidents=0.3),
     "heldout": Split(heldout=True, look=LARGER),
     # `make reproduce-rm` trains and tests in the first domain and tests in four others, each of
     # which differs from it in a single respect.
@@ -239,7 +240,6 @@ def list_sides(job: VideoJob) -> list[Side]:
 
 def draw_videos(job: VideoJob, sides: Sequence[Side]) -> Tensor:
     """Draw a video per side: uint8 (B, T, Y, X, 3)."""
-    import torch
 
     from toy.world import (
         Look,
@@ -274,17 +274,22 @@ def draw_videos(job: VideoJob, sides: Sequence[Side]) -> Tensor:
         for row, i in enumerate(sampled):
             if sides[i].source == "spoilt":
                 clean[row] = spoilt(clean[row], sides[i].rng)
-        videos[torch.tensor(sampled)] = generator.decode(clean)
+        decoded = generator.decode(clean)
+        for row, i in enumerate(sampled):
+            videos[i] = hurt(decoded[row], split.accidents, sides[i].rng)
     return videos
 
 
 def hurt(video_TYXC: Tensor, share: float, rng: random.Random) -> Tensor:
-    """With probability ``share`` return a still of the video, a grey copy, or noise."""
+    """With probability ``share`` return a still of the video, a grey copy, or noise.
+
+    Half of them are stills: a generator that learns to stand still is the commonest accident.
+    """
     import torch
 
     if rng.random() >= share:
         return video_TYXC
-    kind = rng.choice(("still", "grey", "noise"))
+    kind = rng.choice(("still", "still", "grey", "noise"))
     if kind == "still":
         return video_TYXC[:1].expand_as(video_TYXC)
     if kind == "grey":
