@@ -21,7 +21,7 @@ help:
 	@echo "make test-all also the longest: every loop killed at five points on one rank and two"
 	@echo "make check    lint and the fast tests"
 	@echo "make style    how dense the source is, and what breaks the limits"
-	@echo "make reproduce-rm  the paper's comparison of reward models in the embedded world, three seeds, over an hour"
+	@echo "make reproduce-rm  the paper's comparison of reward models in the embedded world, five seeds, hours"
 	@echo "make fullsize Wan 1.3B and Qwen3-VL 2B at their true sizes on a CPU with 24 GB, under 25 minutes"
 	@echo "make gpu-check on a GPU: the tests that need one, and a table of measured speeds that plans read"
 	@echo "make vllm-check  chains of thought by a real vLLM against ours, on a CPU; installs 3 GB into .venv-vllm once"

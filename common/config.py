@@ -208,7 +208,7 @@ def _how_to_start(parser: argparse.ArgumentParser, schema: type) -> str:
     recipes = recipes_of(schema)
     lines = [_advice(recipes)]
     # Without its heading, the epilog holds the examples of the help.
-    examples = (parser.epilog or "").splitlines()[1:]
+    examples = (parser.epilog or "").split("\n")[1:]
     if examples:
         lines += ["start it:", *examples]
     # The program as the example calls it.

@@ -32,7 +32,7 @@ JUDGE = "people"
 FILM = 112
 GAP = 8
 MARGIN = 96
-HEAD = 74
+HEAD = 88
 CAPTION = 16
 TEXT = 11
 # Half of the true rate, so that one sees what moves.
@@ -80,7 +80,7 @@ def draw(
     pen = ImageDraw.Draw(page)
     font = ImageFont.load_default(TEXT)
     for column, prompt in enumerate(prompts):
-        text = textwrap.fill(prompt, 20)
+        text = textwrap.fill(prompt, 18)
         pen.text((_left(column), 4), text, BLACK, font=font)
     for line, (title, films) in enumerate(arms):
         top = _top(line)

@@ -206,6 +206,9 @@ def test_python_of_the_pages_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(desk)
     videos = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8)
     for place, text in blocks("python"):
+        # Needs films and a reward model: test_examples.py runs it.
+        if "DeScoreScorer.load" in text and place.startswith("README.md"):
+            continue
         names: dict[str, Any] = {
             "videos": list(videos),
             "prompts": ["a red circle", "rain"],
@@ -220,7 +223,7 @@ def test_python_of_the_pages_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_marked_commands_without_config_are_known() -> None:
-    """Marked commands without a config are of tools that are not here, or take too long."""
+    """They are of tools or of runs that are not here, or take too long."""
     left = [
         command.text
         for command in COMMANDS
@@ -228,7 +231,7 @@ def test_marked_commands_without_config_are_known() -> None:
     ]
     others = (
         r"make |launch/nodes/reward_server|sbatch |python3\.1\d -m venv|.*--push"
-        r"|(VBENCH_ENV/bin/)?pip |for model in base tuned"
+        r"|(VBENCH_ENV/bin/)?pip |for model in base tuned|python launch/report.py runs/wan/"
     )
     assert [text for text in left if not re.match(others, text)] == []
     assert len(unmarked()) >= 8

@@ -408,7 +408,7 @@ class TestDump:
         harmless = {
             "huggingface_hub", "pydantic", "pyyaml", "scipy", "psutil", "imageio", "imageio-ffmpeg",
             "jinja2", "matplotlib", "tqdm", "httpx", "tenacity", "fastapi", "uvicorn", "decord2",
-            "tensorboard", "mkdocs", "mkdocs-material", "ruff",
+            "tensorboard", "mkdocs", "mkdocs-material", "ruff", "playwright",
         }  # fmt: skip
         text = (ROOT / "setup.py").read_text(encoding="utf-8").partition('"test":')[0]
         required = set(re.findall(r'"([\w-]+)>=', text))

@@ -7,7 +7,7 @@ import resource
 import signal
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors import safe_open

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import math
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,34 @@ def test_score_videos_prints_the_best_first(
     assert set(printed) == set(values)
     finite = [values[name] for name in printed if math.isfinite(values[name])]
     assert finite == sorted(finite, reverse=True)
+
+
+def test_readme_quick_start_prints_scores_and_a_chain_of_thought(
+    example: Loader,
+    tmp_path: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The block of README.md as it stands, but for the paths of its files."""
+    example("make_clips").make_clips(tmp_path, rows=1)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = text.partition("## From Python")[2]
+    code = code.partition("```python\n")[2].partition("```")[0]
+    first, second = sorted(tmp_path.glob("*.mp4"))
+    paths = {
+        "runs/demo/descore/final": checkpoint,
+        "a.mp4": first,
+        "b.mp4": second,
+    }
+    for name, path in paths.items():
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', repr(str(path)))
+    program = tmp_path / "quick_start.py"
+    program.write_text(code)
+    runpy.run_path(str(program))
+    printed = capsys.readouterr().out
+    assert printed.startswith("tensor([")
+    assert len(printed.splitlines()) >= 2
 
 
 def test_my_reward_is_what_a_hand_computes(example: Loader) -> None:
