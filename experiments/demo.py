@@ -218,11 +218,12 @@ def run_steps(
     memory = PeakMemory()
     memory.peak = int(seconds.pop("peak_bytes", 0))
     usual = next(iter(read_json(MEASURED)["seeds"].values()))["seconds"]
-    names = [
-        f"{number} {Path(step.script).name}"
-        for number, step in enumerate(steps, start=1)
-    ]
+    names = []
     for number, step in enumerate(steps, start=1):
+        names.append(f"{number} {Path(step.script).name}")
+
+    # Run what is not done.
+    for number, (name, step) in enumerate(zip(names, steps, strict=True), start=1):
         print(f"\n== {number}/{len(steps)}  {step.title}", flush=True)
         if step.is_done:
             print(f"   done before ({step.done})", flush=True)
@@ -235,7 +236,7 @@ def run_steps(
             sys.exit(f"demo: {error}\nfix it and start the demo again to continue here")
 
         # Record it, so that a restart counts it too.
-        seconds[names[number - 1]] = duration
+        seconds[name] = duration
         write_json(timings, {**seconds, "peak_bytes": memory.peak})
         line = f"   {duration:.0f} s; {clock(sum(seconds.values()))} so far"
         rest = seconds_left(seconds, usual, names)

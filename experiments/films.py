@@ -43,7 +43,7 @@ GREY = (110, 110, 110)
 
 
 @dataclass(frozen=True)
-class Shown:
+class CaptionedFilm:
     """A film of the picture: frames (T, Y, X, 3) and what stands under it."""
 
     frames_TYXC: np.ndarray
@@ -58,18 +58,18 @@ def read_arm(folder: Path, count: int) -> list[dict[str, Any]]:
     return rows[:count]
 
 
-def shown(folder: Path, row: dict[str, Any]) -> Shown:
+def read_film(folder: Path, row: dict[str, Any]) -> CaptionedFilm:
     """Read the frames of a row and its caption."""
     from common.film import Film
 
     film = Film(folder / row["video"])
     frames = film.frames(range(film.count)).numpy()
-    return Shown(frames, f"{row['rewards'][JUDGE]:.2f}")
+    return CaptionedFilm(frames, f"{row['rewards'][JUDGE]:.2f}")
 
 
 def draw(
     prompts: Sequence[str],
-    arms: Sequence[tuple[str, Sequence[Shown]]],
+    arms: Sequence[tuple[str, Sequence[CaptionedFilm]]],
 ) -> list[Image.Image]:
     """Draw the frames of the picture."""
     # The page without its films.
@@ -95,6 +95,7 @@ def draw(
     for time in range(length):
         frame = page.copy()
         for line, (_, films) in enumerate(arms):
+            # A film that has ended shows its last frame.
             for column, film in enumerate(films):
                 last = len(film.frames_TYXC) - 1
                 pixels = Image.fromarray(film.frames_TYXC[min(time, last)])
@@ -127,8 +128,9 @@ def main() -> None:
         folder = ROOT / args.run_dir / name
         rows = read_arm(folder, args.count)
         prompts = [row["prompt"] for row in rows]
-        arms.append((title, [shown(folder, row) for row in rows]))
+        arms.append((title, [read_film(folder, row) for row in rows]))
 
+    # Write the picture, which repeats without end.
     frames = draw(prompts, arms)
     out = ROOT / args.out
     out.parent.mkdir(parents=True, exist_ok=True)

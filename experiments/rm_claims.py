@@ -15,11 +15,14 @@ from typing import Any
 from experiments import tables
 from experiments.rm_methods import GROUPS
 from experiments.rm_results import (
+    FIELD_TITLES,
+    SAME,
+    WRONG,
     Curve,
     Outcomes,
     first_update,
     mean_of,
-    runs_of,
+    right_by_stated_order,
     wobble,
 )
 from launch.evaluation.intervals import nested_ci95
@@ -27,9 +30,6 @@ from launch.evaluation.intervals import nested_ci95
 HOLDS = "holds"
 FAILS = "does not hold"
 UNKNOWN = "cannot be told"
-# Orders that a chain of thought states, see `RmOutcome.stated`.
-SAME = 0.0
-WRONG = -1.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class ClaimResult:
         return FAILS if high < 0 else UNKNOWN
 
 
+# Claims of the paper's Figure 1b, then of its stages and of masking.
 COMPARISONS = (
     Claim(
         "DeScore beats a generative reward model", "descore", "generative", "in domain"
@@ -103,7 +104,6 @@ COMPARISONS = (
         "in domain",
     ),
 )
-_LABELS = {"right": "accuracy", "thought": "right sub-dimension scores"}
 
 
 def findings_of(
@@ -112,6 +112,7 @@ def findings_of(
     curves: Mapping[str, Mapping[int, Curve]],
 ) -> list[ClaimResult]:
     """All claims with their numbers, on the models that were trained on ``size`` pairs."""
+    # Comparisons on the same pairs.
     found = []
     for claim in COMPARISONS:
         value = mean_of(
@@ -123,8 +124,10 @@ def findings_of(
             minus=claim.other,
         )
         names = f"{claim.method} - {claim.other}"
-        measure = f"{_LABELS[claim.field]}, {names}, {claim.group}"
+        measure = f"{FIELD_TITLES[claim.field]}, {names}, {claim.group}"
         found.append(ClaimResult(claim.text, measure, value))
+
+    # What the score adds to the five that a chain of thought states.
     for text, order, measure in (
         (
             "The score tells videos apart that the chain of thought states as equal",
@@ -145,15 +148,12 @@ def findings_of(
 def lead_on(outcomes: Outcomes, size: int, order: float) -> dict[str, Any] | None:
     """Accuracy of DeScore less 1/2 on the pairs whose chains of thought state an order."""
     tests = [test for members in GROUPS.values() for test in members]
-    right = runs_of(outcomes, size, "descore", tests, "right")
-    stated = runs_of(outcomes, size, "descore", tests, "stated")
+    found = right_by_stated_order(outcomes, size, "descore", tests)
     by_seed = []
-    for seed, of_tests in right.items():
-        leads = []
-        for values, orders in zip(of_tests, stated[seed], strict=True):
-            pairs = zip(values, orders, strict=True)
-            leads += [value - 0.5 for value, stated in pairs if stated == order]
-        by_seed.append(leads)
+    for by_order in found.values():
+        by_seed.append([is_right - 0.5 for is_right in by_order[order]])
+
+    # Every seed has pairs of its own.
     if len(by_seed) < 2 or not all(by_seed):
         return None
     return nested_ci95([[leads] for leads in by_seed]).as_dict()
@@ -164,6 +164,7 @@ def training_findings(curves: Mapping[str, Mapping[int, Curve]]) -> list[ClaimRe
     theirs = curves.get("generative", {})
     ours = curves.get("stage1", {})
     seeds = sorted(set(theirs) & set(ours))
+    # The goal of a seed is the best accuracy of its generative model.
     saved = []
     calmer = []
     for seed in seeds:

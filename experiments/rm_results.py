@@ -24,6 +24,20 @@ COMMAND = "python experiments/reproduce_rm.py"
 # Methods whose training is watched, in the panels of a plot.
 CURVES = ("discriminative", "generative", "stage1", "descore")
 WATCHED = "heldout/accuracy"
+# Orders that the chains of thought of a pair state against the label, see `RmOutcome.stated`.
+RIGHT = 1.0
+SAME = 0.0
+WRONG = -1.0
+STATED_ORDERS = {
+    RIGHT: "right",
+    SAME: "the same",
+    WRONG: "wrong",
+}
+# Names of the fields of `RmOutcome` in tables.
+FIELD_TITLES = {
+    "right": "accuracy",
+    "thought": "right sub-dimension scores",
+}
 
 
 @dataclass(frozen=True)
@@ -203,8 +217,7 @@ def page_of(
         "## The paper's claims",
         "",
         "A claim holds where the interval of its number lies above 0, does not hold where it "
-        "lies below, and cannot be told where it contains 0. Why: "
-        "[README.md](README.md#the-papers-claims).",
+        "lies below, and cannot be told where it contains 0.",
         "",
         *claims,
         "",
@@ -273,32 +286,37 @@ def stated_table(outcomes: Outcomes, size: int) -> list[str]:
     rows = []
     for name in ("generative", "stage1", "descore", "stage1_p0", "descore_p0"):
         for group, tests in GROUPS.items():
-            by_order = _right_by_stated_order(outcomes, size, name, tests)
-            total = max(1, sum(map(len, by_order.values())))
+            by_seed = right_by_stated_order(outcomes, size, name, tests)
+            # All seeds together.
+            by_order = []
+            for order in STATED_ORDERS:
+                by_order.append([x for found in by_seed.values() for x in found[order]])
+            total = max(1, sum(map(len, by_order)))
             cells = []
-            for values in by_order.values():
+            for values in by_order:
                 mean = f"{sum(values) / len(values):.3f}" if values else "none"
                 cells.append(f"{len(values) / total:.3f}: {mean}")
             rows.append([METHODS[name].title, group, *cells])
-    cases = [f"stated {case}" for case in ("right", "the same", "wrong")]
+    cases = [f"stated {case}" for case in STATED_ORDERS.values()]
     return tables.markdown_table(["reward model", "tests", *cases], rows)
 
 
-def _right_by_stated_order(
+def right_by_stated_order(
     outcomes: Outcomes, size: int, method: str, tests: Sequence[str]
-) -> dict[float, list[float]]:
-    """Accuracy of every pair of all seeds, by the stated order."""
-    by_order: dict[float, list[float]] = {1.0: [], 0.0: [], -1.0: []}
-    flat = []
-    for field in ("right", "stated"):
-        runs = runs_of(outcomes, size, method, tests, field)
-        flat.append(
-            [value for run in runs.values() for table in run for value in table]
-        )
-    for is_right, order in zip(*flat, strict=True):
-        if not math.isnan(order):
-            by_order[order].append(is_right)
-    return by_order
+) -> dict[int, dict[float, list[float]]]:
+    """`RmOutcome.right` of every pair, by seed and by the stated order."""
+    right = runs_of(outcomes, size, method, tests, "right")
+    stated = runs_of(outcomes, size, method, tests, "stated")
+    by_seed = {}
+    for seed, of_tests in right.items():
+        by_order: dict[float, list[float]] = {order: [] for order in STATED_ORDERS}
+        for values, orders in zip(of_tests, stated[seed], strict=True):
+            for is_right, order in zip(values, orders, strict=True):
+                # A chain of thought without a score states no order.
+                if not math.isnan(order):
+                    by_order[order].append(is_right)
+        by_seed[seed] = by_order
+    return by_seed
 
 
 def _best_row(best: Mapping[str, float]) -> str:
@@ -331,10 +349,11 @@ COMPARED = (
 
 
 def _differences(outcomes: Outcomes, size: int) -> list[str]:
-    labels = {"right": "accuracy", "thought": "right sub-dimension scores"}
     rows = []
     for field, method, other in COMPARED:
-        row = [f"{labels[field]}: {METHODS[method].title} - {METHODS[other].title}"]
+        row = [
+            f"{FIELD_TITLES[field]}: {METHODS[method].title} - {METHODS[other].title}"
+        ]
         for tests in GROUPS.values():
             # Both methods are compared on the same pairs.
             gap = mean_of(outcomes, size, method, tests, field, minus=other)

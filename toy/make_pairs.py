@@ -240,7 +240,6 @@ def list_sides(job: VideoJob) -> list[Side]:
 
 def draw_videos(job: VideoJob, sides: Sequence[Side]) -> Tensor:
     """Draw a video per side: uint8 (B, T, Y, X, 3)."""
-
     from toy.world import (
         Look,
         mix_attributes,
@@ -457,7 +456,7 @@ def main() -> None:
     parser.add_argument(
         "--quality-weight",
         type=float,
-        default=0.5,
+        default=VideoJob.quality_weight,
         help="what people weigh the quality by, which no chain of thought states",
     )
     parser.add_argument(

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -31,6 +32,8 @@ COLORS = (
     "#b98a00",
     "#8a939e",
 )
+# What others are compared with.
+GREY = COLORS[-1]
 # matplotlib knows no currentColor; this colour of the style is replaced by it.
 _INK = "#010101"
 _STYLE = matplotlib.rc_context(
@@ -121,10 +124,7 @@ def line_chart(
 
     # A single curve needs no legend, but says where it begins and ends.
     if len(drawn) == 1:
-        y = drawn[0].y
-        tenth = max(1, len(y) // 10)
-        first = sum(y[:tenth]) / tenth
-        last = sum(y[-tenth:]) / tenth
+        first, last = means_of_ends(drawn[0].y)
         ends = f"{first:.3g} → {last:.3g}"
         note = f"{note}; {ends}" if note else ends
     chart = _chart(title, figure, drawn, note)
@@ -243,6 +243,12 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
     return float(spearmanr(x, y).statistic)
+
+
+def means_of_ends(values: Sequence[float]) -> tuple[float, float]:
+    """MEANS over the first and over the last tenth of the values, of one value at least."""
+    tenth = max(1, len(values) // 10)
+    return fmean(values[:tenth]), fmean(values[-tenth:])
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:

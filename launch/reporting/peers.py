@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.reporting import data
-from launch.reporting.charts import COLORS, Chart
+from launch.reporting.charts import COLORS, Chart, means_of_ends
 from launch.reporting.data import EVALUATIONS, Row, Runs
 from launch.reporting.films import (
     Card,
@@ -157,7 +157,8 @@ def reward_table(peers: Sequence[Peer]) -> Table:
     for peer in peers:
         rows_of_run = data.metrics(peer.folder("grpo"))
         columns = data.columns(rows_of_run)
-        ends.append({name: _last_tenth(values) for name, values in columns.items()})
+        last = {name: means_of_ends(values)[1] for name, values in columns.items()}
+        ends.append(last)
 
     # Rewards of any of the runs.
     names = sorted({name for values in ends for name in values})
@@ -171,11 +172,6 @@ def reward_table(peers: Sequence[Peer]) -> Table:
             means = [values.get(name, math.nan) for values in ends]
             rows.append((name, means))
     return Table("", rows)
-
-
-def _last_tenth(values: Sequence[float]) -> float:
-    last = values[-max(1, len(values) // 10) :]
-    return sum(last) / len(last)
 
 
 def evaluation_tables(peers: Sequence[Peer]) -> list[Table]:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.reporting import data
-from launch.reporting.charts import COLORS, Chart, Series, rank_correlation, scatter
+from launch.reporting.charts import (
+    COLORS,
+    GREY,
+    Chart,
+    Series,
+    means_of_ends,
+    rank_correlation,
+    scatter,
+)
 from launch.reporting.data import Row
 
 # Rollouts in the table, the last ones of a run.
 ROWS_SHOWN = 400
-_GREY = COLORS[-1]
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,7 @@ def part_table(folder: Path | None) -> PartTable:
         # A value alone has no change.
         if not part or not reward.startswith(("reward/", "eval/")) or len(values) < 2:
             continue
-        tenth = max(1, len(values) // 10)
-        before = math.fsum(values[:tenth]) / tenth
-        after = math.fsum(values[-tenth:]) / tenth
-        changes[reward, part] = (before, after)
+        changes[reward, part] = means_of_ends(values)
 
     # Parts of several rewards stand in one row.
     rewards = list({reward: None for reward, _ in changes})
@@ -132,7 +135,7 @@ def _judged(
             xs.append(x)
             ys.append(y)
             texts.append(f"{_origin(row)}\n{trained} {x:.4g}, {judge} {y:.4g}")
-        color = COLORS[0] if series else _GREY
+        color = COLORS[0] if series else GREY
         series.append(
             Series(
                 name,

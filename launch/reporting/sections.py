@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.reporting import data
-from launch.reporting.charts import COLORS, Chart, Series, histogram
+from launch.reporting.charts import COLORS, GREY, Chart, Series, histogram
 from launch.reporting.data import EVALUATIONS, KINDS, Row, Runs
 from launch.reporting.metric_charts import metric_charts
-
-_GREY = COLORS[-1]
-
 
 # ------------------------------------------------------------------ distributions
 
@@ -28,7 +25,7 @@ def distributions(runs: Runs) -> list[Chart]:
         before = [data.value_of(row, name) for row in base]
         after = [data.value_of(row, name) for row in tuned]
         series = [
-            Series("base", before, color=_GREY),
+            Series("base", before, color=GREY),
             Series("tuned", after),
         ]
         title = f"Reward of {name}"
@@ -76,7 +73,8 @@ def environments(runs: Runs, names: Mapping[Path, str]) -> list[tuple[str, str]]
     for _, folder in runs.all():
         text = data.text_of(folder, "environment.json")
         if text is not None:
-            files.append((f"{names[folder]}/environment.json", text))
+            name = f"{names[folder]}/environment.json"
+            files.append((name, text))
     return files
 
 
@@ -92,8 +90,9 @@ def missing(runs: Runs, names: Mapping[Path, str]) -> list[str]:
     if "base" in shown and "tuned" in shown:
         base = data.results(shown["base"])
         tuned = data.results(shown["tuned"])
-        videos = data.by_video(base)
-        if videos.keys().isdisjoint(data.by_video(tuned)):
+        before = data.by_video(base)
+        after = data.by_video(tuned)
+        if before.keys().isdisjoint(after):
             notes.append(
                 "base and tuned share no prompt and seed, so their videos are not compared"
             )

@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 
 from common.files import append_line
-from experiments.films import FILM, GAP, HEAD, MARGIN, Shown, draw, read_arm
+from experiments.films import FILM, GAP, HEAD, MARGIN, CaptionedFilm, draw, read_arm
 from tests.documented import ROOT
 
 RED = (255, 0, 0)
 BLUE = (0, 0, 255)
 
 
-def film(*colors: tuple[int, int, int]) -> Shown:
+def film(*colors: tuple[int, int, int]) -> CaptionedFilm:
     frames = [np.full((4, 4, 3), color, dtype=np.uint8) for color in colors]
-    return Shown(np.stack(frames), "0.50")
+    return CaptionedFilm(np.stack(frames), "0.50")
 
 
 def test_films_stand_in_their_row_and_column() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_made_pairs_are_readable_and_fixed_by_seed(tmp_path: Path) -> None:
     assert (first / best["video"]).exists()
     values = [float(row[f"utility_{letter}"]) for row in rows for letter in "AB"]
     assert float(best["utility"]) == max(values)
-    # Three in ten videos are accidents, and a chain of thought about noise may not end: 4 in 100
-    # of the demo's training videos. More than 3 of 20 would be chance in one of 100 tables.
-    ended = [parse_answer(row["CoT_A"]) is not None for row in rows]
-    assert sum(ended) >= 17
+    # Only a chain of thought about noise, in which people see nothing, may not end.
+    for row, letter in itertools.product(rows, "AB"):
+        if any(json.loads(row[f"seen_{letter}"]).values()):
+            assert parse_answer(row[f"CoT_{letter}"]) is not None
