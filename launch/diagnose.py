@@ -1,9 +1,10 @@
-"""Say in words what is wrong with a GRPO run, how sure that is, and what to do.
+"""Say in words what is wrong with a run, how sure that is, and what to do.
 
     python launch/diagnose.py runs/grpo
     python launch/diagnose.py runs/grpo --evaluation runs/eval_tuned --json diagnosis.json
 
-Reads metrics, settings, environment and the measurements of the first updates; it loads no model.
+Reads metrics, settings, environment and, of GRPO, the measurements of the first updates; it loads
+no model. Runs of launch/dpo.py, cold_start.py and dual_rl.py are judged by settings and metrics.
 The exit code is 1 when something is certainly or likely wrong, and 0 when nothing is.
 """
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of a run of launch/grpo.py")
+    add("run", type=Path, metavar="RUN", help="folder of a training run")
     add(
         "--evaluation",
         type=Path,

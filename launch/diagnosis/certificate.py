@@ -27,6 +27,7 @@ from launch.diagnosis.certificates import (
     MARGINS,
     REMEMBERED,
     band,
+    identity,
     values_of,
 )
 from launch.diagnosis.evidence import Evidence
@@ -150,13 +151,12 @@ def rewards_of(runs: Sequence[Evidence]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for evidence in runs:
         for name, entry in evidence.rewards.items():
-            # By what it is, since its name is the user's choice.
-            identity = str(entry.get("target") or entry.get("kind") or name)
+            kind = identity(name, entry)
             key = f"rewards/{name}/wrong_prompt"
             changed = sum(evidence.measured(f"{key}/fell"))
             changed += sum(evidence.measured(f"{key}/rose"))
-            before = found.get(identity, {}).get("reads_prompt", False)
-            found[identity] = {"reads_prompt": before or changed > 0}
+            before = found.get(kind, {}).get("reads_prompt", False)
+            found[kind] = {"reads_prompt": before or changed > 0}
     return found
 
 

@@ -63,21 +63,30 @@ def band(name: str, low: float, high: float) -> list[float]:
 def certificate_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The certificate that fits a run's settings; {} without any.
 
-    Where only the generator is the same, its bands are left out.
+    One of the same rewards is preferred. Where only the generator is the same, bands are left out.
     """
     file = Path(shipped(FILE))
     if not file.is_file():
         return {}
+    rewards = value_at(settings, "rewards") or {}
+    kinds = {identity(name, entry or {}) for name, entry in rewards.items()}
     nearest: dict[str, Any] = {}
+    fitting = []
     for entry in read_json(file)["recipes"]:
         if not _same_folder(entry["settings"], settings):
             continue
-        # One with bands, if there is one.
         fits = all(_same(entry["settings"], settings, key) for key in DECISIVE)
         if fits and entry["bands"]:
-            return entry
+            fitting.append(entry)
         nearest = nearest or {**entry, "bands": {}}
-    return nearest
+    # The most rewards in common, and the fewest others.
+    fitting.sort(key=lambda entry: len(kinds ^ set(entry["rewards"])))
+    return fitting[0] if fitting else nearest
+
+
+def identity(name: str, reward: Mapping[str, Any]) -> str:
+    """What a reward is, since its name is the user's choice."""
+    return str(reward.get("target") or reward.get("kind") or name)
 
 
 def _same_folder(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -96,7 +105,13 @@ def certificate_rules(evidence: Evidence) -> Iterator[Diagnosis]:
     """Name what lies outside of the certificate's bands; it is worth knowing, no accusation."""
     bands = evidence.certificate.get("bands", {})
     outside = []
+    # Spreads are those of one reward.
+    known = set(evidence.certificate.get("rewards", {}))
+    trained = evidence.trained_rewards[:1]
+    same = all(identity(name, evidence.rewards[name]) in known for name in trained)
     for name, rows in bands.items():
+        if "/" not in name and not same:
+            continue
         # The band of each update that the certificate knows.
         values = values_of(evidence, name)
         wrong = []

@@ -20,6 +20,8 @@ Certainty = Literal["certain", "likely", "possible"]
 MEASUREMENTS = "measurements.jsonl"
 # The "step" of the row that was measured before any update.
 START = -1
+# The section of a config.yaml that tells which command trained.
+STAGES = ("grpo", "dpo", "dual_rl", "cold_start")
 # In the order in which a reader wants them.
 CERTAINTIES: tuple[Certainty, ...] = ("certain", "likely", "possible")
 
@@ -73,6 +75,11 @@ class Evidence:
         """The value at a dotted key; ``default`` where it is missing or null."""
         value = value_at(self.settings, key)
         return default if value is None else value
+
+    @property
+    def stage(self) -> str:
+        """Which command trained, one of `STAGES`; "grpo" if no section tells."""
+        return next((stage for stage in STAGES if stage in self.settings), "grpo")
 
     @property
     def rewards(self) -> dict[str, Mapping[str, Any]]:

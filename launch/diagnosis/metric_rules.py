@@ -29,10 +29,15 @@ def metric_rules(evidence: Evidence) -> Iterator[Diagnosis]:
     for name in evidence.trained_rewards:
         yield from _unscored(evidence, name)
         yield from _flat(evidence, name)
-    yield from _nonfinite(evidence)
-    yield from _gradient(evidence)
+    yield from gradient_rules(evidence)
     yield from _clip(evidence)
     yield from _hacking(evidence)
+
+
+def gradient_rules(evidence: Evidence) -> Iterator[Diagnosis]:
+    """Gradients that are no numbers, or 0."""
+    yield from _nonfinite(evidence)
+    yield from _gradient(evidence)
 
 
 def _unscored(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
@@ -120,13 +125,15 @@ def _gradient(evidence: Evidence) -> Iterator[Diagnosis]:
     if len(norms) < SEEN_UPDATES or max(norms) > 0:
         return
     # Rewards without spread give no gradient either.
-    if max(evidence.column("train/advantage_abs") or [0.0]) == 0:
+    grpo = evidence.stage == "grpo"
+    if grpo and max(evidence.column("train/advantage_abs") or [0.0]) == 0:
         return
     yield Diagnosis(
         "no-gradient",
         "likely",
         "no gradient reaches a trained weight",
-        f"train/grad_norm is 0 in {len(norms)} updates, while advantages are not",
+        f"train/grad_norm is 0 in {len(norms)} updates"
+        + (", while advantages are not" if grpo else ""),
         "check that lora_A is not zero, that both matrices of the adapter are trained, and that "
         "the loss depends on them",
     )

@@ -46,9 +46,13 @@ def what_was_read(evidence: Evidence) -> str:
     parts = [f"{len(evidence.steps)} steps", "the settings"]
     if evidence.measurements:
         parts.append(f"measurements of {len(evidence.measurements)} updates")
-    else:
+    elif evidence.stage == "grpo":
         parts.append("no measurements (grpo runs with diagnosis.updates=0 have none)")
-    if evidence.certificate:
+    else:
+        command = f"launch/{evidence.stage}.py"
+        parts.append(f"no measurements: {command} makes none, metrics must do")
+    # Its bands are of GRPO's updates.
+    if evidence.certificate and evidence.stage == "grpo":
         parts.append(f"the certificate of {evidence.certificate['recipe']}")
     environment = evidence.facts.get("environment", {})
     torch = environment.get("packages", {}).get("torch")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+from launch.diagnosis.certificates import identity
 from launch.diagnosis.evidence import Diagnosis, Evidence
 
 # In units of the spread of the scores.
@@ -272,15 +272,11 @@ def reads_prompt(evidence: Evidence, name: str) -> bool:
     """True if a reward is known to read the prompt: by its kind, or by the certificate."""
     entry = evidence.rewards[name]
     kind = entry.get("kind") or name
-    certified = evidence.certificate.get("rewards", {}).get(_identity(entry), {})
+    certified = evidence.certificate.get("rewards", {}).get(identity(name, entry), {})
     return certified.get(
         "reads_prompt",
         entry.get("target") is None and kind in READERS,
     )
-
-
-def _identity(entry: Any) -> str:
-    return str(entry.get("target") or entry.get("kind") or "")
 
 
 def counts(evidence: Evidence, name: str, case: str) -> tuple[int, int, int]:

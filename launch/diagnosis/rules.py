@@ -5,22 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launch.diagnosis.certificates import certificate_rules
+from launch.diagnosis.dpo_rules import dpo_rules
 from launch.diagnosis.evidence import CERTAINTIES, Diagnosis, Evidence
 from launch.diagnosis.generator_rules import generator_rules
-from launch.diagnosis.metric_rules import metric_rules
+from launch.diagnosis.metric_rules import gradient_rules, metric_rules
+from launch.diagnosis.reward_model_rules import cold_start_rules, dual_rl_rules
 from launch.diagnosis.reward_rules import reward_rules
-from launch.diagnosis.setting_rules import setting_rules
+from launch.diagnosis.setting_rules import (
+    optimizer_rules,
+    outcome_rules,
+    setting_rules,
+)
 from launch.diagnosis.update_rules import update_rules
 
 # Of two rules with the same cause and certainty, the first is reported.
-RULES = (
-    generator_rules,
-    update_rules,
-    reward_rules,
-    setting_rules,
-    metric_rules,
-    certificate_rules,
-)
+RULES = {
+    "grpo": (
+        generator_rules,
+        update_rules,
+        reward_rules,
+        setting_rules,
+        metric_rules,
+        certificate_rules,
+    ),
+    "dpo": (dpo_rules, optimizer_rules, outcome_rules, gradient_rules),
+    "cold_start": (cold_start_rules, gradient_rules),
+    "dual_rl": (dual_rl_rules, gradient_rules),
+}
 # What a cause explains: its consequences are not reported beside it.
 EXPLAINS = {
     "adapter-frozen": {"lr-too-small", "no-gradient", "lora-b-zero", "lr-differs"},
@@ -82,7 +93,7 @@ def diagnose(evidence: Evidence) -> list[Diagnosis]:
 
 
 def _all(evidence: Evidence) -> Iterator[Diagnosis]:
-    for rule in RULES:
+    for rule in RULES[evidence.stage]:
         yield from rule(evidence)
 
 

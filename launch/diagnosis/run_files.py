@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from common import safe_yaml
 from common.files import json_object, read_jsonl
 from common.run_record import value_at
 from launch.diagnosis.certificates import certificate_of
-from launch.diagnosis.evidence import MEASUREMENTS, Evidence, Row
+from launch.diagnosis.evidence import MEASUREMENTS, STAGES, Evidence, Row
 
 # As diffusers names it.
 ADAPTER = "pytorch_lora_weights.safetensors"
+# Names of evaluations that are meant to use no adapter.
+OF_THE_BASE = ("base", "before", "untrained", "untuned", "reference", "stock", "start")
 
 
 def rows_of(path: Path) -> list[Row]:
@@ -42,15 +44,22 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Evidence:
-    """Read a GRPO run, and evaluations that used what it trained.
+    """Read a training run, and evaluations that used what it trained.
 
     Evaluations beside the run's folder are found by the adapter in their config.yaml. Raises
-    ValueError where the folder holds no GRPO run.
+    ValueError where the folder holds no training run.
     """
     # Settings decide whether this is a run at all.
+    runs = runs_inside(folder)
+    if runs and not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"{folder} is no run: name one of those inside: {', '.join(runs)}"
+        )
     settings = read_settings(folder / "config.yaml")
-    if "grpo" not in settings:
-        raise ValueError(f"{folder} holds no GRPO run: its config.yaml has no grpo")
+    if not any(stage in settings for stage in STAGES):
+        raise ValueError(
+            f"{folder} holds no training run: its config.yaml has none of {', '.join(STAGES)}"
+        )
     # Evaluations named by the user, and those beside the run.
     found = {*evaluations, *evaluations_of(folder)}
     facts = {
@@ -70,6 +79,16 @@ def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Evidence:
     )
 
 
+def runs_inside(folder: Path) -> list[str]:
+    """Names of the training runs in a folder."""
+    names = []
+    for file in sorted(folder.glob("*/config.yaml")):
+        settings = read_settings_or_nothing(file)
+        if any(stage in settings for stage in STAGES):
+            names.append(file.parent.name)
+    return names
+
+
 def folder_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Facts of the generator's folder, as far as it is on this machine.
 
@@ -86,27 +105,32 @@ def folder_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {} if shift is None else {"flow_shift": float(shift)}
 
 
-def evaluations_of(folder: Path) -> Iterator[Path]:
+def evaluations_of(folder: Path) -> list[Path]:
     """Find evaluations beside a run or inside of it: their adapter lies in the run's folder.
 
-    An evaluation without an adapter may be one of the base generator. It belongs to the run if it
-    lies inside, or its folder's name has "eval" and not "base" in it.
+    An evaluation without an adapter may be one of the base generator, to compare with. It belongs
+    to the run if there is no other and its name says so: it lies inside the run, or has "eval" and
+    none of `OF_THE_BASE` in its name.
     """
     own = folder.resolve()
     files = [*own.parent.glob("*/config.yaml"), *own.glob("*/config.yaml")]
+    mine = []
+    others = []
     for file in sorted(files):
         settings = read_settings_or_nothing(file)
         if file.parent == own or "adapter" not in settings:
             continue
         adapter = settings["adapter"]
         name = file.parent.name
-        if adapter:
-            mine = Path(str(adapter)).resolve().is_relative_to(own)
-        else:
-            mine = "eval" in name or file.parent.parent == own
-            mine = mine and "base" not in name
-        if mine:
-            yield file.parent
+        if adapter and Path(str(adapter)).resolve().is_relative_to(own):
+            mine.append(file.parent)
+        elif not adapter and ("eval" in name or file.parent.parent == own):
+            others.append(file.parent)
+    if mine:
+        return mine
+    return [
+        place for place in others if not any(word in place.name for word in OF_THE_BASE)
+    ]
 
 
 def adapter_facts(folder: Path) -> dict[str, Any]:

@@ -31,9 +31,15 @@ def setting_rules(evidence: Evidence) -> Iterator[Diagnosis]:
     yield from _batch(evidence)
     yield from _shift(evidence)
     yield from _guidance(evidence)
-    yield from _fps(evidence)
-    yield from _optimizer(evidence)
+    yield from optimizer_rules(evidence)
+    yield from _warmup(evidence)
     yield from _weights(evidence)
+    yield from outcome_rules(evidence)
+
+
+def outcome_rules(evidence: Evidence) -> Iterator[Diagnosis]:
+    """Frame rate, evaluations and exported adapter of a generator that was trained."""
+    yield from _fps(evidence)
     yield from _evaluations(evidence)
     yield from _exported(evidence)
 
@@ -99,7 +105,8 @@ def _fps(evidence: Evidence) -> Iterator[Diagnosis]:
     )
 
 
-def _optimizer(evidence: Evidence) -> Iterator[Diagnosis]:
+def optimizer_rules(evidence: Evidence) -> Iterator[Diagnosis]:
+    """A learning rate of 0, and decay that takes more than updates give."""
     lr = evidence.setting("optimizer.lr", 1e-4)
     if lr == 0:
         yield Diagnosis(
@@ -120,7 +127,10 @@ def _optimizer(evidence: Evidence) -> Iterator[Diagnosis]:
             "optimizer.weight_decay",
             "lower optimizer.weight_decay",
         )
-    # A warm-up that never ends trains at a part of the rate.
+
+
+def _warmup(evidence: Evidence) -> Iterator[Diagnosis]:
+    """A warm-up that never ends trains at a part of the rate."""
     warmup = evidence.setting("optimizer.warmup_steps", 0)
     steps = evidence.setting("steps", 500)
     if warmup > steps:

@@ -391,6 +391,21 @@ def test_evaluation_with_another_guidance_and_without_adapter_is_named() -> None
     assert accused(evidence(evaluations=folder)) == []
 
 
+def test_spreads_are_compared_with_those_of_the_same_reward_only() -> None:
+    certificate = {
+        "recipe": "r",
+        "settings": {},
+        "rewards": {"toy/oracle.py:ShapesOracle": {"reads_prompt": True}},
+        "bands": {"group_std_median": [[0.0, 0.3]] * 5},
+    }
+    for target, told in (("toy/oracle.py:ShapesOracle", True), ("mine.py:f", False)):
+        rewards = {"mine": {"target": target, "weight": 1.0}}
+        rows = [step(n) | {"reward/mine_group_std_median": 1.3} for n in range(5)]
+        run = Evidence({**SETTINGS, "rewards": rewards}, rows, certificate=certificate)
+        found = [diagnosis.cause for diagnosis in diagnose(run)]
+        assert found == ["unlike-certificate"] * told
+
+
 def test_watched_reward_that_falls_is_told() -> None:
     rows = []
     for n in range(40):
@@ -437,7 +452,7 @@ def test_command_exits_with_0_for_a_sound_run_and_2_without_a_run(
         command.main([str(folder)])
     assert end.value.code == 0
     with pytest.raises(SystemExit) as end:
-        command.main([str(tmp_path)])
+        command.main([str(tmp_path / "nothing")])
     assert end.value.code == 2
     assert "config.yaml" in capsys.readouterr().err
 
@@ -476,6 +491,11 @@ def test_evaluation_of_the_tuned_without_an_adapter_is_named(tmp_path: Path) -> 
     assert accused(read_run(folder)) == ["evaluation-without-adapter"]
     found = read_run(folder).facts["evaluations"]
     assert [Path(name).name for name in found] == ["eval_tuned"]
+    # beside an evaluation of the run, one without an adapter is what it is compared with
+    (tmp_path / "mine").mkdir()
+    text = yaml.safe_dump({"adapter": str(folder / "final")})
+    (tmp_path / "mine" / "config.yaml").write_text(text)
+    assert accused(read_run(folder)) == []
 
 
 def test_report_has_a_section_of_the_diagnosis(tmp_path: Path) -> None:
