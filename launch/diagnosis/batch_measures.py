@@ -45,6 +45,11 @@ def repeats(
     return found
 
 
+def heldout(prompts: Sequence[str], known: Sequence[str]) -> dict[str, float]:
+    """The share of the evaluated prompts that are trained on; {} without any."""
+    return {"evaluation/trained": _share(prompts, known)} if prompts else {}
+
+
 def _share(items: Sequence[object], others: Sequence[object]) -> float:
     known = set(others)
     return sum(item in known for item in items) / len(items)

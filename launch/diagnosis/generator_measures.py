@@ -85,6 +85,13 @@ def _rollout(own: OwnRoute, group: Group, seed: int, other: str) -> dict[str, fl
     }
     found = _velocity_gaps("rollout", sampled_GCFHW, means, velocities, step)
     found |= _velocity_gaps("update", update.mean, means, velocities, step)
+    # Noise of another size lies on the line from the mean through the seeds' noise.
+    noised_GCFHW = means["policy"] + step.std * xi_GCFHW
+    strength, rest = place_on_line(step.next_GCFHW, means["policy"], noised_GCFHW)
+    found["rollout/strength/noise"] = strength
+    found["rollout/beside/noise"] = rest / (rms(velocities["policy"]) * step.gain)
+    added = rms(step.next_GCFHW - means["policy"]) / step.std
+    found["rollout/noise"] = added
     found["update/repeat"] = rms(update.mean - again.mean) / rms(update.mean)
 
     # 2. Log-probs in fp64, from the noise alone and from the update's mean.
@@ -267,11 +274,8 @@ def evaluation(
     # The evaluation starts from the noise of its seed.
     noise = seed_noise(own.generator.latent_shape, seed, "noise")[None]
     x_1CFHW = noise.to(own.generator.device)
-    variants = ["policy", "unguided", "other-prompt", "no-prompt"]
-    if own.generator.cfg.lora is not None:
-        variants.append("reference")
     found = {}
-    for variant in variants:
+    for variant in own.variants_of_walks():
         clean_1CFHW = own.walk(
             x_1CFHW,
             own.sigmas(),
@@ -310,9 +314,7 @@ def _walk_gaps(
         )
         found = gaps(clean_BCFHW, ends)
         if variant == "policy" and found["policy"] > NOTABLE:
-            variants += ["unguided", "other-prompt", "no-prompt"]
-            if own.generator.cfg.lora is not None:
-                variants.append("reference")
+            variants += own.variants_of_walks()[1:]
     return {f"{name}/gap/{variant}": gap for variant, gap in found.items()}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from launch.diagnosis.evidence import Certainty, Diagnosis, Evidence
 from launch.diagnosis.reward_rules import PIXEL_MISTAKES, wrong_fps
@@ -23,10 +24,14 @@ RATIO_LIMIT = {"float32": 1e-4, "bfloat16": 5e-3}
 PIXEL_LIMIT = 1.5
 # A variant explains a gap if it leaves this part of it.
 EXPLAINS = 0.2
+# A gap below this part of the largest need not have the same explanation.
+SMALLER = 0.1
 # Relative difference of the latents of two members.
 LEAST_APART = 0.02
 # Latents from independent noise differ by about sqrt(2) of their size.
 UNRELATED = 1.0
+# Independent noises have hardly anything in common, and one size.
+UNLIKE = 0.2
 
 
 def generator_rules(evidence: Evidence) -> Iterator[Diagnosis]:
@@ -118,6 +123,8 @@ def _rollout(evidence: Evidence) -> Iterator[Diagnosis]:
             yield _wrong_noise("likely", because)
             return
         known = strength(evidence, name, gap)
+        if name == "rollout" and known is None:
+            known = noise_of_another_size(evidence, gap, because)
         if not variant and known is not None:
             yield known
             return
@@ -134,6 +141,34 @@ def _rollout(evidence: Evidence) -> Iterator[Diagnosis]:
     in_update = evidence.measured("update/adapter_effect")
     if effect and in_update and effect[-1] == 0 and in_update[-1] > 0:
         yield _of_sampler("reference", "switching the adapter off changes no sample")
+
+
+def noise_of_another_size(
+    evidence: Evidence, gap: float, because: str
+) -> Diagnosis | None:
+    """The rollout's mean is right, and its noise is not what the density says."""
+    for row in evidence.measurements:
+        if row.get("rollout/gap/policy") != gap:
+            continue
+        size = row.get("rollout/strength/noise", 1.0)
+        if row.get("rollout/beside/noise", math.inf) < EXPLAINS * gap:
+            return _noise_size(
+                f"{because}; the noise is {size:.2g} times its density's"
+            )
+        # Noise of the right size that has nothing to do with the seed's.
+        if abs(size) < UNLIKE and math.isclose(row["rollout/noise"], 1, abs_tol=UNLIKE):
+            return _wrong_noise("likely", f"{because}; its noise is another's")
+    return None
+
+
+def _noise_size(because: str) -> Diagnosis:
+    return Diagnosis(
+        "noise-size",
+        "certain",
+        "members of a group do not differ by the noise that their density has",
+        because,
+        "each member needs noise of its own, of the size that the log-prob assumes",
+    )
 
 
 def _wrong_noise(certainty: Certainty, because: str) -> Diagnosis:
@@ -171,6 +206,14 @@ def _of_sampler(variant: str, because: str) -> Diagnosis:
             "the rollout is not guided as the settings say",
             f"{because}; without guidance the difference vanishes",
             "use one guidance scale in rollout and update",
+        )
+    if variant == "before":
+        return Diagnosis(
+            "sampler-lags",
+            "certain",
+            "the sampler's weights lag behind: it samples with those before the last update",
+            f"{because}; with the weights before the update the difference vanishes",
+            "hand the weights to the sampler after every update",
         )
     if variant == "half":
         return Diagnosis(
@@ -216,6 +259,10 @@ def _update(evidence: Evidence) -> Iterator[Diagnosis]:
             "reference": (
                 "adapter-not-in-update",
                 "the update computes the base model: the adapter is off in it",
+            ),
+            "before": (
+                "update-differs",
+                "the update computes log-probs with the weights before the last update",
             ),
         }
         other = (
@@ -354,13 +401,9 @@ def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
         and not 0.5 < apart[-1] < 2
         and evidence.setting("generator.sampler.initial_noise", "shared") == "shared"
     ):
-        yield Diagnosis(
-            "members-alike" if apart[-1] <= 0.5 else "noise-size",
-            "certain",
-            "members of a group do not differ by the noise that their density has",
-            f"they are {apart[-1]:.2f} times as far apart as the step's std says",
-            "each member needs noise of its own, of the size that the log-prob assumes",
-        )
+        because = f"they are {apart[-1]:.2f} times as far apart as the step's std says"
+        cause = "members-alike" if apart[-1] <= 0.5 else "noise-size"
+        yield replace(_noise_size(because), cause=cause)
     # The noise may be as large as its density says, and still too small to explore.
     differ = sorted(evidence.measured("samples/apart"))
     if differ and differ[len(differ) // 2] < LEAST_APART:
@@ -406,6 +449,15 @@ def _of_pixels(gap: float, variant: str) -> Diagnosis:
 
 def _evaluation(evidence: Evidence) -> Iterator[Diagnosis]:
     """What the evaluation of the run sampled, in levels of 255."""
+    trained = max(evidence.measured("evaluation/trained"), default=0.0)
+    if trained > 0:
+        yield Diagnosis(
+            "evaluation-trained",
+            "likely" if trained > 0.5 else "possible",
+            "evaluated prompts are not held out: the run trains on them",
+            f"{100 * trained:.0f} % of the evaluated prompts",
+            "evaluate on prompts that are in no line of the prompts of training",
+        )
     gap, variant = worst_gap(evidence, "evaluation")
     limit = PIXEL_LIMIT
     # Options of the sampler that are allowed to be less exact.
@@ -452,23 +504,31 @@ def _evaluation(evidence: Evidence) -> Iterator[Diagnosis]:
 
 
 def worst_gap(evidence: Evidence, name: str) -> tuple[float, str]:
-    """Largest gap to the policy over the updates, and the variant that explains it ("" if none)."""
-    worst = 0.0
-    variant = ""
-    for row in evidence.measurements:
-        gap = row.get(f"{name}/gap/policy", math.nan)
-        if not gap > worst:
+    """Largest gap to the policy over the updates, and the variant that explains it ("" if none).
+
+    A variant must explain every gap that is not far smaller; of several the nearest counts.
+    """
+    key = f"{name}/gap/policy"
+    rows = [row for row in evidence.measurements if row.get(key, 0.0) > 0]
+    worst = max((row[key] for row in rows), default=0.0)
+    left: dict[str, float] | None = None
+    for row in rows:
+        if row[key] < SMALLER * worst:
             continue
-        worst = gap
-        # The variant that comes nearest, if it is near enough.
-        others = {
-            key.rpartition("/")[2]: value
-            for key, value in row.items()
-            if key.startswith(f"{name}/gap/") and not key.endswith("/policy")
+        # What each variant leaves of this gap.
+        parts = {}
+        for other, value in row.items():
+            variant = other.rpartition("/")[2]
+            if other.startswith(f"{name}/gap/") and value < EXPLAINS * row[key]:
+                parts[variant] = value / row[key]
+        if left is None:
+            left = parts
+        left = {
+            variant: part + parts[variant]
+            for variant, part in left.items()
+            if variant in parts
         }
-        best = min(others, key=others.get, default="")
-        variant = best if best and others[best] < EXPLAINS * gap else ""
-    return worst, variant
+    return worst, min(left, key=left.get) if left else ""
 
 
 def strength(evidence: Evidence, name: str, gap: float) -> Diagnosis | None:

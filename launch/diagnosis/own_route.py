@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from generator.wan import WanGenerator
 
 # How a velocity may have been computed instead of by the policy.
-VARIANTS = ("policy", "reference", "unguided", "other-prompt", "no-prompt", "half")
+VARIANTS = (
+    "policy",
+    "reference",
+    "unguided",
+    "other-prompt",
+    "no-prompt",
+    "half",
+    "before",
+)
 
 
 class OwnRoute:
@@ -34,6 +42,8 @@ class OwnRoute:
 
     def __init__(self, generator: WanGenerator, prompts: Sequence[str]) -> None:
         self.generator = generator
+        # Puts the weights before the last update in place, once there was one.
+        self.before: Callable[[], AbstractContextManager[None]] | None = None
         # Padded embeddings by prompt, on the CPU.
         self.embedding_1LD: dict[str, Tensor] = {}
         cfg = generator.cfg
@@ -108,6 +118,8 @@ class OwnRoute:
                 continue
             if variant == "half" and self.generator.cfg.dtype != "float32":
                 continue
+            if variant == "before" and self.before is None:
+                continue
             found[variant] = self.velocity(
                 x_BCFHW,
                 sigma,
@@ -137,6 +149,15 @@ class OwnRoute:
             )
             x_BCFHW = x_BCFHW - (sigma - after) * v_BCFHW
         return x_BCFHW
+
+    def variants_of_walks(self) -> list[str]:
+        """The variants that a walk of many steps is compared with."""
+        found = ["policy", "unguided", "other-prompt", "no-prompt"]
+        if self.generator.cfg.lora is not None:
+            found.append("reference")
+        if self.before is not None:
+            found.append("before")
+        return found
 
     def sigmas(self) -> list[float]:
         """The training grid: shift u / (1 + (shift - 1) u) for u = 1 - i / N."""
@@ -205,6 +226,8 @@ class OwnRoute:
             context = adapters_off(self.generator.module)
         elif variant == "half":
             context = torch.autocast(self.generator.device.type, torch.bfloat16)
+        elif variant == "before":
+            context = self.before()
         with context, warnings.catch_warnings():
             # autocast leaves some norms in fp32, and says so
             warnings.simplefilter("ignore")

@@ -46,6 +46,7 @@ EXPLAINS = {
     },
     "reward-saturated": {"reward-blind"},
     "vae-scaling": {"evaluation-settings", "evaluation-without-adapter"},
+    "noise-size": {"members-alike"},
     "wrong-noise": {"evaluation-settings", "rollout-differs"},
     "wrong-shift": {"evaluation-settings"},
     "rollout-differs": {"update-differs", "evaluation-settings"},
@@ -83,10 +84,10 @@ def diagnose(evidence: Evidence) -> list[Diagnosis]:
         if known is None or _place(diagnosis) < _place(known):
             found[diagnosis.cause] = diagnosis
 
-    # Consequences of another cause say nothing new.
+    # Consequences of another cause say nothing new. Of two that explain each other the first stays.
     explained: set[str] = set()
     for cause, diagnosis in found.items():
-        if diagnosis.accuses:
+        if diagnosis.accuses and cause not in explained:
             explained |= EXPLAINS.get(cause, set())
     kept = [diagnosis for cause, diagnosis in found.items() if cause not in explained]
     return sorted(kept, key=_place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 
 from launch.diagnosis.evidence import Diagnosis, Evidence
@@ -12,8 +13,7 @@ NORM_LIMIT = 0.05
 # rms change of the velocity by the first update, relative to the velocity.
 DRIFT_TOO_LARGE = 0.5
 DRIFT_TOO_SMALL = 1e-6
-# Of the measured updates, and their least number.
-MOST_UPDATES = 0.7
+# Updates that tell a size.
 FEW_UPDATES = 3
 # Share of the gradient that is the KL term's.
 KL_SHARE = 0.5
@@ -156,30 +156,33 @@ def _size_of_update(evidence: Evidence) -> Iterator[Diagnosis]:
             drift[int(row["step"])] = row["adapter/drift"]
     lr = evidence.setting("optimizer.lr", 1e-4)
     # A resumed run may have measured later updates only.
-    first = drift.get(0)
+    first = drift.get(0, 0.0)
     _, high = drift_limits(evidence, 0)
-    if first is not None and first > high:
+    middle = statistics.median(drift.values()) if len(drift) >= FEW_UPDATES else 0.0
+    if first > high or middle > DRIFT_TOO_LARGE:
+        worst = max(first, middle)
         yield Diagnosis(
             "lr-too-large",
             "likely",
             "the learning rate is far too large: single updates throw the policy about",
-            f"the first update at lr={lr:g} changes the velocity by {100 * first:.3g} %, at most "
+            f"an update at lr={lr:g} changes the velocity by {100 * worst:.3g} %, at most "
             f"{100 * high:.2g} % is sound",
-            f"try optimizer.lr={lr * high / first / 3:.1g}",
+            f"try optimizer.lr={lr * high / worst / 3:.1g}",
         )
-    # Single updates at a small rate may happen to change one video more.
-    below = [step for step in drift if drift[step] < drift_limits(evidence, step)[0]]
-    if len(below) >= max(FEW_UPDATES, MOST_UPDATES * len(drift)):
-        last = max(below)
-        low, _ = drift_limits(evidence, last)
-        yield Diagnosis(
-            "lr-too-small",
-            "likely",
-            "the learning rate is far too small: the policy hardly moves",
-            f"{last + 1} updates at lr={lr:g} change the velocity by {100 * drift[last]:.3g} %, at "
-            f"least {100 * low:.2g} % is usual",
-            f"try optimizer.lr={lr * low / drift[last] * 10:.1g}",
-        )
+    # Single updates scatter by a factor of ten: their geometric MEAN counts.
+    if len(drift) >= FEW_UPDATES:
+        lows = [drift_limits(evidence, step)[0] for step in drift]
+        usual = statistics.geometric_mean(lows)
+        moved = statistics.geometric_mean(drift.values())
+        if moved < usual:
+            yield Diagnosis(
+                "lr-too-small",
+                "likely",
+                "the learning rate is far too small: the policy hardly moves",
+                f"{len(drift)} updates at lr={lr:g} change the velocity by {100 * moved:.2g} %, "
+                f"at least {100 * usual:.2g} % is usual",
+                f"try optimizer.lr={lr * usual / moved * 10:.1g}",
+            )
 
     # The share of the KL term once the policy has moved.
     shares = []

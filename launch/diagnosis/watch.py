@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -194,6 +195,7 @@ class Watch:
         """Everything about one update. All ranks must call this."""
         known = self.loop.prompts.prompts
         row = batch_measures.repeats(result.batch, self.before, known)
+        row |= batch_measures.heldout(self.heldout, known)
         row["ranks"] = world_size()
         self.before = result.batch
         numbers, self.samples_before = batch_measures.samples(
@@ -223,6 +225,7 @@ class Watch:
         loop = self.loop
         row = {"gradient/norm": self.gradients.norm()}
         old = self.weights.before
+        self.own.before = partial(self.weights.put_back, old)
         row |= self.weights.look(self.gradients.total, rate=self._rate(step))
         row |= loss_measures.gain(
             loop.generator,

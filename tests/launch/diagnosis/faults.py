@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.launch.diagnosis.further_faults import FURTHER_FAULTS
 from tests.launch.diagnosis.other_faults import OTHER_FAULTS
 from tests.launch.diagnosis.planting import (
     PlantedFault,
@@ -358,4 +359,4 @@ FAULTS = {
     ),
     "fps-setting": PlantedFault(("wrong-fps",), overrides=("generator.fps=24",)),
 }
-FAULTS |= OTHER_FAULTS
+FAULTS |= OTHER_FAULTS | FURTHER_FAULTS

@@ -483,6 +483,11 @@ def test_exported_adapter_is_read(tmp_path: Path, b: float, cause: list[str]) ->
     assert accused(read_run(folder)) == cause
 
 
+def test_frozen_adapter_is_named_beside_its_export_of_zeros() -> None:
+    still = {"weights/moved": 0.0, "adapter/lora_B_norm": 0.0}
+    assert accused(evidence(measured=still, exported_lora_b=0.0)) == ["adapter-frozen"]
+
+
 def test_evaluation_of_the_tuned_without_an_adapter_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", evidence())
     for name in ("eval_base", "eval_tuned"):
