@@ -21,7 +21,7 @@ LOG_PROB_LIMIT = 5e-6
 # |ratio - 1| of the loop's own steps, with one update a rollout.
 RATIO_LIMIT = {"float32": 1e-4, "bfloat16": 5e-3}
 # MEAN difference of two videos in levels of 255.
-PIXEL_LIMIT = 1.5
+PIXEL_LIMIT = {"float32": 0.1, "bfloat16": 1.5}
 # A variant explains a gap if it leaves this part of it.
 EXPLAINS = 0.2
 # A gap below this part of the largest need not have the same explanation.
@@ -374,7 +374,8 @@ def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
     gap, variant = worst_gap(evidence, "decode")
     # Of the base model: training may lead latents anywhere.
     round_trip = (evidence.measured("vae/round_trip") or [0.0])[0]
-    if gap > PIXEL_LIMIT:
+    limit = pixel_limit(evidence, "generator.vae_dtype", "float32")
+    if gap > limit:
         yield _of_pixels(gap, variant)
     elif round_trip > evidence.certificate.get("round_trip_limit", 0.8):
         yield Diagnosis(
@@ -386,7 +387,7 @@ def _videos(evidence: Evidence) -> Iterator[Diagnosis]:
             "compare latents_mean and latents_std of vae/config.json with the released ones",
         )
     scored = max(evidence.measured("scored/gap"), default=0.0)
-    if scored > PIXEL_LIMIT and gap <= PIXEL_LIMIT:
+    if scored > limit and gap <= limit:
         yield Diagnosis(
             "reward-other-videos",
             "certain",
@@ -459,11 +460,11 @@ def _evaluation(evidence: Evidence) -> Iterator[Diagnosis]:
             "evaluate on prompts that are in no line of the prompts of training",
         )
     gap, variant = worst_gap(evidence, "evaluation")
-    limit = PIXEL_LIMIT
+    limit = 3 * pixel_limit(evidence, "generator.dtype", "bfloat16")
     # Options of the sampler that are allowed to be less exact.
     sampler = evidence.setting("generator.sampler", {})
     if sampler.get("merge_adapter") or sampler.get("attention"):
-        limit *= 3
+        limit = max(limit, 3 * PIXEL_LIMIT["bfloat16"])
     guidance = evidence.measured("evaluation/guidance")
     scale = evidence.setting("generator.sampler.guidance_scale", 4.5)
     other_scale = bool(guidance) and not math.isclose(guidance[-1], scale)
@@ -563,6 +564,14 @@ def strength(evidence: Evidence, name: str, gap: float) -> Diagnosis | None:
             advice,
         )
     return None
+
+
+def pixel_limit(evidence: Evidence, key: str, default: str) -> float:
+    """MEAN difference in levels of 255 that rounding may cause, by the dtype at a key."""
+    # TensorFloat-32 rounds products like half precision does.
+    if evidence.setting("generator.tf32"):
+        return PIXEL_LIMIT["bfloat16"]
+    return PIXEL_LIMIT[evidence.setting(key, default)]
 
 
 def _velocity_limit(evidence: Evidence) -> float:

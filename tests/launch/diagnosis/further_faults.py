@@ -140,12 +140,13 @@ def weights_ignored() -> None:
     replace_in(grpo, "group_relative_advantages", make)
 
 
-def prompts_empty() -> None:
+def prompts_lengthened() -> None:
+    """The reward reads a prompt that somebody has improved."""
     from alignment.rewards.errors import NamedReward
 
     def make(score: Any) -> Any:
         return lambda self, video, prompts, *, fps: score(
-            self, video, [""] * len(prompts), fps=fps
+            self, video, [f"{prompt}, best quality" for prompt in prompts], fps=fps
         )
 
     replace_in(NamedReward, "score", make)
@@ -224,7 +225,7 @@ FURTHER_FAULTS = {
         weights_ignored,
         overrides=("rewards.dynamics={weight: 0}",),
     ),
-    "prompts-empty": PlantedFault(("reward-other-prompts",), prompts_empty),
+    "prompts-lengthened": PlantedFault(("reward-other-prompts",), prompts_lengthened),
     "rewards-shuffled": PlantedFault(
         ("advantage-differs",), rewards_shuffled_in_their_group
     ),
