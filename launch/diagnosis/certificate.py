@@ -2,9 +2,11 @@
 
     python launch/diagnosis/certificate.py --config configs/shapes/grpo_oracle.yaml --seeds 6
     python launch/diagnosis/certificate.py --config configs/wan/grpo.yaml --seeds 0
+    python launch/diagnosis/certificate.py --config configs/wan/grpo.yaml --run runs/a --run runs/b
 
-Each seed is a short run of launch/grpo.py. The entry of the recipe in configs/certificates.json is
-replaced. With --seeds 0 nothing is run, and the entry holds the recipe's settings only.
+Each seed is a short run of launch/grpo.py; runs that there are already are taken by --run. The
+entry of the recipe in configs/certificates.json is replaced. With --seeds 0 nothing is run, and the
+entry holds the recipe's settings only.
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ UPDATES = 5
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     names = list(args.config)
-    # A short run for every seed.
-    runs = []
+    # Runs that there are, or a short one for every seed.
+    runs = [read_run(folder) for folder in args.run]
+    seeds = 0 if runs else args.seeds
     with tempfile.TemporaryDirectory(prefix="certificate-") as folder:
-        for seed in range(args.seeds):
+        for seed in range(seeds):
             place = Path(folder) / f"seed-{seed}"
             run(names, args.override, seed=seed, place=place)
             runs.append(read_run(place))
@@ -55,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipes = []
     if file.is_file():
         recipes = read_json(file)["recipes"]
-    made = certificate(names, args.override, runs)
+    words = [f"--run {folder}" for folder in args.run] or [f"--seeds {seeds}"]
+    made = certificate(names, args.override, runs, words)
     entries = [made]
     for entry in recipes:
         if entry["recipe"] != made["recipe"]:
@@ -69,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("--config", action="append", required=True, metavar="YAML")
+    add(
+        "--run",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="made already",
+    )
     add("--seeds", type=int, default=6, help="runs with seeds 0, 1, ...")
     add("override", nargs="*", help="a.b=c, for every run")
     return parser
@@ -104,8 +116,12 @@ def certificate(
     configs: Sequence[str],
     overrides: Sequence[str],
     runs: Sequence[Evidence],
+    made_from: Sequence[str],
 ) -> dict[str, Any]:
-    """The entry of a recipe from the evidence of its runs; a band is [low, high] by update."""
+    """The entry of a recipe from the evidence of its runs; a band is [low, high] by update.
+
+    made_from  words of the command line that name the runs
+    """
     settings = plain(load(GrpoRun, configs, overrides))
     remembered = {key: value_at(settings, key) for key in REMEMBERED}
 
@@ -119,7 +135,7 @@ def certificate(
 
     # The command that makes it again.
     words = [f"--config {name}" for name in configs]
-    words += [f"--seeds {len(runs)}", *overrides]
+    words += [*made_from, *overrides]
     return {
         "recipe": " + ".join([*configs, *overrides]),
         "made_by": f"python launch/diagnosis/certificate.py {' '.join(words)}",
@@ -147,16 +163,22 @@ def bands_of(columns: Sequence[Mapping[int, float]], name: str) -> list[list[flo
 
 
 def rewards_of(runs: Sequence[Evidence]) -> dict[str, Any]:
-    """Whether each reward read the prompt: some score changed with another prompt."""
+    """The rewards of the runs by kind; where measured, whether one read the prompt.
+
+    It did if some score changed with another prompt.
+    """
     found: dict[str, Any] = {}
     for evidence in runs:
         for name, entry in evidence.rewards.items():
             kind = identity(name, entry)
             key = f"rewards/{name}/wrong_prompt"
-            changed = sum(evidence.measured(f"{key}/fell"))
-            changed += sum(evidence.measured(f"{key}/rose"))
-            before = found.get(kind, {}).get("reads_prompt", False)
-            found[kind] = {"reads_prompt": before or changed > 0}
+            fell = evidence.measured(f"{key}/fell")
+            changed = sum(fell) + sum(evidence.measured(f"{key}/rose"))
+            before = found.setdefault(kind, {})
+            # Runs of others may have measured nothing.
+            if fell:
+                read = before.get("reads_prompt", False) or changed > 0
+                before["reads_prompt"] = read
     return found
 
 

@@ -79,9 +79,18 @@ def certificate_of(settings: Mapping[str, Any]) -> dict[str, Any]:
         if fits and entry["bands"]:
             fitting.append(entry)
         nearest = nearest or {**entry, "bands": {}}
+    if not fitting:
+        return nearest
     # The most rewards in common, and the fewest others.
     fitting.sort(key=lambda entry: len(kinds ^ set(entry["rewards"])))
-    return fitting[0] if fitting else nearest
+    best = fitting[0]
+    # How far an update moves, and the VAE, do not depend on the reward.
+    bands = dict(best["bands"])
+    for entry in fitting[1:]:
+        if "adapter/drift" in entry["bands"]:
+            bands.setdefault("adapter/drift", entry["bands"]["adapter/drift"])
+    limit = min(entry["round_trip_limit"] for entry in fitting)
+    return {**best, "bands": bands, "round_trip_limit": limit}
 
 
 def identity(name: str, reward: Mapping[str, Any]) -> str:

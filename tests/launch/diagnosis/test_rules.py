@@ -12,11 +12,16 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from common.config import load
+from common.run_record import plain
 from launch import diagnose as command
+from launch.diagnosis.certificate import rewards_of
+from launch.diagnosis.certificates import certificate_of
 from launch.diagnosis.evidence import Evidence
 from launch.diagnosis.metric_rules import trend
 from launch.diagnosis.rules import diagnose
 from launch.diagnosis.run_files import read_run
+from launch.schemas.training import GrpoRun
 
 SETTINGS: dict[str, Any] = {
     "steps": 100,
@@ -404,6 +409,28 @@ def test_spreads_are_compared_with_those_of_the_same_reward_only() -> None:
         run = Evidence({**SETTINGS, "rewards": rewards}, rows, certificate=certificate)
         found = [diagnosis.cause for diagnosis in diagnose(run)]
         assert found == ["unlike-certificate"] * told
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_oracle"])
+def test_certificate_is_that_of_the_recipe_and_knows_the_size_of_an_update(
+    name: str,
+) -> None:
+    settings = plain(load(GrpoRun, [f"configs/shapes/{name}.yaml"], []))
+    found = certificate_of(settings)
+    assert found["recipe"].startswith(f"configs/shapes/{name}.yaml")
+    # the sampler and the rate decide it, not the reward
+    assert len(found["bands"]["adapter/drift"]) == 5
+    assert found["round_trip_limit"] < 0.8
+    # of a run with another adapter nothing is known but the generator
+    other = {**settings, "generator": {**settings["generator"], "lora": None}}
+    assert certificate_of(other)["bands"] == {}
+
+
+def test_certificate_of_runs_without_measurements_says_nothing_about_prompts() -> None:
+    run = evidence(measured={})
+    assert rewards_of([run])["descore"] == {"reads_prompt": True}
+    bare = Evidence(settings=run.settings, metrics=run.metrics)
+    assert rewards_of([bare]) == {"descore": {}, "look": {}}
 
 
 def test_watched_reward_that_falls_is_told() -> None:
