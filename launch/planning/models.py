@@ -482,14 +482,17 @@ class MetaRewardModel:
 
     def score(self, videos: int, lengths: Lengths, *, cots: int) -> Cost:
         """Measure a batch of the scorer: chains of thought by its settings, and the rewards."""
-        from rm.config import Generation
-
         if not cots:
             return self.read(videos, replace(lengths, chain=0), grad=False)
-        how = Generation(
-            temperature=0.0 if cots == 1 else 1.0, repetition_penalty=_PENALTY
-        )
-        return self.write(videos, lengths, how=how, copies=cots)
+        return self.write(videos, lengths, how=self.scoring(cots), copies=cots)
+
+    @staticmethod
+    def scoring(cots: int) -> Generation:
+        """Settings with which a scorer writes ``cots`` chains of thought about a video."""
+        from rm.config import Generation
+
+        temperature = 0.0 if cots == 1 else 1.0
+        return Generation(temperature=temperature, repetition_penalty=_PENALTY)
 
     def _pass(self, output: Callable[[], Tensor], *, grad: bool) -> Cost:
         # transformers recomputes blocks in training mode alone.

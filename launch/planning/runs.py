@@ -24,6 +24,7 @@ from launch.planning.models import (
     sizes_of,
 )
 from launch.planning.plan import REDUCE_BUCKET, Plan, Where, training_parts
+from launch.planning.vllm import add_vllm
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from alignment.config import RewardConfig
     from generator.config import GeneratorConfig
+    from rm.config import Generation
 
 
 def plan_of(cfg: Any, where: Where) -> Plan | None:
@@ -245,6 +247,11 @@ def _add_dual_rl(
     rank_pairs = how.pairs_per_step // plan.where.ranks
     micro_batches = rank_pairs / how.micro_batch
 
+    # Memory besides the training state.
+    if cfg.lora is None and how.kl_weight:
+        shards = plan.where.ranks if cfg.zero_stage == 3 else 1
+        plan.add("frozen copy for KL", sizes_of(model.model).bytes / shards)
+
     # Writing: the prefix once a video, then every token of all chains of thought together.
     sampling = Generation(
         max_new_tokens=how.max_new_tokens,
@@ -252,9 +259,7 @@ def _add_dual_rl(
         repetition_penalty=1.0,
     )
     videos = 2 * how.micro_batch
-    together = min(how.cot_batch or videos, 2 * rank_pairs)
-    written = model.write(together, lengths, how=sampling, copies=how.group_size)
-    plan.phase("chains of thought", written * (2 * rank_pairs / together))
+    _add_writing(plan, cfg, model, lengths, sampling, 2 * rank_pairs)
 
     # Log-probabilities: the reference's, and with several updates a step the old policy's.
     cots_per_row = how.cots_per_row or how.group_size
@@ -274,15 +279,41 @@ def _add_dual_rl(
         plan.phase("log-probabilities", packed(grad=False) * (passes * micro_batches))
     plan.phase("update", packed(grad=True) * micro_batches)
 
-    # Memory besides the training state.
-    if cfg.lora is None and how.kl_weight:
-        shards = plan.where.ranks if cfg.zero_stage == 3 else 1
-        plan.add("frozen copy for KL", sizes_of(model.model).bytes / shards)
     plan.facts.append(
         f"one step = {how.pairs_per_step} pairs x 2 videos x {how.group_size} chains of thought, "
         f"{rank_pairs} pairs a rank, {how.pairs_per_step // how.pairs_per_update} optimizer "
         f"steps; rows of {lengths.prefix + cots_per_row * lengths.chain:,} places"
     )
+
+
+def _add_writing(
+    plan: Plan,
+    cfg: DualRlRun,
+    model: MetaRewardModel,
+    lengths: Lengths,
+    sampling: Generation,
+    videos: int,
+) -> None:
+    """Add the writing of the chains of thought about a rank's videos, by either engine."""
+    how = cfg.dual_rl
+    copies = how.group_size
+    name = "chains of thought"
+    if how.engine == "vllm":
+        sleeps = cfg.vllm is None or cfg.vllm.sleep
+        add_vllm(
+            plan,
+            name,
+            model,
+            lengths,
+            sampling,
+            videos=videos,
+            copies=copies,
+            sleeps=sleeps,
+        )
+        return
+    together = min(how.cot_batch or 2 * how.micro_batch, videos)
+    written = model.write(together, lengths, how=sampling, copies=copies)
+    plan.phase(name, written * (videos / together))
 
 
 def _add_rewards(
@@ -316,10 +347,22 @@ def _add_rewards(
             height=how.height,
             width=how.width,
         )
-        plan.phase(
-            f"reward {name}", model.score(batch, lengths, cots=cots) * (videos / batch)
-        )
         plan.add(f"reward {name}: weights", sizes_of(model.model).bytes)
+        if reward.options.get("engine") == "vllm" and cots:
+            vllm = reward.options.get("vllm") or {}
+            add_vllm(
+                plan,
+                f"reward {name}",
+                model,
+                lengths,
+                model.scoring(cots),
+                videos=videos,
+                copies=cots,
+                sleeps=vllm.get("sleep", True),
+            )
+            continue
+        cost = model.score(batch, lengths, cots=cots) * (videos / batch)
+        plan.phase(f"reward {name}", cost)
 
 
 def _add_decoding(
