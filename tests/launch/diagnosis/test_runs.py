@@ -97,8 +97,8 @@ def marked(names: list[str]) -> list[object]:
 @pytest.mark.parametrize("name", marked(list(FAULTS)))
 def test_planted_fault_is_named(name: str, tmp_path: Path, trainer: Trainer) -> None:
     fault = FAULTS[name]
-    # two updates are enough for these
-    few = ("steps=2",) if name in QUICK else ()
+    # one update is enough for these
+    few = ("steps=1",) if name in QUICK else ()
     found = trainer.diagnosed(
         tmp_path / "run", name, *few, *fault.overrides, ranks=fault.ranks
     )
