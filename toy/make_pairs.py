@@ -187,9 +187,6 @@ def make(job: VideoJob) -> list[dict[str, object]]:
     from common.distributed import derive_seed
     from common.video_io import write_mp4
     from rm.video import prepare
-    from toy.annotator import annotate
-    from toy.measure import measure
-    from toy.people import utility, value_of
     from toy.world import FPS
 
     torch.set_num_threads(1)
@@ -198,12 +195,9 @@ def make(job: VideoJob) -> list[dict[str, object]]:
     seen = []
     for side, video in zip(sides, videos, strict=True):
         write_mp4(job.out / side.name, video, FPS)
-        scores = measure(video, side.prompt).scores
-        told = annotate(scores, side.rng) if SPLITS[job.split].annotated else scores
-        found = utility(video, side.prompt)
-        quality = found.parts["quality"]
-        value = value_of(found.grades, quality, job.quality_weight)
-        seen.append(Seen(told, found.parts, value))
+        annotator = side.rng if SPLITS[job.split].annotated else None
+        weight = job.quality_weight
+        seen.append(see(video, side.prompt, annotator=annotator, quality_weight=weight))
 
     # The chains of thought are about the files, as a training run reads them.
     model = load_base_model(job.base)
@@ -218,6 +212,26 @@ def make(job: VideoJob) -> list[dict[str, object]]:
         row = csv_row(sides[pair], seen[pair], cots[pair], rng)
         rows.append(row)
     return rows
+
+
+def see(
+    video_TYXC: Tensor,
+    prompt: str,
+    *,
+    annotator: random.Random | None,
+    quality_weight: float = VideoJob.quality_weight,
+) -> Seen:
+    """Look at a uint8 video as people do, and as an annotator or, without one, the oracle does."""
+    from toy.annotator import annotate
+    from toy.measure import measure
+    from toy.people import utility, value_of
+
+    scores = measure(video_TYXC, prompt).scores
+    if annotator is not None:
+        scores = annotate(scores, annotator)
+    found = utility(video_TYXC, prompt)
+    value = value_of(found.grades, found.parts["quality"], quality_weight)
+    return Seen(scores, found.parts, value)
 
 
 def list_sides(job: VideoJob) -> list[Side]:

@@ -134,10 +134,14 @@ class Watch:
     def _can_measure(self) -> bool:
         """False where ranks share samples or weights, or copies of the weights are too large.
 
-        There is no other route to the numbers of a generator that is not Wan.
+        There is no other route to the numbers of a generator that is not a text-to-video Wan.
         """
         run = self.run
         if run.generator.target is not None:
+            return False
+        # Nor for two transformers, or for prompts with an image.
+        family = self.loop.generator.family
+        if family.boundary is not None or family.image != "none":
             return False
         shared = run.grpo.ranks_per_group * run.generator.context_parallel > 1
         if shared or run.zero_stage == 3:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.dpo import steps_of
+from generator.experts import check_stochastic_steps as check_steps
+from generator.experts import check_training
 from launch.planning.forwards import samples_per_rollout, samples_per_update
 from launch.planning.meter import Cost, Meter
 from launch.planning.models import (
@@ -83,10 +85,13 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
         )
 
         # The phases of a step.
-        per_rank = groups / together
-        plan.phase("rollout", wan.rollout(members) * per_rank)
+        check_steps(cfg.generator, wan.family)
+        check_training(cfg.generator, wan.family, zero_stage=cfg.zero_stage)
+        rollout = _shared(wan.rollout(members), together) * groups
+        plan.phase("rollout", _with_frozen(plan, wan, rollout))
         _add_decoding(plan, wan, videos, text_encoder=not cfg.cache_prompts)
-        plan.phase("update", wan.update(cfg, members) * (per_rank * cfg.grpo.updates))
+        update = _shared(wan.update(cfg, members), together)
+        plan.phase("update", update * (groups * cfg.grpo.updates))
 
         # What else is in memory.
         sizes = sizes_of(wan.module)
@@ -124,10 +129,12 @@ def plan_dpo(
             f"one update = {cfg.dpo.pairs_per_step} pairs, {rank_pairs} a rank; "
             "neither VAE nor text encoder is in memory"
         )
+        check_training(cfg.generator, wan.family, zero_stage=cfg.zero_stage)
         cost = wan.flow_error(samples, reference=False)
         if cfg.dpo.method == "dpo":
             cost += wan.flow_error(samples, reference=True)
-        plan.phase("update", cost * (rank_pairs / cfg.dpo.micro_batch / together))
+        cost = _shared(cost, together)
+        plan.phase("update", cost * (rank_pairs / cfg.dpo.micro_batch))
     return plan
 
 
@@ -148,7 +155,7 @@ def plan_pairs(cfg: PairsRun, where: Where) -> Plan:
 
         # Nothing is trained: weights alone.
         plan.add("transformer: weights", sizes_of(wan.module).bytes)
-        plan.phase("sampling", wan.sample(count))
+        plan.phase("sampling", _with_frozen(plan, wan, wan.sample(count)))
         _add_decoding(plan, wan, count, text_encoder=True)
         _add_rewards(plan, meter, cfg.rewards, count, count, cfg.generator)
         plan.hold("frames of the candidates", count * _frames(cfg.generator))
@@ -165,7 +172,7 @@ def plan_reward_model(
     None stands for five seconds of 480 x 832.
     """
     cold_start = isinstance(cfg, ColdStartRun)
-    key = "base" if cold_start else "checkpoint"
+    key = "checkpoint" if cfg.checkpoint is not None else "base"
     name = getattr(cfg, key)
     with _meter(where) as meter:
         # The model that is trained.
@@ -363,6 +370,29 @@ def _add_rewards(
             continue
         cost = model.score(batch, lengths, cots=cots) * (videos / batch)
         plan.phase(f"reward {name}", cost)
+
+
+def _shared(cost: Cost, ranks: int) -> Cost:
+    """Cost of a rank where so many share the tokens of every sample, and so its activations.
+
+    What they exchange at every attention is not counted.
+    """
+    return replace(cost * (1 / ranks), peak=cost.peak / ranks)
+
+
+def _with_frozen(plan: Plan, wan: MetaWan, cost: Cost) -> Cost:
+    """Add the weights of a transformer that is not trained, for good or to the peak of ``cost``.
+
+    One that waits on the host costs its copy to the device as well; its seconds are not counted.
+    """
+    if wan.frozen is None:
+        return cost
+    size = sizes_of(wan.frozen).bytes
+    if not wan.cfg.experts.offload:
+        plan.add("frozen transformer: weights", size)
+        return cost
+    plan.hold("frozen transformer: weights", size)
+    return replace(cost, peak=cost.peak + size)
 
 
 def _add_decoding(
