@@ -53,6 +53,7 @@ class StepResult:
     Of ranks that hold the same samples, each has the groups that it decoded and scored.
 
     video_BTYXC  The videos of the first groups that were to be kept; None if none were.
+    groups       The rollouts of this rank, if they were to be kept.
     """
 
     metrics: dict[str, float]
@@ -60,6 +61,7 @@ class StepResult:
     video_BTYXC: Tensor | None
     scores: Mapping[str, Score]
     advantage_PM: Tensor
+    groups: Sequence[Group] = ()
 
 
 def backwards_per_update(
@@ -115,13 +117,15 @@ class GrpoLoop:
         self.silent_guard = SilentRewardGuard(weights)
         self.flat_guard = FlatRewardGuard(weights, patience=cfg.flat_reward_patience)
 
-    def step(self, step: int, *, keep_groups: int = 0) -> StepResult:
+    def step(
+        self, step: int, *, keep_groups: int = 0, keep_rollouts: bool = False
+    ) -> StepResult:
         """One optimizer step: sample groups, score them, normalise the rewards, update.
 
         ``step`` counts from 0. Frames are let go once they are scored, except those of the first
-        ``keep_groups`` groups of this rank. Raises RewardUnavailableError on every rank, before
-        anything is trained, when a reward fails on any rank, and by `SilentRewardGuard` and
-        `FlatRewardGuard`.
+        ``keep_groups`` groups of this rank; latents and log-probs are, without ``keep_rollouts``.
+        Raises RewardUnavailableError on every rank, before anything is trained, when a reward
+        fails on any rank, and by `SilentRewardGuard` and `FlatRewardGuard`.
         """
         timer = PhaseTimer()
         batch = self.batch(step)
@@ -172,6 +176,7 @@ class GrpoLoop:
             video_BTYXC,
             scores,
             advantages.advantage_PM[list(scored)],
+            groups if keep_rollouts else (),
         )
 
     def batch(self, step: int) -> PromptBatch:

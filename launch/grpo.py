@@ -63,6 +63,7 @@ def build_task(
     from engine.ema import Ema
     from engine.trainer import StepReport
     from launch.compose import generator_task
+    from launch.diagnosis.watch import Watch
     from launch.training.grpo_loop import build, cache_prompts
     from launch.training.grpo_outputs import (
         evaluate_heldout,
@@ -76,17 +77,24 @@ def build_task(
     for line in batch_arithmetic(run, loop):
         say(line)
     ema = None if run.ema is None else Ema(run.ema, loop.generator.module)
+    watch = Watch(run, loop, heldout, ema)
 
     # The parts that only GRPO has.
     def prepare(start: int) -> None:
         loop.silent_guard.expect(run.steps - start)
+        watch.prepare(start)
         if run.self_checks and start == 0:
             run_self_checks(run, loop, prompts)
         if run.cache_prompts:
             cache_prompts(run, loop, heldout, start)
 
     def step(number: int) -> StepReport:
-        result = loop.step(number, keep_groups=groups_to_write(run, number))
+        watch.begin(number)
+        result = loop.step(
+            number,
+            keep_groups=max(groups_to_write(run, number), watch.groups_to_keep(number)),
+            keep_rollouts=watch.measures(number),
+        )
         return StepReport(result.metrics, result)
 
     return generator_task(
@@ -99,6 +107,7 @@ def build_task(
         prepare=prepare,
         measure_before=lambda n: evaluate_heldout(run, loop, ema, heldout, n),
         after_log=lambda n, report, log: write_samples(run, report.result, n, log),
+        watch=lambda n, report, metrics: watch.look(n, report.result, metrics),
         explain_unavailable=print_cause,
     )
 

@@ -64,7 +64,8 @@ def write_samples(run: GrpoRun, result: StepResult, step: int, log: RunLog) -> N
     writer = SampleWriter(folder, fps=run.generator.fps)
     # None where other ranks score all of this rank's groups.
     if result.video_BTYXC is not None:
-        writer.add(result.video_BTYXC, rows)
+        # A diagnosis may have kept more groups.
+        writer.add(result.video_BTYXC[: len(rows)], rows)
 
     # The trackers.
     captions = []
