@@ -7,27 +7,18 @@ shard (`alignment.rank_groups`). M is the number of a group's members on this ra
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from alignment.advantages import Advantages, group_relative_advantages
-from alignment.grpo_losses import (
-    StepWeights,
-    grpo_group_loss,
-    update_metrics,
-    weights_of_steps,
-)
+from alignment.advantages import group_relative_advantages
+from alignment.policy_update import PolicyUpdate
 from alignment.rank_groups import RankGroups
 from alignment.rewards.errors import NamedReward
 from alignment.scoring import FlatRewardGuard, Scorer, SilentRewardGuard
 from alignment.timing import PhaseTimer
-from common import gaussian
-from common.log import say
-from common.updates import backward_and_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +29,8 @@ if TYPE_CHECKING:
         Engine,
         Generator,
         Group,
-        LossOutput,
         RewardModel,
         Score,
-        Step,
     )
 
 
@@ -107,7 +96,9 @@ class GrpoLoop:
         self.engine = engine
         self.prompts = prompts
         self.fps = fps
-        self.grad_norm = grad_norm
+        self.objective = PolicyUpdate(
+            cfg, generator=generator, engine=engine, grad_norm=grad_norm
+        )
         # how ranks share groups, and stops for rewards that teach nothing
         self.ranks = RankGroups(cfg.group_size, cfg.ranks_per_group, ranks_per_sample)
         self.ranks.check(self.rewards.values())
@@ -152,11 +143,7 @@ class GrpoLoop:
 
         # 4. One backward per group and stochastic step, then an optimizer step.
         with timer("update"):
-            updates = [self.update(groups, advantages) for _ in range(self.cfg.updates)]
-        train_metrics = {}
-        for name in updates[0]:
-            values = [metrics[name] for metrics in updates]
-            train_metrics[name] = sum(values) / len(values)
+            train_metrics = self.objective.train(groups, advantages)
 
         metrics = {
             # the console line shows the first of these
@@ -218,68 +205,6 @@ class GrpoLoop:
                 # not held while the next group is decoded
                 del video_GTYXC
         return groups, torch.cat(kept) if kept else None
-
-    def update(
-        self, groups: Sequence[Group], advantages: Advantages
-    ) -> dict[str, float]:
-        """Take one optimizer step: a backward per group and stochastic step.
-
-        Without an advantage on any rank there is no optimizer step at all: KL has no policy
-        step to hold back, and Adam would still move the weights by momentum and decay. A loss
-        that is not finite is reported; what happens to its gradient is decided by the engine.
-        """
-        if not advantages.anything_to_learn:
-            return {"train/skipped": 1.0}
-        outputs = []
-        weights = iter(
-            weights_of_steps(
-                [step for group in groups for step in group.steps],
-                form=self.cfg.reweight,
-                normalize=self.cfg.normalize_step_weights,
-            )
-        )
-        for group, advantage_G in zip(groups, advantages.advantage_PM, strict=True):
-            for step in group.steps:
-                output = self.loss(group.prompt, step, advantage_G, next(weights))
-                if not math.isfinite(output.metrics["loss"]):
-                    say(f"the loss is {output.metrics['loss']} for {group.prompt!r}")
-
-                # the engine counts backwards and steps the optimizer on the last of them
-                backward_and_step(self.engine, output.loss)
-                outputs.append(output)
-
-        # the engine knows the norm since its optimizer step
-        metrics = update_metrics(outputs, self.grad_norm())
-        return {**metrics, "train/skipped": 0.0}
-
-    def loss(
-        self, prompt: str, step: Step, advantage_G: Tensor, weights: StepWeights
-    ) -> LossOutput:
-        """Compute `grpo_group_loss` of a group at a stochastic step, in a single forward.
-
-        With one update a rollout the policy that sampled is the policy of now: its log-prob is
-        that of this forward, detached, and the ratio is 1 by construction.
-        """
-        # the reference first, so that the policy's activations are not held meanwhile
-        reference = None
-        if self.cfg.kl_weight > 0:
-            with torch.no_grad(), self.generator.reference():
-                reference = self.generator.transition(prompt, step)
-        policy = self.generator.transition(prompt, step)
-        # how likely the sampled latents are under the policy of now
-        log_prob_G = gaussian.log_prob(policy, step.next_GCFHW)
-        kl = None if reference is None else gaussian.kl_same_std(policy, reference)
-        return grpo_group_loss(
-            log_prob_G,
-            step.log_prob_G.to(log_prob_G.device),
-            advantage_G.to(log_prob_G.device),
-            kl,
-            policy_weight=weights.policy,
-            kl_weight_scaled=self.cfg.kl_weight * weights.kl,
-            clip_low=self.cfg.clip_low,
-            clip_high=self.cfg.clip_high,
-            on_policy=self.cfg.updates == 1,
-        )
 
 
 def _prompts_of(groups: Sequence[Group]) -> list[str]:

@@ -237,19 +237,11 @@ class MetaWan:
 
     def update(self, cfg: GrpoRun, members: int) -> Cost:
         """Measure the losses and backwards of one group: all of its stochastic steps."""
-        from alignment.grpo import GrpoLoop
         from alignment.grpo_losses import weights_of_steps
+        from alignment.policy_update import PolicyUpdate
 
         generator = self.generator
-        loop = GrpoLoop(
-            cfg.grpo,
-            generator=generator,
-            rewards={},
-            weights={},
-            engine=None,
-            prompts=None,
-            fps=self.cfg.fps,
-        )
+        objective = PolicyUpdate(cfg.grpo, generator=generator, engine=None)
 
         with self._given_prompts(), gradients_dropped(self.module):
             (group,) = generator.rollout([PROMPT], group_size=members, seeds=[0])
@@ -260,7 +252,7 @@ class MetaWan:
             )
 
             def backward(place: int) -> None:
-                output = loop.loss(
+                output = objective.loss(
                     PROMPT, group.steps[place], torch.zeros(members), weights[place]
                 )
                 output.loss.backward()

@@ -366,7 +366,7 @@ def updated_once(
     if per_member:
         gradients, _ = per_member_gradient(generator, groups, advantage_PG, cfg.grpo)
         return torch.cat([gradient.flatten() for gradient in gradients]), {}
-    metrics = loop.update(
+    metrics = loop.objective.update(
         groups, Advantages(advantage_PG, anything_to_learn=True, means={}, details={})
     )
     return torch.cat([gradient.flatten() for gradient in engine.last_gradient]), metrics
