@@ -39,7 +39,14 @@ class GrpoConfig:
                     "none", see `alignment.grpo_losses.step_weights`.
     normalize_step_weights  divide these weights by their MEAN over all groups and steps of
                     an update (Flash-GRPO 2605.15980).
-    updates         optimizer steps on one rollout; more than one needs a clip.
+    updates         optimizer steps on one rollout. More than one needs ``ratio`` or
+                    ``divergence_clip``, see docs/objectives.md.
+    ratio           what the clips bound: the "plain" ratio r of log-probs, which leans below 1
+                    by the divergence D of the two policies, or the "normalized" one without
+                    this bias, exp(std (log r + D)) (GRPO-Guard 2510.22319), whose clips are
+                    in units of std times log-prob. Null is plain where every ratio is 1.
+    divergence_clip a member's loss is 0 where D is at least this number and the member would
+                    move the policy further (Flow-DPPO 2606.11025); null never does that.
     ranks_per_group how many ranks share a group's members, for more ranks than prompts.
                     Each of these ranks computes what the members share.
     overlap_scoring score a group in a thread while the next is sampled, for rewards that
@@ -61,6 +68,8 @@ class GrpoConfig:
     reweight: Literal["none", "finite", "paper", "unit"] = "finite"
     normalize_step_weights: bool = False
     updates: PositiveInt = 1
+    ratio: Literal["plain", "normalized"] | None = None
+    divergence_clip: PositiveFloat | None = None
     ranks_per_group: PositiveInt = 1
     overlap_scoring: bool = False
     videos_per_call: PositiveInt = 64
@@ -72,14 +81,34 @@ class GrpoConfig:
                 "clip_low and clip_high must both be numbers or both be null, "
                 f"got {self.clip_low} and {self.clip_high}"
             )
-        if self.updates > 1 and self.clip_low is None:
-            raise ValueError(
-                f"updates={self.updates} on one rollout need clip_low and clip_high"
-            )
+        self._check_trust_region()
         if self.group_size % self.ranks_per_group:
             raise ValueError(
                 f"ranks_per_group={self.ranks_per_group} must divide "
                 f"group_size={self.group_size}"
+            )
+
+    def _check_trust_region(self) -> None:
+        if self.updates == 1:
+            for key in ("ratio", "divergence_clip"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"{key}={getattr(self, key)} needs updates above 1: with a single "
+                        "update on a rollout every ratio is 1 and every divergence 0"
+                    )
+            return
+        if self.divergence_clip is not None:
+            return
+        if self.clip_low is None:
+            raise ValueError(
+                f"updates={self.updates} on one rollout need clip_low and clip_high, or "
+                "divergence_clip"
+            )
+        # most ratios of a large video lie below 1, so plain clips hold back one sign only
+        if self.ratio is None:
+            raise ValueError(
+                f"updates={self.updates} on one rollout need ratio=normalized with clips in its "
+                "units, or divergence_clip; ratio=plain is for small latents only"
             )
 
 

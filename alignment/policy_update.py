@@ -10,7 +10,9 @@ import torch
 
 from alignment.grpo_losses import (
     StepWeights,
+    TrustRegion,
     grpo_group_loss,
+    trust_metrics,
     update_metrics,
     weights_of_steps,
 )
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
 
     from alignment.advantages import Advantages
     from alignment.config import GrpoConfig
+    from common.gaussian import Gaussian
     from common.types import Engine, Generator, Group, LossOutput, Step
+
+# Share of ratios above 1, among members of positive advantage, below which a run is told.
+FEW_ABOVE = 0.05
 
 
 class PolicyUpdate:
@@ -45,26 +51,46 @@ class PolicyUpdate:
         self.generator = generator
         self.engine = engine
         self.grad_norm = grad_norm
+        self.warned = False
 
     def train(
         self, groups: Sequence[Group], advantages: Advantages
     ) -> dict[str, float]:
-        """Take the optimizer steps of a rollout, and return the MEAN of their metrics."""
-        updates = [self.update(groups, advantages) for _ in range(self.cfg.updates)]
+        """Take the optimizer steps of a rollout, and return the MEAN of their metrics.
+
+        Those of `trust_metrics` are of the updates after the first.
+        """
+        updates = [self.update(groups, advantages)]
+        for _ in range(1, self.cfg.updates):
+            updates.append(self.update(groups, advantages, later=True))
         metrics = {}
-        for name in updates[0]:
-            values = [update[name] for update in updates]
+        for name in updates[-1]:
+            values = [update[name] for update in updates if name in update]
             metrics[name] = sum(values) / len(values)
+        self._warn_of_one_side(metrics)
         return metrics
 
+    def _warn_of_one_side(self, metrics: dict[str, float]) -> None:
+        """Say once if hardly any plain ratio of a good member is above 1."""
+        share = metrics.get("train/ratio_above_positive", math.nan)
+        if self.warned or self.cfg.ratio == "normalized" or not share < FEW_ABOVE:
+            return
+        self.warned = True
+        say(
+            f"{share:.0%} of the ratios of members with a positive advantage are above 1 in the "
+            "later updates: the clip holds back negative advantages only; use "
+            "grpo.ratio=normalized or grpo.updates=1"
+        )
+
     def update(
-        self, groups: Sequence[Group], advantages: Advantages
+        self, groups: Sequence[Group], advantages: Advantages, *, later: bool = False
     ) -> dict[str, float]:
         """Take one optimizer step: a backward per group and stochastic step.
 
         Without an advantage on any rank there is no optimizer step at all: KL has no policy
         step to hold back, and Adam would still move the weights by momentum and decay. A loss
         that is not finite is reported; what happens to its gradient is decided by the engine.
+        ``later`` updates on a rollout have the `trust_metrics` too.
         """
         if not advantages.anything_to_learn:
             return {"train/skipped": 1.0}
@@ -88,6 +114,8 @@ class PolicyUpdate:
 
         # the engine knows the norm since its optimizer step
         metrics = update_metrics(outputs, self.grad_norm())
+        if later:
+            metrics |= trust_metrics(outputs)
         return {**metrics, "train/skipped": 0.0}
 
     def loss(
@@ -117,4 +145,25 @@ class PolicyUpdate:
             clip_low=self.cfg.clip_low,
             clip_high=self.cfg.clip_high,
             on_policy=self.cfg.updates == 1,
+            trust=self.trust_region(step, policy),
+        )
+
+    def trust_region(self, step: Step, policy: Gaussian) -> TrustRegion | None:
+        """Compare the policy of now with the one that sampled; None with one update a rollout.
+
+        Raises ValueError if the generator does not record the means of its transitions.
+        """
+        if self.cfg.updates == 1:
+            return None
+        if step.mean_MCFHW is None:
+            raise ValueError(
+                f"grpo.updates={self.cfg.updates} needs Step.mean_MCFHW, which this generator "
+                "does not record: use grpo.updates=1"
+            )
+        sampled = gaussian.Gaussian(step.mean_MCFHW.to(policy.mean.device), step.std)
+        return TrustRegion(
+            gaussian.kl_same_std(policy, sampled),
+            step.std,
+            normalized=self.cfg.ratio == "normalized",
+            divergence_clip=self.cfg.divergence_clip,
         )

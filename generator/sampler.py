@@ -246,4 +246,5 @@ def _stochastic_step(
         log_prob_G,
         transition.std,
         walk.kernel.gain(sigma, sigma_next),
+        transition.mean,
     )

@@ -61,6 +61,7 @@ def test_ratio_is_clipped_by_its_side() -> None:
         kl_weight=0.0,
         # with one update the ratio would be 1 by construction
         updates=2,
+        ratio="plain",
     )
     (group,) = loop.generator.rollout(["a"], group_size=4, seeds=[5])
     (step,) = group.steps
