@@ -11,19 +11,96 @@ from common.plugin_file import file_of
 from common.schema import (
     NonEmptyText,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     config,
 )
 
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 # A group or a set of candidates of one has nothing to compare with.
 AtLeastTwo = Annotated[int, Field(ge=2)]
+
+
+@config
+class OldPolicyConfig:
+    """The policy that samples for a forward objective: an average of the trained weights.
+
+    After the update number n of the run, old <- d old + (1 - d) theta, with
+
+        d = 0 for n < flat_steps, else min(ramp_rate (n - flat_steps), max_decay).
+
+    At max_decay 0 the policy of now samples, and no copy is kept. DiffusionNFT's types
+    (2509.16117, release): 1 is (0, 0.001, 0.5), 2 is (75, 0.0075, 0.999).
+
+    flat_steps  updates before the ramp.
+    ramp_rate   rise of d per update.
+    max_decay   the largest d.
+    """
+
+    flat_steps: NonNegativeInt = 0
+    ramp_rate: NonNegativeFloat = 0.001
+    max_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+    def decay(self, update: int) -> float:
+        """Return d of update number ``update``, counted from 1."""
+        if update < self.flat_steps:
+            return 0.0
+        return min(self.ramp_rate * (update - self.flat_steps), self.max_decay)
+
+
+@config
+class ForwardConfig:
+    """Settings of the forward objectives nft and awm, see `alignment.forward_losses`.
+
+    timesteps_per_sample  noise levels, with a noise each, that an update trains of a video.
+    timestep_range  the part of the rollout's grid that they are drawn from, from noise (0) to
+                    video (1). At sigma near 0 there is no signal, so the end is left out.
+    micro_batch     noised latents in a backward; it must divide the members of a group on a
+                    rank times timesteps_per_sample.
+    beta            nft: how far v+ and v- go beyond the old policy. A small one holds the policy
+                    closer to the old one; where that is the policy of now it has no effect.
+    adaptive_weight nft: divide the error of a sample by its absolute error.
+    weighting       awm: how a noise level weights the error, "uniform", "t", "t2", "huber" or
+                    "ghuber".
+    proximal_weight awm: weight of mean((v_theta - v_old)^2), for an old policy that is an
+                    average.
+    old_policy      the policy that samples, see `OldPolicyConfig`.
+    allow_distilled train a base that is distilled to a few steps. Flow matching is the wrong
+                    objective for it: videos blur and collapse.
+    """
+
+    timesteps_per_sample: PositiveInt = 1
+    timestep_range: tuple[Share, Share] = (0.0, 0.99)
+    micro_batch: PositiveInt = 1
+    beta: PositiveFloat = 0.1
+    adaptive_weight: bool = True
+    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber"
+    proximal_weight: NonNegativeFloat = 0.0
+    old_policy: OldPolicyConfig = field(default_factory=OldPolicyConfig)
+    allow_distilled: bool = False
+
+    def __post_init__(self) -> None:
+        first, last = self.timestep_range
+        if first >= last:
+            raise ValueError(
+                f"timestep_range must rise from noise to video, got {first} and {last}"
+            )
+
+    def trained_places(self, steps: int) -> range:
+        """Which of a grid's steps may be trained: int(first T) to int(last T) - 1 of T."""
+        first, last = self.timestep_range
+        return range(int(first * steps), int(last * steps))
 
 
 @config
 class GrpoConfig:
     """Longcat-GRPO. Defaults are LongCat-Video's (2510.22200, Table 9 and Algorithm 1).
 
+    objective       "policy" is the policy gradient; "nft" (DiffusionNFT) and "awm" (advantage
+                    weighted matching) fit the velocity to the videos by their advantages, and
+                    sample with any solver, see docs/objectives.md.
+    forward         settings of nft and awm.
     group_size      G, videos per prompt.
     scale           what a centred reward is divided by: "none", the standard deviation of
                     its "group", the largest of any group ("max_group"), or that of all
@@ -33,7 +110,9 @@ class GrpoConfig:
     clip_low        the ratio is clipped below 1 - clip_low; null does not clip, which is the
                     paper's choice: with one update per rollout every ratio is 1.
     clip_high       the ratio is clipped above 1 + clip_high; null does not clip.
-    kl_weight       weight of the KL to the reference policy; 0 saves its forward.
+    kl_weight       weight of the KL to the reference policy; 0 saves its forward. With nft and
+                    awm it is that of mean((v - v_ref)^2), where the policy gradient has
+                    kl_weight c~^2 / 2 of it, see docs/objectives.md.
     reweight        how the losses are freed of the noise schedule (section 3.3.1, equations
                     6 to 8): "finite" for truncated noise, the "paper"'s form, "unit" or
                     "none", see `alignment.grpo_losses.step_weights`.
@@ -58,6 +137,8 @@ class GrpoConfig:
                     apart in its first so many steps; null never stops.
     """
 
+    objective: Literal["policy", "nft", "awm"] = "policy"
+    forward: ForwardConfig = field(default_factory=ForwardConfig)
     group_size: AtLeastTwo = 4
     scale: Literal["none", "group", "max_group", "batch"] = "max_group"
     advantage_eps: NonNegativeFloat = 1e-4
@@ -81,11 +162,63 @@ class GrpoConfig:
                 "clip_low and clip_high must both be numbers or both be null, "
                 f"got {self.clip_low} and {self.clip_high}"
             )
-        self._check_trust_region()
+        if self.objective == "policy":
+            self._check_trust_region()
+            if self.forward != ForwardConfig():
+                raise ValueError(
+                    "forward is for objective nft or awm, got objective=policy"
+                )
         if self.group_size % self.ranks_per_group:
             raise ValueError(
                 f"ranks_per_group={self.ranks_per_group} must divide "
                 f"group_size={self.group_size}"
+            )
+        if self.objective != "policy":
+            self._check_forward()
+
+    @property
+    def samples_per_group(self) -> int:
+        """Noised latents of a group that a rank trains in an update of nft or awm."""
+        members = self.group_size // self.ranks_per_group
+        return members * self.forward.timesteps_per_sample
+
+    @property
+    def has_old_policy(self) -> bool:
+        """Whether another policy than that of the update samples: a copy of the weights."""
+        if self.objective == "policy":
+            return False
+        return self.updates > 1 or self.forward.old_policy.max_decay > 0
+
+    def _check_forward(self) -> None:
+        name = self.objective
+        for key in ("ratio", "divergence_clip"):
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} is for objective=policy, got objective={name}"
+                )
+        if self.normalize_step_weights:
+            raise ValueError(
+                f"normalize_step_weights=true is for objective=policy, got objective={name}"
+            )
+        if name == "nft" and self.advantage_clip is None:
+            raise ValueError(
+                "objective=nft needs advantage_clip, the advantage at which a video is only "
+                "imitated: 5 in its release, with scale=batch"
+            )
+        if name == "nft" and self.clip_low is not None:
+            raise ValueError(
+                "objective=nft has no ratio: clip_low and clip_high must be null; beta and "
+                "old_policy hold its policy back"
+            )
+        if name == "awm" and self.has_old_policy and self.clip_low is None:
+            raise ValueError(
+                "objective=awm with updates above 1 or an old_policy needs clip_low and "
+                "clip_high; its release has 1 for both"
+            )
+        if self.samples_per_group % self.forward.micro_batch:
+            raise ValueError(
+                f"forward.micro_batch={self.forward.micro_batch} must divide the "
+                f"{self.samples_per_group} noised latents of a group on a rank"
             )
 
     def _check_trust_region(self) -> None:

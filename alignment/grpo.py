@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alignment.advantages import group_relative_advantages
-from alignment.policy_update import PolicyUpdate
+from alignment.objectives import build_objective
 from alignment.rank_groups import RankGroups
 from alignment.rewards.errors import NamedReward
 from alignment.scoring import FlatRewardGuard, Scorer, SilentRewardGuard
@@ -56,10 +56,13 @@ def backwards_per_update(
     """Return the engine's gradient accumulation: backwards of an optimizer step on each rank.
 
     ``prompts_per_step`` is the number of groups of a step over all ranks. Ranks that compute
-    each sample together count as one of ``ranks``.
+    each sample together count as one of ``ranks``. ``steps_per_group`` is the number of
+    stochastic steps, which forward objectives do not have.
     """
     groups = prompts_per_step * cfg.ranks_per_group // ranks
-    return groups * steps_per_group
+    if cfg.objective == "policy":
+        return groups * steps_per_group
+    return groups * cfg.samples_per_group // cfg.forward.micro_batch
 
 
 class GrpoLoop:
@@ -71,6 +74,7 @@ class GrpoLoop:
     fps        The frame rate of the generator's videos, for the rewards.
     ranks_per_sample  How many consecutive ranks compute each sample together; the engine must
                then sum their gradients.
+    levels     The noise levels that a forward objective trains, of the rollout's own grid.
     grad_norm  Returns the gradient's norm before clipping, or None, after an optimizer step.
     """
 
@@ -85,6 +89,7 @@ class GrpoLoop:
         prompts: PromptSchedule,
         fps: float,
         ranks_per_sample: int = 1,
+        levels: Sequence[float] = (),
         grad_norm: Callable[[], float | Tensor | None] = lambda: None,
     ) -> None:
         self.cfg = cfg
@@ -96,12 +101,17 @@ class GrpoLoop:
         self.engine = engine
         self.prompts = prompts
         self.fps = fps
-        self.objective = PolicyUpdate(
-            cfg, generator=generator, engine=engine, grad_norm=grad_norm
-        )
         # how ranks share groups, and stops for rewards that teach nothing
         self.ranks = RankGroups(cfg.group_size, cfg.ranks_per_group, ranks_per_sample)
         self.ranks.check(self.rewards.values())
+        self.objective = build_objective(
+            cfg,
+            generator=generator,
+            engine=engine,
+            levels=levels,
+            first_member=self.ranks.first_member,
+            grad_norm=grad_norm,
+        )
         self.silent_guard = SilentRewardGuard(weights)
         self.flat_guard = FlatRewardGuard(weights, patience=cfg.flat_reward_patience)
 
@@ -126,10 +136,11 @@ class GrpoLoop:
             overlap=self.cfg.overlap_scoring,
         )
         with scorer:
-            # 1. Sample G videos per prompt from the current policy.
-            groups, video_BTYXC = self.sample(
-                batch, step, scorer, timer, keep_groups=keep_groups
-            )
+            # 1. Sample G videos per prompt from the current policy, or the objective's old one.
+            with self.objective.sampling_policy():
+                groups, video_BTYXC = self.sample(
+                    batch, step, scorer, timer, keep_groups=keep_groups
+                )
 
             # 2. Score every video with every reward; NaN means "could not be scored".
             scores = scorer.scores()
@@ -141,9 +152,9 @@ class GrpoLoop:
         self.silent_guard.check(advantages.means, scores)
         self.flat_guard.check(advantages.means, advantages.details)
 
-        # 4. One backward per group and stochastic step, then an optimizer step.
+        # 4. The objective's backwards: one per group and stochastic step, then an optimizer step.
         with timer("update"):
-            train_metrics = self.objective.train(groups, advantages)
+            train_metrics = self.objective.train(groups, advantages, batch)
 
         metrics = {
             # the console line shows the first of these

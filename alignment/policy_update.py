@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from alignment.advantages import Advantages
     from alignment.config import GrpoConfig
+    from alignment.prompts import PromptBatch
     from common.gaussian import Gaussian
     from common.types import Engine, Generator, Group, LossOutput, Step
 
@@ -52,9 +54,15 @@ class PolicyUpdate:
         self.engine = engine
         self.grad_norm = grad_norm
         self.warned = False
+        # the policy of the update samples
+        self.old = None
+
+    def sampling_policy(self) -> AbstractContextManager[None]:
+        """Inside, the generator is the policy that samples, which is that of the update."""
+        return nullcontext()
 
     def train(
-        self, groups: Sequence[Group], advantages: Advantages
+        self, groups: Sequence[Group], advantages: Advantages, _: PromptBatch
     ) -> dict[str, float]:
         """Take the optimizer steps of a rollout, and return the MEAN of their metrics.
 

@@ -90,15 +90,17 @@ class Group:
 
     steps        stochastic steps in order; all other steps are deterministic
     clean_GCFHW  fp32, x at sigma = 0, the input of `Generator.decode`
+    deterministic  there is no stochastic step, which only forward objectives allow
     """
 
     prompt: str
     steps: tuple[Step, ...]
     clean_GCFHW: Tensor
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
-        # Some step must have a density.
-        if not self.steps:
+        # Some step must have a density, unless the sampler says that none has.
+        if not self.steps and not self.deterministic:
             raise ValueError("Group.steps is empty: a group needs a stochastic step")
         # every step has all members
         want = tuple(self.clean_GCFHW.shape)

@@ -89,6 +89,7 @@ def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> Training
         run,
         loop,
         ema,
+        old=loop.objective.old,
         label="grpo",
         steps=run.steps,
         step=step,

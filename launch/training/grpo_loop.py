@@ -8,6 +8,7 @@ from alignment.grpo import GrpoLoop, backwards_per_update
 from alignment.prompts import PromptSchedule
 from common import distributed
 from common.log import say
+from generator.schedule import solver_grid
 from launch.compose import build_generator, build_rewards, generator_engine
 
 if TYPE_CHECKING:
@@ -53,8 +54,17 @@ def loop_of(
         ),
         fps=run.generator.fps,
         ranks_per_sample=together,
+        levels=levels_of(run),
         grad_norm=engine.engine.get_global_grad_norm,
     )
+
+
+def levels_of(run: GrpoRun) -> list[float]:
+    """Return the noise levels that a forward objective trains: of the rollout's own grid."""
+    sampler = run.generator.sampler
+    grid = solver_grid(sampler)
+    # the final 0 is no level: there the video is its own input
+    return [grid[i] for i in run.grpo.forward.trained_places(sampler.solver_steps)]
 
 
 def cache_prompts(run: GrpoRun, loop: GrpoLoop, heldout: list[str], start: int) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from alignment.grpo import Advantages, GrpoLoop, backwards_per_update
+from alignment.advantages import Advantages
+from alignment.grpo import GrpoLoop, backwards_per_update
 from alignment.prompts import PromptSchedule, read_prompts
 from common.checkpoint import load_tensors
 from common.config import ConfigError, load
