@@ -43,7 +43,7 @@ class OldPolicyConfig:
     max_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
     def decay(self, update: int) -> float:
-        """Return d of update number ``update``, counted from 1."""
+        """Return d of update number ``update``, counted from 1 (`engine.old_policy`)."""
         if update < self.flat_steps:
             return 0.0
         return min(self.ramp_rate * (update - self.flat_steps), self.max_decay)
@@ -94,6 +94,18 @@ class ForwardConfig:
 
 
 @config
+class RewardCondition:
+    """A reward counts only where another one is good enough.
+
+    reward    name of the other reward, whose weight may be 0.
+    at_least  the value that it must reach.
+    """
+
+    reward: NonEmptyText
+    at_least: Annotated[float, Field(allow_inf_nan=False)]
+
+
+@config
 class GrpoConfig:
     """Longcat-GRPO. Defaults are LongCat-Video's (2510.22200, Table 9 and Algorithm 1).
 
@@ -106,6 +118,13 @@ class GrpoConfig:
                     its "group", the largest of any group ("max_group"), or that of all
                     rewards of the "batch".
     advantage_eps   added to that standard deviation.
+    reward_transform  what a reward is within its group: itself ("none"), the mean probability to
+                    be preferred to another member ("win_rate"), or its "rank".
+    win_temperature of win_rate, in units of the reward; needed there, and null otherwise.
+    reward_given    reward -> {reward, at_least}: it counts only for videos whose other reward is
+                    at least that; the others get the least value of their group.
+    advantage_norm  "batch" gives the summed advantages of a step mean 0 and standard deviation
+                    1 (GDPO 2601.05242), "none" leaves the sum as it is.
     advantage_clip  bound of the summed advantage; null for none.
     clip_low        the ratio is clipped below 1 - clip_low; null does not clip, which is the
                     paper's choice: with one update per rollout every ratio is 1.
@@ -142,6 +161,10 @@ class GrpoConfig:
     group_size: AtLeastTwo = 4
     scale: Literal["none", "group", "max_group", "batch"] = "max_group"
     advantage_eps: NonNegativeFloat = 1e-4
+    reward_transform: Literal["none", "win_rate", "rank"] = "none"
+    win_temperature: PositiveFloat | None = None
+    reward_given: dict[str, RewardCondition] = field(default_factory=dict)
+    advantage_norm: Literal["none", "batch"] = "none"
     advantage_clip: PositiveFloat | None = None
     clip_low: PositiveFloat | None = None
     clip_high: PositiveFloat | None = None
@@ -162,6 +185,7 @@ class GrpoConfig:
                 "clip_low and clip_high must both be numbers or both be null, "
                 f"got {self.clip_low} and {self.clip_high}"
             )
+        self._check_advantages()
         if self.objective == "policy":
             self._check_trust_region()
             if self.forward != ForwardConfig():
@@ -175,6 +199,32 @@ class GrpoConfig:
             )
         if self.objective != "policy":
             self._check_forward()
+
+    def _check_advantages(self) -> None:
+        name = self.reward_transform
+        if (name == "win_rate") != (self.win_temperature is not None):
+            raise ValueError(
+                "win_temperature belongs to reward_transform=win_rate, in units of the reward, "
+                f"got {self.win_temperature} with reward_transform={name}"
+            )
+        # a group of nearly equal rewards would get the advantages of a clear one
+        if name != "none" and self.scale == "group":
+            raise ValueError(
+                f"reward_transform={name} keeps nearly equal groups small, and scale=group blows "
+                "them up again: use scale=none or max_group"
+            )
+        # rewards in their own units would be summed as they are
+        if self.advantage_norm == "batch" and self.scale in ("none", "batch"):
+            raise ValueError(
+                "advantage_norm=batch normalises a sum of rewards that are each on the scale of "
+                f"their groups: use scale=group or max_group, got {self.scale}"
+            )
+        # other names are known to the run only
+        for reward, condition in self.reward_given.items():
+            if condition.reward == reward:
+                raise ValueError(
+                    f"reward_given.{reward} cannot depend on itself; name another reward"
+                )
 
     @property
     def samples_per_group(self) -> int:
@@ -190,6 +240,7 @@ class GrpoConfig:
         return self.updates > 1 or self.forward.old_policy.max_decay > 0
 
     def _check_forward(self) -> None:
+        # 1. What only the policy gradient has.
         name = self.objective
         for key in ("ratio", "divergence_clip"):
             if getattr(self, key) is not None:
@@ -200,6 +251,7 @@ class GrpoConfig:
             raise ValueError(
                 f"normalize_step_weights=true is for objective=policy, got objective={name}"
             )
+        # 2. What each of them needs.
         if name == "nft" and self.advantage_clip is None:
             raise ValueError(
                 "objective=nft needs advantage_clip, the advantage at which a video is only "
@@ -215,6 +267,7 @@ class GrpoConfig:
                 "objective=awm with updates above 1 or an old_policy needs clip_low and "
                 "clip_high; its release has 1 for both"
             )
+        # 3. Equal micro-batches, so that their mean is the mean over samples.
         if self.samples_per_group % self.forward.micro_batch:
             raise ValueError(
                 f"forward.micro_batch={self.forward.micro_batch} must divide the "
@@ -222,6 +275,7 @@ class GrpoConfig:
             )
 
     def _check_trust_region(self) -> None:
+        # A single update never leaves the policy that sampled.
         if self.updates == 1:
             for key in ("ratio", "divergence_clip"):
                 if getattr(self, key) is not None:

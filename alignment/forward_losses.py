@@ -59,6 +59,7 @@ def nft_loss(
     the middle term is advantage weighted matching, the last holds the policy to v_old. At
     v_theta = v_old the gradient does not depend on beta.
     """
+    # how much a sample is to be imitated
     share_B = 0.5 + advantage_B.clamp(-advantage_clip, advantage_clip) / (
         2 * advantage_clip
     )
@@ -76,6 +77,7 @@ def nft_loss(
             weight_B = _mean(error.detach().double().abs()).clamp(min=LEAST_ERROR)
             error_B = error_B / weight_B
         terms.append(error_B)
+    # imitate the one, avoid the other
     loss_B = share_B * terms[0] + (1 - share_B) * terms[1]
     loss = (advantage_clip / beta * loss_B).mean()
     return LossOutput(loss.to(v.dtype), _distance(v, v_old, target))
@@ -103,6 +105,7 @@ def awm_loss(
     Clips of None never bind. Metrics: those of `nft_loss` and clip_frac.
     """
     v_old = v_old.detach()
+    # log-likelihoods up to a constant are the negated errors
     errors_B = []
     for velocity in (v, v_old):
         mse_B = _mean((widen(velocity) - widen(target)).square())
@@ -114,6 +117,7 @@ def awm_loss(
         clip_low=math.inf if clip_low is None else clip_low,
         clip_high=math.inf if clip_high is None else clip_high,
     )
+    # an old policy that is an average pulls the policy back
     proximal = _mean((widen(v) - widen(v_old)).square()).mean()
     metrics = {
         **_distance(v, v_old, target),

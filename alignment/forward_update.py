@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from alignment.advantages import Advantages
     from alignment.config import GrpoConfig
-    from alignment.old_policy import OldPolicy
+    from alignment.objectives import AveragedPolicy
     from alignment.prompts import PromptBatch
     from common.types import Engine, Generator, Group
 
@@ -66,7 +66,7 @@ class ForwardUpdate:
         engine: Engine,
         levels: Sequence[float],
         first_member: int = 0,
-        old: OldPolicy | None = None,
+        old: AveragedPolicy | None = None,
         grad_norm: Callable[[], float | Tensor | None] = lambda: None,
     ) -> None:
         if not hasattr(generator, "flow_velocity"):
@@ -90,11 +90,13 @@ class ForwardUpdate:
         self, groups: Sequence[Group], advantages: Advantages, batch: PromptBatch
     ) -> dict[str, float]:
         """Take the optimizer steps of a rollout, let the old policy follow, return MEAN metrics."""
+        # every update draws its own levels and noises
         updates = []
         for number in range(self.cfg.updates):
             updates.append(self.update(groups, advantages, batch.seeds, number=number))
         if self.old is not None:
             self.old.update()
+        # MEAN over the updates
         metrics = {}
         for name in updates[0]:
             values = [update[name] for update in updates]
@@ -149,6 +151,7 @@ class ForwardUpdate:
         self, group: Group, advantage_M: Tensor, seed: int, *, number: int = 0
     ) -> Iterator[NoisedSamples]:
         """Noise the members of a group, each at its levels, in micro-batches."""
+        # a row per member and level
         clean = []
         noise = []
         sigma = []
@@ -165,6 +168,7 @@ class ForwardUpdate:
                 clean.append(clean_CFHW)
                 sigma.append(self.levels[level])
                 advantage.append(advantage_M[place])
+        # cut into micro-batches, which may hold several members
         size = self.cfg.forward.micro_batch
         for first in range(0, len(clean), size):
             part = slice(first, first + size)
@@ -195,6 +199,7 @@ class ForwardUpdate:
             with torch.no_grad(), self.generator.reference():
                 reference = self.velocity(batch)
         v_BCFHW = self.velocity(batch)
+        # on-policy nothing more is computed
         if v_old_BCFHW is None:
             v_old_BCFHW = v_BCFHW.detach()
         output = self.objective(batch, v_BCFHW, v_old_BCFHW.to(v_BCFHW.device))
@@ -212,6 +217,7 @@ class ForwardUpdate:
         """Compute the loss of nft or awm from velocities."""
         how = self.cfg.forward
         device = v_BCFHW.device
+        # v = eps - x_0
         noise_BCFHW = batch.noise_BCFHW.to(device)
         target_BCFHW = noise_BCFHW - batch.clean_BCFHW.to(device)
         velocities = (v_BCFHW, v_old_BCFHW, target_BCFHW)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alignment.config import GrpoConfig
+    from alignment.objectives import AveragedPolicy
     from alignment.prompts import PromptBatch, PromptSchedule
     from common.types import (
         Engine,
@@ -75,6 +76,7 @@ class GrpoLoop:
     ranks_per_sample  How many consecutive ranks compute each sample together; the engine must
                then sum their gradients.
     levels     The noise levels that a forward objective trains, of the rollout's own grid.
+    old        The policy that samples, where `GrpoConfig.has_old_policy`.
     grad_norm  Returns the gradient's norm before clipping, or None, after an optimizer step.
     """
 
@@ -90,6 +92,7 @@ class GrpoLoop:
         fps: float,
         ranks_per_sample: int = 1,
         levels: Sequence[float] = (),
+        old: AveragedPolicy | None = None,
         grad_norm: Callable[[], float | Tensor | None] = lambda: None,
     ) -> None:
         self.cfg = cfg
@@ -109,6 +112,7 @@ class GrpoLoop:
             generator=generator,
             engine=engine,
             levels=levels,
+            old=old,
             first_member=self.ranks.first_member,
             grad_norm=grad_norm,
         )

@@ -28,10 +28,24 @@ Reweight = Literal["none", "finite", "paper", "unit"]
 class TrustRegion:
     """How far the policy of now is from the one that sampled, and how far it may go.
 
+    With x' = mu_old + std xi of a member,
+
+        log r = mean(xi (mu - mu_old)) / std - D,
+
+    so that r leans below 1 by D, while the other part shrinks with the number of elements:
+    at the size of a video nearly every r is below 1, and a clip binds for negative advantages
+    only. A normalized ratio has no such bias (GRPO-Guard 2510.22319):
+
+        rho = exp(std (log r + D)) = exp( mean(xi (mu - mu_old)) ),   loss / std
+
+    where the division gives the first update the gradient of the plain ratio. With a
+    ``divergence_clip`` the term of a member is 0 where D >= divergence_clip and
+    A (log r + D) > 0 (Flow-DPPO 2606.11025, with the unbiased sign).
+
     divergence_M     D = mean( (mu - mu_old)^2 ) / (2 std^2), `common.gaussian.kl_same_std` of the
                      transition of now and the one that sampled, with gradient
     std              the noise of the step
-    normalized       the ratio is exp(std (log r + D)), see `grpo_group_loss`
+    normalized       the ratio is rho
     divergence_clip  the largest D at which a member may move the policy further; None for none
     """
 
@@ -156,20 +170,8 @@ def grpo_group_loss(
     With ``on_policy`` the old log-prob in the loss is log_prob_G, detached, and r = 1 by
     construction: for the first update on a rollout, whose policy is the policy of now.
 
-    ``trust`` is for later updates. With x' = mu_old + std xi,
-
-        log r = mean(xi (mu - mu_old)) / std - D,
-
-    so that r leans below 1 by D, while the other part shrinks with the number of elements:
-    at the size of a video nearly every r is below 1, and a clip binds for negative advantages
-    only. A normalized ratio has no such bias (GRPO-Guard 2510.22319):
-
-        rho = exp(std (log r + D)) = exp( mean(xi (mu - mu_old)) ),   loss / std
-
-    where the division gives the first update the gradient of the plain ratio. With a
-    ``divergence_clip`` the term of a member is 0 where D >= divergence_clip and
-    A (log r + D) > 0 (Flow-DPPO 2606.11025, with the unbiased sign). The metrics then have
-    old_kl (D) and the numbers of members that `trust_metrics` reads.
+    ``trust`` is for later updates, see `TrustRegion`; the metrics then have old_kl (D) and the
+    numbers of members that `trust_metrics` reads.
 
     Metrics: loss, kl (the plain KL, unweighted), ratio_mean, ratio_dev (max |r - 1|), clip_frac.
     The ratios are always to ``old_log_prob_G``: on-policy they show whether the rollout and the
@@ -278,11 +280,13 @@ def trust_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
 
     All ranks must call this.
     """
+    # the numbers of members, and D, over all backwards
     sums = {"backwards": float(len(outputs))}
     for output in outputs:
         for name, value in output.metrics.items():
             sums[name] = sums.get(name, 0.0) + value
     totals = all_ranks(sums)
+    # shares of each sign, and of all members
     metrics = {"train/old_kl": totals["old_kl"] / totals["backwards"]}
     for sign in ("positive", "negative"):
         share = math.nan

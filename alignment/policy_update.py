@@ -68,6 +68,7 @@ class PolicyUpdate:
 
         Those of `trust_metrics` are of the updates after the first.
         """
+        # the first update has ratios of 1
         updates = [self.update(groups, advantages)]
         for _ in range(1, self.cfg.updates):
             updates.append(self.update(groups, advantages, later=True))
@@ -80,6 +81,7 @@ class PolicyUpdate:
 
     def _warn_of_one_side(self, metrics: dict[str, float]) -> None:
         """Say once if hardly any plain ratio of a good member is above 1."""
+        # NaN without such a member, and absent with one update
         share = metrics.get("train/ratio_above_positive", math.nan)
         if self.warned or self.cfg.ratio == "normalized" or not share < FEW_ABOVE:
             return
@@ -168,6 +170,7 @@ class PolicyUpdate:
                 f"grpo.updates={self.cfg.updates} needs Step.mean_MCFHW, which this generator "
                 "does not record: use grpo.updates=1"
             )
+        # the transition that sampled, from its record
         sampled = gaussian.Gaussian(step.mean_MCFHW.to(policy.mean.device), step.std)
         return TrustRegion(
             gaussian.kl_same_std(policy, sampled),

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from alignment.dpo import DpoLoop
     from alignment.grpo import GrpoLoop
-    from alignment.old_policy import OldPolicy
     from engine.config import TrainingRun
     from engine.ema import Ema
+    from engine.old_policy import OldPolicy
     from engine.skip_nonfinite import SkipNonFinite
     from engine.trainer import TrainingTask
     from generator.config import GeneratorConfig

@@ -60,11 +60,13 @@ def forwards_per_update(cfg: GrpoRun) -> int:
     For every latent 3 with gradient, 1 for the reference policy with KL, and 1 for an old
     policy that is not the policy of the update. Guidance doubles the count.
     """
+    # forward and backward of the policy
     per_latent = 3
     if cfg.grpo.kl_weight > 0:
         per_latent += 1
     if cfg.grpo.has_old_policy:
         per_latent += 1
+    # the negative prompt's branch
     guidance = branches(cfg.generator.sampler)
     if not cfg.generator.guidance_in_update:
         guidance = 1

@@ -121,6 +121,13 @@ class GrpoRun(TrainingRun):
         if self.zero_stage == 3:
             check_wan(self.generator, "zero_stage 3")
         self._check_objective()
+        for name, condition in self.grpo.reward_given.items():
+            for reward in (name, condition.reward):
+                if reward not in self.rewards:
+                    raise ValueError(
+                        f"grpo.reward_given.{name} names the reward {reward}, and there are "
+                        f"{', '.join(self.rewards)}"
+                    )
         if sampler.noise_level == 0:
             raise ValueError(
                 "generator.sampler.noise_level must be positive, got 0: without noise the "
@@ -129,6 +136,7 @@ class GrpoRun(TrainingRun):
 
     def _check_objective(self) -> None:
         """Raise ValueError if the sampler does not make what the objective learns from."""
+        # Stochastic steps are for the policy gradient, and only for it.
         name = self.grpo.objective
         sampler = self.generator.sampler
         if name == "policy":
@@ -157,6 +165,7 @@ class GrpoRun(TrainingRun):
                 "generator.sampler.tail_guidance must be null, and guidance_scale that of the "
                 f"whole rollout, got {sampler.tail_guidance}"
             )
+        # A video's levels are distinct.
         how = self.grpo.forward
         levels = len(how.trained_places(sampler.solver_steps))
         if levels < how.timesteps_per_sample:

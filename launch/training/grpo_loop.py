@@ -8,6 +8,7 @@ from alignment.grpo import GrpoLoop, backwards_per_update
 from alignment.prompts import PromptSchedule
 from common import distributed
 from common.log import say
+from engine.old_policy import OldPolicy
 from generator.schedule import solver_grid
 from launch.compose import build_generator, build_rewards, generator_engine
 
@@ -43,6 +44,10 @@ def loop_of(
         steps_per_group=run.generator.sampler.steps_per_group,
     )
     engine = generator_engine(run, generator, accumulation=accumulation)
+    # Of the weights that the engine has given to every rank.
+    old = None
+    if run.grpo.has_old_policy:
+        old = OldPolicy(run.grpo.forward.old_policy.decay, generator.module)
     return GrpoLoop(
         run.grpo,
         generator=generator,
@@ -55,6 +60,7 @@ def loop_of(
         fps=run.generator.fps,
         ranks_per_sample=together,
         levels=levels_of(run),
+        old=old,
         grad_norm=engine.engine.get_global_grad_norm,
     )
 

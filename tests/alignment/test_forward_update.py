@@ -12,9 +12,11 @@ from torch import Tensor
 
 from alignment.config import ForwardConfig, GrpoConfig, OldPolicyConfig
 from alignment.grpo import GrpoLoop, backwards_per_update
+from alignment.objectives import build_objective
 from alignment.prompts import PromptSchedule
 from alignment.rewards.brightness import Brightness
 from common.distributed import seeded_generator
+from engine.old_policy import OldPolicy
 from tests.alignment.test_grpo import PROMPTS
 from tests.fakes import FakeGenerator, FunctionReward, PlainEngine, redness
 
@@ -52,6 +54,7 @@ def loop_of(
         prompts=PromptSchedule(PROMPTS, seed=3, prompts_per_step=prompts),
         fps=8.0,
         levels=LEVELS,
+        old=OldPolicy(cfg.forward.old_policy.decay, generator.module),
         grad_norm=engine.grad_norm,
     )
 
@@ -379,9 +382,26 @@ def test_trained_places_of_a_grid(steps: int, part: tuple, places: range) -> Non
     assert ForwardConfig(timestep_range=part).trained_places(steps) == places
 
 
+def test_missing_old_policy_is_refused() -> None:
+    loop = loop_of(updates=2)
+    with pytest.raises(ValueError, match="OldPolicy"):
+        build_objective(
+            loop.cfg,
+            generator=loop.generator,
+            engine=loop.engine,
+            levels=LEVELS,
+            first_member=0,
+            old=None,
+            grad_norm=lambda: None,
+        )
+    # on-policy there is no copy, even if one is given
+    assert loop_of().objective.old is None
+
+
 def test_generator_without_flow_velocity_is_refused() -> None:
     class Bare:
         module = FakeGenerator().module
+        how = None
 
     with pytest.raises(ValueError, match="flow_velocity"):
         loop_of(generator=Bare())

@@ -1,7 +1,8 @@
-"""The old policy of forward objectives: the average of the weights that samples."""
+"""The old policy of a forward objective: the average of the weights that samples."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from engine.config import EmaConfig
@@ -10,21 +11,21 @@ from engine.ema import Ema
 if TYPE_CHECKING:
     from torch import nn
 
-    from alignment.config import OldPolicyConfig
-
 
 class OldPolicy(Ema):
-    """Average the trained weights after every step by `OldPolicyConfig.decay`, in fp32.
+    """Average the trained weights with a scheduled decay, in fp32.
+
+    old_n = d_n old_{n-1} + (1 - d_n) weights_n,  d_n = ``schedule``(n),  n counted from 1
 
     It is state: `save` and `load` keep it in a checkpoint, apart from the exported average.
     """
 
     file = "old_policy.safetensors"
 
-    def __init__(self, cfg: OldPolicyConfig, module: nn.Module) -> None:
+    def __init__(self, schedule: Callable[[int], float], module: nn.Module) -> None:
         super().__init__(EmaConfig(decay=0.0), module)
-        self.cfg = cfg
+        self.schedule = schedule
 
     def next_decay(self) -> float:
         """Return d of the update that is being averaged."""
-        return self.cfg.decay(self.updates)
+        return self.schedule(self.updates)
