@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from common.config import ConfigError, load
+from common.types import ImagePrompt
 from generator.config import SamplerConfig
+from generator.experts import check_stochastic_steps
+from generator.family import Family
 from launch.planning.forwards import forwards_per_update, samples_per_rollout
 from launch.schemas.training import GrpoRun
-from launch.training.grpo_loop import levels_of
+from launch.training.grpo_loop import check_texts, levels_of
 from tests.launch.processes import ROOT
 from tests.launch.test_grpo import adapter_of, alone, numbers
 
@@ -123,6 +126,22 @@ def test_forwards_of_the_recipes_by_hand() -> None:
         "generator.guidance_in_update=false",
     ]
     assert forwards_per_update(load(GrpoRun, SHAPES, words)) == 4
+
+
+def test_prompts_with_images_are_refused_before_anything_is_loaded() -> None:
+    prompts = ["a dog", ImagePrompt("a cat", "cat.png")]
+    cfg = load(GrpoRun, None, [*BASE, *NFT])
+    with pytest.raises(ValueError, match="1 prompts with an image"):
+        check_texts(cfg, prompts)
+    check_texts(cfg, prompts[:1])
+    check_texts(load(GrpoRun, None, BASE), prompts)
+
+
+def test_model_with_two_transformers_needs_a_stochastic_step() -> None:
+    cfg = load(GrpoRun, None, [*BASE, *NFT]).generator
+    with pytest.raises(ValueError, match="two transformers"):
+        check_stochastic_steps(cfg, Family(("transformer", "transformer_2"), 0.875))
+    check_stochastic_steps(cfg, Family())
 
 
 def test_solver_needs_members_of_their_own_noise() -> None:
