@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alignment.config import GrpoConfig
 from alignment.grpo_losses import (
+    StepWeights,
     TrustRegion,
     grpo_group_loss,
     step_weights,
@@ -89,6 +90,16 @@ def test_divergence_clip_holds_a_member_that_would_go_further(
     assert float(output.loss) == pytest.approx(loss, abs=1e-6)
     metrics = trust_metrics([output])
     assert metrics[f"train/clip_frac_{held[0]}"] == held[1]
+
+
+def test_divergence_clip_holds_a_bad_member_that_moved_away() -> None:
+    """The other way, log r = -0.28: the bad member is held and the good one comes back."""
+    bad = loss_of(-1.0, moved=-MOVED, divergence_clip=0.02)
+    assert float(bad.loss) == 0.0
+    assert trust_metrics([bad])["train/clip_frac_low"] == 1.0
+    good = loss_of(1.0, moved=-MOVED, divergence_clip=0.02)
+    assert float(good.loss) == pytest.approx(-math.exp(-0.28))
+    assert trust_metrics([good])["train/clip_frac_high"] == 0.0
 
 
 def test_divergence_clip_takes_the_sign_without_bias() -> None:
@@ -170,12 +181,12 @@ def test_plain_ratios_of_a_large_latent_lie_below_one() -> None:
 
 
 def test_trust_metrics_count_members_by_the_sign_of_their_advantage() -> None:
-    """Ratios e^0.2, e^-0.2, e^0.2 and e^-0.2 with advantages 1, 1, -1 and 0; clips of 0.1."""
-    log_ratio_G = torch.tensor([0.2, -0.2, 0.2, -0.2])
+    """Logs of ratios with their advantages; clips of 0.1 hold the first and the fourth."""
+    log_ratio_G = torch.tensor([0.2, -0.05, 0.2, -0.3, -0.2])
     output = grpo_group_loss(
         log_ratio_G,
-        torch.zeros(4),
-        torch.tensor([1.0, 1.0, -1.0, 0.0]),
+        torch.zeros(5),
+        torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0]),
         None,
         policy_weight=1.0,
         kl_weight_scaled=0.0,
@@ -187,9 +198,9 @@ def test_trust_metrics_count_members_by_the_sign_of_their_advantage() -> None:
         {
             "train/old_kl": 0.5,
             "train/ratio_above_positive": 0.5,
-            "train/ratio_above_negative": 1.0,
-            "train/clip_frac_high": 0.25,
-            "train/clip_frac_low": 0.0,
+            "train/ratio_above_negative": 0.5,
+            "train/clip_frac_high": 0.2,
+            "train/clip_frac_low": 0.2,
         }
     )
     only_good = replace(output, metrics={**output.metrics, "negative": 0.0})
@@ -214,6 +225,41 @@ def test_second_update_of_the_loop_stays_in_its_trust_region(
     # the first update moves the policy towards the good members and away from the bad ones
     above = result.metrics["train/ratio_above_positive"]
     assert above > result.metrics["train/ratio_above_negative"]
+
+
+@pytest.mark.parametrize("ratio", ["plain", "normalized"])
+def test_loss_of_the_loop_after_the_policy_has_moved(ratio: str) -> None:
+    """With xi of each member and the move of the shared mean, on the loop's own rollout."""
+    generator = FakeGenerator(dtype=torch.float64)
+    loop = loop_of(
+        RED,
+        generator=generator,
+        updates=2,
+        ratio=ratio,
+        clip_low=0.9,
+        clip_high=0.9,
+        kl_weight=0.0,
+    )
+    (group,) = generator.rollout(["a"], group_size=4, seeds=[5])
+    (step,) = group.steps
+    with torch.no_grad():
+        generator.module.bias_C += torch.tensor([0.4, -0.2, 0.6], dtype=torch.float64)
+    moved = generator.transition("a", step).mean.detach() - step.mean_MCFHW
+    xi = (step.next_GCFHW - step.mean_MCFHW) / step.std
+    inner_G = (xi * moved).flatten(1).mean(1)
+    log_ratio_G = inner_G / step.std - moved.square().mean() / (2 * step.std**2)
+    advantage_G = torch.tensor([-1.0, 1.0, 2.0, 0.5], dtype=torch.float64)
+    by_hand = {
+        "plain": -2.0 * (log_ratio_G.exp() * advantage_G).mean(),
+        "normalized": -2.0 * (inner_G.exp() * advantage_G).mean() / step.std,
+    }
+
+    output = loop.objective.loss("a", step, advantage_G, StepWeights(2.0, 4.0))
+    # the rollout's log-probs are fp32
+    assert float(output.loss.detach()) == pytest.approx(float(by_hand[ratio]), rel=1e-5)
+    assert float(by_hand["plain"]) != pytest.approx(
+        float(by_hand["normalized"]), rel=1e-2
+    )
 
 
 def test_one_update_has_no_metrics_of_later_updates() -> None:
