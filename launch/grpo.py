@@ -101,6 +101,7 @@ def build_task(
         run,
         loop,
         ema,
+        old=loop.objective.old,
         label="grpo",
         steps=run.steps,
         step=step,

@@ -139,6 +139,9 @@ class Watch:
         run = self.run
         if run.generator.target is not None:
             return False
+        # Videos of an ODE solver have no density.
+        if run.grpo.objective != "policy":
+            return False
         # Nor for two transformers, or for prompts with an image.
         family = self.loop.generator.family
         if family.boundary is not None or family.image != "none":
@@ -237,6 +240,9 @@ class Watch:
             result.groups,
             result.advantage_PM,
         )
+        # A normalized ratio scales the gradient of each member.
+        if loop.cfg.ratio == "normalized":
+            return row
         # The first backward, at the weights that it had.
         weights = weights_of_steps(
             [step for group in result.groups for step in group.steps],
@@ -296,11 +302,13 @@ class Watch:
         """The rewards of this rank's videos, by ``rewards/NAME/``."""
         fps = self.run.generator.fps
         row = {}
-        row["advantage/sign"] = score_measures.advantage_sign(
-            result.scores,
-            self.loop.weights,
-            result.advantage_PM,
-        )
+        # Rewards that count under a condition have no sum to compare with.
+        if not self.loop.cfg.reward_given:
+            row["advantage/sign"] = score_measures.advantage_sign(
+                result.scores,
+                self.loop.weights,
+                result.advantage_PM,
+            )
         row["advantage/off_centre"] = score_measures.off_centre(result.advantage_PM)
         for name, score in result.scores.items():
             recorder = self.recorders[name]

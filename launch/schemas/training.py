@@ -30,6 +30,22 @@ from rm.config import (
     one_reward,
 )
 
+# Parts of the names of bases that are distilled to a few steps, and how many those are.
+DISTILLED = (
+    "distill",
+    "fastwan",
+    "causvid",
+    "lightx2v",
+    "self-forcing",
+    "self_forcing",
+    "turbo",
+    "anyflow",
+    "dmd",
+    "lcm",
+    "rcm",
+)
+FEW_STEPS = 4
+
 # Constant rate factor of x264: 0 is lossless, 51 the smallest file.
 Crf = Annotated[int, Field(ge=0, le=51)]
 Scheduler = Literal["euler", "pipeline"]
@@ -119,10 +135,76 @@ class GrpoRun(TrainingRun):
             check_wan(self.generator, "cache_prompts")
         if self.zero_stage == 3:
             check_wan(self.generator, "zero_stage 3")
+        self._check_objective()
+        for name, condition in self.grpo.reward_given.items():
+            for reward in (name, condition.reward):
+                if reward not in self.rewards:
+                    raise ValueError(
+                        f"grpo.reward_given.{name} names the reward {reward}, and there are "
+                        f"{', '.join(self.rewards)}"
+                    )
         if sampler.noise_level == 0:
             raise ValueError(
                 "generator.sampler.noise_level must be positive, got 0: without noise the "
                 "members of a group are equal"
+            )
+
+    def _check_objective(self) -> None:
+        """Raise ValueError if the sampler does not make what the objective learns from."""
+        # Stochastic steps are for the policy gradient, and only for it.
+        name = self.grpo.objective
+        sampler = self.generator.sampler
+        if name == "policy":
+            if sampler.stochastic == "none":
+                raise ValueError(
+                    "generator.sampler.stochastic=none has no density for "
+                    "grpo.objective=policy: use nft or awm, or another sampler.stochastic"
+                )
+            return
+        if sampler.stochastic != "none":
+            raise ValueError(
+                f"grpo.objective={name} learns from videos of a solver whose members are "
+                "independent: set generator.sampler.stochastic=none and "
+                "generator.sampler.initial_noise=member"
+            )
+        # Rollout, update and evaluation must be the same model.
+        if sampler.guidance_scale > 1 and not self.generator.guidance_in_update:
+            raise ValueError(
+                f"grpo.objective={name} with guidance needs generator.guidance_in_update=true, "
+                "which doubles its cost; or set generator.sampler.guidance_scale=1 and sample "
+                "the trained model without guidance, too"
+            )
+        if sampler.tail_guidance not in (None, sampler.guidance_scale):
+            raise ValueError(
+                f"grpo.objective={name} trains the velocity that samples: "
+                "generator.sampler.tail_guidance must be null, and guidance_scale that of the "
+                f"whole rollout, got {sampler.tail_guidance}"
+            )
+        # A video's levels are distinct.
+        how = self.grpo.forward
+        levels = len(how.trained_places(sampler.solver_steps))
+        if levels < how.timesteps_per_sample:
+            raise ValueError(
+                f"grpo.forward.timesteps_per_sample={how.timesteps_per_sample} needs as many "
+                f"noise levels, and timestep_range leaves {levels} of {sampler.solver_steps}"
+            )
+        self._check_distilled()
+
+    def _check_distilled(self) -> None:
+        """Raise ValueError for a base that is distilled to a few steps."""
+        sampler = self.generator.sampler
+        steps = sampler.solver_steps
+        if steps > FEW_STEPS or self.grpo.forward.allow_distilled:
+            return
+        # the last part of a path or of a hub name says what it is
+        name = self.generator.path.rstrip("/").rpartition("/")[2].lower()
+        marks = [mark for mark in DISTILLED if mark in name]
+        if marks:
+            raise ValueError(
+                f"grpo.objective={self.grpo.objective} on {self.generator.path} ({marks[0]}) in "
+                f"{steps} steps: flow matching blurs a base that is distilled to a few steps; "
+                "use objective=policy with sampler.kernel=cps, or force it by "
+                "grpo.forward.allow_distilled=true"
             )
 
 

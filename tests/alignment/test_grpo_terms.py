@@ -61,6 +61,7 @@ def test_ratio_is_clipped_by_its_side() -> None:
         kl_weight=0.0,
         # with one update the ratio would be 1 by construction
         updates=2,
+        ratio="plain",
     )
     (group,) = loop.generator.rollout(["a"], group_size=4, seeds=[5])
     (step,) = group.steps
@@ -70,7 +71,7 @@ def test_ratio_is_clipped_by_its_side() -> None:
     old = replace(step, log_prob_G=now_G - ratio_G.log())
     advantage_G = torch.tensor([-1.0, 1.0, 1.0, 0.0])
 
-    output = loop.loss("a", old, advantage_G, StepWeights(2.0, 4.0))
+    output = loop.objective.loss("a", old, advantage_G, StepWeights(2.0, 4.0))
     # min(r A, clipped r A): max(0.7, 0.8) of a bad member, 1.4 as it is, 1.7 cut to 1.5
     surrogate = (-0.8 + 1.4 + 1.5 + 0.0) / 4
     assert float(output.loss.detach()) == pytest.approx(-2.0 * surrogate, rel=1e-5)
@@ -90,7 +91,7 @@ def test_one_update_takes_its_log_prob_for_the_rollouts() -> None:
     old = replace(step, log_prob_G=now_G - math.log(1.4))
     advantage_G = torch.tensor([-1.0, 1.0, 3.0, 0.0])
 
-    output = loop.loss("a", old, advantage_G, StepWeights(2.0, 4.0))
+    output = loop.objective.loss("a", old, advantage_G, StepWeights(2.0, 4.0))
     assert float(output.loss.detach()) == pytest.approx(-2.0 * 0.75, rel=1e-6)
     assert output.metrics["ratio_mean"] == pytest.approx(1.4, rel=1e-4)
     assert output.metrics["ratio_dev"] == pytest.approx(0.4, rel=1e-3)

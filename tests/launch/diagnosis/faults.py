@@ -225,7 +225,7 @@ def evaluation_at_other_guidance() -> None:
 def loss_negated() -> None:
     from dataclasses import replace
 
-    from alignment.grpo import GrpoLoop
+    from alignment.policy_update import PolicyUpdate
 
     def make(loss: Any) -> Any:
         def negated(self: Any, *args: Any, **options: Any) -> Any:
@@ -234,7 +234,7 @@ def loss_negated() -> None:
 
         return negated
 
-    replace_in(GrpoLoop, "loss", make)
+    replace_in(PolicyUpdate, "loss", make)
 
 
 def seeds_of_step_0() -> None:

@@ -312,7 +312,7 @@ def last_group_only() -> None:
     """All groups but the last of a step have no weight in the loss."""
     from dataclasses import replace
 
-    from alignment.grpo import GrpoLoop
+    from alignment.policy_update import PolicyUpdate
 
     count = [0]
 
@@ -326,19 +326,19 @@ def last_group_only() -> None:
 
         return without
 
-    replace_in(GrpoLoop, "loss", make)
+    replace_in(PolicyUpdate, "loss", make)
 
 
 def only_good_members() -> None:
     """Negative advantages are cut in the loss."""
-    from alignment import grpo
+    from alignment import policy_update
 
     def make(loss: Any) -> Any:
         return lambda log_prob, old, advantage, kl, **options: loss(
             log_prob, old, advantage.clamp(min=0), kl, **options
         )
 
-    replace_in(grpo, "grpo_group_loss", make)
+    replace_in(policy_update, "grpo_group_loss", make)
 
 
 def advantages_over_prompts() -> None:
@@ -355,37 +355,38 @@ def advantages_over_prompts() -> None:
 def advantages_of_other_groups() -> None:
     from dataclasses import replace
 
-    from alignment.grpo import GrpoLoop
+    from alignment.policy_update import PolicyUpdate
 
     def make(update: Any) -> Any:
-        return lambda self, groups, advantages: update(
+        return lambda self, groups, advantages, **options: update(
             self,
             groups,
             replace(advantages, advantage_PM=advantages.advantage_PM.flip(0)),
+            **options,
         )
 
-    replace_in(GrpoLoop, "update", make)
+    replace_in(PolicyUpdate, "update", make)
 
 
 def update_on_old_groups() -> None:
-    from alignment.grpo import GrpoLoop
+    from alignment.policy_update import PolicyUpdate
 
     before: list[Any] = []
 
     def make(update: Any) -> Any:
-        def late(self: Any, groups: Any, advantages: Any) -> Any:
+        def late(self: Any, groups: Any, advantages: Any, **options: Any) -> Any:
             used = before.pop() if before else groups
             before.append(groups)
-            return update(self, used, advantages)
+            return update(self, used, advantages, **options)
 
         return late
 
-    replace_in(GrpoLoop, "update", make)
+    replace_in(PolicyUpdate, "update", make)
 
 
 def _loss_with(change: Callable[[Any, Any, dict[str, Any]], tuple[Any, Any]]) -> None:
     """Change the KL or its weight in the loss."""
-    from alignment import grpo
+    from alignment import policy_update
 
     def make(loss: Any) -> Any:
         def changed(
@@ -395,7 +396,7 @@ def _loss_with(change: Callable[[Any, Any, dict[str, Any]], tuple[Any, Any]]) ->
 
         return changed
 
-    replace_in(grpo, "grpo_group_loss", make)
+    replace_in(policy_update, "grpo_group_loss", make)
 
 
 def kl_negated_in_the_loss() -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from alignment.config import GrpoConfig
-from alignment.grpo import GrpoLoop, StepResult
+from alignment.grpo import StepResult
 from alignment.grpo_losses import weights_of_steps
+from alignment.policy_update import PolicyUpdate
 from alignment.prompts import PromptBatch
 from alignment.rewards.errors import NamedReward
 from common.types import Score
@@ -341,10 +342,10 @@ def test_gradient_is_taken_apart_into_the_terms_of_the_loss(
     (weights,) = weights_of_steps(group.steps, form=cfg.reweight, normalize=False)
     # the loss of the product, with other factors
     step = group.steps[0]
-    loop = SimpleNamespace(cfg=cfg, generator=generator)
-    with_kl = GrpoLoop.loss(loop, group.prompt, step, advantage_G, weights).loss
-    loop.cfg = replace(cfg, kl_weight=0.0)
-    without = GrpoLoop.loss(loop, group.prompt, step, advantage_G, weights).loss
+    update = PolicyUpdate(cfg, generator=generator, engine=None)
+    with_kl = update.loss(group.prompt, step, advantage_G, weights).loss
+    update.cfg = replace(cfg, kl_weight=0.0)
+    without = update.loss(group.prompt, step, advantage_G, weights).loss
     loss = policy * without + kl * (with_kl - without)
     parameters = update_measures.trained(generator.module)
     slopes = torch.autograd.grad(loss, list(parameters.values()))
@@ -366,9 +367,9 @@ def test_gradient_of_other_advantages_is_not_explained(generator: WanGenerator) 
     cfg = GrpoConfig(group_size=2, kl_weight=0.0)
     ours, other = generator.rollout(PROMPTS, group_size=2, seeds=[4, 5])
     (weights,) = weights_of_steps(ours.steps, form=cfg.reweight, normalize=False)
-    loop = SimpleNamespace(cfg=cfg, generator=generator)
+    update = PolicyUpdate(cfg, generator=generator, engine=None)
     advantage_G = torch.tensor([1.0, -1.0])
-    loss = GrpoLoop.loss(loop, other.prompt, other.steps[0], advantage_G, weights).loss
+    loss = update.loss(other.prompt, other.steps[0], advantage_G, weights).loss
     parameters = update_measures.trained(generator.module)
     slopes = torch.autograd.grad(loss, list(parameters.values()))
     found = loss_measures.loss_terms(
