@@ -175,6 +175,12 @@ class RewardConfig:
                 f"url={self.url} names a remote reward and excludes target and other kinds"
             )
 
+    def is_kind(self, name: str, kind: str) -> bool:
+        """Whether this is a reward of that kind, under its name in the run's ``rewards``."""
+        if self.target is not None or self.url is not None:
+            return False
+        return (self.kind or name) == kind
+
     @property
     def files(self) -> list[str]:
         """The files and folders that decide what the reward returns: weights and code."""

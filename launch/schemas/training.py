@@ -16,7 +16,7 @@ from generator.config import (
     check_wan,
     check_zero_stage,
 )
-from launch.schemas.rewards import TrainingRewards
+from launch.schemas.rewards import TrainingRewards, check_whole_groups
 from rm.config import (
     BackboneLora,
     ColdStartConfig,
@@ -104,6 +104,7 @@ class GrpoRun(TrainingRun):
             check_wan(self.generator, "cache_prompts")
         if self.zero_stage == 3:
             check_wan(self.generator, "zero_stage 3")
+        check_whole_groups(self.rewards, self.grpo.ranks_per_group)
         if sampler.noise_level == 0:
             raise ValueError(
                 "generator.sampler.noise_level must be positive, got 0: without noise the "
