@@ -181,6 +181,12 @@ class RewardConfig:
             return False
         return (self.kind or name) == kind
 
+    def thinks_when_unsure(self, name: str) -> bool:
+        """Whether this is a DeScore that decides for all videos of a prompt together."""
+        return self.is_kind(name, "descore") and (
+            self.options.get("thinking") == "adaptive"
+        )
+
     @property
     def files(self) -> list[str]:
         """The files and folders that decide what the reward returns: weights and code."""

@@ -11,11 +11,6 @@ ThinkingMode = Literal["always", "never", "adaptive"]
 AUDIT_SHARE = 0.05
 
 
-def is_adaptive(options: Mapping[str, Any]) -> bool:
-    """Whether a scorer with these options thinks when unsure."""
-    return options.get("thinking") == "adaptive"
-
-
 def check_thinking(options: Mapping[str, Any]) -> None:
     """Raise ValueError for options that do not fit their ``thinking``."""
     mode = options.get("thinking", "always")

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from alignment.config import RewardConfig
 from alignment.rewards import factory_of
-from rm.scorer_options import check_thinking, is_adaptive
+from rm.scorer_options import check_thinking
 
 
 def _check_kinds(rewards: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
@@ -34,7 +34,7 @@ def check_whole_groups(
     if ranks_per_group == 1:
         return
     for name, reward in rewards.items():
-        if reward.is_kind(name, "descore") and is_adaptive(reward.options):
+        if reward.thinks_when_unsure(name):
             raise ValueError(
                 f"rewards.{name}.options.thinking=adaptive needs every group on one rank: "
                 f"grpo.ranks_per_group must be 1, got {ranks_per_group}"
