@@ -87,6 +87,7 @@ class DpoLoop:
     ranks_per_sample  How many consecutive ranks compute each pair together; the engine must
                then sum their gradients.
     grad_norm  Returns the gradient's norm before clipping, or None, after an optimizer step.
+    accepts    Whether a noise level is one of those that are trained; others are drawn again.
 
     Raises ValueError when ranks and micro-batches do not divide ``pairs_per_step``, and when
     "rwr" gets pairs without values.
@@ -102,8 +103,10 @@ class DpoLoop:
         seed: int,
         ranks_per_sample: int = 1,
         grad_norm: Callable[[], float | Tensor | None] = lambda: None,
+        accepts: Callable[[float], bool] = lambda _: True,
     ) -> None:
         self.cfg = cfg
+        self.accepts = accepts
         self.generator = generator
         self.engine = engine
         self.seed = seed
@@ -209,7 +212,10 @@ class DpoLoop:
         noises = []
         for place in places:
             source = seeded_generator(self.seed, "dpo", name, step, place)
-            sigmas.append(draw_sigma(self.cfg, source))
+            sigma = draw_sigma(self.cfg, source)
+            while not self.accepts(sigma):
+                sigma = draw_sigma(self.cfg, source)
+            sigmas.append(sigma)
             noises.append(torch.randn(shape, generator=source))
         sigma_N = torch.tensor(sigmas, dtype=torch.float32)
         return NoiseDraw(sigma_N, torch.stack(noises))

@@ -14,12 +14,31 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from common.gaussian import Gaussian
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A text, and the image that the video begins with.
+
+    image  path of its file
+    """
+
+    text: str
+    image: str
+
+
+Prompt: TypeAlias = str | ImagePrompt
+
+
+def text_of(prompt: Prompt) -> str:
+    """The text of a prompt, which rewards read."""
+    return prompt.text if isinstance(prompt, ImagePrompt) else prompt
 
 
 @dataclass(frozen=True)
@@ -82,10 +101,11 @@ class Group:
     """The rollouts of a prompt.
 
     steps        stochastic steps in order; all other steps are deterministic
-    clean_GCFHW  fp32, x at sigma = 0, the input of `Generator.decode`
+    clean_GCFHW  fp32, x at sigma = 0, the input of `Generator.decode`; where the first latent frame
+                 of a video is given, it is in front here, and steps have the others
     """
 
-    prompt: str
+    prompt: Prompt
     steps: tuple[Step, ...]
     clean_GCFHW: Tensor
 
@@ -95,8 +115,9 @@ class Group:
             raise ValueError("Group.steps is empty: a group needs a stochastic step")
         # every step has all members
         want = tuple(self.clean_GCFHW.shape)
+        given = (*want[:2], want[2] - 1, *want[3:])
         for step in self.steps:
-            if tuple(step.next_GCFHW.shape) != want:
+            if tuple(step.next_GCFHW.shape) not in (want, given):
                 raise ValueError(
                     f"Group.clean_GCFHW is {want}, a step's next {tuple(step.next_GCFHW.shape)}"
                 )

@@ -51,7 +51,8 @@ from generator.config import (
     GeneratorConfig,
 )
 from generator.latents import store_channels_last
-from generator.wan import WanGenerator, compile_blocks
+from generator.pipeline import compile_blocks
+from generator.wan import WanGenerator
 from launch.planning.known_models import QWEN3_VL, WAN, WAN_VAE
 from launch.schemas.training import ColdStartRun, GrpoRun
 from launch.training import grpo_loop
@@ -139,7 +140,7 @@ def dit(subject: Subject, device: torch.device) -> PartResult:
     """Time a forward of the transformer by backend, and see whether it repeats its bits."""
     cfg = run_config(subject).generator
     generator = random_wan(subject, cfg, device, vae=False)
-    transformer = generator._active()[1]
+    transformer = generator.transformer
     inputs = dit_inputs(generator, latent_shape(cfg))
     measured: dict[str, Any] = {}
     left_out = {}
@@ -369,7 +370,7 @@ def latent_shape(cfg: GeneratorConfig) -> tuple[int, ...]:
 
 def dit_inputs(generator: WanGenerator, shape: tuple[int, ...]) -> dict[str, Tensor]:
     """A random latent of this shape with a random prompt, as the transformer takes them."""
-    transformer = generator._active()[1]
+    transformer = generator.transformer
     dtype = transformer.patch_embedding.weight.dtype
     source = seeded_generator("gpu check", *shape)
     latent = torch.randn((1, *shape), generator=source)

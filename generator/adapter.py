@@ -5,7 +5,7 @@ peft computes the adapter; the file has diffusers' format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import torch
 from common.files import give_usual_mode, sort_header
 from common.lora import adapter_layers, stock_name
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
-from generator.adapter_file import ADAPTER_FILE
+from generator.adapter_file import ADAPTER_FILE, require_fit
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -63,7 +63,8 @@ def attach(
     """Freeze the transformer and put fp32 LoRA adapters on its linear layers.
 
     B is zero, so the output does not change yet. A is drawn from ``seed``, so that all ranks start
-    from the same adapter. Raises ValueError when a target matches no linear layer.
+    from the same adapter. Suffixes name layers of the blocks. Raises ValueError when a target
+    matches no linear layer.
     """
     import peft
 
@@ -82,11 +83,12 @@ def attach(
         raise ValueError(
             f"LoraConfig.targets {unmatched} match no linear layer of the transformer"
         )
+    targets = _in_blocks(linears, lora.targets)
     # The adapter's settings.
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=list(lora.targets),
+        target_modules=targets,
         # a dropped unit would make the replayed log-prob differ from the sampled one
         lora_dropout=0.0,
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
@@ -106,6 +108,60 @@ def attach(
     if lora.compute_dtype != "float32":
         cast_products(model, getattr(torch, lora.compute_dtype))
     return model
+
+
+def _in_blocks(linears: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Keep targets to the blocks where their suffixes match layers before the blocks too.
+
+    A Wan 2.1 I2V embeds CLIP's tokens by a feed-forward whose layers have the names of a block's.
+    Targets that are outside of the blocks on purpose are named in full.
+
+    linears  names of all linear layers, with a dot in front
+    """
+    matched = [name for name in linears if any(name.endswith(f".{t}") for t in targets)]
+    inside = [name for name in matched if name.startswith(".blocks.")]
+    named = {f".{target}" for target in targets}
+    unwanted = [name for name in matched if name not in named and name not in inside]
+    if not inside or not unwanted:
+        return list(targets)
+    wanted = [name for name in matched if name not in unwanted]
+    return [name.removeprefix(".") for name in wanted]
+
+
+def attach_stored(
+    transformer: WanTransformer3DModel, stored: StoredAdapter, *, device: torch.device
+) -> PeftModel:
+    """Put a saved adapter on a transformer that is not trained; its weights are on ``device``.
+
+    A transformer that has an adapter gets the saved one instead. Raises ValueError when the adapter
+    belongs to another model.
+    """
+    from generator.config import LoraConfig
+
+    _detach(transformer)
+    require_fit(stored, shapes_in(dict(transformer.named_parameters())))
+    lora = LoraConfig(
+        rank=stored.scales.rank,
+        alpha=stored.scales.alpha,
+        targets=tuple(stored.pairs),
+    )
+    model = attach(transformer, lora, seed=0)
+    load(model, stored)
+    # the base may wait in the host's memory
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(device)
+            parameter.requires_grad_(requires_grad=False)
+    return model.eval()
+
+
+def _detach(transformer: WanTransformer3DModel) -> None:
+    """Put the linear layers of a transformer back where an adapter wraps them."""
+    # a list, since modules are replaced
+    for name, layer in list(transformer.named_modules()):
+        if hasattr(layer, "base_layer"):
+            parent, _, last = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), last, layer.base_layer)
 
 
 def save(

@@ -68,8 +68,9 @@ class LoraConfig:
 
     Defaults are those of LongCat-Video (2510.22200, Table 9).
 
-    targets  suffixes of linear layers. The default names all linears of self-attention,
-             cross-attention and feed-forward.
+    targets  suffixes of linear layers in the blocks. The default names all linears of
+             self-attention, cross-attention and feed-forward; add_k_proj and add_v_proj are
+             those of an image's tokens in Wan 2.1 I2V.
     init     of A: "gaussian" is N(0, 1 / rank^2), "kaiming" is uniform. B starts at zero.
     compute_dtype  of the adapter's products with activations, in sampling and in the update.
              With bfloat16 its weights, gradients and optimizer state stay fp32.
@@ -104,6 +105,9 @@ class SamplerConfig:
     max_std           tau, the ceiling of an sde step's noise; null leaves s unbounded near
                       sigma = 1.
     guidance_scale    classifier-free guidance; 1 needs one forward instead of two.
+    guidance_scale_2  guidance of the transformer for low noise, where a model has two
+                      (Wan 2.2 A14B), as the stock pipeline names it; null takes
+                      guidance_scale.
     tail_steps        steps after the last stochastic step, on a grid of their own; null
                       keeps the remaining steps of the grid.
     tail_solver       solver of the tail: "euler", or "ab2", the second-order
@@ -135,6 +139,7 @@ class SamplerConfig:
     noise_level: NonNegativeFloat = 1.0
     max_std: PositiveFloat | None = 0.45
     guidance_scale: GuidanceScale = 4.5
+    guidance_scale_2: GuidanceScale | None = None
     negative_prompt: str = ""
     tail_steps: PositiveInt | None = None
     tail_solver: Literal["euler", "ab2"] = "euler"
@@ -202,6 +207,20 @@ class SamplerConfig:
 
 
 @config
+class ExpertsConfig:
+    """The two transformers of a Wan 2.2 A14B: "high" denoises high noise, "low" the rest.
+
+    train    which of them is trained; the other one is frozen. Stochastic steps must be
+             those of the trained one.
+    offload  the frozen one waits in the host's memory until a rollout or a sample needs it,
+             and is copied to the device once for each.
+    """
+
+    train: Literal["high", "low"] = "high"
+    offload: bool = True
+
+
+@config
 class GeneratorConfig:
     """A WanPipeline folder and how to run it.
 
@@ -242,6 +261,8 @@ class GeneratorConfig:
                             attention heads and the tokens; for training, without ZeRO 3.
     max_sequence_length     text tokens after padding. Attention has no mask, so the padding
                             is part of the model.
+    experts                 of a model with two transformers (Wan 2.2 A14B); others have one,
+                            which is trained.
     target                  path/to/file.py:Class of a generator of your own, instead of Wan, or
                             a name that an installed package offers as an entry point of
                             video_alignment.generators (`generator.plugin`). It is called with
@@ -267,6 +288,7 @@ class GeneratorConfig:
     guidance_in_update: bool = True
     context_parallel: Literal[1, 2, 4, 8] = 1
     max_sequence_length: PositiveInt = 512
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     target: str | None = None
 
     def __post_init__(self) -> None:

@@ -13,17 +13,18 @@ if TYPE_CHECKING:
 
 
 class ForwardCounter:
-    """Counts samples by a hook on the module; under guidance a latent is two samples.
+    """Counts samples by a hook on each module; under guidance a latent is two samples.
 
     A block that gradient checkpointing computes again is not counted again. A sample counts
     once, also where ``ranks_per_sample`` ranks compute it together.
     """
 
-    def __init__(self, module: nn.Module, *, ranks_per_sample: int = 1) -> None:
+    def __init__(self, *modules: nn.Module, ranks_per_sample: int = 1) -> None:
         self.ranks_per_sample = ranks_per_sample
         self.grad = 0
         self.no_grad = 0
-        module.register_forward_pre_hook(self._count, with_kwargs=True)
+        for module in modules:
+            module.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(
         self,

@@ -4,26 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
-from common import progress
 from common.distributed import max_over_ranks
-from common.gaussian import Gaussian, widen
+from common.gaussian import Gaussian
 from common.lora import adapters_off
 from common.memory import AdaptiveBatcher, default_device
-from common.strict_loading import errors_of, load_pretrained
-from common.types import Group, Step
-from common.weight_files import require_whole_folder
+from common.types import Group, ImagePrompt, Prompt, Step, text_of
 from generator import adapter, adapter_file, attention, context_parallel, weights
 from generator.adapter_file import ADAPTER_FILE
 from generator.block_cache import BlockCache
-from generator.flow import Kernel, guide, interpolate, velocity_target
-from generator.latents import LatentCodec, store_channels_last
+from generator.conditions import (
+    ImageCache,
+    check_image_prompts,
+    read_image,
+    stacked,
+)
+from generator.denoiser import Conditions, Denoiser, Expert
+from generator.experts import check_sampling
+from generator.family import Family
+from generator.flow import Kernel, interpolate, velocity_target
+from generator.latents import LatentCodec
 from generator.merged import MergedAdapter
+from generator.offload import Waiting
+from generator.pipeline import (
+    compile_blocks,
+    image_pipeline,
+    load_pipeline,
+    read_transformer,
+    require_attention,
+    trained_first,
+    with_tokens,
+)
 from generator.prompts import PromptCache
 from generator.sampler import (
     Members,
@@ -38,12 +54,10 @@ from generator.schedule import sigma_grid, stochastic_steps, tail_grid
 from generator.wan_folder import find_wan
 
 if TYPE_CHECKING:
+    from diffusers import WanPipeline, WanTransformer3DModel
     from torch import Tensor, nn
 
     from generator.config import GeneratorConfig
-
-# graphs of one block, see `compile_blocks`
-COMPILED_GRAPHS = 64
 
 
 class WanGenerator:
@@ -71,19 +85,40 @@ class WanGenerator:
         pipeline: WanPipeline,
         module: nn.Module,
         device: torch.device,
+        *,
+        family: Family | None = None,
+        frozen: Expert | None = None,
     ) -> None:
-        """``pipeline`` may lack VAE and text encoder; then nothing can be decoded or sampled."""
+        """Make a generator of parts that are loaded.
+
+        pipeline  may lack VAE and text encoder; then nothing can be decoded or sampled
+        module    what is trained, with its adapter
+        family    None is a Wan with a single transformer
+        frozen    the other one of two transformers; without it only the trained one's noise
+                  levels have a velocity
+        """
         self.cfg = cfg
         self.kernel = Kernel(
             cfg.sampler.kernel, cfg.sampler.noise_level, cfg.sampler.max_std
         )
         self.module = module
         self.device = device
+        self.family = family or Family()
+        if self.family.text_length not in (None, cfg.max_sequence_length):
+            raise ValueError(
+                f"generator.max_sequence_length={cfg.max_sequence_length} must be "
+                f"{self.family.text_length}: with tokens of an image the transformer cuts off so "
+                "many as the text"
+            )
+        transformer = module if cfg.lora is None else module.get_base_model()
+        self._policy = denoiser_of(
+            cfg, self.family, Expert(module, transformer), frozen, device
+        )
         self.latent_shape: tuple[int, ...] = ()
         # Without a VAE no video size is known: it is for training on stored latents.
         if pipeline.vae is not None:
             self.codec = LatentCodec(pipeline.vae, batch=cfg.decode_batch)
-            patch = pipeline.transformer.config.patch_size
+            patch = transformer.config.patch_size
             self.latent_shape = self.codec.latent_shape(
                 height=cfg.height,
                 width=cfg.width,
@@ -98,6 +133,10 @@ class WanGenerator:
             cfg.rollout_batch, what="latents in the transformer"
         )
         self.prompts = PromptCache(pipeline, max_length=cfg.max_sequence_length)
+        # Only a model that takes images can be asked for one, and only its VAE can encode it.
+        self.images: ImageCache | None = None
+        if self.family.image != "none" and pipeline.vae is not None:
+            self.images = ImageCache(pipeline, self.family, self.codec, cfg, device)
         self._pipeline = pipeline
         # Copies of the targets' weights for sampling, made when a rollout begins.
         self._merged: MergedAdapter | None = None
@@ -105,7 +144,7 @@ class WanGenerator:
             self._merged = MergedAdapter(module)
         # The reference of full fine-tuning is read when it is first needed.
         self._in_reference = False
-        self._frozen: WanTransformer3DModel | None = None
+        self._frozen: Denoiser | None = None
 
     @classmethod
     def load(
@@ -130,15 +169,21 @@ class WanGenerator:
         """
         # 1. The stock pipeline, frozen, on its device.
         folder = find_wan(cfg.path)
+        family = Family.of(folder)
+        check_sampling(cfg, family)
         device = torch.device(device or default_device())
-        _require_attention(cfg, device)
-        pipeline = _load_pipeline(
-            cfg, folder, device=device, transformer_only=transformer_only
+        require_attention(cfg, device)
+        pipeline = load_pipeline(
+            cfg, folder, family, device=device, transformer_only=transformer_only
         )
 
         # 2. What is trained: an adapter, or every weight of the transformer.
-        transformer = pipeline.transformer
-        attention.set_backend(transformer, cfg.attention)
+        name, *others = trained_first(cfg, family)
+        transformer = getattr(pipeline, name)
+        idle = [getattr(pipeline, other) for other in others]
+        all_loaded = [transformer, *(model for model in idle if model is not None)]
+        for model in all_loaded:
+            attention.set_backend(model, cfg.attention)
         if cfg.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if cfg.lora is None:
@@ -149,24 +194,32 @@ class WanGenerator:
 
         # 3. Ranks that share the tokens of a sample; before blocks are compiled.
         parallel = context_parallel.join_ranks(cfg.context_parallel, device)
-        context_parallel.share_tokens(transformer, parallel)
-        for name in (cfg.sampler.attention, cfg.sampler.tail_attention):
-            if name is not None and parallel is not None:
-                with attention.backend(transformer, name):
+        for model in all_loaded:
+            context_parallel.share_tokens(model, parallel)
+        for backend in (cfg.sampler.attention, cfg.sampler.tail_attention):
+            if backend is not None and parallel is not None:
+                with attention.backend(transformer, backend):
                     context_parallel.check_backend(transformer)
         if cfg.compile:
-            compile_blocks(transformer)
+            for model in all_loaded:
+                compile_blocks(model)
         if cfg.tf32:
             # For the whole process: rewards compute with it too.
             torch.backends.cuda.matmul.allow_tf32 = True
-        return cls(cfg, pipeline, module.eval(), device)
+
+        # 4. The transformer of two that is not trained.
+        frozen = None
+        for model in all_loaded[1:]:
+            waiting = Waiting(model, device) if cfg.experts.offload else None
+            frozen = Expert(model, model, waiting)
+        return cls(cfg, pipeline, module.eval(), device, family=family, frozen=frozen)
 
     # ---- sampling, without gradient ----
 
     @torch.no_grad()
     def rollout(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         group_size: int,
         seeds: Sequence[int],
@@ -183,6 +236,7 @@ class WanGenerator:
         sharded, every rank fills up to the largest number of calls.
         """
         self._require_vae()
+        check_image_prompts(prompts, self.family, self.cfg.path)
         # 1. Compare the number of calls with other ranks'.
         self.portions.fixed = self.calls_together
         missing_calls = 0
@@ -192,7 +246,7 @@ class WanGenerator:
 
         # 2. Sample group after group; the adapter is the same for all of them.
         groups = []
-        with self._held_copies():
+        with self._held_copies(), self.denoiser.kept():
             for prompt, seed in zip(prompts, seeds, strict=True):
                 group = rollout_group(
                     self._guided_velocity(prompt),
@@ -201,19 +255,23 @@ class WanGenerator:
                     batch=self.portions,
                     device=self.device,
                 )
-                groups.append(group)
+                clean_GCFHW = self._with_first_frame([prompt], group.clean_GCFHW)
+                groups.append(replace(group, clean_GCFHW=clean_GCFHW))
 
         # calls that only keep the ranks in step, on the smallest latent there is
         for _ in range(missing_calls):
-            patch = self._active()[1].config.patch_size
-            x_1CFHW = torch.zeros(1, self.latent_shape[0], *patch)
+            shape = (self.latent_shape[0], *self.patch_size)
+            if isinstance(prompts[0], ImagePrompt):
+                # as large as the image's
+                shape = self._walk_shape(prompts[0])
+            x_1CFHW = torch.zeros(1, *shape)
             self.velocity(x_1CFHW, torch.ones(1), prompts[:1], guidance_scale=1.0)
         return groups
 
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         seeds: Sequence[int],
         *,
         num_steps: int | None = None,
@@ -234,6 +292,9 @@ class WanGenerator:
             raise ValueError(
                 f"scheduler must be 'euler' or 'pipeline', got {scheduler!r}"
             )
+        check_image_prompts(prompts, self.family, self.cfg.path)
+        if len({self._walk_shape(prompt) for prompt in prompts}) > 1:
+            raise ValueError("sample got prompts with and without an image together")
         # Grid and noise are those of a rollout.
         cfg = self.cfg.sampler
         steps = num_steps or cfg.num_steps
@@ -242,15 +303,19 @@ class WanGenerator:
         def sample_rows(row_B: Tensor) -> Tensor:
             rows = row_B.tolist()
             texts = [prompts[row] for row in rows]
-            noises = [initial_noise(seeds[row], self.latent_shape) for row in rows]
+            noises = [
+                initial_noise(seeds[row], self._walk_shape(prompts[row]))
+                for row in rows
+            ]
             x_BCFHW = torch.stack(noises).to(self.device)
             if scheduler == "pipeline":
                 return self._stock(x_BCFHW, texts, steps)
-            return ode(self._guided_velocity(*texts), x_BCFHW, sigmas)
+            x_BCFHW = ode(self._guided_velocity(*texts), x_BCFHW, sigmas)
+            return self._with_first_frame(texts, x_BCFHW)
 
         # In batches, as many videos as fit.
         self.portions.fixed = self.calls_together
-        with self._held_copies(), self._fast(cfg.attention):
+        with self._held_copies(), self.denoiser.kept(), self._fast(cfg.attention):
             return self.portions.over(sample_rows, torch.arange(len(prompts)))
 
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
@@ -266,14 +331,14 @@ class WanGenerator:
 
     # ---- likelihood and error, with gradient ----
 
-    def transition(self, prompt: str, step: Step) -> Gaussian:
+    def transition(self, prompt: Prompt, step: Step) -> Gaussian:
         """Distribution of `next` given the latent: mean (M, C, F, H, W), gradient through it.
 
         A latent that all members share costs c' DiT sample-forwards, separate latents cost c' G;
         c' = c, or 1 when guidance_in_update is off.
         """
         # Without guidance an update costs half as much.
-        scale = self.cfg.sampler.guidance_scale if self.cfg.guidance_in_update else 1.0
+        scale = self.guidance_at(step.sigma) if self.cfg.guidance_in_update else 1.0
         # All members are at the same noise level and have the same prompt.
         x_MCFHW = step.latent_MCFHW.to(self.device)
         sigma_M = torch.full((len(x_MCFHW),), step.sigma)
@@ -286,7 +351,7 @@ class WanGenerator:
         clean_BCFHW: Tensor,
         noise_BCFHW: Tensor,
         sigma_B: Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
     ) -> Tensor:
         """Squared velocity error, MEAN over latent elements -> (B,) fp32, with gradient.
 
@@ -295,6 +360,10 @@ class WanGenerator:
         It is the term of Flow-DPO (2501.13918, equation 6), which takes the sum: with the mean,
         beta does not depend on the size of the video.
         """
+        if any(isinstance(prompt, ImagePrompt) for prompt in prompts):
+            raise ValueError(
+                "a velocity error is of stored latents and texts: images are not stored with them"
+            )
         # Noise the latents.
         clean_BCFHW = clean_BCFHW.to(self.device)
         noise_BCFHW = noise_BCFHW.to(self.device)
@@ -308,7 +377,7 @@ class WanGenerator:
         self,
         x_BCFHW: Tensor,
         sigma_B: Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         guidance_scale: float,
     ) -> Tensor:
@@ -335,35 +404,11 @@ class WanGenerator:
                 f"velocity got {len(x_BCFHW)} latents, {len(sigma_B)} sigmas, {len(texts)} prompts"
             )
 
-        # 2. The unconditional branch is the second half of the batch.
-        guided = guidance_scale != 1
-        if guided:
-            texts += [self.cfg.sampler.negative_prompt] * len(texts)
-            x_BCFHW = torch.cat([x_BCFHW, x_BCFHW])
-            sigma_B = torch.cat([sigma_B, sigma_B])
-
-        # 3. One forward of the transformer.
-        module, transformer = self._active()
-        # the check is free; eval() on every submodule was a tenth of a tiny model's forward
-        if module.training:
-            module.eval()
-        dtype = transformer.patch_embedding.weight.dtype
-        out = module(
-            hidden_states=x_BCFHW.to(self.device, dtype),
-            # not an integer, rounded as diffusers' Euler scheduler rounds it
-            timestep=1000 * sigma_B.to(self.device, torch.float32),
-            encoder_hidden_states=self.prompts.get(
-                texts,
-                device=self.device,
-                dtype=dtype,
-            ),
-            return_dict=False,
-        )[0]
-
-        # 4. Guidance in fp32.
-        progress.tick()
-        v = widen(out)
-        return guide(*v.chunk(2), guidance_scale) if guided else v
+        # 2. Embeddings of the prompts, and under guidance of the negative prompt.
+        conditions = self._conditions(texts, guided=guidance_scale != 1)
+        return self.denoiser.velocity(
+            x_BCFHW, sigma_B, conditions, guidance_scale=guidance_scale
+        )
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -379,9 +424,13 @@ class WanGenerator:
             return
         self._in_reference = True
         try:
-            # An adapter is switched off; without one a frozen copy is used, see `_active`.
+            # An adapter is switched off; without one a frozen copy is used, see `denoiser`.
             if self.cfg.lora is not None:
-                with adapters_off(self.module):
+                with ExitStack() as stack:
+                    for expert in self._policy.loaded:
+                        # the frozen one of two transformers may have none
+                        if expert.module is not expert.transformer:
+                            stack.enter_context(adapters_off(expert.module))
                     yield
             else:
                 if self._frozen is None:
@@ -392,9 +441,13 @@ class WanGenerator:
 
     # ---- prompts and weights ----
 
-    def encode_prompts(self, prompts: Sequence[str]) -> None:
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Put the embeddings of these prompts and of the negative prompt into the cache."""
-        self.prompts.encode([*prompts, self.cfg.sampler.negative_prompt])
+        texts = [text_of(prompt) for prompt in prompts]
+        self.prompts.encode([*texts, self.cfg.sampler.negative_prompt])
+        for prompt in prompts:
+            if isinstance(prompt, ImagePrompt):
+                self.images.get(prompt.image)
 
     def given_prompts(
         self, embedding_LD: Mapping[str, Tensor]
@@ -403,9 +456,11 @@ class WanGenerator:
         return self.prompts.given(embedding_LD)
 
     def free_text_encoder(self) -> None:
-        """Free the text encoder; prompts that are not cached then raise RuntimeError."""
+        """Free the encoders of texts and images; prompts that are new then raise RuntimeError."""
         self.encode_prompts([])
         self.prompts.free_text_encoder()
+        if self.images is not None:
+            self.images.free_encoder()
 
     def save_trained(
         self, folder: Path | str, state_dict: Mapping[str, Tensor] | None = None
@@ -418,46 +473,88 @@ class WanGenerator:
         """
         if self.cfg.lora is None:
             return weights.save(self.module, Path(folder), state_dict)
-        return adapter.save(self.module, Path(folder), state_dict)
+        folders = self._adapter_folders(Path(folder))
+        for place, expert in enumerate(self._policy.experts):
+            # an adapter that was loaded belongs to the model that was sampled from
+            frozen = place != self._policy.trained and expert is not None
+            if frozen and expert.module is not expert.transformer:
+                adapter.save(expert.module, folders[place])
+        return adapter.save(self.module, folders[self._policy.trained], state_dict)
 
     def load_trained(self, folder: Path | str) -> None:
         """Read what `save_trained` wrote, before an engine is built.
 
-        A complete transformer also replaces the base under an adapter. Raises ValueError when it
+        A complete transformer also replaces the base under an adapter. Of two transformers each
+        may have an adapter; that of the frozen one stays as it is. Raises ValueError when it
         does not fit, or is an adapter and GeneratorConfig.lora is null; FileNotFoundError when the
         folder holds neither.
         """
         folder = Path(folder)
         # The folder's files decide what is loaded.
-        if weights.is_whole(folder) and (folder / ADAPTER_FILE).is_file():
+        places = [
+            place
+            for place, part in enumerate(self._adapter_folders(folder))
+            if (part / ADAPTER_FILE).is_file()
+        ]
+        if weights.is_whole(folder) and places:
             raise ValueError(
                 f"{folder} holds both a transformer and {ADAPTER_FILE}: keep the wanted one only"
             )
         if weights.is_whole(folder):
-            weights.load(self._active()[1], folder)
+            weights.load(self.transformer, folder)
         elif self.cfg.lora is None:
             raise ValueError(
                 f"GeneratorConfig.lora is null and {folder} holds no transformer folder"
             )
-        elif not (folder / ADAPTER_FILE).is_file():
+        elif not places:
             raise FileNotFoundError(
                 f"{folder} holds no {ADAPTER_FILE}; a run leaves its adapter in RUN/final"
             )
-        else:
-            adapter.load(self.module, adapter_file.read(folder))
+        for place in places:
+            stored = adapter_file.read(self._adapter_folders(folder)[place])
+            if place == self._policy.trained:
+                adapter.load(self.module, stored)
+            else:
+                expert = self._policy.at(place)
+                module = adapter.attach_stored(
+                    expert.transformer, stored, device=self.device
+                )
+                self._policy.experts[place] = replace(expert, module=module)
+
+    def _adapter_folders(self, folder: Path) -> list[Path]:
+        """Where the adapter of each transformer is: the folder, and one inside it."""
+        return [folder, *(folder / name for name in self.family.experts[1:])]
 
     # ---- parts of a rollout ----
 
+    def _walk_shape(self, prompt: Prompt) -> tuple[int, ...]:
+        """(C, F, H, W) of what a walk moves: without the first frame where an image gives it."""
+        channels, frames, height, width = self.latent_shape
+        if self.family.image == "first_frame" and isinstance(prompt, ImagePrompt):
+            frames -= 1
+        return channels, frames, height, width
+
+    def _with_first_frame(self, prompts: Sequence[Prompt], x_BCFHW: Tensor) -> Tensor:
+        """Put the given first frames in front; a single prompt serves every sample."""
+        if self.family.image != "first_frame" or not isinstance(
+            prompts[0], ImagePrompt
+        ):
+            return x_BCFHW
+        rows = prompts if len(prompts) > 1 else [*prompts] * len(x_BCFHW)
+        images = [self.images.get(prompt.image) for prompt in rows]
+        first_BCFHW, _ = stacked(images, x_BCFHW.device, x_BCFHW.dtype)
+        return torch.cat([first_BCFHW, x_BCFHW], dim=2)
+
     def _walk(
         self,
-        prompt: str,
+        prompt: Prompt,
         seed: int,
         iteration: int,
     ) -> Walk:
         """Grid, stochastic steps, kernel and tail of one group."""
         cfg = self.cfg.sampler
         return Walk(
-            shape=self.latent_shape,
+            shape=self._walk_shape(prompt),
             sigmas=sigma_grid(cfg.num_steps, shift=cfg.shift).tolist(),
             steps=stochastic_steps(seed, cfg, iteration=iteration),
             kernel=self.kernel,
@@ -467,12 +564,12 @@ class WanGenerator:
         )
 
     def _guided_velocity(
-        self, *prompts: str, scale: float | None = None
+        self, *prompts: Prompt, scale: float | None = None
     ) -> Callable[[Tensor, float], Tensor]:
         """The velocity as a function of (x, sigma); a single prompt serves every sample."""
-        guidance = self.cfg.sampler.guidance_scale if scale is None else scale
 
         def velocity(x_BCFHW: Tensor, sigma: float) -> Tensor:
+            guidance = self.guidance_at(sigma) if scale is None else scale
             texts = prompts if len(prompts) > 1 else prompts * len(x_BCFHW)
             sigma_B = torch.full((len(x_BCFHW),), sigma)
             return self.velocity(x_BCFHW, sigma_B, texts, guidance_scale=guidance)
@@ -489,7 +586,8 @@ class WanGenerator:
     def _fast(self, backend: str | None) -> Iterator[None]:
         """Inside, the policy computes with its merged adapter and with an attention backend."""
         with ExitStack() as stack:
-            stack.enter_context(attention.backend(self._active()[1], backend))
+            for expert in self.denoiser.loaded:
+                stack.enter_context(attention.backend(expert.transformer, backend))
             if self._merged is not None:
                 stack.enter_context(self._merged.applied())
             yield
@@ -498,7 +596,7 @@ class WanGenerator:
         self,
         x_BCFHW: Tensor,
         sigmas: Sequence[float],
-        prompt: str,
+        prompt: Prompt,
     ) -> Tensor:
         """Walk to the first stochastic step."""
         with self._fast(self.cfg.sampler.attention):
@@ -508,7 +606,7 @@ class WanGenerator:
         self,
         x_BCFHW: Tensor,
         sigmas: Sequence[float],
-        prompt: str,
+        prompt: Prompt,
     ) -> Tensor:
         """Walk to sigma = 0 with the sampler's tail options: grid, solver, guidance, cache."""
         cfg = self.cfg.sampler
@@ -517,13 +615,18 @@ class WanGenerator:
             sigmas = tail_grid(sigmas[0], cfg.tail_steps, shift=cfg.shift).tolist()
         # Solver and guidance.
         solver = ode_ab2 if cfg.tail_solver == "ab2" else ode
-        velocity = self._guided_velocity(prompt, scale=cfg.tail_guidance)
-        if cfg.tail_cache > 1:
-            # every tail_cache-th call runs all blocks of the transformer
-            cache = BlockCache(self._active()[1])
-            velocity = cache.wrap(velocity, every=cfg.tail_cache)
+        guided = self._guided_velocity(prompt, scale=cfg.tail_guidance)
         with self._fast(cfg.tail_attention or cfg.attention):
-            return solver(velocity, x_BCFHW, sigmas)
+            # Another expert's velocity is another function: its part begins anew.
+            for part in self.denoiser.parts(sigmas):
+                velocity = guided
+                if cfg.tail_cache > 1:
+                    # every tail_cache-th call runs all blocks of the transformer
+                    place = self.denoiser.place_at(part[0])
+                    cache = BlockCache(self.denoiser.at(place).transformer)
+                    velocity = cache.wrap(guided, every=cfg.tail_cache)
+                x_BCFHW = solver(velocity, x_BCFHW, part)
+        return x_BCFHW
 
     def _missing_calls(
         self,
@@ -549,27 +652,52 @@ class WanGenerator:
     def _stock(
         self,
         x_BCFHW: Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         num_steps: int,
     ) -> Tensor:
         """Sample with the stock pipeline's loop and scheduler."""
-        _, transformer = self._active()
-        # the pipeline gets the policy, or the reference
-        self._pipeline.transformer = transformer
-        dtype = transformer.patch_embedding.weight.dtype
+        # The pipeline gets the policy, or the reference.
+        for name, expert in zip(
+            self.family.experts, self.denoiser.experts, strict=True
+        ):
+            setattr(self._pipeline, name, expert.transformer)
+            if expert.waiting is not None:
+                expert.waiting.fetch()
+        options: dict[str, Any] = {}
+        if self.family.boundary is not None:
+            options["guidance_scale_2"] = self.cfg.sampler.guidance_scale_2
+        # It takes a single image.
+        if isinstance(prompts[0], ImagePrompt):
+            rows = [
+                self._stock_call([prompt], x_BCFHW[i : i + 1], num_steps, options)
+                for i, prompt in enumerate(prompts)
+            ]
+            return torch.cat(rows)
+        return self._stock_call(prompts, x_BCFHW, num_steps, options)
+
+    def _stock_call(
+        self,
+        prompts: Sequence[Prompt],
+        x_BCFHW: Tensor,
+        num_steps: int,
+        options: Mapping[str, Any],
+    ) -> Tensor:
         # Embeddings come from the cache: the text encoder may have been freed.
-        negative = [self.cfg.sampler.negative_prompt] * len(prompts)
-        return self._pipeline(
-            prompt_embeds=self.prompts.get(
-                prompts,
-                device=self.device,
-                dtype=dtype,
-            ),
-            negative_prompt_embeds=self.prompts.get(
-                negative,
-                device=self.device,
-                dtype=dtype,
-            ),
+        conditions = self._conditions(prompts, guided=True)
+        options = dict(options)
+        pipeline = self._pipeline
+        if isinstance(prompts[0], ImagePrompt):
+            options["image"] = read_image(prompts[0].image)
+            if conditions.tokens_BLD is not None:
+                # the pipeline takes the tokens or the image: its encoder gives ours
+                pipeline = with_tokens(pipeline, conditions.tokens_BLD)
+            if self.family.image == "first_frame":
+                pipeline = image_pipeline(pipeline)
+                # the frame that the image gives is overwritten before it is read
+                x_BCFHW = torch.cat([x_BCFHW[:, :, :1], x_BCFHW], dim=2)
+        return pipeline(
+            prompt_embeds=conditions.text_BLD,
+            negative_prompt_embeds=conditions.negative_BLD,
             height=self.cfg.height,
             width=self.cfg.width,
             num_frames=self.cfg.num_frames,
@@ -577,6 +705,7 @@ class WanGenerator:
             guidance_scale=self.cfg.sampler.guidance_scale,
             latents=x_BCFHW,
             output_type="latent",
+            **options,
         ).frames.float()
 
     def _require_vae(self) -> None:
@@ -586,6 +715,26 @@ class WanGenerator:
                 "it cannot sample"
             )
 
+    def _conditions(self, prompts: Sequence[Prompt], *, guided: bool) -> Conditions:
+        """What these prompts tell the transformer and, if guided, as many negative prompts."""
+        texts = [text_of(prompt) for prompt in prompts]
+        negative = [self.cfg.sampler.negative_prompt] * len(texts) if guided else []
+        # Encoded together, so that both are there before a forward.
+        self.prompts.encode([*texts, *negative])
+        dtype = self.denoiser.expert.dtype
+        text_BLD = self.prompts.get(texts, device=self.device, dtype=dtype)
+        negative_BLD = None
+        if guided:
+            negative_BLD = self.prompts.get(negative, device=self.device, dtype=dtype)
+
+        # The images of all prompts, or of none.
+        paths = [prompt.image for prompt in prompts if isinstance(prompt, ImagePrompt)]
+        if not paths:
+            return Conditions(text_BLD, negative_BLD)
+        images = [self.images.get(path) for path in paths]
+        image_BCFHW, tokens_BLD = stacked(images, self.device, dtype)
+        return Conditions(text_BLD, negative_BLD, image_BCFHW, tokens_BLD)
+
     # ---- the module in use ----
 
     @property
@@ -593,124 +742,71 @@ class WanGenerator:
         """True when a rank may not call the module more often than others, after lack of memory."""
         return self.sharded or self.cfg.context_parallel > 1
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """What is called: the trained module, and the other one of two transformers."""
+        return [expert.module for expert in self._policy.loaded]
+
+    def trains_at(self, sigma: float) -> bool:
+        """Whether the velocity at a noise level is that of the transformer that is trained."""
+        return self._policy.place_at(sigma) == self._policy.trained
+
+    def guidance_at(self, sigma: float) -> float:
+        """Guidance scale at a noise level: that of its transformer."""
+        cfg = self.cfg.sampler
+        if cfg.guidance_scale_2 is not None and self.denoiser.place_at(sigma) == 1:
+            return cfg.guidance_scale_2
+        return cfg.guidance_scale
+
     def context_gap(self) -> float:
         """Compare the gradient of ranks that share tokens with one rank's; all must call it."""
-        return context_parallel.gradient_gap(*self._active())
+        expert = self.denoiser.expert
+        return context_parallel.gradient_gap(expert.module, expert.transformer)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The policy, or inside `reference` the reference."""
+        # with an adapter they are one module
+        if self._in_reference and self._frozen is not None:
+            return self._frozen
+        return self._policy
+
+    @property
+    def transformer(self) -> WanTransformer3DModel:
+        """The stock module that is trained, or of the reference, without the adapter's wrapper."""
+        return self.denoiser.expert.transformer
 
     @property
     def patch_size(self) -> tuple[int, ...]:
         """Latent frames, rows and columns of a token."""
-        return self._active()[1].config.patch_size
+        return self.transformer.config.patch_size
 
-    def _active(self) -> tuple[nn.Module, WanTransformer3DModel]:
-        """(module to call, transformer inside it) of the policy, or of the reference."""
-        if self.cfg.lora is not None:
-            return self.module, self.module.get_base_model()
-        module = self._frozen if self._in_reference else self.module
-        return module, module
-
-    def _load_frozen(self) -> WanTransformer3DModel:
+    def _load_frozen(self) -> Denoiser:
         """Read the base model once more, as the reference of a full fine-tuning."""
         # Read again, since the module in use may have been trained or resumed.
-        dtype = getattr(torch, self.cfg.dtype)
-        model = load_pretrained(
-            WanTransformer3DModel,
-            find_wan(self.cfg.path) / "transformer",
-            dtype=dtype,
-            device=self.device,
-        )
+        folder = find_wan(self.cfg.path) / "transformer"
+        model = read_transformer(self.cfg, folder, device=self.device)
         model = weights.of_one_dtype(model, self.cfg.dtype)
         attention.set_backend(model, self.cfg.attention)
         context_parallel.share_tokens(model, self.module._parallel_config)
-        return model.requires_grad_(requires_grad=False).eval()
+        model.requires_grad_(requires_grad=False).eval()
+        return Denoiser([Expert(model, model)], self.device)
 
 
-def compile_blocks(transformer: WanTransformer3DModel) -> None:
-    """Let torch.compile the blocks, each of them with the same graphs.
-
-    A block has a graph for each way in which it is called: with and without gradient, with the
-    adapter on and off, for each attention backend, and for each shape until shapes are dynamic.
-    """
-    # dynamo's default of 8 would leave some of them uncompiled, silently
-    torch._dynamo.config.recompile_limit = max(
-        COMPILED_GRAPHS, torch._dynamo.config.recompile_limit
-    )
-    transformer.compile_repeated_blocks()
-
-
-def _require_attention(cfg: GeneratorConfig, device: torch.device) -> None:
-    """Raise ValueError for an attention backend that cannot run here."""
-    for key, name in (
-        ("generator.attention", cfg.attention),
-        ("generator.sampler.attention", cfg.sampler.attention),
-        ("generator.sampler.tail_attention", cfg.sampler.tail_attention),
-    ):
-        if name is not None:
-            attention.require_backend(key, name, device)
-
-
-def _load_pipeline(
+def denoiser_of(
     cfg: GeneratorConfig,
-    folder: Path,
-    *,
+    family: Family,
+    trained: Expert,
+    frozen: Expert | None,
     device: torch.device,
-    transformer_only: bool,
-) -> WanPipeline:
-    """Read the stock pipeline, every weight of it, and freeze its VAE and text encoder."""
-    # `WanPipeline.from_pretrained` would fill missing weights with random numbers.
-    dtype = getattr(torch, cfg.dtype)
-    parts: dict[str, Any] = {}
-    parts["transformer"] = load_pretrained(
-        WanTransformer3DModel,
-        folder / "transformer",
-        dtype=dtype,
-        device=device,
+) -> Denoiser:
+    """The policy's denoiser, with its experts in the order of their noise levels."""
+    place = family.experts.index(trained_first(cfg, family)[0])
+    experts = [trained, frozen] if place == 0 else [frozen, trained]
+    return Denoiser(
+        experts[: len(family.experts)],
+        device,
+        boundary=family.boundary,
+        trained=place,
+        first_frame=family.image == "first_frame",
     )
-    if transformer_only:
-        # None leaves a part out
-        parts |= {"vae": None, "text_encoder": None, "tokenizer": None}
-    else:
-        from transformers import UMT5EncoderModel
-
-        # The VAE has a dtype of its own, whatever the transformer's is.
-        parts["vae"] = load_pretrained(
-            AutoencoderKLWan,
-            folder / "vae",
-            dtype=getattr(torch, cfg.vae_dtype),
-            device=device,
-        )
-        if cfg.vae_channels_last:
-            store_channels_last(parts["vae"])
-        parts["text_encoder"] = load_pretrained(
-            UMT5EncoderModel,
-            folder / "text_encoder",
-            dtype=dtype,
-            device=device,
-        )
-
-    # Tokenizer and scheduler have no weights.
-    for part in ("scheduler",) if transformer_only else ("scheduler", "tokenizer"):
-        if not (folder / part).is_dir():
-            raise FileNotFoundError(f"{folder / part}: no such folder; a Wan has it")
-        require_whole_folder(folder / part)
-    with errors_of(folder, "WanPipeline"):
-        pipeline = WanPipeline.from_pretrained(folder, **parts)
-    if not transformer_only:
-        _require_vocabulary(pipeline, folder)
-    pipeline.set_progress_bar_config(disable=True)
-    # Only the transformer is trained.
-    for frozen in (pipeline.vae, pipeline.text_encoder):
-        if frozen is not None:
-            frozen.requires_grad_(requires_grad=False).eval()
-    return pipeline
-
-
-def _require_vocabulary(pipeline: WanPipeline, folder: Path) -> None:
-    """Raise ValueError for a tokenizer with more tokens than the text encoder has rows."""
-    tokens = len(pipeline.tokenizer)
-    rows = pipeline.text_encoder.config.vocab_size
-    if tokens > rows:
-        raise ValueError(
-            f"{folder / 'tokenizer'} has {tokens} tokens, but the text encoder has {rows}: it is "
-            "the tokenizer of another model"
-        )

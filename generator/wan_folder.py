@@ -1,48 +1,12 @@
-"""Tell from its JSON files whether a folder is a Wan that this project can run.
-
-diffusers has a pipeline class for each kind of Wan, and loads many kinds into `WanPipeline` without
-a word: of a Wan 2.2 the second transformer would lie idle. Nothing heavy is imported here.
-"""
+"""Find the folder of a Wan on this machine or on the hub, and check what needs no weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from common.files import model_folder, read_json
-
-INDEX = "model_index.json"
-CONFIG = "config.json"
-# Class of each part; the tokenizer's and the scheduler's differ between publications.
-PARTS = {
-    "transformer": "WanTransformer3DModel",
-    "vae": "AutoencoderKLWan",
-    "text_encoder": "UMT5EncoderModel",
-}
-SUPPORTED = (
-    "this project runs text-to-video folders of Wan 2.1: WanPipeline with a single "
-    "WanTransformer3DModel, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-)
-# Kinds of pipelines, by a part of their class's name.
-_KINDS = {
-    "WanImageToVideo": "an image-to-video Wan",
-    "WanVACE": "a Wan VACE",
-    "WanAnimate": "a Wan Animate",
-    "WanVideoToVideo": "a video-to-video Wan",
-    "AnyFlow": "an AnyFlow, a flow map that takes two times",
-}
-# Settings of a transformer that only other kinds have.
-_OTHER_TRANSFORMERS = {
-    "image_dim": "is conditioned on an image",
-    "added_kv_proj_dim": "is conditioned on an image",
-    "pos_embed_seq_len": "is conditioned on an image",
-    "vace_layers": "is that of a Wan VACE",
-    "vace_in_channels": "is that of a Wan VACE",
-    "deltatime_type": "is a flow map (AnyFlow), which takes two times",
-    "gate_value": "is a flow map (AnyFlow), which takes two times",
-}
+from common.files import model_folder
+from generator.family import CONFIG, INDEX, PARTS, Family, read_object
 
 
 def find_wan(path: str) -> Path:
@@ -52,84 +16,29 @@ def find_wan(path: str) -> Path:
     is none, and ValueError where it is of another kind.
     """
     folder = model_folder(path, INDEX, patterns=["*.json"])
-    require_supported(folder)
+    family = require_supported(folder)
     if Path(path).is_dir():
         return folder
     # Weights that are not read are not downloaded.
     wanted = ["*.json", "tokenizer/*"]
-    wanted += [f"{part}/*.safetensors" for part in PARTS]
+    wanted += [f"{part}/*.safetensors" for part in {*PARTS, *family.experts}]
+    if family.image == "channels+clip":
+        wanted.append("image_encoder/*.safetensors")
     return model_folder(path, INDEX, patterns=wanted)
 
 
-def require_supported(folder: Path) -> None:
-    """Raise ValueError, saying what the folder is, unless it is a text-to-video Wan 2.1."""
-    what = _other_kind(folder)
-    if what is not None:
-        raise ValueError(f"{folder} {what}; {SUPPORTED}")
+def require_supported(folder: Path) -> Family:
+    """Return what a folder holds; raise ValueError, saying what it is, for another model."""
+    family = Family.of(folder)
     vae_file = folder / "vae" / CONFIG
     if vae_file.is_file():
         _require_statistics(vae_file)
-
-
-def _other_kind(folder: Path) -> str | None:
-    """Say what a folder is if it is no text-to-video Wan 2.1."""
-    index = _read_object(folder / INDEX)
-    # The pipeline.
-    name = index.get("_class_name")
-    if name != "WanPipeline":
-        for part, kind in _KINDS.items():
-            if part in str(name):
-                return f"is {kind} ({name})"
-        return f"is a {name}"
-
-    # Parts and settings of the pipeline.
-    if (
-        _class_of(index, "transformer_2")
-        or index.get("boundary_ratio") is not None
-        or (folder / "transformer_2").is_dir()
-    ):
-        return "has two transformers, of which each denoises a part of the way (Wan 2.2 A14B)"
-    if index.get("expand_timesteps"):
-        return "gives every token its own time (expand_timesteps, Wan 2.2 TI2V-5B)"
-    if _class_of(index, "image_encoder"):
-        return "has an image encoder, so it is conditioned on an image"
-    for part, wanted in PARTS.items():
-        found = _class_of(index, part)
-        if found != wanted:
-            return f"has a {part} of class {found} instead of {wanted}"
-    return _other_transformer(folder)
-
-
-def _other_transformer(folder: Path) -> str | None:
-    """Say what a folder is if its transformer or VAE is not that of a text-to-video Wan 2.1."""
-    transformer = _read_object(folder / "transformer" / CONFIG)
-    name = transformer.get("_class_name")
-    if name != PARTS["transformer"]:
-        return f"has a transformer of class {name}"
-    for key, kind in _OTHER_TRANSFORMERS.items():
-        if transformer.get(key) is not None:
-            return f"has a transformer that {kind} ({key}={transformer[key]!r})"
-
-    # The transformer reads and writes latents of the VAE, and nothing else.
-    channels = (transformer.get("in_channels", 16), transformer.get("out_channels", 16))
-    latent = 16
-    # Training on stored latents needs no VAE.
-    vae_file = folder / "vae" / CONFIG
-    if vae_file.is_file():
-        latent = _read_object(vae_file).get("z_dim", 16)
-    if channels == (48, 48) and latent == 48:
-        return "has latents of 48 channels (Wan 2.2 TI2V-5B)"
-    if channels != (latent, latent):
-        return (
-            f"has a transformer that reads {channels[0]} and writes {channels[1]} channels, but "
-            f"latents of {latent}: it is conditioned on something else than text"
-        )
-    return None
+    return family
 
 
 def _require_statistics(file: Path) -> None:
     """Raise ValueError without the latents' means and deviations: the library has defaults."""
-    vae = _read_object(file)
+    vae = read_object(file)
     for key in ("latents_mean", "latents_std"):
         values = vae.get(key)
         numbers = values if isinstance(values, list) else []
@@ -140,21 +49,3 @@ def _require_statistics(file: Path) -> None:
                 f"{file} needs {key}, a number for each latent channel (std above 0): latents are "
                 "scaled by them"
             )
-
-
-def _class_of(index: Mapping[str, Any], part: str) -> str | None:
-    """The class of a part in model_index.json; None where it is left out, [null, null]."""
-    value = index.get(part)
-    if isinstance(value, list) and len(value) == 2:
-        return value[1]
-    return None
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """Read a JSON object. FileNotFoundError or ValueError name the file."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; a folder of a Wan has it")
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object")
-    return content

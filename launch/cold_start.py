@@ -110,20 +110,33 @@ def loop_of(
 
 
 def build_reward_model(run: ColdStartRun) -> DeScore:
-    """Put a new DeScore on the base model, on this rank's device."""
+    """Put a new DeScore on the base model, or load the checkpoint, on this rank's device.
+
+    Raises ValueError when the checkpoint has other dimensions than the run.
+    """
     import torch
 
     from common.memory import default_device
     from rm.model import DeScore
     from rm.prompt import PromptTemplate
 
+    dtype = getattr(torch, run.dtype)
+    if run.checkpoint is not None:
+        model = DeScore.load(run.checkpoint, dtype=dtype)
+        if list(model.dimensions.items()) != list(run.dimensions.items()):
+            raise ValueError(
+                f"{run.checkpoint} has the dimensions {list(model.dimensions)}, with settings "
+                "that differ from those of the run: give both the same"
+            )
+        model.generation = run.generation
+        return model.to(default_device())
     model = DeScore.from_base(
         run.base,
         template=None if run.template is None else PromptTemplate.load(run.template),
         settings=run.video,
         generation=run.generation,
         dimensions=run.dimensions,
-        dtype=getattr(torch, run.dtype),
+        dtype=dtype,
         seed=run.seed,
     )
     return model.to(default_device())

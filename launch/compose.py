@@ -95,6 +95,24 @@ def build_generator(
     )
 
 
+def check_family(run: GrpoRun | DpoRun, *, stochastic: bool = False) -> None:
+    """Raise ValueError for settings that the JSON files of the generator's folder rule out.
+
+    stochastic  checks the stochastic steps of a rollout too
+    """
+    from generator.experts import check_stochastic_steps, check_training
+    from generator.family import Family
+    from generator.wan_folder import find_wan
+
+    # A generator of another class has its own limits.
+    if run.generator.target is not None:
+        return
+    family = Family.of(find_wan(run.generator.path))
+    check_training(run.generator, family, zero_stage=run.zero_stage)
+    if stochastic:
+        check_stochastic_steps(run.generator, family)
+
+
 def trained_generator(cfg: GeneratorConfig, adapter: str | None) -> WanGenerator:
     """Build a generator, with the trained weights of a run's folder if one is given."""
     generator = build_generator(cfg)
@@ -152,9 +170,9 @@ def generator_task(
     generator = loop.generator
     expect_step(run)
     report = f"python launch/report.py {run.run_dir} --out {run.run_dir}/report.html"
-    counter = ForwardCounter(
-        generator.module, ranks_per_sample=run.generator.context_parallel
-    )
+    # A generator of another class has a single module.
+    modules = getattr(generator, "modules", [generator.module])
+    counter = ForwardCounter(*modules, ranks_per_sample=run.generator.context_parallel)
     use = f"launch/sample.py or launch/evaluate.py with adapter={run.run_dir}/final"
     return TrainingTask(
         engine=loop.engine,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from common.config import ConfigError, load
+from generator.experts import check_sampling, check_stochastic_steps, check_training
+from launch.planning import known_models
 from launch.schemas.evaluation import GeneratorEvaluation, RewardEvaluation, ScoreRun
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.server import ServeRun
@@ -41,9 +44,11 @@ SIZES = sorted(
 GPUS = sorted(
     (ROOT / "gpus").glob("*.yaml")
 )  # and each of these on the full-size recipe of its name
-FILES = sorted(
-    set(ROOT.rglob("*.yaml")) - set(SISTERS) - set(MIXES) - set(SIZES) - set(GPUS)
-)
+MODELS = sorted(
+    (ROOT / "wan" / "models").glob("*.yaml")
+)  # and these on a recipe for Wan 2.1 1.3B
+LAYERS = {*SISTERS, *MIXES, *SIZES, *GPUS, *MODELS}
+FILES = sorted(set(ROOT.rglob("*.yaml")) - LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,21 @@ def test_shapes_generator_is_equal_in_every_config() -> None:
         for name in names
     ]
     assert all(one == generators[0] for one in generators)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", ["grpo", "dpo", "pairs", "sample", "evaluate"])
+def test_model_config_stands_on_each_recipe(path: Path, name: str) -> None:
+    """Only the generator changes, and its stochastic steps are the trained transformer's."""
+    recipe = ROOT / "wan" / f"{name}.yaml"
+    plain, other = load(SCHEMAS[name], recipe), load(SCHEMAS[name], [recipe, path])
+    assert other.generator.path != plain.generator.path
+    assert dataclasses.replace(other, generator=plain.generator) == plain
+    family = known_models.wan_family(other.generator.path)
+    check_sampling(other.generator, family)
+    if name == "grpo":
+        check_training(other.generator, family, zero_stage=other.zero_stage)
+        check_stochastic_steps(other.generator, family)
 
 
 @pytest.mark.parametrize("path", GPUS, ids=lambda path: path.stem)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common import safe_yaml
+from generator.family import Family
 
 FILE = Path(__file__).parents[1] / "templates" / "known_models.yaml"
 _SIZES: dict[str, Any] = safe_yaml.parse(FILE.read_text(encoding="utf-8")).value
@@ -18,6 +19,12 @@ WAN: dict[str, Any] = {}
 for _name, _config in _SIZES["wan"].items():
     WAN[_name] = _SIZES["wan_common"] | _config
 WAN_VAE = _SIZES["wan_vae"]
+# Statistics of the latents do not change what a plan counts.
+_WAN_VAE_TI2V = {
+    **_SIZES["wan_vae_ti2v"],
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
 UMT5_XXL = _SIZES["umt5_xxl"]
 
 # Reward models by hub name, with what all sizes share and what follows from another key.
@@ -37,6 +44,35 @@ for _name, _config in _SIZES["qwen3_vl"].items():
             **_vision,
         },
     }
+
+
+def wan_vae(name: str) -> dict[str, Any]:
+    """Return the config of a published Wan's VAE."""
+    channels = WAN[name]["out_channels"]
+    return WAN_VAE if channels == WAN_VAE["z_dim"] else _WAN_VAE_TI2V
+
+
+def wan_index(name: str) -> dict[str, Any]:
+    """Return what a published Wan's model_index.json holds of its own."""
+    return dict(_SIZES["wan_index"].get(name, {}))
+
+
+def wan_family(path: str) -> Family:
+    """Tell the family of a published Wan by its name, or of a folder by its files.
+
+    For a name that is neither it is a single transformer: there is nothing to read.
+    """
+    if Path(path).is_dir():
+        return Family.of(Path(path))
+    if path not in WAN:
+        return Family()
+    index = wan_index(path)
+    experts = ("transformer",)
+    if "transformer_2" in index:
+        experts = ("transformer", "transformer_2")
+    return Family(experts, index.get("boundary_ratio"))
+
+
 # A size that no letter or digit touches: "2b" in "from_2b", not in "x2bit".
 _SIZE = re.compile(r"(?<![a-z0-9.])([248]b)(?![a-z0-9])")
 

@@ -77,10 +77,24 @@ class MetaWan:
         self.meter = meter
         self.dtype = getattr(torch, cfg.dtype)
         self._published = cfg.path in known_models.WAN
+        self.family = known_models.wan_family(cfg.path)
 
     @cached_property
     def transformer(self) -> WanTransformer3DModel:
-        """The transformer without adapter, in the data types of a run."""
+        """The transformer that is trained, without adapter, in the data types of a run."""
+        module = self._bare_transformer()
+        if self.cfg.gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+        return module
+
+    @cached_property
+    def frozen(self) -> WanTransformer3DModel | None:
+        """The other one of two transformers; None for a model with a single one."""
+        if self.family.boundary is None:
+            return None
+        return self._bare_transformer().requires_grad_(requires_grad=False).eval()
+
+    def _bare_transformer(self) -> WanTransformer3DModel:
         from diffusers import WanTransformer3DModel
 
         from generator import attention
@@ -91,8 +105,6 @@ class MetaWan:
         with torch.device("meta"):
             module = WanTransformer3DModel.from_config(config)
         attention.set_backend(module, self.cfg.attention)
-        if self.cfg.gradient_checkpointing:
-            module.enable_gradient_checkpointing()
 
         # diffusers loads some modules in fp32; a run that trains all weights holds one dtype.
         in_fp32: set[str] = set()
@@ -119,8 +131,8 @@ class MetaWan:
         """The VAE, in its dtype."""
         from diffusers import AutoencoderKLWan
 
-        # A folder has its config; published sizes share that of Wan 2.1.
-        known = known_models.WAN_VAE if self._published else None
+        # A folder has its config.
+        known = known_models.wan_vae(self.cfg.path) if self._published else None
         config = _config_of(self.cfg.path, "vae", known)
         with torch.device("meta"):
             vae = AutoencoderKLWan.from_config(config)
@@ -143,8 +155,10 @@ class MetaWan:
         """The generator of a run, whose calls with equal shapes are measured twice at most."""
         from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
+        from generator.denoiser import Expert
         from generator.latents import store_channels_last
-        from generator.wan import WanGenerator, compile_blocks
+        from generator.pipeline import compile_blocks
+        from generator.wan import WanGenerator
         from launch.rehearsal.repeats import repeat_calls
 
         # As `WanGenerator.load` prepares them.
@@ -154,7 +168,12 @@ class MetaWan:
             compile_blocks(self.transformer)
         if self.cfg.vae_channels_last:
             store_channels_last(self.vae)
-        for model in (self.transformer, self.vae):
+        models = [self.transformer, self.vae]
+        frozen = None
+        if self.frozen is not None:
+            frozen = Expert(self.frozen, self.frozen)
+            models.append(self.frozen)
+        for model in models:
             repeat_calls(gpu, model)
         pipeline = WanPipeline(
             tokenizer=None,
@@ -165,7 +184,9 @@ class MetaWan:
         )
         # Ranks that share tokens are not there: the plan divides by their number.
         cfg = replace(self.cfg, context_parallel=1)
-        return WanGenerator(cfg, pipeline, module, gpu.device)
+        return WanGenerator(
+            cfg, pipeline, module, gpu.device, family=self.family, frozen=frozen
+        )
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -482,14 +503,17 @@ class MetaRewardModel:
 
     def score(self, videos: int, lengths: Lengths, *, cots: int) -> Cost:
         """Measure a batch of the scorer: chains of thought by its settings, and the rewards."""
-        from rm.config import Generation
-
         if not cots:
             return self.read(videos, replace(lengths, chain=0), grad=False)
-        how = Generation(
-            temperature=0.0 if cots == 1 else 1.0, repetition_penalty=_PENALTY
-        )
-        return self.write(videos, lengths, how=how, copies=cots)
+        return self.write(videos, lengths, how=self.scoring(cots), copies=cots)
+
+    @staticmethod
+    def scoring(cots: int) -> Generation:
+        """Settings with which a scorer writes ``cots`` chains of thought about a video."""
+        from rm.config import Generation
+
+        temperature = 0.0 if cots == 1 else 1.0
+        return Generation(temperature=temperature, repetition_penalty=_PENALTY)
 
     def _pass(self, output: Callable[[], Tensor], *, grad: bool) -> Cost:
         # transformers recomputes blocks in training mode alone.

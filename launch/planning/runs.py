@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.dpo import steps_of
+from generator.experts import check_stochastic_steps as check_steps
+from generator.experts import check_training
 from launch.planning.forwards import samples_per_rollout, samples_per_update
 from launch.planning.meter import Cost, Meter
 from launch.planning.models import (
@@ -24,6 +26,7 @@ from launch.planning.models import (
     sizes_of,
 )
 from launch.planning.plan import REDUCE_BUCKET, Plan, Where, training_parts
+from launch.planning.vllm import add_vllm
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
     from alignment.config import RewardConfig
     from generator.config import GeneratorConfig
+    from rm.config import Generation
 
 
 def plan_of(cfg: Any, where: Where) -> Plan | None:
@@ -81,10 +85,13 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
         )
 
         # The phases of a step.
-        per_rank = groups / together
-        plan.phase("rollout", wan.rollout(members) * per_rank)
+        check_steps(cfg.generator, wan.family)
+        check_training(cfg.generator, wan.family, zero_stage=cfg.zero_stage)
+        rollout = _shared(wan.rollout(members), together) * groups
+        plan.phase("rollout", _with_frozen(plan, wan, rollout))
         _add_decoding(plan, wan, videos, text_encoder=not cfg.cache_prompts)
-        plan.phase("update", wan.update(cfg, members) * (per_rank * cfg.grpo.updates))
+        update = _shared(wan.update(cfg, members), together)
+        plan.phase("update", update * (groups * cfg.grpo.updates))
 
         # What else is in memory.
         sizes = sizes_of(wan.module)
@@ -122,10 +129,12 @@ def plan_dpo(
             f"one update = {cfg.dpo.pairs_per_step} pairs, {rank_pairs} a rank; "
             "neither VAE nor text encoder is in memory"
         )
+        check_training(cfg.generator, wan.family, zero_stage=cfg.zero_stage)
         cost = wan.flow_error(samples, reference=False)
         if cfg.dpo.method == "dpo":
             cost += wan.flow_error(samples, reference=True)
-        plan.phase("update", cost * (rank_pairs / cfg.dpo.micro_batch / together))
+        cost = _shared(cost, together)
+        plan.phase("update", cost * (rank_pairs / cfg.dpo.micro_batch))
     return plan
 
 
@@ -146,7 +155,7 @@ def plan_pairs(cfg: PairsRun, where: Where) -> Plan:
 
         # Nothing is trained: weights alone.
         plan.add("transformer: weights", sizes_of(wan.module).bytes)
-        plan.phase("sampling", wan.sample(count))
+        plan.phase("sampling", _with_frozen(plan, wan, wan.sample(count)))
         _add_decoding(plan, wan, count, text_encoder=True)
         _add_rewards(plan, meter, cfg.rewards, count, count, cfg.generator)
         plan.hold("frames of the candidates", count * _frames(cfg.generator))
@@ -163,7 +172,7 @@ def plan_reward_model(
     None stands for five seconds of 480 x 832.
     """
     cold_start = isinstance(cfg, ColdStartRun)
-    key = "base" if cold_start else "checkpoint"
+    key = "checkpoint" if cfg.checkpoint is not None else "base"
     name = getattr(cfg, key)
     with _meter(where) as meter:
         # The model that is trained.
@@ -245,6 +254,11 @@ def _add_dual_rl(
     rank_pairs = how.pairs_per_step // plan.where.ranks
     micro_batches = rank_pairs / how.micro_batch
 
+    # Memory besides the training state.
+    if cfg.lora is None and how.kl_weight:
+        shards = plan.where.ranks if cfg.zero_stage == 3 else 1
+        plan.add("frozen copy for KL", sizes_of(model.model).bytes / shards)
+
     # Writing: the prefix once a video, then every token of all chains of thought together.
     sampling = Generation(
         max_new_tokens=how.max_new_tokens,
@@ -252,9 +266,7 @@ def _add_dual_rl(
         repetition_penalty=1.0,
     )
     videos = 2 * how.micro_batch
-    together = min(how.cot_batch or videos, 2 * rank_pairs)
-    written = model.write(together, lengths, how=sampling, copies=how.group_size)
-    plan.phase("chains of thought", written * (2 * rank_pairs / together))
+    _add_writing(plan, cfg, model, lengths, sampling, 2 * rank_pairs)
 
     # Log-probabilities: the reference's, and with several updates a step the old policy's.
     cots_per_row = how.cots_per_row or how.group_size
@@ -274,15 +286,41 @@ def _add_dual_rl(
         plan.phase("log-probabilities", packed(grad=False) * (passes * micro_batches))
     plan.phase("update", packed(grad=True) * micro_batches)
 
-    # Memory besides the training state.
-    if cfg.lora is None and how.kl_weight:
-        shards = plan.where.ranks if cfg.zero_stage == 3 else 1
-        plan.add("frozen copy for KL", sizes_of(model.model).bytes / shards)
     plan.facts.append(
         f"one step = {how.pairs_per_step} pairs x 2 videos x {how.group_size} chains of thought, "
         f"{rank_pairs} pairs a rank, {how.pairs_per_step // how.pairs_per_update} optimizer "
         f"steps; rows of {lengths.prefix + cots_per_row * lengths.chain:,} places"
     )
+
+
+def _add_writing(
+    plan: Plan,
+    cfg: DualRlRun,
+    model: MetaRewardModel,
+    lengths: Lengths,
+    sampling: Generation,
+    videos: int,
+) -> None:
+    """Add the writing of the chains of thought about a rank's videos, by either engine."""
+    how = cfg.dual_rl
+    copies = how.group_size
+    name = "chains of thought"
+    if how.engine == "vllm":
+        sleeps = cfg.vllm is None or cfg.vllm.sleep
+        add_vllm(
+            plan,
+            name,
+            model,
+            lengths,
+            sampling,
+            videos=videos,
+            copies=copies,
+            sleeps=sleeps,
+        )
+        return
+    together = min(how.cot_batch or 2 * how.micro_batch, videos)
+    written = model.write(together, lengths, how=sampling, copies=copies)
+    plan.phase(name, written * (videos / together))
 
 
 def _add_rewards(
@@ -316,10 +354,45 @@ def _add_rewards(
             height=how.height,
             width=how.width,
         )
-        plan.phase(
-            f"reward {name}", model.score(batch, lengths, cots=cots) * (videos / batch)
-        )
         plan.add(f"reward {name}: weights", sizes_of(model.model).bytes)
+        if reward.options.get("engine") == "vllm" and cots:
+            vllm = reward.options.get("vllm") or {}
+            add_vllm(
+                plan,
+                f"reward {name}",
+                model,
+                lengths,
+                model.scoring(cots),
+                videos=videos,
+                copies=cots,
+                sleeps=vllm.get("sleep", True),
+            )
+            continue
+        cost = model.score(batch, lengths, cots=cots) * (videos / batch)
+        plan.phase(f"reward {name}", cost)
+
+
+def _shared(cost: Cost, ranks: int) -> Cost:
+    """Cost of a rank where so many share the tokens of every sample, and so its activations.
+
+    What they exchange at every attention is not counted.
+    """
+    return replace(cost * (1 / ranks), peak=cost.peak / ranks)
+
+
+def _with_frozen(plan: Plan, wan: MetaWan, cost: Cost) -> Cost:
+    """Add the weights of a transformer that is not trained, for good or to the peak of ``cost``.
+
+    One that waits on the host costs its copy to the device as well; its seconds are not counted.
+    """
+    if wan.frozen is None:
+        return cost
+    size = sizes_of(wan.frozen).bytes
+    if not wan.cfg.experts.offload:
+        plan.add("frozen transformer: weights", size)
+        return cost
+    plan.hold("frozen transformer: weights", size)
+    return replace(cost, peak=cost.peak + size)
 
 
 def _add_decoding(

@@ -38,13 +38,15 @@ def wan_folder(name: str, folder: Path) -> Path:
     tiny = shipped(_TINY_WAN)
     for part in ("scheduler", "tokenizer"):
         shutil.copytree(tiny / part, folder / part)
-    shutil.copy(tiny / "model_index.json", folder)
+    index = read_json(tiny / "model_index.json") | known_models.wan_index(name)
+    write_json(folder / "model_index.json", index)
 
     # diffusers fills in what the published sizes leave to defaults.
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(known_models.WAN[name])
-        vae = AutoencoderKLWan.from_config(known_models.WAN_VAE)
-    transformer.save_config(folder / "transformer")
+        vae = AutoencoderKLWan.from_config(known_models.wan_vae(name))
+    for expert in known_models.wan_family(name).experts:
+        transformer.save_config(folder / expert)
     vae.save_config(folder / "vae")
     text = UMT5Config(**known_models.UMT5_XXL, architectures=["UMT5EncoderModel"])
     text.save_pretrained(folder / "text_encoder")

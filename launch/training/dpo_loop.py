@@ -13,7 +13,12 @@ from common.distributed import DataRanks
 from common.log import say
 from common.schedule import describe_draws
 from generator.context_parallel import check_tokens
-from launch.compose import build_generator, generator_engine, size_of_training
+from launch.compose import (
+    build_generator,
+    check_family,
+    generator_engine,
+    size_of_training,
+)
 
 if TYPE_CHECKING:
     from engine.ema import Ema
@@ -66,6 +71,7 @@ def build(run: DpoRun, pairs: PairSet) -> DpoLoop:
     """
     ranks = data_ranks(run)
     accumulation = backwards_per_update(run.dpo, ranks.count)
+    check_family(run)
     say(f"loading the generator {run.generator.path}")
     # Without refresh the pairs hold all that VAE and text encoder would compute.
     generator = build_generator(
@@ -103,6 +109,7 @@ def loop_of(
         seed=run.seed,
         ranks_per_sample=run.generator.context_parallel,
         grad_norm=engine.engine.get_global_grad_norm,
+        accepts=generator.trains_at,
     )
 
 

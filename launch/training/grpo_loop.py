@@ -8,7 +8,12 @@ from alignment.grpo import GrpoLoop, backwards_per_update
 from alignment.prompts import PromptSchedule
 from common import distributed
 from common.log import say
-from launch.compose import build_generator, build_rewards, generator_engine
+from launch.compose import (
+    build_generator,
+    build_rewards,
+    check_family,
+    generator_engine,
+)
 
 if TYPE_CHECKING:
     from common.types import RewardModel
@@ -21,6 +26,7 @@ def build(run: GrpoRun, prompts: list[str]) -> GrpoLoop:
     names = ", ".join(run.rewards)
     say(f"loading the rewards {names} and the generator {run.generator.source}")
     # Rewards first: a missing reward server is noticed before weights are loaded.
+    check_family(run, stochastic=True)
     rewards = build_rewards(run.rewards)
     generator = build_generator(run.generator, seed=run.seed)
     return loop_of(run, prompts, generator, rewards)

@@ -68,7 +68,7 @@ def compare(folder: Path, **changes: Any) -> dict[str, Any]:
         reference = loss_of(shared)[0]
     with torch.no_grad(), whole.reference():
         whole_reference = loss_of(whole)[0]
-    with context_parallel.alone(shared._active()[1]):
+    with context_parallel.alone(shared.transformer):
         by_itself = loss_of(shared)[0]
     again = loss_of(shared)[0]
     return {

@@ -16,6 +16,7 @@ from torch import Tensor
 from common.gaussian import Gaussian, log_prob
 from common.types import Generator, Group
 from generator.config import LoraConfig, SamplerConfig
+from generator.denoiser import Denoiser, Expert
 from generator.flow import guide
 from generator.sampler import initial_noise
 from generator.wan import WanGenerator
@@ -308,6 +309,8 @@ def test_collapsed_gradient_is_the_plain_one_in_fp64(
     """Wan narrows to fp32 in its blocks with Tensor.float(), which is switched off here."""
     double = copy.copy(generator)
     double.module = copy.deepcopy(generator.module).double()
+    expert = Expert(double.module, double.module.get_base_model())
+    double._policy = Denoiser([expert], generator.device)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     (step,) = group.steps
     tensors = ("latent_MCFHW", "next_GCFHW", "log_prob_G")

@@ -12,7 +12,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from generator.wan import WanGenerator, _require_vocabulary
+from generator.pipeline import require_vocabulary
+from generator.wan import WanGenerator
 from generator.wan_folder import find_wan, require_supported
 from tests.tiny import tiny_config
 
@@ -86,13 +87,10 @@ def test_published_and_saved_folders_are_supported(
 @pytest.mark.parametrize(
     ("index", "transformer", "vae", "words"),
     [
-        # Wan 2.2 A14B
-        ({"transformer_2": EXPERTS, "boundary_ratio": 0.875}, {}, {}, "Wan 2.2 A14B"),
-        ({"transformer_2": EXPERTS}, {}, {}, "two transformers"),
-        ({"boundary_ratio": 0.875}, {}, {}, "two transformers"),
-        # Wan 2.2 TI2V-5B
-        ({"expand_timesteps": True}, {}, {}, "TI2V-5B"),
-        ({}, {"in_channels": 48, "out_channels": 48}, {"z_dim": 48}, "TI2V-5B"),
+        # a part of Wan 2.2 A14B
+        ({"transformer_2": EXPERTS, "boundary_ratio": 0.875}, {}, {}, "no folder"),
+        ({"transformer_2": EXPERTS}, {}, {}, "boundary_ratio None"),
+        ({"boundary_ratio": 0.875}, {}, {}, "class None"),
         # conditioned on images
         ({"_class_name": "WanImageToVideoPipeline"}, {}, {}, "image-to-video"),
         ({"image_encoder": ["transformers", "CLIPVisionModel"]}, {}, {}, "image"),
@@ -137,9 +135,35 @@ def test_folder_of_another_kind_is_refused(
 def test_folder_with_a_second_transformer_beside_its_index_is_refused(
     tmp_path: Path,
 ) -> None:
-    (write(tmp_path) / "transformer_2").mkdir()
+    write_second(write(tmp_path))
     with pytest.raises(ValueError, match="two transformers"):
         require_supported(tmp_path)
+
+
+def write_second(folder: Path, **changes: Any) -> None:
+    (folder / "transformer_2").mkdir(exist_ok=True)
+    text = json.dumps({**TRANSFORMER, **changes})
+    (folder / "transformer_2" / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("index", "changes", "words"),
+    [
+        ({"boundary_ratio": 1.5}, {}, "boundary_ratio=1.5"),
+        ({"boundary_ratio": "0.9"}, {}, "boundary_ratio='0.9'"),
+        ({}, {"num_layers": 40}, "num_layers is 30 and 40"),
+        ({"expand_timesteps": True}, {}, "expand_timesteps"),
+    ],
+)
+def test_two_transformers_that_are_no_a14b_are_refused(
+    tmp_path: Path, index: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    both = {"transformer_2": EXPERTS, "boundary_ratio": 0.875}
+    write_second(write(tmp_path, {**both, **index}), **changes)
+    with pytest.raises(ValueError, match=words):
+        require_supported(tmp_path)
+    write_second(write(tmp_path, both), _diffusers_version="1")
+    assert require_supported(tmp_path).boundary == 0.875
 
 
 @pytest.mark.parametrize(
@@ -226,4 +250,4 @@ def test_tokenizer_with_more_tokens_than_the_text_encoder_is_refused() -> None:
         text_encoder=SimpleNamespace(config=SimpleNamespace(vocab_size=9)),
     )
     with pytest.raises(ValueError, match="10 tokens"):
-        _require_vocabulary(pipeline, Path("wan"))
+        require_vocabulary(pipeline, Path("wan"))

@@ -7,12 +7,13 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.config import load
-from generator.config import GeneratorConfig
+from generator.config import ExpertsConfig, GeneratorConfig
 from launch import score
 from launch.command import read_command
 from launch.planning.dry_run import lines_of, missing_inputs, parse_where
@@ -35,7 +36,12 @@ from launch.planning.plan import (
     Where,
     training_parts,
 )
-from launch.planning.runs import plan_grpo, plan_reward_model
+from launch.planning.runs import (
+    _shared,
+    _with_frozen,
+    plan_grpo,
+    plan_reward_model,
+)
 from launch.schemas.evaluation import ScoreRun
 from launch.schemas.pairs import DpoRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun, SampleRun
@@ -163,6 +169,71 @@ with torch.device("meta"):
 def test_plan_leaves_no_trace_in_what_pytorch_caches() -> None:
     """In a process of its own: the cache is filled once."""
     run(sys.executable, "-c", _LOAD_AFTER_A_PLAN)
+
+
+# Counted on meta by another script: one forward of one sample, in TFLOP.
+FORWARDS = [
+    ("Wan2.1-T2V-14B", (480, 832, 81), 32_760, 1678.4),
+    ("Wan2.1-T2V-14B", (720, 1280, 81), 75_600, 6523.4),
+    ("Wan2.2-T2V-A14B", (480, 832, 81), 32_760, 1678.4),
+    ("Wan2.2-T2V-A14B", (720, 1280, 81), 75_600, 6523.4),
+    ("Wan2.2-TI2V-5B", (704, 1280, 121), 27_280, 517.0),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size", "tokens", "tflop"), FORWARDS)
+def test_forward_flops_of_each_family(
+    name: str, size: tuple[int, int, int], tokens: int, tflop: float
+) -> None:
+    height, width, frames = size
+    path = f"Wan-AI/{name}-Diffusers"
+    cfg = GeneratorConfig(
+        path, height=height, width=width, num_frames=frames, lora=None
+    )
+    with Meter(H100.rates) as meter:
+        wan = MetaWan(cfg, meter)
+        assert wan.tokens == tokens
+        flops = wan.forward(1, grad=False).flops
+    assert flops == pytest.approx(tflop * 1e12, rel=0.01)
+
+
+def test_ranks_that_share_a_sample_share_its_activations() -> None:
+    """Two ranks to a sample: half of a rank's FLOPs, seconds and bytes."""
+    assert _shared(Cost(8.0, 6.0, 4.0), 2) == Cost(4.0, 3.0, 2.0)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_frozen_transformer_is_in_memory_while_it_is_used(*, offload: bool) -> None:
+    """With offload it is a part of the rollout's peak and of the host, else it is permanent."""
+    experts = ExpertsConfig(offload=offload)
+    cfg = GeneratorConfig("Wan-AI/Wan2.2-T2V-A14B-Diffusers", experts=experts)
+    wan = SimpleNamespace(cfg=cfg, frozen=torch.nn.Linear(10, 10, bias=False))
+    plan = Plan(H100, "update", 1, 0.0)
+    cost = _with_frozen(plan, wan, Cost(1.0, 1.0, 50.0))
+    parts = [(part.bytes, part.temporary) for part in plan.parts]
+    if offload:
+        assert (cost.peak, parts, plan.host[0].bytes) == (450.0, [], 400)
+    else:
+        assert (cost.peak, parts, plan.host) == (50.0, [(400, False)], [])
+
+
+@pytest.mark.slow
+def test_wan_22_components_have_published_parameters() -> None:
+    """Parameters of the published checkpoints, and adapters of rank 128 on the six linears."""
+    ti2v = MetaWan(
+        GeneratorConfig("Wan-AI/Wan2.2-TI2V-5B-Diffusers", height=704, width=1280)
+    )
+    assert sizes_of(ti2v.transformer).parameters == 4_999_787_712
+    assert sizes_of(ti2v.vae).parameters == 704_688_668
+    assert sizes_of(ti2v.module).trained == 322_437_120
+    assert ti2v.frozen is None
+    a14b = MetaWan(GeneratorConfig("Wan-AI/Wan2.2-T2V-A14B-Diffusers"))
+    for expert in (a14b.transformer, a14b.frozen):
+        assert sizes_of(expert).parameters == 14_288_491_584
+        # 29.2 M of them rest in fp32
+        assert sizes_of(expert).bytes == 28_635_351_168
+    assert sizes_of(a14b.module).trained == 613_416_960
 
 
 @pytest.mark.slow

@@ -1,0 +1,76 @@
+"""Checks of a config for a model with two transformers, from the folder's JSON files alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from generator.denoiser import place_at
+from generator.schedule import sigma_grid
+
+if TYPE_CHECKING:
+    from generator.config import GeneratorConfig, SamplerConfig
+    from generator.family import Family
+
+NAMES = ("high", "low")
+
+
+def check_sampling(cfg: GeneratorConfig, family: Family) -> None:
+    """Raise ValueError for settings of two transformers where there is one."""
+    if family.boundary is not None:
+        return
+    if cfg.experts.train == "low":
+        raise ValueError(
+            f"generator.experts.train=low needs a model with two transformers, and {cfg.path} has "
+            "one; leave the key out"
+        )
+    if cfg.sampler.guidance_scale_2 is not None:
+        raise ValueError(
+            f"generator.sampler.guidance_scale_2={cfg.sampler.guidance_scale_2:g} is of a model "
+            f"with two transformers, and {cfg.path} has one; set guidance_scale"
+        )
+
+
+def check_training(cfg: GeneratorConfig, family: Family, *, zero_stage: int) -> None:
+    """Raise ValueError for what a model with two transformers cannot be trained with.
+
+    Only an adapter on one transformer is trained, with whole weights on every rank.
+    """
+    check_sampling(cfg, family)
+    if family.boundary is None:
+        return
+    if cfg.lora is None:
+        raise ValueError(
+            f"generator.lora=null would train all weights of a part of {cfg.path}, which has two "
+            "transformers: give it an adapter"
+        )
+    if zero_stage == 3:
+        raise ValueError(
+            f"zero_stage=3 splits weights that must be called equally often on all ranks, and "
+            f"{cfg.path} has two transformers: use zero_stage 1 or 2"
+        )
+
+
+def check_stochastic_steps(cfg: GeneratorConfig, family: Family) -> None:
+    """Raise ValueError if a stochastic step may fall to the transformer that is not trained."""
+    if family.boundary is None:
+        return
+    how = cfg.sampler
+    high = high_steps(how, family.boundary)
+    if cfg.experts.train == "high" and how.stochastic_range > high:
+        raise ValueError(
+            f"generator.sampler.stochastic_range={how.stochastic_range} must be at most {high}: "
+            f"with shift={how.shift:g} and num_steps={how.num_steps} the steps from {high} on "
+            "belong to the transformer for low noise, which is not trained"
+        )
+    if cfg.experts.train == "low" and how.stochastic_first < high:
+        raise ValueError(
+            f"generator.sampler.stochastic_first={how.stochastic_first} must be at least {high} "
+            f"with experts.train=low: with shift={how.shift:g} and num_steps={how.num_steps} the "
+            "steps before it belong to the transformer for high noise, which is not trained"
+        )
+
+
+def high_steps(how: SamplerConfig, boundary: float) -> int:
+    """Count the steps of the grid whose velocity is that of the transformer for high noise."""
+    sigmas = sigma_grid(how.num_steps, shift=how.shift).tolist()
+    return sum(place_at(sigma, boundary) == 0 for sigma in sigmas[:-1])
