@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -172,6 +172,10 @@ class GrpoLoop:
             scores,
             advantages.advantage_PM[list(scored)],
         )
+
+    def set_kl_weight(self, weight: float) -> None:
+        """Change the weight of the KL term, from the next update on."""
+        self.cfg = replace(self.cfg, kl_weight=weight)
 
     def batch(self, step: int) -> PromptBatch:
         """Return the prompts of a step that this rank's shard samples."""

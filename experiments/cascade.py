@@ -156,11 +156,13 @@ def split_results(pairs: ScoredPairs, promise: Guarantee, seed: int) -> dict[str
     violations  Share of the splits in which the other half's rate of losses exceeds alpha. That
                 rate is itself drawn, so it may exceed alpha where the true risk does not.
     """
+    # The same halves for every kind of threshold.
     rng = random.Random(seed)
     count = len(pairs.fast)
     losses = pairs.harm if promise.risk == "harm" else pairs.differs
     columns: dict[str, list[float]] = {"thought": [], "loss": [], "gain": []}
     for _ in range(SPLITS):
+        # A half that chooses and a half that measures.
         order = list(range(count))
         rng.shuffle(order)
         chosen = order[: count // 2]
@@ -173,6 +175,7 @@ def split_results(pairs: ScoredPairs, promise: Guarantee, seed: int) -> dict[str
             alpha=promise.alpha,
             delta=promise.delta,
         ).confidence
+        # What the threshold does to the other half.
         thought = pairs.thought(threshold)
         right = pairs.right(thought)
         gains = [right[i] - pairs.slow[i] for i in measured]
@@ -180,6 +183,7 @@ def split_results(pairs: ScoredPairs, promise: Guarantee, seed: int) -> dict[str
         columns["thought"].append(statistics.fmean(thought[i] for i in measured))
         columns["loss"].append(statistics.fmean(skipped))
         columns["gain"].append(statistics.fmean(gains))
+    # The spread over splits is not an interval: they share their pairs.
     result: dict[str, Any] = {}
     for name, values in columns.items():
         ordered = sorted(values)
@@ -346,6 +350,7 @@ def main() -> None:
     run = args.run_dir
     words = ["--out", str(run / "pairs"), "--seed", str(TEST_SEED)]
     words += ["--pairs", f"train={args.pairs}"]
+    # Pairs of the training domain that no demo has seen.
     making = CommandStep(
         "pairs", "toy/make_pairs.py", words, run / "pairs" / "done.json"
     )
@@ -361,6 +366,7 @@ def main() -> None:
         for seed in args.seeds:
             folders = [ROOT / evaluation(run, seed, test, mode) for mode in MODES]
             scored[test][seed] = ScoredPairs.of(HeldoutPairs.read(*folders))
+    # Write the results.
     record = {
         "command": COMMAND,
         "commit": commit(),

@@ -140,6 +140,7 @@ def choose_thinking(args: argparse.Namespace) -> None:
             f"{args.fast} must be made with options.cots=0, and {args.evaluation} with "
             "chains of thought"
         )
+    # The thresholds, and what they were made of.
     with user_errors():
         if len(DeScore.dimensions_in(args.checkpoint)) > 1:
             raise ValueError("thinking=adaptive needs a single reward dimension")
@@ -156,6 +157,7 @@ def choose_thinking(args: argparse.Namespace) -> None:
                 args.method, "disagreement", args.group_alpha, args.delta
             ),
         )
+    # Store them in the same folder as the weights.
     path = thinking.save(args.checkpoint)
     print(f"{path}: sigma {thinking.sigma:.4f}, slope {thinking.slope:.4f}")
     for what, threshold in (("pairs", thinking.pairs), ("groups", thinking.groups)):
@@ -174,6 +176,7 @@ def describe_threshold(threshold: Threshold) -> str:
             f"WARNING: no threshold keeps the {threshold.risk} at {threshold.alpha:g} with "
             f"{threshold.n} items: the model always thinks"
         )
+    # What the bound is a bound of.
     promise = f"in {1 - threshold.delta:.0%} of calibrations"
     if threshold.method == "crc":
         promise = "in the mean"

@@ -65,6 +65,7 @@ def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> Training
         groups_to_write,
         write_samples,
     )
+    from launch.training.guards import guards_of
 
     # Build, and tell how large an update is.
     with user_errors():
@@ -72,6 +73,7 @@ def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> Training
     for line in batch_arithmetic(run, loop):
         say(line)
     ema = None if run.ema is None else Ema(run.ema, loop.generator.module)
+    guards = guards_of(run, loop)
 
     # The parts that only GRPO has.
     def prepare(start: int) -> None:
@@ -85,7 +87,7 @@ def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> Training
         result = loop.step(number, keep_groups=groups_to_write(run, number))
         return StepReport(result.metrics, result)
 
-    return generator_task(
+    task = generator_task(
         run,
         loop,
         ema,
@@ -93,10 +95,13 @@ def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> Training
         steps=run.steps,
         step=step,
         prepare=prepare,
-        measure_before=lambda n: evaluate_heldout(run, loop, ema, heldout, n),
+        measure_before=lambda n: evaluate_heldout(
+            run, loop, ema, heldout, n, guards=guards
+        ),
         after_log=lambda n, report, log: write_samples(run, report.result, n, log),
         explain_unavailable=print_cause,
     )
+    return guards.guard(task)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def group_confidence(fast_G: Tensor, *, sigma: float) -> float:
     Phi(-x / sqrt 2) is erfc(x / 2) / 2. U is the expected share of pairs whose order is the
     opposite after thinking, if the residuals are independent N(0, sigma^2).
     """
+    # Every pair of members, once.
     gap_M = _pairwise(fast_G.double()).abs()
     return float(1 - torch.special.erfc(gap_M / (2 * sigma)).mean())
 
@@ -171,6 +172,7 @@ def discordant_pairs(fast_G: Tensor, slow_G: Tensor) -> Tensor:
     The MEAN is (1 - Kendall's tau) / 2 where there are no ties. A tie in only one of the two is a
     difference, and so is a missing reward.
     """
+    # -1, 0 or 1: which of a pair is better.
     fast_M = _pairwise(fast_G.double()).sign()
     slow_M = _pairwise(slow_G.double()).sign()
     # NaN differs from everything.
@@ -185,6 +187,7 @@ def clopper_pearson_upper(losses: int, n: int, *, delta: float) -> float:
 
     p with P(Binomial(n, p) <= losses) = delta,   which is BetaInv(1 - delta; k + 1, n - k)
     """
+    # Nothing is ruled out.
     if losses >= n:
         return 1.0
     return _bisect(lambda p: _binomial_cdf(losses, n, p) > delta)
@@ -195,6 +198,7 @@ def clopper_pearson_lower(losses: int, n: int, *, delta: float) -> float:
 
     p with P(Binomial(n, p) >= losses) = delta
     """
+    # A rate of 0 is not ruled out.
     if losses <= 0:
         return 0.0
     return _bisect(lambda p: 1 - _binomial_cdf(losses - 1, n, p) < delta)
@@ -215,10 +219,12 @@ def _bisect(below: Callable[[float], bool]) -> float:
 
 def _binomial_cdf(k: int, n: int, p: float) -> float:
     """P(Binomial(n, p) <= k), a sum of terms in the log domain."""
+    # The ends have no logarithm.
     if p <= 0:
         return 1.0
     if p >= 1:
         return float(k >= n)
+    # n choose i, p^i (1 - p)^(n - i)
     terms = []
     for i in range(k + 1):
         ways = math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
@@ -260,6 +266,7 @@ def choose_threshold(
     holds at the chosen one, and many thresholds need no correction (Bates et al., 2101.02703). An
     item without a confidence (NaN) is never scored fast.
     """
+    # The most confident first.
     order = sorted(
         (-value, loss)
         for value, loss in zip(confidence, losses, strict=True)
@@ -292,6 +299,7 @@ def threshold_from(
 
     Raises ValueError without items, and for losses that Clopper-Pearson does not take.
     """
+    # What the method can take.
     if not losses:
         raise ValueError("a threshold needs at least one held-out item")
     if method == "clopper_pearson" and any(loss not in (0.0, 1.0) for loss in losses):
@@ -299,6 +307,7 @@ def threshold_from(
     chosen = choose_threshold(
         confidence, losses, method=method, alpha=alpha, delta=delta
     )
+    # What the threshold means for these items.
     fast = [value >= chosen for value in confidence]
     return Threshold(
         confidence=chosen if math.isfinite(chosen) else None,
@@ -336,6 +345,7 @@ def fit_scale(fast_B: Tensor, slow_B: Tensor) -> AffineFit:
     Raises ValueError for fewer than three such videos, and for fast scores that do not rise with
     the slow ones: their order would be worthless.
     """
+    # A CoT that did not end has no score.
     both_B = fast_B.isfinite() & slow_B.isfinite()
     fast_B = fast_B[both_B].double()
     slow_B = slow_B[both_B].double()
@@ -364,6 +374,7 @@ def risk_coverage(confidence: Sequence[float], wrong: Sequence[float]) -> list[f
     Equal confidences keep their order.
     """
     order = sorted(range(len(wrong)), key=lambda i: -confidence[i])
+    # Errors among the first, divided by their number.
     curve = []
     errors = 0.0
     for count, i in enumerate(order, start=1):

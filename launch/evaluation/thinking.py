@@ -58,6 +58,7 @@ class HeldoutPairs:
 
         Raises ValueError where they are not about the same pairs.
         """
+        # Several ranks may have written the rows in another order.
         rows_fast = {row["index"]: row for row in _rows(fast)}
         rows_slow = {row["index"]: row for row in _rows(slow)}
         if rows_fast.keys() != rows_slow.keys():
@@ -65,6 +66,7 @@ class HeldoutPairs:
                 f"{fast} has {len(rows_fast)} pairs and {slow} has {len(rows_slow)}, or others: "
                 "evaluate the same table twice"
             )
+        # Pair by pair, fast beside slow.
         labels = []
         values: tuple[list[list[float]], ...] = ([], [])
         for index in sorted(rows_slow):
@@ -90,6 +92,7 @@ def pair_threshold(
     pairs: HeldoutPairs, fit: AffineFit, promise: Guarantee, files: Sequence[str] = ()
 ) -> Threshold:
     """Choose the threshold for two videos of a prompt."""
+    # On the scale of the slow rewards, as the scorer compares them.
     fast_N2 = fit.offset + fit.slope * pairs.fast_N2
     confidence = []
     losses = []
@@ -115,11 +118,13 @@ def group_threshold(
     losses of 0 and 1: it takes a single pair of each group, drawn by the prompt, which has the
     same mean. Raises ValueError for other videos in one of the two, and without a group.
     """
+    # The same videos of the same prompts.
     if {p: set(v) for p, v in fast.items()} != {p: set(v) for p, v in slow.items()}:
         raise ValueError("the fast and the slow scores are of other videos or prompts")
     confidence = []
     losses = []
     for prompt, rewards in sorted(slow.items()):
+        # A pair has a threshold of its own.
         names = sorted(rewards)
         if len(names) < 3:
             continue
@@ -127,6 +132,7 @@ def group_threshold(
         fast_G = torch.tensor([fit.apply(fast[prompt][name]) for name in names])
         differs_M = discordant_pairs(fast_G, slow_G)
         loss = float(differs_M.mean())
+        # One pair stands for its group: 0 or 1, with the same mean.
         if promise.method == "clopper_pearson":
             drawn = derive_seed("calibrate", prompt) % len(differs_M)
             loss = float(differs_M[drawn])
@@ -167,6 +173,7 @@ def thinking_from(
 
     groups  Outputs of launch/score.py without and behind a chain of thought, on the same videos.
     """
+    # The common scale comes from the pairs, whose videos are all scored both ways.
     fit = pairs.fit()
     of_groups = None
     if groups is not None and group_promise is not None:
