@@ -78,6 +78,7 @@ def refresh_steps(
     file = place / "prompts.txt"
     (ROOT / file).write_text("\n".join(chosen) + "\n", encoding="utf-8")
 
+    # Two videos of each prompt, labels, and the training.
     samples = place / "samples"
     table = place / "pairs.csv"
     earlier = demo_folder(seed) / "data" / "train.csv"
@@ -147,6 +148,7 @@ def jobs_of(
     base = root / f"seed{seed}" / "base"
     jobs = [[Job(base, [evaluation_step(base / "eval", seed, None, limit)])]]
 
+    # Both arms start from the same DeScore.
     every = updates // parts
     for arm, count in ((FIXED, 1), (REFRESHED, parts)):
         folder = root / f"seed{seed}" / arm
@@ -154,6 +156,7 @@ def jobs_of(
         checkpoint = first
         steps: list[CommandStep] = []
         for part in range(count):
+            # Between two parts, DeScore follows the policy.
             if part:
                 place = folder / f"part{part}"
                 steps += refresh_steps(
@@ -216,6 +219,7 @@ def page_of(record: Mapping[str, Any]) -> list[str]:
         for name in (*COLUMNS, "gain", "over fixed"):
             cells.append(tables.show(results.get(name)))
         rows.append(cells)
+    # The page.
     head = (
         "policy",
         "people's utility",
@@ -248,6 +252,7 @@ def main() -> None:
     if args.updates % args.parts:
         parser.error("--parts must divide --updates")
 
+    # Train and evaluate.
     recipe = Recipe(args.run_dir, args.workers)
     jobs = []
     for seed in args.seeds:
@@ -261,6 +266,7 @@ def main() -> None:
         )
     recipe.run(jobs)
 
+    # Collect the results.
     values = read_values(ROOT / args.run_dir, args.seeds)
     record = {
         "command": COMMAND,

@@ -118,14 +118,16 @@ def _in_blocks(linears: Sequence[str], targets: Sequence[str]) -> list[str]:
 
     linears  names of all linear layers, with a dot in front
     """
-    matched = [name for name in linears if any(name.endswith(f".{t}") for t in targets)]
-    inside = [name for name in matched if name.startswith(".blocks.")]
-    named = {f".{target}" for target in targets}
-    unwanted = [name for name in matched if name not in named and name not in inside]
-    if not inside or not unwanted:
-        return list(targets)
-    wanted = [name for name in matched if name not in unwanted]
-    return [name.removeprefix(".") for name in wanted]
+    wanted: dict[str, None] = {}
+    clash = False
+    for target in targets:
+        matched = [name for name in linears if name.endswith(f".{target}")]
+        inside = [name for name in matched if name.startswith(".blocks.")]
+        # A name in full, or of layers that are nowhere else, is meant as it stands.
+        chosen = inside if inside and f".{target}" not in matched else matched
+        clash = clash or len(chosen) < len(matched)
+        wanted |= dict.fromkeys(name.removeprefix(".") for name in chosen)
+    return list(wanted) if clash else list(targets)
 
 
 def attach_stored(

@@ -33,6 +33,7 @@ class ImageCondition:
 
 def check_image_prompts(prompts: Iterable[Prompt], family: Family, source: str) -> None:
     """Raise ValueError for a prompt without a needed image, or with one for a text model."""
+    # The first prompt that does not fit is named.
     for prompt in prompts:
         has_image = isinstance(prompt, ImagePrompt)
         if family.needs_image and not has_image:
@@ -101,10 +102,12 @@ class ImageCache:
     def _latent(self, image: Image) -> Tensor:
         from diffusers.video_processor import VideoProcessor
 
+        # The stock pipeline's own resizing.
         processor = VideoProcessor(vae_scale_factor=self._codec.spatial)
         pixels_1CYX = processor.preprocess(
             image, height=self._cfg.height, width=self._cfg.width
         )
+        # A video of a single frame.
         video_1CTYX = pixels_1CYX.unsqueeze(2).to(self._device, torch.float32)
         # zeros in pixels are grey, and not zero in the latent
         if self._family.needs_image:
@@ -130,6 +133,7 @@ def stacked(
     """Latents (B, C, F, H, W) in fp32 and tokens (B, L, D) in ``dtype``, if there are any."""
     latents = [condition.latent_CFHW for condition in conditions]
     latent_BCFHW = torch.stack(latents).to(device)
+    # All conditions are of one family: all have tokens, or none.
     tokens = [c.tokens_LD for c in conditions if c.tokens_LD is not None]
     if not tokens:
         return latent_BCFHW, None

@@ -16,6 +16,7 @@ NAMES = ("high", "low")
 
 def check_sampling(cfg: GeneratorConfig, family: Family) -> None:
     """Raise ValueError for settings of two transformers where there is one."""
+    # A model with two transformers takes them all.
     if family.boundary is not None:
         return
     if cfg.experts.train == "low":
@@ -38,11 +39,13 @@ def check_training(cfg: GeneratorConfig, family: Family, *, zero_stage: int) -> 
     check_sampling(cfg, family)
     if family.boundary is None:
         return
+    # All weights of one transformer would be a model of its own.
     if cfg.lora is None:
         raise ValueError(
             f"generator.lora=null would train all weights of a part of {cfg.path}, which has two "
             "transformers: give it an adapter"
         )
+    # Which of the two a rank calls depends on its step.
     if zero_stage == 3:
         raise ValueError(
             f"zero_stage=3 splits weights that must be called equally often on all ranks, and "
@@ -54,6 +57,7 @@ def check_stochastic_steps(cfg: GeneratorConfig, family: Family) -> None:
     """Raise ValueError if a stochastic step may fall to the transformer that is not trained."""
     if family.boundary is None:
         return
+    # The steps before ``high`` belong to the one, the rest to the other.
     how = cfg.sampler
     high = high_steps(how, family.boundary)
     if cfg.experts.train == "high" and how.stochastic_range > high:
@@ -72,5 +76,6 @@ def check_stochastic_steps(cfg: GeneratorConfig, family: Family) -> None:
 
 def high_steps(how: SamplerConfig, boundary: float) -> int:
     """Count the steps of the grid whose velocity is that of the transformer for high noise."""
+    # A step belongs to the noise level that it starts from.
     sigmas = sigma_grid(how.num_steps, shift=how.shift).tolist()
     return sum(place_at(sigma, boundary) == 0 for sigma in sigmas[:-1])

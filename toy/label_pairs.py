@@ -45,6 +45,7 @@ def label_samples(
     ``folder`` is that of the table, which names its videos from there. Raises ValueError, naming
     the file, where a prompt does not have two videos in a row.
     """
+    # Two videos of a prompt follow each other.
     rows = read_jsonl(samples / "samples.jsonl")
     if len(rows) % 2 or any(
         first["prompt"] != second["prompt"]
@@ -53,6 +54,7 @@ def label_samples(
         raise ValueError(
             f"{samples}/samples.jsonl: want two videos of each prompt, sample with seeds=2"
         )
+    # A batch at a time: the reward model writes about all of its videos together.
     judge = load_base_model(model)
     for start in range(0, len(rows), 2 * CHUNK):
         part = rows[start : start + 2 * CHUNK]
@@ -82,6 +84,7 @@ def earlier_rows(table: Path, count: int, folder: Path) -> list[dict[str, Any]]:
     """Read the first ``count`` rows of a table, its videos named from another folder."""
     with table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))[:count]
+    # The same files, seen from another folder.
     for row in rows:
         names = ast.literal_eval(row["videos"])
         paths = [table.parent / name for name in names]

@@ -52,6 +52,7 @@ def share_of(
 
     The ``copies`` chains of thought of a video share the cache of its prompt.
     """
+    # What a video takes, and how many fit beside the weights.
     text_config = model.model.backbone.config.get_text_config()
     weights = BF16 * sizes_of(model.model).parameters
     places = lengths.prefix + copies * lengths.chain
@@ -77,6 +78,7 @@ def add_vllm(
     Its kernels read the same weights and caches as the built-in engine's. If it ``sleeps``, its
     memory is free while it does not generate. Call this when all that is permanent has been added.
     """
+    # What the run leaves of the device.
     free = plan.where.device.memory - plan.permanent
     share = share_of(free, model, lengths, videos=videos, copies=copies)
     cost = model.write(share.videos, lengths, how=how, copies=copies)
@@ -84,6 +86,7 @@ def add_vllm(
     inside: Cost = replace(cost, peak=0.0)
     plan.phase(name, inside * (videos / share.videos))
     plan.add(f"{name}: vLLM", share.bytes, temporary=sleeps)
+    # What the numbers leave out.
     plan.facts.append(
         f"vLLM generates {share.videos * copies} chains of thought together; "
         "its start and the copying of weights are not counted"
