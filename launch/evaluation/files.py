@@ -224,14 +224,11 @@ def check_groups(
     rewards: Mapping[str, RewardModel], items: Sequence[ScoreItem]
 ) -> None:
     """Raise ValueError for a reward that cannot compare as many videos as a prompt has."""
+    from alignment.rewards import check_group_size
+
     sizes = set(Counter(item.prompt for item in items).values())
-    for name, reward in rewards.items():
-        check_size = getattr(reward, "check_group_size", None)
-        for size in sorted(sizes) if check_size is not None else ():
-            try:
-                check_size(size)
-            except ValueError as error:
-                raise ValueError(f"rewards.{name}: {error}") from error
+    for size in sorted(sizes):
+        check_group_size(rewards, size)
 
 
 def score_files(

@@ -116,6 +116,8 @@ def test_threshold_walks_down_and_stops_at_the_first_failure() -> None:
     )
     # 0 of 300: 0.009936; 1 of 300: 0.015721
     assert found.confidence == 102.0
+    assert found.decides_fast(102.0)
+    assert not found.decides_fast(101.9)
     assert found.losses == 0
     assert found.thought == pytest.approx(101 / 300)
 
