@@ -60,6 +60,8 @@ class Step:
     log_prob_G    fp32, log-prob of each next under the policy that sampled it, see
                   `common.gaussian.log_prob`
     std, gain     the step's noise, and how far its mean follows the velocity: d mean / d v = -gain
+    mean_MCFHW    fp32, mean of the transition that sampled, with the M of latent; None where a
+                  generator does not record it. Several updates on a rollout need it
     """
 
     latent_MCFHW: Tensor
@@ -69,6 +71,7 @@ class Step:
     log_prob_G: Tensor
     std: float
     gain: float
+    mean_MCFHW: Tensor | None = None
 
     def __post_init__(self) -> None:
         # The end of the step sets the shape of all.
@@ -80,6 +83,10 @@ class Step:
         if start not in ((1, *shape[1:]), shape):
             raise ValueError(
                 f"Step.latent_MCFHW must be {shape}, or 1 in front, got {start}"
+            )
+        if self.mean_MCFHW is not None and tuple(self.mean_MCFHW.shape) != start:
+            raise ValueError(
+                f"Step.mean_MCFHW must be {start}, got {tuple(self.mean_MCFHW.shape)}"
             )
         if tuple(self.log_prob_G.shape) != shape[:1]:
             raise ValueError(
@@ -103,15 +110,17 @@ class Group:
     steps        stochastic steps in order; all other steps are deterministic
     clean_GCFHW  fp32, x at sigma = 0, the input of `Generator.decode`; where the first latent frame
                  of a video is given, it is in front here, and steps have the others
+    deterministic  there is no stochastic step, which only forward objectives allow
     """
 
     prompt: Prompt
     steps: tuple[Step, ...]
     clean_GCFHW: Tensor
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
-        # Some step must have a density.
-        if not self.steps:
+        # Some step must have a density, unless the sampler says that none has.
+        if not self.steps and not self.deterministic:
             raise ValueError("Group.steps is empty: a group needs a stochastic step")
         # every step has all members
         want = tuple(self.clean_GCFHW.shape)

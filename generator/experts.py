@@ -62,8 +62,14 @@ def check_stochastic_steps(cfg: GeneratorConfig, family: Family) -> None:
     """Raise ValueError if a stochastic step may fall to the transformer that is not trained."""
     if family.boundary is None:
         return
-    # The steps before ``high`` belong to the one, the rest to the other.
     how = cfg.sampler
+    # Without one, an objective trains noise levels of both.
+    if how.stochastic == "none":
+        raise ValueError(
+            f"generator.sampler.stochastic=none is for objectives that train all noise levels, and "
+            f"{cfg.path} has two transformers, of which one is trained: use another stochastic"
+        )
+    # The steps before ``high`` belong to the one, the rest to the other.
     high = high_steps(how, family.boundary)
     if cfg.experts.train == "high" and how.stochastic_range > high:
         raise ValueError(

@@ -365,18 +365,38 @@ class WanGenerator:
         It is the term of Flow-DPO (2501.13918, equation 6), which takes the sum: with the mean,
         beta does not depend on the size of the video.
         """
+        clean_BCFHW = clean_BCFHW.to(self.device)
+        noise_BCFHW = noise_BCFHW.to(self.device)
+        # Compare the predicted velocity with the true one.
+        v_BCFHW = self.flow_velocity(
+            clean_BCFHW, noise_BCFHW, sigma_B, prompts, guided=False
+        )
+        error_BCFHW = v_BCFHW - velocity_target(clean_BCFHW, noise_BCFHW)
+        return error_BCFHW.square().flatten(1).mean(dim=1)
+
+    def flow_velocity(
+        self,
+        clean_BCFHW: Tensor,
+        noise_BCFHW: Tensor,
+        sigma_B: Tensor,
+        prompts: Sequence[Prompt],
+        *,
+        guided: bool = True,
+    ) -> Tensor:
+        """Velocity of noised latents -> (B, C, F, H, W) fp32, with gradient.
+
+        v_theta((1 - sigma) x_0 + sigma eps), with the guidance of the rollout if ``guided``.
+        Raises ValueError for a prompt with an image.
+        """
         if any(isinstance(prompt, ImagePrompt) for prompt in prompts):
             raise ValueError(
                 "a velocity error is of stored latents and texts: images are not stored with them"
             )
-        # Noise the latents.
-        clean_BCFHW = clean_BCFHW.to(self.device)
-        noise_BCFHW = noise_BCFHW.to(self.device)
-        x_BCFHW = interpolate(clean_BCFHW, noise_BCFHW, sigma_B)
-        # Compare the predicted velocity with the true one.
-        v_BCFHW = self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=1.0)
-        error_BCFHW = v_BCFHW - velocity_target(clean_BCFHW, noise_BCFHW)
-        return error_BCFHW.square().flatten(1).mean(dim=1)
+        x_BCFHW = interpolate(
+            clean_BCFHW.to(self.device), noise_BCFHW.to(self.device), sigma_B
+        )
+        scale = self.cfg.sampler.guidance_scale if guided else 1.0
+        return self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=scale)
 
     def velocity(
         self,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from common.types import Prompt
     from engine.config import TrainingRun
     from engine.ema import Ema
+    from engine.old_policy import OldPolicy
     from engine.skip_nonfinite import SkipNonFinite
     from engine.trainer import TrainingTask
     from generator.config import GeneratorConfig
@@ -191,10 +192,16 @@ def size_of_training(run: TrainingRun, module: nn.Module) -> str:
 
 
 def generator_task(
-    run: GrpoRun | DpoRun, loop: GrpoLoop | DpoLoop, ema: Ema | None, **options: Any
+    run: GrpoRun | DpoRun,
+    loop: GrpoLoop | DpoLoop,
+    ema: Ema | None,
+    *,
+    old: OldPolicy | None = None,
+    **options: Any,
 ) -> TrainingTask:
     """Describe to the training loop how a generator is saved, exported and counted.
 
+    old      is the policy that samples, where it is an average of the trained one
     options  are the other fields of `TrainingTask`
     """
     from engine.export import export, write_trained
@@ -208,6 +215,14 @@ def generator_task(
     # A generator of another class has a single module.
     modules = getattr(generator, "modules", [generator.module])
     counter = ForwardCounter(*modules, ranks_per_sample=run.generator.context_parallel)
+
+    def write_extra(folder: Path) -> None:
+        write_trained(generator, folder / "trained")
+        if old is not None:
+            old.save(folder)
+
+    if old is not None:
+        options["restore"] = old.load
     use = f"launch/sample.py or launch/evaluate.py with adapter={run.run_dir}/final"
     return TrainingTask(
         engine=loop.engine,
@@ -215,6 +230,6 @@ def generator_task(
         export=lambda: export(generator, ema, Path(run.run_dir)),
         ema=ema,
         take_forwards=counter.take,
-        write_extra=lambda folder: write_trained(generator, folder / "trained"),
+        write_extra=write_extra,
         **options,
     )

@@ -63,12 +63,14 @@ def build_task(
     from engine.ema import Ema
     from engine.trainer import StepReport
     from launch.compose import generator_task
+    from launch.diagnosis.watch import Watch
     from launch.training.grpo_loop import build, cache_prompts
     from launch.training.grpo_outputs import (
         evaluate_heldout,
         groups_to_write,
         write_samples,
     )
+    from launch.training.guards import guards_of
 
     # Build, and tell how large an update is.
     with user_errors():
@@ -76,31 +78,44 @@ def build_task(
     for line in batch_arithmetic(run, loop):
         say(line)
     ema = None if run.ema is None else Ema(run.ema, loop.generator.module)
+    watch = Watch(run, loop, heldout, ema)
+    guards = guards_of(run, loop)
 
     # The parts that only GRPO has.
     def prepare(start: int) -> None:
         loop.silent_guard.expect(run.steps - start)
+        watch.prepare(start)
         if run.self_checks and start == 0:
             run_self_checks(run, loop, prompts)
         if run.cache_prompts:
             cache_prompts(run, loop, heldout, start)
 
     def step(number: int) -> StepReport:
-        result = loop.step(number, keep_groups=groups_to_write(run, number))
+        watch.begin(number)
+        result = loop.step(
+            number,
+            keep_groups=max(groups_to_write(run, number), watch.groups_to_keep(number)),
+            keep_rollouts=watch.measures(number),
+        )
         return StepReport(result.metrics, result)
 
-    return generator_task(
+    task = generator_task(
         run,
         loop,
         ema,
+        old=loop.objective.old,
         label="grpo",
         steps=run.steps,
         step=step,
         prepare=prepare,
-        measure_before=lambda n: evaluate_heldout(run, loop, ema, heldout, n),
+        measure_before=lambda n: evaluate_heldout(
+            run, loop, ema, heldout, n, guards=guards
+        ),
         after_log=lambda n, report, log: write_samples(run, report.result, n, log),
+        watch=lambda n, report, metrics: watch.look(n, report.result, metrics),
         explain_unavailable=print_cause,
     )
+    return guards.guard(task)
 
 
 if __name__ == "__main__":

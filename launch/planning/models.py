@@ -273,20 +273,14 @@ class MetaWan:
             )
 
     def update(self, cfg: GrpoRun, members: int) -> Cost:
-        """Measure the losses and backwards of one group: all of its stochastic steps."""
-        from alignment.grpo import GrpoLoop
+        """Measure the losses and backwards of one group, of all of its stochastic steps."""
+        if cfg.grpo.objective != "policy":
+            return self._forward_update(cfg, members)
         from alignment.grpo_losses import weights_of_steps
+        from alignment.policy_update import PolicyUpdate
 
         generator = self.generator
-        loop = GrpoLoop(
-            cfg.grpo,
-            generator=generator,
-            rewards={},
-            weights={},
-            engine=None,
-            prompts=None,
-            fps=self.cfg.fps,
-        )
+        objective = PolicyUpdate(cfg.grpo, generator=generator, engine=None)
 
         with self._given_prompts(), gradients_dropped(self.module):
             (group,) = generator.rollout([self.prompt], group_size=members, seeds=[0])
@@ -297,7 +291,7 @@ class MetaWan:
             )
 
             def backward(place: int) -> None:
-                output = loop.loss(
+                output = objective.loss(
                     self.prompt,
                     group.steps[place],
                     torch.zeros(members),
@@ -311,6 +305,29 @@ class MetaWan:
             if others:
                 total += self.meter.cost(lambda: backward(1)) * others
             return total
+
+    def _forward_update(self, cfg: GrpoRun, members: int) -> Cost:
+        """Measure the losses and backwards of one group with a forward objective."""
+        from alignment.forward_update import ForwardUpdate
+
+        # The old policy costs a forward; its average is not needed for that.
+        levels = [0.5] * cfg.grpo.forward.timesteps_per_sample
+        objective = ForwardUpdate(
+            cfg.grpo, generator=self.generator, engine=None, levels=levels
+        )
+        with self._given_prompts(), gradients_dropped(self.module):
+            (group,) = self.generator.rollout([PROMPT], group_size=members, seeds=[0])
+            batches = list(objective.noised(group, torch.zeros(members), 0))
+            batch = batches[0]
+
+            def backward() -> None:
+                objective.loss(batch, None).loss.backward()
+
+            total = self.meter.cost(backward)
+            if cfg.grpo.has_old_policy:
+                with torch.no_grad():
+                    total += self.meter.cost(lambda: objective.velocity(batch))
+            return total * len(batches)
 
     def flow_error(self, videos: int, *, reference: bool) -> Cost:
         """Measure the flow-matching error of ``videos`` latents, with its backward.

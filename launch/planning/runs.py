@@ -16,7 +16,11 @@ from alignment.dpo import steps_of
 from generator.conditions import check_pairs
 from generator.experts import check_stochastic_steps as check_steps
 from generator.experts import check_training
-from launch.planning.forwards import samples_per_rollout, samples_per_update
+from launch.planning.forwards import (
+    forwards_per_update,
+    samples_per_rollout,
+    samples_per_update,
+)
 from launch.planning.meter import Cost, Meter
 from launch.planning.models import (
     Lengths,
@@ -85,7 +89,8 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
             f"one update = {cfg.prompts_per_step} prompts x {cfg.grpo.group_size} = "
             f"{cfg.prompts_per_step * cfg.grpo.group_size} videos; a rank rolls out "
             f"{groups} groups with {groups * samples_per_rollout(how, members):,.0f} DiT "
-            f"forwards and updates along {groups * samples_per_update(cfg):g} latents"
+            f"forwards and updates along {groups * samples_per_update(cfg):g} latents, which "
+            f"are {groups * forwards_per_update(cfg):,} forwards with a backward as two"
         )
 
         # The phases of a step.
@@ -99,6 +104,8 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
 
         # What else is in memory.
         sizes = sizes_of(wan.module)
+        if cfg.grpo.has_old_policy:
+            plan.add("old policy", 4.0 * sizes.trained)
         if cfg.ema is not None:
             plan.add("average of the trained weights", 4.0 * sizes.trained)
         if cfg.generator.lora is None and cfg.grpo.kl_weight:

@@ -272,11 +272,11 @@ def _grpo(cfg: GrpoRun, made: StandIns) -> Adapted:
         steps=1,
         video_every=0,
         self_checks=False,
+        diagnosis=None,
         evaluation=None,
     )
-    return Adapted(
-        cfg, "update", groups / run, ["self-checks and evaluation: left out"]
-    )
+    left_out = "self-checks, diagnosis and evaluation: left out"
+    return Adapted(cfg, "update", groups / run, [left_out])
 
 
 def _dpo(cfg: DpoRun, made: StandIns) -> Adapted:

@@ -107,6 +107,9 @@ def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: Prompt) -> list[Fi
             lambda: stock_gap(generator, prompt), dtype=dtype
         )
         findings.append(gap)
+    # Without a stochastic step there is no log-prob to compare.
+    if run.grpo.objective != "policy":
+        return findings
     return [
         *findings,
         self_checks.first_ratio(
@@ -204,6 +207,7 @@ def affordable_videos(seconds_each: float) -> int:
 
 def batch_arithmetic(run: GrpoRun, loop: GrpoLoop) -> list[str]:
     """Tell how prompts, members, ranks and accumulation make one update."""
+    from alignment.grpo import backwards_per_update
     from common.distributed import world_size
     from launch.compose import size_of_training
 
@@ -212,10 +216,15 @@ def batch_arithmetic(run: GrpoRun, loop: GrpoLoop) -> list[str]:
     per_group = run.grpo.ranks_per_group
     videos = run.prompts_per_step * group_size
     groups = run.prompts_per_step // loop.ranks.shards
+    backwards = backwards_per_update(
+        run.grpo,
+        run.prompts_per_step,
+        ranks=loop.ranks.shards * per_group,
+        steps_per_group=run.generator.sampler.steps_per_group,
+    )
     shared = f", {per_group} ranks to a group" if per_group > 1 else ""
     if loop.ranks.ranks_per_sample > 1:
         shared += f", {loop.ranks.ranks_per_sample} ranks to a sample"
-    backwards = groups * run.generator.sampler.steps_per_group
     lines = [
         f"one update = {run.prompts_per_step} prompts x {group_size} members = {videos} "
         f"videos, on {world_size()} ranks x {groups} groups{shared}, {backwards} accumulated "

@@ -8,7 +8,9 @@ from alignment.grpo import GrpoLoop, backwards_per_update
 from alignment.prompts import PromptSchedule
 from common import distributed
 from common.log import say
-from common.types import Prompt, text_of
+from common.types import ImagePrompt, Prompt, text_of
+from engine.old_policy import OldPolicy
+from generator.schedule import solver_grid
 from launch.compose import (
     build_generator,
     build_rewards,
@@ -17,7 +19,9 @@ from launch.compose import (
 )
 
 if TYPE_CHECKING:
-    from common.types import RewardModel
+    from collections.abc import Sequence
+
+    from common.types import Prompt, RewardModel
     from generator.wan import WanGenerator
     from launch.schemas.training import GrpoRun
 
@@ -26,6 +30,7 @@ def build(run: GrpoRun, prompts: list[Prompt]) -> GrpoLoop:
     """Build rewards, generator, engine and loop on this rank."""
     names = ", ".join(run.rewards)
     say(f"loading the rewards {names} and the generator {run.generator.source}")
+    check_texts(run, prompts)
     # Rewards first: a missing reward server is noticed before weights are loaded.
     check_family(run, stochastic=True)
     rewards = build_rewards(run.rewards)
@@ -49,6 +54,10 @@ def loop_of(
         steps_per_group=run.generator.sampler.steps_per_group,
     )
     engine = generator_engine(run, generator, accumulation=accumulation)
+    # Of the weights that the engine has given to every rank.
+    old = None
+    if run.grpo.has_old_policy:
+        old = OldPolicy(run.grpo.forward.old_policy.decay, generator.module)
     return GrpoLoop(
         run.grpo,
         generator=generator,
@@ -60,8 +69,28 @@ def loop_of(
         ),
         fps=run.generator.fps,
         ranks_per_sample=together,
+        levels=levels_of(run),
+        old=old,
         grad_norm=engine.engine.get_global_grad_norm,
     )
+
+
+def check_texts(run: GrpoRun, prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError for prompts with images, which a forward objective does not train."""
+    images = [prompt for prompt in prompts if isinstance(prompt, ImagePrompt)]
+    if run.grpo.objective != "policy" and images:
+        raise ValueError(
+            f"grpo.objective={run.grpo.objective} trains on texts, and {run.prompts} has "
+            f"{len(images)} prompts with an image: use objective=policy"
+        )
+
+
+def levels_of(run: GrpoRun) -> list[float]:
+    """Return the noise levels that a forward objective trains: of the rollout's own grid."""
+    sampler = run.generator.sampler
+    grid = solver_grid(sampler)
+    # the final 0 is no level: there the video is its own input
+    return [grid[i] for i in run.grpo.forward.trained_places(sampler.solver_steps)]
 
 
 def cache_prompts(

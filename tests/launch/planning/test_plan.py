@@ -551,6 +551,29 @@ def test_grpo_recipe_cost_matches_longcat() -> None:
 
 
 @pytest.mark.long
+def test_forward_objective_cost_by_hand() -> None:
+    """A group of 16: 12 guided steps, and 4 levels of forward, backward and the old policy's.
+
+    The recomputed forward of checkpointing makes 4 of the 3 with gradient.
+    """
+    files = [
+        ROOT / "configs" / name
+        for name in ("wan/grpo.yaml", "sisters/diffusion_nft.yaml")
+    ]
+    cfg = load(GrpoRun, files)
+    plan = plan_grpo(cfg, H100)
+    found = {phase.name: phase for phase in plan.phases}
+    want = 16 * 12 * 2 / (16 * 4 * (4 + 1) * 2)
+    assert found["rollout"].flops / found["update"].flops == pytest.approx(
+        want, rel=0.1
+    )
+    trained = next(part for part in plan.parts if part.name == "old policy")
+    # fp32 copies of 175 million weights
+    assert trained.bytes == pytest.approx(4 * 174_981_120)
+    assert any("4,096 forwards with a backward as two" in fact for fact in plan.facts)
+
+
+@pytest.mark.long
 def test_cold_start_8b_cost_by_hand() -> None:
     cfg = load(ColdStartRun, ROOT / "configs" / "wan" / "cold_start.yaml")
     short = Lengths((5, 20, 36), 900, prompt=200, chain=200)
