@@ -375,3 +375,10 @@ def test_stochastic_steps_are_checked_before_a_run_loads(experts: Path) -> None:
     with pytest.raises(ValueError, match="stochastic_range=5 must be at most 4"):
         check_family(run, stochastic=True)
     check_family(SimpleNamespace(generator=cfg, zero_stage=2))
+    inside = SimpleNamespace(
+        generator=dataclasses.replace(cfg, sampler=how()), zero_stage=2
+    )
+    check_family(inside, stochastic=True)
+    # noised samples are of both transformers' noise levels
+    with pytest.raises(ValueError, match="objective=awm"):
+        check_family(inside, stochastic=True, objective="awm")
