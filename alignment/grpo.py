@@ -19,6 +19,7 @@ from alignment.rank_groups import RankGroups
 from alignment.rewards.errors import NamedReward
 from alignment.scoring import FlatRewardGuard, Scorer, SilentRewardGuard
 from alignment.timing import PhaseTimer
+from common.types import text_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,7 @@ class StepResult:
     Of ranks that hold the same samples, each has the groups that it decoded and scored.
 
     video_BTYXC  The videos of the first groups that were to be kept; None if none were.
+    groups       The rollouts of this rank, if they were to be kept.
     """
 
     metrics: dict[str, float]
@@ -49,6 +51,7 @@ class StepResult:
     video_BTYXC: Tensor | None
     scores: Mapping[str, Score]
     advantage_PM: Tensor
+    groups: Sequence[Group] = ()
 
 
 def backwards_per_update(
@@ -119,13 +122,15 @@ class GrpoLoop:
         self.silent_guard = SilentRewardGuard(weights)
         self.flat_guard = FlatRewardGuard(weights, patience=cfg.flat_reward_patience)
 
-    def step(self, step: int, *, keep_groups: int = 0) -> StepResult:
+    def step(
+        self, step: int, *, keep_groups: int = 0, keep_rollouts: bool = False
+    ) -> StepResult:
         """One optimizer step: sample groups, score them, normalise the rewards, update.
 
         ``step`` counts from 0. Frames are let go once they are scored, except those of the first
-        ``keep_groups`` groups of this rank. Raises RewardUnavailableError on every rank, before
-        anything is trained, when a reward fails on any rank, and by `SilentRewardGuard` and
-        `FlatRewardGuard`.
+        ``keep_groups`` groups of this rank; latents and log-probs are, without ``keep_rollouts``.
+        Raises RewardUnavailableError on every rank, before anything is trained, when a reward
+        fails on any rank, and by `SilentRewardGuard` and `FlatRewardGuard`.
         """
         timer = PhaseTimer()
         batch = self.batch(step)
@@ -173,6 +178,7 @@ class GrpoLoop:
             video_BTYXC,
             scores,
             advantages.advantage_PM[list(scored)],
+            groups if keep_rollouts else (),
         )
 
     def batch(self, step: int) -> PromptBatch:
@@ -223,5 +229,5 @@ class GrpoLoop:
 
 
 def _prompts_of(groups: Sequence[Group]) -> list[str]:
-    """Return the prompt of every video of these groups."""
-    return [group.prompt for group in groups for _ in range(group.size)]
+    """Return the text of every video of these groups."""
+    return [text_of(group.prompt) for group in groups for _ in range(group.size)]

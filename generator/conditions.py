@@ -38,13 +38,23 @@ def check_image_prompts(prompts: Iterable[Prompt], family: Family, source: str) 
         has_image = isinstance(prompt, ImagePrompt)
         if family.needs_image and not has_image:
             raise ValueError(
-                f"{source} makes videos of images, and this prompt has none: {prompt!r:.80}; give "
-                'lines {"prompt": ..., "image": FILE} in a .jsonl file'
+                f"{source} makes videos of images, and this prompt has none: {prompt!r:.80}; "
+                'launch/grpo.py and launch/sample.py take lines {"prompt": ..., "image": FILE} of '
+                "a .jsonl file"
             )
         if family.image == "none" and has_image:
             raise ValueError(
                 f"{source} makes videos of texts alone, but a prompt has an image: {prompt!r:.80}"
             )
+
+
+def check_pairs(family: Family, source: str) -> None:
+    """Raise ValueError for a model that cannot be trained on stored pairs."""
+    if family.needs_image:
+        raise ValueError(
+            f"{source} makes videos of images, and pairs are stored without images; train it with "
+            "launch/grpo.py"
+        )
 
 
 def read_image(path: str) -> Image:
@@ -93,6 +103,10 @@ class ImageCache:
                 self._latent(image), self._tokens(image)
             )
         return self._conditions[path]
+
+    def give(self, path: str, condition: ImageCondition) -> None:
+        """Use this condition for an image, whose file is then not read."""
+        self._conditions[path] = condition
 
     def free_encoder(self) -> None:
         """Free CLIP; images that are known still work."""

@@ -37,6 +37,11 @@ def check_training(cfg: GeneratorConfig, family: Family, *, zero_stage: int) -> 
     Only an adapter on one transformer is trained, with whole weights on every rank.
     """
     check_sampling(cfg, family)
+    if family.image == "channels+clip" and cfg.context_parallel > 1:
+        raise ValueError(
+            f"generator.context_parallel={cfg.context_parallel} must be 1 for {cfg.path}: ranks "
+            "cannot share the tokens of an image (CLIP)"
+        )
     if family.boundary is None:
         return
     # All weights of one transformer would be a model of its own.

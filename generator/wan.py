@@ -1,4 +1,4 @@
-"""WanGenerator: a policy over Wan 2.1 that samples, gives transition densities, and decodes."""
+"""WanGenerator: a policy over a Wan that samples, gives transition densities, and decodes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 
 class WanGenerator:
-    """Implements `common.types.Generator` for Wan 2.1 text-to-video.
+    """Implements `common.types.Generator` for the Wan of `generator.family`.
 
     module        what deepspeed wraps: the transformer in peft's wrapper, or bare without LoRA
     latent_shape  (C, F, H, W) of one video
@@ -293,8 +293,13 @@ class WanGenerator:
                 f"scheduler must be 'euler' or 'pipeline', got {scheduler!r}"
             )
         check_image_prompts(prompts, self.family, self.cfg.path)
+        # Latents of texts and of images have different shapes on the way.
         if len({self._walk_shape(prompt) for prompt in prompts}) > 1:
-            raise ValueError("sample got prompts with and without an image together")
+            alone = [
+                self.sample([prompt], [seed], num_steps=num_steps, scheduler=scheduler)
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ]
+            return torch.cat(alone)
         # Grid and noise are those of a rollout.
         cfg = self.cfg.sampler
         steps = num_steps or cfg.num_steps

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from alignment.dpo import DpoLoop
     from alignment.grpo import GrpoLoop
+    from common.types import Prompt
     from engine.config import TrainingRun
     from engine.ema import Ema
     from engine.old_policy import OldPolicy
@@ -56,19 +57,50 @@ def quiet() -> None:
             torch.set_num_threads(1)
 
 
-def say_long_prompts(prompts: Sequence[str], cfg: GeneratorConfig) -> None:
-    """Print how many prompts the text encoder cuts off. Only rank 0 counts."""
+def say_long_prompts(prompts: Sequence[Prompt], cfg: GeneratorConfig) -> None:
+    """Print how many prompts the text encoder cuts off. Only rank 0 counts.
+
+    Raises ValueError for prompts that the generator's folder does not take, with or without an
+    image, and for an image that cannot be read.
+    """
     from common.log import say
+    from common.types import text_of
     from generator.prompts import describe_long_prompts
 
     # A generator of another class has its own limits.
     if cfg.target is not None:
         return
+    check_images(prompts, cfg)
     # Every prompt is tokenized, which is work for one rank.
     if prompts and os.environ.get("RANK", "0") == "0":
-        remark = describe_long_prompts(prompts, cfg)
+        texts = [text_of(prompt) for prompt in prompts]
+        remark = describe_long_prompts(texts, cfg)
         if remark:
             say(remark)
+
+
+def check_images(prompts: Sequence[Prompt], cfg: GeneratorConfig) -> None:
+    """Raise ValueError for prompts whose images are missing, not taken, or not readable.
+
+    A generator on the hub is asked when it samples.
+    """
+    from common.types import ImagePrompt
+    from generator.conditions import check_image_prompts, read_image
+    from generator.family import Family
+
+    images = {p.image for p in prompts if isinstance(p, ImagePrompt)}
+    if Path(cfg.path).is_dir():
+        family = Family.of(Path(cfg.path))
+        check_image_prompts(prompts, family, cfg.path)
+        if images and family.image == "first_frame" and cfg.context_parallel > 1:
+            raise ValueError(
+                f"generator.context_parallel={cfg.context_parallel} must be 1 for prompts with "
+                f"images: {cfg.path} gives each token a time of its own"
+            )
+    # Reading all of them is work for one rank.
+    if os.environ.get("RANK", "0") == "0":
+        for image in sorted(images):
+            read_image(image)
 
 
 def build_generator(
@@ -99,8 +131,9 @@ def build_generator(
 def check_family(run: GrpoRun | DpoRun, *, stochastic: bool = False) -> None:
     """Raise ValueError for settings that the JSON files of the generator's folder rule out.
 
-    stochastic  checks the stochastic steps of a rollout too
+    stochastic  the run has rollouts, whose stochastic steps are checked; else it reads pairs
     """
+    from generator.conditions import check_pairs
     from generator.experts import check_stochastic_steps, check_training
     from generator.family import Family
     from generator.wan_folder import find_wan
@@ -112,6 +145,8 @@ def check_family(run: GrpoRun | DpoRun, *, stochastic: bool = False) -> None:
     check_training(run.generator, family, zero_stage=run.zero_stage)
     if stochastic:
         check_stochastic_steps(run.generator, family)
+    else:
+        check_pairs(family, run.generator.path)
 
 
 def trained_generator(cfg: GeneratorConfig, adapter: str | None) -> WanGenerator:

@@ -146,6 +146,10 @@ class DeScoreScorer:
 
         Raises VideoError, naming the file, for a file that cannot be read.
         """
+        # A text is a sequence too, of its letters.
+        for name, given in (("videos", videos), ("prompts", prompts)):
+            if isinstance(given, str | bytes | Path):
+                raise TypeError(f"score: {name} must be a list, got {given!r:.60}")
         if len(videos) != len(prompts):
             raise ValueError(f"score: {len(videos)} videos for {len(prompts)} prompts")
         if not len(prompts):

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,11 @@ def _remote(cfg: RewardConfig) -> RewardModel:
             "a remote reward needs `url`, the address of a server (launch/serve.py)"
         )
     return _make("remote:RemoteReward", cfg, cfg.urls)
+
+
+def _named(name: str, cfg: RewardConfig) -> RewardConfig:
+    """The reward with its name in the run among its options, unless the user gave one."""
+    return replace(cfg, options={"name": name, **cfg.options})
 
 
 REWARDS: dict[str, Callable[[RewardConfig], RewardModel]] = {
@@ -144,7 +150,11 @@ def _build(name: str, cfg: RewardConfig) -> RewardModel:
     from alignment.rewards.errors import format_error
 
     try:
-        return factory_of(name, cfg)(cfg)
+        factory = factory_of(name, cfg)
+        # a server may have a reward of that name
+        if factory is _remote:
+            cfg = _named(name, cfg)
+        return factory(cfg)
     except (ValueError, OSError, ImportError, RewardUnavailableError) as error:
         raise ValueError(format_error(name, error, file=cfg.checkpoint)) from error
 

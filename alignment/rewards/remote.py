@@ -62,7 +62,8 @@ class RemoteReward:
 
     url         http://host:port of a server, or a list of them. The videos of a call are shared
                 out among the servers. Their rewards are requested on construction.
-    model       The server's reward to use; null for the only reward that it has.
+    model       The server's reward to use; null for the one called ``name``, else for the only
+                reward that it has.
     deadline_s  The limit for a call, all attempts and pauses together.
     start_deadline_s  The same for the first request, where it is shorter: a server may take so
                 long to start.
@@ -201,13 +202,16 @@ class RemoteReward:
                 problems.append(error)
                 self._leave_out(url)
                 continue
-            # a server with a single reward needs no name
-            if model is None and len(offered) == 1:
+            # the reward of the same name, or the only one
+            if model is None and self.name in offered:
+                model = self.name
+            elif model is None and len(offered) == 1:
                 model = offered[0]
             if model not in offered:
                 raise ValueError(
-                    f"the server {url} has the rewards {', '.join(offered)}, "
-                    f"but model is {model!r}"
+                    f"the server {url} has the rewards {', '.join(offered)}: set "
+                    f"rewards.{self.name}.options.model to one of them"
+                    + (f", not {model!r}" if model is not None else "")
                 )
         if len(problems) == len(self.urls):
             raise problems[0]

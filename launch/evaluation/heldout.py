@@ -15,7 +15,7 @@ from common.distributed import (
     is_main,
     raise_on_all,
 )
-from common.types import RewardUnavailableError
+from common.types import Prompt, RewardUnavailableError, text_of
 from launch.evaluation.generator import columns, flatten_scores
 from launch.evaluation.results_table import score_fields
 from launch.evaluation.samples import SampleWriter
@@ -35,14 +35,14 @@ class HeldoutSet:
 
     generator: WanGenerator
     rewards: Mapping[str, RewardModel]
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     seed: int
 
 
 def measure(
     generator: WanGenerator,
     rewards: Mapping[str, RewardModel],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     seed: int,
     stock: bool,
@@ -105,10 +105,11 @@ def _score_prompts(
 
         # After a failed reward the sampling continues, because other ranks may be waiting.
         video_BTYXC = generator.decode(clean)
+        texts = [text_of(prompt) for prompt in prompts]
         try:
             scores = {}
             for name, reward in heldout.rewards.items():
-                scores[name] = reward.score(video_BTYXC, prompts, fps=generator.cfg.fps)
+                scores[name] = reward.score(video_BTYXC, texts, fps=generator.cfg.fps)
         except RewardUnavailableError as error:
             problem = error
             continue
@@ -118,7 +119,7 @@ def _score_prompts(
         for b, i in enumerate(places):
             fields = score_fields(scores, b)
             rows[i] = flatten_scores(fields)
-            described.append({"prompt": prompts[b], "seed": seeds[b], **fields})
+            described.append({"prompt": texts[b], "seed": seeds[b], **fields})
         if writer is not None and writer.count < videos:
             room = videos - writer.count
             writer.add(video_BTYXC[:room], described[:room])

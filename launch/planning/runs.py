@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.dpo import steps_of
+from generator.conditions import check_pairs
 from generator.experts import check_stochastic_steps as check_steps
 from generator.experts import check_training
 from launch.planning.forwards import (
@@ -33,6 +34,9 @@ from launch.planning.plan import REDUCE_BUCKET, Plan, Where, training_parts
 from launch.planning.vllm import add_vllm
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
+
+# CLIP ViT-H/14's vision model, as Wan 2.1 I2V reads it.
+CLIP_PARAMETERS = 630_766_080
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -137,6 +141,7 @@ def plan_dpo(
             "neither VAE nor text encoder is in memory"
         )
         check_training(cfg.generator, wan.family, zero_stage=cfg.zero_stage)
+        check_pairs(wan.family, cfg.generator.path)
         cost = wan.flow_error(samples, reference=False)
         if cfg.dpo.method == "dpo":
             cost += wan.flow_error(samples, reference=True)
@@ -413,6 +418,9 @@ def _add_decoding(
     plan.add("VAE: weights", sizes_of(wan.vae).bytes)
     if text_encoder:
         plan.add("text encoder: weights", sizes_of(wan.text_encoder).bytes)
+        if wan.family.image == "channels+clip":
+            size = CLIP_PARAMETERS * wan.dtype.itemsize
+            plan.add("image encoder: weights", size)
     plan.phase("decoding", wan.decode(1) * videos)
 
 

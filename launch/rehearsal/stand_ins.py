@@ -76,6 +76,18 @@ class StandIns:
         """
         from launch.rehearsal.model_folders import wan_folder
 
+        family = known_models.wan_family(cfg.path)
+        if family.boundary is not None and cfg.experts.offload:
+            # weights without numbers cannot lie on the host
+            cfg = replace(cfg, experts=replace(cfg.experts, offload=False))
+            self.notes.append(
+                "generator.experts.offload: both transformers are on the device all the time"
+            )
+        if family.needs_image:
+            raise ValueError(
+                f"generator.path={cfg.path} makes videos of images, which cannot be rehearsed; "
+                "--dry-run plans it"
+            )
         if Path(cfg.path).is_dir():
             return cfg
         if cfg.path not in known_models.WAN:
@@ -260,11 +272,11 @@ def _grpo(cfg: GrpoRun, made: StandIns) -> Adapted:
         steps=1,
         video_every=0,
         self_checks=False,
+        diagnosis=None,
         evaluation=None,
     )
-    return Adapted(
-        cfg, "update", groups / run, ["self-checks and evaluation: left out"]
-    )
+    left_out = "self-checks, diagnosis and evaluation: left out"
+    return Adapted(cfg, "update", groups / run, [left_out])
 
 
 def _dpo(cfg: DpoRun, made: StandIns) -> Adapted:

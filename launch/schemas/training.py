@@ -70,6 +70,19 @@ class EvaluationConfig:
     videos: NonNegativeInt = 4
 
 
+@config
+class DiagnosisConfig:
+    """A run that explains itself, see docs/diagnose.md.
+
+    updates  the first updates that are measured, into measurements.jsonl: a few rollouts are
+             sampled and scored again by another route. 0 measures none.
+    said     print a line when something is off.
+    """
+
+    updates: NonNegativeInt = 5
+    said: bool = True
+
+
 @run_config
 class GrpoRun(TrainingRun):
     """Longcat-GRPO. The checkpoint to resume from is chosen by ``--resume``.
@@ -88,6 +101,7 @@ class GrpoRun(TrainingRun):
     video_groups      how many of rank 0's groups are saved then.
     self_checks       check the generator and the rewards before training, see
                       `alignment.self_checks`.
+    diagnosis         what the run finds out about itself; null switches it off.
     """
 
     prompts: str
@@ -99,6 +113,7 @@ class GrpoRun(TrainingRun):
     video_every: NonNegativeInt = 10
     video_groups: PositiveInt = 2
     self_checks: bool = True
+    diagnosis: DiagnosisConfig | None = field(default_factory=DiagnosisConfig)
     evaluation: EvaluationConfig | None = None
     ema: EmaConfig | None = None
     cache_prompts: bool = False

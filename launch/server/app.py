@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from alignment.rewards import wire
@@ -134,8 +135,8 @@ def create_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
 
     # Clients read {"error": ...} instead of FastAPI's {"detail": ...}.
-    @app.exception_handler(HTTPException)
-    async def problem(_: Request, error: HTTPException) -> Response:
+    @app.exception_handler(AnyHTTPException)
+    async def problem(_: Request, error: AnyHTTPException) -> Response:
         return JSONResponse(
             {"error": error.detail},
             status_code=error.status_code,

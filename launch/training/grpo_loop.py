@@ -8,7 +8,7 @@ from alignment.grpo import GrpoLoop, backwards_per_update
 from alignment.prompts import PromptSchedule
 from common import distributed
 from common.log import say
-from common.types import ImagePrompt
+from common.types import ImagePrompt, Prompt, text_of
 from engine.old_policy import OldPolicy
 from generator.schedule import solver_grid
 from launch.compose import (
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from launch.schemas.training import GrpoRun
 
 
-def build(run: GrpoRun, prompts: list[str]) -> GrpoLoop:
+def build(run: GrpoRun, prompts: list[Prompt]) -> GrpoLoop:
     """Build rewards, generator, engine and loop on this rank."""
     names = ", ".join(run.rewards)
     say(f"loading the rewards {names} and the generator {run.generator.source}")
@@ -40,7 +40,7 @@ def build(run: GrpoRun, prompts: list[str]) -> GrpoLoop:
 
 def loop_of(
     run: GrpoRun,
-    prompts: list[str],
+    prompts: list[Prompt],
     generator: WanGenerator,
     rewards: dict[str, RewardModel],
 ) -> GrpoLoop:
@@ -93,13 +93,15 @@ def levels_of(run: GrpoRun) -> list[float]:
     return [grid[i] for i in run.grpo.forward.trained_places(sampler.solver_steps)]
 
 
-def cache_prompts(run: GrpoRun, loop: GrpoLoop, heldout: list[str], start: int) -> None:
+def cache_prompts(
+    run: GrpoRun, loop: GrpoLoop, heldout: list[Prompt], start: int
+) -> None:
     """Encode this rank's prompts of all steps from ``start`` on, and free the text encoder."""
     # This rank's share of every step, by the same schedule that the loop uses.
-    prompts: set[str] = set()
+    prompts: set[Prompt] = set()
     for step in range(start, run.steps):
         prompts.update(loop.batch(step).prompts)
     say(f"encoding {len(prompts)} prompts, then without the text encoder")
     # Sorted, so that the batches of the text encoder do not depend on the set's order.
-    loop.generator.encode_prompts([*sorted(prompts), *heldout])
+    loop.generator.encode_prompts([*sorted(prompts, key=text_of), *heldout])
     loop.generator.free_text_encoder()

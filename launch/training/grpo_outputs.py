@@ -13,12 +13,13 @@ from launch.evaluation.samples import SampleWriter, rows_of_step
 if TYPE_CHECKING:
     from alignment.grpo import GrpoLoop, StepResult
     from common.log import RunLog
+    from common.types import Prompt
     from engine.ema import Ema
     from launch.schemas.training import GrpoRun
 
 
 def evaluate_heldout(
-    run: GrpoRun, loop: GrpoLoop, ema: Ema | None, prompts: list[str], step: int
+    run: GrpoRun, loop: GrpoLoop, ema: Ema | None, prompts: list[Prompt], step: int
 ) -> dict[str, float]:
     """Measure the generator on held-out prompts before a step, where it is due.
 
@@ -63,7 +64,8 @@ def write_samples(run: GrpoRun, result: StepResult, step: int, log: RunLog) -> N
     writer = SampleWriter(folder, fps=run.generator.fps)
     # None where other ranks score all of this rank's groups.
     if result.video_BTYXC is not None:
-        writer.add(result.video_BTYXC, rows)
+        # A diagnosis may have kept more groups.
+        writer.add(result.video_BTYXC[: len(rows)], rows)
 
     # The trackers.
     captions = []

@@ -12,6 +12,7 @@ from PIL import Image
 from common.gaussian import log_prob
 from common.types import ImagePrompt
 from generator import adapter_file
+from generator.conditions import check_pairs
 from generator.config import LoraConfig, SamplerConfig
 from generator.family import Family
 from generator.sampler import initial_noise
@@ -203,9 +204,15 @@ def test_prompts_must_fit_the_family(
     texts = WanGenerator.load(tiny_config(folder), device="cpu")
     with pytest.raises(ValueError, match="texts alone"):
         texts.rollout(prompts[:1], group_size=2, seeds=[1])
+    with pytest.raises(ValueError, match="pairs are stored without images"):
+        check_pairs(images.family, "a14b")
+    check_pairs(texts.family, "wan")
+
+    # a TI2V takes texts and images together
     both = WanGenerator.load(config(folders, "TI2V-5B"), device="cpu")
-    with pytest.raises(ValueError, match="with and without an image"):
-        both.sample([prompts[0], "rain"], [1, 2])
+    mixed = both.sample([prompts[0], "rain"], [1, 2])
+    assert torch.equal(mixed[:1], both.sample(prompts[:1], [1]))
+    assert torch.equal(mixed[1:], both.sample(["rain"], [2]))
     (tmp_path / "no.png").write_text("no image")
     for name in ("no.png", "nothing.png"):
         with pytest.raises(ValueError, match=f"{name}: no image"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.config import ConfigError, load
-from launch.cold_start import build_reward_model
+from launch.cold_start import build_reward_model, build_task
 from launch.schemas.training import ColdStartRun
 from rm.model import DeScore
 from tests.launch.processes import ROOT
@@ -60,3 +60,14 @@ def test_other_dimensions_are_refused(checkpoint: Path) -> None:
 def test_a_checkpoint_has_its_own_template_and_video_settings(word: str) -> None:
     with pytest.raises(ConfigError, match="leave template and video at null"):
         run_of("checkpoint=somewhere", word)
+
+
+@pytest.mark.parametrize("key", ["base", "checkpoint"])
+def test_missing_model_is_named_before_videos_are_decoded(
+    key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(f"{key}=/nowhere/model", "cold_start.pairs_per_step=8")
+    with pytest.raises(SystemExit) as stopped:
+        build_task(run, [], [])
+    assert stopped.value.code == 2
+    assert f"{key}: /nowhere/model does not exist" in capsys.readouterr().err

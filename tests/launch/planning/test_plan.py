@@ -178,6 +178,9 @@ FORWARDS = [
     ("Wan2.2-T2V-A14B", (480, 832, 81), 32_760, 1678.4),
     ("Wan2.2-T2V-A14B", (720, 1280, 81), 75_600, 6523.4),
     ("Wan2.2-TI2V-5B", (704, 1280, 121), 27_280, 517.0),
+    ("Wan2.1-I2V-14B-480P", (480, 832, 81), 32_760, 1686.4),
+    ("Wan2.1-I2V-14B-720P", (720, 1280, 81), 75_600, 6540.5),
+    ("Wan2.2-I2V-A14B", (720, 1280, 81), 75_600, 6523.5),
 ]
 
 
@@ -234,6 +237,17 @@ def test_wan_22_components_have_published_parameters() -> None:
         # 29.2 M of them rest in fp32
         assert sizes_of(expert).bytes == 28_635_351_168
     assert sizes_of(a14b.module).trained == 613_416_960
+
+
+@pytest.mark.slow
+def test_image_models_have_published_parameters() -> None:
+    for name, count in (
+        ("Wan2.1-I2V-14B-480P", 16_394_878_784),
+        ("Wan2.2-I2V-A14B", 14_288_901_184),
+    ):
+        wan = MetaWan(GeneratorConfig(f"Wan-AI/{name}-Diffusers"))
+        assert wan.family.needs_image
+        assert sizes_of(wan.transformer).parameters == count
 
 
 @pytest.mark.slow

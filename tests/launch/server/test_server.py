@@ -143,7 +143,11 @@ def test_token_and_host_are_required() -> None:
             == 400
         )
         for path in ("/docs", "/openapi.json", "/redoc", "/"):
-            assert client.get(path).status_code == 404
+            missing = client.get(path)
+            assert (missing.status_code, missing.json()) == (
+                404,
+                {"error": "Not Found"},
+            )
 
 
 def test_addresses_and_paths_in_requests_are_never_read(tmp_path: Path) -> None:
