@@ -391,6 +391,18 @@ class RewardConfig:
                 f"url={self.url} names a remote reward and excludes target and other kinds"
             )
 
+    def is_kind(self, name: str, kind: str) -> bool:
+        """Whether this is a reward of that kind, under its name in the run's ``rewards``."""
+        if self.target is not None or self.url is not None:
+            return False
+        return (self.kind or name) == kind
+
+    def thinks_when_unsure(self, name: str) -> bool:
+        """Whether this is a DeScore that decides for all videos of a prompt together."""
+        return self.is_kind(name, "descore") and (
+            self.options.get("thinking") == "adaptive"
+        )
+
     @property
     def files(self) -> list[str]:
         """The files and folders that decide what the reward returns: weights and code."""

@@ -8,7 +8,7 @@ shard (`alignment.rank_groups`). M is the number of a group's members on this ra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -180,6 +180,11 @@ class GrpoLoop:
             advantages.advantage_PM[list(scored)],
             groups if keep_rollouts else (),
         )
+
+    def set_kl_weight(self, weight: float) -> None:
+        """Change the weight of the KL term, from the next update on."""
+        self.cfg = replace(self.cfg, kl_weight=weight)
+        self.objective.cfg = self.cfg
 
     def batch(self, step: int) -> PromptBatch:
         """Return the prompts of a step that this rank's shard samples."""

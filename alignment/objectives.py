@@ -33,9 +33,11 @@ class AveragedPolicy(Protocol):
 class Objective(Protocol):
     """What the loop asks of an objective.
 
+    cfg  Settings; the weight of the KL term may change between two updates.
     old  The policy that samples, where it is another one than that of the update.
     """
 
+    cfg: GrpoConfig
     old: AveragedPolicy | None
 
     def sampling_policy(self) -> AbstractContextManager[None]:

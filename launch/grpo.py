@@ -70,6 +70,7 @@ def build_task(
         groups_to_write,
         write_samples,
     )
+    from launch.training.guards import guards_of
 
     # Build, and tell how large an update is.
     with user_errors():
@@ -78,6 +79,7 @@ def build_task(
         say(line)
     ema = None if run.ema is None else Ema(run.ema, loop.generator.module)
     watch = Watch(run, loop, heldout, ema)
+    guards = guards_of(run, loop)
 
     # The parts that only GRPO has.
     def prepare(start: int) -> None:
@@ -97,7 +99,7 @@ def build_task(
         )
         return StepReport(result.metrics, result)
 
-    return generator_task(
+    task = generator_task(
         run,
         loop,
         ema,
@@ -106,11 +108,14 @@ def build_task(
         steps=run.steps,
         step=step,
         prepare=prepare,
-        measure_before=lambda n: evaluate_heldout(run, loop, ema, heldout, n),
+        measure_before=lambda n: evaluate_heldout(
+            run, loop, ema, heldout, n, guards=guards
+        ),
         after_log=lambda n, report, log: write_samples(run, report.result, n, log),
         watch=lambda n, report, metrics: watch.look(n, report.result, metrics),
         explain_unavailable=print_cause,
     )
+    return guards.guard(task)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,19 @@ def build_rewards(configs: Mapping[str, RewardConfig]) -> dict[str, RewardModel]
     return {name: _build(name, cfg) for name, cfg in configs.items()}
 
 
+def check_group_size(rewards: Mapping[str, RewardModel], size: int) -> None:
+    """Raise ValueError for a reward that cannot compare as many videos of a prompt."""
+    for name, reward in rewards.items():
+        # most rewards score videos one by one
+        check_size = getattr(reward, "check_group_size", None)
+        if check_size is None:
+            continue
+        try:
+            check_size(size)
+        except ValueError as error:
+            raise ValueError(f"rewards.{name}: {error}") from error
+
+
 def factory_of(name: str, cfg: RewardConfig) -> Callable[[RewardConfig], RewardModel]:
     """Return the factory of a run's reward. Nothing of the reward is imported or run yet.
 

@@ -109,6 +109,8 @@ class RemoteReward:
         self.now = now
         self.jitter = random.Random(name)
         self.headers = _headers(token_env)
+        # whether a server compares the videos of a prompt, which must then share a request
+        self.group_level = False
         # a server that is absent is found out before training starts
         self.model = self._find(model, within_s=min(start_deadline_s, deadline_s))
 
@@ -118,6 +120,8 @@ class RemoteReward:
         # a consecutive share of the videos for each server that answers
         count = len(prompts)
         shares = max(1, min(len(self._servers()), count))
+        if self.group_level:
+            shares = 1
         bounds = [count * i // shares for i in range(shares + 1)]
 
         def score_share(share: int) -> Score:
@@ -179,7 +183,11 @@ class RemoteReward:
         """
 
         def read(body: bytes) -> list[str]:
-            return [str(name) for name in wire.read_json(body)["models"]]
+            reply = wire.read_json(body)
+            by_prompt.update(str(name) for name in reply.get("by_prompt", ()))
+            return [str(name) for name in reply["models"]]
+
+        by_prompt: set[str] = set()
 
         problems = []
         for url in self.urls:
@@ -215,6 +223,7 @@ class RemoteReward:
                 )
         if len(problems) == len(self.urls):
             raise problems[0]
+        self.group_level = model in by_prompt
         return model
 
     def _servers(self) -> list[str]:

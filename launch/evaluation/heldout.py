@@ -39,7 +39,7 @@ class HeldoutSet:
     seed: int
 
 
-def measure(
+def score_heldout(
     generator: WanGenerator,
     rewards: Mapping[str, RewardModel],
     prompts: Sequence[Prompt],
@@ -48,13 +48,13 @@ def measure(
     stock: bool,
     folder: Path,
     videos: int,
-) -> dict[str, float]:
-    """MEAN of every reward and its parts over the prompts; values that are missing do not count.
+) -> dict[str, list[Row]]:
+    """{reward or reward.part: value} of every prompt, in order, on every rank.
 
-    ``eval/<reward>`` is sampled along the grid of training; with ``stock``, ``eval_stock/<reward>``
-    is sampled by the stock pipeline's scheduler, which users sample with. Prompt i always has the
-    noise of derive_seed(seed, "evaluate", i), as in launch/evaluate.py. The first ``videos`` of the
-    training grid go to ``folder``. Ranks share the prompts, and all of them call this function.
+    The rows of ``eval`` are sampled along the grid of training; with ``stock``, those of
+    ``eval_stock`` by the stock pipeline's scheduler, which users sample with. Prompt i always has
+    the noise of derive_seed(seed, "evaluate", i), as in launch/evaluate.py. The first ``videos`` of
+    the training grid go to ``folder``. Ranks share the prompts, and all of them call this function.
     """
     heldout = HeldoutSet(generator, rewards, prompts, seed)
     # Samples are for looking at: the main rank's are enough.
@@ -64,7 +64,14 @@ def measure(
     rows = {"eval": _score_prompts(heldout, "euler", writer, videos)}
     if stock:
         rows["eval_stock"] = _score_prompts(heldout, "pipeline", None, 0)
+    return rows
 
+
+def means_of(rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:
+    """MEAN of every reward and its parts over the prompts; values that are missing do not count.
+
+    ``eval/<reward>`` and ``eval_stock/<reward>``, of the rows of `score_heldout`.
+    """
     # A column is a reward or a part of it.
     metrics = {}
     for prefix, flat_rows in rows.items():

@@ -16,7 +16,8 @@ from generator.config import (
     check_wan,
     check_zero_stage,
 )
-from launch.schemas.rewards import TrainingRewards
+from launch.schemas.guards import GuardsConfig, check_guards
+from launch.schemas.rewards import TrainingRewards, check_whole_groups
 from rm.config import (
     BackboneLora,
     ColdStartConfig,
@@ -99,6 +100,7 @@ class GrpoRun(TrainingRun):
     video_every       steps between saved sample videos, which are the step's own rollouts;
                       0 for none.
     video_groups      how many of rank 0's groups are saved then.
+    guards            guards against rewards that are hacked; null for none.
     self_checks       check the generator and the rewards before training, see
                       `alignment.self_checks`.
     diagnosis         what the run finds out about itself; null switches it off.
@@ -117,6 +119,7 @@ class GrpoRun(TrainingRun):
     evaluation: EvaluationConfig | None = None
     ema: EmaConfig | None = None
     cache_prompts: bool = False
+    guards: GuardsConfig | None = None
 
     def __post_init__(self) -> None:
         sampler = self.generator.sampler
@@ -143,6 +146,13 @@ class GrpoRun(TrainingRun):
                         f"grpo.reward_given.{name} names the reward {reward}, and there are "
                         f"{', '.join(self.rewards)}"
                     )
+        check_whole_groups(self.rewards, self.grpo.ranks_per_group)
+        check_guards(
+            self.guards,
+            self.rewards,
+            kl_weight=self.grpo.kl_weight,
+            has_evaluation=self.evaluation is not None,
+        )
         if sampler.noise_level == 0:
             raise ValueError(
                 "generator.sampler.noise_level must be positive, got 0: without noise the "

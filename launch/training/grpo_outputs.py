@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.distributed import is_main
-from launch.evaluation.heldout import measure
+from launch.evaluation.heldout import means_of, score_heldout
 from launch.evaluation.samples import SampleWriter, rows_of_step
 
 if TYPE_CHECKING:
@@ -16,13 +16,21 @@ if TYPE_CHECKING:
     from common.types import Prompt
     from engine.ema import Ema
     from launch.schemas.training import GrpoRun
+    from launch.training.guards import RunGuards
 
 
 def evaluate_heldout(
-    run: GrpoRun, loop: GrpoLoop, ema: Ema | None, prompts: list[Prompt], step: int
+    run: GrpoRun,
+    loop: GrpoLoop,
+    ema: Ema | None,
+    prompts: list[Prompt],
+    step: int,
+    *,
+    guards: RunGuards | None = None,
 ) -> dict[str, float]:
     """Measure the generator on held-out prompts before a step, where it is due.
 
+    ``guards`` see the rewards of every prompt, and add their metrics.
     It is due every ``evaluation.every`` steps and after the last step. With an average of
     the weights, the average is measured.
     """
@@ -33,7 +41,7 @@ def evaluate_heldout(
         return {}
     # With an average, the average is used later, so the average is measured.
     with nullcontext() if ema is None else ema.swapped_in():
-        return measure(
+        rows = score_heldout(
             loop.generator,
             loop.rewards,
             prompts,
@@ -42,6 +50,10 @@ def evaluate_heldout(
             folder=Path(run.run_dir) / "evaluation" / f"step-{step:06d}",
             videos=settings.videos,
         )
+    metrics = means_of(rows)
+    if guards is not None:
+        metrics |= guards.after_evaluation(rows["eval"])
+    return metrics
 
 
 def groups_to_write(run: GrpoRun, step: int) -> int:

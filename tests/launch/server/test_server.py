@@ -374,6 +374,24 @@ def test_group_level_reward_is_not_served() -> None:
         create_app({"bright": reward}, config(), token=None)
 
 
+class Compares(Picky):
+    """Counts the videos of a call, and compares those of a prompt."""
+
+    group_level = True
+    groups_by_prompt = True
+
+
+def test_reward_that_compares_the_videos_of_a_prompt_gets_each_request_alone() -> None:
+    reward = Compares()
+    with client_of(reward, wait_ms=300) as client:
+        reply = client.get("/v1/models").json()
+        # three clients at the same time, whose videos would else share a batch of 9
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda _: client.post("/v1/score", **body()), range(3)))
+    assert reply == {"models": ["bright"], "by_prompt": ["bright"]}
+    assert reward.batches == [3, 3, 3]
+
+
 def test_openapi_is_served_behind_a_flag() -> None:
     with client_of(Brightness(), openapi=True) as client:
         described = client.get("/openapi.json").json()
