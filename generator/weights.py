@@ -90,27 +90,27 @@ def load(transformer: WanTransformer3DModel, folder: Path) -> None:
         parameters[name].copy_(tensor)
 
 
-def read(folder: Path) -> Stored:
-    """Read folder/transformer, from a single file or from shards.
+def read(folder: Path, part: str = SUBFOLDER) -> Stored:
+    """Read folder/transformer, or another part, from a single file or from shards.
 
     Raises FileNotFoundError, naming what is missing, and ValueError when a file is damaged, a
     number is NaN, or the weights do not match config.json.
     """
-    place = Path(folder) / SUBFOLDER
-    config = read_config(folder)
+    place = Path(folder) / part
+    config = read_config(folder, part)
     # Every shard holds other weights.
     places = tensor_places(place, FILE)
     state = {}
     for file in sorted(set(places.values())):
         state |= load_safetensors(file)
-    _require_same(shapes_in(state), shapes_of(config), folder)
+    _require_same(shapes_in(state), shapes_of(config), place)
     require_finite(state, place, places)
     return Stored(config, state)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, part: str = SUBFOLDER) -> dict[str, Any]:
     """Read a Wan transformer's config.json; FileNotFoundError, or ValueError for other models."""
-    file = Path(folder) / SUBFOLDER / CONFIG
+    file = Path(folder) / part / CONFIG
     if not file.is_file():
         raise FileNotFoundError(
             f"{file}: no such file; a folder with a Wan transformer has it"
@@ -129,13 +129,17 @@ def write(
     transformer: Stored,
     folder: Path,
     *,
+    part: str = SUBFOLDER,
     max_shard: int | str = MAX_SHARD,
 ) -> list[Path]:
-    """Write folder/transformer in shards of at most ``max_shard`` bytes; return their files."""
+    """Write folder/transformer, or another part, and return the files of its weights.
+
+    They are shards of at most ``max_shard`` bytes.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    place = Path(folder) / SUBFOLDER
+    place = Path(folder) / part
     place.mkdir(parents=True, exist_ok=True)
     _write_json(place / CONFIG, transformer.config)
     # The hub's library decides which weights share a file.

@@ -6,16 +6,17 @@
     python launch/export.py runs/wan/descore/final --format merged --out descore --push O/N --public
 
 A generator's adapter becomes a LoRA for stock `WanPipeline.load_lora_weights`, a LoRA for ComfyUI,
-or a whole transformer with the adapter merged in fp32. A transformer that was trained whole and a
-DeScore have the format merged only. A pushed repository is private without --public. Nothing is
-written unless everything could be read and fits.
+or a whole transformer with the adapter merged in fp32. Adapters of a model with two transformers
+(Wan 2.2 A14B) stay two: that of the one for low noise is in transformer_2/. A transformer that was
+trained whole and a DeScore have the format merged only. A pushed repository is private without
+--public. Nothing is written unless everything could be read and fits.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 
 # Each kind of trained folder by the file that shows it.
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+SECOND = "transformer_2"
 KINDS = {
     ADAPTER_FILE: "adapter",
+    f"{SECOND}/{ADAPTER_FILE}": "adapter",
     "transformer/config.json": "transformer",
     "descore.json": "DeScore",
 }
@@ -100,15 +103,13 @@ def export_folder(args: argparse.Namespace) -> None:
     elif kind == "transformer":
         exported = export_transformer(args.trained, args.out)
     else:
-        from generator import adapter_file
-
-        adapter = adapter_file.read(args.trained)
+        adapters = read_adapters(args.trained)
         if args.format == "merged":
-            exported = export_merged(adapter, base, args.out)
+            exported = export_merged(adapters, base, args.out)
         else:
             if args.base and not Path(args.base).is_dir():
                 raise ValueError(f"--base {args.base} is not a folder")
-            exported = export_adapter(adapter, base, args.out, format=args.format)
+            exported = export_adapters(adapters, base, args.out, format=args.format)
 
     # Write the card.
     base_model = args.base_model or run.base_model
@@ -132,8 +133,10 @@ def export_folder(args: argparse.Namespace) -> None:
 def trained_kind(trained: Path) -> str:
     """Return the kind of a trained folder by its files. ValueError for none or several kinds."""
     files = [name for name in KINDS if (trained / name).is_file()]
-    if len(files) == 1:
-        return KINDS[files[0]]
+    # The adapters of two transformers are one kind.
+    kinds = {KINDS[name] for name in files}
+    if len(kinds) == 1:
+        return kinds.pop()
     if files:
         raise ValueError(f"{trained} must hold only one of {' and '.join(files)}")
 
@@ -144,42 +147,78 @@ def trained_kind(trained: Path) -> str:
     raise ValueError(f"{trained} holds none of {', '.join(KINDS)}{hint}")
 
 
-def export_adapter(
-    adapter: StoredAdapter,
+def read_adapters(trained: Path) -> dict[str, StoredAdapter]:
+    """Read the adapter of each transformer that has one, by the transformer's folder."""
+    from generator import adapter_file
+
+    adapters = {}
+    for part, folder in (("transformer", trained), (SECOND, trained / SECOND)):
+        if (folder / ADAPTER_FILE).is_file():
+            adapters[part] = adapter_file.read(folder)
+    return adapters
+
+
+def export_adapters(
+    adapters: Mapping[str, StoredAdapter],
     base: str | None,
     out: Path,
     *,
     format: str,
 ) -> ExportedFiles:
-    """Write an adapter apart from its base, which is only checked, if it is on this machine."""
+    """Write adapters apart from their base, which is only checked, if it is on this machine."""
     from generator import adapter_file, weights
 
-    # The adapter must fit its base.
+    # Each adapter must fit its base.
     if base and Path(base).is_dir():
-        shapes = weights.shapes_of(weights.read_config(Path(base)))
-        adapter_file.require_fit(adapter, shapes)
+        for part, adapter in adapters.items():
+            shapes = weights.shapes_of(weights.read_config(Path(base), part))
+            adapter_file.require_fit(adapter, shapes)
 
-    # diffusers' layout is the trained file.
-    about = describe_adapter(adapter)
-    if format == "diffusers":
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(adapter.source, out / ADAPTER_FILE)
-        return ExportedFiles("lora", [f"{about}, as trained"], file=ADAPTER_FILE)
+    facts = []
+    files = {}
+    for part, adapter in adapters.items():
+        about = describe_adapter(adapter)
+        if part == SECOND:
+            about = f"of the transformer for low noise: {about}"
+        # diffusers' layout is the trained file.
+        if format == "diffusers":
+            folder = out / SECOND if part == SECOND else out
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(adapter.source, folder / ADAPTER_FILE)
+            facts.append(f"{about}, as trained")
+            files[part] = ADAPTER_FILE
+        else:
+            name = out.resolve().name
+            files[part] = f"{name}.safetensors"
+            if part == SECOND:
+                files[part] = f"{name}_{SECOND}.safetensors"
+            count = _write_comfyui(adapter, out / files[part])
+            facts.append(f"{about}, {count} tensors under the names of Wan's own code")
+    return ExportedFiles(
+        "lora" if format == "diffusers" else "comfyui",
+        facts,
+        file=files.get("transformer", ""),
+        second_file=files.get(SECOND, ""),
+    )
 
-    # ComfyUI's layout has other names.
+
+def _write_comfyui(adapter: StoredAdapter, file: Path) -> int:
+    """Write an adapter in ComfyUI's layout, which has other names; return how many tensors."""
     from safetensors.torch import save_file
 
+    from generator import adapter_file
+
     tensors = adapter_file.comfyui(adapter)
-    name = f"{out.resolve().name}.safetensors"
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / name, metadata={"format": "pt"})
-    give_usual_mode(out / name)
-    fact = f"{about}, {len(tensors)} tensors under the names of Wan's own code"
-    return ExportedFiles("comfyui", [fact], file=name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata={"format": "pt"})
+    give_usual_mode(file)
+    return len(tensors)
 
 
-def export_merged(adapter: StoredAdapter, base: str | None, out: Path) -> ExportedFiles:
-    """Write the base's transformer with the adapter merged in fp32, in the base's dtypes.
+def export_merged(
+    adapters: Mapping[str, StoredAdapter], base: str | None, out: Path
+) -> ExportedFiles:
+    """Write the base's transformers with their adapters merged in fp32, in the base's dtypes.
 
     diffusers' fuse_lora is not used: in a bfloat16 transformer it rounds the change before it
     is added, and its config.json holds the base's local path.
@@ -187,20 +226,22 @@ def export_merged(adapter: StoredAdapter, base: str | None, out: Path) -> Export
     from generator import adapter_file, weights
 
     if base is None:
-        raise ValueError(
-            f"no config.yaml above {adapter.source} names the base; give --base"
-        )
+        source = next(iter(adapters.values())).source
+        raise ValueError(f"no config.yaml above {source} names the base; give --base")
 
-    # Merge, and keep everything but the linears as it is.
-    stored = weights.read(local_base(base))
-    merged = adapter_file.merge(stored.state, adapter)
-    weights.write(weights.Stored(stored.config, merged.state), out)
-    linears = {name: merged.state[f"{name}.weight"] for name in adapter.pairs}
-    into = f"merged in float32 and stored in the base's {dtypes_of(linears)}"
-    facts = [f"{describe_adapter(adapter)}, {into}"]
-    if merged.lost:
-        facts.append(f"rounding takes {merged.lost:.2g} of what was merged in")
-    return ExportedFiles("transformer", facts)
+    facts = []
+    folder = local_base(base, adapters)
+    for part, adapter in adapters.items():
+        # Merge, and keep everything but the linears as it is.
+        stored = weights.read(folder, part)
+        merged = adapter_file.merge(stored.state, adapter)
+        weights.write(weights.Stored(stored.config, merged.state), out, part=part)
+        linears = {name: merged.state[f"{name}.weight"] for name in adapter.pairs}
+        into = f"merged in float32 and stored in the base's {dtypes_of(linears)}"
+        facts.append(f"{describe_adapter(adapter)}, {into}")
+        if merged.lost:
+            facts.append(f"rounding takes {merged.lost:.2g} of what was merged in")
+    return ExportedFiles("transformer", facts, parts=tuple(adapters))
 
 
 def export_transformer(trained: Path, out: Path) -> ExportedFiles:
@@ -242,8 +283,8 @@ def export_descore(trained: Path, out: Path) -> ExportedFiles:
     )
 
 
-def local_base(base: str) -> Path:
-    """Return a folder with transformer/: a local one, or a hub name's from the cache or the hub."""
+def local_base(base: str, parts: Iterable[str]) -> Path:
+    """Return a folder with these parts: a local one, or a hub name's from the cache or the hub."""
     # A local folder, or a name on the hub.
     if Path(base).is_dir():
         return Path(base)
@@ -251,9 +292,10 @@ def local_base(base: str) -> Path:
         raise ValueError(f"there is no folder {base}; give --base")
     from huggingface_hub import snapshot_download
 
-    # Only the transformer is needed.
+    # Only transformers are needed.
+    wanted = [f"{part}/*" for part in parts]
     try:
-        return Path(snapshot_download(base, allow_patterns=["transformer/*"]))
+        return Path(snapshot_download(base, allow_patterns=wanted))
     except OSError as error:
         raise ValueError(
             f"{base} is not in the cache and cannot be downloaded "

@@ -83,12 +83,13 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
         )
 
         # The phases of a step.
-        per_rank = groups / together
         check_steps(cfg.generator, wan.family)
         check_training(cfg.generator, wan.family, zero_stage=cfg.zero_stage)
-        plan.phase("rollout", _with_frozen(plan, wan, wan.rollout(members) * per_rank))
+        rollout = _shared(wan.rollout(members), together) * groups
+        plan.phase("rollout", _with_frozen(plan, wan, rollout))
         _add_decoding(plan, wan, videos, text_encoder=not cfg.cache_prompts)
-        plan.phase("update", wan.update(cfg, members) * (per_rank * cfg.grpo.updates))
+        update = _shared(wan.update(cfg, members), together)
+        plan.phase("update", update * (groups * cfg.grpo.updates))
 
         # What else is in memory.
         sizes = sizes_of(wan.module)
@@ -130,7 +131,8 @@ def plan_dpo(
         cost = wan.flow_error(samples, reference=False)
         if cfg.dpo.method == "dpo":
             cost += wan.flow_error(samples, reference=True)
-        plan.phase("update", cost * (rank_pairs / cfg.dpo.micro_batch / together))
+        cost = _shared(cost, together)
+        plan.phase("update", cost * (rank_pairs / cfg.dpo.micro_batch))
     return plan
 
 
@@ -325,6 +327,14 @@ def _add_rewards(
             f"reward {name}", model.score(batch, lengths, cots=cots) * (videos / batch)
         )
         plan.add(f"reward {name}: weights", sizes_of(model.model).bytes)
+
+
+def _shared(cost: Cost, ranks: int) -> Cost:
+    """Cost of a rank where so many share the tokens of every sample, and so its activations.
+
+    What they exchange at every attention is not counted.
+    """
+    return replace(cost * (1 / ranks), peak=cost.peak / ranks)
 
 
 def _with_frozen(plan: Plan, wan: MetaWan, cost: Cost) -> Cost:

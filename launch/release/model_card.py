@@ -37,7 +37,9 @@ class ExportedFiles:
     """The files that an export wrote.
 
     facts     Sentences about them for the card and the console.
-    file      The name of the single file of weights, where a command has to name it.
+    file      The name of the file of weights, where a command has to name it.
+    second_file  The same of the transformer for low noise, where a model has two.
+    parts     Folders of the transformers that are written whole.
     query_id  A DeScore's first query token.
     rewards   The number of a DeScore's rewards, which is that of its query tokens.
     """
@@ -45,6 +47,8 @@ class ExportedFiles:
     layout: Literal["lora", "comfyui", "transformer", "descore"]
     facts: Sequence[str]
     file: str = ""
+    second_file: str = ""
+    parts: tuple[str, ...] = ("transformer",)
     query_id: int = 0
     rewards: int = 1
 

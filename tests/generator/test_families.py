@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from alignment.config import DpoConfig
+from alignment.dpo import DpoLoop
 from common.gaussian import log_prob
 from generator.config import ExpertsConfig, SamplerConfig
 from generator.denoiser import place_at
@@ -17,6 +21,7 @@ from generator.family import Family
 from generator.offload import Waiting
 from generator.sampler import initial_noise
 from generator.wan import WanGenerator
+from launch.compose import check_family
 from tests.generator.families import build_family, gap, sigmas_of, stock, stock_latents
 from tests.tiny import tiny_config, tiny_generator
 
@@ -323,3 +328,44 @@ def test_settings_of_two_transformers_need_two(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         WanGenerator.load(tiny_config(folder, **changes), device="cpu")
+
+
+@pytest.mark.parametrize("train", ["high", "low"])
+def test_pairs_train_the_noise_levels_of_one_transformer(
+    experts: Path, train: str
+) -> None:
+    """Training on stored latents loads one transformer; other noise levels are drawn again."""
+    generator = WanGenerator.load(
+        tiny_config(experts, experts=ExpertsConfig(train=train)),
+        device="cpu",
+        transformer_only=True,
+    )
+    assert len(generator.modules) == 1
+    clean = torch.randn(1, 16, 3, 4, 4)
+    loop = SimpleNamespace(cfg=DpoConfig(), seed=0, accepts=generator.trains_at)
+    draw = DpoLoop.draw(loop, SimpleNamespace(chosen_NCFHW=clean), "step", 0, range(40))
+    high = draw.sigma_N >= 0.875
+    assert high.all() if train == "high" else not high.any()
+    # uniform in its range: 40 draws of [0.875, 1] or [0, 0.875], 4 standard errors
+    middle, width = (0.9375, 0.125) if train == "high" else (0.4375, 0.875)
+    assert draw.sigma_N.mean().item() == pytest.approx(
+        middle, abs=4 * width / math.sqrt(12 * 40)
+    )
+    text = torch.randn(5, 32)
+    with generator.given_prompts({"rain": text}):
+        error = generator.flow_error(
+            clean, draw.noise_NCFHW[:1], draw.sigma_N[:1], ["rain"]
+        )
+        error.sum().backward()
+        other = torch.tensor([0.5 if train == "high" else 0.95])
+        with pytest.raises(RuntimeError, match="not loaded"):
+            generator.flow_error(clean, draw.noise_NCFHW[:1], other, ["rain"])
+
+
+def test_stochastic_steps_are_checked_before_a_run_loads(experts: Path) -> None:
+    """The settings are checked from the folder's files, before rewards and weights are loaded."""
+    cfg = tiny_config(experts, sampler=how(stochastic_range=5))
+    run = SimpleNamespace(generator=cfg, zero_stage=2)
+    with pytest.raises(ValueError, match="stochastic_range=5 must be at most 4"):
+        check_family(run, stochastic=True)
+    check_family(SimpleNamespace(generator=cfg, zero_stage=2))

@@ -17,12 +17,15 @@ from safetensors.torch import load_file
 from alignment.config import RewardConfig
 from common.config import dump
 from engine.config import OptimizerConfig
+from generator.config import ExpertsConfig, SamplerConfig
+from generator.sampler import initial_noise
 from generator.wan import WanGenerator
 from launch import export
 from launch.schemas.training import GrpoRun
 from rm.config import BackboneLora, LearningRates
 from rm.model import DeScore
 from rm.scorer import DeScoreScorer
+from tests.generator.families import build_family, gap, stock_latents
 from tests.generator.stock import latents, remarks
 from tests.launch.processes import loaded_by_help, next_step, run
 from tests.launch.release.test_hub import SECRET, Hub, online
@@ -121,6 +124,39 @@ def follow(card: Path, places: dict[str, Path], *, block: int = 0) -> dict[str, 
     found: dict[str, object] = {"folder": str(card.parent)}
     exec(compile(code.replace("bfloat16", "float32"), str(card), "exec"), found)
     return found
+
+
+@pytest.mark.parametrize("form", export.FORMATS)
+def test_card_commands_load_both_transformers(tmp_path: Path, form: str) -> None:
+    """Wan 2.2 A14B: an adapter for each transformer, trained one after the other."""
+    base = build_family(tmp_path / "a14b", "T2V-A14B")
+    sampler = SamplerConfig(
+        num_steps=4,
+        shift=12.0,
+        stochastic_range=2,
+        guidance_scale=3.0,
+        guidance_scale_2=2.0,
+    )
+    changes = {"sampler": sampler, "experts": ExpertsConfig(train="low")}
+    # the second run samples with the adapter of the first
+    high = make_run(base, tmp_path / "high", sampler=sampler)
+    generator = make_run(base, tmp_path / "low", **changes)
+    generator.load_trained(tmp_path / "high" / "final")
+    generator.save_trained(tmp_path / "low" / "final")
+    want = generator.sample(PROMPTS, SEEDS)
+
+    out = exported(tmp_path, trained="low/final", form=form)
+    with remarks() as said:
+        pipeline = follow(
+            out / "README.md", {"path/to/this/folder": out, "path/to/the/base": base}
+        )["pipeline"]
+    assert [one for one in said if "eys" in one] == []
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.stack([initial_noise(seed, high.latent_shape) for seed in SEEDS])
+    options = {"guidance_scale": 3.0, "guidance_scale_2": 2.0}
+    got = stock_latents(pipeline, noise, PROMPTS, steps=4, shift=12.0, **options)
+    assert gap(got, want) < 5e-5
+    assert gap(high.sample(PROMPTS, SEEDS), want) > 0.01
 
 
 @pytest.mark.parametrize("form", export.FORMATS)

@@ -7,12 +7,13 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.config import load
-from generator.config import GeneratorConfig
+from generator.config import ExpertsConfig, GeneratorConfig
 from launch import score
 from launch.command import read_command
 from launch.planning.dry_run import lines_of, missing_inputs, parse_where
@@ -35,7 +36,12 @@ from launch.planning.plan import (
     Where,
     training_parts,
 )
-from launch.planning.runs import plan_grpo, plan_reward_model
+from launch.planning.runs import (
+    _shared,
+    _with_frozen,
+    plan_grpo,
+    plan_reward_model,
+)
 from launch.schemas.evaluation import ScoreRun
 from launch.schemas.pairs import DpoRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun, SampleRun
@@ -190,6 +196,26 @@ def test_forward_flops_of_each_family(
         assert wan.tokens == tokens
         flops = wan.forward(1, grad=False).flops
     assert flops == pytest.approx(tflop * 1e12, rel=0.01)
+
+
+def test_ranks_that_share_a_sample_share_its_activations() -> None:
+    """Two ranks to a sample: half of a rank's FLOPs, seconds and bytes."""
+    assert _shared(Cost(8.0, 6.0, 4.0), 2) == Cost(4.0, 3.0, 2.0)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_frozen_transformer_is_in_memory_while_it_is_used(*, offload: bool) -> None:
+    """With offload it is a part of the rollout's peak and of the host, else it is permanent."""
+    experts = ExpertsConfig(offload=offload)
+    cfg = GeneratorConfig("Wan-AI/Wan2.2-T2V-A14B-Diffusers", experts=experts)
+    wan = SimpleNamespace(cfg=cfg, frozen=torch.nn.Linear(10, 10, bias=False))
+    plan = Plan(H100, "update", 1, 0.0)
+    cost = _with_frozen(plan, wan, Cost(1.0, 1.0, 50.0))
+    parts = [(part.bytes, part.temporary) for part in plan.parts]
+    if offload:
+        assert (cost.peak, parts, plan.host[0].bytes) == (450.0, [], 400)
+    else:
+        assert (cost.peak, parts, plan.host) == (50.0, [(400, False)], [])
 
 
 @pytest.mark.slow
