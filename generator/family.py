@@ -22,9 +22,13 @@ PARTS = {
     "vae": "AutoencoderKLWan",
     "text_encoder": "UMT5EncoderModel",
 }
+# Publications of AnyFlow: the library's names, and those of the code that it came from.
+FLOW_MAP_PIPELINES = ("AnyFlowPipeline", "WanAnyFlowPipeline")
+FLOW_MAPS = ("AnyFlowTransformer3DModel", "FAR_Wan_Transformer3DModel")
 SUPPORTED = (
     "this project runs text-to-video folders of WanPipeline: Wan 2.1 (such as "
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, and 14B), Wan 2.2 TI2V-5B, and Wan 2.2 T2V-A14B"
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, and 14B), Wan 2.2 TI2V-5B, and Wan 2.2 T2V-A14B; and "
+    "AnyFlow (nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers)"
 )
 # Kinds of pipelines, by a part of their class's name.
 _KINDS = {
@@ -32,7 +36,7 @@ _KINDS = {
     "WanVACE": "a Wan VACE",
     "WanAnimate": "a Wan Animate",
     "WanVideoToVideo": "a video-to-video Wan",
-    "AnyFlow": "an AnyFlow, a flow map that takes two times",
+    "AnyFlow": "an AnyFlow that generates in chunks",
 }
 # Settings of a transformer that only other kinds have.
 _OTHER_TRANSFORMERS = {
@@ -41,9 +45,9 @@ _OTHER_TRANSFORMERS = {
     "pos_embed_seq_len": "is conditioned on an image",
     "vace_layers": "is that of a Wan VACE",
     "vace_in_channels": "is that of a Wan VACE",
-    "deltatime_type": "is a flow map (AnyFlow), which takes two times",
-    "gate_value": "is a flow map (AnyFlow), which takes two times",
 }
+# Settings of a flow map, which takes two times.
+_OF_FLOW_MAPS = ("deltatime_type", "gate_value")
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,12 @@ class Family:
 
     experts   folders of its transformers, that of high noise first
     boundary  the lowest sigma that is the first expert's; None for a single transformer
+    flow_map  whether the transformer takes two times (AnyFlow, `generator.flow_map`)
     """
 
     experts: tuple[str, ...] = ("transformer",)
     boundary: float | None = None
+    flow_map: bool = False
 
     @staticmethod
     def of(folder: Path) -> Family:
@@ -86,13 +92,16 @@ class Family:
         latent = first.get("out_channels", 16)
         if "vae" in configs:
             latent = configs["vae"].get("z_dim", 16)
-        _check_transformer(first, latent)
+        flow_map = index.get("_class_name") in FLOW_MAP_PIPELINES
+        _check_transformer(first, latent, flow_map=flow_map)
 
         # Two transformers, or one.
         boundary = index.get("boundary_ratio")
         named = class_of(index, "transformer_2")
         if named is None and second is None and boundary is None:
-            return Family()
+            return Family(flow_map=flow_map)
+        if flow_map:
+            raise OtherModelError("is a flow map with two transformers")
         if named != PARTS["transformer"] or second is None or boundary is None:
             raise OtherModelError(
                 f"has a part of two transformers only: boundary_ratio {boundary}, transformer_2 of "
@@ -110,7 +119,8 @@ def _check_index(index: Mapping[str, Any]) -> None:
     """Raise OtherModelError unless an index is of a text-to-video Wan."""
     # The pipeline.
     name = index.get("_class_name")
-    if name != "WanPipeline":
+    flow_map = name in FLOW_MAP_PIPELINES
+    if name != "WanPipeline" and not flow_map:
         for part, kind in _KINDS.items():
             if part in str(name):
                 raise OtherModelError(f"is {kind} ({name})")
@@ -121,18 +131,29 @@ def _check_index(index: Mapping[str, Any]) -> None:
         raise OtherModelError("has an image encoder, so it is conditioned on an image")
     for part, wanted in PARTS.items():
         found = class_of(index, part)
-        if found != wanted:
-            raise OtherModelError(f"has a {part} of class {found} instead of {wanted}")
+        known = FLOW_MAPS if flow_map and part == "transformer" else (wanted,)
+        if found not in known:
+            raise OtherModelError(f"has a {part} of class {found} instead of {known[0]}")
 
 
-def _check_transformer(config: Mapping[str, Any], latent: int) -> None:
+def _check_transformer(
+    config: Mapping[str, Any], latent: int, *, flow_map: bool
+) -> None:
     """Raise OtherModelError for a transformer that takes more than text.
 
     latent  channels of the VAE's latents
     """
     name = config.get("_class_name")
-    if name != PARTS["transformer"]:
+    known = FLOW_MAPS if flow_map else (PARTS["transformer"],)
+    if name not in known:
         raise OtherModelError(f"has a transformer of class {name}")
+    for key in _OF_FLOW_MAPS:
+        value = config.get(key)
+        if (value is not None) != flow_map:
+            raise OtherModelError(
+                f"has a transformer with {key}={value!r}: a flow map (AnyFlow) has it, "
+                "and no other Wan"
+            )
     for key, kind in _OTHER_TRANSFORMERS.items():
         value = config.get(key)
         if value is not None:

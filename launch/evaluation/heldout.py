@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Videos per batch where the generator sets no limit.
 BATCH = 8
+# Prompts whose noise shows how far the jumps of a flow map disagree.
+GAP_PROMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,16 @@ def measure(
     stock: bool,
     folder: Path,
     videos: int,
+    steps: Sequence[int] = (),
 ) -> dict[str, float]:
     """MEAN of every reward and its parts over the prompts; values that are missing do not count.
 
     ``eval/<reward>`` is sampled along the grid of training; with ``stock``, ``eval_stock/<reward>``
-    is sampled by the stock pipeline's scheduler, which users sample with. Prompt i always has the
-    noise of derive_seed(seed, "evaluate", i), as in launch/evaluate.py. The first ``videos`` of the
-    training grid go to ``folder``. Ranks share the prompts, and all of them call this function.
+    is sampled by the stock pipeline's scheduler, which users sample with. For each N of ``steps``,
+    ``eval_N/<reward>`` is sampled in N steps, jumps for a flow map, of which ``eval/map_gap`` says
+    how far its jumps disagree. Prompt i always has the noise of derive_seed(seed, "evaluate", i),
+    as in launch/evaluate.py. The first ``videos`` of the training grid go to ``folder``. Ranks
+    share the prompts, and all of them call this function.
     """
     heldout = HeldoutSet(generator, rewards, prompts, seed)
     # Samples are for looking at: the main rank's are enough.
@@ -64,6 +69,10 @@ def measure(
     rows = {"eval": _score_prompts(heldout, "euler", writer, videos)}
     if stock:
         rows["eval_stock"] = _score_prompts(heldout, "pipeline", None, 0)
+    for number in steps:
+        rows[f"eval_{number}"] = _score_prompts(
+            heldout, "euler", None, 0, num_steps=number
+        )
 
     # A column is a reward or a part of it.
     metrics = {}
@@ -73,14 +82,26 @@ def measure(
             scored = [value for value in values if value is not None]
             mean = math.fsum(scored) / len(scored) if scored else math.nan
             metrics[f"{prefix}/{column}"] = mean
+
+    # Every rank measures the same prompts.
+    if getattr(generator, "flow_map", False):
+        some = prompts[:GAP_PROMPTS]
+        seeds = [derive_seed(seed, "evaluate", i) for i in range(len(some))]
+        metrics["eval/map_gap"] = generator.map_gap(some, seeds)
     return metrics
 
 
 def _score_prompts(
-    heldout: HeldoutSet, scheduler: str, writer: SampleWriter | None, videos: int
+    heldout: HeldoutSet,
+    scheduler: str,
+    writer: SampleWriter | None,
+    videos: int,
+    num_steps: int | None = None,
 ) -> list[Row]:
     """{reward or reward.part: value} of all prompts, in order, on every rank."""
     generator = heldout.generator
+    # A generator of another class may not know the number of steps.
+    options: dict[str, int] = {} if num_steps is None else {"num_steps": num_steps}
     rows: dict[int, Row] = {}
     problem: RewardUnavailableError | None = None
     ranks = DataRanks(generator.cfg.context_parallel)
@@ -98,7 +119,7 @@ def _score_prompts(
             continue
         prompts = [heldout.prompts[i] for i in batch]
         seeds = [derive_seed(heldout.seed, "evaluate", i) for i in batch]
-        clean = generator.sample(prompts, seeds, scheduler=scheduler)
+        clean = generator.sample(prompts, seeds, scheduler=scheduler, **options)
         # Ranks that have sampled the same videos take turns in scoring them.
         if not places or number % ranks.ranks_per_sample != ranks.place:
             continue

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common import safe_yaml
-from generator.family import Family
+from generator.family import FLOW_MAP_PIPELINES, Family
 
 FILE = Path(__file__).parents[1] / "templates" / "known_models.yaml"
 _SIZES: dict[str, Any] = safe_yaml.parse(FILE.read_text(encoding="utf-8")).value
@@ -18,6 +18,9 @@ _SIZES: dict[str, Any] = safe_yaml.parse(FILE.read_text(encoding="utf-8")).value
 WAN: dict[str, Any] = {}
 for _name, _config in _SIZES["wan"].items():
     WAN[_name] = _SIZES["wan_common"] | _config
+    # A flow map has always this norm, and no key for it.
+    if "deltatime_type" in _config:
+        del WAN[_name]["qk_norm"]
 WAN_VAE = _SIZES["wan_vae"]
 # Statistics of the latents do not change what a plan counts.
 _WAN_VAE_TI2V = {
@@ -70,7 +73,8 @@ def wan_family(path: str) -> Family:
     experts = ("transformer",)
     if "transformer_2" in index:
         experts = ("transformer", "transformer_2")
-    return Family(experts, index.get("boundary_ratio"))
+    flow_map = index.get("_class_name") in FLOW_MAP_PIPELINES
+    return Family(experts, index.get("boundary_ratio"), flow_map)
 
 
 # A size that no letter or digit touches: "2b" in "from_2b", not in "x2bit".

@@ -40,6 +40,7 @@ def evaluate_heldout(
             stock=settings.stock_scheduler,
             folder=Path(run.run_dir) / "evaluation" / f"step-{step:06d}",
             videos=settings.videos,
+            steps=settings.steps,
         )
 
 
