@@ -46,6 +46,7 @@ class AnyFlowGenerator(WanGenerator):
 
         Raises RuntimeError where `velocity` does.
         """
+        # There is no negative prompt.
         self._require_no_grad()
         conditions = self._conditions(list(prompts), guided=False)
         return self.denoiser.mean_velocity(x_BCFHW, sigma_B, target_B, conditions)
@@ -58,6 +59,7 @@ class AnyFlowGenerator(WanGenerator):
         # All members are at the same noise level and have the same prompt.
         x_MCFHW = step.latent_MCFHW.to(self.device)
         sigma_M = torch.full((len(x_MCFHW),), step.sigma)
+        # The second time is sigma itself, or the anchor.
         target = self.kernel.target(step.sigma, step.sigma_next)
         target_M = torch.full((len(x_MCFHW),), target)
         texts = [prompt] * len(x_MCFHW)
@@ -87,6 +89,7 @@ class AnyFlowGenerator(WanGenerator):
         self, *prompts: str, scale: float | None = None
     ) -> Callable[[Tensor, float], Tensor]:
         """What the kernel takes at a stochastic step, as a function of (x, sigma)."""
+        # A step of the grid is known by where it begins.
         cfg = self.cfg.sampler
         grid = sigma_grid(cfg.num_steps, shift=cfg.shift).tolist()
         after = dict(pairwise(grid))
@@ -127,6 +130,7 @@ class AnyFlowGenerator(WanGenerator):
         prompt: str,
     ) -> Tensor:
         """Jump to the first stochastic step."""
+        # One grid for the prefix, however many steps the training grid has there.
         cfg = self.cfg.sampler
         if cfg.prefix_steps is not None and cfg.prefix_steps < len(sigmas) - 1:
             grid = prefix_grid(sigmas[-1], cfg.prefix_steps, shift=cfg.shift)
@@ -140,6 +144,7 @@ class AnyFlowGenerator(WanGenerator):
         prompt: str,
     ) -> Tensor:
         """Jump to sigma = 0."""
+        # A grid of its own, as `WanGenerator` has for its tail.
         cfg = self.cfg.sampler
         if cfg.tail_steps is not None and cfg.tail_steps < len(sigmas) - 1:
             sigmas = tail_grid(sigmas[0], cfg.tail_steps, shift=cfg.shift).tolist()
@@ -153,6 +158,7 @@ class AnyFlowGenerator(WanGenerator):
         num_steps: int,
     ) -> Tensor:
         """Sample with the stock AnyFlowPipeline, which has no guidance to give."""
+        # The pipeline gets the policy, or the reference.
         self._pipeline.transformer = self.denoiser.expert.transformer
         return self._pipeline(
             prompt_embeds=self._conditions(prompts, guided=False).text_BLD,

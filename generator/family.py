@@ -133,7 +133,9 @@ def _check_index(index: Mapping[str, Any]) -> None:
         found = class_of(index, part)
         known = FLOW_MAPS if flow_map and part == "transformer" else (wanted,)
         if found not in known:
-            raise OtherModelError(f"has a {part} of class {found} instead of {known[0]}")
+            raise OtherModelError(
+                f"has a {part} of class {found} instead of {known[0]}"
+            )
 
 
 def _check_transformer(

@@ -61,10 +61,12 @@ class FlowMap(Denoiser):
         conditions: Conditions,
     ) -> Tensor:
         """u(x, sigma, target) -> (B, C, F, H, W), fp32 (fp64 for fp64 weights)."""
+        # The check is free, eval() on every submodule is not.
         expert = self.expert
         module = expert.module
         if module.training:
             module.eval()
+        # One forward: guidance is in the weights.
         u_BCFHW = mean_velocity(
             module,
             x_BCFHW.to(self.device, expert.dtype),
@@ -87,9 +89,11 @@ def mean_velocity(
 
     It takes a time for every latent frame, and frames before channels.
     """
+    # Times count from 0 to 1000, and need not be integers.
     frames = x_BCFHW.shape[2]
     time_BF = (1000 * sigma_B.float())[:, None].expand(-1, frames)
     target_BF = (1000 * target_B.float())[:, None].expand(-1, frames)
+    # The first time is where x is, the second where the jump ends.
     out_BFCHW = module(
         hidden_states=x_BCFHW.transpose(1, 2),
         timestep=time_BF,

@@ -8,12 +8,17 @@ velocities along the teacher's guided ODE:
 v is the teacher's guided velocity, du/dt a central difference of the student without gradient, as
 AnyFlow (2605.13724) takes it. No clip's caption teaches the student anything that the teacher does
 not know: clips only say where x lies.
+
+`python toy/build.py --stages anyflow` builds it; `python toy/build_anyflow.py --out FILE` measures
+the shipped one.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from common.files import give_usual_mode
 from common.strict_loading import load_pretrained
 from generator.flow import guide, interpolate
 from generator.flow_map import from_wan, mean_velocity
@@ -156,10 +162,12 @@ def two_times(batch: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
 
     Places in the batch decide (`SHARES`): first those of equal levels, then jumps to the video.
     """
+    # Uniform, on the shifted schedule that sampling uses.
     u_2B = torch.rand((2, batch), generator=draw)
     sigma_2B = SHIFT * u_2B / (1 + (SHIFT - 1) * u_2B)
     sigma_B = sigma_2B.amax(dim=0)
     target_B = sigma_2B.amin(dim=0)
+    # What each place of the batch is for.
     equal = round(SHARES[0] * batch)
     to_video = round(SHARES[1] * batch)
     target_B[:equal] = sigma_B[:equal]
@@ -187,6 +195,7 @@ def derivative(
 
     x moves with v from sigma to both ends of the difference.
     """
+    # Both ends of the difference lie in [0, 1].
     half = EPSILON / 1000
     middle_B = sigma_B.clamp(half, 1 - half)
     ends = []
@@ -220,6 +229,7 @@ def walk(
     seed: int,
 ) -> Tensor:
     """From noise to clean latents by x + (target - sigma) u along the grid of ``steps``."""
+    # Noise of the seed, the same for every number of steps.
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn((len(prompts), 16, 3, 8, 8), generator=draw)
     text_BLD = teacher.embed(prompts)
@@ -283,6 +293,7 @@ def evaluate(
 
 def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
     """Distil, save an AnyFlowPipeline folder to ``out/anyflow`` and measure on held-out prompts."""
+    # 1. Teacher, data, and the student that starts as the teacher.
     teacher = Teacher.load(out / "wan")
     latents, attributes = training_clips(teacher.vae, work / "wan_clips.safetensors")
     student = from_wan(teacher.transformer)
@@ -327,24 +338,34 @@ def build(out: Path, work: Path, *, steps: int | None) -> dict[str, float]:
         average.save()
         return evaluate(average.module, teacher, count=16, seed=1, whole=False)
 
+    # 2. Distil.
     fit(
         Fit(NAME, steps or STEPS, PEAK, work, every=40),
         student,
         loss_at,
         saved_scores,
     )
+    # 3. Save the average, and measure what was saved.
     save(average.module, out)
+    return {"steps": steps or STEPS, **measure_folder(out, teacher)}
+
+
+def measure_folder(out: Path, teacher: Teacher) -> dict[str, float]:
+    """Measure the flow map in ``out/anyflow`` in fp32, beside its teacher."""
     stored = load_pretrained(AnyFlowTransformer3DModel, out / NAME / "transformer")
-    stored = stored.float().eval()
-    return {"steps": steps or STEPS, **evaluate(stored, teacher, count=192, seed=2)}
+    return evaluate(stored.float().eval(), teacher, count=96, seed=2)
 
 
 def save(student: AnyFlowTransformer3DModel, out: Path) -> None:
     """Write ``out/anyflow`` in fp16; parts that are the teacher's are links to ``out/wan``."""
+    # What is its own.
     folder = out / NAME
     half = copy.deepcopy(student).half()
     half.save_pretrained(folder / "transformer")
+    for file in (folder / "transformer").iterdir():
+        give_usual_mode(file)
     FlowMapEulerDiscreteScheduler(shift=SHIFT).save_pretrained(folder / "scheduler")
+    # What it shares.
     for part in SHARED:
         if not (folder / part).exists():
             (folder / part).symlink_to(Path("..") / "wan" / part)
@@ -358,3 +379,30 @@ def save(student: AnyFlowTransformer3DModel, out: Path) -> None:
         scheduler=FlowMapEulerDiscreteScheduler(shift=SHIFT),
     )
     index.save_config(folder)
+
+
+def main() -> None:
+    """Measure the shipped flow map and write the numbers."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--shapes", type=Path, default=Path("assets/shapes"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    # The settings are those of the build.
+    built = json.loads((args.shapes / f"{NAME}.measured.json").read_text())
+    result = {
+        "command": "python toy/build_anyflow.py --out docs/results/anyflow.json",
+        "steps": built["steps"],
+        "batch": BATCH,
+        "learning_rate": PEAK,
+        "guidance": GUIDANCE,
+        "measured": measure_folder(args.shapes, Teacher.load(args.shapes / "wan")),
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    args.out.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
