@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from alignment.reward_transforms import (
+    conditioned,
+    normalised_over_batch,
+    rank,
+    win_rate,
+)
 from common.distributed import gather_objects, gather_rows
 from common.policy_gradient import group_advantages, group_std
 
@@ -47,6 +53,10 @@ def group_relative_advantages(
 
         A = sum_k w_k A_k        (LongCat-Video 2510.22200, equations 9 and 10)
 
+    Before that a reward may be conditioned on another one and made a win rate or a rank, after
+    it the sum may be normalised over the batch (`alignment.reward_transforms`); the metrics are
+    those of the plain rewards.
+
     ``scores`` are of this rank's videos, (P * M,) each with P = ``groups``; of ranks that hold
     the same videos each has scores of its `RankGroups.scored_groups` only. The rows of all
     ranks are gathered, so that the largest spread is taken over all groups and the order of
@@ -56,11 +66,12 @@ def group_relative_advantages(
     means = {}
     details = {}
     part_names = _parts_of_all_ranks(scores)
-    total_PG = torch.zeros(groups * ranks.shards, cfg.group_size)
+    rewards = {}
     for name, score in scores.items():
         # metrics of this reward
         local_PM = ranks.place(score.value_B.float(), groups)
         reward_PG = ranks.gather_groups(local_PM)
+        rewards[name] = reward_PG
         means[f"reward/{name}"] = mean_of_scored(reward_PG)
         missing_B = torch.full_like(score.value_B, math.nan)
         for part in part_names[name]:
@@ -70,17 +81,45 @@ def group_relative_advantages(
         for key, value in _spread(reward_PG).items():
             details[f"reward/{name}_{key}"] = value
 
-        # its weighted advantages
+    # the weighted advantages of all rewards
+    total_PG = torch.zeros(groups * ranks.shards, cfg.group_size)
+    for name in rewards:
+        shaped_PG = _shaped(name, rewards, cfg, details)
         advantage_PG = group_advantages(
-            reward_PG, scale=cfg.scale, eps=cfg.advantage_eps
+            shaped_PG, scale=cfg.scale, eps=cfg.advantage_eps
         )
         total_PG += weights[name] * advantage_PG
 
+    if cfg.advantage_norm == "batch":
+        total_PG = normalised_over_batch(total_PG, eps=cfg.advantage_eps)
     # bound the sum, not the rewards
     if cfg.advantage_clip is not None:
         total_PG = total_PG.clamp(-cfg.advantage_clip, cfg.advantage_clip)
     details["train/advantage_abs"] = float(total_PG.abs().mean())
     return Advantages(ranks.local_part(total_PG), bool(total_PG.any()), means, details)
+
+
+def _shaped(
+    name: str,
+    rewards: Mapping[str, Tensor],
+    cfg: GrpoConfig,
+    details: dict[str, float],
+) -> Tensor:
+    """A reward (P, G) as it is compared within groups: conditioned, then transformed."""
+    reward_PG = rewards[name]
+    condition = cfg.reward_given.get(name)
+    if condition is not None:
+        other_PG = rewards[condition.reward]
+        met_PG = (other_PG >= condition.at_least).double()
+        met_PG[~other_PG.isfinite()] = math.nan
+        # a threshold that nobody or everybody meets changes nothing
+        details[f"reward/{name}_met"] = mean_of_scored(met_PG)
+        reward_PG = conditioned(reward_PG, other_PG, at_least=condition.at_least)
+    if cfg.reward_transform == "win_rate":
+        return win_rate(reward_PG, temperature=cfg.win_temperature)
+    if cfg.reward_transform == "rank":
+        return rank(reward_PG)
+    return reward_PG
 
 
 def _parts_of_all_ranks(scores: Mapping[str, Score]) -> dict[str, list[str]]:

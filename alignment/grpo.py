@@ -7,41 +7,32 @@ shard (`alignment.rank_groups`). M is the number of a group's members on this ra
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from alignment.advantages import Advantages, group_relative_advantages
-from alignment.grpo_losses import (
-    StepWeights,
-    grpo_group_loss,
-    update_metrics,
-    weights_of_steps,
-)
+from alignment.advantages import group_relative_advantages
+from alignment.objectives import build_objective
 from alignment.rank_groups import RankGroups
 from alignment.rewards.errors import NamedReward
 from alignment.scoring import FlatRewardGuard, Scorer, SilentRewardGuard
 from alignment.timing import PhaseTimer
-from common import gaussian
-from common.log import say
-from common.updates import backward_and_step
+from common.types import text_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from alignment.config import GrpoConfig
+    from alignment.objectives import AveragedPolicy
     from alignment.prompts import PromptBatch, PromptSchedule
     from common.types import (
         Engine,
         Generator,
         Group,
-        LossOutput,
         RewardModel,
         Score,
-        Step,
     )
 
 
@@ -52,6 +43,7 @@ class StepResult:
     Of ranks that hold the same samples, each has the groups that it decoded and scored.
 
     video_BTYXC  The videos of the first groups that were to be kept; None if none were.
+    groups       The rollouts of this rank, if they were to be kept.
     """
 
     metrics: dict[str, float]
@@ -59,6 +51,7 @@ class StepResult:
     video_BTYXC: Tensor | None
     scores: Mapping[str, Score]
     advantage_PM: Tensor
+    groups: Sequence[Group] = ()
 
 
 def backwards_per_update(
@@ -67,10 +60,13 @@ def backwards_per_update(
     """Return the engine's gradient accumulation: backwards of an optimizer step on each rank.
 
     ``prompts_per_step`` is the number of groups of a step over all ranks. Ranks that compute
-    each sample together count as one of ``ranks``.
+    each sample together count as one of ``ranks``. ``steps_per_group`` is the number of
+    stochastic steps, which forward objectives do not have.
     """
     groups = prompts_per_step * cfg.ranks_per_group // ranks
-    return groups * steps_per_group
+    if cfg.objective == "policy":
+        return groups * steps_per_group
+    return groups * cfg.samples_per_group // cfg.forward.micro_batch
 
 
 class GrpoLoop:
@@ -82,6 +78,8 @@ class GrpoLoop:
     fps        The frame rate of the generator's videos, for the rewards.
     ranks_per_sample  How many consecutive ranks compute each sample together; the engine must
                then sum their gradients.
+    levels     The noise levels that a forward objective trains, of the rollout's own grid.
+    old        The policy that samples, where `GrpoConfig.has_old_policy`.
     grad_norm  Returns the gradient's norm before clipping, or None, after an optimizer step.
     """
 
@@ -96,6 +94,8 @@ class GrpoLoop:
         prompts: PromptSchedule,
         fps: float,
         ranks_per_sample: int = 1,
+        levels: Sequence[float] = (),
+        old: AveragedPolicy | None = None,
         grad_norm: Callable[[], float | Tensor | None] = lambda: None,
     ) -> None:
         self.cfg = cfg
@@ -107,20 +107,30 @@ class GrpoLoop:
         self.engine = engine
         self.prompts = prompts
         self.fps = fps
-        self.grad_norm = grad_norm
         # how ranks share groups, and stops for rewards that teach nothing
         self.ranks = RankGroups(cfg.group_size, cfg.ranks_per_group, ranks_per_sample)
         self.ranks.check(self.rewards.values())
+        self.objective = build_objective(
+            cfg,
+            generator=generator,
+            engine=engine,
+            levels=levels,
+            old=old,
+            first_member=self.ranks.first_member,
+            grad_norm=grad_norm,
+        )
         self.silent_guard = SilentRewardGuard(weights)
         self.flat_guard = FlatRewardGuard(weights, patience=cfg.flat_reward_patience)
 
-    def step(self, step: int, *, keep_groups: int = 0) -> StepResult:
+    def step(
+        self, step: int, *, keep_groups: int = 0, keep_rollouts: bool = False
+    ) -> StepResult:
         """One optimizer step: sample groups, score them, normalise the rewards, update.
 
         ``step`` counts from 0. Frames are let go once they are scored, except those of the first
-        ``keep_groups`` groups of this rank. Raises RewardUnavailableError on every rank, before
-        anything is trained, when a reward fails on any rank, and by `SilentRewardGuard` and
-        `FlatRewardGuard`.
+        ``keep_groups`` groups of this rank; latents and log-probs are, without ``keep_rollouts``.
+        Raises RewardUnavailableError on every rank, before anything is trained, when a reward
+        fails on any rank, and by `SilentRewardGuard` and `FlatRewardGuard`.
         """
         timer = PhaseTimer()
         batch = self.batch(step)
@@ -135,10 +145,11 @@ class GrpoLoop:
             overlap=self.cfg.overlap_scoring,
         )
         with scorer:
-            # 1. Sample G videos per prompt from the current policy.
-            groups, video_BTYXC = self.sample(
-                batch, step, scorer, timer, keep_groups=keep_groups
-            )
+            # 1. Sample G videos per prompt from the current policy, or the objective's old one.
+            with self.objective.sampling_policy():
+                groups, video_BTYXC = self.sample(
+                    batch, step, scorer, timer, keep_groups=keep_groups
+                )
 
             # 2. Score every video with every reward; NaN means "could not be scored".
             scores = scorer.scores()
@@ -150,13 +161,9 @@ class GrpoLoop:
         self.silent_guard.check(advantages.means, scores)
         self.flat_guard.check(advantages.means, advantages.details)
 
-        # 4. One backward per group and stochastic step, then an optimizer step.
+        # 4. The objective's backwards: one per group and stochastic step, then an optimizer step.
         with timer("update"):
-            updates = [self.update(groups, advantages) for _ in range(self.cfg.updates)]
-        train_metrics = {}
-        for name in updates[0]:
-            values = [metrics[name] for metrics in updates]
-            train_metrics[name] = sum(values) / len(values)
+            train_metrics = self.objective.train(groups, advantages, batch)
 
         metrics = {
             # the console line shows the first of these
@@ -171,7 +178,13 @@ class GrpoLoop:
             video_BTYXC,
             scores,
             advantages.advantage_PM[list(scored)],
+            groups if keep_rollouts else (),
         )
+
+    def set_kl_weight(self, weight: float) -> None:
+        """Change the weight of the KL term, from the next update on."""
+        self.cfg = replace(self.cfg, kl_weight=weight)
+        self.objective.cfg = self.cfg
 
     def batch(self, step: int) -> PromptBatch:
         """Return the prompts of a step that this rank's shard samples."""
@@ -219,69 +232,7 @@ class GrpoLoop:
                 del video_GTYXC
         return groups, torch.cat(kept) if kept else None
 
-    def update(
-        self, groups: Sequence[Group], advantages: Advantages
-    ) -> dict[str, float]:
-        """Take one optimizer step: a backward per group and stochastic step.
-
-        Without an advantage on any rank there is no optimizer step at all: KL has no policy
-        step to hold back, and Adam would still move the weights by momentum and decay. A loss
-        that is not finite is reported; what happens to its gradient is decided by the engine.
-        """
-        if not advantages.anything_to_learn:
-            return {"train/skipped": 1.0}
-        outputs = []
-        weights = iter(
-            weights_of_steps(
-                [step for group in groups for step in group.steps],
-                form=self.cfg.reweight,
-                normalize=self.cfg.normalize_step_weights,
-            )
-        )
-        for group, advantage_G in zip(groups, advantages.advantage_PM, strict=True):
-            for step in group.steps:
-                output = self.loss(group.prompt, step, advantage_G, next(weights))
-                if not math.isfinite(output.metrics["loss"]):
-                    say(f"the loss is {output.metrics['loss']} for {group.prompt!r}")
-
-                # the engine counts backwards and steps the optimizer on the last of them
-                backward_and_step(self.engine, output.loss)
-                outputs.append(output)
-
-        # the engine knows the norm since its optimizer step
-        metrics = update_metrics(outputs, self.grad_norm())
-        return {**metrics, "train/skipped": 0.0}
-
-    def loss(
-        self, prompt: str, step: Step, advantage_G: Tensor, weights: StepWeights
-    ) -> LossOutput:
-        """Compute `grpo_group_loss` of a group at a stochastic step, in a single forward.
-
-        With one update a rollout the policy that sampled is the policy of now: its log-prob is
-        that of this forward, detached, and the ratio is 1 by construction.
-        """
-        # the reference first, so that the policy's activations are not held meanwhile
-        reference = None
-        if self.cfg.kl_weight > 0:
-            with torch.no_grad(), self.generator.reference():
-                reference = self.generator.transition(prompt, step)
-        policy = self.generator.transition(prompt, step)
-        # how likely the sampled latents are under the policy of now
-        log_prob_G = gaussian.log_prob(policy, step.next_GCFHW)
-        kl = None if reference is None else gaussian.kl_same_std(policy, reference)
-        return grpo_group_loss(
-            log_prob_G,
-            step.log_prob_G.to(log_prob_G.device),
-            advantage_G.to(log_prob_G.device),
-            kl,
-            policy_weight=weights.policy,
-            kl_weight_scaled=self.cfg.kl_weight * weights.kl,
-            clip_low=self.cfg.clip_low,
-            clip_high=self.cfg.clip_high,
-            on_policy=self.cfg.updates == 1,
-        )
-
 
 def _prompts_of(groups: Sequence[Group]) -> list[str]:
-    """Return the prompt of every video of these groups."""
-    return [group.prompt for group in groups for _ in range(group.size)]
+    """Return the text of every video of these groups."""
+    return [text_of(group.prompt) for group in groups for _ in range(group.size)]

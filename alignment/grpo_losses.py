@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
 
 from common.distributed import max_over_ranks, mean_over_ranks, sum_over_ranks
 from common.gaussian import SINGULAR_GAP
 from common.policy_gradient import clipped_surrogate
 from common.types import LossOutput
+from common.updates import all_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +22,37 @@ if TYPE_CHECKING:
 
 
 Reweight = Literal["none", "finite", "paper", "unit"]
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """How far the policy of now is from the one that sampled, and how far it may go.
+
+    With x' = mu_old + std xi of a member,
+
+        log r = mean(xi (mu - mu_old)) / std - D,
+
+    so that r leans below 1 by D, while the other part shrinks with the number of elements:
+    at the size of a video nearly every r is below 1, and a clip binds for negative advantages
+    only. A normalized ratio has no such bias (GRPO-Guard 2510.22319):
+
+        rho = exp(std (log r + D)) = exp( mean(xi (mu - mu_old)) ),   loss / std
+
+    where the division gives the first update the gradient of the plain ratio. With a
+    ``divergence_clip`` the term of a member is 0 where D >= divergence_clip and
+    A (log r + D) > 0 (Flow-DPPO 2606.11025, with the unbiased sign).
+
+    divergence_M     D = mean( (mu - mu_old)^2 ) / (2 std^2), `common.gaussian.kl_same_std` of the
+                     transition of now and the one that sampled, with gradient
+    std              the noise of the step
+    normalized       the ratio is rho
+    divergence_clip  the largest D at which a member may move the policy further; None for none
+    """
+
+    divergence_M: Tensor
+    std: float
+    normalized: bool = False
+    divergence_clip: float | None = None
 
 
 class StepWeights(NamedTuple):
@@ -111,6 +146,7 @@ def grpo_group_loss(
     clip_low: float | None = None,
     clip_high: float | None = None,
     on_policy: bool = False,
+    trust: TrustRegion | None = None,
 ) -> LossOutput:
     """GRPO's loss of one group at one stochastic step; MEAN over members.
 
@@ -134,6 +170,9 @@ def grpo_group_loss(
     With ``on_policy`` the old log-prob in the loss is log_prob_G, detached, and r = 1 by
     construction: for the first update on a rollout, whose policy is the policy of now.
 
+    ``trust`` is for later updates, see `TrustRegion`; the metrics then have old_kl (D) and the
+    numbers of members that `trust_metrics` reads.
+
     Metrics: loss, kl (the plain KL, unweighted), ratio_mean, ratio_dev (max |r - 1|), clip_frac.
     The ratios are always to ``old_log_prob_G``: on-policy they show whether the rollout and the
     update compute the same transition.
@@ -148,13 +187,23 @@ def grpo_group_loss(
     )
 
     # the policy term
-    surrogate = clipped_surrogate(
-        log_prob_G,
-        log_prob_G if on_policy else old_log_prob_G,
-        advantage_G,
-        clip_low=math.inf if clip_low is None else clip_low,
-        clip_high=math.inf if clip_high is None else clip_high,
-    )
+    clip_low = math.inf if clip_low is None else clip_low
+    clip_high = math.inf if clip_high is None else clip_high
+    counts = {}
+    if trust is None:
+        surrogate = clipped_surrogate(
+            log_prob_G,
+            log_prob_G if on_policy else old_log_prob_G,
+            advantage_G,
+            clip_low=clip_low,
+            clip_high=clip_high,
+        )
+    else:
+        log_ratio_G = log_prob_G - old_log_prob_G
+        surrogate = _trusted_surrogate(
+            log_ratio_G, advantage_G, trust, clip_low=clip_low, clip_high=clip_high
+        )
+        counts = surrogate.metrics
     loss = policy_weight * surrogate.loss
     metrics = {
         "ratio_mean": replay.metrics["ratio_mean"],
@@ -166,7 +215,87 @@ def grpo_group_loss(
     if kl is not None:
         loss = loss + kl_weight_scaled * kl.mean()
         metrics["kl"] = float(kl.detach().mean())
-    return LossOutput(loss, {"loss": float(loss.detach()), **metrics})
+    return LossOutput(loss, {"loss": float(loss.detach()), **counts, **metrics})
+
+
+def _trusted_surrogate(
+    log_ratio_G: Tensor,
+    advantage_G: Tensor,
+    trust: TrustRegion,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> LossOutput:
+    """Compute the policy term within a `TrustRegion`, and count members by sign of advantage."""
+    # 1. The ratio that the clips bound.
+    unbiased_G = log_ratio_G + trust.divergence_M
+    bounded_G = trust.std * unbiased_G if trust.normalized else log_ratio_G
+
+    # 2. Members that would move the policy further than the divergence allows.
+    outside_G = torch.zeros_like(advantage_G, dtype=torch.bool)
+    if trust.divergence_clip is not None:
+        further_G = advantage_G * unbiased_G.detach() > 0.0
+        outside_G = further_G & (trust.divergence_M.detach() >= trust.divergence_clip)
+
+    # 3. PPO's term of the others; the MEAN goes over all members.
+    kept_G = torch.where(outside_G, 0.0, advantage_G)
+    surrogate = clipped_surrogate(
+        bounded_G,
+        torch.zeros_like(bounded_G),
+        kept_G,
+        clip_low=clip_low,
+        clip_high=clip_high,
+    )
+    loss = surrogate.loss / trust.std if trust.normalized else surrogate.loss
+
+    # 4. Which members are above 1, and which are held back, by the sign of their advantage.
+    ratio_G = bounded_G.detach().exp()
+    held_G = {
+        "positive": outside_G | (ratio_G > 1.0 + clip_high),
+        "negative": outside_G | (ratio_G < 1.0 - clip_low),
+    }
+    metrics = {
+        "clip_frac": surrogate.metrics["clip_frac"],
+        "old_kl": float(trust.divergence_M.detach().mean()),
+        "members": float(len(advantage_G)),
+    }
+    for sign, of_sign_G in (
+        ("positive", advantage_G > 0.0),
+        ("negative", advantage_G < 0.0),
+    ):
+        metrics[sign] = float(of_sign_G.sum())
+        metrics[f"above_{sign}"] = float((of_sign_G & (ratio_G > 1.0)).sum())
+        metrics[f"held_{sign}"] = float((of_sign_G & held_G[sign]).sum())
+    return LossOutput(loss, metrics)
+
+
+def trust_metrics(outputs: Sequence[LossOutput]) -> dict[str, float]:
+    """Metrics of a later update on a rollout, over the members of all ranks.
+
+    old_kl            MEAN over backwards of D, the divergence from the policy that sampled
+    ratio_above_SIGN  share of ratios above 1 among members of positive or negative advantage,
+                      NaN without such members
+    clip_frac_high, clip_frac_low  share of all members that are held back, by their positive
+                      or negative advantage
+
+    All ranks must call this.
+    """
+    # the numbers of members, and D, over all backwards
+    sums = {"backwards": float(len(outputs))}
+    for output in outputs:
+        for name, value in output.metrics.items():
+            sums[name] = sums.get(name, 0.0) + value
+    totals = all_ranks(sums)
+    # shares of each sign, and of all members
+    metrics = {"train/old_kl": totals["old_kl"] / totals["backwards"]}
+    for sign in ("positive", "negative"):
+        share = math.nan
+        if totals[sign]:
+            share = totals[f"above_{sign}"] / totals[sign]
+        metrics[f"train/ratio_above_{sign}"] = share
+    metrics["train/clip_frac_high"] = totals["held_positive"] / totals["members"]
+    metrics["train/clip_frac_low"] = totals["held_negative"] / totals["members"]
+    return metrics
 
 
 def update_metrics(

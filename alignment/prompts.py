@@ -9,23 +9,40 @@ from pathlib import Path
 from common.distributed import derive_seed
 from common.files import check_text, parse_json_line, read_lines
 from common.schedule import IndexSchedule
+from common.types import ImagePrompt, Prompt
 
 
 def read_prompts(path: str | Path) -> list[str]:
     """Read a .txt file (a prompt per line) or a .jsonl file ({"prompt": ...} per line).
 
     Blank lines are skipped. Raises ValueError, naming the file and the line, for anything
-    else and for a file without prompts.
+    else, for a prompt with an image, and for a file without prompts.
+    """
+    prompts = []
+    for prompt in read_image_prompts(path):
+        if isinstance(prompt, ImagePrompt):
+            raise ValueError(
+                f'{path}: "image" is read by launch/grpo.py and launch/sample.py only, and a '
+                f"prompt has one: {prompt.text!r:.80}"
+            )
+        prompts.append(prompt)
+    return prompts
+
+
+def read_image_prompts(path: str | Path) -> list[Prompt]:
+    """Read prompts like `read_prompts`, and {"prompt": ..., "image": ...} as an ImagePrompt.
+
+    A relative path of an image starts from the folder of the file.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: prompts are read from .txt or .jsonl files")
-    parse = _json_prompt if path.suffix == ".jsonl" else str.strip
-    prompts = []
+    is_json = path.suffix == ".jsonl"
+    prompts: list[Prompt] = []
     for number, line in enumerate(_lines_of(path), start=1):
         if line.strip():
             try:
-                prompts.append(check_text(parse(line), "the prompt"))
+                prompts.append(_parsed(line, path.parent if is_json else None))
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
     if not prompts:
@@ -33,7 +50,7 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def describe_shared_prompts(train: Sequence[str], heldout: Sequence[str]) -> str:
+def describe_shared_prompts(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> str:
     """Count the held-out prompts that are trained on as well, and name the first; "" for none."""
     trained = set(train)
     shared = [prompt for prompt in heldout if prompt in trained]
@@ -49,7 +66,7 @@ def describe_shared_prompts(train: Sequence[str], heldout: Sequence[str]) -> str
 class PromptBatch:
     """Prompts of a step, in global order. ``seeds[i]`` decides all randomness of ``prompts[i]``."""
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
 
     def share(self, rank: int, world_size: int) -> PromptBatch:
@@ -79,7 +96,7 @@ class PromptSchedule:
     """Chooses the prompts of every step by `IndexSchedule`."""
 
     def __init__(
-        self, prompts: Sequence[str], *, seed: int, prompts_per_step: int
+        self, prompts: Sequence[Prompt], *, seed: int, prompts_per_step: int
     ) -> None:
         if not prompts or prompts_per_step < 1:
             raise ValueError(
@@ -109,6 +126,19 @@ def _lines_of(path: Path) -> list[str]:
         return read_lines(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _parsed(line: str, folder: Path | None) -> Prompt:
+    """Parse a line of text, or with a folder a line of JSON whose image may lie there."""
+    if folder is None:
+        return check_text(line.strip(), "the prompt")
+    text = check_text(_json_prompt(line), "the prompt")
+    image = parse_json_line(line).get("image")
+    if image is None:
+        return text
+    if not isinstance(image, str) or not image.strip():
+        raise ValueError(f'needs a file under "image", got {image!r:.60}')
+    return ImagePrompt(text, str(folder / image))
 
 
 def _json_prompt(line: str) -> str:

@@ -35,7 +35,14 @@ class RankGroups:
     ranks_per_sample: int = 1
 
     def check(self, rewards: Iterable[NamedReward]) -> None:
-        """Raise ValueError for rewards that compare members which several ranks share."""
+        """Raise ValueError for rewards that compare members which several ranks share.
+
+        And for those that say that they cannot compare as many as a group has.
+        """
+        for reward in rewards:
+            check_size = getattr(reward.reward, "check_group_size", None)
+            if check_size is not None:
+                check_size(self.group_size)
         names = [reward.name for reward in rewards if reward.group_level]
         if self.ranks_per_group > 1 and names:
             raise ValueError(

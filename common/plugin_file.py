@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import sys
+import traceback
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +36,8 @@ def file_of(target: str) -> str:
 def load_target(key: str, target: str, *, module: str) -> Any:
     """Run the file of a target as a module of this name; return the attribute that it names.
 
+    The name must be no module's that the file could import.
+
     Raises ValueError, with the nearest name, when the file has no such attribute, and whatever
     the file raises.
     """
@@ -47,6 +51,18 @@ def load_target(key: str, target: str, *, module: str) -> Any:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"{key}: {file} has no {attribute!r}{hint}")
     return getattr(loaded, attribute)
+
+
+def place_in(file: str, error: BaseException) -> str:
+    """Return "file:line" of the last line of ``file`` that an error passed through, else ""."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    path = Path(file).resolve()
+    lines = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        if Path(frame.filename).resolve() == path:
+            lines.append(frame.lineno)
+    return f"{file}:{lines[-1]}" if lines else ""
 
 
 def _run_file(name: str, file: str) -> ModuleType:

@@ -14,12 +14,31 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from common.gaussian import Gaussian
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A text, and the image that the video begins with.
+
+    image  path of its file
+    """
+
+    text: str
+    image: str
+
+
+Prompt: TypeAlias = str | ImagePrompt
+
+
+def text_of(prompt: Prompt) -> str:
+    """The text of a prompt, which rewards read."""
+    return prompt.text if isinstance(prompt, ImagePrompt) else prompt
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,8 @@ class Step:
     log_prob_G    fp32, log-prob of each next under the policy that sampled it, see
                   `common.gaussian.log_prob`
     std, gain     the step's noise, and how far its mean follows the velocity: d mean / d v = -gain
+    mean_MCFHW    fp32, mean of the transition that sampled, with the M of latent; None where a
+                  generator does not record it. Several updates on a rollout need it
     """
 
     latent_MCFHW: Tensor
@@ -50,6 +71,7 @@ class Step:
     log_prob_G: Tensor
     std: float
     gain: float
+    mean_MCFHW: Tensor | None = None
 
     def __post_init__(self) -> None:
         # The end of the step sets the shape of all.
@@ -61,6 +83,10 @@ class Step:
         if start not in ((1, *shape[1:]), shape):
             raise ValueError(
                 f"Step.latent_MCFHW must be {shape}, or 1 in front, got {start}"
+            )
+        if self.mean_MCFHW is not None and tuple(self.mean_MCFHW.shape) != start:
+            raise ValueError(
+                f"Step.mean_MCFHW must be {start}, got {tuple(self.mean_MCFHW.shape)}"
             )
         if tuple(self.log_prob_G.shape) != shape[:1]:
             raise ValueError(
@@ -82,21 +108,25 @@ class Group:
     """The rollouts of a prompt.
 
     steps        stochastic steps in order; all other steps are deterministic
-    clean_GCFHW  fp32, x at sigma = 0, the input of `Generator.decode`
+    clean_GCFHW  fp32, x at sigma = 0, the input of `Generator.decode`; where the first latent frame
+                 of a video is given, it is in front here, and steps have the others
+    deterministic  there is no stochastic step, which only forward objectives allow
     """
 
-    prompt: str
+    prompt: Prompt
     steps: tuple[Step, ...]
     clean_GCFHW: Tensor
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
-        # Some step must have a density.
-        if not self.steps:
+        # Some step must have a density, unless the sampler says that none has.
+        if not self.steps and not self.deterministic:
             raise ValueError("Group.steps is empty: a group needs a stochastic step")
         # every step has all members
         want = tuple(self.clean_GCFHW.shape)
+        given = (*want[:2], want[2] - 1, *want[3:])
         for step in self.steps:
-            if tuple(step.next_GCFHW.shape) != want:
+            if tuple(step.next_GCFHW.shape) not in (want, given):
                 raise ValueError(
                     f"Group.clean_GCFHW is {want}, a step's next {tuple(step.next_GCFHW.shape)}"
                 )

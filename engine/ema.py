@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +29,10 @@ class Ema:
 
     The average starts at the weights of the module and follows early steps quickly. Every
     rank holds the whole average. All ranks call every method: under ZeRO 3 the weights are
-    gathered one by one.
+    gathered one by one. A subclass may have another decay and file.
     """
+
+    file = EMA_FILE
 
     def __init__(self, cfg: EmaConfig, module: nn.Module) -> None:
         self.decay = cfg.decay
@@ -50,11 +52,15 @@ class Ema:
     def update(self) -> None:
         """Take the weights of one more optimizer step into the average."""
         self.updates += 1
-        # Early on, a short memory: the first weights are far from the last.
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = self.next_decay()
         # Weight by weight: under ZeRO 3 the whole model may not fit.
         for name, parameter in self.trained.items():
             self.average[name].lerp_(_read(parameter).float(), 1 - decay)
+
+    def next_decay(self) -> float:
+        """Return d_n for the update number n = ``updates``, counted from 1."""
+        # Early on, a short memory: the first weights are far from the last.
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -82,10 +88,10 @@ class Ema:
         }
 
     def save(self, folder: Path) -> None:
-        """Write ema.safetensors into a folder, on rank 0."""
+        """Write the average into a folder, on rank 0."""
         if is_main():
             count = {COUNT_KEY: torch.tensor([self.updates])}
-            save_tensors(folder / EMA_FILE, {**self.average, **count})
+            save_tensors(folder / self.file, {**self.average, **count})
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote.
@@ -94,7 +100,7 @@ class Ema:
         Raises FileNotFoundError without the file.
         """
         # Copied in place: the averages stay on the device of their weights.
-        saved = load_tensors(folder / EMA_FILE)
+        saved = load_tensors(folder / self.file)
         self.updates = int(saved.pop(COUNT_KEY))
         for name, tensor in saved.items():
             self.average[name].copy_(tensor)
@@ -118,10 +124,9 @@ def _gathered(
     parameter: nn.Parameter, *, modifier_rank: int | None
 ) -> AbstractContextManager[None]:
     """Gather a weight on every rank inside; all ranks get the changes of ``modifier_rank``."""
+    # without ZeRO 3 every rank holds the whole weight, and deepspeed may be absent
+    if not is_split(parameter):
+        return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
-    return GatheredParameters(
-        [parameter],
-        modifier_rank=modifier_rank,
-        enabled=is_split(parameter),
-    )
+    return GatheredParameters([parameter], modifier_rank=modifier_rank)

@@ -69,6 +69,7 @@ class TrainingTask:
     measure_after   measures after every ``measure_every`` steps (0 for never) and the last
     take_forwards   returns and resets the number of forwards, a metric of each step
     after_log       runs after a step is logged
+    watch           looks at a logged step, with its metrics; its forwards count for no step
     write_extra     writes files into a checkpoint, besides those of engine and average
     state           returns JSON for a checkpoint, besides the number of steps
     restore         reads a checkpoint's folder when a run resumes
@@ -92,6 +93,7 @@ class TrainingTask:
     measure_every: int = 0
     take_forwards: Callable[[], dict[str, float]] = no_metrics
     after_log: Callable[[int, StepReport, RunLog], None] = do_nothing
+    watch: Callable[[int, StepReport, Mapping[str, float]], None] = do_nothing
     write_extra: Callable[[Path], None] = do_nothing
     state: Callable[[], Mapping[str, Any]] = dict
     restore: Callable[[Path], None] = do_nothing
@@ -161,6 +163,8 @@ def _train(
             task.take_forwards()
         log.log(step, metrics)
         faults.point("logged")
+        task.watch(step, report, metrics)
+        task.take_forwards()
 
         # 4. Save if it is due, at the end, and when the run is to stop.
         stop_requested = guard.step_done(step + 1, clock.step_done())

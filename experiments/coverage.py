@@ -9,7 +9,7 @@ Results: docs/results/coverage.{json,md}.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments import tables
-from experiments.intervals import ORACLE_PAGES, SUFFIX
+from experiments.intervals import ORACLE_PAGES, REWARD_MODEL_PAGE, SUFFIX
 from experiments.runner import ROOT, commit, write_json
 from launch.evaluation.intervals import mean_ci95, mean_squares, seeds_ci95
 
@@ -53,8 +53,11 @@ def spreads_of(x_SI: NDArray[np.float64]) -> Spreads:
 
 
 def seen_spreads(folder: Path) -> dict[str, Spreads]:
-    """Spreads of the gain over the base of every arm of the committed results."""
+    """Spreads of the gain over the base of every arm, and of every way to train a reward model."""
     found = {}
+    path = folder / f"{REWARD_MODEL_PAGE}{SUFFIX}"
+    if path.exists():
+        found |= reward_model_spreads(tables.read_values(path)["judges"])
     for page in ORACLE_PAGES:
         path = folder / f"{page}{SUFFIX}"
         if not path.exists():
@@ -68,6 +71,22 @@ def seen_spreads(folder: Path) -> dict[str, Spreads]:
                 base = values["base"][seed]["shapes"]
                 gains.append(np.subtract(columns["shapes"], base))
             found[f"{page}: {arm}"] = spreads_of(np.stack(gains))
+    return found
+
+
+def reward_model_spreads(judges: Sequence[Mapping[str, Any]]) -> dict[str, Spreads]:
+    """Spreads of what is right and wrong on all tests, of every method at its largest size."""
+    largest = max(judge["size"] for judge in judges)
+    by_method: dict[str, list[NDArray[np.float64]]] = {}
+    for judge in judges:
+        if judge["size"] == largest:
+            right = [tests["right"] for tests in judge["tests"].values()]
+            by_method.setdefault(judge["method"], []).append(np.concatenate(right))
+    found = {}
+    for method, rows in by_method.items():
+        if len(rows) > 1:
+            name = f"{REWARD_MODEL_PAGE}: {method}"
+            found[name] = spreads_of(np.stack(rows))
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from common.files import read_json
 from experiments import tables
+from experiments.long_grpo import change
 from experiments.oracle_scores import Scores, oracle_of
 from launch.evaluation.intervals import mean_ci95
 
@@ -24,6 +25,7 @@ ORACLE_PAGES = (
     "fast_sampler",
 )
 REWARD_MODEL_PAGE = "reproduce_rm"
+LONG_PAGE = "long_grpo"
 SUFFIX = ".values.json.gz"
 
 # (where it stands, the interval in the file, the interval from the values)
@@ -55,6 +57,15 @@ def reward_model_intervals(
             yield f"{name}: {test}", accuracy, again.as_dict()
 
 
+def long_intervals(record: Mapping[str, Any], values: Any) -> Iterator[Comparison]:
+    """Compare the changes of every held-out measurement of a long training."""
+    curves = {int(seed): rows for seed, rows in values.items()}
+    peak = record["peak"]
+    for key in record["rise"]:
+        yield f"{key}: rise", record["rise"][key], change(curves, key, 0, peak)
+        yield f"{key}: fall", record["fall"][key], change(curves, key, peak, -1)
+
+
 def differing(folder: Path) -> tuple[int, list[str]]:
     """Count the intervals of a folder of results, and list those that come out differently."""
     count = 0
@@ -67,6 +78,8 @@ def differing(folder: Path) -> tuple[int, list[str]]:
             comparisons = oracle_intervals(record, values)
         elif name == REWARD_MODEL_PAGE:
             comparisons = reward_model_intervals(record, values)
+        elif name == LONG_PAGE:
+            comparisons = long_intervals(record, values)
         else:
             raise ValueError(f"{path}: no page is known for these values")
         for where, given, again in comparisons:

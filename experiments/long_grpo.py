@@ -35,6 +35,9 @@ TRAINED = "eval/descore"
 UTILITY = "eval/people"
 ORACLE = "eval/shapes"
 PARTS = (*DIMENSIONS, "quality")
+# Prompts and videos of an update.
+PROMPTS = 8
+VIDEOS = 8
 KEYS = (
     TRAINED,
     UTILITY,
@@ -56,7 +59,8 @@ def job_of(root: Path, seed: int, *, updates: int, every: int, limit: int) -> Jo
         f"seed={seed}",
         f"steps={updates}",
         f"rewards.descore.checkpoint={checkpoint}",
-        "prompts_per_step=16",
+        f"prompts_per_step={PROMPTS}",
+        f"grpo.group_size={VIDEOS}",
         "evaluation.prompts=assets/shapes/prompts_heldout.txt",
         f"evaluation.every={every}",
         f"evaluation.limit={limit}",
@@ -116,9 +120,10 @@ def page_of(curves: Curves, record: Mapping[str, Any]) -> list[str]:
         "# Hundreds of updates on DeScore",
         "",
         f"Made by `{COMMAND}` at commit {record['commit']}, seeds "
-        f"{', '.join(map(str, curves))}: {steps[-1]} updates of 16 prompts and 8 videos each. "
-        "`descore` is the reward that is trained on, `people` the utility that nothing trains on, "
-        "with its parts; `shapes` the oracle. Student's 95 % intervals over the seeds.",
+        f"{', '.join(map(str, curves))}: {steps[-1]} updates of {PROMPTS} prompts and "
+        f"{VIDEOS} videos each. `descore` is the reward that is trained on, `people` the utility "
+        "that nothing trains on, with its parts; `shapes` the oracle. Student's 95 % intervals "
+        "over the seeds.",
         "",
         *tables.markdown_table(head, rows),
         "",
@@ -186,7 +191,7 @@ def main() -> None:
         "fall": {key: change(curves, key, peak, -1) for key in KEYS},
     }
     out = ROOT / args.out
-    plot(curves, 16 * 8, out / "long_grpo.svg")
+    plot(curves, PROMPTS * VIDEOS, out / "long_grpo.svg")
     tables.write_results(out, "long_grpo", record, page_of(curves, record), curves)
 
 

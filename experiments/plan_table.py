@@ -32,6 +32,7 @@ class PlannedRecipe(NamedTuple):
 # A smaller video.
 SMALL = "../sizes/240x416x33.yaml"
 SISTERS = "../sisters/"
+VLLM = ("dual_rl.engine=vllm", "vllm.python=ENVIRONMENT/bin/python")
 # "the same" marks a variant of the recipe above it.
 RECIPES = (
     PlannedRecipe("DeScore, cold start (8B)", ColdStartRun, ("cold_start.yaml",)),
@@ -42,6 +43,7 @@ RECIPES = (
     ),
     PlannedRecipe("DeScore, dual RL (8B)", DualRlRun, ("dual_rl.yaml",)),
     PlannedRecipe("the same, ZeRO 3", DualRlRun, ("dual_rl.yaml",), ("zero_stage=3",)),
+    PlannedRecipe("the same, vLLM", DualRlRun, ("dual_rl.yaml",), VLLM),
     PlannedRecipe(
         "the same, an adapter", DualRlRun, ("dual_rl.yaml", "../gpus/dual_rl_1.yaml")
     ),

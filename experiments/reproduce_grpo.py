@@ -33,7 +33,7 @@ from experiments.runner import (
     commit,
     comparison_parser,
 )
-from launch.planning.forwards import samples_per_rollout, samples_per_update
+from launch.planning.forwards import forwards_per_update, samples_per_rollout
 from launch.schemas.training import GrpoRun
 
 COMMAND = "python experiments/reproduce_grpo.py"
@@ -130,18 +130,11 @@ def config_of(name: str) -> GrpoRun:
 def cost_of_update(cfg: GrpoRun) -> float:
     """DiT samples of an update, a backward counted as two.
 
-    The rollouts, and for every latent from which a stochastic step starts 3 with gradient and 1
-    for the reference policy.
+    The rollouts, and for every trained latent 3 with gradient and 1 for the reference policy.
     """
-    # Guidance doubles the forwards, KL adds the reference policy.
-    sampler = cfg.generator.sampler
-    guidance = 1 if sampler.guidance_scale == 1 else 2
-    per_latent = 4 if cfg.grpo.kl_weight > 0 else 3
-
     # Both are per group.
-    rollout = samples_per_rollout(sampler, cfg.grpo.group_size)
-    update = samples_per_update(cfg) * guidance * per_latent
-    return cfg.prompts_per_step * (rollout + update)
+    rollout = samples_per_rollout(cfg.generator.sampler, cfg.grpo.group_size)
+    return cfg.prompts_per_step * (rollout + forwards_per_update(cfg))
 
 
 def updates_of(name: str, updates: int) -> int:

@@ -86,7 +86,7 @@ def steps_of(
     # Train, unless the model of another method is used.
     watch = ["data.heldout=null", "eval_every=0"]
     if watched:
-        every = 3 if method.script == DUAL_RL else 25
+        every = 5 if method.script == DUAL_RL else 50
         heldout = run / "tests" / "indomain.csv"
         watch = [f"data.heldout={heldout}", f"eval_every={every}", "heldout_pairs=150"]
     if method.script is not None:
@@ -180,7 +180,7 @@ def main() -> None:
     """Make data, train and evaluate all cells, then write the results."""
     parser = comparison_parser(__doc__, "reproduce_rm")
     parser.set_defaults(seeds=[0, 1, 2, 3, 4])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[500, 1000, 2000])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[300, 600, 1200])
     parser.add_argument("--tests", type=int, default=300, help="pairs of each test")
     parser.add_argument(
         "--seeds-of-small-sizes",

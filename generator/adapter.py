@@ -5,7 +5,7 @@ peft computes the adapter; the file has diffusers' format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +63,8 @@ def attach(
     """Freeze the transformer and put fp32 LoRA adapters on its linear layers.
 
     B is zero, so the output does not change yet. A is drawn from ``seed``, so that all ranks start
-    from the same adapter. Raises ValueError when a target matches no linear layer.
+    from the same adapter. Suffixes name layers of the blocks. Raises ValueError when a target
+    matches no linear layer.
     """
     import peft
 
@@ -82,11 +83,12 @@ def attach(
         raise ValueError(
             f"LoraConfig.targets {unmatched} match no linear layer of the transformer"
         )
+    targets = _in_blocks(linears, lora.targets)
     # The adapter's settings.
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=list(lora.targets),
+        target_modules=targets,
         # a dropped unit would make the replayed log-prob differ from the sampled one
         lora_dropout=0.0,
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
@@ -106,6 +108,26 @@ def attach(
     if lora.compute_dtype != "float32":
         cast_products(model, getattr(torch, lora.compute_dtype))
     return model
+
+
+def _in_blocks(linears: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Keep targets to the blocks where their suffixes match layers before the blocks too.
+
+    A Wan 2.1 I2V embeds CLIP's tokens by a feed-forward whose layers have the names of a block's.
+    Targets that are outside of the blocks on purpose are named in full.
+
+    linears  names of all linear layers, with a dot in front
+    """
+    wanted: dict[str, None] = {}
+    clash = False
+    for target in targets:
+        matched = [name for name in linears if name.endswith(f".{target}")]
+        inside = [name for name in matched if name.startswith(".blocks.")]
+        # A name in full, or of layers that are nowhere else, is meant as it stands.
+        chosen = inside if inside and f".{target}" not in matched else matched
+        clash = clash or len(chosen) < len(matched)
+        wanted |= dict.fromkeys(name.removeprefix(".") for name in chosen)
+    return list(wanted) if clash else list(targets)
 
 
 def attach_stored(

@@ -47,6 +47,9 @@ _IN_BLOCK = {
     "attn2.to_k": "cross_attn.k",
     "attn2.to_v": "cross_attn.v",
     "attn2.to_out.0": "cross_attn.o",
+    # of the tokens of an image, in Wan 2.1 I2V
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
 }

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from common.gaussian import Gaussian
-    from common.types import Step
+    from common.types import Prompt, Step
     from generator.config import GeneratorConfig
 
 
@@ -40,7 +40,7 @@ class AnyFlowGenerator(WanGenerator):
         x_BCFHW: Tensor,
         sigma_B: Tensor,
         target_B: Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
     ) -> Tensor:
         """u(x, sigma, target), one prompt per sample -> (B, C, F, H, W), fp32 or better.
 
@@ -51,7 +51,7 @@ class AnyFlowGenerator(WanGenerator):
         conditions = self._conditions(list(prompts), guided=False)
         return self.denoiser.mean_velocity(x_BCFHW, sigma_B, target_B, conditions)
 
-    def transition(self, prompt: str, step: Step) -> Gaussian:
+    def transition(self, prompt: Prompt, step: Step) -> Gaussian:
         """Distribution of `next` given the latent: mean (M, C, F, H, W), gradient through it.
 
         A latent that all members share costs one forward, separate latents cost G.
@@ -67,7 +67,7 @@ class AnyFlowGenerator(WanGenerator):
         return self.kernel.transition(x_MCFHW, u_MCFHW, step.sigma, step.sigma_next)
 
     @torch.no_grad()
-    def map_gap(self, prompts: Sequence[str], seeds: Sequence[int]) -> float:
+    def map_gap(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> float:
         """How far a jump is from two: |J(1 -> 0) - J(s -> 0) J(1 -> s)| / |J(1 -> 0)|, MEAN.
 
         s is in the middle of the grid of two jumps. A flow map has 0, and training a single step
@@ -86,7 +86,7 @@ class AnyFlowGenerator(WanGenerator):
     # ---- parts of a rollout ----
 
     def _guided_velocity(
-        self, *prompts: str, scale: float | None = None
+        self, *prompts: Prompt, scale: float | None = None
     ) -> Callable[[Tensor, float], Tensor]:
         """What the kernel takes at a stochastic step, as a function of (x, sigma)."""
         # A step of the grid is known by where it begins.
@@ -102,7 +102,7 @@ class AnyFlowGenerator(WanGenerator):
         return velocity
 
     def _mean_velocity(
-        self, prompts: Sequence[str]
+        self, prompts: Sequence[Prompt]
     ) -> Callable[[Tensor, float, float], Tensor]:
         """u as a function of (x, sigma, target); a single prompt serves every sample."""
 
@@ -119,7 +119,7 @@ class AnyFlowGenerator(WanGenerator):
         self,
         x_BCFHW: Tensor,
         sigmas: Sequence[float],
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
     ) -> Tensor:
         return jumps(self._mean_velocity(prompts), x_BCFHW, sigmas)
 
@@ -127,7 +127,7 @@ class AnyFlowGenerator(WanGenerator):
         self,
         x_BCFHW: Tensor,
         sigmas: Sequence[float],
-        prompt: str,
+        prompt: Prompt,
     ) -> Tensor:
         """Jump to the first stochastic step."""
         # One grid for the prefix, however many steps the training grid has there.
@@ -141,7 +141,7 @@ class AnyFlowGenerator(WanGenerator):
         self,
         x_BCFHW: Tensor,
         sigmas: Sequence[float],
-        prompt: str,
+        prompt: Prompt,
     ) -> Tensor:
         """Jump to sigma = 0."""
         # A grid of its own, as `WanGenerator` has for its tail.
@@ -154,7 +154,7 @@ class AnyFlowGenerator(WanGenerator):
     def _stock(
         self,
         x_BCFHW: Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         num_steps: int,
     ) -> Tensor:
         """Sample with the stock AnyFlowPipeline, which has no guidance to give."""

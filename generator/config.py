@@ -68,8 +68,9 @@ class LoraConfig:
 
     Defaults are those of LongCat-Video (2510.22200, Table 9).
 
-    targets  suffixes of linear layers. The default names all linears of self-attention,
-             cross-attention and feed-forward.
+    targets  suffixes of linear layers in the blocks. The default names all linears of
+             self-attention, cross-attention and feed-forward; add_k_proj and add_v_proj are
+             those of an image's tokens in Wan 2.1 I2V.
     init     of A: "gaussian" is N(0, 1 / rank^2), "kaiming" is uniform. B starts at zero.
     compute_dtype  of the adapter's products with activations, in sampling and in the update.
              With bfloat16 its weights, gradients and optimizer state stay fp32.
@@ -92,6 +93,8 @@ class SamplerConfig:
     shift             time shift of the sigma grid: 3 for 480p, 5 for 720p.
     stochastic        which steps add noise, among stochastic_first..stochastic_range-1:
                       "one" that is drawn for each group, a moving "window", or "all".
+                      "none" is for objectives without a density: the tail is the whole
+                      rollout, from each member's own noise.
     stochastic_first  the first step that may add noise; 0 is the noisiest.
     stochastic_range  T', the step after the last that may add noise.
     window_size       steps in a "window".
@@ -132,7 +135,7 @@ class SamplerConfig:
 
     num_steps: PositiveInt = 16
     shift: PositiveFloat = 3.0
-    stochastic: Literal["one", "window", "all"] = "one"
+    stochastic: Literal["one", "window", "all", "none"] = "one"
     stochastic_first: NonNegativeInt = 0
     stochastic_range: PositiveInt = 6
     window_size: PositiveInt = 4
@@ -175,6 +178,11 @@ class SamplerConfig:
                 f"window_size={self.window_size} must be at most {possible_steps}, "
                 "stochastic_range - stochastic_first"
             )
+        if self.stochastic == "none" and self.initial_noise == "shared":
+            raise ValueError(
+                "stochastic=none needs initial_noise=member: without noise on the way the "
+                "members of a group would be equal"
+            )
         if self.kernel == "cps":
             self._check_cps()
         elif self.kernel == "anchor":
@@ -216,8 +224,15 @@ class SamplerConfig:
             )
 
     @property
+    def solver_steps(self) -> int:
+        """Return how many steps a rollout without stochastic steps has."""
+        return min(self.num_steps, self.tail_steps or self.num_steps)
+
+    @property
     def steps_per_group(self) -> int:
         """Return how many stochastic steps a group has."""
+        if self.stochastic == "none":
+            return 0
         if self.stochastic == "one":
             return 1
         if self.stochastic == "window":

@@ -49,10 +49,15 @@ class Conditions:
 
     text_BLD      embeddings of the prompts, padded to their full length
     negative_BLD  embeddings of the negative prompts; None without guidance
+    image_BCFHW   latents of the images; with x's frames they are told in channels, with a single
+                  frame they are the first frame, and x has the others
+    tokens_BLD    tokens of the images
     """
 
     text_BLD: Tensor
     negative_BLD: Tensor | None = None
+    image_BCFHW: Tensor | None = None
+    tokens_BLD: Tensor | None = None
 
 
 class Denoiser:
@@ -62,6 +67,8 @@ class Denoiser:
               None for an expert that is not loaded
     boundary  a sigma; None with a single expert
     trained   place of the expert that is trained
+    first_frame  an image is the first frame of the latent, with a time of its own, instead of
+                 channels beside x
     """
 
     def __init__(
@@ -71,11 +78,13 @@ class Denoiser:
         *,
         boundary: float | None = None,
         trained: int = 0,
+        first_frame: bool = False,
     ) -> None:
         self.experts = list(experts)
         self.device = device
         self.boundary = boundary
         self.trained = trained
+        self.first_frame = first_frame
 
     @property
     def expert(self) -> Expert:
@@ -126,27 +135,43 @@ class Denoiser:
 
         # 2. Both branches of the guidance.
         guided = guidance_scale != 1
-        text_BLD = conditions.text_BLD
         if guided:
-            text_BLD = torch.cat([text_BLD, conditions.negative_BLD])
+            conditions = _both_branches(conditions)
             x_BCFHW = torch.cat([x_BCFHW, x_BCFHW])
             sigma_B = torch.cat([sigma_B, sigma_B])
 
-        # 3. One forward of the transformer.
+        # 3. What the transformer reads; 1000 sigma is not an integer, rounded as diffusers'
+        # Euler scheduler rounds it.
+        hidden = x_BCFHW.to(self.device, expert.dtype)
+        time = 1000 * sigma_B.to(self.device, torch.float32)
+        image_BCFHW = conditions.image_BCFHW
+        if image_BCFHW is not None and self.first_frame:
+            hidden = torch.cat([image_BCFHW.to(expert.dtype), hidden], dim=2)
+            time = _time_per_token(time, hidden, expert.transformer.config.patch_size)
+        elif image_BCFHW is not None:
+            hidden = _beside(hidden, image_BCFHW, expert.transformer.config.in_channels)
+        images = {}
+        if conditions.tokens_BLD is not None:
+            images["encoder_hidden_states_image"] = conditions.tokens_BLD
+
+        # 4. One forward of the transformer.
         module = expert.module
         # the check is free; eval() on every submodule was a tenth of a tiny model's forward
         if module.training:
             module.eval()
         with _on_device(expert):
             out = module(
-                hidden_states=x_BCFHW.to(self.device, expert.dtype),
-                # not an integer, rounded as diffusers' Euler scheduler rounds it
-                timestep=1000 * sigma_B.to(self.device, torch.float32),
-                encoder_hidden_states=text_BLD,
+                hidden_states=hidden,
+                timestep=time,
+                encoder_hidden_states=conditions.text_BLD,
                 return_dict=False,
+                **images,
             )[0]
+        if image_BCFHW is not None and self.first_frame:
+            # the given frame does not move
+            out = out[:, :, 1:]
 
-        # 4. Guidance in fp32.
+        # 5. Guidance in fp32.
         progress.tick()
         v = widen(out)
         return guide(*v.chunk(2), guidance_scale) if guided else v
@@ -183,6 +208,42 @@ class Denoiser:
                 f"the transformer for sigmas {side} {self.boundary} was not loaded"
             )
         return expert
+
+
+def _both_branches(conditions: Conditions) -> Conditions:
+    """The conditions of both halves of a batch: images are told to both."""
+
+    def twice(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.cat([tensor, tensor])
+
+    return Conditions(
+        torch.cat([conditions.text_BLD, conditions.negative_BLD]),
+        None,
+        twice(conditions.image_BCFHW),
+        twice(conditions.tokens_BLD),
+    )
+
+
+def _beside(x_BCFHW: Tensor, image_BCFHW: Tensor, channels: int) -> Tensor:
+    """x, the mask of the given frame, and the image's latent, along the channels.
+
+    The mask has a channel for each frame of a latent frame: 1 in the first latent frame, else 0.
+    """
+    images = x_BCFHW.shape[1] + image_BCFHW.shape[1]
+    mask_BCFHW = x_BCFHW.new_zeros(len(x_BCFHW), channels - images, *x_BCFHW.shape[2:])
+    mask_BCFHW[:, :, 0] = 1
+    return torch.cat([x_BCFHW, mask_BCFHW, image_BCFHW.to(x_BCFHW.dtype)], dim=1)
+
+
+def _time_per_token(
+    time_B: Tensor, x_BCFHW: Tensor, patch: tuple[int, int, int]
+) -> Tensor:
+    """Time of each token (B, L), frame by frame: 0 in the first latent frame, which is given."""
+    _, _, frames, height, width = x_BCFHW.shape
+    tokens = (height // patch[1]) * (width // patch[2])
+    time_BF = time_B[:, None].repeat(1, frames // patch[0])
+    time_BF[:, 0] = 0
+    return time_BF.repeat_interleave(tokens, dim=1)
 
 
 def place_at(sigma: float, boundary: float | None) -> int:

@@ -18,6 +18,7 @@ NAMES = ("high", "low")
 def check_sampling(cfg: GeneratorConfig, family: Family) -> None:
     """Raise ValueError for settings of two transformers, or of a flow map, where there is none."""
     check_flow_map(cfg, family)
+    # A model with two transformers takes them all.
     if family.boundary is not None:
         return
     if cfg.experts.train == "low":
@@ -38,13 +39,20 @@ def check_training(cfg: GeneratorConfig, family: Family, *, zero_stage: int) -> 
     Only an adapter on one transformer is trained, with whole weights on every rank.
     """
     check_sampling(cfg, family)
+    if family.image == "channels+clip" and cfg.context_parallel > 1:
+        raise ValueError(
+            f"generator.context_parallel={cfg.context_parallel} must be 1 for {cfg.path}: ranks "
+            "cannot share the tokens of an image (CLIP)"
+        )
     if family.boundary is None:
         return
+    # All weights of one transformer would be a model of its own.
     if cfg.lora is None:
         raise ValueError(
             f"generator.lora=null would train all weights of a part of {cfg.path}, which has two "
             "transformers: give it an adapter"
         )
+    # Which of the two a rank calls depends on its step.
     if zero_stage == 3:
         raise ValueError(
             f"zero_stage=3 splits weights that must be called equally often on all ranks, and "
@@ -57,6 +65,13 @@ def check_stochastic_steps(cfg: GeneratorConfig, family: Family) -> None:
     if family.boundary is None:
         return
     how = cfg.sampler
+    # Without one, an objective trains noise levels of both.
+    if how.stochastic == "none":
+        raise ValueError(
+            f"generator.sampler.stochastic=none is for objectives that train all noise levels, and "
+            f"{cfg.path} has two transformers, of which one is trained: use another stochastic"
+        )
+    # The steps before ``high`` belong to the one, the rest to the other.
     high = high_steps(how, family.boundary)
     if cfg.experts.train == "high" and how.stochastic_range > high:
         raise ValueError(
@@ -74,5 +89,6 @@ def check_stochastic_steps(cfg: GeneratorConfig, family: Family) -> None:
 
 def high_steps(how: SamplerConfig, boundary: float) -> int:
     """Count the steps of the grid whose velocity is that of the transformer for high noise."""
+    # A step belongs to the noise level that it starts from.
     sigmas = sigma_grid(how.num_steps, shift=how.shift).tolist()
     return sum(place_at(sigma, boundary) == 0 for sigma in sigmas[:-1])

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common.files import read_json
+
+ImageInput = Literal["none", "channels", "channels+clip", "first_frame"]
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -22,17 +24,17 @@ PARTS = {
     "vae": "AutoencoderKLWan",
     "text_encoder": "UMT5EncoderModel",
 }
+IMAGE_PIPELINE = "WanImageToVideoPipeline"
 # Publications of AnyFlow: the library's names, and those of the code that it came from.
 FLOW_MAP_PIPELINES = ("AnyFlowPipeline", "WanAnyFlowPipeline")
 FLOW_MAPS = ("AnyFlowTransformer3DModel", "FAR_Wan_Transformer3DModel")
 SUPPORTED = (
-    "this project runs text-to-video folders of WanPipeline: Wan 2.1 (such as "
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, and 14B), Wan 2.2 TI2V-5B, and Wan 2.2 T2V-A14B; and "
-    "AnyFlow (nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers)"
+    "this project runs Wan 2.1 T2V (such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, and 14B) and "
+    "I2V-14B, Wan 2.2 T2V-A14B, I2V-A14B and TI2V-5B, and AnyFlow "
+    "(nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers)"
 )
 # Kinds of pipelines, by a part of their class's name.
 _KINDS = {
-    "WanImageToVideo": "an image-to-video Wan",
     "WanVACE": "a Wan VACE",
     "WanAnimate": "a Wan Animate",
     "WanVideoToVideo": "a video-to-video Wan",
@@ -40,9 +42,7 @@ _KINDS = {
 }
 # Settings of a transformer that only other kinds have.
 _OTHER_TRANSFORMERS = {
-    "image_dim": "is conditioned on an image",
-    "added_kv_proj_dim": "is conditioned on an image",
-    "pos_embed_seq_len": "is conditioned on an image",
+    "pos_embed_seq_len": "is conditioned on a first and a last image (FLF2V)",
     "vace_layers": "is that of a Wan VACE",
     "vace_in_channels": "is that of a Wan VACE",
 }
@@ -56,12 +56,36 @@ class Family:
 
     experts   folders of its transformers, that of high noise first
     boundary  the lowest sigma that is the first expert's; None for a single transformer
+    image     how the image that a video begins with is told: not at all; by "channels" of its
+              latent beside x; by "channels+clip", which adds tokens of a CLIP; or as the
+              "first_frame" of the latent, which a prompt may leave out
     flow_map  whether the transformer takes two times (AnyFlow, `generator.flow_map`)
     """
 
     experts: tuple[str, ...] = ("transformer",)
     boundary: float | None = None
+    image: ImageInput = "none"
     flow_map: bool = False
+
+    @property
+    def pipeline(self) -> str:
+        """Class of the stock pipeline that the folder names."""
+        if self.flow_map:
+            return FLOW_MAP_PIPELINES[0]
+        return IMAGE_PIPELINE if self.needs_image else "WanPipeline"
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether each prompt must have an image."""
+        return self.image.startswith("channels")
+
+    @property
+    def text_length(self) -> int | None:
+        """Tokens that a text must be padded to; None where any number will do.
+
+        With CLIP's tokens attention cuts the last 512 tokens off as the text.
+        """
+        return 512 if self.image == "channels+clip" else None
 
     @staticmethod
     def of(folder: Path) -> Family:
@@ -88,18 +112,14 @@ class Family:
         _check_index(index)
         first = configs["transformer"]
         second = configs.get("transformer_2")
-        # Training on stored latents needs no VAE.
-        latent = first.get("out_channels", 16)
-        if "vae" in configs:
-            latent = configs["vae"].get("z_dim", 16)
         flow_map = index.get("_class_name") in FLOW_MAP_PIPELINES
-        _check_transformer(first, latent, flow_map=flow_map)
+        image = _image_of(index, first, configs.get("vae"), flow_map=flow_map)
 
         # Two transformers, or one.
         boundary = index.get("boundary_ratio")
         named = class_of(index, "transformer_2")
         if named is None and second is None and boundary is None:
-            return Family(flow_map=flow_map)
+            return Family(image=image, flow_map=flow_map)
         if flow_map:
             raise OtherModelError("is a flow map with two transformers")
         if named != PARTS["transformer"] or second is None or boundary is None:
@@ -108,7 +128,7 @@ class Family:
                 f"class {named}, {'a' if second else 'no'} folder transformer_2"
             )
         _check_experts(index, first, second)
-        return Family(("transformer", "transformer_2"), float(boundary))
+        return Family(("transformer", "transformer_2"), float(boundary), image)
 
 
 class OtherModelError(ValueError):
@@ -116,19 +136,17 @@ class OtherModelError(ValueError):
 
 
 def _check_index(index: Mapping[str, Any]) -> None:
-    """Raise OtherModelError unless an index is of a text-to-video Wan."""
+    """Raise OtherModelError unless an index is of a text-to-video or image-to-video Wan."""
     # The pipeline.
     name = index.get("_class_name")
     flow_map = name in FLOW_MAP_PIPELINES
-    if name != "WanPipeline" and not flow_map:
+    if name not in ("WanPipeline", IMAGE_PIPELINE) and not flow_map:
         for part, kind in _KINDS.items():
             if part in str(name):
                 raise OtherModelError(f"is {kind} ({name})")
         raise OtherModelError(f"is a {name}")
 
     # The parts of the pipeline.
-    if class_of(index, "image_encoder"):
-        raise OtherModelError("has an image encoder, so it is conditioned on an image")
     for part, wanted in PARTS.items():
         found = class_of(index, part)
         known = FLOW_MAPS if flow_map and part == "transformer" else (wanted,)
@@ -138,12 +156,16 @@ def _check_index(index: Mapping[str, Any]) -> None:
             )
 
 
-def _check_transformer(
-    config: Mapping[str, Any], latent: int, *, flow_map: bool
-) -> None:
-    """Raise OtherModelError for a transformer that takes more than text.
+def _image_of(
+    index: Mapping[str, Any],
+    config: Mapping[str, Any],
+    vae: Mapping[str, Any] | None,
+    *,
+    flow_map: bool,
+) -> ImageInput:
+    """Tell how a transformer takes an image; raise OtherModelError where it takes something else.
 
-    latent  channels of the VAE's latents
+    vae  None where a folder is for training on stored latents
     """
     name = config.get("_class_name")
     known = FLOW_MAPS if flow_map else (PARTS["transformer"],)
@@ -161,13 +183,32 @@ def _check_transformer(
         if value is not None:
             raise OtherModelError(f"has a transformer that {kind} ({key}={value!r})")
 
-    # The transformer reads and writes latents of the VAE, and nothing else.
-    channels = (config.get("in_channels", 16), config.get("out_channels", 16))
-    if channels != (latent, latent):
-        raise OtherModelError(
-            f"has a transformer that reads {channels[0]} and writes {channels[1]} channels, but "
-            f"latents of {latent}: it is conditioned on something else than text"
-        )
+    # The transformer writes latents of the VAE.
+    reads = config.get("in_channels", 16)
+    writes = config.get("out_channels", 16)
+    latent = writes
+    temporal = 4
+    if vae is not None:
+        latent = vae.get("z_dim", 16)
+        temporal = vae.get("scale_factor_temporal", 4)
+
+    # It reads them alone, or beside a mask and the latent of an image.
+    is_image_pipeline = index.get("_class_name") == IMAGE_PIPELINE
+    takes_clip = config.get("image_dim") is not None
+    if (reads, writes) == (latent, latent) and not is_image_pipeline and not takes_clip:
+        return "first_frame" if index.get("expand_timesteps") else "none"
+    if (reads, writes) == (2 * latent + temporal, latent) and is_image_pipeline:
+        has_encoder = class_of(index, "image_encoder") == "CLIPVisionModel"
+        if takes_clip != has_encoder:
+            raise OtherModelError(
+                f"has image_dim={config.get('image_dim')!r} and an image_encoder of class "
+                f"{class_of(index, 'image_encoder')}, which belong together"
+            )
+        return "channels+clip" if takes_clip else "channels"
+    raise OtherModelError(
+        f"is a {index.get('_class_name')} whose transformer reads {reads} and writes {writes} "
+        f"channels with image_dim={config.get('image_dim')!r}, and whose latents have {latent}"
+    )
 
 
 def _check_experts(

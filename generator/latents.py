@@ -130,15 +130,20 @@ class LatentCodec:
             raise ValueError(
                 f"encode needs 4 n + 1 frames, or the last frames are dropped; got {shape[1]}"
             )
-        mean, std = self._mean_and_std(device)
 
         def encode_part(part_BTYXC: Tensor) -> Tensor:
             video = part_BTYXC.to(device, torch.float32).permute(0, 4, 1, 2, 3)
             # bytes to -1..1
-            pixels = (video / 127.5 - 1).to(self.vae.dtype)
-            return (self.vae.encode(pixels).latent_dist.mode().float() - mean) / std
+            return self.encode_pixels(video / 127.5 - 1)
 
         return self.portions.over(encode_part, video_BTYXC)
+
+    @torch.no_grad()
+    def encode_pixels(self, video_BCTYX: Tensor) -> Tensor:
+        """Pixels in -1..1 -> normalised latents (B, C, F, H, W) fp32, all videos together."""
+        mean, std = self._mean_and_std(video_BCTYX.device)
+        pixels = video_BCTYX.to(self.vae.dtype)
+        return (self.vae.encode(pixels).latent_dist.mode().float() - mean) / std
 
     def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(mean, std) per channel, shaped (1, C, 1, 1, 1)."""

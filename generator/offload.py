@@ -40,6 +40,7 @@ class Waiting:
         """Copy the weights to the device, unless they are there."""
         if self._there:
             return
+        # Without waiting: the forward runs on the same stream.
         for tensor, held in zip(self._tensors, self._host, strict=True):
             tensor.data = held.to(self.device, non_blocking=True)
         self._there = True
@@ -49,6 +50,7 @@ class Waiting:
         """Free the copy on the device, unless a block of `kept` is open."""
         if self._users or not self._there:
             return
+        # Nothing else refers to the copy.
         for tensor, held in zip(self._tensors, self._host, strict=True):
             tensor.data = held
         self._there = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from diffusers import (
     AnyFlowTransformer3DModel,
     AutoencoderKLWan,
     FlowMapEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -23,6 +25,8 @@ from generator.flow_map import in_fp32
 from generator.latents import store_channels_last
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from generator.config import GeneratorConfig
     from generator.family import Family
 
@@ -105,21 +109,43 @@ def load_pipeline(
             device=device,
         )
 
-    # Tokenizer and scheduler have no weights.
-    for part in ("scheduler",) if transformer_only else ("scheduler", "tokenizer"):
+        if family.image == "channels+clip":
+            from transformers import CLIPVisionModel
+
+            parts["image_encoder"] = load_pretrained(
+                CLIPVisionModel,
+                folder / "image_encoder",
+                dtype=dtype,
+                device=device,
+            )
+
+    # Tokenizer, scheduler and the processor of images have no weights.
+    unweighted = ["scheduler"]
+    if transformer_only:
+        parts |= {"image_encoder": None, "image_processor": None}
+    else:
+        unweighted.append("tokenizer")
+        if family.image == "channels+clip":
+            unweighted.append("image_processor")
+    if not family.needs_image:
+        for part in ("image_encoder", "image_processor"):
+            parts.pop(part, None)
+    for part in unweighted:
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder / part}: no such folder; a Wan has it")
         require_whole_folder(folder / part)
-    with errors_of(folder, "WanPipeline"):
+    pipeline_class = WanImageToVideoPipeline if family.needs_image else WanPipeline
+    with errors_of(folder, family.pipeline):
         if family.flow_map:
             pipeline = _flow_map_pipeline(folder, parts)
         else:
-            pipeline = WanPipeline.from_pretrained(folder, **parts)
+            pipeline = pipeline_class.from_pretrained(folder, **parts)
     if not transformer_only:
         require_vocabulary(pipeline, folder)
     pipeline.set_progress_bar_config(disable=True)
     # Only the transformer is trained.
-    for frozen in (pipeline.vae, pipeline.text_encoder):
+    encoder = getattr(pipeline, "image_encoder", None)
+    for frozen in (pipeline.vae, pipeline.text_encoder, encoder):
         if frozen is not None:
             frozen.requires_grad_(requires_grad=False).eval()
     return pipeline
@@ -157,6 +183,27 @@ def read_transformer(
         dtype=getattr(torch, cfg.dtype),
         device=device,
     )
+
+
+def image_pipeline(pipeline: WanPipeline) -> WanImageToVideoPipeline:
+    """The pipeline for videos of images, of the parts of a TI2V's pipeline for texts."""
+    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
+    parts = {name: getattr(pipeline, name) for name in names}
+    images = WanImageToVideoPipeline(**parts, expand_timesteps=True)
+    images.set_progress_bar_config(disable=True)
+    return images
+
+
+def with_tokens(
+    pipeline: WanImageToVideoPipeline, tokens_BLD: Tensor
+) -> WanImageToVideoPipeline:
+    """The same pipeline, which finds these tokens of its image instead of computing them.
+
+    Its call takes either an image or tokens, and needs both; its encoder may have been freed.
+    """
+    same = copy.copy(pipeline)
+    same.encode_image = lambda *_, **__: tokens_BLD
+    return same
 
 
 def require_vocabulary(pipeline: WanPipeline, folder: Path) -> None:

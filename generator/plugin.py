@@ -15,13 +15,15 @@ import difflib
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from common.plugin_file import load_target
+from common.plugin_file import file_of, load_target, place_in
 
 if TYPE_CHECKING:
     from generator.config import GeneratorConfig
 
 # Packages offer generators under this group of entry points: name = "package.module:Class".
 GROUP = "video_alignment.generators"
+# No file that a user's imports is called so.
+_MODULE = "_video_alignment_own_generator"
 NEEDED = (
     "module",
     "rollout",
@@ -38,13 +40,24 @@ def load_own(cfg: GeneratorConfig, *, seed: int) -> Any:
     """Make the generator that ``cfg.target`` names, by calling it with the config and ``seed``.
 
     The seed decides the initial weights of what is trained, the same on all ranks. Raises
-    ValueError for an unknown target and for an object that lacks something of `NEEDED`.
+    ValueError for an unknown target, for an object that lacks something of `NEEDED`, and, with
+    the place in the user's file, for whatever that file raises.
     """
-    if ":" in cfg.target:
-        maker = load_target("generator.target", cfg.target, module="own_generator")
-    else:
-        maker = _installed(cfg.target).load()
-    generator = maker(cfg, seed=seed)
+    is_file = ":" in cfg.target
+    try:
+        if is_file:
+            maker = load_target("generator.target", cfg.target, module=_MODULE)
+        else:
+            maker = _installed(cfg.target).load()
+        generator = maker(cfg, seed=seed)
+    except Exception as error:
+        # A user's code may raise anything; an error from elsewhere is not about the target.
+        place = place_in(file_of(cfg.target), error) if is_file else ""
+        if not place:
+            raise
+        kind = type(error).__name__
+        text = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"generator.target: {place}: {kind}: {text}") from error
 
     # Found now instead of after the first rollout.
     missing = [name for name in NEEDED if not hasattr(generator, name)]

@@ -69,7 +69,8 @@ class Walk:
 
     Only stochastic steps have a density, so the policy gradient is exact for whatever prefix and
     tail compute: they decide which x_k and which video a group gets.
-    Raises ValueError when the steps are empty, not consecutive, or not on the grid.
+    Without stochastic steps the tail is the whole way from noise of each member's own. Raises
+    ValueError when the steps are not consecutive, not on the grid, or none with shared noise.
     """
 
     shape: Sequence[int]
@@ -81,6 +82,8 @@ class Walk:
     prefix: DeterministicWalk | None = None
 
     def __post_init__(self) -> None:
+        if not self.steps and not self.shared_noise:
+            return
         # A step has a noise level before and after it.
         if not self.steps or len(self.sigmas) < self.steps[-1] + 2:
             raise ValueError(
@@ -169,6 +172,9 @@ def velocity_calls(
     """Number of velocity calls of `rollout_group`, at most ``batch`` latents in each."""
     # A step of all members takes this many calls.
     per_step = math.ceil(group_size / batch)
+    # without stochastic steps, the whole way is the tail
+    if not steps:
+        return min(num_steps, tail_steps or num_steps) * per_step
     # prefix, and the velocity of the first stochastic step
     prefix = steps[0] + 1
     if prefix_steps is not None:
@@ -211,6 +217,9 @@ def rollout_group(
         seeds = [derive_seed(members.seed, "initial", g) for g in members.numbers]
     x_MCFHW = torch.stack([initial_noise(s, walk.shape) for s in seeds]).to(device)
     faults.point("prefix")
+    if not walk.steps:
+        clean_GCFHW = batch.over(lambda part: walk.tail(part, walk.sigmas), x_MCFHW)
+        return Group(members.prompt, (), clean_GCFHW, deterministic=True)
     before = walk.sigmas[: walk.steps[0] + 1]
     if walk.prefix is None:
         x_MCFHW = ode(in_batches, x_MCFHW, before)
@@ -263,4 +272,5 @@ def _stochastic_step(
         log_prob_G,
         transition.std,
         walk.kernel.gain(sigma, sigma_next),
+        transition.mean,
     )

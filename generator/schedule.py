@@ -73,6 +73,14 @@ def _shifted(
     return sigmas
 
 
+def solver_grid(how: SamplerConfig) -> list[float]:
+    """Noise levels of a rollout without stochastic steps, from 1 down to 0.
+
+    With ``tail_steps`` it is a grid of that many steps, if they are fewer.
+    """
+    return sigma_grid(how.solver_steps, shift=how.shift).tolist()
+
+
 def stochastic_steps(
     seed: int,
     how: SamplerConfig,
@@ -90,6 +98,8 @@ def stochastic_steps(
     # The range that the config allows.
     first = how.stochastic_first
     end = how.stochastic_range
+    if how.stochastic == "none":
+        return ()
     if how.stochastic == "one":
         return (first + derive_seed(seed, "step") % (end - first),)
     if how.stochastic == "all":

@@ -1,4 +1,4 @@
-"""WanGenerator: a policy over Wan 2.1 that samples, gives transition densities, and decodes."""
+"""WanGenerator: a policy over a Wan that samples, gives transition densities, and decodes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -14,10 +14,16 @@ from common.distributed import max_over_ranks
 from common.gaussian import Gaussian
 from common.lora import adapters_off
 from common.memory import AdaptiveBatcher, default_device
-from common.types import Group, Step
+from common.types import Group, ImagePrompt, Prompt, Step, text_of
 from generator import adapter, adapter_file, attention, context_parallel, weights
 from generator.adapter_file import ADAPTER_FILE
 from generator.block_cache import BlockCache
+from generator.conditions import (
+    ImageCache,
+    check_image_prompts,
+    read_image,
+    stacked,
+)
 from generator.denoiser import Conditions, Denoiser, Expert
 from generator.experts import check_sampling
 from generator.family import Family
@@ -28,10 +34,12 @@ from generator.merged import MergedAdapter
 from generator.offload import Waiting
 from generator.pipeline import (
     compile_blocks,
+    image_pipeline,
     load_pipeline,
     read_transformer,
     require_attention,
     trained_first,
+    with_tokens,
 )
 from generator.prompts import PromptCache
 from generator.sampler import (
@@ -54,7 +62,7 @@ if TYPE_CHECKING:
 
 
 class WanGenerator:
-    """Implements `common.types.Generator` for Wan 2.1 text-to-video.
+    """Implements `common.types.Generator` for the Wan of `generator.family`.
 
     module        what deepspeed wraps: the transformer in peft's wrapper, or bare without LoRA
     latent_shape  (C, F, H, W) of one video
@@ -99,6 +107,12 @@ class WanGenerator:
         self.module = module
         self.device = device
         self.family = family or Family()
+        if self.family.text_length not in (None, cfg.max_sequence_length):
+            raise ValueError(
+                f"generator.max_sequence_length={cfg.max_sequence_length} must be "
+                f"{self.family.text_length}: with tokens of an image the transformer cuts off so "
+                "many as the text"
+            )
         transformer = module if cfg.lora is None else module.get_base_model()
         self._policy = denoiser_of(
             cfg, self.family, Expert(module, transformer), frozen, device
@@ -122,6 +136,10 @@ class WanGenerator:
             cfg.rollout_batch, what="latents in the transformer"
         )
         self.prompts = PromptCache(pipeline, max_length=cfg.max_sequence_length)
+        # Only a model that takes images can be asked for one, and only its VAE can encode it.
+        self.images: ImageCache | None = None
+        if self.family.image != "none" and pipeline.vae is not None:
+            self.images = ImageCache(pipeline, self.family, self.codec, cfg, device)
         self._pipeline = pipeline
         # Copies of the targets' weights for sampling, made when a rollout begins.
         self._merged: MergedAdapter | None = None
@@ -209,7 +227,7 @@ class WanGenerator:
     @torch.no_grad()
     def rollout(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         group_size: int,
         seeds: Sequence[int],
@@ -226,6 +244,7 @@ class WanGenerator:
         sharded, every rank fills up to the largest number of calls.
         """
         self._require_vae()
+        check_image_prompts(prompts, self.family, self.cfg.path)
         # 1. Compare the number of calls with other ranks'.
         self.portions.fixed = self.calls_together
         missing_calls = 0
@@ -244,19 +263,23 @@ class WanGenerator:
                     batch=self.portions,
                     device=self.device,
                 )
-                groups.append(group)
+                clean_GCFHW = self._with_first_frame([prompt], group.clean_GCFHW)
+                groups.append(replace(group, clean_GCFHW=clean_GCFHW))
 
         # calls that only keep the ranks in step, on the smallest latent there is
         for _ in range(missing_calls):
-            patch = self.patch_size
-            x_1CFHW = torch.zeros(1, self.latent_shape[0], *patch)
+            shape = (self.latent_shape[0], *self.patch_size)
+            if isinstance(prompts[0], ImagePrompt):
+                # as large as the image's
+                shape = self._walk_shape(prompts[0])
+            x_1CFHW = torch.zeros(1, *shape)
             self.velocity(x_1CFHW, torch.ones(1), prompts[:1], guidance_scale=1.0)
         return groups
 
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         seeds: Sequence[int],
         *,
         num_steps: int | None = None,
@@ -277,6 +300,14 @@ class WanGenerator:
             raise ValueError(
                 f"scheduler must be 'euler' or 'pipeline', got {scheduler!r}"
             )
+        check_image_prompts(prompts, self.family, self.cfg.path)
+        # Latents of texts and of images have different shapes on the way.
+        if len({self._walk_shape(prompt) for prompt in prompts}) > 1:
+            alone = [
+                self.sample([prompt], [seed], num_steps=num_steps, scheduler=scheduler)
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ]
+            return torch.cat(alone)
         # Grid and noise are those of a rollout.
         cfg = self.cfg.sampler
         steps = num_steps or cfg.sample_steps or cfg.num_steps
@@ -285,11 +316,15 @@ class WanGenerator:
         def sample_rows(row_B: Tensor) -> Tensor:
             rows = row_B.tolist()
             texts = [prompts[row] for row in rows]
-            noises = [initial_noise(seeds[row], self.latent_shape) for row in rows]
+            noises = [
+                initial_noise(seeds[row], self._walk_shape(prompts[row]))
+                for row in rows
+            ]
             x_BCFHW = torch.stack(noises).to(self.device)
             if scheduler == "pipeline":
                 return self._stock(x_BCFHW, texts, steps)
-            return self._descend(x_BCFHW, sigmas, texts)
+            x_BCFHW = self._descend(x_BCFHW, sigmas, texts)
+            return self._with_first_frame(texts, x_BCFHW)
 
         # In batches, as many videos as fit.
         self.portions.fixed = self.calls_together
@@ -309,7 +344,7 @@ class WanGenerator:
 
     # ---- likelihood and error, with gradient ----
 
-    def transition(self, prompt: str, step: Step) -> Gaussian:
+    def transition(self, prompt: Prompt, step: Step) -> Gaussian:
         """Distribution of `next` given the latent: mean (M, C, F, H, W), gradient through it.
 
         A latent that all members share costs c' DiT sample-forwards, separate latents cost c' G;
@@ -329,7 +364,7 @@ class WanGenerator:
         clean_BCFHW: Tensor,
         noise_BCFHW: Tensor,
         sigma_B: Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
     ) -> Tensor:
         """Squared velocity error, MEAN over latent elements -> (B,) fp32, with gradient.
 
@@ -338,20 +373,44 @@ class WanGenerator:
         It is the term of Flow-DPO (2501.13918, equation 6), which takes the sum: with the mean,
         beta does not depend on the size of the video.
         """
-        # Noise the latents.
         clean_BCFHW = clean_BCFHW.to(self.device)
         noise_BCFHW = noise_BCFHW.to(self.device)
-        x_BCFHW = interpolate(clean_BCFHW, noise_BCFHW, sigma_B)
         # Compare the predicted velocity with the true one.
-        v_BCFHW = self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=1.0)
+        v_BCFHW = self.flow_velocity(
+            clean_BCFHW, noise_BCFHW, sigma_B, prompts, guided=False
+        )
         error_BCFHW = v_BCFHW - velocity_target(clean_BCFHW, noise_BCFHW)
         return error_BCFHW.square().flatten(1).mean(dim=1)
+
+    def flow_velocity(
+        self,
+        clean_BCFHW: Tensor,
+        noise_BCFHW: Tensor,
+        sigma_B: Tensor,
+        prompts: Sequence[Prompt],
+        *,
+        guided: bool = True,
+    ) -> Tensor:
+        """Velocity of noised latents -> (B, C, F, H, W) fp32, with gradient.
+
+        v_theta((1 - sigma) x_0 + sigma eps), with the guidance of the rollout if ``guided``.
+        Raises ValueError for a prompt with an image.
+        """
+        if any(isinstance(prompt, ImagePrompt) for prompt in prompts):
+            raise ValueError(
+                "a velocity error is of stored latents and texts: images are not stored with them"
+            )
+        x_BCFHW = interpolate(
+            clean_BCFHW.to(self.device), noise_BCFHW.to(self.device), sigma_B
+        )
+        scale = self.cfg.sampler.guidance_scale if guided else 1.0
+        return self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=scale)
 
     def velocity(
         self,
         x_BCFHW: Tensor,
         sigma_B: Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         guidance_scale: float,
     ) -> Tensor:
@@ -419,9 +478,13 @@ class WanGenerator:
 
     # ---- prompts and weights ----
 
-    def encode_prompts(self, prompts: Sequence[str]) -> None:
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Put the embeddings of these prompts and of the negative prompt into the cache."""
-        self.prompts.encode([*prompts, self.cfg.sampler.negative_prompt])
+        texts = [text_of(prompt) for prompt in prompts]
+        self.prompts.encode([*texts, self.cfg.sampler.negative_prompt])
+        for prompt in prompts:
+            if isinstance(prompt, ImagePrompt):
+                self.images.get(prompt.image)
 
     def given_prompts(
         self, embedding_LD: Mapping[str, Tensor]
@@ -430,9 +493,11 @@ class WanGenerator:
         return self.prompts.given(embedding_LD)
 
     def free_text_encoder(self) -> None:
-        """Free the text encoder; prompts that are not cached then raise RuntimeError."""
+        """Free the encoders of texts and images; prompts that are new then raise RuntimeError."""
         self.encode_prompts([])
         self.prompts.free_text_encoder()
+        if self.images is not None:
+            self.images.free_encoder()
 
     def save_trained(
         self, folder: Path | str, state_dict: Mapping[str, Tensor] | None = None
@@ -499,16 +564,34 @@ class WanGenerator:
 
     # ---- parts of a rollout ----
 
+    def _walk_shape(self, prompt: Prompt) -> tuple[int, ...]:
+        """(C, F, H, W) of what a walk moves: without the first frame where an image gives it."""
+        channels, frames, height, width = self.latent_shape
+        if self.family.image == "first_frame" and isinstance(prompt, ImagePrompt):
+            frames -= 1
+        return channels, frames, height, width
+
+    def _with_first_frame(self, prompts: Sequence[Prompt], x_BCFHW: Tensor) -> Tensor:
+        """Put the given first frames in front; a single prompt serves every sample."""
+        if self.family.image != "first_frame" or not isinstance(
+            prompts[0], ImagePrompt
+        ):
+            return x_BCFHW
+        rows = prompts if len(prompts) > 1 else [*prompts] * len(x_BCFHW)
+        images = [self.images.get(prompt.image) for prompt in rows]
+        first_BCFHW, _ = stacked(images, x_BCFHW.device, x_BCFHW.dtype)
+        return torch.cat([first_BCFHW, x_BCFHW], dim=2)
+
     def _walk(
         self,
-        prompt: str,
+        prompt: Prompt,
         seed: int,
         iteration: int,
     ) -> Walk:
         """Grid, stochastic steps, kernel and tail of one group."""
         cfg = self.cfg.sampler
         return Walk(
-            shape=self.latent_shape,
+            shape=self._walk_shape(prompt),
             sigmas=sigma_grid(cfg.num_steps, shift=cfg.shift).tolist(),
             steps=stochastic_steps(seed, cfg, iteration=iteration),
             kernel=self.kernel,
@@ -518,7 +601,7 @@ class WanGenerator:
         )
 
     def _guided_velocity(
-        self, *prompts: str, scale: float | None = None
+        self, *prompts: Prompt, scale: float | None = None
     ) -> Callable[[Tensor, float], Tensor]:
         """The velocity as a function of (x, sigma); a single prompt serves every sample."""
 
@@ -550,7 +633,7 @@ class WanGenerator:
         self,
         x_BCFHW: Tensor,
         sigmas: Sequence[float],
-        prompt: str,
+        prompt: Prompt,
     ) -> Tensor:
         """Walk to the first stochastic step."""
         with self._fast(self.cfg.sampler.attention):
@@ -560,7 +643,7 @@ class WanGenerator:
         self,
         x_BCFHW: Tensor,
         sigmas: Sequence[float],
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
     ) -> Tensor:
         """Walk along sigmas without noise; a single prompt serves every sample."""
         return ode(self._guided_velocity(*prompts), x_BCFHW, sigmas)
@@ -569,7 +652,7 @@ class WanGenerator:
         self,
         x_BCFHW: Tensor,
         sigmas: Sequence[float],
-        prompt: str,
+        prompt: Prompt,
     ) -> Tensor:
         """Walk to sigma = 0 with the sampler's tail options: grid, solver, guidance, cache."""
         cfg = self.cfg.sampler
@@ -616,7 +699,7 @@ class WanGenerator:
     def _stock(
         self,
         x_BCFHW: Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         num_steps: int,
     ) -> Tensor:
         """Sample with the stock pipeline's loop and scheduler."""
@@ -627,12 +710,39 @@ class WanGenerator:
             setattr(self._pipeline, name, expert.transformer)
             if expert.waiting is not None:
                 expert.waiting.fetch()
-        second: dict[str, float | None] = {}
+        options: dict[str, Any] = {}
         if self.family.boundary is not None:
-            second["guidance_scale_2"] = self.cfg.sampler.guidance_scale_2
+            options["guidance_scale_2"] = self.cfg.sampler.guidance_scale_2
+        # It takes a single image.
+        if isinstance(prompts[0], ImagePrompt):
+            rows = [
+                self._stock_call([prompt], x_BCFHW[i : i + 1], num_steps, options)
+                for i, prompt in enumerate(prompts)
+            ]
+            return torch.cat(rows)
+        return self._stock_call(prompts, x_BCFHW, num_steps, options)
+
+    def _stock_call(
+        self,
+        prompts: Sequence[Prompt],
+        x_BCFHW: Tensor,
+        num_steps: int,
+        options: Mapping[str, Any],
+    ) -> Tensor:
         # Embeddings come from the cache: the text encoder may have been freed.
         conditions = self._conditions(prompts, guided=True)
-        return self._pipeline(
+        options = dict(options)
+        pipeline = self._pipeline
+        if isinstance(prompts[0], ImagePrompt):
+            options["image"] = read_image(prompts[0].image)
+            if conditions.tokens_BLD is not None:
+                # the pipeline takes the tokens or the image: its encoder gives ours
+                pipeline = with_tokens(pipeline, conditions.tokens_BLD)
+            if self.family.image == "first_frame":
+                pipeline = image_pipeline(pipeline)
+                # the frame that the image gives is overwritten before it is read
+                x_BCFHW = torch.cat([x_BCFHW[:, :, :1], x_BCFHW], dim=2)
+        return pipeline(
             prompt_embeds=conditions.text_BLD,
             negative_prompt_embeds=conditions.negative_BLD,
             height=self.cfg.height,
@@ -642,7 +752,7 @@ class WanGenerator:
             guidance_scale=self.cfg.sampler.guidance_scale,
             latents=x_BCFHW,
             output_type="latent",
-            **second,
+            **options,
         ).frames.float()
 
     def _require_vae(self) -> None:
@@ -652,17 +762,25 @@ class WanGenerator:
                 "it cannot sample"
             )
 
-    def _conditions(self, prompts: Sequence[str], *, guided: bool) -> Conditions:
-        """Embeddings of these prompts and, if guided, of as many negative prompts."""
-        negative = [self.cfg.sampler.negative_prompt] * len(prompts) if guided else []
+    def _conditions(self, prompts: Sequence[Prompt], *, guided: bool) -> Conditions:
+        """What these prompts tell the transformer and, if guided, as many negative prompts."""
+        texts = [text_of(prompt) for prompt in prompts]
+        negative = [self.cfg.sampler.negative_prompt] * len(texts) if guided else []
         # Encoded together, so that both are there before a forward.
-        self.prompts.encode([*prompts, *negative])
+        self.prompts.encode([*texts, *negative])
         dtype = self.denoiser.expert.dtype
-        text_BLD = self.prompts.get(prompts, device=self.device, dtype=dtype)
-        if not guided:
-            return Conditions(text_BLD)
-        negative_BLD = self.prompts.get(negative, device=self.device, dtype=dtype)
-        return Conditions(text_BLD, negative_BLD)
+        text_BLD = self.prompts.get(texts, device=self.device, dtype=dtype)
+        negative_BLD = None
+        if guided:
+            negative_BLD = self.prompts.get(negative, device=self.device, dtype=dtype)
+
+        # The images of all prompts, or of none.
+        paths = [prompt.image for prompt in prompts if isinstance(prompt, ImagePrompt)]
+        if not paths:
+            return Conditions(text_BLD, negative_BLD)
+        images = [self.images.get(path) for path in paths]
+        image_BCFHW, tokens_BLD = stacked(images, self.device, dtype)
+        return Conditions(text_BLD, negative_BLD, image_BCFHW, tokens_BLD)
 
     # ---- the module in use ----
 
@@ -738,4 +856,5 @@ def denoiser_of(
         device,
         boundary=family.boundary,
         trained=place,
+        first_frame=family.image == "first_frame",
     )

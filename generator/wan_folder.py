@@ -22,6 +22,8 @@ def find_wan(path: str) -> Path:
     # Weights that are not read are not downloaded.
     wanted = ["*.json", "tokenizer/*"]
     wanted += [f"{part}/*.safetensors" for part in {*PARTS, *family.experts}]
+    if family.image == "channels+clip":
+        wanted.append("image_encoder/*.safetensors")
     return model_folder(path, INDEX, patterns=wanted)
 
 

@@ -10,9 +10,11 @@ whole checkpoint.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import exit_with_error, user_errors
+from common.files import require_hub_name
 from launch.command import train_command
 from launch.schemas.training import ColdStartRun
 from launch.training.rm_data import read_tables, usable_pairs
@@ -71,14 +73,18 @@ def build_task(
     from common.updates import backwards_on_rank
     from engine.zero3 import elements
 
-    # Leave out videos that cannot be decoded, then build.
-    pairs, heldout = usable_pairs(run, pairs, heldout)
+    # Check the batch before hours of decoding.
     settings = run.cold_start
     per_step = settings.pairs_per_step
     with user_errors():
         accumulation = backwards_on_rank(
             "cold_start.pairs_per_step", per_step, settings.micro_batch
         )
+        _require_model(run)
+
+    # Leave out videos that cannot be decoded, then build.
+    pairs, heldout = usable_pairs(run, pairs, heldout)
+    with user_errors():
         model = build_reward_model(run)
         loop, _ = loop_of(run, pairs, model, accumulation=accumulation)
     # Tell how large an update is.
@@ -97,6 +103,19 @@ def build_task(
     return reward_model_task(run, loop, heldout, label="cold start", steps=steps)
 
 
+def _require_model(run: ColdStartRun) -> None:
+    """Raise FileNotFoundError, naming the key, for a model that is neither there nor on the hub."""
+    key, name = "base", run.base
+    if run.checkpoint is not None:
+        key, name = "checkpoint", run.checkpoint
+    if Path(name).is_dir():
+        return
+    try:
+        require_hub_name(name, "config.json")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: {error}") from error
+
+
 def loop_of(
     run: ColdStartRun, pairs: list[Pair], model: DeScore, *, accumulation: int
 ) -> tuple[ColdStart, DeepSpeedEngine]:
@@ -110,20 +129,33 @@ def loop_of(
 
 
 def build_reward_model(run: ColdStartRun) -> DeScore:
-    """Put a new DeScore on the base model, on this rank's device."""
+    """Put a new DeScore on the base model, or load the checkpoint, on this rank's device.
+
+    Raises ValueError when the checkpoint has other dimensions than the run.
+    """
     import torch
 
     from common.memory import default_device
     from rm.model import DeScore
     from rm.prompt import PromptTemplate
 
+    dtype = getattr(torch, run.dtype)
+    if run.checkpoint is not None:
+        model = DeScore.load(run.checkpoint, dtype=dtype)
+        if list(model.dimensions.items()) != list(run.dimensions.items()):
+            raise ValueError(
+                f"{run.checkpoint} has the dimensions {list(model.dimensions)}, with settings "
+                "that differ from those of the run: give both the same"
+            )
+        model.generation = run.generation
+        return model.to(default_device())
     model = DeScore.from_base(
         run.base,
         template=None if run.template is None else PromptTemplate.load(run.template),
         settings=run.video,
         generation=run.generation,
         dimensions=run.dimensions,
-        dtype=getattr(torch, run.dtype),
+        dtype=dtype,
         seed=run.seed,
     )
     return model.to(default_device())

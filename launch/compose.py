@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
     from alignment.dpo import DpoLoop
     from alignment.grpo import GrpoLoop
+    from common.types import Prompt
     from engine.config import TrainingRun
     from engine.ema import Ema
+    from engine.old_policy import OldPolicy
     from engine.skip_nonfinite import SkipNonFinite
     from engine.trainer import TrainingTask
     from generator.config import GeneratorConfig
@@ -55,19 +57,61 @@ def quiet() -> None:
             torch.set_num_threads(1)
 
 
-def say_long_prompts(prompts: Sequence[str], cfg: GeneratorConfig) -> None:
-    """Print how many prompts the text encoder cuts off. Only rank 0 counts."""
+def say_long_prompts(prompts: Sequence[Prompt], cfg: GeneratorConfig) -> None:
+    """Print how many prompts the text encoder cuts off. Only rank 0 counts.
+
+    Raises ValueError for prompts that the generator's folder does not take, with or without an
+    image, and for an image that cannot be read.
+    """
     from common.log import say
+    from common.types import text_of
     from generator.prompts import describe_long_prompts
 
     # A generator of another class has its own limits.
     if cfg.target is not None:
         return
+    check_images(prompts, cfg)
     # Every prompt is tokenized, which is work for one rank.
     if prompts and os.environ.get("RANK", "0") == "0":
-        remark = describe_long_prompts(prompts, cfg)
+        texts = [text_of(prompt) for prompt in prompts]
+        remark = describe_long_prompts(texts, cfg)
         if remark:
             say(remark)
+
+
+def check_images(prompts: Sequence[Prompt], cfg: GeneratorConfig) -> None:
+    """Raise ValueError for prompts whose images are missing, not taken, or not readable.
+
+    A generator on the hub is asked when it samples.
+    """
+    from common.types import ImagePrompt
+    from generator.conditions import check_image_prompts, read_image
+    from generator.family import Family
+
+    images = {p.image for p in prompts if isinstance(p, ImagePrompt)}
+    if Path(cfg.path).is_dir():
+        family = Family.of(Path(cfg.path))
+        check_image_prompts(prompts, family, cfg.path)
+        if images and family.image == "first_frame" and cfg.context_parallel > 1:
+            raise ValueError(
+                f"generator.context_parallel={cfg.context_parallel} must be 1 for prompts with "
+                f"images: {cfg.path} gives each token a time of its own"
+            )
+    # Reading all of them is work for one rank.
+    if os.environ.get("RANK", "0") == "0":
+        for image in sorted(images):
+            read_image(image)
+
+
+def check_image_objective(objective: str, prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError for prompts with images where GRPO trains on noised samples."""
+    from common.types import ImagePrompt
+
+    if objective != "policy" and any(isinstance(p, ImagePrompt) for p in prompts):
+        raise ValueError(
+            f"grpo.objective={objective} trains on noised samples of texts, and a prompt has an "
+            "image: use objective=policy"
+        )
 
 
 def build_generator(
@@ -95,11 +139,15 @@ def build_generator(
     )
 
 
-def check_family(run: GrpoRun | DpoRun, *, stochastic: bool = False) -> None:
+def check_family(
+    run: GrpoRun | DpoRun, *, stochastic: bool = False, objective: str = "policy"
+) -> None:
     """Raise ValueError for settings that the JSON files of the generator's folder rule out.
 
-    stochastic  checks the stochastic steps of a rollout too
+    objective   of GRPO; others than "policy" train on noised samples
+    stochastic  the run has rollouts, whose stochastic steps are checked; else it reads pairs
     """
+    from generator.conditions import check_pairs
     from generator.experts import check_stochastic_steps, check_training
     from generator.family import Family
     from generator.wan_folder import find_wan
@@ -109,8 +157,15 @@ def check_family(run: GrpoRun | DpoRun, *, stochastic: bool = False) -> None:
         return
     family = Family.of(find_wan(run.generator.path))
     check_training(run.generator, family, zero_stage=run.zero_stage)
+    if family.boundary is not None and objective != "policy":
+        raise ValueError(
+            f"grpo.objective={objective} draws noise levels of both transformers of "
+            f"{run.generator.path}, of which one is trained: use objective=policy"
+        )
     if stochastic:
         check_stochastic_steps(run.generator, family)
+    else:
+        check_pairs(family, run.generator.path)
 
 
 def trained_generator(cfg: GeneratorConfig, adapter: str | None) -> WanGenerator:
@@ -156,10 +211,16 @@ def size_of_training(run: TrainingRun, module: nn.Module) -> str:
 
 
 def generator_task(
-    run: GrpoRun | DpoRun, loop: GrpoLoop | DpoLoop, ema: Ema | None, **options: Any
+    run: GrpoRun | DpoRun,
+    loop: GrpoLoop | DpoLoop,
+    ema: Ema | None,
+    *,
+    old: OldPolicy | None = None,
+    **options: Any,
 ) -> TrainingTask:
     """Describe to the training loop how a generator is saved, exported and counted.
 
+    old      is the policy that samples, where it is an average of the trained one
     options  are the other fields of `TrainingTask`
     """
     from engine.export import export, write_trained
@@ -173,6 +234,14 @@ def generator_task(
     # A generator of another class has a single module.
     modules = getattr(generator, "modules", [generator.module])
     counter = ForwardCounter(*modules, ranks_per_sample=run.generator.context_parallel)
+
+    def write_extra(folder: Path) -> None:
+        write_trained(generator, folder / "trained")
+        if old is not None:
+            old.save(folder)
+
+    if old is not None:
+        options["restore"] = old.load
     use = f"launch/sample.py or launch/evaluate.py with adapter={run.run_dir}/final"
     return TrainingTask(
         engine=loop.engine,
@@ -180,6 +249,6 @@ def generator_task(
         export=lambda: export(generator, ema, Path(run.run_dir)),
         ema=ema,
         take_forwards=counter.take,
-        write_extra=lambda folder: write_trained(generator, folder / "trained"),
+        write_extra=write_extra,
         **options,
     )

@@ -134,7 +134,8 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
         if missing:
             score_pairs(cfg, pairs, missing, table)
         conclude(cfg, table, len(pairs), summarise_pairs)
-        if not cfg.options.get("calibrated"):
+        is_raw = cfg.options.get("thinking") != "adaptive"
+        if is_raw and not cfg.options.get("calibrated"):
             say(f"next: python launch/calibrate.py {cfg.checkpoint} {cfg.out}")
 
 

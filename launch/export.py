@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,9 @@ def export_folder(args: argparse.Namespace) -> None:
                 raise ValueError(f"--base {args.base} is not a folder")
             exported = export_adapters(adapters, base, args.out, format=args.format)
 
+    if kind != "DeScore":
+        exported = replace(exported, pipeline=pipeline_of(base))
+
     # Write the card.
     base_model = args.base_model or run.base_model
     if not args.base_model and is_hub_name(args.base):
@@ -145,6 +149,16 @@ def trained_kind(trained: Path) -> str:
     if (trained / "final").is_dir():
         hint = f"; did you mean {trained / 'final'}?"
     raise ValueError(f"{trained} holds none of {', '.join(KINDS)}{hint}")
+
+
+def pipeline_of(base: str | None) -> str:
+    """Return the class of the stock pipeline of a base; of an unknown one that for texts."""
+    from launch.planning import known_models
+
+    known = base in known_models.WAN
+    if base is None or not (known or (Path(base) / "model_index.json").is_file()):
+        return "WanPipeline"
+    return known_models.wan_family(base).pipeline
 
 
 def read_adapters(trained: Path) -> dict[str, StoredAdapter]:

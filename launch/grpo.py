@@ -24,6 +24,7 @@ from launch.training.grpo_checks import (
 )
 
 if TYPE_CHECKING:
+    from common.types import Prompt
     from engine.trainer import TrainingTask
 
 
@@ -33,18 +34,20 @@ def main() -> None:
     )
 
 
-def read_input(run: GrpoRun) -> tuple[list[str], list[str]]:
+def read_input(run: GrpoRun) -> tuple[list[Prompt], list[Prompt]]:
     """Read training and held-out prompts; exit with code 2 if a file or the ranks are wrong."""
-    from alignment.prompts import describe_shared_prompts, read_prompts
+    from alignment.prompts import describe_shared_prompts, read_image_prompts
     from common.log import say
-    from launch.compose import say_long_prompts
+    from launch.compose import check_image_objective, say_long_prompts
 
     check_ranks(run, ranks=int(os.environ.get("WORLD_SIZE", "1")))
-    heldout: list[str] = []
+    heldout: list[Prompt] = []
     with user_errors():
-        prompts = read_prompts(run.prompts)
+        prompts = read_image_prompts(run.prompts)
         if run.evaluation is not None:
-            heldout = read_prompts(run.evaluation.prompts)[: run.evaluation.limit]
+            heldout = read_image_prompts(run.evaluation.prompts)
+            heldout = heldout[: run.evaluation.limit]
+        check_image_objective(run.grpo.objective, [*prompts, *heldout])
         # Prompts that do not do what the user thinks.
         say_long_prompts([*prompts, *heldout], run.generator)
     shared = describe_shared_prompts(prompts, heldout)
@@ -53,18 +56,22 @@ def read_input(run: GrpoRun) -> tuple[list[str], list[str]]:
     return prompts, heldout
 
 
-def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> TrainingTask:
+def build_task(
+    run: GrpoRun, prompts: list[Prompt], heldout: list[Prompt]
+) -> TrainingTask:
     """Build everything and describe the run to the training loop."""
     from common.log import say
     from engine.ema import Ema
     from engine.trainer import StepReport
     from launch.compose import generator_task
+    from launch.diagnosis.watch import Watch
     from launch.training.grpo_loop import build, cache_prompts
     from launch.training.grpo_outputs import (
         evaluate_heldout,
         groups_to_write,
         write_samples,
     )
+    from launch.training.guards import guards_of
 
     # Build, and tell how large an update is.
     with user_errors():
@@ -72,31 +79,44 @@ def build_task(run: GrpoRun, prompts: list[str], heldout: list[str]) -> Training
     for line in batch_arithmetic(run, loop):
         say(line)
     ema = None if run.ema is None else Ema(run.ema, loop.generator.module)
+    watch = Watch(run, loop, heldout, ema)
+    guards = guards_of(run, loop)
 
     # The parts that only GRPO has.
     def prepare(start: int) -> None:
         loop.silent_guard.expect(run.steps - start)
+        watch.prepare(start)
         if run.self_checks and start == 0:
             run_self_checks(run, loop, prompts)
         if run.cache_prompts:
             cache_prompts(run, loop, heldout, start)
 
     def step(number: int) -> StepReport:
-        result = loop.step(number, keep_groups=groups_to_write(run, number))
+        watch.begin(number)
+        result = loop.step(
+            number,
+            keep_groups=max(groups_to_write(run, number), watch.groups_to_keep(number)),
+            keep_rollouts=watch.measures(number),
+        )
         return StepReport(result.metrics, result)
 
-    return generator_task(
+    task = generator_task(
         run,
         loop,
         ema,
+        old=loop.objective.old,
         label="grpo",
         steps=run.steps,
         step=step,
         prepare=prepare,
-        measure_before=lambda n: evaluate_heldout(run, loop, ema, heldout, n),
+        measure_before=lambda n: evaluate_heldout(
+            run, loop, ema, heldout, n, guards=guards
+        ),
         after_log=lambda n, report, log: write_samples(run, report.result, n, log),
+        watch=lambda n, report, metrics: watch.look(n, report.result, metrics),
         explain_unavailable=print_cause,
     )
+    return guards.guard(task)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
         return
 
     # load the generator and the rewards
+    from alignment.rewards import check_group_size
     from common.cli import user_errors
     from common.log import say
     from launch.compose import build_rewards, say_long_prompts, trained_generator
@@ -85,6 +86,8 @@ def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
     with user_errors():
         generator = trained_generator(cfg.generator, cfg.adapter)
         rewards = build_rewards(cfg.rewards)
+        # all candidates of a prompt are compared
+        check_group_size(rewards, cfg.pairs.candidates)
 
     # sample, score, choose, write
     make_pairs(

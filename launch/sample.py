@@ -19,6 +19,7 @@ from launch.command import read_command, run_command, take_kind
 from launch.schemas.training import SampleRun
 
 if TYPE_CHECKING:
+    from common.types import Prompt
     from launch.evaluation.sampling import SampleRequest
 
 # Settings that change no video.
@@ -54,7 +55,7 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
     from launch.evaluation.results_table import all_ranks
 
     with all_ranks(folder=cfg.out):
-        from alignment.prompts import read_prompts
+        from alignment.prompts import read_image_prompts
         from common.config import dump
         from common.distributed import is_main
         from common.log import say
@@ -65,8 +66,8 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
         )
 
         with user_errors():
-            prompts = read_prompts(cfg.prompts)
-            inputs = {"prompts": cfg.prompts}
+            prompts = read_image_prompts(cfg.prompts)
+            inputs = {"prompts": cfg.prompts, **image_files(prompts)}
             table = open_table(cfg, inputs, without=NOT_IN_A_VIDEO, resume=resume)
         if is_main():
             dump(cfg, cfg.out)
@@ -84,9 +85,21 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
         )
 
 
-def list_requests(cfg: SampleRun, prompts: Sequence[str]) -> list[SampleRequest]:
+def image_files(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Name the images of the prompts, whose content decides the videos."""
+    from common.types import ImagePrompt
+
+    files = {}
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, ImagePrompt):
+            files[f"image of prompt {i}"] = prompt.image
+    return files
+
+
+def list_requests(cfg: SampleRun, prompts: Sequence[Prompt]) -> list[SampleRequest]:
     """Name the videos of all prompts, ``seeds`` of each, and derive their seeds."""
     from common.distributed import derive_seed
+    from common.types import text_of
     from launch.evaluation.sampling import SampleRequest
 
     requests = []
@@ -95,7 +108,8 @@ def list_requests(cfg: SampleRun, prompts: Sequence[str]) -> list[SampleRequest]
         for k in range(cfg.seeds):
             file = f"{len(requests):04d}.mp4"
             seed = derive_seed(cfg.seed, "sample", i, k)
-            requests.append(SampleRequest(file, prompt, seed, {"prompt": prompt}))
+            row = {"prompt": text_of(prompt)}
+            requests.append(SampleRequest(file, prompt, seed, row))
     return requests
 
 

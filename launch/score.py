@@ -9,9 +9,10 @@ prompt for each of --videos, in the natural order of their names: 2.mp4 before 1
 the output has the value of each reward, its parts and its text (the chain of thought).
 
 A video that cannot be read or scored gets ``error`` and null rewards, and the next call tries it
-again; finished rows are not repeated while their files keep their content. Another process decodes
-each file first, so that a file that kills its decoder costs a single row. Under a launcher, ranks
-share the videos.
+again; finished rows are not repeated while their files keep their content. A DeScore with
+``thinking: adaptive`` scores all videos of a prompt together, and again if one of them is missing.
+Another process decodes each file first, so that a file that kills its decoder costs a single row.
+Under a launcher, ranks share the videos.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.command import run_command
-from launch.evaluation.files import ScoreItem, find_items, score_files
+from launch.evaluation.files import (
+    ScoreItem,
+    find_items,
+    score_files,
+    share_of_prompts,
+)
 from launch.schemas.evaluation import ScoreRun
 
 if TYPE_CHECKING:
@@ -80,7 +86,10 @@ def score(
         missing = [key for key in items if key not in table.done]
         say(f"{len(missing)} of {len(items)} videos to score")
         # This rank scores its share of them.
-        share = [items[key] for key in table.share(items)]
+        if any(reward.thinks_when_unsure(name) for name, reward in cfg.rewards.items()):
+            share = share_of_prompts(list(items.values()), missing)
+        else:
+            share = [items[key] for key in table.share(items)]
         if share:
             score_share(cfg, share, table)
 
@@ -145,6 +154,7 @@ def score_share(cfg: ScoreRun, items: list[ScoreItem], table: ResultsTable) -> N
     from common.cli import user_errors
     from common.log import say
     from launch.compose import build_rewards, quiet
+    from launch.evaluation.files import check_groups, prompt_batches
     from launch.evaluation.results_table import attempt, batches
     from rm.video_check import VideoChecker
 
@@ -152,6 +162,7 @@ def score_share(cfg: ScoreRun, items: list[ScoreItem], table: ResultsTable) -> N
     say(f"loading the rewards {', '.join(cfg.rewards)}")
     with user_errors():
         rewards = build_rewards(cfg.rewards)
+        check_groups(rewards, items)
     # The fields of a video that could not be read or scored.
     no_scores = {
         "rewards": dict.fromkeys(rewards),
@@ -163,7 +174,11 @@ def score_share(cfg: ScoreRun, items: list[ScoreItem], table: ResultsTable) -> N
         def score_batch(part: Sequence[ScoreItem]) -> list[Row]:
             return score_files(rewards, part, checker, max_frames=cfg.max_frames)
 
-        for batch in batches(items, cfg.batch, "score"):
+        by_prompt = any(
+            getattr(reward, "groups_by_prompt", False) for reward in rewards.values()
+        )
+        cut = prompt_batches if by_prompt else batches
+        for batch in cut(items, cfg.batch, "score"):
             rows = []
             scored = attempt(score_batch, batch)
             for item, fields in zip(batch, scored, strict=True):

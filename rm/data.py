@@ -177,6 +177,11 @@ def _check_columns(table: CsvTable, required: Sequence[str]) -> None:
                 f"; they are those of the layout {layout}: set data.layout={layout} "
                 f"(table.layout in launch/pairs.py, layout in launch/evaluate.py)"
             )
+    if {"CoT_A", "CoT_B"} & (set(required) - set(table.columns)):
+        problem += (
+            "; without chains of thought, cold_start.masking.probability=1 trains a reward model "
+            "that writes none"
+        )
     raise ValueError(problem)
 
 

@@ -146,6 +146,10 @@ class DeScoreScorer:
 
         Raises VideoError, naming the file, for a file that cannot be read.
         """
+        # A text is a sequence too, of its letters.
+        for name, given in (("videos", videos), ("prompts", prompts)):
+            if isinstance(given, str | bytes | Path):
+                raise TypeError(f"score: {name} must be a list, got {given!r:.60}")
         if len(videos) != len(prompts):
             raise ValueError(f"score: {len(videos)} videos for {len(prompts)} prompts")
         if not len(prompts):
@@ -156,7 +160,7 @@ class DeScoreScorer:
         keys = []
         for video, prompt in zip(videos, prompts, strict=True):
             length = _length(self.model, video, prompt)
-            keys.append((*length, _identity(video, prompt)))
+            keys.append((*length, identity(video, prompt)))
         unique_keys = sorted(set(keys))
         rows = [keys.index(key) for key in unique_keys]
         unique_videos = [videos[row] for row in rows]
@@ -428,7 +432,7 @@ def _length(model: DeScore, video: Tensor | str | Path, prompt: str) -> tuple[in
     return pixels, len(model.tokenizer(prompt)["input_ids"])
 
 
-def _identity(video: Tensor | str | Path, prompt: str) -> bytes:
+def identity(video: Tensor | str | Path, prompt: str) -> bytes:
     """A key that is equal for equal videos, or equal paths, with equal prompts."""
     digest = hashlib.blake2b(prompt.encode(), digest_size=16)
     if isinstance(video, Tensor):

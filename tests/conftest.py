@@ -67,6 +67,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "grpo": {"group_size": 2},
         "rewards": {"brightness": {}},
         "optimizer": {"lr": 1e-3, "warmup_steps": 3},
+        # a diagnosis samples and scores again, and tests count calls
+        "diagnosis": None,
     }
     (root / "run.yaml").write_text(yaml.safe_dump(values))
     return root / "run.yaml"

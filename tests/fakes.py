@@ -141,6 +141,23 @@ class FakeGenerator:
             errors.append((v - (noise - clean)).square().mean())
         return torch.stack(errors)
 
+    def flow_velocity(
+        self,
+        clean_BCFHW: Tensor,
+        noise_BCFHW: Tensor,
+        sigma_B: Tensor,
+        prompts: Sequence[str],
+    ) -> Tensor:
+        self.grad_forwards += len(prompts) * torch.is_grad_enabled()
+        x_BCFHW = flow.interpolate(
+            clean_BCFHW.to(self.dtype), noise_BCFHW.to(self.dtype), sigma_B
+        )
+        rows = [
+            self.module(x[None], float(sigma))
+            for x, sigma in zip(x_BCFHW, sigma_B, strict=True)
+        ]
+        return torch.cat(rows)
+
     @contextmanager
     def given_prompts(self, embedding_LD: Mapping[str, Tensor]) -> Iterator[None]:
         self.known = set(embedding_LD)

@@ -231,7 +231,8 @@ def test_marked_commands_without_config_are_known() -> None:
     ]
     others = (
         r"make |launch/nodes/reward_server|sbatch |python3\.1\d -m venv|.*--push"
-        r"|(VBENCH_ENV/bin/)?pip |for model in base tuned|python launch/report.py runs/wan/"
+        r"|(VBENCH_ENV/bin/)?pip |for model in base tuned"
+        r"|python launch/(report|diagnose).py runs/wan/"
     )
     assert [text for text in left if not re.match(others, text)] == []
     assert len(unmarked()) >= 8

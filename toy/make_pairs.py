@@ -60,6 +60,7 @@ class Split:
     wear       Share of renders with each fault of `worn`: blur, grain, flicker, pumping.
     accidents  Share of videos that stand still (half of them), have lost their colour or are
                noise.
+    twice      Share of pairs that show one film twice, once as a still or backwards.
     heldout    Use combinations of attributes that no training split has.
     annotated  The table holds the annotator's scores, a fifth of them wrong, instead of the
                oracle's, with which a test is evaluated.
@@ -70,6 +71,7 @@ class Split:
     look: Mapping[str, Any] = field(default_factory=dict)
     wear: float = 0.4
     accidents: float = 0.1
+    twice: float = 0.0
     heldout: bool = False
     annotated: bool = False
 
@@ -105,7 +107,7 @@ MANY_LOOKS = {
 }
 LARGER = MANY_LOOKS | {"scale": (0.235, 0.25), "travel": (0.2, 0.3)}
 SPLITS = {
-    "train": Split(annotated=True, look=MANY_LOOKS, accidents=0.3),
+    "train": Split(annotated=True, look=MANY_LOOKS, accidents=0.3, twice=0.2),
     "heldout": Split(heldout=True, look=LARGER),
     # `make reproduce-rm` trains and tests in the first domain and tests in four others, each of
     # which differs from it in a single respect.
@@ -185,9 +187,6 @@ def make(job: VideoJob) -> list[dict[str, object]]:
     from common.distributed import derive_seed
     from common.video_io import write_mp4
     from rm.video import prepare
-    from toy.annotator import annotate
-    from toy.measure import measure
-    from toy.people import utility, value_of
     from toy.world import FPS
 
     torch.set_num_threads(1)
@@ -196,12 +195,9 @@ def make(job: VideoJob) -> list[dict[str, object]]:
     seen = []
     for side, video in zip(sides, videos, strict=True):
         write_mp4(job.out / side.name, video, FPS)
-        scores = measure(video, side.prompt).scores
-        told = annotate(scores, side.rng) if SPLITS[job.split].annotated else scores
-        found = utility(video, side.prompt)
-        quality = found.parts["quality"]
-        value = value_of(found.grades, quality, job.quality_weight)
-        seen.append(Seen(told, found.parts, value))
+        annotator = side.rng if SPLITS[job.split].annotated else None
+        weight = job.quality_weight
+        seen.append(see(video, side.prompt, annotator=annotator, quality_weight=weight))
 
     # The chains of thought are about the files, as a training run reads them.
     model = load_base_model(job.base)
@@ -216,6 +212,26 @@ def make(job: VideoJob) -> list[dict[str, object]]:
         row = csv_row(sides[pair], seen[pair], cots[pair], rng)
         rows.append(row)
     return rows
+
+
+def see(
+    video_TYXC: Tensor,
+    prompt: str,
+    *,
+    annotator: random.Random | None,
+    quality_weight: float = VideoJob.quality_weight,
+) -> Seen:
+    """Look at a uint8 video as people do, and as an annotator or, without one, the oracle does."""
+    from toy.annotator import annotate
+    from toy.measure import measure
+    from toy.people import utility, value_of
+
+    scores = measure(video_TYXC, prompt).scores
+    if annotator is not None:
+        scores = annotate(scores, annotator)
+    found = utility(video_TYXC, prompt)
+    value = value_of(found.grades, found.parts["quality"], quality_weight)
+    return Seen(scores, found.parts, value)
 
 
 def list_sides(job: VideoJob) -> list[Side]:
@@ -276,7 +292,24 @@ def draw_videos(job: VideoJob, sides: Sequence[Side]) -> Tensor:
         decoded = generator.decode(clean)
         for row, i in enumerate(sampled):
             videos[i] = hurt(decoded[row], split.accidents, sides[i].rng)
+
+    # Pairs that differ in their motion alone.
+    for i in range(0, len(sides), 2):
+        rng = sides[i].rng
+        if rng.random() < split.twice:
+            videos[i : i + 2] = moved_otherwise(videos[i], rng)
     return videos
+
+
+def moved_otherwise(video_TYXC: Tensor, rng: random.Random) -> Tensor:
+    """Return a film and the same as a still, or backwards, in any order: (2, T, Y, X, 3)."""
+    import torch
+
+    still = video_TYXC[:1].expand_as(video_TYXC)
+    backwards = video_TYXC.flip(0)
+    films = [video_TYXC, rng.choice((still, backwards))]
+    rng.shuffle(films)
+    return torch.stack(films)
 
 
 def hurt(video_TYXC: Tensor, share: float, rng: random.Random) -> Tensor:

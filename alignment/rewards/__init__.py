@@ -11,6 +11,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,11 @@ def _remote(cfg: RewardConfig) -> RewardModel:
     return _make("remote:RemoteReward", cfg, cfg.urls)
 
 
+def _named(name: str, cfg: RewardConfig) -> RewardConfig:
+    """The reward with its name in the run among its options, unless the user gave one."""
+    return replace(cfg, options={"name": name, **cfg.options})
+
+
 REWARDS: dict[str, Callable[[RewardConfig], RewardModel]] = {
     "descore": _descore,
     "brightness": _brightness,
@@ -96,6 +102,19 @@ def build_rewards(configs: Mapping[str, RewardConfig]) -> dict[str, RewardModel]
     answer, and anything that a user's file raises.
     """
     return {name: _build(name, cfg) for name, cfg in configs.items()}
+
+
+def check_group_size(rewards: Mapping[str, RewardModel], size: int) -> None:
+    """Raise ValueError for a reward that cannot compare as many videos of a prompt."""
+    for name, reward in rewards.items():
+        # most rewards score videos one by one
+        check_size = getattr(reward, "check_group_size", None)
+        if check_size is None:
+            continue
+        try:
+            check_size(size)
+        except ValueError as error:
+            raise ValueError(f"rewards.{name}: {error}") from error
 
 
 def factory_of(name: str, cfg: RewardConfig) -> Callable[[RewardConfig], RewardModel]:
@@ -144,7 +163,11 @@ def _build(name: str, cfg: RewardConfig) -> RewardModel:
     from alignment.rewards.errors import format_error
 
     try:
-        return factory_of(name, cfg)(cfg)
+        factory = factory_of(name, cfg)
+        # a server may have a reward of that name
+        if factory is _remote:
+            cfg = _named(name, cfg)
+        return factory(cfg)
     except (ValueError, OSError, ImportError, RewardUnavailableError) as error:
         raise ValueError(format_error(name, error, file=cfg.checkpoint)) from error
 

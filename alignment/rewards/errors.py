@@ -6,9 +6,9 @@ import contextlib
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.plugin_file import place_in
 from common.types import RewardUnavailableError
 
 if TYPE_CHECKING:
@@ -172,19 +172,17 @@ def format_error(name: str, error: BaseException, *, file: str | None = None) ->
         return text
     kind = type(error).__name__
     if isinstance(error, SyntaxError):
-        place = f"{error.filename}:{error.lineno}"
+        place = place_in(file or "", error)
         return f"rewards.{name}: {place}: {kind}: {error.msg}"
 
     # the place in the user's file
-    line = None if file is None else _last_line_in(file, error)
-    place = ""
-    if line is not None:
-        place = f"{file}:{line}: "
-    elif file and file not in text:
+    line = "" if file is None else place_in(file, error)
+    place = f"{line}: " if line else ""
+    if not line and file and file not in text:
         place = f"{file}: "
 
     # what happened
-    if line is not None or not text or not isinstance(error, PLAIN_ERRORS):
+    if line or not text or not isinstance(error, PLAIN_ERRORS):
         text = f"{kind}: {text}"
     return f"rewards.{name}: {place}{text}"
 
@@ -196,13 +194,3 @@ def check_count(name: str, scores: int, videos: int) -> None:
         raise ValueError(
             f"rewards.{name}: score returned {scores} number{plural} for {videos} videos"
         )
-
-
-def _last_line_in(file: str, error: BaseException) -> int | None:
-    """The last line of ``file`` that the error passed through, None if it did not."""
-    path = Path(file).resolve()
-    lines = []
-    for frame in traceback.extract_tb(error.__traceback__):
-        if Path(frame.filename).resolve() == path:
-            lines.append(frame.lineno)
-    return lines[-1] if lines else None

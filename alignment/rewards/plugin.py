@@ -132,7 +132,7 @@ def from_file(name: str, target: str, options: Mapping[str, Any]) -> RewardModel
     key = f"rewards.{name}.target"
     check_target(key, target)
     with reward_errors(name, ValueError, file=file_of(target)), contained():
-        plugin = load_target(key, target, module=f"own_reward_{name}")
+        plugin = load_target(key, target, module=f"_video_alignment_own_reward_{name}")
         return as_reward(name, plugin, options)
 
 

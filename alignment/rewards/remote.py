@@ -62,7 +62,8 @@ class RemoteReward:
 
     url         http://host:port of a server, or a list of them. The videos of a call are shared
                 out among the servers. Their rewards are requested on construction.
-    model       The server's reward to use; null for the only reward that it has.
+    model       The server's reward to use; null for the one called ``name``, else for the only
+                reward that it has.
     deadline_s  The limit for a call, all attempts and pauses together.
     start_deadline_s  The same for the first request, where it is shorter: a server may take so
                 long to start.
@@ -108,6 +109,8 @@ class RemoteReward:
         self.now = now
         self.jitter = random.Random(name)
         self.headers = _headers(token_env)
+        # whether a server compares the videos of a prompt, which must then share a request
+        self.group_level = False
         # a server that is absent is found out before training starts
         self.model = self._find(model, within_s=min(start_deadline_s, deadline_s))
 
@@ -117,6 +120,8 @@ class RemoteReward:
         # a consecutive share of the videos for each server that answers
         count = len(prompts)
         shares = max(1, min(len(self._servers()), count))
+        if self.group_level:
+            shares = 1
         bounds = [count * i // shares for i in range(shares + 1)]
 
         def score_share(share: int) -> Score:
@@ -178,7 +183,11 @@ class RemoteReward:
         """
 
         def read(body: bytes) -> list[str]:
-            return [str(name) for name in wire.read_json(body)["models"]]
+            reply = wire.read_json(body)
+            by_prompt.update(str(name) for name in reply.get("by_prompt", ()))
+            return [str(name) for name in reply["models"]]
+
+        by_prompt: set[str] = set()
 
         problems = []
         for url in self.urls:
@@ -201,16 +210,20 @@ class RemoteReward:
                 problems.append(error)
                 self._leave_out(url)
                 continue
-            # a server with a single reward needs no name
-            if model is None and len(offered) == 1:
+            # the reward of the same name, or the only one
+            if model is None and self.name in offered:
+                model = self.name
+            elif model is None and len(offered) == 1:
                 model = offered[0]
             if model not in offered:
                 raise ValueError(
-                    f"the server {url} has the rewards {', '.join(offered)}, "
-                    f"but model is {model!r}"
+                    f"the server {url} has the rewards {', '.join(offered)}: set "
+                    f"rewards.{self.name}.options.model to one of them"
+                    + (f", not {model!r}" if model is not None else "")
                 )
         if len(problems) == len(self.urls):
             raise problems[0]
+        self.group_level = model in by_prompt
         return model
 
     def _servers(self) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -184,6 +185,50 @@ def _read_csv_rows(path: Path) -> list[_TableRow]:
             raise ValueError(f"{where}: {row.problem}")
         rows.append(_TableRow(where, row.cells[names[0]], row.cells["prompt"]))
     return rows
+
+
+def share_of_prompts(
+    items: Sequence[ScoreItem], missing: Collection[tuple[str, str]]
+) -> list[ScoreItem]:
+    """This rank's share of the prompts of which a video is missing, with all their videos.
+
+    ``missing`` holds name and prompt of the videos without a row.
+    """
+    from common.distributed import rank, world_size
+
+    prompts = sorted({prompt for _, prompt in missing})
+    mine = set(prompts[rank() :: world_size()])
+    return [item for item in items if item.prompt in mine]
+
+
+def prompt_batches(
+    items: Sequence[ScoreItem], size: int, label: str
+) -> Iterator[list[ScoreItem]]:
+    """Cut items into batches of whole prompts, of ``size`` videos unless a prompt has more."""
+    from common.log import progress
+
+    groups: dict[str, list[ScoreItem]] = {}
+    for item in items:
+        groups.setdefault(item.prompt, []).append(item)
+    # fill each batch as long as the next prompt fits
+    batches: list[list[ScoreItem]] = []
+    for group in groups.values():
+        if batches and len(batches[-1]) + len(group) <= size:
+            batches[-1].extend(group)
+        else:
+            batches.append(list(group))
+    yield from progress(batches, len(batches), label)
+
+
+def check_groups(
+    rewards: Mapping[str, RewardModel], items: Sequence[ScoreItem]
+) -> None:
+    """Raise ValueError for a reward that cannot compare as many videos as a prompt has."""
+    from alignment.rewards import check_group_size
+
+    sizes = set(Counter(item.prompt for item in items).values())
+    for size in sorted(sizes):
+        check_group_size(rewards, size)
 
 
 def score_files(

@@ -15,7 +15,7 @@ from common.distributed import (
     is_main,
     raise_on_all,
 )
-from common.types import RewardUnavailableError
+from common.types import Prompt, RewardUnavailableError, text_of
 from launch.evaluation.generator import columns, flatten_scores
 from launch.evaluation.results_table import score_fields
 from launch.evaluation.samples import SampleWriter
@@ -37,29 +37,28 @@ class HeldoutSet:
 
     generator: WanGenerator
     rewards: Mapping[str, RewardModel]
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     seed: int
 
 
-def measure(
+def score_heldout(
     generator: WanGenerator,
     rewards: Mapping[str, RewardModel],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     seed: int,
     stock: bool,
     folder: Path,
     videos: int,
     steps: Sequence[int] = (),
-) -> dict[str, float]:
-    """MEAN of every reward and its parts over the prompts; values that are missing do not count.
+) -> dict[str, list[Row]]:
+    """{reward or reward.part: value} of every prompt, in order, on every rank.
 
-    ``eval/<reward>`` is sampled along the grid of training; with ``stock``, ``eval_stock/<reward>``
-    is sampled by the stock pipeline's scheduler, which users sample with. For each N of ``steps``,
-    ``eval_N/<reward>`` is sampled in N steps, jumps for a flow map, of which ``eval/map_gap`` says
-    how far its jumps disagree. Prompt i always has the noise of derive_seed(seed, "evaluate", i),
-    as in launch/evaluate.py. The first ``videos`` of the training grid go to ``folder``. Ranks
-    share the prompts, and all of them call this function.
+    The rows of ``eval`` are sampled along the grid of training; with ``stock``, those of
+    ``eval_stock`` by the stock pipeline's scheduler, which users sample with; for each N of
+    ``steps``, those of ``eval_N`` in N steps, jumps for a flow map. Prompt i always has
+    the noise of derive_seed(seed, "evaluate", i), as in launch/evaluate.py. The first ``videos`` of
+    the training grid go to ``folder``. Ranks share the prompts, and all of them call this function.
     """
     heldout = HeldoutSet(generator, rewards, prompts, seed)
     # Samples are for looking at: the main rank's are enough.
@@ -73,7 +72,14 @@ def measure(
         rows[f"eval_{number}"] = _score_prompts(
             heldout, "euler", None, 0, num_steps=number
         )
+    return rows
 
+
+def means_of(rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:
+    """MEAN of every reward and its parts over the prompts; values that are missing do not count.
+
+    ``eval/<reward>`` and ``eval_stock/<reward>``, of the rows of `score_heldout`.
+    """
     # A column is a reward or a part of it.
     metrics = {}
     for prefix, flat_rows in rows.items():
@@ -82,13 +88,21 @@ def measure(
             scored = [value for value in values if value is not None]
             mean = math.fsum(scored) / len(scored) if scored else math.nan
             metrics[f"{prefix}/{column}"] = mean
-
-    # Every rank measures the same prompts.
-    if getattr(generator, "flow_map", False):
-        some = prompts[:GAP_PROMPTS]
-        seeds = [derive_seed(seed, "evaluate", i) for i in range(len(some))]
-        metrics["eval/map_gap"] = generator.map_gap(some, seeds)
     return metrics
+
+
+def gap_of_map(
+    generator: WanGenerator, prompts: Sequence[Prompt], *, seed: int
+) -> dict[str, float]:
+    """``eval/map_gap``, how far the jumps of a flow map disagree; nothing for other generators.
+
+    Every rank measures the same first prompts, with the noise of `score_heldout`.
+    """
+    if not getattr(generator, "flow_map", False):
+        return {}
+    some = prompts[:GAP_PROMPTS]
+    seeds = [derive_seed(seed, "evaluate", i) for i in range(len(some))]
+    return {"eval/map_gap": generator.map_gap(some, seeds)}
 
 
 def _score_prompts(
@@ -126,10 +140,11 @@ def _score_prompts(
 
         # After a failed reward the sampling continues, because other ranks may be waiting.
         video_BTYXC = generator.decode(clean)
+        texts = [text_of(prompt) for prompt in prompts]
         try:
             scores = {}
             for name, reward in heldout.rewards.items():
-                scores[name] = reward.score(video_BTYXC, prompts, fps=generator.cfg.fps)
+                scores[name] = reward.score(video_BTYXC, texts, fps=generator.cfg.fps)
         except RewardUnavailableError as error:
             problem = error
             continue
@@ -139,7 +154,7 @@ def _score_prompts(
         for b, i in enumerate(places):
             fields = score_fields(scores, b)
             rows[i] = flatten_scores(fields)
-            described.append({"prompt": prompts[b], "seed": seeds[b], **fields})
+            described.append({"prompt": texts[b], "seed": seeds[b], **fields})
         if writer is not None and writer.count < videos:
             room = videos - writer.count
             writer.add(video_BTYXC[:room], described[:room])

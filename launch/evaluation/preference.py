@@ -17,6 +17,7 @@ from rm.text_rewards import quality_reward
 if TYPE_CHECKING:
     from launch.evaluation.results_table import ResultsTable, Row
     from launch.schemas.evaluation import RewardEvaluation
+    from rm.adaptive import AdaptiveScorer
     from rm.data import Pair
     from rm.metrics import PreferenceAccuracy
     from rm.scorer import DeScoreScorer
@@ -38,12 +39,12 @@ def score_pairs(
     from launch.evaluation.results_table import attempt, batches
 
     quiet()
-    from rm.scorer import DeScoreScorer
+    from rm.adaptive import load_scorer
     from rm.video_check import VideoChecker
 
     say(f"loading DeScore from {cfg.checkpoint}")
     with user_errors():
-        scorer = DeScoreScorer.load(cfg.checkpoint, **cfg.options)
+        scorer = load_scorer(cfg.checkpoint, **cfg.options)
     with VideoChecker() as checker:
         # Another process decodes each file first: a file that kills its decoder costs a row.
         def score(part: Sequence[Pair]) -> list[Row]:
@@ -61,7 +62,9 @@ def score_pairs(
             table.add(rows)
 
 
-def score_batch(scorer: DeScoreScorer, pairs: Sequence[Pair]) -> list[Row]:
+def score_batch(
+    scorer: DeScoreScorer | AdaptiveScorer, pairs: Sequence[Pair]
+) -> list[Row]:
     """Score both videos: {reward_A, parts_A, cot_A, reward_B, parts_B, cot_B} of every pair."""
     from launch.evaluation.results_table import score_fields
 
@@ -71,7 +74,11 @@ def score_batch(scorer: DeScoreScorer, pairs: Sequence[Pair]) -> list[Row]:
     for pair in pairs:
         files += [pair.video_A, pair.video_B]
         prompts += [pair.prompt, pair.prompt]
-    scores = {"descore": scorer.score(files, prompts)}
+    # A scorer that thinks when unsure decides pair by pair, also where pairs share a prompt.
+    options: dict[str, Any] = {}
+    if getattr(scorer, "group_level", False):
+        options["groups"] = [place // 2 for place in range(len(files))]
+    scores = {"descore": scorer.score(files, prompts, **options)}
     rows: list[Row] = [{} for _ in pairs]
     for place in range(len(files)):
         fields = score_fields(scores, place)
@@ -140,6 +147,7 @@ def summarise_pairs(
     without_ties       Accuracy on the pairs that people decided; n is their number.
     with_ties          Accuracy with a threshold for ties, calibrated anew in each resample.
     without_ties.NAME  The first, for a dimension of a reward model that has several.
+    thought            Share of pairs that a model with thinking=adaptive thought about.
     sub_dimensions     Share of right scores in the CoTs, MEAN over the pairs that have it.
 
     A pair with a video that could not be scored is wrong in all of them and counts in ``unjudged``.
@@ -177,6 +185,13 @@ def summarise_pairs(
     if qualities:
         mean = mean_ci95(qualities, seed=seed, resamples=resamples)
         summary["sub_dimensions"] = mean.as_dict()
+
+    # The share of pairs that the model has thought about, where that was its choice.
+    parts = [row.get("parts_A") or {} for row in rows]
+    if any("thought" in part for part in parts):
+        thought = [part.get("thought") for part in parts]
+        mean = mean_ci95(thought, seed=seed, resamples=resamples)
+        summary["thought"] = mean.as_dict()
 
     # The threshold for ties on all pairs, and counts.
     summary["threshold"] = _accuracy_of(rows)(slice(None)).threshold

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.types import text_of
 from common.video_io import write_mp4
 from launch.evaluation.results_table import score_fields
 
@@ -66,7 +67,7 @@ def rows_of_step(
         group, member = divmod(b, group_size)
         yield {
             "step": step,
-            "prompt": batch.prompts[group],
+            "prompt": text_of(batch.prompts[group]),
             "seed": batch.seeds[group],
             "member": member,
             "advantage": float(result.advantage_PM[group, member]),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from common.types import Prompt
     from launch.evaluation.results_table import ResultsTable
     from launch.schemas.training import SampleRun
     from launch.schemas.vbench import VbenchSampleRun
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A video to sample: file name, prompt text, seed, and further fields of its row."""
+    """A video to sample: file name, prompt, seed, and further fields of its row."""
 
     file: str
-    text: str
+    prompt: Prompt
     seed: int
     row: Mapping[str, Any]
 
@@ -90,9 +91,9 @@ def sample_videos(
     if missing:
         quiet()
         # A prompt with several seeds counts once.
-        texts = list(dict.fromkeys(request.text for request in requests))
+        prompts = list(dict.fromkeys(request.prompt for request in requests))
         with user_errors():
-            say_long_prompts(texts, cfg.generator)
+            say_long_prompts(prompts, cfg.generator)
     # This rank samples its share.
     share = [requests[i] for i in missing[rank() :: world_size()]]
     if share:
@@ -135,10 +136,10 @@ def _sample_share(
     for request in progress(requests, len(requests), "sample"):
         phases.enter("sampling")
         clean = generator.sample(
-            [request.text], seeds=[request.seed], scheduler=cfg.scheduler
+            [request.prompt], seeds=[request.seed], scheduler=cfg.scheduler
         )
         with user_errors():
-            require_finite_latents(clean, [request.text], [request.seed])
+            require_finite_latents(clean, [request.prompt], [request.seed])
         phases.enter("decode")
         # On the disk before the name and the row.
         video_TYXC = generator.decode(clean)[0]

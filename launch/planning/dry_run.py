@@ -58,6 +58,12 @@ def dry_run(cfg: Any, text: str, measured: Path | None = None) -> NoReturn:
     The exit code is 0 if it fits, 1 if it does not, and 2 if it cannot be planned.
     """
     where = replace(parse_where(text), measured=measured)
+    # The plan itself goes to the standard output.
+    print(
+        "planning: one call of each kind on the simulated GPU, about a minute of a core",
+        file=sys.stderr,
+        flush=True,
+    )
     from launch.compose import quiet
 
     # The plan, or the reason why there is none.

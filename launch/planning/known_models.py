@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common import safe_yaml
-from generator.family import FLOW_MAP_PIPELINES, Family
+from generator.family import PARTS, Family
 
 FILE = Path(__file__).parents[1] / "templates" / "known_models.yaml"
 _SIZES: dict[str, Any] = safe_yaml.parse(FILE.read_text(encoding="utf-8")).value
@@ -69,12 +69,15 @@ def wan_family(path: str) -> Family:
         return Family.of(Path(path))
     if path not in WAN:
         return Family()
-    index = wan_index(path)
-    experts = ("transformer",)
+    index = {"_class_name": "WanPipeline", **wan_index(path)}
+    for part, name in PARTS.items():
+        index.setdefault(part, ["", name])
+    # A flow map's transformer is of another class.
+    transformer = {"_class_name": index["transformer"][1], **WAN[path]}
+    configs = {"transformer": transformer, "vae": wan_vae(path)}
     if "transformer_2" in index:
-        experts = ("transformer", "transformer_2")
-    flow_map = index.get("_class_name") in FLOW_MAP_PIPELINES
-    return Family(experts, index.get("boundary_ratio"), flow_map)
+        configs["transformer_2"] = transformer
+    return Family.from_configs(index, configs)
 
 
 # A size that no letter or digit touches: "2b" in "from_2b", not in "x2bit".

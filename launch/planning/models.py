@@ -13,6 +13,8 @@ import torch
 
 from common.files import read_json
 from common.shipped import shipped
+from common.types import ImagePrompt, Prompt
+from generator.conditions import ImageCondition
 from launch.planning import known_models
 from launch.planning.meter import Cost, Meter
 
@@ -34,6 +36,10 @@ COT_TOKENS = 800
 # What is generated and scored: its text does not matter.
 PROMPT = "A paper boat drifts down a gutter in the rain."
 EMBEDDED_TOKENS = 40
+# The image is never read: its condition has shapes only.
+IMAGE = "image.png"
+# Of CLIP ViT-H/14 at 224 pixels: 16 x 16 patches and the class.
+CLIP_TOKENS = 257
 # Any id that is no special token.
 _WORD = 65
 # Of the released settings.
@@ -225,17 +231,27 @@ class MetaWan:
             self.transformer.config.text_dim,
         )
 
+        # An image is told in channels beside the latent, and by tokens of CLIP.
+        config = self.transformer.config
+        channels = config.in_channels
+        images = {}
+        if config.image_dim is not None:
+            tokens = (samples, CLIP_TOKENS, config.image_dim)
+            images["encoder_hidden_states_image"] = _meta(*tokens, dtype=self.dtype)
+
         def velocity() -> Tensor:
             if self.family.flow_map:
                 x_BCFHW = _meta(samples, *self.latent_shape, dtype=self.dtype)
                 time_B = _meta(samples)
                 text_BLD = _meta(*text_shape, dtype=self.dtype)
                 return mean_velocity(self.module, x_BCFHW, time_B, time_B, text_BLD)
+            shape = (samples, channels, *self.latent_shape[1:])
             return self.module(
-                hidden_states=_meta(samples, *self.latent_shape, dtype=self.dtype),
+                hidden_states=_meta(*shape, dtype=self.dtype),
                 timestep=_meta(samples),
                 encoder_hidden_states=_meta(*text_shape, dtype=self.dtype),
                 return_dict=False,
+                **images,
             )[0]
 
         return _cost_of_pass(self.meter, self.module, velocity, grad=grad)
@@ -247,14 +263,14 @@ class MetaWan:
         places = {}
         for i in range(_TRIED):
             iteration = i * (how.window_every or 1)
-            steps = tuple(self.generator._walk(PROMPT, i, iteration).steps)
+            steps = tuple(self.generator._walk(self.prompt, i, iteration).steps)
             places.setdefault(steps, (i, iteration))
         total = Cost()
         with self._given_prompts():
             for seed, iteration in places.values():
                 total += self.meter.cost(
                     lambda seed=seed, iteration=iteration: self.generator.rollout(
-                        [PROMPT],
+                        [self.prompt],
                         group_size=members,
                         seeds=[seed],
                         iteration=iteration,
@@ -266,27 +282,21 @@ class MetaWan:
         """Measure sampling videos for an evaluation or for pairs."""
         with self._given_prompts():
             return self.meter.cost(
-                lambda: self.generator.sample([PROMPT] * videos, range(videos))
+                lambda: self.generator.sample([self.prompt] * videos, range(videos))
             )
 
     def update(self, cfg: GrpoRun, members: int) -> Cost:
-        """Measure the losses and backwards of one group: all of its stochastic steps."""
-        from alignment.grpo import GrpoLoop
+        """Measure the losses and backwards of one group, of all of its stochastic steps."""
+        if cfg.grpo.objective != "policy":
+            return self._forward_update(cfg, members)
         from alignment.grpo_losses import weights_of_steps
+        from alignment.policy_update import PolicyUpdate
 
         generator = self.generator
-        loop = GrpoLoop(
-            cfg.grpo,
-            generator=generator,
-            rewards={},
-            weights={},
-            engine=None,
-            prompts=None,
-            fps=self.cfg.fps,
-        )
+        objective = PolicyUpdate(cfg.grpo, generator=generator, engine=None)
 
         with self._given_prompts(), gradients_dropped(self.module):
-            (group,) = generator.rollout([PROMPT], group_size=members, seeds=[0])
+            (group,) = generator.rollout([self.prompt], group_size=members, seeds=[0])
             weights = weights_of_steps(
                 group.steps,
                 form=cfg.grpo.reweight,
@@ -294,8 +304,11 @@ class MetaWan:
             )
 
             def backward(place: int) -> None:
-                output = loop.loss(
-                    PROMPT, group.steps[place], torch.zeros(members), weights[place]
+                output = objective.loss(
+                    self.prompt,
+                    group.steps[place],
+                    torch.zeros(members),
+                    weights[place],
                 )
                 output.loss.backward()
 
@@ -305,6 +318,29 @@ class MetaWan:
             if others:
                 total += self.meter.cost(lambda: backward(1)) * others
             return total
+
+    def _forward_update(self, cfg: GrpoRun, members: int) -> Cost:
+        """Measure the losses and backwards of one group with a forward objective."""
+        from alignment.forward_update import ForwardUpdate
+
+        # The old policy costs a forward; its average is not needed for that.
+        levels = [0.5] * cfg.grpo.forward.timesteps_per_sample
+        objective = ForwardUpdate(
+            cfg.grpo, generator=self.generator, engine=None, levels=levels
+        )
+        with self._given_prompts(), gradients_dropped(self.module):
+            (group,) = self.generator.rollout([PROMPT], group_size=members, seeds=[0])
+            batches = list(objective.noised(group, torch.zeros(members), 0))
+            batch = batches[0]
+
+            def backward() -> None:
+                objective.loss(batch, None).loss.backward()
+
+            total = self.meter.cost(backward)
+            if cfg.grpo.has_old_policy:
+                with torch.no_grad():
+                    total += self.meter.cost(lambda: objective.velocity(batch))
+            return total * len(batches)
 
     def flow_error(self, videos: int, *, reference: bool) -> Cost:
         """Measure the flow-matching error of ``videos`` latents, with its backward.
@@ -330,8 +366,24 @@ class MetaWan:
         latent_BCFHW = _meta(videos, *self.latent_shape)
         return self.meter.cost(lambda: self.generator.decode(latent_BCFHW))
 
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt of a plan, with an image where the model needs one."""
+        return ImagePrompt(PROMPT, IMAGE) if self.family.needs_image else PROMPT
+
+    def _given_image(self) -> None:
+        """Put the condition of the image into the cache, as if it were encoded."""
+        tokens_LD = None
+        width = self.transformer.config.image_dim
+        if width is not None:
+            tokens_LD = torch.zeros(CLIP_TOKENS, width)
+        latent_CFHW = torch.zeros(self.latent_shape)
+        self.generator.images.give(IMAGE, ImageCondition(latent_CFHW, tokens_LD))
+
     def _given_prompts(self) -> AbstractContextManager[None]:
         """Embeddings of the prompt and of the negative prompt, as if they were cached."""
+        if self.family.needs_image:
+            self._given_image()
         width = self.transformer.config.text_dim
         tokens = min(EMBEDDED_TOKENS, self.cfg.max_sequence_length)
         embedding_LD = torch.zeros(tokens, width, dtype=self.dtype)
@@ -516,14 +568,17 @@ class MetaRewardModel:
 
     def score(self, videos: int, lengths: Lengths, *, cots: int) -> Cost:
         """Measure a batch of the scorer: chains of thought by its settings, and the rewards."""
-        from rm.config import Generation
-
         if not cots:
             return self.read(videos, replace(lengths, chain=0), grad=False)
-        how = Generation(
-            temperature=0.0 if cots == 1 else 1.0, repetition_penalty=_PENALTY
-        )
-        return self.write(videos, lengths, how=how, copies=cots)
+        return self.write(videos, lengths, how=self.scoring(cots), copies=cots)
+
+    @staticmethod
+    def scoring(cots: int) -> Generation:
+        """Settings with which a scorer writes ``cots`` chains of thought about a video."""
+        from rm.config import Generation
+
+        temperature = 0.0 if cots == 1 else 1.0
+        return Generation(temperature=temperature, repetition_penalty=_PENALTY)
 
     def _pass(self, output: Callable[[], Tensor], *, grad: bool) -> Cost:
         # transformers recomputes blocks in training mode alone.

@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.dpo import steps_of
+from generator.conditions import check_pairs
 from generator.experts import check_stochastic_steps as check_steps
 from generator.experts import check_training
-from launch.planning.forwards import samples_per_rollout, samples_per_update
+from launch.planning.forwards import (
+    forwards_per_update,
+    samples_per_rollout,
+    samples_per_update,
+)
 from launch.planning.meter import Cost, Meter
 from launch.planning.models import (
     Lengths,
@@ -26,14 +31,19 @@ from launch.planning.models import (
     sizes_of,
 )
 from launch.planning.plan import REDUCE_BUCKET, Plan, Where, training_parts
+from launch.planning.vllm import add_vllm
 from launch.schemas.pairs import DpoRun, PairsRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
+
+# CLIP ViT-H/14's vision model, as Wan 2.1 I2V reads it.
+CLIP_PARAMETERS = 630_766_080
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from alignment.config import RewardConfig
     from generator.config import GeneratorConfig
+    from rm.config import Generation
 
 
 def plan_of(cfg: Any, where: Where) -> Plan | None:
@@ -79,7 +89,8 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
             f"one update = {cfg.prompts_per_step} prompts x {cfg.grpo.group_size} = "
             f"{cfg.prompts_per_step * cfg.grpo.group_size} videos; a rank rolls out "
             f"{groups} groups with {groups * samples_per_rollout(how, members):,.0f} DiT "
-            f"forwards and updates along {groups * samples_per_update(cfg):g} latents"
+            f"forwards and updates along {groups * samples_per_update(cfg):g} latents, which "
+            f"are {groups * forwards_per_update(cfg):,} forwards with a backward as two"
         )
 
         # The phases of a step.
@@ -93,6 +104,8 @@ def plan_grpo(cfg: GrpoRun, where: Where) -> Plan:
 
         # What else is in memory.
         sizes = sizes_of(wan.module)
+        if cfg.grpo.has_old_policy:
+            plan.add("old policy", 4.0 * sizes.trained)
         if cfg.ema is not None:
             plan.add("average of the trained weights", 4.0 * sizes.trained)
         if cfg.generator.lora is None and cfg.grpo.kl_weight:
@@ -128,6 +141,7 @@ def plan_dpo(
             "neither VAE nor text encoder is in memory"
         )
         check_training(cfg.generator, wan.family, zero_stage=cfg.zero_stage)
+        check_pairs(wan.family, cfg.generator.path)
         cost = wan.flow_error(samples, reference=False)
         if cfg.dpo.method == "dpo":
             cost += wan.flow_error(samples, reference=True)
@@ -170,7 +184,7 @@ def plan_reward_model(
     None stands for five seconds of 480 x 832.
     """
     cold_start = isinstance(cfg, ColdStartRun)
-    key = "base" if cold_start else "checkpoint"
+    key = "checkpoint" if cfg.checkpoint is not None else "base"
     name = getattr(cfg, key)
     with _meter(where) as meter:
         # The model that is trained.
@@ -252,6 +266,11 @@ def _add_dual_rl(
     rank_pairs = how.pairs_per_step // plan.where.ranks
     micro_batches = rank_pairs / how.micro_batch
 
+    # Memory besides the training state.
+    if cfg.lora is None and how.kl_weight:
+        shards = plan.where.ranks if cfg.zero_stage == 3 else 1
+        plan.add("frozen copy for KL", sizes_of(model.model).bytes / shards)
+
     # Writing: the prefix once a video, then every token of all chains of thought together.
     sampling = Generation(
         max_new_tokens=how.max_new_tokens,
@@ -259,9 +278,7 @@ def _add_dual_rl(
         repetition_penalty=1.0,
     )
     videos = 2 * how.micro_batch
-    together = min(how.cot_batch or videos, 2 * rank_pairs)
-    written = model.write(together, lengths, how=sampling, copies=how.group_size)
-    plan.phase("chains of thought", written * (2 * rank_pairs / together))
+    _add_writing(plan, cfg, model, lengths, sampling, 2 * rank_pairs)
 
     # Log-probabilities: the reference's, and with several updates a step the old policy's.
     cots_per_row = how.cots_per_row or how.group_size
@@ -281,15 +298,41 @@ def _add_dual_rl(
         plan.phase("log-probabilities", packed(grad=False) * (passes * micro_batches))
     plan.phase("update", packed(grad=True) * micro_batches)
 
-    # Memory besides the training state.
-    if cfg.lora is None and how.kl_weight:
-        shards = plan.where.ranks if cfg.zero_stage == 3 else 1
-        plan.add("frozen copy for KL", sizes_of(model.model).bytes / shards)
     plan.facts.append(
         f"one step = {how.pairs_per_step} pairs x 2 videos x {how.group_size} chains of thought, "
         f"{rank_pairs} pairs a rank, {how.pairs_per_step // how.pairs_per_update} optimizer "
         f"steps; rows of {lengths.prefix + cots_per_row * lengths.chain:,} places"
     )
+
+
+def _add_writing(
+    plan: Plan,
+    cfg: DualRlRun,
+    model: MetaRewardModel,
+    lengths: Lengths,
+    sampling: Generation,
+    videos: int,
+) -> None:
+    """Add the writing of the chains of thought about a rank's videos, by either engine."""
+    how = cfg.dual_rl
+    copies = how.group_size
+    name = "chains of thought"
+    if how.engine == "vllm":
+        sleeps = cfg.vllm is None or cfg.vllm.sleep
+        add_vllm(
+            plan,
+            name,
+            model,
+            lengths,
+            sampling,
+            videos=videos,
+            copies=copies,
+            sleeps=sleeps,
+        )
+        return
+    together = min(how.cot_batch or 2 * how.micro_batch, videos)
+    written = model.write(together, lengths, how=sampling, copies=copies)
+    plan.phase(name, written * (videos / together))
 
 
 def _add_rewards(
@@ -323,10 +366,22 @@ def _add_rewards(
             height=how.height,
             width=how.width,
         )
-        plan.phase(
-            f"reward {name}", model.score(batch, lengths, cots=cots) * (videos / batch)
-        )
         plan.add(f"reward {name}: weights", sizes_of(model.model).bytes)
+        if reward.options.get("engine") == "vllm" and cots:
+            vllm = reward.options.get("vllm") or {}
+            add_vllm(
+                plan,
+                f"reward {name}",
+                model,
+                lengths,
+                model.scoring(cots),
+                videos=videos,
+                copies=cots,
+                sleeps=vllm.get("sleep", True),
+            )
+            continue
+        cost = model.score(batch, lengths, cots=cots) * (videos / batch)
+        plan.phase(f"reward {name}", cost)
 
 
 def _shared(cost: Cost, ranks: int) -> Cost:
@@ -363,6 +418,9 @@ def _add_decoding(
     plan.add("VAE: weights", sizes_of(wan.vae).bytes)
     if text_encoder:
         plan.add("text encoder: weights", sizes_of(wan.text_encoder).bytes)
+        if wan.family.image == "channels+clip":
+            size = CLIP_PARAMETERS * wan.dtype.itemsize
+            plan.add("image encoder: weights", size)
     plan.phase("decoding", wan.decode(1) * videos)
 
 

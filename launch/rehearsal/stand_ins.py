@@ -76,6 +76,18 @@ class StandIns:
         """
         from launch.rehearsal.model_folders import wan_folder
 
+        family = known_models.wan_family(cfg.path)
+        if family.boundary is not None and cfg.experts.offload:
+            # weights without numbers cannot lie on the host
+            cfg = replace(cfg, experts=replace(cfg.experts, offload=False))
+            self.notes.append(
+                "generator.experts.offload: both transformers are on the device all the time"
+            )
+        if family.needs_image:
+            raise ValueError(
+                f"generator.path={cfg.path} makes videos of images, which cannot be rehearsed; "
+                "--dry-run plans it"
+            )
         if Path(cfg.path).is_dir():
             return cfg
         if cfg.path not in known_models.WAN:
@@ -260,11 +272,11 @@ def _grpo(cfg: GrpoRun, made: StandIns) -> Adapted:
         steps=1,
         video_every=0,
         self_checks=False,
+        diagnosis=None,
         evaluation=None,
     )
-    return Adapted(
-        cfg, "update", groups / run, ["self-checks and evaluation: left out"]
-    )
+    left_out = "self-checks, diagnosis and evaluation: left out"
+    return Adapted(cfg, "update", groups / run, [left_out])
 
 
 def _dpo(cfg: DpoRun, made: StandIns) -> Adapted:
@@ -300,8 +312,12 @@ def _cold_start(cfg: ColdStartRun, made: StandIns) -> Adapted:
     share = _share("cold_start.pairs_per_step", how.pairs_per_step, made.ranks)
     run = _part_of(share, how.micro_batch, MOST_PAIRS)
     base = cfg.base
-    if not Path(base).is_dir():
+    checkpoint = cfg.checkpoint
+    if checkpoint is not None:
+        checkpoint = _descore(checkpoint, made)
+    elif not Path(base).is_dir():
         base = str(qwen_folder(base, made._new("base")))
+    folder = Path(checkpoint or base)
     count = run * made.ranks
 
     # Masking drops its share of rank 0's chains of thought, exactly.
@@ -313,7 +329,8 @@ def _cold_start(cfg: ColdStartRun, made: StandIns) -> Adapted:
         cfg,
         made,
         base=base,
-        data=_data(cfg.data, made.table(count, Path(base), masked=masked)),
+        checkpoint=checkpoint,
+        data=_data(cfg.data, made.table(count, folder, masked=masked)),
         cold_start=replace(
             how,
             pairs_per_step=count,
@@ -324,9 +341,18 @@ def _cold_start(cfg: ColdStartRun, made: StandIns) -> Adapted:
     return Adapted(cfg, "update", share / run, notes)
 
 
-def _dual_rl(cfg: DualRlRun, made: StandIns) -> Adapted:
+def _descore(checkpoint: str, made: StandIns) -> str:
+    """Folder of a checkpoint, or of a stand-in where there is none."""
     from launch.rehearsal.model_folders import descore_folder
 
+    if Path(checkpoint).is_dir():
+        return checkpoint
+    size = known_models.closest_qwen3_vl(checkpoint)
+    made.notes.append(f"checkpoint: a DeScore on {size}")
+    return str(descore_folder(size, made._new("checkpoint")))
+
+
+def _dual_rl(cfg: DualRlRun, made: StandIns) -> Adapted:
     how = cfg.dual_rl
     _share("dual_rl.pairs_per_update", how.pairs_per_update, made.ranks)
     updates = how.pairs_per_step // how.pairs_per_update
@@ -334,12 +360,7 @@ def _dual_rl(cfg: DualRlRun, made: StandIns) -> Adapted:
     videos = 2 * how.pairs_per_update // made.ranks
     filled = math.ceil((how.cot_batch or 0) / videos)
     run = min(updates, max(MOST_UPDATES, filled))
-    checkpoint = cfg.checkpoint
-    if not Path(checkpoint).is_dir():
-        size = known_models.closest_qwen3_vl(checkpoint)
-        folder = descore_folder(size, made._new("checkpoint"))
-        checkpoint = str(folder)
-        made.notes.append(f"checkpoint: a DeScore on {size}")
+    checkpoint = _descore(cfg.checkpoint, made)
     if how.engine == "vllm":
         how = replace(how, engine="builtin")
         made.notes.append(f"dual_rl: {WITHOUT_VLLM}")

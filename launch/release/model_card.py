@@ -40,6 +40,7 @@ class ExportedFiles:
     file      The name of the file of weights, where a command has to name it.
     second_file  The same of the transformer for low noise, where a model has two.
     parts     Folders of the transformers that are written whole.
+    pipeline  Class of the stock pipeline that the weights belong to.
     query_id  A DeScore's first query token.
     rewards   The number of a DeScore's rewards, which is that of its query tokens.
     """
@@ -49,6 +50,14 @@ class ExportedFiles:
     file: str = ""
     second_file: str = ""
     parts: tuple[str, ...] = ("transformer",)
+    pipeline: str = "WanPipeline"
+
+    @property
+    def task(self) -> str:
+        """The hub's name of what a generator does."""
+        images = self.pipeline == "WanImageToVideoPipeline"
+        return "image-to-video" if images else "text-to-video"
+
     query_id: int = 0
     rewards: int = 1
 
@@ -67,16 +76,17 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     # What the hub reads.
-    tags = list(TAGS[exported.layout])
+    is_descore = exported.layout == "descore"
+    task = "video-text-to-text" if is_descore else exported.task
+    tags = [tag.replace("text-to-video", task) for tag in TAGS[exported.layout]]
     if run.algorithm:
         tags.append(run.algorithm.partition(",")[0].lower().replace(" ", "-"))
     relation = "adapter" if exported.layout in ("lora", "comfyui") else "finetune"
-    is_descore = exported.layout == "descore"
     data = ModelCardData(
         base_model=base_model,
         base_model_relation=relation if base_model else None,
         library_name="transformers" if is_descore else "diffusers",
-        pipeline_tag="video-text-to-text" if is_descore else "text-to-video",
+        pipeline_tag=task,
         tags=list(dict.fromkeys(tags)),
     )
 

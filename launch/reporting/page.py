@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.reporting import data, films, peers, rollouts, sections, texts
 from launch.reporting.data import Runs
+from launch.reporting.diagnoses import diagnoses_of
 from launch.reporting.metric_charts import metric_charts
 from launch.reporting.status import Status, status_of, utc
 
@@ -82,6 +83,7 @@ def render(runs: Runs, options: PageOptions, root: Path | None = None) -> str:
         judged=rollouts.judged_charts(grpo, evaluations),
         pairs=pairs,
         grpo_charts=metric_charts("grpo", grpo),
+        diagnoses=diagnoses_of(grpo),
         dpo_charts=metric_charts("dpo", shown.get("dpo")),
         cold_start_charts=metric_charts("cold_start", shown.get("cold_start")),
         seconds=data.mean_seconds(data.metrics(grpo)),

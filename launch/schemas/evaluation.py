@@ -12,6 +12,7 @@ from generator.config import GeneratorConfig, check_one_rank_per_video
 from launch.schemas.pairs import RewardDimensionName
 from launch.schemas.rewards import ScoringRewards
 from launch.schemas.training import Crf, Scheduler, TableLayout
+from rm.scorer_options import check_thinking
 
 
 @config
@@ -55,7 +56,7 @@ class RewardEvaluation:
                GenAI-Bench or in-domain.
     dimension  of VideoGen-RewardBench: VQ, MQ, TA (DeScore's column) or Overall.
     videos     folder of the benchmark's videos; null is the folder of the CSV.
-    options    keyword arguments of `rm.scorer.DeScoreScorer.load`.
+    options    keyword arguments of `rm.adaptive.load_scorer`.
     limit      use only the first pairs.
     batch      pairs scored together on each rank.
     resamples  of the bootstrap over pairs.
@@ -72,6 +73,12 @@ class RewardEvaluation:
     seed: int = 0
     batch: PositiveInt = 4
     resamples: PositiveInt = 2_000
+
+    def __post_init__(self) -> None:
+        try:
+            check_thinking(self.options)
+        except ValueError as error:
+            raise ValueError(f"options: {error}") from error
 
 
 @config

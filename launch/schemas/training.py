@@ -16,7 +16,8 @@ from generator.config import (
     check_wan,
     check_zero_stage,
 )
-from launch.schemas.rewards import TrainingRewards
+from launch.schemas.guards import GuardsConfig, check_guards
+from launch.schemas.rewards import TrainingRewards, check_whole_groups
 from rm.config import (
     BackboneLora,
     ColdStartConfig,
@@ -29,6 +30,22 @@ from rm.config import (
     VllmConfig,
     one_reward,
 )
+
+# Parts of the names of bases that are distilled to a few steps, and how many those are.
+DISTILLED = (
+    "distill",
+    "fastwan",
+    "causvid",
+    "lightx2v",
+    "self-forcing",
+    "self_forcing",
+    "turbo",
+    "anyflow",
+    "dmd",
+    "lcm",
+    "rcm",
+)
+FEW_STEPS = 4
 
 # Constant rate factor of x264: 0 is lossless, 51 the smallest file.
 Crf = Annotated[int, Field(ge=0, le=51)]
@@ -57,6 +74,19 @@ class EvaluationConfig:
     steps: tuple[PositiveInt, ...] = ()
 
 
+@config
+class DiagnosisConfig:
+    """A run that explains itself, see docs/diagnose.md.
+
+    updates  the first updates that are measured, into measurements.jsonl: a few rollouts are
+             sampled and scored again by another route. 0 measures none.
+    said     print a line when something is off.
+    """
+
+    updates: NonNegativeInt = 5
+    said: bool = True
+
+
 @run_config
 class GrpoRun(TrainingRun):
     """Longcat-GRPO. The checkpoint to resume from is chosen by ``--resume``.
@@ -73,8 +103,10 @@ class GrpoRun(TrainingRun):
     video_every       steps between saved sample videos, which are the step's own rollouts;
                       0 for none.
     video_groups      how many of rank 0's groups are saved then.
+    guards            guards against rewards that are hacked; null for none.
     self_checks       check the generator and the rewards before training, see
                       `alignment.self_checks`.
+    diagnosis         what the run finds out about itself; null switches it off.
     """
 
     prompts: str
@@ -86,9 +118,11 @@ class GrpoRun(TrainingRun):
     video_every: NonNegativeInt = 10
     video_groups: PositiveInt = 2
     self_checks: bool = True
+    diagnosis: DiagnosisConfig | None = field(default_factory=DiagnosisConfig)
     evaluation: EvaluationConfig | None = None
     ema: EmaConfig | None = None
     cache_prompts: bool = False
+    guards: GuardsConfig | None = None
 
     def __post_init__(self) -> None:
         sampler = self.generator.sampler
@@ -114,10 +148,83 @@ class GrpoRun(TrainingRun):
                 f"grpo.reweight={self.grpo.reweight} holds for small steps: with "
                 "generator.sampler.kernel=anchor set it to unit (or none)"
             )
+        self._check_objective()
+        for name, condition in self.grpo.reward_given.items():
+            for reward in (name, condition.reward):
+                if reward not in self.rewards:
+                    raise ValueError(
+                        f"grpo.reward_given.{name} names the reward {reward}, and there are "
+                        f"{', '.join(self.rewards)}"
+                    )
+        check_whole_groups(self.rewards, self.grpo.ranks_per_group)
+        check_guards(
+            self.guards,
+            self.rewards,
+            kl_weight=self.grpo.kl_weight,
+            has_evaluation=self.evaluation is not None,
+        )
         if sampler.noise_level == 0:
             raise ValueError(
                 "generator.sampler.noise_level must be positive, got 0: without noise the "
                 "members of a group are equal"
+            )
+
+    def _check_objective(self) -> None:
+        """Raise ValueError if the sampler does not make what the objective learns from."""
+        # Stochastic steps are for the policy gradient, and only for it.
+        name = self.grpo.objective
+        sampler = self.generator.sampler
+        if name == "policy":
+            if sampler.stochastic == "none":
+                raise ValueError(
+                    "generator.sampler.stochastic=none has no density for "
+                    "grpo.objective=policy: use nft or awm, or another sampler.stochastic"
+                )
+            return
+        if sampler.stochastic != "none":
+            raise ValueError(
+                f"grpo.objective={name} learns from videos of a solver whose members are "
+                "independent: set generator.sampler.stochastic=none and "
+                "generator.sampler.initial_noise=member"
+            )
+        # Rollout, update and evaluation must be the same model.
+        if sampler.guidance_scale > 1 and not self.generator.guidance_in_update:
+            raise ValueError(
+                f"grpo.objective={name} with guidance needs generator.guidance_in_update=true, "
+                "which doubles its cost; or set generator.sampler.guidance_scale=1 and sample "
+                "the trained model without guidance, too"
+            )
+        if sampler.tail_guidance not in (None, sampler.guidance_scale):
+            raise ValueError(
+                f"grpo.objective={name} trains the velocity that samples: "
+                "generator.sampler.tail_guidance must be null, and guidance_scale that of the "
+                f"whole rollout, got {sampler.tail_guidance}"
+            )
+        # A video's levels are distinct.
+        how = self.grpo.forward
+        levels = len(how.trained_places(sampler.solver_steps))
+        if levels < how.timesteps_per_sample:
+            raise ValueError(
+                f"grpo.forward.timesteps_per_sample={how.timesteps_per_sample} needs as many "
+                f"noise levels, and timestep_range leaves {levels} of {sampler.solver_steps}"
+            )
+        self._check_distilled()
+
+    def _check_distilled(self) -> None:
+        """Raise ValueError for a base that is distilled to a few steps."""
+        sampler = self.generator.sampler
+        steps = sampler.solver_steps
+        if steps > FEW_STEPS or self.grpo.forward.allow_distilled:
+            return
+        # the last part of a path or of a hub name says what it is
+        name = self.generator.path.rstrip("/").rpartition("/")[2].lower()
+        marks = [mark for mark in DISTILLED if mark in name]
+        if marks:
+            raise ValueError(
+                f"grpo.objective={self.grpo.objective} on {self.generator.path} ({marks[0]}) in "
+                f"{steps} steps: flow matching blurs a base that is distilled to a few steps; "
+                "use objective=policy with sampler.kernel=cps, or force it by "
+                "grpo.forward.allow_distilled=true"
             )
 
 
@@ -181,6 +288,9 @@ class ColdStartRun(RewardModelRun):
     """DeScore's stage 1 on a Qwen3-VL.
 
     base        folder or hub name of a Qwen3VLForConditionalGeneration with its tokenizer.
+    checkpoint  folder of a DeScore whose training goes on, with its query and head, prompt
+                template and video settings; ``base`` is then not read. null starts from the
+                base with a new head.
     video       how videos are read; null takes video.json of the base's folder, or the
                 defaults.
     template    file of the prompt template; null takes prompt.json of the base's folder, or
@@ -192,6 +302,7 @@ class ColdStartRun(RewardModelRun):
     """
 
     base: str
+    checkpoint: str | None = None
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     dimensions: Annotated[dict[str, RewardDimension], Field(min_length=1)] = field(
         default_factory=one_reward
@@ -205,6 +316,11 @@ class ColdStartRun(RewardModelRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.checkpoint is not None and (self.template or self.video):
+            raise ValueError(
+                "checkpoint has its own template and video settings: leave template and video "
+                "at null"
+            )
         if self.data.layout != "descore" and self.cold_start.masking.probability < 1:
             raise ValueError(
                 f"data.layout={self.data.layout} has no chains of thought: it needs "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from alignment.rewards import wire
@@ -82,20 +83,18 @@ def create_app(
     With a token, all but /health require it as ``Bearer``. A single thread scores for all models,
     since they share a device. Bodies are read up to ``max_body_mb`` and no further. Raises
     ValueError for a reward that needs whole groups: requests of several clients share a batch.
+    A reward that finds its groups by the prompts of a call, a DeScore that thinks when unsure, is
+    served: it gets each request alone, and clients send it whole groups.
     """
-    for name, reward in rewards.items():
-        if getattr(reward, "group_level", False):
-            raise ValueError(
-                f"rewards.{name} has group_level = True: it needs exactly the videos of a group "
-                "in a call, which a server cannot give it; use it inside the training run"
-            )
+    by_prompt = compare_by_prompt(rewards)
     # Every model has a queue, and a single thread scores for all.
     executor = ThreadPoolExecutor(1, thread_name_prefix="reward")
     batchers = {
         name: Batcher(
             reward,
             executor=executor,
-            max_videos=cfg.batch_videos,
+            # a single video fills the batch, so that no request joins another
+            max_videos=1 if name in by_prompt else cfg.batch_videos,
             max_waiting=cfg.max_waiting,
             wait_s=cfg.wait_ms / 1000,
         )
@@ -134,8 +133,8 @@ def create_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
 
     # Clients read {"error": ...} instead of FastAPI's {"detail": ...}.
-    @app.exception_handler(HTTPException)
-    async def problem(_: Request, error: HTTPException) -> Response:
+    @app.exception_handler(AnyHTTPException)
+    async def problem(_: Request, error: AnyHTTPException) -> Response:
         return JSONResponse(
             {"error": error.detail},
             status_code=error.status_code,
@@ -170,7 +169,8 @@ def create_app(
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         authorise(request)
-        return JSONResponse({"models": list(rewards)})
+        compared = {"by_prompt": by_prompt} if by_prompt else {}
+        return JSONResponse({"models": list(rewards), **compared})
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
@@ -205,6 +205,23 @@ def create_app(
         return JSONResponse(reply, status_code=reply_status(reply))
 
     return app
+
+
+def compare_by_prompt(rewards: Mapping[str, RewardModel]) -> list[str]:
+    """Names of the rewards that compare the videos of a prompt within a request.
+
+    Raises ValueError for a reward that needs exactly the videos of a group in a call.
+    """
+    names = []
+    for name, reward in rewards.items():
+        if getattr(reward, "groups_by_prompt", False):
+            names.append(name)
+        elif getattr(reward, "group_level", False):
+            raise ValueError(
+                f"rewards.{name} has group_level = True: it needs exactly the videos of a group "
+                "in a call, which a server cannot give it; use it inside the training run"
+            )
+    return names
 
 
 def decoded_bytes(request: wire.Request) -> int:

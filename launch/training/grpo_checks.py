@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from common.cli import exit_with_error
+from common.types import Prompt, text_of
 from launch.training.start_checks import context_findings, report
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def print_cause(error: Exception) -> None:
         traceback.print_exception(cause)
 
 
-def run_self_checks(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
+def run_self_checks(run: GrpoRun, loop: GrpoLoop, prompts: list[Prompt]) -> None:
     """Run `alignment.self_checks` on all ranks; exit with code 2 if one fails that must not."""
     from common.log import say
 
@@ -77,7 +78,7 @@ def run_self_checks(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
     say("self-checks: sampling a video two ways and a group twice")
     findings = _generator_findings(run, loop, prompts[0])
     # A wrong prompt must be another one.
-    different = list(dict.fromkeys(prompts))
+    different = list({text_of(prompt): prompt for prompt in prompts}.values())
     if len(different) > 1:
         say(
             f"self-checks: scoring {CHECKED_VIDEOS} or more sampled videos by every reward; "
@@ -88,7 +89,7 @@ def run_self_checks(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> None:
     report(findings)
 
 
-def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: str) -> list[Finding]:
+def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: Prompt) -> list[Finding]:
     from alignment import self_checks
     from generator.stock_check import stock_gap
 
@@ -106,6 +107,9 @@ def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: str) -> list[Findi
             lambda: stock_gap(generator, prompt), dtype=dtype
         )
         findings.append(gap)
+    # Without a stochastic step there is no log-prob to compare.
+    if run.grpo.objective != "policy":
+        return findings
     return [
         *findings,
         self_checks.first_ratio(
@@ -120,7 +124,7 @@ def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: str) -> list[Findi
     ]
 
 
-def sample_to_check(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> Tensor:
+def sample_to_check(run: GrpoRun, loop: GrpoLoop, prompts: list[Prompt]) -> Tensor:
     """Sample a video of each of the first prompts, more of them where that is quick.
 
     The number is the same on every rank: sharded weights need equally many forwards.
@@ -144,7 +148,9 @@ def sample_to_check(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> Tensor:
     return torch.cat(videos)
 
 
-def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[Finding]:
+def _reward_findings(
+    run: GrpoRun, loop: GrpoLoop, prompts: list[Prompt]
+) -> list[Finding]:
     """Check every reward that scores videos one by one on videos of these prompts.
 
     Exits with code 2 on all ranks if a reward cannot score on one of them.
@@ -153,7 +159,7 @@ def _reward_findings(run: GrpoRun, loop: GrpoLoop, prompts: list[str]) -> list[F
     from common.types import RewardUnavailableError
 
     video_BTYXC = sample_to_check(run, loop, prompts)
-    prompts = prompts[: len(video_BTYXC)]
+    prompts = [text_of(prompt) for prompt in prompts[: len(video_BTYXC)]]
 
     # Group-level rewards compare the members of a group, which these videos are not.
     findings = []
@@ -201,6 +207,7 @@ def affordable_videos(seconds_each: float) -> int:
 
 def batch_arithmetic(run: GrpoRun, loop: GrpoLoop) -> list[str]:
     """Tell how prompts, members, ranks and accumulation make one update."""
+    from alignment.grpo import backwards_per_update
     from common.distributed import world_size
     from launch.compose import size_of_training
 
@@ -209,10 +216,15 @@ def batch_arithmetic(run: GrpoRun, loop: GrpoLoop) -> list[str]:
     per_group = run.grpo.ranks_per_group
     videos = run.prompts_per_step * group_size
     groups = run.prompts_per_step // loop.ranks.shards
+    backwards = backwards_per_update(
+        run.grpo,
+        run.prompts_per_step,
+        ranks=loop.ranks.shards * per_group,
+        steps_per_group=run.generator.sampler.steps_per_group,
+    )
     shared = f", {per_group} ranks to a group" if per_group > 1 else ""
     if loop.ranks.ranks_per_sample > 1:
         shared += f", {loop.ranks.ranks_per_sample} ranks to a sample"
-    backwards = groups * run.generator.sampler.steps_per_group
     lines = [
         f"one update = {run.prompts_per_step} prompts x {group_size} members = {videos} "
         f"videos, on {world_size()} ranks x {groups} groups{shared}, {backwards} accumulated "

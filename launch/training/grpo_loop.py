@@ -8,6 +8,9 @@ from alignment.grpo import GrpoLoop, backwards_per_update
 from alignment.prompts import PromptSchedule
 from common import distributed
 from common.log import say
+from common.types import ImagePrompt, Prompt, text_of
+from engine.old_policy import OldPolicy
+from generator.schedule import solver_grid
 from launch.compose import (
     build_generator,
     build_rewards,
@@ -16,17 +19,20 @@ from launch.compose import (
 )
 
 if TYPE_CHECKING:
-    from common.types import RewardModel
+    from collections.abc import Sequence
+
+    from common.types import Prompt, RewardModel
     from generator.wan import WanGenerator
     from launch.schemas.training import GrpoRun
 
 
-def build(run: GrpoRun, prompts: list[str]) -> GrpoLoop:
+def build(run: GrpoRun, prompts: list[Prompt]) -> GrpoLoop:
     """Build rewards, generator, engine and loop on this rank."""
     names = ", ".join(run.rewards)
     say(f"loading the rewards {names} and the generator {run.generator.source}")
+    check_texts(run, prompts)
     # Rewards first: a missing reward server is noticed before weights are loaded.
-    check_family(run, stochastic=True)
+    check_family(run, stochastic=True, objective=run.grpo.objective)
     rewards = build_rewards(run.rewards)
     generator = build_generator(run.generator, seed=run.seed)
     return loop_of(run, prompts, generator, rewards)
@@ -34,7 +40,7 @@ def build(run: GrpoRun, prompts: list[str]) -> GrpoLoop:
 
 def loop_of(
     run: GrpoRun,
-    prompts: list[str],
+    prompts: list[Prompt],
     generator: WanGenerator,
     rewards: dict[str, RewardModel],
 ) -> GrpoLoop:
@@ -48,6 +54,10 @@ def loop_of(
         steps_per_group=run.generator.sampler.steps_per_group,
     )
     engine = generator_engine(run, generator, accumulation=accumulation)
+    # Of the weights that the engine has given to every rank.
+    old = None
+    if run.grpo.has_old_policy:
+        old = OldPolicy(run.grpo.forward.old_policy.decay, generator.module)
     return GrpoLoop(
         run.grpo,
         generator=generator,
@@ -59,17 +69,39 @@ def loop_of(
         ),
         fps=run.generator.fps,
         ranks_per_sample=together,
+        levels=levels_of(run),
+        old=old,
         grad_norm=engine.engine.get_global_grad_norm,
     )
 
 
-def cache_prompts(run: GrpoRun, loop: GrpoLoop, heldout: list[str], start: int) -> None:
+def check_texts(run: GrpoRun, prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError for prompts with images, which a forward objective does not train."""
+    images = [prompt for prompt in prompts if isinstance(prompt, ImagePrompt)]
+    if run.grpo.objective != "policy" and images:
+        raise ValueError(
+            f"grpo.objective={run.grpo.objective} trains on texts, and {run.prompts} has "
+            f"{len(images)} prompts with an image: use objective=policy"
+        )
+
+
+def levels_of(run: GrpoRun) -> list[float]:
+    """Return the noise levels that a forward objective trains: of the rollout's own grid."""
+    sampler = run.generator.sampler
+    grid = solver_grid(sampler)
+    # the final 0 is no level: there the video is its own input
+    return [grid[i] for i in run.grpo.forward.trained_places(sampler.solver_steps)]
+
+
+def cache_prompts(
+    run: GrpoRun, loop: GrpoLoop, heldout: list[Prompt], start: int
+) -> None:
     """Encode this rank's prompts of all steps from ``start`` on, and free the text encoder."""
     # This rank's share of every step, by the same schedule that the loop uses.
-    prompts: set[str] = set()
+    prompts: set[Prompt] = set()
     for step in range(start, run.steps):
         prompts.update(loop.batch(step).prompts)
     say(f"encoding {len(prompts)} prompts, then without the text encoder")
     # Sorted, so that the batches of the text encoder do not depend on the set's order.
-    loop.generator.encode_prompts([*sorted(prompts), *heldout])
+    loop.generator.encode_prompts([*sorted(prompts, key=text_of), *heldout])
     loop.generator.free_text_encoder()

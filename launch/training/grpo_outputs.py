@@ -7,21 +7,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.distributed import is_main
-from launch.evaluation.heldout import measure
+from launch.evaluation.heldout import gap_of_map, means_of, score_heldout
 from launch.evaluation.samples import SampleWriter, rows_of_step
 
 if TYPE_CHECKING:
     from alignment.grpo import GrpoLoop, StepResult
     from common.log import RunLog
+    from common.types import Prompt
     from engine.ema import Ema
     from launch.schemas.training import GrpoRun
+    from launch.training.guards import RunGuards
 
 
 def evaluate_heldout(
-    run: GrpoRun, loop: GrpoLoop, ema: Ema | None, prompts: list[str], step: int
+    run: GrpoRun,
+    loop: GrpoLoop,
+    ema: Ema | None,
+    prompts: list[Prompt],
+    step: int,
+    *,
+    guards: RunGuards | None = None,
 ) -> dict[str, float]:
     """Measure the generator on held-out prompts before a step, where it is due.
 
+    ``guards`` see the rewards of every prompt, and add their metrics.
     It is due every ``evaluation.every`` steps and after the last step. With an average of
     the weights, the average is measured.
     """
@@ -32,7 +41,7 @@ def evaluate_heldout(
         return {}
     # With an average, the average is used later, so the average is measured.
     with nullcontext() if ema is None else ema.swapped_in():
-        return measure(
+        rows = score_heldout(
             loop.generator,
             loop.rewards,
             prompts,
@@ -42,6 +51,11 @@ def evaluate_heldout(
             videos=settings.videos,
             steps=settings.steps,
         )
+        gap = gap_of_map(loop.generator, prompts, seed=run.seed)
+    metrics = means_of(rows) | gap
+    if guards is not None:
+        metrics |= guards.after_evaluation(rows["eval"])
+    return metrics
 
 
 def groups_to_write(run: GrpoRun, step: int) -> int:
@@ -64,7 +78,8 @@ def write_samples(run: GrpoRun, result: StepResult, step: int, log: RunLog) -> N
     writer = SampleWriter(folder, fps=run.generator.fps)
     # None where other ranks score all of this rank's groups.
     if result.video_BTYXC is not None:
-        writer.add(result.video_BTYXC, rows)
+        # A diagnosis may have kept more groups.
+        writer.add(result.video_BTYXC[: len(rows)], rows)
 
     # The trackers.
     captions = []

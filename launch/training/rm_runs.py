@@ -120,7 +120,8 @@ def reward_model_task(
     # Stage 2 follows stage 1, and a comparison with people follows stage 2.
     checkpoint = f"checkpoint={run.run_dir}/final"
     stage_2 = (
-        f"deepspeed launch/dual_rl.py --config configs/wan/dual_rl.yaml {checkpoint}"
+        f"deepspeed launch/dual_rl.py --config configs/wan/dual_rl.yaml {checkpoint} "
+        "data.train=PAIRS.csv"
     )
     evaluation = (
         "python launch/evaluate.py rm --config configs/wan/evaluate_rm.yaml "

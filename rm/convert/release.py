@@ -18,6 +18,7 @@ from common.lora import LowRank, MergeLoss, stock_name
 from common.state_dicts import raise_problems, shapes_in, state_dict_problems
 from common.weight_files import load_safetensors, open_safetensors
 from rm.calibration import CALIBRATION_FILE
+from rm.cascade import THINKING_FILE
 from rm.config import VideoSettings
 from rm.convert.official import (
     INDEX,
@@ -39,6 +40,7 @@ OPTIONAL_FILES = (
     *TOKEN_FILES,
     *VOCABULARY_FILES,
     CALIBRATION_FILE,
+    THINKING_FILE,
 )
 # Where transformers records the folder that a config or a tokenizer was loaded from.
 LOCAL_KEYS = ("_name_or_path", "name_or_path")

@@ -51,6 +51,26 @@ def test_kl_term_has_the_squared_weight_of_its_step(reweight: str) -> None:
     assert reweight == "none" or abs(weight**2 - 1) > 0.1
 
 
+def test_another_weight_of_the_kl_holds_from_the_next_update_on() -> None:
+    """The budget of the guards sets it between two steps: loss = -w mean(A) + kl_weight KL w."""
+    loop = loop_of(
+        {"red": FunctionReward("red", redness)},
+        generator=moved_generator(),
+        kl_weight=0.0,
+    )
+    (group,) = loop.generator.rollout(["a"], group_size=4, seeds=[5])
+    (step,) = group.steps
+    kl = float(((step.gain * BIAS) ** 2).mean()) / (2 * step.std**2)
+
+    def loss() -> float:
+        weights = StepWeights(1.0, 4.0)
+        return float(loop.objective.loss("a", step, torch.zeros(4), weights).loss)
+
+    assert loss() == pytest.approx(0.0, abs=1e-12)
+    loop.set_kl_weight(0.3)
+    assert loss() == pytest.approx(0.3 * 4.0 * kl, rel=1e-4)
+
+
 def test_ratio_is_clipped_by_its_side() -> None:
     """Ratios 0.7, 1.4, 1.7 and 1 with clips of -0.2 and +0.5."""
     loop = loop_of(
@@ -61,6 +81,7 @@ def test_ratio_is_clipped_by_its_side() -> None:
         kl_weight=0.0,
         # with one update the ratio would be 1 by construction
         updates=2,
+        ratio="plain",
     )
     (group,) = loop.generator.rollout(["a"], group_size=4, seeds=[5])
     (step,) = group.steps
@@ -70,7 +91,7 @@ def test_ratio_is_clipped_by_its_side() -> None:
     old = replace(step, log_prob_G=now_G - ratio_G.log())
     advantage_G = torch.tensor([-1.0, 1.0, 1.0, 0.0])
 
-    output = loop.loss("a", old, advantage_G, StepWeights(2.0, 4.0))
+    output = loop.objective.loss("a", old, advantage_G, StepWeights(2.0, 4.0))
     # min(r A, clipped r A): max(0.7, 0.8) of a bad member, 1.4 as it is, 1.7 cut to 1.5
     surrogate = (-0.8 + 1.4 + 1.5 + 0.0) / 4
     assert float(output.loss.detach()) == pytest.approx(-2.0 * surrogate, rel=1e-5)
@@ -90,7 +111,7 @@ def test_one_update_takes_its_log_prob_for_the_rollouts() -> None:
     old = replace(step, log_prob_G=now_G - math.log(1.4))
     advantage_G = torch.tensor([-1.0, 1.0, 3.0, 0.0])
 
-    output = loop.loss("a", old, advantage_G, StepWeights(2.0, 4.0))
+    output = loop.objective.loss("a", old, advantage_G, StepWeights(2.0, 4.0))
     assert float(output.loss.detach()) == pytest.approx(-2.0 * 0.75, rel=1e-6)
     assert output.metrics["ratio_mean"] == pytest.approx(1.4, rel=1e-4)
     assert output.metrics["ratio_dev"] == pytest.approx(0.4, rel=1e-3)

@@ -12,8 +12,10 @@ from alignment.prompts import (
     PromptBatch,
     PromptSchedule,
     describe_shared_prompts,
+    read_image_prompts,
     read_prompts,
 )
+from common.types import ImagePrompt, text_of
 
 NINE = [f"prompt {i}" for i in range(9)]
 
@@ -140,3 +142,33 @@ def test_held_out_prompts_that_are_trained_on_are_counted() -> None:
     text = describe_shared_prompts(["a", "b"], ["b", "c", "b"])
     assert text.startswith("2 of 3 ")
     assert describe_shared_prompts(["a"], ["b"]) == ""
+
+
+def test_images_lie_beside_their_file(tmp_path: Path) -> None:
+    """An absolute path stays; commands that know no images refuse them instead of ignoring them."""
+    file = tmp_path / "p.jsonl"
+    file.write_text(
+        '{"prompt": "rain", "image": "a.png"}\n{"prompt": "sun"}\n'
+        '{"prompt": "wind", "image": "/images/b.png"}\n'
+    )
+    assert read_image_prompts(file) == [
+        ImagePrompt("rain", str(tmp_path / "a.png")),
+        "sun",
+        ImagePrompt("wind", "/images/b.png"),
+    ]
+    with pytest.raises(ValueError, match=r"launch/grpo\.py.*'rain'"):
+        read_prompts(file)
+    file.write_text('{"prompt": "rain", "image": 3}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: .*\"image\""):
+        read_image_prompts(file)
+
+
+def test_prompts_with_two_images_are_two_prompts() -> None:
+    """The schedule's seeds and held-out comparison take text and image together."""
+    first, second = ImagePrompt("rain", "a.png"), ImagePrompt("rain", "b.png")
+    schedule = PromptSchedule([first, second], seed=0, prompts_per_step=2)
+    assert set(schedule.at(0).prompts) == {first, second}
+    assert describe_shared_prompts([first], [second]) == ""
+    assert text_of(first) == text_of("rain") == "rain"
+    shared = describe_shared_prompts([first], [first, second])
+    assert shared.startswith("1 of 2")

@@ -205,7 +205,10 @@ def test_normalize_step_weights_divides_by_the_mean_over_groups() -> None:
 
 def test_several_updates_on_a_rollout_are_clipped() -> None:
     options = {"clip_low": 1e-3, "clip_high": 1e-3, "kl_weight": 0.0, "lr": 5e-2}
-    once, thrice = (loop_of(RED, updates=n, **options) for n in (1, 3))
+    once, thrice = (
+        loop_of(RED, updates=n, ratio=ratio, **options)
+        for n, ratio in ((1, None), (3, "plain"))
+    )
     one, three = once.step(0), thrice.step(0)
     assert (once.engine.steps, thrice.engine.steps) == (1, 3)
     assert one.metrics["train/clip_frac"] == 0.0

@@ -332,7 +332,7 @@ def test_no_file_loads_weights_another_way() -> None:
     assert found == {
         ("common/strict_loading.py", "model_class"),
         ("rm/convert/weights.py", "model_class"),
-        ("generator/pipeline.py", "WanPipeline"),
+        ("generator/pipeline.py", "pipeline_class"),
     }
 
 

@@ -104,7 +104,7 @@ def test_reward_model_is_compared_with_its_base_pair_by_pair(tmp_path: Path) -> 
     assert stated_score("nothing") is None
 
 
-def test_rise_and_fall_of_the_utility_by_hand() -> None:
+def test_rise_and_fall_of_the_utility_by_hand(tmp_path: Path) -> None:
     def rows(*utilities: float) -> list[dict[str, float]]:
         found = []
         for step, value in enumerate(utilities):
@@ -125,3 +125,13 @@ def test_rise_and_fall_of_the_utility_by_hand() -> None:
     }
     (line,) = [row for row in page_of(curves, record) if row.startswith("| people |")]
     assert line.startswith("| people | 0.150 | 0.650 | 0.450 | 0.500")
+
+    # The committed values give the same changes, and a changed value does not.
+    write_json(tmp_path / "long_grpo.json", record)
+    values = tmp_path / "long_grpo.values.json.gz"
+    tables.write_values(values, curves)
+    assert differing(tmp_path) == (2 * len(keys), [])
+    curves[0][-1][UTILITY] = 0.3
+    tables.write_values(values, curves)
+    (line,) = differing(tmp_path)[1]
+    assert line.startswith(f"long_grpo: {UTILITY}: fall")

@@ -61,8 +61,12 @@ def vae_22() -> nn.Module:
 
 
 def build_family(folder: Path, kind: str) -> Path:
-    """Write a tiny folder of "T2V-A14B" or "TI2V-5B"."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+    """Write a tiny folder of "T2V-A14B", "TI2V-5B", "I2V-A14B" or "I2V-14B" (Wan 2.1)."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        WanImageToVideoPipeline,
+        WanPipeline,
+    )
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -78,15 +82,54 @@ def build_family(folder: Path, kind: str) -> Path:
         if kind == "T2V-A14B":
             parts |= {"vae": vae_21(8, 4), "transformer": transformer()}
             parts |= {"transformer_2": transformer(), "boundary_ratio": 0.875}
-        WanPipeline(**parts).save_pretrained(folder)
+        # an image's mask and latent are 4 and 16 channels beside the latent's 16
+        reads = {"in_channels": 36}
+        if kind == "I2V-A14B":
+            parts |= {"vae": vae_21(8, 4), "transformer": transformer(**reads)}
+            parts |= {"transformer_2": transformer(**reads), "boundary_ratio": 0.9}
+        if kind == "I2V-14B":
+            clip = {"image_dim": 20, "added_kv_proj_dim": 32}
+            parts |= {"vae": vae_21(8, 4), "transformer": transformer(**reads, **clip)}
+            parts |= clip_vision()
+        images = kind.startswith("I2V")
+        pipeline = WanImageToVideoPipeline if images else WanPipeline
+        pipeline(**parts).save_pretrained(folder)
     return folder
 
 
-def stock(folder: Path) -> Any:
-    """The folder's WanPipeline in fp32."""
-    from diffusers import WanPipeline
+def clip_vision() -> dict[str, Any]:
+    """A tiny CLIP of 257 tokens and its processor."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    config = CLIPVisionConfig(
+        hidden_size=20,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        patch_size=14,
+        image_size=224,
+        hidden_act="gelu",
+    )
+    model = _louder(CLIPVisionModel(config), gain=1.0)
+    return {"image_encoder": model, "image_processor": CLIPImageProcessor()}
+
+
+def write_image(file: Path, seed: int) -> str:
+    """Write an image of another size than the video, of random patches."""
+    from PIL import Image
+
+    draw = torch.Generator().manual_seed(seed)
+    small = torch.randint(0, 256, (6, 5, 3), dtype=torch.uint8, generator=draw)
+    Image.fromarray(small.numpy()).resize((50, 60)).save(file)
+    return str(file)
+
+
+def stock(folder: Path, *, images: bool = False) -> Any:
+    """The folder's pipeline in fp32, for texts or for images."""
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    kind = WanImageToVideoPipeline if images else WanPipeline
+    pipeline = kind.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

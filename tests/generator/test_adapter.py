@@ -10,6 +10,7 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from generator.adapter import _in_blocks
 from generator.adapter_file import ADAPTER_FILE
 from generator.config import WAN_LINEARS, LoraConfig
 from generator.wan import WanGenerator
@@ -165,3 +166,21 @@ def test_adapter_without_a_weight_is_refused(
 def test_missing_file_raises_with_its_name(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=ADAPTER_FILE):
         tiny_generator(folder).load_trained(tmp_path)
+
+
+def test_targets_of_the_blocks_leave_out_layers_of_the_same_name() -> None:
+    """A suffix that a block has means the blocks; one that no block has, and a full name, stay."""
+    inside = [f".blocks.{i}.{name}" for i in (0, 1) for name in ("to_q", "ffn.net.2")]
+    outside = [".image_embedder.ffn.net.2", ".condition_embedder.time_proj"]
+    linears = [*inside, *outside]
+    names = [name.removeprefix(".") for name in linears]
+    # Nothing clashes: as the user wrote it.
+    assert _in_blocks(linears, ["to_q", "time_proj"]) == ["to_q", "time_proj"]
+    assert _in_blocks(linears, ["to_q", "ffn.net.2", "time_proj"]) == [
+        names[0],
+        names[2],
+        names[1],
+        names[3],
+        "condition_embedder.time_proj",
+    ]
+    assert _in_blocks(linears, [names[4]]) == [names[4]]

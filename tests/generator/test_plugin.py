@@ -56,6 +56,40 @@ def test_missing_method_is_named(tmp_path: Path) -> None:
         build_generator(config(f"{tmp_path / 'own.py'}:Owm"))
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("import nowhere_at_all\n", 1, "ModuleNotFoundError: No module"),
+        ("def make(cfg, *, seed):\n    return cfg['x']\n", 2, "TypeError"),
+        ("def make(cfg, *, seed:\n", 1, "SyntaxError"),
+    ],
+)
+def test_what_a_file_raises_is_said_with_its_line(
+    tmp_path: Path, text: str, line: int, said: str
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=said) as error:
+        build_generator(config(f"{file}:make"))
+    assert f"generator.target: {file}:{line}: " in str(error.value)
+
+
+def test_file_may_import_the_example_of_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No module of the file's own imports is hidden by the file itself."""
+    (tmp_path / "own_generator.py").write_text("class Tint:\n    pass\n")
+    names = " = ".join(plugin.NEEDED)
+    (tmp_path / "mine.py").write_text(
+        "from own_generator import Tint\n"
+        f"class Mine(Tint):\n    {names} = 0\n"
+        "    def __init__(self, cfg, *, seed): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    made = build_generator(config(f"{tmp_path / 'mine.py'}:Mine"))
+    assert type(made).__mro__[1].__name__ == "Tint"
+
+
 def test_target_without_a_file_is_refused_by_the_config(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no file"):
         config(f"{tmp_path / 'none.py'}:Own")

@@ -374,6 +374,28 @@ def test_flow_error_by_hand(generator: WanGenerator) -> None:
     assert gradients(generator, got.sum()).norm() > 0
 
 
+def test_flow_velocity_has_the_guidance_of_the_rollout(
+    generator: WanGenerator,
+) -> None:
+    """u + 3 (c - u) from the two branches; without guidance it is the error's velocity."""
+    draw = torch.Generator().manual_seed(8)
+    clean, noise = (
+        torch.randn(2, *generator.latent_shape, generator=draw) for _ in range(2)
+    )
+    sigma = torch.tensor([0.25, 0.8])
+    prompts = [PROMPT, "rain"]
+    negative = [generator.cfg.sampler.negative_prompt] * 2
+    with torch.no_grad():
+        guided = generator.flow_velocity(clean, noise, sigma, prompts)
+        c = generator.flow_velocity(clean, noise, sigma, prompts, guided=False)
+        u = generator.flow_velocity(clean, noise, sigma, negative, guided=False)
+        error = generator.flow_error(clean, noise, sigma, prompts)
+    assert generator.cfg.sampler.guidance_scale == 3.0
+    torch.testing.assert_close(guided, u + 3.0 * (c - u), rtol=1e-4, atol=1e-5)
+    want = (c - (noise - clean)).square().flatten(1).mean(1)
+    torch.testing.assert_close(error, want)
+
+
 # ---- reference ----
 
 

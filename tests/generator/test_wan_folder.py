@@ -52,6 +52,7 @@ VAE: dict[str, Any] = {
     "latents_std": [1.0] * 16,
     "z_dim": 16,
 }
+IMAGES = {"_class_name": "WanImageToVideoPipeline"}
 EXPERTS = ["diffusers", "WanTransformer3DModel"]
 
 
@@ -92,13 +93,18 @@ def test_published_and_saved_folders_are_supported(
         ({"transformer_2": EXPERTS}, {}, {}, "boundary_ratio None"),
         ({"boundary_ratio": 0.875}, {}, {}, "class None"),
         # conditioned on images
-        ({"_class_name": "WanImageToVideoPipeline"}, {}, {}, "image-to-video"),
-        ({"image_encoder": ["transformers", "CLIPVisionModel"]}, {}, {}, "image"),
+        ({"_class_name": "WanImageToVideoPipeline"}, {}, {}, "reads 16"),
         ({}, {"image_dim": 1280, "added_kv_proj_dim": 5120}, {}, "image_dim=1280"),
-        ({}, {"added_kv_proj_dim": 5120}, {}, "added_kv_proj_dim=5120"),
         ({}, {"pos_embed_seq_len": 514}, {}, "pos_embed_seq_len=514"),
-        ({}, {"in_channels": 36}, {}, "reads 36"),
+        ({}, {"in_channels": 36}, {}, "a WanPipeline whose transformer reads 36"),
         ({}, {"out_channels": 32}, {}, "writes 32"),
+        (IMAGES, {"in_channels": 36, "image_dim": 1280}, {}, "image_encoder"),
+        (
+            {**IMAGES, "image_encoder": ["transformers", "CLIPVisionModel"]},
+            {"in_channels": 36},
+            {},
+            "image_dim=None",
+        ),
         # other kinds of Wan
         ({"_class_name": "WanVACEPipeline"}, {}, {}, "VACE"),
         ({}, {"_class_name": "WanVACETransformer3DModel"}, {}, "WanVACE"),

@@ -18,7 +18,7 @@ from common import distributed
 from common.config import load
 from common.distributed import gather_objects
 from launch.compose import quiet
-from launch.evaluation.heldout import measure
+from launch.evaluation.heldout import means_of, score_heldout
 from launch.schemas.training import GrpoRun
 from launch.training.grpo_loop import build
 from tests.launch.grpo_ranks import moved
@@ -40,7 +40,7 @@ def run(config: str, overrides: list[str]) -> dict[str, Any]:
                 metrics[name] = value
         history.append(metrics)
         scored.append(list(result.batch.prompts))
-    heldout = measure(
+    rows = score_heldout(
         loop.generator,
         loop.rewards,
         PROMPTS,
@@ -49,6 +49,7 @@ def run(config: str, overrides: list[str]) -> dict[str, Any]:
         folder=Path(cfg.run_dir) / "evaluation",
         videos=0,
     )
+    heldout = means_of(rows)
     return {"steps": history, "heldout": heldout, "scored": gather_objects(scored)}
 
 

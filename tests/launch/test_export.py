@@ -160,6 +160,22 @@ def test_card_commands_load_both_transformers(tmp_path: Path, form: str) -> None
 
 
 @pytest.mark.parametrize("form", export.FORMATS)
+def test_card_of_an_image_model_names_its_pipeline(tmp_path: Path, form: str) -> None:
+    """WanPipeline would read the folder, and die in its first forward."""
+    base = build_family(tmp_path / "i2v", "I2V-14B")
+    make_run(base, tmp_path / "run", max_sequence_length=512)
+    out = exported(tmp_path, trained="run/final", form=form)
+    card = ModelCard.load(out / "README.md")
+    assert card.data.pipeline_tag == "image-to-video"
+    assert "image-to-video" in card.data.tags
+    places = {"path/to/this/folder": out, "path/to/the/base": base}
+    pipeline = follow(out / "README.md", places)["pipeline"]
+    assert type(pipeline).__name__ == "WanImageToVideoPipeline"
+    loaded = [name for name, _ in pipeline.transformer.named_parameters()]
+    assert any(".lora_" in name for name in loaded) == (form != "merged")
+
+
+@pytest.mark.parametrize("form", export.FORMATS)
 def test_card_command_loads_the_trained_weights(
     wan: Path, grpo: WanGenerator, tmp_path: Path, form: str
 ) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from alignment.grpo import Advantages, GrpoLoop, backwards_per_update
+from alignment.advantages import Advantages
+from alignment.grpo import GrpoLoop, backwards_per_update
 from alignment.prompts import PromptSchedule, read_prompts
 from common.checkpoint import load_tensors
 from common.config import ConfigError, load
@@ -366,7 +367,7 @@ def updated_once(
     if per_member:
         gradients, _ = per_member_gradient(generator, groups, advantage_PG, cfg.grpo)
         return torch.cat([gradient.flatten() for gradient in gradients]), {}
-    metrics = loop.update(
+    metrics = loop.objective.update(
         groups, Advantages(advantage_PG, anything_to_learn=True, means={}, details={})
     )
     return torch.cat([gradient.flatten() for gradient in engine.last_gradient]), metrics

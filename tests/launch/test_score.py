@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from common.files import read_jsonl
 from common.video_io import write_mp4
 from launch import score
-from launch.evaluation.files import ScoreItem, find_items, read_clip
+from launch.evaluation.files import (
+    ScoreItem,
+    check_groups,
+    find_items,
+    prompt_batches,
+    read_clip,
+    share_of_prompts,
+)
 from rm.model import DeScore
 from tests.fakes import decoder_with_a_trap
 from tests.launch.processes import ROOT, refused_early
@@ -447,3 +454,45 @@ def test_jsonl_whose_rows_name_videos_differently_is_refused(
     (tmp_path / "t.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         find_items(None, tmp_path / "t.jsonl")
+
+
+def items_of(prompts: str) -> list[ScoreItem]:
+    return [ScoreItem(f"{i}.mp4", Path(f"{i}.mp4"), p) for i, p in enumerate(prompts)]
+
+
+def test_batches_of_prompts_are_whole() -> None:
+    """A batch of 4 takes prompts of 2 and 2; one of 5 videos is a batch of its own."""
+    items = items_of("abacbccccd")
+    found = list(prompt_batches(items, 4, "score"))
+    assert ["".join(item.prompt for item in batch) for batch in found] == [
+        "aabb",
+        "ccccc",
+        "d",
+    ]
+
+
+def test_prompt_with_a_missing_video_is_scored_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    items = items_of("aabbcc")
+    missing = [("1.mp4", "a"), ("5.mp4", "c")]
+    found = share_of_prompts(items, missing)
+    assert [item.name for item in found] == ["0.mp4", "1.mp4", "4.mp4", "5.mp4"]
+    # two ranks share prompts, not videos
+    monkeypatch.setattr("common.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("common.distributed.rank", lambda: 1)
+    assert [item.name for item in share_of_prompts(items, missing)] == [
+        "4.mp4",
+        "5.mp4",
+    ]
+
+
+def test_reward_that_cannot_compare_so_many_videos_is_refused_with_its_name() -> None:
+    class PairsOnly:
+        def check_group_size(self, size: int) -> None:
+            if size > 2:
+                raise ValueError(f"not {size}")
+
+    check_groups({"mine": PairsOnly(), "other": object()}, items_of("aab"))
+    with pytest.raises(ValueError, match=r"rewards\.mine: not 3"):
+        check_groups({"mine": PairsOnly()}, items_of("aaba"))

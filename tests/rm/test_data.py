@@ -274,6 +274,13 @@ def test_table_of_another_layout_names_it(folder, columns, layout):
         assert f"data.layout={layout}" in str(error.value)
 
 
+def test_table_without_chains_of_thought_says_what_trains_on_it(folder):
+    header = [name for name in HEADER if not name.startswith("CoT")]
+    path = write(folder, [], header=header)
+    with pytest.raises(ValueError, match=r"masking\.probability=1 trains"):
+        read_pairs(path)
+
+
 def test_descore_table_read_as_another_layout_names_its_own(folder):
     path = write(folder, [row()])
     with pytest.raises(ValueError, match=r"data\.layout=descore"):

@@ -92,6 +92,12 @@ def test_scores_are_the_full_forward_over_the_texts(scorer, score, video_BTYXC):
     assert set(score.parts) == {"subject", "dynamics", "camera", "environment", "style"}
 
 
+def test_a_text_is_no_list_of_prompts_or_videos(scorer, video_BTYXC):
+    for videos, prompts in ((video_BTYXC[:1], "x"), ("a.mp4", ["x"] * 5)):
+        with pytest.raises(TypeError, match="must be a list"):
+            scorer.score(videos, prompts, fps=4.0)
+
+
 def test_permuting_the_batch_permutes_the_scores(scorer, score, video_BTYXC):
     order = [3, 1, 7, 0, 2, 6, 5, 4]
     permuted = scorer.score(video_BTYXC[order], [PROMPTS[i] for i in order], fps=4.0)

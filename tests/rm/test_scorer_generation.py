@@ -110,11 +110,11 @@ def test_overall_score_of_an_unfinished_cot_does_not_count(monkeypatch) -> None:
 def test_videos_of_equal_bytes_and_other_shape_are_different() -> None:
     flat = random_frames(0)
     other = flat.reshape(flat.shape[0], flat.shape[2], flat.shape[1], 3)
-    assert rm.scorer._identity(flat, "a") == rm.scorer._identity(flat.clone(), "a")
+    assert rm.scorer.identity(flat, "a") == rm.scorer.identity(flat.clone(), "a")
     if flat.shape != other.shape:
-        assert rm.scorer._identity(flat, "a") != rm.scorer._identity(other, "a")
+        assert rm.scorer.identity(flat, "a") != rm.scorer.identity(other, "a")
     halves = flat.reshape(flat.shape[0] * 2, flat.shape[1] // 2, flat.shape[2], 3)
-    assert rm.scorer._identity(flat, "a") != rm.scorer._identity(halves, "a")
+    assert rm.scorer.identity(flat, "a") != rm.scorer.identity(halves, "a")
 
 
 def test_scorer_is_in_evaluation_mode_and_frozen() -> None:

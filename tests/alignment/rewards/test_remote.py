@@ -45,6 +45,7 @@ class Scripted:
 
     def __init__(self, *answers: Callable[[bytes], tuple[int, bytes]] | int) -> None:
         self.answers, self.asked, self.connections = list(answers), 0, 0
+        self.models = {"models": ["bright"]}
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -53,7 +54,7 @@ class Scripted:
                 super().setup()
 
             def do_GET(self) -> None:
-                self.reply(200, json.dumps({"models": ["bright"]}).encode())
+                self.reply(200, json.dumps(outer.models).encode())
 
             def do_POST(self) -> None:
                 content = self.rfile.read(int(self.headers["Content-Length"]))
@@ -337,6 +338,16 @@ def test_servers_share_the_videos() -> None:
     assert (first.asked, second.asked) == (1, 1)
 
 
+def test_videos_of_a_group_go_to_a_single_server_where_it_compares_them() -> None:
+    first, second = Scripted(bright), Scripted(bright)
+    first.models = {"models": ["bright"], "by_prompt": ["bright"]}
+    reward = RemoteReward([first.url, second.url])
+    # the loop of GRPO then sends one group per call
+    assert reward.group_level
+    reward.score(VIDEO, PROMPTS, fps=8.0)
+    assert (first.asked, second.asked) == (1, 0)
+
+
 def test_dead_server_is_left_out_and_asked_again_later() -> None:
     alive, dead, clock = Scripted(bright), Scripted(bright), Clock()
     reward = RemoteReward(
@@ -368,6 +379,18 @@ def test_absent_server_is_left_out_at_the_start() -> None:
     assert len(reward.score(VIDEO, PROMPTS, fps=8.0).value_B) == 3
     with pytest.raises(ValueError, match="dark"):
         RemoteReward([alive.url, alive.url], model="dark", sleep=clock.sleep)
+
+
+def test_server_with_several_rewards_gives_the_one_of_the_same_name() -> None:
+    server = Scripted(bright)
+    server.models = {"models": ["dark", "bright"]}
+    made = build_rewards({"bright": RewardConfig(url=server.url)})
+    assert made["bright"].model == "bright"
+    asked = RewardConfig(url=server.url, options={"model": "bright"})
+    assert build_rewards({"dark": asked})["dark"].model == "bright"
+    want = r"dark, bright: set rewards\.far\.options\.model to one of them$"
+    with pytest.raises(ValueError, match=want):
+        build_rewards({"far": RewardConfig(url=server.url)})
 
 
 def test_remote_works_inside_a_running_event_loop() -> None:

@@ -179,6 +179,9 @@ FORWARDS = [
     ("Wan2.2-T2V-A14B", (480, 832, 81), 32_760, 1678.4),
     ("Wan2.2-T2V-A14B", (720, 1280, 81), 75_600, 6523.4),
     ("Wan2.2-TI2V-5B", (704, 1280, 121), 27_280, 517.0),
+    ("Wan2.1-I2V-14B-480P", (480, 832, 81), 32_760, 1686.4),
+    ("Wan2.1-I2V-14B-720P", (720, 1280, 81), 75_600, 6540.5),
+    ("Wan2.2-I2V-A14B", (720, 1280, 81), 75_600, 6523.5),
 ]
 
 
@@ -265,6 +268,17 @@ def test_wan_22_components_have_published_parameters() -> None:
         # 29.2 M of them rest in fp32
         assert sizes_of(expert).bytes == 28_635_351_168
     assert sizes_of(a14b.module).trained == 613_416_960
+
+
+@pytest.mark.slow
+def test_image_models_have_published_parameters() -> None:
+    for name, count in (
+        ("Wan2.1-I2V-14B-480P", 16_394_878_784),
+        ("Wan2.2-I2V-A14B", 14_288_901_184),
+    ):
+        wan = MetaWan(GeneratorConfig(f"Wan-AI/{name}-Diffusers"))
+        assert wan.family.needs_image
+        assert sizes_of(wan.transformer).parameters == count
 
 
 @pytest.mark.slow
@@ -565,6 +579,29 @@ def test_grpo_recipe_cost_matches_longcat() -> None:
         replace(cfg, cache_prompts=False), H100
     ).peak - plan.peak == pytest.approx(11.36e9, rel=0.01)
     assert plan_grpo(cfg, replace(H100, ranks=7)).problems
+
+
+@pytest.mark.long
+def test_forward_objective_cost_by_hand() -> None:
+    """A group of 16: 12 guided steps, and 4 levels of forward, backward and the old policy's.
+
+    The recomputed forward of checkpointing makes 4 of the 3 with gradient.
+    """
+    files = [
+        ROOT / "configs" / name
+        for name in ("wan/grpo.yaml", "sisters/diffusion_nft.yaml")
+    ]
+    cfg = load(GrpoRun, files)
+    plan = plan_grpo(cfg, H100)
+    found = {phase.name: phase for phase in plan.phases}
+    want = 16 * 12 * 2 / (16 * 4 * (4 + 1) * 2)
+    assert found["rollout"].flops / found["update"].flops == pytest.approx(
+        want, rel=0.1
+    )
+    trained = next(part for part in plan.parts if part.name == "old policy")
+    # fp32 copies of 175 million weights
+    assert trained.bytes == pytest.approx(4 * 174_981_120)
+    assert any("4,096 forwards with a backward as two" in fact for fact in plan.facts)
 
 
 @pytest.mark.long

@@ -81,7 +81,7 @@ FAULTS = [
     ),
     PlantedFault(
         "GRPO: advantages stay on the CPU",
-        "alignment/grpo.py",
+        "alignment/policy_update.py",
         "advantage_G.to(log_prob_G.device)",
         "advantage_G",
         GRPO,

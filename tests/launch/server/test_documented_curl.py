@@ -23,7 +23,7 @@ def test_curl_lines_score_an_mp4_and_frames(tmp_path: Path) -> None:
     (script,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     grey = torch.full((5, 16, 16, 3), 102, dtype=torch.uint8)
     write_mp4(tmp_path / "clip.mp4", grey, 8.0)
-    with served("rewards.brightness.weight=1") as url:
+    with served("rewards.descore.kind=brightness") as url:
         lines = script.replace("http://127.0.0.1:8900", url).replace(
             "curl -s", "curl -s -w '\\n'"
         )
@@ -35,7 +35,7 @@ def test_curl_lines_score_an_mp4_and_frames(tmp_path: Path) -> None:
             check=True,
         )
     models, mp4, frames = map(json.loads, done.stdout.splitlines())
-    assert models == {"models": ["brightness"]}
+    assert models == {"models": ["descore"]}
     # 102 / 255, but for the rounding of the video's codec
     assert mp4["values"] == [pytest.approx(0.4, abs=0.01)]
     assert frames["values"] == [0.0]

@@ -143,7 +143,11 @@ def test_token_and_host_are_required() -> None:
             == 400
         )
         for path in ("/docs", "/openapi.json", "/redoc", "/"):
-            assert client.get(path).status_code == 404
+            missing = client.get(path)
+            assert (missing.status_code, missing.json()) == (
+                404,
+                {"error": "Not Found"},
+            )
 
 
 def test_addresses_and_paths_in_requests_are_never_read(tmp_path: Path) -> None:
@@ -368,6 +372,24 @@ def test_group_level_reward_is_not_served() -> None:
     reward.group_level = True
     with pytest.raises(ValueError, match=r"rewards\.bright"):
         create_app({"bright": reward}, config(), token=None)
+
+
+class Compares(Picky):
+    """Counts the videos of a call, and compares those of a prompt."""
+
+    group_level = True
+    groups_by_prompt = True
+
+
+def test_reward_that_compares_the_videos_of_a_prompt_gets_each_request_alone() -> None:
+    reward = Compares()
+    with client_of(reward, wait_ms=300) as client:
+        reply = client.get("/v1/models").json()
+        # three clients at the same time, whose videos would else share a batch of 9
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda _: client.post("/v1/score", **body()), range(3)))
+    assert reply == {"models": ["bright"], "by_prompt": ["bright"]}
+    assert reward.batches == [3, 3, 3]
 
 
 def test_openapi_is_served_behind_a_flag() -> None:

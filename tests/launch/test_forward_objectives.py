@@ -1,0 +1,175 @@
+"""GRPO runs with forward objectives: what is refused, what it costs, and resuming bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.config import ConfigError, load
+from common.types import ImagePrompt
+from generator.config import SamplerConfig
+from generator.experts import check_stochastic_steps
+from generator.family import Family
+from launch.planning.forwards import forwards_per_update, samples_per_rollout
+from launch.schemas.training import GrpoRun
+from launch.training.grpo_loop import check_texts, levels_of
+from tests.launch.processes import ROOT
+from tests.launch.test_grpo import adapter_of, alone, numbers
+
+BASE = ("run_dir=x", "prompts=x", "generator.path=org/wan", "rewards.brightness={}")
+SOLVER = (
+    "generator.sampler.stochastic=none",
+    "generator.sampler.initial_noise=member",
+)
+NFT = (
+    *SOLVER,
+    "generator.sampler.guidance_scale=1",
+    "grpo.objective=nft",
+    "grpo.advantage_clip=5",
+)
+SHAPES = ROOT / "configs" / "shapes" / "grpo_oracle.yaml"
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        # the policy gradient needs a density, the others a solver and independent members
+        (SOLVER, "stochastic=none"),
+        (["generator.sampler.stochastic=none"], "initial_noise=member"),
+        (["grpo.objective=nft", "grpo.advantage_clip=5"], "stochastic=none"),
+        # rollout, update and evaluation are one model
+        (
+            [
+                *NFT,
+                "generator.sampler.guidance_scale=4.5",
+                "generator.guidance_in_update=false",
+            ],
+            "guidance_in_update",
+        ),
+        ([*NFT, "generator.sampler.tail_guidance=3"], "tail_guidance"),
+        ([*NFT, "grpo.forward.timesteps_per_sample=16"], "timesteps_per_sample"),
+        # flow matching is wrong for a base of few steps
+        (
+            [*NFT, "generator.sampler.tail_steps=4", "generator.path=a/FastWan2.1-T2V"],
+            "allow_distilled",
+        ),
+    ],
+)
+def test_sampler_that_does_not_fit_the_objective_is_refused(
+    words: list[str], key: str
+) -> None:
+    with pytest.raises(ConfigError, match=key):
+        load(GrpoRun, None, [*BASE, *words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["generator.sampler.guidance_scale=4.5", "grpo.forward.micro_batch=2"],
+        ["generator.path=a/FastWan2.1-T2V"],
+        ["generator.path=turbo/wan", "generator.sampler.tail_steps=4"],
+        [
+            "generator.path=a/FastWan2.1-T2V",
+            "generator.sampler.tail_steps=4",
+            "grpo.forward.allow_distilled=true",
+        ],
+    ],
+)
+def test_sampler_that_fits_the_objective_is_accepted(words: list[str]) -> None:
+    load(GrpoRun, None, [*BASE, *NFT, *words])
+
+
+def test_trained_levels_are_those_of_the_rollouts_grid() -> None:
+    """Shift 3: sigma = 3 u / (1 + 2 u), u = 1, 3/4, 1/2; the last step of 4 is left out."""
+    cfg = load(GrpoRun, None, [*BASE, *NFT, "generator.sampler.tail_steps=4"])
+    assert levels_of(cfg) == pytest.approx([1.0, 0.9, 0.75])
+
+
+@pytest.mark.parametrize(
+    ("words", "forwards"),
+    [
+        # per group of 8: 8 [T_r + n (3 + o + l)]
+        (["generator.sampler.num_steps=8", "A", "old"], 96),
+        (["generator.sampler.tail_steps=4", "A", "old"], 64),
+        (["generator.sampler.tail_steps=4", "A"], 56),
+        (["generator.sampler.tail_steps=4", "grpo.forward.timesteps_per_sample=2", "A", "old"], 96),
+        (["grpo.forward.timesteps_per_sample=7", "old"], 344),
+    ],
+)  # fmt: skip
+def test_forwards_of_a_group_by_hand(words: list[str], forwards: int) -> None:
+    """T_r steps, n levels; o = 1 for an old policy of its own, l = 1 with KL."""
+    short = {
+        "A": "grpo.kl_weight=0",
+        "old": "grpo.forward.old_policy.max_decay=0.5",
+    }
+    cfg = load(GrpoRun, SHAPES, [*NFT, *(short.get(word, word) for word in words)])
+    rollout = samples_per_rollout(cfg.generator.sampler, 8)
+    assert rollout + forwards_per_update(cfg) == forwards
+
+
+def test_forwards_of_the_recipes_by_hand() -> None:
+    """Longcat: 46.5 + 4 of 8 members, 107 + 8 guided of 4; a further update is 4 more."""
+    cfg = load(GrpoRun, SHAPES)
+    assert samples_per_rollout(cfg.generator.sampler, 8) == 46.5
+    assert forwards_per_update(cfg) == 4
+    words = ["rewards.descore={}", "generator.sampler.tail_steps=null"]
+    wan = load(GrpoRun, ROOT / "configs" / "wan" / "grpo.yaml", words)
+    assert samples_per_rollout(wan.generator.sampler, 4) == 107
+    assert forwards_per_update(wan) == 8
+    twice = load(GrpoRun, SHAPES, ["grpo.updates=2", "grpo.divergence_clip=1e-5"])
+    assert forwards_per_update(twice) == 8
+    words = [
+        "generator.sampler.guidance_scale=4.5",
+        "generator.guidance_in_update=false",
+    ]
+    assert forwards_per_update(load(GrpoRun, SHAPES, words)) == 4
+
+
+def test_prompts_with_images_are_refused_before_anything_is_loaded() -> None:
+    prompts = ["a dog", ImagePrompt("a cat", "cat.png")]
+    cfg = load(GrpoRun, None, [*BASE, *NFT])
+    with pytest.raises(ValueError, match="1 prompts with an image"):
+        check_texts(cfg, prompts)
+    check_texts(cfg, prompts[:1])
+    check_texts(load(GrpoRun, None, BASE), prompts)
+
+
+def test_model_with_two_transformers_needs_a_stochastic_step() -> None:
+    cfg = load(GrpoRun, None, [*BASE, *NFT]).generator
+    with pytest.raises(ValueError, match="two transformers"):
+        check_stochastic_steps(cfg, Family(("transformer", "transformer_2"), 0.875))
+    check_stochastic_steps(cfg, Family())
+
+
+def test_solver_needs_members_of_their_own_noise() -> None:
+    with pytest.raises(ValueError, match="initial_noise=member"):
+        SamplerConfig(stochastic="none")
+
+
+@pytest.mark.long
+def test_resumed_nft_run_equals_the_whole_run(tiny: Path) -> None:
+    """Two steps, and one with one more from its checkpoint: weights, old policy and metrics."""
+    words = [*NFT, "grpo.forward.micro_batch=2", "grpo.scale=batch"]
+    words += ["grpo.forward.old_policy={ramp_rate: 0.2, max_decay: 0.5}"]
+    whole, parts = tiny.parent / "whole_nft", tiny.parent / "parts_nft"
+    alone(tiny, *words, f"run_dir={whole}", "steps=2", "video_every=0")
+    alone(tiny, *words, f"run_dir={parts}", "steps=1", "video_every=0")
+    alone(tiny, *words, f"run_dir={parts}", "steps=2", "video_every=0")
+    # 4 prompts x 2 members: six Euler steps; per latent 3 and one each for KL and the old policy
+    assert numbers(whole)[0]["forwards/grad"] == 8
+    same = [
+        {k: v for k, v in row.items() if k.startswith(("train/", "reward/"))}
+        for row in (numbers(whole)[1], numbers(parts)[1])
+    ]
+    assert same[0] == same[1]
+    assert same[0]["train/old_distance"] > 0.0
+    a, b = adapter_of(whole), adapter_of(parts)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    from common.checkpoint import load_tensors
+
+    place = Path("checkpoints", "step-000002", "old_policy.safetensors")
+    old = [load_tensors(folder / place) for folder in (whole, parts)]
+    assert all(torch.equal(old[0][name], old[1][name]) for name in old[0])
