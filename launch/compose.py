@@ -129,12 +129,12 @@ def build_generator(
     from transformers.utils import logging as transformers_logging
 
     from common.memory import default_device
-    from generator.wan import WanGenerator
+    from generator.anyflow import load_generator
 
     # Every rank would print several bars.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    return WanGenerator.load(
+    return load_generator(
         cfg, device=default_device(), seed=seed, transformer_only=transformer_only
     )
 
