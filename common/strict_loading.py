@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +34,13 @@ def load_pretrained(
     folder: str | Path,
     *,
     device: torch.device | str = "cpu",
+    kinds: Sequence[str] = (),
     **options: Any,
 ) -> Any:
     """Return ``model_class.from_pretrained(folder, **options)`` on a device, fully loaded.
 
     ``folder`` is on this machine and holds config.json and the weights. Weights are read from
-    safetensors only.
+    safetensors only. ``kinds`` are further names by which config.json may call this class.
 
     Raises ValueError or FileNotFoundError, naming the file and the tensor, for an unfinished
     download, a damaged file, a pickle, a tensor that is missing, unexpected or of another shape,
@@ -48,7 +49,7 @@ def load_pretrained(
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it lacks config.json")
-    _require_kind(model_class, folder / "config.json")
+    _require_kind(model_class, folder / "config.json", kinds)
     return _read_weights(model_class, folder, device, **options)
 
 
@@ -127,7 +128,7 @@ def _require_json(folder: Path, name: str) -> None:
             raise ValueError(f"{path} holds no usable {name} ({error})") from error
 
 
-def _require_kind(model_class: Any, config_file: Path) -> None:
+def _require_kind(model_class: Any, config_file: Path, kinds: Sequence[str]) -> None:
     """Raise ValueError if config.json is of another class; the libraries warn at most."""
     config = read_json(config_file)
     if not isinstance(config, dict):
@@ -142,7 +143,7 @@ def _require_kind(model_class: Any, config_file: Path) -> None:
     if not model_class.__module__.startswith("diffusers."):
         key = "model_type"
         wanted = getattr(getattr(model_class, "config_class", None), "model_type", None)
-    if wanted is not None and config.get(key) != wanted:
+    if wanted is not None and config.get(key) not in (wanted, *kinds):
         raise ValueError(
             f"{config_file} has {key} {config.get(key)!r}, want {wanted!r}"
         )

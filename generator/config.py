@@ -100,16 +100,18 @@ class SamplerConfig:
     window_size       steps in a "window".
     window_every      optimizer steps after which a "window" moves by one.
     initial_noise     "shared" by the members of a group, or drawn for each "member".
-    kernel            of a stochastic step: "sde" (Flow-GRPO, LongCat-Video) or "cps"
-                      (Flow-CPS).
-    noise_level       a in s = a sqrt(sigma / (1 - sigma)), or eta in [0, 1] of cps. 0 is
-                      deterministic.
-    max_std           tau, the ceiling of an sde step's noise; null leaves s unbounded near
-                      sigma = 1.
+    kernel            of a stochastic step: "sde" (Flow-GRPO, LongCat-Video), "cps"
+                      (Flow-CPS), or "anchor" of a flow map (`generator.flow.Kernel`).
+    noise_level       a in s = a sqrt(sigma / (1 - sigma)), or eta in [0, 1] of cps, or the
+                      share in [0, 1] of an anchor's noise. 0 is deterministic.
+    max_std           tau, the ceiling of an sde or anchor step's noise; null leaves s
+                      unbounded near sigma = 1, and an anchor's noise at sigma_next.
     guidance_scale    classifier-free guidance; 1 needs one forward instead of two.
     guidance_scale_2  guidance of the transformer for low noise, where a model has two
                       (Wan 2.2 A14B), as the stock pipeline names it; null takes
                       guidance_scale.
+    prefix_steps      jumps of a flow map (AnyFlow) to the first stochastic step, at most; null
+                      keeps the grid's steps.
     tail_steps        steps after the last stochastic step, on a grid of their own; null
                       keeps the remaining steps of the grid.
     tail_solver       solver of the tail: "euler", or "ab2", the second-order
@@ -125,6 +127,8 @@ class SamplerConfig:
                       changes nothing.
     attention         attention backend of prefix, tail and evaluation; null keeps
                       generator.attention.
+    sample_steps      steps of evaluation and sampling, or jumps of a flow map; null takes
+                      num_steps.
     tail_attention    attention backend of the tail; null keeps ``attention``. Only here a
                       backend without a backward pass is allowed, such as "sage" (int8).
     """
@@ -137,12 +141,13 @@ class SamplerConfig:
     window_size: PositiveInt = 4
     window_every: PositiveInt = 25
     initial_noise: Literal["shared", "member"] = "shared"
-    kernel: Literal["sde", "cps"] = "sde"
+    kernel: Literal["sde", "cps", "anchor"] = "sde"
     noise_level: NonNegativeFloat = 1.0
     max_std: PositiveFloat | None = 0.45
     guidance_scale: GuidanceScale = 4.5
     guidance_scale_2: GuidanceScale | None = None
     negative_prompt: str = ""
+    prefix_steps: PositiveInt | None = None
     tail_steps: PositiveInt | None = None
     tail_solver: Literal["euler", "ab2"] = "euler"
     tail_guidance: GuidanceScale | None = None
@@ -150,6 +155,7 @@ class SamplerConfig:
     merge_adapter: bool = False
     attention: str | None = None
     tail_attention: str | None = None
+    sample_steps: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         check_attention("sampler.attention", self.attention)
@@ -179,6 +185,8 @@ class SamplerConfig:
             )
         if self.kernel == "cps":
             self._check_cps()
+        elif self.kernel == "anchor":
+            self._check_anchor()
         elif (
             self.max_std is None and self.noise_level > 0 and self.stochastic_first == 0
         ):
@@ -201,6 +209,18 @@ class SamplerConfig:
             raise ValueError(
                 f"stochastic_range={self.stochastic_range} must be below "
                 f"num_steps={self.num_steps}: the last step of cps is deterministic"
+            )
+
+    def _check_anchor(self) -> None:
+        if self.noise_level > 1:
+            raise ValueError(
+                f"noise_level={self.noise_level} must be at most 1 with kernel anchor"
+            )
+        if self.stochastic_range >= self.num_steps:
+            raise ValueError(
+                f"stochastic_range={self.stochastic_range} must be below "
+                f"num_steps={self.num_steps}: noise is added up to the sigma after an anchor's "
+                "step, which is 0 after the last one"
             )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from generator.denoiser import place_at
+from generator.flow_map import check_flow_map
 from generator.schedule import sigma_grid
 
 if TYPE_CHECKING:
@@ -15,7 +16,8 @@ NAMES = ("high", "low")
 
 
 def check_sampling(cfg: GeneratorConfig, family: Family) -> None:
-    """Raise ValueError for settings of two transformers where there is one."""
+    """Raise ValueError for settings of two transformers, or of a flow map, where there is none."""
+    check_flow_map(cfg, family)
     # A model with two transformers takes them all.
     if family.boundary is not None:
         return

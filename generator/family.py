@@ -25,25 +25,29 @@ PARTS = {
     "text_encoder": "UMT5EncoderModel",
 }
 IMAGE_PIPELINE = "WanImageToVideoPipeline"
+# Publications of AnyFlow: the library's names, and those of the code that it came from.
+FLOW_MAP_PIPELINES = ("AnyFlowPipeline", "WanAnyFlowPipeline")
+FLOW_MAPS = ("AnyFlowTransformer3DModel", "FAR_Wan_Transformer3DModel")
 SUPPORTED = (
     "this project runs Wan 2.1 T2V (such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, and 14B) and "
-    "I2V-14B, and Wan 2.2 T2V-A14B, I2V-A14B and TI2V-5B"
+    "I2V-14B, Wan 2.2 T2V-A14B, I2V-A14B and TI2V-5B, and AnyFlow "
+    "(nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers)"
 )
 # Kinds of pipelines, by a part of their class's name.
 _KINDS = {
     "WanVACE": "a Wan VACE",
     "WanAnimate": "a Wan Animate",
     "WanVideoToVideo": "a video-to-video Wan",
-    "AnyFlow": "an AnyFlow, a flow map that takes two times",
+    "AnyFlow": "an AnyFlow that generates in chunks",
 }
 # Settings of a transformer that only other kinds have.
 _OTHER_TRANSFORMERS = {
     "pos_embed_seq_len": "is conditioned on a first and a last image (FLF2V)",
     "vace_layers": "is that of a Wan VACE",
     "vace_in_channels": "is that of a Wan VACE",
-    "deltatime_type": "is a flow map (AnyFlow), which takes two times",
-    "gate_value": "is a flow map (AnyFlow), which takes two times",
 }
+# Settings of a flow map, which takes two times.
+_OF_FLOW_MAPS = ("deltatime_type", "gate_value")
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,19 @@ class Family:
     image     how the image that a video begins with is told: not at all; by "channels" of its
               latent beside x; by "channels+clip", which adds tokens of a CLIP; or as the
               "first_frame" of the latent, which a prompt may leave out
+    flow_map  whether the transformer takes two times (AnyFlow, `generator.flow_map`)
     """
 
     experts: tuple[str, ...] = ("transformer",)
     boundary: float | None = None
     image: ImageInput = "none"
+    flow_map: bool = False
 
     @property
     def pipeline(self) -> str:
         """Class of the stock pipeline that the folder names."""
+        if self.flow_map:
+            return FLOW_MAP_PIPELINES[0]
         return IMAGE_PIPELINE if self.needs_image else "WanPipeline"
 
     @property
@@ -104,13 +112,16 @@ class Family:
         _check_index(index)
         first = configs["transformer"]
         second = configs.get("transformer_2")
-        image = _image_of(index, first, configs.get("vae"))
+        flow_map = index.get("_class_name") in FLOW_MAP_PIPELINES
+        image = _image_of(index, first, configs.get("vae"), flow_map=flow_map)
 
         # Two transformers, or one.
         boundary = index.get("boundary_ratio")
         named = class_of(index, "transformer_2")
         if named is None and second is None and boundary is None:
-            return Family(image=image)
+            return Family(image=image, flow_map=flow_map)
+        if flow_map:
+            raise OtherModelError("is a flow map with two transformers")
         if named != PARTS["transformer"] or second is None or boundary is None:
             raise OtherModelError(
                 f"has a part of two transformers only: boundary_ratio {boundary}, transformer_2 of "
@@ -128,7 +139,8 @@ def _check_index(index: Mapping[str, Any]) -> None:
     """Raise OtherModelError unless an index is of a text-to-video or image-to-video Wan."""
     # The pipeline.
     name = index.get("_class_name")
-    if name not in ("WanPipeline", IMAGE_PIPELINE):
+    flow_map = name in FLOW_MAP_PIPELINES
+    if name not in ("WanPipeline", IMAGE_PIPELINE) and not flow_map:
         for part, kind in _KINDS.items():
             if part in str(name):
                 raise OtherModelError(f"is {kind} ({name})")
@@ -137,22 +149,35 @@ def _check_index(index: Mapping[str, Any]) -> None:
     # The parts of the pipeline.
     for part, wanted in PARTS.items():
         found = class_of(index, part)
-        if found != wanted:
-            raise OtherModelError(f"has a {part} of class {found} instead of {wanted}")
+        known = FLOW_MAPS if flow_map and part == "transformer" else (wanted,)
+        if found not in known:
+            raise OtherModelError(
+                f"has a {part} of class {found} instead of {known[0]}"
+            )
 
 
 def _image_of(
     index: Mapping[str, Any],
     config: Mapping[str, Any],
     vae: Mapping[str, Any] | None,
+    *,
+    flow_map: bool,
 ) -> ImageInput:
     """Tell how a transformer takes an image; raise OtherModelError where it takes something else.
 
     vae  None where a folder is for training on stored latents
     """
     name = config.get("_class_name")
-    if name != PARTS["transformer"]:
+    known = FLOW_MAPS if flow_map else (PARTS["transformer"],)
+    if name not in known:
         raise OtherModelError(f"has a transformer of class {name}")
+    for key in _OF_FLOW_MAPS:
+        value = config.get(key)
+        if (value is not None) != flow_map:
+            raise OtherModelError(
+                f"has a transformer with {key}={value!r}: a flow map (AnyFlow) has it, "
+                "and no other Wan"
+            )
     for key, kind in _OTHER_TRANSFORMERS.items():
         value = config.get(key)
         if value is not None:

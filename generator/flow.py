@@ -113,11 +113,20 @@ class Kernel:
              x1   = x + (1 - sigma) v      the noise that v implies
              std  = sigma_next sin(noise_level pi / 2)
              mean = (1 - sigma_next) x0 + sqrt(sigma_next^2 - std^2) x1
+    anchor  a jump of a flow map to a lower noise level a, then noise up to sigma_next; u is the
+         mean velocity from sigma to a (`target`). Where x has the marginal of sigma and u is the
+         flow map's, the next x has exactly that of sigma_next, however long the step (Flow-Map
+         GRPO 2607.00535 has the idea). noise_level is in [0, 1]
+
+             std   = noise_level min(max_std, sigma_next)
+             q     = sqrt(sigma_next^2 - std^2) / (1 - sigma_next),   a = q / (1 + q)
+             alpha = (1 - sigma_next) / (1 - a)
+             mean  = alpha (x - (sigma - a) u)
 
     Every method raises ValueError unless 1 >= sigma > sigma_next >= 0.
     """
 
-    name: Literal["sde", "cps"] = "sde"
+    name: Literal["sde", "cps", "anchor"] = "sde"
     noise_level: float = 1.0
     max_std: float | None = None
 
@@ -130,11 +139,17 @@ class Kernel:
     ) -> Gaussian:
         """Distribution of x at sigma_next, fp32 or better, with gradient through x and v.
 
-        x and v are (B, ...) or broadcast against each other -> Gaussian of that shape.
+        x and v are (B, ...) or broadcast against each other -> Gaussian of that shape. v is the
+        velocity at sigma, or for an anchor the mean velocity from sigma to `target`.
         """
         x = widen(x)
         v = widen(v)
         delta = _delta(sigma, sigma_next)
+        if self.name == "anchor":
+            anchor = self.target(sigma, sigma_next)
+            scale = (1 - sigma_next) / (1 - anchor)
+            jumped = euler_step(x, v, sigma, anchor)
+            return Gaussian(scale * jumped, self._anchor_std(sigma_next))
         if self.name == "sde":
             # The same clipped s is in the drift and in the std.
             s = self.sde_noise(sigma, sigma_next)
@@ -155,14 +170,32 @@ class Kernel:
 
         sde  delta (1 + s^2 (1 - sigma) / (2 sigma))
         cps  sigma (1 - sigma_next) - (1 - sigma) sqrt(sigma_next^2 - std^2)
+        anchor  alpha (sigma - a)
         """
         if self.name == "sde":
             s = self.sde_noise(sigma, sigma_next)
             correction = 1 + s**2 * (1 - sigma) / (2 * sigma)
             return _delta(sigma, sigma_next) * correction
+        if self.name == "anchor":
+            anchor = self.target(sigma, sigma_next)
+            return (1 - sigma_next) / (1 - anchor) * (sigma - anchor)
         # sqrt(sigma_next^2 - std^2) is a cosine when std is the sine
         old_noise = sigma_next * math.cos(self.noise_level * math.pi / 2)
         return sigma * (1 - sigma_next) - (1 - sigma) * old_noise
+
+    def target(self, sigma: float, sigma_next: float) -> float:
+        """Noise level where the velocity that `transition` takes ends: sigma, or the anchor a."""
+        _delta(sigma, sigma_next)
+        if self.name != "anchor":
+            return sigma
+        std = self._anchor_std(sigma_next)
+        old_noise = math.sqrt(sigma_next**2 - std**2)
+        ratio = old_noise / (1 - sigma_next)
+        return ratio / (1 + ratio)
+
+    def _anchor_std(self, sigma_next: float) -> float:
+        ceiling = sigma_next if self.max_std is None else self.max_std
+        return self.noise_level * min(ceiling, sigma_next)
 
     def sde_noise(self, sigma: float, sigma_next: float) -> float:
         """Diffusion coefficient of an sde step after truncation.

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import (
+    AnyFlowPipeline,
+    AnyFlowTransformer3DModel,
     AutoencoderKLWan,
+    FlowMapEulerDiscreteScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
@@ -17,6 +20,8 @@ from diffusers import (
 from common.strict_loading import errors_of, load_pretrained
 from common.weight_files import require_whole_folder
 from generator import attention
+from generator.family import FLOW_MAPS
+from generator.flow_map import in_fp32
 from generator.latents import store_channels_last
 
 if TYPE_CHECKING:
@@ -75,13 +80,13 @@ def load_pipeline(
     dtype = getattr(torch, cfg.dtype)
     parts: dict[str, Any] = {}
     trained, *others = trained_first(cfg, family)
-    parts[trained] = read_transformer(cfg, folder / trained, device=device)
+    parts[trained] = read_transformer(cfg, family, folder / trained, device=device)
     place = torch.device("cpu") if cfg.experts.offload else device
     for other in others:
         # None leaves a part out
         parts[other] = None
         if not transformer_only:
-            frozen = read_transformer(cfg, folder / other, device=place)
+            frozen = read_transformer(cfg, family, folder / other, device=place)
             parts[other] = frozen.requires_grad_(requires_grad=False).eval()
     if transformer_only:
         parts |= {"vae": None, "text_encoder": None, "tokenizer": None}
@@ -131,7 +136,10 @@ def load_pipeline(
         require_whole_folder(folder / part)
     pipeline_class = WanImageToVideoPipeline if family.needs_image else WanPipeline
     with errors_of(folder, family.pipeline):
-        pipeline = pipeline_class.from_pretrained(folder, **parts)
+        if family.flow_map:
+            pipeline = _flow_map_pipeline(folder, parts)
+        else:
+            pipeline = pipeline_class.from_pretrained(folder, **parts)
     if not transformer_only:
         require_vocabulary(pipeline, folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -143,10 +151,32 @@ def load_pipeline(
     return pipeline
 
 
+def _flow_map_pipeline(folder: Path, parts: dict[str, Any]) -> AnyFlowPipeline:
+    """Put an AnyFlow together: the index of its publication names classes of other code."""
+    from transformers import AutoTokenizer
+
+    parts = dict(parts)
+    if "tokenizer" not in parts:
+        parts["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    parts["scheduler"] = FlowMapEulerDiscreteScheduler.from_pretrained(
+        folder / "scheduler"
+    )
+    return AnyFlowPipeline(**parts)
+
+
 def read_transformer(
-    cfg: GeneratorConfig, folder: Path, *, device: torch.device
+    cfg: GeneratorConfig, family: Family, folder: Path, *, device: torch.device
 ) -> WanTransformer3DModel:
     """Read a transformer in the config's dtype; a weight that is missing or not finite raises."""
+    if family.flow_map:
+        model = load_pretrained(
+            AnyFlowTransformer3DModel,
+            folder,
+            dtype=getattr(torch, cfg.dtype),
+            device=device,
+            kinds=FLOW_MAPS,
+        )
+        return in_fp32(model)
     return load_pretrained(
         WanTransformer3DModel,
         folder,

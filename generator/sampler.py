@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from generator.flow import Kernel
 
 Velocity: TypeAlias = Callable[["Tensor", float], "Tensor"]
+# u(x, sigma, target) of a flow map.
+MeanVelocity: TypeAlias = Callable[["Tensor", float, float], "Tensor"]
 # A deterministic walk from (x, descending sigmas).
 DeterministicWalk: TypeAlias = Callable[["Tensor", Sequence[float]], "Tensor"]
 
@@ -145,6 +147,18 @@ def ode_ab2(
     return x_BCFHW
 
 
+def jumps(
+    mean_velocity: MeanVelocity,
+    x_BCFHW: Tensor,
+    sigmas: Sequence[float],
+) -> Tensor:
+    """Jump along descending ``sigmas``: x - (sigma - target) u, one mean velocity a jump."""
+    for sigma, target in pairwise(sigmas):
+        u_BCFHW = mean_velocity(x_BCFHW, sigma, target)
+        x_BCFHW = euler_step(x_BCFHW, u_BCFHW, sigma, target)
+    return x_BCFHW
+
+
 def velocity_calls(
     steps: Sequence[int],
     num_steps: int,
@@ -153,6 +167,7 @@ def velocity_calls(
     *,
     shared_noise: bool,
     tail_steps: int | None,
+    prefix_steps: int | None = None,
 ) -> int:
     """Number of velocity calls of `rollout_group`, at most ``batch`` latents in each."""
     # A step of all members takes this many calls.
@@ -162,6 +177,8 @@ def velocity_calls(
         return min(num_steps, tail_steps or num_steps) * per_step
     # prefix, and the velocity of the first stochastic step
     prefix = steps[0] + 1
+    if prefix_steps is not None:
+        prefix = min(steps[0], prefix_steps) + 1
     if not shared_noise:
         prefix *= per_step
     # further stochastic steps, and the tail

@@ -41,6 +41,23 @@ def tail_grid(
     return _shifted(sigma, start, num_steps, shift)
 
 
+def prefix_grid(
+    sigma: float,
+    num_steps: int,
+    *,
+    shift: float,
+) -> Tensor:
+    """Noise levels from 1 down to ``sigma`` in ``num_steps`` steps, equal in u: (N + 1,) fp64."""
+    end = sigma / (shift - (shift - 1) * sigma)
+    part = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    u = 1 - (1 - end) * part
+    sigmas = shift * u / (1 + (shift - 1) * u)
+    # exact, whatever the time shift rounds to
+    sigmas[0] = 1.0
+    sigmas[-1] = sigma
+    return sigmas
+
+
 def _shifted(
     sigma: float,
     start: float,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from generator.schedule import sigma_grid
 
@@ -32,7 +32,9 @@ def stock_gap(generator: WanGenerator, prompt: str) -> float:
     # 1. The stock pipeline, with our grid for the moment.
     pipeline = generator._pipeline
     scheduler = pipeline.scheduler
-    pipeline.scheduler = OwnGrid(shift=generator.cfg.sampler.shift)
+    # AnyFlow's own scheduler has our grid.
+    own = FlowMapEulerDiscreteScheduler if generator.flow_map else OwnGrid
+    pipeline.scheduler = own(shift=generator.cfg.sampler.shift)
     try:
         stock = generator.sample(
             [prompt],

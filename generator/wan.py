@@ -28,6 +28,7 @@ from generator.denoiser import Conditions, Denoiser, Expert
 from generator.experts import check_sampling
 from generator.family import Family
 from generator.flow import Kernel, interpolate, velocity_target
+from generator.flow_map import FlowMap
 from generator.latents import LatentCodec
 from generator.merged import MergedAdapter
 from generator.offload import Waiting
@@ -78,6 +79,8 @@ class WanGenerator:
     """
 
     sharded = False
+    # whether the transformer takes two times
+    flow_map = False
 
     def __init__(
         self,
@@ -170,6 +173,11 @@ class WanGenerator:
         # 1. The stock pipeline, frozen, on its device.
         folder = find_wan(cfg.path)
         family = Family.of(folder)
+        if family.flow_map != cls.flow_map:
+            raise ValueError(
+                f"{folder} is {'' if family.flow_map else 'not '}a flow map (AnyFlow): load it by "
+                "generator.anyflow.load_generator, which knows both"
+            )
         check_sampling(cfg, family)
         device = torch.device(device or default_device())
         require_attention(cfg, device)
@@ -302,7 +310,7 @@ class WanGenerator:
             return torch.cat(alone)
         # Grid and noise are those of a rollout.
         cfg = self.cfg.sampler
-        steps = num_steps or cfg.num_steps
+        steps = num_steps or cfg.sample_steps or cfg.num_steps
         sigmas = sigma_grid(steps, shift=cfg.shift).tolist()
 
         def sample_rows(row_B: Tensor) -> Tensor:
@@ -315,7 +323,7 @@ class WanGenerator:
             x_BCFHW = torch.stack(noises).to(self.device)
             if scheduler == "pipeline":
                 return self._stock(x_BCFHW, texts, steps)
-            x_BCFHW = ode(self._guided_velocity(*texts), x_BCFHW, sigmas)
+            x_BCFHW = self._descend(x_BCFHW, sigmas, texts)
             return self._with_first_frame(texts, x_BCFHW)
 
         # In batches, as many videos as fit.
@@ -413,16 +421,7 @@ class WanGenerator:
         or with a merged adapter, with gradients enabled.
         """
         # 1. Checks.
-        merged = self._merged is not None and self._merged.in_use
-        if merged and torch.is_grad_enabled():
-            raise RuntimeError(
-                "a merged adapter gets no gradient: sample under torch.no_grad()"
-            )
-        if self._in_reference and torch.is_grad_enabled():
-            raise RuntimeError(
-                "the reference runs under torch.no_grad() only: gradient checkpointing recomputes "
-                "after `reference` has closed, with the adapter on again"
-            )
+        self._require_no_grad()
         texts = list(prompts)
         if not len(x_BCFHW) == len(sigma_B) == len(texts):
             raise ValueError(
@@ -434,6 +433,19 @@ class WanGenerator:
         return self.denoiser.velocity(
             x_BCFHW, sigma_B, conditions, guidance_scale=guidance_scale
         )
+
+    def _require_no_grad(self) -> None:
+        """Raise RuntimeError with gradients enabled, where none can be right."""
+        merged = self._merged is not None and self._merged.in_use
+        if merged and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a merged adapter gets no gradient: sample under torch.no_grad()"
+            )
+        if self._in_reference and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the reference runs under torch.no_grad() only: gradient checkpointing recomputes "
+                "after `reference` has closed, with the adapter on again"
+            )
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -625,7 +637,16 @@ class WanGenerator:
     ) -> Tensor:
         """Walk to the first stochastic step."""
         with self._fast(self.cfg.sampler.attention):
-            return ode(self._guided_velocity(prompt), x_BCFHW, sigmas)
+            return self._descend(x_BCFHW, sigmas, [prompt])
+
+    def _descend(
+        self,
+        x_BCFHW: Tensor,
+        sigmas: Sequence[float],
+        prompts: Sequence[Prompt],
+    ) -> Tensor:
+        """Walk along sigmas without noise; a single prompt serves every sample."""
+        return ode(self._guided_velocity(*prompts), x_BCFHW, sigmas)
 
     def _tail(
         self,
@@ -671,6 +692,7 @@ class WanGenerator:
                 self.portions.size or group_size,
                 shared_noise=cfg.initial_noise == "shared",
                 tail_steps=cfg.tail_steps,
+                prefix_steps=cfg.prefix_steps,
             )
         return int(max_over_ranks(calls)) - calls
 
@@ -810,12 +832,12 @@ class WanGenerator:
         """Read the base model once more, as the reference of a full fine-tuning."""
         # Read again, since the module in use may have been trained or resumed.
         folder = find_wan(self.cfg.path) / "transformer"
-        model = read_transformer(self.cfg, folder, device=self.device)
+        model = read_transformer(self.cfg, self.family, folder, device=self.device)
         model = weights.of_one_dtype(model, self.cfg.dtype)
         attention.set_backend(model, self.cfg.attention)
         context_parallel.share_tokens(model, self.module._parallel_config)
         model.requires_grad_(requires_grad=False).eval()
-        return Denoiser([Expert(model, model)], self.device)
+        return type(self._policy)([Expert(model, model)], self.device)
 
 
 def denoiser_of(
@@ -828,7 +850,8 @@ def denoiser_of(
     """The policy's denoiser, with its experts in the order of their noise levels."""
     place = family.experts.index(trained_first(cfg, family)[0])
     experts = [trained, frozen] if place == 0 else [frozen, trained]
-    return Denoiser(
+    kind = FlowMap if family.flow_map else Denoiser
+    return kind(
         experts[: len(family.experts)],
         device,
         boundary=family.boundary,

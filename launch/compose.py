@@ -103,6 +103,17 @@ def check_images(prompts: Sequence[Prompt], cfg: GeneratorConfig) -> None:
             read_image(image)
 
 
+def check_image_objective(objective: str, prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError for prompts with images where GRPO trains on noised samples."""
+    from common.types import ImagePrompt
+
+    if objective != "policy" and any(isinstance(p, ImagePrompt) for p in prompts):
+        raise ValueError(
+            f"grpo.objective={objective} trains on noised samples of texts, and a prompt has an "
+            "image: use objective=policy"
+        )
+
+
 def build_generator(
     cfg: GeneratorConfig, *, seed: int = 0, transformer_only: bool = False
 ) -> WanGenerator:
@@ -118,19 +129,22 @@ def build_generator(
     from transformers.utils import logging as transformers_logging
 
     from common.memory import default_device
-    from generator.wan import WanGenerator
+    from generator.anyflow import load_generator
 
     # Every rank would print several bars.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    return WanGenerator.load(
+    return load_generator(
         cfg, device=default_device(), seed=seed, transformer_only=transformer_only
     )
 
 
-def check_family(run: GrpoRun | DpoRun, *, stochastic: bool = False) -> None:
+def check_family(
+    run: GrpoRun | DpoRun, *, stochastic: bool = False, objective: str = "policy"
+) -> None:
     """Raise ValueError for settings that the JSON files of the generator's folder rule out.
 
+    objective   of GRPO; others than "policy" train on noised samples
     stochastic  the run has rollouts, whose stochastic steps are checked; else it reads pairs
     """
     from generator.conditions import check_pairs
@@ -143,6 +157,11 @@ def check_family(run: GrpoRun | DpoRun, *, stochastic: bool = False) -> None:
         return
     family = Family.of(find_wan(run.generator.path))
     check_training(run.generator, family, zero_stage=run.zero_stage)
+    if family.boundary is not None and objective != "policy":
+        raise ValueError(
+            f"grpo.objective={objective} draws noise levels of both transformers of "
+            f"{run.generator.path}, of which one is trained: use objective=policy"
+        )
     if stochastic:
         check_stochastic_steps(run.generator, family)
     else:

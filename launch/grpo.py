@@ -38,7 +38,7 @@ def read_input(run: GrpoRun) -> tuple[list[Prompt], list[Prompt]]:
     """Read training and held-out prompts; exit with code 2 if a file or the ranks are wrong."""
     from alignment.prompts import describe_shared_prompts, read_image_prompts
     from common.log import say
-    from launch.compose import say_long_prompts
+    from launch.compose import check_image_objective, say_long_prompts
 
     check_ranks(run, ranks=int(os.environ.get("WORLD_SIZE", "1")))
     heldout: list[Prompt] = []
@@ -47,6 +47,7 @@ def read_input(run: GrpoRun) -> tuple[list[Prompt], list[Prompt]]:
         if run.evaluation is not None:
             heldout = read_image_prompts(run.evaluation.prompts)
             heldout = heldout[: run.evaluation.limit]
+        check_image_objective(run.grpo.objective, [*prompts, *heldout])
         # Prompts that do not do what the user thinks.
         say_long_prompts([*prompts, *heldout], run.generator)
     shared = describe_shared_prompts(prompts, heldout)

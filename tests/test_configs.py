@@ -25,6 +25,7 @@ SCHEMAS = {
     "dual_rl": DualRlRun,
     "generative": DualRlRun,
     "grpo": GrpoRun,
+    "grpo_anyflow": GrpoRun,
     "grpo_oracle": GrpoRun,
     "pairs": PairsRun,
     "sample": SampleRun,

@@ -7,6 +7,7 @@ continues from its last saved state when the command is started again. The stage
     prompts  training and held-out prompts with disjoint combinations of attributes
     vae      AutoencoderKLWan on rendered clips
     wan      WanTransformer3DModel and UMT5 by flow matching on captions that are sometimes wrong
+    anyflow  a flow map distilled from that Wan, which samples in one to four forwards
     qwen     Qwen3-VL on renders, then on videos of that Wan, describing and answering
     shuffled a control: the last part of qwen on shuffled annotations, measured and not saved
 
@@ -21,7 +22,7 @@ import json
 import random
 from pathlib import Path
 
-STAGES = ("prompts", "vae", "wan", "qwen", "shuffled")
+STAGES = ("prompts", "vae", "wan", "anyflow", "qwen", "shuffled")
 
 
 def write_prompts(out: Path, work: Path, *, steps: int | None) -> dict[str, int]:
@@ -56,7 +57,7 @@ def main() -> None:
 
     import torch
 
-    from toy import build_qwen, build_vae, build_wan
+    from toy import build_anyflow, build_qwen, build_vae, build_wan
 
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -64,6 +65,7 @@ def main() -> None:
         "prompts": write_prompts,
         "vae": build_vae.build,
         "wan": build_wan.build,
+        "anyflow": build_anyflow.build,
         "qwen": build_qwen.build,
         "shuffled": build_qwen.build_shuffled,
     }

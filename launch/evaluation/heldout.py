@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Videos per batch where the generator sets no limit.
 BATCH = 8
+# Prompts whose noise shows how far the jumps of a flow map disagree.
+GAP_PROMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ def score_heldout(
     stock: bool,
     folder: Path,
     videos: int,
+    steps: Sequence[int] = (),
 ) -> dict[str, list[Row]]:
     """{reward or reward.part: value} of every prompt, in order, on every rank.
 
     The rows of ``eval`` are sampled along the grid of training; with ``stock``, those of
-    ``eval_stock`` by the stock pipeline's scheduler, which users sample with. Prompt i always has
+    ``eval_stock`` by the stock pipeline's scheduler, which users sample with; for each N of
+    ``steps``, those of ``eval_N`` in N steps, jumps for a flow map. Prompt i always has
     the noise of derive_seed(seed, "evaluate", i), as in launch/evaluate.py. The first ``videos`` of
     the training grid go to ``folder``. Ranks share the prompts, and all of them call this function.
     """
@@ -64,6 +68,10 @@ def score_heldout(
     rows = {"eval": _score_prompts(heldout, "euler", writer, videos)}
     if stock:
         rows["eval_stock"] = _score_prompts(heldout, "pipeline", None, 0)
+    for number in steps:
+        rows[f"eval_{number}"] = _score_prompts(
+            heldout, "euler", None, 0, num_steps=number
+        )
     return rows
 
 
@@ -83,11 +91,31 @@ def means_of(rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:
     return metrics
 
 
+def gap_of_map(
+    generator: WanGenerator, prompts: Sequence[Prompt], *, seed: int
+) -> dict[str, float]:
+    """``eval/map_gap``, how far the jumps of a flow map disagree; nothing for other generators.
+
+    Every rank measures the same first prompts, with the noise of `score_heldout`.
+    """
+    if not getattr(generator, "flow_map", False):
+        return {}
+    some = prompts[:GAP_PROMPTS]
+    seeds = [derive_seed(seed, "evaluate", i) for i in range(len(some))]
+    return {"eval/map_gap": generator.map_gap(some, seeds)}
+
+
 def _score_prompts(
-    heldout: HeldoutSet, scheduler: str, writer: SampleWriter | None, videos: int
+    heldout: HeldoutSet,
+    scheduler: str,
+    writer: SampleWriter | None,
+    videos: int,
+    num_steps: int | None = None,
 ) -> list[Row]:
     """{reward or reward.part: value} of all prompts, in order, on every rank."""
     generator = heldout.generator
+    # A generator of another class may not know the number of steps.
+    options: dict[str, int] = {} if num_steps is None else {"num_steps": num_steps}
     rows: dict[int, Row] = {}
     problem: RewardUnavailableError | None = None
     ranks = DataRanks(generator.cfg.context_parallel)
@@ -105,7 +133,7 @@ def _score_prompts(
             continue
         prompts = [heldout.prompts[i] for i in batch]
         seeds = [derive_seed(heldout.seed, "evaluate", i) for i in batch]
-        clean = generator.sample(prompts, seeds, scheduler=scheduler)
+        clean = generator.sample(prompts, seeds, scheduler=scheduler, **options)
         # Ranks that have sampled the same videos take turns in scoring them.
         if not places or number % ranks.ranks_per_sample != ranks.place:
             continue

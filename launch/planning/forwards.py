@@ -23,6 +23,8 @@ def samples_per_rollout(how: SamplerConfig, members: int) -> float:
     for first in range(how.stochastic_first, how.stochastic_range - size + 1):
         # The prefix and the first stochastic step; shared noise denoises it once for the group.
         start = first + 1
+        if how.prefix_steps is not None:
+            start = min(first, how.prefix_steps) + 1
         if how.initial_noise != "shared":
             start *= members
 

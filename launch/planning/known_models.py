@@ -18,6 +18,9 @@ _SIZES: dict[str, Any] = safe_yaml.parse(FILE.read_text(encoding="utf-8")).value
 WAN: dict[str, Any] = {}
 for _name, _config in _SIZES["wan"].items():
     WAN[_name] = _SIZES["wan_common"] | _config
+    # A flow map has always this norm, and no key for it.
+    if "deltatime_type" in _config:
+        del WAN[_name]["qk_norm"]
 WAN_VAE = _SIZES["wan_vae"]
 # Statistics of the latents do not change what a plan counts.
 _WAN_VAE_TI2V = {
@@ -68,8 +71,9 @@ def wan_family(path: str) -> Family:
         return Family()
     index = {"_class_name": "WanPipeline", **wan_index(path)}
     for part, name in PARTS.items():
-        index[part] = ["", name]
-    transformer = {"_class_name": PARTS["transformer"], **WAN[path]}
+        index.setdefault(part, ["", name])
+    # A flow map's transformer is of another class.
+    transformer = {"_class_name": index["transformer"][1], **WAN[path]}
     configs = {"transformer": transformer, "vae": wan_vae(path)}
     if "transformer_2" in index:
         configs["transformer_2"] = transformer

@@ -101,21 +101,27 @@ class MetaWan:
         return self._bare_transformer().requires_grad_(requires_grad=False).eval()
 
     def _bare_transformer(self) -> WanTransformer3DModel:
-        from diffusers import WanTransformer3DModel
+        from diffusers import AnyFlowTransformer3DModel, WanTransformer3DModel
 
         from generator import attention
+        from generator.flow_map import IN_FP32
 
         # Weights are not needed, only shapes.
         known = known_models.WAN.get(self.cfg.path)
         config = _config_of(self.cfg.path, "transformer", known)
+        kind = WanTransformer3DModel
+        if self.family.flow_map:
+            kind = AnyFlowTransformer3DModel
         with torch.device("meta"):
-            module = WanTransformer3DModel.from_config(config)
+            module = kind.from_config(config)
         attention.set_backend(module, self.cfg.attention)
 
         # diffusers loads some modules in fp32; a run that trains all weights holds one dtype.
         in_fp32: set[str] = set()
         if self.cfg.lora is not None:
             in_fp32.update(module._keep_in_fp32_modules or ())
+            if self.family.flow_map:
+                in_fp32.update(IN_FP32)
         for name, parameter in module.named_parameters():
             wide = not in_fp32.isdisjoint(name.split("."))
             parameter.data = parameter.data.to(torch.float32 if wide else self.dtype)
@@ -161,10 +167,10 @@ class MetaWan:
         """The generator of a run, whose calls with equal shapes are measured twice at most."""
         from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
+        from generator.anyflow import class_for
         from generator.denoiser import Expert
         from generator.latents import store_channels_last
         from generator.pipeline import compile_blocks
-        from generator.wan import WanGenerator
         from launch.rehearsal.repeats import repeat_calls
 
         # As `WanGenerator.load` prepares them.
@@ -190,7 +196,7 @@ class MetaWan:
         )
         # Ranks that share tokens are not there: the plan divides by their number.
         cfg = replace(self.cfg, context_parallel=1)
-        return WanGenerator(
+        return class_for(self.family)(
             cfg, pipeline, module, gpu.device, family=self.family, frozen=frozen
         )
 
@@ -216,6 +222,8 @@ class MetaWan:
 
     def forward(self, samples: int, *, grad: bool) -> Cost:
         """Measure the transformer on ``samples`` latents; ``grad`` includes the backward."""
+        from generator.flow_map import mean_velocity
+
         # The prompt is padded to its longest length.
         text_shape = (
             samples,
@@ -232,6 +240,11 @@ class MetaWan:
             images["encoder_hidden_states_image"] = _meta(*tokens, dtype=self.dtype)
 
         def velocity() -> Tensor:
+            if self.family.flow_map:
+                x_BCFHW = _meta(samples, *self.latent_shape, dtype=self.dtype)
+                time_B = _meta(samples)
+                text_BLD = _meta(*text_shape, dtype=self.dtype)
+                return mean_velocity(self.module, x_BCFHW, time_B, time_B, text_BLD)
             shape = (samples, channels, *self.latent_shape[1:])
             return self.module(
                 hidden_states=_meta(*shape, dtype=self.dtype),

@@ -31,7 +31,12 @@ CHAT_TOKENS = 56
 
 def wan_folder(name: str, folder: Path) -> Path:
     """Write the configs of a published Wan, beside a tiny tokenizer, without weights."""
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers import (
+        AnyFlowTransformer3DModel,
+        AutoencoderKLWan,
+        FlowMapEulerDiscreteScheduler,
+        WanTransformer3DModel,
+    )
     from transformers import UMT5Config
 
     # Everything without a size is that of the embedded world.
@@ -41,9 +46,15 @@ def wan_folder(name: str, folder: Path) -> Path:
     index = read_json(tiny / "model_index.json") | known_models.wan_index(name)
     write_json(folder / "model_index.json", index)
 
+    # A flow map has classes of its own.
+    kind = WanTransformer3DModel
+    if known_models.wan_family(name).flow_map:
+        kind = AnyFlowTransformer3DModel
+        FlowMapEulerDiscreteScheduler(shift=5.0).save_config(folder / "scheduler")
+
     # diffusers fills in what the published sizes leave to defaults.
     with torch.device("meta"):
-        transformer = WanTransformer3DModel.from_config(known_models.WAN[name])
+        transformer = kind.from_config(known_models.WAN[name])
         vae = AutoencoderKLWan.from_config(known_models.wan_vae(name))
     for expert in known_models.wan_family(name).experts:
         transformer.save_config(folder / expert)

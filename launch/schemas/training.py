@@ -62,6 +62,8 @@ class EvaluationConfig:
     limit            use only the first prompts of the file; null uses all.
     stock_scheduler  also sample with the stock pipeline's scheduler, as users will.
     videos           how many of the first prompts' videos are saved each time.
+    steps            also sample in so many steps each, or jumps of a flow map: [1, 4] logs
+                     eval_1/REWARD and eval_4/REWARD.
     """
 
     prompts: str
@@ -69,6 +71,7 @@ class EvaluationConfig:
     limit: PositiveInt | None = 32
     stock_scheduler: bool = False
     videos: NonNegativeInt = 4
+    steps: tuple[PositiveInt, ...] = ()
 
 
 @config
@@ -134,10 +137,17 @@ class GrpoRun(TrainingRun):
                 "zero_stage 3 needs generator.sampler.merge_adapter=false: it splits the weights "
                 "that an adapter would be merged into"
             )
+        if self.evaluation is not None and self.evaluation.steps:
+            check_wan(self.generator, "evaluation.steps")
         if self.cache_prompts:
             check_wan(self.generator, "cache_prompts")
         if self.zero_stage == 3:
             check_wan(self.generator, "zero_stage 3")
+        if sampler.kernel == "anchor" and self.grpo.reweight in ("finite", "paper"):
+            raise ValueError(
+                f"grpo.reweight={self.grpo.reweight} holds for small steps: with "
+                "generator.sampler.kernel=anchor set it to unit (or none)"
+            )
         self._check_objective()
         for name, condition in self.grpo.reward_given.items():
             for reward in (name, condition.reward):
@@ -279,8 +289,8 @@ class ColdStartRun(RewardModelRun):
 
     base        folder or hub name of a Qwen3VLForConditionalGeneration with its tokenizer.
     checkpoint  folder of a DeScore whose training goes on, with its query and head, prompt
-                template and video settings; ``base`` is then not read. null starts from the
-                base with a new head.
+                template and video settings; ``base``, ``template`` and ``video`` are then not
+                read. null starts from the base with a new head.
     video       how videos are read; null takes video.json of the base's folder, or the
                 defaults.
     template    file of the prompt template; null takes prompt.json of the base's folder, or
@@ -306,11 +316,6 @@ class ColdStartRun(RewardModelRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.checkpoint is not None and (self.template or self.video):
-            raise ValueError(
-                "checkpoint has its own template and video settings: leave template and video "
-                "at null"
-            )
         if self.data.layout != "descore" and self.cold_start.masking.probability < 1:
             raise ValueError(
                 f"data.layout={self.data.layout} has no chains of thought: it needs "

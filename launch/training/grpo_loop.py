@@ -32,7 +32,7 @@ def build(run: GrpoRun, prompts: list[Prompt]) -> GrpoLoop:
     say(f"loading the rewards {names} and the generator {run.generator.source}")
     check_texts(run, prompts)
     # Rewards first: a missing reward server is noticed before weights are loaded.
-    check_family(run, stochastic=True)
+    check_family(run, stochastic=True, objective=run.grpo.objective)
     rewards = build_rewards(run.rewards)
     generator = build_generator(run.generator, seed=run.seed)
     return loop_of(run, prompts, generator, rewards)

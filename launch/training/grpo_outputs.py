@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.distributed import is_main
-from launch.evaluation.heldout import means_of, score_heldout
+from launch.evaluation.heldout import gap_of_map, means_of, score_heldout
 from launch.evaluation.samples import SampleWriter, rows_of_step
 
 if TYPE_CHECKING:
@@ -49,8 +49,10 @@ def evaluate_heldout(
             stock=settings.stock_scheduler,
             folder=Path(run.run_dir) / "evaluation" / f"step-{step:06d}",
             videos=settings.videos,
+            steps=settings.steps,
         )
-    metrics = means_of(rows)
+        gap = gap_of_map(loop.generator, prompts, seed=run.seed)
+    metrics = means_of(rows) | gap
     if guards is not None:
         metrics |= guards.after_evaluation(rows["eval"])
     return metrics

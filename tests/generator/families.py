@@ -169,3 +169,33 @@ def gap(ours: Tensor, theirs: Tensor) -> float:
 def sigmas_of(steps: int, shift: float) -> list[float]:
     """Noise levels of a grid."""
     return sigma_grid(steps, shift=shift).tolist()
+
+
+def build_anyflow(folder: Path) -> Path:
+    """Write a tiny AnyFlowPipeline whose two embedders of time differ."""
+    from diffusers import (
+        AnyFlowPipeline,
+        AnyFlowTransformer3DModel,
+        FlowMapEulerDiscreteScheduler,
+    )
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = byte_tokenizer()
+        model = AnyFlowTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=48,
+            num_layers=3,
+            rope_max_seq_len=64,
+        )
+        AnyFlowPipeline(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder(len(tokenizer)),
+            transformer=_louder(model, gain=1.5),
+            vae=vae_21(8, 4),
+            scheduler=FlowMapEulerDiscreteScheduler(shift=5.0),
+        ).save_pretrained(folder)
+    return folder

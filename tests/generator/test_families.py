@@ -86,7 +86,8 @@ def test_ti2v_text_is_the_stock_pipeline(ti2v: Path) -> None:
 
 
 def test_families_of_the_folders(folder: Path, ti2v: Path, experts: Path) -> None:
-    assert Family.of(folder) == Family() == Family.of(ti2v)
+    assert Family.of(folder) == Family()
+    assert Family.of(ti2v) == Family(image="first_frame")
     assert Family.of(experts) == A14B
 
 
@@ -178,11 +179,16 @@ def test_transition_has_the_guidance_of_its_expert(experts: Path, train: str) ->
     assert all(p.grad is not None for p in trained)
     place = generator.denoiser.place_at(step.sigma)
     assert generator.denoiser.experts[place].module is generator.module
-    # 3 for the expert of low noise, 4 for the other
-    other = dataclasses.replace(sampler, guidance_scale=3.0, guidance_scale_2=4.0)
-    generator.cfg = dataclasses.replace(generator.cfg, sampler=other)
-    wrong = log_prob(generator.transition(group.prompt, step), step.next_GCFHW)
-    assert (wrong - step.log_prob_G).abs().max() > 1e-4
+    # The scale of the other expert changes nothing, its own does.
+    for key, its_own in (
+        ("guidance_scale", train == "high"),
+        ("guidance_scale_2", train == "low"),
+    ):
+        other = dataclasses.replace(sampler, **{key: 2.0})
+        generator.cfg = dataclasses.replace(generator.cfg, sampler=other)
+        again = log_prob(generator.transition(group.prompt, step), step.next_GCFHW)
+        changed = (again - step.log_prob_G).abs().max() > 1e-4
+        assert changed == its_own, key
 
 
 def test_tail_begins_anew_behind_the_boundary(experts: Path) -> None:
@@ -369,3 +375,10 @@ def test_stochastic_steps_are_checked_before_a_run_loads(experts: Path) -> None:
     with pytest.raises(ValueError, match="stochastic_range=5 must be at most 4"):
         check_family(run, stochastic=True)
     check_family(SimpleNamespace(generator=cfg, zero_stage=2))
+    inside = SimpleNamespace(
+        generator=dataclasses.replace(cfg, sampler=how()), zero_stage=2
+    )
+    check_family(inside, stochastic=True)
+    # noised samples are of both transformers' noise levels
+    with pytest.raises(ValueError, match="objective=awm"):
+        check_family(inside, stochastic=True, objective="awm")

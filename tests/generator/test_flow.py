@@ -228,6 +228,78 @@ def test_sde_keeps_the_marginal(noise_level: float) -> None:
     assert x.std().item() == pytest.approx(data_std, rel=0.02)
 
 
+# ---- the anchor kernel: data N(0, 0.25) has the flow map x_a = x_t sqrt(V_a / V_t)
+
+
+def variance_at(sigma: float) -> float:
+    return (1 - sigma) ** 2 * 0.25 + sigma**2
+
+
+def std_after(kernel: Kernel, sigma: float, after: float) -> float:
+    """Spread of the next x in closed form, where x has the marginal of sigma."""
+    anchor = kernel.target(sigma, after)
+    if anchor == sigma:
+        slope = (sigma - (1 - sigma) * 0.25) / variance_at(sigma)
+    else:
+        moved = math.sqrt(variance_at(anchor) / variance_at(sigma))
+        slope = (1 - moved) / (sigma - anchor)
+    one = torch.ones(1, dtype=torch.float64)
+    law = kernel.transition(one, slope * one, sigma, after)
+    return math.sqrt(law.mean.item() ** 2 * variance_at(sigma) + law.std**2)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "after", "want", "sde"),
+    [(0.9, 0.8, 0.8062, 0.8253), (0.9, 0.5, 0.5590, 0.6025), (1, 0.94, 0.9405, 0.9512)],
+)
+def test_anchor_keeps_the_marginal_of_any_step(
+    sigma: float, after: float, want: float, sde: float
+) -> None:
+    """sde has an error of first order in the step; its spreads here were sampled."""
+    assert math.sqrt(variance_at(after)) == pytest.approx(want, abs=1e-4)
+    for noise_level in (0.0, 0.3, 1.0):
+        anchored = Kernel("anchor", noise_level, TAU)
+        found = std_after(anchored, sigma, after)
+        assert found == pytest.approx(math.sqrt(variance_at(after)), rel=1e-12)
+    assert std_after(Kernel("sde", 1.0, TAU), sigma, after) == pytest.approx(
+        sde, rel=3e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("anchor", "std", "eta"),
+    [(0.0, 0.5, 1.0), (0.2, 0.4841229, 0.8391387), (0.4, 0.3726780, 0.5354409)],
+)
+def test_anchor_on_straight_paths_is_cps(anchor: float, std: float, eta: float) -> None:
+    """Where u does not depend on its end, both remove noise and add fresh noise."""
+    draw = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 3, 4, generator=draw, dtype=torch.float64)
+    kernel = Kernel("anchor", 1.0, std)
+    assert kernel.target(0.8, 0.5) == pytest.approx(anchor, abs=1e-6)
+    law = kernel.transition(x, v, 0.8, 0.5)
+    other = Kernel("cps", eta).transition(x, v, 0.8, 0.5)
+    assert law.std == pytest.approx(other.std, abs=1e-6)
+    torch.testing.assert_close(law.mean, other.mean, atol=1e-6, rtol=0)
+    gain = Kernel("cps", eta).gain(0.8, 0.5)
+    assert kernel.gain(0.8, 0.5) == pytest.approx(gain, abs=1e-6)
+
+
+def test_anchor_by_hand() -> None:
+    # std 0.3 of 0.5: old noise 0.4, q = 0.8, a = 4/9, alpha = 0.5 / (5/9) = 0.9;
+    # mean = 0.9 (2 - (0.8 - 4/9) 3) = 0.84, gain = 0.9 (0.8 - 4/9) = 0.32
+    kernel = Kernel("anchor", 1.0, 0.3)
+    law = kernel.transition(torch.tensor([2.0]), torch.tensor([3.0]), 0.8, 0.5)
+    assert law.std == 0.3
+    assert law.mean.item() == pytest.approx(0.84, abs=1e-6)
+    assert kernel.gain(0.8, 0.5) == pytest.approx(0.32)
+    # without noise the anchor is the end of the step, and the step a jump
+    still = Kernel("anchor", 0.0, 0.3)
+    assert still.target(0.8, 0.5) == pytest.approx(0.5)
+    # a std above sigma_next is consistency sampling: jump to the video, noise from there
+    full = Kernel("anchor", 1.0, 0.9)
+    assert (full.target(0.8, 0.5), full._anchor_std(0.5)) == (0.0, 0.5)
+
+
 def test_interpolation_and_velocity_agree() -> None:
     clean, noise = torch.tensor([[2.0]]), torch.tensor([[6.0]])
     assert interpolate(clean, noise, torch.tensor([0.25])).item() == 3.0

@@ -110,7 +110,8 @@ def test_published_and_saved_folders_are_supported(
         ({}, {"_class_name": "WanVACETransformer3DModel"}, {}, "WanVACE"),
         ({}, {"vace_layers": [0, 5]}, {}, "VACE"),
         ({"_class_name": "WanAnimatePipeline"}, {}, {}, "Animate"),
-        ({"_class_name": "AnyFlowPipeline"}, {}, {}, "flow map"),
+        ({"_class_name": "AnyFlowFARPipeline"}, {}, {}, "in chunks"),
+        ({"_class_name": "AnyFlowPipeline"}, {}, {}, "instead of AnyFlow"),
         ({}, {"_class_name": "AnyFlowTransformer3DModel"}, {}, "AnyFlow"),
         ({}, {"gate_value": 0.25, "deltatime_type": "r"}, {}, "flow map"),
         # other models

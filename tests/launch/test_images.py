@@ -11,7 +11,7 @@ import torch
 from alignment.grpo import _prompts_of
 from common.types import Group, ImagePrompt, Step
 from launch import sample
-from launch.compose import check_family, check_images
+from launch.compose import check_family, check_image_objective, check_images
 from launch.schemas.training import SampleRun
 from tests.generator.families import write_image
 from tests.generator.test_wan_folder import IMAGES, write
@@ -62,7 +62,10 @@ def test_images_are_checked_when_a_command_starts(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_text("no image")
     with pytest.raises(ValueError, match=r"b\.png: no image"):
         check_images([image, ImagePrompt("sun", str(tmp_path / "b.png"))], images)
-    # pairs hold no images
+    # neither do the noised samples of a forward objective, nor pairs
+    check_image_objective("policy", [image])
+    with pytest.raises(ValueError, match="objective=nft"):
+        check_image_objective("nft", ["sun", image])
     with pytest.raises(ValueError, match="stored without images"):
         check_family(SimpleNamespace(generator=images, zero_stage=1))
     check_family(SimpleNamespace(generator=images, zero_stage=1), stochastic=True)

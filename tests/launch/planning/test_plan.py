@@ -17,6 +17,7 @@ from generator.config import ExpertsConfig, GeneratorConfig
 from launch import score
 from launch.command import read_command
 from launch.planning.dry_run import lines_of, missing_inputs, parse_where
+from launch.planning.forwards import samples_per_rollout
 from launch.planning.known_models import closest_qwen3_vl
 from launch.planning.meter import Cost, Meter
 from launch.planning.models import (
@@ -219,6 +220,36 @@ def test_frozen_transformer_is_in_memory_while_it_is_used(*, offload: bool) -> N
         assert (cost.peak, parts, plan.host[0].bytes) == (450.0, [], 400)
     else:
         assert (cost.peak, parts, plan.host) == (50.0, [(400, False)], [])
+
+
+@pytest.mark.parametrize(
+    ("members", "tail", "want"), [(4, 1, 5.8), (4, 3, 13.8), (8, 1, 9.8), (8, 3, 25.8)]
+)
+def test_forwards_of_a_flow_map_by_hand(members: int, tail: int, want: float) -> None:
+    """MEAN over k = 0..5 of [k > 0] + 1 + G m; Wan takes 107 and 207 for 4 and 8 members."""
+    recipe = ROOT / "configs" / "wan" / "grpo.yaml"
+    layer = ROOT / "configs" / "wan" / "models" / "anyflow.yaml"
+    overrides = [f"generator.sampler.tail_steps={tail}", "prompts=x"]
+    how = load(GrpoRun, [recipe, layer], overrides).generator.sampler
+    assert samples_per_rollout(how, members) == pytest.approx(
+        5 / 6 + 1 + members * tail
+    )
+    assert round(samples_per_rollout(how, members), 1) == want
+    paper = ["generator.sampler.tail_steps=null", "prompts=x"]
+    wan = load(GrpoRun, recipe, paper).generator.sampler
+    assert samples_per_rollout(wan, members) == {4: 107, 8: 207}[members]
+
+
+@pytest.mark.slow
+def test_flow_map_is_a_wan_with_a_second_embedder_of_time() -> None:
+    """256 -> 1536 -> 1536 with biases: 2,755,584 parameters more."""
+    wan = MetaWan(GeneratorConfig(WAN))
+    anyflow = MetaWan(GeneratorConfig("nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers"))
+    more = (256 + 1) * 1536 + (1536 + 1) * 1536
+    assert anyflow.family.flow_map
+    found = sizes_of(anyflow.transformer).parameters
+    assert found == sizes_of(wan.transformer).parameters + more
+    assert sizes_of(anyflow.module).trained == sizes_of(wan.module).trained
 
 
 @pytest.mark.slow
