@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -21,9 +21,20 @@ if TYPE_CHECKING:
 
     from alignment.advantages import Advantages
     from alignment.config import GrpoConfig
-    from alignment.objectives import AveragedPolicy
     from alignment.prompts import PromptBatch
     from common.types import Engine, Generator, Group
+
+
+class AveragedPolicy(Protocol):
+    """A policy whose weights follow the trained ones (`engine.old_policy.OldPolicy`)."""
+
+    def swapped_in(self) -> AbstractContextManager[None]:
+        """Inside, the module runs with these weights."""
+        ...
+
+    def update(self) -> None:
+        """Follow the weights of one more update of the policy."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alignment.config import GrpoConfig
-    from alignment.objectives import AveragedPolicy
+    from alignment.forward_update import AveragedPolicy
     from alignment.prompts import PromptBatch, PromptSchedule
     from common.types import (
         Engine,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
-from alignment.forward_update import ForwardUpdate
+from alignment.forward_update import AveragedPolicy, ForwardUpdate
 from alignment.policy_update import PolicyUpdate
 
 if TYPE_CHECKING:
@@ -16,18 +16,6 @@ if TYPE_CHECKING:
     from alignment.config import GrpoConfig
     from alignment.prompts import PromptBatch
     from common.types import Engine, Generator, Group
-
-
-class AveragedPolicy(Protocol):
-    """A policy whose weights follow the trained ones (`engine.old_policy.OldPolicy`)."""
-
-    def swapped_in(self) -> AbstractContextManager[None]:
-        """Inside, the module runs with these weights."""
-        ...
-
-    def update(self) -> None:
-        """Follow the weights of one more update of the policy."""
-        ...
 
 
 class Objective(Protocol):

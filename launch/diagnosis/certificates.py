@@ -76,6 +76,8 @@ def certificate_of(settings: Mapping[str, Any]) -> dict[str, Any]:
         if not _same_folder(entry["settings"], settings):
             continue
         fits = all(_same(entry["settings"], settings, key) for key in DECISIVE)
+        # All certificates are of the policy gradient.
+        fits = fits and value_at(settings, "grpo.objective") in (None, "policy")
         if fits and entry["bands"]:
             fitting.append(entry)
         nearest = nearest or {**entry, "bands": {}}

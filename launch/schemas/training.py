@@ -289,8 +289,8 @@ class ColdStartRun(RewardModelRun):
 
     base        folder or hub name of a Qwen3VLForConditionalGeneration with its tokenizer.
     checkpoint  folder of a DeScore whose training goes on, with its query and head, prompt
-                template and video settings; ``base`` is then not read. null starts from the
-                base with a new head.
+                template and video settings; ``base``, ``template`` and ``video`` are then not
+                read. null starts from the base with a new head.
     video       how videos are read; null takes video.json of the base's folder, or the
                 defaults.
     template    file of the prompt template; null takes prompt.json of the base's folder, or
@@ -316,11 +316,6 @@ class ColdStartRun(RewardModelRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.checkpoint is not None and (self.template or self.video):
-            raise ValueError(
-                "checkpoint has its own template and video settings: leave template and video "
-                "at null"
-            )
         if self.data.layout != "descore" and self.cold_start.masking.probability < 1:
             raise ValueError(
                 f"data.layout={self.data.layout} has no chains of thought: it needs "

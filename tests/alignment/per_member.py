@@ -18,9 +18,12 @@ def step_of(step: Step, member: int) -> Step:
     """The step of one member."""
     only = slice(member, member + 1)
     shared = len(step.latent_MCFHW) == 1
+    mine = slice(None) if shared else only
+    mean_MCFHW = step.mean_MCFHW
     return replace(
         step,
-        latent_MCFHW=step.latent_MCFHW if shared else step.latent_MCFHW[only],
+        latent_MCFHW=step.latent_MCFHW[mine],
+        mean_MCFHW=None if mean_MCFHW is None else mean_MCFHW[mine],
         next_GCFHW=step.next_GCFHW[only],
         log_prob_G=step.log_prob_G[only],
     )

@@ -209,6 +209,16 @@ def test_awm_ratio_clip_and_proximal_term_by_hand() -> None:
         -2.0 * ratio
     )
 
+    # nearer to the target, mse 0.25: log ratio = 0.75 / 4, and the upper clip is another one
+    near = (-0.5, 2.5)
+    loss, gradient, metrics = awm(2.0, at=near, clip_low=0.9, clip_high=0.1)
+    assert loss == pytest.approx(-2.0 * 1.1)
+    assert gradient == [0.0, 0.0]
+    assert metrics["clip_frac"] == 1.0
+    assert awm(2.0, at=near, clip_low=0.1, clip_high=0.9)[0] == pytest.approx(
+        -2.0 * math.exp(0.1875)
+    )
+
     # 3 mean d^2 = 1.5, with the gradient 3 d
     with_term, pulled, _ = awm(2.0, at=MOVED, proximal_weight=3.0)
     assert with_term == pytest.approx(-2.0 * ratio + 1.5)

@@ -439,6 +439,22 @@ def test_step_depends_on_its_number_only() -> None:
     assert torch.equal(later.advantage_PM, history[2].advantage_PM)
 
 
+def test_changed_kl_weight_counts_from_the_next_update_on() -> None:
+    """The loss is linear in the weight, and its slope is the KL of a policy that has moved."""
+
+    def losses(weight: float) -> torch.Tensor:
+        loop = loop_of({"bright": Brightness()}, kl_weight=0.1)
+        for step in range(6):
+            loop.step(step)
+        loop.set_kl_weight(weight)
+        loop.step(6)
+        return torch.tensor(loop.engine.losses[-loop.engine.accumulation :])
+
+    low, middle, high = (losses(weight) for weight in (0.1, 0.7, 1.3))
+    assert (middle - low).min() > 0
+    torch.testing.assert_close(high - middle, middle - low, atol=1e-6, rtol=1e-3)
+
+
 def test_non_finite_loss_is_reported(capsys: pytest.CaptureFixture) -> None:
     generator = FakeGenerator()
     loop = loop_of({"bright": Brightness()}, generator=generator)

@@ -64,7 +64,8 @@ def test_another_weight_of_the_kl_holds_from_the_next_update_on() -> None:
 
     def loss() -> float:
         weights = StepWeights(1.0, 4.0)
-        return float(loop.objective.loss("a", step, torch.zeros(4), weights).loss)
+        output = loop.objective.loss("a", step, torch.zeros(4), weights)
+        return float(output.loss.detach())
 
     assert loss() == pytest.approx(0.0, abs=1e-12)
     loop.set_kl_weight(0.3)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import generator.wan
 from alignment import self_checks
 from common import distributed
 from common.types import Score
+from generator import denoiser
 from generator.stock_check import stock_gap
 from tests.fakes import FakeGenerator, FunctionReward, redness
 from tests.tiny import build_tiny_wan, tiny_generator
@@ -160,9 +160,9 @@ def test_noiseless_rollout_equals_stock_pipeline(
     )
     assert found.ok, found.message
     assert wan._pipeline.scheduler is scheduler
-    plain = generator.wan.guide
+    plain = denoiser.guide
     monkeypatch.setattr(
-        generator.wan,
+        denoiser,
         "guide",
         lambda cond, uncond, scale: plain(cond, uncond, scale * 1.001),
     )

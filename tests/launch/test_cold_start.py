@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config import ConfigError, load
+from common.config import load
 from launch.cold_start import build_reward_model, build_task
 from launch.schemas.training import ColdStartRun
 from rm.model import DeScore
@@ -35,7 +35,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_goes_on_with_query_and_head(checkpoint: Path) -> None:
     """The base is not read: it does not exist."""
     run = run_of(
-        f"checkpoint={checkpoint}", "base=nowhere", "generation.max_new_tokens=7"
+        f"checkpoint={checkpoint}",
+        "base=nowhere",
+        "template=no.json",
+        "generation.max_new_tokens=7",
     )
     model = build_reward_model(run)
     assert torch.equal(model.query, torch.full_like(model.query, 0.25))
@@ -54,12 +57,6 @@ def test_other_dimensions_are_refused(checkpoint: Path) -> None:
     words = (f"checkpoint={checkpoint}", "dimensions={VQ: {}}")
     with pytest.raises(ValueError, match=r"has the dimensions \['overall'\]"):
         build_reward_model(run_of(*words))
-
-
-@pytest.mark.parametrize("word", ["template=prompt.json", "video.max_frames=4"])
-def test_a_checkpoint_has_its_own_template_and_video_settings(word: str) -> None:
-    with pytest.raises(ConfigError, match="leave template and video at null"):
-        run_of("checkpoint=somewhere", word)
 
 
 @pytest.mark.parametrize("key", ["base", "checkpoint"])

@@ -92,14 +92,14 @@ def test_wrong_config_raises_a_line_with_the_users_name(
 def test_unknown_option_that_is_passed_on_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from alignment.rewards import descore
+    from rm import adaptive
 
     class Scorer:
         @classmethod
         def load(cls, path: str, *, batch: int = 1) -> Scorer:
             return cls()
 
-    monkeypatch.setattr(descore, "DeScoreScorer", Scorer)
+    monkeypatch.setattr(adaptive, "DeScoreScorer", Scorer)
     with pytest.raises(
         ValueError,
         match="'bacth'",
@@ -125,7 +125,7 @@ def test_url_that_is_no_address_raises(url: str) -> None:
 def test_descore_passes_on_folder_options_and_fps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from alignment.rewards import descore
+    from rm import adaptive
 
     seen = []
 
@@ -141,7 +141,7 @@ def test_descore_passes_on_folder_options_and_fps(
             seen.append((tuple(videos.shape), prompts, fps))
             return Score(torch.tensor([0.5, float("nan")]), texts=["seen", ""])
 
-    monkeypatch.setattr(descore, "DeScoreScorer", Scorer)
+    monkeypatch.setattr(adaptive, "DeScoreScorer", Scorer)
     reward = build_rewards(
         {
             "judge": RewardConfig(

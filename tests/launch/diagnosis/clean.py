@@ -49,7 +49,12 @@ CLEAN: dict[str, tuple[str, ...]] = {
         "generator.sampler.tail_solver=ab2",
         "generator.sampler.merge_adapter=true",
     ),
-    "two-updates": ("grpo.updates=2", "grpo.clip_low=0.2", "grpo.clip_high=0.2"),
+    "two-updates": (
+        "grpo.updates=2",
+        "grpo.ratio=plain",
+        "grpo.clip_low=0.2",
+        "grpo.clip_high=0.2",
+    ),
     "half-precision": ("generator.dtype=bfloat16", "cache_prompts=true"),
     # And two more.
     "two-ranks": (),
