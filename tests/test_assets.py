@@ -48,7 +48,7 @@ def test_stock_loader_reads_the_flow_map() -> None:
     measured = json.loads((ASSETS / "anyflow.measured.json").read_text())
     # no guidance and four forwards, against four guided steps: eight forwards
     assert measured["oracle_jumps_4"] > measured["oracle_teacher_4"] - 0.05
-    assert measured["oracle_jumps_1"] > measured["oracle_teacher_1"] + 0.1
+    assert measured["oracle_jumps_1"] > measured["oracle_teacher_1"] + 0.05
 
 
 @pytest.mark.slow

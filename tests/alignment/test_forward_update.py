@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alignment.config import ForwardConfig, GrpoConfig, OldPolicyConfig
+from alignment.forward_losses import awm_loss, nft_loss
 from alignment.grpo import GrpoLoop, backwards_per_update
 from alignment.objectives import build_objective
 from alignment.prompts import PromptSchedule
@@ -166,6 +168,35 @@ def test_kl_term_is_the_mean_squared_distance_to_the_reference() -> None:
     difference = runs[1].engine.last_gradient[1] - runs[0].engine.last_gradient[1]
     bias = torch.tensor([0.4, -0.2, 0.6], dtype=torch.float64)
     assert torch.allclose(difference, 0.5 * 2 * bias / 3, rtol=1e-6)
+
+
+def test_settings_reach_the_losses() -> None:
+    """Every setting differs from its default, and changes the loss."""
+    draw = torch.Generator().manual_seed(4)
+    nft = loop_of(forward={"beta": 0.3, "adaptive_weight": False}, advantage_clip=4.0)
+    awm = loop_of(
+        objective="awm",
+        forward={"weighting": "t", "proximal_weight": 0.7},
+        clip_low=0.01,
+        clip_high=0.02,
+    )
+    (group,) = nft.generator.rollout(["a"], group_size=4, seeds=[7])
+    (batch, *_) = nft.objective.noised(group, torch.tensor([3.0, 1.0, 1.0, 1.0]), 7)
+    v, v_old = (torch.randn(batch.clean_BCFHW.shape, generator=draw) for _ in range(2))
+    target = batch.noise_BCFHW - batch.clean_BCFHW
+    tensors = (v, v_old, target, batch.sigma_B, batch.advantage_B)
+
+    want = nft_loss(*tensors, beta=0.3, advantage_clip=4.0, adaptive_weight=False)
+    assert torch.equal(nft.objective.objective(batch, v, v_old).loss, want.loss)
+    options = {"weighting": "t", "proximal_weight": 0.7}
+    for one, other in ((v, v_old), (v_old, v)):
+        # one of the two orders is clipped from below, the other from above
+        for sign in (1.0, -1.0):
+            tensors = (one, other, target, batch.sigma_B, torch.tensor([3.0 * sign]))
+            signed = replace(batch, advantage_B=tensors[4])
+            want = awm_loss(*tensors, clip_low=0.01, clip_high=0.02, **options)
+            found = awm.objective.objective(signed, one, other)
+            assert torch.equal(found.loss, want.loss)
 
 
 def test_levels_of_a_video_are_distinct_and_members_do_not_depend_on_the_rank() -> None:
