@@ -162,6 +162,12 @@ def check_family(
             f"grpo.objective={objective} draws noise levels of both transformers of "
             f"{run.generator.path}, of which one is trained: use objective=policy"
         )
+    # It predicts mean velocities between two times, and flow matching fits those of one.
+    if family.flow_map and objective != "policy":
+        raise ValueError(
+            f"grpo.objective={objective} fits the velocity at one time, and {run.generator.path} "
+            "is a flow map of few steps: use objective=policy"
+        )
     if stochastic:
         check_stochastic_steps(run.generator, family)
     else:

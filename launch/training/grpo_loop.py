@@ -8,7 +8,7 @@ from alignment.grpo import GrpoLoop, backwards_per_update
 from alignment.prompts import PromptSchedule
 from common import distributed
 from common.log import say
-from common.types import ImagePrompt, Prompt, text_of
+from common.types import Prompt, text_of
 from engine.old_policy import OldPolicy
 from generator.schedule import solver_grid
 from launch.compose import (
@@ -19,9 +19,7 @@ from launch.compose import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from common.types import Prompt, RewardModel
+    from common.types import RewardModel
     from generator.wan import WanGenerator
     from launch.schemas.training import GrpoRun
 
@@ -30,7 +28,6 @@ def build(run: GrpoRun, prompts: list[Prompt]) -> GrpoLoop:
     """Build rewards, generator, engine and loop on this rank."""
     names = ", ".join(run.rewards)
     say(f"loading the rewards {names} and the generator {run.generator.source}")
-    check_texts(run, prompts)
     # Rewards first: a missing reward server is noticed before weights are loaded.
     check_family(run, stochastic=True, objective=run.grpo.objective)
     rewards = build_rewards(run.rewards)
@@ -73,16 +70,6 @@ def loop_of(
         old=old,
         grad_norm=engine.engine.get_global_grad_norm,
     )
-
-
-def check_texts(run: GrpoRun, prompts: Sequence[Prompt]) -> None:
-    """Raise ValueError for prompts with images, which a forward objective does not train."""
-    images = [prompt for prompt in prompts if isinstance(prompt, ImagePrompt)]
-    if run.grpo.objective != "policy" and images:
-        raise ValueError(
-            f"grpo.objective={run.grpo.objective} trains on texts, and {run.prompts} has "
-            f"{len(images)} prompts with an image: use objective=policy"
-        )
 
 
 def levels_of(run: GrpoRun) -> list[float]:

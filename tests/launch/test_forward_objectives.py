@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from common.config import ConfigError, load
-from common.types import ImagePrompt
 from generator.config import SamplerConfig
 from generator.experts import check_stochastic_steps
 from generator.family import Family
+from launch.compose import check_family
 from launch.planning.forwards import forwards_per_update, samples_per_rollout
 from launch.schemas.training import GrpoRun
-from launch.training.grpo_loop import check_texts, levels_of
+from launch.training.grpo_loop import levels_of
 from tests.launch.processes import ROOT
 from tests.launch.test_grpo import adapter_of, alone, numbers
 
@@ -128,13 +128,13 @@ def test_forwards_of_the_recipes_by_hand() -> None:
     assert forwards_per_update(load(GrpoRun, SHAPES, words)) == 4
 
 
-def test_prompts_with_images_are_refused_before_anything_is_loaded() -> None:
-    prompts = ["a dog", ImagePrompt("a cat", "cat.png")]
+def test_flow_map_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = load(GrpoRun, None, [*BASE, *NFT])
-    with pytest.raises(ValueError, match="1 prompts with an image"):
-        check_texts(cfg, prompts)
-    check_texts(cfg, prompts[:1])
-    check_texts(load(GrpoRun, None, BASE), prompts)
+    monkeypatch.setattr("generator.wan_folder.find_wan", lambda _: Path("wan"))
+    monkeypatch.setattr(Family, "of", lambda _: Family(flow_map=True))
+    with pytest.raises(ValueError, match="flow map"):
+        check_family(cfg, stochastic=True, objective="nft")
+    check_family(cfg, stochastic=True, objective="policy")
 
 
 def test_model_with_two_transformers_needs_a_stochastic_step() -> None:
