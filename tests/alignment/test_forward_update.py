@@ -326,7 +326,17 @@ def test_later_updates_keep_the_velocities_of_the_rollouts_policy() -> None:
     """Two updates with d = 0: the second is compared with the weights before the first."""
     loop = loop_of(updates=2, lr=0.1)
     before = weights_of(loop)
+    numbers = []
+    noised = loop.objective.noised
+
+    def recorded(*of: Any, number: int) -> Any:
+        numbers.append(number)
+        return noised(*of, number=number)
+
+    loop.objective.noised = recorded
     metrics = loop.step(0).metrics
+    # each update draws anew for its four groups
+    assert numbers == [0] * 4 + [1] * 4
     assert loop.engine.steps == 2
     # 0 in the first update, and not in the second
     assert metrics["train/old_distance"] > 0.0
