@@ -373,8 +373,8 @@ def save(student: AnyFlowTransformer3DModel, out: Path) -> None:
     # Read as users do, so that model_index.json is the library's own.
     index = AnyFlowPipeline(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
-        vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
+        text_encoder=load_pretrained(UMT5EncoderModel, folder / "text_encoder"),
+        vae=load_pretrained(AutoencoderKLWan, folder / "vae"),
         transformer=half,
         scheduler=FlowMapEulerDiscreteScheduler(shift=SHIFT),
     )

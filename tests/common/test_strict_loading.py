@@ -315,7 +315,13 @@ def test_errors_of_names_the_folder_and_lets_others_pass() -> None:
 
 
 # What reads no weights, or gets only weights that were checked.
-READERS = ("AutoTokenizer", "AutoConfig", "AutoImageProcessor", "Qwen2VLConfig")
+READERS = (
+    "AutoTokenizer",
+    "AutoConfig",
+    "AutoImageProcessor",
+    "FlowMapEulerDiscreteScheduler",
+    "Qwen2VLConfig",
+)
 
 
 def test_no_file_loads_weights_another_way() -> None:

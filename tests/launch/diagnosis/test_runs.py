@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ RECIPE = (
     "video_every=0",
 )
 SCRIPT = "tests/launch/diagnosis/planted.py"
+# The scripts import the tests, and the user's shell may say nothing of them.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 class Trainer:
@@ -44,6 +47,7 @@ class Trainer:
         self.process = subprocess.Popen(
             [sys.executable, SCRIPT, "--serve"],
             cwd=ROOT,
+            env=ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -64,7 +68,11 @@ class Trainer:
             launcher += ["--nproc-per-node", str(ranks), SCRIPT]
             with log.open("w") as file:
                 code = subprocess.call(
-                    [*launcher, *command], cwd=ROOT, stdout=file, stderr=file
+                    [*launcher, *command],
+                    cwd=ROOT,
+                    env=ENVIRONMENT,
+                    stdout=file,
+                    stderr=file,
                 )
         else:
             print(json.dumps([str(log), *command]), file=self.process.stdin, flush=True)
