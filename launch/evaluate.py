@@ -123,6 +123,7 @@ def evaluate_rm(cfg: RewardEvaluation, *, resume: str = "auto") -> None:
                 cfg.layout,
                 dimension=cfg.dimension,
                 videos=cfg.videos,
+                columns=cfg.columns,
                 dimensions=dimensions if len(dimensions) > 1 else (),
             )
             table = open_table(cfg, [str(benchmark.path), cfg.checkpoint], resume)

@@ -109,7 +109,11 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     # stop here when the set is complete
     source = cfg.table
     table = read_benchmark(
-        source.csv, source.layout, dimension=source.dimension, videos=source.videos
+        source.csv,
+        source.layout,
+        dimension=source.dimension,
+        videos=source.videos,
+        columns=source.columns,
     )
     output = start_output(cfg, resume, [source.csv, cfg.generator.path])
     if output is None:

@@ -66,6 +66,7 @@ def read_benchmark(
     dimension: str = "TA",
     videos: str | Path | None = None,
     dimensions: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
 ) -> PairTable:
     """Read a benchmark's CSV.
 
@@ -73,6 +74,7 @@ def read_benchmark(
                 The others are in ``Pair.labels``.
     videos      The folder that video paths are relative to; None is the CSV's.
     dimensions  Of "descore" only, see `rm.data.read_pairs`.
+    columns     The same: the table's own names of the columns.
 
     Bad rows are left out and described as ``file:line: problem``; invalid labels are counted.
     Raises ValueError, naming the file, for an unknown dimension, an unreadable table, a missing
@@ -84,15 +86,17 @@ def read_benchmark(
             raise ValueError(
                 f"{path}: the training layout names its videos relative to the CSV"
             )
-        return read_pairs(path, require_cot=False, dimensions=dimensions)
+        return read_pairs(
+            path, require_cot=False, dimensions=dimensions, columns=columns
+        )
 
     # The published layouts.
     if dimension not in DIMENSIONS:
         names = ", ".join(DIMENSIONS)
         raise ValueError(f"{path}: dimension must be one of {names}, got {dimension!r}")
-    columns = LAYOUTS[layout]
+    places = LAYOUTS[layout]
     if layout == "videogen":
-        columns = columns._replace(label=dimension)
+        places = places._replace(label=dimension)
     path = csv_file(Path(path))
     root = path.parent if videos is None else Path(videos)
 
@@ -100,13 +104,13 @@ def read_benchmark(
         label = read_label(word)
         if label is None:
             raise ValueError(
-                f"{columns.label} must be A, B, same or invalid, "
-                f"got {row[columns.label]!r:.80}"
+                f"{places.label} must be A, B, same or invalid, "
+                f"got {row[places.label]!r:.80}"
             )
-        files = [root / row[name].strip() for name in columns[:2]]
+        files = [root / row[name].strip() for name in places[:2]]
         check_videos(files)
-        labels = labels_in(row, columns.labels)
+        labels = labels_in(row, places.labels)
         return Pair(prompt_in(row), *files, "", "", label, labels=labels)
 
-    required = [*columns[:3], "prompt"]
-    return collect(path, required, columns.label, make_pair, columns.word_in)
+    required = [*places[:3], "prompt"]
+    return collect(path, required, places.label, make_pair, places.word_in)

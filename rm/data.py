@@ -15,6 +15,7 @@ from pathlib import Path
 from common.csv_table import CsvTable, missing_columns, read_csv
 from common.schedule import IndexSchedule
 from rm.labels import is_empty, is_invalid, read_label
+from rm.own_columns import renamed
 from rm.pair import Pair
 from rm.prompt import DIMENSIONS, parse_scores
 from rm.repeated_pairs import describe_repeated
@@ -76,6 +77,7 @@ def read_pairs(
     require_cot: bool = True,
     require_scores: bool = False,
     dimensions: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
 ) -> PairTable:
     """Read a CSV with the official columns, or the only CSV of a folder.
 
@@ -93,6 +95,7 @@ def read_pairs(
     dimensions      Names of columns with more labels, in the words of GSB; only an empty cell
                     is an unknown label. "overall" is GSB, and a sub-dimension without a
                     column is read from ``answer``.
+    columns         The table's own names of these columns, see `rm.own_columns`.
 
     Bad rows are left out and described as ``file:line: problem``. Raises ValueError, naming the
     file, for an unreadable table, a missing column, or a table without a usable row.
@@ -123,7 +126,7 @@ def read_pairs(
             )
         return pair
 
-    return collect(path, required, "GSB", make_pair)
+    return collect(path, required, "GSB", make_pair, columns=columns)
 
 
 def collect(
@@ -132,16 +135,18 @@ def collect(
     label_column: str,
     make_pair: Callable[[Mapping[str, str], str], Pair],
     word_in: Callable[[str], str] = str.strip,
+    columns: Mapping[str, str] | None = None,
 ) -> PairTable:
     """Build a table with ``make_pair(row, label text)``; its ValueError makes a row bad.
 
-    ``word_in`` finds the label's text in its cell. Rows labelled invalid are counted. Raises
-    ValueError as `read_pairs`.
+    ``word_in`` finds the label's text in its cell, and ``columns`` are the table's own names. Rows
+    labelled invalid are counted. Raises ValueError as `read_pairs`.
     """
     try:
         csv_table = read_csv(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    csv_table = renamed(csv_table, columns or {})
     _check_columns(csv_table, required)
 
     # Every row is a pair, labelled invalid, or bad.
@@ -182,6 +187,7 @@ def _check_columns(table: CsvTable, required: Sequence[str]) -> None:
             "; without chains of thought, cold_start.masking.probability=1 trains a reward model "
             "that writes none"
         )
+    problem += "; columns of other names are named by data.columns"
     raise ValueError(problem)
 
 

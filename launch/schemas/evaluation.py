@@ -11,7 +11,12 @@ from common.schema import NonNegativeInt, PositiveInt, config
 from generator.config import GeneratorConfig, check_one_rank_per_video
 from launch.schemas.pairs import RewardDimensionName
 from launch.schemas.rewards import ScoringRewards
-from launch.schemas.training import Crf, Scheduler, TableLayout
+from launch.schemas.training import (
+    Crf,
+    Scheduler,
+    TableLayout,
+    check_own_columns,
+)
 from rm.scorer_options import check_thinking
 
 
@@ -54,6 +59,7 @@ class RewardEvaluation:
     pairs      a CSV, or a folder that holds a single CSV; its chains of thought are not read.
     layout     its columns, see `rm.benchmarks`: the training table, VideoGen-RewardBench,
                GenAI-Bench or in-domain.
+    columns    own names of its columns, see `data.columns` of a cold start.
     dimension  of VideoGen-RewardBench: VQ, MQ, TA (DeScore's column) or Overall.
     videos     folder of the benchmark's videos; null is the folder of the CSV.
     options    keyword arguments of `rm.adaptive.load_scorer`.
@@ -66,6 +72,7 @@ class RewardEvaluation:
     checkpoint: str
     pairs: str
     layout: TableLayout = "descore"
+    columns: dict[str, str] = field(default_factory=dict)
     dimension: RewardDimensionName = "TA"
     videos: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -75,6 +82,7 @@ class RewardEvaluation:
     resamples: PositiveInt = 2_000
 
     def __post_init__(self) -> None:
+        check_own_columns(self.columns, self.layout)
         try:
             check_thinking(self.options)
         except ValueError as error:

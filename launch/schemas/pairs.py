@@ -15,7 +15,7 @@ from generator.config import (
     check_zero_stage,
 )
 from launch.schemas.rewards import Rewards, TrainingRewards, check_some_weight
-from launch.schemas.training import TableLayout
+from launch.schemas.training import TableLayout, check_own_columns
 
 RewardDimensionName = Literal["VQ", "MQ", "TA", "Overall"]
 
@@ -29,8 +29,12 @@ class PairTableConfig:
 
     csv: str
     layout: TableLayout = "descore"
+    columns: dict[str, str] = field(default_factory=dict)
     dimension: RewardDimensionName = "Overall"
     videos: str | None = None
+
+    def __post_init__(self) -> None:
+        check_own_columns(self.columns, self.layout)
 
 
 @config

@@ -30,6 +30,7 @@ from rm.config import (
     VllmConfig,
     one_reward,
 )
+from rm.own_columns import check_columns
 
 # Parts of the names of bases that are distilled to a few steps, and how many those are.
 DISTILLED = (
@@ -228,6 +229,15 @@ class GrpoRun(TrainingRun):
             )
 
 
+def check_own_columns(columns: dict[str, str], layout: TableLayout) -> None:
+    """Raise ValueError for columns that cannot be renamed so."""
+    check_columns(columns)
+    if columns and layout != "descore":
+        raise ValueError(
+            f"columns are for layout=descore, and layout={layout} has columns of its own"
+        )
+
+
 @config
 class PairFiles:
     """Tables of preference pairs: CSV files, or folders that hold a single CSV file.
@@ -236,6 +246,8 @@ class PairFiles:
     limit          train on the first pairs only.
     layout         columns of both files, see `rm.benchmarks`. Only "descore" has chains of
                    thought and right scores; the others train a discriminative reward model.
+    columns        own names of a table's columns: {prompt: text, video_A: left, video_B: right,
+                   GSB: winner}; also CoT_A, CoT_B, answer, and videos for both paths in a cell.
     videos         folder of the videos; null is the folder of the CSV file.
     check_videos   decode every video in a separate process before training, see
                    `rm.video_check`. Pairs with a bad video are dropped and listed in
@@ -247,11 +259,13 @@ class PairFiles:
     heldout: str | None = None
     limit: PositiveInt | None = None
     layout: TableLayout = "descore"
+    columns: dict[str, str] = field(default_factory=dict)
     videos: str | None = None
     check_videos: bool = True
     max_bad_share: Fraction = 0.05
 
     def __post_init__(self) -> None:
+        check_own_columns(self.columns, self.layout)
         if self.videos is not None and self.layout == "descore":
             raise ValueError(
                 f"videos={self.videos} needs another layout: descore names its videos "

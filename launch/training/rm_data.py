@@ -49,7 +49,7 @@ def read_table(data: PairFiles, path: str, options: dict[str, Any]) -> PairTable
 
     try:
         if data.layout == "descore":
-            table = read_pairs(path, **options)
+            table = read_pairs(path, columns=data.columns, **options)
         else:
             table = read_benchmark(
                 path, data.layout, dimension="Overall", videos=data.videos

@@ -256,7 +256,7 @@ def numbers(folder: Path) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resumed_run_has_the_guards_of_an_uninterrupted_run(tiny: Path) -> None:
     program = [
         sys.executable,
