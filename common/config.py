@@ -252,6 +252,9 @@ class _ConfigReader:
         places = [where[:length] for length in range(len(where), 0, -1)]
         if field:
             places.insert(0, (*where, field))
+        # A message may begin with the whole name of the key that it is about.
+        named = tuple(re.match(r"[\w.]*", message)[0].split("."))
+        places.insert(0, named)
         origins = [self.origin[place] for place in places if place in self.origin]
         origin = origins[0] if origins else ""
         self.mistakes.append(f"{'.'.join(where) or 'config'}: {message}{origin}")
@@ -411,6 +414,8 @@ class _ConfigReader:
                 text = message.removeprefix("Value error, ")
                 field = _field_named(text, section) if section is not None else ""
                 self.report(where, text, field=field)
+            elif kind == "too_short" and not value:
+                self.report(where, "has no entry, and needs one")
             else:
                 text = message[0].lower() + message[1:]
                 if kind == "dataclass_type":

@@ -88,6 +88,8 @@ def build_task(
         watch.prepare(start)
         if run.self_checks and start == 0:
             run_self_checks(run, loop, prompts)
+        elif run.self_checks:
+            say("self-checks were made before the first step, and are not repeated")
         if run.cache_prompts:
             cache_prompts(run, loop, heldout, start)
 

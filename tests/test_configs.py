@@ -154,3 +154,19 @@ def test_longcat_reward_config_fits_the_recipe() -> None:
         "dtype": "bfloat16",
     }
     assert [path.stem for path in MIXES] == ["longcat"]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("rewards.mine.target=/no/such.py:score", "no file /no/such.py (command line)"),
+        ("rewards.oracle=null", "rewards: has no entry, and needs one"),
+    ],
+)
+def test_mistake_of_an_override_is_found_on_the_command_line(
+    word: str, said: str
+) -> None:
+    path = ROOT / "shapes" / "grpo_oracle.yaml"
+    with pytest.raises(ConfigError) as error:
+        load(GrpoRun, path, [word])
+    assert said in error.value.errors[0]
