@@ -86,6 +86,8 @@ def test_file_may_import_the_example_of_its_kind(
         "    def __init__(self, cfg, *, seed): pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    # Another test may have imported the example.
+    monkeypatch.delitem(sys.modules, "own_generator", raising=False)
     made = build_generator(config(f"{tmp_path / 'mine.py'}:Mine"))
     assert type(made).__mro__[1].__name__ == "Tint"
 
