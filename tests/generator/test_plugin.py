@@ -90,6 +90,7 @@ def test_file_may_import_the_example_of_its_kind(
     monkeypatch.delitem(sys.modules, "own_generator", raising=False)
     made = build_generator(config(f"{tmp_path / 'mine.py'}:Mine"))
     assert type(made).__mro__[1].__name__ == "Tint"
+    del sys.modules["own_generator"]
 
 
 def test_target_without_a_file_is_refused_by_the_config(tmp_path: Path) -> None:
