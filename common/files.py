@@ -253,6 +253,18 @@ def require_hub_name(path: str, file: str) -> None:
         )
 
 
+def require_model(path: str | Path, file: str) -> None:
+    """Raise FileNotFoundError unless a path is a model's folder, or may be its hub name.
+
+    Nothing is downloaded. ``file`` is a file that every model of its kind has.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        require_hub_name(str(path), file)
+    elif not (folder / file).is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it lacks {file}")
+
+
 def model_folder(path: str | Path, file: str, *, patterns: Sequence[str]) -> Path:
     """Return the folder of a model: ``path`` itself, or where the hub's library keeps this name.
 
@@ -260,11 +272,9 @@ def model_folder(path: str | Path, file: str, *, patterns: Sequence[str]) -> Pat
     Raises FileNotFoundError where there is no such folder or name.
     """
     folder = Path(path)
+    require_model(path, file)
     if folder.is_dir():
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} is not a model folder: it lacks {file}")
         return folder
-    require_hub_name(str(path), file)
     # the import takes a second
     from huggingface_hub import snapshot_download
 

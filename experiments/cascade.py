@@ -36,7 +36,6 @@ from rm.cascade import (
     discordant_pairs,
     harm,
     risk_coverage,
-    threshold_from,
 )
 
 COMMAND = "python experiments/cascade.py"
@@ -167,13 +166,9 @@ def split_results(pairs: ScoredPairs, promise: Guarantee, seed: int) -> dict[str
         rng.shuffle(order)
         chosen = order[: count // 2]
         measured = order[count // 2 :]
-        threshold = threshold_from(
+        threshold = promise.threshold(
             [pairs.confidence[i] for i in chosen],
             [losses[i] for i in chosen],
-            method=promise.method,
-            risk=promise.risk,
-            alpha=promise.alpha,
-            delta=promise.delta,
         ).confidence
         # What the threshold does to the other half.
         thought = pairs.thought(threshold)
@@ -201,14 +196,7 @@ def transfer(
     chosen: ScoredPairs, measured: ScoredPairs, promise: Guarantee
 ) -> tuple[list[float], list[float], list[float]]:
     """Choose the threshold on all pairs of a test; thought, gain and harm on those of another."""
-    threshold = threshold_from(
-        chosen.confidence,
-        chosen.harm,
-        method=promise.method,
-        risk=promise.risk,
-        alpha=promise.alpha,
-        delta=promise.delta,
-    ).confidence
+    threshold = promise.threshold(chosen.confidence, chosen.harm).confidence
     thought = measured.thought(threshold)
     right = measured.right(thought)
     gains = [a - b for a, b in zip(right, measured.slow, strict=True)]

@@ -16,6 +16,7 @@ from typing import Any
 
 from experiments import tables
 from experiments.demo_seeds import demo_folder
+from experiments.oracle_scores import Scores, oracle_of, run_folder
 from experiments.runner import (
     ROOT,
     CommandStep,
@@ -40,8 +41,6 @@ TRAIN_PROMPTS = ROOT / "assets/shapes/prompts_train.txt"
 # Prompts and videos of an update.
 PROMPTS = 8
 VIDEOS = 8
-# arm -> seed -> column -> value of every held-out prompt
-Values = dict[str, dict[int, dict[str, list[float]]]]
 
 
 def grpo_step(
@@ -145,13 +144,13 @@ def jobs_of(
 ) -> list[list[Job]]:
     """List the commands of a seed: the base, the fixed arm, and the refreshed one."""
     first = demo_folder(seed) / "descore" / "final"
-    base = root / f"seed{seed}" / "base"
+    base = run_folder(root, seed, "base")
     jobs = [[Job(base, [evaluation_step(base / "eval", seed, None, limit)])]]
 
     # Both arms start from the same DeScore.
     every = updates // parts
     for arm, count in ((FIXED, 1), (REFRESHED, parts)):
-        folder = root / f"seed{seed}" / arm
+        folder = run_folder(root, seed, arm)
         grpo = folder / "grpo"
         checkpoint = first
         steps: list[CommandStep] = []
@@ -171,13 +170,13 @@ def jobs_of(
     return jobs
 
 
-def read_values(root: Path, seeds: Sequence[int]) -> Values:
+def read_values(root: Path, seeds: Sequence[int]) -> Scores:
     """Read the utility and the oracle of every held-out prompt."""
-    values: Values = {}
+    values: Scores = {}
     for arm in TITLES:
         values[arm] = {}
         for seed in seeds:
-            rows = tables.read_results(root / f"seed{seed}" / arm / "eval")
+            rows = tables.read_results(run_folder(root, seed, arm) / "eval")
             columns = {}
             for name in COLUMNS:
                 columns[name] = [row["rewards"][name] for row in rows]
@@ -185,26 +184,15 @@ def read_values(root: Path, seeds: Sequence[int]) -> Values:
     return values
 
 
-def mean_of(
-    values: Values, arm: str, column: str, *, minus: str | None = None
-) -> dict[str, Any]:
-    """MEAN of a column over seeds and prompts, or its difference to another arm."""
-
-    def runs(name: str) -> dict[int, tables.Tables]:
-        return {seed: [columns[column]] for seed, columns in values[name].items()}
-
-    return tables.over_seeds(runs(arm), None if minus is None else runs(minus))
-
-
-def arms_of(values: Values) -> dict[str, Any]:
+def arms_of(values: Scores) -> dict[str, Any]:
     """Means of every arm, its gain over the base, and what the refresh adds."""
     arms: dict[str, Any] = {}
     for arm in TITLES:
-        results = {name: mean_of(values, arm, name) for name in COLUMNS}
+        results = {name: oracle_of(values, arm, name) for name in COLUMNS}
         if arm != "base":
-            results["gain"] = mean_of(values, arm, COLUMNS[0], minus="base")
+            results["gain"] = oracle_of(values, arm, COLUMNS[0], minus="base")
         if arm == REFRESHED:
-            results["over fixed"] = mean_of(values, arm, COLUMNS[0], minus=FIXED)
+            results["over fixed"] = oracle_of(values, arm, COLUMNS[0], minus=FIXED)
         by_seed = values[arm].items()
         results["seeds"] = {seed: fmean(c[COLUMNS[0]]) for seed, c in by_seed}
         arms[arm] = results

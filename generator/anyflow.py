@@ -18,7 +18,7 @@ import torch
 
 from generator.family import Family
 from generator.sampler import initial_noise, jumps
-from generator.schedule import prefix_grid, sigma_grid, tail_grid
+from generator.schedule import prefix_grid, sigma_grid
 from generator.wan import WanGenerator
 from generator.wan_folder import find_wan
 
@@ -144,12 +144,9 @@ class AnyFlowGenerator(WanGenerator):
         prompt: Prompt,
     ) -> Tensor:
         """Jump to sigma = 0."""
-        # A grid of its own, as `WanGenerator` has for its tail.
         cfg = self.cfg.sampler
-        if cfg.tail_steps is not None and cfg.tail_steps < len(sigmas) - 1:
-            sigmas = tail_grid(sigmas[0], cfg.tail_steps, shift=cfg.shift).tolist()
         with self._fast(cfg.tail_attention or cfg.attention):
-            return self._descend(x_BCFHW, sigmas, [prompt])
+            return self._descend(x_BCFHW, self._tail_sigmas(sigmas), [prompt])
 
     def _stock(
         self,

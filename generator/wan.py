@@ -656,9 +656,7 @@ class WanGenerator:
     ) -> Tensor:
         """Walk to sigma = 0 with the sampler's tail options: grid, solver, guidance, cache."""
         cfg = self.cfg.sampler
-        # Grid: fewer steps than the training grid has left.
-        if cfg.tail_steps is not None and cfg.tail_steps < len(sigmas) - 1:
-            sigmas = tail_grid(sigmas[0], cfg.tail_steps, shift=cfg.shift).tolist()
+        sigmas = self._tail_sigmas(sigmas)
         # Solver and guidance.
         solver = ode_ab2 if cfg.tail_solver == "ab2" else ode
         guided = self._guided_velocity(prompt, scale=cfg.tail_guidance)
@@ -673,6 +671,13 @@ class WanGenerator:
                     velocity = cache.wrap(guided, every=cfg.tail_cache)
                 x_BCFHW = solver(velocity, x_BCFHW, part)
         return x_BCFHW
+
+    def _tail_sigmas(self, sigmas: Sequence[float]) -> Sequence[float]:
+        """The tail's own grid, where it has fewer steps than the training grid has left."""
+        cfg = self.cfg.sampler
+        if cfg.tail_steps is None or cfg.tail_steps >= len(sigmas) - 1:
+            return sigmas
+        return tail_grid(sigmas[0], cfg.tail_steps, shift=cfg.shift).tolist()
 
     def _missing_calls(
         self,

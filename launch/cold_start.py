@@ -10,11 +10,10 @@ whole checkpoint.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import exit_with_error, user_errors
-from common.files import require_hub_name
+from common.files import require_model
 from launch.command import train_command
 from launch.schemas.training import ColdStartRun
 from launch.training.rm_data import read_tables, usable_pairs
@@ -108,10 +107,8 @@ def _require_model(run: ColdStartRun) -> None:
     key, name = "base", run.base
     if run.checkpoint is not None:
         key, name = "checkpoint", run.checkpoint
-    if Path(name).is_dir():
-        return
     try:
-        require_hub_name(name, "config.json")
+        require_model(name, "config.json")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{key}: {error}") from error
 

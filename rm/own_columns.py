@@ -45,9 +45,10 @@ def renamed(table: CsvTable, columns: Mapping[str, str]) -> CsvTable:
         )
 
     # A column of the table that has one of our names, and is not meant, gives way.
-    theirs = {name: name for name in table.columns if name not in columns}
-    theirs |= columns
     paired = SIDES[0] in columns
+    taken = {*columns, "videos"} if paired else set(columns)
+    theirs = {name: name for name in table.columns if name not in taken}
+    theirs |= {ours: name for ours, name in columns.items() if ours not in SIDES}
     rows = []
     for row in table.rows:
         # A bad row has no cells.
@@ -56,10 +57,8 @@ def renamed(table: CsvTable, columns: Mapping[str, str]) -> CsvTable:
             continue
         cells = {ours: row.cells[name] for ours, name in theirs.items()}
         if paired:
-            paths = [cells.pop(side).strip() for side in SIDES]
+            paths = [row.cells[columns[side]].strip() for side in SIDES]
             cells["videos"] = repr(paths)
         rows.append(replace(row, cells=cells))
-    names = [name for name in theirs if not paired or name not in SIDES]
-    if paired:
-        names = ["videos", *(name for name in names if name != "videos")]
-    return replace(table, columns=tuple(names), rows=tuple(rows))
+    names = (*theirs, "videos") if paired else tuple(theirs)
+    return replace(table, columns=names, rows=tuple(rows))

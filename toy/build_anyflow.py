@@ -22,7 +22,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -45,15 +45,14 @@ from generator.schedule import sigma_grid
 from toy.build_wan import (
     CLIPS,
     SHIFT,
-    TOKENS,
-    latent_statistics,
+    decode,
+    embed,
+    heldout_prompts,
     noisy_caption,
     training_clips,
 )
 from toy.measure import measure
-from toy.pixels import to_bytes
 from toy.training import Fit, fit
-from toy.world import caption, split_attributes
 
 NAME = "anyflow"
 STEPS = 200
@@ -99,23 +98,18 @@ class Teacher:
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Embed prompts as WanPipeline does: padded to `TOKENS`, zero after the text."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=TOKENS,
-            truncation=True,
-            return_tensors="pt",
-        )
-        mask = tokens.attention_mask
-        hidden = self.text_encoder(tokens.input_ids, mask).last_hidden_state
-        return hidden * mask[..., None]
+        """Embed prompts, see `toy.build_wan.embed`."""
+        return embed(self.tokenizer, self.text_encoder, prompts)
+
+    @cached_property
+    def empty_1LD(self) -> Tensor:
+        """Embedding of no text, for guidance."""
+        return self.embed([""])
 
     @torch.no_grad()
     def velocity(self, x: Tensor, sigma_B: Tensor, text_BLD: Tensor) -> Tensor:
         """The guided velocity, two branches in one forward."""
-        empty_1LD = self.embed([""])
-        both = torch.cat([text_BLD, empty_1LD.expand_as(text_BLD)])
+        both = torch.cat([text_BLD, self.empty_1LD.expand_as(text_BLD)])
         twice_B = torch.cat([sigma_B, sigma_B])
         out = self.transformer(
             torch.cat([x, x]), 1000 * twice_B, both, return_dict=False
@@ -125,8 +119,7 @@ class Teacher:
     @torch.no_grad()
     def decode(self, clean: Tensor) -> Tensor:
         """Latents -> uint8 video (B, T, Y, X, 3)."""
-        mean, std = latent_statistics(self.vae)
-        return to_bytes(self.vae.decode(clean * std + mean, return_dict=False)[0])
+        return decode(self.vae, clean)
 
 
 class Average:
@@ -239,15 +232,6 @@ def walk(
         target_B = target.expand(len(x))
         x = x + (target - sigma) * velocity(x, sigma_B, target_B, text_BLD)
     return x
-
-
-def heldout_prompts(count: int, seed: int) -> list[str]:
-    """Captions of held-out combinations."""
-    rng = random.Random(seed)
-    _, heldout = split_attributes()
-    return [
-        caption(rng.choice(heldout), wording=rng.randrange(4)) for _ in range(count)
-    ]
 
 
 def evaluate(

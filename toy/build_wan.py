@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -98,25 +99,32 @@ class Base(nn.Module):
         nn.init.zeros_(self.transformer.proj_out.weight)
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Embed prompts as WanPipeline does: padded to `TOKENS`, zero after the text."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=TOKENS,
-            truncation=True,
-            return_tensors="pt",
-        )
-
-        # The padding is zero for the transformer.
-        mask = tokens.attention_mask
-        hidden = self.text_encoder(tokens.input_ids, mask).last_hidden_state
-        return hidden * mask[..., None]
+        """Embed prompts, see `embed`."""
+        return embed(self.tokenizer, self.text_encoder, prompts)
 
     def velocity(self, x: Tensor, sigma_B: Tensor, embedding: Tensor) -> Tensor:
         """Predict eps - x_0 at noise level sigma."""
         # The transformer counts time from 0 to 1000.
         output = self.transformer(x, 1000 * sigma_B, embedding, return_dict=False)
         return output[0]
+
+
+def embed(
+    tokenizer: Any, text_encoder: UMT5EncoderModel, prompts: Sequence[str]
+) -> Tensor:
+    """Embed prompts as WanPipeline does: padded to `TOKENS`, zero after the text."""
+    tokens = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=TOKENS,
+        truncation=True,
+        return_tensors="pt",
+    )
+
+    # The padding is zero for the transformer.
+    mask = tokens.attention_mask
+    hidden = text_encoder(tokens.input_ids, mask).last_hidden_state
+    return hidden * mask[..., None]
 
 
 @torch.no_grad()
@@ -190,10 +198,24 @@ def sample(
         guided = unconditional + guidance * (conditional - unconditional)
         x = x + (after - sigma) * guided
 
+    return decode(vae, x)
+
+
+def decode(vae: AutoencoderKLWan, clean: Tensor) -> Tensor:
+    """Decode normalised latents: uint8 (B, T, Y, X, 3)."""
     # The VAE decodes latents of their natural scale.
     mean, std = latent_statistics(vae)
-    decoded = vae.decode(x * std + mean, return_dict=False)[0]
+    decoded = vae.decode(clean * std + mean, return_dict=False)[0]
     return to_bytes(decoded)
+
+
+def heldout_prompts(count: int, seed: int) -> list[str]:
+    """Captions of held-out combinations, drawn from a seed."""
+    rng = random.Random(seed)
+    _, heldout = split_attributes()
+    return [
+        caption(rng.choice(heldout), wording=rng.randrange(4)) for _ in range(count)
+    ]
 
 
 def evaluate(
@@ -203,11 +225,7 @@ def evaluate(
 
     The total and the sub-dimension scores are in [0, 1].
     """
-    rng = random.Random(seed)
-    _, heldout = split_attributes()
-    prompts = []
-    for _ in range(count):
-        prompts.append(caption(rng.choice(heldout), wording=rng.randrange(4)))
+    prompts = heldout_prompts(count, seed)
 
     # SUM over all videos, in parts that fit in memory.
     sums: Counter[str] = Counter()

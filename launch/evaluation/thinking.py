@@ -40,6 +40,23 @@ class Guarantee:
     alpha: float
     delta: float
 
+    def threshold(
+        self,
+        confidence: Sequence[float],
+        losses: Sequence[float],
+        files: Sequence[str] = (),
+    ) -> Threshold:
+        """Choose the threshold on held-out items; ``files`` are hashes of their scores."""
+        return threshold_from(
+            confidence,
+            losses,
+            method=self.method,
+            risk=self.risk,
+            alpha=self.alpha,
+            delta=self.delta,
+            sha256=files,
+        )
+
 
 @dataclass(frozen=True)
 class HeldoutPairs:
@@ -106,7 +123,7 @@ def pair_threshold(
             losses.append(harm(*margins, pairs.label_N[i]))
         else:
             losses.append(float(discordant_pairs(fast_N2[i], pairs.slow_N2[i])))
-    return _threshold(confidence, losses, promise, files)
+    return promise.threshold(confidence, losses, files)
 
 
 def group_threshold(
@@ -140,24 +157,7 @@ def group_threshold(
         losses.append(loss)
     if not losses:
         raise ValueError("no prompt has 3 videos or more, so there is no group")
-    return _threshold(confidence, losses, promise, files)
-
-
-def _threshold(
-    confidence: Sequence[float],
-    losses: Sequence[float],
-    promise: Guarantee,
-    files: Sequence[str],
-) -> Threshold:
-    return threshold_from(
-        confidence,
-        losses,
-        method=promise.method,
-        risk=promise.risk,
-        alpha=promise.alpha,
-        delta=promise.delta,
-        sha256=files,
-    )
+    return promise.threshold(confidence, losses, files)
 
 
 def thinking_from(

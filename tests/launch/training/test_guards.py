@@ -21,6 +21,7 @@ from launch.schemas.training import GrpoRun
 from launch.training.guards import HeldoutAlarm, RunGuards, Saturation
 from rm.cascade import clopper_pearson_lower
 from tests.launch.processes import ROOT, run
+from tests.launch.test_grpo import numbers
 from tests.rm.test_adaptive import GROUPS, RULE
 
 WEIGHTS = {"good": 1.0, "people": 0.0}
@@ -242,18 +243,6 @@ def test_guards_with_nothing_to_work_on_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         load(GrpoRun, "configs/shapes/grpo.yaml", words)
-
-
-def numbers(folder: Path) -> list[dict[str, float]]:
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [
-        {
-            k: v
-            for k, v in row.items()
-            if not k.startswith(("seconds", "memory", "videos_per_second"))
-        }
-        for row in rows
-    ]
 
 
 @pytest.mark.long
