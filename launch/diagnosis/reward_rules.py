@@ -162,11 +162,13 @@ def _scores(evidence: Evidence, name: str) -> Iterator[Diagnosis]:
             )
     # A score that changes by itself is noise.
     elif random > NOISY:
+        # The scores of the step are one more draw.
+        differ = max(random, alone)
         yield Diagnosis(
             "reward-random",
-            "likely" if random > VERY_NOISY else "possible",
+            "likely" if differ > VERY_NOISY else "possible",
             f"the reward {name} gives one and the same video different scores",
-            f"they differ by {random:.2g} spreads",
+            f"they differ by {differ:.2g} spreads",
             "switch dropout and sampling off in the reward, or average several scores",
         )
     # A default for what could not be scored is no score.

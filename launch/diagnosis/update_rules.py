@@ -16,7 +16,7 @@ DRIFT_TOO_SMALL = 1e-6
 # Updates that tell a size.
 FEW_UPDATES = 3
 # Share of the gradient that is the KL term's.
-KL_SHARE = 0.5
+KL_SHARE = 0.3
 # Learning rates by which an update moves a weight.
 SLOW = 0.1
 SLOWED = 0.3
@@ -196,7 +196,7 @@ def _size_of_update(evidence: Evidence) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "kl-holds",
             "likely",
-            "the KL weight holds the policy: its gradient is as large as the reward's",
+            "the KL weight holds the policy: its gradient is a large part of the whole",
             f"grpo.kl_weight={evidence.setting('grpo.kl_weight', 3e-4):g}, gradient of the KL term "
             f"is {share:.2f} of the whole within the first updates",
             "lower grpo.kl_weight, by a factor of 10 or more",

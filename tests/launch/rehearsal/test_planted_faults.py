@@ -96,9 +96,9 @@ FAULTS = [
     ),
     PlantedFault(
         "transformer: fp32 latents for bf16 weights",
-        "generator/wan.py",
-        "hidden_states=x_BCFHW.to(self.device, dtype)",
-        "hidden_states=x_BCFHW.to(self.device)",
+        "generator/denoiser.py",
+        "hidden = x_BCFHW.to(self.device, expert.dtype)",
+        "hidden = x_BCFHW.to(self.device)",
         (*GRPO, "generator.dtype=bfloat16"),
     ),
     PlantedFault(
