@@ -32,6 +32,9 @@ class PlannedRecipe(NamedTuple):
 # A smaller video.
 SMALL = "../sizes/240x416x33.yaml"
 SISTERS = "../sisters/"
+# 14B need two ranks to a sample, and two experts a server for the reward.
+SHARED = "generator.context_parallel=2"
+SERVED = (SHARED, "rewards.descore.url=http://HOST:8000")
 VLLM = ("dual_rl.engine=vllm", "vllm.python=ENVIRONMENT/bin/python")
 # "the same" marks a variant of the recipe above it.
 RECIPES = (
@@ -57,6 +60,35 @@ RECIPES = (
     ),
     PlannedRecipe(
         "the same, MixGRPO", GrpoRun, ("grpo.yaml", SISTERS + "mixgrpo.yaml")
+    ),
+    PlannedRecipe(
+        "the same, DiffusionNFT", GrpoRun, ("grpo.yaml", SISTERS + "diffusion_nft.yaml")
+    ),
+    PlannedRecipe("the same, AWM", GrpoRun, ("grpo.yaml", SISTERS + "awm.yaml")),
+    PlannedRecipe("the same, AnyFlow", GrpoRun, ("grpo.yaml", "models/anyflow.yaml")),
+    PlannedRecipe(
+        "the same, Wan 2.2 TI2V-5B", GrpoRun, ("grpo.yaml", "models/ti2v_5b.yaml")
+    ),
+    PlannedRecipe(
+        "the same, Wan 2.1 T2V-14B",
+        GrpoRun,
+        ("grpo.yaml", "models/t2v_14b.yaml"),
+        (SHARED,),
+    ),
+    PlannedRecipe(
+        "the same, Wan 2.1 I2V-14B", GrpoRun, ("grpo.yaml", "models/i2v_14b.yaml")
+    ),
+    PlannedRecipe(
+        "the same, Wan 2.2 T2V-A14B",
+        GrpoRun,
+        ("grpo.yaml", "models/t2v_a14b.yaml"),
+        SERVED,
+    ),
+    PlannedRecipe(
+        "the same, Wan 2.2 I2V-A14B",
+        GrpoRun,
+        ("grpo.yaml", "models/i2v_a14b.yaml"),
+        SERVED,
     ),
     PlannedRecipe("pairs, one prompt", PairsRun, ("pairs.yaml",)),
     PlannedRecipe("Flow-DPO", DpoRun, ("dpo.yaml",)),

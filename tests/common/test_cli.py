@@ -45,9 +45,10 @@ def test_parser_shows_the_first_line_and_the_first_indented_lines() -> None:
     ("words", "said"),
     [
         (["generator.height=33"], "height must be a multiple of 8, got 33, try 32"),
-        (
+        pytest.param(
             ["deepspeed.gradient_accumulation_steps=7"],
             "deepspeed.gradient_accumulation_steps follows from the batch",
+            marks=pytest.mark.long,
         ),
         (["--resume", "nope"], "--resume nope: there is no such folder"),
         (

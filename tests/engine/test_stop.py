@@ -233,7 +233,7 @@ def test_second_signal_ends_the_ranks_and_names_the_loss(started) -> None:
     "number",
     [
         pytest.param(signal.SIGINT, marks=pytest.mark.long),
-        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
         pytest.param(signal.SIGHUP, marks=pytest.mark.long),
     ],
 )

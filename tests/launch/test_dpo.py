@@ -236,7 +236,7 @@ def test_refresh_replaces_pairs_and_resumes_equal(dpo_config: Path) -> None:
     assert numbers(folder) == want
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_wrong_dpo_config_exits_2_without_traceback(dpo_config: Path) -> None:
     words = [sys.executable, SCRIPT, "--config", str(dpo_config)]
     for overrides, message in (

@@ -127,7 +127,7 @@ def test_out_of_memory_with_one_item_ends_the_run(tiny: Path) -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_readme_reward_trains_a_wan(tiny: Path, tmp_path: Path) -> None:
     """The README's own reward, from its code block, through the real entry point."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

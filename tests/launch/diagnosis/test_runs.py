@@ -124,7 +124,7 @@ def test_sound_run_is_not_accused(name: str, tmp_path: Path, trainer: Trainer) -
     assert [diagnosis for diagnosis in found if diagnosis.accuses] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_measured_run_has_the_metrics_of_one_that_is_not(
     tmp_path: Path, trainer: Trainer
 ) -> None:
