@@ -352,7 +352,7 @@ class MetaWan:
         def error() -> Tensor:
             sigma_B = torch.full((videos,), 0.5)
             return self.generator.flow_error(
-                x_BCFHW, x_BCFHW, sigma_B, [PROMPT] * videos
+                x_BCFHW, x_BCFHW, sigma_B, [self.prompt] * videos
             )
 
         with self._given_prompts():
