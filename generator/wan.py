@@ -53,6 +53,7 @@ from generator.sampler import (
     velocity_calls,
 )
 from generator.schedule import sigma_grid, stochastic_steps, tail_grid
+from generator.scoring_decoder import ScoringDecoder
 from generator.wan_folder import find_wan
 
 if TYPE_CHECKING:
@@ -119,6 +120,8 @@ class WanGenerator:
             cfg, self.family, Expert(module, transformer), frozen, device
         )
         self.latent_shape: tuple[int, ...] = ()
+        # What decodes for rewards in training, where it is not the VAE.
+        self.scoring_decoder: ScoringDecoder | None = None
         # Without a VAE no video size is known: it is for training on stored latents.
         if pipeline.vae is not None:
             self.codec = LatentCodec(pipeline.vae, batch=cfg.decode_batch)
@@ -222,7 +225,15 @@ class WanGenerator:
         for model in all_loaded[1:]:
             waiting = Waiting(model, device) if cfg.experts.offload else None
             frozen = Expert(model, model, waiting)
-        return cls(cfg, pipeline, module.eval(), device, family=family, frozen=frozen)
+        generator = cls(
+            cfg, pipeline, module.eval(), device, family=family, frozen=frozen
+        )
+
+        # 5. The small decoder, whose sizes are compared with the VAE's.
+        if cfg.scoring_decoder is not None and not transformer_only:
+            small = ScoringDecoder.load(cfg, generator.codec, device)
+            generator.scoring_decoder = small
+        return generator
 
     # ---- sampling, without gradient ----
 
@@ -339,6 +350,15 @@ class WanGenerator:
         With an fp32 VAE it is WanPipeline's byte for byte.
         """
         return self.codec.decode(clean_BCFHW.to(self.device))
+
+    def decode_to_score(self, clean_BCFHW: Tensor) -> Tensor:
+        """What rewards see in training: `decode`, or the small decoder in its place.
+
+        The shapes and values are those of `decode`: uint8 (B, T, Y, X, 3) on the CPU.
+        """
+        if self.scoring_decoder is None:
+            return self.decode(clean_BCFHW)
+        return self.scoring_decoder.decode(clean_BCFHW.to(self.device))
 
     def encode(self, video_BTYXC: Tensor) -> Tensor:
         """Encode uint8 video to normalised latents (B, C, F, H, W) fp32, the posterior mean."""

@@ -159,6 +159,12 @@ def check_family(
     # A generator of another class has its own limits.
     if run.generator.target is not None:
         return
+    # Before weights are read.
+    small = run.generator.scoring_decoder
+    if small is not None and not (Path(small) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"generator.scoring_decoder={small} is no model folder: it lacks config.json"
+        )
     family = Family.of(find_wan(run.generator.path))
     check_training(run.generator, family, zero_stage=run.zero_stage)
     if family.boundary is not None and objective != "policy":

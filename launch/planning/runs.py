@@ -414,6 +414,13 @@ def _add_decoding(
 ) -> None:
     """Add the VAE, and with ``text_encoder`` that of the prompts."""
     plan.add("VAE: weights", sizes_of(wan.vae).bytes)
+    if wan.small_decoder is not None:
+        plan.add("scoring decoder: weights", sizes_of(wan.small_decoder).bytes)
+        if not Path(wan.cfg.scoring_decoder).is_dir():
+            plan.assumed.append(
+                f"generator.scoring_decoder: {wan.cfg.scoring_decoder} is no folder, planned with "
+                "the sizes of TAESD"
+            )
     if text_encoder:
         plan.add("text encoder: weights", sizes_of(wan.text_encoder).bytes)
         if wan.family.image == "channels+clip":
