@@ -75,24 +75,30 @@ class ScoringDecoder:
     @torch.no_grad()
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
         """Normalised latents (B, C, F, H, W) -> uint8 (B, s (F - 1) + 1, Y, X, 3) on the CPU."""
-        return self.portions.over(self._decode_part, clean_BCFHW.float())
 
-    def _decode_part(self, part_BCFHW: Tensor) -> Tensor:
+        def decode_part(part_BCFHW: Tensor) -> Tensor:
+            pixels_BCTYX = self.pixels(part_BCFHW)
+            progress.tick()
+            return to_bytes(pixels_BCTYX)
+
+        return self.portions.over(decode_part, clean_BCFHW.float())
+
+    def pixels(self, clean_BCFHW: Tensor) -> Tensor:
+        """Pixels (B, 3, T, Y, X), in -1..1 but for overshoots, fp32; with gradient if enabled."""
         # 1. Every latent frame with those before it, as images.
         config = self.model.config
-        beside_BCFHW = with_frames_before(part_BCFHW, self.window)
+        beside_BCFHW = with_frames_before(clean_BCFHW, self.window)
         images = beside_BCFHW.transpose(1, 2).flatten(0, 1)
         images = images / config.scaling_factor + config.shift_factor
 
         # 2. Each image gives the frames of its latent frame.
         decoded = self.model.decode(images.to(self.model.dtype), return_dict=False)[0]
-        progress.tick()
         video = decoded.float().unflatten(1, (self.temporal, COLOURS))
-        video = video.unflatten(0, (len(part_BCFHW), -1)).flatten(1, 2)
+        video = video.unflatten(0, (len(clean_BCFHW), -1)).flatten(1, 2)
 
         # 3. The first latent frame stands for one frame.
         video_BTCYX = video[:, self.temporal - 1 :]
-        return to_bytes(video_BTCYX.transpose(1, 2))
+        return video_BTCYX.transpose(1, 2)
 
 
 def with_frames_before(x_BCFHW: Tensor, window: int) -> Tensor:
