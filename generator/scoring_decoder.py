@@ -20,6 +20,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from common import progress
+from common.files import read_json
 from common.memory import AdaptiveBatcher
 from common.strict_loading import load_pretrained
 from generator.latents import store_channels_last, to_bytes
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 KEY = "generator.scoring_decoder"
 # Bytes are red, green and blue.
 COLOURS = 3
+# Statistics of every channel, which only `AutoencoderKLWan` reads.
+_OF_THE_VAE = ("latents_mean", "latents_std")
 
 
 class ScoringDecoder:
@@ -60,8 +63,13 @@ class ScoringDecoder:
     def load(
         cls, cfg: GeneratorConfig, codec: LatentCodec, device: torch.device
     ) -> ScoringDecoder:
-        """Read cfg.scoring_decoder, every weight of it, in the VAE's dtype."""
+        """Read cfg.scoring_decoder, every weight of it, in the VAE's dtype.
+
+        Raises ValueError or FileNotFoundError, naming the folder and the tensor or the key, for
+        what `load_pretrained` refuses, another video shape, and another scaling of latents.
+        """
         folder = Path(cfg.scoring_decoder)
+        check_scaling(folder)
         model = load_pretrained(
             AutoencoderTiny,
             folder,
@@ -112,6 +120,27 @@ def with_frames_before(x_BCFHW: Tensor, window: int) -> Tensor:
         places = torch.arange(frames, device=x_BCFHW.device) - back
         shifted.append(x_BCFHW[:, :, places.clamp(min=0)])
     return torch.cat(shifted, dim=1)
+
+
+def check_scaling(folder: Path) -> None:
+    """Raise ValueError where config.json scales latents as a class of other latents does.
+
+    The class reads one number of each kind, and passes over what it does not know.
+    """
+    file = folder / "config.json"
+    # a folder without it is refused by who reads the weights
+    config = read_json(file) if file.is_file() else {}
+    for key in _OF_THE_VAE:
+        if config.get(key) is not None:
+            raise ValueError(
+                f"{file} has {key}, which is of the VAE and is not applied: a scoring decoder "
+                "takes normalised latents; leave the key out, or train it on those"
+            )
+    for key in ("scaling_factor", "shift_factor"):
+        value = config.get(key, 1.0)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or (key == "scaling_factor" and value <= 0):
+            raise ValueError(f"{file} has {key}={value!r}, want a number to scale by")
 
 
 def check_fits(model: AutoencoderTiny, codec: LatentCodec, source: str | Path) -> None:
