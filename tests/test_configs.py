@@ -52,6 +52,19 @@ LAYERS = {*SISTERS, *MIXES, *SIZES, *GPUS, *MODELS}
 FILES = sorted(set(ROOT.rglob("*.yaml")) - LAYERS)
 
 
+@pytest.mark.parametrize("layer", [*SISTERS, *MIXES], ids=lambda path: path.stem)
+def test_run_of_a_layer_is_beside_the_run_of_its_recipe(layer: Path) -> None:
+    """Over the tiny recipe no run is written among those of full size."""
+    with_descore = layer in MIXES
+    tiny = ROOT / "shapes" / ("grpo.yaml" if with_descore else "grpo_oracle.yaml")
+    below = load(GrpoRun, tiny).run_dir
+    assert load(GrpoRun, [tiny, layer]).run_dir == f"{below}_{layer.stem}"
+    wan = load(GrpoRun, [ROOT / "wan" / "grpo.yaml", layer])
+    assert wan.run_dir == f"runs/wan/grpo_{layer.stem}"
+    own = load(GrpoRun, [tiny, layer], ["run_dir=mine"])
+    assert own.run_dir == "mine"
+
+
 @pytest.mark.parametrize(
     "path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
