@@ -144,7 +144,7 @@ def test_related_algorithm_config_fits_every_recipe(path: Path, recipe: str) -> 
         [] if recipe == "wan" else ["generator.sampler.num_steps=26"]
     )  # the tiny Wan's eight are fewer than some need
     run = load(GrpoRun, [ROOT / recipe / "grpo.yaml", path], own)
-    assert run.run_dir == f"runs/wan/{path.stem}"
+    assert run.run_dir == f"runs/{recipe}/grpo_{path.stem}"
     plain = load(GrpoRun, ROOT / recipe / "grpo.yaml")
     assert run.rewards == plain.rewards  # what the recipe says and the sister does not
     assert run.generator.sampler != plain.generator.sampler
