@@ -258,7 +258,8 @@ def generator_task(
     # A generator of another class than Wan is none of the recipe's.
     if run.generator.target is not None:
         use += f" generator.target={run.generator.target}"
-        use += f" generator.path={run.generator.path}"
+        for key in ("path", "num_frames", "height", "width"):
+            use += f" generator.{key}={getattr(run.generator, key)}"
     use += f" adapter={run.run_dir}/final out={run.run_dir}/videos"
     # Only GRPO evaluates on prompts.
     evaluation = getattr(run, "evaluation", None)
