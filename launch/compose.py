@@ -238,8 +238,9 @@ def generator_task(
     options  are the other fields of `TrainingTask`
     """
     from engine.export import export, write_trained
-    from engine.trainer import TrainingTask
+    from engine.trainer import TrainingTask, do_nothing
     from generator.counter import ForwardCounter
+    from launch.next_recipe import next_recipe
     from launch.planning.first_estimate import expect_step
 
     generator = loop.generator
@@ -254,9 +255,24 @@ def generator_task(
         if old is not None:
             old.save(folder)
 
-    if old is not None:
-        options["restore"] = old.load
-    use = f"launch/sample.py or launch/evaluate.py with adapter={run.run_dir}/final"
+    restore_more = options.pop("restore", do_nothing)
+
+    def restore(folder: Path) -> None:
+        restore_more(folder)
+        if old is not None:
+            old.load(folder)
+
+    use = f"python launch/sample.py --config {next_recipe('sample')}"
+    # A generator of another class than Wan is none of the recipe's.
+    if run.generator.target is not None:
+        use += f" generator.target={run.generator.target}"
+        for key in ("path", "num_frames", "height", "width"):
+            use += f" generator.{key}={getattr(run.generator, key)}"
+    use += f" adapter={run.run_dir}/final out={run.run_dir}/videos"
+    # Only GRPO evaluates on prompts.
+    evaluation = getattr(run, "evaluation", None)
+    if evaluation is not None:
+        use += f" prompts={evaluation.prompts}"
     return TrainingTask(
         engine=loop.engine,
         next_command=f"{report}, then {use}",
@@ -264,5 +280,6 @@ def generator_task(
         ema=ema,
         take_forwards=counter.take,
         write_extra=write_extra,
+        restore=restore,
         **options,
     )
