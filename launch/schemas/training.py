@@ -179,7 +179,7 @@ class GrpoRun(TrainingRun):
             if sampler.stochastic == "none":
                 raise ValueError(
                     "generator.sampler.stochastic=none has no density for "
-                    "grpo.objective=policy: use nft or awm, or another sampler.stochastic"
+                    "grpo.objective=policy: use nft, awm or dgpo, or another sampler.stochastic"
                 )
             return
         if sampler.stochastic != "none":

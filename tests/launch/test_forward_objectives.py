@@ -29,6 +29,7 @@ NFT = (
     "grpo.objective=nft",
     "grpo.advantage_clip=5",
 )
+DGPO = ("grpo.objective=dgpo", "grpo.forward.micro_batch=8")
 SHAPES = ROOT / "configs" / "shapes" / "grpo_oracle.yaml"
 
 
@@ -97,6 +98,9 @@ def test_trained_levels_are_those_of_the_rollouts_grid() -> None:
         (["generator.sampler.tail_steps=4", "A"], 56),
         (["generator.sampler.tail_steps=4", "grpo.forward.timesteps_per_sample=2", "A", "old"], 96),
         (["grpo.forward.timesteps_per_sample=7", "old"], 344),
+        # l = 1 without a KL term as well: 8 [4 + 2 (3 + 1)]
+        (["generator.sampler.tail_steps=4", "grpo.forward.timesteps_per_sample=2", *DGPO, "A"], 96),
+        (["generator.sampler.tail_steps=4", "grpo.forward.timesteps_per_sample=2", *DGPO], 96),
     ],
 )  # fmt: skip
 def test_forwards_of_a_group_by_hand(words: list[str], forwards: int) -> None:
