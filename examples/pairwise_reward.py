@@ -12,6 +12,8 @@ A win rate is bounded, and small where a group is nearly equal. With more than o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -29,26 +31,46 @@ class WinRate:
     def __init__(self, margin: float = 0.0) -> None:
         self.margin = margin
 
-    def score(self, video_BTYXC: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(
+        self,
+        video_BTYXC: Tensor,
+        prompts: Sequence[str],
+    ) -> Tensor:
         """Return B win rates; a video that cannot be compared with any other is NaN."""
-        count = len(video_BTYXC)
-        result_BB = torch.full((count, count), torch.nan)
-        for i in range(count):
-            for j in range(i):
-                # in both orders: a judge may prefer whatever it sees first
-                first = self.prefers(video_BTYXC[i], video_BTYXC[j], prompts[i])
-                second = self.prefers(video_BTYXC[j], video_BTYXC[i], prompts[i])
-                result_BB[i, j] = (first + 1 - second) / 2
-                result_BB[j, i] = 1 - result_BB[i, j]
-        # without the comparison with itself
-        return result_BB.nanmean(1)
+        videos = list(video_BTYXC)
+        rates = []
+        for i, video in enumerate(videos):
+            # against every video but itself
+            others = videos[:i] + videos[i + 1 :]
+            results = [self.result(video, other, prompts[i]) for other in others]
+            rates.append(mean(results) if results else nan)
+        return torch.tensor(rates)
 
-    def prefers(self, first_TYXC: Tensor, second_TYXC: Tensor, prompt: str) -> float:
+    def result(
+        self,
+        video_TYXC: Tensor,
+        other_TYXC: Tensor,
+        prompt: str,
+    ) -> float:
+        """The mean of both orders: a judge may prefer whatever it sees first."""
+        as_first = self.prefers(video_TYXC, other_TYXC, prompt)
+        as_second = 1 - self.prefers(other_TYXC, video_TYXC, prompt)
+        return (as_first + as_second) / 2
+
+    def prefers(
+        self,
+        first_TYXC: Tensor,
+        second_TYXC: Tensor,
+        prompt: str,
+    ) -> float:
         """The judge: 1 if the first video is better, 0 if the second, 1/2 for a tie.
 
         This one takes the brighter video and does not read the prompt.
         """
-        lead = first_TYXC.float().mean() - second_TYXC.float().mean()
-        if lead.abs() <= 255 * self.margin:
+        first = first_TYXC.float().mean()
+        second = second_TYXC.float().mean()
+        lead = (first - second) / 255
+        if lead.abs() <= self.margin:
             return 0.5
+        # brighter is better
         return float(lead > 0)
