@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -229,7 +230,7 @@ class DpoLoop:
         """Compute each pair's loss by the run's method, with grad."""
         if self.cfg.method == "dpo":
             return self.dpo_terms(batch, draw)
-        with self.generator.given_prompts(batch.embeddings):
+        with self.given(batch):
             # supervised fine-tuning: the flow error of the chosen videos
             if self.cfg.method == "sft":
                 error_N = self.generator.flow_error(
@@ -246,7 +247,7 @@ class DpoLoop:
 
     def dpo_terms(self, batch: PairBatch, draw: NoiseDraw) -> DpoTerms:
         """Compute each pair's DPO loss, plus ``sft_weight`` times the chosen video's error."""
-        with self.generator.given_prompts(batch.embeddings):
+        with self.given(batch):
             # the policy with grad, then the frozen reference
             policy = self.errors(batch, draw)
             with torch.no_grad(), self.generator.reference():
@@ -263,6 +264,12 @@ class DpoLoop:
             extra_N = self.cfg.sft_weight * policy.chosen_N
             terms = terms._replace(loss_N=terms.loss_N + extra_N)
         return terms
+
+    def given(self, batch: PairBatch) -> AbstractContextManager[None]:
+        """Inside, the generator uses the stored embeddings and images of these pairs."""
+        if batch.images:
+            return self.generator.given_prompts(batch.embeddings, batch.images)
+        return self.generator.given_prompts(batch.embeddings)
 
     def errors(self, batch: PairBatch, draw: NoiseDraw) -> FlowErrors:
         """Compute the flow errors of both videos of each pair in one forward."""

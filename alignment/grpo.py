@@ -42,8 +42,10 @@ class StepResult:
 
     Of ranks that hold the same samples, each has the groups that it decoded and scored.
 
-    video_BTYXC  The videos of the first groups that were to be kept; None if none were.
+    video_BTYXC  The videos that rewards saw, of the first groups that were to be kept; None if
+                 none were.
     groups       The rollouts of this rank, if they were to be kept.
+    shown_BTYXC  The videos to show, where rewards saw those of a small decoder; else None.
     """
 
     metrics: dict[str, float]
@@ -52,6 +54,7 @@ class StepResult:
     scores: Mapping[str, Score]
     advantage_PM: Tensor
     groups: Sequence[Group] = ()
+    shown_BTYXC: Tensor | None = None
 
 
 def backwards_per_update(
@@ -123,12 +126,18 @@ class GrpoLoop:
         self.flat_guard = FlatRewardGuard(weights, patience=cfg.flat_reward_patience)
 
     def step(
-        self, step: int, *, keep_groups: int = 0, keep_rollouts: bool = False
+        self,
+        step: int,
+        *,
+        keep_groups: int = 0,
+        show_groups: int = 0,
+        keep_rollouts: bool = False,
     ) -> StepResult:
         """One optimizer step: sample groups, score them, normalise the rewards, update.
 
         ``step`` counts from 0. Frames are let go once they are scored, except those of the first
         ``keep_groups`` groups of this rank; latents and log-probs are, without ``keep_rollouts``.
+        The first ``show_groups`` are decoded by the VAE too, where rewards have another decoder.
         Raises RewardUnavailableError on every rank, before anything is trained, when a reward
         fails on any rank, and by `SilentRewardGuard` and `FlatRewardGuard`.
         """
@@ -147,8 +156,13 @@ class GrpoLoop:
         with scorer:
             # 1. Sample G videos per prompt from the current policy, or the objective's old one.
             with self.objective.sampling_policy():
-                groups, video_BTYXC = self.sample(
-                    batch, step, scorer, timer, keep_groups=keep_groups
+                groups, video_BTYXC, shown_BTYXC = self.sample(
+                    batch,
+                    step,
+                    scorer,
+                    timer,
+                    keep_groups=keep_groups,
+                    show_groups=show_groups if self.has_scoring_decoder else 0,
                 )
 
             # 2. Score every video with every reward; NaN means "could not be scored".
@@ -179,6 +193,7 @@ class GrpoLoop:
             scores,
             advantages.advantage_PM[list(scored)],
             groups if keep_rollouts else (),
+            shown_BTYXC,
         )
 
     def set_kl_weight(self, weight: float) -> None:
@@ -198,13 +213,16 @@ class GrpoLoop:
         timer: PhaseTimer,
         *,
         keep_groups: int,
-    ) -> tuple[list[Group], Tensor | None]:
+        show_groups: int = 0,
+    ) -> tuple[list[Group], Tensor | None, Tensor | None]:
         """Sample this rank's members of every group; decode and hand on those that it scores.
 
-        Returns the groups, and the videos (B, T, Y, X, 3) of the first ``keep_groups`` scored.
+        Returns the groups, the videos (B, T, Y, X, 3) of the first ``keep_groups`` scored, and
+        those of the first ``show_groups`` by the VAE.
         """
         groups: list[Group] = []
         kept: list[Tensor] = []
+        shown: list[Tensor] = []
         # an overlapping scorer works on each prompt's group while the next is sampled
         parts = batch.single_prompts() if self.cfg.overlap_scoring else [batch]
         for part in parts:
@@ -224,13 +242,32 @@ class GrpoLoop:
                     # another rank of the same samples scores it
                     continue
                 with timer("decode"):
-                    video_GTYXC = self.generator.decode(group.clean_GCFHW)
+                    video_GTYXC = self.decode_to_score(group.clean_GCFHW)
                 if len(kept) < keep_groups:
                     kept.append(video_GTYXC)
+                if len(shown) < show_groups:
+                    # a second time, by the VAE
+                    shown.append(self.generator.decode(group.clean_GCFHW))
                 scorer.add(video_GTYXC, _prompts_of([group]))
                 # not held while the next group is decoded
                 del video_GTYXC
-        return groups, torch.cat(kept) if kept else None
+        return groups, _joined(kept), _joined(shown)
+
+    @property
+    def has_scoring_decoder(self) -> bool:
+        """Whether rewards see frames of another decoder than evaluation and samples."""
+        return getattr(self.generator, "scoring_decoder", None) is not None
+
+    def decode_to_score(self, clean_GCFHW: Tensor) -> Tensor:
+        """The video (G, T, Y, X, 3) that rewards see; a generator may have a decoder for them."""
+        if self.has_scoring_decoder:
+            return self.generator.decode_to_score(clean_GCFHW)
+        return self.generator.decode(clean_GCFHW)
+
+
+def _joined(videos: Sequence[Tensor]) -> Tensor | None:
+    """All videos together; None where there are none."""
+    return torch.cat(list(videos)) if videos else None
 
 
 def _prompts_of(groups: Sequence[Group]) -> list[str]:

@@ -3,8 +3,9 @@
 manifest.json              latent shape, shards with size and SHA-256, what the pairs were made
                            of; written last
 index.jsonl                a line per pair: its prompt, its place, and the values of its videos
-shards/00000.safetensors   chosen (n, C, F, H, W), rejected (n, C, F, H, W), and prompt.i (L, D)
-                           for each different prompt
+shards/00000.safetensors   chosen (n, C, F, H, W), rejected (n, C, F, H, W), prompt.i (L, D) for
+                           each different text, and image.i.NAME for each different image, what
+                           the generator is told of it
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +29,7 @@ from common.files import (
     sha256,
 )
 from common.schema import config
+from common.types import ImagePrompt, Prompt, text_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +69,8 @@ class PairRow:
     chosen_value, rejected_value  The normalised values of its videos; null where people only
                     said which video is better.
     source          The seeds or files of its videos, for people.
+    image, condition  The file of the image that its videos begin with, which is not read again,
+                    and the number i of its image.i.NAME; absent for a text alone.
     """
 
     prompt: str
@@ -76,29 +80,64 @@ class PairRow:
     chosen_value: float | None = None
     rejected_value: float | None = None
     source: str = ""
+    image: str | None = None
+    condition: int | None = None
+
+    @property
+    def whole_prompt(self) -> Prompt:
+        """The text, with its image if there is one."""
+        if self.image is None:
+            return self.prompt
+        return ImagePrompt(self.prompt, self.image)
+
+    def as_json(self) -> dict[str, Any]:
+        """The line of the index; a text alone says nothing of images."""
+        line = asdict(self)
+        if self.image is None:
+            del line["image"], line["condition"]
+        return line
 
 
 @dataclass(frozen=True)
 class LatentPair:
-    """A pair in memory: clean normalised latents, and the prompt's embedding without padding."""
+    """A pair in memory: clean normalised latents, and the prompt's embedding without padding.
 
-    prompt: str
+    condition  What the generator is told of the prompt's image, by name; empty for a text.
+    """
+
+    prompt: Prompt
     chosen_CFHW: Tensor
     rejected_CFHW: Tensor
     embedding_LD: Tensor
     chosen_value: float | None = None
     rejected_value: float | None = None
     source: str = ""
+    condition: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The prompt without its image."""
+        return text_of(self.prompt)
+
+    @property
+    def image(self) -> str | None:
+        """The file of the prompt's image."""
+        return self.prompt.image if isinstance(self.prompt, ImagePrompt) else None
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs as `PairSet.read` returns them: latents in fp32, (N, C, F, H, W)."""
+    """Pairs as `PairSet.read` returns them: latents in fp32, (N, C, F, H, W).
 
-    prompts: tuple[str, ...]
+    embeddings  {text: (L, D)}
+    images      {file: what the generator is told of it}; empty for texts alone
+    """
+
+    prompts: tuple[Prompt, ...]
     chosen_NCFHW: Tensor
     rejected_NCFHW: Tensor
     embeddings: Mapping[str, Tensor]
+    images: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 def write_pairs(
@@ -126,16 +165,19 @@ def write_pairs(
     shape: tuple[int, ...] = ()
     for number, shard in enumerate(_in_shards(pairs, per_shard)):
         shape = tuple(shard[0].chosen_CFHW.shape)
-        # each different prompt's embedding is stored once in a shard
-        prompts = list(dict.fromkeys(pair.prompt for pair in shard))
+        # each different text and image is stored once in a shard
+        texts = list(dict.fromkeys(pair.text for pair in shard))
+        images = list(dict.fromkeys(pair.image for pair in shard if pair.image))
         name = f"{SHARDS}/{number:05d}.safetensors"
-        files[name] = _write_shard(folder / name, shard, prompts, dtype)
+        files[name] = _write_shard(folder / name, shard, texts, images, dtype)
         for i, pair in enumerate(shard):
             row = PairRow(
-                prompt=pair.prompt,
+                prompt=pair.text,
                 shard=number,
                 row=i,
-                embedding=prompts.index(pair.prompt),
+                embedding=texts.index(pair.text),
+                image=pair.image,
+                condition=images.index(pair.image) if pair.image else None,
                 chosen_value=pair.chosen_value,
                 rejected_value=pair.rejected_value,
                 source=pair.source,
@@ -145,7 +187,8 @@ def write_pairs(
     # the index, then the manifest, which makes the set complete
     lines = []
     for row in rows:
-        lines.append(json.dumps(asdict(row), ensure_ascii=False, allow_nan=False))
+        line = row.as_json()
+        lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False))
     replace_text(folder / INDEX, "".join(line + "\n" for line in lines))
     manifest = {
         "version": VERSION,
@@ -194,6 +237,7 @@ class PairSet:
         chosen = []
         rejected = []
         embeddings = {}
+        images = {}
         for i in indices:
             row = self.rows[i]
             path = self.folder / SHARDS / f"{row.shard:05d}.safetensors"
@@ -204,8 +248,12 @@ class PairSet:
                 rejected.append(file.get_slice("rejected")[place].float())
                 if row.prompt not in embeddings:
                     embeddings[row.prompt] = file.get_tensor(f"prompt.{row.embedding}")
-        prompts = tuple(self.rows[i].prompt for i in indices)
-        return PairBatch(prompts, torch.cat(chosen), torch.cat(rejected), embeddings)
+                if row.image is not None and row.image not in images:
+                    images[row.image] = _under(file, f"image.{row.condition}.")
+        prompts = tuple(self.rows[i].whole_prompt for i in indices)
+        return PairBatch(
+            prompts, torch.cat(chosen), torch.cat(rejected), embeddings, images
+        )
 
     def values(self) -> Tensor:
         """Return the values of the chosen and the rejected videos, (N, 2) fp64. NaN is unknown."""
@@ -265,10 +313,25 @@ def _in_shards(pairs: Iterator[LatentPair], size: int) -> Iterator[list[LatentPa
         yield shard
 
 
+def _under(file: Any, prefix: str) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file whose names begin with a prefix, without it."""
+    found = {}
+    # a safetensors file is no mapping
+    names = file.keys()
+    for name in names:
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = file.get_tensor(name)
+    return found
+
+
 def _write_shard(
-    path: Path, pairs: Sequence[LatentPair], prompts: Sequence[str], dtype: torch.dtype
+    path: Path,
+    pairs: Sequence[LatentPair],
+    texts: Sequence[str],
+    images: Sequence[str],
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Write the latents of these pairs and their prompts' embeddings; return size and SHA-256."""
+    """Write latents, embeddings and conditions of these pairs; return size and SHA-256."""
     from safetensors.torch import save_file
 
     tensors = {
@@ -276,7 +339,9 @@ def _write_shard(
         "rejected": torch.stack([pair.rejected_CFHW for pair in pairs]).to(dtype),
     }
     for pair in pairs:
-        tensors[f"prompt.{prompts.index(pair.prompt)}"] = pair.embedding_LD
+        tensors[f"prompt.{texts.index(pair.text)}"] = pair.embedding_LD
+        for name, tensor in pair.condition.items():
+            tensors[f"image.{images.index(pair.image)}.{name}"] = tensor
     # a safetensors file holds no tensors that share memory, hence the copies
     for name, tensor in tensors.items():
         tensors[name] = tensor.cpu().clone().contiguous()

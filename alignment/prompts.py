@@ -22,8 +22,8 @@ def read_prompts(path: str | Path) -> list[str]:
     for prompt in read_image_prompts(path):
         if isinstance(prompt, ImagePrompt):
             raise ValueError(
-                f'{path}: "image" is read by launch/grpo.py and launch/sample.py only, and a '
-                f"prompt has one: {prompt.text!r:.80}"
+                f"{path}: this command takes texts alone, and a prompt has an image: "
+                f"{prompt.text!r:.80}"
             )
         prompts.append(prompt)
     return prompts
@@ -48,6 +48,15 @@ def read_image_prompts(path: str | Path) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{path}: holds no prompts")
     return prompts
+
+
+def image_files(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Name the images of the prompts, whose content decides the videos."""
+    files = {}
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, ImagePrompt):
+            files[f"image of prompt {i}"] = prompt.image
+    return files
 
 
 def describe_shared_prompts(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> str:

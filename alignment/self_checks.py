@@ -34,6 +34,8 @@ REPLAY_LIMIT = {"float32": 1e-4, "bfloat16": 1e-3}
 STOCK_LIMIT = {"float32": 1e-5, "bfloat16": 5e-2}
 # Relative difference of a gradient, by the dtype of what is exchanged.
 SHARED_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}
+# Rank correlation of a reward's scores of videos by two decoders.
+DECODERS_LIMIT = 0.8
 # In units of the scores' spread: kernels may round differently by place in a batch.
 PERMUTATION_LIMIT = 1e-3
 
@@ -177,6 +179,55 @@ def permutation(
         # a smaller change may be a chain of thought that went another way on another kernel
         fatal=worst > spread,
     )
+
+
+def decoders_agree(
+    reward: RewardModel,
+    small_BTYXC: Tensor,
+    whole_BTYXC: Tensor,
+    prompts: Sequence[str],
+    *,
+    fps: float,
+) -> Finding:
+    """Check that videos of a small decoder are ordered as those of the VAE, by this reward.
+
+    By Spearman's rank correlation of the finite scores. A failure is only a warning: few videos
+    prove little, and a reward that takes few values has none.
+    """
+    small_B = reward.score(small_BTYXC, prompts, fps=fps).value_B
+    whole_B = reward.score(whole_BTYXC, prompts, fps=fps).value_B
+    scored_B = small_B.isfinite() & whole_B.isfinite()
+    small = small_B[scored_B].double()
+    whole = whole_B[scored_B].double()
+    correlation = rank_correlation(small, whole)
+    levels = (small_BTYXC.float() - whole_BTYXC.float()).abs().mean()
+
+    fact = f"undefined on {len(small)} videos"
+    if correlation is not None:
+        fact = f"{correlation:.3f} on {len(small)} videos"
+    return Finding(
+        name=f"scoring decoder, {reward.name}",
+        ok=correlation is None or correlation >= DECODERS_LIMIT,
+        fact=f"rank correlation of its scores with those of the VAE's videos is {fact}, and "
+        f"pixels differ by {float(levels):.1f} of 255; allowed {DECODERS_LIMIT:g}",
+        advice="the run would train on another order: use a better generator.scoring_decoder, or "
+        "check the scaling of its latents",
+        fatal=False,
+    )
+
+
+def rank_correlation(one_B: Tensor, other_B: Tensor) -> float | None:
+    """Spearman's rank correlation, ties at their MEAN rank; None where a side is constant."""
+    ranks = []
+    for value_B in (one_B, other_B):
+        below_BB = value_B[:, None] > value_B
+        same_BB = value_B[:, None] == value_B
+        rank_B = below_BB.sum(dim=1) + 0.5 * same_BB.sum(dim=1)
+        ranks.append(rank_B - rank_B.mean())
+    lengths = [float(rank_B.norm()) for rank_B in ranks]
+    if not all(lengths):
+        return None
+    return float((ranks[0] * ranks[1]).sum()) / (lengths[0] * lengths[1])
 
 
 def sense(

@@ -285,7 +285,7 @@ class Generator(Protocol):
         clean_BCFHW: Tensor,
         noise_BCFHW: Tensor,
         sigma_B: Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
     ) -> Tensor:
         """Squared velocity error, MEAN over latent elements -> (B,), with gradient."""
         ...
@@ -295,9 +295,14 @@ class Generator(Protocol):
         ...
 
     def given_prompts(
-        self, embedding_LD: Mapping[str, Tensor]
+        self,
+        embedding_LD: Mapping[str, Tensor],
+        images: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> AbstractContextManager[None]:
-        """Inside, use these precomputed embeddings, (L, D) each, without padding."""
+        """Inside, use these precomputed embeddings, (L, D) each, without padding.
+
+        images  {file: its tensors}, of prompts with images; not given where there are none
+        """
         ...
 
     def reference(self) -> AbstractContextManager[None]:

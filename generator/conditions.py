@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,17 @@ class ImageCondition:
     latent_CFHW: Tensor
     tokens_LD: Tensor | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, as files hold them."""
+        if self.tokens_LD is None:
+            return {"latent": self.latent_CFHW}
+        return {"latent": self.latent_CFHW, "tokens": self.tokens_LD}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> ImageCondition:
+        """Read what `tensors` returned."""
+        return cls(tensors["latent"], tensors.get("tokens"))
+
 
 def check_image_prompts(prompts: Iterable[Prompt], family: Family, source: str) -> None:
     """Raise ValueError for a prompt without a needed image, or with one for a text model."""
@@ -39,8 +51,7 @@ def check_image_prompts(prompts: Iterable[Prompt], family: Family, source: str) 
         if family.needs_image and not has_image:
             raise ValueError(
                 f"{source} makes videos of images, and this prompt has none: {prompt!r:.80}; "
-                'launch/grpo.py and launch/sample.py take lines {"prompt": ..., "image": FILE} of '
-                "a .jsonl file"
+                'prompts with images are lines {"prompt": ..., "image": FILE} of a .jsonl file'
             )
         if family.image == "none" and has_image:
             raise ValueError(
@@ -48,12 +59,39 @@ def check_image_prompts(prompts: Iterable[Prompt], family: Family, source: str) 
             )
 
 
-def check_pairs(family: Family, source: str) -> None:
-    """Raise ValueError for a model that cannot be trained on stored pairs."""
-    if family.needs_image:
+def check_pairs(
+    prompts: Sequence[Prompt],
+    condition: ImageCondition | None,
+    family: Family,
+    source: str,
+) -> None:
+    """Raise ValueError for stored pairs that another kind of model has made.
+
+    prompts    of the pairs
+    condition  that of the first prompt's image, None without one
+    """
+    check_image_prompts(prompts, family, source)
+    check_alike(prompts)
+    if condition is None:
+        return
+    # A latent of one frame is the image's own; others go into channels, with grey frames.
+    is_first_frame = condition.latent_CFHW.shape[1] == 1
+    has_tokens = condition.tokens_LD is not None
+    fits = is_first_frame == (family.image == "first_frame")
+    if not fits or has_tokens != (family.image == "channels+clip"):
         raise ValueError(
-            f"{source} makes videos of images, and pairs are stored without images; train it with "
-            "launch/grpo.py"
+            f"the images of these pairs were encoded for another kind of model than {source}: "
+            "make the pairs again with launch/pairs.py and this model"
+        )
+
+
+def check_alike(prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError where some prompts have an image and others have none."""
+    bare = [prompt for prompt in prompts if not isinstance(prompt, ImagePrompt)]
+    if bare and len(bare) < len(prompts):
+        raise ValueError(
+            f"a set of pairs has images for all prompts or for none, and {len(bare)} of "
+            f"{len(prompts)} prompts have none, such as {bare[0]!r:.80}: make two sets"
         )
 
 
@@ -79,7 +117,7 @@ class ImageCache:
         self,
         pipeline: Any,
         family: Family,
-        codec: LatentCodec,
+        codec: LatentCodec | None,
         cfg: GeneratorConfig,
         device: torch.device,
     ) -> None:
@@ -95,9 +133,14 @@ class ImageCache:
         """Return an image's condition; encodes it when it is new.
 
         Raises ValueError for a file that is no image, RuntimeError for a new image after CLIP has
-        been freed.
+        been freed, or without a VAE.
         """
         if path not in self._conditions:
+            if self._codec is None:
+                raise RuntimeError(
+                    f"{path} is not among the stored images, and this generator was loaded "
+                    "without its VAE"
+                )
             image = read_image(path)
             self._conditions[path] = ImageCondition(
                 self._latent(image), self._tokens(image)
@@ -107,6 +150,18 @@ class ImageCache:
     def give(self, path: str, condition: ImageCondition) -> None:
         """Use this condition for an image, whose file is then not read."""
         self._conditions[path] = condition
+
+    @contextmanager
+    def given(self, conditions: Mapping[str, ImageCondition]) -> Iterator[None]:
+        """Inside, these conditions are in the cache, unless it had its own."""
+        new = [path for path in conditions if path not in self._conditions]
+        for path in new:
+            self.give(path, conditions[path])
+        try:
+            yield
+        finally:
+            for path in new:
+                del self._conditions[path]
 
     def free_encoder(self) -> None:
         """Free CLIP; images that are known still work."""

@@ -281,6 +281,10 @@ class GeneratorConfig:
     vae_dtype               of the VAE. With bfloat16 videos are no longer WanPipeline's byte
                             for byte: in the embedded world pixels differ by at most 1 of 255.
     vae_channels_last       store the VAE's kernels with channels last, which is faster.
+    scoring_decoder         folder of a small decoder (diffusers' AutoencoderTiny, of your own) that
+                            makes the frames that rewards see in GRPO's training; evaluation,
+                            samples and films keep the VAE. Its dtype is vae_dtype. Null is
+                            the VAE everywhere (`generator.scoring_decoder`).
     decode_batch            videos in a VAE call; null decodes all together. Halved for the
                             rest of the run when memory runs out.
     rollout_batch           latents in a forward of sampling, twice as many samples with
@@ -317,6 +321,7 @@ class GeneratorConfig:
     tf32: bool = False
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     vae_channels_last: bool = False
+    scoring_decoder: NonEmptyText | None = None
     decode_batch: PositiveInt | None = 1
     rollout_batch: PositiveInt | None = 4
     guidance_in_update: bool = True
@@ -329,6 +334,11 @@ class GeneratorConfig:
         check_attention("generator.attention", self.attention)
         if self.target is not None and ":" in self.target:
             check_target("generator.target", self.target)
+        if self.target is not None and self.scoring_decoder is not None:
+            raise ValueError(
+                f"generator.scoring_decoder={self.scoring_decoder} decodes Wan's latents, and "
+                f"generator.target={self.target} is another generator: leave the key out"
+            )
         if self.target is not None and self.context_parallel > 1:
             raise ValueError(
                 f"generator.context_parallel={self.context_parallel} is of Wan, and "
@@ -362,6 +372,15 @@ def check_wan(cfg: GeneratorConfig, what: str) -> None:
     if cfg.target is not None:
         raise ValueError(
             f"generator.target={cfg.target} cannot be used here: {what} knows Wan only"
+        )
+
+
+def check_vae_decodes(cfg: GeneratorConfig, what: str) -> None:
+    """Raise ValueError for a small decoder where videos are scored by the VAE's frames only."""
+    if cfg.scoring_decoder is not None:
+        raise ValueError(
+            f"generator.scoring_decoder={cfg.scoring_decoder} is for the rewards of GRPO's "
+            f"training, and {what} scores the VAE's frames: leave the key out"
         )
 
 

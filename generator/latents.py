@@ -13,10 +13,10 @@ from common.strict_loading import is_finite
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
-def store_channels_last(vae: AutoencoderKLWan) -> None:
+def store_channels_last(vae: nn.Module) -> None:
     """Store a VAE's kernels with channels last. No weight changes, but sums may run otherwise."""
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in vae.parameters():
@@ -24,6 +24,12 @@ def store_channels_last(vae: AutoencoderKLWan) -> None:
         layout = layouts.get(parameter.dim())
         if layout is not None:
             parameter.data = parameter.data.contiguous(memory_format=layout)
+
+
+def to_bytes(pixels_BCTYX: Tensor) -> Tensor:
+    """Pixels in -1..1 -> uint8 (B, T, Y, X, C) on the CPU."""
+    unit = (pixels_BCTYX * 0.5 + 0.5).clamp(0, 1)
+    return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
 
 
 class LatentCodec:
@@ -104,11 +110,8 @@ class LatentCodec:
         def decode_part(part_BCFHW: Tensor) -> Tensor:
             latents = part_BCFHW / (1.0 / std) + mean
             pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-            pixels = pixels.float()
             progress.tick()
-            # -1..1 to bytes
-            unit = (pixels * 0.5 + 0.5).clamp(0, 1)
-            return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+            return to_bytes(pixels.float())
 
         return self.portions.over(decode_part, clean_BCFHW.float())
 

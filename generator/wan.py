@@ -20,6 +20,7 @@ from generator.adapter_file import ADAPTER_FILE
 from generator.block_cache import BlockCache
 from generator.conditions import (
     ImageCache,
+    ImageCondition,
     check_image_prompts,
     read_image,
     stacked,
@@ -52,6 +53,7 @@ from generator.sampler import (
     velocity_calls,
 )
 from generator.schedule import sigma_grid, stochastic_steps, tail_grid
+from generator.scoring_decoder import ScoringDecoder
 from generator.wan_folder import find_wan
 
 if TYPE_CHECKING:
@@ -118,6 +120,8 @@ class WanGenerator:
             cfg, self.family, Expert(module, transformer), frozen, device
         )
         self.latent_shape: tuple[int, ...] = ()
+        # What decodes for rewards in training, where it is not the VAE.
+        self.scoring_decoder: ScoringDecoder | None = None
         # Without a VAE no video size is known: it is for training on stored latents.
         if pipeline.vae is not None:
             self.codec = LatentCodec(pipeline.vae, batch=cfg.decode_batch)
@@ -136,10 +140,11 @@ class WanGenerator:
             cfg.rollout_batch, what="latents in the transformer"
         )
         self.prompts = PromptCache(pipeline, max_length=cfg.max_sequence_length)
-        # Only a model that takes images can be asked for one, and only its VAE can encode it.
+        # Only a model that takes images can be asked for one; without a VAE they are given.
         self.images: ImageCache | None = None
-        if self.family.image != "none" and pipeline.vae is not None:
-            self.images = ImageCache(pipeline, self.family, self.codec, cfg, device)
+        if self.family.image != "none":
+            codec = None if pipeline.vae is None else self.codec
+            self.images = ImageCache(pipeline, self.family, codec, cfg, device)
         self._pipeline = pipeline
         # Copies of the targets' weights for sampling, made when a rollout begins.
         self._merged: MergedAdapter | None = None
@@ -220,7 +225,15 @@ class WanGenerator:
         for model in all_loaded[1:]:
             waiting = Waiting(model, device) if cfg.experts.offload else None
             frozen = Expert(model, model, waiting)
-        return cls(cfg, pipeline, module.eval(), device, family=family, frozen=frozen)
+        generator = cls(
+            cfg, pipeline, module.eval(), device, family=family, frozen=frozen
+        )
+
+        # 5. The small decoder, whose sizes are compared with the VAE's.
+        if cfg.scoring_decoder is not None and not transformer_only:
+            small = ScoringDecoder.load(cfg, generator.codec, device)
+            generator.scoring_decoder = small
+        return generator
 
     # ---- sampling, without gradient ----
 
@@ -356,6 +369,15 @@ class WanGenerator:
         """
         return self.codec.decode(clean_BCFHW.to(self.device))
 
+    def decode_to_score(self, clean_BCFHW: Tensor) -> Tensor:
+        """What rewards see in training: `decode`, or the small decoder in its place.
+
+        The shapes and values are those of `decode`: uint8 (B, T, Y, X, 3) on the CPU.
+        """
+        if self.scoring_decoder is None:
+            return self.decode(clean_BCFHW)
+        return self.scoring_decoder.decode(clean_BCFHW.to(self.device))
+
     def encode(self, video_BTYXC: Tensor) -> Tensor:
         """Encode uint8 video to normalised latents (B, C, F, H, W) fp32, the posterior mean."""
         return self.codec.encode(video_BTYXC, device=self.device)
@@ -389,7 +411,8 @@ class WanGenerator:
             |v_theta(x_sigma) - (eps - x_0)|^2                    without guidance
 
         It is the term of Flow-DPO (2501.13918, equation 6), which takes the sum: with the mean,
-        beta does not depend on the size of the video.
+        beta does not depend on the size of the video. A first frame that an image gives has no
+        noise and no error: the mean is over the others.
         """
         clean_BCFHW = clean_BCFHW.to(self.device)
         noise_BCFHW = noise_BCFHW.to(self.device)
@@ -397,7 +420,8 @@ class WanGenerator:
         v_BCFHW = self.flow_velocity(
             clean_BCFHW, noise_BCFHW, sigma_B, prompts, guided=False
         )
-        error_BCFHW = v_BCFHW - velocity_target(clean_BCFHW, noise_BCFHW)
+        target_BCFHW = velocity_target(clean_BCFHW, noise_BCFHW)
+        error_BCFHW = v_BCFHW - self._free_frames(target_BCFHW, prompts)
         return error_BCFHW.square().flatten(1).mean(dim=1)
 
     def flow_velocity(
@@ -411,16 +435,13 @@ class WanGenerator:
     ) -> Tensor:
         """Velocity of noised latents -> (B, C, F, H, W) fp32, with gradient.
 
-        v_theta((1 - sigma) x_0 + sigma eps), with the guidance of the rollout if ``guided``.
-        Raises ValueError for a prompt with an image.
+        v_theta((1 - sigma) x_0 + sigma eps), with the guidance of the rollout if ``guided``. A
+        first frame that an image gives is left out.
         """
-        if any(isinstance(prompt, ImagePrompt) for prompt in prompts):
-            raise ValueError(
-                "a velocity error is of stored latents and texts: images are not stored with them"
-            )
         x_BCFHW = interpolate(
             clean_BCFHW.to(self.device), noise_BCFHW.to(self.device), sigma_B
         )
+        x_BCFHW = self._free_frames(x_BCFHW, prompts)
         scale = self.cfg.sampler.guidance_scale if guided else 1.0
         return self.velocity(x_BCFHW, sigma_B, prompts, guidance_scale=scale)
 
@@ -504,11 +525,24 @@ class WanGenerator:
             if isinstance(prompt, ImagePrompt):
                 self.images.get(prompt.image)
 
+    @contextmanager
     def given_prompts(
-        self, embedding_LD: Mapping[str, Tensor]
-    ) -> AbstractContextManager[None]:
-        """Use precomputed embeddings inside the block, see `PromptCache.given`."""
-        return self.prompts.given(embedding_LD)
+        self,
+        embedding_LD: Mapping[str, Tensor],
+        images: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> Iterator[None]:
+        """Use precomputed embeddings inside the block, see `PromptCache.given`.
+
+        images  {file: the tensors of its `ImageCondition`}, for models that take images
+        """
+        conditions = {}
+        for path, tensors in (images or {}).items():
+            conditions[path] = ImageCondition.of(tensors)
+        with ExitStack() as stack:
+            stack.enter_context(self.prompts.given(embedding_LD))
+            if conditions:
+                stack.enter_context(self.images.given(conditions))
+            yield
 
     def free_text_encoder(self) -> None:
         """Free the encoders of texts and images; prompts that are new then raise RuntimeError."""
@@ -588,6 +622,14 @@ class WanGenerator:
         if self.family.image == "first_frame" and isinstance(prompt, ImagePrompt):
             frames -= 1
         return channels, frames, height, width
+
+    def _free_frames(self, x_BCFHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Leave out the first frame where an image gives it."""
+        if self.family.image != "first_frame" or not isinstance(
+            prompts[0], ImagePrompt
+        ):
+            return x_BCFHW
+        return x_BCFHW[:, :, 1:]
 
     def _with_first_frame(self, prompts: Sequence[Prompt], x_BCFHW: Tensor) -> Tensor:
         """Put the given first frames in front; a single prompt serves every sample."""

@@ -63,17 +63,22 @@ def say_long_prompts(prompts: Sequence[Prompt], cfg: GeneratorConfig) -> None:
     Raises ValueError for prompts that the generator's folder does not take, with or without an
     image, and for an image that cannot be read.
     """
-    from common.log import say
     from common.types import text_of
-    from generator.prompts import describe_long_prompts
 
     # A generator of another class has its own limits.
-    if cfg.target is not None:
-        return
-    check_images(prompts, cfg)
-    # Every prompt is tokenized, which is work for one rank.
-    if prompts and os.environ.get("RANK", "0") == "0":
-        texts = [text_of(prompt) for prompt in prompts]
+    if cfg.target is None:
+        check_images(prompts, cfg)
+        say_long_texts([text_of(prompt) for prompt in prompts], cfg)
+
+
+def say_long_texts(texts: Sequence[str], cfg: GeneratorConfig) -> None:
+    """Print how many texts the text encoder cuts off. Only rank 0 counts."""
+    from common.log import say
+    from generator.prompts import describe_long_prompts
+
+    # Every text is tokenized, which is work for one rank.
+    is_counted = cfg.target is None and os.environ.get("RANK", "0") == "0"
+    if texts and is_counted:
         remark = describe_long_prompts(texts, cfg)
         if remark:
             say(remark)
@@ -145,9 +150,8 @@ def check_family(
     """Raise ValueError for settings that the JSON files of the generator's folder rule out.
 
     objective   of GRPO; others than "policy" train on noised samples
-    stochastic  the run has rollouts, whose stochastic steps are checked; else it reads pairs
+    stochastic  the run has rollouts, whose stochastic steps are checked
     """
-    from generator.conditions import check_pairs
     from generator.experts import check_stochastic_steps, check_training
     from generator.family import Family
     from generator.wan_folder import find_wan
@@ -155,6 +159,12 @@ def check_family(
     # A generator of another class has its own limits.
     if run.generator.target is not None:
         return
+    # Before weights are read.
+    small = run.generator.scoring_decoder
+    if small is not None and not (Path(small) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"generator.scoring_decoder={small} is no model folder: it lacks config.json"
+        )
     family = Family.of(find_wan(run.generator.path))
     check_training(run.generator, family, zero_stage=run.zero_stage)
     if family.boundary is not None and objective != "policy":
@@ -175,8 +185,6 @@ def check_family(
         )
     if stochastic:
         check_stochastic_steps(run.generator, family)
-    else:
-        check_pairs(family, run.generator.path)
 
 
 def trained_generator(cfg: GeneratorConfig, adapter: str | None) -> WanGenerator:

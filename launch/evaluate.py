@@ -67,9 +67,10 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
     if cfg.adapter is not None and not Path(cfg.adapter).is_dir():
         exit_with_error(f"adapter: there is no folder {cfg.adapter}")
     with all_ranks():
-        from alignment.prompts import read_prompts
+        from alignment.prompts import image_files, read_image_prompts
         from common.distributed import derive_seed
         from common.log import say
+        from common.types import text_of
         from launch.compose import quiet, say_long_prompts
 
         # The prompts, and the table of everything that a row depends on.
@@ -78,14 +79,15 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
         for reward in cfg.rewards.values():
             inputs += reward.files
         with user_errors():
-            prompts = read_prompts(cfg.prompts)[: cfg.limit]
+            prompts = read_image_prompts(cfg.prompts)[: cfg.limit]
+            inputs += image_files(prompts).values()
             table = open_table(cfg, inputs, resume)
 
         # This rank's missing rows, then the rows of all ranks.
         rows = [
             {
                 "index": i,
-                "prompt": prompts[i],
+                "prompt": text_of(prompts[i]),
                 "seed": derive_seed(cfg.seed, "evaluate", i),
             }
             for i in begin(cfg, table, len(prompts))
@@ -94,7 +96,7 @@ def evaluate_generator(cfg: GeneratorEvaluation, *, resume: str = "auto") -> Non
             quiet()
             with user_errors():
                 say_long_prompts(prompts, cfg.generator)
-            score_samples(cfg, rows, table)
+            score_samples(cfg, prompts, rows, table)
         conclude(cfg, table, len(prompts), summarise)
         folders = f"--base FOLDER --tuned {cfg.out}"
         if cfg.adapter is None:

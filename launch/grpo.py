@@ -98,6 +98,7 @@ def build_task(
         result = loop.step(
             number,
             keep_groups=max(groups_to_write(run, number), watch.groups_to_keep(number)),
+            show_groups=groups_to_write(run, number),
             keep_rollouts=watch.measures(number),
         )
         return StepReport(result.metrics, result)

@@ -61,11 +61,14 @@ def run(cfg: PairsRun, *, resume: str) -> None:
 
 def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:
     """Sample candidates of every prompt, score them, choose pairs, and write the set."""
-    from alignment.prompts import read_prompts
+    from alignment.prompts import image_files, read_image_prompts
+    from generator.conditions import check_alike
 
     # stop here when the set is complete
-    prompts = read_prompts(cfg.prompts)[: cfg.limit]
+    prompts = read_image_prompts(cfg.prompts)[: cfg.limit]
+    check_alike(prompts)
     inputs = [cfg.prompts, cfg.generator.path, cfg.adapter]
+    inputs += image_files(prompts).values()
     for reward in cfg.rewards.values():
         inputs += reward.files
     output = start_output(cfg, resume, inputs)
@@ -133,6 +136,7 @@ def pairs_of_table(cfg: PairsRun, resume: str) -> None:
     say(table.report())
     decided = [pair for pair in table.pairs if pair.label != 0]
     with user_errors():
+        # a model that needs images refuses these texts
         prompts = list(dict.fromkeys(pair.prompt for pair in decided))
         say_long_prompts(prompts, cfg.generator)
         generator = build_generator(cfg.generator)

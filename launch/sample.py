@@ -55,7 +55,7 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
     from launch.evaluation.results_table import all_ranks
 
     with all_ranks(folder=cfg.out):
-        from alignment.prompts import read_image_prompts
+        from alignment.prompts import image_files, read_image_prompts
         from common.config import dump
         from common.distributed import is_main
         from common.log import say
@@ -83,17 +83,6 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
             "next: python launch/score.py --config configs/wan/score.yaml "
             f"--prompts {cfg.out}/samples.jsonl --out {cfg.out}/scores.jsonl"
         )
-
-
-def image_files(prompts: Sequence[Prompt]) -> dict[str, str]:
-    """Name the images of the prompts, whose content decides the videos."""
-    from common.types import ImagePrompt
-
-    files = {}
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, ImagePrompt):
-            files[f"image of prompt {i}"] = prompt.image
-    return files
 
 
 def list_requests(cfg: SampleRun, prompts: Sequence[Prompt]) -> list[SampleRequest]:

@@ -60,7 +60,6 @@ class Split:
     wear       Share of renders with each fault of `worn`: blur, grain, flicker, pumping.
     accidents  Share of videos that stand still (half of them), have lost their colour or are
                noise.
-    twice      Share of pairs that show one film twice, once as a still or backwards.
     heldout    Use combinations of attributes that no training split has.
     annotated  The table holds the annotator's scores, a fifth of them wrong, instead of the
                oracle's, with which a test is evaluated.
@@ -71,7 +70,6 @@ class Split:
     look: Mapping[str, Any] = field(default_factory=dict)
     wear: float = 0.4
     accidents: float = 0.1
-    twice: float = 0.0
     heldout: bool = False
     annotated: bool = False
 
@@ -107,7 +105,7 @@ MANY_LOOKS = {
 }
 LARGER = MANY_LOOKS | {"scale": (0.235, 0.25), "travel": (0.2, 0.3)}
 SPLITS = {
-    "train": Split(annotated=True, look=MANY_LOOKS, accidents=0.3, twice=0.2),
+    "train": Split(annotated=True, look=MANY_LOOKS, accidents=0.3),
     "heldout": Split(heldout=True, look=LARGER),
     # `make reproduce-rm` trains and tests in the first domain and tests in four others, each of
     # which differs from it in a single respect.
@@ -292,24 +290,7 @@ def draw_videos(job: VideoJob, sides: Sequence[Side]) -> Tensor:
         decoded = generator.decode(clean)
         for row, i in enumerate(sampled):
             videos[i] = hurt(decoded[row], split.accidents, sides[i].rng)
-
-    # Pairs that differ in their motion alone.
-    for i in range(0, len(sides), 2):
-        rng = sides[i].rng
-        if rng.random() < split.twice:
-            videos[i : i + 2] = moved_otherwise(videos[i], rng)
     return videos
-
-
-def moved_otherwise(video_TYXC: Tensor, rng: random.Random) -> Tensor:
-    """Return a film and the same as a still, or backwards, in any order: (2, T, Y, X, 3)."""
-    import torch
-
-    still = video_TYXC[:1].expand_as(video_TYXC)
-    backwards = video_TYXC.flip(0)
-    films = [video_TYXC, rng.choice((still, backwards))]
-    rng.shuffle(films)
-    return torch.stack(films)
 
 
 def hurt(video_TYXC: Tensor, share: float, rng: random.Random) -> Tensor:

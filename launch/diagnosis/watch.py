@@ -278,9 +278,9 @@ class Watch:
         clean_GCFHW = result.groups[-1].clean_GCFHW
         some_GCFHW = clean_GCFHW[: generator_measures.MEMBERS]
         row |= self._if_possible(generator_measures.decoding, self.own, some_GCFHW)
-        # The last group whose videos were kept.
+        # The last group whose videos were kept; those of a small decoder are not the VAE's.
         video_BTYXC = result.video_BTYXC
-        if video_BTYXC is not None:
+        if video_BTYXC is not None and not self.loop.has_scoring_decoder:
             members = self.loop.ranks.members
             place = len(video_BTYXC) // members - 1
             first = place * members

@@ -10,18 +10,24 @@ from alignment.rewards.errors import contained_score
 from launch.schemas.evaluation import GeneratorEvaluation
 
 if TYPE_CHECKING:
+    from common.types import Prompt
     from launch.evaluation.results_table import ResultsTable, Row
 
 
 def score_samples(
     cfg: GeneratorEvaluation,
+    prompts: Sequence[Prompt],
     rows: list[Row],
     table: ResultsTable,
 ) -> None:
-    """Sample and score this rank's rows, batch by batch, and add them to the table."""
+    """Sample and score this rank's rows, batch by batch, and add them to the table.
+
+    Rows have the "index" of their prompt, and "seed".
+    """
     from common import progress as phases
     from common.cli import user_errors
     from common.log import say
+    from common.types import text_of
     from launch.compose import build_rewards, quiet, trained_generator
     from launch.evaluation.results_table import batches, score_fields
 
@@ -40,18 +46,19 @@ def score_samples(
     fps = cfg.generator.fps
     for batch in batches(rows, cfg.batch, "evaluate"):
         # Sample the batch and score it with every reward.
-        prompts = [row["prompt"] for row in batch]
+        some = [prompts[row["index"]] for row in batch]
+        texts = [text_of(prompt) for prompt in some]
         seeds = [row["seed"] for row in batch]
         phases.enter("sampling")
-        clean = generator.sample(prompts, seeds=seeds, scheduler=cfg.scheduler)
+        clean = generator.sample(some, seeds=seeds, scheduler=cfg.scheduler)
         with user_errors():
-            require_finite_latents(clean, prompts, seeds)
+            require_finite_latents(clean, texts, seeds)
         phases.enter("decode")
         video_BTYXC = generator.decode(clean)
         scores = {}
         for name, reward in rewards.items():
             phases.enter(f"score/{name}")
-            scores[name] = contained_score(reward, video_BTYXC, prompts, fps=fps)
+            scores[name] = contained_score(reward, video_BTYXC, texts, fps=fps)
 
         # Complete the rows, and keep the first videos of the run.
         for b, row in enumerate(batch):

@@ -6,6 +6,7 @@ The numbers stand in launch/templates/known_models.yaml.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,23 @@ for _name, _config in _SIZES["qwen3_vl"].items():
             "out_hidden_size": _text["hidden_size"],
             **_vision,
         },
+    }
+
+
+def small_decoder(vae: Mapping[str, Any]) -> dict[str, Any]:
+    """Config of a decoder with TAESD's widths that fits a VAE; its encoder is as narrow as may be.
+
+    A decoder has a stage for each doubling and one more.
+    """
+    doublings = int(vae["scale_factor_spatial"]).bit_length() - 1
+    return {
+        "_class_name": "AutoencoderTiny",
+        "out_channels": 3 * vae["scale_factor_temporal"],
+        "latent_channels": vae["z_dim"],
+        "num_decoder_blocks": [3] * doublings + [1],
+        "decoder_block_out_channels": [64] * (doublings + 1),
+        "num_encoder_blocks": [1],
+        "encoder_block_out_channels": [8],
     }
 
 

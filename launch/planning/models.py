@@ -19,7 +19,7 @@ from launch.planning import known_models
 from launch.planning.meter import Cost, Meter
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, AutoencoderTiny, WanTransformer3DModel
     from torch import Tensor, nn
 
     from generator.config import GeneratorConfig
@@ -153,6 +153,26 @@ class MetaWan:
         return vae.requires_grad_(requires_grad=False).eval()
 
     @cached_property
+    def small_decoder(self) -> AutoencoderTiny | None:
+        """The decoder for rewards, in the VAE's dtype; a folder that is not there is TAESD's size.
+
+        None where the VAE decodes for them.
+        """
+        from diffusers import AutoencoderTiny
+
+        if self.cfg.scoring_decoder is None:
+            return None
+        known = None
+        if not Path(self.cfg.scoring_decoder).is_dir():
+            known = known_models.small_decoder(self.vae.config)
+        config = _config_of(self.cfg.scoring_decoder, ".", known)
+        with torch.device("meta"):
+            model = AutoencoderTiny.from_config(config)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, self.cfg.vae_dtype))
+        return model.requires_grad_(requires_grad=False).eval()
+
+    @cached_property
     def text_encoder(self) -> nn.Module:
         """The text encoder, UMT5."""
         from transformers import UMT5Config, UMT5EncoderModel
@@ -171,6 +191,7 @@ class MetaWan:
         from generator.denoiser import Expert
         from generator.latents import store_channels_last
         from generator.pipeline import compile_blocks
+        from generator.scoring_decoder import ScoringDecoder
         from launch.rehearsal.repeats import repeat_calls
 
         # As `WanGenerator.load` prepares them.
@@ -196,9 +217,20 @@ class MetaWan:
         )
         # Ranks that share tokens are not there: the plan divides by their number.
         cfg = replace(self.cfg, context_parallel=1)
-        return class_for(self.family)(
+        generator = class_for(self.family)(
             cfg, pipeline, module, gpu.device, family=self.family, frozen=frozen
         )
+        if self.small_decoder is not None:
+            if self.cfg.vae_channels_last:
+                store_channels_last(self.small_decoder)
+            repeat_calls(gpu, self.small_decoder)
+            generator.scoring_decoder = ScoringDecoder(
+                self.small_decoder,
+                generator.codec,
+                source=self.cfg.scoring_decoder,
+                batch=self.cfg.decode_batch,
+            )
+        return generator
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -352,7 +384,7 @@ class MetaWan:
         def error() -> Tensor:
             sigma_B = torch.full((videos,), 0.5)
             return self.generator.flow_error(
-                x_BCFHW, x_BCFHW, sigma_B, [PROMPT] * videos
+                x_BCFHW, x_BCFHW, sigma_B, [self.prompt] * videos
             )
 
         with self._given_prompts():
@@ -362,9 +394,9 @@ class MetaWan:
                 return self.meter.cost(error)
 
     def decode(self, videos: int) -> Cost:
-        """Measure the VAE from the latents of ``videos`` to pixels on the host."""
+        """Measure the decoder of rewards, from the latents of ``videos`` to pixels on the host."""
         latent_BCFHW = _meta(videos, *self.latent_shape)
-        return self.meter.cost(lambda: self.generator.decode(latent_BCFHW))
+        return self.meter.cost(lambda: self.generator.decode_to_score(latent_BCFHW))
 
     @property
     def prompt(self) -> Prompt:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.dpo import steps_of
-from generator.conditions import check_pairs
 from generator.experts import check_stochastic_steps as check_steps
 from generator.experts import check_training
 from launch.planning.forwards import (
@@ -141,7 +140,6 @@ def plan_dpo(
             "neither VAE nor text encoder is in memory"
         )
         check_training(cfg.generator, wan.family, zero_stage=cfg.zero_stage)
-        check_pairs(wan.family, cfg.generator.path)
         cost = wan.flow_error(samples, reference=False)
         if cfg.dpo.method == "dpo":
             cost += wan.flow_error(samples, reference=True)
@@ -416,6 +414,13 @@ def _add_decoding(
 ) -> None:
     """Add the VAE, and with ``text_encoder`` that of the prompts."""
     plan.add("VAE: weights", sizes_of(wan.vae).bytes)
+    if wan.small_decoder is not None:
+        plan.add("scoring decoder: weights", sizes_of(wan.small_decoder).bytes)
+        if not Path(wan.cfg.scoring_decoder).is_dir():
+            plan.assumed.append(
+                f"generator.scoring_decoder: {wan.cfg.scoring_decoder} is no folder, planned with "
+                "the sizes of TAESD"
+            )
     if text_encoder:
         plan.add("text encoder: weights", sizes_of(wan.text_encoder).bytes)
         if wan.family.image == "channels+clip":

@@ -28,6 +28,7 @@ SEEN = 2
 _METHODS = {
     "WanTransformer3DModel": ("forward",),
     "AutoencoderKLWan": ("decode", "encode"),
+    "AutoencoderTiny": ("decode",),
     "UMT5EncoderModel": ("forward",),
 }
 

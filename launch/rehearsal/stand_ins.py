@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.files import write_json
 from generator.config import check_wan
 from launch.planning import known_models
 from launch.planning.models import COT_TOKENS
@@ -74,6 +75,7 @@ class StandIns:
 
         Raises ValueError for a name whose sizes are not known.
         """
+        from launch.planning.models import MetaWan
         from launch.rehearsal.model_folders import wan_folder
 
         family = known_models.wan_family(cfg.path)
@@ -88,6 +90,12 @@ class StandIns:
                 f"generator.path={cfg.path} makes videos of images, which cannot be rehearsed; "
                 "--dry-run plans it"
             )
+        small = cfg.scoring_decoder
+        if small is not None and not Path(small).is_dir():
+            file = self._new("scoring-decoder") / "config.json"
+            write_json(file, known_models.small_decoder(MetaWan(cfg).vae.config))
+            cfg = replace(cfg, scoring_decoder=str(file.parent))
+            self.notes.append(f"generator.scoring_decoder: {small} has TAESD's sizes")
         if Path(cfg.path).is_dir():
             return cfg
         if cfg.path not in known_models.WAN:

@@ -11,6 +11,7 @@ from engine.config import EmaConfig, OptimizerConfig, TrainingRun
 from generator.config import (
     GeneratorConfig,
     check_one_rank_per_video,
+    check_vae_decodes,
     check_wan,
     check_zero_stage,
 )
@@ -69,6 +70,7 @@ class PairsRun:
 
     def __post_init__(self) -> None:
         check_wan(self.generator, "a set of pairs")
+        check_vae_decodes(self.generator, "a set of pairs")
         check_one_rank_per_video(self.generator)
         if (self.prompts is None) == (self.table is None):
             raise ValueError(
@@ -123,6 +125,7 @@ class DpoRun(TrainingRun):
 
     def __post_init__(self) -> None:
         check_wan(self.generator, "training on stored pairs")
+        check_vae_decodes(self.generator, "training on stored pairs")
         check_zero_stage(self.generator, self.zero_stage)
         if self.refresh is not None:
             # the ranks share the videos of new pairs

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignment.dpo import DpoLoop, backwards_per_update
 from alignment.pair_store import PairSet
-from alignment.prompts import read_prompts
+from alignment.prompts import read_image_prompts
 from common import distributed
 from common.distributed import DataRanks
 from common.log import say
 from common.schedule import describe_draws
+from generator.conditions import ImageCondition, check_pairs
 from generator.context_parallel import check_tokens
+from generator.family import Family
+from generator.wan_folder import find_wan
 from launch.compose import (
     build_generator,
     check_family,
     generator_engine,
+    say_long_prompts,
+    say_long_texts,
     size_of_training,
 )
 
@@ -46,15 +52,40 @@ def read_set(folder: str, cfg: GeneratorConfig) -> PairSet:
         raise ValueError(
             f"{folder} holds other videos than the generator makes: {', '.join(changes)}"
         )
+    # A generator on the hub is asked when it is loaded.
+    if Path(cfg.path).is_dir():
+        check_fit(pairs, cfg)
     return pairs
 
 
-def prompts_of(run: DpoRun, pairs: PairSet) -> list[str]:
-    """Return the prompts of the pairs, and those that the policy will make new pairs of."""
-    prompts = list(dict.fromkeys(row.prompt for row in pairs.rows))
+def check_fit(pairs: PairSet, cfg: GeneratorConfig) -> None:
+    """Raise ValueError for pairs of texts alone and a model of images, and the other way round."""
+    # A generator of another class has its own limits.
+    if cfg.target is not None:
+        return
+    images = pairs.read([0]).images
+    condition = None
+    if images:
+        (tensors,) = images.values()
+        condition = ImageCondition.of(tensors)
+    prompts = [row.whole_prompt for row in pairs.rows]
+    family = Family.of(find_wan(cfg.path))
+    try:
+        check_pairs(prompts, condition, family, cfg.path)
+    except ValueError as error:
+        raise ValueError(f"{pairs.folder}: {error}") from error
+
+
+def check_prompts(run: DpoRun, pairs: PairSet) -> None:
+    """Print how many prompts are cut off, of the pairs and of those that are made on the way.
+
+    Raises ValueError for new prompts that the generator does not take. The images of the pairs
+    are stored with them, so that their files are not needed.
+    """
+    texts = list(dict.fromkeys(row.prompt for row in pairs.rows))
+    say_long_texts(texts, run.generator)
     if run.refresh is not None:
-        prompts += read_prompts(run.refresh.prompts)
-    return prompts
+        say_long_prompts(read_image_prompts(run.refresh.prompts), run.generator)
 
 
 def shared_pairs(pairs: PairSet, heldout: PairSet) -> set[tuple[str, str]]:
@@ -72,6 +103,7 @@ def build(run: DpoRun, pairs: PairSet) -> DpoLoop:
     ranks = data_ranks(run)
     accumulation = backwards_per_update(run.dpo, ranks.count)
     check_family(run)
+    check_fit(pairs, run.generator)
     say(f"loading the generator {run.generator.path}")
     # Without refresh the pairs hold all that VAE and text encoder would compute.
     generator = build_generator(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignment.pair_store import MANIFEST, PairSet
-from alignment.prompts import read_prompts
+from alignment.prompts import read_image_prompts
 from common.distributed import derive_seed
 from common.log import say
 from common.schedule import IndexSchedule
@@ -55,7 +55,7 @@ class Refresher:
 
     def _make_round(self, number: int) -> None:
         # Each round takes the next prompts of a shuffled schedule.
-        prompts = read_prompts(self.refresh.prompts)
+        prompts = read_image_prompts(self.refresh.prompts)
         schedule = IndexSchedule(
             len(prompts), seed=self.seed, per_step=self.refresh.limit, name="refresh"
         )

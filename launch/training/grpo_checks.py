@@ -124,9 +124,12 @@ def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: Prompt) -> list[Fi
     ]
 
 
-def sample_to_check(run: GrpoRun, loop: GrpoLoop, prompts: list[Prompt]) -> Tensor:
+def sample_to_check(
+    run: GrpoRun, loop: GrpoLoop, prompts: list[Prompt]
+) -> tuple[Tensor, Tensor | None]:
     """Sample a video of each of the first prompts, more of them where that is quick.
 
+    Returns the videos that rewards see and, where a small decoder made them, the VAE's.
     The number is the same on every rank: sharded weights need equally many forwards.
     """
     import time
@@ -137,6 +140,7 @@ def sample_to_check(run: GrpoRun, loop: GrpoLoop, prompts: list[Prompt]) -> Tens
 
     # One video at a time, so that the checks need no more memory than a rollout.
     videos = []
+    whole = []
     start = time.perf_counter()
     for i, prompt in enumerate(prompts):
         seconds = max_over_ranks(time.perf_counter() - start)
@@ -144,8 +148,10 @@ def sample_to_check(run: GrpoRun, loop: GrpoLoop, prompts: list[Prompt]) -> Tens
             break
         seed = derive_seed(run.seed, "self-check", i)
         latent = loop.generator.sample([prompt], [seed])
-        videos.append(loop.generator.decode(latent))
-    return torch.cat(videos)
+        videos.append(loop.decode_to_score(latent))
+        if loop.has_scoring_decoder:
+            whole.append(loop.generator.decode(latent))
+    return torch.cat(videos), torch.cat(whole) if whole else None
 
 
 def _reward_findings(
@@ -155,10 +161,11 @@ def _reward_findings(
 
     Exits with code 2 on all ranks if a reward cannot score on one of them.
     """
+    from alignment.self_checks import decoders_agree
     from common.distributed import raise_on_all
     from common.types import RewardUnavailableError
 
-    video_BTYXC = sample_to_check(run, loop, prompts)
+    video_BTYXC, whole_BTYXC = sample_to_check(run, loop, prompts)
     prompts = [text_of(prompt) for prompt in prompts[: len(video_BTYXC)]]
 
     # Group-level rewards compare the members of a group, which these videos are not.
@@ -168,6 +175,11 @@ def _reward_findings(
         for reward in loop.rewards.values():
             if not reward.group_level:
                 findings += _findings_of(reward, video_BTYXC, prompts, fps=loop.fps)
+            if not reward.group_level and whole_BTYXC is not None:
+                agreed = decoders_agree(
+                    reward, video_BTYXC, whole_BTYXC, prompts, fps=loop.fps
+                )
+                findings.append(agreed)
     except RewardUnavailableError as error:
         # The message of a ValueError suffices: it is about these videos or their number.
         if not isinstance(error.__cause__, ValueError):

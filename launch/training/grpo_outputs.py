@@ -77,10 +77,13 @@ def write_samples(run: GrpoRun, result: StepResult, step: int, log: RunLog) -> N
     rows = list(rows_of_step(result, step=step, groups=run.video_groups))
     folder = Path(run.run_dir) / "samples" / f"step-{step:06d}"
     writer = SampleWriter(folder, fps=run.generator.fps)
-    # None where other ranks score all of this rank's groups.
-    if result.video_BTYXC is not None:
+    # Those of the VAE. None where other ranks score all of this rank's groups.
+    video_BTYXC = result.shown_BTYXC
+    if video_BTYXC is None:
+        video_BTYXC = result.video_BTYXC
+    if video_BTYXC is not None:
         # A diagnosis may have kept more groups.
-        writer.add(result.video_BTYXC[: len(rows)], rows)
+        writer.add(video_BTYXC[: len(rows)], rows)
 
     # The trackers.
     captions = []

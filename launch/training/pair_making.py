@@ -24,19 +24,21 @@ from common import progress as phases
 from common.checkpoint import load_tensors, save_tensors
 from common.cli import user_errors
 from common.log import progress, say
-from common.types import json_number
+from common.types import ImagePrompt, json_number, text_of
 from generator.latents import require_finite_latents
 from launch.evaluation.results_table import ResultsTable, Row, attempt, failed
 
 if TYPE_CHECKING:
     from alignment.config import PairConfig
-    from common.types import RewardModel
+    from common.types import Prompt, RewardModel
     from generator.wan import WanGenerator
     from rm.data import Pair
     from rm.video_check import VideoChecker
 
 CANDIDATES = "candidates"
-# The tensors of an item, "latent" and "embedding", and its row.
+# What the name of a tensor begins with that tells of the prompt's image.
+IMAGE = "image."
+# The tensors of an item, "latent", "embedding" and those of an image, and its row.
 Candidate = tuple[dict[str, torch.Tensor], Row]
 
 
@@ -61,7 +63,7 @@ class PairOutput:
 
 def make_pairs(
     output: PairOutput,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     generator: WanGenerator,
     rewards: Mapping[str, RewardModel],
     weights: Mapping[str, float],
@@ -142,10 +144,10 @@ def sample_candidates(
     *,
     count: int,
     seed: int,
-) -> Callable[[int, str], Candidate]:
+) -> Callable[[int, Prompt], Candidate]:
     """Return a function (number, prompt) -> ``count`` sampled latents and their scores."""
 
-    def make(i: int, prompt: str) -> Candidate:
+    def make(i: int, prompt: Prompt) -> Candidate:
         # sample
         phases.enter("sampling")
         seeds = [distributed.derive_seed(seed, "pairs", i, k) for k in range(count)]
@@ -157,17 +159,24 @@ def sample_candidates(
         video_KTYXC = generator.decode(clean_KCFHW)
 
         # score
+        text = text_of(prompt)
+        texts = [text] * count
         scores = {}
         for name, reward in rewards.items():
             phases.enter(f"score/{name}")
-            score = contained_score(reward, video_KTYXC, prompts, fps=generator.cfg.fps)
+            score = contained_score(reward, video_KTYXC, texts, fps=generator.cfg.fps)
             scores[name] = [json_number(value) for value in score.value_B]
         # what training needs of this item
         tensors = {
             "latent": clean_KCFHW,
-            "embedding": generator.prompts.rows_of(prompt),
+            "embedding": generator.prompts.rows_of(text),
         }
-        return tensors, {"prompt": prompt, "seeds": seeds, "rewards": scores}
+        row: Row = {"prompt": text, "seeds": seeds, "rewards": scores}
+        if isinstance(prompt, ImagePrompt):
+            row["image"] = prompt.image
+            for name, tensor in generator.images.get(prompt.image).tensors().items():
+                tensors[IMAGE + name] = tensor
+        return tensors, row
 
     return make
 
@@ -225,14 +234,23 @@ def pair_up(
             row = complete[choice.prompt]
             tensors = load_tensors(file_of(folder, row["index"]))
             seeds = row["seeds"]
+            prompt = row["prompt"]
+            if "image" in row:
+                prompt = ImagePrompt(prompt, row["image"])
+            condition = {
+                name.removeprefix(IMAGE): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(IMAGE)
+            }
             yield LatentPair(
-                row["prompt"],
+                prompt,
                 tensors["latent"][choice.chosen],
                 tensors["latent"][choice.rejected],
                 tensors["embedding"],
                 choice.chosen_value,
                 choice.rejected_value,
                 source=f"seeds {seeds[choice.chosen]} {seeds[choice.rejected]}",
+                condition=condition,
             )
 
     return choices, read()

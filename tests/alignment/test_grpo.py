@@ -535,3 +535,23 @@ def test_self_checks_use_the_runs_name_of_a_reward() -> None:
     video = torch.zeros(4, 2, 4, 4, 3, dtype=torch.uint8)
     for check in (self_checks.permutation, self_checks.sense):
         assert check(reward, video, PROMPTS, fps=8.0).name.endswith(", oracle")
+
+
+def test_rewards_see_the_scoring_decoder_and_samples_the_vae() -> None:
+    """Kept videos are those that were scored; the first group's are decoded a second time."""
+
+    class Two(FakeGenerator):
+        scoring_decoder = object()
+
+        def decode_to_score(self, clean_GCFHW: torch.Tensor) -> torch.Tensor:
+            return 255 - self.decode(clean_GCFHW)
+
+    plain = loop_of({"bright": Brightness()}, lr=0.0)
+    want = plain.step(0, keep_groups=2, show_groups=1)
+    got = loop_of({"bright": Brightness()}, generator=Two(), lr=0.0).step(
+        0, keep_groups=2, show_groups=1
+    )
+    assert want.shown_BTYXC is None
+    assert torch.equal(got.video_BTYXC, 255 - want.video_BTYXC)
+    assert torch.equal(got.shown_BTYXC, want.video_BTYXC[:4])
+    assert not torch.equal(got.scores["bright"].value_B, want.scores["bright"].value_B)

@@ -156,7 +156,7 @@ def test_images_lie_beside_their_file(tmp_path: Path) -> None:
         "sun",
         ImagePrompt("wind", "/images/b.png"),
     ]
-    with pytest.raises(ValueError, match=r"launch/grpo\.py.*'rain'"):
+    with pytest.raises(ValueError, match=r"texts alone.*'rain'"):
         read_prompts(file)
     file.write_text('{"prompt": "rain", "image": 3}\n')
     with pytest.raises(ValueError, match=r"p\.jsonl:1: .*\"image\""):

@@ -171,3 +171,29 @@ def test_noiseless_rollout_equals_stock_pipeline(
     )
     assert not found.ok
     assert "another model" in found.message
+
+
+def test_rank_correlation_of_decoders_by_hand() -> None:
+    """Ranks 1 2 3 4 against 1 3 2 4: 1 - 6 * 2 / (4 * 15) = 0.8; ties share their rank."""
+    one = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    other = torch.tensor([1.0, 3.0, 2.0, 9.0])
+    assert self_checks.rank_correlation(one, other) == pytest.approx(0.8)
+    assert self_checks.rank_correlation(one, -one) == pytest.approx(-1.0)
+    # ranks 1.5 1.5 3 against 1 2 3: 1.5 / sqrt(1.5 * 2)
+    tied = self_checks.rank_correlation(one.new_tensor([0, 0, 1]), one[:3])
+    assert tied == pytest.approx(1.5 / 3**0.5)
+    assert self_checks.rank_correlation(one, torch.ones(4)) is None
+
+
+def test_small_decoder_is_warned_about_where_it_changes_the_order() -> None:
+    """Redder and redder videos, and the same with two of them exchanged."""
+    whole = torch.zeros(4, 3, 8, 8, 3, dtype=torch.uint8)
+    whole[..., 0] = torch.tensor([10, 20, 30, 40]).view(4, 1, 1, 1)
+    reward = FunctionReward("red", redness)
+    for order, ok in (([0, 1, 2, 3], True), ([2, 1, 0, 3], False)):
+        small = whole[order]
+        found = self_checks.decoders_agree(reward, small, whole, PROMPTS, fps=8.0)
+        assert found.ok is ok
+        assert not found.fatal
+    # ranks 3 2 1 4: 1 - 6 * 8 / 60; levels differ by 40 / 12 in the MEAN
+    assert "is 0.200 on 4 videos, and pixels differ by 3.3 of 255" in found.message

@@ -36,11 +36,30 @@ def test_videos_to_check_are_more_when_sampling_is_quick(
 ) -> None:
     monkeypatch.setattr(grpo_checks, "CHECK_SECONDS", seconds)
     generator = CountingGenerator()
-    found = grpo_checks.sample_to_check(
-        SimpleNamespace(seed=0), SimpleNamespace(generator=generator), PROMPTS[:16]
+    loop = SimpleNamespace(
+        generator=generator,
+        decode_to_score=generator.decode,
+        has_scoring_decoder=False,
+    )
+    found, whole = grpo_checks.sample_to_check(
+        SimpleNamespace(seed=0), loop, PROMPTS[:16]
     )
     assert len(found) == videos
+    assert whole is None
     assert generator.prompts == PROMPTS[:videos]
+
+
+def test_a_small_decoder_is_compared_with_the_vae_on_the_same_latents() -> None:
+    generator = CountingGenerator()
+    loop = SimpleNamespace(
+        generator=generator,
+        decode_to_score=lambda latent: generator.decode(latent) + 100,
+        has_scoring_decoder=True,
+    )
+    run = SimpleNamespace(seed=0)
+    small, whole = grpo_checks.sample_to_check(run, loop, PROMPTS[:4])
+    assert whole[:, 0, 0, 0, 0].tolist() == [1, 2, 3, 4]
+    assert small[:, 0, 0, 0, 0].tolist() == [101, 102, 103, 104]
 
 
 @pytest.mark.parametrize(

@@ -652,3 +652,19 @@ def test_dry_run_of_every_program_prints_a_plan(name: str, tmp_path: Path) -> No
     else:
         assert "A100" in done.stdout
     assert not (ROOT / "r").exists()
+
+
+def test_flops_of_a_small_decoder_are_counted_by_hand() -> None:
+    """TAESD's widths: products of 9 x 64 x 64 a place, at 1, 4, 16 and 64 places a latent's."""
+    blocks = 9 * (1 + 4 + 16) + 3 * 64
+    between = 4 + 16 + 64
+    ends = 16 / 64 + 64 * 12 / 64
+    products = (blocks + between + ends) * 9 * 64 * 64
+    cfg = GeneratorConfig(
+        path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        vae_dtype="bfloat16",
+        scoring_decoder="not/a/folder",
+    )
+    with Meter(H100.rates) as meter:
+        cost = MetaWan(cfg, meter).decode(1)
+    assert cost.flops == pytest.approx(2 * products * 21 * 60 * 104, rel=1e-6)
