@@ -178,6 +178,11 @@ def check_family(
             f"grpo.objective={objective} fits the velocity at one time, and {run.generator.path} "
             "is a flow map of few steps: use objective=policy"
         )
+    if family.flow_map and getattr(run, "other_guidance", None) is not None:
+        raise ValueError(
+            f"evaluation.usual_guidance needs a velocity to guide, and {run.generator.path} is a "
+            "flow map with its guidance in its weights: set it to null"
+        )
     if stochastic:
         check_stochastic_steps(run.generator, family)
 
