@@ -119,6 +119,22 @@ def check_image_objective(objective: str, prompts: Sequence[Prompt]) -> None:
         )
 
 
+def check_takes_images(
+    cfg: GeneratorConfig, generator: object, prompts: Sequence[Prompt]
+) -> None:
+    """Raise ValueError for an image in a prompt where a class of another generator reads texts."""
+    from common.types import ImagePrompt
+
+    if cfg.target is None or getattr(generator, "takes_images", False):
+        return
+    for prompt in prompts:
+        if isinstance(prompt, ImagePrompt):
+            raise ValueError(
+                f"generator.target={cfg.target} takes texts, and the prompt {prompt.text!r} has "
+                "an image; a class that reads ImagePrompt says takes_images = True"
+            )
+
+
 def build_generator(
     cfg: GeneratorConfig, *, seed: int = 0, transformer_only: bool = False
 ) -> WanGenerator:

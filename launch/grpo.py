@@ -67,7 +67,7 @@ def build_task(
     from common.log import say
     from engine.ema import Ema
     from engine.trainer import StepReport
-    from launch.compose import generator_task
+    from launch.compose import check_takes_images, generator_task
     from launch.diagnosis.watch import Watch
     from launch.training.grpo_loop import build, cache_prompts
     from launch.training.grpo_outputs import (
@@ -80,6 +80,7 @@ def build_task(
     # Build, and tell how large an update is.
     with user_errors():
         loop = build(run, prompts)
+        check_takes_images(run.generator, loop.generator, [*prompts, *heldout])
     for line in batch_arithmetic(run, loop):
         say(line)
     ema = None if run.ema is None else Ema(run.ema, loop.generator.module)
