@@ -449,6 +449,11 @@ def test_dgpo_gradient_weighs_each_group_against_the_reference() -> None:
     )
 
 
+def test_group_beta_is_the_largest_usual_one_by_default() -> None:
+    """Recipes have 10 to 100."""
+    assert ForwardConfig().group_beta == 100.0
+
+
 def test_dgpo_without_kl_weight_uses_the_reference_but_not_its_kl() -> None:
     gradients = []
     for kl_weight in (0.0, 0.3):
