@@ -20,6 +20,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from common import progress
+from common.files import read_json
 from common.memory import AdaptiveBatcher
 from common.strict_loading import load_pretrained
 from generator.latents import store_channels_last, to_bytes
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 KEY = "generator.scoring_decoder"
 # Bytes are red, green and blue.
 COLOURS = 3
+# Statistics of every channel, which only `AutoencoderKLWan` reads.
+_OF_THE_VAE = ("latents_mean", "latents_std")
 
 
 class ScoringDecoder:
@@ -60,8 +63,13 @@ class ScoringDecoder:
     def load(
         cls, cfg: GeneratorConfig, codec: LatentCodec, device: torch.device
     ) -> ScoringDecoder:
-        """Read cfg.scoring_decoder, every weight of it, in the VAE's dtype."""
+        """Read cfg.scoring_decoder, every weight of it, in the VAE's dtype.
+
+        Raises ValueError or FileNotFoundError, naming the folder and the tensor or the key, for
+        what `load_pretrained` refuses, another video shape, and another scaling of latents.
+        """
         folder = Path(cfg.scoring_decoder)
+        check_scaling(folder)
         model = load_pretrained(
             AutoencoderTiny,
             folder,
@@ -75,24 +83,30 @@ class ScoringDecoder:
     @torch.no_grad()
     def decode(self, clean_BCFHW: Tensor) -> Tensor:
         """Normalised latents (B, C, F, H, W) -> uint8 (B, s (F - 1) + 1, Y, X, 3) on the CPU."""
-        return self.portions.over(self._decode_part, clean_BCFHW.float())
 
-    def _decode_part(self, part_BCFHW: Tensor) -> Tensor:
+        def decode_part(part_BCFHW: Tensor) -> Tensor:
+            pixels_BCTYX = self.pixels(part_BCFHW)
+            progress.tick()
+            return to_bytes(pixels_BCTYX)
+
+        return self.portions.over(decode_part, clean_BCFHW.float())
+
+    def pixels(self, clean_BCFHW: Tensor) -> Tensor:
+        """Pixels (B, 3, T, Y, X), in -1..1 but for overshoots, fp32; with gradient if enabled."""
         # 1. Every latent frame with those before it, as images.
         config = self.model.config
-        beside_BCFHW = with_frames_before(part_BCFHW, self.window)
+        beside_BCFHW = with_frames_before(clean_BCFHW, self.window)
         images = beside_BCFHW.transpose(1, 2).flatten(0, 1)
         images = images / config.scaling_factor + config.shift_factor
 
         # 2. Each image gives the frames of its latent frame.
         decoded = self.model.decode(images.to(self.model.dtype), return_dict=False)[0]
-        progress.tick()
         video = decoded.float().unflatten(1, (self.temporal, COLOURS))
-        video = video.unflatten(0, (len(part_BCFHW), -1)).flatten(1, 2)
+        video = video.unflatten(0, (len(clean_BCFHW), -1)).flatten(1, 2)
 
         # 3. The first latent frame stands for one frame.
         video_BTCYX = video[:, self.temporal - 1 :]
-        return to_bytes(video_BTCYX.transpose(1, 2))
+        return video_BTCYX.transpose(1, 2)
 
 
 def with_frames_before(x_BCFHW: Tensor, window: int) -> Tensor:
@@ -106,6 +120,27 @@ def with_frames_before(x_BCFHW: Tensor, window: int) -> Tensor:
         places = torch.arange(frames, device=x_BCFHW.device) - back
         shifted.append(x_BCFHW[:, :, places.clamp(min=0)])
     return torch.cat(shifted, dim=1)
+
+
+def check_scaling(folder: Path) -> None:
+    """Raise ValueError where config.json scales latents as a class of other latents does.
+
+    The class reads one number of each kind, and passes over what it does not know.
+    """
+    file = folder / "config.json"
+    # a folder without it is refused by who reads the weights
+    config = read_json(file) if file.is_file() else {}
+    for key in _OF_THE_VAE:
+        if config.get(key) is not None:
+            raise ValueError(
+                f"{file} has {key}, which is of the VAE and is not applied: a scoring decoder "
+                "takes normalised latents; leave the key out, or train it on those"
+            )
+    for key in ("scaling_factor", "shift_factor"):
+        value = config.get(key, 1.0)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or (key == "scaling_factor" and value <= 0):
+            raise ValueError(f"{file} has {key}={value!r}, want a number to scale by")
 
 
 def check_fits(model: AutoencoderTiny, codec: LatentCodec, source: str | Path) -> None:

@@ -15,7 +15,12 @@ from torch import Tensor
 from common.config import ConfigError, load
 from common.strict_loading import load_pretrained
 from generator.config import GeneratorConfig
-from generator.scoring_decoder import ScoringDecoder, check_fits, with_frames_before
+from generator.scoring_decoder import (
+    ScoringDecoder,
+    check_fits,
+    check_scaling,
+    with_frames_before,
+)
 from generator.wan import WanGenerator
 from launch.planning.known_models import small_decoder
 from launch.schemas.pairs import DpoRun, PairsRun
@@ -156,6 +161,56 @@ def test_missing_tensors_are_named_with_their_folder(
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"AutoencoderKL.*AutoencoderTiny"):
         WanGenerator.load(cfg, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"latents_mean": [0.0] * 16},
+            r"config\.json has latents_mean, which is of the VAE",
+        ),
+        (
+            {"latents_std": [1.0] * 16},
+            r"config\.json has latents_std, which is of the VAE",
+        ),
+        ({"shift_factor": None}, r"has shift_factor=None, want a number"),
+        ({"scaling_factor": 0}, r"has scaling_factor=0, want a number"),
+        ({"scaling_factor": True}, r"has scaling_factor=True, want a number"),
+    ],
+)
+def test_another_scaling_of_latents_is_refused(
+    folder: Path,
+    decoder: Path,
+    tmp_path: Path,
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    """diffusers passes over keys that it does not know, with a line in a log at most."""
+    file = tmp_path / "config.json"
+    config = json.loads((decoder / "config.json").read_text())
+    file.write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message):
+        check_scaling(tmp_path)
+    # What the loader asks first.
+    shutil.copy(decoder / WEIGHTS, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        WanGenerator.load(
+            tiny_config(folder, scoring_decoder=str(tmp_path)), device="cpu"
+        )
+
+
+def test_pixels_have_a_gradient_and_frames_have_none(generator: WanGenerator) -> None:
+    """A decoder is trained on the pixels whose bytes rewards see."""
+    decoder = generator.scoring_decoder
+    clean = latents(generator, 1).requires_grad_(requires_grad=True)
+    pixels = decoder.pixels(clean)
+    pixels.sum().backward()
+    assert clean.grad.abs().sum() > 0
+    levels = ((pixels.detach() / 2 + 0.5).clamp(0, 1) * 255).round()
+    assert torch.equal(
+        decoder.decode(clean), levels.to(torch.uint8).permute(0, 2, 3, 4, 1)
+    )
 
 
 def test_dtype_and_layout_are_the_vaes(folder: Path, decoder: Path) -> None:
