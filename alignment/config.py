@@ -51,13 +51,13 @@ class OldPolicyConfig:
 
 @config
 class ForwardConfig:
-    """Settings of the forward objectives nft and awm, see `alignment.forward_losses`.
+    """Settings of the forward objectives nft, awm and dgpo, see `alignment.forward_losses`.
 
     timesteps_per_sample  noise levels, with a noise each, that an update trains of a video.
     timestep_range  the part of the rollout's grid that they are drawn from, from noise (0) to
                     video (1). At sigma near 0 there is no signal, so the end is left out.
     micro_batch     noised latents in a backward; it must divide the members of a group on a
-                    rank times timesteps_per_sample.
+                    rank times timesteps_per_sample. With dgpo it is the whole group.
     beta            nft: how far v+ and v- go beyond the old policy. A small one holds the policy
                     closer to the old one; where that is the policy of now it has no effect.
     adaptive_weight nft: divide the error of a sample by its absolute error.
@@ -65,6 +65,8 @@ class ForwardConfig:
                     "ghuber".
     proximal_weight awm: weight of mean((v_theta - v_old)^2), for an old policy that is an
                     average.
+    group_beta      dgpo: how soon a group that the policy orders better than its reference is let
+                    go of; 10 to 100 are usual.
     old_policy      the policy that samples, see `OldPolicyConfig`.
     allow_distilled train a base that is distilled to a few steps. Flow matching is the wrong
                     objective for it: videos blur and collapse.
@@ -77,6 +79,7 @@ class ForwardConfig:
     adaptive_weight: bool = True
     weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber"
     proximal_weight: NonNegativeFloat = 0.0
+    group_beta: PositiveFloat = 100.0
     old_policy: OldPolicyConfig = field(default_factory=OldPolicyConfig)
     allow_distilled: bool = False
 
@@ -109,10 +112,11 @@ class RewardCondition:
 class GrpoConfig:
     """Longcat-GRPO. Defaults are LongCat-Video's (2510.22200, Table 9 and Algorithm 1).
 
-    objective       "policy" is the policy gradient; "nft" (DiffusionNFT) and "awm" (advantage
-                    weighted matching) fit the velocity to the videos by their advantages, and
-                    sample with any solver, see docs/objectives.md.
-    forward         settings of nft and awm.
+    objective       "policy" is the policy gradient; "nft" (DiffusionNFT), "awm" (advantage
+                    weighted matching) and "dgpo" (direct group preference optimization) fit the
+                    velocity to the videos by their advantages, and sample with any solver, see
+                    docs/objectives.md.
+    forward         settings of nft, awm and dgpo.
     group_size      G, videos per prompt.
     scale           what a centred reward is divided by: "none", the standard deviation of
                     its "group", the largest of any group ("max_group"), or that of all
@@ -129,8 +133,8 @@ class GrpoConfig:
     clip_low        the ratio is clipped below 1 - clip_low; null does not clip, which is the
                     paper's choice: with one update per rollout every ratio is 1.
     clip_high       the ratio is clipped above 1 + clip_high; null does not clip.
-    kl_weight       weight of the KL to the reference policy; 0 saves its forward. With nft and
-                    awm it is that of mean((v - v_ref)^2), where the policy gradient has
+    kl_weight       weight of the KL to the reference policy; 0 saves its forward. With nft, awm
+                    and dgpo it is that of mean((v - v_ref)^2), where the policy gradient has
                     kl_weight c~^2 / 2 of it, see docs/objectives.md.
     reweight        how the losses are freed of the noise schedule (section 3.3.1, equations
                     6 to 8): "finite" for truncated noise, the "paper"'s form, "unit" or
@@ -156,7 +160,7 @@ class GrpoConfig:
                     apart in its first so many steps; null never stops.
     """
 
-    objective: Literal["policy", "nft", "awm"] = "policy"
+    objective: Literal["policy", "nft", "awm", "dgpo"] = "policy"
     forward: ForwardConfig = field(default_factory=ForwardConfig)
     group_size: AtLeastTwo = 4
     scale: Literal["none", "group", "max_group", "batch"] = "max_group"
@@ -190,7 +194,7 @@ class GrpoConfig:
             self._check_trust_region()
             if self.forward != ForwardConfig():
                 raise ValueError(
-                    "forward is for objective nft or awm, got objective=policy"
+                    "forward is for objective nft, awm or dgpo, got objective=policy"
                 )
         if self.group_size % self.ranks_per_group:
             raise ValueError(
@@ -228,7 +232,7 @@ class GrpoConfig:
 
     @property
     def samples_per_group(self) -> int:
-        """Noised latents of a group that a rank trains in an update of nft or awm."""
+        """Noised latents of a group that a rank trains in an update of nft, awm or dgpo."""
         members = self.group_size // self.ranks_per_group
         return members * self.forward.timesteps_per_sample
 
@@ -238,6 +242,11 @@ class GrpoConfig:
         if self.objective == "policy":
             return False
         return self.updates > 1 or self.forward.old_policy.max_decay > 0
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether an update computes the reference policy: for the KL, and always with dgpo."""
+        return self.kl_weight > 0 or self.objective == "dgpo"
 
     def _check_forward(self) -> None:
         # 1. What only the policy gradient has.
@@ -267,11 +276,32 @@ class GrpoConfig:
                 "objective=awm with updates above 1 or an old_policy needs clip_low and "
                 "clip_high; its release has 1 for both"
             )
+        if name == "dgpo":
+            self._check_dgpo()
         # 3. Equal micro-batches, so that their mean is the mean over samples.
         if self.samples_per_group % self.forward.micro_batch:
             raise ValueError(
                 f"forward.micro_batch={self.forward.micro_batch} must divide the "
                 f"{self.samples_per_group} noised latents of a group on a rank"
+            )
+
+    def _check_dgpo(self) -> None:
+        if self.clip_low is not None:
+            raise ValueError(
+                "objective=dgpo has no ratio: clip_low and clip_high must be null; group_beta "
+                "and kl_weight hold its policy back"
+            )
+        if self.has_old_policy:
+            raise ValueError(
+                "objective=dgpo compares the policy with its reference and has no old policy: "
+                "set updates=1 and forward.old_policy.max_decay=0, or use objective=nft or awm"
+            )
+        # the weight of a group needs all of its errors before the first backward
+        if self.ranks_per_group > 1 or self.forward.micro_batch != self.group_size:
+            raise ValueError(
+                "objective=dgpo weighs a group as a whole: set ranks_per_group=1 and "
+                f"forward.micro_batch={self.group_size}, the group_size, got "
+                f"{self.ranks_per_group} and {self.forward.micro_batch}"
             )
 
     def _check_trust_region(self) -> None:

@@ -126,6 +126,41 @@ def awm_loss(
     return LossOutput(surrogate.loss + proximal_weight * proximal, metrics)
 
 
+def dgpo_loss(
+    v: Tensor,
+    v_ref: Tensor,
+    target: Tensor,
+    advantage_B: Tensor,
+    *,
+    beta: float,
+) -> LossOutput:
+    """Direct group preference optimization (DGPO, ICLR 2026) of ONE whole group.
+
+        e    = mean( (v_theta - v)^2 ),   e_ref the same of the reference policy
+        S    = beta mean_B( A (e - e_ref) )                      a constant
+        loss = sigmoid(S) mean_B( A e )
+
+    Samples share their noise and level. S < 0 where the policy prefers the group's good videos
+    already: sigmoid(S) lets go of it. For two videos with A = 1 and -1, beta times its gradient
+    is that of `alignment.dpo_losses.flow_dpo_terms`, -log sigmoid(-S), at the same beta.
+    (Luo-Yihong/DGPO; Flow-Factory's dgpo, without its clip, which never binds on-policy.)
+    """
+    error_B = _mean((widen(v) - widen(target)).square())
+    reference_B = _mean((widen(v_ref.detach()) - widen(target)).square())
+    advantage_B = advantage_B.to(error_B)
+    # one weight for the group, without gradient
+    lead = (advantage_B * (error_B.detach() - reference_B)).mean()
+    weight = (beta * lead).sigmoid()
+    loss = weight * (advantage_B * error_B).mean()
+    return LossOutput(
+        loss,
+        {
+            "flow_error": float(error_B.detach().mean()),
+            "group_weight": float(weight),
+        },
+    )
+
+
 def matching_error(mse_B: Tensor, sigma_B: Tensor, *, weighting: Weighting) -> Tensor:
     """Weight the flow-matching error of each sample by its noise level -> (B,).
 

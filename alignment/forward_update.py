@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from alignment.forward_losses import awm_loss, nft_loss
+from alignment.forward_losses import awm_loss, dgpo_loss, nft_loss
 from common.distributed import mean_over_ranks, seeded_generator
 from common.log import say
 from common.types import LossOutput
@@ -42,7 +42,8 @@ class NoisedSamples:
     """Samples of a backward: clean latents of one prompt, each with a noise and its level.
 
     Noise is fp32 on the CPU, drawn from the seed of the prompt, the number of the member, of
-    the level and of the update: the same on every rank and in every micro-batch.
+    the level and of the update: the same on every rank and in every micro-batch. With dgpo the
+    members of a group share levels and noises.
     """
 
     prompt: str
@@ -58,7 +59,7 @@ class NoisedSamples:
 
 
 class ForwardUpdate:
-    """The update of objective nft or awm (`alignment.forward_losses`).
+    """The update of objective nft, awm or dgpo (`alignment.forward_losses`).
 
     engine        It must accumulate `GrpoConfig.samples_per_group` / micro_batch backwards per
                   group of this rank.
@@ -161,24 +162,34 @@ class ForwardUpdate:
     def noised(
         self, group: Group, advantage_M: Tensor, seed: int, *, number: int = 0
     ) -> Iterator[NoisedSamples]:
-        """Noise the members of a group, each at its levels, in micro-batches."""
+        """Noise the members of a group, each at its levels, in micro-batches.
+
+        With dgpo a micro-batch is the whole group at one level and noise.
+        """
         # a row per member and level
+        rows = []
+        count = self.cfg.forward.timesteps_per_sample
+        shared = self.cfg.objective == "dgpo"
+        for place in range(len(group.clean_GCFHW)):
+            # members who share levels and noises draw those of the first
+            member = 0 if shared else self.first_member + place
+            draw = seeded_generator(seed, "levels", member, number)
+            order = torch.randperm(len(self.levels), generator=draw).tolist()
+            rows += [(place, member, level) for level in order[:count]]
+        if shared:
+            rows.sort(key=lambda row: row[2])
+        # what a sample is made of does not depend on the other samples
         clean = []
         noise = []
         sigma = []
         advantage = []
-        count = self.cfg.forward.timesteps_per_sample
-        for place, clean_CFHW in enumerate(group.clean_GCFHW):
-            member = self.first_member + place
-            draw = seeded_generator(seed, "levels", member, number)
-            order = torch.randperm(len(self.levels), generator=draw).tolist()
-            for level in order[:count]:
-                # what a sample is made of does not depend on the other samples
-                draw = seeded_generator(seed, "forward", member, level, number)
-                noise.append(torch.randn(clean_CFHW.shape, generator=draw))
-                clean.append(clean_CFHW)
-                sigma.append(self.levels[level])
-                advantage.append(advantage_M[place])
+        for place, member, level in rows:
+            clean_CFHW = group.clean_GCFHW[place]
+            draw = seeded_generator(seed, "forward", member, level, number)
+            noise.append(torch.randn(clean_CFHW.shape, generator=draw))
+            clean.append(clean_CFHW)
+            sigma.append(self.levels[level])
+            advantage.append(advantage_M[place])
         # cut into micro-batches, which may hold several members
         size = self.cfg.forward.micro_batch
         for first in range(0, len(clean), size):
@@ -202,18 +213,21 @@ class ForwardUpdate:
 
             loss = objective + kl_weight mean( (v_theta - v_ref)^2 )
 
-        Without ``v_old_BCFHW`` the old policy is the policy of now, detached.
+        Without ``v_old_BCFHW`` the old policy is the policy of now, detached. The objective dgpo
+        itself needs v_ref, so that it reports the KL without a weight as well.
         """
         # the reference first, so that the policy's activations are not held meanwhile
         reference = None
-        if self.cfg.kl_weight > 0:
+        if self.cfg.has_reference:
             with torch.no_grad(), self.generator.reference():
                 reference = self.velocity(batch)
         v_BCFHW = self.velocity(batch)
         # on-policy nothing more is computed
         if v_old_BCFHW is None:
             v_old_BCFHW = v_BCFHW.detach()
-        output = self.objective(batch, v_BCFHW, v_old_BCFHW.to(v_BCFHW.device))
+        output = self.objective(
+            batch, v_BCFHW, v_old_BCFHW.to(v_BCFHW.device), reference
+        )
         loss = output.loss
         metrics = dict(output.metrics)
         if reference is not None:
@@ -223,9 +237,13 @@ class ForwardUpdate:
         return LossOutput(loss, {"loss": float(loss.detach()), **metrics})
 
     def objective(
-        self, batch: NoisedSamples, v_BCFHW: Tensor, v_old_BCFHW: Tensor
+        self,
+        batch: NoisedSamples,
+        v_BCFHW: Tensor,
+        v_old_BCFHW: Tensor,
+        v_ref_BCFHW: Tensor | None = None,
     ) -> LossOutput:
-        """Compute the loss of nft or awm from velocities."""
+        """Compute the loss of nft, awm or dgpo from velocities."""
         how = self.cfg.forward
         device = v_BCFHW.device
         # v = eps - x_0
@@ -234,6 +252,10 @@ class ForwardUpdate:
         velocities = (v_BCFHW, v_old_BCFHW, target_BCFHW)
         sigma_B = batch.sigma_B.to(device)
         advantage_B = batch.advantage_B.to(device)
+        if self.cfg.objective == "dgpo":
+            return dgpo_loss(
+                v_BCFHW, v_ref_BCFHW, target_BCFHW, advantage_B, beta=how.group_beta
+            )
         if self.cfg.objective == "nft":
             return nft_loss(
                 *velocities,

@@ -35,6 +35,8 @@ from common.schema import Where, config
 from common.shipped import resolve_assets, shipped
 
 C = TypeVar("C")
+# In a text of a config: the text that the configs before it have at the same key.
+BELOW = "${below}"
 
 
 @config
@@ -89,7 +91,8 @@ def load(
 
     An override's value is read as yaml, or taken as it stands, without blanks around it,
     where the schema wants text. An entry of a mapping of sections (``rewards.NAME``) is
-    removed by null. Raises ConfigError with every mistake.
+    removed by null. ``${below}`` in a text stands for the text that the layers before
+    have at its key. Raises ConfigError with every mistake.
     """
     files = [yaml] if isinstance(yaml, str | Path) else yaml or ()
     reader = _ConfigReader(schema)
@@ -325,7 +328,7 @@ class _ConfigReader:
             self.given |= set(_sections(layer, ()))
         tree: Any = _defaults(self.schema)
         for layer in layers:
-            tree = _merge(tree, layer)
+            tree = _merge(tree, self._fill_below(tree, layer, ()))
         try:
             tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
         except OmegaConfBaseException as error:  # a malformed ${...}
@@ -342,6 +345,22 @@ class _ConfigReader:
         except ValidationError as error:
             self._report_all(error, tree)
         return None
+
+    def _fill_below(self, below: Any, layer: Any, where: Where) -> Any:
+        """Replace `BELOW` in a layer's texts by the text that the layers under it have there."""
+        if isinstance(layer, dict):
+            under = below if isinstance(below, dict) else {}
+            return {
+                key: self._fill_below(under.get(key), value, (*where, key))
+                for key, value in layer.items()
+            }
+        if not isinstance(layer, str) or BELOW not in layer:
+            return layer
+        if not isinstance(below, str):
+            self.report(where, f"{BELOW} needs a text under it; give a recipe first")
+            self.unreadable = True
+            return layer.replace(BELOW, "")
+        return layer.replace(BELOW, below)
 
     def _remove_null_entries(self, annotation: Any, tree: Any, where: Where) -> None:
         """Remove the entries of mappings of sections that are null."""

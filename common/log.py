@@ -167,8 +167,14 @@ class RunLog:
         if tensorboard:
             self._trackers.start("tensorboard", TensorboardTracker, folder, start)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of a step: floats by ``stage/name``."""
+    def log(
+        self, step: int, metrics: Mapping[str, float], *, measured_after: int = 0
+    ) -> None:
+        """Append the metrics of a step, counted from 0: floats by ``stage/name``.
+
+        People count steps from 1: a line on the console says "step 1/40" of the first step, and of
+        held-out data after how many steps they were measured, ``measured_after``.
+        """
         if not _is_main():
             return
         # Tensors and numpy numbers become floats.
@@ -188,7 +194,7 @@ class RunLog:
                 if name.startswith(MEASURED) == held_out
             }
             if part:
-                say(self._line(step, part))
+                say(self._line(measured_after if held_out else step + 1, part))
 
         # 3. The trackers.
         self._trackers.call("log", step, values)

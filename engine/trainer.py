@@ -161,7 +161,8 @@ def _train(
             progress.enter("evaluation")
             metrics |= task.measure_after()
             task.take_forwards()
-        log.log(step, metrics)
+        # Measured before the step, or after it.
+        log.log(step, metrics, measured_after=step if measured else step + 1)
         faults.point("logged")
         task.watch(step, report, metrics)
         task.take_forwards()
@@ -182,7 +183,7 @@ def _train(
     with _stopping_if_unavailable(run, task, guard, log, task.steps):
         measured = _measure_before(task, task.steps)
     if measured:
-        log.log(task.steps, measured)
+        log.log(task.steps, measured, measured_after=task.steps)
     task.export()
     log.close()
     if task.next_command:

@@ -29,6 +29,9 @@ def score(
 
     # red minus blue, MEAN over frames and pixels
     red_B, _, blue_B = pixel.mean((1, 2, 3)).unbind(1)
+    # an image does not move
+    if pixel.shape[1] == 1:
+        return red_B - blue_B
 
     # change of brightness a second, MEAN over frames and pixels
     grey_BTYX = pixel.mean(-1)

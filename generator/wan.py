@@ -297,12 +297,15 @@ class WanGenerator:
         *,
         num_steps: int | None = None,
         scheduler: Literal["euler", "pipeline"] = "euler",
+        guidance_scale: float | None = None,
     ) -> Tensor:
         """Sample without noise on the way, for evaluation: clean latents (B, C, F, H, W) fp32.
 
         The initial noise of a seed is that of `rollout`. "euler" walks the training grid;
         "pipeline" is the stock WanPipeline with the scheduler of its folder (UniPC for the
-        published Wan 2.1).
+        published Wan 2.1). ``guidance_scale`` replaces the sampler's, along the training grid.
+
+        Raises ValueError for another guidance in the stock pipeline or with a flow map.
         """
         self._require_vae()
         if len(prompts) != len(seeds):
@@ -313,11 +316,22 @@ class WanGenerator:
             raise ValueError(
                 f"scheduler must be 'euler' or 'pipeline', got {scheduler!r}"
             )
+        if guidance_scale is not None and (scheduler == "pipeline" or self.flow_map):
+            raise ValueError(
+                f"guidance_scale={guidance_scale} is for the training grid of a velocity: the "
+                "stock pipeline takes the sampler's, and a flow map has its own in its weights"
+            )
         check_image_prompts(prompts, self.family, self.cfg.path)
         # Latents of texts and of images have different shapes on the way.
         if len({self._walk_shape(prompt) for prompt in prompts}) > 1:
             alone = [
-                self.sample([prompt], [seed], num_steps=num_steps, scheduler=scheduler)
+                self.sample(
+                    [prompt],
+                    [seed],
+                    num_steps=num_steps,
+                    scheduler=scheduler,
+                    guidance_scale=guidance_scale,
+                )
                 for prompt, seed in zip(prompts, seeds, strict=True)
             ]
             return torch.cat(alone)
@@ -336,7 +350,11 @@ class WanGenerator:
             x_BCFHW = torch.stack(noises).to(self.device)
             if scheduler == "pipeline":
                 return self._stock(x_BCFHW, texts, steps)
-            x_BCFHW = self._descend(x_BCFHW, sigmas, texts)
+            if guidance_scale is None:
+                x_BCFHW = self._descend(x_BCFHW, sigmas, texts)
+            else:
+                guided = self._guided_velocity(*texts, scale=guidance_scale)
+                x_BCFHW = ode(guided, x_BCFHW, sigmas)
             return self._with_first_frame(texts, x_BCFHW)
 
         # In batches, as many videos as fit.

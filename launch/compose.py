@@ -119,6 +119,22 @@ def check_image_objective(objective: str, prompts: Sequence[Prompt]) -> None:
         )
 
 
+def check_takes_images(
+    cfg: GeneratorConfig, generator: object, prompts: Sequence[Prompt]
+) -> None:
+    """Raise ValueError for an image in a prompt where a class of another generator reads texts."""
+    from common.types import ImagePrompt
+
+    if cfg.target is None or getattr(generator, "takes_images", False):
+        return
+    for prompt in prompts:
+        if isinstance(prompt, ImagePrompt):
+            raise ValueError(
+                f"generator.target={cfg.target} takes texts, and the prompt {prompt.text!r} has "
+                "an image; a class that reads ImagePrompt says takes_images = True"
+            )
+
+
 def build_generator(
     cfg: GeneratorConfig, *, seed: int = 0, transformer_only: bool = False
 ) -> WanGenerator:
@@ -177,6 +193,11 @@ def check_family(
         raise ValueError(
             f"grpo.objective={objective} fits the velocity at one time, and {run.generator.path} "
             "is a flow map of few steps: use objective=policy"
+        )
+    if family.flow_map and getattr(run, "other_guidance", None) is not None:
+        raise ValueError(
+            f"evaluation.usual_guidance needs a velocity to guide, and {run.generator.path} is a "
+            "flow map with its guidance in its weights: set it to null"
         )
     if stochastic:
         check_stochastic_steps(run.generator, family)
@@ -238,8 +259,9 @@ def generator_task(
     options  are the other fields of `TrainingTask`
     """
     from engine.export import export, write_trained
-    from engine.trainer import TrainingTask
+    from engine.trainer import TrainingTask, do_nothing
     from generator.counter import ForwardCounter
+    from launch.next_recipe import next_recipe
     from launch.planning.first_estimate import expect_step
 
     generator = loop.generator
@@ -254,9 +276,24 @@ def generator_task(
         if old is not None:
             old.save(folder)
 
-    if old is not None:
-        options["restore"] = old.load
-    use = f"launch/sample.py or launch/evaluate.py with adapter={run.run_dir}/final"
+    restore_more = options.pop("restore", do_nothing)
+
+    def restore(folder: Path) -> None:
+        restore_more(folder)
+        if old is not None:
+            old.load(folder)
+
+    use = f"python launch/sample.py --config {next_recipe('sample')}"
+    # A generator of another class than Wan is none of the recipe's.
+    if run.generator.target is not None:
+        use += f" generator.target={run.generator.target}"
+        for key in ("path", "num_frames", "height", "width"):
+            use += f" generator.{key}={getattr(run.generator, key)}"
+    use += f" adapter={run.run_dir}/final out={run.run_dir}/videos"
+    # Only GRPO evaluates on prompts.
+    evaluation = getattr(run, "evaluation", None)
+    if evaluation is not None:
+        use += f" prompts={evaluation.prompts}"
     return TrainingTask(
         engine=loop.engine,
         next_command=f"{report}, then {use}",
@@ -264,5 +301,6 @@ def generator_task(
         ema=ema,
         take_forwards=counter.take,
         write_extra=write_extra,
+        restore=restore,
         **options,
     )

@@ -144,11 +144,29 @@ def trained_kind(trained: Path) -> str:
     if files:
         raise ValueError(f"{trained} must hold only one of {' and '.join(files)}")
 
+    # Another generator's files are its own.
+    own = own_generator(trained)
+    if own:
+        raise ValueError(
+            f"{trained} was trained with generator.target={own}, whose files are its own; "
+            "this command knows Wan and DeScore only"
+        )
     # Users often give the run's folder.
     hint = ""
     if (trained / "final").is_dir():
         hint = f"; did you mean {trained / 'final'}?"
     raise ValueError(f"{trained} holds none of {', '.join(KINDS)}{hint}")
+
+
+def own_generator(trained: Path) -> str:
+    """Return the class of the run's generator; "" for Wan, or where no config.yaml says it."""
+    from common.run_record import SETTINGS
+    from common.safe_yaml import parse
+
+    file = trained.parent / SETTINGS
+    settings = parse(file.read_text(encoding="utf-8")).value if file.is_file() else {}
+    generator = settings.get("generator") if isinstance(settings, dict) else None
+    return (generator or {}).get("target") or ""
 
 
 def pipeline_of(base: str | None) -> str:

@@ -18,12 +18,16 @@ from launch.command import train_command
 from launch.schemas.training import GrpoRun
 from launch.training.grpo_checks import (
     batch_arithmetic,
+    changed_rewards,
     check_ranks,
+    check_rewards,
     print_cause,
     run_self_checks,
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from common.types import Prompt
     from engine.trainer import TrainingTask
 
@@ -63,7 +67,7 @@ def build_task(
     from common.log import say
     from engine.ema import Ema
     from engine.trainer import StepReport
-    from launch.compose import generator_task
+    from launch.compose import check_takes_images, generator_task
     from launch.diagnosis.watch import Watch
     from launch.training.grpo_loop import build, cache_prompts
     from launch.training.grpo_outputs import (
@@ -76,18 +80,26 @@ def build_task(
     # Build, and tell how large an update is.
     with user_errors():
         loop = build(run, prompts)
+        check_takes_images(run.generator, loop.generator, [*prompts, *heldout])
     for line in batch_arithmetic(run, loop):
         say(line)
     ema = None if run.ema is None else Ema(run.ema, loop.generator.module)
     watch = Watch(run, loop, heldout, ema)
+    new_rewards: list[str] = []
     guards = guards_of(run, loop)
 
     # The parts that only GRPO has.
+    def restore(folder: Path) -> None:
+        new_rewards.extend(changed_rewards(folder, run))
+
     def prepare(start: int) -> None:
         loop.silent_guard.expect(run.steps - start)
         watch.prepare(start)
         if run.self_checks and start == 0:
             run_self_checks(run, loop, prompts)
+        elif run.self_checks and new_rewards:
+            say(f"self-checks of the rewards, which changed: {'; '.join(new_rewards)}")
+            check_rewards(run, loop, prompts)
         elif run.self_checks:
             say("self-checks were made before the first step, and are not repeated")
         if run.cache_prompts:
@@ -112,6 +124,7 @@ def build_task(
         steps=run.steps,
         step=step,
         prepare=prepare,
+        restore=restore,
         measure_before=lambda n: evaluate_heldout(
             run, loop, ema, heldout, n, guards=guards
         ),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.config import dump
 from launch.command import run_command
+from launch.next_recipe import next_recipe
 from launch.schemas.pairs import PairsRun
 
 if TYPE_CHECKING:
@@ -53,10 +54,8 @@ def run(cfg: PairsRun, *, resume: str) -> None:
             make(cfg, resume)
         except ValueError as error:
             exit_with_error(str(error))
-        say(
-            "next: deepspeed launch/dpo.py --config configs/wan/dpo.yaml "
-            f"pairs={cfg.out}"
-        )
+        recipe = next_recipe("dpo")
+        say(f"next: deepspeed launch/dpo.py --config {recipe} pairs={cfg.out}")
 
 
 def pairs_of_prompts(cfg: PairsRun, resume: str) -> None:

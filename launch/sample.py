@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.command import read_command, run_command, take_kind
+from launch.next_recipe import next_recipe
 from launch.schemas.training import SampleRun
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def sample(cfg: SampleRun, *, resume: str = "auto") -> None:
         keep_earlier(table, requests, wanted)
         say(f"{len(wanted)} videos in {cfg.out}")
         say(
-            "next: python launch/score.py --config configs/wan/score.yaml "
+            f"next: python launch/score.py --config {next_recipe('score')} "
             f"--prompts {cfg.out}/samples.jsonl --out {cfg.out}/scores.jsonl"
         )
 

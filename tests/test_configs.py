@@ -52,6 +52,19 @@ LAYERS = {*SISTERS, *MIXES, *SIZES, *GPUS, *MODELS}
 FILES = sorted(set(ROOT.rglob("*.yaml")) - LAYERS)
 
 
+@pytest.mark.parametrize("layer", [*SISTERS, *MIXES], ids=lambda path: path.stem)
+def test_run_of_a_layer_is_beside_the_run_of_its_recipe(layer: Path) -> None:
+    """Over the tiny recipe no run is written among those of full size."""
+    with_descore = layer in MIXES
+    tiny = ROOT / "shapes" / ("grpo.yaml" if with_descore else "grpo_oracle.yaml")
+    below = load(GrpoRun, tiny).run_dir
+    assert load(GrpoRun, [tiny, layer]).run_dir == f"{below}_{layer.stem}"
+    wan = load(GrpoRun, [ROOT / "wan" / "grpo.yaml", layer])
+    assert wan.run_dir == f"runs/wan/grpo_{layer.stem}"
+    own = load(GrpoRun, [tiny, layer], ["run_dir=mine"])
+    assert own.run_dir == "mine"
+
+
 @pytest.mark.parametrize(
     "path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
@@ -131,7 +144,7 @@ def test_related_algorithm_config_fits_every_recipe(path: Path, recipe: str) -> 
         [] if recipe == "wan" else ["generator.sampler.num_steps=26"]
     )  # the tiny Wan's eight are fewer than some need
     run = load(GrpoRun, [ROOT / recipe / "grpo.yaml", path], own)
-    assert run.run_dir == f"runs/wan/{path.stem}"
+    assert run.run_dir == f"runs/{recipe}/grpo_{path.stem}"
     plain = load(GrpoRun, ROOT / recipe / "grpo.yaml")
     assert run.rewards == plain.rewards  # what the recipe says and the sister does not
     assert run.generator.sampler != plain.generator.sampler

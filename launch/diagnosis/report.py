@@ -46,6 +46,8 @@ def what_was_read(evidence: Evidence) -> str:
     parts = [f"{len(evidence.steps)} steps", "the settings"]
     if evidence.measurements:
         parts.append(f"measurements of {len(evidence.measurements)} updates")
+    elif evidence.setting("generator.target") is not None:
+        parts.append("no measurements: they are of Wan, and generator.target is not")
     elif evidence.stage == "grpo":
         parts.append("no measurements (grpo runs with diagnosis.updates=0 have none)")
     else:

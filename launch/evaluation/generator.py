@@ -28,7 +28,12 @@ def score_samples(
     from common.cli import user_errors
     from common.log import say
     from common.types import text_of
-    from launch.compose import build_rewards, quiet, trained_generator
+    from launch.compose import (
+        build_rewards,
+        check_takes_images,
+        quiet,
+        trained_generator,
+    )
     from launch.evaluation.results_table import batches, score_fields
 
     quiet()
@@ -40,6 +45,7 @@ def score_samples(
     say(f"loading the generator {cfg.generator.source} and the rewards {names}")
     with user_errors():
         generator = trained_generator(cfg.generator, cfg.adapter)
+        check_takes_images(cfg.generator, generator, prompts)
         rewards = build_rewards(cfg.rewards)
     folder = Path(cfg.out) / "videos"
     folder.mkdir(parents=True, exist_ok=True)

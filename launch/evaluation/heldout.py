@@ -51,12 +51,14 @@ def score_heldout(
     folder: Path,
     videos: int,
     steps: Sequence[int] = (),
+    usual_guidance: float | None = None,
 ) -> dict[str, list[Row]]:
     """{reward or reward.part: value} of every prompt, in order, on every rank.
 
     The rows of ``eval`` are sampled along the grid of training; with ``stock``, those of
     ``eval_stock`` by the stock pipeline's scheduler, which users sample with; for each N of
-    ``steps``, those of ``eval_N`` in N steps, jumps for a flow map. Prompt i always has
+    ``steps``, those of ``eval_N`` in N steps, jumps for a flow map; with ``usual_guidance``,
+    those of ``eval_usual`` along the grid of training at that guidance. Prompt i always has
     the noise of derive_seed(seed, "evaluate", i), as in launch/evaluate.py. The first ``videos`` of
     the training grid go to ``folder``. Ranks share the prompts, and all of them call this function.
     """
@@ -71,6 +73,10 @@ def score_heldout(
     for number in steps:
         rows[f"eval_{number}"] = _score_prompts(
             heldout, "euler", None, 0, num_steps=number
+        )
+    if usual_guidance is not None:
+        rows["eval_usual"] = _score_prompts(
+            heldout, "euler", None, 0, guidance_scale=usual_guidance
         )
     return rows
 
@@ -110,12 +116,13 @@ def _score_prompts(
     scheduler: str,
     writer: SampleWriter | None,
     videos: int,
-    num_steps: int | None = None,
+    **options: float,
 ) -> list[Row]:
-    """{reward or reward.part: value} of all prompts, in order, on every rank."""
+    """{reward or reward.part: value} of all prompts, in order, on every rank.
+
+    ``options`` are of the generator's ``sample``; one of another class may not know them.
+    """
     generator = heldout.generator
-    # A generator of another class may not know the number of steps.
-    options: dict[str, int] = {} if num_steps is None else {"num_steps": num_steps}
     rows: dict[int, Row] = {}
     problem: RewardUnavailableError | None = None
     ranks = DataRanks(generator.cfg.context_parallel)

@@ -127,10 +127,12 @@ def _sample_share(
     from common.log import progress
     from common.video_io import write_mp4
     from generator.latents import require_finite_latents
-    from launch.compose import trained_generator
+    from launch.compose import check_takes_images, trained_generator
 
     with user_errors():
         generator = trained_generator(cfg.generator, cfg.adapter)
+        prompts = [request.prompt for request in requests]
+        check_takes_images(cfg.generator, generator, prompts)
     # A killed run leaves this file behind; it lies outside ``folder``.
     partial = Path(cfg.out) / f".partial.rank-{rank()}.mp4"
     for request in progress(requests, len(requests), "sample"):

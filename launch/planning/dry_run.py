@@ -58,6 +58,9 @@ def dry_run(cfg: Any, text: str, measured: Path | None = None) -> NoReturn:
     The exit code is 0 if it fits, 1 if it does not, and 2 if it cannot be planned.
     """
     where = replace(parse_where(text), measured=measured)
+    generator = getattr(cfg, "generator", None)
+    if generator is not None and generator.target is not None:
+        _say_valid(cfg)
     # The plan itself goes to the standard output.
     print(
         "planning: one call of each kind on the simulated GPU, about a minute of a core",
@@ -89,6 +92,27 @@ def dry_run(cfg: Any, text: str, measured: Path | None = None) -> NoReturn:
     print(f"\n{hide_secrets(settings)}")
     fits = plan is None or fits_device(plan)
     sys.exit(0 if fits else 1)
+
+
+def _say_valid(cfg: Any) -> NoReturn:
+    """Print what is known of a run with a generator of another class, then exit with code 0."""
+    lines = [
+        f"generator.target={cfg.generator.target}: a plan knows Wan only; a run with steps=1 "
+        "measures seconds and memory. The config is valid",
+    ]
+    if hasattr(cfg, "grpo"):
+        members = cfg.grpo.group_size
+        videos = cfg.prompts_per_step * members
+        lines.append(
+            f"one update = {cfg.prompts_per_step} prompts x {members} members = {videos} videos"
+        )
+    lines += missing_inputs(cfg, planned=False)
+    print("\n".join(lines))
+    settings = yaml.safe_dump(
+        plain(cfg), sort_keys=False, allow_unicode=True, width=120
+    )
+    print(f"\n{hide_secrets(settings)}")
+    sys.exit(0)
 
 
 def fits_device(plan: Plan) -> bool:

@@ -59,12 +59,12 @@ def samples_per_update(cfg: GrpoRun) -> int:
 def forwards_per_update(cfg: GrpoRun) -> int:
     """Count the denoiser's forwards of one group's updates, a backward counted as two.
 
-    For every latent 3 with gradient, 1 for the reference policy with KL, and 1 for an old
-    policy that is not the policy of the update. Guidance doubles the count.
+    For every latent 3 with gradient, 1 for the reference policy where there is one, and 1 for
+    an old policy that is not the policy of the update. Guidance doubles the count.
     """
     # forward and backward of the policy
     per_latent = 3
-    if cfg.grpo.kl_weight > 0:
+    if cfg.grpo.has_reference:
         per_latent += 1
     if cfg.grpo.has_old_policy:
         per_latent += 1

@@ -63,7 +63,9 @@ def render(runs: Runs, options: PageOptions, root: Path | None = None) -> str:
     cards = films.evaluated_videos(evaluations, store, options.videos)
     heldout = data.sampled_steps(grpo, "evaluation")
     same_prompts = films.same_seed_slides({"": heldout}, store, options.videos)
-    samples = films.rollout_slides(data.sampled_steps(grpo), store)
+    # The rollouts are read once for everything that shows them.
+    sampled = data.sampled_steps(grpo)
+    samples = films.rollout_slides(sampled, store)
     pairs = films.pair_cards(shown.get("rm"), store)
     # The template leaves out empty sections.
     return _page(
@@ -78,16 +80,16 @@ def render(runs: Runs, options: PageOptions, root: Path | None = None) -> str:
         cards=cards,
         same_prompts=same_prompts,
         samples=samples,
-        rollouts=rollouts.rollout_table(grpo),
+        rollouts=rollouts.rollout_table(sampled),
         part_table=rollouts.part_table(grpo),
-        judged=rollouts.judged_charts(grpo, evaluations),
+        judged=rollouts.judged_charts(grpo, evaluations, sampled),
         pairs=pairs,
         grpo_charts=metric_charts("grpo", grpo),
         diagnoses=diagnoses_of(grpo),
         dpo_charts=metric_charts("dpo", shown.get("dpo")),
         cold_start_charts=metric_charts("cold_start", shown.get("cold_start")),
         seconds=data.mean_seconds(data.metrics(grpo)),
-        distributions=sections.distributions(runs),
+        distributions=sections.distributions(runs, sampled),
         further=sections.further_runs(runs, names),
         files=sections.environments(runs, names),
         missing=sections.missing(runs, names),

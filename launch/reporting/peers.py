@@ -26,6 +26,8 @@ from launch.reporting.texts import distinct_names, hide_folders
 
 # Where a run writes to is no setting that explains a result.
 _PLACES = ("run_dir", "out")
+# Prefixes of the metrics of a GRPO run's held-out prompts.
+HELDOUT = ("eval", "eval_stock", "eval_usual")
 # Of an environment.json: what may change a result.
 _CODE = ("git", "packages", "python")
 # For a setting that a run does not have, and how settings say that nothing is asked for.
@@ -167,7 +169,7 @@ def reward_table(peers: Sequence[Peer]) -> Table:
         kind, _, reward = name.partition("/")
         # A reward logs its spread, a part of it and a share of failures do not.
         is_reward = kind == "reward" and f"{name}_std" in names
-        is_heldout = kind in ("eval", "eval_stock") and "." not in reward
+        is_heldout = kind in HELDOUT and "." not in reward
         if is_reward or is_heldout:
             means = [values.get(name, math.nan) for values in ends]
             rows.append((name, means))

@@ -18,6 +18,7 @@ from launch.reporting.charts import (
     scatter,
 )
 from launch.reporting.data import Row
+from launch.reporting.films import Steps
 
 # Rollouts in the table, the last ones of a run.
 ROWS_SHOWN = 400
@@ -49,9 +50,9 @@ class PartTable:
     rows: Sequence[tuple[str, Sequence[tuple[float, float] | None]]]
 
 
-def rollout_table(folder: Path | None) -> RolloutTable:
+def rollout_table(steps: Steps) -> RolloutTable:
     """List the sampled rollouts of a run, at most `ROWS_SHOWN`."""
-    rows = _rollouts(folder)
+    rows = _rollouts(steps)
     shown = rows[-ROWS_SHOWN:]
     rewards = {name: None for row in shown for name in row.get("rewards", {})}
     return RolloutTable(list(rewards), shown, len(rows))
@@ -76,14 +77,18 @@ def part_table(folder: Path | None) -> PartTable:
     return PartTable(rewards, rows)
 
 
-def judged_charts(grpo: Path | None, evaluations: Mapping[str, Path]) -> list[Chart]:
+def judged_charts(
+    grpo: Path | None,
+    evaluations: Mapping[str, Path],
+    sampled: Steps,
+) -> list[Chart]:
     """Draw each trained reward of a run against each that it only watches.
 
     A policy that exploits its reward model moves to the right without moving up. The points are the
     sampled rollouts, and the videos of ``evaluations`` by their labels.
     """
     # Rollouts by when they were sampled.
-    rows = _rollouts(grpo)
+    rows = _rollouts(sampled)
     steps = sorted({row["step"] for row in rows})
     groups = {}
     if steps:
@@ -109,8 +114,7 @@ def judged_charts(grpo: Path | None, evaluations: Mapping[str, Path]) -> list[Ch
     return [chart for chart in charts if chart is not None]
 
 
-def _rollouts(folder: Path | None) -> list[Row]:
-    steps = data.sampled_steps(folder)
+def _rollouts(steps: Steps) -> list[Row]:
     return [row for step in sorted(steps) for row in steps[step]]
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from launch.reporting import data
 from launch.reporting.charts import COLORS, GREY, Chart, Series, histogram
 from launch.reporting.data import EVALUATIONS, KINDS, Row, Runs
+from launch.reporting.films import Steps
 from launch.reporting.metric_charts import metric_charts
 
 # ------------------------------------------------------------------ distributions
 
 
-def distributions(runs: Runs) -> list[Chart]:
+def distributions(runs: Runs, sampled: Steps) -> list[Chart]:
     """Draw rewards of base and tuned videos, advantages of rollouts, and margins by label."""
     # Rewards.
     base = data.results(runs.shown.get("base"))
@@ -32,9 +33,8 @@ def distributions(runs: Runs) -> list[Chart]:
         charts.append(histogram(title, series, note="over the held-out prompts"))
 
     # Advantages.
-    steps = data.sampled_steps(runs.shown.get("grpo"))
     advantages = []
-    for rows in steps.values():
+    for rows in sampled.values():
         advantages += [row.get("advantage") or 0.0 for row in rows]
     note = f"{len(advantages)} sampled rollouts"
     charts.append(histogram("Advantages", [Series("", advantages)], note=note))

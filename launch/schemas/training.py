@@ -12,6 +12,7 @@ from common.schema import Fraction, NonNegativeInt, PositiveInt, config, run_con
 from engine.config import EmaConfig, TrainingRun, check_grad_accumulation
 from generator.config import (
     GeneratorConfig,
+    GuidanceScale,
     check_one_rank_per_video,
     check_wan,
     check_zero_stage,
@@ -65,6 +66,8 @@ class EvaluationConfig:
     videos           how many of the first prompts' videos are saved each time.
     steps            also sample in so many steps each, or jumps of a flow map: [1, 4] logs
                      eval_1/REWARD and eval_4/REWARD.
+    usual_guidance   also sample with this guidance scale, that of the people who will use the
+                     model, and log eval_usual/REWARD; null, or the sampler's, samples once.
     """
 
     prompts: str
@@ -73,6 +76,7 @@ class EvaluationConfig:
     stock_scheduler: bool = False
     videos: NonNegativeInt = 4
     steps: tuple[PositiveInt, ...] = ()
+    usual_guidance: GuidanceScale | None = None
 
 
 @config
@@ -140,6 +144,13 @@ class GrpoRun(TrainingRun):
             )
         if self.evaluation is not None and self.evaluation.steps:
             check_wan(self.generator, "evaluation.steps")
+        if self.other_guidance is not None:
+            check_wan(self.generator, "evaluation.usual_guidance")
+            if sampler.guidance_scale_2 is not None:
+                raise ValueError(
+                    "evaluation.usual_guidance is one scale for all noise levels, and "
+                    "generator.sampler.guidance_scale_2 is another: set either to null"
+                )
         if self.cache_prompts:
             check_wan(self.generator, "cache_prompts")
         if self.zero_stage == 3:
@@ -170,6 +181,16 @@ class GrpoRun(TrainingRun):
                 "members of a group are equal"
             )
 
+    @property
+    def other_guidance(self) -> float | None:
+        """The guidance of users, where it is not the one that is trained and evaluated."""
+        settings = self.evaluation
+        if settings is None:
+            return None
+        if settings.usual_guidance == self.generator.sampler.guidance_scale:
+            return None
+        return settings.usual_guidance
+
     def _check_objective(self) -> None:
         """Raise ValueError if the sampler does not make what the objective learns from."""
         # Stochastic steps are for the policy gradient, and only for it.
@@ -179,7 +200,7 @@ class GrpoRun(TrainingRun):
             if sampler.stochastic == "none":
                 raise ValueError(
                     "generator.sampler.stochastic=none has no density for "
-                    "grpo.objective=policy: use nft or awm, or another sampler.stochastic"
+                    "grpo.objective=policy: use nft, awm or dgpo, or another sampler.stochastic"
                 )
             return
         if sampler.stochastic != "none":

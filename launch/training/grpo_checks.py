@@ -9,6 +9,8 @@ from common.types import Prompt, text_of
 from launch.training.start_checks import context_findings, report
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from alignment.grpo import GrpoLoop
@@ -76,17 +78,44 @@ def run_self_checks(run: GrpoRun, loop: GrpoLoop, prompts: list[Prompt]) -> None
 
     # At full size they take minutes, before there is a progress bar.
     say("self-checks: sampling a video two ways and a group twice")
-    findings = _generator_findings(run, loop, prompts[0])
+    report(
+        [*_generator_findings(run, loop, prompts[0]), *_all_rewards(run, loop, prompts)]
+    )
+
+
+def changed_rewards(folder: Path, run: GrpoRun) -> list[str]:
+    """Name the settings of rewards that are other ones than a checkpoint's: ``a.b: 1 -> 2``.
+
+    A weight changes no reward. Checkpoints without settings count as unchanged.
+    """
+    from common.run_record import SETTINGS, changed_settings
+
+    if not (folder / SETTINGS).is_file():
+        return []
+    return [
+        change
+        for change in changed_settings(folder / SETTINGS, run)
+        if change.startswith("rewards.") and ".weight:" not in change
+    ]
+
+
+def check_rewards(run: GrpoRun, loop: GrpoLoop, prompts: list[Prompt]) -> None:
+    """Run the checks of rewards alone, as `run_self_checks` does."""
+    report(_all_rewards(run, loop, prompts))
+
+
+def _all_rewards(run: GrpoRun, loop: GrpoLoop, prompts: list[Prompt]) -> list[Finding]:
+    from common.log import say
+
     # A wrong prompt must be another one.
     different = list({text_of(prompt): prompt for prompt in prompts}.values())
-    if len(different) > 1:
-        say(
-            f"self-checks: scoring {CHECKED_VIDEOS} or more sampled videos by every reward; "
-            "self_checks=false leaves them out"
-        )
-        findings += _reward_findings(run, loop, different[:MOST_CHECKED_VIDEOS])
-
-    report(findings)
+    if len(different) == 1:
+        return []
+    say(
+        f"self-checks: scoring {CHECKED_VIDEOS} or more sampled videos by every reward; "
+        "self_checks=false leaves them out"
+    )
+    return _reward_findings(run, loop, different[:MOST_CHECKED_VIDEOS])
 
 
 def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: Prompt) -> list[Finding]:

@@ -50,6 +50,7 @@ def evaluate_heldout(
             folder=Path(run.run_dir) / "evaluation" / f"step-{step:06d}",
             videos=settings.videos,
             steps=settings.steps,
+            usual_guidance=run.other_guidance,
         )
         gap = gap_of_map(loop.generator, prompts, seed=run.seed)
     metrics = means_of(rows) | gap

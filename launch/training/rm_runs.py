@@ -110,6 +110,7 @@ def reward_model_task(
 ) -> TrainingTask:
     """Describe a run of a stage to the training loop."""
     from engine.trainer import StepReport, TrainingTask, no_metrics
+    from launch.next_recipe import next_recipe
     from launch.planning.first_estimate import expect_step
 
     def evaluate() -> dict[str, float]:
@@ -120,11 +121,11 @@ def reward_model_task(
     # Stage 2 follows stage 1, and a comparison with people follows stage 2.
     checkpoint = f"checkpoint={run.run_dir}/final"
     stage_2 = (
-        f"deepspeed launch/dual_rl.py --config configs/wan/dual_rl.yaml {checkpoint} "
+        f"deepspeed launch/dual_rl.py --config {next_recipe('dual_rl')} {checkpoint} "
         "data.train=PAIRS.csv"
     )
     evaluation = (
-        "python launch/evaluate.py rm --config configs/wan/evaluate_rm.yaml "
+        f"python launch/evaluate.py rm --config {next_recipe('evaluate_rm')} "
         f"{checkpoint} pairs=FILE"
     )
     return TrainingTask(

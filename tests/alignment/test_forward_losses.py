@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.forward_losses import awm_loss, matching_error, nft_loss
+from alignment.dpo_losses import flow_dpo_terms
+from alignment.forward_losses import awm_loss, dgpo_loss, matching_error, nft_loss
 
 OLD = (0.0, 2.0)
 # v = eps - x_0, and a policy that has moved.
@@ -223,3 +224,66 @@ def test_awm_ratio_clip_and_proximal_term_by_hand() -> None:
     with_term, pulled, _ = awm(2.0, at=MOVED, proximal_weight=3.0)
     assert with_term == pytest.approx(-2.0 * ratio + 1.5)
     assert pulled == pytest.approx((ratio + 3.0, -0.5 * ratio))
+
+
+def dgpo(
+    error: tuple[float, ...], advantage: tuple[float, ...], *, beta: float = 10.0
+) -> tuple[float, list[float], dict[str, float]]:
+    """Loss, its gradient with respect to each error, and metrics; the reference's errors are 1."""
+    # one element, target 0: the error is the square of the velocity
+    v = torch.tensor(error, dtype=torch.float64).sqrt()[:, None].requires_grad_()
+    reference = torch.ones_like(v).requires_grad_()
+    output = dgpo_loss(
+        v,
+        reference,
+        torch.zeros_like(v),
+        torch.tensor(advantage, dtype=torch.float64),
+        beta=beta,
+    )
+    slope, nothing = torch.autograd.grad(output.loss, (v, reference), allow_unused=True)
+    assert nothing is None
+    # de = 2 v dv
+    gradient = (slope / (2 * v)).detach()[:, 0].tolist()
+    return float(output.loss.detach()), gradient, output.metrics
+
+
+def test_dgpo_loss_by_hand() -> None:
+    """S = 10 (0.9 - 1 - (1.1 - 1)) / 2 = -1: weight 0.26894142, loss of it times -0.1."""
+    loss, gradient, metrics = dgpo((0.9, 1.1), (1.0, -1.0))
+    assert metrics["group_weight"] == pytest.approx(0.26894142, abs=1e-8)
+    assert metrics["flow_error"] == pytest.approx(1.0)
+    assert loss == pytest.approx(-0.1 * 0.26894142, abs=1e-9)
+    assert gradient == pytest.approx((0.13447071, -0.13447071), abs=1e-8)
+    # the reference itself: S = 0 is half of the advantage-weighted error
+    loss, gradient, metrics = dgpo((1.0, 1.0), (1.0, -1.0))
+    assert metrics["group_weight"] == 0.5
+    assert gradient == pytest.approx((0.25, -0.25))
+    # three members: S = 10 (-0.1 - 0.1) / 3
+    _, gradient, metrics = dgpo((0.9, 1.0, 1.1), (1.0, 0.0, -1.0))
+    weight = 1 / (1 + math.exp(2 / 3))
+    assert metrics["group_weight"] == pytest.approx(weight)
+    assert gradient == pytest.approx((weight / 3, 0.0, -weight / 3))
+
+
+def test_dgpo_of_two_videos_is_flow_dpo() -> None:
+    """The loss 0.31326169 and its gradients 1.3447, by the function of pairs."""
+    chosen = torch.tensor([0.9], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([1.1], dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, dtype=torch.float64)
+    terms = flow_dpo_terms(chosen, rejected, one, one, beta_N=10 * one)
+    assert float(terms.loss_N.detach()) == pytest.approx(0.31326169, abs=1e-8)
+    pair = torch.autograd.grad(terms.loss_N.sum(), (chosen, rejected))
+    assert float(pair[0]) == pytest.approx(1.3447071, abs=1e-6)
+    _, gradient, _ = dgpo((0.9, 1.1), (1.0, -1.0))
+    assert [10 * g for g in gradient] == pytest.approx([float(g) for g in pair])
+
+
+def test_dgpo_error_is_the_mean_over_elements_of_a_sample() -> None:
+    """v - target = (2, -1): 2.5, where the reference's (1, -1) has 1; A 2, beta 0.5: S = 1.5."""
+    output = dgpo_loss(
+        row(*MOVED), row(*OLD), row(*TARGET), torch.tensor([2.0]), beta=0.5
+    )
+    assert output.metrics["flow_error"] == pytest.approx(2.5)
+    weight = 1 / (1 + math.exp(-1.5))
+    assert output.metrics["group_weight"] == pytest.approx(weight)
+    assert float(output.loss) == pytest.approx(5 * weight)

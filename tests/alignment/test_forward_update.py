@@ -39,6 +39,8 @@ def loop_of(
     options = {"objective": "nft", "group_size": 4, "scale": "batch", **options}
     if options["objective"] == "nft":
         options.setdefault("advantage_clip", 5.0)
+    if options["objective"] == "dgpo":
+        forward = {"micro_batch": options["group_size"], **(forward or {})}
     cfg = GrpoConfig(**options, forward=ForwardConfig(**(forward or {})))
     generator = generator or FakeGenerator(num_steps=4, **SOLVER)
     rewards = RED if rewards is None else rewards
@@ -372,6 +374,103 @@ def test_resumed_run_equals_the_whole_run_bit_by_bit(tmp_path: Path) -> None:
     assert (tmp_path / "old_policy.safetensors").is_file()
 
 
+# ------------------------------------------------------------------ whole groups
+
+DGPO = {"objective": "dgpo", "forward": ForwardConfig(micro_batch=4)}
+
+
+def test_dgpo_micro_batch_is_a_group_of_one_level_and_noise() -> None:
+    loop = loop_of(objective="dgpo", forward={"timesteps_per_sample": 2})
+    batch = loop.batch(0)
+    group = loop.generator.rollout(batch.prompts[:1], group_size=4, seeds=[7])[0]
+    advantage_M = torch.tensor([1.0, 0.5, -0.5, -1.0])
+    parts = list(loop.objective.noised(group, advantage_M, 7))
+    assert len(parts) == 2
+    levels = set()
+    for part in parts:
+        assert torch.equal(part.clean_BCFHW, group.clean_GCFHW)
+        assert torch.equal(part.advantage_B, advantage_M)
+        assert torch.equal(
+            part.noise_BCFHW, part.noise_BCFHW[:1].expand_as(part.noise_BCFHW)
+        )
+        (level,) = set(part.sigma_B.tolist())
+        levels.add(level)
+    assert len(levels) == 2
+    assert not torch.equal(parts[0].noise_BCFHW, parts[1].noise_BCFHW)
+
+
+def test_dgpo_gradient_weighs_each_group_against_the_reference() -> None:
+    """MEAN over groups of sigmoid(S) mean(A grad e), plus the KL term, by a separate route."""
+    beta, kl_weight = 10.0, 0.5
+    generator = moved()
+    loop = loop_of(
+        generator=generator,
+        objective="dgpo",
+        prompts=2,
+        kl_weight=kl_weight,
+        forward={"group_beta": beta},
+    )
+    batch = loop.batch(0)
+    groups = generator.rollout(batch.prompts, group_size=4, seeds=batch.seeds)
+    result = loop.step(0)
+    assert result.metrics["train/kl"] == pytest.approx(0.56 / 3, rel=1e-5)
+
+    again = moved()
+    total = [torch.zeros_like(p) for p in loop.engine.parameters]
+    weights = []
+    parts = zip(groups, batch.seeds, result.advantage_PM, strict=True)
+    for group, seed, advantage_M in parts:
+        draw = seeded_generator(seed, "levels", 0, 0)
+        level = int(torch.randperm(3, generator=draw)[0])
+        draw = seeded_generator(seed, "forward", 0, level, 0)
+        eps = torch.randn(group.clean_GCFHW[0].shape, generator=draw).double()
+        clean = group.clean_GCFHW.double()
+        x = (1 - LEVELS[level]) * clean + LEVELS[level] * eps
+        v = again.module(x, LEVELS[level])
+        with torch.no_grad(), again.reference():
+            reference = again.module(x, LEVELS[level])
+        e = (v - (eps - clean)).square().mean((1, 2, 3, 4))
+        e_ref = (reference - (eps - clean)).square().mean((1, 2, 3, 4))
+        A = advantage_M.double()
+        S = beta * float((A * (e.detach() - e_ref)).sum()) / 4
+        weights.append(1 / (1 + math.exp(-S)))
+        loss = weights[-1] * (A * e).sum() / 4
+        loss = (loss + kl_weight * (v - reference).square().mean()) / 2
+        trained = [p for p in again.module.parameters() if p.requires_grad]
+        gradient = torch.autograd.grad(loss, trained)
+        total = [a + b for a, b in zip(total, gradient, strict=True)]
+    for found, want in zip(loop.engine.last_gradient, total, strict=True):
+        assert float(want.abs().max()) > 1e-3
+        assert torch.allclose(found, want, rtol=1e-5, atol=1e-8)
+    # a policy that moved has another weight than a half
+    assert abs(sum(weights) / 2 - 0.5) > 1e-3
+    assert result.metrics["train/group_weight"] == pytest.approx(
+        sum(weights) / 2, rel=1e-4
+    )
+
+
+def test_group_beta_is_the_largest_usual_one_by_default() -> None:
+    """Recipes have 10 to 100."""
+    assert ForwardConfig().group_beta == 100.0
+
+
+def test_dgpo_without_kl_weight_uses_the_reference_but_not_its_kl() -> None:
+    gradients = []
+    for kl_weight in (0.0, 0.3):
+        loop = loop_of(generator=moved(), objective="dgpo", kl_weight=kl_weight)
+        assert loop.step(0).metrics["train/kl"] == pytest.approx(0.56 / 3, rel=1e-5)
+        gradients.append(loop.engine.last_gradient[1])
+    # the gradient of 0.3 mean bias^2
+    bias = torch.tensor([0.4, -0.2, 0.6], dtype=torch.float64)
+    assert torch.allclose(gradients[1] - gradients[0], 0.3 * 2 * bias / 3)
+
+
+def test_dgpo_rewarded_colour_rises() -> None:
+    loop = loop_of(objective="dgpo", lr=0.1, kl_weight=0.0)
+    rewards = [loop.step(step).metrics["reward/red"] for step in range(12)]
+    assert sum(rewards[-3:]) > sum(rewards[:3])
+
+
 # ------------------------------------------------------------------ what is refused
 
 
@@ -398,6 +497,17 @@ def test_resumed_run_equals_the_whole_run_bit_by_bit(tmp_path: Path) -> None:
         ({"objective": "awm", "normalize_step_weights": True}, "normalize_step"),
         ({"objective": "awm", "forward": ForwardConfig(micro_batch=3)}, "micro_batch"),
         ({"forward": ForwardConfig(beta=1.0)}, "objective=policy"),
+        ({"objective": "dgpo"}, "micro_batch=4"),
+        ({**DGPO, "ranks_per_group": 2}, "ranks_per_group=1"),
+        ({**DGPO, "clip_low": 0.1, "clip_high": 0.1}, "clip_low"),
+        ({**DGPO, "updates": 2}, "old policy"),
+        (
+            {
+                "objective": "dgpo",
+                "forward": ForwardConfig(micro_batch=4, **old_policy(max_decay=0.3)),
+            },
+            "old policy",
+        ),
     ],
 )
 def test_settings_of_another_objective_are_refused(options: dict, key: str) -> None:

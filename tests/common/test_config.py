@@ -612,3 +612,23 @@ def test_lone_surrogate_in_a_yaml_has_its_line(tmp_path):
     path.write_text('words: [a]\nrun_dir: "a\\ud83d"\n')
     with pytest.raises(ConfigError, match=r"run_dir: .*run\.yaml:2\)"):
         load(Place, path)
+
+
+def test_below_is_the_text_of_the_layers_before(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("generator: {path: here}\n")
+    over = tmp_path / "over.yaml"
+    over.write_text("generator: {path: '${below}_over'}\n")
+    assert load(RunConfig, [base, over]).generator.path == "here_over"
+    # twice, as any other layer
+    assert load(RunConfig, [base, over, over]).generator.path == "here_over_over"
+    assert (
+        load(RunConfig, base, ["generator.path=${below}/x"]).generator.path == "here/x"
+    )
+
+
+def test_below_without_a_recipe_is_a_mistake_with_its_line(tmp_path: Path) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text("seed: 1\nlr: ${below}\n")
+    with pytest.raises(ConfigError, match=r"needs a text under it.*over.yaml:2"):
+        load(RunConfig, over)

@@ -52,7 +52,7 @@ def test_resume_rewrites_what_the_killed_run_left(tmp_path):
 
 def test_console_lines_are_aligned_and_fit(tmp_path, capsys):
     log = RunLog(tmp_path, total=100)
-    for step, scale in ((1, 1.0), (100, -12345.678)):
+    for step, scale in ((0, 1.0), (99, -12345.678)):
         log.log(step, {f"stage/metric{i}": scale / (i + 1) for i in range(12)})
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("step    1/100 | stage/metric0          1 |")
@@ -66,10 +66,15 @@ def test_console_lines_are_aligned_and_fit(tmp_path, capsys):
 def test_evaluation_metrics_get_a_separate_line(tmp_path, capsys):
     log = RunLog(tmp_path, total=100)
     log.log(
-        9, {**{f"stage/metric{i}": 1.0 for i in range(12)}, "heldout/accuracy": 0.75}
+        9,
+        {**{f"stage/metric{i}": 1.0 for i in range(12)}, "heldout/accuracy": 0.75},
+        measured_after=9,
     )
-    log.log(100, {"eval/oracle": 0.5})
+    log.log(100, {"eval/oracle": 0.5}, measured_after=100)
     lines = capsys.readouterr().out.splitlines()
+    # The tenth step, and what was measured after the nine before it.
+    assert lines[0].startswith("step   10/100")
+    assert [row["step"] for row in read_metrics(log.path)] == [9, 100]
     assert lines[1:] == [
         "step    9/100 | heldout/accuracy       0.75",
         "step  100/100 | eval/oracle        0.5",

@@ -14,6 +14,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from alignment.config import RewardConfig
+from alignment.rewards import build_rewards
 from common.film import Film
 from common.log import read_metrics
 from common.types import Generator
@@ -143,6 +145,44 @@ def test_my_reward_is_what_a_hand_computes(example: Loader) -> None:
     assert score(video, ["", ""], fps=3.0).tolist() == pytest.approx([0.5, -0.2])
     calm = score(video, ["", ""], fps=3.0, calm=0.25).tolist()
     assert calm == pytest.approx([0.25, -0.2])
+
+
+def grey(*levels: int) -> torch.Tensor:
+    """Videos of two frames and one pixel, each of one brightness."""
+    level_B = torch.tensor(levels, dtype=torch.uint8)
+    return level_B.view(-1, 1, 1, 1, 1).repeat(1, 2, 1, 1, 3)
+
+
+def test_pairwise_reward_is_the_share_of_won_comparisons(example: Loader) -> None:
+    """Of 0, 10, 11 and 60, each against three others: wins 0, 1, 2, 3; within 2/255 ties."""
+    WinRate = example("pairwise_reward").WinRate
+    video = grey(0, 10, 11, 60)
+    rates = WinRate().score(video, [""] * 4).tolist()
+    assert rates == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
+    tied = WinRate(margin=2 / 255).score(video, [""] * 4).tolist()
+    assert tied == pytest.approx([0.0, 0.5, 0.5, 1.0])
+    # nobody to be compared with
+    assert WinRate().score(grey(7), [""]).isnan().all()
+
+
+def test_pairwise_reward_of_a_judge_that_likes_the_first_is_a_tie(
+    example: Loader,
+) -> None:
+    class LikesFirst(example("pairwise_reward").WinRate):
+        def prefers(self, *_: object) -> float:
+            return 1.0
+
+    assert LikesFirst().score(grey(0, 10, 60), [""] * 3).tolist() == [0.5] * 3
+
+
+def test_pairwise_reward_gets_whole_groups_from_the_loop(example: Loader) -> None:
+    """By its config: exactly the members of a group a call, however many a call may hold."""
+    path = EXAMPLES / "pairwise_reward.py"
+    cfg = RewardConfig(target=f"{path}:WinRate", options={"margin": 0.01})
+    reward = build_rewards({"wins": cfg})["wins"]
+    assert reward.group_level
+    score = reward.score(grey(0, 2, 60), [""] * 3, fps=8.0)
+    assert score.value_B.tolist() == pytest.approx([0.25, 0.25, 1.0])
 
 
 @pytest.mark.slow

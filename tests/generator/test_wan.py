@@ -139,6 +139,23 @@ def test_sample_is_the_stock_pipeline(folder: Path, kind: str) -> None:
     assert torch.equal(generator.sample(prompts, seeds, scheduler=kind), got)
 
 
+def test_sample_with_another_guidance_is_the_stock_pipeline_with_it(
+    folder: Path,
+) -> None:
+    """A sampler of 3.0, asked for 1 and 5; by itself it stays at 3."""
+    generator = WanGenerator.load(tiny_config(folder), device="cpu")
+    noise = initial_noise(1, generator.latent_shape)[None]
+    for scale in (1.0, 5.0):
+        got = generator.sample([PROMPT], [1], guidance_scale=scale)
+        want = stock_latents(folder, noise, [PROMPT], euler=True, scale=scale)
+        assert (got - want).abs().max() < 1e-5 * want.abs().max()
+        assert (got - generator.sample([PROMPT], [1])).abs().max() > 1e-3
+    again = generator.sample([PROMPT], [1], guidance_scale=3.0)
+    assert torch.equal(again, generator.sample([PROMPT], [1]))
+    with pytest.raises(ValueError, match="guidance_scale=5"):
+        generator.sample([PROMPT], [1], scheduler="pipeline", guidance_scale=5.0)
+
+
 def test_sample_needs_one_seed_per_prompt(generator: WanGenerator) -> None:
     with pytest.raises(ValueError, match=r"\b2\b"):
         generator.sample(["a", "b"], [1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from launch.compose import check_family
 from launch.planning.forwards import forwards_per_update, samples_per_rollout
 from launch.schemas.training import GrpoRun
 from launch.training.grpo_loop import levels_of
+from launch.training.grpo_outputs import evaluate_heldout
+from tests.fakes import FunctionReward
 from tests.launch.processes import ROOT
 from tests.launch.test_grpo import adapter_of, alone, numbers
 
@@ -29,6 +32,7 @@ NFT = (
     "grpo.objective=nft",
     "grpo.advantage_clip=5",
 )
+DGPO = ("grpo.objective=dgpo", "grpo.forward.micro_batch=8")
 SHAPES = ROOT / "configs" / "shapes" / "grpo_oracle.yaml"
 
 
@@ -97,6 +101,9 @@ def test_trained_levels_are_those_of_the_rollouts_grid() -> None:
         (["generator.sampler.tail_steps=4", "A"], 56),
         (["generator.sampler.tail_steps=4", "grpo.forward.timesteps_per_sample=2", "A", "old"], 96),
         (["grpo.forward.timesteps_per_sample=7", "old"], 344),
+        # l = 1 without a KL term as well: 8 [4 + 2 (3 + 1)]
+        (["generator.sampler.tail_steps=4", "grpo.forward.timesteps_per_sample=2", *DGPO, "A"], 96),
+        (["generator.sampler.tail_steps=4", "grpo.forward.timesteps_per_sample=2", *DGPO], 96),
     ],
 )  # fmt: skip
 def test_forwards_of_a_group_by_hand(words: list[str], forwards: int) -> None:
@@ -147,6 +154,77 @@ def test_model_with_two_transformers_needs_a_stochastic_step() -> None:
 def test_solver_needs_members_of_their_own_noise() -> None:
     with pytest.raises(ValueError, match="initial_noise=member"):
         SamplerConfig(stochastic="none")
+
+
+GUIDED = "evaluation.usual_guidance=4.5"
+MEASURED = "evaluation.prompts=x"
+
+
+@pytest.mark.parametrize(
+    ("words", "scale"),
+    [
+        ([], None),
+        ([MEASURED], None),
+        ([MEASURED, GUIDED], 4.5),
+        # guided as users do: one evaluation
+        ([MEASURED, GUIDED, "generator.sampler.guidance_scale=4.5"], None),
+    ],
+)
+def test_usual_guidance_is_evaluated_where_it_is_another(
+    words: list[str], scale: float | None
+) -> None:
+    assert load(GrpoRun, None, [*BASE, *NFT, *words]).other_guidance == scale
+
+
+def test_usual_guidance_is_refused_where_there_is_no_single_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = [*BASE, *NFT, MEASURED, GUIDED]
+    with pytest.raises(ConfigError, match="guidance_scale_2"):
+        load(GrpoRun, None, [*words, "generator.sampler.guidance_scale_2=3"])
+    with pytest.raises(ConfigError, match="usual_guidance"):
+        load(
+            GrpoRun, None, [*words, "generator.target=examples/own_generator.py:build"]
+        )
+    # a flow map is guided by its weights
+    cfg = load(GrpoRun, None, words)
+    monkeypatch.setattr("generator.wan_folder.find_wan", lambda _: Path("wan"))
+    monkeypatch.setattr(Family, "of", lambda _: Family(flow_map=True))
+    with pytest.raises(ValueError, match="usual_guidance"):
+        check_family(cfg, stochastic=True, objective="policy")
+
+
+class Guided:
+    """A generator whose videos are as bright as ten times their guidance."""
+
+    cfg = SimpleNamespace(context_parallel=1, target="own", fps=8.0)
+    sharded = False
+
+    def sample(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        scheduler: str,
+        guidance_scale: float = 1.0,
+    ) -> torch.Tensor:
+        assert scheduler == "euler"
+        return torch.full((len(prompts), 2, 1, 1, 3), 10 * guidance_scale)
+
+    def decode(self, clean: torch.Tensor) -> torch.Tensor:
+        return clean.to(torch.uint8)
+
+
+def test_evaluation_at_both_guidances(tmp_path: Path) -> None:
+    """Both in metrics: 10 at the guidance that is trained, 45 at the usual one."""
+    mean = FunctionReward("grey", lambda video, _: float(video.float().mean()))
+    loop = SimpleNamespace(generator=Guided(), rewards={"grey": mean})
+    words = [*BASE[1:], *NFT, MEASURED, f"run_dir={tmp_path}", "evaluation.videos=0"]
+    found = []
+    for more in ([], [GUIDED]):
+        run = load(GrpoRun, None, [*words, *more])
+        found.append(evaluate_heldout(run, loop, None, ["a", "b"], 0))
+    assert found == [{"eval/grey": 10.0}, {"eval/grey": 10.0, "eval_usual/grey": 45.0}]
 
 
 @pytest.mark.long

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from alignment.rewards.errors import NamedReward
+from common.config import load
+from common.run_record import SETTINGS, write_settings
 from common.types import Score
+from launch.schemas.training import GrpoRun
 from launch.training import grpo_checks
+from launch.training.grpo_checks import changed_rewards
 
 PROMPTS = [f"prompt {i}" for i in range(20)]
 
@@ -113,3 +118,19 @@ def test_reward_that_ignores_prompts_is_said_and_is_no_warning() -> None:
     assert "does not read the prompt" in sense.fact
     # as many videos as there are, since these scores are quick
     assert "fell 0 of 16, same 16" in sense.fact
+
+
+def test_changed_reward_is_checked_again_and_a_weight_is_not(tmp_path: Path) -> None:
+    words = ["rewards.oracle.weight=0.5"]
+    recipe = "configs/shapes/grpo_oracle.yaml"
+    write_settings(load(GrpoRun, recipe), tmp_path / SETTINGS)
+    same = load(GrpoRun, recipe, [*words, "optimizer.lr=1"])
+    assert changed_rewards(tmp_path, same) == []
+    other = load(GrpoRun, recipe, ["rewards.oracle.target=examples/my_reward.py:score"])
+    (change,) = changed_rewards(tmp_path, other)
+    assert change.startswith("rewards.oracle.target: ")
+    # a reward that joins
+    more = load(GrpoRun, recipe, ["rewards.warm.target=examples/my_reward.py:score"])
+    assert any("warm" in change for change in changed_rewards(tmp_path, more))
+    # a checkpoint of an earlier version
+    assert changed_rewards(tmp_path / "none", other) == []

@@ -12,7 +12,12 @@ from alignment.grpo import _prompts_of
 from alignment.prompts import image_files
 from common.types import Group, ImagePrompt, Step
 from launch import sample
-from launch.compose import check_family, check_image_objective, check_images
+from launch.compose import (
+    check_family,
+    check_image_objective,
+    check_images,
+    check_takes_images,
+)
 from launch.schemas.training import SampleRun
 from tests.generator.families import write_image
 from tests.generator.test_wan_folder import IMAGES, write
@@ -85,3 +90,12 @@ def test_ranks_do_not_share_a_video_with_a_time_for_each_token(tmp_path: Path) -
     both = SimpleNamespace(generator=tiny_config(i2v, context_parallel=2), zero_stage=1)
     with pytest.raises(ValueError, match="tokens of an image"):
         check_family(both, stochastic=True)
+
+
+def test_class_of_another_generator_says_that_it_takes_images() -> None:
+    prompts = ["a red room", ImagePrompt("a blue room", "blue.png")]
+    own = SimpleNamespace(target="own.py:Own")
+    with pytest.raises(ValueError, match="'a blue room' has an image"):
+        check_takes_images(own, object(), prompts)
+    check_takes_images(own, SimpleNamespace(takes_images=True), prompts)
+    check_takes_images(own, object(), prompts[:1])

@@ -14,7 +14,8 @@ from generator.config import GeneratorConfig
 from launch.compose import say_long_prompts
 from launch.schemas.pairs import DpoRun
 from launch.schemas.training import ColdStartRun, DualRlRun, GrpoRun
-from launch.training.dpo_loop import prompts_of, shared_pairs
+from launch.training import dpo_loop
+from launch.training.dpo_loop import check_prompts, shared_pairs
 from launch.training.inputs import inputs_of
 from launch.training.rm_data import read_tables
 
@@ -145,7 +146,9 @@ def test_prompts_that_the_text_encoder_cuts_are_counted(
     assert capsys.readouterr().out == ""
 
 
-def test_pairs_in_both_sets_are_found_by_prompt_and_videos(tmp_path: Path) -> None:
+def test_pairs_in_both_sets_are_found_by_prompt_and_videos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     latent = torch.zeros(1, 1, 2, 2)
 
     def write(name: str, *pairs: tuple[str, str]) -> PairSet:
@@ -164,4 +167,8 @@ def test_pairs_in_both_sets_are_found_by_prompt_and_videos(tmp_path: Path) -> No
     (tmp_path / "p.txt").write_text("d\n")
     words = ["pairs=x", "refresh.every=1", f"refresh.prompts={tmp_path / 'p.txt'}"]
     run = load(DpoRun, None, [*BASE, *words, "refresh.rewards.brightness.weight=1"])
-    assert prompts_of(run, train) == ["a", "b", "d"]
+    counted = []
+    for name in ("say_long_texts", "say_long_prompts"):
+        monkeypatch.setattr(dpo_loop, name, lambda texts, _: counted.append(texts))
+    check_prompts(run, train)
+    assert counted == [["a", "b"], ["d"]]

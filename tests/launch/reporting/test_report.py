@@ -153,6 +153,7 @@ def test_heldout_prompts_of_grpo_run_are_drawn(tmp_path: Path) -> None:
     rows = read_jsonl(folder / "metrics.jsonl")
     for row in rows[::20]:
         row |= {"eval/shapes": 0.25 + row["step"] / 80, "eval_stock/shapes": 0.5}
+        row["eval_usual/shapes"] = 0.4
     lines(
         folder / "metrics.jsonl",
         [*rows, {"step": 40, "eval/shapes": 0.75, "eval_stock/shapes": 0.5}],
@@ -161,6 +162,7 @@ def test_heldout_prompts_of_grpo_run_are_drawn(tmp_path: Path) -> None:
     assert "Held-out prompts: shapes" in page.text
     assert "Held-out prompts: descore" not in page.text
     assert "the stock scheduler" in page.text
+    assert "the usual guidance" in page.text
 
 
 def test_page_of_dpo_and_grpo(demo: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.reporting import rollouts
+from launch.reporting import data, rollouts
 from launch.reporting.charts import Series, rank_correlation, scatter
 from launch.reporting.films import STEPS_SHOWN, Videos, rollout_slides, same_seed_slides
 from tests.launch.reporting.pages import EVIL, alignment_run, clip, lines, rendered
@@ -77,7 +77,7 @@ def test_trained_reward_is_drawn_against_each_watched_one(tmp_path: Path) -> Non
     run = samples(tmp_path, [0, 1, 2])
     weights = "descore: {weight: 1.0}, shapes: {weight: 0}"
     (run / "config.yaml").write_text(f"grpo: {{}}\nrewards: {{{weights}}}\n")
-    (chart,) = rollouts.judged_charts(run, {})
+    (chart,) = rollouts.judged_charts(run, {}, data.sampled_steps(run))
     assert chart.title == "Rollouts: descore and shapes"
     # ranks 1 2 3 4 5 and 5 3.5 3.5 1.5 1.5: -9 / sqrt(10 x 9)
     assert "rank correlation -0.95 of 5 videos" in chart.note
@@ -85,7 +85,7 @@ def test_trained_reward_is_drawn_against_each_watched_one(tmp_path: Path) -> Non
     assert "step 2, member 1\ndescore 2.5, shapes -2" in chart.svg
     # without weights nobody is a judge
     (run / "config.yaml").write_text("grpo: {}\n")
-    assert rollouts.judged_charts(run, {}) == []
+    assert rollouts.judged_charts(run, {}, data.sampled_steps(run)) == []
 
 
 def test_parts_are_compared_between_first_and_last_tenth(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_table_has_the_last_rollouts_with_their_texts_folded(
 ) -> None:
     run = samples(alignment_run(tmp_path / "run"), [40, 41])
     monkeypatch.setattr(rollouts, "ROWS_SHOWN", 3)
-    table = rollouts.rollout_table(run)
+    table = rollouts.rollout_table(data.sampled_steps(run))
     assert table.total == 6 + 4
     assert [(row["step"], row["member"]) for row in table.rows] == [
         (40, 1),
