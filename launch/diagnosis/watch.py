@@ -142,9 +142,10 @@ class Watch:
         # Videos of an ODE solver have no density.
         if run.grpo.objective != "policy":
             return False
-        # Nor for two transformers, or for prompts with an image.
+        # Nor for two transformers, for prompts with an image, or for the jumps of a flow map.
         family = self.loop.generator.family
-        if family.boundary is not None or family.image != "none":
+        other = family.boundary is not None or family.flow_map
+        if other or family.image != "none":
             return False
         shared = run.grpo.ranks_per_group * run.generator.context_parallel > 1
         if shared or run.zero_stage == 3:

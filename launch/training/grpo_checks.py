@@ -22,6 +22,8 @@ FEW_VIDEOS = 32
 # Videos for the checks of rewards: at least 4, and more where the seconds suffice for them.
 CHECKED_VIDEOS = 4
 MOST_CHECKED_VIDEOS = 16
+# Groups that are decoded in two ways, where rewards have a decoder of their own.
+CHECKED_GROUPS = 2
 CHECK_SECONDS = 10.0
 
 
@@ -153,12 +155,9 @@ def _generator_findings(run: GrpoRun, loop: GrpoLoop, prompt: Prompt) -> list[Fi
     ]
 
 
-def sample_to_check(
-    run: GrpoRun, loop: GrpoLoop, prompts: list[Prompt]
-) -> tuple[Tensor, Tensor | None]:
+def sample_to_check(run: GrpoRun, loop: GrpoLoop, prompts: list[Prompt]) -> Tensor:
     """Sample a video of each of the first prompts, more of them where that is quick.
 
-    Returns the videos that rewards see and, where a small decoder made them, the VAE's.
     The number is the same on every rank: sharded weights need equally many forwards.
     """
     import time
@@ -169,7 +168,6 @@ def sample_to_check(
 
     # One video at a time, so that the checks need no more memory than a rollout.
     videos = []
-    whole = []
     start = time.perf_counter()
     for i, prompt in enumerate(prompts):
         seconds = max_over_ranks(time.perf_counter() - start)
@@ -178,9 +176,26 @@ def sample_to_check(
         seed = derive_seed(run.seed, "self-check", i)
         latent = loop.generator.sample([prompt], [seed])
         videos.append(loop.decode_to_score(latent))
-        if loop.has_scoring_decoder:
-            whole.append(loop.generator.decode(latent))
-    return torch.cat(videos), torch.cat(whole) if whole else None
+    return torch.cat(videos)
+
+
+def decoded_both_ways(loop: GrpoLoop) -> tuple[Tensor, Tensor, list[str]]:
+    """Roll out the first groups of the run, a few, and decode them for rewards and by the VAE.
+
+    Returns both versions of the videos, group-major, and their prompts.
+    """
+    import torch
+
+    # Every rank has as many prompts in a step.
+    batch = loop.batch(0)
+    groups = loop.generator.rollout(
+        batch.prompts[:CHECKED_GROUPS],
+        group_size=loop.ranks.members,
+        seeds=batch.seeds[:CHECKED_GROUPS],
+    )
+    clean = torch.cat([group.clean_GCFHW for group in groups])
+    texts = [text_of(group.prompt) for group in groups for _ in range(group.size)]
+    return loop.decode_to_score(clean), loop.generator.decode(clean), texts
 
 
 def _reward_findings(
@@ -194,7 +209,8 @@ def _reward_findings(
     from common.distributed import raise_on_all
     from common.types import RewardUnavailableError
 
-    video_BTYXC, whole_BTYXC = sample_to_check(run, loop, prompts)
+    video_BTYXC = sample_to_check(run, loop, prompts)
+    both = decoded_both_ways(loop) if loop.has_scoring_decoder else None
     prompts = [text_of(prompt) for prompt in prompts[: len(video_BTYXC)]]
 
     # Group-level rewards compare the members of a group, which these videos are not.
@@ -204,9 +220,9 @@ def _reward_findings(
         for reward in loop.rewards.values():
             if not reward.group_level:
                 findings += _findings_of(reward, video_BTYXC, prompts, fps=loop.fps)
-            if not reward.group_level and whole_BTYXC is not None:
+            if not reward.group_level and both is not None:
                 agreed = decoders_agree(
-                    reward, video_BTYXC, whole_BTYXC, prompts, fps=loop.fps
+                    reward, *both, fps=loop.fps, members=loop.ranks.members
                 )
                 findings.append(agreed)
     except RewardUnavailableError as error:

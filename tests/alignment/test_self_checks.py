@@ -192,13 +192,33 @@ def test_small_decoder_is_warned_about_where_it_changes_the_order() -> None:
     reward = FunctionReward("red", redness)
     for order, ok in (([0, 1, 2, 3], True), ([2, 1, 0, 3], False)):
         small = whole[order]
-        found = self_checks.decoders_agree(reward, small, whole, PROMPTS, fps=8.0)
+        found = self_checks.decoders_agree(
+            reward, small, whole, PROMPTS, fps=8.0, members=4
+        )
         assert found.ok is ok
         assert not found.fatal
     # ranks 3 2 1 4: 1 - 6 * 8 / 60; levels differ by 40 / 12 in the MEAN
-    assert "is 0.200 on 4 videos, and pixels differ by 3.3 of 255" in found.message
+    assert (
+        "of 4, is 0.200 on 4 videos, and pixels differ by 3.3 of 255" in found.message
+    )
     # Alike frames have lost the order; videos that the VAE makes alike had none.
     alike = whole[:1].expand_as(whole)
     for pair, ok in (((alike, whole), False), ((whole, alike), True)):
-        found = self_checks.decoders_agree(reward, *pair, PROMPTS, fps=8.0)
+        found = self_checks.decoders_agree(reward, *pair, PROMPTS, fps=8.0, members=4)
         assert found.ok is ok
+
+
+def test_decoders_are_compared_within_groups() -> None:
+    """Two groups of two far apart: one keeps its order, one turns: (1 - 1) / 2, of all 0.8."""
+    whole = torch.zeros(4, 3, 8, 8, 3, dtype=torch.uint8)
+    whole[..., 0] = torch.tensor([10, 20, 130, 140]).view(4, 1, 1, 1)
+    small = whole[[0, 1, 3, 2]]
+    reward = FunctionReward("red", redness)
+    facts = []
+    for members in (2, 4):
+        found = self_checks.decoders_agree(
+            reward, small, whole, PROMPTS, fps=8.0, members=members
+        )
+        facts.append(found.message)
+    assert "within groups of 2, is 0.000 on 4 videos" in facts[0]
+    assert "within groups of 4, is 0.800 on 4 videos" in facts[1]

@@ -212,6 +212,17 @@ def test_pixels_have_a_gradient_and_frames_have_none(generator: WanGenerator) ->
         decoder.decode(clean), levels.to(torch.uint8).permute(0, 2, 3, 4, 1)
     )
 
+    # Nothing is kept for a backward, and latents of another dtype are taken in fp32.
+    seen = []
+    hook = decoder.model.decoder.register_forward_hook(
+        lambda module, args, out: seen.append(out.requires_grad)
+    )
+    half = clean.detach().bfloat16()
+    assert torch.equal(decoder.decode(half), decoder.decode(half.float()))
+    decoder.decode(clean)
+    hook.remove()
+    assert seen == [False] * 3
+
 
 def test_dtype_and_layout_are_the_vaes(folder: Path, decoder: Path) -> None:
     cfg = tiny_config(

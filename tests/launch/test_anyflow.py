@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from common.config import ConfigError, load
 from generator.anyflow import load_generator
 from generator.config import SamplerConfig
+from generator.family import Family
+from launch.diagnosis.watch import Watch
 from launch.evaluation.heldout import gap_of_map, score_heldout
 from launch.schemas.training import GrpoRun
 from tests.fakes import FunctionReward, redness
@@ -51,3 +55,22 @@ def test_measured_in_other_numbers_of_jumps(tmp_path: Path) -> None:
     assert values[0] != values[1] != values[2]
     gap = gap_of_map(generator, PROMPTS, seed=3)
     assert 0.01 < gap["eval/map_gap"] < 10
+
+
+@pytest.mark.parametrize(
+    ("family", "measured"),
+    [
+        (Family(), True),
+        (Family(flow_map=True), False),
+        (Family(experts=("transformer", "transformer_2"), boundary=0.9), False),
+        (Family(image="channels"), False),
+    ],
+)
+def test_only_a_plain_wan_is_measured_by_another_route(
+    family: Family, *, measured: bool
+) -> None:
+    """That route calls the transformer with one time: a run of a flow map ended there."""
+    generator = SimpleNamespace(family=family, module=nn.Linear(2, 2))
+    loop = SimpleNamespace(generator=generator)
+    watch = SimpleNamespace(run=load(GrpoRun, RECIPE), loop=loop)
+    assert Watch._can_measure(watch) is measured

@@ -46,25 +46,36 @@ def test_videos_to_check_are_more_when_sampling_is_quick(
         decode_to_score=generator.decode,
         has_scoring_decoder=False,
     )
-    found, whole = grpo_checks.sample_to_check(
-        SimpleNamespace(seed=0), loop, PROMPTS[:16]
-    )
+    found = grpo_checks.sample_to_check(SimpleNamespace(seed=0), loop, PROMPTS[:16])
     assert len(found) == videos
-    assert whole is None
     assert generator.prompts == PROMPTS[:videos]
 
 
-def test_a_small_decoder_is_compared_with_the_vae_on_the_same_latents() -> None:
-    generator = CountingGenerator()
+def test_groups_of_the_run_are_decoded_for_rewards_and_by_the_vae() -> None:
+    """The first two prompts of a step, whole groups; levels are those of the latents."""
+    batch = SimpleNamespace(prompts=["a", "b", "c"], seeds=[10, 20, 30])
+
+    def rollout(
+        prompts: Sequence[str], *, group_size: int, seeds: Sequence[int]
+    ) -> list[SimpleNamespace]:
+        groups = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            clean = seed + torch.arange(group_size).view(-1, 1, 1, 1, 1)
+            groups.append(
+                SimpleNamespace(prompt=prompt, clean_GCFHW=clean, size=group_size)
+            )
+        return groups
+
     loop = SimpleNamespace(
-        generator=generator,
-        decode_to_score=lambda latent: generator.decode(latent) + 100,
-        has_scoring_decoder=True,
+        batch=lambda step: batch,
+        ranks=SimpleNamespace(members=2),
+        generator=SimpleNamespace(rollout=rollout, decode=lambda clean: clean),
+        decode_to_score=lambda clean: clean + 100,
     )
-    run = SimpleNamespace(seed=0)
-    small, whole = grpo_checks.sample_to_check(run, loop, PROMPTS[:4])
-    assert whole[:, 0, 0, 0, 0].tolist() == [1, 2, 3, 4]
-    assert small[:, 0, 0, 0, 0].tolist() == [101, 102, 103, 104]
+    small, whole, texts = grpo_checks.decoded_both_ways(loop)
+    assert whole.flatten().tolist() == [10, 11, 20, 21]
+    assert small.flatten().tolist() == [110, 111, 120, 121]
+    assert texts == ["a", "a", "b", "b"]
 
 
 @pytest.mark.parametrize(

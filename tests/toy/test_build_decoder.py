@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.config import load
+from common.types import Score
 from generator.scoring_decoder import ScoringDecoder
 from generator.wan import WanGenerator
 from launch.schemas.training import GrpoRun
 from tests.tiny import build_tiny_wan, tiny_config
-from toy.build_decoder import CONFIG, PEAK, new_decoder, order_changes, train
+from toy import build_decoder
+from toy.build_decoder import (
+    CONFIG,
+    PEAK,
+    measure_groups,
+    new_decoder,
+    order_changes,
+    train,
+)
 from toy.training import Fit
 
 
@@ -97,3 +107,48 @@ def test_seeds_are_other_decoders_and_fit_the_shapes_vae(
     assert weights[0].shape == (16, 32, 3, 3)
     assert one.window == 2
     assert load(GrpoRun, CONFIG).generator.path == "assets/shapes/anyflow"
+
+
+class Decodes:
+    """Videos that are the latents plus a shift, in levels; groups whose latents are given."""
+
+    cfg = SimpleNamespace(fps=8.0)
+
+    def __init__(self, shift: int) -> None:
+        self.shift = shift
+
+    def rollout(
+        self, prompts: list[str], *, group_size: int, seeds: list[int]
+    ) -> list[SimpleNamespace]:
+        levels = torch.arange(1.0, len(prompts) * group_size + 1).view(-1, group_size)
+        return [SimpleNamespace(clean_GCFHW=level[:, None]) for level in levels]
+
+    def decode(self, clean: torch.Tensor) -> torch.Tensor:
+        return (clean + self.shift).view(-1, 1, 1, 1, 1).expand(-1, 2, 4, 4, 3)
+
+
+class Level:
+    """The level of a video as its reward, turned round above 100."""
+
+    def score(
+        self, video_BTYXC: torch.Tensor, prompts: list[str], *, fps: float
+    ) -> Score:
+        assert len(prompts) == len(video_BTYXC)
+        level_B = video_BTYXC.flatten(1).float().mean(dim=1)
+        return Score(torch.where(level_B > 100, -level_B, level_B), {})
+
+
+def test_both_decoders_are_compared_with_the_vae(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two groups of eight, levels 1 to 16; the small decoder adds 100, bfloat16 adds 1."""
+    monkeypatch.setattr(build_decoder, "ShapesOracle", Level)
+    found = measure_groups(Decodes(0), Decodes(1), Decodes(100), seed=0, groups=2)
+    assert found["small"]["levels"] == 100
+    assert found["small"]["reward_vae"] == found["vae_bfloat16"]["reward_vae"] == 8.5
+    assert found["small"]["reward"] == -108.5
+    assert found["small"]["rank_correlation"] == pytest.approx(-1)
+    assert found["small"]["exchanged"] == 1
+    assert found["vae_bfloat16"]["levels"] == 1
+    assert found["vae_bfloat16"]["reward"] == 9.5
+    assert found["vae_bfloat16"]["rank_correlation"] == pytest.approx(1)
