@@ -14,6 +14,7 @@ from typing import Any
 
 from common.files import read_json
 from experiments import tables
+from experiments.guards import record_of
 from experiments.long_grpo import change
 from experiments.oracle_scores import Scores, oracle_of
 from launch.evaluation.intervals import mean_ci95
@@ -26,6 +27,7 @@ ORACLE_PAGES = (
 )
 REWARD_MODEL_PAGE = "reproduce_rm"
 LONG_PAGE = "long_grpo"
+GUARDS_PAGE = "guards"
 SUFFIX = ".values.json.gz"
 
 # (where it stands, the interval in the file, the interval from the values)
@@ -66,6 +68,14 @@ def long_intervals(record: Mapping[str, Any], values: Any) -> Iterator[Compariso
         yield f"{key}: fall", record["fall"][key], change(curves, key, peak, -1)
 
 
+def alarms(record: Mapping[str, Any], values: Any) -> Iterator[Comparison]:
+    """Compare what every run of `experiments/guards.py` did; it has no intervals."""
+    for arm, by_seed in values.items():
+        for seed, curve in by_seed.items():
+            stored = record["arms"][arm][seed]
+            yield f"{arm} seed {seed}", stored, record_of(curve)
+
+
 def differing(folder: Path) -> tuple[int, list[str]]:
     """Count the intervals of a folder of results, and list those that come out differently."""
     count = 0
@@ -76,6 +86,8 @@ def differing(folder: Path) -> tuple[int, list[str]]:
         values = tables.read_values(path)
         if name in ORACLE_PAGES:
             comparisons = oracle_intervals(record, values)
+        elif name == GUARDS_PAGE:
+            comparisons = alarms(record, values)
         elif name == REWARD_MODEL_PAGE:
             comparisons = reward_model_intervals(record, values)
         elif name == LONG_PAGE:
