@@ -260,9 +260,9 @@ class GrpoLoop:
 
     def decode_to_score(self, clean_GCFHW: Tensor) -> Tensor:
         """The video (G, T, Y, X, 3) that rewards see; a generator may have a decoder for them."""
-        if self.has_scoring_decoder:
-            return self.generator.decode_to_score(clean_GCFHW)
-        return self.generator.decode(clean_GCFHW)
+        generator = self.generator
+        decode = getattr(generator, "decode_to_score", generator.decode)
+        return decode(clean_GCFHW)
 
 
 def _joined(videos: Sequence[Tensor]) -> Tensor | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -249,7 +249,8 @@ class PairSet:
                 if row.prompt not in embeddings:
                     embeddings[row.prompt] = file.get_tensor(f"prompt.{row.embedding}")
                 if row.image is not None and row.image not in images:
-                    images[row.image] = _under(file, f"image.{row.condition}.")
+                    prefix = f"image.{row.condition}."
+                    images[row.image] = under(prefix, file.keys(), file.get_tensor)
         prompts = tuple(self.rows[i].whole_prompt for i in indices)
         return PairBatch(
             prompts, torch.cat(chosen), torch.cat(rejected), embeddings, images
@@ -313,14 +314,14 @@ def _in_shards(pairs: Iterator[LatentPair], size: int) -> Iterator[list[LatentPa
         yield shard
 
 
-def _under(file: Any, prefix: str) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file whose names begin with a prefix, without it."""
+def under(
+    prefix: str, names: Iterable[str], read: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """Read the tensors whose names begin with a prefix; the result's names are without it."""
     found = {}
-    # a safetensors file is no mapping
-    names = file.keys()
     for name in names:
         if name.startswith(prefix):
-            found[name.removeprefix(prefix)] = file.get_tensor(name)
+            found[name.removeprefix(prefix)] = read(name)
     return found
 
 

@@ -58,7 +58,7 @@ ARMS = {
     ),
     "oracle": Arm(
         "the oracle",
-        ("oracle", ORACLE),
+        ("shapes", ORACLE),
         ("people", PEOPLE),
         is_sound=True,
     ),
@@ -103,8 +103,6 @@ def job_of(
         f"evaluation.every={every}",
         f"evaluation.limit={limit}",
     )
-    if trained == "oracle":
-        words.remove("rewards.oracle=null")
     return Job(folder, [training_step("launch/grpo.py", words, folder)])
 
 

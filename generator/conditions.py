@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from common.types import ImagePrompt, Prompt
+from generator.given import given_entries
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -151,17 +152,11 @@ class ImageCache:
         """Use this condition for an image, whose file is then not read."""
         self._conditions[path] = condition
 
-    @contextmanager
-    def given(self, conditions: Mapping[str, ImageCondition]) -> Iterator[None]:
+    def given(
+        self, conditions: Mapping[str, ImageCondition]
+    ) -> AbstractContextManager[None]:
         """Inside, these conditions are in the cache, unless it had its own."""
-        new = [path for path in conditions if path not in self._conditions]
-        for path in new:
-            self.give(path, conditions[path])
-        try:
-            yield
-        finally:
-            for path in new:
-                del self._conditions[path]
+        return given_entries(self._conditions, conditions)
 
     def free_encoder(self) -> None:
         """Free CLIP; images that are known still work."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from common import progress
+from generator.given import given_entries
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline
@@ -114,22 +115,9 @@ class PromptCache:
             embeds_BLD[index, : len(rows)] = rows
         return embeds_BLD.to(device)
 
-    @contextmanager
-    def given(self, embedding_LD: Mapping[str, Tensor]) -> Iterator[None]:
+    def given(self, embedding_LD: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Inside, these embeddings (from `rows_of`) are in the cache, unless it had its own."""
-        # Embeddings that were encoded here take precedence.
-        new = {
-            prompt: rows
-            for prompt, rows in embedding_LD.items()
-            if prompt not in self._rows
-        }
-        self._rows |= new
-        try:
-            yield
-        finally:
-            # embeddings that were cached before stay
-            for prompt in new:
-                del self._rows[prompt]
+        return given_entries(self._rows, embedding_LD)
 
     def rows_of(self, prompt: str) -> Tensor:
         """Embedding of a prompt without its padding, (L, D) on the CPU."""

@@ -616,26 +616,27 @@ class WanGenerator:
 
     # ---- parts of a rollout ----
 
+    def _gives_first_frame(self, prompt: Prompt) -> bool:
+        """Whether the video's first latent frame is that of the prompt's image."""
+        is_image = isinstance(prompt, ImagePrompt)
+        return is_image and self.family.image == "first_frame"
+
     def _walk_shape(self, prompt: Prompt) -> tuple[int, ...]:
         """(C, F, H, W) of what a walk moves: without the first frame where an image gives it."""
         channels, frames, height, width = self.latent_shape
-        if self.family.image == "first_frame" and isinstance(prompt, ImagePrompt):
+        if self._gives_first_frame(prompt):
             frames -= 1
         return channels, frames, height, width
 
     def _free_frames(self, x_BCFHW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Leave out the first frame where an image gives it."""
-        if self.family.image != "first_frame" or not isinstance(
-            prompts[0], ImagePrompt
-        ):
-            return x_BCFHW
-        return x_BCFHW[:, :, 1:]
+        if self._gives_first_frame(prompts[0]):
+            return x_BCFHW[:, :, 1:]
+        return x_BCFHW
 
     def _with_first_frame(self, prompts: Sequence[Prompt], x_BCFHW: Tensor) -> Tensor:
         """Put the given first frames in front; a single prompt serves every sample."""
-        if self.family.image != "first_frame" or not isinstance(
-            prompts[0], ImagePrompt
-        ):
+        if not self._gives_first_frame(prompts[0]):
             return x_BCFHW
         rows = prompts if len(prompts) > 1 else [*prompts] * len(x_BCFHW)
         images = [self.images.get(prompt.image) for prompt in rows]

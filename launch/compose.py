@@ -77,8 +77,7 @@ def say_long_texts(texts: Sequence[str], cfg: GeneratorConfig) -> None:
     from generator.prompts import describe_long_prompts
 
     # Every text is tokenized, which is work for one rank.
-    is_counted = cfg.target is None and os.environ.get("RANK", "0") == "0"
-    if texts and is_counted:
+    if texts and os.environ.get("RANK", "0") == "0":
         remark = describe_long_prompts(texts, cfg)
         if remark:
             say(remark)

@@ -31,11 +31,20 @@ def main() -> None:
 def read_input(run: DpoRun) -> tuple[PairSet, PairSet | None]:
     """Read training and held-out pairs; exit with code 2 if a set is incomplete or unfit."""
     from common.log import say
-    from launch.training.dpo_loop import check_prompts, read_set, shared_pairs
+    from launch.training.dpo_loop import (
+        check_fit,
+        check_prompts,
+        read_set,
+        shared_pairs,
+    )
 
     with user_errors():
         pairs = read_set(run.pairs, run.generator)
         heldout = None if run.heldout is None else read_set(run.heldout, run.generator)
+        # Of the same kind as the generator, with or without images.
+        for each in (pairs, heldout):
+            if each is not None:
+                check_fit(each, run.generator)
         check_prompts(run, pairs)
     shared = 0 if heldout is None else len(shared_pairs(pairs, heldout))
     if shared:

@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import check_new_folder, new_folder_parser, user_errors
 from common.files import give_usual_mode
+from common.run_record import value_at
 from launch.release.hub import PushError, check_repo_id, push
 from launch.release.model_card import ExportedFiles, model_card
-from launch.release.provenance import is_hub_name, read_provenance
+from launch.release.provenance import is_hub_name, read_provenance, run_folder
+from launch.reporting.data import config
 
 if TYPE_CHECKING:
     from generator.adapter_file import StoredAdapter
@@ -145,8 +147,8 @@ def trained_kind(trained: Path) -> str:
         raise ValueError(f"{trained} must hold only one of {' and '.join(files)}")
 
     # Another generator's files are its own.
-    own = own_generator(trained)
-    if own:
+    own = value_at(config(run_folder(trained)), "generator.target")
+    if own is not None:
         raise ValueError(
             f"{trained} was trained with generator.target={own}, whose files are its own; "
             "this command knows Wan and DeScore only"
@@ -156,17 +158,6 @@ def trained_kind(trained: Path) -> str:
     if (trained / "final").is_dir():
         hint = f"; did you mean {trained / 'final'}?"
     raise ValueError(f"{trained} holds none of {', '.join(KINDS)}{hint}")
-
-
-def own_generator(trained: Path) -> str:
-    """Return the class of the run's generator; "" for Wan, or where no config.yaml says it."""
-    from common.run_record import SETTINGS
-    from common.safe_yaml import parse
-
-    file = trained.parent / SETTINGS
-    settings = parse(file.read_text(encoding="utf-8")).value if file.is_file() else {}
-    generator = settings.get("generator") if isinstance(settings, dict) else None
-    return (generator or {}).get("target") or ""
 
 
 def pipeline_of(base: str | None) -> str:

@@ -58,9 +58,11 @@ def dry_run(cfg: Any, text: str, measured: Path | None = None) -> NoReturn:
     The exit code is 0 if it fits, 1 if it does not, and 2 if it cannot be planned.
     """
     where = replace(parse_where(text), measured=measured)
+    # A generator of another class has no plan.
     generator = getattr(cfg, "generator", None)
     if generator is not None and generator.target is not None:
-        _say_valid(cfg)
+        _print_with_config(lines_without_plan(cfg), cfg)
+        sys.exit(0)
     # The plan itself goes to the standard output.
     print(
         "planning: one call of each kind on the simulated GPU, about a minute of a core",
@@ -80,22 +82,13 @@ def dry_run(cfg: Any, text: str, measured: Path | None = None) -> NoReturn:
         lines = [f"nothing is planned for a {name}: the config is valid", *missing]
     else:
         lines = lines_of(plan, missing=missing)
-    print("\n".join(lines))
-
-    # The config, which is longer.
-    settings = yaml.safe_dump(
-        plain(cfg),
-        sort_keys=False,
-        allow_unicode=True,
-        width=120,
-    )
-    print(f"\n{hide_secrets(settings)}")
+    _print_with_config(lines, cfg)
     fits = plan is None or fits_device(plan)
     sys.exit(0 if fits else 1)
 
 
-def _say_valid(cfg: Any) -> NoReturn:
-    """Print what is known of a run with a generator of another class, then exit with code 0."""
+def lines_without_plan(cfg: Any) -> list[str]:
+    """Tell what is known of a run with a generator of another class."""
     lines = [
         f"generator.target={cfg.generator.target}: a plan knows Wan only; a run with steps=1 "
         "measures seconds and memory. The config is valid",
@@ -106,13 +99,19 @@ def _say_valid(cfg: Any) -> NoReturn:
         lines.append(
             f"one update = {cfg.prompts_per_step} prompts x {members} members = {videos} videos"
         )
-    lines += missing_inputs(cfg, planned=False)
+    return [*lines, *missing_inputs(cfg, planned=False)]
+
+
+def _print_with_config(lines: Sequence[str], cfg: Any) -> None:
+    """Print these lines, and then the config, which is longer."""
     print("\n".join(lines))
     settings = yaml.safe_dump(
-        plain(cfg), sort_keys=False, allow_unicode=True, width=120
+        plain(cfg),
+        sort_keys=False,
+        allow_unicode=True,
+        width=120,
     )
     print(f"\n{hide_secrets(settings)}")
-    sys.exit(0)
 
 
 def fits_device(plan: Plan) -> bool:

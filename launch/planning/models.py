@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -146,11 +146,7 @@ class MetaWan:
         # A folder has its config.
         known = known_models.wan_vae(self.cfg.path) if self._published else None
         config = _config_of(self.cfg.path, "vae", known)
-        with torch.device("meta"):
-            vae = AutoencoderKLWan.from_config(config)
-        for parameter in vae.parameters():
-            parameter.data = parameter.data.to(getattr(torch, self.cfg.vae_dtype))
-        return vae.requires_grad_(requires_grad=False).eval()
+        return self._decoder(AutoencoderKLWan, config)
 
     @cached_property
     def small_decoder(self) -> AutoencoderTiny | None:
@@ -166,8 +162,12 @@ class MetaWan:
         if not Path(self.cfg.scoring_decoder).is_dir():
             known = known_models.small_decoder(self.vae.config)
         config = _config_of(self.cfg.scoring_decoder, ".", known)
+        return self._decoder(AutoencoderTiny, config)
+
+    def _decoder(self, kind: type, config: Mapping[str, Any]) -> Any:
+        """A frozen VAE of a diffusers class on the meta device, in the VAE's dtype."""
         with torch.device("meta"):
-            model = AutoencoderTiny.from_config(config)
+            model = kind.from_config(config)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(getattr(torch, self.cfg.vae_dtype))
         return model.requires_grad_(requires_grad=False).eval()

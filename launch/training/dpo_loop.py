@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignment.dpo import DpoLoop, backwards_per_update
@@ -52,9 +51,6 @@ def read_set(folder: str, cfg: GeneratorConfig) -> PairSet:
         raise ValueError(
             f"{folder} holds other videos than the generator makes: {', '.join(changes)}"
         )
-    # A generator on the hub is asked when it is loaded.
-    if Path(cfg.path).is_dir():
-        check_fit(pairs, cfg)
     return pairs
 
 
@@ -103,7 +99,6 @@ def build(run: DpoRun, pairs: PairSet) -> DpoLoop:
     ranks = data_ranks(run)
     accumulation = backwards_per_update(run.dpo, ranks.count)
     check_family(run)
-    check_fit(pairs, run.generator)
     say(f"loading the generator {run.generator.path}")
     # Without refresh the pairs hold all that VAE and text encoder would compute.
     generator = build_generator(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alignment.pair_store import LatentPair, write_pairs
+from alignment.pair_store import LatentPair, under, write_pairs
 from alignment.pairs import Choices, choose
 from alignment.rewards.errors import contained_score
 from common import distributed
@@ -237,11 +237,6 @@ def pair_up(
             prompt = row["prompt"]
             if "image" in row:
                 prompt = ImagePrompt(prompt, row["image"])
-            condition = {
-                name.removeprefix(IMAGE): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(IMAGE)
-            }
             yield LatentPair(
                 prompt,
                 tensors["latent"][choice.chosen],
@@ -250,7 +245,7 @@ def pair_up(
                 choice.chosen_value,
                 choice.rejected_value,
                 source=f"seeds {seeds[choice.chosen]} {seeds[choice.rejected]}",
-                condition=condition,
+                condition=under(IMAGE, tensors, tensors.__getitem__),
             )
 
     return choices, read()
