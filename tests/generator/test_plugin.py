@@ -14,10 +14,10 @@ from common.log import read_metrics
 from generator import plugin
 from generator.config import GeneratorConfig
 from launch.compose import build_generator, say_long_prompts
-from launch.planning.dry_run import check_generator
+from launch.planning.dry_run import check_generator, dry_run
 from launch.rehearsal.stand_ins import adapt
 from launch.schemas.pairs import PairsRun
-from launch.schemas.training import SampleRun
+from launch.schemas.training import GrpoRun, SampleRun
 from tests.launch.processes import run
 
 TARGET = "examples/own_generator.py:TintGenerator"
@@ -119,6 +119,21 @@ def make_fake(cfg: GeneratorConfig, *, seed: int) -> object:
 def test_prompts_of_another_class_are_not_tokenized() -> None:
     """Wan's tokenizer would be looked for in the folder `none`."""
     say_long_prompts(["a red room"], config(TARGET))
+
+
+def test_dry_run_of_another_class_checks_its_config(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It ends well without a plan, with the videos of an update and the config."""
+    recipe = Path("configs/shapes/grpo_oracle.yaml")
+    cfg = load(GrpoRun, recipe, [f"generator.target={TARGET}"])
+    with pytest.raises(SystemExit) as ended:
+        dry_run(cfg, "8xh100")
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "a plan knows Wan only" in out
+    assert "one update = 16 prompts x 8 members = 128 videos" in out
+    assert "prompts_per_step: 16" in out
 
 
 def test_what_knows_wan_only_says_so(tmp_path: Path) -> None:
